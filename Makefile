@@ -1,0 +1,41 @@
+# Every target works on a fresh checkout: it makes the virtual environment it needs.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# CPU machines get the pinned torch 2.13: a looser range pulls several GB of CUDA libraries.
+$(VENV)/.installed: pyproject.toml
+	@echo "setting up $(VENV) (once, a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q "torch==2.13.*" -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	@echo "adding the test and lint tools"
+	@$(BIN)/pip install -q "torch==2.13.*" -e ".[dev]"
+	@touch $@
+
+serve: $(VENV)/.installed ## set up and serve the built-in model on http://127.0.0.1:8000
+	@exec $(BIN)/emoe serve --workers 2 $(ARGS)
+
+test: $(VENV)/.installed-dev ## set up and run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff and mypy --strict
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## let ruff rewrite the sources
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev ## measure the server (and its peers where installed) on this machine
+	@$(BIN)/python -m tests.bench.serving $(ARGS)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

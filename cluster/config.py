@@ -1,0 +1,124 @@
+"""Every setting of the server: one frozen value, from flags, a YAML file or Serve's `args`.
+
+A field is a flag of `emoe serve` (`max_num_seqs` is `--max-num-seqs`) and a key of the YAML file. Unknown keys are errors.
+Its metadata carries the help text and, where the values are few, the choices; the command line is made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.errors import ConfigError
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
+    """A field of ServeConfig: its default, what --help says, and what is allowed."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Raises ConfigError, naming the field, for a value of the wrong type or outside its range."""
+
+    model: str | None = setting(None, "model directory in Hugging Face layout; the built-in model if not given")
+    served_model_name: str | None = setting(None, "name clients use; the directory's name if not given")
+    workers: int = setting(
+        2, "workers (ExpertHost actors) to start: one GPU each, or a share of the CPU cores", at_least=1
+    )
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on", at_least=1)
+    address: str | None = setting(None, "address of a Ray cluster to join; a local one is started if not given")
+    device: str = setting("auto", "where workers compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "of weights and activations", choices=("auto", "bfloat16", "float16", "float32"))
+    max_model_len: int | None = setting(
+        None, "longest prompt plus answer, in tokens; the model's own if not given", at_least=2
+    )
+    max_num_seqs: int = setting(64, "most requests that one worker runs at a time", at_least=1)
+    max_num_batched_tokens: int = setting(2048, "most tokens that one worker runs in one step", at_least=1)
+    block_size: int = setting(16, "tokens in a KV-cache block", at_least=1)
+    kv_cache_memory_bytes: int | None = setting(
+        None, "KV cache of each worker; sized from free memory if not given", at_least=1
+    )
+    redundant_experts: int = setting(0, "spare slots per layer over all workers, for replicas", at_least=0)
+    rebalance_interval: float = setting(60.0, "seconds between looks at the placement; 0: only on request", at_least=0)
+    planner: str = setting("auto", "placement planner of the periodic re-placement")
+    solver: str = setting("highs", "ILP solver", choices=("highs", "cbc", "gurobi"))
+    plan_deadline: float = setting(10.0, "seconds that a planner may take", at_least=0.1)
+    step_timeout: float = setting(60.0, "seconds after which a step that has not returned is given up", at_least=1)
+    api_key: str | None = setting(None, "key that /v1 asks for")
+    admin_api_key: str | None = setting(None, "key that mutating /admin calls ask for")
+    chat_template: str | None = setting(None, "file of a chat template, instead of the tokenizer's")
+    shutdown_timeout: float = setting(
+        30.0, "seconds that running requests get when the server is told to stop", at_least=0
+    )
+    log_level: str = setting("info", "least level of log lines", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
+        if self.port > 65535:
+            raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], *, source: str = "configuration") -> ServeConfig:
+        """From the keys of a YAML file or of Serve's `args`; `-` and `_` are the same. Unknown keys raise."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in data.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise ConfigError(f"{source}: unknown key {key!r}; known keys: {', '.join(sorted(known))}")
+            if name in values:
+                raise ConfigError(f"{source}: {key!r} is given twice")
+            values[name] = value
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def read_yaml(cls, path: Path) -> dict[str, Any]:
+        """The mapping in a YAML file, unchecked. Raises ConfigError where it cannot be read or is no mapping."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+        if data is None:
+            return {}
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+        return data
+
+
+def base_type(hint: Any) -> type:
+    """The type of a setting without its `| None`."""
+    if isinstance(hint, types.UnionType):
+        return typing.cast(type, next(arm for arm in typing.get_args(hint) if arm is not type(None)))
+    return typing.cast(type, hint)
+
+
+def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    if value is None and hint != base_type(hint):
+        return None
+    expected = base_type(hint)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise ConfigError(f"{field.name}: expected {expected.__name__}, got {value!r}")
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{field.name}: expected one of {', '.join(choices)}, got {value!r}")
+    at_least = field.metadata["at_least"]
+    # written so that a NaN fails too
+    if at_least is not None and not value >= at_least:
+        raise ConfigError(f"{field.name}: expected at least {at_least:g}, got {value!r}")
+    return value

@@ -1,0 +1,234 @@
+"""Which worker holds which expert: the value, its checks and its JSON.
+
+Legend: L MoE layers, E logical experts, W workers, S slots (physical experts) over all workers, the same in every layer.
+
+A worker's slots are consecutive: worker 0 has slots 0..slots_0-1, worker 1 the next ones, and so on.
+`physical_to_logical_map[l, s]` is the logical expert that slot s holds in layer l, or EMPTY.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NewType
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.errors import PlacementError
+
+WorkerId = NewType("WorkerId", str)
+
+EMPTY = -1
+"""Marks a slot that holds no expert."""
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A member of the group: its name, the node it runs on, and how many experts per layer it has room for."""
+
+    id: WorkerId
+    node: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Copy logical `expert` of `layer` into `target`'s `slot`; `source` already holds it."""
+
+    layer: int
+    expert: int
+    source: WorkerId
+    target: WorkerId
+    slot: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Placement:
+    """Slots of every worker in every layer. Verified when made: an instance is always usable.
+
+    Raises PlacementError, naming the rule, where a map does not fit its workers, an id is out of range,
+    an expert has no slot, or a worker holds one expert of a layer twice.
+    """
+
+    num_logical_experts: int
+    workers: tuple[Worker, ...]
+    physical_to_logical_map: IntArray
+    """[L, S] logical expert of each slot, or EMPTY."""
+
+    def __post_init__(self) -> None:
+        table = np.array(self.physical_to_logical_map, dtype=np.int32)
+        table.flags.writeable = False
+        object.__setattr__(self, "physical_to_logical_map", table)
+        self._verify()
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.physical_to_logical_map.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        return sum(worker.slots for worker in self.workers)
+
+    @property
+    def slot_to_worker(self) -> IntArray:
+        """[S] index into `workers` of each slot's owner."""
+        return np.repeat(np.arange(len(self.workers), dtype=np.int32), [worker.slots for worker in self.workers])
+
+    @property
+    def first_slot(self) -> tuple[int, ...]:
+        """[W] the number of each worker's first slot."""
+        return tuple(int(n) for n in np.cumsum([0] + [worker.slots for worker in self.workers])[:-1])
+
+    def rank_of(self, worker: WorkerId) -> int:
+        """Index of `worker` in `workers`. Raises PlacementError where it is not a member."""
+        for rank, member in enumerate(self.workers):
+            if member.id == worker:
+                return rank
+        raise PlacementError(f"worker {worker!r} is not a member of this placement")
+
+    def experts_of(self, worker: WorkerId, layer: int) -> tuple[int, ...]:
+        """[slots] logical experts (or EMPTY) in the slots of `worker`, in slot order."""
+        rank = self.rank_of(worker)
+        start = self.first_slot[rank]
+        return tuple(int(e) for e in self.physical_to_logical_map[layer, start : start + self.workers[rank].slots])
+
+    def holders(self, layer: int, expert: int) -> tuple[WorkerId, ...]:
+        """Workers that hold `expert` in `layer`, in rank order."""
+        owners = self.slot_to_worker[np.nonzero(self.physical_to_logical_map[layer] == expert)[0]]
+        return tuple(self.workers[int(rank)].id for rank in owners)
+
+    def moves_from(self, old: Placement) -> tuple[Move, ...]:
+        """Copies that turn `old` into this placement, for workers that are in both or only here.
+
+        A worker's expert that merely changes its slot is no move: hosts keep weights by (layer, expert).
+        Sources are spread over the replicas: each expert's copies are taken from its holders in turn.
+        """
+        moves: list[Move] = []
+        known = {worker.id for worker in old.workers}
+        for layer in range(self.num_layers):
+            for rank, worker in enumerate(self.workers):
+                had = set(old.experts_of(worker.id, layer)) if worker.id in known else set()
+                for offset, expert in enumerate(self.experts_of(worker.id, layer)):
+                    if expert == EMPTY or expert in had:
+                        continue
+                    sources = old.holders(layer, expert)
+                    moves.append(
+                        Move(
+                            layer=layer,
+                            expert=expert,
+                            source=sources[len(moves) % len(sources)],
+                            target=worker.id,
+                            slot=self.first_slot[rank] + offset,
+                        )
+                    )
+        return tuple(moves)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form of `GET /admin/placement` and of `emoe plan`, without the epoch."""
+        return {
+            "num_layers": self.num_layers,
+            "num_logical_experts": self.num_logical_experts,
+            "workers": [{"id": w.id, "node": w.node, "slots": w.slots} for w in self.workers],
+            "slot_to_worker": self.slot_to_worker.tolist(),
+            "physical_to_logical_map": self.physical_to_logical_map.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Placement:
+        """Inverse of `to_dict`. Raises PlacementError that names the key which is missing or wrong."""
+        try:
+            workers = tuple(
+                Worker(id=WorkerId(str(w["id"])), node=str(w["node"]), slots=int(w["slots"])) for w in data["workers"]
+            )
+            experts = int(data["num_logical_experts"])
+            table = np.asarray(data["physical_to_logical_map"])
+            owners = data.get("slot_to_worker")
+            layers = data.get("num_layers")
+        except KeyError as error:
+            raise PlacementError(f"placement: the key {error} is missing") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise PlacementError(f"placement: not of the expected form ({error})") from None
+        if table.dtype.kind != "i" or table.ndim != 2:
+            raise PlacementError("placement: physical_to_logical_map must be a list of equally long lists of integers")
+        if not (-(2**31) <= int(table.min(initial=0)) and int(table.max(initial=0)) < 2**31):
+            raise PlacementError("placement: physical_to_logical_map holds a number that is no expert id")
+        placement = cls(num_logical_experts=experts, workers=workers, physical_to_logical_map=table.astype(np.int32))
+        if owners is not None and list(owners) != placement.slot_to_worker.tolist():
+            raise PlacementError("placement: slot_to_worker must list each worker's slots one after another, in order")
+        if layers is not None and layers != placement.num_layers:
+            raise PlacementError(f"placement: num_layers is {layers}, the map has {placement.num_layers} rows")
+        return placement
+
+    @classmethod
+    def load(cls, path: Path) -> Placement:
+        """Read a placement file. Raises PlacementError that names the file."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlacementError(f"{path}: {error}") from None
+        if not isinstance(data, dict):
+            raise PlacementError(f"{path}: expected a JSON object")
+        return cls.from_dict(data)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return (
+            self.num_logical_experts == other.num_logical_experts
+            and self.workers == other.workers
+            and np.array_equal(self.physical_to_logical_map, other.physical_to_logical_map)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.num_logical_experts, self.workers, self.physical_to_logical_map.tobytes()))
+
+    def _verify(self) -> None:
+        table = self.physical_to_logical_map
+        if not self.workers:
+            raise PlacementError("placement: no workers")
+        if len({worker.id for worker in self.workers}) != len(self.workers):
+            raise PlacementError("placement: a worker is listed twice")
+        if any(worker.slots < 1 for worker in self.workers):
+            raise PlacementError("placement: every worker needs at least one slot")
+        if table.ndim != 2 or table.shape[1] != self.num_slots:
+            raise PlacementError(f"placement: the map is {list(table.shape)}, expected [layers, {self.num_slots}]")
+        if table.size and (table.min() < EMPTY or table.max() >= self.num_logical_experts):
+            raise PlacementError(f"placement: expert ids must lie between -1 and {self.num_logical_experts - 1}")
+        for layer in range(self.num_layers):
+            missing = np.setdiff1d(np.arange(self.num_logical_experts), table[layer])
+            if missing.size:
+                raise PlacementError(f"placement: layer {layer} has no slot for expert {int(missing[0])}")
+            for rank, worker in enumerate(self.workers):
+                start = self.first_slot[rank]
+                held = table[layer, start : start + worker.slots]
+                held = held[held != EMPTY]
+                if len(np.unique(held)) != len(held):
+                    raise PlacementError(f"placement: worker {worker.id} holds an expert of layer {layer} twice")
+
+
+def contiguous(num_layers: int, num_logical_experts: int, workers: Sequence[Worker]) -> Placement:
+    """Experts in order, as evenly as the slots allow: how every cluster starts, before anything is known.
+
+    Raises PlacementError where all slots together are fewer than the experts.
+    """
+    room = sum(worker.slots for worker in workers)
+    if room < num_logical_experts:
+        raise PlacementError(f"{num_logical_experts} experts do not fit the {room} slots of {len(workers)} workers")
+    row: list[int] = []
+    given = 0
+    for rank, worker in enumerate(workers):
+        later_room = sum(w.slots for w in workers[rank + 1 :])
+        fair = -(-(num_logical_experts - given) // (len(workers) - rank))
+        take = min(worker.slots, max(fair, num_logical_experts - given - later_room))
+        row += [*range(given, given + take), *[EMPTY] * (worker.slots - take)]
+        given += take
+    return Placement(
+        num_logical_experts=num_logical_experts,
+        workers=tuple(workers),
+        physical_to_logical_map=np.tile(np.array(row, dtype=np.int32), (num_layers, 1)),
+    )

@@ -1,0 +1,288 @@
+"""Every message that processes send one another. Values only: frozen, slotted, keyword-only.
+
+API -> Engine           GenerateRequest; back come TokenOutputs
+Engine -> ExpertHost    StepPlan; back comes a StepResult
+Coordinator -> all      HostSpec when a host is made, EpochSpec when an epoch begins
+ExpertHost -> Coordinator  HostInfo, RoutingCounts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.placement import Placement, WorkerId
+
+RequestId = NewType("RequestId", str)
+Epoch = NewType("Epoch", int)
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """An end-of-sequence or stop token, or (found by the API) a stop string."""
+    LENGTH = "length"
+    ABORT = "abort"
+    """The client went away."""
+    ERROR = "error"
+
+
+# --- API and engine ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens. Checked where it is made (the API); the names and meanings are vLLM's."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    seed: int = 0
+    """Always set: the API draws one where the client gave none, so that a resumed request goes on alike."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    """How many alternatives to report with every token; None reports nothing."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One sequence to complete. `output_token_ids` are those a client already has, when a request is resumed:
+    the engine continues after them as if it had made them itself."""
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    output_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log probability of a chosen token, and of the most likely ones (best first), before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """New tokens of one request. `offset` counts the output tokens before them, so that repeats can be told."""
+
+    request_id: RequestId
+    offset: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token of `token_ids` where the request asked for them, else empty."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The `stop_token_ids` member that ended it, if one did (an end-of-sequence token leaves None)."""
+    error: str | None = None
+    """For finish_reason ERROR: one line for the client."""
+
+
+# --- Engine and hosts -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSequence:
+    """A request that a host has not seen, or has forgotten: everything it must know to run and sample it."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    """Prompt, then output so far."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    """Tokens that must not be sampled before `min_tokens`, besides `params.stop_token_ids`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Tokens of one sequence to run in this step: positions start .. start + length - 1.
+
+    A host already knows the tokens (it was told them, or sampled them). Running a chunk again is harmless:
+    the host first forgets every token past `known`, and block ids are written at `block_offset`, not appended.
+    """
+
+    request_id: RequestId
+    start: int
+    length: int
+    known: int
+    """Tokens of the sequence that exist before this step (prompt and output)."""
+    block_offset: int
+    block_ids: tuple[int, ...]
+    """KV-cache blocks number block_offset, block_offset + 1, ... of the sequence; those before are unchanged."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last token of the chunk is the last known one, so that the next is sampled."""
+        return self.start + self.length == self.known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One worker's part of a lock-step step. A plan of another epoch is refused."""
+
+    epoch: Epoch
+    step: int
+    tokens_per_rank: tuple[int, ...]
+    """[W] tokens that each worker runs, so that exchanges of known size need no size exchange."""
+    new: tuple[NewSequence, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    finished: tuple[RequestId, ...] = ()
+    """Sequences to forget, before anything else is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    request_id: RequestId
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    step: int
+    samples: tuple[Sample, ...]
+    compute_s: float
+    """Time of the step inside the host, waits for peers included."""
+
+
+# --- Hosts and coordinator --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What is served, as every process must see it."""
+
+    path: str
+    dtype: str
+    """float32, bfloat16 or float16: resolved, never 'auto'."""
+    device: str
+    """cpu or cuda: resolved, never 'auto'."""
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the control plane knows of a model without loading it."""
+
+    architecture: str
+    num_layers: int
+    """MoE layers: L."""
+    num_logical_experts: int
+    top_k: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    """The longest the checkpoint allows."""
+    expert_bytes: int
+    """Of one expert of one layer, in the dtype it is served in."""
+    trunk_bytes: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    """The dtype it is stored in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSpec:
+    """What a host needs to load: the model, and the experts it begins with."""
+
+    worker: WorkerId
+    model: ModelSpec
+    experts: tuple[tuple[int, ...], ...]
+    """[L] logical experts to hold in each layer."""
+    kv_cache_bytes: int | None
+    """None: the host decides from the memory it finds."""
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_threads: int
+    """Of torch; 0 leaves its default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostInfo:
+    """What a host reports once it has loaded."""
+
+    worker: WorkerId
+    node: str
+    """Ray's node id."""
+    address: str
+    """IP address that its peers reach it by."""
+    pid: int
+    device: str
+    num_kv_blocks: int
+    memory_bytes: int
+    """Of weights and KV cache."""
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochSpec:
+    """Membership, placement and process group, under one number."""
+
+    epoch: Epoch
+    placement: Placement
+    """Its workers, in rank order, are the membership."""
+    group: str
+    """Name of the process group. Epochs of the same membership share it, and then no new one is formed."""
+    transport: str
+    """local, shm, gloo or nccl."""
+    rendezvous: str
+    """host:port of the store for gloo and nccl; empty otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingCounts:
+    """Tokens since the host's previous report. Padding and warm-up are not in it."""
+
+    tokens: int
+    """Tokens run by this worker's requests."""
+    load: npt.NDArray[np.int64]
+    """[L, E] tokens that chose each logical expert."""
+    transitions: npt.NDArray[np.int64]
+    """[L-1, E, E] (expert in layer l, expert in layer l+1) pairs of one token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCopy:
+    """One expert's tensors on their way between hosts, as one unit with its digest."""
+
+    layer: int
+    expert: int
+    tensors: dict[str, npt.NDArray[np.uint8]]
+    """Raw bytes of each tensor, by parameter name."""
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """A snapshot for metrics, the admin API and the autoscaler."""
+
+    running: dict[WorkerId, int] = field(default_factory=dict)
+    waiting: int = 0
+    kv_usage: dict[WorkerId, float] = field(default_factory=dict)
+    """Share of KV-cache blocks in use, 0..1."""
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    epoch: int = 0
