@@ -1,6 +1,7 @@
 """Every setting of the server: one frozen value, from flags, a YAML file or Serve's `args`.
 
-A field is a flag of `emoe serve` (`max_num_seqs` is `--max-num-seqs`) and a key of the YAML file. Unknown keys are errors.
+A field is a flag of `emoe serve` (`max_num_seqs` is `--max-num-seqs`) and a key of the YAML file.
+Unknown keys are errors.
 Its metadata carries the help text and, where the values are few, the choices; the command line is made from it.
 """
 

@@ -1,6 +1,7 @@
 """Which worker holds which expert: the value, its checks and its JSON.
 
-Legend: L MoE layers, E logical experts, W workers, S slots (physical experts) over all workers, the same in every layer.
+Legend: L MoE layers, E logical experts, W workers, S slots (physical experts) over all workers.
+Every layer has the same slots.
 
 A worker's slots are consecutive: worker 0 has slots 0..slots_0-1, worker 1 the next ones, and so on.
 `physical_to_logical_map[l, s]` is the logical expert that slot s holds in layer l, or EMPTY.
@@ -155,7 +156,7 @@ class Placement:
             raise PlacementError(f"placement: not of the expected form ({error})") from None
         if table.dtype.kind != "i" or table.ndim != 2:
             raise PlacementError("placement: physical_to_logical_map must be a list of equally long lists of integers")
-        if not (-(2**31) <= int(table.min(initial=0)) and int(table.max(initial=0)) < 2**31):
+        if int(table.min(initial=0)) < -(2**31) or int(table.max(initial=0)) >= 2**31:
             raise PlacementError("placement: physical_to_logical_map holds a number that is no expert id")
         placement = cls(num_logical_experts=experts, workers=workers, physical_to_logical_map=table.astype(np.int32))
         if owners is not None and list(owners) != placement.slot_to_worker.tolist():

@@ -286,3 +286,99 @@ class EngineStatus:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     epoch: int = 0
+
+
+# --- Admin: what the coordinator tells --------------------------------------------------------------------------
+
+
+class Phase(StrEnum):
+    PREPARING = "preparing"
+    COMMITTING = "committing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One change of the cluster, from request to end."""
+
+    operation_id: str
+    kind: str
+    """start, rebalance, scale, recover."""
+    phase: Phase
+    epoch: Epoch
+    """The epoch that it makes, or would have made."""
+    reason: str
+    """Why it was begun; once ended, what came of it."""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    ready: bool
+    reason: str
+    """One line: what is being waited for, with progress; "serving" when ready."""
+    error: str | None = None
+    """Set where waiting is in vain, such as a checkpoint that cannot be served: one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementView:
+    epoch: Epoch
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingView:
+    """The statistics window."""
+
+    tokens: int
+    window_s: float
+    load: npt.NDArray[np.int64]
+    """[L, E] tokens per logical expert."""
+    load_imbalance: tuple[float, ...]
+    """[L] busiest worker's load over the mean, under the current placement; 1.0 where nothing was counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    id: WorkerId
+    rank: int
+    """-1 while it is not a member of the current epoch."""
+    state: str
+    """starting, serving, draining, dead."""
+    pid: int
+    node: str
+    device: str
+    running_requests: int
+    kv_usage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalancePreview:
+    """What a re-placement would do; the answer to a dry run."""
+
+    planner: str
+    worthwhile: bool
+    reason: str
+    load_imbalance_before: float
+    """Mean over layers of the busiest worker's load over the mean."""
+    load_imbalance_after: float
+    cost_before: float
+    cost_after: float
+    """Predicted seconds per step under the cost model."""
+    moves: int
+    bytes: int
+    solver_status: str
+    gap: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterCounters:
+    """Totals of the coordinator since it began, for /metrics."""
+
+    rebalances: dict[str, int] = field(default_factory=dict)
+    """By result: completed, failed, skipped."""
+    experts_moved: int = 0
+    bytes_moved: int = 0
