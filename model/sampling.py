@@ -1,0 +1,299 @@
+"""Chooses the next token of every sequence from one step's logits, on the worker that computed them.
+
+Order and meaning are vLLM's: reported log probabilities are the model's own; then logit_bias, min_tokens,
+penalties, temperature, min_p, top_k, top_p. Temperature 0 takes the most likely token.
+
+A row's token depends on nothing but its logits, its history and its seed: every operation is row-wise, random numbers
+are a hash of (seed, output index), and probabilities are summed as integers, which no order of summation changes.
+
+Legend: B rows (sequences), R those of them that draw at random, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.protocol import NewSequence, SamplingParams, TokenLogprobs
+from model.token_counts import TokenCounts
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under it are greedy, as in vLLM."""
+
+_UNIT = float(2**40)
+"""Weight of the most likely token. The sum over any vocabulary stays far under 2**63."""
+
+_CPU_ELEMENTS = 1 << 20
+"""Rows x vocabulary handled at a time on CPU: larger temporaries are paged in afresh at every step."""
+
+_TOP_P_GUESS = 512
+"""Most likely tokens looked at before a whole row is sorted, on CPU."""
+
+_MASK = (1 << 64) - 1
+
+
+class SamplingState:
+    """One sequence's tokens, and what sampling must know of them. Belongs to one worker; not thread-safe."""
+
+    __slots__ = ("_bias", "_counts", "_forbidden", "greedy", "num_prompt_tokens", "params", "token_ids")
+
+    def __init__(self, sequence: NewSequence) -> None:
+        params = sequence.params
+        self.params = params
+        self.num_prompt_tokens = sequence.num_prompt_tokens
+        self.token_ids = list(sequence.token_ids)
+        """Prompt, then output."""
+        self.greedy = params.temperature < GREEDY_BELOW
+        self._bias = _columns(params.logit_bias) if params.logit_bias else None
+        stops = dict.fromkeys((*sequence.eos_token_ids, *params.stop_token_ids), -np.inf)
+        self._forbidden = _columns(tuple(stops.items())) if stops and params.min_tokens else None
+        self._counts: TokenCounts | None = None
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+            self._counts = TokenCounts(self.token_ids, self.num_prompt_tokens)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far: the index of the next one."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append(self, token: int) -> None:
+        """Add an output token."""
+        self.token_ids.append(token)
+        if self._counts is not None:
+            self._counts.add(token)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget every token past the first `num_tokens`, none of them of the prompt: their step runs again."""
+        if num_tokens >= len(self.token_ids):
+            return
+        assert num_tokens >= self.num_prompt_tokens, "a prompt is never cut"
+        if self._counts is not None:
+            for token in self.token_ids[num_tokens:]:
+                self._counts.remove(token)
+        del self.token_ids[num_tokens:]
+
+    @property
+    def _adjusted(self) -> bool:
+        return self._bias is not None or self._counts is not None or self._masked
+
+    @property
+    def _masked(self) -> bool:
+        return self._forbidden is not None and self.num_output < self.params.min_tokens
+
+
+def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int, TokenLogprobs | None]]:
+    """The next token of each row, and its log probabilities where they were asked for. Changes nothing.
+
+    logits_BV: [B, V] of any float dtype and device; the arithmetic is in float32. On CUDA it waits for the device once,
+    and once more per distinct number of log probabilities.
+    """
+    assert logits_BV.shape[0] == len(states), (logits_BV.shape, len(states))
+    if not states:
+        return []
+    adjusted_BV = _adjust(logits_BV, states)
+    random = [row for row, state in enumerate(states) if not state.greedy]
+    if len(random) < len(states):
+        tokens_B = adjusted_BV.argmax(dim=-1)
+        if random:
+            rows_R = _to(np.array(random, dtype=np.int64), logits_BV.device)
+            tokens_B[rows_R] = _draw_in_parts(adjusted_BV, random, states)
+    else:
+        tokens_B = _draw_in_parts(adjusted_BV, random, states)
+    logprobs = _logprobs(logits_BV, tokens_B, states)
+    return list(zip(tokens_B.tolist(), logprobs, strict=True))
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) with 53 random bits, the same for the same arguments everywhere (SplitMix64, two rounds)."""
+    return (_mix(_mix(seed & _MASK) + index * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+# --- Before temperature: changes at single tokens ---------------------------------------------------------------
+
+
+def _adjust(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """[B, V] with bias, min_tokens and penalties; a float32 copy if any row has them, else the logits themselves."""
+    if not any(state._adjusted for state in states):
+        return logits_BV
+    adjusted_BV = logits_BV.to(torch.float32, copy=True)
+    bias = [(row, *state._bias) for row, state in enumerate(states) if state._bias is not None]
+    if bias:
+        at, values = _entries(bias, adjusted_BV)
+        adjusted_BV[at] += values[0]
+    masked = [(row, *state._forbidden) for row, state in enumerate(states) if state._masked and state._forbidden]
+    if masked:
+        at, values = _entries(masked, adjusted_BV)
+        adjusted_BV[at] = values[0]
+    penalised = [(row, *_penalties(state)) for row, state in enumerate(states) if state._counts is not None]
+    if penalised:
+        at, (repetition, subtract) = _entries(penalised, adjusted_BV)
+        seen = adjusted_BV[at]
+        seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+        adjusted_BV[at] = seen - subtract
+    return adjusted_BV
+
+
+def _penalties(state: SamplingState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct tokens of a sequence, what to divide (or multiply) their logits by, and then to subtract."""
+    params, counts = state.params, state._counts
+    assert counts is not None
+    ids, in_prompt, output = counts.table()
+    present = output > 0
+    repetition = np.where(in_prompt | present, params.repetition_penalty, 1.0)
+    subtract = params.frequency_penalty * output + params.presence_penalty * present
+    return ids, repetition, subtract
+
+
+def _columns(pairs: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct tokens and their values; the last value of a token counts."""
+    distinct = dict(pairs)
+    return np.array(list(distinct), dtype=np.int64), np.array(list(distinct.values()), dtype=np.float64)
+
+
+def _entries(
+    rows: Sequence[tuple[int, np.ndarray, *tuple[np.ndarray, ...]]], like_BV: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Index of all (row, token) pairs, and their values [columns, pairs], in one transfer each.
+
+    Tokens outside the vocabulary are left out: an index error would fail the step of every request.
+    """
+    ids = np.concatenate([row[1] for row in rows])
+    index = np.stack([np.repeat([row[0] for row in rows], [len(row[1]) for row in rows]), ids])
+    values = np.stack([np.concatenate(column) for column in zip(*(row[2:] for row in rows), strict=True)])
+    inside = (ids >= 0) & (ids < like_BV.shape[1])
+    if not inside.all():
+        index, values = index[:, inside], values[:, inside]
+    row_index, token_index = _to(index, like_BV.device)
+    return (row_index, token_index), _to(values.astype(np.float32), like_BV.device)
+
+
+# --- Random rows ------------------------------------------------------------------------------------------------
+
+
+def _draw_in_parts(logits_BV: Tensor, random: list[int], states: Sequence[SamplingState]) -> Tensor:
+    """[R] tokens drawn for the rows `random`."""
+    parts = []
+    for part in _parts(random, logits_BV):
+        if len(part) == logits_BV.shape[0]:
+            logits_RV = logits_BV
+        else:
+            logits_RV = logits_BV[_to(np.array(part, dtype=np.int64), logits_BV.device)]
+        parts.append(_draw(logits_RV.float(), [states[row] for row in part]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _parts(rows: list[int], logits_BV: Tensor) -> Iterator[list[int]]:
+    size = len(rows)
+    if logits_BV.device.type == "cpu":
+        size = max(1, _CPU_ELEMENTS // logits_BV.shape[1])
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _draw(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
+    """[R] tokens, by inverting the cumulative distribution in token order."""
+    params = [state.params for state in states]
+    draws = [uniform(state.params.seed, state.num_output) for state in states]
+    settings = np.array([[p.temperature for p in params], draws, [p.min_p for p in params], [p.top_p for p in params]])
+    temperature, u, min_p, top_p = _to(settings, logits_RV.device)[:, :, None]  # each [R, 1], float64
+    best, best_token = logits_RV.max(dim=-1, keepdim=True)
+    # The largest is taken off before the division: no temperature makes infinities of finite logits.
+    weight_RV = (logits_RV - best).div_(temperature.float()).exp_()
+    if any(p.min_p > 0 for p in params):
+        weight_RV.masked_fill_(weight_RV < min_p, 0.0)
+    if any(0 < p.top_k < logits_RV.shape[1] for p in params):
+        weight_RV.masked_fill_(logits_RV < _top_k_threshold(logits_RV, params), 0.0)
+    mass_RV = weight_RV.mul_(_UNIT).to(torch.int64)
+    if any(p.top_p < 1 for p in params):
+        mass_RV.masked_fill_(mass_RV < _top_p_threshold(mass_RV, top_p), 0)
+    cumulative_RV = mass_RV.cumsum(dim=-1)
+    total = cumulative_RV[:, -1:]
+    target = (u * total).to(torch.int64).minimum(total - 1)
+    token = torch.searchsorted(cumulative_RV, target, right=True)
+    # Logits that are all -inf, or not numbers, leave nothing to draw from: any valid token will do.
+    drawn = best.isfinite() & (total > 0) & (token < logits_RV.shape[1])
+    return torch.where(drawn, token, best_token)[:, 0]
+
+
+def _top_k_threshold(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[R, 1] the k-th largest logit, -inf where there is no limit. Tokens equal to it all stay, as in vLLM."""
+    vocabulary = logits_RV.shape[1]
+    ks = [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params]
+    largest = logits_RV.topk(max(ks), dim=-1).values
+    k_R1 = _to(np.array(ks, dtype=np.int64), logits_RV.device)[:, None]
+    return largest.gather(1, (k_R1 - 1).clamp(min=0)).masked_fill(k_R1 == 0, -torch.inf)
+
+
+def _top_p_threshold(mass_RV: Tensor, top_p: Tensor) -> Tensor:
+    """[R, 1] mass of the last token of the smallest set of most likely ones that reaches top_p of the whole.
+
+    Comparing by mass rather than by sorted position makes ties independent of the sorting algorithm.
+    """
+    unlimited = top_p >= 1
+    goal = (top_p * mass_RV.sum(dim=-1, keepdim=True)).masked_fill_(unlimited, 0.0)
+    if mass_RV.device.type != "cpu" or mass_RV.shape[1] <= _TOP_P_GUESS:
+        threshold = _threshold(mass_RV.sort(dim=-1, descending=True).values, goal)
+    else:
+        largest = mass_RV.topk(_TOP_P_GUESS, dim=-1).values
+        threshold = _threshold(largest, goal)
+        # Some distributions are so flat that the guess does not hold top_p of them.
+        short = torch.nonzero(largest.sum(dim=-1) < goal[:, 0])[:, 0]
+        if len(short):
+            threshold[short] = _threshold(mass_RV[short].sort(dim=-1, descending=True).values, goal[short])
+    return threshold.masked_fill_(unlimited, 0)
+
+
+def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:
+    before_RK = descending_RK.cumsum(dim=-1) - descending_RK
+    kept = (before_RK < goal).sum(dim=-1, keepdim=True)
+    return descending_RK.gather(1, (kept - 1).clamp(min=0))
+
+
+# --- Log probabilities ------------------------------------------------------------------------------------------
+
+
+def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[TokenLogprobs | None]:
+    """Per row None, or the model's own log probabilities of the chosen token and of the most likely ones."""
+    groups: dict[int, list[int]] = {}
+    for row, state in enumerate(states):
+        if state.params.logprobs is not None:
+            groups.setdefault(state.params.logprobs, []).append(row)
+    found: list[TokenLogprobs | None] = [None] * len(states)
+    # One number of alternatives at a time: which of equals topk returns may depend on how many are asked for.
+    for number, rows in groups.items():
+        for part in _parts(rows, logits_BV):
+            index = _to(np.array(part, dtype=np.int64), logits_BV.device)
+            for row, entry in zip(part, _logprobs_of(logits_BV[index], tokens_B[index], number), strict=True):
+                found[row] = entry
+    return found
+
+
+def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> list[TokenLogprobs]:
+    logprobs_RV = logits_RV.float().log_softmax(dim=-1)
+    values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
+    ids = torch.cat([tokens_R[:, None], ids], dim=1)
+    # One tensor, so one transfer; ids are exact in float64.
+    both = torch.stack([ids.double(), torch.cat([logprobs_RV.gather(1, ids[:, :1]), values], dim=1).double()])
+    id_rows, value_rows = both.tolist()
+    return [
+        TokenLogprobs(
+            token_id=int(row_ids[0]),
+            logprob=row_values[0],
+            top=tuple((int(token), value) for token, value in zip(row_ids[1:], row_values[1:], strict=True)),
+        )
+        for row_ids, row_values in zip(id_rows, value_rows, strict=True)
+    ]
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
