@@ -1,0 +1,76 @@
+"""The paged KV cache of one worker: tensors of blocks, one pair per attention layer.
+
+Owns the storage; which block belongs to which sequence is the scheduler's business.
+
+Legend: G key heads, D head size (keys and values may differ), P blocks, B tokens per block.
+A layer's keys are [G, P, B, D]: a block of one head is contiguous, so gathering blocks copies long rows and
+the result is laid out as matmul wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVShape:
+    """Of one attention layer's cache, per token."""
+
+    num_heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def elements(self) -> int:
+        return self.num_heads * (self.key_size + self.value_size)
+
+
+class KVCache:
+    """Blocks of keys and values for every attention layer."""
+
+    def __init__(
+        self,
+        shapes: Mapping[int, KVShape],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+
+        def blocks(heads: int, size: int) -> Tensor:
+            # zeros, not empty: masked keys must be finite, and untouched pages cost no memory on CPU
+            return torch.zeros(heads, num_blocks, block_size, size, dtype=dtype, device=device)
+
+        self._keys = {layer: blocks(s.num_heads, s.key_size) for layer, s in shapes.items()}
+        self._values = {layer: blocks(s.num_heads, s.value_size) for layer, s in shapes.items()}
+
+    @staticmethod
+    def block_bytes(shapes: Mapping[int, KVShape], *, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers."""
+        return sum(shape.elements for shape in shapes.values()) * block_size * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self._keys.values(), *self._values.values()))
+
+    def write(self, layer: int, positions_T: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> None:
+        """Store the step's keys and values; `positions_T` are block * block_size + offset."""
+        self._keys[layer].flatten(1, 2).index_copy_(1, positions_T, key_GTD)
+        self._values[layer].flatten(1, 2).index_copy_(1, positions_T, value_GTD)
+
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the blocks [N]: ([G, N*B, D], [G, N*B, D]), copies."""
+        return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
+
+
+def _gather(cache_GPBD: Tensor, blocks_N: Tensor) -> Tensor:
+    heads, _, block_size, head_size = cache_GPBD.shape
+    rows = cache_GPBD.flatten(2, 3).index_select(1, blocks_N)
+    return rows.view(heads, len(blocks_N) * block_size, head_size)

@@ -1,0 +1,121 @@
+"""How lock-step workers exchange bytes: one operation, all-to-all, behind one Protocol.
+
+    LocalTransport       one worker: nothing to do
+    SharedMemoryTransport  CPU workers of one node: publish, wait for the others, read (shared_memory.py)
+    CollectiveTransport  gloo between nodes, NCCL between GPUs, through torch.distributed's process groups
+
+No global process group is used: every epoch's membership has its own, and a dead one is simply let go.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from cluster.errors import StepAborted
+
+
+class Transport(Protocol):
+    """A group of workers that exchange bytes in lock-step."""
+
+    rank: int
+    size: int
+
+    def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
+        """Send `send[r]` (its tensors' bytes, one after another) to rank r; get what each rank sent here, as uint8.
+
+        `recv_bytes` [W] says what will come where the caller knows, which saves some transports an exchange of sizes.
+        What is returned may be overwritten by the second call after this one. The entry of one's own rank is ignored
+        and comes back empty. Blocks. Raises StepAborted when a peer is gone, or after `abort()`.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Wake a blocked `all_to_all`, from another thread; the transport is of no use afterwards."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalTransport:
+    """The group of one."""
+
+    rank = 0
+    size = 1
+
+    def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
+        return [torch.empty(0, dtype=torch.uint8)]
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class CollectiveTransport:
+    """gloo or NCCL over a store of this group's own.
+
+    Sizes travel first where the caller does not know them. A peer's death closes its sockets, which raises here.
+    """
+
+    def __init__(self, backend: str, *, rendezvous: str, group: str, rank: int, size: int, timeout_s: float) -> None:
+        """`rendezvous` is host:port of a TCPStore that outlives the group; `group` is the prefix of its keys."""
+        self.rank = rank
+        self.size = size
+        self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        host, port = rendezvous.rsplit(":", 1)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store = PrefixStore(group, TCPStore(host, int(port), is_master=False, timeout=timeout))
+        self._group: Any
+        if backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
+        parts = [
+            [] if rank == self.rank else [t.contiguous().view(-1).view(torch.uint8) for t in tensors]
+            for rank, tensors in enumerate(send)
+        ]
+        sent = [sum(t.numel() for t in tensors) for tensors in parts]
+        flat = [t for tensors in parts for t in tensors]
+        payload = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
+        try:
+            received = self._sizes(sent) if recv_bytes is None else [int(n) for n in recv_bytes]
+            received[self.rank] = 0
+            out = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
+            if self._group is None:
+                raise StepAborted("the process group was aborted")
+            # NCCL orders itself on the stream; only gloo has something to wait for on the host
+            self._group.alltoall_base(out, payload, received, sent, dist.AllToAllOptions()).wait()
+        except RuntimeError as error:
+            # the traceback would keep the group, and its sockets, alive
+            message = str(error).splitlines()[0]
+            self._group = None
+            raise StepAborted(f"exchange failed: {message}") from None
+        return list(torch.split(out, received))
+
+    def _sizes(self, sent: Sequence[int]) -> list[int]:
+        if self._group is None:
+            raise StepAborted("the process group was aborted")
+        mine = torch.tensor(sent, dtype=torch.int64, device=self._device)
+        theirs = torch.empty_like(mine)
+        ones = [1] * self.size
+        self._group.alltoall_base(theirs, mine, ones, ones, dist.AllToAllOptions()).wait()
+        return [int(n) for n in theirs.tolist()]
+
+    def abort(self) -> None:
+        # gloo cannot be woken: a hung peer must be killed, and then its sockets close
+        group, self._group = self._group, None
+        if group is not None and self._device.type == "cuda":
+            group.abort()
+
+    def close(self) -> None:
+        self._group = None
