@@ -1,0 +1,63 @@
+"""The seam between HTTP and the cluster: what the API asks for, and nothing about how it is got.
+
+`RayBackend` (ray_backend.py) is the real one; tests have one of their own that runs in process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from cluster.protocol import (
+    ClusterCounters,
+    EngineStatus,
+    GenerateRequest,
+    ModelInfo,
+    Operation,
+    PlacementView,
+    Readiness,
+    RebalancePreview,
+    RoutingView,
+    TokenOutput,
+    WorkerView,
+)
+
+
+class Backend(Protocol):
+    """Every method raises NotReadyError while there is nothing to ask yet."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
+        """The request's tokens as they come, in order and without repeats; the last has a finish_reason.
+
+        Closing the iterator before that aborts the request. Raises RequestError where the engine refuses it.
+        """
+        ...
+
+    async def engine_status(self) -> EngineStatus: ...
+
+    async def readiness(self) -> Readiness:
+        """Answers at once and never raises: /ready is made from it."""
+        ...
+
+    async def model_info(self) -> ModelInfo: ...
+
+    async def placement(self) -> PlacementView: ...
+
+    async def routing(self) -> RoutingView: ...
+
+    async def workers(self) -> list[WorkerView]: ...
+
+    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
+        """Raises ConflictError, with the running operation's id, and UserError for an unknown planner."""
+        ...
+
+    async def operations(self) -> list[Operation]: ...
+
+    async def operation(self, operation_id: str) -> Operation | None: ...
+
+    async def counters(self) -> ClusterCounters: ...
+
+    @property
+    def resumed_requests(self) -> int:
+        """Requests that were submitted again since this replica began, because their engine was gone."""
+        ...

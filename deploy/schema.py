@@ -1,0 +1,278 @@
+"""Bodies of requests: OpenAI's fields, vLLM's additional ones, and what is said to those that are not served.
+
+Types are strict: "1" is no number and 1 no boolean. Unknown fields are ignored, as vLLM does, because clients send
+them in good faith. Known fields that would change the answer and are not supported are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cluster.errors import RequestError
+
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+TokenIdList = list[Int32]
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 256
+MAX_STOPS = 64
+MAX_LOGPROBS = 20
+"""As OpenAI and vLLM."""
+
+
+BodyT = TypeVar("BodyT", bound="Body")
+
+
+class Body(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class ResponseFormat(Body):
+    type: str
+
+
+class SamplingFields(Body):
+    """What completions and chat completions have in common."""
+
+    # Fields that would change the answer, with the values that ask for nothing.
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "use_beam_search": (False,),
+        "length_penalty": (1, 1.0),
+        "prompt_logprobs": (),
+        "allowed_token_ids": ([],),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "structured_outputs": (),
+        "structural_tag": (),
+        "priority": (0,),
+        "kv_transfer_params": (),
+        "prompt_embeds": (),
+    }
+
+    model: str | None = None
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: Int64 | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
+    stop: str | list[str] | None = None
+    stop_token_ids: TokenIdList | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=1)
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and (len(stop) > MAX_STOPS or "" in stop):
+            raise ValueError(f"expected at most {MAX_STOPS} strings, none of them empty")
+        return stop
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if isinstance(self.stop, str):
+            return (self.stop,) if self.stop else ()
+        return tuple(self.stop or ())
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+
+class CompletionRequest(SamplingFields):
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingFields.UNSUPPORTED, "suffix": ("",)}
+
+    prompt: str | list[str] | TokenIdList | list[TokenIdList]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | TokenIdList]:
+        """One element for each answer that is asked for."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart] | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        """The form that chat templates take: content as one string, further keys (name, ...) as they came."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+
+
+class ChatCompletionRequest(SamplingFields):
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **SamplingFields.UNSUPPORTED,
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "audio": (),
+        "modalities": (["text"],),
+        "web_search_options": (),
+        "chat_template": (),
+        "documents": ([],),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class TokenizeRequest(Body):
+    """Either `prompt` or `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: TokenIdList
+
+
+class RebalanceRequest(Body):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    planner: str = "auto"
+    dry_run: bool = False
+
+
+def parse(kind: type[BodyT], data: object) -> BodyT:
+    """Check `data`, a decoded JSON body. Raises RequestError that names the first field which is wrong."""
+    if not isinstance(data, dict):
+        raise RequestError(f"the body must be a JSON object, got {_json_type(data)}")
+    try:
+        body = kind.model_validate(data)
+    except ValidationError as error:
+        raise _request_error(error) from None
+    for name, harmless in getattr(kind, "UNSUPPORTED", {}).items():
+        value = data.get(name)
+        # `True == 1` in Python, so the types are compared as well
+        if value is not None and not any(value == v and type(value) is type(v) for v in harmless):
+            raise RequestError(f"{name}: not supported by this server", param=name, code="unsupported_parameter")
+    if isinstance(body, SamplingFields):
+        _check_together(body)
+    return body
+
+
+def _check_together(body: SamplingFields) -> None:
+    """Rules about several fields, or about values that are right in form and not served."""
+    if body.response_format is not None and body.response_format.type != "text":
+        raise RequestError(
+            f"response_format: only the type 'text' is supported, got {body.response_format.type!r}",
+            param="response_format",
+            code="unsupported_value",
+        )
+    if body.best_of is not None and body.best_of != body.num_choices:
+        raise RequestError("best_of: supported only where it equals n", param="best_of", code="unsupported_value")
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options: allowed only when stream is true", param="stream_options")
+    if isinstance(body, ChatCompletionRequest):
+        if body.top_logprobs and not body.logprobs:
+            raise RequestError("top_logprobs: logprobs must be true to use it", param="top_logprobs")
+        if body.continue_final_message and body.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message: cannot be true together with add_generation_prompt",
+                param="continue_final_message",
+            )
+
+
+def _request_error(error: ValidationError) -> RequestError:
+    """The first fault, in words. Of a union, that of the arm that came furthest."""
+    faults = error.errors(include_url=False, include_context=False, include_input=True)
+    fault = max(faults, key=lambda f: (f["type"] not in ("string_type", "list_type", "int_type"), len(f["loc"])))
+    where = [str(part) for part in fault["loc"]]
+    param = where[0] if where else None
+    path = ".".join(where)
+    if fault["type"] == "missing":
+        return RequestError(f"{path}: this field is required", param=param, code="missing_required_parameter")
+    if len(faults) > 1 and all(f["loc"][:1] == fault["loc"][:1] for f in faults) and param in UNION_FORMS:
+        return RequestError(f"{param}: expected {UNION_FORMS[param]}", param=param, code="invalid_type")
+    value = fault["input"]
+    shown = f", got {value!r}" if isinstance(value, bool | int | float) else f", got {_json_type(value)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be", "expected").replace("a valid integer", "an integer")
+    message = message.replace("valid ", "").replace("greater than or equal to", "at least")
+    return RequestError(f"{path}: {message}{shown}", param=param, code="invalid_value")
+
+
+UNION_FORMS = {
+    "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
+    "stop": f"a string or a list of up to {MAX_STOPS} strings",
+    "messages": "a list of objects with a role and a content that is a string or a list of text parts",
+}
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

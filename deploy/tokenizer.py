@@ -1,0 +1,142 @@
+"""The model's tokenizer as the API uses it: text to ids and back, chat templates, the bytes of one token.
+
+Loading imports transformers and takes seconds; encoding a long text takes long too. Callers do both in a thread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from cluster.errors import CheckpointError, ConfigError, RequestError
+from deploy.text import REPLACEMENT, Detokenizer
+
+
+class Tokenizer:
+    """Wraps a transformers tokenizer. Safe to use from several threads."""
+
+    def __init__(self, inner: Any, *, chat_template: str | None = None) -> None:
+        self._inner = inner
+        self._chat_template = chat_template
+        # The Rust tokenizer alone is several times faster than the methods around it, and has no state to fight over
+        # once truncation and padding are off.
+        self._backend = getattr(inner, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._lock = Lock()
+        self._max_token_chars = max((len(token) for token in inner.get_vocab()), default=1)
+        self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+
+    @classmethod
+    def load(cls, model_dir: str, chat_template_path: str | None = None) -> Tokenizer:
+        """Raises CheckpointError where the directory has no tokenizer that can be used without running its code."""
+        from transformers import AutoTokenizer
+
+        template = None
+        if chat_template_path is not None:
+            try:
+                template = Path(chat_template_path).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"chat_template: {chat_template_path}: {error}") from None
+        try:
+            inner = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # noqa: BLE001 - transformers raises whatever its parsers raise
+            raise CheckpointError(f"{model_dir}: cannot load the tokenizer: {_one_line(error)}") from None
+        return cls(inner, chat_template=template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._lock:
+            return list(self._inner.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        with self._lock:
+            return str(
+                self._inner.decode(
+                    list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+                )
+            )
+
+    def detokenizer(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
+        return Detokenizer(self._decoder(skip_special_tokens), prompt_token_ids)
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the text's length in tokens, at no cost: to refuse what is hopelessly long."""
+        return len(text) // self._max_token_chars
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that the chat template makes of `messages`. Raises RequestError where it refuses them."""
+        if not (self._chat_template or self._inner.chat_template):
+            raise RequestError(
+                "this model has no chat template; use /v1/completions, or start the server with --chat-template",
+                param="messages",
+                code="no_chat_template",
+            )
+        fixed = {"tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "return_dict"}
+        try:
+            return str(
+                self._inner.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=self._chat_template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **{k: v for k, v in (template_kwargs or {}).items() if k not in fixed},
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - templates raise what they like: jinja's errors, TypeError, ...
+            message = f"messages: the chat template refuses them: {_one_line(error)}"
+            raise RequestError(message, param="messages") from None
+
+    def token_text(self, token_id: int) -> str:
+        """The token alone, as text; U+FFFD where it is a part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_string(self, token_id: int) -> str:
+        """The token as the vocabulary writes it."""
+        token = self._inner.convert_ids_to_tokens(token_id)
+        return "" if token is None else str(token)
+
+    def _decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
+        return lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        text = self.decode([token_id])
+        if REPLACEMENT not in text:
+            return text.encode("utf-8", errors="replace")
+        return _bytes_of_token(self.token_string(token_id)) or text.encode()
+
+
+def _bytes_of_token(token: str) -> bytes | None:
+    """Bytes of a token that is no text by itself, in the two notations in use."""
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
+        return bytes.fromhex(match[1])
+    table = _byte_of_char()
+    return bytes(table[char] for char in token) if all(char in table for char in token) else None
+
+
+@lru_cache(maxsize=1)
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
