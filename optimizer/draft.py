@@ -1,0 +1,51 @@
+"""What every planner takes and hands back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from optimizer.problem import IntArray, PlacementProblem
+from optimizer.result import Termination
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a planner may use."""
+
+    ends: float
+    """time.monotonic() by which it should have returned."""
+    solver: str
+    rng: np.random.Generator
+
+    @classmethod
+    def of(cls, seconds: float, *, solver: str = "highs", seed: int = 0) -> Budget:
+        return cls(ends=time.monotonic() + seconds, solver=solver, rng=np.random.default_rng(seed))
+
+    @property
+    def left_s(self) -> float:
+        return self.ends - time.monotonic()
+
+    def share(self, part: float) -> Budget:
+        """A budget of `part` (0..1) of the time that is left."""
+        return Budget(ends=time.monotonic() + part * self.left_s, solver=self.solver, rng=self.rng)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A placement before it is verified and priced."""
+
+    table: IntArray
+    """[L, S] slot table."""
+    reason: str
+    planner: str = ""
+    """Who made it, where it was not the planner that was asked."""
+    termination: Termination = Termination.COMPLETED
+    bound: float = 0.0
+    """Lower bound on the total cost, where the planner proved one."""
+
+
+Planner = Callable[[PlacementProblem, Budget], Draft]

@@ -1,0 +1,103 @@
+"""Planners that look at load alone, or at nothing: baselines, seeds and the fallback.
+
+Each takes a problem (and a random generator) and returns a slot table [L, S].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cluster.placement import contiguous
+from optimizer.problem import FloatArray, IntArray, PlacementProblem
+from optimizer.replicas import replica_counts
+from optimizer.table import room, row_of
+
+
+def contiguous_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
+    """Experts in order, as evenly as slots allow: what engines start with."""
+    return contiguous(problem.num_layers, problem.num_experts, problem.workers).physical_to_logical_map.copy()
+
+
+def round_robin_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
+    """Expert e to worker e mod W, passing over workers that are full."""
+    return _dealt(problem, np.arange(problem.num_experts))
+
+
+def random_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
+    """Every layer dealt in an order of its own."""
+    return np.concatenate(
+        [_dealt(problem, rng.permutation(problem.num_experts))[:1] for _ in range(problem.num_layers)]
+    )
+
+
+def _dealt(problem: PlacementProblem, order: np.ndarray) -> IntArray:
+    held: list[list[int]] = [[] for _ in problem.workers]
+    rank = 0
+    for expert in order:
+        while len(held[rank]) >= problem.workers[rank].slots:
+            rank = (rank + 1) % len(held)
+        held[rank].append(int(expert))
+        rank = (rank + 1) % len(held)
+    return np.tile(row_of(problem, held), (problem.num_layers, 1))
+
+
+def greedy_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
+    """Longest processing time first: the heaviest expert to the worker that would end earliest, while it has a slot.
+
+    Source: Huang et al. 2023, "Towards MoE Deployment", section VII, after Graham 1969. Spare slots get replicas of
+    the experts that are heaviest per replica.
+    """
+    return np.stack([_pack_layer(problem, layer) for layer in range(problem.num_layers)])
+
+
+def _pack_layer(problem: PlacementProblem, layer: int) -> IntArray:
+    """[S] one layer: the replicas, heaviest first, each to the worker that would end earliest."""
+    replicas = replica_counts(problem.loads[layer], sum(room(problem)), len(problem.workers))
+    for spare in range(int(replicas.sum()) - problem.num_experts, -1, -1):
+        held = _pack(problem, problem.loads[layer], replicas)
+        if held is not None:
+            return row_of(problem, held)
+        # replicas of one expert need workers apart; where the last slots do not allow it, one replica fewer does
+        assert spare
+        replicas[int(np.argmin(np.where(replicas > 1, problem.loads[layer] / replicas, np.inf)))] -= 1
+    raise AssertionError("experts without replicas always fit")
+
+
+def _pack(problem: PlacementProblem, load: FloatArray, replicas: IntArray) -> list[list[int]] | None:
+    items = np.repeat(np.arange(problem.num_experts), replicas)
+    weight = (load / replicas)[items]
+    free, busy = np.array(room(problem)), np.zeros(len(problem.workers))
+    held: list[list[int]] = [[] for _ in problem.workers]
+    # an expert's replicas come one after another, so that each still finds a worker of its own
+    for item in np.lexsort((items, -weight)):
+        expert = int(items[item])
+        barred = (free == 0) | np.array([expert in mine for mine in held])
+        if barred.all():
+            return None
+        ends = np.where(barred, np.inf, (busy + weight[item]) / problem.speed)
+        rank = int(np.argmin(ends))
+        held[rank].append(expert)
+        free[rank] -= 1
+        busy[rank] += weight[item]
+    return held
+
+
+def anticorrelation_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
+    """Greedy by load, with experts that are active together kept apart, so that peaks do not meet on one worker.
+
+    Source: Huang et al. 2023, "Towards MoE Deployment", section VII-B: an expert goes to the worker with
+    the least load plus (here, in tokens) co-activation with what the worker already holds.
+    """
+    rows = []
+    for layer in range(problem.num_layers):
+        free, busy = np.array(room(problem)), np.zeros(len(problem.workers))
+        held: list[list[int]] = [[] for _ in problem.workers]
+        for expert in np.argsort(-problem.loads[layer], kind="stable"):
+            together = np.array([problem.pairs[layer, expert, mine].sum() for mine in held])
+            ends = (busy + problem.loads[layer, expert] + together) / problem.speed
+            rank = int(np.argmin(np.where(free == 0, np.inf, ends)))
+            held[rank].append(int(expert))
+            free[rank] -= 1
+            busy[rank] += problem.loads[layer, expert] + together[rank]
+        rows.append(row_of(problem, held))
+    return np.stack(rows)

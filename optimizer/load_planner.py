@@ -1,0 +1,54 @@
+"""The planner `load_ilp`: every layer's min-max load ILP, replicas fixed beforehand, started from greedy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from optimizer.draft import Budget, Draft
+from optimizer.heuristics import greedy_table
+from optimizer.load_ilp import build_load_model, chosen_workers, start_from
+from optimizer.problem import IntArray, PlacementProblem
+from optimizer.result import Termination
+from optimizer.solvers import solve
+from optimizer.table import room, row_of
+
+LOAD_GAP = 5e-3
+"""Relative gap at which a layer's balance is good enough: traffic moves more than that between two windows."""
+
+
+def load_ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
+    """The best-balanced placement, layer by layer; a layer whose turn never comes keeps greedy's.
+
+    Raises SolverError where the solver cannot be used.
+    """
+    table = greedy_table(problem, budget.rng)
+    late = 0
+    for layer in range(problem.num_layers):
+        left = problem.num_layers - layer
+        if budget.left_s <= 0:
+            late = left
+            break
+        row, optimal = _balanced_row(problem, layer, table[layer], budget.left_s / left, budget.solver)
+        table[layer] = row
+        late += not optimal
+    reason = f"{problem.num_layers - late} of {problem.num_layers} layers balanced within {LOAD_GAP:.1%} of the optimum"
+    return Draft(table=table, reason=reason, termination=Termination.DEADLINE if late else Termination.COMPLETED)
+
+
+def _balanced_row(
+    problem: PlacementProblem, layer: int, row: IntArray, time_limit_s: float, solver: str
+) -> tuple[IntArray, bool]:
+    """([S] slots, proven) of one layer, for the experts and replicas that `row` holds."""
+    slots = np.flatnonzero(row >= 0)
+    experts = row[slots]
+    replicas = np.bincount(experts, minlength=problem.num_experts)
+    weights = problem.loads[layer, experts] / replicas[experts]
+    model = build_load_model(weights, problem.speed, room(problem), experts)
+    load = np.bincount(problem.owner[slots], weights, len(problem.workers))
+    start_from(model, problem.owner[slots], float((load / problem.speed).max()))
+    solution = solve(model, solver=solver, time_limit_s=time_limit_s, gap=LOAD_GAP)
+    if solution.objective is None:
+        return row, False
+    chosen = chosen_workers(model)
+    held = [experts[chosen == rank].tolist() for rank in range(len(problem.workers))]
+    return row_of(problem, held), solution.optimal

@@ -1,0 +1,125 @@
+"""plan(): from a problem to a verified, priced placement, by any planner, within a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from cluster.errors import ConfigError
+from optimizer.bounds import lower_bound
+from optimizer.cost import Cost, copies, load_imbalance, price_table, shares
+from optimizer.draft import Budget, Draft, Planner
+from optimizer.heuristics import anticorrelation_table, contiguous_table, greedy_table, random_table, round_robin_table
+from optimizer.load_planner import load_ilp_plan
+from optimizer.problem import IntArray, PlacementProblem
+from optimizer.result import PlanResult, SolutionStatus, Termination
+from optimizer.solvers import SOLVERS, SolverError
+from optimizer.table import to_placement
+
+TableMaker = Callable[[PlacementProblem, np.random.Generator], IntArray]
+
+OPTIMAL_GAP = 1e-6
+"""Relative gap below which a placement counts as proven."""
+
+
+def _heuristic(make_table: TableMaker, reason: str) -> Planner:
+    def planner(problem: PlacementProblem, budget: Budget) -> Draft:
+        return Draft(table=make_table(problem, budget.rng), reason=reason)
+
+    return planner
+
+
+_PLANNERS: dict[str, Planner] = {
+    "contiguous": _heuristic(contiguous_table, "experts in order"),
+    "round_robin": _heuristic(round_robin_table, "experts dealt in turn"),
+    "random": _heuristic(random_table, "experts dealt at random"),
+    "greedy": _heuristic(greedy_table, "heaviest expert first, to the worker that ends earliest"),
+    "anticorrelation": _heuristic(anticorrelation_table, "greedy, with experts that peak together kept apart"),
+    "load_ilp": load_ilp_plan,
+    "ilp": load_ilp_plan,
+    "auto": load_ilp_plan,
+}
+
+PLANNERS: tuple[str, ...] = tuple(_PLANNERS)
+
+
+def plan(
+    problem: PlacementProblem,
+    *,
+    planner: str = "auto",
+    deadline_s: float = 10.0,
+    solver: str = "highs",
+    seed: int = 0,
+) -> PlanResult:
+    """The placement that `planner` (one of PLANNERS) finds within about `deadline_s` seconds. Blocks that long.
+
+    Greedy's placement is returned, and the reason says why, where a solver is missing, refuses the model or breaks.
+    Raises ConfigError for an unknown planner or solver.
+    """
+    if planner not in _PLANNERS:
+        raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {planner!r}")
+    if solver not in SOLVERS:
+        raise ConfigError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+    if not deadline_s > 0:
+        raise ConfigError(f"deadline: expected a positive number of seconds, got {deadline_s!r}")
+    begun = time.monotonic()
+    budget = Budget(ends=begun + deadline_s, solver=solver, rng=np.random.default_rng(seed))
+    status = SolutionStatus.FEASIBLE
+    try:
+        draft = _PLANNERS[planner](problem, budget)
+    except SolverError as error:
+        draft = _fallback(problem, budget, str(error))
+        status = SolutionStatus.FALLBACK
+    return _result(problem, draft, planner, status, begun)
+
+
+def _fallback(problem: PlacementProblem, budget: Budget, why: str) -> Draft:
+    return Draft(
+        table=greedy_table(problem, budget.rng),
+        planner="greedy",
+        reason=f"greedy instead: {why}",
+        termination=Termination.SOLVER_FAILED,
+    )
+
+
+def _result(problem: PlacementProblem, draft: Draft, planner: str, status: SolutionStatus, begun: float) -> PlanResult:
+    placement = to_placement(problem, draft.table)
+    table = placement.physical_to_logical_map
+    cost = price_table(problem, table)
+    bound = min(max(draft.bound, lower_bound(problem)), cost.total_s)
+    gap = 1 - bound / cost.total_s
+    if status is SolutionStatus.FEASIBLE and gap <= OPTIMAL_GAP:
+        status = SolutionStatus.OPTIMAL
+    cost_before, imbalance_before = _before(problem)
+    moves = copies(problem, table)
+    return PlanResult(
+        planner=draft.planner or planner,
+        placement=placement,
+        status=status,
+        termination=draft.termination,
+        cost_before=cost_before,
+        cost=cost,
+        imbalance_before=imbalance_before,
+        imbalance=mean_imbalance(problem, table),
+        lower_bound=bound,
+        gap=gap,
+        seconds=time.monotonic() - begun,
+        moves=moves,
+        bytes=moves * problem.expert_bytes,
+        reason=draft.reason,
+    )
+
+
+def mean_imbalance(problem: PlacementProblem, table: IntArray) -> float:
+    """Mean over layers of the slowest worker's load over an even split."""
+    return float(load_imbalance(problem, shares(problem, table)).mean())
+
+
+def _before(problem: PlacementProblem) -> tuple[Cost | None, float | None]:
+    current = problem.current
+    if current is None or current.workers != problem.workers:
+        return None, None
+    table = current.physical_to_logical_map
+    return price_table(problem, table), mean_imbalance(problem, table)
