@@ -1,0 +1,332 @@
+"""Continuous batching over several workers: who runs what in each lock-step step. Pure: no Ray, no torch, no clock.
+
+The life of a request: `add` puts it in the queue. `schedule` gives it a home worker with KV blocks for all its tokens
+and runs its prompt in chunks, then one token a step. `commit` appends what was sampled and tells when it ends.
+When a worker is out of blocks, its newest request goes back to the queue (by its arrival, so to the front) and is
+computed again later, from prompt and output, perhaps elsewhere. So does every request whose worker is gone.
+
+A step is a transaction: between `schedule` and `commit` nothing advances, and after `rollback` the same work is
+scheduled again. Requests may be added and aborted at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from actors.admission import Part, admit
+from actors.homes import Home
+from actors.kv_blocks import blocks_for
+from actors.sequences import Queue, Sequence
+from cluster.errors import RequestError
+from cluster.placement import WorkerId
+from cluster.protocol import (
+    EngineStatus,
+    Epoch,
+    FinishReason,
+    GenerateRequest,
+    RequestId,
+    Sample,
+    StepPlan,
+    StepResult,
+    TokenOutput,
+)
+
+
+class Scheduler:
+    """The queue, and what runs where. One step is in flight at a time; not thread-safe."""
+
+    def __init__(
+        self,
+        workers: Mapping[WorkerId, int],
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        """`workers`: KV blocks of each, in rank order. `max_num_seqs` and `max_num_batched_tokens` are per worker."""
+        if min(block_size, max_num_seqs, max_num_batched_tokens, max_model_len - 1) < 1:
+            raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be positive, max_model_len > 1")
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._homes: dict[WorkerId, Home] = {}
+        self._waiting = Queue()
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._arrivals = 0
+        self._flight: tuple[int, dict[WorkerId, Part]] | None = None
+        self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._epoch = 0
+        self.set_workers(workers)
+
+    # --- Requests -----------------------------------------------------------------------------------------------
+
+    def add(self, request: GenerateRequest) -> TokenOutput | None:
+        """Queue a request. Returns its end at once if it is resumed and nothing is left to generate, else None.
+
+        Raises RequestError, naming the field, where it can never be served.
+        """
+        self._check(request)
+        sequence = Sequence(request, arrival=self._arrivals, max_model_len=self._max_model_len, eos=self._eos_token_ids)
+        if reason := sequence.finish_reason():
+            return _output(sequence, (), reason)
+        # With no worker at all there is nothing to compare with: it waits for one.
+        if self._homes and not any(home.can_ever_hold(sequence) for home in self._homes.values()):
+            room = self._block_size * max((home.pool.num_blocks for home in self._homes.values()), default=0)
+            raise RequestError(
+                f"the prompt has {sequence.num_prompt_tokens} tokens and max_tokens is {request.params.max_tokens}: "
+                f"no worker's KV cache holds more than {room} tokens",
+                param="prompt" if sequence.num_prompt_tokens > room else "max_tokens",
+                code="context_length_exceeded",
+            )
+        self._arrivals += 1
+        self._sequences[request.request_id] = sequence
+        self._waiting.add(sequence)
+        return None
+
+    def abort(self, request_id: RequestId) -> bool:
+        """Forget a request, whatever it is doing. Returns whether it was there; nothing more is output for it."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._end(sequence)
+        return True
+
+    def stranded(self) -> tuple[RequestId, ...]:
+        """Waiting requests that no present worker can ever hold, because those that could have left.
+
+        They wait for a larger worker; the caller decides for how long.
+        """
+        homes = [home for home in self._homes.values() if not home.draining]
+        return tuple(s.request_id for s in self._waiting.items if not any(home.can_ever_hold(s) for home in homes))
+
+    def _check(self, request: GenerateRequest) -> None:
+        prompt, params = len(request.prompt_token_ids), request.params
+        if request.request_id in self._sequences:
+            raise RequestError(f"request {request.request_id!r} is already running", param="request_id", status=409)
+        if not prompt:
+            raise RequestError("the prompt is empty", param="prompt")
+        if params.max_tokens < 1:
+            raise RequestError(f"max_tokens: expected at least 1, got {params.max_tokens}", param="max_tokens")
+        if prompt >= self._max_model_len:
+            raise RequestError(
+                f"the prompt has {prompt} tokens: the model's longest context is {self._max_model_len} tokens, "
+                "the answer included",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    # --- Steps --------------------------------------------------------------------------------------------------
+
+    def schedule(self, epoch: Epoch, step: int) -> dict[WorkerId, StepPlan] | None:
+        """Every worker's plan of the next step, or None when there is nothing to run.
+
+        Decoding sequences come first, then prompts that have begun, then new ones, each in order of arrival.
+        """
+        assert self._flight is None, "the previous step has neither been committed nor rolled back"
+        parts = {worker: Part(home, self._max_num_batched_tokens) for worker, home in self._homes.items()}
+        for part in parts.values():
+            self._continue(part)
+        admit(self._waiting, parts.values(), self._max_num_seqs, self._max_num_batched_tokens)
+        if not any(part.work for part in parts.values()):
+            return None
+        self._flight = (step, parts)
+        self._epoch = epoch
+        tokens_per_rank = tuple(self._max_num_batched_tokens - part.budget for part in parts.values())
+        plans = {}
+        for worker, part in parts.items():
+            part.forget, part.home.forget = tuple(part.home.forget), []
+            plans[worker] = StepPlan(
+                epoch=epoch,
+                step=step,
+                tokens_per_rank=tokens_per_rank,
+                new=tuple(sequence.introduction() for sequence, _ in part.work if not sequence.told),
+                chunks=tuple(chunk for _, chunk in part.work),
+                finished=part.forget,
+            )
+        return plans
+
+    def commit(self, results: Mapping[WorkerId, StepResult]) -> list[TokenOutput]:
+        """The whole step is done: lengths advance, and the sampled tokens are returned in the order of the plans."""
+        assert self._flight is not None, "no step is in flight"
+        step, parts = self._flight
+        assert set(results) == set(parts), "a worker's result is missing, or is of no member"
+        assert all(result.step == step for result in results.values()), "a result of another step"
+        self._flight = None
+        self._steps += 1
+        outputs: list[TokenOutput] = []
+        for worker, part in parts.items():
+            samples = {sample.request_id: sample for sample in results[worker].samples}
+            for sequence, chunk in part.work:
+                if sequence.ended:
+                    continue
+                sequence.computed += chunk.length
+                part.home.backlog -= chunk.length
+                sequence.told = True
+                sequence.told_blocks = len(sequence.blocks)
+                if chunk.samples:
+                    part.home.backlog += 1
+                    outputs.append(self._append(sequence, samples[sequence.request_id]))
+        return outputs
+
+    def rollback(self) -> None:
+        """The step in flight failed somewhere: nothing of it counts, and its work is scheduled again."""
+        assert self._flight is not None, "no step is in flight"
+        for part in self._flight[1].values():
+            part.home.forget = [*part.forget, *part.home.forget]
+        self._flight = None
+
+    def _continue(self, part: Part) -> None:
+        """Run what is at home here: each decoding sequence one token, then the prompts that have begun."""
+        home = part.home
+        if home.backlog == len(home.running):
+            prefilling: list[Sequence] = []
+            decoding = home.running.items.copy()
+        else:
+            prefilling = [sequence for sequence in home.running.items if sequence.remaining > 1]
+            decoding = [sequence for sequence in home.running.items if sequence.remaining == 1]
+        for sequence in decoding:
+            # Preempted meanwhile for an older one.
+            if sequence.home is None:
+                continue
+            if not part.budget:
+                break
+            if self._grow(part, sequence):
+                part.run(sequence, 1)
+        for sequence in prefilling:
+            if part.budget and sequence.home is not None:
+                part.run(sequence, min(sequence.remaining, part.budget))
+
+    def _grow(self, part: Part, sequence: Sequence) -> bool:
+        """Find a block for its newest token, if need be by preempting the newest here. False: that was itself."""
+        home = part.home
+        while len(sequence.blocks) * self._block_size < len(sequence.tokens):
+            if home.pool.num_free:
+                sequence.blocks += home.pool.allocate(1)
+                break
+            newest = home.running.items[-1]
+            self._requeue(newest)
+            self._preemptions += 1
+            part.preempted = True
+            if newest is sequence:
+                return False
+        return True
+
+    def _append(self, sequence: Sequence, sample: Sample) -> TokenOutput:
+        sequence.tokens.append(sample.token_id)
+        self._generation_tokens += 1
+        if not sequence.counted:
+            sequence.counted = True
+            self._prompt_tokens += sequence.num_prompt_tokens
+        reason = sequence.finish_reason()
+        if reason is not None:
+            self._end(sequence)
+        return _output(sequence, (sample.token_id,), reason, sample)
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.ended = True
+        del self._sequences[sequence.request_id]
+        if sequence.home is not None:
+            sequence.home.drop(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        assert sequence.home is not None
+        sequence.home.drop(sequence)
+        self._waiting.add(sequence)
+
+    # --- Membership ---------------------------------------------------------------------------------------------
+
+    def set_workers(self, workers: Mapping[WorkerId, int]) -> None:
+        """The members from the next step on, with their KV blocks, in rank order.
+
+        Requests whose home is gone return to the queue with all their tokens. A worker that is listed with another
+        number of blocks counts as a new one; so must one that restarted under its old name be left out once first.
+        """
+        assert self._flight is None, "the membership changes between steps"
+        for worker, home in self._homes.items():
+            if workers.get(worker) != home.pool.num_blocks:
+                for sequence in home.running.items.copy():
+                    self._requeue(sequence)
+        old = self._homes
+        self._homes = {}
+        for worker, num_kv_blocks in workers.items():
+            kept = old.get(worker)
+            if kept is None or kept.pool.num_blocks != num_kv_blocks:
+                kept = Home(worker, num_kv_blocks, self._block_size)
+            self._homes[worker] = kept
+
+    def drain(self, worker: WorkerId) -> None:
+        """Give no more requests to `worker`; those that run there go on. It ends when the worker leaves."""
+        self._homes[worker].draining = True
+
+    # --- Views --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._sequences)
+
+    def status(self) -> EngineStatus:
+        """Totals count from the start; `steps` are committed ones, `prompt_tokens` counts each prompt once."""
+        return EngineStatus(
+            running={worker: len(home.running) for worker, home in self._homes.items()},
+            waiting=len(self._waiting),
+            kv_usage={worker: home.pool.usage for worker, home in self._homes.items()},
+            steps=self._steps,
+            preemptions=self._preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            epoch=self._epoch,
+        )
+
+    def validate(self) -> None:
+        """Asserts every invariant. For tests: it takes time in proportion to all blocks and tokens."""
+        for home in self._homes.values():
+            home.validate()
+            assert len(home.running) <= self._max_num_seqs
+        homed = {s.request_id: s for home in self._homes.values() for s in home.running.items}
+        waiting = {s.request_id: s for s in self._waiting.items}
+        assert len(homed) == sum(len(home.running) for home in self._homes.values()), "a request has two homes"
+        assert not homed.keys() & waiting.keys()
+        assert homed | waiting == self._sequences, "a request is lost"
+        arrivals = [sequence.arrival for sequence in self._waiting.items]
+        assert arrivals == sorted(set(arrivals)), "the queue is out of order"
+        for sequence in self._sequences.values():
+            assert not sequence.ended
+            assert sequence.num_prompt_tokens <= len(sequence.tokens) < sequence.longest <= self._max_model_len
+        for sequence in self._waiting.items:
+            assert sequence.home is None
+            assert not sequence.blocks
+            assert sequence.computed == sequence.told_blocks == 0
+        self._validate_flight()
+
+    def _validate_flight(self) -> None:
+        if self._flight is None:
+            return
+        for worker, part in self._flight[1].items():
+            assert part.home is self._homes[worker]
+            tokens = sum(chunk.length for _, chunk in part.work)
+            assert tokens == self._max_num_batched_tokens - part.budget
+            assert part.budget >= 0
+            for sequence, chunk in part.work:
+                assert chunk.length >= 1
+                assert sequence.ended or sequence.home is part.home
+                covered = chunk.block_offset + len(chunk.block_ids)
+                assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
+
+
+def _output(
+    sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None, sample: Sample | None = None
+) -> TokenOutput:
+    return TokenOutput(
+        request_id=sequence.request_id,
+        offset=sequence.num_output - len(tokens),
+        token_ids=tokens,
+        logprobs=(sample.logprobs,) if sample is not None and sample.logprobs is not None else (),
+        finish_reason=reason,
+        stop_token_id=sequence.stop_token_id() if reason is FinishReason.STOP else None,
+    )

@@ -1,0 +1,136 @@
+"""What batching knows of one request, and queues of them. `actors.batching` moves it forward."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence as ReadOnly
+from typing import TYPE_CHECKING
+
+from cluster.placement import WorkerId
+from cluster.protocol import Chunk, FinishReason, GenerateRequest, NewSequence, RequestId
+
+if TYPE_CHECKING:
+    from actors.homes import Home
+
+
+class Sequence:
+    """A request that has not ended. It waits while `home` is None, and else runs there.
+
+    `computed` and `told_blocks` change only when a step is committed, so a step that failed leaves no trace.
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "claim",
+        "computed",
+        "counted",
+        "ended",
+        "eos_token_ids",
+        "home",
+        "longest",
+        "num_prompt_tokens",
+        "params",
+        "request_id",
+        "stop_token_ids",
+        "tokens",
+        "told",
+        "told_blocks",
+    )
+
+    def __init__(self, request: GenerateRequest, *, arrival: int, max_model_len: int, eos: ReadOnly[int]) -> None:
+        params = request.params
+        self.request_id: RequestId = request.request_id
+        self.params = params
+        self.arrival = arrival
+        """Its place in the queue, which preemption does not lose."""
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        """Prompt, then output."""
+        self.longest = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
+        """Tokens at which it ends for its length."""
+        self.eos_token_ids = tuple(eos)
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        self.computed = 0
+        """Tokens whose keys and values are in the home's KV cache."""
+        self.home: Home | None = None
+        self.claim: WorkerId | None = None
+        """While it waits for memory: the worker that takes no later request until it fits."""
+        self.blocks: list[int] = []
+        self.told = False
+        """Whether the home knows its tokens."""
+        self.told_blocks = 0
+        """Blocks that the home knows of."""
+        self.counted = False
+        """Whether its prompt is in the statistics."""
+        self.ended = False
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to run before the next one can be sampled: 1 while decoding, more during prefill."""
+        return len(self.tokens) - self.computed
+
+    def finish_reason(self) -> FinishReason | None:
+        """Whether its last output token ends it. An end-of-sequence or stop token at the limit is a stop."""
+        params = self.params
+        if self.num_output and self.num_output >= params.min_tokens:
+            last = self.tokens[-1]
+            if (not params.ignore_eos and last in self.eos_token_ids) or last in self.stop_token_ids:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.tokens) >= self.longest else None
+
+    def stop_token_id(self) -> int | None:
+        """The stop token that ended it; None where it was an end-of-sequence token."""
+        last = self.tokens[-1]
+        if last not in self.stop_token_ids or (not self.params.ignore_eos and last in self.eos_token_ids):
+            return None
+        return last
+
+    def introduction(self) -> NewSequence:
+        return NewSequence(
+            request_id=self.request_id,
+            token_ids=tuple(self.tokens),
+            num_prompt_tokens=self.num_prompt_tokens,
+            params=self.params,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def chunk(self, length: int) -> Chunk:
+        """The next `length` tokens to run."""
+        told = self.told_blocks
+        return Chunk(
+            request_id=self.request_id,
+            start=self.computed,
+            length=length,
+            known=len(self.tokens),
+            block_offset=told,
+            block_ids=tuple(self.blocks[told:]) if told < len(self.blocks) else (),
+        )
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+class Queue:
+    """Sequences in order of arrival."""
+
+    __slots__ = ("items",)
+
+    def __init__(self) -> None:
+        self.items: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.items, sequence, key=_arrival)
+
+    def remove(self, sequence: Sequence) -> None:
+        at = bisect_left(self.items, sequence.arrival, key=_arrival)
+        assert self.items[at] is sequence
+        del self.items[at]
