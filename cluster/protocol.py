@@ -212,6 +212,8 @@ class HostSpec:
     max_num_batched_tokens: int
     num_threads: int
     """Of torch; 0 leaves its default."""
+    step_timeout_s: float = 60.0
+    """How long a peer may keep the others waiting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,6 +269,7 @@ class ExpertCopy:
     tensors: dict[str, npt.NDArray[np.uint8]]
     """Raw bytes of each tensor, by parameter name."""
     digest: str
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

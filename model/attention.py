@@ -38,8 +38,8 @@ class SequenceSlice:
     start: int
     block_ids: Sequence[int]
     """The sequence's whole block table, up to its last token of this step at least."""
-    rope_length: int
-    """Length of the sequence that length-dependent rotary embeddings go by."""
+    prompt_length: int
+    """Tokens of the sequence's prompt, by which length-dependent rotary embeddings go."""
     wants_logits: bool = True
     """Whether logits of the last token are needed."""
 

@@ -7,7 +7,8 @@ Legend: T tokens, K choices, L MoE layers, E logical experts.
 
 from __future__ import annotations
 
-import numpy as np
+import threading
+
 import torch
 from torch import Tensor
 
@@ -15,13 +16,13 @@ from cluster.protocol import RoutingCounts
 
 
 class RoutingCounter:
-    """Used by one thread; `take` may be called from another between steps."""
+    """Steps are noted by one thread; `take` may be called from another at any time."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._layers = num_layers
         self._experts = num_experts
         self._step: list[Tensor] = []
-        self._tokens = 0
+        self._lock = threading.Lock()
         self._reset()
 
     def note(self, index_TK: Tensor) -> None:
@@ -34,23 +35,27 @@ class RoutingCounter:
     def commit_step(self) -> None:
         """The step's choices count."""
         if len(self._step) == self._layers and self._step[0].numel():
-            index_LTK = torch.stack(self._step).to("cpu", torch.int64)
+            self._add_step(torch.stack(self._step).to("cpu", torch.int64))
+        self._step = []
+
+    def take(self) -> RoutingCounts:
+        """Counts since the last call."""
+        with self._lock:
+            tokens, load, transitions = self._tokens, self._load, self._transitions
+            self._reset()
+        return RoutingCounts(
+            tokens=tokens,
+            load=load.numpy(),
+            transitions=transitions.numpy().reshape(-1, self._experts, self._experts),
+        )
+
+    def _add_step(self, index_LTK: Tensor) -> None:
+        with self._lock:
             self._tokens += index_LTK.shape[1]
             _add(self._load, index_LTK.flatten(1))
             if self._layers > 1:
                 pairs = index_LTK[:-1, :, :, None] * self._experts + index_LTK[1:, :, None, :]
                 _add(self._transitions, pairs.flatten(1))
-        self._step = []
-
-    def take(self) -> RoutingCounts:
-        """Counts since the last call."""
-        tokens, load, transitions = self._tokens, self._load, self._transitions
-        self._reset()
-        return RoutingCounts(
-            tokens=tokens,
-            load=load.numpy(),
-            transitions=transitions.numpy().reshape(-1, self._experts, self._experts).astype(np.int64, copy=False),
-        )
 
     def _reset(self) -> None:
         self._tokens = 0

@@ -1,0 +1,304 @@
+"""One worker's model: what an ExpertHost does, without Ray.
+
+Owns weights, KV cache, sequences and the epoch in force. Threads: `load`, `step` and `commit` are called by one thread,
+one at a time; everything else may be called beside them. Weights are kept by (layer, logical expert), so that a copy
+that arrives early harms nothing: it is held beside the placement's experts until a commit makes it one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+
+from cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
+from cluster.placement import EMPTY
+from cluster.protocol import (
+    Chunk,
+    Epoch,
+    EpochSpec,
+    ExpertCopy,
+    HostSpec,
+    RequestId,
+    RoutingCounts,
+    Sample,
+    StepPlan,
+    StepResult,
+)
+from model.attention import SequenceSlice
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.dispatch import Dispatcher, row_bytes
+from model.experts import ExpertStore
+from model.kv_cache import KVCache
+from model.loading import expert_modules, load_many_experts, load_trunk
+from model.routing_counter import RoutingCounter
+from model.runner import ModelRunner
+from model.sampling import SamplingState, sample
+from model.shared_memory import SharedMemoryTransport
+from model.transport import CollectiveTransport, LocalTransport, Transport
+
+log = logging.getLogger(__name__)
+
+_KV_SHARE = 0.3
+"""Of the memory that is free once the weights are loaded, for KV caches of all workers of a CPU node."""
+_KV_SHARE_CUDA = 0.85
+
+
+@dataclass(slots=True)
+class _Sequence:
+    state: SamplingState
+    blocks: list[int]
+
+
+@dataclass(slots=True)
+class _EpochState:
+    spec: EpochSpec
+    rank: int
+    transport: Transport
+    dispatcher: Dispatcher
+
+
+class Worker:
+    """See the module."""
+
+    def __init__(self, spec: HostSpec) -> None:
+        self.spec = spec
+        self.progress = 0.0
+        """Share of the weights' bytes that are loaded, 0..1."""
+        self._device = torch.device(spec.model.device)
+        self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
+        self._sequences: dict[RequestId, _Sequence] = {}
+        self._prepared: dict[Epoch, _EpochState] = {}
+        self._epoch: _EpochState | None = None
+        self._checkpoint: Checkpoint
+        self._store: ExpertStore
+        self._runner: ModelRunner
+        self._cache: KVCache
+        self._counter: RoutingCounter
+
+    # --- Loading ------------------------------------------------------------------------------------------------
+
+    def load(self) -> tuple[int, int]:
+        """Read the trunk and the spec's experts, make the KV cache. Returns (KV blocks, bytes held).
+
+        Raises CheckpointError, and UserError where no KV cache for one sequence of full length fits.
+        """
+        if self.spec.num_threads:
+            torch.set_num_threads(self.spec.num_threads)
+        self._checkpoint = open_checkpoint(self.spec.model.path)
+        trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
+        modules = expert_modules(trunk)
+        self._store = ExpertStore(modules)
+        self._trunk = trunk
+        if len(self.spec.experts) != len(modules):
+            raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
+        self._read([(layer, e) for layer, experts in enumerate(self.spec.experts) for e in experts if e != EMPTY])
+        self._runner = ModelRunner(trunk, modules, device=self._device)
+        info = self._checkpoint.info
+        self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
+        self._cache = self._runner.allocate(
+            num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
+        )
+        weights = sum(p.nbytes for p in trunk.parameters()) + self._store.nbytes
+        return self._cache.num_blocks, weights + self._cache.nbytes
+
+    def _read(self, pairs: list[tuple[int, int]]) -> None:
+        def note(done: int, total: int) -> None:
+            self.progress = done / max(1, total)
+
+        for (layer, expert), tensors in load_many_experts(
+            self._checkpoint, self._trunk, pairs, dtype=self._dtype, device=self._device, progress=note
+        ):
+            self._store.put(layer, expert, tensors)
+        self.progress = 1.0
+
+    def _kv_blocks(self) -> int:
+        spec = self.spec
+        block = KVCache.block_bytes(self._runner.kv_shapes, block_size=spec.block_size, dtype=self._dtype)
+        per_sequence = -(-spec.model.max_model_len // spec.block_size)
+        if spec.kv_cache_bytes is not None:
+            room = spec.kv_cache_bytes // block
+        elif self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+            room = int(free * _KV_SHARE_CUDA) // block
+        else:
+            peers = max(1, (psutil.cpu_count() or 1) // max(1, spec.num_threads))
+            room = int(psutil.virtual_memory().available * _KV_SHARE / peers) // block
+        if room < per_sequence:
+            raise UserError(
+                f"max_model_len {spec.model.max_model_len} needs {per_sequence * block >> 20} MiB of KV cache,"
+                f" {room * block >> 20} MiB are there: lower --max-model-len or raise --kv-cache-memory-bytes"
+            )
+        return min(room, per_sequence * spec.max_num_seqs)
+
+    # --- Epochs -------------------------------------------------------------------------------------------------
+
+    def prepare(self, spec: EpochSpec) -> None:
+        """Get ready for an epoch while the present one serves: check the experts, join the group. Blocks on peers.
+
+        Raises PlacementError for an expert that is not held here, StepAborted where a peer does not come.
+        """
+        rank = spec.placement.rank_of(self.spec.worker)
+        for layer in range(spec.placement.num_layers):
+            missing = self._experts_of(spec, layer) - self._store.held(layer)
+            if missing:
+                raise PlacementError(f"{self.spec.worker} does not hold expert {min(missing)} of layer {layer}")
+        current = self._epoch
+        if current is not None and current.spec.group == spec.group and current.rank == rank:
+            transport = current.transport
+        else:
+            transport = self._join(spec, rank)
+        dispatcher = Dispatcher(spec.placement, rank, self._store, transport, device=self._device)
+        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, transport=transport, dispatcher=dispatcher)
+
+    def _experts_of(self, spec: EpochSpec, layer: int) -> set[int]:
+        return set(spec.placement.experts_of(self.spec.worker, layer)) - {EMPTY}
+
+    def _join(self, spec: EpochSpec, rank: int) -> Transport:
+        size = len(spec.placement.workers)
+        timeout_s = self.spec.step_timeout_s
+        if spec.transport == "local":
+            return LocalTransport()
+        if spec.transport == "shm":
+            row = max(row_bytes(s.hidden, s.top_k, s.dtype) for s in self._runner.layer_shapes)
+            return SharedMemoryTransport(
+                group=spec.group,
+                rank=rank,
+                size=size,
+                max_bytes=row * self.spec.max_num_batched_tokens,
+                timeout_s=timeout_s,
+            )
+        return CollectiveTransport(
+            spec.transport,
+            rendezvous=spec.rendezvous,
+            group=spec.group,
+            rank=rank,
+            size=size,
+            timeout_s=timeout_s,
+        )
+
+    def commit(self, epoch: Epoch) -> None:
+        """Flip to a prepared epoch, at a step boundary; drop the experts that it does not place here.
+
+        A second commit of the same epoch changes nothing. Raises StepAborted where it was not prepared.
+        """
+        if self._epoch is not None and self._epoch.spec.epoch == epoch:
+            return
+        state = self._prepared.pop(epoch, None)
+        if state is None:
+            raise StepAborted(f"epoch {epoch} was not prepared on {self.spec.worker}")
+        previous, self._epoch = self._epoch, state
+        self._prepared.clear()
+        self._runner.dispatcher = state.dispatcher
+        if previous is not None and previous.transport is not state.transport:
+            previous.transport.close()
+        self._keep_placed()
+
+    def abandon(self, epoch: Epoch) -> None:
+        """Forget what was prepared and staged for an epoch that will not come."""
+        state = self._prepared.pop(epoch, None)
+        if state is not None and (self._epoch is None or state.transport is not self._epoch.transport):
+            state.transport.close()
+        self._keep_placed()
+
+    def _keep_placed(self) -> None:
+        if self._epoch is not None:
+            spec = self._epoch.spec
+            self._store.keep_only([self._experts_of(spec, layer) for layer in range(self._store.num_layers)])
+
+    # --- Copies of experts --------------------------------------------------------------------------------------
+
+    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
+        """Raises PlacementError where the expert is not held."""
+        try:
+            tensors = self._store.get(layer, expert)
+        except KeyError:
+            raise PlacementError(f"{self.spec.worker} does not hold expert {expert} of layer {layer}") from None
+        raw = {name: t.contiguous().view(-1).view(torch.uint8).cpu().numpy() for name, t in tensors.items()}
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        return ExpertCopy(layer=layer, expert=expert, tensors=raw, digest=digest(raw), shapes=shapes)
+
+    def import_expert(self, copy: ExpertCopy) -> None:
+        """Hold a copy beside the placement's experts. Raises PlacementError where its digest does not match."""
+        if digest(copy.tensors) != copy.digest:
+            raise PlacementError(f"expert {copy.expert} of layer {copy.layer} arrived damaged")
+        tensors = {
+            name: torch.from_numpy(np.array(raw)).view(self._dtype).view(copy.shapes[name]).to(self._device)
+            for name, raw in copy.tensors.items()
+        }
+        self._store.put(copy.layer, copy.expert, tensors)
+
+    def read_expert(self, layer: int, expert: int) -> None:
+        """Hold an expert beside the placement's, read from the checkpoint."""
+        self._read([(layer, expert)])
+
+    # --- Steps --------------------------------------------------------------------------------------------------
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Run this worker's part of a step, in lock-step with the others, and sample.
+
+        Raises StepAborted for a plan of another epoch, or where a peer is gone: the step may then be run again.
+        """
+        begin = time.perf_counter()
+        if self._epoch is None or plan.epoch != self._epoch.spec.epoch:
+            have = None if self._epoch is None else self._epoch.spec.epoch
+            raise StepAborted(f"a step of epoch {plan.epoch} came to {self.spec.worker}, which is in epoch {have}")
+        for request_id in plan.finished:
+            self._sequences.pop(request_id, None)
+        for new in plan.new:
+            self._sequences[new.request_id] = _Sequence(state=SamplingState(new), blocks=[])
+        slices = [self._slice(chunk) for chunk in plan.chunks]
+        try:
+            logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
+        except BaseException:
+            self._counter.discard_step()
+            raise
+        sampling = [chunk.request_id for chunk in plan.chunks if chunk.samples]
+        states = [self._sequences[request_id].state for request_id in sampling]
+        with torch.inference_mode():
+            chosen = sample(logits, states)
+        for state, (token, _) in zip(states, chosen, strict=True):
+            state.append(token)
+        self._counter.commit_step()
+        samples = tuple(
+            Sample(request_id=request_id, token_id=token, logprobs=logprobs)
+            for request_id, (token, logprobs) in zip(sampling, chosen, strict=True)
+        )
+        return StepResult(step=plan.step, samples=samples, compute_s=time.perf_counter() - begin)
+
+    def _slice(self, chunk: Chunk) -> SequenceSlice:
+        sequence = self._sequences[chunk.request_id]
+        sequence.state.truncate(chunk.known)
+        sequence.blocks[chunk.block_offset :] = chunk.block_ids
+        end = chunk.start + chunk.length
+        return SequenceSlice(
+            token_ids=sequence.state.token_ids[chunk.start : end],
+            start=chunk.start,
+            block_ids=sequence.blocks,
+            prompt_length=sequence.state.num_prompt_tokens,
+            wants_logits=chunk.samples,
+        )
+
+    def abort_step(self) -> None:
+        """Wake a step that waits for a dead peer. The group is of no use afterwards; a new epoch must follow."""
+        if self._epoch is not None:
+            self._epoch.transport.abort()
+
+    def routing_counts(self) -> RoutingCounts:
+        """Since the last call."""
+        return self._counter.take()
+
+
+def digest(tensors: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]) -> str:
+    """Of an expert as one unit: names, sizes and bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        state.update(f"{name}:{tensors[name].nbytes};".encode())
+        state.update(np.ascontiguousarray(tensors[name]).data)
+    return state.hexdigest()

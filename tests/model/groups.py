@@ -1,0 +1,97 @@
+"""Lock-step workers as threads of one process, for fast tests: each runs the same function with its own rank."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.distributed import TCPStore
+
+from cluster.placement import EMPTY, Placement, Worker, WorkerId, contiguous
+from model.experts import ExpertStore
+from model.shared_memory import SharedMemoryTransport
+from model.transport import CollectiveTransport, LocalTransport, Transport
+
+R = TypeVar("R")
+
+
+def workers(*slots: int) -> tuple[Worker, ...]:
+    return tuple(Worker(id=WorkerId(f"w{i}"), node="n", slots=n) for i, n in enumerate(slots))
+
+
+def run_group(size: int, function: Callable[[int], R]) -> list[R]:
+    """Call `function(rank)` in `size` threads at once; results by rank. The first error is raised."""
+    barrier = threading.Barrier(size)
+
+    def call(rank: int) -> R:
+        torch.set_num_threads(1)
+        barrier.wait()
+        return function(rank)
+
+    with ThreadPoolExecutor(size) as pool:
+        return [future.result() for future in [pool.submit(call, rank) for rank in range(size)]]
+
+
+def make_transports(kind: str, size: int, *, max_bytes: int = 1 << 20, timeout_s: float = 20.0) -> list[Transport]:
+    """One per rank, joined. `kind`: local, shm or gloo."""
+    group = f"emoe-test-{uuid.uuid4().hex[:8]}"
+    if kind == "local":
+        return [LocalTransport()]
+    if kind == "shm":
+        return run_group(
+            size,
+            lambda rank: SharedMemoryTransport(
+                group=group, rank=rank, size=size, max_bytes=max_bytes, timeout_s=timeout_s
+            ),
+        )
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    made = run_group(
+        size,
+        lambda rank: CollectiveTransport(
+            "gloo", rendezvous=f"127.0.0.1:{store.port}", group=group, rank=rank, size=size, timeout_s=timeout_s
+        ),
+    )
+    made[0].keep_store_alive = store  # type: ignore[attr-defined]
+    return list(made)
+
+
+class ToyExperts(nn.Module):
+    """As transformers' decorated experts look to us, with random weights kept apart."""
+
+    is_transposed = False
+    has_gate = True
+    has_bias = False
+
+    def __init__(self, experts: int, hidden: int, width: int, seed: int) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.weights = [
+            {
+                "gate_up_proj": torch.randn(2 * width, hidden, generator=g) / hidden**0.5,
+                "down_proj": torch.randn(hidden, width, generator=g) / width**0.5,
+            }
+            for _ in range(experts)
+        ]
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+
+def toy_store(modules: Sequence[ToyExperts], placement: Placement, rank: int) -> ExpertStore:
+    """What worker `rank` of `placement` holds."""
+    store = ExpertStore(modules)
+    for layer, module in enumerate(modules):
+        for expert in placement.experts_of(placement.workers[rank].id, layer):
+            if expert != EMPTY:
+                store.put(layer, expert, module.weights[expert])
+    return store
+
+
+def one_worker(layers: int, experts: int) -> Placement:
+    return contiguous(layers, experts, workers(experts))
