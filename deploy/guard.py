@@ -50,7 +50,8 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, receive, watched_send)
-        except Exception as error:  # noqa: BLE001 - no traceback may reach a client
+        except Exception as error:
+            # no traceback may reach a client
             if started:
                 logger.exception("internal error after the response had begun")
             else:
@@ -96,7 +97,7 @@ def _is_local(scope: Scope) -> bool:
     client, server = scope.get("client"), scope.get("server")
     if not client or is_loopback(client[0]):
         return True
-    return bool(server) and client[0] == server[0]
+    return server is not None and client[0] == server[0]
 
 
 def _is_under(path: str, roots: tuple[str, ...]) -> bool:

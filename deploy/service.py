@@ -1,4 +1,4 @@
-"""What every handler needs: the backend, the tokenizer, limits and defaults of the model, and whether to serve at all."""
+"""What every handler needs: the backend, the tokenizer, limits and defaults of the model, whether to serve at all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import dataclasses
 import hashlib
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +33,16 @@ LONG_TEXT = 4096
 
 def version() -> str:
     return metadata.version("elastic-moe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    token_ids: list[int]
+    params: SamplingParams
+    param: str
+    """The field it came from, for error messages."""
+    text: str = ""
+    """To put before the answer, where the request asks for an echo."""
 
 
 class Service:
@@ -109,6 +119,7 @@ class Service:
             )
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """Tokens of a prompt. Raises RequestError, at once, where it is far longer than the model's length."""
         limits = await self.limits()
         fewest = self.tokenizer.fewest_tokens(text)
         if fewest > limits.max_model_len:
@@ -117,48 +128,43 @@ class Service:
                 param=param,
                 code="context_length_exceeded",
             )
+        return await self.encode_any(text, add_special_tokens=add_special_tokens)
+
+    async def encode_any(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokens of a text of any length."""
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def answers(
-        self, body: SamplingFields, prompts: Sequence[tuple[list[int], SamplingParams]], *, param: str, prefix: str
-    ) -> tuple[str, list[Answer]]:
-        """The response's id, and n answers for each prompt, in OpenAI's order of indices."""
+    async def answers(self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str) -> list[Answer]:
+        """n answers for each prompt, in OpenAI's order of indices."""
         limits, info = await self.limits(), await self.info()
         if len(prompts) * body.num_choices > MAX_SEQUENCES:
             raise RequestError(f"n: at most {MAX_SEQUENCES} answers may be asked for at once", param="n")
-        response_id = f"{prefix}-{uuid.uuid4().hex}"
         answers: list[Answer] = []
-        for prompt, params in prompts:
-            if not prompt:
-                raise RequestError(f"{param}: expected at least one token", param=param)
-            check_token_ids(prompt, limits.vocab_size, param)
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise RequestError(f"{prompt.param}: expected at least one token", param=prompt.param)
+            check_token_ids(prompt.token_ids, limits.vocab_size, prompt.param)
             for choice in range(body.num_choices):
-                answers.append(self._answer(body, prompt, params, choice, len(answers), response_id, info))
-        return response_id, answers
-
-    def _answer(
-        self,
-        body: SamplingFields,
-        prompt: list[int],
-        params: SamplingParams,
-        choice: int,
-        index: int,
-        response_id: str,
-        info: ModelInfo,
-    ) -> Answer:
-        name = RequestId(f"{response_id}-{index}")
-        seeded = params if choice == 0 else dataclasses.replace(params, seed=seed_of_choice(params.seed, choice))
-        return Answer(
-            index=index,
-            request=GenerateRequest(request_id=name, prompt_token_ids=tuple(prompt), params=seeded),
-            tokenizer=self.tokenizer,
-            stops=body.stops,
-            include_stop=bool(body.include_stop_str_in_output),
-            skip_special_tokens=body.skip_special_tokens is not False,
-            eos_token_ids=info.eos_token_ids,
-        )
+                seed = seed_of_choice(prompt.params.seed, choice)
+                request = GenerateRequest(
+                    request_id=RequestId(f"{response_id}-{len(answers)}"),
+                    prompt_token_ids=tuple(prompt.token_ids),
+                    params=dataclasses.replace(prompt.params, seed=seed),
+                )
+                answers.append(
+                    Answer(
+                        index=len(answers),
+                        request=request,
+                        tokenizer=self.tokenizer,
+                        stops=body.stops,
+                        include_stop=bool(body.include_stop_str_in_output),
+                        skip_special_tokens=body.skip_special_tokens is not False,
+                        eos_token_ids=info.eos_token_ids,
+                    )
+                )
+        return answers
 
     async def run(self, answers: Sequence[Answer]) -> AsyncGenerator[Delta, None]:
         """Deltas of all `answers` as they come. Closing it aborts what is left."""

@@ -1,0 +1,73 @@
+"""/admin: what the cluster does and why, and the calls that change it. Values become JSON here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.errors import RequestError
+from cluster.protocol import Operation, RoutingView, WorkerView
+from deploy.http_io import read_json
+from deploy.schema import RebalanceRequest, parse
+from deploy.service import Service
+
+
+def admin_router(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/admin")
+    backend = service.backend
+
+    @router.get("/placement")
+    async def placement() -> dict[str, Any]:
+        view = await backend.placement()
+        return {"epoch": view.epoch, **view.placement.to_dict()}
+
+    @router.get("/routing")
+    async def routing() -> dict[str, Any]:
+        return routing_json(await backend.routing())
+
+    @router.get("/workers")
+    async def workers() -> list[dict[str, Any]]:
+        return [worker_json(worker) for worker in await backend.workers()]
+
+    @router.get("/operations")
+    async def operations() -> list[dict[str, Any]]:
+        return [operation_json(operation) for operation in await backend.operations()]
+
+    @router.get("/operations/{operation_id}")
+    async def operation(operation_id: str) -> dict[str, Any]:
+        found = await backend.operation(operation_id)
+        if found is None:
+            raise RequestError(f"no operation {operation_id[:100]!r}", code="operation_not_found", status=404)
+        return operation_json(found)
+
+    @router.post("/rebalance")
+    async def rebalance(request: Request) -> Response:
+        empty = request.headers.get("content-length") == "0" or "content-type" not in request.headers
+        data = {} if empty and not await request.body() else await read_json(request)
+        body = parse(RebalanceRequest, data)
+        outcome = await backend.rebalance(body.planner, body.dry_run)
+        if isinstance(outcome, Operation):
+            return JSONResponse(operation_json(outcome), 202)
+        return JSONResponse(dataclasses.asdict(outcome))
+
+    return router
+
+
+def operation_json(operation: Operation) -> dict[str, Any]:
+    return {**dataclasses.asdict(operation), "phase": operation.phase.value}
+
+
+def worker_json(worker: WorkerView) -> dict[str, Any]:
+    return dataclasses.asdict(worker)
+
+
+def routing_json(view: RoutingView) -> dict[str, Any]:
+    return {
+        "tokens": view.tokens,
+        "window_s": view.window_s,
+        "load": view.load.tolist(),
+        "load_imbalance": list(view.load_imbalance),
+    }

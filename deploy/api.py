@@ -1,0 +1,122 @@
+"""The FastAPI application: every route, and the layers around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.errors import RequestError
+from deploy.admin import admin_router
+from deploy.chat import chat_router
+from deploy.completions import completions_router
+from deploy.guard import Guard
+from deploy.http_io import RETRY_AFTER_S, install_error_handlers, read_json
+from deploy.metrics import CONTENT_TYPE
+from deploy.sampling import check_token_ids
+from deploy.schema import DetokenizeRequest, TokenizeRequest, parse
+from deploy.service import Service, version
+
+
+def create_app(service: Service) -> FastAPI:
+    """Routes bound to `service`. The caller runs `service.begin()`."""
+    app = FastAPI(title="Elastic MoE", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    install_error_handlers(app)
+    for router in (_status_router, _models_router, _tokenizer_router, completions_router, chat_router, admin_router):
+        app.include_router(router(service))
+    app.add_middleware(Guard, config=service.config)
+    return app
+
+
+def _status_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        return Response()
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        state = await service.readiness()
+        body = {"ready": state.ready, "reason": state.reason, "error": state.error}
+        headers = None if state.ready else {"Retry-After": str(RETRY_AFTER_S)}
+        return JSONResponse(body, 200 if state.ready else 503, headers)
+
+    @router.get("/version")
+    async def versions() -> dict[str, str]:
+        return {"version": version()}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        text = await service.metrics.scrape(service.backend)
+        # as bytes, because Response would add a second charset
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    return router
+
+
+def _models_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    async def card() -> dict[str, Any]:
+        ready = (await service.readiness()).ready
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "emoe",
+            "root": service.model_dir,
+            "parent": None,
+            "max_model_len": (await service.limits()).max_model_len if ready else None,
+        }
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [await card()]}
+
+    # names of models may have slashes
+    @router.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        service.check_model(model_id)
+        return await card()
+
+    return router
+
+
+def _tokenizer_router(service: Service) -> APIRouter:
+    """vLLM's /tokenize and /detokenize."""
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = parse(TokenizeRequest, await read_json(request))
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("prompt: expected either prompt or messages", param="prompt")
+        tokenizer = service.tokenizer
+        text, special = body.prompt or "", body.add_special_tokens is not False
+        if body.messages is not None:
+            special = bool(body.add_special_tokens)
+            text = tokenizer.render_chat(
+                [message.to_template() for message in body.messages],
+                add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+                continue_final_message=bool(body.continue_final_message),
+                template_kwargs=body.chat_template_kwargs,
+            )
+        tokens = await service.encode_any(text, add_special_tokens=special)
+        return {
+            "count": len(tokens),
+            "max_model_len": (await service.limits()).max_model_len,
+            "tokens": tokens,
+            "token_strs": [tokenizer.token_string(token) for token in tokens] if body.return_token_strs else None,
+        }
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> dict[str, Any]:
+        body = parse(DetokenizeRequest, await read_json(request))
+        service.check_model(body.model)
+        check_token_ids(body.tokens, (await service.limits()).vocab_size, "tokens")
+        return {"prompt": service.tokenizer.decode(body.tokens)}
+
+    return router

@@ -1,0 +1,138 @@
+"""What completions and chat completions share in running a request and shaping the response."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.protocol import FinishReason
+from deploy.generation import Answer, Delta, ScoredToken
+from deploy.http_io import DONE, EventStream, first_then_rest, sse, unless_gone
+from deploy.schema import SamplingFields
+from deploy.service import Service
+
+
+class Collected:
+    """One answer, whole."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.tokens: list[ScoredToken] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.tokens += delta.tokens
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+    def whole(self, index: int) -> Delta:
+        return Delta(
+            index=index,
+            text="".join(self.text),
+            tokens=tuple(self.tokens),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+class Shape(Protocol):
+    """How one of the two APIs writes its choices."""
+
+    kind: str
+    """`object` of a response."""
+    chunk_kind: str
+
+    def choice(self, answer: Delta) -> dict[str, Any]: ...
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The choice of a chunk before the first of an answer's text, if the API has one."""
+        ...
+
+    def chunk(self, delta: Delta) -> dict[str, Any]: ...
+
+
+class Run:
+    """One HTTP request, from its answers to its response."""
+
+    def __init__(
+        self, service: Service, body: SamplingFields, shape: Shape, answers: Sequence[Answer], response_id: str
+    ) -> None:
+        self._service = service
+        self._body = body
+        self._shape = shape
+        self._answers = answers
+        self._frame = {
+            "id": response_id,
+            "created": int(time.time()),
+            "model": service.model_name,
+            "system_fingerprint": service.fingerprint,
+        }
+
+    async def respond(self, request: Request) -> Response:
+        """Raises ClientGone where the client hangs up before there is anything to send."""
+        deltas = self._service.run(self._answers)
+        if not self._body.stream:
+            return JSONResponse(await unless_gone(request, self._whole(deltas)))
+        # An error before the first token is an HTTP status, not an event.
+        return EventStream(self._events(await unless_gone(request, first_then_rest(deltas))))
+
+    async def _whole(self, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:
+        collected = [Collected() for _ in self._answers]
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                collected[delta.index].add(delta)
+        choices = [self._shape.choice(parts.whole(index)) for index, parts in enumerate(collected)]
+        return {**self._frame, "object": self._shape.kind, "choices": choices, "usage": self._usage()}
+
+    async def _events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
+        begun: set[int] = set()
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                if delta.index not in begun:
+                    begun.add(delta.index)
+                    if (opening := self._shape.opening(delta.index)) is not None:
+                        yield self._event([opening])
+                yield self._event([self._shape.chunk(delta)])
+        if self._body.include_usage:
+            yield self._event([], usage=True)
+        yield DONE
+
+    def _event(self, choices: list[dict[str, Any]], *, usage: bool = False) -> bytes:
+        event = {**self._frame, "object": self._shape.chunk_kind, "choices": choices}
+        if self._body.include_usage:
+            event["usage"] = self._usage() if usage or self._body.continuous_usage else None
+        return sse(event)
+
+    def _usage(self) -> dict[str, int]:
+        # A prompt counts once, however many answers it gets.
+        prompt = sum(len(a.request.prompt_token_ids) for a in self._answers[:: self._body.num_choices])
+        completion = sum(answer.completion_tokens for answer in self._answers)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def ending(delta: Delta) -> dict[str, Any]:
+    """The two fields that say why an answer ended; both None while it goes on."""
+    reason = None if delta.finish_reason is None else delta.finish_reason.value
+    return {"finish_reason": reason, "stop_reason": delta.stop_reason}
+
+
+def printable(token_bytes: Callable[[int], bytes], token_id: int) -> str:
+    """A token as text; where it is only a part of a character, its bytes, as OpenAI writes them: two such tokens
+    must not look the same."""
+    raw = token_bytes(token_id)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -1,0 +1,200 @@
+"""A backend in process, and a tiny tokenizer, for tests of the HTTP side."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from cluster.errors import ConflictError, RequestError, UserError
+from cluster.placement import Worker, WorkerId, contiguous
+from cluster.protocol import (
+    ClusterCounters,
+    EngineStatus,
+    Epoch,
+    FinishReason,
+    GenerateRequest,
+    ModelInfo,
+    Operation,
+    Phase,
+    PlacementView,
+    Readiness,
+    RebalancePreview,
+    RoutingView,
+    TokenLogprobs,
+    TokenOutput,
+    WorkerView,
+)
+
+EOS = 0
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no bad roles') }}{% endif %}"
+    "<|im|>{{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|im|>assistant\n{% endif %}"
+)
+CORPUS = ["the quick brown fox jumps over the lazy dog, naïve façade 😀 日本語", "hello world, hello again and again"]
+
+
+def make_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> RustTokenizer:
+    """A byte-level BPE of some 330 tokens, written to `directory` as transformers reads it."""
+    tokenizer = RustTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<eos>", "<|im|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 5, trainer)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": chat_template}
+    (directory / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v}))
+    return tokenizer
+
+
+@dataclass
+class FakeBackend:
+    """Answers with the tokens of `script`, in chunks of `chunk`; an end-of-sequence token where the script ends."""
+
+    vocab_size: int = 330
+    script: Callable[[GenerateRequest], list[int]] = lambda request: list(range(65, 91))
+    chunk: int = 1
+    delay_s: float = 0.0
+    state: Readiness = Readiness(ready=True, reason="serving")
+    refuse: RequestError | None = None
+    fail_after: int | None = None
+    requests: list[GenerateRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    running_operation: str | None = None
+    max_model_len: int = 128
+    resumed_requests: int = 0
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        if self.refuse:
+            raise self.refuse
+        self.requests.append(request)
+        done = False
+        try:
+            tokens = [*self.script(request), EOS][: request.params.max_tokens]
+            for start in range(0, len(tokens), self.chunk):
+                await asyncio.sleep(self.delay_s)
+                part = tuple(tokens[start : start + self.chunk])
+                if self.fail_after is not None and start >= self.fail_after:
+                    yield self._output(request, start, (), FinishReason.ERROR, "worker w1 is lost")
+                    return
+                reason = None
+                if start + self.chunk >= len(tokens):
+                    reason = FinishReason.STOP if part[-1] == EOS else FinishReason.LENGTH
+                    done = True
+                yield self._output(request, start, part, reason)
+        finally:
+            if not done:
+                self.aborted.append(request.request_id)
+
+    def _output(
+        self,
+        request: GenerateRequest,
+        offset: int,
+        tokens: tuple[int, ...],
+        reason: FinishReason | None,
+        error: str | None = None,
+    ) -> TokenOutput:
+        count = request.params.logprobs
+        logprobs = ()
+        if count is not None:
+            logprobs = tuple(
+                TokenLogprobs(token_id=t, logprob=-0.5, top=tuple((t + n, -0.5 - n) for n in range(count)))
+                for t in tokens
+            )
+        return TokenOutput(
+            request_id=request.request_id,
+            offset=offset,
+            token_ids=tokens,
+            logprobs=logprobs,
+            finish_reason=reason,
+            error=error,
+        )
+
+    async def readiness(self) -> Readiness:
+        return self.state
+
+    async def engine_status(self) -> EngineStatus:
+        worker = WorkerId("w0")
+        return EngineStatus(running={worker: 2}, waiting=1, kv_usage={worker: 0.25}, steps=7, preemptions=3, epoch=1)
+
+    async def model_info(self) -> ModelInfo:
+        return ModelInfo(
+            architecture="FakeMoe",
+            num_layers=2,
+            num_logical_experts=4,
+            top_k=2,
+            hidden_size=8,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            expert_bytes=1,
+            trunk_bytes=1,
+            eos_token_ids=(EOS,),
+            dtype="float32",
+        )
+
+    async def placement(self) -> PlacementView:
+        workers = [Worker(id=WorkerId(f"w{n}"), node="n0", slots=2) for n in range(2)]
+        return PlacementView(epoch=Epoch(1), placement=contiguous(2, 4, workers))
+
+    async def routing(self) -> RoutingView:
+        return RoutingView(tokens=10, window_s=60.0, load=np.ones((2, 4), dtype=np.int64), load_imbalance=(1.0, 1.25))
+
+    async def workers(self) -> list[WorkerView]:
+        return [
+            WorkerView(
+                id=WorkerId("w0"),
+                rank=0,
+                state="serving",
+                pid=1,
+                node="n0",
+                device="cpu",
+                running_requests=0,
+                kv_usage=0.0,
+            )
+        ]
+
+    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
+        if planner not in ("auto", "greedy"):
+            raise UserError(f"planner: expected one of auto, greedy, got {planner!r}")
+        if self.running_operation:
+            raise ConflictError(f"operation {self.running_operation} is under way")
+        if dry_run:
+            return RebalancePreview(
+                planner=planner,
+                worthwhile=True,
+                reason="saves more than it costs",
+                load_imbalance_before=1.5,
+                load_imbalance_after=1.1,
+                cost_before=0.02,
+                cost_after=0.01,
+                moves=3,
+                bytes=300,
+                solver_status="optimal",
+                gap=0.0,
+                seconds=0.1,
+            )
+        return await self._operation("op-1")
+
+    async def operations(self) -> list[Operation]:
+        return [await self._operation("op-1")]
+
+    async def operation(self, operation_id: str) -> Operation | None:
+        return await self._operation(operation_id) if operation_id == "op-1" else None
+
+    async def _operation(self, name: str) -> Operation:
+        return Operation(operation_id=name, kind="rebalance", phase=Phase.PREPARING, epoch=Epoch(2), reason="asked for")
+
+    async def counters(self) -> ClusterCounters:
+        return ClusterCounters(rebalances={"completed": 2}, experts_moved=5, bytes_moved=1000)
