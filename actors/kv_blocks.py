@@ -26,7 +26,7 @@ class BlockPool:
     @property
     def usage(self) -> float:
         """Share of blocks in use, 0..1."""
-        return 1.0 - len(self._free) / self.num_blocks if self.num_blocks else 0.0
+        return (self.num_blocks - len(self._free)) / self.num_blocks if self.num_blocks else 0.0
 
     def allocate(self, count: int) -> list[int]:
         """`count` blocks. The caller has made sure that as many are free."""

@@ -1,0 +1,102 @@
+"""A host without a model: obeys StepPlans as the protocol says, and checks each of them.
+
+Its KV cache holds the tokens themselves, so the history that it samples from is read back through the block table:
+a block given to two sequences, or lost, changes the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from cluster.protocol import GenerateRequest, RequestId, Sample, StepPlan, StepResult, TokenLogprobs
+
+VOCABULARY = 13
+EOS = 0
+
+
+def next_token(history: tuple[int, ...], seed: int) -> int:
+    """The simulated model: any difference in the history changes it."""
+    digest = hashlib.blake2b(repr((history, seed)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % VOCABULARY
+
+
+def alone(request: GenerateRequest, max_model_len: int) -> tuple[int, ...]:
+    """The output of a request that is run by itself, resumed tokens included."""
+    params, output = request.params, list(request.output_token_ids)
+    while len(output) < params.max_tokens and len(request.prompt_token_ids) + len(output) < max_model_len:
+        history = (*request.prompt_token_ids, *output)
+        token = masked_token(history, len(output), request)
+        output.append(token)
+        if len(output) >= params.min_tokens and (
+            (token == EOS and not params.ignore_eos) or token in params.stop_token_ids
+        ):
+            break
+    return tuple(output)
+
+
+def masked_token(history: tuple[int, ...], num_output: int, request: GenerateRequest) -> int:
+    token = next_token(history, request.params.seed)
+    if num_output < request.params.min_tokens:
+        while token == EOS or token in request.params.stop_token_ids:
+            token = (token + 1) % VOCABULARY
+    return token
+
+
+@dataclass
+class _Known:
+    tokens: list[int]
+    request: GenerateRequest
+    blocks: list[int] = field(default_factory=list)
+
+
+class SimulatedHost:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.cache: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.known: dict[RequestId, _Known] = {}
+
+    def run(self, plan: StepPlan, rank: int) -> StepResult:
+        for request_id in plan.finished:
+            self.known.pop(request_id, None)
+        for new in plan.new:
+            assert new.eos_token_ids == (EOS,)
+            self.known[new.request_id] = _Known(
+                list(new.token_ids),
+                GenerateRequest(
+                    request_id=new.request_id,
+                    prompt_token_ids=new.token_ids[: new.num_prompt_tokens],
+                    params=new.params,
+                ),
+            )
+        assert plan.tokens_per_rank[rank] == sum(chunk.length for chunk in plan.chunks)
+        ids = [chunk.request_id for chunk in plan.chunks]
+        assert len(ids) == len(set(ids))
+        samples = []
+        for chunk in plan.chunks:
+            sequence = self.known[chunk.request_id]
+            del sequence.tokens[chunk.known :]
+            assert len(sequence.tokens) == chunk.known
+            assert chunk.block_offset <= len(sequence.blocks)
+            sequence.blocks[chunk.block_offset : chunk.block_offset + len(chunk.block_ids)] = chunk.block_ids
+            for position in range(chunk.start, chunk.start + chunk.length):
+                block, offset = divmod(position, self.block_size)
+                self.cache[sequence.blocks[block]][offset] = sequence.tokens[position]
+            if chunk.samples:
+                samples.append(self._sample(sequence))
+        return StepResult(step=plan.step, samples=tuple(samples), compute_s=0.0)
+
+    def _sample(self, sequence: _Known) -> Sample:
+        cached = tuple(
+            self.cache[sequence.blocks[position // self.block_size]][position % self.block_size]
+            for position in range(len(sequence.tokens))
+        )
+        assert cached == tuple(sequence.tokens), "the KV cache holds other tokens than the sequence"
+        request = sequence.request
+        num_output = len(sequence.tokens) - len(request.prompt_token_ids)
+        token = masked_token(tuple(sequence.tokens), num_output, request)
+        sequence.tokens.append(token)
+        logprobs = None
+        if request.params.logprobs is not None:
+            logprobs = TokenLogprobs(token_id=token, logprob=-1.0, top=())
+        return Sample(request_id=request.request_id, token_id=token, logprobs=logprobs)

@@ -1,0 +1,231 @@
+"""Batching under random orders of events: any order gives every request the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import random
+from itertools import count
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from actors.batching import Scheduler
+from cluster.errors import RequestError
+from cluster.placement import WorkerId
+from cluster.protocol import (
+    Epoch,
+    FinishReason,
+    GenerateRequest,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenOutput,
+)
+from tests.actors.simulated_host import EOS, VOCABULARY, SimulatedHost, alone
+
+MAX_MODEL_LEN = 40
+TOKENS = st.integers(1, VOCABULARY - 1)
+
+requests = st.builds(
+    lambda prompt, params, resumed: (tuple(prompt), params, resumed),
+    st.lists(TOKENS, min_size=1, max_size=30),
+    st.builds(
+        SamplingParams,
+        max_tokens=st.integers(1, 20),
+        min_tokens=st.sampled_from([0, 0, 3]),
+        seed=st.integers(0, 3),
+        ignore_eos=st.booleans(),
+        stop_token_ids=st.sampled_from([(), (5,)]),
+        logprobs=st.sampled_from([None, 0]),
+    ),
+    st.integers(0, 4),
+)
+
+
+class Batching(RuleBasedStateMachine):
+    """The engine's part, with simulated hosts. Every rule leaves a state in which all invariants hold."""
+
+    @initialize(
+        blocks=st.lists(st.integers(2, 12), min_size=1, max_size=3),
+        block_size=st.integers(1, 5),
+        max_num_seqs=st.integers(1, 5),
+        max_num_batched_tokens=st.integers(1, 24),
+    )
+    def start(self, blocks: list[int], block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.block_size = block_size
+        self.budget = max_num_batched_tokens
+        self.names = count()
+        self.steps = count()
+        self.hosts: dict[WorkerId, SimulatedHost] = {}
+        for size in blocks:
+            self._new_host(size)
+        self.scheduler = Scheduler(
+            self._workers(),
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=MAX_MODEL_LEN,
+            eos_token_ids=(EOS,),
+        )
+        self.plans: dict[WorkerId, StepPlan] | None = None
+        self.requests: dict[RequestId, GenerateRequest] = {}
+        self.outputs: dict[RequestId, list[int]] = {}
+        self.draining: set[WorkerId] = set()
+
+    def _new_host(self, size: int) -> None:
+        worker = WorkerId(f"w{next(self.names)}")
+        self.hosts[worker] = SimulatedHost(size, self.block_size)
+
+    def _workers(self) -> dict[WorkerId, int]:
+        return {worker: len(host.cache) for worker, host in self.hosts.items()}
+
+    @rule(spec=requests)
+    def add(self, spec: tuple[tuple[int, ...], SamplingParams, int]) -> None:
+        prompt, params, resumed = spec
+        request = GenerateRequest(request_id=RequestId(f"r{next(self.names)}"), prompt_token_ids=prompt, params=params)
+        full = alone(request, MAX_MODEL_LEN)
+        request = GenerateRequest(
+            request_id=request.request_id,
+            prompt_token_ids=prompt,
+            params=params,
+            output_token_ids=full[:resumed],
+        )
+        try:
+            end = self.scheduler.add(request)
+        except RequestError:
+            longest = min(len(prompt) + params.max_tokens, MAX_MODEL_LEN)
+            assert all(len(host.cache) * self.block_size < longest - 1 for host in self.hosts.values())
+            return
+        if end is not None:
+            assert end.finish_reason is not None
+            assert full == request.output_token_ids
+            return
+        self.requests[request.request_id] = request
+        self.outputs[request.request_id] = list(request.output_token_ids)
+
+    @precondition(lambda self: self.requests)
+    @rule(pick=st.randoms(use_true_random=False))
+    def abort(self, pick: random.Random) -> None:
+        request_id = pick.choice(list(self.requests))
+        assert self.scheduler.abort(request_id)
+        del self.requests[request_id], self.outputs[request_id]
+
+    @precondition(lambda self: self.requests)
+    @rule(pick=st.randoms(use_true_random=False))
+    def abort_and_add_under_the_same_name(self, pick: random.Random) -> None:
+        request_id = pick.choice(list(self.requests))
+        assert self.scheduler.abort(request_id)
+        old = self.requests.pop(request_id)
+        del self.outputs[request_id]
+        again = GenerateRequest(request_id=request_id, prompt_token_ids=old.prompt_token_ids[:1], params=old.params)
+        try:
+            self.scheduler.add(again)
+        except RequestError:
+            return
+        self.requests[request_id] = again
+        self.outputs[request_id] = []
+
+    @precondition(lambda self: self.plans is None)
+    @rule()
+    def schedule(self) -> None:
+        self.plans = self.scheduler.schedule(Epoch(1), next(self.steps))
+        if self.plans is not None:
+            assert list(self.plans) == list(self.hosts)
+            for plan in self.plans.values():
+                assert max(plan.tokens_per_rank) <= self.budget
+
+    @precondition(lambda self: self.plans is not None)
+    @rule()
+    def run_and_commit(self) -> None:
+        assert self.plans is not None
+        results = self._run(self.hosts)
+        self.plans = None
+        self._receive(self.scheduler.commit(results))
+
+    @precondition(lambda self: self.plans is not None)
+    @rule(pick=st.randoms(use_true_random=False))
+    def fail_halfway(self, pick: random.Random) -> None:
+        self._run([worker for worker in self.hosts if pick.random() < 0.5])
+        self.plans = None
+        self.scheduler.rollback()
+
+    @precondition(lambda self: self.plans is None)
+    @rule(pick=st.randoms(use_true_random=False), sizes=st.lists(st.integers(2, 12), max_size=2))
+    def change_members(self, pick: random.Random, sizes: list[int]) -> None:
+        kept = [worker for worker in self.hosts if pick.random() < 0.6]
+        pick.shuffle(kept)
+        self.hosts = {worker: self.hosts[worker] for worker in kept}
+        for size in sizes:
+            self._new_host(size)
+        self.draining &= set(self.hosts)
+        self.scheduler.set_workers(self._workers())
+
+    @precondition(lambda self: len(self.hosts) > len(self.draining) + 1)
+    @rule(pick=st.randoms(use_true_random=False))
+    def drain(self, pick: random.Random) -> None:
+        worker = pick.choice([worker for worker in self.hosts if worker not in self.draining])
+        self.draining.add(worker)
+        self.scheduler.drain(worker)
+
+    def _run(self, workers: object) -> dict[WorkerId, StepResult]:
+        assert self.plans is not None
+        ranks = {worker: rank for rank, worker in enumerate(self.plans)}
+        return {
+            worker: self.hosts[worker].run(self.plans[worker], ranks[worker])
+            for worker in self.hosts
+            if worker in set(workers)  # type: ignore[call-overload]
+        }
+
+    def _receive(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            request = self.requests[output.request_id]
+            tokens = self.outputs[output.request_id]
+            assert output.offset == len(tokens), "a token is repeated or missing"
+            assert (len(output.logprobs) == 1) == (request.params.logprobs is not None)
+            tokens.extend(output.token_ids)
+            full = alone(request, MAX_MODEL_LEN)
+            assert tuple(tokens) == full[: len(tokens)]
+            assert (output.finish_reason is not None) == (tuple(tokens) == full)
+            if output.finish_reason is FinishReason.STOP:
+                assert tokens[-1] in (EOS, *request.params.stop_token_ids)
+            if output.finish_reason is not None:
+                del self.requests[output.request_id], self.outputs[output.request_id]
+
+    @invariant()
+    def valid(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.validate()
+        assert self.scheduler.num_requests == len(self.requests)
+        status = self.scheduler.status()
+        assert status.waiting + sum(status.running.values()) == len(self.requests)
+
+    def teardown(self) -> None:
+        """Whatever happened, every request that some worker can hold ends, and nothing is left in memory."""
+        if not hasattr(self, "scheduler"):
+            return
+        if self.plans is not None:
+            self.run_and_commit()
+        self._new_host(MAX_MODEL_LEN)
+        self.scheduler.set_workers(self._workers())
+        assert self.scheduler.stranded() == ()
+        work = sum(len(r.prompt_token_ids) + r.params.max_tokens for r in self.requests.values())
+        for _ in range(50 + 20 * work):
+            self.schedule()
+            self.scheduler.validate()
+            if self.plans is None:
+                break
+            self.run_and_commit()
+            self.scheduler.validate()
+        assert not self.requests, "a request starves"
+        assert set(self.scheduler.status().kv_usage.values()) == {0.0}
+
+
+TestBatching = Batching.TestCase
+TestBatching.settings = settings(
+    max_examples=60,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
