@@ -1,0 +1,389 @@
+"""The coordinator: the shell around cluster/state.py. It watches, feeds events, and has commands carried out.
+
+An async actor: everything runs on its event loop, so the state is never seen half changed. Nothing here decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from actors.calls import CALL_ERRORS, is_death, one_line
+from actors.executor import Executor
+from actors.fleet import Fleet
+from actors.planning import build_problem, judge, preview, to_event
+from cluster.config import ServeConfig
+from cluster.epochs import ControlSettings
+from cluster.errors import ConfigError, NotReadyError, UserError
+from cluster.events import (
+    Abandon,
+    Command,
+    Commit,
+    Event,
+    PlanReady,
+    Prepare,
+    Probe,
+    RebalanceRequested,
+    ScaleRequested,
+    Solve,
+    StartWorker,
+    StepFailed,
+    StopWorker,
+    Tick,
+    Transfer,
+    WorkerLost,
+)
+from cluster.membership import Member, WorkerState
+from cluster.operations import ENDED
+from cluster.placement import WorkerId
+from cluster.protocol import (
+    ClusterCounters,
+    EngineStatus,
+    Epoch,
+    ModelInfo,
+    ModelSpec,
+    Operation,
+    PlacementView,
+    Readiness,
+    RebalancePreview,
+    RoutingView,
+    WorkerView,
+)
+from cluster.routing import RoutingWindow, load_imbalance
+from cluster.state import ControlState
+from optimizer import PLANNERS, PlanResult
+from optimizer.decision import Decision
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.5
+POLL_S = 1.0
+
+
+class Coordinator:
+    """One per cluster. Create it on a running event loop: it begins at once, and `readiness` says how far it is."""
+
+    def __init__(self, config: ServeConfig, model_dir: str, fleet: Fleet) -> None:
+        self._config = config
+        self._model_dir = model_dir
+        self._fleet = fleet
+        self._error: str | None = None
+        self._model: ModelInfo | None = None
+        self._spec: ModelSpec | None = None
+        self._state: ControlState | None = None
+        self._window: RoutingWindow | None = None
+        self._executor: Executor | None = None
+        self._status = EngineStatus()
+        self._progress: dict[WorkerId, float] = {}
+        self._polling: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._run())
+
+    # --- What others may call -----------------------------------------------------------------------------------
+
+    async def readiness(self) -> Readiness:
+        if self._error is not None:
+            return Readiness(ready=False, reason=self._error, error=self._error)
+        if self._state is None:
+            return Readiness(ready=False, reason="opening the checkpoint")
+        readiness = self._state.readiness()
+        loading = [member.id for member in self._state.alive if not member.loaded]
+        if readiness.ready or readiness.error or not loading:
+            return readiness
+        shares = ", ".join(
+            f"{worker} {self._progress[worker]:.0%}" if worker in self._progress else f"{worker} waiting for resources"
+            for worker in loading
+        )
+        return Readiness(ready=False, reason=f"{readiness.reason}; loading: {shares}")
+
+    async def model_info(self) -> ModelInfo:
+        if self._model is None:
+            raise NotReadyError(self._error or "opening the checkpoint")
+        return self._model
+
+    async def placement(self) -> PlacementView:
+        state = self._require_state()
+        if state.spec is None:
+            raise NotReadyError(state.readiness().reason)
+        return PlacementView(epoch=state.epoch, placement=state.spec.placement)
+
+    async def routing(self) -> RoutingView:
+        view = await self.placement()
+        assert self._window is not None
+        now = time.monotonic()
+        load = self._window.load(now)
+        return RoutingView(
+            tokens=self._window.tokens(now),
+            window_s=self._window.window_s,
+            load=load,
+            load_imbalance=tuple(load_imbalance(load, view.placement).tolist()),
+        )
+
+    async def workers(self) -> list[WorkerView]:
+        state = self._require_state()
+        return [self._view(state, member) for member in state.members.values()]
+
+    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
+        """Raises ConflictError, NotReadyError, and ConfigError for an unknown planner."""
+        if planner not in PLANNERS:
+            raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {planner!r}")
+        state = self._require_state()
+        if dry_run:
+            await self.placement()
+            result, decision = await self._solve(planner)
+            return preview(result, decision)
+        self._feed(RebalanceRequested(planner=planner))
+        return self._newest(state)
+
+    async def scale(self, workers: int | None = None, retire: tuple[WorkerId, ...] = ()) -> Operation:
+        """Raises ConflictError, NotReadyError, and PlacementError for a number or a name that cannot be."""
+        state = self._require_state()
+        self._feed(ScaleRequested(workers=workers, retire=retire))
+        return self._newest(state)
+
+    async def operations(self) -> list[Operation]:
+        """Newest first."""
+        return [] if self._state is None else list(self._state.operations.all())
+
+    async def operation(self, operation_id: str) -> Operation | None:
+        return None if self._state is None else self._state.operations.get(operation_id)
+
+    async def counters(self) -> ClusterCounters:
+        return ClusterCounters() if self._state is None else self._state.counters
+
+    async def engine(self) -> Any:
+        """The engine's handle; None before the first epoch, and while a lost engine has no successor."""
+        if self._state is None or self._state.spec is None or self._executor is None:
+            return None
+        return self._executor.engine
+
+    async def report_step_failure(self, epoch: Epoch, suspects: list[WorkerId], reason: str) -> None:
+        """From the engine: its group is of no use any more. Returns at once; a new epoch will follow."""
+        logger.warning("epoch %d: a step failed (suspects: %s): %s", epoch, ", ".join(suspects) or "none", reason)
+        self._feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
+
+    async def shutdown(self) -> None:
+        """End every actor that this one made."""
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        if self._executor is not None:
+            self._executor.kill_all()
+        logger.info("shut down")
+
+    # --- Running ------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            self._fleet.attach()
+            await self._open()
+        except (UserError, OSError) as error:
+            self._error = one_line(error)
+            logger.error("cannot serve %s: %s", self._model_dir, self._error)
+            return
+        polled_at = 0.0
+        while True:
+            now = time.monotonic()
+            if now - polled_at >= POLL_S:
+                polled_at = now
+                self._poll_all()
+            self._feed(Tick())
+            await asyncio.sleep(TICK_S)
+
+    async def _open(self) -> None:
+        """Read what the checkpoint says of itself, and settle what the configuration leaves open."""
+        from model.checkpoint import open_checkpoint
+
+        checkpoint = await asyncio.to_thread(open_checkpoint, self._model_dir)
+        model: ModelInfo = checkpoint.info
+        config = self._config
+        if (config.max_model_len or 0) > model.max_model_len:
+            raise ConfigError(f"max_model_len: the model allows {model.max_model_len}, got {config.max_model_len}")
+        spec = ModelSpec(
+            path=self._model_dir,
+            dtype=model.dtype if config.dtype == "auto" else config.dtype,
+            device=self._fleet.device(),
+            max_model_len=config.max_model_len or model.max_model_len,
+        )
+        settings = ControlSettings(
+            workers=config.workers,
+            redundant_experts=config.redundant_experts,
+            rebalance_interval_s=config.rebalance_interval,
+            shared_gpus=self._fleet.shared_gpus,
+            cluster_id=f"emoe-{os.getpid()}-{time.time_ns() % 10**9}",
+        )
+        state = ControlState(settings, model)
+        self._window = RoutingWindow(
+            model.num_layers, model.num_logical_experts, window_s=config.rebalance_interval or 60.0
+        )
+        self._executor = Executor(self._fleet, config, model, spec)
+        self._model, self._spec, self._state = model, spec, state
+        logger.info("%s: %s with %d MoE layers of %d experts, %s on %s", self._model_dir, model.architecture,
+                    model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip
+
+    def _feed(self, event: Event) -> None:
+        state = self._require_state()
+        before = (state.epoch, state.broken, state.operations.all())
+        commands = state.handle(event, time.monotonic())
+        self._log_changes(state, before)
+        for command in commands:
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        executor = self._executor
+        assert executor is not None
+        match command:
+            case StartWorker():
+                self._spawn(self._answer(executor.start_worker(command)))
+            case StopWorker():
+                self._progress.pop(command.worker, None)
+                executor.stop_worker(command)
+            case Transfer():
+                self._spawn(self._answer(executor.transfer(command)))
+            case Prepare():
+                self._spawn(self._answer(executor.prepare(command)))
+            case Commit():
+                self._spawn(self._answer(executor.commit(command)))
+            case Abandon():
+                executor.abandon(command)
+            case Probe():
+                self._spawn(self._answer(executor.probe(command)))
+            case Solve():
+                self._spawn(self._answer(self._solve_command(command)))
+
+    async def _answer(self, work: Coroutine[Any, Any, Event | list[Event]]) -> None:
+        events = await work
+        for event in events if isinstance(events, list) else [events]:
+            self._feed(event)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # a defect of ours: the state will wait for this answer for ever, which /ready has to say
+            logger.critical("the control plane failed", exc_info=error)
+            self._error = f"the control plane failed: {one_line(error)}"
+
+    # --- Watching -----------------------------------------------------------------------------------------------
+
+    def _poll_all(self) -> None:
+        state, executor = self._require_state(), self._executor
+        assert executor is not None
+        assert self._window is not None
+        state.load = self._window.load(time.monotonic())
+        for member in state.alive:
+            if member.id in executor.hosts and member.id not in self._polling:
+                self._polling.add(member.id)
+                self._spawn(self._poll_host(member))
+        if state.spec is not None and executor.engine is not None and "engine" not in self._polling:
+            self._polling.add("engine")
+            self._spawn(self._poll_engine())
+
+    async def _poll_host(self, member: Member) -> None:
+        """Its counts, which are a sign of life too."""
+        assert self._executor is not None
+        assert self._window is not None
+        host = self._executor.hosts[member.id]
+        try:
+            if member.loaded:
+                # longer than any step: Python code that computes may hold a call up
+                counts = await asyncio.wait_for(host.routing_counts.remote(), self._config.step_timeout)
+                self._window.add(counts, time.monotonic())
+            else:
+                self._progress[member.id] = await host.load_progress.remote()
+        except CALL_ERRORS as error:
+            if is_death(error) or isinstance(error, TimeoutError):
+                self._feed(WorkerLost(worker=member.id, reason=one_line(error)))
+            else:
+                logger.warning("worker %s: %s", member.id, one_line(error))
+        finally:
+            self._polling.discard(member.id)
+
+    async def _poll_engine(self) -> None:
+        executor = self._executor
+        assert executor is not None
+        engine = executor.engine
+        try:
+            self._status = await asyncio.wait_for(engine.status.remote(), self._config.step_timeout)
+        except CALL_ERRORS as error:
+            if engine is executor.engine:
+                self._feed(executor.drop_engine(one_line(error)))
+        finally:
+            self._polling.discard("engine")
+
+    # --- Planning -----------------------------------------------------------------------------------------------
+
+    async def _solve_command(self, command: Solve) -> Event:
+        try:
+            result, decision = await self._solve(command.planner or self._config.planner)
+        except CALL_ERRORS as error:
+            return PlanReady(
+                ticket=command.ticket, placement=None, worthwhile=False, no_worse=False, reason=one_line(error)
+            )
+        return to_event(command.ticket, result, decision)
+
+    async def _solve(self, planner: str) -> tuple[PlanResult, Decision]:
+        view = await self.placement()
+        assert self._window is not None
+        assert self._model is not None
+        assert self._spec is not None
+        now = time.monotonic()
+        load = self._window.load(now)
+        problem = build_problem(
+            self._model, view.placement, load, self._window.transitions(now), dtype=self._spec.dtype
+        )
+        deadline_s = self._config.plan_deadline
+        # the planner minds its deadline; a solver that does not is given up
+        work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
+        result = await asyncio.wait_for(work, 2 * deadline_s + 30)
+        since = now - self._require_state().epoch_since if view.epoch > 1 else None
+        return result, judge(result, load=load, since_change_s=since)
+
+    # --- Helpers ------------------------------------------------------------------------------------------------
+
+    def _require_state(self) -> ControlState:
+        if self._state is None:
+            raise NotReadyError(self._error or "opening the checkpoint")
+        return self._state
+
+    def _newest(self, state: ControlState) -> Operation:
+        return state.operations.all()[0]
+
+    def _view(self, state: ControlState, member: Member) -> WorkerView:
+        info = member.info
+        serving = member.id in state.ranks and member.state is not WorkerState.DEAD
+        return WorkerView(
+            id=member.id,
+            rank=state.ranks.index(member.id) if serving else -1,
+            state=member.state,
+            pid=info.pid if info else 0,
+            node=info.node if info else "",
+            device=info.device if info else self._fleet.device(),
+            running_requests=self._status.running.get(member.id, 0),
+            kv_usage=self._status.kv_usage.get(member.id, 0.0),
+        )
+
+    def _log_changes(self, state: ControlState, before: tuple[Epoch, str | None, tuple[Operation, ...]]) -> None:
+        """One line for each thing of note."""
+        epoch, broken, operations = before
+        if state.broken is not None and state.broken != broken:
+            logger.warning("epoch %d cannot serve: %s", state.epoch, state.broken)
+        if state.epoch != epoch and state.spec is not None:
+            logger.info("epoch %d serves: %s over %s", state.epoch, ", ".join(state.ranks), state.spec.transport)
+        known = {operation.operation_id: operation for operation in operations}
+        for operation in reversed(state.operations.all()):
+            old = known.get(operation.operation_id)
+            if old is None:
+                logger.info("%s begins: %s", operation.operation_id, operation.reason)
+            elif operation.phase != old.phase and operation.phase in ENDED:
+                logger.info("%s %s: %s", operation.operation_id, operation.phase, operation.error or operation.reason)
+            elif operation.error is not None and operation.error != old.error:
+                logger.warning("%s goes on after: %s", operation.operation_id, operation.error)

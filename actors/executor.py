@@ -1,0 +1,246 @@
+"""Carries out the control plane's commands on the actors; what comes of them goes back as events.
+
+Holds the actors' handles and nothing else that lasts: every decision is in cluster/state.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from actors.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line
+from actors.fleet import Fleet
+from actors.migrator import MigrationReport
+from cluster.config import ServeConfig
+from cluster.errors import UserError
+from cluster.events import (
+    Abandon,
+    Commit,
+    CommitFailed,
+    Committed,
+    EngineLost,
+    Event,
+    ExpertKey,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    Probe,
+    Probed,
+    StartWorker,
+    StopWorker,
+    Transfer,
+    TransferDone,
+    TransferFailed,
+    WorkerFailed,
+    WorkerLoaded,
+    WorkerLost,
+)
+from cluster.placement import WorkerId
+from cluster.protocol import Epoch, EpochSpec, HostInfo, HostSpec, ModelInfo, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 3.0
+"""A worker that gives no sign of life for so long hangs."""
+ABANDON_TIMEOUT_S = 10.0
+
+Hosts = Mapping[WorkerId, Any]
+
+
+class Executor:
+    def __init__(self, fleet: Fleet, config: ServeConfig, model: ModelInfo, spec: ModelSpec) -> None:
+        self._fleet = fleet
+        self._config = config
+        self._model = model
+        self._spec = spec
+        self.hosts: dict[WorkerId, Any] = {}
+        """Handles of the workers that were started and not stopped."""
+        self.infos: dict[WorkerId, HostInfo] = {}
+        self.engine: Any = None
+        self._engine_started = False
+        self._migrator: Any = None
+        self._transferring: Epoch | None = None
+        self._abandoning: set[asyncio.Task[Any]] = set()
+
+    async def start_worker(self, command: StartWorker) -> Event:
+        host = self._fleet.start_host(command.worker)
+        self.hosts[command.worker] = host
+        config = self._config
+        spec = HostSpec(
+            worker=command.worker,
+            model=self._spec,
+            experts=command.experts,
+            kv_cache_bytes=config.kv_cache_memory_bytes,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_threads=0 if self._spec.device == "cuda" else self._fleet.threads_per_worker(config.workers),
+            step_timeout_s=config.step_timeout,
+        )
+        try:
+            info: HostInfo = await host.load.remote(spec)
+        except CALL_ERRORS as error:
+            if is_death(error):
+                return WorkerLost(worker=command.worker, reason=one_line(error))
+            return WorkerFailed(worker=command.worker, reason=one_line(error), fatal=isinstance(error, UserError))
+        self.infos[command.worker] = info
+        return WorkerLoaded(info=info)
+
+    def stop_worker(self, command: StopWorker) -> None:
+        host = self.hosts.pop(command.worker, None)
+        self.infos.pop(command.worker, None)
+        if host is not None:
+            self._fleet.kill(host)
+
+    async def transfer(self, command: Transfer) -> list[Event]:
+        """Copies and reads side by side. A later command takes this one's place: it stops before its next expert."""
+        self._transferring = command.epoch
+        await self._settle()
+        report, (read, failed) = await asyncio.gather(self._copy(command), self._read(command))
+        staged = (*((move.target, move.layer, move.expert) for move in report.done), *read)
+        errors = [error for error in (report.error, failed) if error is not None]
+        nbytes = report.nbytes + len(read) * self._model.expert_bytes
+        if not errors:
+            return [TransferDone(epoch=command.epoch, nbytes=nbytes)]
+        workers = {move.source for move in command.copies} | {move.target for move in command.copies}
+        lost = await self._find_lost(workers | {key[0] for key in command.reads})
+        return [
+            *lost,
+            TransferFailed(epoch=command.epoch, reason="; ".join(errors), staged=staged, nbytes=nbytes),
+        ]
+
+    async def _copy(self, command: Transfer) -> MigrationReport:
+        if not command.copies:
+            return MigrationReport(done=(), nbytes=0, seconds=0.0)
+        if self._migrator is None:
+            self._migrator = self._fleet.start_migrator(self._model.expert_bytes)
+        wanted = {move.source for move in command.copies} | {move.target for move in command.copies}
+        hosts = {worker: host for worker, host in self.hosts.items() if worker in wanted}
+        if len(hosts) < len(wanted):
+            return MigrationReport(done=(), nbytes=0, seconds=0.0, error="a worker is gone")
+        try:
+            report: MigrationReport = await self._migrator.copy.remote(command.copies, hosts)
+        except CALL_ERRORS as error:
+            return MigrationReport(done=(), nbytes=0, seconds=0.0, error=f"the migrator failed: {one_line(error)}")
+        rate = report.nbytes / max(report.seconds, 1e-9) / 1e6
+        logger.info("epoch %d: %d experts copied in %.2f s (%.0f MB/s)", command.epoch, len(report.done),
+                    report.seconds, rate)  # fmt: skip
+        return report
+
+    async def _read(self, command: Transfer) -> tuple[list[ExpertKey], str | None]:
+        """(what was read, the first error). Workers read side by side, each one expert at a time."""
+        done: list[ExpertKey] = []
+        errors: list[str] = []
+
+        async def read_all(worker: WorkerId) -> None:
+            for key in command.reads:
+                if key[0] != worker:
+                    continue
+                if errors or self._transferring != command.epoch:
+                    return
+                try:
+                    await self.hosts[worker].read_expert.remote(key[1], key[2])
+                except KeyError:
+                    errors.append(f"{worker} is gone")
+                except CALL_ERRORS as error:
+                    errors.append(f"{worker} reading layer {key[1]} expert {key[2]}: {one_line(error)}")
+                else:
+                    done.append(key)
+
+        await asyncio.gather(*(read_all(worker) for worker in {key[0] for key in command.reads}))
+        return done, errors[0] if errors else None
+
+    async def prepare(self, command: Prepare) -> list[Event]:
+        spec = command.spec
+        await self._settle()
+        try:
+            hosts = self._hosts_of(spec)
+            if command.forms_group and spec.transport in ("gloo", "nccl"):
+                first = spec.placement.workers[0].id
+                address = await asyncio.wait_for(hosts[first].rendezvous.remote(), self._config.step_timeout)
+                spec = replace(spec, rendezvous=address)
+            errors = await call_until_error(
+                {worker: host.prepare.remote(spec) for worker, host in hosts.items()}, self._config.step_timeout
+            )
+        except KeyError as error:
+            return [PrepareFailed(epoch=spec.epoch, reason=f"{error} is gone")]
+        except CALL_ERRORS as error:
+            lost = await self._find_lost([worker.id for worker in spec.placement.workers])
+            return [*lost, PrepareFailed(epoch=spec.epoch, reason=f"no rendezvous: {one_line(error)}")]
+        if not errors:
+            return [Prepared(spec=spec)]
+        lost = await self._find_lost(hosts)
+        return [*lost, PrepareFailed(epoch=spec.epoch, reason=_told(errors))]
+
+    async def commit(self, command: Commit) -> list[Event]:
+        spec = command.spec
+        if self.engine is None:
+            self.engine = self._fleet.start_engine()
+            self._engine_started = False
+        engine, first = self.engine, not self._engine_started
+        try:
+            hosts = self._hosts_of(spec)
+            infos = {worker: self.infos[worker] for worker in hosts}
+            if first:
+                call = engine.start.remote(self._model, spec, hosts, infos)
+            else:
+                call = engine.change_epoch.remote(spec, hosts, infos)
+            self._engine_started = True
+            # a step that hangs comes first, then hosts that do
+            await asyncio.wait_for(call, 2 * self._config.step_timeout + 30)
+        except KeyError as error:
+            return [CommitFailed(epoch=spec.epoch, reason=f"{error} is gone")]
+        except TimeoutError as error:
+            return [self.drop_engine(one_line(error))]
+        except CALL_ERRORS as error:
+            if is_death(error):
+                return [self.drop_engine(one_line(error))]
+            lost = await self._find_lost([worker.id for worker in spec.placement.workers])
+            return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
+        return [Committed(epoch=spec.epoch)]
+
+    def abandon(self, command: Abandon) -> None:
+        calls = {w: self.hosts[w].abandon.remote(command.epoch) for w in command.workers if w in self.hosts}
+        task = asyncio.ensure_future(call_all(calls, ABANDON_TIMEOUT_S))
+        self._abandoning.add(task)
+        task.add_done_callback(self._abandoning.discard)
+
+    async def probe(self, command: Probe) -> Event:
+        lost = await self._find_lost(command.workers)
+        return Probed(lost=tuple((event.worker, event.reason) for event in lost))
+
+    def drop_engine(self, reason: str) -> EngineLost:
+        """Make sure that it is gone; the next commit starts another."""
+        if self.engine is not None:
+            self._fleet.kill(self.engine)
+            self.engine = None
+        return EngineLost(reason=reason)
+
+    def kill_all(self) -> None:
+        for actor in (self.engine, self._migrator, *self.hosts.values()):
+            if actor is not None:
+                self._fleet.kill(actor)
+        self.engine = self._migrator = None
+        self.hosts.clear()
+
+    async def _find_lost(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
+        """Those that do not answer: dead, or hanging."""
+        calls = {worker: self.hosts[worker].ping.remote() for worker in workers if worker in self.hosts}
+        errors = await call_all(calls, PROBE_TIMEOUT_S)
+        return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
+
+    async def _settle(self) -> None:
+        """Wait for what was told before: a host that abandons an epoch late would drop what is brought next."""
+        if self._abandoning:
+            await asyncio.gather(*self._abandoning)
+
+    def _hosts_of(self, spec: EpochSpec) -> dict[WorkerId, Any]:
+        """In rank order. Raises KeyError for one that has been stopped."""
+        return {worker.id: self.hosts[worker.id] for worker in spec.placement.workers}
+
+
+def _told(errors: Mapping[WorkerId, BaseException]) -> str:
+    return "; ".join(f"{worker}: {one_line(error)}" for worker, error in errors.items())

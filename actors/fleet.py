@@ -1,0 +1,157 @@
+"""Makes and ends the actors, and asks Ray what there is: the only place where `ray.remote` is applied.
+
+`Fleet` is what the coordinator needs of it; tests bring their own and then need no Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable
+from typing import Any, Protocol
+
+import ray
+
+from actors import names
+from cluster.config import ServeConfig
+from cluster.placement import WorkerId
+from optimizer import PlacementProblem, PlanResult
+
+logger = logging.getLogger(__name__)
+
+
+class Fleet(Protocol):
+    def attach(self) -> None:
+        """Called once by the coordinator, in its own process, before anything else."""
+        ...
+
+    def device(self) -> str:
+        """cpu or cuda, where the configuration says auto."""
+        ...
+
+    @property
+    def shared_gpus(self) -> bool: ...
+
+    def threads_per_worker(self, num_workers: int) -> int: ...
+
+    def start_host(self, worker: WorkerId) -> Any: ...
+
+    def start_engine(self) -> Any: ...
+
+    def start_migrator(self, expert_bytes: int) -> Any: ...
+
+    def kill(self, actor: Any) -> None: ...
+
+    def solve(
+        self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str
+    ) -> Awaitable[PlanResult]: ...
+
+
+class RayFleet:
+    """Real actors. All are detached and named, so that they can be found should the coordinator be gone.
+
+    host_class and engine_class are there for tests with actors that only pretend.
+    """
+
+    def __init__(
+        self, config: ServeConfig, *, host_class: type | None = None, engine_class: type | None = None
+    ) -> None:
+        self._config = config
+        self._host_class = host_class
+        self._engine_class = engine_class
+        self._coordinator: Any = None
+        self._resources: dict[str, float] = {}
+        self._nodes = 0
+
+    def attach(self) -> None:
+        logging.basicConfig(
+            level=self._config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        )
+        self._coordinator = ray.get_runtime_context().current_actor
+        self._resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        self._nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+        kill_leftovers()
+
+    def device(self) -> str:
+        if self._config.device != "auto":
+            return self._config.device
+        return "cuda" if self._resources.get("GPU", 0) > 0 else "cpu"
+
+    @property
+    def shared_gpus(self) -> bool:
+        return self.device() == "cuda" and self._gpu_share < 1
+
+    @property
+    def _alone(self) -> bool:
+        """One machine and no cluster to join: it will not grow, so workers make do with what it has."""
+        return self._config.address is None and self._nodes == 1
+
+    @property
+    def _gpu_share(self) -> float:
+        available = self._resources.get("GPU", 0.0)
+        if not self._alone or not 0 < available < self._config.workers:
+            return 1.0
+        return int(1000 * available / self._config.workers) / 1000
+
+    def threads_per_worker(self, num_workers: int) -> int:
+        if self._nodes == 1:
+            cores = float(len(os.sched_getaffinity(0)))
+        else:
+            cores = self._resources.get("CPU", 1.0)
+        return max(1, int(cores // num_workers))
+
+    def start_host(self, worker: WorkerId) -> Any:
+        if self._host_class is None:
+            from actors.host import ExpertHost
+
+            self._host_class = ExpertHost
+        if self.device() == "cuda":
+            resources = {"num_gpus": self._gpu_share, "num_cpus": 0}
+        else:
+            # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
+            resources = {"num_cpus": 0 if self._alone else 1}
+        # a step runs in a thread of its own, and what the control plane asks for beside it
+        groups = {"step": 1, "io": 4}
+        return self._actor(
+            self._host_class, names.host_name(worker), max_restarts=0, concurrency_groups=groups, **resources
+        ).remote()
+
+    def start_engine(self) -> Any:
+        if self._engine_class is None:
+            from actors.engine import Engine
+
+            self._engine_class = Engine
+        return self._actor(self._engine_class, names.ENGINE, max_restarts=0, num_cpus=0).remote(
+            self._config, self._coordinator
+        )
+
+    def start_migrator(self, expert_bytes: int) -> Any:
+        from actors.migrator import Migrator
+
+        return self._actor(Migrator, names.MIGRATOR, max_restarts=-1, num_cpus=0).remote(expert_bytes)
+
+    def _actor(self, cls: type, name: str, **options: Any) -> Any:
+        return ray.remote(cls).options(name=name, namespace=names.NAMESPACE, lifetime="detached", **options)
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor, no_restart=True)
+
+    def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> Awaitable[PlanResult]:
+        from optimizer import plan
+
+        function: Any = ray.remote(plan)
+        task: Awaitable[PlanResult] = function.options(num_cpus=0, max_retries=1).remote(
+            problem, planner=planner, deadline_s=deadline_s, solver=solver
+        )
+        return task
+
+
+def kill_leftovers() -> None:
+    """End every actor that an earlier coordinator made and could not end itself."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == names.NAMESPACE and names.is_ours(actor["name"]):
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=names.NAMESPACE), no_restart=True)
+            except ValueError:
+                continue  # gone in the meantime
+            logger.warning("ended %s, left over from an earlier coordinator", actor["name"])

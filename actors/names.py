@@ -1,0 +1,18 @@
+"""Names under which our actors are found on a Ray cluster."""
+
+from cluster.placement import WorkerId
+
+NAMESPACE = "emoe"
+COORDINATOR = "coordinator"
+ENGINE = "engine"
+MIGRATOR = "migrator"
+HOST_PREFIX = "host-"
+
+
+def host_name(worker: WorkerId) -> str:
+    return f"{HOST_PREFIX}{worker}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether an actor of NAMESPACE is one that a coordinator made."""
+    return name in (ENGINE, MIGRATOR) or name.startswith(HOST_PREFIX)

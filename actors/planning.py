@@ -1,0 +1,65 @@
+"""Between the control plane and the planners: the problem as the cluster sees it, and what to make of an answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.events import PlanReady
+from cluster.placement import Placement
+from cluster.protocol import ModelInfo, RebalancePreview
+from optimizer import PlacementProblem, PlanResult
+from optimizer.decision import Decision, decide
+
+Counts = npt.NDArray[np.int64]
+
+ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def build_problem(
+    model: ModelInfo, placement: Placement, load: Counts, transitions: Counts, *, dtype: str
+) -> PlacementProblem:
+    """load: [L, E], transitions: [L-1, E, E] of the window. A layer that counted nothing is taken as even."""
+    counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
+    return PlacementProblem(
+        loads=counted,
+        workers=placement.workers,
+        top_k=model.top_k,
+        transitions=transitions.astype(np.float64) if transitions.any() else None,
+        current=placement,
+        expert_bytes=model.expert_bytes,
+        token_bytes=model.hidden_size * ACTIVATION_BYTES[dtype],
+    )
+
+
+def judge(result: PlanResult, *, load: Counts, since_change_s: float | None) -> Decision:
+    return decide(result, tokens_per_expert=float(load.mean()), since_change_s=since_change_s)
+
+
+def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:
+    before = result.cost_before
+    return PlanReady(
+        ticket=ticket,
+        placement=result.placement,
+        worthwhile=decision.worthwhile,
+        no_worse=before is None or result.cost.step_s <= before.step_s,
+        reason=f"{decision.reason} ({result.planner}: {result.reason})",
+    )
+
+
+def preview(result: PlanResult, decision: Decision) -> RebalancePreview:
+    before = result.cost_before or result.cost
+    return RebalancePreview(
+        planner=result.planner,
+        worthwhile=decision.worthwhile,
+        reason=f"{decision.reason} ({result.reason})",
+        load_imbalance_before=result.imbalance if result.imbalance_before is None else result.imbalance_before,
+        load_imbalance_after=result.imbalance,
+        cost_before=before.step_s,
+        cost_after=result.cost.step_s,
+        moves=result.moves,
+        bytes=result.bytes,
+        solver_status=str(result.status),
+        gap=result.gap,
+        seconds=result.seconds,
+    )

@@ -1,0 +1,233 @@
+"""What happens to the control plane (events) and what it wants done (commands). Values only.
+
+A command that takes time is answered by one event, which carries the command's epoch or ticket: an answer to
+something that has been given up since is stale, and ignored.
+
+    StartWorker -> WorkerLoaded | WorkerFailed | WorkerLost
+    Transfer    -> TransferDone | TransferFailed
+    Prepare     -> Prepared | PrepareFailed
+    Commit      -> Committed | CommitFailed
+    Probe       -> Probed
+    Solve       -> PlanReady
+    StopWorker, Abandon: no answer
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.placement import Move, Placement, WorkerId
+from cluster.protocol import Epoch, EpochSpec, HostInfo
+
+ExpertKey = tuple[WorkerId, int, int]
+"""An expert at a worker: (worker, layer, logical expert)."""
+
+
+# --- Events -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time has passed. The first one starts the cluster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoaded:
+    info: HostInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFailed:
+    """A worker could not load. `fatal`: it never will, nor will another (a checkpoint that cannot be served)."""
+
+    worker: WorkerId
+    reason: str
+    fatal: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLost:
+    """A worker's process is gone, or answers no more."""
+
+    worker: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferDone:
+    epoch: Epoch
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFailed:
+    """`staged` arrived all the same, and need not be sent again."""
+
+    epoch: Epoch
+    reason: str
+    staged: tuple[ExpertKey, ...] = ()
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Every host is ready to flip. `spec` is the command's, with the rendezvous that was opened for it."""
+
+    spec: EpochSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareFailed:
+    epoch: Epoch
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitFailed:
+    """Some hosts may have flipped, others not."""
+
+    epoch: Epoch
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFailed:
+    """The engine could not finish a step: its group is of no use any more."""
+
+    epoch: Epoch
+    suspects: tuple[WorkerId, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """Which workers did not answer, and why."""
+
+    lost: tuple[tuple[WorkerId, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLost:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReady:
+    """A planner's answer. `placement` is None where there is none; `reason` says what it weighed."""
+
+    ticket: int
+    placement: Placement | None
+    worthwhile: bool
+    """The predicted saving beats what the change costs."""
+    no_worse: bool
+    """The predicted step is not longer than today's: enough for a change that somebody asked for."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceRequested:
+    """Raises ConflictError, NotReadyError from `handle`."""
+
+    planner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleRequested:
+    """To `workers` in all, or without those in `retire`. Raises ConflictError, NotReadyError, PlacementError."""
+
+    workers: int | None = None
+    retire: tuple[WorkerId, ...] = ()
+
+
+Event = (
+    Tick
+    | WorkerLoaded
+    | WorkerFailed
+    | WorkerLost
+    | TransferDone
+    | TransferFailed
+    | Prepared
+    | PrepareFailed
+    | Committed
+    | CommitFailed
+    | StepFailed
+    | Probed
+    | EngineLost
+    | PlanReady
+    | RebalanceRequested
+    | ScaleRequested
+)
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartWorker:
+    """Create a host and have it load the trunk and `experts` ([L] logical experts of each layer)."""
+
+    worker: WorkerId
+    experts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopWorker:
+    """End a host's process, if it still runs."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """Bring experts to where `epoch` wants them: from other hosts, or from the checkpoint."""
+
+    epoch: Epoch
+    copies: tuple[Move, ...]
+    reads: tuple[ExpertKey, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Call `prepare` on every host of `spec`. Where `forms_group`, open a rendezvous first if its transport asks."""
+
+    spec: EpochSpec
+    forms_group: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Flip to `spec` through the engine, at a step boundary."""
+
+    spec: EpochSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """Tell `workers` that `epoch` will not come: they free its group and what was staged for it."""
+
+    epoch: Epoch
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Ask `workers` for a sign of life."""
+
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solve:
+    """Ask a planner for a better placement of the current members."""
+
+    ticket: int
+    planner: str | None
+    """None: the one of the periodic re-placement."""
+
+
+Command = StartWorker | StopWorker | Transfer | Prepare | Commit | Abandon | Probe | Solve

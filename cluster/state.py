@@ -1,0 +1,415 @@
+"""ControlState: the decisions of the control plane. Events in, commands out; no Ray, no torch, no clock.
+
+There is one mechanism. Whatever happens (start, re-placement, scaling, a death), the next epoch is made from the
+workers that are there and a placement (cluster/epochs.py carries it out). `_reconcile`, after every event, compares
+what is with what should be and begins such a change; only one runs at a time. Each attempt has an epoch number of its
+own, never used again: answers that carry another are stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.epochs import MAX_BACKOFF_S, Change, ControlSettings, Epochs, Stage
+from cluster.errors import ConflictError, NotReadyError, PlacementError
+from cluster.events import (
+    Command,
+    CommitFailed,
+    Committed,
+    EngineLost,
+    Event,
+    PlanReady,
+    Prepared,
+    PrepareFailed,
+    Probe,
+    Probed,
+    RebalanceRequested,
+    ScaleRequested,
+    Solve,
+    StartWorker,
+    StepFailed,
+    Tick,
+    TransferDone,
+    TransferFailed,
+    WorkerFailed,
+    WorkerLoaded,
+    WorkerLost,
+)
+from cluster.membership import Member, WorkerState, adapt, expert_lists, slots_per_worker
+from cluster.operations import ENDED
+from cluster.placement import Placement, Worker, WorkerId
+from cluster.protocol import Epoch, ModelInfo, Operation, Readiness
+
+JOIN_PATIENCE_S = 5.0
+"""How long a loaded worker waits for others that are starting, so that they join in one epoch."""
+RESTART_PATIENCE_S = 60.0
+"""The same after all workers were lost: what was served by many may have to be served by few."""
+STABLE_S = 30.0
+"""An epoch that lives this long clears the suspicions against its workers."""
+MAX_STRIKES = 3
+MAX_START_FAILURES = 3
+"""Before the first epoch, more workers than these dying while they load are a lasting error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planning:
+    """A planner at work."""
+
+    ticket: int
+    operation_id: str
+    requested: bool
+
+
+class ControlState(Epochs):
+    """See the module's docstring. Raises PlacementError for more workers than experts."""
+
+    def __init__(self, settings: ControlSettings, model: ModelInfo) -> None:
+        super().__init__(settings, model)
+        self._check_target(settings.workers)
+        self.target = settings.workers
+        self.planning: Planning | None = None
+        self.fatal: str | None = None
+        """Why waiting for the first epoch is in vain."""
+        self.probing = False
+        self._start_at = 0.0
+        self._start_failures = 0
+        self._next_worker = 0
+        self._next_ticket = 1
+        self._rebalance_at: float | None = None
+        self._last_skipped: str | None = None
+        self._scaling: str | None = None
+        """The operation that a ScaleRequested began."""
+        self.operations.open("start", Epoch(1), f"start with {self.target} workers")
+
+    def readiness(self) -> Readiness:
+        if self.fatal:
+            return Readiness(ready=False, reason=self.fatal, error=self.fatal)
+        if self.spec is not None and self.broken is None:
+            return Readiness(ready=True, reason="serving")
+        loaded = f"{sum(member.loaded for member in self.alive)} of {self.target} workers ready"
+        reason = f"recovering, {loaded}: {self.broken}" if self.spec else f"starting, {loaded}"
+        if self.change is not None:
+            reason += f"; {self.change.stage} for epoch {self.change.spec.epoch}"
+        operation = self.operations.find_open("recover" if self.spec else "start")
+        if operation is not None and operation.error:
+            reason += f"; last attempt: {operation.error}"
+        return Readiness(ready=False, reason=reason)
+
+    # --- Events -------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event; return what is to be done, in order.
+
+        Raises ConflictError, NotReadyError or PlacementError for a request that is refused; nothing has changed then.
+        """
+        self._out = []
+        match event:
+            case Tick():
+                self._tick(now)
+            case WorkerLoaded():
+                self._worker_loaded(event, now)
+            case WorkerFailed():
+                if event.fatal and self.spec is None:
+                    self._give_in(event.reason)
+                self._lose(event.worker, event.reason, now)
+            case WorkerLost():
+                self._lose(event.worker, event.reason, now)
+            case TransferDone() | TransferFailed():
+                self._transfer_ended(event, now)
+            case Prepared():
+                self._prepared(event)
+            case PrepareFailed():
+                if self._is_current(event.epoch, Stage.PREPARING):
+                    self._give_up(event.reason, now)
+            case Committed():
+                if self._is_current(event.epoch, Stage.COMMITTING):
+                    self._committed(now)
+            case CommitFailed():
+                if self._is_current(event.epoch, Stage.COMMITTING):
+                    self._commit_failed(event.reason, now)
+            case StepFailed():
+                self._step_failed(event, now)
+            case Probed():
+                self.probing = False
+                for worker, reason in event.lost:
+                    self._lose(worker, reason, now)
+            case EngineLost():
+                self._engine_lost(event.reason, now)
+            case PlanReady():
+                self._plan_ready(event, now)
+            case RebalanceRequested():
+                self._rebalance_requested(event)
+            case ScaleRequested():
+                self._scale_requested(event, now)
+        self._reconcile(now)
+        return self._out
+
+    def _tick(self, now: float) -> None:
+        if self.spec is not None and self.broken is None and now - self.epoch_since >= STABLE_S:
+            self._failures = 0
+            for member in self.alive:
+                member.strikes = 0
+        if self._rebalance_at is not None and now >= self._rebalance_at and self._idle and self.broken is None:
+            self._rebalance_at = now + self.settings.rebalance_interval_s
+            if self.load.any():
+                self._start_planning(None, "periodic look at the placement", requested=False)
+
+    def _worker_loaded(self, event: WorkerLoaded, now: float) -> None:
+        member = self.members.get(event.info.worker)
+        if member is not None and member.alive and not member.loaded:
+            member.info = event.info
+            member.loaded_at = now
+            member.held = member.told.copy()
+            self._start_failures = 0
+
+    def _lose(self, worker: WorkerId, reason: str, now: float) -> None:
+        """A worker is gone: what counted on it is given up, and `_reconcile` goes on without."""
+        member = self.members.get(worker)
+        if member is None or not member.alive:
+            return
+        if not member.loaded:
+            self._count_start_failure(member, reason, now)
+        self._stop(member)
+        if worker in self.ranks:
+            self._break(f"worker {worker} lost: {reason}")
+            self._cancel_planning(f"worker {worker} was lost")
+        change = self.change
+        # the outcome of a flip is the engine's to tell
+        if change is not None and change.stage is not Stage.COMMITTING:
+            is_source = any(move.source == worker for move in change.transfers.copies)
+            if worker in (*change.workers, *self.ranks) or (is_source and change.stage is Stage.TRANSFERRING):
+                self._give_up(f"worker {worker} lost: {reason}", now, at_once=True)
+        self._forget_dead()
+
+    def _count_start_failure(self, member: Member, reason: str, now: float) -> None:
+        self._start_failures += 1
+        self._start_at = now + min(MAX_BACKOFF_S, 0.25 * 2.0**self._start_failures)
+        if self.spec is None and self._start_failures > MAX_START_FAILURES:
+            self._give_in(f"worker {member.id} died while it loaded the model: {reason}")
+
+    def _give_in(self, reason: str) -> None:
+        """The first epoch will never be."""
+        if self.fatal is None:
+            self.fatal = reason
+            for operation in self.operations.all():
+                if operation.phase not in ENDED:
+                    self.operations.fail(operation.operation_id, reason)
+
+    def _step_failed(self, event: StepFailed, now: float) -> None:
+        if self.spec is None or event.epoch != self.epoch:
+            return
+        if not self.probing:
+            self.probing = True
+            self._out.append(Probe(workers=tuple(member.id for member in self.alive if member.loaded)))
+        if self.broken is None:
+            self._suspect(event.suspects, now)
+        self._interrupt(f"a step failed: {event.reason}", now)
+
+    def _suspect(self, suspects: Sequence[WorkerId], now: float) -> None:
+        """A worker that answers probes, yet is to blame for one failed step after the other, is replaced."""
+        for worker in suspects:
+            member = self.members.get(worker)
+            if member is not None and member.alive:
+                member.strikes += 1
+                if member.strikes >= MAX_STRIKES:
+                    self._lose(worker, f"to blame for {member.strikes} failed steps", now)
+
+    def _engine_lost(self, reason: str, now: float) -> None:
+        if self.change is not None and self.change.stage is Stage.COMMITTING:
+            self._commit_failed(f"the engine is lost: {reason}", now)
+        elif self.spec is not None:
+            self._interrupt(f"the engine is lost: {reason}", now)
+
+    def _interrupt(self, reason: str, now: float) -> None:
+        """The current epoch is of no use: whatever does not serve to leave it has to wait."""
+        self._break(reason)
+        self._cancel_planning(reason)
+        change = self.change
+        if change is not None and change.stage is not Stage.COMMITTING and change.kind != "recover":
+            self._give_up(reason, now, at_once=True)
+
+    # --- What should be -----------------------------------------------------------------------------------------
+
+    def _reconcile(self, now: float) -> None:
+        if self.fatal:
+            return
+        self._start_workers(now)
+        if self.change is not None or self.probing or now < self.retry_at:
+            return
+        members = self._next_members(now)
+        if not members or (self.broken is None and tuple(member.id for member in members) == self.ranks):
+            return
+        self._cancel_planning("the membership changes")
+        self._begin(self._operation_for(members), self._placement_for(members))
+
+    def _start_workers(self, now: float) -> None:
+        present = [member for member in self.alive if member.state is not WorkerState.DRAINING]
+        missing = self.target - len(present)
+        if missing <= 0 or now < self._start_at:
+            return
+        unheld = np.ones(self.load.shape, dtype=np.bool_)
+        for member in self.alive:
+            unheld &= ~(member.has if member.loaded else member.told)
+        if any(member.alive and member.id in self.ranks for member in self.members.values()):
+            # survivors go on at once, and read for themselves what was lost
+            unheld[:] = False
+        for part in range(missing):
+            told = np.zeros_like(unheld)
+            for layer in range(self.model.num_layers):
+                told[layer, np.array_split(np.nonzero(unheld[layer])[0], missing)[part]] = True
+            self._start_worker(told, now)
+
+    def _start_worker(self, told: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], now: float) -> None:
+        worker = WorkerId(f"w{self._next_worker}")
+        self._next_worker += 1
+        nothing = np.zeros_like(told)
+        self.members[worker] = Member(
+            id=worker,
+            state=WorkerState.STARTING,
+            told=told,
+            held=nothing,
+            staged=nothing.copy(),
+            asked_at=now,
+        )
+        self._out.append(StartWorker(worker=worker, experts=expert_lists(told)))
+
+    def _next_members(self, now: float) -> list[Member]:
+        """Who should serve now; empty: wait."""
+        loaded = [member for member in self.alive if member.loaded]
+        # draining workers serve on only where nobody else can
+        wanted = [member for member in loaded if member.state is not WorkerState.DRAINING] or loaded
+        current = [member for member in wanted if member.id in self.ranks]
+        joining = [member for member in wanted if member.id not in self.ranks]
+        if self.broken is not None and current:
+            return current
+        waited = now - min((member.loaded_at or now for member in joining), default=now)
+        if len(wanted) < self.target:
+            if not current and (self.spec is None or waited < RESTART_PATIENCE_S):
+                return []
+            if current and waited < JOIN_PATIENCE_S:
+                return current
+        return wanted
+
+    def _operation_for(self, members: Sequence[Member]) -> Operation:
+        kind = "start" if self.spec is None else "recover" if self.broken is not None else "scale"
+        operation = self.operations.find_open(kind)
+        if operation is not None:
+            return operation
+        joining = [member.id for member in members if member.id not in self.ranks]
+        leaving = [worker for worker in self.ranks if worker not in {member.id for member in members}]
+        words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "join"), (leaving, "leave")) if ids]
+        return self.operations.open(kind, Epoch(self._next_epoch), ", ".join(words) or "a new group")
+
+    def _placement_for(self, members: Sequence[Member]) -> Placement:
+        slots = slots_per_worker(self.model.num_logical_experts, len(members), self.settings.redundant_experts)
+        workers = [Worker(id=m.id, node=self._info(m.id).node, slots=slots) for m in members]
+        return adapt(workers, {member.id: member.has for member in members}, self.load)
+
+    def _finish(self, change: Change, now: float) -> None:
+        if self.settings.rebalance_interval_s > 0:
+            self._rebalance_at = now + self.settings.rebalance_interval_s
+        transfers = change.transfers
+        moved = f"{len(transfers.copies)} experts copied, {len(transfers.reads)} read"
+        operation = self.operations.get(change.operation_id)
+        assert operation is not None
+        done = f"{operation.reason}; epoch {self.epoch} with {len(self.ranks)} workers, {moved}"
+        if change.kind == "rebalance":
+            self.counters.rebalances["completed"] += 1
+        if operation.operation_id == self._scaling and len(self.ranks) != self.target:
+            # some workers are still to come
+            self.operations.advance(operation.operation_id, reason=operation.reason)
+            return
+        self.operations.complete(change.operation_id, done)
+
+    # --- Requests -----------------------------------------------------------------------------------------------
+
+    @property
+    def _idle(self) -> bool:
+        return self.spec is not None and self.change is None and self.planning is None and not self.probing
+
+    def _require_idle(self) -> None:
+        if self.change is not None or self.planning is not None:
+            running = self.change.operation_id if self.change else self.planning.operation_id if self.planning else ""
+            raise ConflictError(f"operation {running} is under way")
+        if self.spec is None or self.broken is not None or self.probing:
+            raise NotReadyError(self.readiness().reason)
+
+    def _rebalance_requested(self, event: RebalanceRequested) -> None:
+        self._require_idle()
+        self._start_planning(event.planner, f"requested, planner {event.planner}", requested=True)
+
+    def _start_planning(self, planner: str | None, reason: str, *, requested: bool) -> None:
+        operation = self.operations.open("rebalance", Epoch(self._next_epoch), reason)
+        self.planning = Planning(ticket=self._next_ticket, operation_id=operation.operation_id, requested=requested)
+        self._next_ticket += 1
+        self._out.append(Solve(ticket=self.planning.ticket, planner=planner))
+
+    def _plan_ready(self, event: PlanReady, now: float) -> None:
+        planning = self.planning
+        if planning is None or event.ticket != planning.ticket:
+            return
+        self.planning = None
+        assert self.spec is not None
+        operation = self.operations.get(planning.operation_id)
+        assert operation is not None
+        if event.placement is None or tuple(worker.id for worker in event.placement.workers) != self.ranks:
+            self.operations.fail(operation.operation_id, event.reason)
+            self.counters.rebalances["failed"] += 1
+        elif event.placement != self.spec.placement and (event.worthwhile or (planning.requested and event.no_worse)):
+            self.operations.advance(operation.operation_id, reason=f"{operation.reason}: {event.reason}")
+            self._begin(operation, event.placement)
+        else:
+            self._skip(operation, event.reason, requested=planning.requested)
+
+    def _skip(self, operation: Operation, reason: str, *, requested: bool) -> None:
+        self.operations.complete(operation.operation_id, f"{operation.reason}: placement kept, {reason}")
+        self.counters.rebalances["skipped"] += 1
+        if not requested:
+            # one line for a night of them, or they would push the history out
+            if self._last_skipped is not None and self.operations.get(self._last_skipped):
+                self.operations.forget(self._last_skipped)
+            self._last_skipped = operation.operation_id
+
+    def _cancel_planning(self, reason: str) -> None:
+        if self.planning is not None:
+            self.operations.fail(self.planning.operation_id, reason)
+            self.counters.rebalances["failed"] += 1
+            self.planning = None
+
+    def _scale_requested(self, event: ScaleRequested, now: float) -> None:
+        self._require_idle()
+        for worker in event.retire:
+            if worker not in self.members or self.members[worker].state is not WorkerState.SERVING:
+                raise PlacementError(f"retire: {worker!r} is no serving worker")
+        target = event.workers if event.workers is not None else self.target - len(set(event.retire))
+        self._check_target(target)
+        pending = self.operations.find_open("scale")
+        if pending is not None:
+            # it waits for workers that may never come; the new wish replaces it
+            self.operations.fail(pending.operation_id, "replaced by another request")
+        self.target = target
+        for worker in event.retire:
+            self.members[worker].state = WorkerState.DRAINING
+        present = [member for member in self.alive if member.state is not WorkerState.DRAINING]
+        # those that do not serve yet go first, then the newest
+        leaving = [*[m for m in present if m.loaded], *[m for m in present if not m.loaded]][target:]
+        for member in leaving:
+            if member.loaded:
+                member.state = WorkerState.DRAINING
+            else:
+                self._stop(member)
+        what = f"without {', '.join(event.retire)}" if event.retire else f"to {target} workers"
+        operation = self.operations.open("scale", Epoch(self._next_epoch), f"scale {what}")
+        self._scaling = operation.operation_id
+        if len(present) == target == len(self.ranks) and not event.retire:
+            self.operations.complete(operation.operation_id, f"there are {target} workers already")
+
+    def _check_target(self, workers: int) -> None:
+        experts = self.model.num_logical_experts
+        if not 1 <= workers <= experts:
+            raise PlacementError(
+                f"workers: expected 1 to {experts} (each needs an expert of the model's), got {workers}"
+            )
