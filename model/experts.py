@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from model.linear import linear, nbytes, pack, unpack
 
 NAME = "emoe"
 """Of our experts function in transformers' registry."""
@@ -40,11 +41,15 @@ class ExpertStore:
         return len(self._modules)
 
     def put(self, layer: int, expert: int, tensors: Tensors) -> None:
-        self._weights[layer][expert] = tensors
+        """Hold an expert. Its tensors belong to the store from now on."""
+        plain = self._modules[layer].is_transposed
+        self._weights[layer][expert] = {
+            name: tensor if plain or tensor.dim() != 2 else pack(tensor) for name, tensor in tensors.items()
+        }
 
     def get(self, layer: int, expert: int) -> Tensors:
-        """Raises KeyError where the expert is not held."""
-        return self._weights[layer][expert]
+        """The expert's tensors as they were put. Raises KeyError where it is not held."""
+        return {name: unpack(tensor) for name, tensor in self._weights[layer][expert].items()}
 
     def held(self, layer: int) -> frozenset[int]:
         return frozenset(self._weights[layer])
@@ -58,7 +63,7 @@ class ExpertStore:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for layer in self._weights for tensors in layer.values() for t in tensors.values())
+        return sum(nbytes(t) for layer in self._weights for tensors in layer.values() for t in tensors.values())
 
     def forward(self, layer: int, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
         """Weighted sum over each row's experts held here: [R, H]. ABSENT choices count for nothing.
@@ -102,7 +107,7 @@ def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping
 def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str, transposed: bool) -> Tensor:
     weight, bias = tensors[name], tensors.get(f"{name}_bias")
     if not transposed:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 

@@ -36,7 +36,8 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.dispatch import Dispatcher, row_bytes
 from model.experts import ExpertStore
 from model.kv_cache import KVCache
-from model.loading import expert_modules, load_many_experts, load_trunk
+from model.linear import pack_linears
+from model.loading import expert_modules, iter_experts, load_trunk
 from model.routing_counter import RoutingCounter
 from model.runner import ModelRunner
 from model.sampling import SamplingState, sample
@@ -94,8 +95,8 @@ class Worker:
         self._checkpoint = open_checkpoint(self.spec.model.path)
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
+        packed_bytes = pack_linears(trunk)
         self._store = ExpertStore(modules)
-        self._trunk = trunk
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
         self._read([(layer, e) for layer, experts in enumerate(self.spec.experts) for e in experts if e != EMPTY])
@@ -105,15 +106,15 @@ class Worker:
         self._cache = self._runner.allocate(
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
         )
-        weights = sum(p.nbytes for p in trunk.parameters()) + self._store.nbytes
+        weights = sum(p.nbytes for p in trunk.parameters()) + packed_bytes + self._store.nbytes
         return self._cache.num_blocks, weights + self._cache.nbytes
 
     def _read(self, pairs: list[tuple[int, int]]) -> None:
         def note(done: int, total: int) -> None:
             self.progress = done / max(1, total)
 
-        for (layer, expert), tensors in load_many_experts(
-            self._checkpoint, self._trunk, pairs, dtype=self._dtype, device=self._device, progress=note
+        for layer, expert, tensors in iter_experts(
+            self._checkpoint, pairs, dtype=self._dtype, device=self._device, progress=note
         ):
             self._store.put(layer, expert, tensors)
         self.progress = 1.0
