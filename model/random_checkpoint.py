@@ -86,7 +86,7 @@ def family_fields(family: str, *, hidden: int, layers: int, experts: int, top_k:
         "eos_token_id": EOS_TOKEN_ID,
         "pad_token_id": EOS_TOKEN_ID,
     }
-    own = _OWN_FIELDS.get(family, _qwen_fields)
+    own: Callable[..., dict[str, Any]] = _OWN_FIELDS.get(family, _qwen_fields)
     return fields | own(hidden=hidden, heads=heads, experts=experts, top_k=top_k, ff=ff)
 
 

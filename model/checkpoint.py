@@ -1,0 +1,207 @@
+"""Opens a model directory: what it holds, whether it can be served, and why not. No weight is read.
+
+Everything that can be wrong with a checkpoint is found here, in a second or two, and told in one line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from cluster.errors import CheckpointError
+from cluster.protocol import ModelInfo
+from model.plan import LoadPlan, make_plan
+from model.quiet import quiet_transformers
+from model.servability import NotServable, Shape, dry_run, state_windows
+from model.stored import StoredTensor, read_json, stored_tensors
+
+_BROKEN = (
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, AssertionError),
+    *(ImportError, OSError, StrictDataclassError),
+)
+"""What transformers raises when a configuration makes no sense to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An opened model directory."""
+
+    path: Path
+    config: PretrainedConfig
+    info: ModelInfo
+    """Its sizes are those of the stored dtype; `info_for` gives those of another."""
+    tensors: dict[str, StoredTensor]
+    stored_dtype: torch.dtype
+    """Of most of its bytes."""
+    skeleton: PreTrainedModel
+    """The model on the meta device: names and shapes. Not to be run or changed."""
+    shape: Shape
+    plan: LoadPlan
+
+    def info_for(self, dtype: torch.dtype) -> ModelInfo:
+        """What the control plane is told when the model is served in `dtype`."""
+        expert, trunk = _sizes(self.skeleton, self.shape, dtype)
+        return replace(self.info, expert_bytes=expert, trunk_bytes=trunk)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the Hugging Face checkpoint in the directory `path`.
+
+    Raises CheckpointError, in one line, where it is missing, damaged, incomplete or not servable.
+    Never runs code of the checkpoint, never unpickles. Blocks for a second or two.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    skeleton = _skeleton(path, config)
+    max_model_len = _max_model_len(config)
+    try:
+        shape = dry_run(skeleton, max_model_len)
+        if shape.windows_in_masks:
+            # once its attention is told, the window must arrive there like any other
+            state_windows(skeleton, shape.windows_in_masks)
+            if dry_run(skeleton, max_model_len).windows_in_masks:
+                raise NotServable("its attention cannot be told the sliding window that its mask has")
+    except NotServable as reason:
+        raise CheckpointError(f"{path}: {type(skeleton).__name__} cannot be served: {reason}") from reason
+    tensors = stored_tensors(path)
+    plan = make_plan(skeleton, shape.expert_modules, shape.num_experts, tensors)
+    dtype = _stored_dtype(tensors)
+    expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
+    info = ModelInfo(
+        architecture=type(skeleton).__name__,
+        num_layers=len(shape.expert_modules),
+        num_logical_experts=shape.num_experts,
+        top_k=shape.top_k,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        max_model_len=max_model_len,
+        expert_bytes=expert_bytes,
+        trunk_bytes=trunk_bytes,
+        eos_token_ids=_eos_token_ids(path, config),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return Checkpoint(
+        path=path,
+        config=config,
+        info=info,
+        tensors=tensors,
+        stored_dtype=dtype,
+        skeleton=skeleton,
+        shape=shape,
+        plan=plan,
+    )
+
+
+# --- Configuration ------------------------------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: has no config.json")
+    raw = read_json(file)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{file}: model_type is missing")
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise CheckpointError(f"{file}: {model_type} needs code that comes with the checkpoint, which is never run")
+        raise CheckpointError(f"{file}: model_type {model_type!r} is unknown to the installed transformers")
+    _refuse_quantized(file, raw)
+    try:
+        with quiet_transformers():
+            config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except _BROKEN as error:
+        raise CheckpointError(f"{file}: {_one_line(error)}") from error
+    return config
+
+
+def _refuse_quantized(file: Path, raw: dict[str, Any]) -> None:
+    quantization = raw.get("quantization_config") or raw.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise CheckpointError(
+            f"{file}: quantization_config: weights quantized by {method!r} are not supported, "
+            "only float32, bfloat16 and float16"
+        )
+
+
+def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device."""
+    file = path / "config.json"
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{file}: {config.model_type} is an encoder-decoder model, which cannot be served")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}")
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False, attn_implementation="eager", experts_implementation="eager"
+            )
+            model.eval()  # type: ignore[no-untyped-call]
+    except _BROKEN as error:
+        raise CheckpointError(f"{file}: no model can be built of it ({_one_line(error)})") from error
+    return model
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _max_model_len(config: PretrainedConfig) -> int:
+    """Longest sequence that the position embeddings allow.
+
+    YaRN and linear scaling multiply; where the field already says so (DeepSeek, gpt-oss), the product is the same.
+    """
+    text = config.get_text_config()
+    length = int(text.max_position_embeddings)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "yarn" and rope.get("factor"):
+        return max(length, int(rope.get("original_max_position_embeddings", length) * rope["factor"]))
+    if rope.get("rope_type") in ("linear", "dynamic") and rope.get("factor"):
+        return int(length * rope["factor"])
+    return length
+
+
+def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
+    """Of generation_config.json where it says any, else of the configuration."""
+    file = path / "generation_config.json"
+    eos = read_json(file).get("eos_token_id") if file.is_file() else None
+    where = file if eos is not None else path / "config.json"
+    if eos is None:
+        eos = getattr(config.get_text_config(), "eos_token_id", None)
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token, int) for token in ids):
+        raise CheckpointError(f"{where}: eos_token_id must be a token or a list of tokens, found {eos!r}")
+    return tuple(ids)
+
+
+# --- Sizes --------------------------------------------------------------------------------------------------------
+
+
+def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The floating dtype that most bytes are stored in."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            counts[tensor.dtype] += tensor.nbytes
+    return counts.most_common(1)[0][0]
+
+
+def _sizes(model: PreTrainedModel, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of one expert, and of the trunk, in `dtype`. Tied weights count once."""
+    experts = {id(p) for name in shape.expert_modules for p in model.get_submodule(name).parameters()}
+    elements = sum(p.numel() for p in model.parameters())
+    of_experts = sum(p.numel() for p in model.parameters() if id(p) in experts)
+    count = shape.num_experts * len(shape.expert_modules)
+    return of_experts // count * dtype.itemsize, (elements - of_experts) * dtype.itemsize

@@ -1,0 +1,283 @@
+"""Finds out whether the engine can serve a model, by one dry run of it on the meta device, before any weight is read.
+
+The engine owns three things that transformers' modelling code must hand over: experts (through the experts interface),
+attention with its key-value cache (through the attention interface), and masks (it has none: causality and sliding
+windows follow from each sequence's length). The dry run registers probes for the three and looks at what arrives. What
+a model is called does not matter, so new families are served, or refused with a reason, without a list that ages.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.moe import ExpertsInterface
+
+from model.quiet import quiet_transformers
+
+PROBE = "emoe_probe"
+TOKENS = 3
+"""Of the dry run."""
+
+_HONOURED = {"scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"}
+"""Keyword arguments of an attention call that the engine's attention honours, or that change nothing for it."""
+
+
+class NotServable(Exception):
+    """Why a model cannot be served: one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What the dry run has seen of a model."""
+
+    expert_modules: tuple[str, ...]
+    """[L] names of the expert modules, in the order in which a token meets them."""
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    vocab_size: int
+    windows_in_masks: dict[int, int]
+    """Attention layer -> sliding window that the model puts into its mask but does not tell its attention."""
+
+
+@dataclass(slots=True)
+class _Trace:
+    """What the probes saw in one forward pass."""
+
+    experts: list[nn.Module] = field(default_factory=list)
+    top_k: set[int] = field(default_factory=set)
+    hidden_sizes: set[int] = field(default_factory=set)
+    attention_layers: list[int] = field(default_factory=list)
+    windows_in_masks: dict[int, int] = field(default_factory=dict)
+    max_model_len: int = 0
+    complaint: str | None = None
+
+
+def dry_run(model: PreTrainedModel, max_model_len: int) -> Shape:
+    """What `model`, which must be on the meta device, is made of. Raises NotServable with the reason otherwise."""
+    modules = [(name, module) for name, module in model.named_modules() if is_expert_module(module)]
+    _check_structure(model, modules)
+    trace = _Trace(max_model_len=max_model_len)
+    logits = _forward(model, trace)
+    if trace.complaint is not None:
+        raise NotServable(trace.complaint)
+    if [id(module) for module in trace.experts] != [id(module) for _, module in modules]:
+        raise NotServable("its expert layers are not each run once, in the order of its layers")
+    layers = model.config.get_text_config().num_hidden_layers
+    if sorted(trace.attention_layers) != list(range(layers)):
+        raise NotServable(
+            "not every layer has exactly one attention that goes through transformers' attention interface "
+            f"({len(trace.attention_layers)} calls in {layers} layers)"
+        )
+    sizes = {num_experts(module) for _, module in modules}
+    if len(sizes) > 1 or len(trace.top_k) > 1 or len(trace.hidden_sizes) > 1:
+        raise NotServable("its layers differ in their number of experts or in experts per token")
+    return Shape(
+        expert_modules=tuple(name for name, _ in modules),
+        num_experts=sizes.pop(),
+        top_k=trace.top_k.pop(),
+        hidden_size=trace.hidden_sizes.pop(),
+        vocab_size=int(logits.shape[-1]),
+        windows_in_masks=trace.windows_in_masks,
+    )
+
+
+def is_expert_module(module: nn.Module) -> bool:
+    """Whether transformers hands this module's work to the experts interface."""
+    return all(hasattr(module, flag) for flag in ("_apply_gate", "is_transposed", "has_bias", "has_gate"))
+
+
+def num_experts(module: nn.Module) -> int:
+    """E: the first dimension of every parameter of an expert module."""
+    return int(next(module.parameters()).shape[0])
+
+
+def state_windows(model: PreTrainedModel, windows: Mapping[int, int]) -> None:
+    """Have attention layers told the window that their model would only put into a mask (Qwen2-MoE, PhiMoE)."""
+    for module in model.modules():
+        window = windows.get(getattr(module, "layer_idx", -1))
+        if window is not None and "attention" in type(module).__name__.lower():
+            module.register_forward_pre_hook(_WindowHook(window), with_kwargs=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _WindowHook:
+    """Adds sliding_window to the arguments of an attention layer, which hands on those it does not know."""
+
+    window: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "sliding_window": self.window}
+
+
+# --- What shows without running ---------------------------------------------------------------------------------------
+
+
+def _check_structure(model: PreTrainedModel, experts: list[tuple[str, nn.Module]]) -> None:
+    state = _recurrent_state(model)
+    if not experts:
+        if not _mentions_experts(model):
+            raise NotServable("it is not a Mixture-of-Experts model: no layer has experts")
+        raise NotServable("its experts do not go through transformers' experts interface")
+    if state is not None:
+        raise NotServable(f"it keeps other state than keys and values per token ({state})")
+    for name, module in experts:
+        params = list(module.named_parameters())
+        if len({param.shape[0] for _, param in params if param.dim() > 1}) != 1 or any("." in key for key, _ in params):
+            raise NotServable(f"the parameters of {name} are not stacked by expert")
+        if getattr(module, "has_post_expert_norm", False):
+            raise NotServable("its experts apply a norm of their own after each expert")
+        if len(inspect.signature(type(module).forward).parameters) != 4:
+            raise NotServable(f"{type(module).__name__} takes more than hidden states and the router's choice")
+
+
+def _mentions_experts(model: PreTrainedModel) -> bool:
+    names = (type(module).__name__.lower() for module in model.modules())
+    return any("expert" in name or "moe" in name for name in names)
+
+
+def _recurrent_state(model: PreTrainedModel) -> str | None:
+    """The part of the model that carries state from token to token other than by keys and values, if there is one."""
+    for module in model.modules():
+        if any(hasattr(module, name) for name in ("A_log", "dt_bias", "conv1d", "conv")):
+            return type(module).__name__
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    other = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    return other[0] if other else None
+
+
+# --- The dry run ------------------------------------------------------------------------------------------------------
+
+_running: ContextVar[_Trace] = ContextVar("dry_run")
+
+
+class _NumbersForMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers 1 where code asks for the value of a meta tensor, as length-dependent rotary embeddings do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        return func(*args, **(kwargs or {}))
+
+
+def _forward(model: PreTrainedModel, trace: _Trace) -> Tensor:
+    """Logits of a forward pass in which the probes fill `trace`."""
+    ids = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
+    numbers: Any = _NumbersForMeta()  # type: ignore[no-untyped-call]
+    with _implementation(model, PROBE), quiet_transformers(), torch.no_grad(), numbers:
+        token = _running.set(trace)
+        try:
+            positions = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
+            logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        except NotServable:
+            raise
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            IndexError,
+            NotImplementedError,
+        ) as error:
+            line = str(error).strip().split("\n")[0][:200]
+            raise NotServable(f"a dry run of it failed ({type(error).__name__}: {line})") from error
+        finally:
+            _running.reset(token)
+    return logits
+
+
+@contextmanager
+def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Attention, masks and experts of the model by the implementation `name`, while the block runs."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: (c._attn_implementation, c._experts_implementation) for key, c in configs.items()}
+    for config in configs.values():
+        config._attn_implementation, config._experts_implementation = name, name
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation, config._experts_implementation = before[key]
+
+
+def _probe_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    trace = _running.get()
+    trace.experts.append(module)
+    trace.top_k.add(int(index.shape[-1]))
+    trace.hidden_sizes.add(int(hidden.shape[-1]))
+    if tuple(index.shape) != (TOKENS, index.shape[-1]) or tuple(hidden.shape[:-1]) != (TOKENS,):
+        trace.complaint = "its router does not give every token a fixed number of experts"
+    return torch.empty_like(hidden)
+
+
+def _probe_mask(
+    *_: Any,
+    config: Any = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    allow_is_bidirectional_skip: bool = False,
+    **__: Any,
+) -> Tensor:
+    """Stands in for an attention mask, and remembers what it was to be."""
+    mask = torch.zeros(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
+    chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+    complaint = (
+        "tokens attend within chunks"
+        if chunked
+        else "it is not causal"
+        if allow_is_bidirectional_skip
+        else "it follows rules of the model's own"
+        if use_vmap
+        else None
+    )
+    mask.emoe_window, mask.emoe_complaint = local_size, complaint  # type: ignore[attr-defined]
+    return mask
+
+
+def _probe_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    trace = _running.get()
+    trace.attention_layers.append(getattr(module, "layer_idx", -1))
+    trace.complaint = trace.complaint or _attention_complaint(trace, module, key, attention_mask, kwargs)
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _attention_complaint(
+    trace: _Trace, module: nn.Module, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> str | None:
+    odd = sorted(
+        name for name, value in kwargs.items() if name not in _HONOURED and value is not None and value is not False
+    )
+    if odd:
+        return f"{type(module).__name__} asks its attention for {', '.join(odd)}"
+    if key.shape[2] != TOKENS:
+        return f"{type(module).__name__} attends to other keys than one per token"
+    if mask is None:
+        return None
+    if not hasattr(mask, "emoe_window"):
+        return f"{type(module).__name__} makes an attention mask of its own"
+    if mask.emoe_complaint is not None:  # type: ignore[attr-defined]
+        return f"its attention mask is not supported: {mask.emoe_complaint}"  # type: ignore[attr-defined]
+    in_mask, asked = mask.emoe_window, kwargs.get("sliding_window") or None
+    if in_mask is not None and in_mask != asked and in_mask < trace.max_model_len:
+        if asked is not None:
+            return f"{type(module).__name__} asks for a window of {asked} but makes a mask for {in_mask}"
+        trace.windows_in_masks[trace.attention_layers[-1]] = in_mask
+    return None
+
+
+ExpertsInterface.register(PROBE, _probe_experts)
+AttentionInterface.register(PROBE, _probe_attention)
+AttentionMaskInterface.register(PROBE, _probe_mask)
