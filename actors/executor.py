@@ -68,6 +68,9 @@ class Executor:
     async def start_worker(self, command: StartWorker) -> Event:
         host = self._fleet.start_host(command.worker)
         self.hosts[command.worker] = host
+        # their processes take seconds to start: not when they are needed
+        self._ensure_engine()
+        self._ensure_migrator()
         config = self._config
         spec = HostSpec(
             worker=command.worker,
@@ -115,8 +118,7 @@ class Executor:
     async def _copy(self, command: Transfer) -> MigrationReport:
         if not command.copies:
             return MigrationReport(done=(), nbytes=0, seconds=0.0)
-        if self._migrator is None:
-            self._migrator = self._fleet.start_migrator(self._model.expert_bytes)
+        self._ensure_migrator()
         wanted = {move.source for move in command.copies} | {move.target for move in command.copies}
         hosts = {worker: host for worker, host in self.hosts.items() if worker in wanted}
         if len(hosts) < len(wanted):
@@ -177,9 +179,7 @@ class Executor:
 
     async def commit(self, command: Commit) -> list[Event]:
         spec = command.spec
-        if self.engine is None:
-            self.engine = self._fleet.start_engine()
-            self._engine_started = False
+        self._ensure_engine()
         engine, first = self.engine, not self._engine_started
         try:
             hosts = self._hosts_of(spec)
@@ -211,6 +211,15 @@ class Executor:
     async def probe(self, command: Probe) -> Event:
         lost = await self._find_lost(command.workers)
         return Probed(lost=tuple((event.worker, event.reason) for event in lost))
+
+    def _ensure_engine(self) -> None:
+        if self.engine is None:
+            self.engine = self._fleet.start_engine()
+            self._engine_started = False
+
+    def _ensure_migrator(self) -> None:
+        if self._migrator is None:
+            self._migrator = self._fleet.start_migrator(self._model.expert_bytes)
 
     def drop_engine(self, reason: str) -> EngineLost:
         """Make sure that it is gone; the next commit starts another."""

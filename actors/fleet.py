@@ -111,27 +111,28 @@ class RayFleet:
             # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
             resources = {"num_cpus": 0 if self._alone else 1}
         # a step runs in a thread of its own, and what the control plane asks for beside it
-        groups = {"step": 1, "io": 4}
-        return self._actor(
-            self._host_class, names.host_name(worker), max_restarts=0, concurrency_groups=groups, **resources
-        ).remote()
+        groups = {"concurrency_groups": {"step": 1, "io": 4}}
+        return self._create(self._host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups)
 
     def start_engine(self) -> Any:
         if self._engine_class is None:
             from actors.engine import Engine
 
             self._engine_class = Engine
-        return self._actor(self._engine_class, names.ENGINE, max_restarts=0, num_cpus=0).remote(
-            self._config, self._coordinator
-        )
+        options = {"max_restarts": 0, "num_cpus": 0}
+        return self._create(self._engine_class, names.ENGINE, options, {}, self._config, self._coordinator)
 
     def start_migrator(self, expert_bytes: int) -> Any:
         from actors.migrator import Migrator
 
-        return self._actor(Migrator, names.MIGRATOR, max_restarts=-1, num_cpus=0).remote(expert_bytes)
+        return self._create(Migrator, names.MIGRATOR, {"max_restarts": -1, "num_cpus": 0}, {}, expert_bytes)
 
-    def _actor(self, cls: type, name: str, **options: Any) -> Any:
-        return ray.remote(cls).options(name=name, namespace=names.NAMESPACE, lifetime="detached", **options)
+    def _create(
+        self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
+    ) -> Any:
+        actor: Any = ray.remote(**decoration)(cls) if decoration else ray.remote(cls)
+        named = actor.options(name=name, namespace=names.NAMESPACE, lifetime="detached", **options)
+        return named.remote(*arguments)
 
     def kill(self, actor: Any) -> None:
         ray.kill(actor, no_restart=True)

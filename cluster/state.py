@@ -359,7 +359,8 @@ class ControlState(Epochs):
             self.operations.fail(operation.operation_id, event.reason)
             self.counters.rebalances["failed"] += 1
         elif event.placement != self.spec.placement and (event.worthwhile or (planning.requested and event.no_worse)):
-            self.operations.advance(operation.operation_id, reason=f"{operation.reason}: {event.reason}")
+            verdict = event.reason if event.worthwhile else f"done, although {event.reason}"
+            self.operations.advance(operation.operation_id, reason=f"{operation.reason}: {verdict}")
             self._begin(operation, event.placement)
         else:
             self._skip(operation, event.reason, requested=planning.requested)

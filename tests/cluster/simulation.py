@@ -1,0 +1,254 @@
+"""A cluster that only pretends: carries out ControlState's commands on models of hosts, in any order, with any fault."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cluster.epochs import ControlSettings
+from cluster.events import (
+    Abandon,
+    Command,
+    Commit,
+    CommitFailed,
+    Committed,
+    EngineLost,
+    Event,
+    PlanReady,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    Probe,
+    Probed,
+    Solve,
+    StartWorker,
+    StopWorker,
+    Transfer,
+    TransferDone,
+    TransferFailed,
+    WorkerFailed,
+    WorkerLoaded,
+    WorkerLost,
+)
+from cluster.invariants import validate
+from cluster.membership import needs
+from cluster.placement import Placement, WorkerId
+from cluster.protocol import Epoch, EpochSpec, HostInfo, ModelInfo
+from cluster.state import ControlState
+
+LAYERS, EXPERTS = 3, 8
+
+MODEL = ModelInfo(
+    architecture="Fake",
+    num_layers=LAYERS,
+    num_logical_experts=EXPERTS,
+    top_k=2,
+    hidden_size=4,
+    vocab_size=8,
+    max_model_len=64,
+    expert_bytes=1000,
+    trunk_bytes=1,
+    eos_token_ids=(0,),
+    dtype="float32",
+)
+
+
+@dataclass
+class Host:
+    """What a host really holds, which the state may understate but never overstate."""
+
+    held: np.ndarray
+    alive: bool = True
+    placed: np.ndarray | None = None
+    epoch: int = 0
+    prepared: dict[int, EpochSpec] = field(default_factory=dict)
+
+
+class Simulation:
+    def __init__(self, *, workers: int, redundant: int = 0, interval_s: float = 0.0, seed: int = 0) -> None:
+        self.now = 0.0
+        self.rng = np.random.default_rng(seed)
+        self.state = ControlState(
+            ControlSettings(workers=workers, redundant_experts=redundant, rebalance_interval_s=interval_s), MODEL
+        )
+        self.hosts: dict[WorkerId, Host] = {}
+        self.todo: list[Command] = []
+        self.log: list[Command] = []
+        self.engine_epoch = 0
+
+    def feed(self, event: Event) -> None:
+        commands = self.state.handle(event, self.now)
+        self.log += commands
+        validate(self.state)
+        for command in commands:
+            self._at_once(command)
+
+    def _at_once(self, command: Command) -> None:
+        match command:
+            case StartWorker():
+                held = np.zeros((LAYERS, EXPERTS), dtype=bool)
+                for layer, experts in enumerate(command.experts):
+                    held[layer, list(experts)] = True
+                self.hosts[command.worker] = Host(held)
+                self.todo.append(command)
+            case StopWorker():
+                self.hosts[command.worker].alive = False
+            case Abandon():
+                for worker in command.workers:
+                    host = self.hosts[worker]
+                    host.prepared.pop(command.epoch, None)
+                    if host.placed is not None:
+                        host.held &= host.placed
+            case _:
+                self.todo.append(command)
+
+    def kill(self, worker: WorkerId) -> None:
+        """Nobody is told."""
+        self.hosts[worker].alive = False
+
+    def finish(self, index: int, *, fault: bool = False) -> None:
+        """Carry out one of the commands that are under way; `fault`: it goes wrong for no reason of a host's."""
+        command = self.todo.pop(index)
+        match command:
+            case StartWorker():
+                self._load(command, fault)
+            case Transfer():
+                self._transfer(command, fault)
+            case Prepare():
+                self._prepare(command, fault)
+            case Commit():
+                self._commit(command, fault)
+            case Probe():
+                self.feed(Probed(lost=tuple((w, "no answer") for w in command.workers if not self.hosts[w].alive)))
+            case Solve():
+                self._solve(command, fault)
+
+    def _load(self, command: StartWorker, fault: bool) -> None:
+        if not self.hosts[command.worker].alive:
+            self.feed(WorkerLost(worker=command.worker, reason="died"))
+        elif fault:
+            self.feed(WorkerFailed(worker=command.worker, reason="out of memory"))
+        else:
+            self.feed(WorkerLoaded(info=info(command.worker)))
+
+    def _find_lost(self, workers: list[WorkerId]) -> None:
+        for worker in workers:
+            if not self.hosts[worker].alive:
+                self.feed(WorkerLost(worker=worker, reason="died"))
+
+    def _transfer(self, command: Transfer, fault: bool) -> None:
+        staged = []
+        failed = fault
+        for move in command.copies:
+            source, target = self.hosts[move.source], self.hosts[move.target]
+            if not (source.alive and target.alive) or (fault and self.rng.random() < 0.5):
+                failed = True
+                continue
+            if self.state.change is not None and self.state.change.spec.epoch == command.epoch:
+                assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
+            target.held[move.layer, move.expert] = True
+            staged.append((move.target, move.layer, move.expert))
+        for worker, layer, expert in command.reads:
+            if not self.hosts[worker].alive or (fault and self.rng.random() < 0.5):
+                failed = True
+                continue
+            self.hosts[worker].held[layer, expert] = True
+            staged.append((worker, layer, expert))
+        if failed:
+            touched = {m.source for m in command.copies} | {m.target for m in command.copies}
+            self._find_lost(sorted(touched | {w for w, _, _ in command.reads}))
+            self.feed(TransferFailed(epoch=command.epoch, reason="a copy failed", staged=tuple(staged)))
+        else:
+            self.feed(TransferDone(epoch=command.epoch, nbytes=1000 * len(staged)))
+
+    def _prepare(self, command: Prepare, fault: bool) -> None:
+        members = [w.id for w in command.spec.placement.workers]
+        stale = self.state.change is None or self.state.change.spec.epoch != command.spec.epoch
+        for worker in members:
+            host = self.hosts[worker]
+            if host.alive and not stale:
+                missing = needs(command.spec.placement, worker) & ~host.held
+                assert not missing.any(), f"{worker} was told to prepare what it does not hold"
+                host.prepared[command.spec.epoch] = command.spec
+        if fault or not all(self.hosts[w].alive for w in members):
+            self._find_lost(members)
+            self.feed(PrepareFailed(epoch=command.spec.epoch, reason="a peer did not come"))
+        else:
+            self.feed(Prepared(spec=command.spec))
+
+    def _commit(self, command: Commit, fault: bool) -> None:
+        """A fault leaves some hosts in the new epoch and others in the old one."""
+        members = [w.id for w in command.spec.placement.workers]
+        failed = fault
+        for worker in members:
+            host = self.hosts[worker]
+            if not host.alive or (fault and self.rng.random() < 0.5):
+                failed = True
+                continue
+            host.epoch = command.spec.epoch
+            host.placed = needs(command.spec.placement, worker)
+            host.held = host.held & host.placed
+            host.prepared.clear()
+        if failed:
+            self._find_lost(members)
+            self.feed(CommitFailed(epoch=command.spec.epoch, reason="not every host flipped"))
+        else:
+            self.engine_epoch = command.spec.epoch
+            self.feed(Committed(epoch=command.spec.epoch))
+
+    def _solve(self, command: Solve, fault: bool) -> None:
+        spec = self.state.spec
+        assert spec is not None
+        placement = None if fault else shuffled(spec.placement, self.rng)
+        self.feed(PlanReady(ticket=command.ticket, placement=placement, worthwhile=True, no_worse=True, reason="drawn"))
+
+    def lose_engine(self) -> None:
+        self.todo = [command for command in self.todo if not isinstance(command, Commit)]
+        self.feed(EngineLost(reason="died"))
+
+    def settle(self, *, rounds: int = 200) -> None:
+        """No more faults: everything under way ends, time passes, the dead are found."""
+        from cluster.events import Tick
+
+        for _ in range(rounds):
+            while self.todo:
+                self.finish(0)
+            self._find_lost([m.id for m in self.state.alive if m.loaded])
+            self.now += 1.0
+            self.feed(Tick())
+            if not self.todo and self.settled:
+                return
+        raise AssertionError(f"not settled: {self.state.readiness()}")
+
+    @property
+    def settled(self) -> bool:
+        state = self.state
+        return state.readiness().ready and len(state.ranks) == state.target and state.change is None
+
+
+def info(worker: WorkerId, node: str = "n0") -> HostInfo:
+    return HostInfo(
+        worker=worker,
+        node=node,
+        address="127.0.0.1",
+        pid=1,
+        device="cpu",
+        num_kv_blocks=10,
+        memory_bytes=1,
+        load_s=0.1,
+    )
+
+
+def shuffled(placement: Placement, rng: np.random.Generator) -> Placement:
+    """Every layer's experts dealt anew. Slots of one worker differ, since the deal is a permutation of experts."""
+    rows = []
+    for _ in range(placement.num_layers):
+        row = np.full(placement.num_slots, -1)
+        row[:EXPERTS] = rng.permutation(EXPERTS)
+        rows.append(row)
+    return Placement(num_logical_experts=EXPERTS, workers=placement.workers, physical_to_logical_map=np.array(rows))
+
+
+def epochs_of(commands: list[Command]) -> list[Epoch]:
+    return [command.spec.epoch for command in commands if isinstance(command, Commit)]

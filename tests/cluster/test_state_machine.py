@@ -1,0 +1,86 @@
+"""Random orders of events and faults: the invariants hold after each, and the cluster serves once faults end."""
+
+import contextlib
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from cluster.errors import ConflictError, NotReadyError, PlacementError
+from cluster.events import RebalanceRequested, ScaleRequested, StepFailed, Tick
+from tests.cluster.simulation import EXPERTS, LAYERS, Simulation
+
+
+class Faults(RuleBasedStateMachine):
+    sim: Simulation
+
+    @initialize(
+        workers=st.integers(1, 4),
+        redundant=st.integers(0, 4),
+        interval_s=st.sampled_from([0.0, 3.0]),
+        seed=st.integers(0, 99),
+    )
+    def start(self, workers: int, redundant: int, interval_s: float, seed: int) -> None:
+        self.sim = Simulation(workers=workers, redundant=redundant, interval_s=interval_s, seed=seed)
+        self.sim.feed(Tick())
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.sim.now += seconds
+        self.sim.state.load = self.sim.rng.integers(0, 50, (LAYERS, EXPERTS))
+        self.sim.feed(Tick())
+
+    @precondition(lambda self: self.sim.todo)
+    @rule(pick=st.integers(0, 20), fault=st.sampled_from([False, False, False, True]))
+    def something_ends(self, pick: int, fault: bool) -> None:
+        self.sim.finish(pick % len(self.sim.todo), fault=fault)
+
+    @precondition(lambda self: self.sim.todo)
+    @rule()
+    def the_oldest_ends(self) -> None:
+        self.sim.finish(0)
+
+    @precondition(lambda self: any(host.alive for host in self.sim.hosts.values()))
+    @rule(pick=st.integers(0, 20), found=st.booleans())
+    def a_worker_dies(self, pick: int, found: bool) -> None:
+        alive = [worker for worker, host in self.sim.hosts.items() if host.alive]
+        worker = alive[pick % len(alive)]
+        self.sim.kill(worker)
+        if found:
+            self.sim._find_lost([worker])
+
+    @rule(suspects=st.integers(0, 2), stale=st.sampled_from([0, 0, 1]))
+    def a_step_fails(self, suspects: int, stale: int) -> None:
+        state = self.sim.state
+        self.sim.feed(StepFailed(epoch=state.epoch - stale, suspects=state.ranks[:suspects], reason="aborted"))
+
+    @rule()
+    def the_engine_dies(self) -> None:
+        self.sim.lose_engine()
+
+    @rule()
+    def somebody_wants_a_rebalance(self) -> None:
+        with contextlib.suppress(ConflictError, NotReadyError):
+            self.sim.feed(RebalanceRequested(planner="auto"))
+
+    @rule(workers=st.integers(0, 6))
+    def somebody_wants_another_size(self, workers: int) -> None:
+        with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
+            self.sim.feed(ScaleRequested(workers=workers))
+
+    @rule(pick=st.integers(0, 5))
+    def somebody_wants_a_worker_gone(self, pick: int) -> None:
+        members = list(self.sim.state.members)
+        if members:
+            with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
+                self.sim.feed(ScaleRequested(retire=(members[pick % len(members)],)))
+
+    def teardown(self) -> None:
+        if hasattr(self, "sim") and not self.sim.state.fatal:
+            self.sim.settle()
+
+
+TestFaults = Faults.TestCase
+TestFaults.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
