@@ -24,8 +24,6 @@ class Part:
     """Tokens that it may still run."""
     work: list[tuple[Sequence, Chunk]] = field(default_factory=list)
     forget: tuple[RequestId, ...] = ()
-    preempted: bool = False
-    """Whether it was out of blocks in this step."""
 
     def run(self, sequence: Sequence, length: int) -> None:
         self.work.append((sequence, sequence.chunk(length)))
@@ -40,8 +38,7 @@ def admit(waiting: Queue, parts: Collection[Part], max_num_seqs: int, max_num_ba
         home = part.home
         return home.pool.usage + home.backlog / max_num_batched_tokens, len(home.running)
 
-    # Not where one was just preempted: the newcomer would be the next.
-    takers = {p.home.worker: p for p in parts if not p.preempted and not p.home.draining}
+    takers = {p.home.worker: p for p in parts if not p.home.draining}
     at = passed = 0
     while at < len(waiting) and passed <= len(parts):
         takers = {w: p for w, p in takers.items() if p.budget and len(p.home.running) < max_num_seqs}

@@ -209,7 +209,6 @@ class Scheduler:
             newest = home.running.items[-1]
             self._requeue(newest)
             self._preemptions += 1
-            part.preempted = True
             if newest is sequence:
                 return False
         return True

@@ -279,7 +279,9 @@ def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingStat
 
 
 def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> list[TokenLogprobs]:
-    logprobs_RV = logits_RV.float().log_softmax(dim=-1)
+    # CUDA adds up a row in an order that depends on where it lies in memory. Rounding from float64 hides that.
+    dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
+    logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float()
     values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
     ids = torch.cat([tokens_R[:, None], ids], dim=1)
     # One tensor, so one transfer; ids are exact in float64.
@@ -296,4 +298,5 @@ def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> list[Token
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)
+    # Non-blocking, or CUDA would wait for the model's kernels. The array is copied before this returns.
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -220,6 +220,15 @@ class Batching(RuleBasedStateMachine):
             self.scheduler.validate()
         assert not self.requests, "a request starves"
         assert set(self.scheduler.status().kv_usage.values()) == {0.0}
+        self._last_request_finds_the_hosts_empty()
+
+    def _last_request_finds_the_hosts_empty(self) -> None:
+        last = GenerateRequest(request_id=RequestId("last"), prompt_token_ids=(1,), params=SamplingParams(max_tokens=1))
+        self.requests[last.request_id], self.outputs[last.request_id] = last, []
+        assert self.scheduler.add(last) is None
+        self.schedule()
+        self.run_and_commit()
+        assert [known for host in self.hosts.values() for known in host.known] == ["last"]
 
 
 TestBatching = Batching.TestCase
