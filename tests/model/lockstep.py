@@ -1,0 +1,145 @@
+"""The production scheduler over production workers, as threads of one process: the whole data plane without Ray."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from actors.batching import Scheduler
+from cluster import placement as placements
+from cluster.placement import Placement, WorkerId
+from cluster.protocol import (
+    Epoch,
+    EpochSpec,
+    GenerateRequest,
+    HostSpec,
+    ModelSpec,
+    RequestId,
+    SamplingParams,
+    TokenOutput,
+)
+from model.checkpoint import open_checkpoint
+from model.runner import ModelRunner
+from model.worker import Worker
+from tests.model.groups import workers as make_workers
+
+
+def request(name: str, prompt: Sequence[int], **params: object) -> GenerateRequest:
+    fields = {"max_tokens": 64, "temperature": 0.0, "ignore_eos": True} | params
+    return GenerateRequest(
+        request_id=RequestId(name),
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(**fields),  # type: ignore[arg-type]
+    )
+
+
+class Lockstep:
+    """A cluster in a process. `step` runs one step of every worker; `replace` flips to another placement."""
+
+    def __init__(
+        self,
+        path: Path,
+        slots: Sequence[int],
+        *,
+        dtype: str = "float32",
+        max_model_len: int = 128,
+        kv_blocks: int | None = None,
+        max_num_batched_tokens: int = 24,
+        max_num_seqs: int = 8,
+        block_size: int = 4,
+    ) -> None:
+        self.info = open_checkpoint(path).info
+        members = make_workers(*slots)
+        self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
+        self.pool = ThreadPoolExecutor(len(slots))
+        self.workers: dict[WorkerId, Worker] = {}
+        for member in members:
+            spec = HostSpec(
+                worker=member.id,
+                model=ModelSpec(path=str(path), dtype=dtype, device="cpu", max_model_len=max_model_len),
+                experts=tuple(self.placement.experts_of(member.id, layer) for layer in range(self.info.num_layers)),
+                kv_cache_bytes=None,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                num_threads=1,
+            )
+            self.workers[member.id] = Worker(spec)
+        blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
+        if kv_blocks is not None:
+            blocks = dict.fromkeys(blocks, kv_blocks)
+        self.group = f"emoe-test-{uuid.uuid4().hex[:8]}"
+        self.epoch = Epoch(0)
+        self.steps = 0
+        self._flip(self.placement)
+        self.scheduler = Scheduler(
+            blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            eos_token_ids=self.info.eos_token_ids,
+        )
+
+    def _flip(self, placement: Placement) -> None:
+        self.epoch = Epoch(self.epoch + 1)
+        spec = EpochSpec(
+            epoch=self.epoch,
+            placement=placement,
+            group=self.group,
+            transport="local" if len(self.workers) == 1 else "shm",
+            rendezvous="",
+        )
+        list(self.pool.map(lambda w: w.prepare(spec), self.workers.values()))
+        for worker in self.workers.values():
+            worker.commit(self.epoch)
+        self.placement = placement
+
+    def replace(self, table: Sequence[Sequence[int]], slots: Sequence[int]) -> int:
+        """Copy what a new map needs between workers, then flip. Returns the number of copies."""
+        new = Placement(
+            num_logical_experts=self.info.num_logical_experts,
+            workers=make_workers(*slots),
+            physical_to_logical_map=table,  # type: ignore[arg-type]
+        )
+        moves = new.moves_from(self.placement)
+        for move in moves:
+            copy = self.workers[move.source].export_expert(move.layer, move.expert)
+            self.workers[move.target].import_expert(copy)
+        self._flip(new)
+        return len(moves)
+
+    def step(self) -> list[TokenOutput]:
+        self.steps += 1
+        plans = self.scheduler.schedule(self.epoch, self.steps)
+        if plans is None:
+            return []
+        futures = {w: self.pool.submit(self.workers[w].step, plan) for w, plan in plans.items()}
+        return self.scheduler.commit({w: future.result(timeout=60) for w, future in futures.items()})
+
+    def run(self, requests: Sequence[GenerateRequest], *, most_steps: int = 2000) -> Mapping[str, list[int]]:
+        """Add the requests and step until all have ended. Tokens by request."""
+        tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+        for r in requests:
+            self.scheduler.add(r)
+        open_requests = set(tokens)
+        while open_requests:
+            most_steps -= 1
+            assert most_steps, f"{open_requests} did not end"
+            for output in self.step():
+                assert output.offset == len(tokens[output.request_id])
+                tokens[output.request_id] += output.token_ids
+                if output.finish_reason is not None:
+                    open_requests.discard(output.request_id)
+        return tokens
+
+    def workers_runner(self) -> ModelRunner:
+        """The first worker's runner."""
+        return next(iter(self.workers.values()))._runner
+
+    def shuffled(self, shift: int) -> list[list[int]]:
+        """The present map with every layer's row rotated by `shift` slots plus its number."""
+        rows = self.placement.physical_to_logical_map.tolist()
+        return [row[(shift + n) % len(row) :] + row[: (shift + n) % len(row)] for n, row in enumerate(rows)]
