@@ -1,0 +1,179 @@
+"""`emoe serve`: check the model, start Ray and the application, say when it is ready, and clean up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from cluster.config import ServeConfig
+from cluster.errors import ConfigError, EmoeError
+from cluster.protocol import Readiness
+from deploy.local_ray import ServerProcesses, check_port
+
+POLL_S = 0.25
+QUIET_S = 5.0
+"""Without a terminal, the same progress is not said again before this."""
+
+
+class ServerFailed(EmoeError):
+    """The server cannot come up, or went down; the message says why."""
+
+
+class _Stop(BaseException):
+    """A signal asked for an orderly end."""
+
+
+def serve(config: ServeConfig) -> int:
+    """Blocks until a signal. Returns 0 after an orderly end; raises UserError and ServerFailed."""
+    check_port(config.host, config.port)
+    model_dir = _checked_model(config)
+    processes = ServerProcesses(config)
+    progress = _Progress()
+    with _signals(processes):
+        try:
+            try:
+                progress.show("starting Ray")
+                processes.start_ray()
+                progress.show("starting the API")
+                processes.start_app(model_dir)
+                _wait_until_ready(config, progress)
+                progress.clear()
+                print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
+                _watch(config)
+            except _Stop:
+                progress.clear()
+                print("stopping", file=sys.stderr, flush=True)
+                with contextlib.suppress(Exception):
+                    processes.drain(config.shutdown_timeout)
+        finally:
+            processes.stop()
+    return 0
+
+
+def _checked_model(config: ServeConfig) -> str:
+    """The model's directory. Raises CheckpointError before anything is started."""
+    if config.model is not None:
+        model_dir = os.path.abspath(os.path.expanduser(config.model))
+    else:
+        from deploy.builtin import builtin_model_dir
+
+        model_dir = str(builtin_model_dir())
+    from model.checkpoint import open_checkpoint
+
+    info = open_checkpoint(model_dir).info
+    if config.workers > info.num_logical_experts:
+        raise ConfigError(
+            f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "
+            "every worker holds at least one"
+        )
+    if config.max_model_len is not None and config.max_model_len > info.max_model_len:
+        raise ConfigError(
+            f"max_model_len: {config.max_model_len} is more than the {info.max_model_len} that the model allows"
+        )
+    return model_dir
+
+
+@contextlib.contextmanager
+def _signals(processes: ServerProcesses) -> Iterator[None]:
+    """The first SIGINT or SIGTERM raises _Stop in the main thread, the second ends everything at once."""
+    seen = 0
+
+    def handle(number: int, _: FrameType | None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 1:
+            raise _Stop
+        processes.kill()
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
+    while True:
+        state = _readiness(config)
+        if state is None:
+            progress.show("starting the API")
+        elif state.error is not None:
+            raise ServerFailed(state.error)
+        elif state.ready:
+            return
+        else:
+            progress.show(state.reason)
+        time.sleep(POLL_S)
+
+
+def _watch(config: ServeConfig) -> None:
+    """Blocks while the server runs. Raises ServerFailed where waiting for it has become vain."""
+    while True:
+        time.sleep(2.0)
+        state = _readiness(config)
+        if state is not None and state.error is not None:
+            raise ServerFailed(state.error)
+
+
+def _readiness(config: ServeConfig) -> Readiness | None:
+    """What /ready says, as a client would hear it; None where nobody answers."""
+    try:
+        with urllib.request.urlopen(f"{_url(config)}/ready", timeout=5) as response:
+            body = json.load(response)
+    except urllib.error.HTTPError as error:
+        with contextlib.suppress(ValueError, OSError):
+            return _parsed(json.load(error))
+        return None
+    except (OSError, ValueError):
+        return None
+    return _parsed(body)
+
+
+def _parsed(body: Any) -> Readiness | None:
+    if not isinstance(body, dict) or "ready" not in body:
+        return None
+    return Readiness(ready=bool(body["ready"]), reason=str(body.get("reason")), error=body.get("error"))
+
+
+def _url(config: ServeConfig) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def _name(config: ServeConfig, model_dir: str) -> str:
+    return config.served_model_name or os.path.basename(model_dir.rstrip("/"))
+
+
+class _Progress:
+    """One line that is written over on a terminal; elsewhere a line for each change, not too many."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._last = ""
+        self._said_at = 0.0
+
+    def show(self, text: str) -> None:
+        if text == self._last:
+            return
+        stage_changed = text.split(":")[0].split("(")[0] != self._last.split(":")[0].split("(")[0]
+        if self._terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif stage_changed or time.monotonic() - self._said_at > QUIET_S:
+            print(text, file=sys.stderr, flush=True)
+            self._said_at = time.monotonic()
+        self._last = text
+
+    def clear(self) -> None:
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,166 @@
+"""Ray and Serve for one server on this machine: their environment, their start, and an end that leaves no process.
+
+Ray Serve reads its settings from the environment when it is imported, here and in every process that Ray starts. So
+the environment is set first, and ray is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.config import ServeConfig
+from cluster.errors import UserError
+from deploy.haproxy import write_haproxy
+
+APP_NAME = "emoe"
+NAMESPACE = "emoe"
+CONNECT_TIMEOUT_S = 20
+END_TIMEOUT_S = 5.0
+"""How long processes get to end by themselves before they are killed."""
+
+
+class ServerProcesses:
+    """What was started for one server. `stop` is idempotent."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._run_dir: Path | None = None
+        self._connected = False
+
+    @property
+    def local(self) -> bool:
+        return self._config.address is None
+
+    def start_ray(self) -> None:
+        """Start a Ray of our own, or join the one at `config.address`. Raises UserError where it does not answer."""
+        if self.local:
+            # short, because a socket's path must fit into 107 bytes
+            self._run_dir = Path(tempfile.mkdtemp(prefix="emoe-", dir="/tmp"))
+            os.environ.update(_local_environment(self._run_dir))
+        else:
+            # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        import ray
+
+        self._connected = True
+        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        if self.local:
+            cpus = max(os.cpu_count() or 1, self._config.workers + 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+            return
+        try:
+            ray.init(address=self._config.address, **common)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            raise UserError(f"--address: cannot join {self._config.address}: {' '.join(str(error).split())}") from None
+
+    def start_app(self, model_dir: str, start: Any = None) -> None:
+        """Start Serve and the application. Returns once the API answers, while the model loads."""
+        from ray import serve
+
+        from deploy.serve_app import application
+
+        for name in ("ray.serve", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        options = {"host": self._config.host, "port": self._config.port, "request_timeout_s": None}
+        serve.start(http_options=options, proxy_location="HeadOnly", logging_config={"enable_access_log": False})
+        serve.run(application(self._config, model_dir, start), name=APP_NAME, route_prefix="/")
+
+    def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait for those under way."""
+        from ray import serve
+
+        handle = serve.get_app_handle(APP_NAME)
+        deadline = time.monotonic() + timeout_s
+        while handle.drain.remote().result(timeout_s=5) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End everything that was started. On a cluster that was joined: our application and our actors."""
+        if not self._connected:
+            return
+        self._connected = False
+        ours = psutil.Process().children(recursive=True) if self.local else []
+        import ray
+
+        with contextlib.suppress(Exception):
+            if ray.is_initialized():
+                self._stop_actors()
+            if self.local:
+                ours = list({*ours, *psutil.Process().children(recursive=True)})
+            ray.shutdown()  # type: ignore[no-untyped-call]
+        _end(ours, END_TIMEOUT_S)
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End everything at once."""
+        if self.local:
+            _end(psutil.Process().children(recursive=True), 0)
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _stop_actors(self) -> None:
+        from actors.cluster import stop_cluster
+
+        stop_cluster(END_TIMEOUT_S)
+        if not self.local:
+            from ray import serve
+
+            serve.delete(APP_NAME)
+            if not serve.status().applications:
+                serve.shutdown()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UserError where nobody can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def _local_environment(run_dir: Path) -> Mapping[str, str]:
+    """Settings of Ray and Serve for a server of its own. What the user has set stays."""
+    wanted = {
+        # The token keeps other users of the machine out; given here, no file is written.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # One event loop for Serve and the API: threads between them cost a millisecond per chunk.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
+    }
+    binary = write_haproxy(run_dir, metrics_port=_free_port(), stats_port=_free_port())
+    return {name: os.environ.get(name, value) for name, value in (wanted | binary).items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end(processes: list[psutil.Process], timeout_s: float) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s) if timeout_s else ([], processes)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=2)

@@ -1,0 +1,158 @@
+"""A coordinator and an engine that are Ray actors and do nothing but count upwards: for tests of what is between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+
+from cluster.config import ServeConfig
+from cluster.errors import RequestError
+from cluster.protocol import (
+    ClusterCounters,
+    EngineStatus,
+    FinishReason,
+    GenerateRequest,
+    Readiness,
+    TokenOutput,
+)
+from tests.deploy.fakes import FakeBackend
+
+
+class FakeEngine:
+    """Token n of an answer is (first prompt token + n) modulo 26, as a letter. One token per `step_s`."""
+
+    def __init__(self, step_s: float = 0.01) -> None:
+        self._step_s = step_s
+        self._running: dict[str, dict[str, tuple[GenerateRequest, int]]] = {}
+        self._outputs: dict[str, list[TokenOutput]] = {}
+        self._news: dict[str, asyncio.Event] = {}
+        self._steps = 0
+        self._loop = asyncio.get_running_loop().create_task(self._work()) if _has_loop() else None
+
+    async def submit(self, client_id: str, requests: list[GenerateRequest]) -> None:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop().create_task(self._work())
+        for request in requests:
+            if len(request.prompt_token_ids) > 100:
+                raise RequestError("does not fit into the KV cache", param="prompt", code="context_length_exceeded")
+            running = self._running.setdefault(client_id, {})
+            running.setdefault(request.request_id, (request, len(request.output_token_ids)))
+
+    async def abort(self, client_id: str, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._running.get(client_id, {}).pop(request_id, None)
+
+    async def poll(self, client_id: str) -> list[TokenOutput]:
+        news = self._news.setdefault(client_id, asyncio.Event())
+        if not self._outputs.get(client_id):
+            news.clear()
+            try:
+                await asyncio.wait_for(news.wait(), 10)
+            except TimeoutError:
+                return []
+        return self._outputs.pop(client_id)
+
+    async def status(self) -> EngineStatus:
+        return EngineStatus(steps=self._steps, waiting=sum(map(len, self._running.values())))
+
+    async def _work(self) -> None:
+        due = time.monotonic()
+        while True:
+            due += self._step_s
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            self._steps += 1
+            for client_id, running in self._running.items():
+                outputs = [self._next(running, request_id) for request_id in list(running)]
+                if outputs:
+                    self._outputs.setdefault(client_id, []).extend(outputs)
+                    self._news.setdefault(client_id, asyncio.Event()).set()
+
+    def _next(self, running: dict[str, tuple[GenerateRequest, int]], request_id: str) -> TokenOutput:
+        request, made = running[request_id]
+        ends = made + 1 >= request.params.max_tokens
+        if ends:
+            del running[request_id]
+        else:
+            running[request_id] = (request, made + 1)
+        return TokenOutput(
+            request_id=request.request_id,
+            offset=made,
+            token_ids=(66 + (request.prompt_token_ids[0] + made) % 26,),
+            finish_reason=FinishReason.LENGTH if ends else None,
+        )
+
+
+class FakeCoordinator:
+    """Answers as FakeBackend does; `lose_engine` kills the engine, the next question for it makes another."""
+
+    def __init__(self, step_s: float = 0.01) -> None:
+        self._backend = FakeBackend()
+        self._step_s = step_s
+        self._engine: Any = None
+
+    async def engine(self) -> Any:
+        if self._engine is None:
+            self._engine = ray.remote(FakeEngine).options(num_cpus=0, max_concurrency=1000).remote(self._step_s)
+        return self._engine
+
+    async def lose_engine(self, successor_after_s: float) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            ray.kill(engine)
+        await asyncio.sleep(successor_after_s)
+
+    async def readiness(self) -> Readiness:
+        return await self._backend.readiness()
+
+    async def model_info(self) -> Any:
+        return await self._backend.model_info()
+
+    async def placement(self) -> Any:
+        return await self._backend.placement()
+
+    async def routing(self) -> Any:
+        return await self._backend.routing()
+
+    async def workers(self) -> Any:
+        return await self._backend.workers()
+
+    async def rebalance(self, planner: str, dry_run: bool) -> Any:
+        return await self._backend.rebalance(planner, dry_run)
+
+    async def operations(self) -> Any:
+        return await self._backend.operations()
+
+    async def operation(self, operation_id: str) -> Any:
+        return await self._backend.operation(operation_id)
+
+    async def counters(self) -> ClusterCounters:
+        return await self._backend.counters()
+
+    async def shutdown(self) -> None:
+        await self.lose_engine(0)
+
+
+def start_fake_cluster(config: ServeConfig, model_dir: str) -> Any:
+    return (
+        ray.remote(FakeCoordinator)
+        .options(
+            name="coordinator",
+            namespace="emoe",
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_concurrency=1000,
+        )
+        .remote()
+    )
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
