@@ -149,16 +149,22 @@ class Scheduler:
         return plans
 
     def commit(self, results: Mapping[WorkerId, StepResult]) -> list[TokenOutput]:
-        """The whole step is done: lengths advance, and the sampled tokens are returned in the order of the plans."""
+        """The whole step is done: lengths advance, and the sampled tokens are returned in the order of the plans.
+
+        Results that do not answer the plans are a defect of a host: AssertionError, and the step is still in flight.
+        """
         assert self._flight is not None, "no step is in flight"
         step, parts = self._flight
         assert set(results) == set(parts), "a worker's result is missing, or is of no member"
         assert all(result.step == step for result in results.values()), "a result of another step"
+        samples = {worker: {sample.request_id: sample for sample in results[worker].samples} for worker in parts}
+        for worker, part in parts.items():
+            expected = {chunk.request_id for _, chunk in part.work if chunk.samples}
+            assert samples[worker].keys() == expected, f"{worker} has not sampled what it was asked to"
         self._flight = None
         self._steps += 1
         outputs: list[TokenOutput] = []
         for worker, part in parts.items():
-            samples = {sample.request_id: sample for sample in results[worker].samples}
             for sequence, chunk in part.work:
                 if sequence.ended:
                     continue
@@ -168,7 +174,7 @@ class Scheduler:
                 sequence.told_blocks = len(sequence.blocks)
                 if chunk.samples:
                     part.home.backlog += 1
-                    outputs.append(self._append(sequence, samples[sequence.request_id]))
+                    outputs.append(self._append(sequence, samples[worker][sequence.request_id]))
         return outputs
 
     def rollback(self) -> None:

@@ -299,6 +299,19 @@ def test_a_step_that_failed_is_scheduled_again() -> None:
     assert s.status().generation_tokens == 2
 
 
+def test_results_that_do_not_answer_the_plans_change_nothing() -> None:
+    s = scheduler({A: 30, B: 30})
+    s.add(request("r"))
+    plans = plan(s)
+    good = answers(plans)
+    for bad in ({A: good[A]}, good | {A: dataclasses.replace(good[A], samples=())}):
+        with pytest.raises(AssertionError):
+            s.commit(bad)
+    with pytest.raises(AssertionError, match="another step"):
+        s.commit({worker: dataclasses.replace(result, step=9) for worker, result in good.items()})
+    assert [output.offset for output in s.commit(good)] == [0]
+
+
 def test_block_ids_are_sent_until_a_step_is_done() -> None:
     s = scheduler({A: 30})
     s.add(request("r", prompt=4))

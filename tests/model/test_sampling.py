@@ -181,7 +181,9 @@ def test_frequencies_follow_the_probabilities(vocabulary: int) -> None:
     probabilities = (logits[0] / 0.8).softmax(-1)
     # Rare tokens are counted as one, or chi-square would not apply.
     rare = probabilities * draws < 20
-    drawn = tokens(logits.expand(draws, -1), [state(seed=5, output=[1] * i, temperature=0.8) for i in range(draws)])
+    drawn = tokens(
+        logits.expand(draws, -1), [state(seed=i // 40, output=[1] * (i % 40), temperature=0.8) for i in range(draws)]
+    )
     counts = torch.bincount(torch.tensor(drawn), minlength=vocabulary).double()
     expected = probabilities.double() * draws
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]]) if rare.any() else expected
