@@ -17,7 +17,7 @@ from tests.model.lockstep import Lockstep, request
 LENGTHS = (1, 5, 13, 30)
 NEW_TOKENS = 64
 COMPARED = (5, 30)
-"""Lengths of the prompts whose answers are compared; transformers makes them one by one, which takes most of the time."""
+"""Lengths of the prompts whose answers are compared: making those with transformers takes most of the time."""
 
 SPLITS = [(8,), (4, 4), (3, 3, 2), (2, 2, 2, 2)]
 CASES = [(name, (3, 3, 2)) for name in FAMILIES] + [
