@@ -66,7 +66,7 @@ class ServerProcesses:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise UserError(f"--address: cannot join {self._config.address}: {' '.join(str(error).split())}") from None
 
-    def start_app(self, model_dir: str, start: Any = None) -> None:
+    def start_app(self, model_dir: str) -> None:
         """Start Serve and the application. Returns once the API answers, while the model loads."""
         from ray import serve
 
@@ -76,7 +76,7 @@ class ServerProcesses:
             logging.getLogger(name).setLevel(logging.ERROR)
         options = {"host": self._config.host, "port": self._config.port, "request_timeout_s": None}
         serve.start(http_options=options, proxy_location="HeadOnly", logging_config={"enable_access_log": False})
-        serve.run(application(self._config, model_dir, start), name=APP_NAME, route_prefix="/")
+        serve.run(application(self._config, model_dir), name=APP_NAME, route_prefix="/")
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for those under way."""
@@ -100,7 +100,7 @@ class ServerProcesses:
                 self._stop_actors()
             if self.local:
                 ours = list({*ours, *psutil.Process().children(recursive=True)})
-            ray.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
         _end(ours, END_TIMEOUT_S)
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
@@ -121,7 +121,7 @@ class ServerProcesses:
 
             serve.delete(APP_NAME)
             if not serve.status().applications:
-                serve.shutdown()
+                serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def check_port(host: str, port: int) -> None:

@@ -18,11 +18,14 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from actors.cluster import start_cluster, stop_cluster
 from cluster.config import ServeConfig
 from cluster.errors import EmoeError
 from deploy.api import create_app
+from deploy.builtin import builtin_model_dir
 from deploy.ray_backend import RayBackend
 from deploy.service import Service
+from model.checkpoint import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +40,8 @@ STOP_TIMEOUT_S = 10.0
 class Api:
     """One replica: HTTP, the tokenizer, and the requests that it has accepted."""
 
-    def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster | None = None) -> None:
+    def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster) -> None:
         """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
-        if start is None:
-            from actors.cluster import start_cluster as start
         config = ServeConfig.from_mapping(settings)
         logging.getLogger("deploy").setLevel(config.log_level.upper())
         self._backend = RayBackend(start(config, model_dir), plan_deadline_s=config.plan_deadline)
@@ -61,26 +62,20 @@ class Api:
     async def __del__(self) -> None:
         await self._backend.end()
         if await asyncio.to_thread(_application_is_going):
-            from actors.cluster import stop_cluster
-
             await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S)
 
 
 def build_app(args: dict[str, Any]) -> Application:
     """Raises ConfigError for a key or value that is wrong, CheckpointError for a model that cannot be served."""
-    from model.checkpoint import open_checkpoint
-
     config = ServeConfig.from_mapping(args, source="args")
     model_dir = config.model
     if model_dir is None:
-        from deploy.builtin import builtin_model_dir
-
         model_dir = str(builtin_model_dir())
     open_checkpoint(model_dir)
     return application(config, model_dir)
 
 
-def application(config: ServeConfig, model_dir: str, start: StartCluster | None = None) -> Application:
+def application(config: ServeConfig, model_dir: str, start: StartCluster = start_cluster) -> Application:
     make_deployment: Any = serve.deployment(
         name="api",
         num_replicas=1,
