@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import textwrap
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -174,6 +175,8 @@ class Coordinator:
 
     async def report_step_failure(self, epoch: Epoch, suspects: list[WorkerId], reason: str) -> None:
         """From the engine: its group is of no use any more. Returns at once; a new epoch will follow."""
+        # Ray explains a death in a paragraph
+        reason = textwrap.shorten(reason.partition(". ")[0], 200, placeholder=" ...")
         logger.warning("epoch %d: a step failed (suspects: %s): %s", epoch, ", ".join(suspects) or "none", reason)
         self._feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
 

@@ -300,7 +300,7 @@ class ControlState(Epochs):
             return operation
         joining = [member.id for member in members if member.id not in self.ranks]
         leaving = [worker for worker in self.ranks if worker not in {member.id for member in members}]
-        words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "join"), (leaving, "leave")) if ids]
+        words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]
         return self.operations.open(kind, Epoch(self._next_epoch), ", ".join(words) or "a new group")
 
     def _placement_for(self, members: Sequence[Member]) -> Placement:

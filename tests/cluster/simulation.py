@@ -1,4 +1,4 @@
-"""A cluster that only pretends: carries out ControlState's commands on models of hosts, in any order, with any fault."""
+"""A cluster that only pretends: ControlState's commands, carried out by models of hosts, in any order."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from cluster.events import (
     Solve,
     StartWorker,
     StopWorker,
+    Tick,
     Transfer,
     TransferDone,
     TransferFailed,
@@ -209,15 +210,13 @@ class Simulation:
 
     def settle(self, *, rounds: int = 200) -> None:
         """No more faults: everything under way ends, time passes, the dead are found."""
-        from cluster.events import Tick
-
         for _ in range(rounds):
             while self.todo:
                 self.finish(0)
             self._find_lost([m.id for m in self.state.alive if m.loaded])
             self.now += 1.0
             self.feed(Tick())
-            if not self.todo and self.settled:
+            if self.state.fatal or (not self.todo and self.settled):
                 return
         raise AssertionError(f"not settled: {self.state.readiness()}")
 

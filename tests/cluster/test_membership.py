@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.membership import adapt, choose_transport, needs, slots_per_worker
+from cluster.placement import Worker, WorkerId, contiguous
+from cluster.transfers import plan_transfers
+from tests.cluster.simulation import info
+
+NONE = np.zeros((2, 8), dtype=np.int64)
+
+
+def team(count: int, slots: int) -> list[Worker]:
+    return [Worker(id=WorkerId(f"w{i}"), node="n", slots=slots) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("experts", "workers", "redundant", "slots"), [(8, 2, 0, 4), (8, 3, 0, 3), (8, 3, 2, 4), (8, 1, 5, 8), (8, 8, 0, 1)]
+)
+def test_slots(experts: int, workers: int, redundant: int, slots: int) -> None:
+    assert slots_per_worker(experts, workers, redundant) == slots
+
+
+@given(
+    workers=st.integers(1, 5),
+    redundant=st.integers(0, 6),
+    seed=st.integers(0, 1000),
+    density=st.sampled_from([0.0, 0.3, 0.9]),
+)
+def test_adapt_keeps_what_it_can(workers: int, redundant: int, seed: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    members = team(workers, slots_per_worker(8, workers, redundant))
+    has = {worker.id: rng.random((2, 8)) < density for worker in members}
+    load = rng.integers(0, 9, (2, 8))
+    placement = adapt(members, has, load)  # a Placement is verified when made
+    transfers = plan_transfers(placement, has, has)
+    for worker in members:
+        missing = needs(placement, worker.id) & ~has[worker.id]
+        brought = [m for m in transfers.copies if m.target == worker.id] + [
+            r for r in transfers.reads if r[0] == worker.id
+        ]
+        assert len(brought) == missing.sum()
+    for move in transfers.copies:
+        assert has[move.source][move.layer, move.expert]
+    assert adapt(members, has, load) == placement
+    # where everything fits as it is, nothing moves
+    again = {worker.id: needs(placement, worker.id) for worker in members}
+    assert adapt(members, again, load) == adapt(members, again, NONE)
+    assert not plan_transfers(adapt(members, again, load), again, again)
+
+
+def test_lost_experts_go_heaviest_first_to_the_least_loaded() -> None:
+    members = team(2, 8)
+    has = {members[0].id: np.zeros((1, 8), bool), members[1].id: np.zeros((1, 8), bool)}
+    has[members[0].id][0, :3] = True
+    has[members[1].id][0, 3:6] = True
+    load = np.array([[1, 1, 1, 5, 5, 5, 9, 4]])
+    placement = adapt(members, has, load)
+    assert 6 in placement.experts_of(members[0].id, 0)
+    assert 7 in placement.experts_of(members[0].id, 0)
+
+
+def test_copies_are_spread_over_the_holders_and_unheld_experts_are_read() -> None:
+    members = team(3, 8)
+    full = np.ones((2, 8), dtype=bool)
+    full[1, 7] = False
+    placement = contiguous(2, 8, [Worker(id=WorkerId("w2"), node="n", slots=8)])
+    nothing = np.zeros((2, 8), dtype=bool)
+    transfers = plan_transfers(placement, {WorkerId("w2"): nothing}, {members[0].id: full, members[1].id: full})
+    assert len(transfers.copies) == 15
+    assert abs(sum(move.source == "w0" for move in transfers.copies) - 7.5) == 0.5
+    assert transfers.reads == (("w2", 1, 7),)
+    everything = plan_transfers(placement, {WorkerId("w2"): nothing}, {members[0].id: full}, read_all=True)
+    assert len(everything.reads) == 16
+    assert not everything.copies
+
+
+def test_transport() -> None:
+    cpu = [info(WorkerId("w0"), "n0"), info(WorkerId("w1"), "n0")]
+    assert choose_transport(cpu[:1]) == "local"
+    assert choose_transport(cpu) == "shm"
+    assert choose_transport([cpu[0], info(WorkerId("w1"), "n1")]) == "gloo"

@@ -1,0 +1,365 @@
+"""What the control plane does in the cases that have names."""
+
+import numpy as np
+import pytest
+
+from cluster.errors import ConflictError, NotReadyError, PlacementError
+from cluster.events import (
+    Abandon,
+    Commit,
+    CommitFailed,
+    PlanReady,
+    Prepare,
+    RebalanceRequested,
+    ScaleRequested,
+    Solve,
+    StartWorker,
+    StepFailed,
+    StopWorker,
+    Tick,
+    Transfer,
+    WorkerFailed,
+    WorkerLost,
+)
+from cluster.placement import EMPTY, WorkerId
+from cluster.protocol import Operation, Phase
+from cluster.state import ControlState
+from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, shuffled
+
+
+def serving(workers: int, **settings: float) -> Simulation:
+    sim = Simulation(workers=workers, **settings)  # type: ignore[arg-type]
+    sim.feed(Tick())
+    sim.settle()
+    sim.log.clear()
+    return sim
+
+
+def newest(sim: Simulation) -> Operation:
+    return sim.state.operations.all()[0]
+
+
+def sent(sim: Simulation, kind: type) -> list:
+    return [command for command in sim.log if isinstance(command, kind)]
+
+
+W0, W1, W2 = WorkerId("w0"), WorkerId("w1"), WorkerId("w2")
+
+
+def test_start_loads_every_expert_once_and_needs_no_transfer() -> None:
+    sim = Simulation(workers=3)
+    sim.feed(Tick())
+    starts = sent(sim, StartWorker)
+    assert [start.worker for start in starts] == [W0, W1, W2]
+    for layer in range(LAYERS):
+        assert sorted(e for start in starts for e in start.experts[layer]) == list(range(EXPERTS))
+    assert [len(start.experts[0]) for start in starts] == [3, 3, 2]
+    assert not sim.state.readiness().ready
+    sim.settle()
+    assert sim.state.readiness().ready
+    assert sim.state.epoch == 1
+    assert not sent(sim, Transfer)
+    assert newest(sim).phase is Phase.COMPLETED
+
+
+def test_start_waits_for_all_workers() -> None:
+    sim = Simulation(workers=2)
+    sim.feed(Tick())
+    sim.finish(0)
+    sim.now += 1000
+    sim.feed(Tick())
+    assert not sent(sim, Prepare)
+    assert "1 of 2 workers ready" in sim.state.readiness().reason
+
+
+def test_more_workers_than_experts_is_refused() -> None:
+    with pytest.raises(PlacementError, match="expected 1 to 8"):
+        Simulation(workers=EXPERTS + 1)
+
+
+def test_a_checkpoint_that_no_worker_can_load_ends_the_start() -> None:
+    sim = Simulation(workers=2)
+    sim.feed(Tick())
+    sim.feed(WorkerFailed(worker=W0, reason="shard 3 is damaged", fatal=True))
+    assert sim.state.readiness().error == "shard 3 is damaged"
+    assert newest(sim).phase is Phase.FAILED
+    sim.log.clear()
+    sim.now += 100
+    sim.feed(Tick())
+    assert not sim.log
+
+
+def test_a_worker_that_dies_while_loading_is_started_again_a_few_times() -> None:
+    sim = Simulation(workers=2)
+    sim.feed(Tick())
+    sim.finish(1)
+    for _ in range(4):
+        assert sim.state.readiness().error is None
+        sim.finish(-1, fault=True)
+        sim.now += 60
+        sim.feed(Tick())
+    assert "died while it loaded" in (sim.state.readiness().error or "")
+
+
+def test_a_replacement_at_the_start_loads_what_its_predecessor_was_told() -> None:
+    sim = Simulation(workers=2)
+    sim.feed(Tick())
+    sim.finish(0, fault=True)
+    sim.settle()
+    assert sim.state.ranks == (W1, W2)
+    assert not sent(sim, Transfer)
+
+
+def test_death_makes_an_epoch_of_the_survivors_which_read_what_was_lost() -> None:
+    sim = serving(2)
+    sim.kill(W0)
+    sim.feed(WorkerLost(worker=W0, reason="died"))
+    (transfer,) = sent(sim, Transfer)
+    assert transfer.copies == ()
+    assert {key[1:] for key in transfer.reads} == {(layer, e) for layer in range(LAYERS) for e in range(4)}
+    assert not sim.state.readiness().ready
+    while sim.state.change is not None:
+        index = next(i for i, command in enumerate(sim.todo) if not isinstance(command, StartWorker))
+        sim.finish(index)
+    assert sim.state.readiness().ready
+    assert sim.state.ranks == (W1,)
+    assert newest(sim).kind == "recover"
+    assert "w0 lost" in newest(sim).reason
+    # and then the replacement joins, by copies
+    sim.log.clear()
+    sim.settle()
+    assert sim.state.ranks == (W1, W2)
+    assert all(not transfer.reads for transfer in sent(sim, Transfer))
+
+
+def test_death_of_all_starts_anew() -> None:
+    sim = serving(2)
+    for worker in (W0, W1):
+        sim.kill(worker)
+        sim.feed(WorkerLost(worker=worker, reason="died"))
+    assert "recovering" in sim.state.readiness().reason
+    sim.settle()
+    assert sim.state.ranks == (WorkerId("w2"), WorkerId("w3"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_death_during_a_rebalance_rolls_it_back_and_recovers(stage: int) -> None:
+    """While transferring, preparing, committing."""
+    sim = serving(3)
+    sim.feed(RebalanceRequested(planner="auto"))
+    rebalance = newest(sim).operation_id
+    sim.finish(0)
+    for _ in range(stage):
+        sim.finish(0)
+    sim.kill(W1)
+    if stage < 2:
+        sim.feed(WorkerLost(worker=W1, reason="died"))
+    sim.settle()
+    operation = sim.state.operations.get(rebalance)
+    assert operation is not None
+    assert operation.phase is Phase.FAILED
+    assert sent(sim, Abandon)[0].epoch == operation.epoch
+    assert sim.state.counters.rebalances["failed"] == 1
+    assert W1 not in sim.state.ranks
+
+
+def test_a_worker_that_dies_in_the_flip_and_is_not_missed_by_the_engine() -> None:
+    sim = serving(3)
+    sim.feed(ScaleRequested(workers=2))
+    while not any(isinstance(command, Commit) for command in sim.todo):
+        sim.finish(0)
+    sim.feed(WorkerLost(worker=W0, reason="died"))
+    assert sim.state.change is not None
+    sim.hosts[W0].alive = True
+    sim.finish(0)
+    assert not sim.state.readiness().ready
+    sim.hosts[W0].alive = False
+    sim.settle()
+    assert W0 not in sim.state.ranks
+
+
+def test_after_a_failed_flip_nothing_is_counted_on_that_may_be_gone() -> None:
+    sim = serving(2)
+    sim.feed(RebalanceRequested(planner="auto"))
+    while not any(isinstance(command, Commit) for command in sim.todo):
+        sim.finish(0)
+    (commit,) = sim.todo
+    sim.todo.clear()
+    sim.feed(CommitFailed(epoch=commit.spec.epoch, reason="w1: no answer"))
+    assert not sim.state.readiness().ready
+    assert sim.state.change is None
+    for worker in (W0, W1):
+        assert (sim.state.members[worker].held <= sim.hosts[worker].held).all()
+    sim.settle()
+
+
+def test_a_failed_copy_is_read_from_the_checkpoint_the_next_time() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=3))
+    while not any(isinstance(command, Transfer) for command in sim.todo):
+        sim.finish(0)
+        sim.now += 1
+        sim.feed(Tick())
+    sim.finish(0, fault=True)
+    assert newest(sim).error == "a copy failed"
+    sim.settle()
+    assert sent(sim, Transfer)[-1].copies == ()
+    assert newest(sim).phase is Phase.COMPLETED
+    assert newest(sim).error is None
+
+
+def test_a_failed_step_with_no_death_forms_a_new_group() -> None:
+    sim = serving(2)
+    assert sim.state.spec is not None
+    group = sim.state.spec.group
+    sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(), reason="the workers lost one another"))
+    assert not sent(sim, Prepare), "not before it is known who is there"
+    sim.settle()
+    assert sim.state.ranks == (W0, W1)
+    assert sim.state.spec.group != group
+    assert not sent(sim, Transfer)
+
+
+def test_a_failed_step_of_an_earlier_epoch_is_old_news() -> None:
+    sim = serving(2)
+    sim.feed(StepFailed(epoch=sim.state.epoch - 1, suspects=(W0,), reason="late"))
+    assert not sim.log
+    assert sim.state.readiness().ready
+
+
+def test_a_worker_to_blame_for_one_failed_step_after_the_other_is_replaced() -> None:
+    sim = serving(2)
+    for _ in range(3):
+        sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(W1,), reason="no answer in time"))
+        sim.settle()
+    assert StopWorker(worker=W1) in sim.log
+    assert sim.state.ranks == (W0, W2)
+
+
+def test_a_lost_engine_is_recovered_from_with_the_same_workers() -> None:
+    sim = serving(2)
+    sim.lose_engine()
+    assert not sim.state.readiness().ready
+    sim.settle()
+    assert sim.state.ranks == (W0, W1)
+    assert newest(sim).kind == "recover"
+
+
+def test_rebalance_keeps_the_group_and_moves_only_what_is_missing() -> None:
+    sim = serving(2)
+    assert sim.state.spec is not None
+    before = sim.state.spec
+    sim.feed(RebalanceRequested(planner="greedy"))
+    (solve,) = sent(sim, Solve)
+    assert solve.planner == "greedy"
+    sim.settle()
+    assert sim.state.spec.group == before.group
+    (transfer,) = sent(sim, Transfer)
+    assert len(transfer.copies) == len(sim.state.spec.placement.moves_from(before.placement))
+    assert newest(sim).phase is Phase.COMPLETED
+    assert sim.state.counters.experts_moved == len(transfer.copies)
+    assert sim.state.counters.bytes_moved == 1000 * len(transfer.copies)
+
+
+def answer(sim: Simulation, *, worthwhile: bool, no_worse: bool) -> None:
+    solve = sim.todo.pop()
+    assert isinstance(solve, Solve)
+    assert sim.state.spec is not None
+    placement = shuffled(sim.state.spec.placement, sim.rng)
+    sim.feed(
+        PlanReady(ticket=solve.ticket, placement=placement, worthwhile=worthwhile, no_worse=no_worse, reason="gain 1 %")
+    )
+
+
+def test_a_periodic_plan_must_be_worthwhile_a_requested_one_only_no_worse() -> None:
+    sim = serving(2, interval_s=5.0)
+    sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
+    sim.now += 10
+    sim.feed(Tick())
+    answer(sim, worthwhile=False, no_worse=True)
+    assert sim.state.change is None
+    assert "placement kept, gain 1 %" in newest(sim).reason
+    assert sim.state.counters.rebalances == {"completed": 0, "failed": 0, "skipped": 1}
+    sim.feed(RebalanceRequested(planner="auto"))
+    answer(sim, worthwhile=False, no_worse=True)
+    assert sim.state.change is not None
+
+
+def test_a_night_of_skipped_plans_is_one_line_of_history() -> None:
+    sim = serving(2, interval_s=5.0)
+    sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
+    for _ in range(20):
+        sim.now += 10
+        sim.feed(Tick())
+        answer(sim, worthwhile=False, no_worse=True)
+    assert [operation.kind for operation in sim.state.operations.all()] == ["rebalance", "start"]
+    assert sim.state.counters.rebalances["skipped"] == 20
+
+
+def test_nothing_counted_nothing_planned() -> None:
+    sim = serving(2, interval_s=5.0)
+    sim.now += 100
+    sim.feed(Tick())
+    assert not sent(sim, Solve)
+
+
+def test_a_competing_request_is_refused_and_changes_nothing() -> None:
+    sim = serving(2)
+    sim.feed(RebalanceRequested(planner="auto"))
+    operations = sim.state.operations.all()
+    with pytest.raises(ConflictError, match=operations[0].operation_id):
+        sim.feed(RebalanceRequested(planner="auto"))
+    with pytest.raises(ConflictError):
+        sim.feed(ScaleRequested(workers=3))
+    assert sim.state.operations.all() == operations
+
+
+def test_requests_before_the_first_epoch_are_refused() -> None:
+    state: ControlState = Simulation(workers=1).state
+    with pytest.raises(NotReadyError):
+        state.handle(RebalanceRequested(planner="auto"), 0.0)
+
+
+def test_scale_up_joins_all_new_workers_in_one_epoch() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=4))
+    assert sim.state.readiness().ready
+    sim.settle()
+    assert len(sent(sim, Commit)) == 1
+    assert len(sim.state.ranks) == 4
+    assert newest(sim).phase is Phase.COMPLETED
+    (transfer,) = sent(sim, Transfer)
+    assert not transfer.reads
+
+
+def test_scale_down_copies_before_it_stops() -> None:
+    sim = serving(3)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    assert sim.state.readiness().ready
+    kinds = []
+    while sim.todo:
+        kinds.append(type(sim.todo[0]))
+        assert not sent(sim, StopWorker)
+        sim.finish(0)
+    assert kinds == [Transfer, Prepare, Commit]
+    assert sent(sim, StopWorker) == [StopWorker(worker=W0)]
+    assert not any(transfer.reads for transfer in sent(sim, Transfer))
+    assert sim.state.ranks == (W1, W2)
+
+
+@pytest.mark.parametrize(
+    "request_", [ScaleRequested(workers=0), ScaleRequested(workers=9), ScaleRequested(retire=(WorkerId("w7"),))]
+)
+def test_scaling_to_what_cannot_be_is_refused(request_: ScaleRequested) -> None:
+    sim = serving(2)
+    with pytest.raises(PlacementError):
+        sim.feed(request_)
+    assert not sim.log
+
+
+def test_spare_slots_are_shared_out_and_empty_until_a_planner_fills_them() -> None:
+    sim = serving(2, redundant=4)
+    assert sim.state.spec is not None
+    placement = sim.state.spec.placement
+    assert [worker.slots for worker in placement.workers] == [6, 6]
+    assert (placement.physical_to_logical_map == EMPTY).sum() == LAYERS * 4
