@@ -2,8 +2,8 @@
 
 Sizes are exact: no capacity, no padding, no dropped token. A token goes once to each worker that holds one of its
 experts, however many, and comes back as one partial sum from each (Huang et al., arXiv 2303.06182, section V).
-For few tokens over collectives everyone sends everything to everyone instead: the sizes are then known from the
-step's plan, which saves an exchange of sizes.
+For few tokens everyone sends everything to everyone instead, and who computes what is told by the receiver: that
+takes fewer operators, and sizes are known from the step's plan, so that no exchange of sizes is needed.
 
 Legend: T tokens of this worker, R rows sent to one worker, H hidden, K experts per token, W workers, E logical experts.
 """
@@ -20,10 +20,10 @@ from torch import Tensor
 from cluster.placement import EMPTY, Placement
 from model.experts import ABSENT, ExpertStore
 from model.routing_counter import RoutingCounter
-from model.transport import CollectiveTransport, Transport
+from model.transport import Transport
 
-DENSE_TOKENS = 16
-"""Up to so many tokens in the whole step, all-gather is cheaper than an exchange of sizes and an all-to-all."""
+DENSE_TOKENS = 64
+"""Up to so many tokens in the whole step, everything to everyone is cheaper than choosing rows and telling sizes."""
 
 
 def route_table(placement: Placement, rank: int) -> Tensor:
@@ -72,16 +72,27 @@ class Dispatcher:
         self._store = store
         self._transport = transport
         self._rank = rank
-        self._routes = route_table(placement, rank).to(device)
-        # shared memory carries sizes for nothing, so only collectives gain from knowing them
-        self._dense_tokens = dense_tokens if isinstance(transport, CollectiveTransport) else 0
+        routes_WLE = torch.stack([route_table(placement, r) for r in range(transport.size)]).to(device)
+        self._routes_LE = routes_WLE[rank]
+        experts_E = torch.arange(routes_WLE.shape[2], device=device)
+        # [L, W * E] the expert where tokens of a rank find it here, ABSENT where they find it elsewhere
+        self._mine_LX = torch.where(routes_WLE == rank, experts_E, ABSENT).transpose(0, 1).flatten(1)
+        self._dense_tokens = dense_tokens
         self._tokens_per_rank: Sequence[int] = ()
+        self._dense = False
+        self._source_R = torch.empty(0)
+        """Dense steps: [R] for every rank's tokens, where the rank's row of `_mine_LX` begins."""
         self.counter: RoutingCounter | None = None
 
     def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
         """A step begins. `counter` is None for warm-up, which must not count."""
         self._tokens_per_rank = tokens_per_rank
         self.counter = counter
+        self._dense = self._transport.size > 1 and sum(tokens_per_rank) <= self._dense_tokens
+        if self._dense:
+            experts = self._routes_LE.shape[1]
+            begins = [rank * experts for rank, tokens in enumerate(tokens_per_rank) for _ in range(tokens)]
+            self._source_R = torch.tensor(begins, dtype=torch.int64, device=self._routes_LE.device)[:, None]
 
     def forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The layer's experts, wherever they are: [T, H]. Every worker must call it for every layer of a step."""
@@ -89,23 +100,65 @@ class Dispatcher:
             self.counter.note(index_TK)
         if self._transport.size == 1:
             return self._store.forward(layer, x_TH, index_TK, weight_TK)
-        index_TK = index_TK.to(torch.int32)
-        weight_TK = weight_TK.float()
-        dense = sum(self._tokens_per_rank) <= self._dense_tokens
-        rank_TK = self._routes[layer][index_TK.long()]
-        rows: list[Tensor | None] = []
-        send: list[list[Tensor]] = []
+        parts = (index_TK.to(torch.int32), weight_TK.float(), x_TH)
+        return self._forward_dense(layer, *parts) if self._dense else self._forward_sparse(layer, *parts)
+
+    def _forward_dense(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
+        parts = (index_TK, weight_TK, x_TH)
+        row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
+        received = self._transport.all_to_all(
+            [parts] * self._transport.size, [tokens * row for tokens in self._tokens_per_rank]
+        )
+        index_RK, weight_RK, x_RH = self._join(received, parts)
+        mine_RK = self._mine_LX[layer][self._source_R + index_RK]
+        partial = torch.split(self._store.forward(layer, x_RH, mine_RK, weight_RK), list(self._tokens_per_rank))
+        back = self._transport.all_to_all([[part] for part in partial], [x_TH.nbytes] * self._transport.size)
+        out_TH = partial[self._rank].float()
+        for rank, raw in enumerate(back):
+            if rank != self._rank:
+                out_TH += _view(raw, x_TH)
+        return out_TH.to(x_TH.dtype)
+
+    def _forward_sparse(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
+        rank_TK = self._routes_LE[layer][index_TK]
+        rows: list[Tensor] = []
+        send: list[tuple[Tensor, ...]] = []
         for rank in range(self._transport.size):
             here = rank_TK == rank
-            chosen = None if dense else here.any(1).nonzero().squeeze(1)
-            local = torch.where(here, index_TK, ABSENT)
-            parts = [local, weight_TK, x_TH]
+            chosen = here.any(1).nonzero().squeeze(1)
             rows.append(chosen)
-            send.append(parts if chosen is None else [part.index_select(0, chosen) for part in parts])
+            local = torch.where(here, index_TK, ABSENT)
+            send.append(tuple(part.index_select(0, chosen) for part in (local, weight_TK, x_TH)))
+        received = self._transport.all_to_all(send, None)
         row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
-        received = self._transport.all_to_all(send, [n * row for n in self._tokens_per_rank] if dense else None)
-        y, counts = self._compute(layer, received, send[self._rank], x_TH, index_TK.shape[1])
-        return self._combine(y, counts, rows, x_TH)
+        counts = [len(rows[self._rank]) if r == self._rank else raw.numel() // row for r, raw in enumerate(received)]
+        index_RK, weight_RK, x_RH = self._join(received, send[self._rank])
+        partial = torch.split(self._store.forward(layer, x_RH, index_RK, weight_RK), counts)
+        # as many rows come back as were sent, so the sizes are known now
+        size = x_TH.shape[1] * x_TH.dtype.itemsize
+        back = self._transport.all_to_all([[part] for part in partial], [size * len(chosen) for chosen in rows])
+        out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+        for rank, chosen in enumerate(rows):
+            part = partial[rank] if rank == self._rank else _view(back[rank], x_TH)
+            out_TH.index_add_(0, chosen, part.float())
+        return out_TH.to(x_TH.dtype)
+
+    def _join(self, received: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """All ranks' rows in rank order, so that one pass over them reads an expert's weights once."""
+        top_k, hidden = own[0].shape[1], own[2]
+        row = row_bytes(hidden.shape[1], top_k, hidden.dtype)
+        parts: list[Sequence[Tensor]] = []
+        for rank, raw in enumerate(received):
+            if rank == self._rank:
+                parts.append(own)
+                continue
+            head = raw.numel() // row * top_k * 4
+            index, weight, x = torch.split(raw, [head, head, raw.numel() - 2 * head])
+            parts.append(
+                (index.view(torch.int32).view(-1, top_k), weight.view(torch.float32).view(-1, top_k), _view(x, hidden))
+            )
+        index_RK, weight_RK, x_RH = (torch.cat([part[i] for part in parts]) for i in range(3))
+        return index_RK, weight_RK, x_RH
 
     def idle(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
         """Take part in a step without tokens of one's own: the trunk is not run, the experts are."""
@@ -117,45 +170,10 @@ class Dispatcher:
                 torch.empty(0, shape.top_k, device=device),
             )
 
-    def _compute(
-        self, layer: int, received: Sequence[Tensor], own: Sequence[Tensor], x_TH: Tensor, top_k: int
-    ) -> tuple[Tensor, list[int]]:
-        """One pass over all ranks' rows, so that an expert's weights are read once. Returns sums and rows per rank."""
-        row = row_bytes(x_TH.shape[1], top_k, x_TH.dtype)
-        parts: list[Sequence[Tensor]] = []
-        for rank, raw in enumerate(received):
-            if rank == self._rank:
-                parts.append(own)
-                continue
-            count = raw.numel() // row
-            index, weight, hidden = torch.split(
-                raw, [count * top_k * 4, count * top_k * 4, raw.numel() - count * top_k * 8]
-            )
-            parts.append(
-                (
-                    index.view(torch.int32).view(count, top_k),
-                    weight.view(torch.float32).view(count, top_k),
-                    hidden.view(x_TH.dtype).view(count, -1) if count else x_TH[:0],
-                )
-            )
-        index, weight, hidden = (torch.cat([part[i] for part in parts]) for i in range(3))
-        return self._store.forward(layer, hidden, index, weight), [len(part[0]) for part in parts]
 
-    def _combine(self, y: Tensor, counts: Sequence[int], rows: Sequence[Tensor | None], x_TH: Tensor) -> Tensor:
-        """Send partial sums home and add up what comes back, in rank order."""
-        parts = torch.split(y, list(counts))
-        size = x_TH.shape[1] * x_TH.dtype.itemsize
-        known = [size * (len(x_TH) if chosen is None else len(chosen)) for chosen in rows]
-        # how much comes back is always known: as many rows as were sent
-        received = self._transport.all_to_all([[part] for part in parts], known)
-        out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        for rank, chosen in enumerate(rows):
-            partial = parts[rank] if rank == self._rank else received[rank].view(x_TH.dtype).view(-1, x_TH.shape[1])
-            if chosen is None:
-                out_TH += partial
-            else:
-                out_TH.index_add_(0, chosen, partial.float())
-        return out_TH.to(x_TH.dtype)
+def _view(raw: Tensor, like: Tensor) -> Tensor:
+    """Bytes as rows of `like`'s width and dtype."""
+    return raw.view(like.dtype).view(-1, like.shape[1])
 
 
 def row_bytes(hidden: int, top_k: int, dtype: torch.dtype) -> int:

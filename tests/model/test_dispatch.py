@@ -60,8 +60,9 @@ def test_any_split_gives_the_same_sums(kind: str, slots: tuple[int, ...]) -> Non
     check(contiguous(LAYERS, EXPERTS, workers(*slots)), tokens, kind)
 
 
-def test_all_gather_gives_the_same_sums() -> None:
-    check(contiguous(LAYERS, EXPERTS, workers(2, 2, 2)), [3, 0, 2], "gloo", dense_tokens=100)
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_everything_to_everyone_gives_the_same_sums(kind: str) -> None:
+    check(contiguous(LAYERS, EXPERTS, workers(2, 2, 2)), [3, 0, 2], kind, dense_tokens=100)
 
 
 @st.composite
@@ -85,7 +86,7 @@ def placements(draw: st.DrawFn) -> Placement:
 @given(placements(), st.data())
 def test_any_placement_gives_the_same_sums(placement: Placement, data: st.DataObject) -> None:
     tokens = [data.draw(st.integers(0, 4)) for _ in placement.workers]
-    check(placement, tokens, "shm")
+    check(placement, tokens, "shm", dense_tokens=data.draw(st.sampled_from([0, 100])))
 
 
 @settings(max_examples=100, deadline=None)
