@@ -123,6 +123,15 @@ def test_filters_are_those_of_transformers(seed: int, vocabulary: int, params: d
     assert drawn == expected
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1 - 2.0**-53, 3)])
+def test_the_ends_of_the_unit_interval_draw_no_filtered_token(
+    monkeypatch: pytest.MonkeyPatch, number: float, token: int
+) -> None:
+    monkeypatch.setattr("model.sampling.uniform", lambda seed, index: number)
+    logits = torch.tensor([[-torch.inf, 2.0, 1.0, 2.0, 0.0], [-3.0, 2.0, 1.0, 2.0, -9.0]])
+    assert tokens(logits, [state(top_k=3), state(top_p=0.9)]) == [token, token]
+
+
 def test_ties_at_the_edge_of_a_filter_all_stay() -> None:
     logits = torch.tensor([2.0, 1.0, 1.0, 1.0, -50.0])
     assert seen_tokens(logits, top_k=2) == {0, 1, 2, 3}
@@ -148,6 +157,16 @@ def test_presence_and_frequency_count_the_output_only() -> None:
     assert tokens(logits, [state((3,), (0, 1, 1), temperature=0, frequency_penalty=0.15)]) == [0]
     assert tokens(logits, [state((3,), (0, 0, 0, 1, 1), temperature=0, frequency_penalty=0.3)]) == [2]
     assert tokens(logits, [state((3,), (1,), temperature=0, frequency_penalty=-0.2)]) == [1]
+
+
+def test_counts_of_many_distinct_tokens() -> None:
+    prompt, output = [*range(0, 300, 3)], [*range(0, 300, 2), *range(250, 300)]
+    one = state(prompt, output, temperature=0, frequency_penalty=1.0)
+    assert one._counts is not None
+    ids, in_prompt, counts = one._counts.table()
+    assert sorted(ids.tolist()) == sorted({*prompt, *output})
+    assert {int(i) for i, there in zip(ids, in_prompt, strict=True) if there} == set(prompt)
+    assert {int(i): int(n) for i, n in zip(ids, counts, strict=True) if n} == Counter(output)
 
 
 def test_logit_bias() -> None:
