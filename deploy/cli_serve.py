@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -38,24 +37,29 @@ def serve(config: ServeConfig) -> int:
     model_dir = _checked_model(config)
     processes = ServerProcesses(config)
     progress = _Progress()
-    with _signals(processes):
+    signals = _Signals(processes)
+    signals.install()
+    try:
         try:
-            try:
-                progress.show("starting Ray")
-                processes.start_ray()
-                progress.show("starting the API")
-                processes.start_app(model_dir)
-                _wait_until_ready(config, progress)
-                progress.clear()
-                print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
-                _watch(config)
-            except _Stop:
-                progress.clear()
-                print("stopping", file=sys.stderr, flush=True)
-                with contextlib.suppress(Exception):
-                    processes.drain(config.shutdown_timeout)
-        finally:
-            processes.stop()
+            progress.show("starting Ray")
+            processes.start_ray()
+            signals.install()
+            progress.show("starting the API")
+            processes.start_app(model_dir)
+            signals.install()
+            _wait_until_ready(config, progress)
+            progress.clear()
+            print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
+            _watch(config)
+        except _Stop:
+            progress.clear()
+            print("stopping", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):
+                processes.drain(config.shutdown_timeout)
+    finally:
+        progress.clear()
+        processes.stop()
+        signals.restore()
     return 0
 
 
@@ -83,25 +87,31 @@ def _checked_model(config: ServeConfig) -> str:
     return model_dir
 
 
-@contextlib.contextmanager
-def _signals(processes: ServerProcesses) -> Iterator[None]:
+class _Signals:
     """The first SIGINT or SIGTERM raises _Stop in the main thread, the second ends everything at once."""
-    seen = 0
 
-    def handle(number: int, _: FrameType | None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 1:
-            raise _Stop
-        processes.kill()
-        os._exit(128 + number)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __init__(self, processes: ServerProcesses) -> None:
+        self._processes = processes
+        self._seen = 0
+        self._before = [(number, signal.getsignal(number)) for number in self.NUMBERS]
+
+    def install(self) -> None:
+        """To be called again after Ray has started: it puts its own handlers in."""
+        for number in self.NUMBERS:
+            signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        for number, handler in self._before:
             signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self._seen += 1
+        if self._seen == 1:
+            raise _Stop
+        self._processes.kill()
+        os._exit(128 + number)
 
 
 def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:

@@ -6,6 +6,7 @@ the environment is set first, and ray is imported inside functions.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -80,12 +81,15 @@ class ServerProcesses:
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for those under way."""
+        # Serve's handles need an event loop where its router has no thread of its own.
+        asyncio.run(self._drain(time.monotonic() + timeout_s))
+
+    async def _drain(self, deadline: float) -> None:
         from ray import serve
 
-        handle = serve.get_app_handle(APP_NAME)
-        deadline = time.monotonic() + timeout_s
-        while handle.drain.remote().result(timeout_s=5) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        handle: Any = serve.get_app_handle(APP_NAME)
+        while await asyncio.wait_for(handle.drain.remote(), 10) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
 
     def stop(self) -> None:
         """End everything that was started. On a cluster that was joined: our application and our actors."""
