@@ -35,6 +35,7 @@ class Checkpoint:
 
     path: Path
     config: PretrainedConfig
+    """Of the language model, where the checkpoint's own has more parts."""
     info: ModelInfo
     """Its sizes are those of the stored dtype; `info_for` gives those of another."""
     tensors: dict[str, StoredTensor]
@@ -89,7 +90,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
     return Checkpoint(
         path=path,
-        config=config,
+        config=skeleton.config,
         info=info,
         tensors=tensors,
         stored_dtype=dtype,
@@ -141,7 +142,9 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{file}: {config.model_type} is an encoder-decoder model, which cannot be served")
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}")
+        others = sorted(key for key in config.sub_configs if key != "text_config")
+        why = f"; it takes other input than text ({', '.join(others)})" if others else ""
+        raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}{why}")
     try:
         with torch.device("meta"), quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

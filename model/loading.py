@@ -16,10 +16,14 @@ from transformers import PreTrainedModel
 
 from cluster.errors import CheckpointError
 from model.checkpoint import Checkpoint
+from model.heap import return_freed_memory
 from model.plan import convert
 from model.quiet import quiet_transformers
 from model.servability import is_expert_module, state_windows
 from model.stored import StoredTensor
+
+_TRIM_BYTES = 32 << 20
+"""Experts read between two clean-ups of the heap."""
 
 Progress = Callable[[int, int], None]
 """Told (done_bytes, total_bytes) now and then."""
@@ -56,6 +60,7 @@ def load_trunk(
     _refuse_report(checkpoint, report)
     state_windows(model, checkpoint.shape.windows_in_masks)
     trunk: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return_freed_memory()
     return trunk
 
 
@@ -78,7 +83,9 @@ def load_experts(
     Reads only these experts' bytes; every tensor owns its memory. Blocks while it reads. Raises IndexError for a layer
     or an expert that the model does not have, CheckpointError where a file has become unreadable.
     """
-    return {expert: _load_expert(checkpoint, layer, expert, dtype=dtype, device=device) for expert in experts}
+    pairs = [(layer, expert) for expert in experts]
+    loaded = {expert: tensors for _, expert, tensors in iter_experts(checkpoint, pairs, dtype=dtype, device=device)}
+    return {expert: loaded[expert] for expert in experts}
 
 
 def iter_experts(
@@ -95,11 +102,16 @@ def iter_experts(
     those the caller keeps. `progress` hears of every expert, in bytes as they are stored.
     """
     ordered = sorted(set(pairs))
+    for layer, expert in ordered:
+        if not (0 <= layer < len(checkpoint.plan.experts) and 0 <= expert < checkpoint.shape.num_experts):
+            raise IndexError(f"the model has no expert {expert} in MoE layer {layer}")
     sizes = {layer: expert_stored_bytes(checkpoint, layer) for layer, _ in ordered}
     done, total = 0, sum(sizes[layer] for layer, _ in ordered)
     for layer, expert in ordered:
         tensors = _load_expert(checkpoint, layer, expert, dtype=dtype, device=device)
         done += sizes[layer]
+        if done // _TRIM_BYTES > (done - sizes[layer]) // _TRIM_BYTES:
+            return_freed_memory()
         if progress is not None:
             progress(done, total)
         yield layer, expert, tensors
@@ -118,22 +130,15 @@ def expert_stored_bytes(checkpoint: Checkpoint, layer: int) -> int:
 def _load_expert(
     checkpoint: Checkpoint, layer: int, expert: int, *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    if not (0 <= layer < len(checkpoint.plan.experts) and 0 <= expert < checkpoint.shape.num_experts):
-        raise IndexError(f"the model has no expert {expert} in MoE layer {layer}")
-    return {
-        part.parameter: _own(
-            convert(
-                part.group,
-                {
-                    pattern: [checkpoint.tensors[name].read(expert if part.fused else None).to(dtype)]
-                    for pattern, name in part.sources_of(expert).items()
-                },
-                checkpoint.skeleton,
-            )[part.group.target][0],
-            device,
-        )
-        for part in checkpoint.plan.experts[layer]
-    }
+    made: dict[str, Tensor] = {}
+    for part in checkpoint.plan.experts[layer]:
+        sources = {
+            pattern: [checkpoint.tensors[name].read(expert if part.fused else None).to(dtype)]
+            for pattern, name in part.sources_of(expert).items()
+        }
+        [tensor] = convert(part.group, sources, checkpoint.skeleton)[part.group.target]
+        made[part.parameter] = _own(tensor, device)
+    return made
 
 
 def _own(tensor: Tensor, device: torch.device) -> Tensor:

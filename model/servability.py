@@ -124,6 +124,10 @@ class _WindowHook:
 
 
 def _check_structure(model: PreTrainedModel, experts: list[tuple[str, nn.Module]]) -> None:
+    text = model.config.get_text_config()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module is not model and module.config is not text:
+            raise NotServable(f"it takes other input than text ({type(module).__name__})")
     state = _recurrent_state(model)
     if not experts:
         if not _mentions_experts(model):

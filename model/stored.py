@@ -171,7 +171,7 @@ def _entry(path: Path, name: str, fields: Any, *, base: int) -> StoredTensor:
         valid = 0 <= start <= end and all(isinstance(size, int) and size >= 0 for size in shape)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header describes {name} wrongly") from error
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"{path}: {name} has the data type {dtype}, which is not supported")
     if not valid or end - start != count * _DTYPES[dtype].itemsize:
         raise CheckpointError(f"{path}: {name} of shape {list(shape)} in {dtype} does not take {end - start} bytes")
