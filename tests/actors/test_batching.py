@@ -1,76 +1,22 @@
-"""Batching, event by event. Random orders of events are in test_batching_random.py."""
+"""Batching, event by event. Memory and membership are in test_batching_memory.py, random orders in
+test_batching_random.py."""
 
 import dataclasses
 
 import pytest
 
-from actors.batching import Scheduler
 from cluster.errors import RequestError
-from cluster.placement import WorkerId
 from cluster.protocol import (
     Epoch,
     FinishReason,
     GenerateRequest,
     RequestId,
     Sample,
-    SamplingParams,
-    StepPlan,
     StepResult,
     TokenLogprobs,
     TokenOutput,
 )
-
-EOS = 0
-A, B = WorkerId("a"), WorkerId("b")
-Plans = dict[WorkerId, StepPlan]
-
-
-def scheduler(workers: dict[WorkerId, int], **changes: int) -> Scheduler:
-    settings = {
-        "block_size": 4,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 16,
-        "max_model_len": 64,
-    } | changes
-    return Scheduler(workers, **settings, eos_token_ids=(EOS,))
-
-
-def request(name: str, prompt: int = 4, output: tuple[int, ...] = (), **params: object) -> GenerateRequest:
-    return GenerateRequest(
-        request_id=RequestId(name),
-        prompt_token_ids=tuple(range(1, prompt + 1)),
-        params=SamplingParams(**({"max_tokens": 8} | params)),  # type: ignore[arg-type]
-        output_token_ids=output,
-    )
-
-
-def plan(s: Scheduler, step: int = 0) -> Plans:
-    plans = s.schedule(Epoch(1), step)
-    s.validate()
-    assert plans is not None
-    return plans
-
-
-def answers(plans: Plans, token: int = 7) -> dict[WorkerId, StepResult]:
-    return {
-        worker: StepResult(
-            step=p.step,
-            samples=tuple(Sample(request_id=c.request_id, token_id=token) for c in p.chunks if c.samples),
-            compute_s=0.0,
-        )
-        for worker, p in plans.items()
-    }
-
-
-def step(s: Scheduler, token: int = 7) -> list[TokenOutput]:
-    outputs = s.commit(answers(plan(s), token))
-    s.validate()
-    return outputs
-
-
-def ids(plans: Plans, worker: WorkerId) -> list[str]:
-    return [chunk.request_id for chunk in plans[worker].chunks]
-
+from tests.actors.batches import EOS, A, B, answers, ids, plan, request, scheduler, step
 
 # --- What is refused --------------------------------------------------------------------------------------------
 
@@ -358,120 +304,3 @@ def test_a_new_request_of_an_aborted_ones_name_does_not_get_its_token() -> None:
     assert plans[A].finished == ("r",)
     assert plans[A].new[0].num_prompt_tokens == 6
     assert plans[A].chunks[0].length == 6
-
-
-# --- Out of memory ----------------------------------------------------------------------------------------------
-
-
-def test_the_newest_is_preempted_and_computed_again() -> None:
-    s = scheduler({A: 4})
-    s.add(request("old", prompt=8, max_tokens=7))
-    s.add(request("new", prompt=7, max_tokens=4))
-    step(s)
-    plans = plan(s)
-    assert s.status().preemptions == 1
-    assert ids(plans, A) == ["old"]
-    assert plans[A].finished == ("new",)
-    s.commit(answers(plans))
-    assert s.status().running == {A: 1}
-    while s.status().running[A] == 1 and s.num_requests == 2:
-        step(s)
-    plans = plan(s)
-    assert plans[A].new[0].token_ids == (*range(1, 8), 7)
-    assert s.commit(answers(plans))[0].offset == 1
-
-
-def test_a_large_request_is_not_starved_by_small_ones() -> None:
-    s = scheduler({A: 8}, max_num_seqs=4)
-    for i in range(100):
-        # One ends and one comes in every step, so that all blocks are never free by chance.
-        s.add(request(f"small{i}", prompt=4, max_tokens=4))
-        if i == 8:
-            s.add(request("large", prompt=20, max_tokens=4))
-        plans = plan(s)
-        s.commit(answers(plans))
-        if "large" in ids(plans, A):
-            break
-    assert i <= 12
-    assert s.status().waiting == i - 8
-
-
-def test_small_requests_pass_a_large_one_on_workers_that_cannot_hold_it() -> None:
-    s = scheduler({A: 8, B: 4})
-    s.add(request("r", prompt=16, max_tokens=4))
-    step(s)
-    s.add(request("large", prompt=20, max_tokens=4))
-    s.add(request("small", prompt=4, max_tokens=4))
-    plans = plan(s)
-    assert ids(plans, A) == ["r"]
-    assert ids(plans, B) == ["small"]
-
-
-# --- Membership -------------------------------------------------------------------------------------------------
-
-
-def test_requests_of_a_worker_that_is_gone_go_on_elsewhere() -> None:
-    s = scheduler({A: 10, B: 10})
-    s.add(request("r"))
-    s.add(request("q"))
-    plans = plan(s)
-    assert (ids(plans, A), ids(plans, B)) == (["r"], ["q"])
-    s.commit(answers(plans, 5))
-    plan(s)
-    s.rollback()
-    s.set_workers({B: 10})
-    s.validate()
-    plans = plan(s)
-    assert plans[B].tokens_per_rank == (6,)
-    assert [(c.request_id, c.start, c.length) for c in plans[B].chunks] == [("q", 4, 1), ("r", 0, 5)]
-    assert plans[B].new[0].token_ids == (1, 2, 3, 4, 5)
-    assert {output.request_id: output.offset for output in s.commit(answers(plans))} == {"q": 1, "r": 1}
-    assert s.status().preemptions == 0
-
-
-def test_new_workers_become_homes_and_ranks_may_change() -> None:
-    s = scheduler({A: 10})
-    s.add(request("r"))
-    step(s)
-    s.set_workers({B: 10, A: 10})
-    s.add(request("q"))
-    plans = plan(s)
-    assert list(plans) == [B, A]
-    assert (ids(plans, B), ids(plans, A)) == (["q"], ["r"])
-    assert plans[A].tokens_per_rank == (4, 1)
-
-
-def test_a_draining_worker_gets_no_new_requests() -> None:
-    s = scheduler({A: 10, B: 10})
-    s.add(request("r"))
-    step(s)
-    s.drain(A)
-    s.set_workers({A: 10, B: 10})
-    s.add(request("q"))
-    s.add(request("p"))
-    plans = plan(s)
-    assert (ids(plans, A), ids(plans, B)) == (["r"], ["q", "p"])
-
-
-def test_requests_wait_for_a_worker_when_there_is_none() -> None:
-    s = scheduler({A: 10})
-    s.add(request("r", prompt=30))
-    s.set_workers({})
-    assert s.schedule(Epoch(1), 0) is None
-    s.add(request("q"))
-    s.set_workers({B: 4})
-    assert s.stranded() == ("r",)
-    assert ids(plan(s), B) == ["q"]
-    s.rollback()
-    s.set_workers({B: 4, A: 10})
-    assert s.stranded() == ()
-    assert ids(plan(s), A) == ["r"]
-
-
-def test_status_counts() -> None:
-    s = scheduler({A: 10, B: 10})
-    s.add(request("r", prompt=5, max_tokens=2))
-    step(s)
-    status = s.status()
-    assert (status.steps, status.prompt_tokens, status.generation_tokens, status.epoch) == (1, 5, 1, 1)
-    assert status.kv_usage == {A: 0.2, B: 0.0}

@@ -1,0 +1,67 @@
+"""Schedulers, requests and results for tests of batching, in a line each."""
+
+from __future__ import annotations
+
+from actors.batching import Scheduler
+from cluster.placement import WorkerId
+from cluster.protocol import (
+    Epoch,
+    GenerateRequest,
+    RequestId,
+    Sample,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenOutput,
+)
+
+EOS = 0
+A, B = WorkerId("a"), WorkerId("b")
+Plans = dict[WorkerId, StepPlan]
+
+
+def scheduler(workers: dict[WorkerId, int], **changes: int) -> Scheduler:
+    settings = {
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 64,
+    } | changes
+    return Scheduler(workers, **settings, eos_token_ids=(EOS,))
+
+
+def request(name: str, prompt: int = 4, output: tuple[int, ...] = (), **params: object) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=RequestId(name),
+        prompt_token_ids=tuple(range(1, prompt + 1)),
+        params=SamplingParams(**({"max_tokens": 8} | params)),  # type: ignore[arg-type]
+        output_token_ids=output,
+    )
+
+
+def plan(s: Scheduler, step: int = 0) -> Plans:
+    plans = s.schedule(Epoch(1), step)
+    s.validate()
+    assert plans is not None
+    return plans
+
+
+def answers(plans: Plans, token: int = 7) -> dict[WorkerId, StepResult]:
+    return {
+        worker: StepResult(
+            step=p.step,
+            samples=tuple(Sample(request_id=c.request_id, token_id=token) for c in p.chunks if c.samples),
+            compute_s=0.0,
+        )
+        for worker, p in plans.items()
+    }
+
+
+def step(s: Scheduler, token: int = 7) -> list[TokenOutput]:
+    outputs = s.commit(answers(plan(s), token))
+    s.validate()
+    return outputs
+
+
+def ids(plans: Plans, worker: WorkerId) -> list[str]:
+    return [chunk.request_id for chunk in plans[worker].chunks]
