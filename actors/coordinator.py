@@ -65,17 +65,6 @@ TICK_S = 0.5
 POLL_S = 1.0
 
 
-def read_model(model_dir: str, dtype: str) -> ModelInfo:
-    """What the checkpoint says of itself, with the sizes of the dtype it is served in. Raises CheckpointError."""
-    # here, not above: who only calls a coordinator needs neither torch nor transformers
-    import torch
-
-    from model.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(model_dir)
-    return checkpoint.info if dtype == "auto" else checkpoint.info_for(getattr(torch, dtype))
-
-
 class Coordinator:
     """One per cluster. Create it on a running event loop: it begins at once, and `readiness` says how far it is."""
 
@@ -211,7 +200,7 @@ class Coordinator:
     async def _open(self) -> None:
         """Read what the checkpoint says of itself, and settle what the configuration leaves open."""
         config = self._config
-        model = await asyncio.to_thread(read_model, self._model_dir, config.dtype)
+        model = await asyncio.to_thread(self._fleet.read_model, self._model_dir, config.dtype)
         if (config.max_model_len or 0) > model.max_model_len:
             raise ConfigError(f"max_model_len: the model allows {model.max_model_len}, got {config.max_model_len}")
         spec = ModelSpec(

@@ -15,6 +15,7 @@ import ray
 from actors import names
 from cluster.config import ServeConfig
 from cluster.placement import WorkerId
+from cluster.protocol import ModelInfo
 from optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 class Fleet(Protocol):
     def attach(self) -> None:
         """Called once by the coordinator, in its own process, before anything else."""
+        ...
+
+    def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
+        """What the checkpoint says of itself, with the sizes of the dtype it is served in. Raises CheckpointError."""
         ...
 
     def device(self) -> str:
@@ -71,6 +76,15 @@ class RayFleet:
         self._resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
         kill_leftovers()
+
+    def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
+        # here, not above: who only calls a coordinator needs neither torch nor transformers
+        import torch
+
+        from model.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(model_dir)
+        return checkpoint.info if dtype == "auto" else checkpoint.info_for(getattr(torch, dtype))
 
     def device(self) -> str:
         if self._config.device != "auto":

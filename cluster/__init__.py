@@ -5,5 +5,11 @@ config      every setting of the server, from flags or YAML
 placement   which worker holds which expert: the value, its checks, its JSON
 protocol    every message that processes send one another
 routing     counts of tokens per layer and expert, over a sliding window
-state       ControlState: events in, commands out
+events      what happens to the control plane, and the commands it answers with
+state       ControlState: events in, commands out; decides what should be
+epochs      the life of a change: transfer, prepare, commit, or back
+membership  workers as the control plane knows them; which placement and transport follow from who is there
+transfers   what must be copied or read before an epoch can begin
+operations  the record of operations, each with its reason
+invariants  what always holds of a ControlState; tests check it after every event
 """

@@ -1,0 +1,250 @@
+"""Hosts and an engine that only pretend, as plain classes: called directly, or as real Ray actors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError
+
+from actors.fleet import RayFleet
+from actors.migrator import Migrator
+from cluster.config import ServeConfig
+from cluster.errors import CheckpointError, PlacementError, StepAborted
+from cluster.placement import EMPTY, WorkerId
+from cluster.protocol import (
+    EngineStatus,
+    Epoch,
+    EpochSpec,
+    ExpertCopy,
+    HostInfo,
+    HostSpec,
+    ModelInfo,
+    RoutingCounts,
+)
+from optimizer import PlacementProblem, PlanResult, plan
+
+MODEL = ModelInfo(
+    architecture="Fake",
+    num_layers=2,
+    num_logical_experts=8,
+    top_k=2,
+    hidden_size=4,
+    vocab_size=8,
+    max_model_len=64,
+    expert_bytes=1000,
+    trunk_bytes=1,
+    eos_token_ids=(0,),
+    dtype="float32",
+)
+
+LOAD = np.array([[90, 80, 70, 60, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8]], dtype=np.int64)
+"""Uneven under the first placement, so that any planner finds a better one."""
+
+
+class FakeHost:
+    """Keeps the contract of an ExpertHost: refuses to prepare what it does not hold, drops what is not placed.
+
+    A file `slow-<method>` in the model's directory makes that method take two seconds.
+    """
+
+    def __init__(self) -> None:
+        self._held: set[tuple[int, int]] = set()
+        self._prepared: dict[Epoch, EpochSpec] = {}
+        self._epoch = Epoch(0)
+        self._dir = Path()
+        self._id = WorkerId("")
+
+    @ray.method(concurrency_group="step")
+    def load(self, spec: HostSpec) -> HostInfo:
+        self._dir, self._id = Path(spec.model.path), spec.worker
+        self._delay("load")
+        if (self._dir / "damaged").exists():
+            raise CheckpointError("shard 3 is damaged")
+        self._held = {(layer, e) for layer, experts in enumerate(spec.experts) for e in experts}
+        return HostInfo(
+            worker=spec.worker,
+            node="n0",
+            address="127.0.0.1",
+            pid=os.getpid(),
+            device="cpu",
+            num_kv_blocks=10,
+            memory_bytes=1,
+            load_s=0.0,
+        )
+
+    @ray.method(concurrency_group="step")
+    def commit(self, epoch: Epoch) -> None:
+        if self._epoch == epoch:
+            return
+        if epoch not in self._prepared:
+            raise StepAborted(f"epoch {epoch} was not prepared")
+        spec = self._prepared.pop(epoch)
+        self._held &= self._placed(spec)
+        self._epoch = epoch
+
+    def _placed(self, spec: EpochSpec) -> set[tuple[int, int]]:
+        layers = range(spec.placement.num_layers)
+        return {(layer, e) for layer in layers for e in spec.placement.experts_of(self._id, layer) if e != EMPTY}
+
+    @ray.method(concurrency_group="io")
+    def load_progress(self) -> float:
+        return 0.5
+
+    @ray.method(concurrency_group="io")
+    def prepare(self, spec: EpochSpec) -> None:
+        self._delay("prepare")
+        if not self._placed(spec) <= self._held:
+            raise PlacementError(f"{self._id} does not hold all of {sorted(self._placed(spec))}")
+        self._prepared[spec.epoch] = spec
+
+    @ray.method(concurrency_group="io")
+    def abandon(self, epoch: Epoch) -> None:
+        self._prepared.pop(epoch, None)
+
+    @ray.method(concurrency_group="io")
+    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
+        self._delay("export_expert")
+        if (layer, expert) not in self._held:
+            raise PlacementError(f"{self._id} does not hold expert {expert} of layer {layer}")
+        return ExpertCopy(layer=layer, expert=expert, tensors={"w": np.zeros(8, np.uint8)}, digest="d", shapes={})
+
+    @ray.method(concurrency_group="io")
+    def import_expert(self, copy: ExpertCopy) -> None:
+        if (self._dir / "damage-copies").exists():
+            raise PlacementError("arrived damaged")
+        self._held.add((copy.layer, copy.expert))
+
+    @ray.method(concurrency_group="io")
+    def read_expert(self, layer: int, expert: int) -> None:
+        self._held.add((layer, expert))
+
+    @ray.method(concurrency_group="io")
+    def routing_counts(self) -> RoutingCounts:
+        return RoutingCounts(tokens=10, load=LOAD, transitions=np.ones((1, 8, 8), dtype=np.int64))
+
+    @ray.method(concurrency_group="io")
+    def ping(self) -> None: ...
+
+    def _delay(self, method: str) -> None:
+        if (self._dir / f"slow-{method}").exists():
+            time.sleep(2)
+
+
+class FakeEngine:
+    """Commits epochs, and runs nothing."""
+
+    def __init__(self, config: ServeConfig, coordinator: Any) -> None:
+        self._epoch = Epoch(0)
+        self._started = False
+
+    async def start(self, model: ModelInfo, spec: EpochSpec, hosts: dict[WorkerId, Any], infos: Any) -> None:
+        assert not self._started
+        self._started = True
+        await self.change_epoch(spec, hosts, infos)
+
+    async def change_epoch(self, spec: EpochSpec, hosts: dict[WorkerId, Any], infos: Any) -> None:
+        members = [worker.id for worker in spec.placement.workers]
+        assert set(members) <= set(hosts)
+        calls = (wrap(hosts[worker].commit.remote(spec.epoch)) for worker in members)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        if failed := [w for w, a in zip(members, answers, strict=True) if isinstance(a, BaseException)]:
+            raise StepAborted(f"not committed by {failed}")
+        self._epoch = spec.epoch
+
+    async def status(self) -> EngineStatus:
+        return EngineStatus(epoch=self._epoch, running={WorkerId("w0"): 3})
+
+
+async def wrap(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+class FakeRayFleet(RayFleet):
+    """Real actors of the fake classes; no checkpoint is read."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        super().__init__(config, host_class=FakeHost, engine_class=FakeEngine)
+
+    def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
+        return MODEL
+
+
+class Handle:
+    """A plain object behind the calls of a Ray handle. A dead one answers as Ray does."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.dead = False
+        self.before: Callable[[str], Awaitable[None]] | None = None
+        """Awaited before every call, with the method's name: where tests inject faults."""
+
+    def __getattr__(self, method: str) -> Any:
+        return _Method(self, method)
+
+
+class _Method:
+    def __init__(self, handle: Handle, name: str) -> None:
+        self._handle = handle
+        self._name = name
+
+    def remote(self, *arguments: Any) -> Awaitable[Any]:
+        return asyncio.ensure_future(self._call(*arguments))
+
+    async def _call(self, *arguments: Any) -> Any:
+        await asyncio.sleep(0)
+        if self._handle.before is not None:
+            await self._handle.before(self._name)
+        if self._handle.dead:
+            raise ActorDiedError()
+        arguments = tuple([await a if isinstance(a, asyncio.Future) else a for a in arguments])
+        result = getattr(self._handle.target, self._name)(*arguments)
+        return await result if asyncio.iscoroutine(result) else result
+
+
+class PlainFleet:
+    """No Ray at all."""
+
+    shared_gpus = False
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.hosts: dict[WorkerId, Handle] = {}
+        self.engines: list[Handle] = []
+        self.error: Exception | None = None
+
+    def attach(self) -> None: ...
+
+    def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
+        if self.error is not None:
+            raise self.error
+        return MODEL
+
+    def device(self) -> str:
+        return "cpu"
+
+    def threads_per_worker(self, num_workers: int) -> int:
+        return 1
+
+    def start_host(self, worker: WorkerId) -> Any:
+        self.hosts[worker] = Handle(FakeHost())
+        return self.hosts[worker]
+
+    def start_engine(self) -> Any:
+        self.engines.append(Handle(FakeEngine(self.config, None)))
+        return self.engines[-1]
+
+    def start_migrator(self, expert_bytes: int) -> Any:
+        return Handle(Migrator(expert_bytes))
+
+    def kill(self, actor: Any) -> None:
+        actor.dead = True
+
+    async def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> PlanResult:
+        return plan(problem, planner=planner, deadline_s=deadline_s, solver=solver)

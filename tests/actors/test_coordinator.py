@@ -1,0 +1,279 @@
+"""The coordinator's shell over fake actors, in one process: Ray is never started."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from actors import coordinator as module
+from actors.coordinator import Coordinator
+from cluster.config import ServeConfig
+from cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError
+from cluster.placement import WorkerId
+from cluster.protocol import Operation, Phase, RebalancePreview
+from tests.actors.fakes import MODEL, PlainFleet
+
+W0, W1, W2 = WorkerId("w0"), WorkerId("w1"), WorkerId("w2")
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("this test needs no Ray")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(module, "TICK_S", 0.01)
+    monkeypatch.setattr(module, "POLL_S", 0.02)
+
+
+@asynccontextmanager
+async def running(path: Path, **settings: Any) -> AsyncIterator[tuple[Coordinator, PlainFleet]]:
+    config = ServeConfig(**{"workers": 2, "rebalance_interval": 0, "step_timeout": 1, **settings})
+    fleet = PlainFleet(config)
+    coordinator = Coordinator(config, str(path), fleet)
+    yield coordinator, fleet
+    await coordinator.shutdown()
+    assert all(host.dead for host in fleet.hosts.values())
+    await asyncio.sleep(0.01)
+
+
+async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 5.0) -> Any:
+    async with asyncio.timeout(timeout_s):
+        while not (value := await condition()):
+            await asyncio.sleep(0.01)
+        return value
+
+
+async def ready(coordinator: Coordinator) -> None:
+    async def serves() -> bool:
+        readiness = await coordinator.readiness()
+        assert readiness.error is None
+        return readiness.ready
+
+    await until(serves)
+
+
+async def ended(coordinator: Coordinator, operation_id: str) -> Operation:
+    async def operation() -> Operation | None:
+        current = await coordinator.operation(operation_id)
+        assert current is not None
+        return current if current.phase in (Phase.COMPLETED, Phase.FAILED) else None
+
+    return await until(operation)
+
+
+def test_start_and_what_it_tells(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            assert (await coordinator.readiness()).reason == "opening the checkpoint"
+            with pytest.raises(NotReadyError):
+                await coordinator.placement()
+            await ready(coordinator)
+            assert await coordinator.model_info() == MODEL
+            assert (await coordinator.placement()).epoch == 1
+            assert await coordinator.engine() is fleet.engines[0]
+            await asyncio.sleep(0.1)
+            workers = await coordinator.workers()
+            assert [(w.id, w.rank, w.state, w.running_requests) for w in workers] == [
+                (W0, 0, "serving", 3),
+                (W1, 1, "serving", 0),
+            ]
+            routing = await coordinator.routing()
+            assert routing.tokens > 0
+            assert routing.load_imbalance[0] > 1.5
+            (operation,) = await coordinator.operations()
+            assert (operation.kind, operation.phase) == ("start", Phase.COMPLETED)
+
+    asyncio.run(story())
+
+
+def test_a_checkpoint_that_cannot_be_opened(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            fleet.error = CheckpointError("config.json is missing")
+            await asyncio.sleep(0.1)
+            assert (await coordinator.readiness()).error == "config.json is missing"
+            with pytest.raises(NotReadyError, match=r"config\.json"):
+                await coordinator.model_info()
+
+    asyncio.run(story())
+
+
+def test_a_checkpoint_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "damaged").touch()
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, _):
+
+            async def error() -> str | None:
+                return (await coordinator.readiness()).error
+
+            assert await until(error) == "shard 3 is damaged"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"workers": 9}, "1 to 8"), ({"max_model_len": 65}, "the model allows 64")]
+)
+def test_settings_that_the_model_does_not_allow(tmp_path: Path, settings: dict[str, int], message: str) -> None:
+    async def story() -> None:
+        async with running(tmp_path, **settings) as (coordinator, _):
+            await asyncio.sleep(0.1)
+            assert message in ((await coordinator.readiness()).error or "")
+
+    asyncio.run(story())
+
+
+def test_rebalance(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, _):
+            await ready(coordinator)
+            await asyncio.sleep(0.1)
+            with pytest.raises(ConfigError, match="planner"):
+                await coordinator.rebalance("crystal ball", True)
+            preview = await coordinator.rebalance("greedy", True)
+            assert isinstance(preview, RebalancePreview)
+            assert preview.load_imbalance_after < preview.load_imbalance_before
+            assert (await coordinator.placement()).epoch == 1
+            operation = await coordinator.rebalance("greedy", False)
+            assert isinstance(operation, Operation)
+            with pytest.raises(ConflictError, match=operation.operation_id):
+                await coordinator.rebalance("greedy", False)
+            assert (await ended(coordinator, operation.operation_id)).phase is Phase.COMPLETED
+            assert (await coordinator.placement()).epoch == 2
+            counters = await coordinator.counters()
+            assert counters.rebalances["completed"] == 1
+            assert counters.experts_moved == preview.moves
+            assert counters.bytes_moved == preview.bytes
+
+    asyncio.run(story())
+
+
+def test_periodic_rebalance(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path, rebalance_interval=0.05, planner="greedy") as (coordinator, _):
+            await ready(coordinator)
+
+            async def looked() -> int:
+                return sum((await coordinator.counters()).rebalances.values())
+
+            await until(looked)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("method", ["export_expert", "import_expert", "prepare", "commit"])
+@pytest.mark.parametrize("victim", [W0, W1])
+def test_a_host_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim: WorkerId) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            await asyncio.sleep(0.1)
+
+            async def die(called: str) -> None:
+                if called == method:
+                    fleet.hosts[victim].dead = True
+
+            fleet.hosts[victim].before = die
+            operation = await coordinator.rebalance("greedy", False)
+            assert isinstance(operation, Operation)
+            assert (await ended(coordinator, operation.operation_id)).phase is Phase.FAILED
+
+            async def replaced() -> bool:
+                serving = [w.id for w in await coordinator.workers() if w.state == "serving"]
+                return len(serving) == 2 and victim not in serving
+
+            await until(replaced)
+            await ready(coordinator)
+            kinds = [(op.kind, op.phase) for op in await coordinator.operations()]
+            assert ("recover", Phase.COMPLETED) in kinds
+
+    asyncio.run(story())
+
+
+def test_a_damaged_copy_fails_the_rebalance_and_harms_nothing(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, _):
+            await ready(coordinator)
+            await asyncio.sleep(0.1)
+            (tmp_path / "damage-copies").touch()
+            operation = await coordinator.rebalance("greedy", False)
+            assert isinstance(operation, Operation)
+            failed = await ended(coordinator, operation.operation_id)
+            assert failed.phase is Phase.FAILED
+            assert "arrived damaged" in (failed.error or "")
+            assert (await coordinator.readiness()).ready
+            assert (await coordinator.placement()).epoch == 1
+
+    asyncio.run(story())
+
+
+def test_the_engine_reports_a_failed_step(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            fleet.hosts[W0].dead = True
+            epoch = (await coordinator.placement()).epoch
+            await coordinator.report_step_failure(epoch, [W0], "w0: ActorDiedError: The actor is dead. Because.")
+            assert not (await coordinator.readiness()).ready
+            await ready(coordinator)
+            assert (await coordinator.placement()).placement.workers[0].id == W1
+
+    asyncio.run(story())
+
+
+def test_a_host_that_hangs_is_ended(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+
+            async def hang(called: str) -> None:
+                await asyncio.sleep(3600)
+
+            fleet.hosts[W0].before = hang
+
+            async def gone() -> bool:
+                return fleet.hosts[W0].dead
+
+            await until(gone)
+            await ready(coordinator)
+
+    asyncio.run(story())
+
+
+def test_a_lost_engine_is_replaced(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            fleet.engines[0].dead = True
+
+            async def another() -> bool:
+                return await coordinator.engine() is fleet.engines[-1] and len(fleet.engines) == 2
+
+            await until(another)
+            await ready(coordinator)
+            assert [op.kind for op in await coordinator.operations()] == ["recover", "start"]
+
+    asyncio.run(story())
+
+
+def test_scale_up_and_down(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            operation = await coordinator.scale(4)
+            assert (await ended(coordinator, operation.operation_id)).phase is Phase.COMPLETED
+            assert len((await coordinator.placement()).placement.workers) == 4
+            operation = await coordinator.scale(retire=(W0, W1))
+            await ended(coordinator, operation.operation_id)
+            assert [w.id for w in (await coordinator.placement()).placement.workers] == [W2, WorkerId("w3")]
+            assert fleet.hosts[W0].dead
+
+    asyncio.run(story())
