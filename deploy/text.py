@@ -13,39 +13,42 @@ Decode = Callable[[Sequence[int]], str]
 REPLACEMENT = "\ufffd"
 """What decoders put in place of bytes that are no UTF-8, or not yet."""
 
-PROMPT_TAIL = 5
-"""Prompt tokens that are decoded along, so that the first output token keeps its leading space."""
+PROMPT_TAILS = (5, 6, 7, 8, 4, 3, 2, 1)
+"""How many prompt tokens to decode along, in order of preference, so that the first token keeps its leading space."""
 
-MAX_WINDOW = 48
-"""Tokens after which an unfinished character is taken for what it is: bytes that are no text."""
+MAX_PENDING = 8
+"""Tokens without a finished character after which they are taken for what they are: bytes that are no text."""
 
 
 class Detokenizer:
     """Turns a sequence of tokens into text, never handing out a character that a later token may still change.
 
-    It decodes a short window twice, without and with the new token: the difference is the new text. Decoding tokens
-    one by one would be wrong: a character may be spread over tokens, and decoders treat the first token apart.
+    It decodes a short window of tokens: what is longer than at the last time is the new text. Decoding tokens one by
+    one would be wrong: a character may be spread over tokens, and decoders treat the first token apart.
+    While the text ends with U+FFFD, a character may be unfinished, and nothing is handed out.
     """
 
     def __init__(self, decode: Decode, prompt_token_ids: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window = list(prompt_token_ids[-PROMPT_TAIL:])
-        self._known = len(self._window)
-        """Tokens at the window's start whose text has been handed out in full."""
-        # A prompt may end within a character; the part that completes it belongs to the answer.
-        self._given = len(_settled(decode(self._window))) if self._window else 0
+        self._window = self._tail(prompt_token_ids)
+        self._context = len(self._window)
+        """Tokens at the window's start that are only there for the sake of those after them."""
+        self._given = len(decode(self._window))
         """Characters of the window's text that have been handed out."""
 
     def push(self, token_id: int) -> str:
         """The text that has become certain by this token; often a word, sometimes nothing."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        settled = text if len(self._window) > MAX_WINDOW else _settled(text)
-        new = settled[self._given :]
-        self._given = max(self._given, len(settled))
-        if len(settled) == len(text) and text:
-            self._advance()
-        return new
+        if not text.endswith(REPLACEMENT):
+            new = text[self._given :]
+            if text:
+                self._keep(self._context)
+                self._given = len(self._decode(self._window))
+            return new
+        if len(self._window) - self._context <= MAX_PENDING:
+            return ""
+        return self._give_up(text)
 
     def flush(self) -> str:
         """What is left when no more token comes: a character that was never finished, as U+FFFD."""
@@ -53,16 +56,30 @@ class Detokenizer:
         self._given += len(new)
         return new
 
-    def _advance(self) -> None:
-        # The tokens that were new last time stay in the window, as context for the next ones.
-        self._window = self._window[self._known :]
-        self._known = len(self._window)
-        self._given = len(self._decode(self._window))
+    def _tail(self, prompt: Sequence[int]) -> list[int]:
+        """The end of the prompt. It must not begin within a character: some decoders then see no text in what follows
+        either."""
+        for size in PROMPT_TAILS:
+            tail = list(prompt[-size:])
+            if REPLACEMENT not in self._decode(tail):
+                return tail
+        return list(prompt[-PROMPT_TAILS[0] :])
 
+    def _give_up(self, text: str) -> str:
+        """Hand out what does not become text, but for the last tokens: a character may begin there."""
+        for start in range(len(self._window) - 1, self._context, -1):
+            left = self._decode(self._window[:start])
+            if left + self._decode(self._window[start:]) == text:
+                new, self._given = left[self._given :], 0
+                self._keep(start)
+                self._context = 0
+                return new
+        new, self._given = text[self._given :], len(text)
+        return new
 
-def _settled(text: str) -> str:
-    # Only the last character can be the beginning of one that is not complete yet.
-    return text[:-1] if text.endswith(REPLACEMENT) else text
+    def _keep(self, start: int) -> None:
+        self._window = self._window[start:]
+        self._context = len(self._window)
 
 
 class StopStrings:

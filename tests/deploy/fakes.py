@@ -67,7 +67,7 @@ class FakeBackend:
     script: Callable[[GenerateRequest], list[int]] = lambda request: list(range(65, 91))
     chunk: int = 1
     delay_s: float = 0.0
-    state: Readiness = Readiness(ready=True, reason="serving")
+    state: Readiness = field(default_factory=lambda: Readiness(ready=True, reason="serving"))
     refuse: RequestError | None = None
     fail_after: int | None = None
     requests: list[GenerateRequest] = field(default_factory=list)
