@@ -102,6 +102,9 @@ class Engine:
         self._tasks = [asyncio.create_task(self._loop()), asyncio.create_task(self._forget_clients())]
         for task in self._tasks:
             task.add_done_callback(_die_of)
+        for host in hosts.values():
+            # hosts run their calls in order, so this is done before the commit
+            host.forget_sequences.remote()
         await self.change_epoch(spec, hosts, infos)
 
     async def change_epoch(self, spec: EpochSpec, hosts: Hosts, infos: dict[WorkerId, HostInfo]) -> None:

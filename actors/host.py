@@ -52,6 +52,10 @@ class ExpertHost:
     def commit(self, epoch: Epoch) -> None:
         self._ready.commit(epoch)
 
+    @ray.method(concurrency_group="step")
+    def forget_sequences(self) -> None:
+        self._ready.forget_sequences()
+
     @ray.method(concurrency_group="io")
     def load_progress(self) -> float:
         return 0.0 if self._worker is None else self._worker.progress

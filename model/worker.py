@@ -286,6 +286,10 @@ class Worker:
             wants_logits=chunk.samples,
         )
 
+    def forget_sequences(self) -> None:
+        """A new engine begins: what an earlier one ran here, it will never name as finished."""
+        self._sequences.clear()
+
     def abort_step(self) -> None:
         """Wake a step that waits for a dead peer. The group is of no use afterwards; a new epoch must follow."""
         if self._epoch is not None:
