@@ -12,12 +12,16 @@ that of the next layer,
     home       twice (there and back). A token goes once to each worker that holds one of its experts; n_w tokens go to
                worker w; a token's home is any worker alike. Port in: n_w (1 - 1/W); port out: sum_{v != w} n_v / W;
                uplinks alike, with the node's share of the workers for 1/W. From pair counts n_w = S1^2 / (S1 + S2):
-               S1 = load_w, S2 = sum_{e<f} C[e,f] x[e,w] x[f,w] pairs of one token's experts on w. Exact where the
-               number of a token's experts on w is geometric; within some 3 % on real traces with four workers and more.
+               S1 = sum_e load_e z[e,w], S2 = sum_{e<f} C[e,f] z[e,w] z[f,w] pairs of one token's experts on w, where
+               z = (x - 1/W) / (1 - 1/W), as a home that holds a replica keeps its tokens. Exact where the number of a
+               token's experts on w is geometric; within some 3 % on real traces with four workers and more.
     follow     the K x K transitions of a token weigh 1/K each: F[v,w] = sum T[e,f] x[e,v] y[f,w] / K.
                Port out: sum_{w != v} F[v,w]; port in and uplinks alike.
-  affinity   (home) `affinity` times the price of the transitions that change worker, on an average port:
-             token_bytes / worker bandwidth * sum_{v != w} F[v,w] / W. Under follow 0: traffic prices them.
+  risk       sum_l  token_expert_s * caution * sum_w var_w / speed_w^2 / (sum_e load_e / sum_w speed_w), in tokens:
+             var_w = sum_{e,f} V[e,f] x[e,w] x[f,w], V the covariance of loads between windows: workers whose experts
+             rise together are the ones that will be late.
+  affinity   (home) `affinity` times the price of the transitions that change worker, both ways through an average port:
+             2 token_bytes / worker bandwidth * sum_{v != w} F[v,w] / W. Under follow 0: traffic prices them.
   migration  expert_bytes * copies / worker bandwidth / horizon_steps; a copy is an expert that a worker did not hold
 
 n_w is convex in (S1, S2) and homogeneous, which the bounds and the ILP use.
@@ -42,13 +46,14 @@ class Cost:
 
     compute_s: float
     traffic_s: float
+    risk_s: float = 0.0
     affinity_s: float = 0.0
     migration_s: float = 0.0
 
     @property
     def step_s(self) -> float:
         """What every step costs under the placement, whatever it took to get there."""
-        return self.compute_s + self.traffic_s + self.affinity_s
+        return self.compute_s + self.traffic_s + self.risk_s + self.affinity_s
 
     @property
     def total_s(self) -> float:
@@ -69,6 +74,7 @@ def price_table(problem: PlacementProblem, table: IntArray) -> Cost:
     return Cost(
         compute_s=float(per_layer[0].sum()),
         traffic_s=float(per_layer[1].sum()),
+        risk_s=float(risk_costs(problem, x).sum()),
         affinity_s=affinity_cost(problem, x),
         migration_s=copies(problem, table) * move_price(problem),
     )
@@ -105,10 +111,18 @@ def layer_costs(problem: PlacementProblem, x: FloatArray) -> tuple[FloatArray, F
 
 
 def arrivals(problem: PlacementProblem, x: FloatArray) -> FloatArray:
-    """[L, W] tokens that reach each worker: those with an expert there."""
-    load = worker_loads(problem, x)
-    together = 0.5 * np.einsum("lew,lew->lw", np.matmul(problem.pairs, x), x)
+    """[L, W] tokens that would reach each worker if none were at home there: those with an expert there."""
+    away = remote_share(x, len(problem.workers))
+    load = worker_loads(problem, away)
+    together = 0.5 * np.einsum("lew,lew->lw", np.matmul(problem.pairs, away), away)
     return np.asarray(load**2 / np.maximum(load + together, 1e-300))
+
+
+def remote_share(x: FloatArray, workers: int) -> FloatArray:
+    """x where tokens at home on the worker are left out: a worker serves them from its own replica if it has one."""
+    if workers == 1:
+        return np.zeros_like(x)
+    return np.asarray(np.where(x > 0, (x - 1 / workers) / (1 - 1 / workers), 0.0))
 
 
 def home_traffic(problem: PlacementProblem, n: FloatArray) -> FloatArray:
@@ -146,6 +160,20 @@ def _busiest_side(flow: FloatArray) -> FloatArray:
     return np.asarray(np.maximum(out, into))
 
 
+def risk_costs(problem: PlacementProblem, x: FloatArray) -> FloatArray:
+    """[L] seconds charged for load that may shift; 0 where no covariance was counted."""
+    if problem.load_covariance is None or problem.caution == 0:
+        return np.zeros(problem.num_layers)
+    variance = np.einsum("lew,lew->lw", np.matmul(problem.load_covariance, x), x)
+    return np.asarray((variance / problem.speed**2).sum(axis=1) * risk_price(problem))
+
+
+def risk_price(problem: PlacementProblem) -> FloatArray:
+    """[L] seconds for one squared token of variance on a worker of speed 1."""
+    ideal = problem.loads.sum(axis=1) / problem.speed.sum()
+    return np.asarray(problem.token_expert_s * problem.caution * problem.scale / ideal)
+
+
 def affinity_cost(problem: PlacementProblem, x: FloatArray) -> float:
     """Seconds charged for transitions that change worker (`home`; 0 otherwise)."""
     if problem.semantics is not Semantics.HOME or problem.affinity == 0 or problem.num_layers < 2:
@@ -172,7 +200,7 @@ def uplink_price(problem: PlacementProblem) -> float:
 
 def affinity_price(problem: PlacementProblem) -> float:
     """Seconds charged for one transition that changes worker."""
-    return problem.affinity * port_price(problem) / len(problem.workers)
+    return 2 * problem.affinity * port_price(problem) / len(problem.workers)
 
 
 def move_price(problem: PlacementProblem) -> float:

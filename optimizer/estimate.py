@@ -5,9 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from optimizer.problem import FloatArray, PlacementProblem
+
+
+def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] covariance of a window's loads, from loads of its parts [P, L, E] (requests, or stretches of time).
+
+    Parts are taken as drawn independently, each with the window's mix: the covariance of their sum is the sum of their
+    deviations' outer products. Tokens squared.
+    """
+    loads = np.asarray(parts, dtype=np.float64)
+    size = loads.sum(axis=2, keepdims=True)
+    mix = loads.sum(axis=0) / np.maximum(size.sum(axis=0), 1e-300)
+    deviation = (loads - size * mix).transpose(1, 0, 2)
+    return np.asarray(np.matmul(deviation.transpose(0, 2, 1), deviation))
 
 
 def independent_pairs(problem: PlacementProblem) -> FloatArray:

@@ -47,10 +47,21 @@ def greedy_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArra
     Source: Huang et al. 2023, "Towards MoE Deployment", section VII, after Graham 1969. Spare slots get replicas of
     the experts that are heaviest per replica.
     """
-    return np.stack([_pack_layer(problem, layer) for layer in range(problem.num_layers)])
+    return np.stack([_replicated_row(problem, layer) for layer in range(problem.num_layers)])
 
 
-def _pack_layer(problem: PlacementProblem, layer: int) -> IntArray:
+def pack_layer(problem: PlacementProblem, layer: int) -> IntArray:
+    """[E] worker of each expert of one layer, without replicas: heaviest first, to the worker that would end
+    earliest."""
+    held = _pack(problem, problem.loads[layer], np.ones(problem.num_experts, dtype=np.int32))
+    assert held is not None
+    worker_of = np.empty(problem.num_experts, dtype=np.int32)
+    for rank, experts in enumerate(held):
+        worker_of[experts] = rank
+    return worker_of
+
+
+def _replicated_row(problem: PlacementProblem, layer: int) -> IntArray:
     """[S] one layer: the replicas, heaviest first, each to the worker that would end earliest."""
     replicas = replica_counts(problem.loads[layer], sum(room(problem)), len(problem.workers))
     for spare in range(int(replicas.sum()) - problem.num_experts, -1, -1):

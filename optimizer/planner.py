@@ -11,8 +11,11 @@ from cluster.errors import ConfigError
 from optimizer.bounds import lower_bound
 from optimizer.cost import Cost, copies, load_imbalance, price_table, shares
 from optimizer.draft import Budget, Draft, Planner
+from optimizer.eplb import eplb_table
 from optimizer.heuristics import anticorrelation_table, contiguous_table, greedy_table, random_table, round_robin_table
 from optimizer.load_planner import load_ilp_plan
+from optimizer.local_search import local_search_plan
+from optimizer.moetuner import moetuner_plan
 from optimizer.problem import IntArray, PlacementProblem
 from optimizer.result import PlanResult, SolutionStatus, Termination
 from optimizer.solvers import SOLVERS, SolverError
@@ -37,9 +40,12 @@ _PLANNERS: dict[str, Planner] = {
     "random": _heuristic(random_table, "experts dealt at random"),
     "greedy": _heuristic(greedy_table, "heaviest expert first, to the worker that ends earliest"),
     "anticorrelation": _heuristic(anticorrelation_table, "greedy, with experts that peak together kept apart"),
+    "eplb": _heuristic(eplb_table, "spare slots to the heaviest experts, then balanced packing"),
     "load_ilp": load_ilp_plan,
+    "moetuner": moetuner_plan,
+    "local_search": local_search_plan,
     "ilp": load_ilp_plan,
-    "auto": load_ilp_plan,
+    "auto": local_search_plan,
 }
 
 PLANNERS: tuple[str, ...] = tuple(_PLANNERS)

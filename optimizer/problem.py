@@ -29,11 +29,11 @@ class Semantics(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """Bandwidths in gigabits per second, each way. The defaults are an NVLink machine with one 400 Gb/s uplink."""
+    """Bandwidths in gigabits per second, each way. The defaults are eight NVLink GPUs with a 400 Gb/s card each."""
 
-    worker_gbps: float = 1600.0
+    worker_gbps: float = 3600.0
     """Of a worker's own port: carries all that enters or leaves the worker."""
-    node_gbps: float = 400.0
+    node_gbps: float = 3200.0
     """Of a node's uplink: shared by its workers, carries what enters or leaves the node."""
 
 
@@ -53,6 +53,9 @@ class PlacementProblem:
     """[L-1, E, E] tokens that chose e in layer l and f in layer l+1. None: taken as independent."""
     coactivation: FloatArray | None = None
     """[L, E, E] tokens that chose both e and f in layer l; symmetric, the diagonal is ignored. None: estimated."""
+    load_covariance: FloatArray | None = None
+    """[L, E, E] covariance of the window's loads from one window to the next, in tokens squared; see
+    `estimate.covariance_between_parts`. None: loads are taken to stay as they are."""
     speeds: tuple[float, ...] = ()
     """[W] relative speed of each worker; empty: all alike."""
     links: Links = field(default_factory=Links)
@@ -67,11 +70,14 @@ class PlacementProblem:
     """Tokens of a typical step: the scale on which costs are told."""
     token_bytes: int = 4096
     """Of one token's hidden state on a link."""
-    token_expert_s: float = 1e-7
+    token_expert_s: float = 2.5e-8
     """Seconds that one token takes in one expert, on a worker of speed 1."""
-    affinity: float = 0.1
-    """`home` only: price of a transition that changes worker, as a share of the price of a token on a worker's port.
-    Breaks ties between placements that a returning token could not tell apart."""
+    affinity: float = 0.75
+    """`home` only: price of a transition that changes worker, as a share of a token's way there and back through an
+    average port. Some 0.75 is what it costs where requests are homed beside their experts (the distinct workers of a
+    token over its experts); 0 is right where homes are chosen without regard to them."""
+    caution: float = 4.0
+    """Price of load that may shift: the more, the more experts whose loads rise together are kept apart."""
 
     def __post_init__(self) -> None:
         from optimizer.validate import validated_fields

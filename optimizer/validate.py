@@ -24,6 +24,8 @@ def validated_fields(problem: PlacementProblem) -> dict[str, Any]:
         fields["transitions"] = counts("transitions", problem.transitions, (layers - 1, experts, experts))
     if problem.coactivation is not None:
         fields["coactivation"] = _coactivation(problem.coactivation, layers, experts)
+    if problem.load_covariance is not None:
+        fields["load_covariance"] = _covariance(problem.load_covariance, layers, experts)
     try:
         fields["semantics"] = Semantics(problem.semantics)
     except ValueError:
@@ -70,6 +72,16 @@ def _coactivation(array: object, layers: int, experts: int) -> FloatArray:
     return values
 
 
+def _covariance(array: object, layers: int, experts: int) -> FloatArray:
+    values = np.array(array, dtype=np.float64)
+    if values.shape != (layers, experts, experts):
+        raise PlacementError(f"load_covariance: expected {[layers, experts, experts]}, got {list(values.shape)}")
+    if not np.isfinite(values).all() or (values[:, np.arange(experts), np.arange(experts)] < 0).any():
+        raise PlacementError("load_covariance: holds a value that is not finite, or a negative variance")
+    values.flags.writeable = False
+    return values
+
+
 def _check_numbers(problem: PlacementProblem, experts: int) -> None:
     if not 1 <= problem.top_k <= experts:
         raise PlacementError(f"top_k: expected 1 to {experts}, got {problem.top_k}")
@@ -78,7 +90,7 @@ def _check_numbers(problem: PlacementProblem, experts: int) -> None:
         # written so that a NaN fails too
         if not 0 < value < np.inf:
             raise PlacementError(f"{name}: expected a positive number, got {value!r}")
-    for name in ("expert_bytes", "affinity"):
+    for name in ("expert_bytes", "affinity", "caution"):
         value = getattr(problem, name)
         if not 0 <= value < np.inf:
             raise PlacementError(f"{name}: expected at least 0, got {value!r}")

@@ -1,0 +1,56 @@
+"""From a trace and a description of a cluster to a PlacementProblem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.errors import PlacementError
+from cluster.placement import Placement, Worker, WorkerId
+from optimizer.problem import Links, PlacementProblem, Semantics
+from optimizer.traces import Trace, count
+
+
+def make_workers(number: int, *, nodes: int, num_experts: int, redundant: int = 0) -> tuple[Worker, ...]:
+    """`number` workers spread evenly over `nodes` nodes, with slots for all experts and `redundant` replicas per layer.
+
+    Raises PlacementError where that cannot be.
+    """
+    if number < 1:
+        raise PlacementError(f"workers: expected at least 1, got {number}")
+    if not 1 <= nodes <= number:
+        raise PlacementError(f"nodes: expected 1 to {number} (the workers), got {nodes}")
+    if redundant < 0:
+        raise PlacementError(f"redundant: expected at least 0, got {redundant}")
+    slots = min(-(-(num_experts + redundant) // number), num_experts)
+    return tuple(
+        Worker(id=WorkerId(f"w{rank}"), node=f"n{rank * nodes // number}", slots=slots) for rank in range(number)
+    )
+
+
+def problem_from_trace(
+    trace: Trace,
+    workers: Sequence[Worker],
+    *,
+    semantics: Semantics = Semantics.HOME,
+    current: Placement | None = None,
+    links: Links | None = None,
+    expert_bytes: int = 0,
+    horizon_steps: float = 10_000.0,
+    speeds: tuple[float, ...] = (),
+) -> PlacementProblem:
+    """The problem of placing the trace's experts on `workers`."""
+    counted = count(trace)
+    return PlacementProblem(
+        loads=counted.loads,
+        transitions=counted.transitions,
+        coactivation=counted.coactivation,
+        load_covariance=counted.load_covariance,
+        top_k=counted.top_k,
+        workers=tuple(workers),
+        speeds=speeds,
+        links=links or Links(),
+        current=current,
+        expert_bytes=expert_bytes,
+        horizon_steps=horizon_steps,
+        semantics=semantics,
+    )
