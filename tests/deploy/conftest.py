@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,3 @@ def call(model_dir: Path) -> Callable[..., httpx.Response]:
         return asyncio.run(work())
 
     return run
-
-
-def run(work: Callable[[], Awaitable[Any]]) -> Any:
-    return asyncio.run(work())  # type: ignore[arg-type]

@@ -1,0 +1,380 @@
+"""Every route over a fake backend: answers, errors, keys, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.config import ServeConfig
+from cluster.errors import RequestError
+from cluster.protocol import Readiness
+from deploy.api import create_app
+from deploy.service import Service
+from tests.deploy.conftest import client_of
+from tests.deploy.fakes import FakeBackend, make_tokenizer
+
+Call = Callable[..., httpx.Response]
+COMPLETION = {"prompt": "hello", "max_tokens": 3}
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+    return dict(body["error"])
+
+
+# --- Completions ------------------------------------------------------------------------------------------------
+
+
+def test_a_completion(call: Call) -> None:
+    body = call("POST", "/v1/completions", json={**COMPLETION, "model": "tiny-moe"}).json()
+    assert body["object"] == "text_completion"
+    assert body["id"].startswith("cmpl-")
+    assert body["choices"] == [
+        {"index": 0, "text": "`ab", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    ]
+    assert body["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+
+
+def test_several_prompts_and_choices(call: Call) -> None:
+    backend = FakeBackend(script=lambda request: [request.prompt_token_ids[0], 66 + request.params.seed % 7])
+    json = {"prompt": [[70], [71, 72]], "n": 2, "seed": 5, "echo": True}
+    body = call("POST", "/v1/completions", json=json, backend=backend).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"][0] for choice in body["choices"]] == ["e", "e", "f", "f"]
+    assert body["usage"]["prompt_tokens"] == 3
+    assert {choice["finish_reason"] for choice in body["choices"]} == {"stop"}
+    seeds = [request.params.seed for request in backend.requests]
+    assert seeds[0] == seeds[2] == 5
+    assert seeds[1] == seeds[3] != 5
+
+
+def test_logprobs_of_completions(call: Call) -> None:
+    choice = call("POST", "/v1/completions", json={**COMPLETION, "logprobs": 2}).json()["choices"][0]
+    assert choice["logprobs"] == {
+        "tokens": ["`", "a", "b"],
+        "token_logprobs": [-0.5] * 3,
+        "top_logprobs": [{"`": -0.5, "a": -1.5}, {"a": -0.5, "b": -1.5}, {"b": -0.5, "c": -1.5}],
+        "text_offset": [0, 1, 2],
+    }
+
+
+def test_streams_equal_plain_answers(call: Call) -> None:
+    json = {"prompt": ["hello", "x"], "max_tokens": 20, "stop": ["ij"], "echo": True}
+    plain = call("POST", "/v1/completions", json=json).json()
+    for chunk in (1, 4):
+        json |= {"stream": True, "stream_options": {"include_usage": True}}
+        streamed = events(call("POST", "/v1/completions", json=json, backend=FakeBackend(chunk=chunk)))
+        assert all(event["usage"] is None for event in streamed[:-1])
+        assert streamed[-1]["choices"] == []
+        assert streamed[-1]["usage"] == plain["usage"]
+        for index in (0, 1):
+            parts = [c for event in streamed for c in event["choices"] if c["index"] == index]
+            assert "".join(part["text"] for part in parts) == plain["choices"][index]["text"]
+            assert parts[-1]["finish_reason"] == "stop"
+            assert parts[-1]["stop_reason"] == "ij"
+
+
+def test_a_stop_string_ends_the_engines_work(call: Call) -> None:
+    backend = FakeBackend()
+    choice = call("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 20, "stop": "c"}, backend=backend)
+    assert choice.json()["choices"][0]["text"] == "`ab"
+    assert len(backend.aborted) == 1
+
+
+# --- Chat -------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_completion(call: Call) -> None:
+    backend = FakeBackend()
+    body = call("POST", "/v1/chat/completions", json=CHAT, backend=backend).json()
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "`ab", "refusal": None}
+    assert body["usage"]["prompt_tokens"] == len(backend.requests[0].prompt_token_ids)
+
+
+def test_text_parts_and_the_template(call: Call) -> None:
+    prompts = []
+    for content in ("hi", [{"type": "text", "text": "hi"}]):
+        backend = FakeBackend()
+        call("POST", "/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]}, backend=backend)
+        prompts.append(backend.requests[0].prompt_token_ids)
+    assert prompts[0] == prompts[1]
+    text = call("POST", "/detokenize", json={"tokens": list(prompts[0])}).json()["prompt"]
+    assert text == "<|im|>user\nhi\n<|im|>assistant\n"
+
+
+def test_a_chat_stream(call: Call) -> None:
+    streamed = events(call("POST", "/v1/chat/completions", json={**CHAT, "stream": True}))
+    deltas = [event["choices"][0]["delta"] for event in streamed]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "`"}, {"content": "a"}, {"content": "b"}]
+    assert streamed[-1]["choices"][0]["finish_reason"] == "length"
+    assert "usage" not in streamed[0]
+
+
+def test_logprobs_of_chat(call: Call) -> None:
+    json = {**CHAT, "logprobs": True, "top_logprobs": 2, "max_tokens": 1}
+    content = call("POST", "/v1/chat/completions", json=json).json()["choices"][0]["logprobs"]["content"]
+    first = {"token": "`", "logprob": -0.5, "bytes": [96]}
+    assert content == [{**first, "top_logprobs": [first, {"token": "a", "logprob": -1.5, "bytes": [97]}]}]
+
+
+def test_the_template_may_refuse(call: Call) -> None:
+    json = {"messages": [{"role": "bad", "content": "x"}]}
+    assert "no bad roles" in error(call("POST", "/v1/chat/completions", json=json), 400)["message"]
+
+
+def test_a_model_without_a_template(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "base", chat_template=None)
+
+    async def work() -> httpx.Response:
+        async with client_of(FakeBackend(), tmp_path / "base") as client:
+            return await client.post("/v1/chat/completions", json=CHAT)
+
+    assert error(asyncio.run(work()), 400)["code"] == "no_chat_template"
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code"),
+    [
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ({"prompt": "a", "model": "gpt-9"}, 404, "model", "model_not_found"),
+        ({"prompt": "ab " * 200}, 400, "prompt", "context_length_exceeded"),
+        ({"prompt": "a" * 1_000_000}, 400, "prompt", "context_length_exceeded"),
+        ({"prompt": [5000]}, 400, "prompt", "invalid_value"),
+        ({"prompt": [-1]}, 400, "prompt", "invalid_value"),
+        ({"prompt": ""}, 400, "prompt", None),
+        ({"prompt": []}, 400, "prompt", None),
+        ({"prompt": "a", "stop_token_ids": [5000]}, 400, "stop_token_ids", "invalid_value"),
+        ({"prompt": "a", "logit_bias": {"5000": 1}}, 400, "logit_bias", "invalid_value"),
+        ({"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo", "unsupported_value"),
+        ({}, 400, "prompt", "missing_required_parameter"),
+        ([], 400, None, None),
+    ],
+)
+def test_bad_requests(call: Call, body: Any, status: int, param: str | None, code: str | None) -> None:
+    found = error(call("POST", "/v1/completions", json=body), status)
+    assert (found["param"], found["code"]) == (param, code)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"prompt": [' + b"9" * 10_000 + b"]}",
+    ],
+    ids=["empty", "broken", "not-utf8", "nan", "half-surrogate", "nested", "huge-number"],
+)
+def test_bodies_that_are_no_json(call: Call, content: bytes) -> None:
+    response = call("POST", "/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert error(response, 400)["code"] == "invalid_json"
+
+
+def test_bodies_that_are_too_large_or_of_another_type(call: Call) -> None:
+    json_type = {"content-type": "application/json"}
+    large = call("POST", "/v1/completions", content=b'"' + b"a" * 10_000_000 + b'"', headers=json_type)
+    assert error(large, 413)["code"] == "request_too_large"
+    error(call("POST", "/v1/completions", data={"prompt": "a"}), 415)
+
+
+def test_unknown_routes_and_methods(call: Call) -> None:
+    assert error(call("GET", "/v2/nothing"), 404)["code"] == "not_found"
+    response = call("GET", "/v1/completions")
+    assert error(response, 405)["code"] == "method_not_allowed"
+    assert "POST" in response.headers["allow"]
+
+
+def test_errors_of_the_engine(call: Call) -> None:
+    backend = FakeBackend(refuse=RequestError("no room in the KV cache", param="prompt", status=400))
+    for stream in (False, True):
+        response = call("POST", "/v1/completions", json={**COMPLETION, "stream": stream}, backend=backend)
+        assert error(response, 400)["message"] == "no room in the KV cache"
+    response = call("POST", "/v1/completions", json=COMPLETION, backend=FakeBackend(fail_after=0))
+    assert error(response, 500)["message"] == "worker w1 is lost"
+    streamed = call("POST", "/v1/completions", json={**COMPLETION, "stream": True}, backend=FakeBackend(fail_after=1))
+    assert events(streamed)[-1]["error"]["message"] == "worker w1 is lost"
+
+
+def test_a_bug_is_a_500_without_its_traceback(call: Call, caplog: pytest.LogCaptureFixture) -> None:
+    backend = FakeBackend(script=lambda request: [1 // 0])
+    with caplog.at_level(logging.ERROR):
+        found = error(call("POST", "/v1/completions", json=COMPLETION, backend=backend), 500)
+    assert found["code"] == "internal_error"
+    assert "ZeroDivisionError" in caplog.text
+
+
+# --- State, models, tokens --------------------------------------------------------------------------------------
+
+
+def test_not_ready(call: Call) -> None:
+    backend = FakeBackend(state=Readiness(ready=False, reason="loading: w0 40%"))
+    assert call("GET", "/health", backend=backend).status_code == 200
+    ready = call("GET", "/ready", backend=backend)
+    assert (ready.status_code, ready.json()["reason"]) == (503, "loading: w0 40%")
+    refused = call("POST", "/v1/completions", json=COMPLETION, backend=backend)
+    assert "loading: w0 40%" in error(refused, 503)["message"]
+    assert int(refused.headers["retry-after"]) > 0
+    assert call("GET", "/ready").status_code == 200
+
+
+def test_draining_refuses_new_requests(model_dir: Path) -> None:
+    async def work() -> int:
+        service = Service(ServeConfig(), FakeBackend(), str(model_dir))
+        await service.begin()
+        service.draining = True
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://x") as http:
+            return (await http.post("/v1/completions", json=COMPLETION)).status_code
+
+    assert asyncio.run(work()) == 503
+
+
+def test_a_missing_tokenizer_is_told_by_ready(tmp_path: Path) -> None:
+    async def work() -> httpx.Response:
+        async with client_of(FakeBackend(), tmp_path) as client:
+            return await client.get("/ready")
+
+    response = asyncio.run(work())
+    assert response.status_code == 503
+    assert "tokenizer" in response.json()["error"]
+
+
+def test_models(call: Call) -> None:
+    card = call("GET", "/v1/models").json()["data"][0]
+    assert (card["id"], card["object"], card["max_model_len"]) == ("tiny-moe", "model", 128)
+    named = call("GET", "/v1/models/org/name", config={"served_model_name": "org/name"})
+    assert named.json()["id"] == "org/name"
+    assert error(call("GET", "/v1/models/x"), 404)["code"] == "model_not_found"
+
+
+def test_tokenize_and_back(call: Call) -> None:
+    body = call("POST", "/tokenize", json={"prompt": "hello 日本", "return_token_strs": True}).json()
+    assert body["count"] == len(body["tokens"]) == len(body["token_strs"])
+    assert body["max_model_len"] == 128
+    assert call("POST", "/detokenize", json={"tokens": body["tokens"]}).json() == {"prompt": "hello 日本"}
+    chat = call("POST", "/tokenize", json={"messages": CHAT["messages"]}).json()
+    assert chat["count"] > 2
+    error(call("POST", "/tokenize", json={}), 400)
+    error(call("POST", "/detokenize", json={"tokens": [330]}), 400)
+
+
+def test_version(call: Call) -> None:
+    assert set(call("GET", "/version").json()) == {"version"}
+
+
+# --- Keys -------------------------------------------------------------------------------------------------------
+
+
+def test_the_api_key(call: Call) -> None:
+    config = {"api_key": "secret"}
+    for path, body in (("/v1/completions", COMPLETION), ("/tokenize", {"prompt": "a"})):
+        assert error(call("POST", path, json=body, config=config), 401)["code"] == "invalid_api_key"
+        error(call("POST", path, json=body, config=config, headers={"authorization": "Bearer no"}), 401)
+    error(call("GET", "/v1/models", config=config), 401)
+    assert call("GET", "/health", config=config).status_code == 200
+    assert call("GET", "/v1/models", config=config, headers={"authorization": "bearer secret"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("config", "headers", "status"),
+    [
+        ({}, {}, 202),
+        ({}, {"origin": "http://evil.example"}, 403),
+        ({"host": "0.0.0.0"}, {}, 403),
+        ({"host": "0.0.0.0", "admin_api_key": "k"}, {}, 401),
+        ({"host": "0.0.0.0", "admin_api_key": "k"}, {"authorization": "Bearer k"}, 202),
+        ({"admin_api_key": "k"}, {}, 401),
+        ({"api_key": "a", "admin_api_key": "k"}, {"authorization": "Bearer a"}, 401),
+    ],
+)
+def test_who_may_change_the_cluster(call: Call, config: dict[str, Any], headers: dict[str, str], status: int) -> None:
+    assert call("POST", "/admin/rebalance", json={}, config=config, headers=headers).status_code == status
+    assert call("GET", "/admin/workers", config=config).status_code == 200
+
+
+def test_loopback_means_this_machine(model_dir: Path) -> None:
+    async def status(host: str) -> int:
+        async with client_of(FakeBackend(), model_dir, peer=("10.0.0.9", 5), host=host) as client:
+            return (await client.get("/v1/models")).status_code
+
+    assert asyncio.run(status("127.0.0.1")) == 403
+    assert asyncio.run(status("0.0.0.0")) == 200
+
+
+# --- Admin and metrics ------------------------------------------------------------------------------------------
+
+
+def test_admin_views(call: Call) -> None:
+    placement = call("GET", "/admin/placement").json()
+    assert placement["epoch"] == 1
+    assert placement["slot_to_worker"] == [0, 0, 1, 1]
+    assert placement["physical_to_logical_map"] == [[0, 1, 2, 3]] * 2
+    assert call("GET", "/admin/routing").json()["load_imbalance"] == [1.0, 1.25]
+    worker = call("GET", "/admin/workers").json()[0]
+    assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage"}
+
+
+def test_rebalancing(call: Call) -> None:
+    started = call("POST", "/admin/rebalance")
+    assert started.status_code == 202
+    fields = {"operation_id", "kind", "phase", "epoch", "reason", "error"}
+    assert set(started.json()) == fields
+    assert call("GET", "/admin/operations").json()[0]["phase"] == "preparing"
+    assert set(call("GET", "/admin/operations/op-1").json()) == fields
+    assert error(call("GET", "/admin/operations/op-9"), 404)["code"] == "operation_not_found"
+    preview = call("POST", "/admin/rebalance", json={"planner": "greedy", "dry_run": True})
+    assert (preview.status_code, preview.json()["moves"]) == (200, 3)
+    assert "planner" in error(call("POST", "/admin/rebalance", json={"planner": "magic"}), 400)["message"]
+    assert error(call("POST", "/admin/rebalance", json={"dryrun": True}), 400)["param"] == "dryrun"
+    busy = call("POST", "/admin/rebalance", json={}, backend=FakeBackend(running_operation="op-7"))
+    assert "op-7" in error(busy, 409)["message"]
+
+
+def test_metrics(model_dir: Path) -> None:
+    async def work() -> str:
+        async with client_of(FakeBackend(), model_dir) as client:
+            await client.post("/v1/completions", json=COMPLETION)
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(work())
+    labels = '{engine="0",model_name="tiny-moe"}'
+    for line in (
+        f"vllm:num_requests_running{labels} 2.0",
+        f"vllm:num_requests_waiting{labels} 1.0",
+        f"vllm:kv_cache_usage_perc{labels} 0.25",
+        f"vllm:num_preemptions_total{labels} 3.0",
+        f"vllm:prompt_tokens_total{labels} 1.0",
+        f"vllm:generation_tokens_total{labels} 3.0",
+        f"vllm:time_to_first_token_seconds_count{labels} 1.0",
+        f"vllm:inter_token_latency_seconds_count{labels} 2.0",
+        f"vllm:e2e_request_latency_seconds_count{labels} 1.0",
+        'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny-moe"} 1.0',
+        f"emoe:experts_moved_total{labels} 5.0",
+        'emoe:workers{engine="0",model_name="tiny-moe",state="serving"} 1.0',
+        'emoe:rebalance_events_total{engine="0",model_name="tiny-moe",result="completed"} 2.0',
+    ):
+        assert line in text.splitlines()
