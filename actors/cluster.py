@@ -10,7 +10,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors import names
 from actors.coordinator import Coordinator
-from actors.fleet import RayFleet, kill_leftovers
+from actors.fleet import RayFleet, clear
 from cluster.config import ServeConfig
 
 
@@ -28,6 +28,8 @@ def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet | None = 
             get_if_exists=True,
             num_cpus=0,
             max_restarts=-1,
+            # a call that its death cut off is made again to its successor: an engine's report must not be lost
+            max_task_retries=-1,
             max_concurrency=1000,
         )
         .remote(config, model_dir, fleet or RayFleet(config))
@@ -41,4 +43,4 @@ def stop_cluster(timeout_s: float) -> None:
         with contextlib.suppress(GetTimeoutError, RayActorError):
             ray.get(coordinator.shutdown.remote(), timeout=timeout_s)
         ray.kill(coordinator, no_restart=True)
-    kill_leftovers()
+    clear()

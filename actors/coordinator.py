@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import textwrap
 import time
 from collections.abc import Coroutine
@@ -29,6 +30,7 @@ from cluster.events import (
     Prepare,
     Probe,
     RebalanceRequested,
+    Resumed,
     ScaleRequested,
     Solve,
     StartWorker,
@@ -82,6 +84,7 @@ class Coordinator:
         self._progress: dict[WorkerId, float] = {}
         self._polling: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._opened = asyncio.Event()
         self._spawn(self._run())
 
     # --- What others may call -----------------------------------------------------------------------------------
@@ -166,11 +169,12 @@ class Coordinator:
         """From the engine: its group is of no use any more. Returns at once; a new epoch will follow."""
         # Ray explains a death in a paragraph
         reason = textwrap.shorten(reason.partition(". ")[0], 200, placeholder=" ...")
+        await self._opened.wait()
         logger.warning("epoch %d: a step failed (suspects: %s): %s", epoch, ", ".join(suspects) or "none", reason)
         self._feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
 
     async def shutdown(self) -> None:
-        """End every actor that this one made."""
+        """End every actor that this one made. What it had saved is forgotten by `stop_cluster`."""
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -183,7 +187,10 @@ class Coordinator:
     async def _run(self) -> None:
         try:
             self._fleet.attach()
-            await self._open()
+            saved = self._fleet.saved()
+            if saved is None or not await self._resume(saved):
+                self._fleet.clear()
+                await self._open()
         except (UserError, OSError) as error:
             self._error = one_line(error)
             logger.error("cannot serve %s: %s", self._model_dir, self._error)
@@ -216,20 +223,41 @@ class Coordinator:
             shared_gpus=self._fleet.shared_gpus,
             cluster_id=f"emoe-{os.getpid()}-{time.time_ns() % 10**9}",
         )
-        state = ControlState(settings, model)
+        self._take_up(ControlState(settings, model), spec)
+        logger.info("%s: %s with %d MoE layers of %d experts, %s on %s", self._model_dir, model.architecture,
+                    model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip
+
+    def _take_up(self, state: ControlState, spec: ModelSpec) -> None:
+        model, config = state.model, self._config
         self._window = RoutingWindow(
             model.num_layers, model.num_logical_experts, window_s=config.rebalance_interval or 60.0
         )
         self._executor = Executor(self._fleet, config, model, spec)
         self._model, self._spec, self._state = model, spec, state
-        logger.info("%s: %s with %d MoE layers of %d experts, %s on %s", self._model_dir, model.architecture,
-                    model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip
+        self._opened.set()
+
+    async def _resume(self, saved: bytes) -> bool:
+        """Go on from what the coordinator before this one had saved. False where there was no epoch yet to keep."""
+        state, spec = pickle.loads(saved)
+        if state.spec is None:
+            return False
+        executor = Executor(self._fleet, self._config, state.model, spec)
+        engine_epoch, events = await executor.adopt(state.alive)
+        logger.warning("the coordinator was restarted in epoch %d with %d workers", state.epoch, len(executor.hosts))
+        self._take_up(state, spec)
+        self._executor = executor
+        for event in (Resumed(engine_epoch=engine_epoch), *events):
+            self._feed(event)
+        return True
 
     def _feed(self, event: Event) -> None:
         state = self._require_state()
         before = (state.epoch, state.broken, state.operations.all())
         commands = state.handle(event, time.monotonic())
         self._log_changes(state, before)
+        if commands or before != (state.epoch, state.broken, state.operations.all()):
+            # before anything is done, so that a successor knows of whatever may have been
+            self._fleet.save(pickle.dumps((state, self._spec)))
         for command in commands:
             self._carry_out(command)
 

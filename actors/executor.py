@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from actors import names
 from actors.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line
 from actors.fleet import Fleet
 from actors.migrator import MigrationReport
@@ -38,8 +39,9 @@ from cluster.events import (
     WorkerLoaded,
     WorkerLost,
 )
+from cluster.membership import Member
 from cluster.placement import WorkerId
-from cluster.protocol import Epoch, EpochSpec, HostInfo, HostSpec, ModelInfo, ModelSpec
+from cluster.protocol import EngineStatus, Epoch, EpochSpec, HostInfo, HostSpec, ModelInfo, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,28 @@ class Executor:
         self._migrator: Any = None
         self._transferring: Epoch | None = None
         self._abandoning: set[asyncio.Task[Any]] = set()
+
+    async def adopt(self, members: Iterable[Member]) -> tuple[Epoch | None, list[Event]]:
+        """Take over the actors of a coordinator that is gone: (the engine's epoch, what was not found)."""
+        events: list[Event] = []
+        for member in members:
+            host = self._fleet.find(names.host_name(member.id))
+            if host is None:
+                events.append(WorkerLost(worker=member.id, reason="its process died"))
+                continue
+            self.hosts[member.id] = host
+            if member.info is not None:
+                self.infos[member.id] = member.info
+        self._migrator = self._fleet.find(names.MIGRATOR)
+        self.engine = self._fleet.find(names.ENGINE)
+        self._engine_started = True
+        if self.engine is None:
+            return None, [*events, EngineLost(reason="its process died")]
+        try:
+            status: EngineStatus = await asyncio.wait_for(self.engine.status.remote(), self._config.step_timeout)
+        except CALL_ERRORS as error:
+            return None, [*events, self.drop_engine(one_line(error))]
+        return Epoch(status.epoch), events
 
     async def start_worker(self, command: StartWorker) -> Event:
         host = self._fleet.start_host(command.worker)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable
 from typing import Any, Protocol
 
 import ray
+from ray.experimental import internal_kv
 
 from actors import names
 from cluster.config import ServeConfig
@@ -20,10 +21,34 @@ from optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)
 
+_KV_NAMESPACE = b"emoe"
+_KEY = b"coordinator-state"
+"""In Ray's own key-value store, which lives as long as the Ray cluster does."""
+
+
+IO_THREADS = 16
+"""Of a host, for calls beside its steps: some may wait for a dead peer, and a sign of life must get through."""
+
 
 class Fleet(Protocol):
     def attach(self) -> None:
         """Called once by the coordinator, in its own process, before anything else."""
+        ...
+
+    def clear(self) -> None:
+        """End what an earlier coordinator made and saved."""
+        ...
+
+    def save(self, state: bytes) -> None:
+        """Keep `state` where it outlives the coordinator."""
+        ...
+
+    def saved(self) -> bytes | None:
+        """What the coordinator had saved before it died, if this is its successor."""
+        ...
+
+    def find(self, name: str) -> Any:
+        """The actor of that name; None where it is gone."""
         ...
 
     def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
@@ -75,7 +100,24 @@ class RayFleet:
         self._coordinator = ray.get_runtime_context().current_actor
         self._resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
-        kill_leftovers()
+
+    def clear(self) -> None:
+        clear()
+
+    def save(self, state: bytes) -> None:
+        internal_kv._internal_kv_put(_KEY, state, overwrite=True, namespace=_KV_NAMESPACE)
+
+    def saved(self) -> bytes | None:
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            return None
+        state: bytes | None = internal_kv._internal_kv_get(_KEY, namespace=_KV_NAMESPACE)
+        return state
+
+    def find(self, name: str) -> Any:
+        try:
+            return ray.get_actor(name, namespace=names.NAMESPACE)
+        except ValueError:
+            return None
 
     def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
         # here, not above: who only calls a coordinator needs neither torch nor transformers
@@ -125,7 +167,7 @@ class RayFleet:
             # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
             resources = {"num_cpus": 0 if self._alone else 1}
         # a step runs in a thread of its own, and what the control plane asks for beside it
-        groups = {"concurrency_groups": {"step": 1, "io": 4}}
+        groups = {"concurrency_groups": {"step": 1, "io": IO_THREADS}}
         return self._create(self._host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups)
 
     def start_engine(self) -> Any:
@@ -161,8 +203,9 @@ class RayFleet:
         return task
 
 
-def kill_leftovers() -> None:
-    """End every actor that an earlier coordinator made and could not end itself."""
+def clear() -> None:
+    """End every actor that an earlier coordinator made and could not end itself, and forget what it saved."""
+    internal_kv._internal_kv_del(_KEY, namespace=_KV_NAMESPACE)
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == names.NAMESPACE and names.is_ours(actor["name"]):
             try:

@@ -117,6 +117,13 @@ class EngineLost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """A new coordinator goes on with a saved state. `engine_epoch` is the engine's; None where that is not known."""
+
+    engine_epoch: Epoch | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReady:
     """A planner's answer. `placement` is None where there is none; `reason` says what it weighed."""
 
@@ -158,6 +165,7 @@ Event = (
     | StepFailed
     | Probed
     | EngineLost
+    | Resumed
     | PlanReady
     | RebalanceRequested
     | ScaleRequested

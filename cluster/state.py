@@ -9,12 +9,11 @@ own, never used again: answers that carry another are stale.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.epochs import MAX_BACKOFF_S, Change, ControlSettings, Epochs, Stage
-from cluster.errors import ConflictError, NotReadyError, PlacementError
+from cluster.epochs import MAX_BACKOFF_S, Change, ControlSettings, Stage
+from cluster.errors import PlacementError
 from cluster.events import (
     Command,
     CommitFailed,
@@ -27,8 +26,8 @@ from cluster.events import (
     Probe,
     Probed,
     RebalanceRequested,
+    Resumed,
     ScaleRequested,
-    Solve,
     StartWorker,
     StepFailed,
     Tick,
@@ -42,6 +41,7 @@ from cluster.membership import Member, WorkerState, adapt, expert_lists, slots_p
 from cluster.operations import ENDED
 from cluster.placement import Placement, Worker, WorkerId
 from cluster.protocol import Epoch, ModelInfo, Operation, Readiness
+from cluster.rebalancing import Rebalancing
 
 JOIN_PATIENCE_S = 5.0
 """How long a loaded worker waits for others that are starting, so that they join in one epoch."""
@@ -54,32 +54,18 @@ MAX_START_FAILURES = 3
 """Before the first epoch, more workers than these dying while they load are a lasting error."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planning:
-    """A planner at work."""
-
-    ticket: int
-    operation_id: str
-    requested: bool
-
-
-class ControlState(Epochs):
+class ControlState(Rebalancing):
     """See the module's docstring. Raises PlacementError for more workers than experts."""
 
     def __init__(self, settings: ControlSettings, model: ModelInfo) -> None:
         super().__init__(settings, model)
         self._check_target(settings.workers)
         self.target = settings.workers
-        self.planning: Planning | None = None
         self.fatal: str | None = None
         """Why waiting for the first epoch is in vain."""
-        self.probing = False
         self._start_at = 0.0
         self._start_failures = 0
         self._next_worker = 0
-        self._next_ticket = 1
-        self._rebalance_at: float | None = None
-        self._last_skipped: str | None = None
         self._scaling: str | None = None
         """The operation that a ScaleRequested began."""
         self.operations.open("start", Epoch(1), f"start with {self.target} workers")
@@ -138,6 +124,8 @@ class ControlState(Epochs):
                     self._lose(worker, reason, now)
             case EngineLost():
                 self._engine_lost(event.reason, now)
+            case Resumed():
+                self._resumed(event, now)
             case PlanReady():
                 self._plan_ready(event, now)
             case RebalanceRequested():
@@ -152,10 +140,7 @@ class ControlState(Epochs):
             self._failures = 0
             for member in self.alive:
                 member.strikes = 0
-        if self._rebalance_at is not None and now >= self._rebalance_at and self._idle and self.broken is None:
-            self._rebalance_at = now + self.settings.rebalance_interval_s
-            if self.load.any():
-                self._start_planning(None, "periodic look at the placement", requested=False)
+        self._look_at_placement(now)
 
     def _worker_loaded(self, event: WorkerLoaded, now: float) -> None:
         member = self.members.get(event.info.worker)
@@ -230,6 +215,31 @@ class ControlState(Epochs):
         change = self.change
         if change is not None and change.stage is not Stage.COMMITTING and change.kind != "recover":
             self._give_up(reason, now, at_once=True)
+
+    def _resumed(self, event: Resumed, now: float) -> None:
+        """This state was saved, and its clock and every answer that was under way are gone."""
+        self._restart_clock(now)
+        self._cancel_planning("the coordinator was restarted")
+        for member in self.alive:
+            if not member.loaded:
+                # its answer went to the coordinator before this one
+                self._stop(member)
+        if self.change is not None and self.change.stage is not Stage.COMMITTING:
+            self._give_up("the coordinator was restarted", now, at_once=True)
+        elif self.change is not None and self.change.spec.epoch == event.engine_epoch:
+            self._committed(now)
+        elif self.change is not None:
+            self._commit_failed("the coordinator was restarted", now)
+        self.probing = True
+        self._out.append(Probe(workers=tuple(member.id for member in self.alive)))
+
+    def _restart_clock(self, now: float) -> None:
+        self.epoch_since = now
+        self.retry_at = self._start_at = 0.0
+        if self._rebalance_at is not None:
+            self._rebalance_at = now + self.settings.rebalance_interval_s
+        for member in self.alive:
+            member.loaded_at = None if member.loaded_at is None else now
 
     # --- What should be -----------------------------------------------------------------------------------------
 
@@ -325,60 +335,6 @@ class ControlState(Epochs):
         self.operations.complete(change.operation_id, done)
 
     # --- Requests -----------------------------------------------------------------------------------------------
-
-    @property
-    def _idle(self) -> bool:
-        return self.spec is not None and self.change is None and self.planning is None and not self.probing
-
-    def _require_idle(self) -> None:
-        if self.change is not None or self.planning is not None:
-            running = self.change.operation_id if self.change else self.planning.operation_id if self.planning else ""
-            raise ConflictError(f"operation {running} is under way")
-        if self.spec is None or self.broken is not None or self.probing:
-            raise NotReadyError(self.readiness().reason)
-
-    def _rebalance_requested(self, event: RebalanceRequested) -> None:
-        self._require_idle()
-        self._start_planning(event.planner, f"requested, planner {event.planner}", requested=True)
-
-    def _start_planning(self, planner: str | None, reason: str, *, requested: bool) -> None:
-        operation = self.operations.open("rebalance", Epoch(self._next_epoch), reason)
-        self.planning = Planning(ticket=self._next_ticket, operation_id=operation.operation_id, requested=requested)
-        self._next_ticket += 1
-        self._out.append(Solve(ticket=self.planning.ticket, planner=planner))
-
-    def _plan_ready(self, event: PlanReady, now: float) -> None:
-        planning = self.planning
-        if planning is None or event.ticket != planning.ticket:
-            return
-        self.planning = None
-        assert self.spec is not None
-        operation = self.operations.get(planning.operation_id)
-        assert operation is not None
-        if event.placement is None or tuple(worker.id for worker in event.placement.workers) != self.ranks:
-            self.operations.fail(operation.operation_id, event.reason)
-            self.counters.rebalances["failed"] += 1
-        elif event.placement != self.spec.placement and (event.worthwhile or (planning.requested and event.no_worse)):
-            verdict = event.reason if event.worthwhile else f"done, although {event.reason}"
-            self.operations.advance(operation.operation_id, reason=f"{operation.reason}: {verdict}")
-            self._begin(operation, event.placement)
-        else:
-            self._skip(operation, event.reason, requested=planning.requested)
-
-    def _skip(self, operation: Operation, reason: str, *, requested: bool) -> None:
-        self.operations.complete(operation.operation_id, f"{operation.reason}: placement kept, {reason}")
-        self.counters.rebalances["skipped"] += 1
-        if not requested:
-            # one line for a night of them, or they would push the history out
-            if self._last_skipped is not None and self.operations.get(self._last_skipped):
-                self.operations.forget(self._last_skipped)
-            self._last_skipped = operation.operation_id
-
-    def _cancel_planning(self, reason: str) -> None:
-        if self.planning is not None:
-            self.operations.fail(self.planning.operation_id, reason)
-            self.counters.rebalances["failed"] += 1
-            self.planning = None
 
     def _scale_requested(self, event: ScaleRequested, now: float) -> None:
         self._require_idle()

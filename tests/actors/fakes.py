@@ -218,8 +218,25 @@ class PlainFleet:
         self.hosts: dict[WorkerId, Handle] = {}
         self.engines: list[Handle] = []
         self.error: Exception | None = None
+        self.last_saved: bytes | None = None
+        self.resumes = False
 
     def attach(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def save(self, state: bytes) -> None:
+        self.last_saved = state
+
+    def saved(self) -> bytes | None:
+        return self.last_saved if self.resumes else None
+
+    def find(self, name: str) -> Any:
+        handles = {f"host-{worker}": host for worker, host in self.hosts.items()}
+        if self.engines:
+            handles["engine"] = self.engines[-1]
+        handle = handles.get(name)
+        return None if handle is None or handle.dead else handle
 
     def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
         if self.error is not None:

@@ -106,3 +106,28 @@ def test_kill_9_of_all_hosts(coordinator: Any) -> None:
     wait_until(lambda: not ask(coordinator, "readiness").ready)
     wait_ready(coordinator)
     assert [worker.id for worker in serving(coordinator)] == ["w2", "w3"]
+
+
+def test_kill_9_of_the_coordinator_disturbs_nobody(coordinator: Any) -> None:
+    wait_ready(coordinator)
+    before = serving(coordinator)
+    os.kill(pid_of(coordinator), signal.SIGKILL)
+    wait_ready(coordinator)
+    assert ask(coordinator, "placement").epoch == 1
+    assert [worker.pid for worker in serving(coordinator)] == [worker.pid for worker in before]
+    # and it still watches over them
+    os.kill(before[0].pid, signal.SIGKILL)
+    wait_until(lambda: [worker.id for worker in serving(coordinator)] == ["w1", "w2"])
+
+
+def test_kill_9_of_coordinator_and_host_together(coordinator: Any) -> None:
+    wait_ready(coordinator)
+    victim = serving(coordinator)[0]
+    os.kill(pid_of(coordinator), signal.SIGKILL)
+    os.kill(victim.pid, signal.SIGKILL)
+    wait_until(lambda: [worker.id for worker in serving(coordinator)] == ["w1", "w2"])
+    wait_ready(coordinator)
+
+
+def pid_of(actor: Any) -> int:
+    return int(ray._private.state.actors(actor._actor_id.hex())["Pid"])

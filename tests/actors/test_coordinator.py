@@ -277,3 +277,67 @@ def test_scale_up_and_down(tmp_path: Path) -> None:
             assert fleet.hosts[W0].dead
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("dead", [(), (W0,), ("engine",)])
+def test_a_restarted_coordinator_goes_on_with_what_is_there(tmp_path: Path, dead: tuple[str, ...]) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (first, fleet):
+            await ready(first)
+            for task in first._tasks:
+                task.cancel()
+            for name in dead:
+                (fleet.engines[0] if name == "engine" else fleet.hosts[WorkerId(name)]).dead = True
+            fleet.resumes = True
+            second = Coordinator(fleet.config, str(tmp_path), fleet)
+            await asyncio.wait_for(second._opened.wait(), 5)
+            await ready(second)
+            if not dead:
+                assert (await second.placement()).epoch == 1
+                assert [op.kind for op in await second.operations()] == ["start"]
+
+            async def whole() -> bool:
+                return len([w for w in await second.workers() if w.state == "serving"]) == 2
+
+            await until(whole)
+            await second.shutdown()
+
+    asyncio.run(story())
+
+
+def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (first, fleet):
+            await ready(first)
+            await asyncio.sleep(0.1)
+
+            async def stall(called: str) -> None:
+                if called == "prepare":
+                    await asyncio.sleep(3600)
+
+            fleet.hosts[W1].before = stall
+            operation = await first.rebalance("greedy", False)
+            assert isinstance(operation, Operation)
+
+            async def preparing() -> bool:
+                return (
+                    first._state is not None and str(first._state.change and first._state.change.stage) == "preparing"
+                )
+
+            await until(preparing)
+            for task in first._tasks:
+                task.cancel()
+            fleet.hosts[W1].before = None
+            fleet.resumes = True
+            second = Coordinator(fleet.config, str(tmp_path), fleet)
+            await asyncio.wait_for(second._opened.wait(), 5)
+            await ready(second)
+            assert (await ended(second, operation.operation_id)).error == "the coordinator was restarted"
+            assert (await second.placement()).epoch == 1
+            await asyncio.sleep(0.1)
+            again = await second.rebalance("greedy", False)
+            assert isinstance(again, Operation)
+            assert (await ended(second, again.operation_id)).phase is Phase.COMPLETED
+            await second.shutdown()
+
+    asyncio.run(story())

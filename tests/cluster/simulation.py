@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,7 @@ from cluster.events import (
     PrepareFailed,
     Probe,
     Probed,
+    Resumed,
     Solve,
     StartWorker,
     StopWorker,
@@ -187,10 +189,7 @@ class Simulation:
             if not host.alive or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
-            host.epoch = command.spec.epoch
-            host.placed = needs(command.spec.placement, worker)
-            host.held = host.held & host.placed
-            host.prepared.clear()
+            self._flip(worker, command.spec)
         if failed:
             self._find_lost(members)
             self.feed(CommitFailed(epoch=command.spec.epoch, reason="not every host flipped"))
@@ -207,6 +206,27 @@ class Simulation:
     def lose_engine(self) -> None:
         self.todo = [command for command in self.todo if not isinstance(command, Commit)]
         self.feed(EngineLost(reason="died"))
+
+    def restart_coordinator(self, *, flipped: float) -> None:
+        """It is killed and goes on from what it saved; `flipped`: how far a flip under way gets, 0 to 1."""
+        for command in self.todo:
+            if isinstance(command, Commit):
+                members = [worker.id for worker in command.spec.placement.workers]
+                reached = members[: round(flipped * len(members))]
+                for worker in reached:
+                    self._flip(worker, command.spec)
+                if len(reached) == len(members) and all(self.hosts[w].alive for w in members):
+                    self.engine_epoch = command.spec.epoch
+        self.todo.clear()
+        self.state = pickle.loads(pickle.dumps(self.state))
+        self.feed(Resumed(engine_epoch=Epoch(self.engine_epoch)))
+
+    def _flip(self, worker: WorkerId, spec: EpochSpec) -> None:
+        host = self.hosts[worker]
+        host.epoch = spec.epoch
+        host.placed = needs(spec.placement, worker)
+        host.held = host.held & host.placed
+        host.prepared.clear()
 
     def settle(self, *, rounds: int = 200) -> None:
         """No more faults: everything under way ends, time passes, the dead are found."""

@@ -58,6 +58,10 @@ class Faults(RuleBasedStateMachine):
     def the_engine_dies(self) -> None:
         self.sim.lose_engine()
 
+    @rule(flipped=st.sampled_from([0.0, 0.5, 1.0]))
+    def the_coordinator_is_restarted(self, flipped: float) -> None:
+        self.sim.restart_coordinator(flipped=flipped)
+
     @rule()
     def somebody_wants_a_rebalance(self) -> None:
         with contextlib.suppress(ConflictError, NotReadyError):
