@@ -13,6 +13,7 @@ from optimizer.cost import Cost, copies, load_imbalance, price_table, shares
 from optimizer.draft import Budget, Draft, Planner
 from optimizer.eplb import eplb_table
 from optimizer.heuristics import anticorrelation_table, contiguous_table, greedy_table, random_table, round_robin_table
+from optimizer.ilp_planner import ilp_plan
 from optimizer.load_planner import load_ilp_plan
 from optimizer.local_search import local_search_plan
 from optimizer.moetuner import moetuner_plan
@@ -44,7 +45,7 @@ _PLANNERS: dict[str, Planner] = {
     "load_ilp": load_ilp_plan,
     "moetuner": moetuner_plan,
     "local_search": local_search_plan,
-    "ilp": load_ilp_plan,
+    "ilp": ilp_plan,
     "auto": local_search_plan,
 }
 

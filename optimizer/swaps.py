@@ -51,6 +51,22 @@ class LayerTerms:
     """The norm's exponent as a number of squarings: 6 is the 64-norm."""
     link_power: int
 
+    def arrivals(self, row: IntArray) -> FloatArray:
+        """[W] tokens of a step that arrive at each worker if the slots hold `row` [S]."""
+        away = self.remote_shares(row)
+        pairs = self.pairs[row[:, None], row[None, :]] * (away[:, None] * away[None, :])
+        own = np.add.reduceat(pairs, self.first_slot, axis=1)[np.arange(len(row)), self.owner]
+        first = np.add.reduceat(self.tokens[row] * away, self.first_slot)
+        second = 0.5 * np.add.reduceat(own, self.first_slot)
+        return np.asarray(first**2 / np.maximum(first + second, 1e-300))
+
+    def remote_shares(self, row: IntArray) -> FloatArray:
+        """[S] share of its expert's tokens from other homes that each slot serves; 0 for EMPTY."""
+        held = row != EMPTY
+        replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
+        alone = 1 / len(self.speed)
+        return np.where(held, (1 / replicas[row] - alone) / (1 - alone), 0.0)
+
 
 def swap_deltas(terms: LayerTerms, row: IntArray) -> FloatArray:
     """[S, S] change of the potential if slots i and j trade their contents; BARRED where they must not. Symmetric."""
@@ -60,8 +76,7 @@ def swap_deltas(terms: LayerTerms, row: IntArray) -> FloatArray:
     share = np.where(held, 1.0 / replicas[row], 0.0)
     half = _load_half(terms, terms.load_s[row] * share)
     if terms.arrival_s.any():
-        away = (share - 1 / len(terms.speed)) / (1 - 1 / len(terms.speed))
-        half += _arrival_half(terms, row, np.where(held, away, 0.0))
+        half += _arrival_half(terms, row, terms.remote_shares(row))
     if terms.covariance_s is not None:
         half += _risk_half(terms, terms.covariance_s, row, share)
     place = terms.place_s[row] * share[:, None]
