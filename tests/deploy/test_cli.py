@@ -1,0 +1,111 @@
+"""The command line, run as users run it: fast, one line for a mistake, and the right exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ServeConfig
+from deploy import cli
+
+QUICK_S = 3.0
+"""Far below what importing torch and ray takes on a busy machine, far above what parsing does."""
+
+
+def emoe(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("emoe: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["serve", "--workers", "many"], "--workers"),
+        (["serve", "--workers", "0"], "workers"),
+        (["serve", "--wokers", "2"], "--wokers"),
+        (["serve", "--port", "70000"], "port"),
+        (["serve", "--device", "tpu"], "--device"),
+        (["serve", "--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
+        (["sevre"], "sevre"),
+        ([], "COMMAND"),
+    ],
+)
+def test_mistakes_are_told_at_once(args: list[str], says: str) -> None:
+    started = time.monotonic()
+    assert says in one_line(emoe(*args))
+    assert time.monotonic() - started < QUICK_S
+
+
+def test_help_and_version_are_quick() -> None:
+    started = time.monotonic()
+    text = emoe("serve", "--help").stdout
+    assert time.monotonic() - started < QUICK_S
+    for field in dataclasses.fields(ServeConfig):
+        assert field.name == "model" or f"--{field.name.replace('_', '-')}" in text
+    assert emoe("--version").stdout.startswith("emoe ")
+
+
+def test_a_missing_model() -> None:
+    assert "/no/such/model" in one_line(emoe("serve", "/no/such/model"))
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in one_line(emoe("serve", str(tmp_path)))
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in one_line(emoe("serve", "--port", str(port)))
+
+
+def config_of(monkeypatch: pytest.MonkeyPatch, *args: str) -> ServeConfig:
+    seen: list[ServeConfig] = []
+    from deploy import cli_serve
+
+    monkeypatch.setattr(cli_serve, "serve", lambda config: seen.append(config) or 0)
+    assert cli.main(["serve", *args]) == 0
+    return seen[0]
+
+
+def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "emoe.yaml"
+    path.write_text("workers: 3\nmax-num-seqs: 8\nmodel: /from/file\n")
+    config = config_of(monkeypatch, "--config", str(path), "--workers", "4")
+    assert (config.workers, config.max_num_seqs, config.model) == (4, 8, "/from/file")
+    assert config_of(monkeypatch, "/from/flag", "--config", str(path)).model == "/from/flag"
+
+
+def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "emoe.yaml"
+    for text in ("wokers: 3", "workers: x", "- a", "a: [", "workers: 2\nworkers_: 3"):
+        path.write_text(text)
+        assert cli.main(["serve", "--config", str(path)]) == 2
+        captured = capsys.readouterr().err
+        assert str(path) in captured
+        assert captured.count("\n") == 1

@@ -1,0 +1,282 @@
+"""RayBackend against an engine that dies, hangs, refuses or loses outputs. No Ray: handles are stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from cluster.errors import NotReadyError, RequestError
+from cluster.protocol import FinishReason, GenerateRequest, Readiness, RequestId, SamplingParams, TokenOutput
+from deploy import ray_backend
+from deploy.ray_backend import RayBackend
+
+LENGTH = 20
+
+
+class Method:
+    """`handle.method.remote(...)`, as an awaitable; raises what a dead actor or a failed task raises."""
+
+    def __init__(self, actor: Actor, work: Callable[..., Awaitable[Any]]) -> None:
+        self._actor = actor
+        self._work = work
+
+    async def remote(self, *args: Any) -> Any:
+        await asyncio.sleep(0)
+        if self._actor.dead.is_set():
+            raise ActorDiedError
+        task = asyncio.ensure_future(self._work(*args))
+        death = asyncio.ensure_future(self._actor.dead.wait())
+        await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
+        death.cancel()
+        if not task.done():
+            task.cancel()
+            raise ActorDiedError
+        if (error := task.exception()) is not None:
+            raise RayTaskError("method", "traceback", error)
+        return task.result()
+
+
+class Actor:
+    def __init__(self) -> None:
+        self.dead = asyncio.Event()
+
+    def __getattribute__(self, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        return Method(self, value) if asyncio.iscoroutinefunction(value) else value
+
+
+class Engine(Actor):
+    """Token n of an answer is 100 + n. Makes tokens only when `steps` allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: dict[str, tuple[GenerateRequest, int]] = {}
+        self.submitted: list[GenerateRequest] = []
+        self.aborted: list[str] = []
+        self.steps = asyncio.Semaphore(0)
+        self.started = True
+        self.refuses = False
+        self.drops = 0
+
+    async def submit(self, client_id: str, requests: list[GenerateRequest]) -> None:
+        if not self.started:
+            raise NotReadyError("the engine has not been started")
+        if self.refuses:
+            raise RequestError("too long", param="prompt")
+        for request in requests:
+            self.submitted.append(request)
+            self.running.setdefault(request.request_id, (request, len(request.output_token_ids)))
+
+    async def abort(self, client_id: str, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.aborted.append(request_id)
+            self.running.pop(request_id, None)
+
+    async def poll(self, client_id: str) -> list[TokenOutput]:
+        while True:
+            await self.steps.acquire()
+            outputs = [self._next(request_id) for request_id in list(self.running)]
+            if outputs and self.drops == 0:
+                return outputs
+            self.drops = max(0, self.drops - 1)
+            await asyncio.sleep(0)
+
+    def _next(self, request_id: str) -> TokenOutput:
+        request, made = self.running[request_id]
+        ends = made + 1 == request.params.max_tokens
+        self.running[request_id] = (request, made + 1)
+        if ends:
+            del self.running[request_id]
+        return TokenOutput(
+            request_id=request.request_id,
+            offset=made,
+            token_ids=(100 + made,),
+            finish_reason=FinishReason.LENGTH if ends else None,
+        )
+
+
+class Coordinator(Actor):
+    def __init__(self, engine: Engine | None) -> None:
+        super().__init__()
+        self.current = engine
+
+    async def engine(self) -> Engine | None:
+        return self.current
+
+    async def operations(self) -> list[Any]:
+        return []
+
+    async def readiness(self) -> Readiness:
+        return Readiness(ready=self.current is not None, reason="serving")
+
+
+def request(name: str = "r1") -> GenerateRequest:
+    params = SamplingParams(max_tokens=LENGTH, seed=3)
+    return GenerateRequest(request_id=RequestId(name), prompt_token_ids=(1, 2), params=params)
+
+
+async def collect(backend: RayBackend, name: str = "r1") -> list[int]:
+    tokens: list[int] = []
+    async for output in backend.generate(request(name)):
+        assert output.offset == len(tokens)
+        tokens += output.token_ids
+    return tokens
+
+
+def release(engine: Engine, steps: int) -> None:
+    for _ in range(steps):
+        engine.steps.release()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def run(scenario: Callable[[RayBackend, Coordinator, Engine], Awaitable[None]]) -> None:
+    async def work() -> None:
+        engine = Engine()
+        coordinator = Coordinator(engine)
+        backend = RayBackend(coordinator, plan_deadline_s=1)
+        backend.begin()
+        try:
+            async with asyncio.timeout(20):
+                await scenario(backend, coordinator, engine)
+        finally:
+            await backend.end()
+
+    asyncio.run(work())
+
+
+EXPECTED = [100 + n for n in range(LENGTH)]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "RETRY_S", 0.005)
+    monkeypatch.setattr(ray_backend, "READINESS_S", 0.005)
+
+
+def test_several_requests() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        release(engine, 200)
+        answers = await asyncio.gather(*(collect(backend, f"r{n}") for n in range(5)))
+        assert answers == [EXPECTED] * 5
+        assert backend.resumed_requests == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("made", [0, 1, 7, LENGTH - 1])
+def test_a_lost_engine_costs_no_token(made: int) -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        answers = [asyncio.create_task(collect(backend, name)) for name in ("a", "b")]
+        await until(lambda: len(engine.running) == 2)
+        release(engine, made)
+        await until(lambda: all(n == made for _, n in engine.running.values()) and engine.steps.locked())
+        await asyncio.sleep(0.02)
+        engine.dead.set()
+        await asyncio.sleep(0.02)
+        coordinator.current = successor = Engine()
+        release(successor, 100)
+        assert await asyncio.gather(*answers) == [EXPECTED] * 2
+        assert {len(r.output_token_ids) for r in successor.submitted} == {made}
+        assert backend.resumed_requests == 2
+
+    run(scenario)
+
+
+def test_an_engine_replaced_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "POLL_TIMEOUT_S", 0.05)
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        answer = asyncio.create_task(collect(backend))
+        await until(lambda: bool(engine.running))
+        coordinator.current = successor = Engine()
+        release(successor, 100)
+        assert await answer == EXPECTED
+
+    run(scenario)
+
+
+def test_a_request_waits_for_an_engine() -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        coordinator.current = None
+        engine.dead.set()
+        await asyncio.sleep(0.02)
+        answer = asyncio.create_task(collect(backend))
+        await asyncio.sleep(0.02)
+        assert not answer.done()
+        coordinator.current = successor = Engine()
+        release(successor, 100)
+        assert await answer == EXPECTED
+
+    run(scenario)
+
+
+def test_an_engine_that_is_not_started_yet() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        engine.started = False
+        release(engine, 100)
+        answer = asyncio.create_task(collect(backend))
+        await asyncio.sleep(0.02)
+        engine.started = True
+        assert await answer == EXPECTED
+
+    run(scenario)
+
+
+def test_lost_outputs_are_made_again() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        answer = asyncio.create_task(collect(backend))
+        await until(lambda: bool(engine.running))
+        release(engine, 3)
+        await until(lambda: engine.running["r1"][1] == 3)
+        engine.drops = 1
+        release(engine, 100)
+        assert await answer == EXPECTED
+        assert "r1" in engine.aborted
+
+    run(scenario)
+
+
+def test_refusals_reach_the_client() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        await asyncio.sleep(0.02)
+        engine.refuses = True
+        with pytest.raises(RequestError) as refused:
+            await collect(backend)
+        assert refused.value.param == "prompt"
+
+    run(scenario)
+
+
+def test_closing_aborts() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        await asyncio.sleep(0.02)
+        outputs = backend.generate(request())
+        first = asyncio.ensure_future(anext(outputs))
+        await until(lambda: bool(engine.running))
+        release(engine, 1)
+        await first
+        await outputs.aclose()
+        await until(lambda: engine.aborted == ["r1"])
+
+    run(scenario)
+
+
+def test_a_coordinator_that_is_away() -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, _: Engine) -> None:
+        assert await backend.operations() == []
+        coordinator.dead.set()
+        with pytest.raises(NotReadyError):
+            await backend.operations()
+        await asyncio.sleep(0.05)
+        assert not (await backend.readiness()).ready
+
+    run(scenario)
