@@ -169,6 +169,12 @@ def _max_model_len(config: PretrainedConfig) -> int:
     text = config.get_text_config()
     length = int(text.max_position_embeddings)
     rope = getattr(text, "rope_parameters", None) or {}
+    # some families have one for each kind of layer
+    ropes = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+    return max((_scaled(length, part) for part in ropes), default=length)
+
+
+def _scaled(length: int, rope: dict[str, Any]) -> int:
     if rope.get("rope_type") == "yarn" and rope.get("factor"):
         return max(length, int(rope.get("original_max_position_embeddings", length) * rope["factor"]))
     if rope.get("rope_type") in ("linear", "dynamic") and rope.get("factor"):

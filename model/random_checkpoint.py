@@ -57,14 +57,13 @@ def make_random_checkpoint(
     """
     tokenizer = small_tokenizer(vocab)
     fields = family_fields(family, hidden=hidden, layers=layers, experts=experts, top_k=top_k, ff=ff)
-    config = AutoConfig.for_model(family, **(fields | {"vocab_size": len(tokenizer)} | config_fields))
-    config.dtype = getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
-    _randomise(model, torch.Generator().manual_seed(seed))
     out.mkdir(parents=True, exist_ok=True)
-    if model.generation_config is not None:
-        model.generation_config = _generation_config(config)
     with quiet_transformers():
+        config = AutoConfig.for_model(family, **(fields | {"vocab_size": len(tokenizer)} | config_fields))
+        config.dtype = getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
+        _randomise(model, torch.Generator().manual_seed(seed))
+        model.generation_config = _generation_config(config)
         model.save_pretrained(out, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(out)
     return out
@@ -86,8 +85,8 @@ def family_fields(family: str, *, hidden: int, layers: int, experts: int, top_k:
         "eos_token_id": EOS_TOKEN_ID,
         "pad_token_id": EOS_TOKEN_ID,
     }
-    own: Callable[..., dict[str, Any]] = _OWN_FIELDS.get(family, _qwen_fields)
-    return fields | own(hidden=hidden, heads=heads, experts=experts, top_k=top_k, ff=ff)
+    own: Callable[..., dict[str, Any]] = _OWN_FIELDS.get(family, _common_fields)
+    return fields | own(hidden=hidden, heads=heads, layers=layers, experts=experts, top_k=top_k, ff=ff)
 
 
 # --- What each family calls its dimensions, and what sets it apart ------------------------------------------------
@@ -101,6 +100,23 @@ def _qwen_fields(*, hidden: int, heads: int, experts: int, ff: int, **_: int) ->
         "head_dim": hidden // heads,
         "shared_expert_intermediate_size": 2 * ff,
     }
+
+
+def _common_fields(*, hidden: int, heads: int, experts: int, ff: int, **_: int) -> dict[str, Any]:
+    """For families not listed: every name that is in use for these dimensions. A configuration ignores the others."""
+    names = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts)
+    widths = {"moe_intermediate_size": ff, "shared_intermediate_size": ff, "shared_expert_intermediate_size": ff}
+    shared = {"n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+    return names | widths | shared | {"head_dim": hidden // heads, "sliding_window": 8}
+
+
+def _gemma_fields(*, top_k: int, **sizes: int) -> dict[str, Any]:
+    moe = {"enable_moe_block": True, "top_k_experts": top_k, "tie_word_embeddings": True}
+    return _common_fields(**sizes) | moe | {"final_logit_softcapping": 8.0, "hidden_size_per_layer_input": 0}
+
+
+def _granite_hybrid_fields(**sizes: int) -> dict[str, Any]:
+    return _granite_fields(**sizes) | {"layer_types": ["attention"] * sizes["layers"]}
 
 
 def _mixtral_fields(*, experts: int, ff: int, **_: int) -> dict[str, Any]:
@@ -195,14 +211,19 @@ def _hunyuan_fields(*, hidden: int, heads: int, experts: int, top_k: int, ff: in
 
 
 _OWN_FIELDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "axk1": _deepseek_fields,
     "deepseek_v2": _deepseek_v2_fields,
     "deepseek_v3": _deepseek_fields,
     "dots1": _dots_fields,
     "ernie4_5_moe": _ernie_fields,
     "flex_olmo": _olmoe_fields,
+    "gemma4_text": _gemma_fields,
     "glm4_moe": _glm_fields,
+    "glm4_moe_lite": _deepseek_fields,
     "gpt_oss": _gpt_oss_fields,
     "granitemoe": _granite_fields,
+    "granitemoe_swa": _granite_fields,
+    "granitemoehybrid": _granite_hybrid_fields,
     "granitemoeshared": _granite_fields,
     "hunyuan_v1_moe": _hunyuan_fields,
     "minimax_m2": _minimax_m2_fields,

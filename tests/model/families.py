@@ -40,6 +40,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"family": "gpt_oss"},
     "glm4_moe": {"family": "glm4_moe"},
     "phimoe": {"family": "phimoe"},
+    "phimoe-sliding": {"family": "phimoe", "sliding_window": 8},
+    "phimoe-longrope": {
+        "family": "phimoe",
+        "original_max_position_embeddings": 2048,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "short_factor": [1.0, 1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0],
+            "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0],
+            "short_mscale": 1.1,
+            "long_mscale": 1.3,
+        },
+    },
     "granitemoe": {"family": "granitemoe"},
     "granitemoeshared": {"family": "granitemoeshared"},
     "ernie4_5_moe": {"family": "ernie4_5_moe"},
@@ -47,18 +61,41 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "flex_olmo": {"family": "flex_olmo"},
     "hunyuan_v1_moe": {"family": "hunyuan_v1_moe"},
     "minimax_m2": {"family": "minimax_m2"},
+    "gemma4_text": {"family": "gemma4_text"},
 }
 """Name of a case -> what `make_random_checkpoint` is told. A case is a family, or a family with a setting that matters:
-sliding windows, dense layers between MoE layers, scaled rotary embeddings, tied embeddings."""
+sliding windows, soft-caps, dense layers between MoE layers, scaled rotary embeddings, tied embeddings."""
+
+MORE_FAMILIES = (
+    "afmoe",
+    "axk1",
+    "cohere2_moe",
+    "exaone_moe",
+    "glm4_moe_lite",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "hy_v3",
+    "laguna",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax_m3_vl_text",
+    "solar_open",
+)
+"""Families that nobody asked for, and that are served all the same: tested only for what differs by family."""
 
 _SIZES = {"hidden": 64, "layers": 3, "experts": 8, "top_k": 2, "ff": 32, "vocab": 512}
 _made: dict[tuple[str, Path], Path] = {}
 
 
 def tiny_checkpoint(name: str, where: Path | pytest.TempPathFactory) -> Path:
-    """The directory of case `name` of FAMILIES, made below `where` unless this process has made it there already."""
+    """The directory of case `name` of FAMILIES, or of one of MORE_FAMILIES, made below `where`.
+
+    One process makes it once.
+    """
     base = where if isinstance(where, Path) else where.getbasetemp()
     key = (name, base)
     if key not in _made:
-        _made[key] = make_random_checkpoint(base / "checkpoints" / name, **(_SIZES | FAMILIES[name]))
+        _made[key] = make_random_checkpoint(
+            base / "checkpoints" / name, **(_SIZES | FAMILIES.get(name, {"family": name}))
+        )
     return _made[key]

@@ -19,7 +19,7 @@ from model.loading import Progress, expert_modules, iter_experts, load_experts, 
 from model.quiet import quiet_transformers
 from model.random_checkpoint import make_random_checkpoint
 from model.stored import StoredTensor
-from tests.model.families import FAMILIES, tiny_checkpoint
+from tests.model.families import FAMILIES, MORE_FAMILIES, tiny_checkpoint
 
 CPU = torch.device("cpu")
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -64,7 +64,7 @@ def assert_same_tensors(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE_FAMILIES])
 def test_parts_make_the_whole(name: str, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tiny_checkpoint(name, tmp_path_factory)
     checkpoint = open_checkpoint(path)
