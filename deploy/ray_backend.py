@@ -287,7 +287,9 @@ class RayBackend:
 async def _result(ref: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
     """The result of a Ray call. Raises the callee's own exception where it is one of ours, and TimeoutError."""
     try:
-        return await asyncio.wait_for(ref, timeout_s)
+        # wait_for() of Python 3.11 may lose a cancellation
+        async with asyncio.timeout(timeout_s):
+            return await ref
     except RayTaskError as error:
         if isinstance(error.cause, EmoeError):
             raise error.cause from None
