@@ -39,8 +39,8 @@ def ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     if joint_ilp.size(problem) <= SMALL:
         seed = local_search_plan(problem, budget.share(0.1))
         return _exact(problem, seed.table, budget)
-    seed = local_search_plan(problem, budget.share(0.5))
-    return _piecewise(problem, seed.table, budget)
+    seed = local_search_plan(problem, budget.share(0.7))
+    return piecewise(problem, seed.table, budget)
 
 
 def _exact(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
@@ -79,17 +79,15 @@ def _add_tangents(problem: PlacementProblem, joint: joint_ilp.JointModel, table:
     return True
 
 
-def _piecewise(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
+def piecewise(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
+    """A pass over the layers, each dealt anew in pieces until a piece brings nothing."""
     search = JointSearch(problem, start)
     tried = kept = 0
-    for layer in _layers_by_need(problem, search.table, budget.rng):
-        while budget.left_s > 0.1:
-            tried += 1
-            if not _improve(problem, search, layer, budget):
-                break
-            kept += 1
-        if budget.left_s <= 0.1:
-            break
+    for layer in _layers_by_need(problem, search.table):
+        better = True
+        while better and budget.left_s > 0.1:
+            better = _improve(problem, search, layer, budget)
+            tried, kept = tried + 1, kept + better
     return Draft(
         table=search.table,
         reason=f"local search, then {kept} of {tried} pieces of a layer improved by ILP",
@@ -97,7 +95,7 @@ def _piecewise(problem: PlacementProblem, start: IntArray, budget: Budget) -> Dr
     )
 
 
-def _layers_by_need(problem: PlacementProblem, table: IntArray, rng: np.random.Generator) -> list[int]:
+def _layers_by_need(problem: PlacementProblem, table: IntArray) -> list[int]:
     """All layers, those with the most seconds to gain on balance first."""
     busy = worker_loads(problem, shares(problem, table)) / problem.speed
     excess = busy.max(axis=1) / (problem.loads.sum(axis=1) / problem.speed.sum())

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 
+from cluster.placement import EMPTY
 from optimizer.draft import Budget, Draft
 from optimizer.heuristics import greedy_table
 from optimizer.layer_prices import LayerPricer
@@ -31,16 +32,30 @@ MOST_EVALUATIONS = 400
 """Per descent of one layer. Prices that are linear at a kink can chase one another in a circle."""
 
 
-def local_search_plan(problem: PlacementProblem, budget: Budget, start: IntArray | None = None) -> Draft:
-    """The best placement found until the deadline, from `start` or else from greedy."""
-    first = greedy_table(problem, budget.rng) if start is None else start
-    search = JointSearch(problem, first)
-    finished = search.sweep(budget.ends)
-    kicks, kept = search.shake(budget) if finished else (0, 0)
+KICKS_PER_LAYER = 24
+"""Disturbances of each layer after which the planner `local_search` stops of itself."""
+
+FROM_CURRENT = 5
+"""Round of SHARPNESS from which a placement in force is improved: softer rounds would move what need not move."""
+
+
+def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
+    """The best placement found until the deadline: from greedy, and from the current placement where there is one."""
+    search = JointSearch(problem, greedy_table(problem, budget.rng))
+    if problem.current is not None and problem.current.workers == problem.workers:
+        search.sweep(budget.share(0.4).ends)
+        stay = JointSearch(problem, problem.current.physical_to_logical_map)
+        stay.sweep(budget.share(0.4).ends, FROM_CURRENT)
+        if stay.total_s < search.total_s:
+            search = stay
+    else:
+        search.sweep(budget.ends)
+    kicks = KICKS_PER_LAYER * problem.num_layers
+    tried, kept = search.shake(budget, kicks)
     return Draft(
         table=search.table,
-        reason=f"swaps over all layers jointly; {kept} of {kicks} shaken layers came out better",
-        termination=Termination.COMPLETED if problem.num_experts == 1 else Termination.DEADLINE,
+        reason=f"swaps over all layers jointly; {kept} of {tried} shaken layers came out better",
+        termination=Termination.COMPLETED if tried == kicks else Termination.DEADLINE,
     )
 
 
@@ -52,12 +67,17 @@ class JointSearch:
         self.table = table.copy()
         self.pricer = LayerPricer(problem, self.table)
 
-    def sweep(self, ends: float) -> bool:
-        """Descend every layer, back and forth, ever sharper. Keeps the best table; False where time ran out."""
+    @property
+    def total_s(self) -> float:
+        """The true cost of the table."""
+        return self.pricer.total_s(self.table)
+
+    def sweep(self, ends: float, first_round: int = 0) -> None:
+        """Descend every layer, back and forth, ever sharper, until `ends` at most. Keeps the best table."""
         best, best_s = self.table.copy(), self.pricer.total_s(self.table)
         layers = range(self.problem.num_layers)
         eagerness = EAGERNESS if self.problem.semantics is Semantics.HOME else (1.0,) * len(SHARPNESS)
-        for (load_power, link_power), eager in zip(SHARPNESS, eagerness, strict=True):
+        for (load_power, link_power), eager in list(zip(SHARPNESS, eagerness, strict=True))[first_round:]:
             for layer in [*layers, *reversed(layers)]:
                 self.descend(layer, load_power, link_power, ends, eager)
                 if time.monotonic() > ends:
@@ -66,14 +86,13 @@ class JointSearch:
             if now_s < best_s:
                 best, best_s = self.table.copy(), now_s
         self.restore(best)
-        return time.monotonic() < ends
 
-    def shake(self, budget: Budget) -> tuple[int, int]:
-        """Disturb one layer after another and descend again, until the deadline; keep what is better. (tried, kept)"""
+    def shake(self, budget: Budget, most: int) -> tuple[int, int]:
+        """Disturb one layer after another and descend again; keep what is better. (tried, kept), tried <= `most`."""
         rng, tried, kept = budget.rng, 0, 0
         layers = self.problem.num_layers
         order = rng.permutation(layers)
-        while time.monotonic() < budget.ends:
+        while tried < most and time.monotonic() < budget.ends:
             layer = int(order[tried % layers])
             tried += 1
             was, was_s = self.table[layer].copy(), self.pricer.around_s(self.table, layer)
@@ -88,17 +107,32 @@ class JointSearch:
         return tried, kept
 
     def _disturb(self, layer: int, rng: np.random.Generator) -> None:
-        """Trade the contents of a few random slots, where that is allowed."""
+        """Give a spare slot to another expert, or trade the contents of a few random slots, where that is allowed."""
         row, problem = self.table[layer], self.problem
-        for _ in range(int(rng.integers(2, max(3, len(row) // 8)))):
-            i, j = (int(k) for k in rng.integers(len(row), size=2))
-            a, b = problem.owner[i], problem.owner[j]
-            if a == b or row[i] == row[j]:
-                continue
-            if row[i] in row[problem.owner == b] or row[j] in row[problem.owner == a]:
-                continue
-            row[i], row[j] = row[j], row[i]
+        if len(row) > problem.num_experts and rng.random() < 0.5:
+            self._redeal_spare(layer, rng)
+        else:
+            for _ in range(int(rng.integers(2, max(3, len(row) // 8)))):
+                i, j = (int(k) for k in rng.integers(len(row), size=2))
+                here, there = problem.owner == problem.owner[i], problem.owner == problem.owner[j]
+                if not here[j] and row[i] not in row[there] and row[j] not in row[here]:
+                    row[i], row[j] = row[j], row[i]
         self.pricer.update(self.table, layer)
+
+    def _redeal_spare(self, layer: int, rng: np.random.Generator) -> None:
+        """Empty a slot that is EMPTY or one of several replicas, or fill it with an expert that its worker lacks."""
+        row, problem = self.table[layer], self.problem
+        replicas = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
+        spare = np.flatnonzero((row == EMPTY) | (replicas[row] > 1))
+        if not len(spare):
+            return
+        slot = int(rng.choice(spare))
+        lacking = np.setdiff1d(np.arange(problem.num_experts), row[problem.owner == problem.owner[slot]])
+        heat = problem.loads[layer, lacking] / replicas[lacking]
+        if len(lacking) and heat.sum() > 0 and rng.random() < 0.9:
+            row[slot] = rng.choice(lacking, p=heat / heat.sum())
+        else:
+            row[slot] = EMPTY
 
     def descend(self, layer: int, load_power: int, link_power: int, ends: float, eagerness: float = 1.0) -> int:
         """Do the best swaps of one layer until none gains; its neighbours stay. Returns how many were done."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cluster.errors import ConfigError
+from optimizer.auto_planner import auto_plan
 from optimizer.bounds import lower_bound
 from optimizer.cost import Cost, copies, load_imbalance, price_table, shares
 from optimizer.draft import Budget, Draft, Planner
@@ -46,7 +47,7 @@ _PLANNERS: dict[str, Planner] = {
     "moetuner": moetuner_plan,
     "local_search": local_search_plan,
     "ilp": ilp_plan,
-    "auto": local_search_plan,
+    "auto": auto_plan,
 }
 
 PLANNERS: tuple[str, ...] = tuple(_PLANNERS)

@@ -61,6 +61,8 @@ class PlacementProblem:
     links: Links = field(default_factory=Links)
     current: Placement | None = None
     """The placement to change, if one is in force. Its workers need not be the problem's."""
+    move_budget: int | None = None
+    """Most experts that workers may fetch to get there from `current`; None: what pays, moves."""
     expert_bytes: int = 0
     """Of one expert of one layer: what a move copies."""
     horizon_steps: float = 10_000.0

@@ -94,6 +94,8 @@ def _check_numbers(problem: PlacementProblem, experts: int) -> None:
         value = getattr(problem, name)
         if not 0 <= value < np.inf:
             raise PlacementError(f"{name}: expected at least 0, got {value!r}")
+    if problem.move_budget is not None and problem.move_budget < 0:
+        raise PlacementError(f"move_budget: expected at least 0, got {problem.move_budget}")
     for name in ("worker_gbps", "node_gbps"):
         value = getattr(problem.links, name)
         if not 0 < value < np.inf:
