@@ -10,7 +10,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors import names
 from actors.coordinator import Coordinator
-from actors.fleet import RayFleet, clear
+from actors.fleet import ON_HEAD, RayFleet, clear
 from cluster.config import ServeConfig
 
 
@@ -27,6 +27,7 @@ def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet | None = 
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            resources=ON_HEAD,
             max_restarts=-1,
             # a call that its death cut off is made again to its successor: an engine's report must not be lost
             max_task_retries=-1,

@@ -15,6 +15,7 @@ from ray.experimental import internal_kv
 
 from actors import names
 from cluster.config import ServeConfig
+from cluster.errors import ConfigError
 from cluster.placement import WorkerId
 from cluster.protocol import ModelInfo
 from optimizer import PlacementProblem, PlanResult
@@ -25,6 +26,9 @@ _KV_NAMESPACE = b"emoe"
 _KEY = b"coordinator-state"
 """In Ray's own key-value store, which lives as long as the Ray cluster does."""
 
+
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""For actors that need no GPU and had better not be on a machine that comes and goes. Ray Serve's own do the same."""
 
 IO_THREADS = 16
 """Of a host, for calls beside its steps: some may wait for a dead peer, and a sign of life must get through."""
@@ -56,7 +60,7 @@ class Fleet(Protocol):
         ...
 
     def device(self) -> str:
-        """cpu or cuda, where the configuration says auto."""
+        """cpu or cuda, resolved. Raises ConfigError for a cuda that is not there."""
         ...
 
     @property
@@ -105,13 +109,18 @@ class RayFleet:
         clear()
 
     def save(self, state: bytes) -> None:
-        internal_kv._internal_kv_put(_KEY, state, overwrite=True, namespace=_KV_NAMESPACE)
+        internal_kv._internal_kv_put(_KEY, self._actor_id + state, overwrite=True, namespace=_KV_NAMESPACE)
 
     def saved(self) -> bytes | None:
-        if not ray.get_runtime_context().was_current_actor_reconstructed:
-            return None
+        # a restarted actor keeps its id; what another coordinator saved may be of another model
         state: bytes | None = internal_kv._internal_kv_get(_KEY, namespace=_KV_NAMESPACE)
-        return state
+        if state is None or not state.startswith(self._actor_id):
+            return None
+        return state.removeprefix(self._actor_id)
+
+    @property
+    def _actor_id(self) -> bytes:
+        return str(ray.get_runtime_context().get_actor_id()).encode()
 
     def find(self, name: str) -> Any:
         try:
@@ -129,9 +138,12 @@ class RayFleet:
         return checkpoint.info if dtype == "auto" else checkpoint.info_for(getattr(torch, dtype))
 
     def device(self) -> str:
+        gpus = self._resources.get("GPU", 0)
+        if self._config.device == "cuda" and self._alone and not gpus:
+            raise ConfigError("device: cuda asked for, but Ray sees no GPU on this machine")
         if self._config.device != "auto":
             return self._config.device
-        return "cuda" if self._resources.get("GPU", 0) > 0 else "cpu"
+        return "cuda" if gpus > 0 else "cpu"
 
     @property
     def shared_gpus(self) -> bool:
@@ -175,13 +187,14 @@ class RayFleet:
             from actors.engine import Engine
 
             self._engine_class = Engine
-        options = {"max_restarts": 0, "num_cpus": 0}
+        options = {"max_restarts": 0, "num_cpus": 0, "resources": ON_HEAD}
         return self._create(self._engine_class, names.ENGINE, options, {}, self._config, self._coordinator)
 
     def start_migrator(self, expert_bytes: int) -> Any:
         from actors.migrator import Migrator
 
-        return self._create(Migrator, names.MIGRATOR, {"max_restarts": -1, "num_cpus": 0}, {}, expert_bytes)
+        options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
+        return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes)
 
     def _create(
         self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any

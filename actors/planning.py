@@ -33,7 +33,8 @@ def build_problem(
 
 
 def judge(result: PlanResult, *, load: Counts, since_change_s: float | None) -> Decision:
-    return decide(result, tokens_per_expert=float(load.mean()), since_change_s=since_change_s)
+    # at least one: with nothing counted the gain that is asked for is large, not infinite
+    return decide(result, tokens_per_expert=max(1.0, float(load.mean())), since_change_s=since_change_s)
 
 
 def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:

@@ -17,6 +17,8 @@ class Planning:
     ticket: int
     operation_id: str
     requested: bool
+    forced: bool
+    """A planner was asked for by name: what it says is done, whatever it is predicted to gain."""
 
 
 class Rebalancing(Epochs):
@@ -57,7 +59,12 @@ class Rebalancing(Epochs):
 
     def _start_planning(self, planner: str | None, reason: str, *, requested: bool) -> None:
         operation = self.operations.open("rebalance", Epoch(self._next_epoch), reason)
-        self.planning = Planning(ticket=self._next_ticket, operation_id=operation.operation_id, requested=requested)
+        self.planning = Planning(
+            ticket=self._next_ticket,
+            operation_id=operation.operation_id,
+            requested=requested,
+            forced=requested and planner != "auto",
+        )
         self._next_ticket += 1
         self._out.append(Solve(ticket=self.planning.ticket, planner=planner))
 
@@ -72,7 +79,9 @@ class Rebalancing(Epochs):
         if event.placement is None or tuple(worker.id for worker in event.placement.workers) != self.ranks:
             self.operations.fail(operation.operation_id, event.reason)
             self.counters.rebalances["failed"] += 1
-        elif event.placement != self.spec.placement and (event.worthwhile or (planning.requested and event.no_worse)):
+        elif event.placement != self.spec.placement and (
+            event.worthwhile or planning.forced or (planning.requested and event.no_worse)
+        ):
             verdict = event.reason if event.worthwhile else f"done, although {event.reason}"
             self.operations.advance(operation.operation_id, reason=f"{operation.reason}: {verdict}")
             self._begin(operation, event.placement)

@@ -285,6 +285,14 @@ def test_a_periodic_plan_must_be_worthwhile_a_requested_one_only_no_worse() -> N
     assert sim.state.change is not None
 
 
+@pytest.mark.parametrize(("planner", "adopted"), [("auto", False), ("round_robin", True)])
+def test_a_planner_that_is_asked_for_by_name_is_obeyed(planner: str, adopted: bool) -> None:
+    sim = serving(2)
+    sim.feed(RebalanceRequested(planner=planner))
+    answer(sim, worthwhile=False, no_worse=False)
+    assert (sim.state.change is not None) == adopted
+
+
 def test_a_night_of_skipped_plans_is_one_line_of_history() -> None:
     sim = serving(2, interval_s=5.0)
     sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
