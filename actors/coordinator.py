@@ -19,7 +19,7 @@ from actors.executor import Executor
 from actors.fleet import Fleet
 from actors.planning import build_problem, judge, preview, to_event
 from cluster.config import ServeConfig
-from cluster.epochs import ControlSettings
+from cluster.epochs import ControlSettings, Stage
 from cluster.errors import ConfigError, NotReadyError, UserError
 from cluster.events import (
     Abandon,
@@ -242,7 +242,10 @@ class Coordinator:
         if state.spec is None:
             return False
         executor = Executor(self._fleet, self._config, state.model, spec)
-        engine_epoch, events = await executor.adopt(state.alive)
+        events = executor.adopt(state.alive)
+        # only the outcome of a flip is worth waiting for: until then nobody can be told anything
+        flipping = state.change is not None and state.change.stage is Stage.COMMITTING
+        engine_epoch = await executor.engine_epoch() if flipping else None
         logger.warning("the coordinator was restarted in epoch %d with %d workers", state.epoch, len(executor.hosts))
         self._take_up(state, spec)
         self._executor = executor

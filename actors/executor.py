@@ -67,8 +67,8 @@ class Executor:
         self._transferring: Epoch | None = None
         self._abandoning: set[asyncio.Task[Any]] = set()
 
-    async def adopt(self, members: Iterable[Member]) -> tuple[Epoch | None, list[Event]]:
-        """Take over the actors of a coordinator that is gone: (the engine's epoch, what was not found)."""
+    def adopt(self, members: Iterable[Member]) -> list[Event]:
+        """Take over the actors of a coordinator that is gone; the events tell which are gone too."""
         events: list[Event] = []
         for member in members:
             host = self._fleet.find(names.host_name(member.id))
@@ -82,12 +82,18 @@ class Executor:
         self.engine = self._fleet.find(names.ENGINE)
         self._engine_started = True
         if self.engine is None:
-            return None, [*events, EngineLost(reason="its process died")]
+            events.append(EngineLost(reason="its process died"))
+        return events
+
+    async def engine_epoch(self) -> Epoch | None:
+        """The epoch of the engine's last step; None where it does not say."""
+        if self.engine is None:
+            return None
         try:
-            status: EngineStatus = await asyncio.wait_for(self.engine.status.remote(), self._config.step_timeout)
-        except CALL_ERRORS as error:
-            return None, [*events, self.drop_engine(one_line(error))]
-        return Epoch(status.epoch), events
+            status: EngineStatus = await asyncio.wait_for(self.engine.status.remote(), PROBE_TIMEOUT_S)
+        except CALL_ERRORS:
+            return None
+        return Epoch(status.epoch)
 
     async def start_worker(self, command: StartWorker) -> Event:
         host = self._fleet.start_host(command.worker)

@@ -41,6 +41,8 @@ class Member:
     asked_at: float
     info: HostInfo | None = None
     loaded_at: float | None = None
+    retired: bool = False
+    """It leaves because it was named, and not for the number's sake."""
     strikes: int = 0
     """Steps in a row that failed with it as a suspect."""
 

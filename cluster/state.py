@@ -40,7 +40,7 @@ from cluster.events import (
 from cluster.membership import Member, WorkerState, adapt, expert_lists, slots_per_worker
 from cluster.operations import ENDED
 from cluster.placement import Placement, Worker, WorkerId
-from cluster.protocol import Epoch, ModelInfo, Operation, Readiness
+from cluster.protocol import Epoch, ModelInfo, Operation, Phase, Readiness
 from cluster.rebalancing import Rebalancing
 
 JOIN_PATIENCE_S = 5.0
@@ -257,6 +257,11 @@ class ControlState(Rebalancing):
 
     def _start_workers(self, now: float) -> None:
         present = [member for member in self.alive if member.state is not WorkerState.DRAINING]
+        for member in self.alive:
+            if len(present) < self.target and member.state is WorkerState.DRAINING and not member.retired:
+                # it was to leave only because there were too many
+                member.state = WorkerState.SERVING
+                present.append(member)
         missing = self.target - len(present)
         if missing <= 0 or now < self._start_at:
             return
@@ -321,18 +326,27 @@ class ControlState(Rebalancing):
     def _finish(self, change: Change, now: float) -> None:
         if self.settings.rebalance_interval_s > 0:
             self._rebalance_at = now + self.settings.rebalance_interval_s
-        transfers = change.transfers
-        moved = f"{len(transfers.copies)} experts copied, {len(transfers.reads)} read"
         operation = self.operations.get(change.operation_id)
         assert operation is not None
-        done = f"{operation.reason}; epoch {self.epoch} with {len(self.ranks)} workers, {moved}"
+        moved = f"{len(change.transfers.copies)} experts copied, {len(change.transfers.reads)} read"
         if change.kind == "rebalance":
             self.counters.rebalances["completed"] += 1
-        if operation.operation_id == self._scaling and len(self.ranks) != self.target:
+        if operation.operation_id == self._scaling and not self._scaled:
             # some workers are still to come
-            self.operations.advance(operation.operation_id, reason=operation.reason)
-            return
-        self.operations.complete(change.operation_id, done)
+            self.operations.advance(operation.operation_id, phase=Phase.PREPARING)
+        else:
+            done = f"{operation.reason}; epoch {self.epoch} with {len(self.ranks)} workers, {moved}"
+            self.operations.complete(operation.operation_id, done)
+        scaling = self.operations.find_open("scale")
+        if scaling is not None and scaling.operation_id == self._scaling and self._scaled:
+            # a recovery has brought it about
+            self.operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {self.epoch}")
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether those that serve are as many as asked for, and none of them is to leave."""
+        leaving = any(self.members[worker].state is WorkerState.DRAINING for worker in self.ranks)
+        return len(self.ranks) == self.target and not leaving
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
@@ -350,6 +364,7 @@ class ControlState(Rebalancing):
         self.target = target
         for worker in event.retire:
             self.members[worker].state = WorkerState.DRAINING
+            self.members[worker].retired = True
         present = [member for member in self.alive if member.state is not WorkerState.DRAINING]
         # those that do not serve yet go first, then the newest
         leaving = [*[m for m in present if m.loaded], *[m for m in present if not m.loaded]][target:]

@@ -243,7 +243,8 @@ class Simulation:
     @property
     def settled(self) -> bool:
         state = self.state
-        return state.readiness().ready and len(state.ranks) == state.target and state.change is None
+        serves = state.readiness().ready and len(state.ranks) == state.target
+        return serves and state.change is None and state.operations.find_open() is None
 
 
 def info(worker: WorkerId, node: str = "n0") -> HostInfo:

@@ -371,3 +371,26 @@ def test_spare_slots_are_shared_out_and_empty_until_a_planner_fills_them() -> No
     placement = sim.state.spec.placement
     assert [worker.slots for worker in placement.workers] == [6, 6]
     assert (placement.physical_to_logical_map == EMPTY).sum() == LAYERS * 4
+
+
+def test_a_death_that_brings_the_wanted_size_about_ends_the_scaling() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=1))
+    scaling = newest(sim).operation_id
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    sim.settle()
+    assert sim.state.ranks == (W0,)
+    operation = sim.state.operations.get(scaling)
+    assert operation is not None
+    assert operation.phase is Phase.COMPLETED
+
+
+def test_a_worker_that_was_one_too_many_stays_when_another_dies() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=1))
+    sim.kill(W0)
+    sim.feed(WorkerLost(worker=W0, reason="died"))
+    sim.settle()
+    assert sim.state.ranks == (W1,)
+    assert not sent(sim, StartWorker)
