@@ -32,7 +32,10 @@ MOST_EVALUATIONS = 400
 """Per descent of one layer. Prices that are linear at a kink can chase one another in a circle."""
 
 
-KICKS_PER_LAYER = 24
+SHAKEN = ((6, 3), (9, 5))
+"""Rounds of SHARPNESS for one layer after it was disturbed: in the sharpest most of the balance is won."""
+
+KICKS_PER_LAYER = 20
 """Disturbances of each layer after which the planner `local_search` stops of itself."""
 
 FROM_CURRENT = 5
@@ -97,7 +100,7 @@ class JointSearch:
             tried += 1
             was, was_s = self.table[layer].copy(), self.pricer.around_s(self.table, layer)
             self._disturb(layer, rng)
-            for load_power, link_power in SHARPNESS[5::2]:
+            for load_power, link_power in SHAKEN:
                 self.descend(layer, load_power, link_power, budget.ends)
             if self.pricer.around_s(self.table, layer) < was_s * (1 - 1e-9):
                 kept += 1

@@ -71,7 +71,7 @@ def _map_clusters(problem: PlacementProblem, cluster_of: IntArray, budget: Budge
     solution = solve(model, solver=budget.solver, time_limit_s=0.8 * budget.left_s, gap=TOLERANCE)
     if solution.objective is None:
         return start, 1.0
-    gap = (solution.objective - solution.bound) / max(abs(solution.objective), 1e-12)
+    gap = 1 - max(solution.bound, 0.0) / max(solution.objective, 1e-12)
     table = [[[model.x[layer, k, w].value for w in model.w] for k in model.k] for layer in model.layers]
     return np.asarray(np.argmax(np.array(table), axis=2), dtype=np.int32), gap
 

@@ -162,7 +162,9 @@ def _norm(z: FloatArray, power: int) -> float:
 
 
 def _raise(z: FloatArray, power: int) -> FloatArray:
-    """z to the power of 2 ** power, by squaring."""
+    """z to the power of 2 ** power, by squaring; what would leave the range of floats is far worse than any gain
+    anyway."""
+    z = np.minimum(z, 10.0 ** (250 / 2**power))
     for _ in range(power):
         z = z * z
     return z
