@@ -28,6 +28,9 @@ _BROKEN = (
 )
 """What transformers raises when a configuration makes no sense to it."""
 
+_UNPACKED = ("mxfp4",)
+"""Quantization methods whose weights are unpacked to the served dtype while they are loaded."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
@@ -123,16 +126,21 @@ def _read_config(path: Path) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except _BROKEN as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
+    if hasattr(config, "quantization_config"):
+        # what is loaded is unpacked: transformers must not set up kernels for packed weights
+        del config.quantization_config
     return config
 
 
 def _refuse_quantized(file: Path, raw: dict[str, Any]) -> None:
     quantization = raw.get("quantization_config") or raw.get("compression_config")
     if quantization:
+        if isinstance(quantization, dict) and quantization.get("quant_method") in _UNPACKED:
+            return
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise CheckpointError(
             f"{file}: quantization_config: weights quantized by {method!r} are not supported, "
-            "only float32, bfloat16 and float16"
+            "only float32, bfloat16, float16 and gpt-oss' mxfp4"
         )
 
 

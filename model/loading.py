@@ -71,7 +71,6 @@ def expert_modules(model: nn.Module) -> list[nn.Module]:
 
 def load_experts(
     checkpoint: Checkpoint,
-    model: PreTrainedModel,
     layer: int,
     experts: Sequence[int],
     *,
@@ -115,6 +114,7 @@ def iter_experts(
         if progress is not None:
             progress(done, total)
         yield layer, expert, tensors
+    return_freed_memory()
 
 
 def expert_stored_bytes(checkpoint: Checkpoint, layer: int) -> int:
@@ -133,12 +133,18 @@ def _load_expert(
     made: dict[str, Tensor] = {}
     for part in checkpoint.plan.experts[layer]:
         sources = {
-            pattern: [checkpoint.tensors[name].read(expert if part.fused else None).to(dtype)]
+            pattern: [_read(checkpoint.tensors[name], expert if part.fused else None, dtype)]
             for pattern, name in part.sources_of(expert).items()
         }
-        [tensor] = convert(part.group, sources, checkpoint.skeleton)[part.group.target]
-        made[part.parameter] = _own(tensor, device)
+        [tensor] = convert(part.group, sources, checkpoint.skeleton)[part.group.target].detach()
+        made[part.parameter] = _own(tensor.to(dtype), device)
     return made
+
+
+def _read(stored: StoredTensor, row: int | None, dtype: torch.dtype) -> Tensor:
+    tensor = stored.read(row)
+    # packed weights are integers until they are converted
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _own(tensor: Tensor, device: torch.device) -> Tensor:

@@ -19,12 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
 from cluster.errors import CheckpointError
 from model.stored import StoredTensor
@@ -94,7 +90,7 @@ def make_plan(
         made.add(group.target)
         parameter = group.target.rpartition(".")[2]
         experts[owners[group.target]].append(check.expert(group, parameter, num_experts))
-    _refuse_missing(model, set(wanted) - made)
+    _refuse_missing(model, set(wanted) - made, tensors)
     return LoadPlan(trunk=tuple(trunk), experts=tuple(tuple(parts) for parts in experts))
 
 
@@ -122,7 +118,7 @@ def _parameters(model: PreTrainedModel, module: str) -> list[str]:
 
 def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[str]) -> list[Group]:
     """Stored names by the parameter they make. Those that make none, such as extra prediction layers, are left out."""
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model) + _unpacking(names)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -138,6 +134,20 @@ def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[s
         group = groups.setdefault(target, Group(target=target, converter=converter))
         group.sources.setdefault(pattern or name, []).append(name)
     return list(groups.values())
+
+
+def _unpacking(names: Sequence[str]) -> list[WeightConverter]:
+    """Converters for experts packed as MXFP4, as gpt-oss is published: blocks of 4-bit values, each with a scale."""
+    if not any(name.endswith("_proj_blocks") for name in names):
+        return []
+    return [
+        WeightConverter(
+            source_patterns=[f"{projection}_blocks", f"{projection}_scales"],
+            target_patterns=projection,
+            operations=[Mxfp4Dequantize(None)],  # type: ignore[no-untyped-call]
+        )
+        for projection in ("gate_up_proj", "down_proj")
+    ]
 
 
 # --- Shapes -----------------------------------------------------------------------------------------------------------
@@ -230,7 +240,7 @@ class _ShapeCheck:
         return str(self.tensors[group.names[0]].file)
 
 
-def _refuse_missing(model: PreTrainedModel, missing: set[str]) -> None:
+def _refuse_missing(model: PreTrainedModel, missing: set[str], tensors: Mapping[str, StoredTensor]) -> None:
     """Parameters that no stored tensor makes are an error, unless they are tied to one that is there."""
     tied: Mapping[str, str] = model.all_tied_weights_keys
     twins: dict[str, set[str]] = defaultdict(set)
@@ -245,4 +255,5 @@ def _refuse_missing(model: PreTrainedModel, missing: set[str]) -> None:
     ]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise CheckpointError(f"the checkpoint has no tensor for {absent[0]}{more}")
+        where = next(iter(tensors.values())).file.parent if tensors else "the checkpoint"
+        raise CheckpointError(f"{where}: has no tensor for {absent[0]}{more}")
