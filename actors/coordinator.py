@@ -314,7 +314,7 @@ class Coordinator:
             if member.id in executor.hosts and member.id not in self._polling:
                 self._polling.add(member.id)
                 self._spawn(self._poll_host(member))
-        if state.spec is not None and executor.engine is not None and "engine" not in self._polling:
+        if executor.engine is not None and executor.engine_serves and "engine" not in self._polling:
             self._polling.add("engine")
             self._spawn(self._poll_engine())
 

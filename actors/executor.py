@@ -45,7 +45,7 @@ from cluster.protocol import EngineStatus, Epoch, EpochSpec, HostInfo, HostSpec,
 
 logger = logging.getLogger(__name__)
 
-PROBE_TIMEOUT_S = 3.0
+PROBE_TIMEOUT_S = 5.0
 """A worker that gives no sign of life for so long hangs."""
 ABANDON_TIMEOUT_S = 10.0
 
@@ -63,6 +63,8 @@ class Executor:
         self.infos: dict[WorkerId, HostInfo] = {}
         self.engine: Any = None
         self._engine_started = False
+        self.engine_serves = False
+        """Whether it has begun an epoch; before that it may take its time to answer."""
         self._migrator: Any = None
         self._transferring: Epoch | None = None
         self._abandoning: set[asyncio.Task[Any]] = set()
@@ -80,7 +82,7 @@ class Executor:
                 self.infos[member.id] = member.info
         self._migrator = self._fleet.find(names.MIGRATOR)
         self.engine = self._fleet.find(names.ENGINE)
-        self._engine_started = True
+        self._engine_started = self.engine_serves = True
         if self.engine is None:
             events.append(EngineLost(reason="its process died"))
         return events
@@ -230,6 +232,7 @@ class Executor:
                 return [self.drop_engine(one_line(error))]
             lost = await self._find_lost([worker.id for worker in spec.placement.workers])
             return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
+        self.engine_serves = True
         return [Committed(epoch=spec.epoch)]
 
     def abandon(self, command: Abandon) -> None:
@@ -245,7 +248,7 @@ class Executor:
     def _ensure_engine(self) -> None:
         if self.engine is None:
             self.engine = self._fleet.start_engine()
-            self._engine_started = False
+            self._engine_started = self.engine_serves = False
 
     def _ensure_migrator(self) -> None:
         if self._migrator is None:
