@@ -19,7 +19,7 @@ from cluster.errors import CheckpointError
 from cluster.protocol import ModelInfo
 from model.plan import LoadPlan, make_plan
 from model.quiet import quiet_transformers
-from model.servability import NotServable, Shape, dry_run, state_windows
+from model.servability import NotServable, Shape, dry_run
 from model.stored import StoredTensor, read_json, stored_tensors
 
 _BROKEN = (
@@ -66,12 +66,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     skeleton = _skeleton(path, config)
     max_model_len = _max_model_len(config)
     try:
-        shape = dry_run(skeleton, max_model_len)
-        if shape.windows_in_masks:
-            # once its attention is told, the window must arrive there like any other
-            state_windows(skeleton, shape.windows_in_masks)
-            if dry_run(skeleton, max_model_len).windows_in_masks:
-                raise NotServable("its attention cannot be told the sliding window that its mask has")
+        shape = dry_run(skeleton)
     except NotServable as reason:
         raise CheckpointError(f"{path}: {type(skeleton).__name__} cannot be served: {reason}") from reason
     tensors = stored_tensors(path)

@@ -19,7 +19,7 @@ from model.checkpoint import Checkpoint
 from model.heap import return_freed_memory
 from model.plan import convert
 from model.quiet import quiet_transformers
-from model.servability import is_expert_module, state_windows
+from model.servability import is_expert_module
 from model.stored import StoredTensor
 
 _TRIM_BYTES = 32 << 20
@@ -58,7 +58,6 @@ def load_trunk(
             output_loading_info=True,
         )
     _refuse_report(checkpoint, report)
-    state_windows(model, checkpoint.shape.windows_in_masks)
     trunk: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return_freed_memory()
     return trunk

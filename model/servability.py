@@ -1,15 +1,15 @@
 """Finds out whether the engine can serve a model, by one dry run of it on the meta device, before any weight is read.
 
 The engine owns three things that transformers' modelling code must hand over: experts (through the experts interface),
-attention with its key-value cache (through the attention interface), and masks (it has none: causality and sliding
-windows follow from each sequence's length). The dry run registers probes for the three and looks at what arrives. What
+attention with its key-value cache (through the attention interface), and masks (it wants them described, not made:
+causal, or causal within a sliding window). The dry run registers probes for the three and looks at what arrives. What
 a model is called does not matter, so new families are served, or refused with a reason, without a list that ages.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -46,8 +46,6 @@ class Shape:
     top_k: int
     hidden_size: int
     vocab_size: int
-    windows_in_masks: dict[int, int]
-    """Attention layer -> sliding window that the model puts into its mask but does not tell its attention."""
 
 
 @dataclass(slots=True)
@@ -58,16 +56,14 @@ class _Trace:
     top_k: set[int] = field(default_factory=set)
     hidden_sizes: set[int] = field(default_factory=set)
     attention_layers: list[int] = field(default_factory=list)
-    windows_in_masks: dict[int, int] = field(default_factory=dict)
-    max_model_len: int = 0
     complaint: str | None = None
 
 
-def dry_run(model: PreTrainedModel, max_model_len: int) -> Shape:
+def dry_run(model: PreTrainedModel) -> Shape:
     """What `model`, which must be on the meta device, is made of. Raises NotServable with the reason otherwise."""
     modules = [(name, module) for name, module in model.named_modules() if is_expert_module(module)]
     _check_structure(model, modules)
-    trace = _Trace(max_model_len=max_model_len)
+    trace = _Trace()
     logits = _forward(model, trace)
     if trace.complaint is not None:
         raise NotServable(trace.complaint)
@@ -88,7 +84,6 @@ def dry_run(model: PreTrainedModel, max_model_len: int) -> Shape:
         top_k=trace.top_k.pop(),
         hidden_size=trace.hidden_sizes.pop(),
         vocab_size=int(logits.shape[-1]),
-        windows_in_masks=trace.windows_in_masks,
     )
 
 
@@ -100,24 +95,6 @@ def is_expert_module(module: nn.Module) -> bool:
 def num_experts(module: nn.Module) -> int:
     """E: the first dimension of every parameter of an expert module."""
     return int(next(module.parameters()).shape[0])
-
-
-def state_windows(model: PreTrainedModel, windows: Mapping[int, int]) -> None:
-    """Have attention layers told the window that their model would only put into a mask (Qwen2-MoE, PhiMoE)."""
-    for module in model.modules():
-        window = windows.get(getattr(module, "layer_idx", -1))
-        if window is not None and "attention" in type(module).__name__.lower():
-            module.register_forward_pre_hook(_WindowHook(window), with_kwargs=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _WindowHook:
-    """Adds sliding_window to the arguments of an attention layer, which hands on those it does not know."""
-
-    window: int
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "sliding_window": self.window}
 
 
 # --- What shows without running ---------------------------------------------------------------------------------------
@@ -245,7 +222,7 @@ def _probe_mask(
         if use_vmap
         else None
     )
-    mask.emoe_window, mask.emoe_complaint = local_size, complaint  # type: ignore[attr-defined]
+    mask.emoe_complaint = complaint  # type: ignore[attr-defined]
     return mask
 
 
@@ -254,13 +231,11 @@ def _probe_attention(
 ) -> tuple[Tensor, None]:
     trace = _running.get()
     trace.attention_layers.append(getattr(module, "layer_idx", -1))
-    trace.complaint = trace.complaint or _attention_complaint(trace, module, key, attention_mask, kwargs)
+    trace.complaint = trace.complaint or _attention_complaint(module, key, attention_mask, kwargs)
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
-def _attention_complaint(
-    trace: _Trace, module: nn.Module, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-) -> str | None:
+def _attention_complaint(module: nn.Module, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     odd = sorted(
         name for name, value in kwargs.items() if name not in _HONOURED and value is not None and value is not False
     )
@@ -269,16 +244,11 @@ def _attention_complaint(
     if key.shape[2] != TOKENS:
         return f"{type(module).__name__} attends to other keys than one per token"
     if mask is None:
-        return None
-    if not hasattr(mask, "emoe_window"):
+        return f"{type(module).__name__} attends without a mask"
+    if not hasattr(mask, "emoe_complaint"):
         return f"{type(module).__name__} makes an attention mask of its own"
-    if mask.emoe_complaint is not None:  # type: ignore[attr-defined]
-        return f"its attention mask is not supported: {mask.emoe_complaint}"  # type: ignore[attr-defined]
-    in_mask, asked = mask.emoe_window, kwargs.get("sliding_window") or None
-    if in_mask is not None and in_mask != asked and in_mask < trace.max_model_len:
-        if asked is not None:
-            return f"{type(module).__name__} asks for a window of {asked} but makes a mask for {in_mask}"
-        trace.windows_in_masks[trace.attention_layers[-1]] = in_mask
+    if mask.emoe_complaint is not None:
+        return f"its attention mask is not supported: {mask.emoe_complaint}"
     return None
 
 

@@ -146,11 +146,6 @@ def test_code_of_the_checkpoint_is_not_needed_where_transformers_has_its_own(cop
     assert open_checkpoint(path).info.architecture == "DeepseekV3ForCausalLM"
 
 
-def test_window_that_only_the_mask_has(tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert open_checkpoint(tiny_checkpoint("qwen2_moe-sliding", tmp_path_factory)).shape.windows_in_masks == {0: 8}
-    assert open_checkpoint(tiny_checkpoint("mixtral-sliding", tmp_path_factory)).shape.windows_in_masks == {}
-
-
 # --- Damaged or incomplete ----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,136 @@
+"""A real server, as a user starts it: `emoe serve` in a process of its own, over a real local Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from openai import OpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model.quiet import quiet_transformers
+from tests.model.families import tiny_checkpoint
+
+READY_S = 180
+MODEL = "tiny"
+
+
+@dataclass(slots=True)
+class Server:
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    def get(self, path: str) -> Any:
+        response = httpx.get(self.url + path, timeout=30)
+        response.raise_for_status()
+        return response.json()
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def wait(self, what: str, true: Callable[[], bool], timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not true():
+            assert time.monotonic() < deadline, f"{what} did not come about in {timeout_s} s"
+            time.sleep(0.1)
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            assert self.process.poll() is None, self.log.read_text()
+            return False
+
+    def stop(self) -> int:
+        """As Ctrl-C or a supervisor does. Returns the exit code; nothing of the server's is left."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive, f"left behind: {[p.cmdline()[:2] for p in alive]}"
+        return code
+
+
+def start(arguments: Sequence[str], log: Path) -> Server:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    emoe = Path(sys.executable).with_name("emoe")
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [str(emoe), "serve", *arguments, "--port", str(port)],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        )
+    return Server(process=process, url=f"http://127.0.0.1:{port}", log=log)
+
+
+def kill_family(server: Server) -> None:
+    if server.process.poll() is None:
+        for process in psutil.Process(server.process.pid).children(recursive=True):
+            process.kill()
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("qwen3_moe", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Three workers for eight experts, so that the split is uneven."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    flags = ["--workers", "3", "--dtype", "float32", "--max-model-len", "1024", "--served-model-name", MODEL]
+    server = start([str(checkpoint), *flags, "--rebalance-interval", "0"], log)
+    try:
+        server.wait("readiness", server.ready, READY_S)
+        yield server
+    finally:
+        kill_family(server)
+
+
+@dataclass(slots=True)
+class Reference:
+    """transformers' own answers on the same files."""
+
+    model: Any
+    tokenizer: Any
+
+    def greedy(self, prompt: list[int], tokens: int) -> list[int]:
+        with torch.no_grad():
+            out = self.model.generate(
+                torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None
+            )
+        return list(out[0, len(prompt) :].tolist())
+
+    def text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path) -> Reference:
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
+    return Reference(model=model.eval(), tokenizer=AutoTokenizer.from_pretrained(checkpoint))

@@ -1,0 +1,186 @@
+"""A served model as its users see it: the `openai` client, the admin API, and kill -9, against transformers' tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import MODEL, Reference, Server
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+PROMPT = [17, 42, 99, 7, 250]
+GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+class Stream(threading.Thread):
+    """A streamed completion in a thread: its text, and when each piece came."""
+
+    def __init__(self, server: Server, tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.text = ""
+        self.stamps: list[float] = []
+        self.finish_reason: str | None = None
+        self._server, self._tokens = server, tokens
+        self.start()
+
+    def run(self) -> None:
+        for event in self._server.client().completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=self._tokens, stream=True, **GREEDY
+        ):
+            self.text += event.choices[0].text
+            self.finish_reason = event.choices[0].finish_reason
+            self.stamps.append(time.monotonic())
+
+    def wait_for_pieces(self, count: int) -> None:
+        self._server.wait(f"{count} pieces", lambda: len(self.stamps) >= count)
+
+
+def test_completion_and_stream_are_transformers_tokens(server: Server, reference: Reference) -> None:
+    expected = reference.text(reference.greedy(PROMPT, 64))
+    whole = server.client().completions.create(model=MODEL, prompt=PROMPT, max_tokens=64, **GREEDY)
+    assert whole.choices[0].text == expected
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(PROMPT), 64)
+    stream = Stream(server, 64)
+    stream.join(60)
+    assert (stream.text, stream.finish_reason) == (expected, "length")
+    # tokens come one by one, not all at the end
+    assert len(stream.stamps) > 32
+
+
+def test_chat(server: Server, reference: Reference) -> None:
+    messages: Any = [{"role": "user", "content": "Where is the expert?"}]
+    answer = server.client().chat.completions.create(model=MODEL, messages=messages, max_tokens=16, **GREEDY)
+    prompt = reference.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert answer.choices[0].message.content == reference.text(reference.greedy(list(prompt), 16))
+
+
+def test_many_at_once_do_not_disturb_one_another(server: Server, reference: Reference) -> None:
+    prompts = [[(i * 37 + j * 11) % 400 + 5 for j in range(1 + i * 3)] for i in range(12)]
+
+    def ask(prompt: list[int]) -> str:
+        answer = server.client().completions.create(model=MODEL, prompt=prompt, max_tokens=24, **GREEDY)
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == reference.text(reference.greedy(prompt, 24))
+
+
+def test_a_replacement_under_a_stream_changes_no_token(server: Server, reference: Reference) -> None:
+    """Skewed traffic, a dry run, then the re-placement itself while a stream runs."""
+    before = server.get("/admin/placement")
+    Stream(server, 200).join(60)
+    server.wait("routing statistics", lambda: server.get("/admin/routing")["tokens"] > 100)
+    dry = server.post("/admin/rebalance", {"planner": "greedy", "dry_run": True})
+    assert dry.status_code == 200
+    preview = dry.json()
+    assert preview["moves"] > 0
+    assert preview["bytes"] > 0
+    assert preview["load_imbalance_after"] <= preview["load_imbalance_before"]
+    assert server.get("/admin/placement") == before
+
+    stream = Stream(server, 1000)
+    stream.wait_for_pieces(20)
+    begun = server.post("/admin/rebalance", {"planner": "greedy"})
+    assert begun.status_code == 202
+    operation = begun.json()["operation_id"]
+
+    def over() -> bool:
+        return bool(server.get(f"/admin/operations/{operation}")["phase"] in ("completed", "failed"))
+
+    server.wait("the re-placement", over)
+    end = server.get(f"/admin/operations/{operation}")
+    assert end["phase"] == "completed", end
+    under_way = stream.is_alive()
+    stream.join(120)
+    assert under_way, "the stream had ended before the placement changed"
+    assert stream.text == reference.text(reference.greedy(PROMPT, 1000))
+    after = server.get("/admin/placement")
+    assert after["epoch"] > before["epoch"]
+    assert after["physical_to_logical_map"] != before["physical_to_logical_map"]
+
+
+def test_a_client_that_hangs_up_frees_its_place(server: Server) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 900, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        next(response.iter_lines())
+        running = sum(w["running_requests"] for w in server.get("/admin/workers"))
+        assert running == 1
+    server.wait("an idle cluster", lambda: all(w["running_requests"] == 0 for w in server.get("/admin/workers")), 10)
+
+
+def test_bad_requests_harm_nobody(server: Server, reference: Reference) -> None:
+    stream = Stream(server, 200)
+    stream.wait_for_pieces(5)
+    completions = f"{server.url}/v1/completions"
+    for content, status in (
+        (b"{" * 100, 400),
+        (b'{"model": "tiny", "prompt": "\xff\xfe"}', 400),
+        (b'{"model": "tiny", "prompt": "' + b"x" * (10 << 20) + b'"}', 413),
+    ):
+        response = httpx.post(completions, content=content, headers={"content-type": "application/json"}, timeout=30)
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+    for body, status, param in (
+        ({"model": "nobody", "prompt": "x"}, 404, "model"),
+        ({"model": MODEL, "prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+        ({"model": MODEL, "prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
+        ({"model": MODEL, "prompt": [1] * 2000}, 400, "prompt"),
+        ({"model": MODEL, "prompt": "x", "temperature": "hot"}, 400, "temperature"),
+    ):
+        response = server.post("/v1/completions", body)
+        assert response.status_code == status, response.text
+        assert response.json()["error"]["param"] == param
+    stream.join(60)
+    assert stream.text == reference.text(reference.greedy(PROMPT, 200))
+
+
+def test_metrics_count(server: Server) -> None:
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    for name in (
+        "vllm:num_requests_running",
+        "vllm:time_to_first_token_seconds",
+        "vllm:generation_tokens_total",
+        "emoe:",
+    ):
+        assert name in text
+
+
+def test_kill_9_of_a_worker_under_a_stream(server: Server, reference: Reference) -> None:
+    """The worker that runs the request dies: the stream pauses, and goes on with the same tokens."""
+    stream = Stream(server, 400)
+    stream.wait_for_pieces(30)
+    workers = server.get("/admin/workers")
+    home = next(w for w in workers if w["running_requests"])
+    os.kill(home["pid"], signal.SIGKILL)
+    stream.join(120)
+    assert stream.text == reference.text(reference.greedy(PROMPT, 400))
+    assert home["id"] not in [w["id"] for w in server.get("/admin/placement")["workers"]]
+
+    def three_again() -> bool:
+        return len(server.get("/admin/placement")["workers"]) == 3
+
+    server.wait("a replacement worker", three_again, 90)
+
+
+def test_an_orderly_end(server: Server, reference: Reference) -> None:
+    """Last of all: a running request gets its whole answer, and no process is left."""
+    stream = Stream(server, 200)
+    stream.wait_for_pieces(5)
+    assert server.stop() == 0
+    stream.join(10)
+    assert stream.text == reference.text(reference.greedy(PROMPT, 200))
+    # progress, one line with the URL, and the end: nothing of Ray's
+    lines = server.log.read_text().splitlines()
+    assert sum("http://" in line for line in lines) == 1
+    assert not [line for line in lines if "Traceback" in line or "ray" in line.lower().replace("starting ray", "")]
