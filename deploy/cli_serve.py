@@ -60,6 +60,8 @@ def serve(config: ServeConfig) -> int:
         progress.clear()
         processes.stop()
         signals.restore()
+    if processes.hangs:
+        os._exit(0)
     return 0
 
 

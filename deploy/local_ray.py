@@ -6,7 +6,6 @@ the environment is set first, and ray is imported inside functions.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -14,6 +13,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +39,8 @@ class ServerProcesses:
         self._config = config
         self._run_dir: Path | None = None
         self._connected = False
+        self.hangs = False
+        """Whether a thread of Ray did not end: then only `os._exit` leaves this process."""
 
     @property
     def local(self) -> bool:
@@ -81,15 +83,14 @@ class ServerProcesses:
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for those under way."""
-        # Serve's handles need an event loop where its router has no thread of its own.
-        asyncio.run(self._drain(time.monotonic() + timeout_s))
-
-    async def _drain(self, deadline: float) -> None:
         from ray import serve
 
         handle: Any = serve.get_app_handle(APP_NAME)
-        while await asyncio.wait_for(handle.drain.remote(), 10) and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
+        deadline = time.monotonic() + timeout_s
+        while handle.drain.remote().result(timeout_s=10) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        # the last bytes of the last answer
+        time.sleep(0.2)
 
     def stop(self) -> None:
         """End everything that was started. On a cluster that was joined: our application and our actors."""
@@ -97,15 +98,14 @@ class ServerProcesses:
             return
         self._connected = False
         ours = psutil.Process().children(recursive=True) if self.local else []
-        import ray
-
-        with contextlib.suppress(Exception):
-            if ray.is_initialized():
-                self._stop_actors()
-            if self.local:
-                ours = list({*ours, *psutil.Process().children(recursive=True)})
-            ray.shutdown()
+        # Ray may wait for ever for a part of itself that is gone; then its processes are killed all the same.
+        ending = threading.Thread(target=self._disconnect, daemon=True)
+        ending.start()
+        ending.join(3 * END_TIMEOUT_S)
+        if self.local:
+            ours = list({*ours, *psutil.Process().children(recursive=True)})
         _end(ours, END_TIMEOUT_S)
+        self.hangs = ending.is_alive()
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
@@ -115,6 +115,15 @@ class ServerProcesses:
             _end(psutil.Process().children(recursive=True), 0)
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _disconnect(self) -> None:
+        import ray
+
+        with contextlib.suppress(Exception):
+            if ray.is_initialized():
+                self._stop_actors()
+        with contextlib.suppress(Exception):
+            ray.shutdown()
 
     def _stop_actors(self) -> None:
         from actors.cluster import stop_cluster
@@ -147,7 +156,10 @@ def _local_environment(run_dir: Path) -> Mapping[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # One event loop for Serve and the API: threads between them cost a millisecond per chunk.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        # `drain` uses a handle outside of any event loop. Requests pass no router.
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+        # A thread of that handle, still alive while Ray is shut down, would else start a new Ray.
+        "RAY_ENABLE_AUTO_CONNECT": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
