@@ -65,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 POLL_S = 1.0
+START_S = 30.0
+"""A process that has not begun to load by then is most likely waiting for a free GPU or core."""
 
 
 class Coordinator:
@@ -95,14 +97,17 @@ class Coordinator:
         if self._state is None:
             return Readiness(ready=False, reason="opening the checkpoint")
         readiness = self._state.readiness()
-        loading = [member.id for member in self._state.alive if not member.loaded]
+        loading = [member for member in self._state.alive if not member.loaded]
         if readiness.ready or readiness.error or not loading:
             return readiness
-        shares = ", ".join(
-            f"{worker} {self._progress[worker]:.0%}" if worker in self._progress else f"{worker} waiting for resources"
-            for worker in loading
-        )
+        shares = ", ".join(f"{member.id} {self._how_far(member)}" for member in loading)
         return Readiness(ready=False, reason=f"{readiness.reason}; loading: {shares}")
+
+    def _how_far(self, member: Member) -> str:
+        if member.id in self._progress:
+            return f"{self._progress[member.id]:.0%}"
+        waited = time.monotonic() - member.asked_at
+        return "waiting for resources" if waited > START_S else "starting its process"
 
     async def model_info(self) -> ModelInfo:
         if self._model is None:

@@ -19,10 +19,13 @@ class Faults(RuleBasedStateMachine):
         redundant=st.integers(0, 4),
         interval_s=st.sampled_from([0.0, 3.0]),
         seed=st.integers(0, 99),
+        settled=st.booleans(),
     )
-    def start(self, workers: int, redundant: int, interval_s: float, seed: int) -> None:
+    def start(self, workers: int, redundant: int, interval_s: float, seed: int, settled: bool) -> None:
         self.sim = Simulation(workers=workers, redundant=redundant, interval_s=interval_s, seed=seed)
         self.sim.feed(Tick())
+        if settled:
+            self.sim.settle()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
     def time_passes(self, seconds: float) -> None:
