@@ -338,7 +338,7 @@ class ControlState(Rebalancing):
             done = f"{operation.reason}; epoch {self.epoch} with {len(self.ranks)} workers, {moved}"
             self.operations.complete(operation.operation_id, done)
         scaling = self.operations.find_open("scale")
-        if scaling is not None and scaling.operation_id == self._scaling and self._scaled:
+        if scaling is not None and self._scaled:
             # a recovery has brought it about
             self.operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {self.epoch}")
 

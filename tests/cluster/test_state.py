@@ -394,3 +394,18 @@ def test_a_worker_that_was_one_too_many_stays_when_another_dies() -> None:
     sim.settle()
     assert sim.state.ranks == (W1,)
     assert not sent(sim, StartWorker)
+
+
+def test_a_join_that_a_recovery_overtakes_is_ended_with_it() -> None:
+    sim = serving(2)
+    sim.kill(W0)
+    sim.feed(WorkerLost(worker=W0, reason="died"))
+    while newest(sim).kind != "scale":
+        sim.finish(0)
+        sim.now += 1
+        sim.feed(Tick())
+    # the replacement is about to join, and the only other worker dies
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    sim.settle()
+    assert sim.state.operations.find_open() is None
