@@ -160,6 +160,8 @@ def _local_environment(run_dir: Path) -> Mapping[str, str]:
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
         # A thread of that handle, still alive while Ray is shut down, would else start a new Ray.
         "RAY_ENABLE_AUTO_CONNECT": "0",
+        # Ray runs actors at niceness 15, behind everything else on the machine; this is what the machine is for.
+        "RAY_worker_niceness": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
