@@ -18,6 +18,7 @@ from actors.calls import CALL_ERRORS, is_death, one_line
 from actors.executor import Executor
 from actors.fleet import Fleet
 from actors.planning import build_problem, judge, preview, to_event
+from actors.telling import Outline, log_changes, worker_view
 from cluster.config import ServeConfig
 from cluster.epochs import ControlSettings, Stage
 from cluster.errors import ConfigError, NotReadyError, UserError
@@ -40,8 +41,7 @@ from cluster.events import (
     Transfer,
     WorkerLost,
 )
-from cluster.membership import Member, WorkerState
-from cluster.operations import ENDED
+from cluster.membership import Member
 from cluster.placement import WorkerId
 from cluster.protocol import (
     ClusterCounters,
@@ -134,7 +134,7 @@ class Coordinator:
 
     async def workers(self) -> list[WorkerView]:
         state = self._require_state()
-        return [self._view(state, member) for member in state.members.values()]
+        return [worker_view(state, member, self._status, self._fleet.device()) for member in state.members.values()]
 
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
         """Raises ConflictError, NotReadyError, and ConfigError for an unknown planner."""
@@ -260,10 +260,10 @@ class Coordinator:
 
     def _feed(self, event: Event) -> None:
         state = self._require_state()
-        before = (state.epoch, state.broken, state.operations.all())
+        before = Outline.of(state)
         commands = state.handle(event, time.monotonic())
-        self._log_changes(state, before)
-        if commands or before != (state.epoch, state.broken, state.operations.all()):
+        log_changes(before, state)
+        if commands or before != Outline.of(state):
             # before anything is done, so that a successor knows of whatever may have been
             self._fleet.save(pickle.dumps((state, self._spec)))
         for command in commands:
@@ -392,34 +392,3 @@ class Coordinator:
 
     def _newest(self, state: ControlState) -> Operation:
         return state.operations.all()[0]
-
-    def _view(self, state: ControlState, member: Member) -> WorkerView:
-        info = member.info
-        serving = member.id in state.ranks and member.state is not WorkerState.DEAD
-        return WorkerView(
-            id=member.id,
-            rank=state.ranks.index(member.id) if serving else -1,
-            state=member.state,
-            pid=info.pid if info else 0,
-            node=info.node if info else "",
-            device=info.device if info else self._fleet.device(),
-            running_requests=self._status.running.get(member.id, 0),
-            kv_usage=self._status.kv_usage.get(member.id, 0.0),
-        )
-
-    def _log_changes(self, state: ControlState, before: tuple[Epoch, str | None, tuple[Operation, ...]]) -> None:
-        """One line for each thing of note."""
-        epoch, broken, operations = before
-        if state.broken is not None and state.broken != broken:
-            logger.warning("epoch %d cannot serve: %s", state.epoch, state.broken)
-        if state.epoch != epoch and state.spec is not None:
-            logger.info("epoch %d serves: %s over %s", state.epoch, ", ".join(state.ranks), state.spec.transport)
-        known = {operation.operation_id: operation for operation in operations}
-        for operation in reversed(state.operations.all()):
-            old = known.get(operation.operation_id)
-            if old is None:
-                logger.info("%s begins: %s", operation.operation_id, operation.reason)
-            elif operation.phase != old.phase and operation.phase in ENDED:
-                logger.info("%s %s: %s", operation.operation_id, operation.phase, operation.error or operation.reason)
-            elif operation.error is not None and operation.error != old.error:
-                logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
