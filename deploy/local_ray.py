@@ -58,6 +58,7 @@ class ServerProcesses:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray
 
+        _silence_ray()
         self._connected = True
         common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         if self.local:
@@ -135,6 +136,14 @@ class ServerProcesses:
             serve.delete(APP_NAME)
             if not serve.status().applications:
                 serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _silence_ray() -> None:
+    """Ray prints a paragraph here for every process that dies; the coordinator tells it in a line."""
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
 
 
 def check_port(host: str, port: int) -> None:

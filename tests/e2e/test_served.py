@@ -114,8 +114,9 @@ def test_a_client_that_hangs_up_frees_its_place(server: Server) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 900, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
         next(response.iter_lines())
-        running = sum(w["running_requests"] for w in server.get("/admin/workers"))
-        assert running == 1
+        server.wait(
+            "a running request", lambda: sum(w["running_requests"] for w in server.get("/admin/workers")) == 1, 10
+        )
     server.wait("an idle cluster", lambda: all(w["running_requests"] == 0 for w in server.get("/admin/workers")), 10)
 
 
