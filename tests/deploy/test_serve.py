@@ -1,0 +1,145 @@
+"""`emoe serve` on a small random checkpoint, as a user runs it: from the first line to the last process."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from model.random_checkpoint import make_random_checkpoint
+
+pytestmark = pytest.mark.ray
+READY_S = 200
+"""Generous: Ray alone takes half a minute to start on a busy machine."""
+
+
+class EmoeServe:
+    """The command in a session of its own, with its output."""
+
+    def __init__(self, *args: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.cli", "serve", "--port", str(self.port), *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.progress: list[str] = []
+        # read all the time, so that the pipe never fills
+        self._reader = threading.Thread(target=lambda: self.progress.extend(self.process.stderr or ()))
+        self._reader.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def first_line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*self.descendants(), psutil.Process(self.process.pid)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.wait()
+        self._reader.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_checkpoint(tmp_path_factory.mktemp("served") / "tiny-moe")
+
+
+@pytest.fixture
+def server(checkpoint: Path) -> Iterator[EmoeServe]:
+    running = EmoeServe(str(checkpoint), "--workers", "2", "--dtype", "float32", "--rebalance-interval", "0")
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.mark.timeout(READY_S + 120)
+def test_from_start_to_end(server: EmoeServe) -> None:
+    assert server.first_line() == f"serving tiny-moe on {server.url}\n", server.progress
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        _ask(client)
+        _rebalance_under_a_stream(server, client)
+        _stop_under_a_stream(server, client)
+
+
+def _ask(client: openai.OpenAI) -> None:
+    plain = client.completions.create(model="tiny-moe", prompt="def main():", max_tokens=20, temperature=0)
+    streamed = client.completions.create(
+        model="tiny-moe", prompt="def main():", max_tokens=20, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in streamed) == plain.choices[0].text
+    chat = client.chat.completions.create(
+        model="tiny-moe", messages=[{"role": "user", "content": "hello"}], max_tokens=5, n=2, seed=1
+    )
+    assert chat.usage is not None
+    assert len(chat.choices) == 2
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny-moe", prompt="a", max_tokens=-1)
+
+
+def _rebalance_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
+    ask = {"model": "tiny-moe", "prompt": "import os", "max_tokens": 200, "temperature": 0}
+    extra = {"extra_body": {"ignore_eos": True}}
+    expected = client.completions.create(**ask, **extra).choices[0].text
+    text, operation = "", ""
+    for number, chunk in enumerate(client.completions.create(**ask, **extra, stream=True)):
+        text += chunk.choices[0].text
+        if number == 3:
+            started = httpx.post(f"{server.url}/admin/rebalance", json={})
+            assert started.status_code == 202
+            operation = started.json()["operation_id"]
+    assert text == expected
+    deadline = time.monotonic() + 60
+    while (phase := httpx.get(f"{server.url}/admin/operations/{operation}").json()["phase"]) != "completed":
+        assert phase != "failed"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert "vllm:generation_tokens_total" in httpx.get(f"{server.url}/metrics").text
+
+
+def _stop_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
+    """A request under way is finished, a new one is refused, and no process is left."""
+    stream = client.completions.create(
+        model="tiny-moe", prompt="a", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+    )
+    everything = server.descendants()
+    last = None
+    for number, chunk in enumerate(stream):
+        if number == 0:
+            server.process.send_signal(signal.SIGTERM)
+        last = chunk.choices[0].finish_reason
+    assert last == "length"
+    assert server.process.wait(60) == 0
+    assert server.progress[-1] == "stopping\n"
+    _, left = psutil.wait_procs(everything, timeout=5)
+    assert left == []
