@@ -17,7 +17,7 @@ class Policy:
 
     min_gain: float = 0.03
     """Net gain (migration paid) that a change must promise, however much was counted."""
-    noise_gain: float = 1.5
+    noise_gain: float = 0.7
     """Adds noise_gain / sqrt(tokens counted per expert): a small window finds gains that are not there."""
     cooldown_s: float = 30.0
     """Seconds after a change in which the next one waits."""

@@ -43,7 +43,7 @@ def load_heat_map(path: Path, test_problem: PlacementProblem, answers: Sequence[
     for _, result in chosen:
         load = worker_loads(test_problem, shares(test_problem, result.placement.physical_to_logical_map))
         maps.append(load / test_problem.speed / load.mean(axis=1, keepdims=True))
-    reach = max(0.1, max(float(np.abs(grid - 1).max()) for grid in maps))
+    reach = min(0.5, max(0.1, max(float(np.abs(grid - 1).max()) for grid in maps)))
     width = max(1.6, min(3.2, 0.16 * maps[0].shape[1] + 0.8))
     figure, axes = plt.subplots(
         1, len(chosen), figsize=(width * len(chosen) + 1.2, 0.11 * maps[0].shape[0] + 1.6), squeeze=False, sharey=True
@@ -57,7 +57,7 @@ def load_heat_map(path: Path, test_problem: PlacementProblem, answers: Sequence[
         "load over the layer's mean on the test tokens (in the titles: mean over layers of max/mean)", fontsize=10
     )
     figure.tight_layout(rect=(0, 0, 0.93, 0.97))
-    figure.colorbar(image, cax=figure.add_axes((0.94, 0.18, 0.012, 0.6)))
+    figure.colorbar(image, cax=figure.add_axes((0.94, 0.18, 0.012, 0.6)), extend="both")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -114,14 +114,13 @@ def _label(axis: Any, xs: Sequence[float], ys: Sequence[float], names: Sequence[
             groups.append((x, y, [name]))
     taken: list[tuple[float, float]] = []
     for x, y, members in groups:
-        shift = 0
-        while any(
-            abs(tx - x) < 0.25 * span_x and abs(ty - (y + shift * 0.045 * span_y)) < 0.04 * span_y for tx, ty in taken
-        ):
-            shift += 1
-        taken.append((x, y + shift * 0.045 * span_y))
-        text_y = y + shift * 0.045 * span_y
-        axis.annotate(", ".join(members), (x, y), xytext=(x + 0.015 * span_x, text_y), fontsize=8, va="center")
+        text_y = y
+        while any(abs(tx - x) < 0.3 * span_x and abs(ty - text_y) < 0.055 * span_y for tx, ty in taken):
+            text_y += 0.06 * span_y
+        taken.append((x, text_y))
+        line = None if text_y == y else {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
+        place = (x + 0.02 * span_x, text_y)
+        axis.annotate(", ".join(members), (x, y), xytext=place, fontsize=8, va="center", arrowprops=line)
 
 
 def solve_times(path: Path, rows: Sequence[Row]) -> None:

@@ -62,7 +62,27 @@ def pack_layer(problem: PlacementProblem, layer: int) -> IntArray:
 
 
 def _replicated_row(problem: PlacementProblem, layer: int) -> IntArray:
-    """[S] one layer: the replicas, heaviest first, each to the worker that would end earliest."""
+    """[S] one layer: the replicas, heaviest first, each to the worker that would end earliest.
+
+    Without replicas where those do harm: a slow worker gets its even share of an expert, too.
+    """
+    replicated = _with_replicas(problem, layer)
+    if len(set(problem.speed)) == 1 or (replicated >= 0).sum() == problem.num_experts:
+        return replicated
+    worker_of = pack_layer(problem, layer)
+    plain = row_of(problem, [np.flatnonzero(worker_of == rank).tolist() for rank in range(len(problem.workers))])
+    return min(replicated, plain, key=lambda row: _end_of(problem, layer, row))
+
+
+def _end_of(problem: PlacementProblem, layer: int, row: IntArray) -> float:
+    """Load over speed of the slowest worker."""
+    held = row >= 0
+    share = problem.loads[layer] / np.maximum(np.bincount(row[held], minlength=problem.num_experts), 1)
+    load = np.bincount(problem.owner[held], share[row[held]], len(problem.workers))
+    return float((load / problem.speed).max())
+
+
+def _with_replicas(problem: PlacementProblem, layer: int) -> IntArray:
     replicas = replica_counts(problem.loads[layer], sum(room(problem)), len(problem.workers))
     for spare in range(int(replicas.sum()) - problem.num_experts, -1, -1):
         held = _pack(problem, problem.loads[layer], replicas)

@@ -4,7 +4,7 @@ Sets        layers l, experts e, workers w, replica counts r
 Variables   u[l, e, r, w] in {0, 1}: e has r replicas in layer l, and w holds one; v[l, e, r] in {0, 1}: e has r
 replicas
             products p of two u of one layer, and s of two u of adjacent layers, in [0, 1] peak[l], arrive[l, w],
-            link[l] >= 0: seconds of the slowest worker, tokens that arrive, seconds of the busiest link
+            link[l] >= 0: time of the slowest worker, tokens that arrive, time of the busiest link
 Objective   the cost model's total (optimizer.cost), item by item
 
 With mode m = (e, r) a worker's share of e is u / r, so every item is linear in u, p and s; only arrivals S1^2 / (S1 +
@@ -25,13 +25,16 @@ from optimizer.cost import affinity_price, held_before, move_price, port_price, 
 from optimizer.problem import FloatArray, IntArray, PlacementProblem, Semantics
 from optimizer.table import row_of
 
+MICRO = 1e6
+"""Microseconds in a second."""
+
 FIRST_TANGENTS = (0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 class JointModel:
     """The Pyomo model of a problem, and the way back from its variables to a table.
 
-    The objective is scaled by 1e6 (microseconds), which suits the solvers' tolerances.
+    Times are in microseconds: solvers' tolerances are absolute, and seconds would drown in them.
     """
 
     def __init__(self, problem: PlacementProblem) -> None:
@@ -42,13 +45,14 @@ class JointModel:
         self._declare()
         self._replicas_agree()
         self._respect_room()
+        self._order_alike_workers()
         self._products()
         self._bound_by_peak()
         if problem.semantics is Semantics.HOME and len(problem.workers) > 1:
             self._arrivals()
         if problem.semantics is Semantics.FOLLOW and len(problem.workers) > 1:
             self._follow_links()
-        self.model.objective = pyo.Objective(expr=1e6 * self._total())
+        self.model.objective = pyo.Objective(expr=self._total())
 
     def _declare(self) -> None:
         model, problem = self.model, self.problem
@@ -83,6 +87,21 @@ class JointModel:
             self.model.w,
             rule=lambda m, layer, w: sum(m.u[layer, k, w] for k in m.m) <= self.problem.workers[w].slots,
         )
+
+    def _order_alike_workers(self) -> None:
+        """load of w >= load of w + 1 in layer 0, for neighbours that only differ in name: one of all equal
+        relabellings."""
+        problem, model = self.problem, self.model
+        if problem.current is not None:
+            return
+        model.order = pyo.ConstraintList()
+        loads = [
+            sum(float(problem.loads[0, e] / r) * model.u[0, k, w] for k, (e, r) in enumerate(self.modes))
+            for w in model.w
+        ]
+        for w, (one, other) in enumerate(itertools.pairwise(problem.workers)):
+            if (one.slots, one.node, problem.speed[w]) == (other.slots, other.node, problem.speed[w + 1]):
+                model.order.add(loads[w] >= loads[w + 1])
 
     def _products(self) -> None:
         """p <= u, p <= u', p >= u + u' - 1 for two modes of one layer on one worker; s alike for two layers, near
@@ -134,7 +153,7 @@ class JointModel:
         problem = self.problem
 
         def rule(m: Any, layer: int, w: int) -> Any:
-            price = problem.token_expert_s * problem.scale[layer] / problem.speed[w]
+            price = MICRO * problem.token_expert_s * problem.scale[layer] / problem.speed[w]
             load = sum(problem.loads[layer, e] / r * m.u[layer, k, w] for k, (e, r) in enumerate(self.modes))
             return float(price) * load <= m.peak[layer]
 
@@ -154,8 +173,8 @@ class JointModel:
             size = len(ranks) / width
             into = sum(model.arrive[layer, w] for w in ranks) * (1 - size)
             out = sum(model.arrive[layer, w] for w in model.w if w not in ranks) * size
-            model.links.add(2 * price * into <= model.link[layer])
-            model.links.add(2 * price * out <= model.link[layer])
+            model.links.add(2 * MICRO * price * into <= model.link[layer])
+            model.links.add(2 * MICRO * price * out <= model.link[layer])
 
     def add_tangent(self, layer: int, w: int, slope: float) -> None:
         """arrive >= 2 t S1 - t^2 (S1 + S2), in tokens of a step."""
@@ -182,7 +201,7 @@ class JointModel:
         groups = [([w], port_price(problem)) for w in range(len(problem.workers))]
         groups += [(ranks, uplink_price(problem)) for ranks in _node_ranks(problem)]
         for layer, (ranks, price) in itertools.product(range(problem.num_layers - 1), groups):
-            unit = float(price * problem.scale[layer] / problem.top_k)
+            unit = float(MICRO * price * problem.scale[layer] / problem.top_k)
             stay = self._flow(layer, [(v, w) for v, w in self._near if v in ranks and w in ranks])
             rows, columns = problem.flows[layer].sum(axis=1), problem.flows[layer].sum(axis=0)
             out = sum(rows[e] / r * model.u[layer, k, w] for k, (e, r) in enumerate(self.modes) for w in ranks)
@@ -208,7 +227,7 @@ class JointModel:
         if problem.semantics is Semantics.HOME and problem.affinity > 0:
             same = [(w, w) for w in model.w]
             for layer in range(problem.num_layers - 1):
-                unit = float(affinity_price(problem) * problem.scale[layer] / problem.top_k)
+                unit = float(MICRO * affinity_price(problem) * problem.scale[layer] / problem.top_k)
                 total += unit * (float(problem.flows[layer].sum()) - self._flow(layer, same))
         return total
 
@@ -216,7 +235,7 @@ class JointModel:
         problem, model = self.problem, self.model
         if problem.load_covariance is None or problem.caution == 0:
             return 0.0
-        price = risk_price(problem)[:, None] / problem.speed[None, :] ** 2
+        price = MICRO * risk_price(problem)[:, None] / problem.speed[None, :] ** 2
         own = sum(
             price[layer, w] * problem.load_covariance[layer, e, e] / r**2 * model.u[layer, k, w]
             for layer, w in itertools.product(model.layers, model.w)
@@ -236,10 +255,14 @@ class JointModel:
         before = held_before(self.problem)
         if before is None:
             return 0.0
-        return move_price(self.problem) * sum(
-            (1.0 - before[layer, e, w]) * self.model.u[layer, k, w]
-            for layer, w in itertools.product(self.model.layers, self.model.w)
-            for k, (e, _) in enumerate(self.modes)
+        return (
+            MICRO
+            * move_price(self.problem)
+            * sum(
+                (1.0 - before[layer, e, w]) * self.model.u[layer, k, w]
+                for layer, w in itertools.product(self.model.layers, self.model.w)
+                for k, (e, _) in enumerate(self.modes)
+            )
         )
 
     def table(self) -> IntArray:

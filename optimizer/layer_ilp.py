@@ -15,6 +15,7 @@ import numpy as np
 import pyomo.environ as pyo
 
 from cluster.placement import EMPTY
+from optimizer.joint_ilp import MICRO
 from optimizer.problem import FloatArray, IntArray
 from optimizer.swaps import LayerTerms
 
@@ -22,7 +23,7 @@ TANGENTS = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
 
 
 class LayerModel:
-    """The Pyomo model for `ranks` of a layer whose slots are `row` [S]. The objective is in microseconds."""
+    """The Pyomo model for `ranks` of a layer whose slots are `row` [S]. Times are in microseconds."""
 
     def __init__(self, terms: LayerTerms, row: IntArray, ranks: list[int]) -> None:
         self.terms, self.row, self.ranks = terms, row, ranks
@@ -35,14 +36,14 @@ class LayerModel:
         model.e = pyo.RangeSet(0, len(self.experts) - 1)
         model.w = pyo.Set(initialize=ranks)
         model.x = pyo.Var(model.e, model.w, domain=pyo.Binary)
-        model.peak = pyo.Var(bounds=(self._peak_elsewhere(), None))
+        model.peak = pyo.Var(bounds=(MICRO * self._peak_elsewhere(), None))
         model.link = pyo.Var(bounds=(0, None))
         self._respect_slots()
         self._bound_by_peak()
         self._products()
         if terms.arrival_s.any():
             self._arrivals(row)
-        model.objective = pyo.Objective(expr=1e6 * (model.peak + model.link + self._places() + self._risk()))
+        model.objective = pyo.Objective(expr=model.peak + model.link + MICRO * (self._places() + self._risk()))
         self._start()
 
     def _loads(self) -> FloatArray:
@@ -68,7 +69,7 @@ class LayerModel:
         seconds = self.terms.load_s[self.experts] * self._share
         self.model.slowest = pyo.Constraint(
             self.model.w,
-            rule=lambda m, w: sum(float(seconds[e] / self.terms.speed[w]) * m.x[e, w] for e in m.e) <= m.peak,
+            rule=lambda m, w: sum(float(MICRO * seconds[e] / self.terms.speed[w]) * m.x[e, w] for e in m.e) <= m.peak,
         )
 
     def _products(self) -> None:
@@ -99,15 +100,16 @@ class LayerModel:
             second = sum(float(pairs[e, f]) * model.p[e, f, w] for e, f in itertools.combinations(model.e, 2))
             for slope in TANGENTS:
                 model.tangents.add(model.arrive[w] >= (2 * slope - slope**2) * first - slope**2 * second)
-            model.links.add(float(terms.arrival_s[w]) * model.arrive[w] <= model.link)
+            model.links.add(float(MICRO * terms.arrival_s[w]) * model.arrive[w] <= model.link)
         now = terms.arrivals(row)
         others = np.delete(now * terms.arrival_s, self.ranks)
-        model.links.add(model.link >= float(others.max(initial=0.0)))
+        model.links.add(model.link >= MICRO * float(others.max(initial=0.0)))
         for node in np.unique(terms.node) if terms.uplink_s.any() else ():
             on = np.flatnonzero(terms.node == node)
-            stays = sum(float(now[w] * terms.uplink_s[w]) for w in on if w not in self.ranks)
+            stays = sum(float(MICRO * now[w] * terms.uplink_s[w]) for w in on if w not in self.ranks)
             model.links.add(
-                stays + sum(float(terms.uplink_s[w]) * model.arrive[w] for w in on if w in self.ranks) <= model.link
+                stays + sum(float(MICRO * terms.uplink_s[w]) * model.arrive[w] for w in on if w in self.ranks)
+                <= model.link
             )
 
     def _places(self) -> pyo.Expression:

@@ -7,6 +7,7 @@ counts, because some interfaces hand out values that are no solution (CBC stoppe
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyomo.environ as pyo
+from pyomo.common.errors import ApplicationError
 
 from cluster.errors import ConfigError, EmoeError
 
@@ -151,7 +153,8 @@ def cbc_binary() -> str | None:
 
 def _pulp_pattern() -> str:
     system = {"linux": "linux", "darwin": "osx", "win32": "win"}.get(sys.platform, sys.platform)
-    return f"solverdir/cbc/{system}/*/cbc*"
+    machine = "arm64" if platform.machine().lower() in ("arm64", "aarch64") else "i64"
+    return f"solverdir/cbc/{system}/{machine}/cbc*"
 
 
 def _cbc(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
@@ -165,7 +168,7 @@ def _cbc(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
         try:
             # its own limit is a promise of CBC; Pyomo's kills the process where it is not kept
             result = runner.solve(model, load_solutions=False, warmstart=_has_start(model), timelimit=time_limit_s + 5)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (ApplicationError, RuntimeError, ValueError, OSError) as error:
             raise SolverError(f"cbc: {' '.join(str(error).split())}") from None
         why = str(result.solver.termination_condition)
         if not len(result.solution):
