@@ -1,0 +1,155 @@
+"""The verbs: files in and out, one JSON object, tables and figures, and one line for every mistake."""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import UserError
+from cluster.placement import Placement
+from deploy.cli_plan import add_parsers
+from optimizer.generate import generate_trace
+from optimizer.traces import save_trace
+
+
+def emoe(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_parsers(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(word) for word in words])
+    return int(args.func(args))
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.npz"
+    save_trace(path, generate_trace(num_layers=3, num_experts=8, top_k=2, num_tokens=800, num_themes=6))
+    return path
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    path = tmp_path / "other.npz"
+    made = generate_trace(num_layers=3, num_experts=8, top_k=2, num_tokens=800, num_themes=6, task_seed=3)
+    save_trace(path, made)
+    return path
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return dict(json.loads(capsys.readouterr().out))
+
+
+KEYS = ("load_imbalance", "fan_out", "same_worker_transitions", "cross_node_fraction", "step_cost", "moves", "bytes")
+
+
+def test_plan_then_evaluate_then_plan_from_it(
+    trace: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made.json"
+    words = ("--workers", 4, "--nodes", 2, "--redundant", 4, "--deadline", 1, "--json")
+    assert emoe("plan", trace, *words, "--out", made) == 0
+    report = printed(capsys)
+    assert all(key in report for key in KEYS)
+    placement = Placement.load(made)
+    assert placement.num_slots == 12
+    assert len({worker.node for worker in placement.workers}) == 2
+
+    assert emoe("evaluate", trace, made, "--json") == 0
+    again = printed(capsys)
+    assert all(again[key] == pytest.approx(report[key]) for key in KEYS)
+
+    new = tmp_path / "new.json"
+    assert emoe("plan", other, "--from", made, "--out", new, "--deadline", 1, "--json", "--expert-bytes", 100) == 0
+    report = printed(capsys)
+    assert report["bytes"] == 100 * report["moves"]
+    assert report["moves"] <= 0.18 * 24
+    assert Placement.load(new).workers == placement.workers
+    assert emoe("evaluate", other, new, "--from", made) == 0
+    assert "same_worker_transitions" in capsys.readouterr().out
+
+
+def test_plan_tells_people_what_it_did(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emoe("plan", trace, "--workers", 2, "--planner", "greedy", "--semantics", "follow") == 0
+    said = capsys.readouterr()
+    assert "greedy" in said.out
+    assert "lower bound" in said.out
+    assert "--out" in said.err
+
+
+def test_compare_writes_a_table_and_figures(trace: Path, other: Path, tmp_path: Path, capsys: Any) -> None:
+    old, out = tmp_path / "old.json", tmp_path / "out"
+    assert emoe("plan", trace, "--workers", 4, "--planner", "greedy", "--out", old) == 0
+    capsys.readouterr()
+    words = ("--deadline", 0.5, "--planners", "contiguous,greedy,auto", "--from", old, "--out", out)
+    assert emoe("compare", other, *words) == 0
+    assert "| auto |" in capsys.readouterr().out
+    with (out / "table.csv").open(encoding="utf-8") as file:
+        assert [row["planner"] for row in csv.DictReader(file)] == ["contiguous", "greedy", "auto"]
+    assert (out / "table.md").read_text(encoding="utf-8").count("\n") == 5
+    for name in ("load.png", "pareto.png", "seconds.png", "gain.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_goes_without_figures_where_matplotlib_is_missing(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    assert emoe("compare", trace, trace, "--workers", 2, "--planners", "greedy", "--out", out, "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["planner"] == "greedy"
+    assert "elastic-moe[plots]" in said.err
+    assert (out / "table.md").exists()
+
+
+def test_simulate_tells_and_draws(trace: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--workers", 4, "--deadline", 0.1, "--interval", 10, "--rate", 40, "--out", tmp_path / "sim")
+    assert emoe("simulate", trace, other, *words, "--json") == 0
+    summary = printed(capsys)
+    assert summary["intervals"] == 4
+    assert len(json.loads((tmp_path / "sim" / "looks.json").read_text())) == 4
+    assert (tmp_path / "sim" / "imbalance.png").read_bytes().startswith(b"\x89PNG")
+    assert emoe("simulate", trace, "--workers", 4, "--deadline", 0.1, "--interval", 20, "--rate", 40) == 0
+    assert "without" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("plan", "absent.npz"), "absent.npz"),
+        (("plan", "TRACE", "--workers", 0), "workers"),
+        (("plan", "TRACE", "--nodes", 9), "nodes"),
+        (("plan", "TRACE", "--redundant", -1), "redundant"),
+        (("plan", "TRACE", "--experts", 3), "the model has 3"),
+        (("plan", "TRACE", "--deadline", 0), "deadline"),
+        (("plan", "TRACE", "--speeds", "1,x"), "speeds"),
+        (("plan", "TRACE", "--speeds", "1,2"), "speeds"),
+        (("plan", "TRACE", "--from", "absent.json"), "absent.json"),
+        (("plan", "TRACE", "--planner", "greedy", "--out", "absent/x.json"), "absent/x.json"),
+        (("plan", "TRACE", "--worker-gbps", "nan"), "worker_gbps"),
+        (("evaluate", "TRACE", "TRACE"), "trace.npz"),
+        (("compare", "TRACE", "--planners", "best", "--out", "x"), "planners"),
+        (("simulate", "TRACE", "--rate", "-1"), "rate"),
+        (("simulate", "TRACE", "--interval", "1e9"), "less than one interval"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        emoe(*(trace if word == "TRACE" else word for word in words))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_placement_of_another_model_is_refused(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "wide.npz"
+    save_trace(path, generate_trace(num_layers=2, num_experts=8, top_k=2, num_tokens=50))
+    made = tmp_path / "made.json"
+    assert emoe("plan", path, "--workers", 2, "--planner", "greedy", "--out", made) == 0
+    for words in (("evaluate", trace, made), ("plan", trace, "--from", made, "--planner", "greedy")):
+        with pytest.raises(UserError, match="2 layers"):
+            emoe(*words)

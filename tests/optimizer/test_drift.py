@@ -1,0 +1,103 @@
+"""Re-placement under drift: the rule, the curve of gain against moves, the budget, and the simulation."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cluster.errors import PlacementError
+from cluster.placement import contiguous
+from optimizer import Policy, decide, plan
+from optimizer.cost import copies, price
+from optimizer.draft import Budget
+from optimizer.drift import frontier
+from optimizer.generate import generate_trace
+from optimizer.problem import PlacementProblem
+from optimizer.scenario import make_workers, problem_from_trace
+from optimizer.simulate import SimulationSettings, simulate
+from optimizer.traces import Trace, TraceError, concatenate
+
+
+def task(seed: int, tokens: int = 1500) -> Trace:
+    return generate_trace(num_layers=4, num_experts=16, top_k=2, num_tokens=tokens, num_themes=12, task_seed=seed)
+
+
+def drifted() -> PlacementProblem:
+    """Planned for one task, then another comes."""
+    workers = make_workers(4, nodes=1, num_experts=16)
+    old = plan(problem_from_trace(task(1), workers), planner="local_search", deadline_s=0.4).placement
+    return problem_from_trace(task(2), workers, current=old, expert_bytes=10**6)
+
+
+def test_the_curve_starts_at_staying_and_never_pays_more_moves_for_less() -> None:
+    problem = drifted()
+    points = frontier(problem, Budget.of(5))
+    assert points[0].moves == 0
+    assert points[0].step_s == pytest.approx(price(problem, problem.current).step_s)  # type: ignore[arg-type]
+    assert [p.moves for p in points] == sorted(p.moves for p in points)
+    assert points[-1].step_s < points[0].step_s
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5, 16])
+def test_a_budget_of_moves_is_kept_and_used(budget: int) -> None:
+    problem = dataclasses.replace(drifted(), move_budget=budget)
+    result = plan(problem, deadline_s=2)
+    assert result.moves <= budget
+    assert result.cost_before is not None
+    assert result.cost.step_s <= result.cost_before.step_s
+    assert budget < 5 or result.cost.step_s < result.cost_before.step_s
+
+
+def test_most_of_the_gain_for_a_quarter_of_the_moves() -> None:
+    problem = drifted()
+    scratch = plan(dataclasses.replace(problem, current=None), deadline_s=1.5).placement
+    moves = copies(problem, scratch.physical_to_logical_map)
+    before = price(problem, problem.current).step_s  # type: ignore[arg-type]
+    some = plan(dataclasses.replace(problem, move_budget=moves // 4), deadline_s=2)
+    assert before - some.cost.step_s >= 0.5 * (before - price(problem, scratch).step_s)
+
+
+def test_other_workers_have_no_curve() -> None:
+    problem = dataclasses.replace(drifted(), workers=make_workers(5, nodes=1, num_experts=16))
+    with pytest.raises(PlacementError, match="current"):
+        frontier(problem, Budget.of(1))
+    result = plan(problem, planner="greedy")
+    assert result.cost_before is None
+    assert decide(result, tokens_per_expert=1.0, since_change_s=0.0).worthwhile
+
+
+def test_the_rule_has_hysteresis() -> None:
+    result = plan(dataclasses.replace(drifted(), move_budget=16), deadline_s=1)
+    assert result.moves
+    policy = Policy(min_gain=0.01, noise_gain=1.0, cooldown_s=30)
+    go = decide(result, tokens_per_expert=1e9, since_change_s=None, policy=policy)
+    assert go.worthwhile
+    assert go.net_gain > 0.01
+    wait = decide(result, tokens_per_expert=1e9, since_change_s=10, policy=policy)
+    assert not wait.worthwhile
+    assert "cooling down for 20 s" in wait.reason
+    assert not decide(result, tokens_per_expert=1.0, since_change_s=None, policy=policy).worthwhile
+    assert not decide(result, tokens_per_expert=0.0, since_change_s=None, policy=policy).worthwhile
+    assert (
+        "nothing to move"
+        in decide(dataclasses.replace(result, moves=0), tokens_per_expert=1, since_change_s=None).reason
+    )
+
+
+def test_the_simulation_gains_under_drift_and_rests_without() -> None:
+    workers = make_workers(4, nodes=1, num_experts=16)
+    settings = SimulationSettings(
+        deadline_s=0.15, interval_s=10, window_s=20, tokens_per_s=50, expert_bytes=10**6, policy=Policy(cooldown_s=15)
+    )
+    seen = []
+    looks = simulate(concatenate([task(1), task(2)]), workers, settings, progress=seen.append)
+    assert seen == looks
+    assert [look.time_s for look in looks] == [10.0 * (k + 1) for k in range(6)]
+    assert any(look.changed for look in looks)
+    assert np.mean([look.imbalance for look in looks]) < np.mean([look.imbalance_static for look in looks])
+    placed = plan(problem_from_trace(task(1), workers), deadline_s=0.5).placement
+    calm = simulate(task(1), workers, dataclasses.replace(settings, policy=Policy(min_gain=0.2)), first=placed)
+    assert not any(look.changed for look in calm)
+    with pytest.raises(TraceError, match="less than one interval"):
+        simulate(task(1, 100), workers, settings)
+    assert contiguous(4, 16, workers).num_layers == 4

@@ -1,0 +1,76 @@
+"""Bad problems: each a one-line error that names the field."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+from cluster.errors import PlacementError
+from cluster.placement import Worker, WorkerId, contiguous
+from optimizer import Links, PlacementProblem
+from optimizer.estimate import covariance_between_parts, estimate_coactivation
+from tests.optimizer.cases import tiny
+
+ONE = Worker(id=WorkerId("a"), node="n", slots=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loads": np.zeros((2, 4))}, "loads: layer 0 counted no token"),
+        ({"loads": np.ones(4)}, r"loads: expected \[layers, experts\]"),
+        ({"loads": [[1.0, np.nan, 1.0, 1.0]] * 2}, "loads: holds a value that is not finite"),
+        ({"loads": -np.ones((2, 4))}, "loads: holds a negative count"),
+        ({"loads": "many"}, "loads: expected an array of numbers"),
+        ({"transitions": np.ones((2, 4, 4))}, "transitions: expected shape"),
+        ({"coactivation": np.triu(np.ones((2, 4, 4)))}, "coactivation: must be symmetric"),
+        ({"coactivation": np.full((2, 4, 4), np.inf)}, "coactivation: holds a value that is not finite"),
+        ({"load_covariance": np.ones((2, 4, 3))}, "load_covariance: expected"),
+        ({"load_covariance": -np.ones((2, 4, 4))}, "load_covariance: holds"),
+        ({"workers": ()}, "workers: none given"),
+        ({"workers": (ONE, ONE)}, "workers: one is listed twice"),
+        ({"workers": (dataclasses.replace(ONE, slots=3),)}, "at least 1 more slots are needed"),
+        ({"workers": (dataclasses.replace(ONE, slots=0),)}, "at least one slot"),
+        ({"speeds": (1.0,)}, "speeds: expected 2"),
+        ({"speeds": (1.0, 0.0)}, "speeds: every worker's speed"),
+        ({"top_k": 9}, "top_k: expected 1 to 4"),
+        ({"semantics": "away"}, "semantics: expected home or follow"),
+        ({"horizon_steps": float("nan")}, "horizon_steps"),
+        ({"expert_bytes": -1}, "expert_bytes"),
+        ({"move_budget": -1}, "move_budget"),
+        ({"links": Links(worker_gbps=0)}, "links.worker_gbps"),
+        ({"current": contiguous(3, 4, (ONE,))}, "current: a placement of 3 layers x 4 experts"),
+    ],
+)
+def test_bad_problems_are_refused_in_one_line(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(PlacementError, match=message) as caught:
+        dataclasses.replace(tiny(0), **fields)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_problems_pickle_without_what_can_be_made_again() -> None:
+    problem = tiny(0)
+    assert problem.owner.tolist() == [0, 0, 1, 1]
+    assert problem.pairs.shape == (2, 4, 4)
+    copy: PlacementProblem = pickle.loads(pickle.dumps(problem))
+    assert "owner" not in copy.__dict__
+    assert np.array_equal(copy.loads, problem.loads)
+    assert copy.workers == problem.workers
+
+
+def test_pairs_are_estimated_where_none_were_counted() -> None:
+    """Themes that persist from layer to layer show in the transitions, and so in the estimate."""
+    counted = tiny(3, layers=3)
+    independent = tiny(3, layers=3, coactivation=None, transitions=None)
+    assert independent.pairs.sum() == pytest.approx(counted.pairs.sum(), rel=0.6)
+    guessed = estimate_coactivation(tiny(3, layers=3, coactivation=None))
+    assert guessed.shape == counted.pairs.shape
+    assert np.allclose(guessed, guessed.transpose(0, 2, 1))
+    assert not guessed[:, range(4), range(4)].any()
+
+
+def test_covariance_is_of_the_mix_not_of_the_length() -> None:
+    """Parts of one mix vary in nothing; two opposite parts move their experts apart."""
+    assert not covariance_between_parts(np.array([[[3.0, 1.0]], [[6.0, 2.0]]])).any()
+    assert covariance_between_parts(np.array([[[2.0, 0.0]], [[0.0, 2.0]]]))[0].tolist() == [[2.0, -2.0], [-2.0, 2.0]]
