@@ -9,9 +9,11 @@ the result is laid out as matmul wants it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,8 +47,12 @@ class KVCache:
         self.block_size = block_size
 
         def blocks(heads: int, size: int) -> Tensor:
-            # zeros, not empty: masked keys must be finite, and untouched pages cost no memory on CPU
-            return torch.zeros(heads, num_blocks, block_size, size, dtype=dtype, device=device)
+            # zeros, not empty: masked keys must be finite
+            shape = (heads, num_blocks, block_size, size)
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            # numpy leaves untouched pages to the kernel, torch would write them all
+            return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
         self._keys = {layer: blocks(s.num_heads, s.key_size) for layer, s in shapes.items()}
         self._values = {layer: blocks(s.num_heads, s.value_size) for layer, s in shapes.items()}
