@@ -207,13 +207,19 @@ class RayFleet:
         ray.kill(actor, no_restart=True)
 
     def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> Awaitable[PlanResult]:
-        from optimizer import plan
-
-        function: Any = ray.remote(plan)
+        function: Any = ray.remote(_plan_in_background)
         task: Awaitable[PlanResult] = function.options(num_cpus=0, max_retries=1).remote(
             problem, planner=planner, deadline_s=deadline_s, solver=solver
         )
         return task
+
+
+def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
+    """A planner that waits for the cores it finds idle: on a CPU node it runs beside the model."""
+    from optimizer import plan
+
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
+    return plan(*arguments, **named)
 
 
 def clear() -> None:
