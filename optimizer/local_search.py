@@ -80,10 +80,13 @@ class JointSearch:
         best, best_s = self.table.copy(), self.pricer.total_s(self.table)
         layers = range(self.problem.num_layers)
         eagerness = EAGERNESS if self.problem.semantics is Semantics.HOME else (1.0,) * len(SHARPNESS)
-        for (load_power, link_power), eager in list(zip(SHARPNESS, eagerness, strict=True))[first_round:]:
+        rounds = list(zip(SHARPNESS, eagerness, strict=True))[first_round:]
+        for k, ((load_power, link_power), eager) in enumerate(rounds):
+            # a soft round that takes too long would leave no time for the sharp ones, which balance
+            round_ends = time.monotonic() + (ends - time.monotonic()) / (len(rounds) - k)
             for layer in [*layers, *reversed(layers)]:
-                self.descend(layer, load_power, link_power, ends, eager)
-                if time.monotonic() > ends:
+                self.descend(layer, load_power, link_power, round_ends, eager)
+                if time.monotonic() > round_ends:
                     break
             now_s = self.pricer.total_s(self.table)
             if now_s < best_s:

@@ -116,6 +116,9 @@ def save_trace(path: Path, trace: Trace) -> None:
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
+        if not zipfile.is_zipfile(path):
+            path.open("rb").close()
+            raise TraceError(f"{path}: not an .npz archive")
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise TraceError(f"{path}: expected an .npz archive, found a single array")
