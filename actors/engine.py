@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 
 from actors.batching import Scheduler
+from actors.calls import one_line
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, RequestError, StepAborted
 from cluster.placement import WorkerId
@@ -234,7 +234,7 @@ class Engine:
             error = task.exception() if task.done() else TimeoutError("no answer")
             if error is None or isinstance(error, StepAborted):
                 continue
-            reasons.append(f"{worker}: {_one_line(error)}")
+            reasons.append(f"{worker}: {one_line(error)}")
             if isinstance(error, RayActorError | TimeoutError):
                 suspects.append(worker)
             else:
@@ -251,7 +251,7 @@ class Engine:
                 offset=0,
                 token_ids=(),
                 finish_reason=FinishReason.ERROR,
-                error=f"the model failed on this request: {_one_line(error)}",
+                error=f"the model failed on this request: {one_line(error)}",
             )
             for request_id in request_ids
             if request_id in self._owners
@@ -286,7 +286,7 @@ class Engine:
         self._flip = None
         if failed:
             self._broken = True
-            detail = "; ".join(f"{worker}: {_one_line(error)}" for worker, error in failed.items())
+            detail = "; ".join(f"{worker}: {one_line(error)}" for worker, error in failed.items())
             flip.done.set_exception(StepAborted(f"epoch {flip.spec.epoch} was not committed by {detail}"))
             return
         self._spec, self._hosts, self._broken = flip.spec, {w: flip.hosts[w] for w in members}, False
@@ -303,10 +303,3 @@ def _die_of(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.critical("the step loop failed", exc_info=error)
         os._exit(1)
-
-
-def _one_line(error: BaseException) -> str:
-    """What Ray wraps is told by its cause, not by the traceback that Ray puts into the message."""
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__

@@ -1,22 +1,24 @@
 """ExpertHost: the actor around one worker's model. Only what Ray and the node add is here; see model/worker.py.
 
-Methods of the concurrency group "step" run in one thread, one at a time; the others beside it in "io".
+Methods of the concurrency group "step" run in one thread, one at a time; the others beside it in "io". torch is
+imported when a host loads: whoever merely holds a handle imports this file too, and should not wait seconds for it.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from typing import TYPE_CHECKING
 
 import ray
-import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cluster.errors import NotReadyError
 from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts, StepPlan, StepResult
-from model.worker import Worker
 
-CONCURRENCY_GROUPS = {"step": 1, "io": 4}
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from model.worker import Worker
 
 
 class ExpertHost:
@@ -29,6 +31,10 @@ class ExpertHost:
     @ray.method(concurrency_group="step")
     def load(self, spec: HostSpec) -> HostInfo:
         """Blocks until the weights are there. Raises UserError where they never will be."""
+        import torch
+
+        from model.worker import Worker
+
         begin = time.monotonic()
         worker = Worker(spec)
         self._worker = worker
@@ -63,6 +69,8 @@ class ExpertHost:
     @ray.method(concurrency_group="io")
     def rendezvous(self) -> str:
         """host:port of a store for one process group, kept as long as this host lives."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
         address = _address()
         self._stores.append(TCPStore(address, 0, is_master=True, wait_for_workers=False))
         return f"{address}:{self._stores[-1].port}"

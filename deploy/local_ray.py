@@ -74,8 +74,11 @@ class ServerProcesses:
         """Start Serve and the application. Returns once the API answers, while the model loads."""
         from ray import serve
 
+        from actors.cluster import start_cluster
         from deploy.serve_app import application
 
+        # the weights load while Serve starts; the API then finds the coordinator
+        start_cluster(self._config, model_dir)
         for name in ("ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
         options = {"host": self._config.host, "port": self._config.port, "request_timeout_s": None}
