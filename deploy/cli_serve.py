@@ -41,12 +41,7 @@ def serve(config: ServeConfig) -> int:
     signals.install()
     try:
         try:
-            progress.show("starting Ray")
-            processes.start_ray()
-            signals.install()
-            progress.show("starting the API")
-            processes.start_app(model_dir)
-            signals.install()
+            _start(processes, signals, progress, model_dir)
             _wait_until_ready(config, progress)
             progress.clear()
             print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
@@ -65,8 +60,23 @@ def serve(config: ServeConfig) -> int:
     return 0
 
 
+def _start(processes: ServerProcesses, signals: _Signals, progress: _Progress, model_dir: str) -> None:
+    """Raises ServerFailed, in one line, for whatever Ray and Serve raise."""
+    try:
+        progress.show("starting Ray")
+        processes.start_ray()
+        signals.install()
+        progress.show("starting the API")
+        processes.start_app(model_dir)
+        signals.install()
+    except EmoeError:
+        raise
+    except Exception as error:
+        raise ServerFailed(f"cannot start: {' '.join(str(error).split())[:500]}") from error
+
+
 def _checked_model(config: ServeConfig) -> str:
-    """The model's directory. Raises CheckpointError before anything is started."""
+    """The model's directory. Raises CheckpointError and ConfigError before anything is started."""
     if config.model is not None:
         model_dir = os.path.abspath(os.path.expanduser(config.model))
     else:
@@ -74,9 +84,11 @@ def _checked_model(config: ServeConfig) -> str:
 
         print(NOTICE, file=sys.stderr, flush=True)
         model_dir = str(builtin_model_dir())
+    from deploy.tokenizer import Tokenizer
     from model.checkpoint import open_checkpoint
 
     info = open_checkpoint(model_dir).info
+    Tokenizer.load(model_dir, config.chat_template)
     if config.workers > info.num_logical_experts:
         raise ConfigError(
             f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "

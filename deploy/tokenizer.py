@@ -15,6 +15,9 @@ from typing import Any
 from cluster.errors import CheckpointError, ConfigError, RequestError
 from deploy.text import REPLACEMENT, Detokenizer
 
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json", "spiece.model")
+"""Where a vocabulary may be. Without any, transformers makes a tokenizer that knows no word."""
+
 
 class Tokenizer:
     """Wraps a transformers tokenizer. Safe to use from several threads."""
@@ -43,6 +46,8 @@ class Tokenizer:
                 template = Path(chat_template_path).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"chat_template: {chat_template_path}: {error}") from None
+        if not any(next(Path(model_dir).glob(pattern), None) for pattern in FILES):
+            raise CheckpointError(f"{model_dir}: no tokenizer: expected a file such as tokenizer.json")
         try:
             inner = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # noqa: BLE001 - transformers raises whatever its parsers raise

@@ -8,18 +8,24 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.config import ServeConfig
 from deploy import cli
+from model.random_checkpoint import make_random_checkpoint
 
 QUICK_S = 3.0
 """Far below what importing torch and ray takes on a busy machine, far above what parsing does."""
 
 
 def emoe(*args: str) -> subprocess.CompletedProcess[str]:
+    if args[:1] == ("serve",) and "--port" not in args:
+        # whatever listens on the default port must not matter here
+        args = (*args, "--port", str(18000 + os.getpid() % 1000))
     return subprocess.run(
         [sys.executable, "-m", "deploy.cli", *args],
         capture_output=True,
@@ -74,6 +80,26 @@ def test_a_missing_model() -> None:
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in one_line(emoe("serve", str(tmp_path)))
+
+
+def test_more_workers_than_experts(tmp_path: Path) -> None:
+    model = make_random_checkpoint(tmp_path / "tiny", layers=1, experts=4)
+    assert "4 experts" in one_line(emoe("serve", str(model), "--workers", "5"))
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "tokenizer" in one_line(emoe("serve", str(model)))
+
+
+def test_the_example_for_serve_deploy() -> None:
+    with warnings.catch_warnings():
+        # of Ray's own, about pydantic
+        warnings.simplefilter("ignore")
+        from ray.serve.schema import ServeDeploySchema
+    path = Path(cli.__file__).parent / "serve.yaml"
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    application = schema.applications[0]
+    ServeConfig.from_mapping(application.args, source="args")
+    assert application.import_path == "deploy.serve_app:build_app"
 
 
 def test_a_port_in_use() -> None:
