@@ -41,7 +41,7 @@ def auto_plan(problem: PlacementProblem, budget: Budget) -> Draft:
 
 def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
     try:
-        draft, planner, note = ilp_plan(problem, budget.share(0.9)), "ilp", ""
+        draft, planner, note = ilp_plan(problem, budget.share(0.97)), "ilp", ""
     except SolverError as error:
         draft, planner, note = local_search_plan(problem, budget), "local_search", f"; no ILP: {error}"
     price_s = price_table(problem, draft.table).total_s

@@ -17,7 +17,7 @@ that of the next layer,
                token's experts on w is geometric; within some 3 % on real traces with four workers and more.
     follow     the K x K transitions of a token weigh 1/K each: F[v,w] = sum T[e,f] x[e,v] y[f,w] / K.
                Port out: sum_{w != v} F[v,w]; port in and uplinks alike.
-  risk       sum_l  token_expert_s * caution * sum_w var_w / speed_w^2 / (sum_e load_e / sum_w speed_w), in tokens:
+  risk       sum_l  token_expert_s * caution * mean_w (var_w / speed_w^2) / (sum_e load_e / sum_w speed_w), in tokens:
              var_w = sum_{e,f} V[e,f] x[e,w] x[f,w], V the covariance of loads between windows: workers whose experts
              rise together are the ones that will be late.
   affinity   (home) `affinity` times the price of the transitions that change worker, both ways through an average port:
@@ -171,7 +171,7 @@ def risk_costs(problem: PlacementProblem, x: FloatArray) -> FloatArray:
 def risk_price(problem: PlacementProblem) -> FloatArray:
     """[L] seconds for one squared token of variance on a worker of speed 1."""
     ideal = problem.loads.sum(axis=1) / problem.speed.sum()
-    return np.asarray(problem.token_expert_s * problem.caution * problem.scale / ideal)
+    return np.asarray(problem.token_expert_s * problem.caution * problem.scale / (ideal * len(problem.workers)))
 
 
 def affinity_cost(problem: PlacementProblem, x: FloatArray) -> float:

@@ -39,7 +39,7 @@ def ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     if joint_ilp.size(problem) <= SMALL:
         seed = local_search_plan(problem, budget.share(0.1))
         return _exact(problem, seed.table, budget)
-    seed = local_search_plan(problem, budget.share(0.7))
+    seed = local_search_plan(problem, budget.share(0.9))
     return piecewise(problem, seed.table, budget)
 
 

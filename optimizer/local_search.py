@@ -17,7 +17,7 @@ from optimizer.heuristics import greedy_table
 from optimizer.layer_prices import LayerPricer
 from optimizer.problem import IntArray, PlacementProblem, Semantics
 from optimizer.result import Termination
-from optimizer.swaps import best_swaps, swap_deltas
+from optimizer.swaps import LayerTerms, best_swaps, swap_deltas
 
 SHARPNESS = ((0, 1), (0, 1), (1, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3), (7, 4))
 """(load, link) exponents, as numbers of squarings, of each round of sweeps: from a soft mean to nearly the maximum."""
@@ -29,7 +29,13 @@ LEAST_GAIN = 1e-6
 """Share of a layer's cost below which a swap is not worth an evaluation."""
 
 MOST_EVALUATIONS = 400
-"""Per descent of one layer. Prices that are linear at a kink can chase one another in a circle."""
+"""Per descent of one layer."""
+
+LARGE = 10**6
+"""Swaps to look at over all layers, above which each layer is finished in turn: joint rounds would not end."""
+
+LARGE_ROUNDS = ((2, 1), (4, 2), (6, 3), (7, 4))
+"""SHARPNESS for large problems."""
 
 
 SHAKEN = ((6, 3), (9, 5))
@@ -77,6 +83,9 @@ class JointSearch:
 
     def sweep(self, ends: float, first_round: int = 0) -> None:
         """Descend every layer, back and forth, ever sharper, until `ends` at most. Keeps the best table."""
+        if self.problem.num_layers * self.problem.num_slots**2 > LARGE:
+            self._finish_layers(ends)
+            return
         best, best_s = self.table.copy(), self.pricer.total_s(self.table)
         layers = range(self.problem.num_layers)
         eagerness = EAGERNESS if self.problem.semantics is Semantics.HOME else (1.0,) * len(SHARPNESS)
@@ -92,6 +101,19 @@ class JointSearch:
             if now_s < best_s:
                 best, best_s = self.table.copy(), now_s
         self.restore(best)
+
+    def _finish_layers(self, ends: float) -> None:
+        """Bring one layer after another through all rounds, each with its share of the time left."""
+        for layer in range(self.problem.num_layers):
+            begun = time.monotonic()
+            layer_ends = begun + (ends - begun) / (self.problem.num_layers - layer)
+            was, was_s = self.table[layer].copy(), self.pricer.around_s(self.table, layer)
+            for k, (load_power, link_power) in enumerate(LARGE_ROUNDS):
+                now = time.monotonic()
+                self.descend(layer, load_power, link_power, now + (layer_ends - now) / (len(LARGE_ROUNDS) - k))
+            if self.pricer.around_s(self.table, layer) >= was_s:
+                self.table[layer] = was
+                self.pricer.update(self.table, layer)
 
     def shake(self, budget: Budget, most: int) -> tuple[int, int]:
         """Disturb one layer after another and descend again; keep what is better. (tried, kept), tried <= `most`."""
@@ -144,12 +166,12 @@ class JointSearch:
         """Do the best swaps of one layer until none gains; its neighbours stay. Returns how many were done."""
         terms = self.pricer.terms(layer, load_power, link_power, eagerness)
         row, done = self.table[layer], 0
+        value = terms.objective(row)
         for _ in range(MOST_EVALUATIONS):
             swaps = best_swaps(swap_deltas(terms, row), terms.first_slot, LEAST_GAIN * self.pricer.typical_s)
-            for i, j in swaps:
-                row[i], row[j] = row[j], row[i]
-            done += len(swaps)
-            if not swaps or time.monotonic() > ends:
+            kept, value = _do_swaps(terms, row, swaps, value)
+            done += kept
+            if not kept or time.monotonic() > ends:
                 break
         if done:
             self.pricer.update(self.table, layer)
@@ -159,3 +181,20 @@ class JointSearch:
         self.table[:] = table
         for layer in range(self.problem.num_layers):
             self.pricer.update(self.table, layer)
+
+
+def _do_swaps(terms: LayerTerms, row: IntArray, swaps: list[tuple[int, int]], value: float) -> tuple[int, float]:
+    """Do them at once if that gains, else the better half of them, and so on: (how many were done, the objective then).
+
+    Swaps of different workers still meet on an uplink.
+    """
+    while swaps:
+        for i, j in swaps:
+            row[i], row[j] = row[j], row[i]
+        after = terms.objective(row)
+        if after < value:
+            return len(swaps), after
+        for i, j in reversed(swaps):
+            row[i], row[j] = row[j], row[i]
+        swaps = swaps[: len(swaps) // 2]
+    return 0, value

@@ -11,7 +11,9 @@ from optimizer.traces import Trace, count
 
 
 def make_workers(number: int, *, nodes: int, num_experts: int, redundant: int = 0) -> tuple[Worker, ...]:
-    """`number` workers spread evenly over `nodes` nodes, with slots for all experts and `redundant` replicas per layer.
+    """`number` workers spread evenly over `nodes` nodes, with just the slots for all experts and `redundant` replicas.
+
+    Where they do not divide evenly, every so many workers have a slot more; every worker has at least one.
 
     Raises PlacementError where that cannot be.
     """
@@ -21,9 +23,11 @@ def make_workers(number: int, *, nodes: int, num_experts: int, redundant: int = 
         raise PlacementError(f"nodes: expected 1 to {number} (the workers), got {nodes}")
     if redundant < 0:
         raise PlacementError(f"redundant: expected at least 0, got {redundant}")
-    slots = min(-(-(num_experts + redundant) // number), num_experts)
+    total = num_experts + redundant
+    slots = [(rank + 1) * total // number - rank * total // number for rank in range(number)]
     return tuple(
-        Worker(id=WorkerId(f"w{rank}"), node=f"n{rank * nodes // number}", slots=slots) for rank in range(number)
+        Worker(id=WorkerId(f"w{rank}"), node=f"n{rank * nodes // number}", slots=min(max(slots[rank], 1), num_experts))
+        for rank in range(number)
     )
 
 

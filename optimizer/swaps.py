@@ -60,6 +60,23 @@ class LayerTerms:
         second = 0.5 * np.add.reduceat(own, self.first_slot)
         return np.asarray(first**2 / np.maximum(first + second, 1e-300))
 
+    def objective(self, row: IntArray) -> float:
+        """Seconds of the layer, with norms for maxima: what descends with every swap that swap_deltas recommends."""
+        held = row != EMPTY
+        replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
+        share = np.where(held, 1.0 / replicas[row], 0.0)
+        total = _norm(np.add.reduceat(self.load_s[row] * share, self.first_slot) / self.speed, self.load_power)
+        total += float((self.place_s[row, self.owner] * share).sum())
+        if self.arrival_s.any():
+            arrive = self.arrivals(row)
+            uplink = np.bincount(self.node, arrive * self.uplink_s)
+            total += _norm(np.concatenate([arrive * self.arrival_s, uplink]), self.link_power)
+        if self.covariance_s is not None:
+            covariance = self.covariance_s[row[:, None], row[None, :]] * (share[:, None] * share[None, :])
+            own = np.add.reduceat(covariance, self.first_slot, axis=1)[np.arange(len(row)), self.owner]
+            total += float((np.add.reduceat(own, self.first_slot) / self.speed**2).sum())
+        return total
+
     def remote_shares(self, row: IntArray) -> FloatArray:
         """[S] share of its expert's tokens from other homes that each slot serves; 0 for EMPTY."""
         held = row != EMPTY

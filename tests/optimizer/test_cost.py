@@ -44,7 +44,7 @@ def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
                     for e in experts
                     for f in experts
                 )
-                total += problem.token_expert_s * problem.caution * scale * var / problem.speed[w] ** 2 / ideal
+                total += problem.token_expert_s * problem.caution * scale * var / problem.speed[w] ** 2 / ideal / width
         n = []
         for w in range(width):
             z = [(x(layer, e, w) - 1 / width) / (1 - 1 / width) if e in held[layer][w] else 0.0 for e in experts]
