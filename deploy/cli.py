@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
-import importlib.util
 import sys
 import typing
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from typing import Any, NoReturn
 
 from cluster.config import ServeConfig, base_type
 from cluster.errors import EmoeError, UserError
+from deploy import cli_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,8 +49,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"emoe {metadata.version('elastic-moe')}")
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
     _add_serve(verbs)
-    if importlib.util.find_spec("deploy.cli_plan") is not None:
-        importlib.import_module("deploy.cli_plan").add_parsers(verbs)
+    cli_plan.add_parsers(verbs)
     return parser
 
 
