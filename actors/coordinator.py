@@ -18,8 +18,9 @@ from actors.calls import CALL_ERRORS, is_death, one_line
 from actors.executor import Executor
 from actors.fleet import Fleet
 from actors.planning import build_problem, judge, preview, to_event
-from actors.telling import Outline, log_changes, worker_view
+from actors.telling import Outline, load_seen, log_changes, told, worker_view
 from cluster.config import ServeConfig
+from cluster.counters import ClusterCounters
 from cluster.epochs import ControlSettings, Stage
 from cluster.errors import ConfigError, NotReadyError, UserError
 from cluster.events import (
@@ -27,6 +28,7 @@ from cluster.events import (
     Command,
     Commit,
     Event,
+    PlaceRequested,
     PlanReady,
     Prepare,
     Probe,
@@ -39,12 +41,12 @@ from cluster.events import (
     StopWorker,
     Tick,
     Transfer,
+    Unpin,
     WorkerLost,
 )
 from cluster.membership import Member
-from cluster.placement import WorkerId
+from cluster.placement import Placement, WorkerId
 from cluster.protocol import (
-    ClusterCounters,
     EngineStatus,
     Epoch,
     ModelInfo,
@@ -118,7 +120,7 @@ class Coordinator:
         state = self._require_state()
         if state.spec is None:
             raise NotReadyError(state.readiness().reason)
-        return PlacementView(epoch=state.epoch, placement=state.spec.placement)
+        return PlacementView(epoch=state.epoch, placement=state.spec.placement, pinned=state.pinned)
 
     async def routing(self) -> RoutingView:
         view = await self.placement()
@@ -148,18 +150,39 @@ class Coordinator:
         self._feed(RebalanceRequested(planner=planner))
         return self._newest(state)
 
-    async def scale(self, workers: int | None = None, retire: tuple[WorkerId, ...] = ()) -> Operation:
-        """Raises ConflictError, NotReadyError, and PlacementError for a number or a name that cannot be."""
+    async def scale(
+        self,
+        workers: int | None = None,
+        retire: tuple[WorkerId, ...] = (),
+        operation_id: str | None = None,
+        replace: bool = False,
+    ) -> Operation:
+        """The operation: a new one, or that of `operation_id`, where it was asked for before.
+
+        Raises ConflictError, NotReadyError, and PlacementError for a number or a name that cannot be.
+        """
         state = self._require_state()
-        self._feed(ScaleRequested(workers=workers, retire=retire))
+        self._feed(ScaleRequested(workers=workers, retire=retire, operation_id=operation_id, replace=replace))
+        known = state.operations.get(operation_id) if operation_id is not None else None
+        return self._newest(state) if known is None else told(state, known)
+
+    async def place(self, placement: Placement, pinned: bool | None) -> Operation:
+        """Go to exactly this placement. Raises ConflictError, NotReadyError, PlacementError."""
+        state = self._require_state()
+        self._feed(PlaceRequested(placement=placement, pinned=pinned))
         return self._newest(state)
+
+    async def unpin(self) -> None:
+        self._feed(Unpin())
 
     async def operations(self) -> list[Operation]:
         """Newest first."""
-        return [] if self._state is None else list(self._state.operations.all())
+        state = self._state
+        return [] if state is None else [told(state, operation) for operation in state.operations.all()]
 
     async def operation(self, operation_id: str) -> Operation | None:
-        return None if self._state is None else self._state.operations.get(operation_id)
+        operation = None if self._state is None else self._state.operations.get(operation_id)
+        return None if operation is None or self._state is None else told(self._state, operation)
 
     async def counters(self) -> ClusterCounters:
         return ClusterCounters() if self._state is None else self._state.counters
@@ -225,6 +248,9 @@ class Coordinator:
             workers=config.workers,
             redundant_experts=config.redundant_experts,
             rebalance_interval_s=config.rebalance_interval,
+            min_workers=config.min_workers,
+            max_workers=config.max_workers,
+            seats_per_worker=config.max_num_seqs,
             shared_gpus=self._fleet.shared_gpus,
             cluster_id=f"emoe-{os.getpid()}-{time.time_ns() % 10**9}",
         )
@@ -349,6 +375,7 @@ class Coordinator:
         engine = executor.engine
         try:
             self._status = await asyncio.wait_for(engine.status.remote(), self._config.step_timeout)
+            self._feed(load_seen(self._status))
         except CALL_ERRORS as error:
             if engine is executor.engine:
                 self._feed(executor.drop_engine(one_line(error)))
@@ -391,4 +418,4 @@ class Coordinator:
         return self._state
 
     def _newest(self, state: ControlState) -> Operation:
-        return state.operations.all()[0]
+        return told(state, state.operations.all()[0])

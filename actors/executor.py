@@ -156,7 +156,7 @@ class Executor:
         if len(hosts) < len(wanted):
             return MigrationReport(done=(), nbytes=0, seconds=0.0, error="a worker is gone")
         try:
-            report: MigrationReport = await self._migrator.copy.remote(command.copies, hosts)
+            report: MigrationReport = await self._migrator.copy.remote(command.copies, hosts, command.urgent)
         except CALL_ERRORS as error:
             return MigrationReport(done=(), nbytes=0, seconds=0.0, error=f"the migrator failed: {one_line(error)}")
         rate = report.nbytes / max(report.seconds, 1e-9) / 1e6

@@ -194,7 +194,7 @@ class RayFleet:
         from actors.migrator import Migrator
 
         options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
-        return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes)
+        return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, self._config.migration_bandwidth * 1e6)
 
     def _create(
         self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 COPY_TIMEOUT_S = 60.0
 """For one expert. A host that takes longer hangs."""
+SUPERSEDED_S = 0.1
+"""How soon a call that waits for bandwidth notices a newer one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,18 +40,27 @@ class Migrator:
     A newer `copy` supersedes an older one, which stops before its next expert.
     """
 
-    def __init__(self, expert_bytes: int) -> None:
+    def __init__(self, expert_bytes: int, bytes_per_s: float = 0.0) -> None:
+        """bytes_per_s: what all copies together may take while requests run; 0: no limit."""
         self._expert_bytes = expert_bytes
+        self._interval_s = expert_bytes / bytes_per_s if bytes_per_s else 0.0
+        self._next_at = 0.0
+        """When the next copy may begin."""
         self._generation = 0
         self._busy: set[WorkerId] = set()
         self._freed = asyncio.Event()
 
-    async def copy(self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any]) -> MigrationReport:
-        """Make every copy. Does not raise where one fails: the report says which, and what was done before."""
-        self._generation += 1
-        return await self._run(moves, hosts, self._generation)
+    async def copy(self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], urgent: bool = False) -> MigrationReport:
+        """Make every copy. Does not raise where one fails: the report says which, and what was done before.
 
-    async def _run(self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], generation: int) -> MigrationReport:
+        urgent: without the limit of bandwidth, because nothing is served meanwhile.
+        """
+        self._generation += 1
+        return await self._run(moves, hosts, self._generation, 0.0 if urgent else self._interval_s)
+
+    async def _run(
+        self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], generation: int, interval_s: float
+    ) -> MigrationReport:
         begun = time.monotonic()
         queues: dict[tuple[WorkerId, WorkerId], deque[Move]] = {}
         for move in moves:
@@ -62,15 +73,20 @@ class Migrator:
             if error is None and generation != self._generation:
                 error = "superseded"
             if error is None:
-                self._start_free(queues, hosts, running)
+                self._start_free(queues, hosts, running, interval_s)
+            pause_s = self._next_at - time.monotonic() if interval_s and error is None and any(queues.values()) else 0.0
             if not running:
                 if error is not None or not any(queues.values()):
                     break
+                if pause_s > 0:
+                    await asyncio.sleep(min(pause_s, SUPERSEDED_S))
+                    continue
                 # an older call's last copy still occupies a worker
                 self._freed.clear()
                 await self._freed.wait()
                 continue
-            finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            timeout_s = pause_s if pause_s > 0 else None
+            finished, _ = await asyncio.wait(running, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             for task in finished:
                 move = running.pop(task)
                 reason = task.result()
@@ -91,10 +107,15 @@ class Migrator:
         queues: Mapping[tuple[WorkerId, WorkerId], deque[Move]],
         hosts: Mapping[WorkerId, Any],
         running: dict[asyncio.Task[str | None], Move],
+        interval_s: float,
     ) -> None:
         # longest queue first, or the busiest pair would be left for the end
         for (source, target), queue in sorted(queues.items(), key=lambda item: -len(item[1])):
             if queue and not self._busy & {source, target}:
+                if interval_s and (now := time.monotonic()) < self._next_at:
+                    return
+                if interval_s:
+                    self._next_at = now + interval_s
                 move = queue.popleft()
                 self._busy |= {source, target}
                 running[asyncio.ensure_future(self._copy_one(move, hosts[source], hosts[target]))] = move

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cluster.events import LoadSeen
 from cluster.membership import Member
 from cluster.operations import ENDED
 from cluster.protocol import EngineStatus, Epoch, Operation, WorkerView
@@ -19,11 +20,12 @@ class Outline:
 
     epoch: Epoch
     broken: str | None
+    pinned: bool
     operations: tuple[Operation, ...]
 
     @classmethod
     def of(cls, state: ControlState) -> Outline:
-        return cls(epoch=state.epoch, broken=state.broken, operations=state.operations.all())
+        return cls(epoch=state.epoch, broken=state.broken, pinned=state.pinned, operations=state.operations.all())
 
 
 def log_changes(before: Outline, state: ControlState) -> None:
@@ -54,4 +56,19 @@ def worker_view(state: ControlState, member: Member, status: EngineStatus, devic
         device=info.device if info else device,
         running_requests=status.running.get(member.id, 0),
         kv_usage=status.kv_usage.get(member.id, 0.0),
+    )
+
+
+def told(state: ControlState, operation: Operation) -> Operation:
+    """`operation` with how far it is."""
+    progress, safe = state.told(operation)
+    return replace(operation, progress=progress, safe_to_terminate=safe)
+
+
+def load_seen(status: EngineStatus) -> LoadSeen:
+    usage = status.kv_usage.values()
+    return LoadSeen(
+        waiting=status.waiting,
+        running=sum(status.running.values()),
+        kv_usage=sum(usage) / len(usage) if usage else 0.0,
     )

@@ -34,6 +34,10 @@ class ServeConfig:
     workers: int = setting(
         2, "workers (ExpertHost actors) to start: one GPU each, or a share of the CPU cores", at_least=1
     )
+    min_workers: int | None = setting(None, "fewest workers that the autoscaler leaves; 1 if not given", at_least=1)
+    max_workers: int | None = setting(
+        None, "most workers that the autoscaler asks for; no autoscaler if not given", at_least=1
+    )
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", at_least=1)
     address: str | None = setting(None, "address of a Ray cluster to join; a local one is started if not given")
@@ -52,6 +56,9 @@ class ServeConfig:
     rebalance_interval: float = setting(60.0, "seconds between looks at the placement; 0: only on request", at_least=0)
     planner: str = setting("auto", "placement planner of the periodic re-placement")
     solver: str = setting("highs", "ILP solver", choices=("highs", "cbc", "gurobi"))
+    migration_bandwidth: float = setting(
+        0.0, "MB/s that copies of experts between workers may take while requests run; 0: no limit", at_least=0
+    )
     plan_deadline: float = setting(10.0, "seconds that a planner may take", at_least=0.1)
     step_timeout: float = setting(60.0, "seconds after which a step that has not returned is given up", at_least=1)
     api_key: str | None = setting(None, "key that /v1 asks for")
@@ -68,6 +75,17 @@ class ServeConfig:
             object.__setattr__(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
         if self.port > 65535:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        if self.max_workers is None:
+            if self.min_workers is not None:
+                raise ConfigError("min_workers: max_workers must be given with it")
+            return
+        least = self.min_workers or 1
+        if not least <= self.workers <= self.max_workers:
+            raise ConfigError(f"workers: expected {least} to {self.max_workers}, the limits of the autoscaler, "
+                              f"got {self.workers}")  # fmt: skip
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, source: str = "configuration") -> ServeConfig:

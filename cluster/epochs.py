@@ -12,6 +12,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from cluster.counters import ClusterCounters
 from cluster.events import (
     Abandon,
     Command,
@@ -26,7 +27,7 @@ from cluster.events import (
 from cluster.membership import Member, WorkerState, choose_transport, needs
 from cluster.operations import OperationLog
 from cluster.placement import Placement, WorkerId
-from cluster.protocol import ClusterCounters, Epoch, EpochSpec, HostInfo, ModelInfo, Operation, Phase
+from cluster.protocol import Epoch, EpochSpec, HostInfo, ModelInfo, Operation, Phase
 from cluster.transfers import Transfers, plan_transfers
 
 MAX_BACKOFF_S = 30.0
@@ -49,6 +50,9 @@ class Change:
     forms_group: bool
     transfers: Transfers
     stage: Stage
+    stage_since: float
+    urgent: bool
+    """Nothing is served until it is done."""
     nbytes: int = 0
 
     @property
@@ -64,6 +68,11 @@ class ControlSettings:
     """0: only on request."""
     shared_gpus: bool = False
     """Workers share GPUs, which NCCL cannot do."""
+    min_workers: int | None = None
+    max_workers: int | None = None
+    """The autoscaler's limits, which hold for whoever asks for a size. None: no autoscaler."""
+    seats_per_worker: int = 64
+    """Requests that a worker runs at a time."""
     cluster_id: str = "emoe"
     """Part of every process group's name, so that two clusters on one machine do not meet."""
 
@@ -80,7 +89,7 @@ class Epochs:
         """Why the current epoch cannot serve; None while it can."""
         self.change: Change | None = None
         self.operations = OperationLog()
-        self.counters = ClusterCounters(rebalances={"completed": 0, "failed": 0, "skipped": 0})
+        self.counters = ClusterCounters()
         self.load: npt.NDArray[np.int64] = np.zeros((model.num_layers, model.num_logical_experts), dtype=np.int64)
         """[L, E] recent tokens per expert, set by the shell: where lost experts go."""
         self.epoch_since = 0.0
@@ -89,6 +98,9 @@ class Epochs:
         self._next_epoch = 1
         self._next_group = 1
         self._broken_group: str | None = None
+        self._broken_cause = ""
+        self._broken_at: float | None = None
+        """When service stopped; None while the current epoch serves."""
         self._read_all = False
         self._out: list[Command] = []
 
@@ -108,7 +120,7 @@ class Epochs:
     def _is_current(self, epoch: Epoch, stage: Stage) -> bool:
         return self.change is not None and self.change.spec.epoch == epoch and self.change.stage is stage
 
-    def _begin(self, operation: Operation, placement: Placement) -> None:
+    def _begin(self, operation: Operation, placement: Placement, now: float) -> None:
         """The next epoch will be `placement`'s workers and slots."""
         assert self.change is None
         transfers = plan_transfers(
@@ -124,15 +136,18 @@ class Epochs:
             forms_group=self._needs_group(placement),
             transfers=transfers,
             stage=Stage.TRANSFERRING,
+            stage_since=now,
+            urgent=self.spec is None or self.broken is not None,
         )
         epoch = self.change.spec.epoch
         self._next_epoch += 1
         self._next_group += self.change.forms_group
         self.operations.advance(operation.operation_id, phase=Phase.PREPARING, epoch=epoch)
         if transfers:
-            self._out.append(Transfer(epoch=epoch, copies=transfers.copies, reads=transfers.reads))
+            urgent = self.change.urgent
+            self._out.append(Transfer(epoch=epoch, copies=transfers.copies, reads=transfers.reads, urgent=urgent))
         else:
-            self._prepare()
+            self._prepare(now)
 
     def _needs_group(self, placement: Placement) -> bool:
         return self.broken is not None or tuple(worker.id for worker in placement.workers) != self.ranks
@@ -171,27 +186,40 @@ class Epochs:
             self.members[move.target].staged[move.layer, move.expert] = True
         for worker, layer, expert in change.transfers.reads:
             self.members[worker].staged[layer, expert] = True
-        self._prepare()
+        self._prepare(now)
 
-    def _prepare(self) -> None:
+    def _enter(self, stage: Stage, now: float) -> None:
         assert self.change is not None
-        self.change.stage = Stage.PREPARING
+        self._time_stage(self.change, now)
+        self.change.stage, self.change.stage_since = stage, now
+
+    def _time_stage(self, change: Change, now: float) -> None:
+        if change.kind == "rebalance":
+            self.counters.rebalance_s[change.stage].add(now - change.stage_since)
+
+    def _prepare(self, now: float) -> None:
+        assert self.change is not None
+        self._enter(Stage.PREPARING, now)
         self._out.append(Prepare(spec=self.change.spec, forms_group=self.change.forms_group))
 
-    def _prepared(self, event: Prepared) -> None:
+    def _prepared(self, event: Prepared, now: float) -> None:
         change = self.change
         if change is None or not self._is_current(event.spec.epoch, Stage.PREPARING):
             return
         change.spec = event.spec
-        change.stage = Stage.COMMITTING
+        self._enter(Stage.COMMITTING, now)
         self.operations.advance(change.operation_id, phase=Phase.COMMITTING)
         self._out.append(Commit(spec=event.spec))
 
     def _committed(self, now: float) -> None:
         change, self.change = self.change, None
         assert change is not None
+        self._time_stage(change, now)
+        if self._broken_at is not None:
+            self.counters.recoveries[self._broken_cause] += 1
+            self.counters.recovery_s.add(now - self._broken_at)
         self.spec = change.spec
-        self.broken = None
+        self.broken = self._broken_at = None
         self.epoch_since = now
         self.retry_at = 0.0
         self._read_all = False
@@ -200,18 +228,15 @@ class Epochs:
         for member in self.alive:
             if member.state is WorkerState.DRAINING and member.id not in self.ranks:
                 self._stop(member)
-        self.counters = replace(
-            self.counters,
-            experts_moved=self.counters.experts_moved + len(change.transfers.copies) + len(change.transfers.reads),
-            bytes_moved=self.counters.bytes_moved + change.nbytes,
-        )
+        self.counters.experts_moved += len(change.transfers.copies) + len(change.transfers.reads)
+        self.counters.bytes_moved += change.nbytes
         self._finish(change, now)
         # what failed while the flip was under way: the new epoch may be as broken as the old one
         dead = [worker for worker in self.ranks if not self.members[worker].alive]
         if dead:
-            self._break(f"worker {dead[0]} was lost during the flip")
+            self._break(f"worker {dead[0]} was lost during the flip", "worker", now)
         elif self._broken_group == change.spec.group:
-            self._break("a step failed during the flip")
+            self._break("a step failed during the flip", "step", now)
         self._forget_dead()
 
     def _becomes_member(self, member: Member) -> None:
@@ -226,14 +251,14 @@ class Epochs:
         """The change's epoch has begun: end its operation."""
         raise NotImplementedError
 
-    def _commit_failed(self, reason: str, now: float) -> None:
+    def _commit_failed(self, reason: str, now: float, cause: str = "flip") -> None:
         """Some hosts may have flipped. Count only on what a host holds either way; the group is of no use."""
         assert self.change is not None
         for worker in self.change.workers:
             member = self.members[worker]
             member.held = member.held & needs(self.change.spec.placement, worker)
         if self.spec is not None:
-            self._break(f"epoch {self.change.spec.epoch} could not begin: {reason}")
+            self._break(f"epoch {self.change.spec.epoch} could not begin: {reason}", cause, now)
         self._give_up(reason, now)
 
     def _give_up(self, reason: str, now: float, *, at_once: bool = False) -> None:
@@ -260,11 +285,12 @@ class Epochs:
             self._failures += 1
             self.retry_at = now + min(MAX_BACKOFF_S, 0.1 * 2.0 ** min(self._failures, 10))
 
-    def _break(self, reason: str) -> None:
-        """The current epoch serves no more. Nothing but a new group will do."""
+    def _break(self, reason: str, cause: str, now: float) -> None:
+        """The current epoch serves no more. Nothing but a new group will do. cause: one of CAUSES."""
         assert self.spec is not None
         self._broken_group = self.spec.group
-        self.broken = self.broken or reason
+        if self.broken is None:
+            self.broken, self._broken_cause, self._broken_at = reason, cause, now
         self._open_recovery()
 
     def _open_recovery(self) -> None:

@@ -149,6 +149,34 @@ class ScaleRequested:
 
     workers: int | None = None
     retire: tuple[WorkerId, ...] = ()
+    operation_id: str | None = None
+    """The caller's own. Asking again with the same one changes nothing."""
+    replace: bool = False
+    """Take the place of a scaling that still waits for workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceRequested:
+    """To exactly this placement of today's workers. Raises ConflictError, NotReadyError, PlacementError."""
+
+    placement: Placement
+    pinned: bool | None = None
+    """None: as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpin:
+    """Periodic re-placement may change the placement again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSeen:
+    """How busy the engine is: what the autoscaler goes by."""
+
+    waiting: int
+    running: int
+    kv_usage: float
+    """Share of all KV-cache blocks in use, 0..1."""
 
 
 Event = (
@@ -168,7 +196,10 @@ Event = (
     | Resumed
     | PlanReady
     | RebalanceRequested
+    | PlaceRequested
+    | Unpin
     | ScaleRequested
+    | LoadSeen
 )
 
 
@@ -197,6 +228,8 @@ class Transfer:
     epoch: Epoch
     copies: tuple[Move, ...]
     reads: tuple[ExpertKey, ...]
+    urgent: bool = False
+    """Nothing is served until it is done: no limit of bandwidth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,9 @@ def _check_members(state: ControlState) -> None:
             assert state.members[worker].loaded, "an epoch is made of living, loaded workers"
     wanted = [m for m in state.alive if m.state is not WorkerState.DRAINING]
     assert len(wanted) <= state.target, "no more workers are started than asked for"
+    settings = state.settings
+    most = min(settings.max_workers or state.model.num_logical_experts, state.model.num_logical_experts)
+    assert (settings.min_workers or 1) <= state.target <= most, "the wanted size stays within its limits"
     for member in state.members.values():
         if not member.alive:
             assert not member.has.any(), "nothing is counted on at a dead worker"
@@ -70,6 +73,13 @@ def _check_operations(state: ControlState) -> None:
         assert any(op.operation_id == running.operation_id for op in open_ones), "a change belongs to an open operation"
     expected = [running.operation_id] if running is not None and running.stage is Stage.COMMITTING else []
     assert committing == expected, "an operation commits when its change does"
+    for operation in state.operations.all():
+        progress, safe = state.told(operation)
+        assert 0.0 <= progress <= 1.0, "progress is a share"
+        for worker in operation.retiring if safe else ():
+            member = state.members.get(worker)
+            serves = state.broken is None and worker in state.ranks
+            assert member is None or not (member.alive or member.has.any() or serves), "safe means out of use"
     if state.planning is not None:
         assert state.change is None, "no plan is made while the placement changes"
     if state.spec is not None and state.broken is not None and running is None:

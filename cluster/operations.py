@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 
+from cluster.placement import WorkerId
 from cluster.protocol import Epoch, Operation, Phase
 
 HISTORY = 100
@@ -20,14 +21,36 @@ class OperationLog:
         self._operations: OrderedDict[str, Operation] = OrderedDict()
         self._count = 0
 
-    def open(self, kind: str, epoch: Epoch, reason: str) -> Operation:
-        self._count += 1
+    def open(
+        self,
+        kind: str,
+        epoch: Epoch,
+        reason: str,
+        *,
+        operation_id: str | None = None,
+        asked: str = "",
+        retiring: tuple[WorkerId, ...] = (),
+    ) -> Operation:
+        """operation_id: the caller's own, which must be new; else one is made up."""
+        assert operation_id not in self._operations, f"{operation_id} is taken"
         operation = Operation(
-            operation_id=f"{kind}-{self._count}", kind=kind, phase=Phase.PREPARING, epoch=epoch, reason=reason
+            operation_id=operation_id or self._new_id(kind),
+            kind=kind,
+            phase=Phase.PREPARING,
+            epoch=epoch,
+            reason=reason,
+            asked=asked,
+            retiring=retiring,
         )
         self._operations[operation.operation_id] = operation
         self._forget_old()
         return operation
+
+    def _new_id(self, kind: str) -> str:
+        while True:
+            self._count += 1
+            if (name := f"{kind}-{self._count}") not in self._operations:
+                return name
 
     def advance(
         self, operation_id: str, *, phase: Phase | None = None, epoch: Epoch | None = None, reason: str | None = None

@@ -314,6 +314,14 @@ class Operation:
     reason: str
     """Why it was begun; once ended, what came of it."""
     error: str | None = None
+    asked: str = ""
+    """What was asked for, in words: the same id with other words is another wish."""
+    retiring: tuple[WorkerId, ...] = ()
+    """Workers that leave by it."""
+    progress: float = 0.0
+    """0..1, coarse; it steps back where an attempt has to be made again."""
+    safe_to_terminate: bool = False
+    """Whether every worker in `retiring` holds nothing and serves nobody: its machine may go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,6 +337,8 @@ class Readiness:
 class PlacementView:
     epoch: Epoch
     placement: Placement
+    pinned: bool = False
+    """Periodic re-placement leaves it alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,13 +385,3 @@ class RebalancePreview:
     solver_status: str
     gap: float | None
     seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterCounters:
-    """Totals of the coordinator since it began, for /metrics."""
-
-    rebalances: dict[str, int] = field(default_factory=dict)
-    """By result: completed, failed, skipped."""
-    experts_moved: int = 0
-    bytes_moved: int = 0

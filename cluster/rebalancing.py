@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cluster.epochs import ControlSettings, Epochs
-from cluster.errors import ConflictError, NotReadyError
-from cluster.events import PlanReady, RebalanceRequested, Solve
+from cluster.epochs import Change, ControlSettings, Epochs
+from cluster.errors import ConflictError, NotReadyError, PlacementError
+from cluster.events import PlaceRequested, PlanReady, RebalanceRequested, Solve
+from cluster.placement import Placement
 from cluster.protocol import Epoch, ModelInfo, Operation, Readiness
 
 
@@ -16,6 +17,7 @@ class Planning:
 
     ticket: int
     operation_id: str
+    since: float
     requested: bool
     forced: bool
     """A planner was asked for by name: what it says is done, whatever it is predicted to gain."""
@@ -32,6 +34,10 @@ class Rebalancing(Epochs):
         self._next_ticket = 1
         self._rebalance_at: float | None = None
         self._last_skipped: str | None = None
+        self.pinned = False
+        """Periodic re-placement leaves the placement alone."""
+        self._pins: str | None = None
+        """The operation whose end pins what it has made."""
 
     def readiness(self) -> Readiness:
         raise NotImplementedError
@@ -39,8 +45,8 @@ class Rebalancing(Epochs):
     def _look_at_placement(self, now: float) -> None:
         if self._rebalance_at is not None and now >= self._rebalance_at and self._idle and self.broken is None:
             self._rebalance_at = now + self.settings.rebalance_interval_s
-            if self.load.any():
-                self._start_planning(None, "periodic look at the placement", requested=False)
+            if self.load.any() and not self.pinned:
+                self._start_planning(None, "periodic look at the placement", now, requested=False)
 
     @property
     def _idle(self) -> bool:
@@ -53,15 +59,48 @@ class Rebalancing(Epochs):
         if self.spec is None or self.broken is not None or self.probing:
             raise NotReadyError(self.readiness().reason)
 
-    def _rebalance_requested(self, event: RebalanceRequested) -> None:
+    def _rebalance_requested(self, event: RebalanceRequested, now: float) -> None:
         self._require_idle()
-        self._start_planning(event.planner, f"requested, planner {event.planner}", requested=True)
+        self._start_planning(event.planner, f"requested, planner {event.planner}", now, requested=True)
 
-    def _start_planning(self, planner: str | None, reason: str, *, requested: bool) -> None:
+    def _place_requested(self, event: PlaceRequested, now: float) -> None:
+        self._require_idle()
+        assert self.spec is not None
+        placement = self._of_members(event.placement)
+        self.pinned = self.pinned and event.pinned is not False
+        operation = self.operations.open("rebalance", Epoch(self._next_epoch), "requested, a given placement")
+        if placement == self.spec.placement:
+            self.pinned = self.pinned or event.pinned is True
+            self.operations.complete(operation.operation_id, f"{operation.reason}: it is the current one already")
+            self.counters.rebalances["skipped"] += 1
+            return
+        self._pins = operation.operation_id if event.pinned else None
+        self._begin(operation, placement, now)
+
+    def _of_members(self, placement: Placement) -> Placement:
+        """`placement` on today's nodes. Raises PlacementError where it is not for these workers and this model."""
+        assert self.spec is not None
+        current = self.spec.placement
+        for what, asked, there in (
+            ("workers", _slots(placement), _slots(current)),
+            ("num_logical_experts", placement.num_logical_experts, current.num_logical_experts),
+            ("num_layers", placement.num_layers, current.num_layers),
+        ):
+            if asked != there:
+                raise PlacementError(f"placement: {what} must be {there}, as those that serve, got {asked}")
+        # a saved placement may be from before a restart, when nodes had other ids
+        return replace(placement, workers=current.workers)
+
+    def _rebalanced(self, change: Change) -> None:
+        if change.operation_id == self._pins:
+            self.pinned, self._pins = True, None
+
+    def _start_planning(self, planner: str | None, reason: str, now: float, *, requested: bool) -> None:
         operation = self.operations.open("rebalance", Epoch(self._next_epoch), reason)
         self.planning = Planning(
             ticket=self._next_ticket,
             operation_id=operation.operation_id,
+            since=now,
             requested=requested,
             forced=requested and planner != "auto",
         )
@@ -73,6 +112,7 @@ class Rebalancing(Epochs):
         if planning is None or event.ticket != planning.ticket:
             return
         self.planning = None
+        self.counters.rebalance_s["planning"].add(now - planning.since)
         assert self.spec is not None
         operation = self.operations.get(planning.operation_id)
         assert operation is not None
@@ -84,7 +124,7 @@ class Rebalancing(Epochs):
         ):
             verdict = event.reason if event.worthwhile else f"done, although {event.reason}"
             self.operations.advance(operation.operation_id, reason=f"{operation.reason}: {verdict}")
-            self._begin(operation, event.placement)
+            self._begin(operation, event.placement, now)
         else:
             self._skip(operation, event.reason, requested=planning.requested)
 
@@ -102,3 +142,7 @@ class Rebalancing(Epochs):
             self.operations.fail(self.planning.operation_id, reason)
             self.counters.rebalances["failed"] += 1
             self.planning = None
+
+
+def _slots(placement: Placement) -> str:
+    return ", ".join(f"{worker.id} with {worker.slots} slots" for worker in placement.workers)

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.epochs import MAX_BACKOFF_S, Change, ControlSettings, Stage
-from cluster.errors import PlacementError
 from cluster.events import (
     Command,
     CommitFailed,
     Committed,
     EngineLost,
     Event,
+    LoadSeen,
+    PlaceRequested,
     PlanReady,
     Prepared,
     PrepareFailed,
@@ -33,6 +34,7 @@ from cluster.events import (
     Tick,
     TransferDone,
     TransferFailed,
+    Unpin,
     WorkerFailed,
     WorkerLoaded,
     WorkerLost,
@@ -41,7 +43,7 @@ from cluster.membership import Member, WorkerState, adapt, expert_lists, slots_p
 from cluster.operations import ENDED
 from cluster.placement import Placement, Worker, WorkerId
 from cluster.protocol import Epoch, ModelInfo, Operation, Phase, Readiness
-from cluster.rebalancing import Rebalancing
+from cluster.scaling import Scaling
 
 JOIN_PATIENCE_S = 5.0
 """How long a loaded worker waits for others that are starting, so that they join in one epoch."""
@@ -54,20 +56,16 @@ MAX_START_FAILURES = 3
 """Before the first epoch, more workers than these dying while they load are a lasting error."""
 
 
-class ControlState(Rebalancing):
+class ControlState(Scaling):
     """See the module's docstring. Raises PlacementError for more workers than experts."""
 
     def __init__(self, settings: ControlSettings, model: ModelInfo) -> None:
         super().__init__(settings, model)
-        self._check_target(settings.workers)
-        self.target = settings.workers
         self.fatal: str | None = None
         """Why waiting for the first epoch is in vain."""
         self._start_at = 0.0
         self._start_failures = 0
         self._next_worker = 0
-        self._scaling: str | None = None
-        """The operation that a ScaleRequested began."""
         self.operations.open("start", Epoch(1), f"start with {self.target} workers")
 
     def readiness(self) -> Readiness:
@@ -106,7 +104,7 @@ class ControlState(Rebalancing):
             case TransferDone() | TransferFailed():
                 self._transfer_ended(event, now)
             case Prepared():
-                self._prepared(event)
+                self._prepared(event, now)
             case PrepareFailed():
                 if self._is_current(event.epoch, Stage.PREPARING):
                     self._give_up(event.reason, now)
@@ -129,9 +127,15 @@ class ControlState(Rebalancing):
             case PlanReady():
                 self._plan_ready(event, now)
             case RebalanceRequested():
-                self._rebalance_requested(event)
+                self._rebalance_requested(event, now)
+            case PlaceRequested():
+                self._place_requested(event, now)
+            case Unpin():
+                self.pinned = False
             case ScaleRequested():
                 self._scale_requested(event, now)
+            case LoadSeen():
+                self._load_seen(event, now)
         self._reconcile(now)
         return self._out
 
@@ -159,7 +163,7 @@ class ControlState(Rebalancing):
             self._count_start_failure(member, reason, now)
         self._stop(member)
         if worker in self.ranks:
-            self._break(f"worker {worker} lost: {reason}")
+            self._break(f"worker {worker} lost: {reason}", "worker", now)
             self._cancel_planning(f"worker {worker} was lost")
         change = self.change
         # the outcome of a flip is the engine's to tell
@@ -191,7 +195,7 @@ class ControlState(Rebalancing):
             self._out.append(Probe(workers=tuple(member.id for member in self.alive if member.loaded)))
         if self.broken is None:
             self._suspect(event.suspects, now)
-        self._interrupt(f"a step failed: {event.reason}", now)
+        self._interrupt(f"a step failed: {event.reason}", "step", now)
 
     def _suspect(self, suspects: Sequence[WorkerId], now: float) -> None:
         """A worker that answers probes, yet is to blame for one failed step after the other, is replaced."""
@@ -204,13 +208,13 @@ class ControlState(Rebalancing):
 
     def _engine_lost(self, reason: str, now: float) -> None:
         if self.change is not None and self.change.stage is Stage.COMMITTING:
-            self._commit_failed(f"the engine is lost: {reason}", now)
+            self._commit_failed(f"the engine is lost: {reason}", now, "engine")
         elif self.spec is not None:
-            self._interrupt(f"the engine is lost: {reason}", now)
+            self._interrupt(f"the engine is lost: {reason}", "engine", now)
 
-    def _interrupt(self, reason: str, now: float) -> None:
+    def _interrupt(self, reason: str, cause: str, now: float) -> None:
         """The current epoch is of no use: whatever does not serve to leave it has to wait."""
-        self._break(reason)
+        self._break(reason, cause, now)
         self._cancel_planning(reason)
         change = self.change
         if change is not None and change.stage is not Stage.COMMITTING and change.kind != "recover":
@@ -218,6 +222,7 @@ class ControlState(Rebalancing):
 
     def _resumed(self, event: Resumed, now: float) -> None:
         """This state was saved, and its clock and every answer that was under way are gone."""
+        self.counters.recoveries["coordinator"] += 1
         self._restart_clock(now)
         self._cancel_planning("the coordinator was restarted")
         for member in self.alive:
@@ -234,7 +239,11 @@ class ControlState(Rebalancing):
         self._out.append(Probe(workers=tuple(member.id for member in self.alive)))
 
     def _restart_clock(self, now: float) -> None:
-        self.epoch_since = now
+        self.epoch_since = self._scaled_at = now
+        self._samples.clear()
+        self._broken_at = None if self._broken_at is None else now
+        if self.change is not None:
+            self.change.stage_since = now
         self.retry_at = self._start_at = 0.0
         if self._rebalance_at is not None:
             self._rebalance_at = now + self.settings.rebalance_interval_s
@@ -253,7 +262,7 @@ class ControlState(Rebalancing):
         if not members or (self.broken is None and tuple(member.id for member in members) == self.ranks):
             return
         self._cancel_planning("the membership changes")
-        self._begin(self._operation_for(members), self._placement_for(members))
+        self._begin(self._operation_for(members), self._placement_for(members), now)
 
     def _start_workers(self, now: float) -> None:
         present = [member for member in self.alive if member.state is not WorkerState.DRAINING]
@@ -331,6 +340,7 @@ class ControlState(Rebalancing):
         moved = f"{len(change.transfers.copies)} experts copied, {len(change.transfers.reads)} read"
         if change.kind == "rebalance":
             self.counters.rebalances["completed"] += 1
+            self._rebalanced(change)
         if operation.operation_id == self._scaling and not self._scaled:
             # some workers are still to come
             self.operations.advance(operation.operation_id, phase=Phase.PREPARING)
@@ -341,47 +351,3 @@ class ControlState(Rebalancing):
         if scaling is not None and self._scaled:
             # a recovery has brought it about
             self.operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {self.epoch}")
-
-    @property
-    def _scaled(self) -> bool:
-        """Whether those that serve are as many as asked for, and none of them is to leave."""
-        leaving = any(self.members[worker].state is WorkerState.DRAINING for worker in self.ranks)
-        return len(self.ranks) == self.target and not leaving
-
-    # --- Requests -----------------------------------------------------------------------------------------------
-
-    def _scale_requested(self, event: ScaleRequested, now: float) -> None:
-        self._require_idle()
-        for worker in event.retire:
-            if worker not in self.members or self.members[worker].state is not WorkerState.SERVING:
-                raise PlacementError(f"retire: {worker!r} is no serving worker")
-        target = event.workers if event.workers is not None else self.target - len(set(event.retire))
-        self._check_target(target)
-        pending = self.operations.find_open("scale")
-        if pending is not None:
-            # it waits for workers that may never come; the new wish replaces it
-            self.operations.fail(pending.operation_id, "replaced by another request")
-        self.target = target
-        for worker in event.retire:
-            self.members[worker].state = WorkerState.DRAINING
-            self.members[worker].retired = True
-        present = [member for member in self.alive if member.state is not WorkerState.DRAINING]
-        # those that do not serve yet go first, then the newest
-        leaving = [*[m for m in present if m.loaded], *[m for m in present if not m.loaded]][target:]
-        for member in leaving:
-            if member.loaded:
-                member.state = WorkerState.DRAINING
-            else:
-                self._stop(member)
-        what = f"without {', '.join(event.retire)}" if event.retire else f"to {target} workers"
-        operation = self.operations.open("scale", Epoch(self._next_epoch), f"scale {what}")
-        self._scaling = operation.operation_id
-        if len(present) == target == len(self.ranks) and not event.retire:
-            self.operations.complete(operation.operation_id, f"there are {target} workers already")
-
-    def _check_target(self, workers: int) -> None:
-        experts = self.model.num_logical_experts
-        if not 1 <= workers <= experts:
-            raise PlacementError(
-                f"workers: expected 1 to {experts} (each needs an expert of the model's), got {workers}"
-            )

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import RequestError
+from cluster.placement import Placement, WorkerId
 from cluster.protocol import Operation, RoutingView, WorkerView
 from deploy.http_io import read_json
-from deploy.schema import RebalanceRequest, parse
+from deploy.schema import RebalanceRequest, ScaleRequest, parse
 from deploy.service import Service
 
 
@@ -22,7 +23,24 @@ def admin_router(service: Service) -> APIRouter:
     @router.get("/placement")
     async def placement() -> dict[str, Any]:
         view = await backend.placement()
-        return {"epoch": view.epoch, **view.placement.to_dict()}
+        return {"epoch": view.epoch, "pinned": view.pinned, **view.placement.to_dict()}
+
+    @router.put("/placement")
+    async def place(request: Request) -> Response:
+        data = await read_json(request)
+        if not isinstance(data, dict):
+            raise RequestError("the body must be a JSON object, as GET /admin/placement gives it")
+        pinned = request.query_params.get("pinned", data.get("pinned"))
+        pinned = {"true": True, "false": False}.get(pinned, pinned) if isinstance(pinned, str) else pinned
+        if not isinstance(pinned, bool | None):
+            raise RequestError("pinned: expected true or false", param="pinned")
+        operation = await backend.place(Placement.from_dict(data), pinned)
+        return JSONResponse(operation_json(operation), 202)
+
+    @router.delete("/placement/pin")
+    async def unpin() -> dict[str, Any]:
+        await backend.unpin()
+        return {"pinned": False}
 
     @router.get("/routing")
     async def routing() -> dict[str, Any]:
@@ -52,6 +70,15 @@ def admin_router(service: Service) -> APIRouter:
         if isinstance(outcome, Operation):
             return JSONResponse(operation_json(outcome), 202)
         return JSONResponse(dataclasses.asdict(outcome))
+
+    @router.post("/scale")
+    async def scale(request: Request) -> Response:
+        body = parse(ScaleRequest, await read_json(request))
+        if body.workers is None and body.retire is None:
+            raise RequestError("workers: expected workers, retire, or both", param="workers")
+        retire = tuple(WorkerId(worker) for worker in body.retire or ())
+        operation = await backend.scale(body.workers, retire, body.operation_id, body.replace)
+        return JSONResponse(operation_json(operation), 202)
 
     return router
 

@@ -11,6 +11,7 @@ from cluster.errors import RequestError
 from deploy.admin import admin_router
 from deploy.chat import chat_router
 from deploy.completions import completions_router
+from deploy.elastic_ep import elastic_ep_router
 from deploy.guard import Guard
 from deploy.http_io import RETRY_AFTER_S, install_error_handlers, read_json
 from deploy.metrics import CONTENT_TYPE
@@ -23,7 +24,10 @@ def create_app(service: Service) -> FastAPI:
     """Routes bound to `service`. The caller runs `service.begin()`."""
     app = FastAPI(title="Elastic MoE", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
-    for router in (_status_router, _models_router, _tokenizer_router, completions_router, chat_router, admin_router):
+    for router in (
+        *(_status_router, _models_router, _tokenizer_router),
+        *(completions_router, chat_router, admin_router, elastic_ep_router),
+    ):
         app.include_router(router(service))
     app.add_middleware(Guard, config=service.config)
     return app

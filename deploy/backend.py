@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from cluster.counters import ClusterCounters
+from cluster.placement import Placement, WorkerId
 from cluster.protocol import (
-    ClusterCounters,
     EngineStatus,
     GenerateRequest,
     ModelInfo,
@@ -50,6 +51,18 @@ class Backend(Protocol):
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
         """Raises ConflictError, with the running operation's id, and UserError for an unknown planner."""
         ...
+
+    async def scale(
+        self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
+    ) -> Operation:
+        """Raises ConflictError, and UserError for a number of workers, or a worker, that cannot be."""
+        ...
+
+    async def place(self, placement: Placement, pinned: bool | None) -> Operation:
+        """Raises ConflictError, and UserError for a placement of other workers or of another model."""
+        ...
+
+    async def unpin(self) -> None: ...
 
     async def operations(self) -> list[Operation]: ...
 

@@ -1,6 +1,7 @@
 """The outermost layer of the API: keys, callers from other machines, and a last net for exceptions.
 
-Rules: `api_key`, where set, guards /v1, /tokenize and /detokenize. Admin calls that change something need
+Rules: `api_key`, where set, guards /v1, /tokenize and /detokenize. Admin calls that change something (and
+/scale_elastic_ep, which is one) need
 `admin_api_key`; without one they are served only if the server is bound to loopback.
 """
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.", "::1", "localhost", "::ffff:127.")
 GUARDED = ("/v1", "/tokenize", "/detokenize")
+ADMIN = ("/admin", "/scale_elastic_ep")
 READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -65,7 +67,7 @@ class Guard:
             raise RequestError("this server is bound to loopback: it answers only callers on its machine", status=403)
         if self._api_key is not None and _is_under(path, GUARDED):
             _check_key(headers, self._api_key)
-        if _is_under(path, ("/admin",)) and scope["method"] not in READING:
+        if _is_under(path, ADMIN) and scope["method"] not in READING:
             self._check_admin(headers)
 
     def _check_admin(self, headers: Headers) -> None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable
+from itertools import accumulate
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cluster.counters import BOUNDS_S, RESULTS, ClusterCounters, Distribution
 from cluster.errors import NotReadyError
-from cluster.protocol import ClusterCounters, EngineStatus, FinishReason, RoutingView, WorkerView
+from cluster.protocol import EngineStatus, FinishReason, RoutingView, WorkerView
 from deploy.backend import Backend
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -107,7 +109,7 @@ class _ClusterCollector(Collector):
         self.routing: RoutingView | None = None
         self.counters: ClusterCounters | None = None
 
-    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
         yield self._gauge("emoe:ready", "1 while requests are served.", float(self.ready))
         yield self._count(
             "emoe:requests_resumed", "Requests submitted again after their engine was lost.", self.resumed
@@ -120,7 +122,7 @@ class _ClusterCollector(Collector):
             balanced = sum(1 / ratio for ratio in self.routing.load_imbalance) / len(self.routing.load_imbalance)
             yield self._gauge("emoe:balancedness", "Mean load of workers over the busiest's, mean of layers.", balanced)
 
-    def _of_engine(self, engine: EngineStatus) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+    def _of_engine(self, engine: EngineStatus) -> Iterable[Metric]:
         usage = max(engine.kv_usage.values(), default=0.0)
         running = sum(engine.running.values())
         yield self._gauge("vllm:num_requests_running", "Number of requests in model execution batches.", running)
@@ -130,19 +132,41 @@ class _ClusterCollector(Collector):
         yield self._count("emoe:steps", "Steps that all workers ran together.", engine.steps)
         yield self._gauge("emoe:epoch", "Number of the current epoch.", engine.epoch)
 
-    def _of_coordinator(self, counters: ClusterCounters) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+    def _of_coordinator(self, counters: ClusterCounters) -> Iterable[Metric]:
         yield self._count("emoe:experts_moved", "Experts copied between workers.", counters.experts_moved)
         yield self._count("emoe:bytes_moved", "Bytes of experts copied between workers.", counters.bytes_moved)
-        events = CounterMetricFamily("emoe:rebalance_events", "Re-placements, by result.", labels=[*LABELS, "result"])
-        for result, count in {"completed": 0, "failed": 0, "skipped": 0, **counters.rebalances}.items():
-            events.add_metric([*self._labels.values(), result], count)
-        yield events
+        results = dict.fromkeys(RESULTS, 0) | counters.rebalances
+        yield self._counts("emoe:rebalance_events", "Re-placements, by result.", "result", results)
+        yield self._durations(
+            "emoe:rebalance_duration_seconds", "Time of a re-placement, by stage.", "stage", counters.rebalance_s
+        )
+        yield self._counts("emoe:recoveries", "Recoveries, by what they were from.", "cause", counters.recoveries)
+        yield self._durations(
+            "emoe:recovery_duration_seconds", "Time without an epoch that serves.", None, {"": counters.recovery_s}
+        )
         workers = GaugeMetricFamily("emoe:workers", "Workers, by state.", labels=[*LABELS, "state"])
         tally = Tally({"starting": 0, "serving": 0, "draining": 0, "dead": 0})
         tally.update(worker.state for worker in self.workers)
         for state, count in tally.items():
             workers.add_metric([*self._labels.values(), state], count)
         yield workers
+
+    def _counts(self, name: str, text: str, label: str, counts: dict[str, int]) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=[*LABELS, label])
+        for value, count in counts.items():
+            family.add_metric([*self._labels.values(), value], count)
+        return family
+
+    def _durations(
+        self, name: str, text: str, label: str | None, durations: dict[str, Distribution]
+    ) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(name, text, labels=[*LABELS, label] if label else LABELS)
+        bounds = [*map(str, BOUNDS_S), "+Inf"]
+        for value, distribution in durations.items():
+            labels = [*self._labels.values(), value] if label else [*self._labels.values()]
+            buckets = list(zip(bounds, map(float, accumulate(distribution.counts)), strict=True))
+            family.add_metric(labels, buckets, distribution.total_s)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=LABELS)

@@ -19,9 +19,10 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.counters import ClusterCounters
 from cluster.errors import EmoeError, NotReadyError, RequestError
+from cluster.placement import Placement, WorkerId
 from cluster.protocol import (
-    ClusterCounters,
     EngineStatus,
     FinishReason,
     GenerateRequest,
@@ -244,6 +245,21 @@ class RayBackend:
             "rebalance", planner, dry_run, timeout_s=self._plan_timeout_s
         )
         return outcome
+
+    async def scale(
+        self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
+    ) -> Operation:
+        # with an id of its own, a call that the coordinator's death cut off can be made again
+        name = operation_id or f"scale-{uuid.uuid4().hex[:8]}"
+        operation: Operation = await self._ask("scale", workers, retire, name, replace)
+        return operation
+
+    async def place(self, placement: Placement, pinned: bool | None) -> Operation:
+        operation: Operation = await self._ask("place", placement, pinned)
+        return operation
+
+    async def unpin(self) -> None:
+        await self._ask("unpin")
 
     async def operations(self) -> list[Operation]:
         return list(await self._ask("operations"))

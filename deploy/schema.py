@@ -207,6 +207,29 @@ class RebalanceRequest(Body):
     dry_run: bool = False
 
 
+OperationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,100}$")]
+
+
+class ScaleRequest(Body):
+    """`workers`, `retire`, or both: so many in all, without these."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    workers: Int32 | None = None
+    retire: list[str] | None = Field(None, min_length=1)
+    operation_id: OperationId | None = None
+    replace: bool = False
+
+
+class ElasticEpRequest(Body):
+    """vLLM's body, or SGLang's with `new_ep_size`."""
+
+    new_data_parallel_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    new_ep_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    drain_timeout: Annotated[int, Field(ge=1)] = 120
+    """Seconds to wait for the end."""
+
+
 def parse(kind: type[BodyT], data: object) -> BodyT:
     """Check `data`, a decoded JSON body. Raises RequestError that names the first field which is wrong."""
     if not isinstance(data, dict):

@@ -13,6 +13,7 @@ import ray
 
 from actors import coordinator as module
 from actors.coordinator import Coordinator
+from cluster import autoscaling
 from cluster.config import ServeConfig
 from cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError
 from cluster.placement import WorkerId
@@ -339,5 +340,59 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
             assert isinstance(again, Operation)
             assert (await ended(second, again.operation_id)).phase is Phase.COMPLETED
             await second.shutdown()
+
+    asyncio.run(story())
+
+
+def test_scaling_again_under_the_same_id_is_the_same_operation(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, _):
+            await ready(coordinator)
+            first = await coordinator.scale(3, (), "mine")
+            assert (await coordinator.scale(3, (), "mine")).operation_id == first.operation_id == "mine"
+            with pytest.raises(ConflictError, match="mine"):
+                await coordinator.scale(2)
+            done = await ended(coordinator, "mine")
+            assert (done.progress, done.safe_to_terminate) == (1.0, False)
+            await coordinator.scale(None, (W0,), "away")
+            assert (await ended(coordinator, "away")).safe_to_terminate
+
+    asyncio.run(story())
+
+
+def test_a_placement_that_was_saved_is_loaded_and_pinned(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, _):
+            await ready(coordinator)
+            await asyncio.sleep(0.1)
+            saved = (await coordinator.placement()).placement
+            operation = await coordinator.rebalance("greedy", False)
+            assert isinstance(operation, Operation)
+            await ended(coordinator, operation.operation_id)
+            assert (await coordinator.placement()).placement != saved
+            operation = await coordinator.place(saved, True)
+            assert (await ended(coordinator, operation.operation_id)).phase is Phase.COMPLETED
+            view = await coordinator.placement()
+            assert (view.placement, view.pinned) == (saved, True)
+            await coordinator.unpin()
+            assert not (await coordinator.placement()).pinned
+
+    asyncio.run(story())
+
+
+def test_the_autoscaler_sees_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake engine runs three requests, more than one worker's two seats."""
+    for name in ("WINDOW_S", "UP_COOLDOWN_S"):
+        monkeypatch.setattr(autoscaling, name, 0.1)
+
+    async def story() -> None:
+        async with running(tmp_path, workers=1, max_workers=2, max_num_seqs=2) as (coordinator, _):
+            await ready(coordinator)
+
+            async def two() -> bool:
+                return len((await coordinator.placement()).placement.workers) == 2
+
+            await until(two)
+            assert "autoscale from 1 to 2 workers: demand 150%" in (await coordinator.operations())[0].reason
 
     asyncio.run(story())

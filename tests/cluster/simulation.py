@@ -69,11 +69,16 @@ class Host:
 
 
 class Simulation:
-    def __init__(self, *, workers: int, redundant: int = 0, interval_s: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, *, workers: int, redundant: int = 0, interval_s: float = 0.0, seed: int = 0, most: int | None = None
+    ) -> None:
         self.now = 0.0
         self.rng = np.random.default_rng(seed)
         self.state = ControlState(
-            ControlSettings(workers=workers, redundant_experts=redundant, rebalance_interval_s=interval_s), MODEL
+            ControlSettings(
+                workers=workers, redundant_experts=redundant, rebalance_interval_s=interval_s, max_workers=most
+            ),
+            MODEL,
         )
         self.hosts: dict[WorkerId, Host] = {}
         self.todo: list[Command] = []

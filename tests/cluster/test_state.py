@@ -8,6 +8,8 @@ from cluster.events import (
     Abandon,
     Commit,
     CommitFailed,
+    LoadSeen,
+    PlaceRequested,
     PlanReady,
     Prepare,
     RebalanceRequested,
@@ -18,6 +20,7 @@ from cluster.events import (
     StopWorker,
     Tick,
     Transfer,
+    Unpin,
     WorkerFailed,
     WorkerLost,
 )
@@ -409,3 +412,126 @@ def test_a_join_that_a_recovery_overtakes_is_ended_with_it() -> None:
     sim.feed(WorkerLost(worker=W1, reason="died"))
     sim.settle()
     assert sim.state.operations.find_open() is None
+
+
+def test_a_repeated_scaling_is_the_same_operation() -> None:
+    sim = serving(2)
+    wish = ScaleRequested(workers=3, operation_id="mine")
+    sim.feed(wish)
+    sim.feed(wish)
+    sim.settle()
+    sim.feed(wish)
+    assert [op.operation_id for op in sim.state.operations.all()] == ["mine", "start-1"]
+    assert sim.state.target == 3
+    with pytest.raises(ConflictError, match="another"):
+        sim.feed(ScaleRequested(workers=2, operation_id="mine"))
+    with pytest.raises(ConflictError, match="another"):
+        sim.feed(ScaleRequested(workers=2, operation_id="start-1"))
+
+
+def test_a_scaling_that_waits_for_workers_gives_way_only_when_told_to() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=4, operation_id="first"))
+    with pytest.raises(ConflictError, match="first"):
+        sim.feed(ScaleRequested(workers=3))
+    assert sim.state.target == 4
+    sim.feed(ScaleRequested(workers=2, replace=True))
+    sim.settle()
+    first = sim.state.operations.get("first")
+    assert first is not None
+    assert (first.phase, first.error) == (Phase.FAILED, "replaced by another request")
+    assert len(sim.state.ranks) == 2
+
+
+def test_a_retired_worker_may_be_terminated_once_it_is_out_of_use() -> None:
+    sim = serving(3)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    seen = [sim.state.told(newest(sim))]
+    while sim.todo:
+        sim.finish(0)
+        seen.append(sim.state.told(newest(sim)))
+    assert seen == [(0.5, False), (0.8, False), (0.9, False), (1.0, True)]
+    assert newest(sim).retiring == (W0,)
+
+
+def test_one_worker_is_replaced_by_another() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=2, retire=(W1,)))
+    sim.settle()
+    assert sim.state.ranks == (W0, W2)
+    assert sim.state.told(newest(sim)) == (1.0, True)
+
+
+def test_a_given_placement_is_gone_to_and_pinned() -> None:
+    sim = serving(2, interval_s=3.0)
+    assert sim.state.spec is not None
+    placement = shuffled(sim.state.spec.placement, sim.rng)
+    sim.feed(PlaceRequested(placement=placement, pinned=True))
+    assert not sim.state.pinned
+    sim.settle()
+    assert sim.state.spec.placement == placement
+    assert sim.state.pinned
+    sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
+    sim.log.clear()
+    for _ in range(10):
+        sim.now += 1.0
+        sim.feed(Tick())
+    assert not sent(sim, Solve)
+    sim.feed(PlaceRequested(placement=placement, pinned=None))
+    assert newest(sim).phase is Phase.COMPLETED
+    assert sim.state.pinned
+    sim.feed(Unpin())
+    sim.now += 3.0
+    sim.feed(Tick())
+    assert sent(sim, Solve)
+
+
+def test_a_given_placement_that_fails_pins_nothing() -> None:
+    sim = serving(2)
+    assert sim.state.spec is not None
+    before = sim.state.spec.placement
+    sim.feed(PlaceRequested(placement=shuffled(before, sim.rng), pinned=True))
+    sim.finish(0, fault=True)
+    assert newest(sim).phase is Phase.FAILED
+    assert sim.state.spec.placement == before
+    assert not sim.state.pinned
+
+
+def test_a_placement_of_other_workers_is_refused() -> None:
+    sim, other = serving(2), serving(3)
+    assert other.state.spec is not None
+    with pytest.raises(PlacementError, match="w0 with 4 slots, w1 with 4 slots"):
+        sim.feed(PlaceRequested(placement=other.state.spec.placement))
+
+
+def test_the_autoscaler_scales_with_its_reason() -> None:
+    sim = serving(2, most=4)
+    for _ in range(60):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=200, running=128, kv_usage=0.9))
+    assert "autoscale from 2 to 4 workers: demand" in newest(sim).reason
+    sim.settle()
+    assert len(sim.state.ranks) == 4
+    with pytest.raises(PlacementError, match="1 to 4"):
+        sim.feed(ScaleRequested(workers=5))
+    for _ in range(200):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=0, running=0, kv_usage=0.0))
+    assert sim.state.target == 3
+
+
+def test_recoveries_and_stages_are_counted() -> None:
+    sim = serving(2)
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    sim.now += 2.0
+    sim.settle()
+    sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(), reason="aborted"))
+    sim.settle()
+    counters = sim.state.counters
+    assert (counters.recoveries["worker"], counters.recoveries["step"]) == (1, 1)
+    assert sum(counters.recovery_s.counts) == 2
+    assert counters.recovery_s.total_s >= 2.0
+    sim.feed(RebalanceRequested(planner="auto"))
+    sim.settle()
+    assert [sum(d.counts) for d in counters.rebalance_s.values()] == [1, 1, 1, 1]

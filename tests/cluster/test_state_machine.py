@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from cluster.errors import ConflictError, NotReadyError, PlacementError
-from cluster.events import RebalanceRequested, ScaleRequested, StepFailed, Tick
-from tests.cluster.simulation import EXPERTS, LAYERS, Simulation
+from cluster.events import LoadSeen, PlaceRequested, RebalanceRequested, ScaleRequested, StepFailed, Tick, Unpin
+from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, shuffled
 
 
 class Faults(RuleBasedStateMachine):
@@ -20,9 +20,12 @@ class Faults(RuleBasedStateMachine):
         interval_s=st.sampled_from([0.0, 3.0]),
         seed=st.integers(0, 99),
         settled=st.booleans(),
+        most=st.sampled_from([None, 5]),
     )
-    def start(self, workers: int, redundant: int, interval_s: float, seed: int, settled: bool) -> None:
-        self.sim = Simulation(workers=workers, redundant=redundant, interval_s=interval_s, seed=seed)
+    def start(
+        self, workers: int, redundant: int, interval_s: float, seed: int, settled: bool, most: int | None
+    ) -> None:
+        self.sim = Simulation(workers=workers, redundant=redundant, interval_s=interval_s, seed=seed, most=most)
         self.sim.feed(Tick())
         if settled:
             self.sim.settle()
@@ -70,10 +73,29 @@ class Faults(RuleBasedStateMachine):
         with contextlib.suppress(ConflictError, NotReadyError):
             self.sim.feed(RebalanceRequested(planner="auto"))
 
-    @rule(workers=st.integers(0, 6))
-    def somebody_wants_another_size(self, workers: int) -> None:
+    @rule(workers=st.integers(0, 6), name=st.sampled_from([None, "a", "b"]), replace=st.booleans())
+    def somebody_wants_another_size(self, workers: int, name: str | None, replace: bool) -> None:
         with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
-            self.sim.feed(ScaleRequested(workers=workers))
+            self.sim.feed(ScaleRequested(workers=workers, operation_id=name, replace=replace))
+
+    @rule(pinned=st.sampled_from([None, True, False]), same=st.booleans())
+    def somebody_brings_a_placement(self, pinned: bool | None, same: bool) -> None:
+        if self.sim.state.spec is not None:
+            placement = self.sim.state.spec.placement
+            placement = placement if same else shuffled(placement, self.sim.rng)
+            with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
+                self.sim.feed(PlaceRequested(placement=placement, pinned=pinned))
+
+    @rule()
+    def somebody_unpins(self) -> None:
+        self.sim.feed(Unpin())
+        assert not self.sim.state.pinned
+
+    @rule(seconds=st.sampled_from([1, 20, 150]), waiting=st.integers(0, 300), running=st.integers(0, 300))
+    def the_engine_tells_its_load(self, seconds: int, waiting: int, running: int) -> None:
+        for _ in range(min(seconds, 20)):
+            self.sim.now += seconds / 20
+            self.sim.feed(LoadSeen(waiting=waiting, running=running, kv_usage=running / 300))
 
     @rule(pick=st.integers(0, 5))
     def somebody_wants_a_worker_gone(self, pick: int) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import ray
 
 from cluster.config import ServeConfig
+from cluster.counters import ClusterCounters
 from cluster.errors import RequestError
 from cluster.protocol import (
-    ClusterCounters,
     EngineStatus,
     FinishReason,
     GenerateRequest,
@@ -121,6 +121,15 @@ class FakeCoordinator:
 
     async def rebalance(self, planner: str, dry_run: bool) -> Any:
         return await self._backend.rebalance(planner, dry_run)
+
+    async def scale(self, *arguments: Any) -> Any:
+        return await self._backend.scale(*arguments)
+
+    async def place(self, *arguments: Any) -> Any:
+        return await self._backend.place(*arguments)
+
+    async def unpin(self) -> None:
+        await self._backend.unpin()
 
     async def operations(self) -> Any:
         return await self._backend.operations()

@@ -6,16 +6,17 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from dataclasses import replace as replaced
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from cluster.errors import ConflictError, RequestError, UserError
-from cluster.placement import Worker, WorkerId, contiguous
+from cluster.counters import ClusterCounters
+from cluster.errors import ConflictError, PlacementError, RequestError, UserError
+from cluster.placement import Placement, Worker, WorkerId, contiguous
 from cluster.protocol import (
-    ClusterCounters,
     EngineStatus,
     Epoch,
     FinishReason,
@@ -74,6 +75,9 @@ class FakeBackend:
     aborted: list[str] = field(default_factory=list)
     running_operation: str | None = None
     max_model_len: int = 128
+    scaled: list[tuple[int | None, tuple[WorkerId, ...]]] = field(default_factory=list)
+    scale_ends: Phase = Phase.COMPLETED
+    placed: tuple[Placement, bool | None] | None = None
     resumed_requests: int = 0
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
@@ -187,6 +191,25 @@ class FakeBackend:
             )
         return await self._operation("op-1")
 
+    async def scale(
+        self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
+    ) -> Operation:
+        if workers is not None and not 1 <= workers <= 4:
+            raise PlacementError(f"workers: expected 1 to 4, got {workers}")
+        if self.running_operation and not replace:
+            raise ConflictError(f"operation {self.running_operation} is under way")
+        self.scaled.append((workers, retire))
+        return replaced(
+            await self._operation(operation_id or "scale-1"), kind="scale", retiring=retire, phase=self.scale_ends
+        )
+
+    async def place(self, placement: Placement, pinned: bool | None) -> Operation:
+        self.placed = (placement, pinned)
+        return await self._operation("op-1")
+
+    async def unpin(self) -> None:
+        self.placed = None
+
     async def operations(self) -> list[Operation]:
         return [await self._operation("op-1")]
 
@@ -197,4 +220,8 @@ class FakeBackend:
         return Operation(operation_id=name, kind="rebalance", phase=Phase.PREPARING, epoch=Epoch(2), reason="asked for")
 
     async def counters(self) -> ClusterCounters:
-        return ClusterCounters(rebalances={"completed": 2}, experts_moved=5, bytes_moved=1000)
+        counters = ClusterCounters(rebalances={"completed": 2}, experts_moved=5, bytes_moved=1000)
+        counters.rebalance_s["planning"].add(0.2)
+        counters.recoveries["worker"] += 1
+        counters.recovery_s.add(0.5)
+        return counters

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.config import ServeConfig
 from cluster.errors import RequestError
-from cluster.protocol import Readiness
+from cluster.protocol import Phase, Readiness
 from deploy.api import create_app
 from deploy.service import Service
 from tests.deploy.conftest import client_of
@@ -341,7 +341,8 @@ def test_admin_views(call: Call) -> None:
 def test_rebalancing(call: Call) -> None:
     started = call("POST", "/admin/rebalance")
     assert started.status_code == 202
-    fields = {"operation_id", "kind", "phase", "epoch", "reason", "error"}
+    fields = {"operation_id", "kind", "phase", "epoch", "reason", "error", "asked", "retiring", "progress"}
+    fields.add("safe_to_terminate")
     assert set(started.json()) == fields
     assert call("GET", "/admin/operations").json()[0]["phase"] == "preparing"
     assert set(call("GET", "/admin/operations/op-1").json()) == fields
@@ -378,3 +379,68 @@ def test_metrics(model_dir: Path) -> None:
         'emoe:rebalance_events_total{engine="0",model_name="tiny-moe",result="completed"} 2.0',
     ):
         assert line in text.splitlines()
+    for line in (
+        'emoe:rebalance_duration_seconds_count{engine="0",model_name="tiny-moe",stage="planning"} 1.0',
+        'emoe:rebalance_duration_seconds_sum{engine="0",model_name="tiny-moe",stage="planning"} 0.2',
+        'emoe:rebalance_duration_seconds_bucket{engine="0",le="0.25",model_name="tiny-moe",stage="planning"} 1.0',
+        'emoe:recoveries_total{cause="worker",engine="0",model_name="tiny-moe"} 1.0',
+        f"emoe:recovery_duration_seconds_sum{labels} 0.5",
+        f"emoe:requests_resumed_total{labels} 0.0",
+        f"emoe:bytes_moved_total{labels} 1000.0",
+        "emoe:balancedness" + labels + " 0.9",
+    ):
+        assert line in text.splitlines()
+
+
+# --- Scaling and given placements -------------------------------------------------------------------------------
+
+
+def test_scaling(call: Call) -> None:
+    backend = FakeBackend()
+    answer = call("POST", "/admin/scale", json={"workers": 4, "operation_id": "mine"}, backend=backend)
+    assert (answer.status_code, answer.json()["operation_id"], answer.json()["kind"]) == (202, "mine", "scale")
+    retired = call("POST", "/admin/scale", json={"retire": ["w2"]}, backend=backend).json()
+    assert (retired["retiring"], retired["progress"], retired["safe_to_terminate"]) == (["w2"], 0.0, False)
+    assert backend.scaled == [(4, ()), (None, ("w2",))]
+    assert "1 to 4" in error(call("POST", "/admin/scale", json={"workers": 9}), 400)["message"]
+    for body in ({}, {"workers": "4"}, {"workers": True}, {"retire": []}, {"retire": "w2"}, {"operation_id": "a b"}):
+        error(call("POST", "/admin/scale", json=body), 400)
+    busy = FakeBackend(running_operation="op-7")
+    assert "op-7" in error(call("POST", "/admin/scale", json={"workers": 3}, backend=busy), 409)["message"]
+    assert call("POST", "/admin/scale", json={"workers": 3, "replace": True}, backend=busy).status_code == 202
+
+
+def test_scaling_as_vllm_and_sglang_do(call: Call) -> None:
+    path, size = "/scale_elastic_ep", {"new_data_parallel_size": 2, "drain_timeout": 1}
+    done = call("POST", path, json=size)
+    assert (done.status_code, done.json()) == (200, {"message": "Scaled to 2 data parallel engines"})
+    assert call("POST", path, json={"new_ep_size": 3}).json()["new_ep_size"] == 3
+    for body in ({}, {"new_data_parallel_size": 0}, {"new_data_parallel_size": 2, "drain_timeout": 0}):
+        error(call("POST", path, json=body), 400)
+    error(call("POST", path, json=size, backend=FakeBackend(scale_ends=Phase.PREPARING)), 408)
+    error(call("POST", path, json=size, backend=FakeBackend(scale_ends=Phase.FAILED)), 500)
+    error(call("POST", path, json=size, config={"admin_api_key": "k"}), 401)
+    assert call("POST", "/is_scaling_elastic_ep").json() == {"is_scaling_elastic_ep": False}
+
+
+def test_a_given_placement(call: Call) -> None:
+    backend = FakeBackend()
+    placement = call("GET", "/admin/placement", backend=backend).json()
+    assert placement["pinned"] is False
+    for path, pinned, expected in (
+        ("/admin/placement", True, True),
+        ("/admin/placement", None, None),
+        ("/admin/placement?pinned=true", False, True),
+    ):
+        answer = call("PUT", path, json={**placement, "pinned": pinned}, backend=backend)
+        assert answer.status_code == 202
+        assert backend.placed is not None
+        assert backend.placed[0].to_dict() == {k: v for k, v in placement.items() if k not in ("epoch", "pinned")}
+        assert backend.placed[1] is expected
+    error(call("PUT", "/admin/placement", json={**placement, "pinned": 1}), 400)
+    error(call("PUT", "/admin/placement", json=[]), 400)
+    broken = {**placement, "physical_to_logical_map": [[0, 1, 2, 2]] * 2}
+    assert "no slot for expert 3" in error(call("PUT", "/admin/placement", json=broken), 400)["message"]
+    error(call("PUT", "/admin/placement", json=placement, config={"admin_api_key": "k"}), 401)
+    assert call("DELETE", "/admin/placement/pin", backend=backend).json() == {"pinned": False}
+    assert backend.placed is None

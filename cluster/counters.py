@@ -1,0 +1,42 @@
+"""Totals of the control plane for /metrics. They live in its state, so that neither scaling nor a restarted
+coordinator resets them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Upper bounds of the buckets of every distribution; one more is open-ended."""
+
+STAGES = ("planning", "transferring", "preparing", "committing")
+CAUSES = ("worker", "engine", "step", "flip", "coordinator")
+"""What a recovery was from: a dead or hanging worker, a lost engine, a failed step, a flip that went wrong, and a
+restart of the coordinator, which interrupts nothing that runs."""
+RESULTS = ("completed", "failed", "skipped")
+
+
+@dataclass(slots=True)
+class Distribution:
+    """Durations, counted by bucket."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    total_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.total_s += seconds
+
+
+@dataclass(slots=True, kw_only=True)
+class ClusterCounters:
+    rebalances: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RESULTS, 0))
+    """By result."""
+    rebalance_s: dict[str, Distribution] = field(default_factory=lambda: {stage: Distribution() for stage in STAGES})
+    """By stage; of re-placements alone."""
+    experts_moved: int = 0
+    bytes_moved: int = 0
+    recoveries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
+    """By cause: the first one, where one recovery had several."""
+    recovery_s: Distribution = field(default_factory=Distribution)
+    """From the moment an epoch was found broken until the next one served."""
