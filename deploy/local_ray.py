@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil
 
+from actors.names import NAMESPACE
 from cluster.config import ServeConfig
 from cluster.errors import UserError
 from deploy.haproxy import write_haproxy
 
 APP_NAME = "emoe"
-NAMESPACE = "emoe"
 CONNECT_TIMEOUT_S = 20
 END_TIMEOUT_S = 5.0
 """How long processes get to end by themselves before they are killed."""
@@ -39,6 +39,8 @@ class ServerProcesses:
         self._config = config
         self._run_dir: Path | None = None
         self._connected = False
+        self._owns_app = False
+        """Whether the application and the actors on Ray are this server's."""
         self.hangs = False
         """Whether a thread of Ray did not end: then only `os._exit` leaves this process."""
 
@@ -77,13 +79,43 @@ class ServerProcesses:
         from actors.cluster import start_cluster
         from deploy.serve_app import application
 
+        self._check_unused()
+        self._owns_app = True
         # the weights load while Serve starts; the API then finds the coordinator
         start_cluster(self._config, model_dir)
         for name in ("ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
         options = {"host": self._config.host, "port": self._config.port, "request_timeout_s": None}
         serve.start(http_options=options, proxy_location="HeadOnly", logging_config={"enable_access_log": False})
+        self._check_http()
         serve.run(application(self._config, model_dir), name=APP_NAME, route_prefix="/")
+
+    def _check_http(self) -> None:
+        """A joined cluster may have Serve running already, and then it listens where it was told first."""
+        from ray.serve.context import _get_global_client
+
+        client: Any = _get_global_client()
+        there = client.http_config
+        if there.port != self._config.port:
+            raise UserError(
+                f"--port: Ray Serve on {self._config.address} listens on port {there.port} already: "
+                f"use --port {there.port}, or end it with `serve shutdown`"
+            )
+
+    def _check_unused(self) -> None:
+        """Raises UserError where a joined cluster has a server of this project already: it must not be disturbed."""
+        import ray
+
+        from actors.names import COORDINATOR
+
+        try:
+            ray.get_actor(COORDINATOR, namespace=NAMESPACE)
+        except ValueError:
+            return
+        raise UserError(
+            f"--address: a server runs on {self._config.address} already; end it, or what is left of it, with"
+            " `serve shutdown` there"
+        )
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for those under way."""
@@ -124,7 +156,7 @@ class ServerProcesses:
         import ray
 
         with contextlib.suppress(Exception):
-            if ray.is_initialized():
+            if ray.is_initialized() and self._owns_app:
                 self._stop_actors()
         with contextlib.suppress(Exception):
             ray.shutdown()
