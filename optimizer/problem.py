@@ -31,7 +31,7 @@ class Semantics(StrEnum):
 class Links:
     """Bandwidths in gigabits per second, each way. The defaults are eight NVLink GPUs with a 400 Gb/s card each."""
 
-    worker_gbps: float = 3600.0
+    worker_gbps: float = 4500.0
     """Of a worker's own port: carries all that enters or leaves the worker."""
     node_gbps: float = 3200.0
     """Of a node's uplink: shared by its workers, carries what enters or leaves the node."""
@@ -74,13 +74,13 @@ class PlacementProblem:
     """Of one token's hidden state on a link."""
     token_expert_s: float = 2.5e-8
     """Seconds that one token takes in one expert, on a worker of speed 1."""
-    affinity: float = 0.75
+    affinity: float = 1.0
     """`home` only: price of a transition that changes worker, as a share of a token's way there and back through an
-    average port. Some 0.75 is what it costs where requests are homed beside their experts (the distinct workers of a
-    token over its experts); 0 is right where homes are chosen without regard to them."""
-    caution: float = 32.0
+    average port. 1 is the most that it costs where requests are homed beside their experts; 0 is right where homes are
+    chosen without regard to them."""
+    caution: float = 64.0
     """Price of load that may shift, in loads per squared relative deviation: the more, the more are experts kept apart
-    whose loads rise together. At 32, deviations of 6 % cost 12 %: as late as the slowest of eight is to be expected."""
+    whose loads rise together. At 64, deviations of 3 % cost 6 %: as late as the slowest of eight is to be expected."""
 
     def __post_init__(self) -> None:
         from optimizer.validate import validated_fields
