@@ -168,7 +168,8 @@ def test_local_search_never_returns_worse_than_its_start() -> None:
 )
 def test_auto_is_not_worse_than_any_other_planner(fields: dict[str, object]) -> None:
     problem = generated(layers=3, **fields)
-    auto = plan(problem, deadline_s=1.5).cost.total_s
+    # much more time than the others: how far any of them gets in little time depends on the machine
+    auto = plan(problem, deadline_s=4.0).cost.total_s
     for planner in set(PLANNERS) - {"auto"}:
         assert auto <= plan(problem, planner=planner, deadline_s=0.3).cost.total_s * (1 + 1e-9), planner
 
