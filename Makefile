@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench clean
+.PHONY: help serve test lint format chaos bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+chaos: $(VENV)/.installed-dev ## kill and stop every process of a server under load (minutes)
+	@$(BIN)/python -m tests.chaos.driver $(ARGS)
 
 bench: $(VENV)/.installed-dev ## measure the server (and its peers where installed) on this machine
 	@$(BIN)/python -m tests.bench.serving $(ARGS)

@@ -155,14 +155,31 @@ class Executor:
         hosts = {worker: host for worker, host in self.hosts.items() if worker in wanted}
         if len(hosts) < len(wanted):
             return MigrationReport(done=(), nbytes=0, seconds=0.0, error="a worker is gone")
+        copying = asyncio.ensure_future(self._migrator.copy.remote(command.copies, hosts, command.urgent))
         try:
-            report: MigrationReport = await self._migrator.copy.remote(command.copies, hosts, command.urgent)
+            await self._watch_migrator(self._migrator, copying)
+            report: MigrationReport = copying.result()
         except CALL_ERRORS as error:
             return MigrationReport(done=(), nbytes=0, seconds=0.0, error=f"the migrator failed: {one_line(error)}")
         rate = report.nbytes / max(report.seconds, 1e-9) / 1e6
         logger.info("epoch %d: %d experts copied in %.2f s (%.0f MB/s)", command.epoch, len(report.done),
                     report.seconds, rate)  # fmt: skip
         return report
+
+    async def _watch_migrator(self, migrator: Any, copying: asyncio.Future[MigrationReport]) -> None:
+        """Until the copies are made, however long they take. Raises TimeoutError where it hangs, and ends it then."""
+        while not copying.done():
+            await asyncio.wait([copying], timeout=PROBE_TIMEOUT_S)
+            if copying.done():
+                return
+            try:
+                await asyncio.wait_for(migrator.ping.remote(), PROBE_TIMEOUT_S)
+            except TimeoutError:
+                copying.cancel()
+                self._fleet.kill(migrator)
+                if self._migrator is migrator:
+                    self._migrator = None
+                raise
 
     async def _read(self, command: Transfer) -> tuple[list[ExpertKey], str | None]:
         """(what was read, the first error). Workers read side by side, each one expert at a time."""

@@ -58,6 +58,9 @@ class Migrator:
         self._generation += 1
         return await self._run(moves, hosts, self._generation, 0.0 if urgent else self._interval_s)
 
+    async def ping(self) -> None:
+        """Answers as long as the process lives."""
+
     async def _run(
         self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], generation: int, interval_s: float
     ) -> MigrationReport:

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.counters import ClusterCounters
@@ -44,6 +45,8 @@ PLAN_MARGIN_S = 60.0
 """A dry run answers after `plan_deadline` plus at most this."""
 POLL_TIMEOUT_S = 25.0
 """A poll returns after some 10 s; one that has not by then is of an engine that hangs."""
+HANG_S = 10.0
+"""A coordinator that gives no sign of life for so long, and did before, hangs."""
 RETRY_S = 0.1
 READINESS_S = 0.25
 
@@ -277,11 +280,20 @@ class RayBackend:
         return self._resumed
 
     async def _watch_readiness(self) -> None:
+        answered = False
         while True:
             try:
-                self._readiness = await self._ask("readiness")
-            except NotReadyError as error:
-                self._readiness = Readiness(ready=False, reason=str(error))
+                self._readiness = await _result(self._coordinator.readiness.remote(), HANG_S)
+                answered = True
+            except (RayActorError, TimeoutError) as error:
+                if answered and isinstance(error, TimeoutError):
+                    # Ray makes it anew, and it goes on from what it has saved; a new one may take its time
+                    logger.warning("the coordinator hangs; it is ended")
+                    ray.kill(self._coordinator, no_restart=False)
+                    answered = False
+                # requests need the engine alone
+                if self._engine is None:
+                    self._readiness = Readiness(ready=False, reason="the coordinator does not answer")
             except (RayError, EmoeError) as error:
                 logger.exception("asking for readiness failed")
                 self._readiness = Readiness(ready=False, reason=f"the coordinator failed: {type(error).__name__}")

@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from actors import coordinator as module
+from actors import executor
 from actors.coordinator import Coordinator
 from cluster import autoscaling
 from cluster.config import ServeConfig
@@ -394,5 +395,31 @@ def test_the_autoscaler_sees_the_engine(tmp_path: Path, monkeypatch: pytest.Monk
 
             await until(two)
             assert "autoscale from 1 to 2 workers: demand 150%" in (await coordinator.operations())[0].reason
+
+    asyncio.run(story())
+
+
+def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "PROBE_TIMEOUT_S", 0.1)
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, _):
+            await ready(coordinator)
+            await asyncio.sleep(0.1)
+
+            async def hang(called: str) -> None:
+                await asyncio.sleep(3600)
+
+            assert coordinator._executor is not None
+            migrator = coordinator._executor._migrator
+            migrator.before = hang
+            operation = await coordinator.rebalance("greedy", False)
+            assert isinstance(operation, Operation)
+            failed = await ended(coordinator, operation.operation_id)
+            assert failed.error == "the migrator failed: no answer in time"
+            assert migrator.dead
+            again = await coordinator.rebalance("greedy", False)
+            assert isinstance(again, Operation)
+            assert (await ended(coordinator, again.operation_id)).phase is Phase.COMPLETED
 
     asyncio.run(story())

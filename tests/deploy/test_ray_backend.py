@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from cluster.errors import NotReadyError, RequestError
@@ -103,6 +104,7 @@ class Coordinator(Actor):
     def __init__(self, engine: Engine | None) -> None:
         super().__init__()
         self.current = engine
+        self.hangs = False
 
     async def engine(self) -> Engine | None:
         return self.current
@@ -111,6 +113,8 @@ class Coordinator(Actor):
         return []
 
     async def readiness(self) -> Readiness:
+        if self.hangs:
+            await asyncio.sleep(3600)
         return Readiness(ready=self.current is not None, reason="serving")
 
 
@@ -270,13 +274,35 @@ def test_closing_aborts() -> None:
     run(scenario)
 
 
-def test_a_coordinator_that_is_away() -> None:
+def test_a_coordinator_that_hangs_is_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[Any, bool]] = []
+    monkeypatch.setattr(ray_backend, "HANG_S", 0.02)
+    monkeypatch.setattr(ray_backend, "READINESS_S", 0.01)
+    monkeypatch.setattr(ray, "kill", lambda actor, *, no_restart: ended.append((actor, no_restart)))
+
     async def scenario(backend: RayBackend, coordinator: Coordinator, _: Engine) -> None:
+        await until(lambda: backend._readiness.ready)
+        coordinator.hangs = True
+        await until(lambda: bool(ended))
+        await asyncio.sleep(0.1)
+        # its successor may take longer to begin
+        assert ended == [(coordinator, False)]
+        assert (await backend.readiness()).ready
+
+    run(scenario)
+
+
+def test_a_coordinator_that_is_away() -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
         assert await backend.operations() == []
+        await until(lambda: backend._readiness.ready)
         coordinator.dead.set()
         with pytest.raises(NotReadyError):
             await backend.operations()
+        # requests need the engine alone
         await asyncio.sleep(0.05)
-        assert not (await backend.readiness()).ready
+        assert (await backend.readiness()).ready
+        engine.dead.set()
+        await until(lambda: not backend._readiness.ready)
 
     run(scenario)

@@ -44,7 +44,7 @@ class Server:
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def wait(self, what: str, true: Callable[[], bool], timeout_s: float = 60) -> None:
+    def wait(self, what: str, true: Callable[[], object], timeout_s: float = 60) -> None:
         deadline = time.monotonic() + timeout_s
         while not true():
             assert time.monotonic() < deadline, f"{what} did not come about in {timeout_s} s"
@@ -129,6 +129,10 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: Path) -> Reference:
+    return load_reference(checkpoint)
+
+
+def load_reference(checkpoint: Path) -> Reference:
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"

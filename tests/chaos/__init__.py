@@ -1,0 +1,1 @@
+"""Faults under load, on a real server. `make chaos` runs them all."""

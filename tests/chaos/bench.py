@@ -1,0 +1,126 @@
+"""A server with its processes within reach: what faults are made of, and when the cluster is whole again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.chaos.load import Load
+from tests.e2e.conftest import Server
+
+TITLES = {
+    "host": "ray::ExpertHost",
+    "engine": "ray::Engine",
+    "coordinator": "ray::Coordinator",
+    "migrator": "ray::Migrator",
+}
+WHOLE_S = 120.0
+ENDED = ("completed", "failed")
+
+
+@dataclass(slots=True)
+class Bench:
+    server: Server
+    load: Load
+    rng: random.Random
+    workers: int
+    """How many there should be."""
+    victims: list[psutil.Process] = field(default_factory=list)
+    """Processes that must be gone once the cluster is whole again."""
+
+    # --- Faults -------------------------------------------------------------------------------------------------
+
+    def processes(self, role: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.server.process.pid).children(recursive=True):
+            try:
+                if " ".join(process.cmdline()).startswith(TITLES[role]):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def strike(self, *roles: str, hang: bool = False) -> None:
+        """kill -9 (or SIGSTOP) one process of each role, all at once; a role given twice strikes two of them."""
+        chosen: list[psutil.Process] = []
+        for role in roles:
+            # one that ended may be made anew only when it is needed
+            self.server.wait(f"a running {role}", partial(self._targets, role, chosen))
+            chosen.append(self.rng.choice(self._targets(role, chosen)))
+        for process in chosen:
+            os.kill(process.pid, signal.SIGSTOP if hang else signal.SIGKILL)
+        self.victims += chosen
+
+    def _targets(self, role: str, taken: list[psutil.Process]) -> list[psutil.Process]:
+        there = [process for process in self.processes(role) if process not in taken]
+        return sorted(there, key=lambda process: process.pid)
+
+    # --- What is asked of the cluster ---------------------------------------------------------------------------
+
+    def move_everything(self) -> str:
+        """A re-placement that moves every expert: each layer's slots, shifted by a worker's. The operation's id."""
+        placement = self.server.get("/admin/placement")
+        shift = placement["workers"][0]["slots"]
+        table = placement["physical_to_logical_map"]
+        placement["physical_to_logical_map"] = [row[-shift:] + row[:-shift] for row in table]
+        response = httpx.put(f"{self.server.url}/admin/placement", json=placement, timeout=30)
+        assert response.status_code == 202, response.text
+        return str(response.json()["operation_id"])
+
+    def scale(self, workers: int) -> str:
+        self.workers = workers
+        response = self.server.post("/admin/scale", {"workers": workers})
+        assert response.status_code == 202, response.text
+        return str(response.json()["operation_id"])
+
+    def finish(self, operation: str) -> dict[str, Any]:
+        end: dict[str, Any] = {}
+
+        def over() -> bool:
+            end.update(self.ask(f"/admin/operations/{operation}"))
+            return end.get("phase") in ENDED
+
+        self.server.wait(operation, over, WHOLE_S)
+        return end
+
+    def ask(self, path: str) -> Any:
+        """Like `get`, but {} while there is no coordinator to answer."""
+        try:
+            return self.server.get(path)
+        except httpx.HTTPError:
+            return {}
+
+    # --- Afterwards ---------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Wait until all workers serve, nothing is under way, tokens flow, and the victims are gone."""
+        self.server.wait("a whole cluster", self._is_whole, WHOLE_S)
+        self.load.wait_for_tokens(20)
+        self.server.wait("the victims' end", lambda: not any(map(_lives, self.victims)), 30)
+        self.victims.clear()
+
+    def _is_whole(self) -> bool:
+        if not self.server.ready():
+            return False
+        members = self.ask("/admin/placement").get("workers", [])
+        operations = self.ask("/admin/operations") or [{"phase": "unknown"}]
+        return len(members) == self.workers and all(op["phase"] in ENDED for op in operations)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def pause(seconds: float) -> None:
+    time.sleep(seconds)

@@ -1,0 +1,148 @@
+"""Streaming and plain requests side by side, without end, each answer checked token by token."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import httpx
+
+from tests.e2e.conftest import MODEL, Reference, Server
+
+PROMPTS = ([17, 42, 99, 7, 250], [5, 300, 12], [401, 33, 8, 90, 211, 77, 6], [64])
+LONGEST = 160
+"""Output tokens of the longest answer."""
+ANSWER_S = 90.0
+"""A stream that is silent for so long is lost."""
+REFUSED_S = 0.2
+
+
+class Expected:
+    """transformers' answers: greedy tokens of a shorter answer are the beginning of a longer one's."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._tokens = [reference.greedy(list(prompt), LONGEST) for prompt in PROMPTS]
+
+    def text(self, prompt: int, tokens: int) -> str:
+        return self._reference.text(self._tokens[prompt][:tokens])
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the requests."""
+
+    answers: int = 0
+    refused: int = 0
+    """503 before a request was accepted; it was sent again."""
+    faults: list[str] = field(default_factory=list)
+    """Accepted requests that were lost, and answers with other tokens than expected."""
+
+
+class Load:
+    """`threads` clients, every second answer a stream. Use as a context: leaving it waits for the last answers."""
+
+    def __init__(self, server: Server, expected: Expected, *, threads: int, seed: int) -> None:
+        self._server, self._expected = server, expected
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._stamps: list[float] = []
+        self._gaps: list[tuple[float, float]] = []
+        """(end, seconds) of the gaps between two tokens of one stream, those that are worth noting."""
+        self.tally = Tally()
+        self._threads = [
+            threading.Thread(target=self._work, args=(random.Random(f"{seed}/{n}"),), daemon=True)
+            for n in range(threads)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        deadline = time.monotonic() + ANSWER_S
+        for thread in self._threads:
+            thread.join(max(0.1, deadline - time.monotonic()))
+            if thread.is_alive():
+                self.tally.faults.append("lost: an answer did not end")
+
+    def outage_s(self, begin: float, end: float) -> float:
+        """The longest time between `begin` and `end` in which no stream got a token."""
+        stamps = [stamp for stamp in sorted(self._stamps) if begin - 1.0 <= stamp <= end]
+        return max((b - a for a, b in pairwise(stamps) if b >= begin), default=end - begin)
+
+    def longest_gap_s(self, begin: float, end: float) -> float:
+        """The same for the stream that waited longest."""
+        return max((gap for at, gap in self._gaps if begin <= at <= end), default=0.0)
+
+    def wait_for_tokens(self, count: int, timeout_s: float = 60.0) -> None:
+        goal = len(self._stamps) + count
+        self._server.wait(f"{count} tokens", lambda: len(self._stamps) >= goal, timeout_s)
+
+    # --- Clients ------------------------------------------------------------------------------------------------
+
+    def _work(self, rng: random.Random) -> None:
+        with httpx.Client(base_url=self._server.url, timeout=ANSWER_S) as client:
+            while not self._ending.is_set():
+                prompt, tokens = rng.randrange(len(PROMPTS)), rng.randint(20, LONGEST)
+                stream = rng.random() < 0.5
+                try:
+                    answer = self._ask(client, prompt, tokens, stream=stream)
+                except (httpx.HTTPError, ValueError, KeyError) as error:
+                    self._count(f"lost: {type(error).__name__}: {error}")
+                    continue
+                if answer is None:
+                    self._ending.wait(REFUSED_S)
+                elif answer != self._expected.text(prompt, tokens):
+                    kind = "stream" if stream else "plain answer"
+                    self._count(f"other tokens: {kind} of {tokens} tokens to prompt {prompt}: {answer[:80]!r}")
+                else:
+                    self._count(None)
+
+    def _count(self, fault: str | None) -> None:
+        with self._lock:
+            if fault is None:
+                self.tally.answers += 1
+            else:
+                self.tally.faults.append(fault)
+
+    def _ask(self, client: httpx.Client, prompt: int, tokens: int, *, stream: bool) -> str | None:
+        """The text of the answer; None where the server took no request. Raises ValueError for an error object."""
+        body = {"model": MODEL, "prompt": PROMPTS[prompt], "max_tokens": tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "stream": stream}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code == 503:
+                response.read()
+                with self._lock:
+                    self.tally.refused += 1
+                return None
+            if stream and response.status_code == 200:
+                return self._read_stream(response)
+            answer = json.loads(response.read())
+        return _text(answer)
+
+    def _read_stream(self, response: httpx.Response) -> str:
+        text, last = "", 0.0
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            text += _text(json.loads(line.removeprefix("data: ")))
+            now = time.monotonic()
+            self._stamps.append(now)
+            if last and now - last > 0.05:
+                self._gaps.append((now, now - last))
+            last = now
+        return text
+
+
+def _text(answer: dict[str, Any]) -> str:
+    if "error" in answer:
+        raise ValueError(answer["error"]["message"])
+    return str(answer["choices"][0]["text"])
