@@ -1,5 +1,7 @@
 # Every target works on a fresh checkout: it makes the virtual environment it needs.
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+# the first Python that runs and is new enough: a pyenv shim may be on the PATH and not run
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -13,6 +15,7 @@ help: ## list the targets
 # CPU machines get the pinned torch 2.13: a looser range pulls several GB of CUDA libraries.
 $(VENV)/.installed: pyproject.toml
 	@echo "setting up $(VENV) (once, a minute or two)"
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q "torch==2.13.*" -e .
 	@touch $@
