@@ -6,6 +6,7 @@ An async actor: everything runs on its event loop, so the state is never seen ha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
@@ -136,7 +137,15 @@ class Coordinator:
 
     async def workers(self) -> list[WorkerView]:
         state = self._require_state()
+        await self._refresh_status()
         return [worker_view(state, member, self._status, self._fleet.device()) for member in state.members.values()]
+
+    async def _refresh_status(self) -> None:
+        """Whoever asks wants what is, not what was at the last poll; but an engine that is busy dying keeps nobody."""
+        engine = await self.engine()
+        if engine is not None:
+            with contextlib.suppress(*CALL_ERRORS):
+                self._status = await asyncio.wait_for(engine.status.remote(), POLL_S)
 
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
         """Raises ConflictError, NotReadyError, and ConfigError for an unknown planner."""

@@ -207,17 +207,20 @@ def _local_environment(run_dir: Path) -> Mapping[str, str]:
         # Ray runs actors at niceness 15, behind everything else on the machine; this is what the machine is for.
         "RAY_worker_niceness": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
     }
-    binary = write_haproxy(run_dir, metrics_port=_free_port(), stats_port=_free_port())
+    binary = write_haproxy(run_dir, metrics_port=free_port(), stats_port=free_port())
     return {name: os.environ.get(name, value) for name, value in (wanted | binary).items()}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on. Below the range that the kernel draws from, where Ray takes dozens meanwhile."""
+    while True:
+        port = secrets.randbelow(12_000) + 20_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _end(processes: list[psutil.Process], timeout_s: float) -> None:

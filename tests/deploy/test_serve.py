@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import openai
 import psutil
 import pytest
 
+from deploy.local_ray import free_port
 from model.random_checkpoint import make_random_checkpoint
 
 pytestmark = pytest.mark.ray
@@ -28,9 +28,7 @@ class EmoeServe:
     """The command in a session of its own, with its output."""
 
     def __init__(self, *args: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "serve", "--port", str(self.port), *args],
             stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deploy.local_ray import free_port
 from model.quiet import quiet_transformers
 from tests.model.families import tiny_checkpoint
 
@@ -68,9 +68,7 @@ class Server:
 
 
 def start(arguments: Sequence[str], log: Path) -> Server:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     emoe = Path(sys.executable).with_name("emoe")
     with log.open("w") as sink:
         process = subprocess.Popen(
