@@ -113,7 +113,9 @@ def test_a_replacement_under_a_stream_changes_no_token(server: Server, reference
 def test_a_client_that_hangs_up_frees_its_place(server: Server) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 900, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
-        next(response.iter_lines())
+        # held on to: httpx closes a response whose iterator is dropped
+        lines = response.iter_lines()
+        next(lines)
         server.wait(
             "a running request", lambda: sum(w["running_requests"] for w in server.get("/admin/workers")) == 1, 10
         )
