@@ -24,7 +24,6 @@ from cluster.errors import NotReadyError, RequestError, StepAborted
 from cluster.placement import WorkerId
 from cluster.protocol import (
     EngineStatus,
-    Epoch,
     EpochSpec,
     FinishReason,
     GenerateRequest,
@@ -292,10 +291,6 @@ class Engine:
         self._spec, self._hosts, self._broken = flip.spec, {w: flip.hosts[w] for w in members}, False
         self._scheduler.set_workers({w: flip.infos[w].num_kv_blocks for w in members})
         flip.done.set_result(None)
-
-    @property
-    def epoch(self) -> Epoch | None:
-        return None if self._spec is None else self._spec.epoch
 
 
 def _die_of(task: asyncio.Task[None]) -> None:

@@ -58,7 +58,6 @@ class _DecodeGroup:
     """[R * blocks] block ids, padded with block 0, whose keys are masked."""
     lengths: Tensor
     """[R] keys of each."""
-    max_length: int
 
 
 @dataclass(slots=True)
@@ -100,7 +99,7 @@ class StepBatch:
         groups = [_decode_group(list(items), size, device) for _, items in groupby(decodes, key=lambda item: item[0])]
         return cls(cache=cache, positions=torch.tensor(positions, device=device), decodes=groups, prefills=prefills)
 
-    def decode_mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    def decode_mask(self, index: int, window: int | None) -> Tensor:
         """[R, 1, L] 0 where a key counts, -inf where it is padding or outside the window."""
         mask = self.masks.get((index, window))
         if mask is None:
@@ -126,7 +125,6 @@ def _decode_group(items: Sequence[tuple[int, int, SequenceSlice]], size: int, de
         rows=torch.tensor([row for _, row, _ in items], device=device),
         tables=torch.tensor(tables, device=device),
         lengths=torch.tensor(lengths, device=device),
-        max_length=max(lengths),
     )
 
 
@@ -223,7 +221,7 @@ def _decode(batch: StepBatch, index: int, layer: int, query_NTD: Tensor, rules: 
         query_GRMD,
         key_GLD.view(heads, num, -1, key_GLD.shape[-1]),
         value_GLD.view(heads, num, -1, value_GLD.shape[-1]),
-        batch.decode_mask(index, rules.window, query_NTD.dtype),
+        batch.decode_mask(index, rules.window),
         rules,
     )
     return out_GRMD.transpose(0, 1).reshape(num, -1, value_GLD.shape[-1])
