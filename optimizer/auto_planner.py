@@ -1,11 +1,14 @@
-"""The planner `auto`: the best that the deadline allows.
+"""The planner `auto`: the best that the deadline allows, and no worse than any other planner.
 
-It runs what `ilp` runs (with the same random numbers), goes on shaking layers while there is time, and answers with
-the cheapest of that, of the quick planners and of the current placement: so it is not worse than any of them given
-the same time.
+It walks the path of `ilp`, which begins with that of `local_search`, with the same random numbers and a little more
+time (optimizer.planner), then goes on shaking layers, and answers with the cheapest of that, of the quick planners and
+of the current placement.
 """
 
 from __future__ import annotations
+
+import copy
+import dataclasses
 
 import numpy as np
 
@@ -13,8 +16,7 @@ from optimizer.cost import copies, price_table
 from optimizer.draft import Budget, Draft
 from optimizer.drift import within_budget
 from optimizer.eplb import eplb_table
-from optimizer.heuristics import contiguous_table, greedy_table, round_robin_table
-from optimizer.ilp_planner import ilp_plan
+from optimizer.heuristics import anticorrelation_table, contiguous_table, greedy_table, random_table, round_robin_table
 from optimizer.local_search import JointSearch, local_search_plan
 from optimizer.problem import IntArray, PlacementProblem
 from optimizer.result import Termination
@@ -27,26 +29,29 @@ def auto_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     """Never raises SolverError: without a solver it does what needs none, and says so."""
     if problem.move_budget is not None and problem.current is not None:
         return within_budget(problem, budget)
+    quick = _quick_tables(problem, copy.deepcopy(budget.rng))
     draft = _searched(problem, budget)
     best_s = price_table(problem, draft.table).total_s
-    for name, table in _quick_tables(problem, budget.rng).items():
+    for name, table in quick.items():
         cost_s = price_table(problem, table).total_s
         if cost_s < best_s * (1 - 1e-12):
-            best_s, draft = (
-                cost_s,
-                Draft(table=table, planner=name, reason=f"{name} is the cheapest", bound=draft.bound),
-            )
+            best_s = cost_s
+            draft = dataclasses.replace(draft, table=table, planner=name, reason=f"{name} is the cheapest")
     return draft
 
 
 def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
+    from optimizer.ilp_planner import ilp_plan
+
+    start = copy.deepcopy(budget.rng)
     try:
-        draft, planner, note = ilp_plan(problem, budget.share(0.97)), "ilp", ""
+        draft, planner, note = ilp_plan(problem, budget), "ilp", ""
     except SolverError as error:
-        draft, planner, note = local_search_plan(problem, budget), "local_search", f"; no ILP: {error}"
+        again = Budget(ends=budget.ends, solver=budget.solver, rng=start)
+        draft, planner, note = local_search_plan(problem, again), "local_search", f"; no ILP: {error}"
     price_s = price_table(problem, draft.table).total_s
-    if draft.bound >= price_s * (1 - 1e-6):
-        return Draft(table=draft.table, planner=planner, reason=draft.reason, bound=draft.bound)
+    if draft.bound >= price_s * (1 - 1e-6) or budget.left_s <= 0:
+        return dataclasses.replace(draft, planner=planner, reason=draft.reason + note)
     search = JointSearch(problem, draft.table)
     tried, kept = search.shake(budget, UNLIMITED)
     return Draft(
@@ -60,9 +65,11 @@ def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
 
 def _quick_tables(problem: PlacementProblem, rng: np.random.Generator) -> dict[str, IntArray]:
     tables = {
+        "random": random_table(problem, rng),  # first, as the planner of that name draws it
         "contiguous": contiguous_table(problem, rng),
         "round_robin": round_robin_table(problem, rng),
         "greedy": greedy_table(problem, rng),
+        "anticorrelation": anticorrelation_table(problem, rng),
         "eplb": eplb_table(problem, rng),
     }
     current = problem.current

@@ -16,10 +16,8 @@ from optimizer.problem import FloatArray, PlacementProblem, Semantics
 
 def lower_bound(problem: PlacementProblem) -> float:
     """Seconds per step that no placement can beat."""
-    total = float(compute_bound(problem).sum())
-    if problem.semantics is Semantics.HOME:
-        return total + float(home_bound(problem).sum()) + affinity_bound(problem)
-    return total + float(follow_bound(problem).sum())
+    traffic = home_bound(problem) if problem.semantics is Semantics.HOME else follow_bound(problem)
+    return float(compute_bound(problem).sum() + traffic.sum()) + affinity_bound(problem)
 
 
 def compute_bound(problem: PlacementProblem) -> FloatArray:

@@ -33,7 +33,7 @@ class Row:
     step_cost: float
     """Seconds per step under the problem that was given."""
     test_step_cost: float
-    """Seconds per step under the test tokens' statistics."""
+    """Seconds per step under the test tokens' statistics; without risk, since they have come as they came."""
     load_imbalance_profiled: float
     """On the tokens that were profiled."""
     gap: float
@@ -71,7 +71,7 @@ def _row(name: str, result: PlanResult, metrics: Metrics, test_problem: Placemen
         status=str(result.status),
         termination=str(result.termination),
         step_cost=result.cost.step_s,
-        test_step_cost=price(test_problem, result.placement).step_s,
+        test_step_cost=price(test_problem, result.placement).realised_s,
         load_imbalance_profiled=result.imbalance,
         gap=result.gap,
         moves=result.moves,

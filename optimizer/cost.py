@@ -20,8 +20,8 @@ that of the next layer,
   risk       sum_l  token_expert_s * caution * mean_w (var_w / speed_w^2) / (sum_e load_e / sum_w speed_w), in tokens:
              var_w = sum_{e,f} V[e,f] x[e,w] x[f,w], V the covariance of loads between windows: workers whose experts
              rise together are the ones that will be late.
-  affinity   (home) `affinity` times the price of the transitions that change worker, both ways through an average port:
-             2 token_bytes / worker bandwidth * sum_{v != w} F[v,w] / W. Under follow 0: traffic prices them.
+  affinity   `affinity` times the price of the transitions that change worker, both ways through an average port:
+             2 token_bytes / worker bandwidth * sum_{v != w} F[v,w] / W. Traffic sees the busiest link, this all.
   migration  expert_bytes * copies / worker bandwidth / horizon_steps; a copy is an expert that a worker did not hold
 
 n_w is convex in (S1, S2) and homogeneous, which the bounds and the ILP use.
@@ -54,6 +54,11 @@ class Cost:
     def step_s(self) -> float:
         """What every step costs under the placement, whatever it took to get there."""
         return self.compute_s + self.traffic_s + self.risk_s + self.affinity_s
+
+    @property
+    def realised_s(self) -> float:
+        """step_s without risk: for tokens that have come, whose load is known."""
+        return self.step_s - self.risk_s
 
     @property
     def total_s(self) -> float:
@@ -175,8 +180,8 @@ def risk_price(problem: PlacementProblem) -> FloatArray:
 
 
 def affinity_cost(problem: PlacementProblem, x: FloatArray) -> float:
-    """Seconds charged for transitions that change worker (`home`; 0 otherwise)."""
-    if problem.semantics is not Semantics.HOME or problem.affinity == 0 or problem.num_layers < 2:
+    """Seconds charged for transitions that change worker."""
+    if problem.affinity == 0 or problem.num_layers < 2:
         return 0.0
     flow = flow_between_workers(problem, x)
     leaves = flow.sum(axis=(1, 2)) - np.trace(flow, axis1=1, axis2=2)

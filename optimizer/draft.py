@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,25 @@ class Budget:
     def share(self, part: float) -> Budget:
         """A budget of `part` (0..1) of the time that is left."""
         return Budget(ends=time.monotonic() + part * self.left_s, solver=self.solver, rng=self.rng)
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long models take to formulate, so that none is begun that would outlast the deadline."""
+
+    seconds: float = 0.0
+    variables: int = 0
+
+    @contextmanager
+    def timed(self, variables: int) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - begun
+        self.variables += variables
+
+    def allows(self, variables: int, left_s: float) -> bool:
+        """Whether a model of this size would be there in time, as far as is known."""
+        return self.seconds / max(self.variables, 1) * variables < left_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

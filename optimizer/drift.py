@@ -15,9 +15,13 @@ import numpy as np
 from cluster.errors import PlacementError
 from optimizer.cost import copies, price_table
 from optimizer.draft import Budget, Draft
+from optimizer.layer_prices import LayerPricer
 from optimizer.local_search import FROM_CURRENT, JointSearch
 from optimizer.problem import IntArray, PlacementProblem
 from optimizer.result import Termination
+
+BISECTIONS = 6
+"""Prices that are tried between the last that moved too little and the first that moved too much."""
 
 PRICES = 14
 """Steps of the price of a move, from the highest that anything moves at down to next to nothing."""
@@ -43,26 +47,56 @@ def frontier(problem: PlacementProblem, budget: Budget, most_moves: int | None =
     current = problem.current
     if current is None or current.workers != problem.workers:
         raise PlacementError("current: a placement of the same workers is needed to weigh moves against gain")
-    table = current.physical_to_logical_map
-    stay = FrontierPoint(table=table, moves=0, step_s=price_table(problem, table).step_s)
-    points = [stay]
-    for k, price_s in enumerate(np.geomspace(stay.step_s / problem.num_layers / 4, stay.step_s * 1e-6, PRICES)):
-        priced = dataclasses.replace(problem, expert_bytes=_bytes_for(problem, float(price_s)))
-        search = JointSearch(priced, points[-1].table)
-        search.sweep(budget.share(1 / (PRICES - k)).ends, FROM_CURRENT)
-        point = FrontierPoint(
-            table=search.table.copy(),
-            moves=copies(problem, search.table),
-            step_s=price_table(problem, search.table).step_s,
-        )
+    points = [_point(problem, current.physical_to_logical_map)]
+    stay_s, before_s = points[0].step_s, float("inf")
+    for k, price_s in enumerate(np.geomspace(stay_s / problem.num_layers / 4, stay_s * 1e-6, PRICES)):
+        part = budget.share(1 / (PRICES - k + (BISECTIONS if most_moves is not None else 0)))
+        point = _improved(problem, points[-1], float(price_s), part)
         if most_moves is not None and point.moves > most_moves:
-            point = _trimmed(problem, point, most_moves)
-            points.append(point)
+            points += _filled(problem, points[-1], point, (before_s, float(price_s)), most_moves, budget)
             break
         points.append(point)
+        before_s = float(price_s)
         if budget.left_s <= 0:
             break
     return sorted(points, key=lambda p: (p.moves, p.step_s))
+
+
+def _point(problem: PlacementProblem, table: IntArray) -> FrontierPoint:
+    return FrontierPoint(table=table, moves=copies(problem, table), step_s=price_table(problem, table).step_s)
+
+
+def _improved(problem: PlacementProblem, start: FrontierPoint, price_s: float, budget: Budget) -> FrontierPoint:
+    """From `start`, what pays where a move costs `price_s` per step."""
+    priced = dataclasses.replace(problem, expert_bytes=_bytes_for(problem, price_s))
+    search = JointSearch(priced, start.table)
+    search.sweep(budget.ends, FROM_CURRENT)
+    return _point(problem, search.table.copy())
+
+
+def _filled(
+    problem: PlacementProblem,
+    under: FrontierPoint,
+    over: FrontierPoint,
+    prices: tuple[float, float],
+    most: int,
+    budget: Budget,
+) -> list[FrontierPoint]:
+    """Plans of at most `most` moves between one of fewer and one of more, found at the `prices` of a move: the price
+    is halved in between, and what moves too much is trimmed."""
+    points, (high, low) = [_trimmed(problem, over, most)], prices
+    for k in range(BISECTIONS):
+        if budget.left_s <= 0 or under.moves >= most:
+            break
+        middle = min(high, 4 * low) ** 0.5 * low**0.5
+        point = _improved(problem, under, middle, budget.share(1 / (BISECTIONS - k)))
+        if point.moves > most:
+            low = middle
+            points.append(_trimmed(problem, point, most))
+        else:
+            high, under = middle, point
+            points.append(point)
+    return points
 
 
 def _bytes_for(problem: PlacementProblem, price_s: float) -> int:
@@ -78,16 +112,36 @@ def _trimmed(problem: PlacementProblem, point: FrontierPoint, most: int) -> Fron
     move."""
     assert problem.current is not None
     old, table = problem.current.physical_to_logical_map, point.table.copy()
-    while copies(problem, table) > most:
-        worth = []
-        base_s = price_table(problem, table).step_s
-        for layer in np.flatnonzero((table != old).any(axis=1)):
-            trial = table.copy()
-            trial[layer] = old[layer]
-            saved = copies(problem, table) - copies(problem, trial)
-            worth.append(((price_table(problem, trial).step_s - base_s) / max(saved, 1e-9), int(layer)))
-        table[min(worth)[1]] = old[min(worth)[1]]
-    return FrontierPoint(table=table, moves=copies(problem, table), step_s=price_table(problem, table).step_s)
+    unpriced = dataclasses.replace(problem, expert_bytes=0)
+    pricer = LayerPricer(unpriced, table)
+    moves = {int(layer): _moves_of(problem, table, int(layer)) for layer in np.flatnonzero((table != old).any(axis=1))}
+    left = sum(moves.values())
+    worth = {layer: _worth(pricer, table, old, layer) for layer in moves}
+    while left > most:
+        layer = min(moves, key=lambda each: (worth[each] / max(moves[each], 1e-9), each))
+        table[layer] = old[layer]
+        pricer.update(table, layer)
+        left -= moves.pop(layer)
+        worth |= {near: _worth(pricer, table, old, near) for near in (layer - 1, layer + 1) if near in moves}
+    return _point(problem, table)
+
+
+def _moves_of(problem: PlacementProblem, table: IntArray, layer: int) -> int:
+    assert problem.current is not None
+    alone = problem.current.physical_to_logical_map.copy()
+    alone[layer] = table[layer]
+    return copies(problem, alone)
+
+
+def _worth(pricer: LayerPricer, table: IntArray, old: IntArray, layer: int) -> float:
+    """Seconds per step that a layer's moves save, the others as they are."""
+    new, with_s = table[layer].copy(), pricer.around_s(layer)
+    table[layer] = old[layer]
+    pricer.update(table, layer)
+    without_s = pricer.around_s(layer)
+    table[layer] = new
+    pricer.update(table, layer)
+    return without_s - with_s
 
 
 def within_budget(problem: PlacementProblem, budget: Budget) -> Draft:

@@ -10,6 +10,9 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from optimizer.problem import FloatArray, PlacementProblem
 
+FEWEST_PARTS = 3
+"""Stretches of time whose loads say anything of how loads vary."""
+
 
 def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
     """[L, E, E] covariance of a window's loads, from loads of its parts [P, L, E] (requests, or stretches of time).
@@ -22,6 +25,52 @@ def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
     mix = loads.sum(axis=0) / np.maximum(size.sum(axis=0), 1e-300)
     deviation = (loads - size * mix).transpose(1, 0, 2)
     return np.asarray(np.matmul(deviation.transpose(0, 2, 1), deviation))
+
+
+def believable(covariance: FloatArray, parts: int) -> FloatArray:
+    """[L] share of the squared correlations [L, E, E] that sampling does not explain: experts that vary independently
+    show 1/parts on average."""
+    spread = np.sqrt(np.einsum("lee->le", covariance))
+    correlation = covariance / np.maximum(spread[:, :, None] * spread[:, None, :], 1e-300)
+    experts = covariance.shape[1]
+    squared = ((correlation**2).sum(axis=(1, 2)) - (spread > 0).sum(axis=1)) / max(experts * (experts - 1), 1)
+    return np.asarray(np.clip(1 - 1 / (parts * np.maximum(squared, 1e-300)), 0.0, 1.0))
+
+
+def shrunk_covariance(covariance: FloatArray, parts: int) -> FloatArray:
+    """[L, E, E] with what joins two experts reduced to the believable share.
+
+    Few parts leave a covariance of low rank, and a planner would fill workers with what happens not to have varied.
+    Shrinkage towards the diagonal, after Ledoit and Wolf 2004.
+    """
+    share = believable(covariance, parts)[:, None, None]
+    return np.asarray(np.where(np.eye(covariance.shape[1], dtype=bool), covariance, covariance * share))
+
+
+def covariance_of_window(parts: npt.ArrayLike) -> FloatArray | None:
+    """[L, E, E] from loads of stretches of time [P, L, E], shrunk; None for too few to compare."""
+    loads = np.asarray(parts, dtype=np.float64)
+    if len(loads) < FEWEST_PARTS:
+        return None
+    return shrunk_covariance(covariance_between_parts(loads), len(loads))
+
+
+def blended_covariance(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] from loads of few whole requests [P, L, E] and of many short runs within them [Q, L, E].
+
+    Runs say better which experts rise together, but vary less than requests do: both shrunk, the runs' scaled to the
+    variance that whole requests show, and averaged by how far each is to be believed.
+    """
+    loads, runs = np.asarray(requests, dtype=np.float64), np.asarray(chunks, dtype=np.float64)
+    whole, within = covariance_between_parts(loads), covariance_between_parts(runs)
+    variance = np.trace(within, axis1=1, axis2=2)
+    scale = np.trace(whole, axis1=1, axis2=2) / np.where(variance > 0, variance, 1.0)
+    trust = np.stack([believable(whole, len(loads)), believable(within, len(runs))])[:, :, None, None]
+    total = np.maximum(trust.sum(axis=0), 1e-300)
+    blended = (trust[0] ** 2 * whole + trust[1] ** 2 * within * scale[:, None, None]) / total
+    experts = np.arange(whole.shape[1])
+    blended[:, experts, experts] = whole[:, experts, experts]
+    return np.asarray(blended)
 
 
 def independent_pairs(problem: PlacementProblem) -> FloatArray:

@@ -9,6 +9,8 @@ optimizer.bounds.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from optimizer import joint_ilp
@@ -36,10 +38,11 @@ PIECE_S = 2.0
 
 def ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     """Raises SolverError where the solver cannot be used."""
+    seed = local_search_plan(problem, budget)
     if joint_ilp.size(problem) <= SMALL:
-        seed = local_search_plan(problem, budget.share(0.1))
         return _exact(problem, seed.table, budget)
-    seed = local_search_plan(problem, budget.share(0.9))
+    if seed.termination is Termination.DEADLINE:
+        return dataclasses.replace(seed, reason=f"{seed.reason}; no time for ILPs")
     return piecewise(problem, seed.table, budget)
 
 
@@ -105,14 +108,14 @@ def _layers_by_need(problem: PlacementProblem, table: IntArray) -> list[int]:
 def _improve(problem: PlacementProblem, search: JointSearch, layer: int, budget: Budget) -> bool:
     """Deal the busiest worker's contents anew with the idlest and random others; keep what is better."""
     terms = search.pricer.terms(layer, 7, 4)
-    row, before = search.table[layer].copy(), search.pricer.around_s(search.table, layer)
+    row, before = search.table[layer].copy(), search.pricer.around_s(layer)
     model = LayerModel(terms, row, _piece(problem, search, layer, budget.rng))
     solution = solve(model.model, solver=budget.solver, time_limit_s=min(PIECE_S, budget.left_s), gap=1e-4)
     if solution.objective is None:
         return False
     search.table[layer] = model.chosen_row()
     search.pricer.update(search.table, layer)
-    if search.pricer.around_s(search.table, layer) < before * (1 - 1e-9):
+    if search.pricer.around_s(layer) < before * (1 - 1e-9):
         return True
     search.table[layer] = row
     search.pricer.update(search.table, layer)

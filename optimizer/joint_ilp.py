@@ -224,7 +224,7 @@ class JointModel:
     def _total(self) -> Any:
         model, problem = self.model, self.problem
         total = sum(model.peak[layer] + model.link[layer] for layer in model.layers) + self._risk() + self._migration()
-        if problem.semantics is Semantics.HOME and problem.affinity > 0:
+        if problem.affinity > 0:
             same = [(w, w) for w in model.w]
             for layer in range(problem.num_layers - 1):
                 unit = float(MICRO * affinity_price(problem) * problem.scale[layer] / problem.top_k)

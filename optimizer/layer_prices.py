@@ -51,8 +51,12 @@ class LayerPricer:
         x[table[layer], self.problem.owner] = 1.0
         self.x[layer] = x[:-1] / x[:-1].sum(axis=1, keepdims=True)
 
-    def around_s(self, table: IntArray, layer: int) -> float:
-        """The true cost of one layer and of what joins it to its neighbours."""
+    def around_s(self, *layers: int) -> float:
+        """The true cost of some layers and of what joins them to one another and to their neighbours."""
+        boundaries = {b for layer in layers for b in self._boundaries(layer)}
+        return sum(self._layer_s(layer) for layer in layers) + sum(self._boundary_s(b) for b in sorted(boundaries))
+
+    def _layer_s(self, layer: int) -> float:
         problem, x = self.problem, self.x[layer]
         scale = problem.scale[layer]
         load = problem.loads[layer] @ x
@@ -66,8 +70,6 @@ class LayerPricer:
             together = 0.5 * np.einsum("ew,ew->w", problem.pairs[layer] @ away, away)
             arrive = first**2 / np.maximum(first + together, 1e-300)
             total += float(home_traffic(problem, arrive) * scale)
-        for boundary in self._boundaries(layer):
-            total += self._boundary_s(boundary)
         if self._before is not None:
             total += move_price(problem) * float(((x > 0) & (self._before[layer] == 0)).sum())
         return total
@@ -83,9 +85,10 @@ class LayerPricer:
 
     def _boundary_s(self, boundary: int) -> float:
         flow = self._flow(boundary)
+        affinity_s = float((flow * self._apart).sum()) * affinity_price(self.problem)
         if self.problem.semantics is Semantics.FOLLOW:
-            return float(follow_traffic(self.problem, flow))
-        return float((flow * self._apart).sum()) * affinity_price(self.problem)
+            return affinity_s + float(follow_traffic(self.problem, flow))
+        return affinity_s
 
     def terms(self, layer: int, load_power: int, link_power: int, eagerness: float = 1.0) -> LayerTerms:
         """What swaps within `layer` are judged by. `eagerness` multiplies the prices between layers."""
@@ -126,11 +129,12 @@ class LayerPricer:
         return prices
 
     def _tolls(self, boundary: int, link_power: int) -> FloatArray:
-        """[W, W] seconds for a token from worker v to w: under `home` a constant, else the slope of the norm of all
+        """[W, W] seconds for a token from worker v to w: affinity, and under `follow` the slope of the norm of all
         links."""
         problem = self.problem
+        affinity = np.asarray(self._apart * affinity_price(problem))
         if problem.semantics is Semantics.HOME:
-            return np.asarray(self._apart * affinity_price(problem))
+            return affinity
         flow = self._flow(boundary)
         away, across = flow * self._apart, flow * self._far
         ports = [away.sum(axis=1) * port_price(problem), away.sum(axis=0) * port_price(problem)]
@@ -139,17 +143,18 @@ class LayerPricer:
             self._member.T @ across.sum(axis=0) * uplink_price(problem),
         ]
         port_out, port_in, up_out, up_in = _norm_slopes([*ports, *uplinks], 2**link_power)
-        toll = self._apart * (port_out[:, None] + port_in[None, :]) * port_price(problem)
+        toll = affinity + self._apart * (port_out[:, None] + port_in[None, :]) * port_price(problem)
         toll += self._far * ((self._member @ up_out)[:, None] + (self._member @ up_in)[None, :]) * uplink_price(problem)
         return np.asarray(toll)
 
 
 def _norm_slopes(links: list[FloatArray], power: int) -> list[FloatArray]:
-    """The slope of the p-norm over all links, by each link's seconds."""
+    """The slope of the p-norm over all links, by each link's seconds, as if it were the busiest link's: the norm itself
+    is more where many are nearly as busy, and would ask too much for them."""
     seconds = np.concatenate(links)
     peak = max(float(seconds.max()), 1e-300)
     norm = peak * float(((seconds / peak) ** power).sum()) ** (1 / power)
-    return np.split((seconds / norm) ** (power - 1), np.cumsum([len(link) for link in links])[:-1])
+    return np.split((peak / norm) * (seconds / norm) ** (power - 1), np.cumsum([len(link) for link in links])[:-1])
 
 
 def _arrival_prices(problem: PlacementProblem) -> tuple[FloatArray, FloatArray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from optimizer.draft import Budget, Draft
+from optimizer.draft import Budget, Draft, Pace
 from optimizer.heuristics import greedy_table
 from optimizer.load_ilp import build_load_model, chosen_workers, start_from
 from optimizer.problem import IntArray, PlacementProblem
@@ -22,31 +22,32 @@ def load_ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     Raises SolverError where the solver cannot be used.
     """
     table = greedy_table(problem, budget.rng)
-    late = 0
+    proven, pace = 0, Pace()
+    size = problem.num_slots * len(problem.workers)
     for layer in range(problem.num_layers):
-        left = problem.num_layers - layer
-        if budget.left_s <= 0:
-            late = left
+        if not pace.allows(2 * size, budget.left_s):
             break
-        row, optimal = _balanced_row(problem, layer, table[layer], budget.left_s / left, budget.solver)
-        table[layer] = row
-        late += not optimal
-    reason = f"{problem.num_layers - late} of {problem.num_layers} layers balanced within {LOAD_GAP:.1%} of the optimum"
-    return Draft(table=table, reason=reason, termination=Termination.DEADLINE if late else Termination.COMPLETED)
+        table[layer], optimal = _balanced_row(problem, layer, table[layer], budget, pace)
+        proven += optimal
+    reason = f"{proven} of {problem.num_layers} layers balanced within {LOAD_GAP:.1%} of the optimum"
+    done = proven == problem.num_layers
+    return Draft(table=table, reason=reason, termination=Termination.COMPLETED if done else Termination.DEADLINE)
 
 
 def _balanced_row(
-    problem: PlacementProblem, layer: int, row: IntArray, time_limit_s: float, solver: str
+    problem: PlacementProblem, layer: int, row: IntArray, budget: Budget, pace: Pace
 ) -> tuple[IntArray, bool]:
     """([S] slots, proven) of one layer, for the experts and replicas that `row` holds."""
     slots = np.flatnonzero(row >= 0)
     experts = row[slots]
     replicas = np.bincount(experts, minlength=problem.num_experts)
     weights = problem.loads[layer, experts] / replicas[experts]
-    model = build_load_model(weights, problem.speed, room(problem), experts)
-    load = np.bincount(problem.owner[slots], weights, len(problem.workers))
-    start_from(model, problem.owner[slots], float((load / problem.speed).max()))
-    solution = solve(model, solver=solver, time_limit_s=time_limit_s, gap=LOAD_GAP)
+    with pace.timed(problem.num_slots * len(problem.workers)):
+        model = build_load_model(weights, problem.speed, room(problem), experts)
+        load = np.bincount(problem.owner[slots], weights, len(problem.workers))
+        start_from(model, problem.owner[slots], float((load / problem.speed).max()))
+    limit_s = budget.left_s / (problem.num_layers - layer)
+    solution = solve(model, solver=budget.solver, time_limit_s=limit_s, gap=LOAD_GAP)
     if solution.objective is None:
         return row, False
     chosen = chosen_workers(model)

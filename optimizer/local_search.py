@@ -12,10 +12,12 @@ import time
 import numpy as np
 
 from cluster.placement import EMPTY
+from optimizer.chaining import lined_up
 from optimizer.draft import Budget, Draft
-from optimizer.heuristics import greedy_table
+from optimizer.heuristics import greedy_table, random_table
 from optimizer.layer_prices import LayerPricer
-from optimizer.problem import IntArray, PlacementProblem, Semantics
+from optimizer.problem import IntArray, PlacementProblem
+from optimizer.redeals import best_redeals
 from optimizer.result import Termination
 from optimizer.swaps import LayerTerms, best_swaps, swap_deltas
 
@@ -23,13 +25,16 @@ SHARPNESS = ((0, 1), (0, 1), (1, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6,
 """(load, link) exponents, as numbers of squarings, of each round of sweeps: from a soft mean to nearly the maximum."""
 
 EAGERNESS = (8.0, 4.0, 4.0, 3.0, 3.0, 2.0, 1.5, 1.0, 1.0, 1.0)
-"""Factor on the small prices between layers of `home` in each round: layers line up while balance is still soft."""
+"""Factor on the small prices between layers in each round: layers line up while balance is still soft."""
 
 LEAST_GAIN = 1e-6
 """Share of a layer's cost below which a swap is not worth an evaluation."""
 
 MOST_EVALUATIONS = 400
 """Per descent of one layer."""
+
+REDEALS = 6
+"""Moves of a replica that are evaluated in full before a descent is at its end."""
 
 LARGE = 10**6
 """Swaps to look at over all layers, above which each layer is finished in turn: joint rounds would not end."""
@@ -41,16 +46,28 @@ LARGE_ROUNDS = ((2, 1), (4, 2), (6, 3), (7, 4))
 SHAKEN = ((6, 3), (9, 5))
 """Rounds of SHARPNESS for one layer after it was disturbed: in the sharpest most of the balance is won."""
 
+PAIRED = 0.25
+"""Share of disturbances that take a layer and the next together."""
+
+SMALL_ROW = 16
+"""Slots of a layer up to which a random layer, descended, often comes out as good as any."""
+
+ANEW = 0.1
+"""Share of disturbances that deal such a layer anew."""
+
 KICKS_PER_LAYER = 20
 """Disturbances of each layer after which the planner `local_search` stops of itself."""
+
+LEAST_KICKS = 200
+"""The same for problems of few layers, where each takes next to no time."""
 
 FROM_CURRENT = 5
 """Round of SHARPNESS from which a placement in force is improved: softer rounds would move what need not move."""
 
 
 def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
-    """The best placement found until the deadline: from greedy, and from the current placement where there is one."""
-    search = JointSearch(problem, greedy_table(problem, budget.rng))
+    """The best placement found until the deadline: from greedy lined up, and from the current placement if any."""
+    search = JointSearch(problem, lined_up(problem, greedy_table(problem, budget.rng)))
     if problem.current is not None and problem.current.workers == problem.workers:
         search.sweep(budget.share(0.4).ends)
         stay = JointSearch(problem, problem.current.physical_to_logical_map)
@@ -59,7 +76,7 @@ def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
             search = stay
     else:
         search.sweep(budget.ends)
-    kicks = KICKS_PER_LAYER * problem.num_layers
+    kicks = max(KICKS_PER_LAYER * problem.num_layers, LEAST_KICKS)
     tried, kept = search.shake(budget, kicks)
     return Draft(
         table=search.table,
@@ -75,6 +92,7 @@ class JointSearch:
         self.problem = problem
         self.table = table.copy()
         self.pricer = LayerPricer(problem, self.table)
+        self._replicated = problem.num_slots > problem.num_experts
 
     @property
     def total_s(self) -> float:
@@ -88,8 +106,7 @@ class JointSearch:
             return
         best, best_s = self.table.copy(), self.pricer.total_s(self.table)
         layers = range(self.problem.num_layers)
-        eagerness = EAGERNESS if self.problem.semantics is Semantics.HOME else (1.0,) * len(SHARPNESS)
-        rounds = list(zip(SHARPNESS, eagerness, strict=True))[first_round:]
+        rounds = list(zip(SHARPNESS, EAGERNESS, strict=True))[first_round:]
         for k, ((load_power, link_power), eager) in enumerate(rounds):
             # a soft round that takes too long would leave no time for the sharp ones, which balance
             round_ends = time.monotonic() + (ends - time.monotonic()) / (len(rounds) - k)
@@ -107,11 +124,11 @@ class JointSearch:
         for layer in range(self.problem.num_layers):
             begun = time.monotonic()
             layer_ends = begun + (ends - begun) / (self.problem.num_layers - layer)
-            was, was_s = self.table[layer].copy(), self.pricer.around_s(self.table, layer)
+            was, was_s = self.table[layer].copy(), self.pricer.around_s(layer)
             for k, (load_power, link_power) in enumerate(LARGE_ROUNDS):
                 now = time.monotonic()
                 self.descend(layer, load_power, link_power, now + (layer_ends - now) / (len(LARGE_ROUNDS) - k))
-            if self.pricer.around_s(self.table, layer) >= was_s:
+            if self.pricer.around_s(layer) >= was_s:
                 self.table[layer] = was
                 self.pricer.update(self.table, layer)
 
@@ -122,22 +139,32 @@ class JointSearch:
         order = rng.permutation(layers)
         while tried < most and time.monotonic() < budget.ends:
             layer = int(order[tried % layers])
+            # what a layer gains by lining up with its neighbour may need both to move
+            shaken = [layer, layer + 1] if layer + 1 < layers and rng.random() < PAIRED else [layer]
             tried += 1
-            was, was_s = self.table[layer].copy(), self.pricer.around_s(self.table, layer)
-            self._disturb(layer, rng)
+            was, was_s = self.table[shaken].copy(), self.pricer.around_s(*shaken)
+            for each in shaken:
+                self._disturb(each, rng)
             for load_power, link_power in SHAKEN:
-                self.descend(layer, load_power, link_power, budget.ends)
-            if self.pricer.around_s(self.table, layer) < was_s * (1 - 1e-9):
+                for each in shaken:
+                    self.descend(each, load_power, link_power, budget.ends)
+            if self.pricer.around_s(*shaken) < was_s * (1 - 1e-9):
                 kept += 1
             else:
-                self.table[layer] = was
-                self.pricer.update(self.table, layer)
+                self.table[shaken] = was
+                for each in shaken:
+                    self.pricer.update(self.table, each)
         return tried, kept
 
     def _disturb(self, layer: int, rng: np.random.Generator) -> None:
-        """Give a spare slot to another expert, or trade the contents of a few random slots, where that is allowed."""
+        """Give a spare slot to another expert, or trade the contents of a few random slots, where that is allowed; now
+        and then deal a small layer anew."""
         row, problem = self.table[layer], self.problem
-        if len(row) > problem.num_experts and rng.random() < 0.5:
+        if len(row) <= SMALL_ROW and rng.random() < ANEW:
+            row[:] = random_table(problem, rng)[layer]
+            for _ in range(len(row) - problem.num_experts):
+                self._redeal_spare(layer, rng)
+        elif len(row) > problem.num_experts and rng.random() < 0.5:
             self._redeal_spare(layer, rng)
         else:
             for _ in range(int(rng.integers(2, max(3, len(row) // 8)))):
@@ -163,13 +190,16 @@ class JointSearch:
             row[slot] = EMPTY
 
     def descend(self, layer: int, load_power: int, link_power: int, ends: float, eagerness: float = 1.0) -> int:
-        """Do the best swaps of one layer until none gains; its neighbours stay. Returns how many were done."""
+        """Do the best swaps of one layer until none gains, then give spare slots to other experts where that gains, and
+        so on; its neighbours stay. Returns how many were done."""
         terms = self.pricer.terms(layer, load_power, link_power, eagerness)
         row, done = self.table[layer], 0
         value = terms.objective(row)
         for _ in range(MOST_EVALUATIONS):
             swaps = best_swaps(swap_deltas(terms, row), terms.first_slot, LEAST_GAIN * self.pricer.typical_s)
             kept, value = _do_swaps(terms, row, swaps, value)
+            if not kept and self._replicated:
+                kept, value = _redeal(terms, row, value)
             done += kept
             if not kept or time.monotonic() > ends:
                 break
@@ -197,4 +227,15 @@ def _do_swaps(terms: LayerTerms, row: IntArray, swaps: list[tuple[int, int]], va
         for i, j in reversed(swaps):
             row[i], row[j] = row[j], row[i]
         swaps = swaps[: len(swaps) // 2]
+    return 0, value
+
+
+def _redeal(terms: LayerTerms, row: IntArray, value: float) -> tuple[int, float]:
+    """Give one spare slot to another expert if that gains: (1 or 0, the objective then)."""
+    for slot, expert in best_redeals(terms, row, REDEALS):
+        was, row[slot] = row[slot], expert
+        after = terms.objective(row)
+        if after < value * (1 - 1e-9):
+            return 1, after
+        row[slot] = was
     return 0, value

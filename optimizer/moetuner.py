@@ -16,9 +16,9 @@ import itertools
 import numpy as np
 import pyomo.environ as pyo
 
-from optimizer.assignment import assign
-from optimizer.cost import node_membership, port_price, uplink_price
-from optimizer.draft import Budget, Draft
+from optimizer.chaining import chained, interchangeable
+from optimizer.cost import port_price, uplink_price
+from optimizer.draft import Budget, Draft, Pace
 from optimizer.heuristics import pack_layer
 from optimizer.load_ilp import build_load_model, chosen_workers, start_from
 from optimizer.problem import FloatArray, IntArray, PlacementProblem
@@ -30,30 +30,40 @@ TOLERANCE = 0.025
 
 
 def moetuner_plan(problem: PlacementProblem, budget: Budget) -> Draft:
-    """ILP 1 for every layer, then ILP 2. Raises SolverError where the solver cannot be used."""
-    cluster_of, balanced = _cluster(problem, budget.share(0.5))
-    worker_of, gap = _map_clusters(problem, cluster_of, budget)
+    """ILP 1 for every layer, then ILP 2; what time does not allow stays as greedy, and as mapped layer by layer.
+
+    Raises SolverError where the solver cannot be used.
+    """
+    pace = Pace()
+    cluster_of, balanced = _cluster(problem, budget.share(0.5), pace)
+    worker_of, gap = _map_clusters(problem, cluster_of, budget, pace)
     rows = []
     for layer in range(problem.num_layers):
         worker = worker_of[layer][cluster_of[layer]]
         rows.append(row_of(problem, [np.flatnonzero(worker == rank).tolist() for rank in range(len(problem.workers))]))
-    done = balanced == problem.num_layers and gap <= TOLERANCE
+    done = balanced == problem.num_layers and gap is not None and gap <= TOLERANCE
+    mapped = "no time for ILP 2" if gap is None else f"mapped with a gap of {gap:.1%}"
     return Draft(
         table=np.stack(rows),
-        reason=f"{balanced} of {problem.num_layers} layers clustered, and mapped with a gap of {gap:.1%}",
+        reason=f"{balanced} of {problem.num_layers} layers clustered, {mapped}",
         termination=Termination.COMPLETED if done else Termination.DEADLINE,
     )
 
 
-def _cluster(problem: PlacementProblem, budget: Budget) -> tuple[IntArray, int]:
+def _cluster(problem: PlacementProblem, budget: Budget, pace: Pace) -> tuple[IntArray, int]:
     """([L, E] cluster of each expert, layers proven within the tolerance). Cluster k fits worker k."""
     clusters, proven = [], 0
+    size = problem.num_experts * len(problem.workers)
     for layer in range(problem.num_layers):
         load = problem.loads[layer]
         start = pack_layer(problem, layer)
-        model = build_load_model(load, problem.speed, room(problem), np.arange(problem.num_experts, dtype=np.int32))
-        weight = np.bincount(start, load, len(problem.workers)) / problem.speed
-        start_from(model, start, float(weight.max()))
+        if not pace.allows(size, budget.left_s):
+            clusters.append(start)
+            continue
+        with pace.timed(size):
+            model = build_load_model(load, problem.speed, room(problem), np.arange(problem.num_experts, dtype=np.int32))
+            weight = np.bincount(start, load, len(problem.workers)) / problem.speed
+            start_from(model, start, float(weight.max()))
         limit_s = budget.left_s / (problem.num_layers - layer)
         solution = solve(model, solver=budget.solver, time_limit_s=limit_s, gap=TOLERANCE)
         clusters.append(start if solution.objective is None else chosen_workers(model))
@@ -61,13 +71,21 @@ def _cluster(problem: PlacementProblem, budget: Budget) -> tuple[IntArray, int]:
     return np.stack(clusters), proven
 
 
-def _map_clusters(problem: PlacementProblem, cluster_of: IntArray, budget: Budget) -> tuple[IntArray, float]:
-    """([L, W] worker of each cluster, gap)."""
+def _map_clusters(
+    problem: PlacementProblem, cluster_of: IntArray, budget: Budget, pace: Pace
+) -> tuple[IntArray, float | None]:
+    """([L, W] worker of each cluster, gap; None where there was no time for ILP 2)."""
     flows = _cluster_flows(problem, cluster_of)
-    start = _chained(problem, flows)
-    if len(flows) == 0 or len(problem.workers) == 1:
+    start = chained(problem, flows)
+    width, nodes = len(problem.workers), int(problem.node_of.max()) + 1
+    if len(flows) == 0 or width == 1:
         return start, 0.0
+    # four times: its rows are longer than ILP 1's, and the solver's interface reads about as fast as it was built
+    if not pace.allows(4 * len(flows) * width**2 * (width + nodes), budget.left_s):
+        return start, None
     model = build_mapping_model(problem, flows, start)
+    if budget.left_s <= 0:
+        return start, None
     solution = solve(model, solver=budget.solver, time_limit_s=0.8 * budget.left_s, gap=TOLERANCE)
     if solution.objective is None:
         return start, 1.0
@@ -80,29 +98,6 @@ def _cluster_flows(problem: PlacementProblem, cluster_of: IntArray) -> FloatArra
     """[L-1, W, W] transitions between clusters of adjacent layers."""
     member = np.eye(len(problem.workers))[cluster_of]
     return np.asarray(np.matmul(member[:-1].transpose(0, 2, 1), np.matmul(problem.flows, member[1:])))
-
-
-def interchangeable(problem: PlacementProblem) -> FloatArray:
-    """[W, W] 1 where two workers have the same slots and speed, so that either can take the other's experts."""
-    kind = np.array([[worker.slots, speed] for worker, speed in zip(problem.workers, problem.speed, strict=True)])
-    return np.asarray((kind[:, None, :] == kind[None, :, :]).all(axis=2).astype(np.float64))
-
-
-def kept(problem: PlacementProblem) -> FloatArray:
-    """[W, W] seconds that one token saves if it goes from v to w instead of across nodes."""
-    member = node_membership(problem)
-    near = (member @ member.T) * (uplink_price(problem) if member.shape[1] > 1 else 0.0)
-    return np.asarray(near + np.eye(len(problem.workers)) * port_price(problem))
-
-
-def _chained(problem: PlacementProblem, flows: FloatArray) -> IntArray:
-    """[L, W] a good mapping to start from: each layer's clusters assigned to the workers of the one before."""
-    worker_of = [np.arange(len(problem.workers), dtype=np.int32)]
-    allowed, save = interchangeable(problem), kept(problem)
-    for flow in flows:
-        gain = flow.T @ save[worker_of[-1]]
-        worker_of.append(assign(np.where(allowed > 0, -gain, 1.0 + gain.sum())))
-    return np.stack(worker_of)
 
 
 def build_mapping_model(problem: PlacementProblem, flows: FloatArray, start: IntArray) -> pyo.ConcreteModel:
@@ -124,6 +119,10 @@ def build_mapping_model(problem: PlacementProblem, flows: FloatArray, start: Int
     model.s = pyo.Var(model.b, model.k, model.k, model.w, bounds=(0, 1))
     model.t = pyo.Var(model.b, model.k, model.k, model.n, bounds=(0, 1))
     _one_to_one(model, interchangeable(problem))
+    if nodes == 1 and interchangeable(problem).all():
+        # names of workers mean nothing: one of all equal relabellings
+        for k, w in itertools.product(model.k, model.w):
+            model.x[0, k, w].fix(float(start[0, k] == w))
     _stay_on_worker(model)
     _stay_on_node(model, problem.node_of, nodes)
     total = float(flows.sum()) * (port_price(problem) + (uplink_price(problem) if nodes > 1 else 0.0))
@@ -168,8 +167,9 @@ def _stay_on_worker(model: pyo.ConcreteModel) -> None:
 
 
 def _stay_on_node(model: pyo.ConcreteModel, node_of: IntArray, nodes: int) -> None:
-    """t[b, k, j, n] <= sum of x[b, k, w], and <= sum of x[b+1, j, w], over the workers w of node n; all 0 with one
-    node."""
+    """With y[l, k, n] = sum of x[l, k, w] over the workers w of node n: t[b, k, j, n] <= y[b, k, n] and
+    <= y[b+1, j, n]; sum_j t[b, k, j, n] <= |n| y[b, k, n] and sum_k t[b, k, j, n] <= |n| y[b+1, j, n], without which
+    the relaxation has every pair on one node. All 0 with one node."""
     if nodes == 1:
         model.t.fix(0)
         return
@@ -187,6 +187,18 @@ def _stay_on_node(model: pyo.ConcreteModel, node_of: IntArray, nodes: int) -> No
         model.k,
         model.n,
         rule=lambda m, b, k, j, n: m.t[b, k, j, n] <= sum(m.x[b + 1, j, w] for w in on[n]),
+    )
+    model.node_room_from = pyo.Constraint(
+        model.b,
+        model.k,
+        model.n,
+        rule=lambda m, b, k, n: sum(m.t[b, k, j, n] for j in m.k) <= len(on[n]) * sum(m.x[b, k, w] for w in on[n]),
+    )
+    model.node_room_at = pyo.Constraint(
+        model.b,
+        model.k,
+        model.n,
+        rule=lambda m, b, j, n: sum(m.t[b, k, j, n] for k in m.k) <= len(on[n]) * sum(m.x[b + 1, j, w] for w in on[n]),
     )
 
 

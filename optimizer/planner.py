@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 
@@ -14,16 +15,16 @@ from optimizer.cost import Cost, copies, load_imbalance, price_table, shares
 from optimizer.draft import Budget, Draft, Planner
 from optimizer.eplb import eplb_table
 from optimizer.heuristics import anticorrelation_table, contiguous_table, greedy_table, random_table, round_robin_table
-from optimizer.ilp_planner import ilp_plan
-from optimizer.load_planner import load_ilp_plan
 from optimizer.local_search import local_search_plan
-from optimizer.moetuner import moetuner_plan
 from optimizer.problem import IntArray, PlacementProblem
 from optimizer.result import PlanResult, SolutionStatus, Termination
 from optimizer.solvers import SOLVERS, SolverError
 from optimizer.table import to_placement
 
 TableMaker = Callable[[PlacementProblem, np.random.Generator], IntArray]
+
+LEAD = 0.9
+"""Of the deadline, for every planner but `auto`: `auto` walks the same path and must have come at least as far."""
 
 OPTIMAL_GAP = 1e-6
 """Relative gap below which a placement counts as proven."""
@@ -36,6 +37,16 @@ def _heuristic(make_table: TableMaker, reason: str) -> Planner:
     return planner
 
 
+def _formulation(module: str, function: str) -> Planner:
+    """A planner whose module imports Pyomo, which takes as long as a small plan: when it is first asked for."""
+
+    def planner(problem: PlacementProblem, budget: Budget) -> Draft:
+        draft: Draft = getattr(import_module(module), function)(problem, budget)
+        return draft
+
+    return planner
+
+
 _PLANNERS: dict[str, Planner] = {
     "contiguous": _heuristic(contiguous_table, "experts in order"),
     "round_robin": _heuristic(round_robin_table, "experts dealt in turn"),
@@ -43,10 +54,10 @@ _PLANNERS: dict[str, Planner] = {
     "greedy": _heuristic(greedy_table, "heaviest expert first, to the worker that ends earliest"),
     "anticorrelation": _heuristic(anticorrelation_table, "greedy, with experts that peak together kept apart"),
     "eplb": _heuristic(eplb_table, "spare slots to the heaviest experts, then balanced packing"),
-    "load_ilp": load_ilp_plan,
-    "moetuner": moetuner_plan,
+    "load_ilp": _formulation("optimizer.load_planner", "load_ilp_plan"),
+    "moetuner": _formulation("optimizer.moetuner", "moetuner_plan"),
     "local_search": local_search_plan,
-    "ilp": ilp_plan,
+    "ilp": _formulation("optimizer.ilp_planner", "ilp_plan"),
     "auto": auto_plan,
 }
 
@@ -73,14 +84,16 @@ def plan(
     if not deadline_s > 0:
         raise ConfigError(f"deadline: expected a positive number of seconds, got {deadline_s!r}")
     begun = time.monotonic()
-    budget = Budget(ends=begun + deadline_s, solver=solver, rng=np.random.default_rng(seed))
+    bound = lower_bound(problem)
+    part = 1.0 if planner == "auto" else LEAD
+    budget = Budget(ends=begun + part * deadline_s, solver=solver, rng=np.random.default_rng(seed))
     status = SolutionStatus.FEASIBLE
     try:
         draft = _PLANNERS[planner](problem, budget)
     except SolverError as error:
         draft = _fallback(problem, budget, str(error))
         status = SolutionStatus.FALLBACK
-    return _result(problem, draft, planner, status, begun)
+    return _result(problem, draft, planner, status, bound, begun)
 
 
 def _fallback(problem: PlacementProblem, budget: Budget, why: str) -> Draft:
@@ -92,11 +105,13 @@ def _fallback(problem: PlacementProblem, budget: Budget, why: str) -> Draft:
     )
 
 
-def _result(problem: PlacementProblem, draft: Draft, planner: str, status: SolutionStatus, begun: float) -> PlanResult:
+def _result(
+    problem: PlacementProblem, draft: Draft, planner: str, status: SolutionStatus, bound: float, begun: float
+) -> PlanResult:
     placement = to_placement(problem, draft.table)
     table = placement.physical_to_logical_map
     cost = price_table(problem, table)
-    bound = min(max(draft.bound, lower_bound(problem)), cost.total_s)
+    bound = min(max(draft.bound, bound), cost.total_s)
     gap = 1 - bound / cost.total_s
     if status is SolutionStatus.FEASIBLE and gap <= OPTIMAL_GAP:
         status = SolutionStatus.OPTIMAL

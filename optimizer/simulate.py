@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cluster.placement import Placement, Worker, contiguous
-from cluster.protocol import RoutingCounts
+from cluster.protocol import PhaseCounts, RoutingCounts
 from cluster.routing import RoutingWindow
 from optimizer.decision import Policy, decide
+from optimizer.estimate import covariance_of_window
 from optimizer.metrics import measure
 from optimizer.planner import plan
 from optimizer.problem import Links, PlacementProblem, Semantics
@@ -127,6 +128,7 @@ def _plan(
     problem = PlacementProblem(
         loads=np.maximum(load, 0).astype(np.float64),
         transitions=transitions.astype(np.float64),
+        load_covariance=covariance_of_window(window.load_parts(now)),
         workers=placement.workers,
         top_k=top_k,
         current=placement,
@@ -160,4 +162,6 @@ def count_routing(trace: Trace) -> RoutingCounts:
     for layer in range(layers - 1):
         pairs = ids[:, layer, :, None] * experts + ids[:, layer + 1, None, :]
         transitions[layer] = np.bincount(pairs.ravel(), minlength=experts**2).reshape(experts, experts)
-    return RoutingCounts(tokens=trace.num_tokens, load=load.astype(np.int64), transitions=transitions)
+    counted = PhaseCounts(tokens=trace.num_tokens, load=load.astype(np.int64))
+    none = PhaseCounts(tokens=0, load=np.zeros_like(counted.load))
+    return RoutingCounts(prefill=none, decode=counted, transitions=transitions)

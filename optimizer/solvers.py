@@ -2,6 +2,8 @@
 
 A time limit with an incumbent is a usable answer; an answer is checked against the model's constraints before it
 counts, because some interfaces hand out values that are no solution (CBC stopped without an incumbent returns zeros).
+
+Pyomo takes half a second to import, so that it waits here, and in every module with a formulation, for the first model.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any
-
-import pyomo.environ as pyo
-from pyomo.common.errors import ApplicationError
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError, EmoeError
+
+if TYPE_CHECKING:
+    import pyomo.environ as pyo
 
 SOLVERS = ("highs", "cbc", "gurobi")
 
@@ -62,6 +64,8 @@ def solve(model: pyo.ConcreteModel, *, solver: str, time_limit_s: float, gap: fl
 
 
 def _violated(model: pyo.ConcreteModel) -> bool:
+    import pyomo.environ as pyo
+
     for constraint in model.component_data_objects(pyo.Constraint, active=True):
         body = pyo.value(constraint.body)
         slack = _FEASIBILITY * (1.0 + abs(body))
@@ -129,6 +133,8 @@ def _gurobi(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Soluti
 def _gurobi_complaint(model: pyo.ConcreteModel, error: Any) -> str:
     if error.errno != GUROBI_TOO_LARGE:
         return f"gurobi: {' '.join(str(error).split())}"
+    import pyomo.environ as pyo
+
     variables = sum(1 for _ in model.component_data_objects(pyo.Var))
     constraints = sum(1 for _ in model.component_data_objects(pyo.Constraint, active=True))
     return (
@@ -161,6 +167,9 @@ def _cbc(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
     path = cbc_binary()
     if path is None:
         raise SolverError("the solver cbc was found neither on PATH nor in pulp: pip install 'elastic-moe[cbc]'")
+    import pyomo.environ as pyo
+    from pyomo.common.errors import ApplicationError
+
     runner = pyo.SolverFactory("cbc", executable=path)
     runner.options["seconds"] = time_limit_s
     runner.options["ratioGap"] = gap
@@ -182,6 +191,8 @@ def _cbc(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
 
 
 def _has_start(model: pyo.ConcreteModel) -> bool:
+    import pyomo.environ as pyo
+
     return all(variable.value is not None for variable in model.component_data_objects(pyo.Var))
 
 

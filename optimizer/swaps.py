@@ -65,12 +65,12 @@ class LayerTerms:
         held = row != EMPTY
         replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
         share = np.where(held, 1.0 / replicas[row], 0.0)
-        total = _norm(np.add.reduceat(self.load_s[row] * share, self.first_slot) / self.speed, self.load_power)
+        total = potential_norm(np.add.reduceat(self.load_s[row] * share, self.first_slot) / self.speed, self.load_power)
         total += float((self.place_s[row, self.owner] * share).sum())
         if self.arrival_s.any():
             arrive = self.arrivals(row)
             uplink = np.bincount(self.node, arrive * self.uplink_s)
-            total += _norm(np.concatenate([arrive * self.arrival_s, uplink]), self.link_power)
+            total += potential_norm(np.concatenate([arrive * self.arrival_s, uplink]), self.link_power)
         if self.covariance_s is not None:
             covariance = self.covariance_s[row[:, None], row[None, :]] * (share[:, None] * share[None, :])
             own = np.add.reduceat(covariance, self.first_slot, axis=1)[np.arange(len(row)), self.owner]
@@ -111,7 +111,7 @@ def _load_half(terms: LayerTerms, load: FloatArray) -> FloatArray:
     norm, now = _potential(worker, terms.load_power)
     speed = terms.speed[terms.owner][:, None]
     after = worker[terms.owner][:, None] + (load[None, :] - load[:, None]) / speed
-    return np.asarray(_raise(after / norm, terms.load_power) * (norm / 2**terms.load_power) - now[terms.owner][:, None])
+    return np.asarray(raised(after / norm, terms.load_power) * (norm / 2**terms.load_power) - now[terms.owner][:, None])
 
 
 def _arrival_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatArray:
@@ -127,13 +127,13 @@ def _arrival_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatA
     port = arrive * terms.arrival_s
     uplink = np.asarray(np.bincount(terms.node, arrive * terms.uplink_s), dtype=np.float64)
     power = terms.link_power
-    norm = _norm(np.concatenate([port, uplink]), power)
+    norm = potential_norm(np.concatenate([port, uplink]), power)
 
     first_after = first[owner][:, None] + (tokens[None, :] - tokens[:, None])
     second_after = (second[owner] - own)[:, None] + with_worker[:, owner].T - pairs
     after = first_after**2 / np.maximum(first_after + second_after, 1e-300)
-    change = _raise(after * (terms.arrival_s[owner][:, None] / norm), power)
-    change -= _raise(port / norm, power)[owner][:, None]
+    change = raised(after * (terms.arrival_s[owner][:, None] / norm), power)
+    change -= raised(port / norm, power)[owner][:, None]
     if len(uplink) > 1:
         change += _uplink_half(terms, (after - arrive[owner][:, None]) * terms.uplink_s[owner][:, None], uplink, norm)
     return np.asarray(change * (norm / 2**power))
@@ -145,7 +145,7 @@ def _uplink_half(terms: LayerTerms, change: FloatArray, uplink: FloatArray, norm
     inside = node[:, None] == node[None, :]
     change = np.where(inside, change + change.T, change)
     now = uplink[node][:, None]
-    after = _raise((now + change) / norm, terms.link_power) - _raise(now / norm, terms.link_power)
+    after = raised((now + change) / norm, terms.link_power) - raised(now / norm, terms.link_power)
     return np.where(inside, 0.5 * after, after)
 
 
@@ -169,16 +169,17 @@ def _doubles(terms: LayerTerms, row: IntArray, held: np.ndarray) -> np.ndarray:
 
 
 def _potential(z: FloatArray, power: int) -> tuple[float, FloatArray]:
-    norm = _norm(z, power)
-    return norm, np.asarray(_raise(z / norm, power) * (norm / 2**power))
+    norm = potential_norm(z, power)
+    return norm, np.asarray(raised(z / norm, power) * (norm / 2**power))
 
 
-def _norm(z: FloatArray, power: int) -> float:
+def potential_norm(z: FloatArray, power: int) -> float:
+    """The 2 ** power norm of z [...]; what stands for its maximum."""
     peak = max(float(z.max()), 1e-300)
-    return float(peak * _raise(z / peak, power).sum() ** (0.5**power))
+    return float(peak * raised(z / peak, power).sum() ** (0.5**power))
 
 
-def _raise(z: FloatArray, power: int) -> FloatArray:
+def raised(z: FloatArray, power: int) -> FloatArray:
     """z to the power of 2 ** power, by squaring; what would leave the range of floats is far worse than any gain
     anyway."""
     z = np.minimum(z, 10.0 ** (250 / 2**power))

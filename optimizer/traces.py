@@ -11,17 +11,20 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import UserError
-from optimizer.estimate import covariance_between_parts
+from optimizer.estimate import blended_covariance
 from optimizer.problem import FloatArray
 
 MOST_PARTS = 64
-"""Parts that a trace is cut into to see how its loads vary."""
+"""Requests, or groups of them, whose loads are compared to see how loads vary."""
+
+CHUNK = 32
+"""Tokens of one request that are compared alike: many more samples of which experts rise together."""
 
 
 class TraceError(UserError):
@@ -103,7 +106,7 @@ def load_trace(path: Path, num_experts: int | None = None) -> Trace:
     return Trace(topk_ids=ids.astype(np.int16), request_lengths=lengths, num_experts=experts)
 
 
-def save_trace(path: Path, trace: Trace) -> None:
+def save_trace(path: Path | IO[bytes], trace: Trace) -> None:
     """Write a trace in the form that load_trace reads."""
     kind = np.uint8 if trace.num_experts <= 256 else np.int16
     np.savez_compressed(
@@ -196,7 +199,7 @@ def count(trace: Trace) -> Statistics:
         loads=parts.sum(axis=0),
         transitions=transitions,
         coactivation=coactivation,
-        load_covariance=covariance_between_parts(parts),
+        load_covariance=blended_covariance(parts, chunk_loads(trace)),
         top_k=trace.top_k,
     )
 
@@ -205,7 +208,21 @@ def part_loads(trace: Trace) -> FloatArray:
     """[P, L, E] loads of consecutive requests, cut into at most MOST_PARTS parts."""
     requests = len(trace.request_lengths)
     number = min(requests, MOST_PARTS)
-    part_of = np.repeat(np.arange(requests) * number // requests, trace.request_lengths)
+    return _loads_of(trace, np.repeat(np.arange(requests) * number // requests, trace.request_lengths), number)
+
+
+def chunk_loads(trace: Trace) -> FloatArray:
+    """[P, L, E] loads of runs of some CHUNK tokens, none of two requests."""
+    runs = -(-trace.request_lengths // CHUNK)
+    first = np.cumsum(runs) - runs
+    begin = np.cumsum(trace.request_lengths) - trace.request_lengths
+    position = np.arange(trace.num_tokens) - np.repeat(begin, trace.request_lengths)
+    part_of = np.repeat(first, trace.request_lengths) + position // CHUNK
+    return _loads_of(trace, part_of, int(runs.sum()))
+
+
+def _loads_of(trace: Trace, part_of: npt.NDArray[np.int64], number: int) -> FloatArray:
+    """[number, L, E] loads of each part."""
     loads = np.zeros((number, trace.num_layers, trace.num_experts))
     for layer in range(trace.num_layers):
         where = part_of[:, None] * trace.num_experts + trace.topk_ids[:, layer]

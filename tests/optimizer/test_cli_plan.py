@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def emoe(*words: object) -> int:
     parser = argparse.ArgumentParser()
     add_parsers(parser.add_subparsers(required=True))
     args = parser.parse_args([str(word) for word in words])
-    return int(args.func(args))
+    return int(args.run(args))
 
 
 @pytest.fixture
@@ -153,3 +154,8 @@ def test_a_placement_of_another_model_is_refused(trace: Path, tmp_path: Path) ->
     for words in (("evaluate", trace, made), ("plan", trace, "--from", made, "--planner", "greedy")):
         with pytest.raises(UserError, match="2 layers"):
             emoe(*words)
+
+
+def test_help_does_not_wait_for_solvers() -> None:
+    code = "import sys, deploy.cli; assert 'pyomo' not in sys.modules; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

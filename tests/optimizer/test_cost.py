@@ -62,9 +62,8 @@ def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
             for v, w, e, f in itertools.product(range(width), range(width), experts, experts):
                 flow[v, w] += problem.transitions[layer, e, f] * x(layer, e, v) * x(layer + 1, f, w) / top_k
             flows.append(flow)
-            if problem.semantics is Semantics.HOME:
-                total += 2 * problem.affinity * port / width * scale * (flow.sum() - np.trace(flow))
-            else:
+            total += 2 * problem.affinity * port / width * scale * (flow.sum() - np.trace(flow))
+            if problem.semantics is Semantics.FOLLOW:
                 groups = [([w], port) for w in range(width)] + (
                     [(r, up) for r in on.values()] if len(nodes) > 1 else []
                 )
@@ -130,11 +129,11 @@ def test_what_the_search_sees_of_a_layer_is_the_cost_of_changing_it(
     i, j = (int(k) for k in rng.integers(len(table[layer]), size=2))
     if deltas[i, j] == BARRED:
         return
-    before, around = price_table(problem, table).total_s, pricer.around_s(table, layer)
+    before, around = price_table(problem, table).total_s, pricer.around_s(layer)
     table[layer, [i, j]] = table[layer, [j, i]]
     pricer.update(table, layer)
     change = price_table(problem, table).total_s - before
-    assert pricer.around_s(table, layer) - around == pytest.approx(change, abs=1e-12)
+    assert pricer.around_s(layer) - around == pytest.approx(change, abs=1e-12)
     assert np.allclose(pricer.x, shares(problem, table))
 
 

@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer import PLANNERS, local_search, plan
+from optimizer import PLANNERS, Termination, local_search, plan, solvers
 from optimizer.assignment import assign
+from optimizer.chaining import chained, kept, lined_up
 from optimizer.cost import load_imbalance, price_table, shares
 from optimizer.draft import Budget
 from optimizer.eplb import eplb_table, pack_evenly
 from optimizer.generate import generate_trace
 from optimizer.heuristics import anticorrelation_table, greedy_table, random_table, round_robin_table
 from optimizer.local_search import local_search_plan
-from optimizer.moetuner import TOLERANCE, _cluster_flows, kept, moetuner_plan
+from optimizer.moetuner import TOLERANCE, _cluster_flows, build_mapping_model, moetuner_plan
 from optimizer.problem import PlacementProblem, Semantics
 from optimizer.replicas import replica_counts
 from optimizer.scenario import make_workers, problem_from_trace
@@ -115,6 +116,17 @@ def test_eplb_packs_evenly() -> None:
     assert pack_evenly(np.array([5.0, 4.0]), [2], np.array([7, 7])).tolist() == [0, -1]
 
 
+@pytest.mark.parametrize("fields", [{}, {"redundant": 4, "nodes": 2}, {"experts": 15, "speeds": (1.0, 1.0, 2.0, 1.0)}])
+def test_lining_up_keeps_balance_and_saves_transitions(fields: dict[str, object]) -> None:
+    problem = generated(**fields)
+    table = greedy_table(problem, np.random.default_rng(0))
+    better = lined_up(problem, table)
+    assert to_placement(problem, better).num_layers == problem.num_layers
+    before, after = price_table(problem, table), price_table(problem, better)
+    assert after.compute_s == pytest.approx(before.compute_s)
+    assert after.affinity_s < before.affinity_s
+
+
 def moetuner_traffic(problem: PlacementProblem, worker_of: np.ndarray, cluster_of: np.ndarray) -> float:
     flows = _cluster_flows(problem, cluster_of)
     saved = kept(problem)
@@ -202,3 +214,23 @@ def test_descents_go_down(seed: int, semantics: Semantics) -> None:
     done = search.descend(1, 3, 2, time.monotonic() + 5)
     assert terms.objective(search.table[1]) < before or not done
     assert np.allclose(search.pricer.x, shares(problem, search.table))
+
+
+@pytest.mark.parametrize("planner", ["moetuner", "load_ilp", "ilp", "auto"])
+def test_without_time_the_best_that_needs_none_is_returned(planner: str) -> None:
+    problem = generated(layers=3, experts=32, workers=8)
+    result = plan(problem, planner=planner, deadline_s=1e-3)
+    assert result.termination is Termination.DEADLINE
+    if planner == "moetuner":
+        assert "no time for ILP 2" in result.reason
+    if planner == "auto":
+        assert result.cost.total_s <= plan(problem, planner="moetuner", deadline_s=1e-3).cost.total_s * (1 + 1e-12)
+
+
+def test_fixing_the_first_layer_and_the_room_of_nodes_cost_no_mapping() -> None:
+    """The cuts of ILP 2 hold for the mapping it starts from, whatever the nodes."""
+    for nodes in (1, 2):
+        problem = generated(layers=3, experts=8, workers=4, nodes=nodes, semantics=Semantics.FOLLOW)
+        flows = _cluster_flows(problem, np.tile(np.repeat(np.arange(4), 2), (3, 1)))
+        model = build_mapping_model(problem, flows, chained(problem, flows))
+        assert not solvers._violated(model)

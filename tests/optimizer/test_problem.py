@@ -9,7 +9,13 @@ import pytest
 from cluster.errors import PlacementError
 from cluster.placement import Worker, WorkerId, contiguous
 from optimizer import Links, PlacementProblem
-from optimizer.estimate import covariance_between_parts, estimate_coactivation
+from optimizer.estimate import (
+    believable,
+    blended_covariance,
+    covariance_between_parts,
+    covariance_of_window,
+    estimate_coactivation,
+)
 from tests.optimizer.cases import tiny
 
 ONE = Worker(id=WorkerId("a"), node="n", slots=4)
@@ -74,3 +80,28 @@ def test_covariance_is_of_the_mix_not_of_the_length() -> None:
     """Parts of one mix vary in nothing; two opposite parts move their experts apart."""
     assert not covariance_between_parts(np.array([[[3.0, 1.0]], [[6.0, 2.0]]])).any()
     assert covariance_between_parts(np.array([[[2.0, 0.0]], [[0.0, 2.0]]]))[0].tolist() == [[2.0, -2.0], [-2.0, 2.0]]
+
+
+def test_chance_correlations_are_not_believed() -> None:
+    rng = np.random.default_rng(0)
+    parts = rng.poisson(50.0, size=(8, 1, 40)).astype(float)
+    raw, shrunk = covariance_between_parts(parts)[0], covariance_of_window(parts)
+    assert shrunk is not None
+    assert np.array_equal(np.diag(shrunk[0]), np.diag(raw))
+    assert np.abs(shrunk[0] - np.diag(np.diag(raw))).sum() < 0.2 * np.abs(raw - np.diag(np.diag(raw))).sum()
+    together = np.repeat(rng.poisson(50.0, size=(8, 1, 20)), 2, axis=2).astype(float)
+    assert believable(covariance_between_parts(together), 8)[0] > believable(covariance_between_parts(parts), 8)[0]
+    assert covariance_of_window(parts[:2]) is None
+    constant = blended_covariance(np.ones((4, 1, 3)), np.ones((9, 1, 3)))
+    assert not constant.any()
+
+
+def test_requests_and_runs_are_blended_on_the_scale_of_requests() -> None:
+    rng = np.random.default_rng(1)
+    runs = rng.poisson(5.0, size=(200, 1, 6)).astype(float)
+    runs[:, :, 1] = runs[:, :, 0]
+    requests = runs.reshape(10, 20, 1, 6).sum(axis=1)
+    blended = blended_covariance(requests, runs)[0]
+    whole = covariance_between_parts(requests)[0]
+    assert np.array_equal(np.diag(blended), np.diag(whole))
+    assert 0.5 * whole[0, 1] < blended[0, 1] < 1.1 * whole[0, 1]

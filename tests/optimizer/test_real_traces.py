@@ -14,7 +14,7 @@ from optimizer.traces import load_trace
 EIGHT = make_workers(8, nodes=1, num_experts=64)
 
 
-@pytest.mark.parametrize("task", ["law", "intent"])
+@pytest.mark.parametrize("task", ["law", "intent", "translation"])
 def test_auto_beats_two_step_planning_on_unseen_requests(traces: Path, task: str) -> None:
     """Compared with the bounds that hold with a short deadline on a busy machine, not the best that ten seconds
     give."""
@@ -35,7 +35,7 @@ def test_under_drift_few_moves_bring_most_of_the_gain(traces: Path) -> None:
     problem = problem_from_trace(load_trace(traces / "translation.npz", 64), EIGHT, current=old)
     scratch = plan(dataclasses.replace(problem, current=None), deadline_s=2).placement
     moves = copies(problem, scratch.physical_to_logical_map)
-    result = plan(dataclasses.replace(problem, move_budget=moves // 4), deadline_s=4)
+    result = plan(dataclasses.replace(problem, move_budget=moves // 4), deadline_s=15)
     before = price(problem, old).step_s
     assert result.moves <= moves // 4
     assert before - result.cost.step_s > 0.8 * (before - price(problem, scratch).step_s)
