@@ -1,7 +1,8 @@
 """Attention of a packed step over the paged KV cache, behind transformers' attention interface.
 
 The trunk hands q, k, v of all tokens of the step as one row [1, heads, T, D]; the `StepBatch` in force says which
-tokens belong to which sequence and where its keys lie. Sliding windows, sinks and soft-caps are honoured.
+tokens belong to which sequence and where its keys lie. Sliding windows, sinks and soft-caps are honoured. In
+bfloat16 on CPU the native library does it, where there is one.
 
 Legend: T tokens of the step, R sequences decoded together, Q query rows of a tile, L keys, N query heads,
 G key heads, M = N/G query heads per key head, D head size.
@@ -22,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from model.kv_cache import KVCache, KVShape
+from model.native.attention import NativeBatch, Rules
 
 NAME = "emoe"
 """Of our attention function in transformers' registry."""
@@ -77,12 +79,18 @@ class StepBatch:
     """[T] where each token's key goes in the cache."""
     decodes: list[_DecodeGroup]
     prefills: list[_Prefill]
+    native: NativeBatch | None = None
+    """In place of all the others, where the cache is laid out for the native library."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Additive masks of decode groups, by (group, window): the same for every layer."""
 
     @classmethod
     def build(cls, slices: Sequence[SequenceSlice], cache: KVCache, device: torch.device) -> StepBatch:
         size = cache.block_size
+        if cache.lib is not None:
+            pieces = [(piece.start, piece.end, piece.block_ids) for piece in slices]
+            native = NativeBatch(cache.lib, pieces, block_size=size)
+            return cls(cache=cache, positions=torch.empty(0), decodes=[], prefills=[], native=native)
         positions: list[int] = []
         decodes: list[tuple[int, int, SequenceSlice]] = []
         prefills: list[_Prefill] = []
@@ -187,10 +195,12 @@ def paged_attention(
     if isinstance(batch, ShapeProbe):
         batch.record(layer, key, value)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    batch.cache.write(layer, batch.positions, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if attention_mask is None else attention_mask.size
-    rules = _Rules(scale=scale, window=window, softcap=softcap, sinks=s_aux)
+    rules = Rules(scale=scale, window=window, softcap=softcap, sinks=s_aux)
+    if batch.native is not None:
+        return batch.native.attend(batch.cache.stores(layer), query[0], key[0], value[0], rules)[None], None
+    batch.cache.write(layer, batch.positions, key[0], value[0])
     query_NTD = query[0]
     out_TND = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for index, group in enumerate(batch.decodes):
@@ -200,18 +210,7 @@ def paged_attention(
     return out_TND[None], None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rules:
-    """What one layer's attention asks for."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    """[N] a logit per head that takes part in the softmax and then counts for nothing."""
-
-
-def _decode(batch: StepBatch, index: int, layer: int, query_NTD: Tensor, rules: _Rules) -> Tensor:
+def _decode(batch: StepBatch, index: int, layer: int, query_NTD: Tensor, rules: Rules) -> Tensor:
     """One query row of each sequence in the group: [R, N, D]."""
     group = batch.decodes[index]
     key_GLD, value_GLD = batch.cache.gather(layer, group.tables)
@@ -227,7 +226,7 @@ def _decode(batch: StepBatch, index: int, layer: int, query_NTD: Tensor, rules: 
     return out_GRMD.transpose(0, 1).reshape(num, -1, value_GLD.shape[-1])
 
 
-def _prefill(batch: StepBatch, part: _Prefill, layer: int, query_NTD: Tensor, rules: _Rules, out_TND: Tensor) -> None:
+def _prefill(batch: StepBatch, part: _Prefill, layer: int, query_NTD: Tensor, rules: Rules, out_TND: Tensor) -> None:
     """Query rows of one sequence, tile by tile, each over just the keys that it can see."""
     key_GLD, value_GLD = batch.cache.gather(layer, part.blocks)
     heads = key_GLD.shape[0]
@@ -254,7 +253,7 @@ def _prefill(batch: StepBatch, part: _Prefill, layer: int, query_NTD: Tensor, ru
         out_TND[rows] = out_GMQD.transpose(0, 1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: _Rules) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: Rules) -> Tensor:
     """Softmax attention of [G, R, rows, D] over [G, R, L, D]; rows hold the M query heads of a key head in turn.
 
     Scores in float32, as transformers' own eager attention has them.

@@ -85,6 +85,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         trunk_bytes=trunk_bytes,
         eos_token_ids=_eos_token_ids(path, config),
         dtype=str(dtype).removeprefix("torch."),
+        rope_limits=_rope_limits(config),
     )
     return Checkpoint(
         path=path,
@@ -169,12 +170,21 @@ def _max_model_len(config: PretrainedConfig) -> int:
 
     YaRN and linear scaling multiply; where the field already says so (DeepSeek, gpt-oss), the product is the same.
     """
-    text = config.get_text_config()
-    length = int(text.max_position_embeddings)
-    rope = getattr(text, "rope_parameters", None) or {}
+    length = int(config.get_text_config().max_position_embeddings)
+    return max((_scaled(length, part) for part in _ropes(config)), default=length)
+
+
+def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     # some families have one for each kind of layer
-    ropes = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
-    return max((_scaled(length, part) for part in ropes), default=length)
+    return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+
+
+def _rope_limits(config: PretrainedConfig) -> tuple[int, ...]:
+    limits = {
+        int(rope["original_max_position_embeddings"]) for rope in _ropes(config) if rope.get("rope_type") == "longrope"
+    }
+    return tuple(sorted(limits))
 
 
 def _scaled(length: int, rope: dict[str, Any]) -> int:

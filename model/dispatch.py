@@ -10,6 +10,7 @@ Legend: T tokens of this worker, R rows sent to one worker, H hidden, K experts 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,8 +57,38 @@ class LayerShape:
     dtype: torch.dtype
 
 
-class Dispatcher:
-    """The expert side of one epoch on one worker. The local transport is the oracle of the others."""
+class Dispatcher(ABC):
+    """The expert side of one epoch on one worker. Every worker must call `forward` for every layer of a step."""
+
+    def __init__(self) -> None:
+        self.counter: RoutingCounter | None = None
+
+    def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
+        """A step begins. `counter` is None for warm-up, which must not count."""
+        self.counter = counter
+
+    def forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """The layer's experts, wherever they are: [T, H]. Blocks on the others; StepAborted where one is gone."""
+        if self.counter is not None:
+            self.counter.note(index_TK)
+        return self._forward(layer, x_TH, index_TK, weight_TK)
+
+    def idle(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
+        """Take part in a step without tokens of one's own: the trunk is not run, the experts are."""
+        for layer, shape in enumerate(shapes):
+            self.forward(
+                layer,
+                torch.empty(0, shape.hidden, dtype=shape.dtype, device=device),
+                torch.empty(0, shape.top_k, dtype=torch.int64, device=device),
+                torch.empty(0, shape.top_k, device=device),
+            )
+
+    @abstractmethod
+    def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor: ...
+
+
+class TransportDispatcher(Dispatcher):
+    """PyTorch's operators around any transport. The local transport is the oracle of the others."""
 
     def __init__(
         self,
@@ -69,6 +100,7 @@ class Dispatcher:
         device: torch.device,
         dense_tokens: int = DENSE_TOKENS,
     ) -> None:
+        super().__init__()
         self._store = store
         self._transport = transport
         self._rank = rank
@@ -82,22 +114,17 @@ class Dispatcher:
         self._dense = False
         self._source_R = torch.empty(0)
         """Dense steps: [R] for every rank's tokens, where the rank's row of `_mine_LX` begins."""
-        self.counter: RoutingCounter | None = None
 
     def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
-        """A step begins. `counter` is None for warm-up, which must not count."""
+        super().begin(tokens_per_rank, counter)
         self._tokens_per_rank = tokens_per_rank
-        self.counter = counter
         self._dense = self._transport.size > 1 and sum(tokens_per_rank) <= self._dense_tokens
         if self._dense:
             experts = self._routes_LE.shape[1]
             begins = [rank * experts for rank, tokens in enumerate(tokens_per_rank) for _ in range(tokens)]
             self._source_R = torch.tensor(begins, dtype=torch.int64, device=self._routes_LE.device)[:, None]
 
-    def forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """The layer's experts, wherever they are: [T, H]. Every worker must call it for every layer of a step."""
-        if self.counter is not None:
-            self.counter.note(index_TK)
+    def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         if self._transport.size == 1:
             return self._store.forward(layer, x_TH, index_TK, weight_TK)
         parts = (index_TK.to(torch.int32), weight_TK.float(), x_TH)
@@ -159,16 +186,6 @@ class Dispatcher:
             )
         index_RK, weight_RK, x_RH = (torch.cat([part[i] for part in parts]) for i in range(3))
         return index_RK, weight_RK, x_RH
-
-    def idle(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
-        """Take part in a step without tokens of one's own: the trunk is not run, the experts are."""
-        for layer, shape in enumerate(shapes):
-            self.forward(
-                layer,
-                torch.empty(0, shape.hidden, dtype=shape.dtype, device=device),
-                torch.empty(0, shape.top_k, dtype=torch.int64, device=device),
-                torch.empty(0, shape.top_k, device=device),
-            )
 
 
 def _view(raw: Tensor, like: Tensor) -> Tensor:

@@ -1,19 +1,25 @@
 """The experts that one worker holds, and their arithmetic: transformers' own, expert by expert.
 
 Owns the weights in the slots. Where tokens come from and go to is the dispatcher's business (model/dispatch.py).
+In bfloat16 on CPU the native library does the arithmetic (model/native/experts.py), where there is one and it knows the
+layer's gate.
 
 Legend: R rows (tokens sent here), H hidden, F expert width, K experts per token, S sorted (row, choice) pairs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from model.linear import linear, nbytes, pack, unpack
+from model.linear import Weight, linear, nbytes, pack, unpack
+from model.native import library
+from model.native.experts import NativeExperts, find_gate
+from model.native.linear import Packed
 
 NAME = "emoe"
 """Of our experts function in transformers' registry."""
@@ -34,14 +40,32 @@ class ExpertStore:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         """`modules` are the trunk's expert modules in layer order, empty of weights: they know layout and gate."""
         self._modules = tuple(modules)
-        self._weights: list[dict[int, Tensors]] = [{} for _ in modules]
+        self._weights: list[dict[int, dict[str, Weight]]] = [{} for _ in modules]
+        self._native = [_native(module) for module in modules]
 
     @property
     def num_layers(self) -> int:
         return len(self._modules)
 
+    @property
+    def native(self) -> bool:
+        """Whether every layer's arithmetic is native."""
+        return all(native is not None for native in self._native)
+
+    def native_layer(self, layer: int) -> tuple[int | float, ...]:
+        """The layer's experts held here, as native functions take them. Only where `native`."""
+        native = self._native[layer]
+        assert native is not None
+        return native.arguments
+
     def put(self, layer: int, expert: int, tensors: Tensors) -> None:
         """Hold an expert. Its tensors belong to the store from now on."""
+        native = self._native[layer]
+        if native is not None and not native.takes(tensors):
+            native = self._native[layer] = None
+        if native is not None:
+            self._weights[layer][expert] = native.put(expert, tensors)
+            return
         plain = self._modules[layer].is_transposed
         self._weights[layer][expert] = {
             name: tensor if plain or tensor.dim() != 2 else pack(tensor) for name, tensor in tensors.items()
@@ -49,7 +73,8 @@ class ExpertStore:
 
     def get(self, layer: int, expert: int) -> Tensors:
         """The expert's tensors as they were put. Raises KeyError where it is not held."""
-        return {name: unpack(tensor) for name, tensor in self._weights[layer][expert].items()}
+        held, native = self._weights[layer][expert], self._native[layer]
+        return {name: unpack(weight) for name, weight in held.items()} if native is None else native.get(held)
 
     def held(self, layer: int) -> frozenset[int]:
         return frozenset(self._weights[layer])
@@ -59,6 +84,8 @@ class ExpertStore:
         for layer, wanted in enumerate(experts):
             chosen = set(wanted)
             for expert in [e for e in self._weights[layer] if e not in chosen]:
+                if (native := self._native[layer]) is not None:
+                    native.drop(expert)
                 del self._weights[layer][expert]
 
     @property
@@ -71,6 +98,8 @@ class ExpertStore:
         Rows are sorted by expert; then all gate-ups, one activation, all downs: as fast on CPU as a loop over
         experts and with fewer operators. Sums are in float32 whatever the dtype.
         """
+        if (native := self._native[layer]) is not None:
+            return native.forward(x_RH, index_RK, weight_RK)
         num_choices = index_RK.shape[1]
         flat = index_RK.reshape(-1)
         order = flat.argsort(stable=True)
@@ -86,7 +115,17 @@ class ExpertStore:
         return out_RH.index_add_(0, row_S, y_SH).to(x_RH.dtype)
 
 
-def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping[str, Tensor], int]]) -> Tensor:
+def _native(module: nn.Module) -> NativeExperts | None:
+    """The native arithmetic of a layer, if there is one for its dtype, device and gate."""
+    like = next(itertools.chain(module.parameters(), module.buffers()))
+    if like.dtype != torch.bfloat16 or like.device.type != "cpu":
+        return None
+    lib = library()
+    gate = None if lib is None else find_gate(module)
+    return None if lib is None or gate is None else NativeExperts(lib, module, gate)
+
+
+def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping[str, Weight], int]]) -> Tensor:
     """Rows of `x_SH` in consecutive groups, each through its expert."""
     transposed = bool(module.is_transposed)
     sizes = [count for _, count in groups]
@@ -104,9 +143,10 @@ def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping
     return y_SH
 
 
-def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str, transposed: bool) -> Tensor:
-    weight, bias = tensors[name], tensors.get(f"{name}_bias")
-    if not transposed:
+def _linear(x: Tensor, tensors: Mapping[str, Weight], name: str, transposed: bool) -> Tensor:
+    weight = tensors[name]
+    bias: Tensor | None = tensors.get(f"{name}_bias")  # type: ignore[assignment]  # only matrices are packed
+    if not transposed or isinstance(weight, Packed):
         return linear(x, weight, bias)
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 

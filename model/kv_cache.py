@@ -4,18 +4,24 @@ Owns the storage; which block belongs to which sequence is the scheduler's busin
 
 Legend: G key heads, D head size (keys and values may differ), P blocks, B tokens per block.
 A layer's keys are [G, P, B, D]: a block of one head is contiguous, so gathering blocks copies long rows and
-the result is laid out as matmul wants it.
+the result is laid out as matmul wants it. Where the native library attends, blocks are laid out as it wants them
+(model/native/attention.cpp), and only it reads and writes them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from model.native import library
+from model.native.attention import can_attend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +52,19 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
 
+        native = all(
+            can_attend(dtype=dtype, device=device, block_size=block_size, key_size=s.key_size, value_size=s.value_size)
+            for s in shapes.values()
+        )
+        self.lib: ctypes.CDLL | None = library() if native else None
+        """The native library where it attends."""
+
         def blocks(heads: int, size: int) -> Tensor:
             # zeros, not empty: masked keys must be finite
             shape = (heads, num_blocks, block_size, size)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
-            # numpy leaves untouched pages to the kernel, torch would write them all
-            return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+            return _untouched(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
         self._keys = {layer: blocks(s.num_heads, s.key_size) for layer, s in shapes.items()}
         self._values = {layer: blocks(s.num_heads, s.value_size) for layer, s in shapes.items()}
@@ -71,6 +83,10 @@ class KVCache:
         self._keys[layer].flatten(1, 2).index_copy_(1, positions_T, key_GTD)
         self._values[layer].flatten(1, 2).index_copy_(1, positions_T, value_GTD)
 
+    def stores(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All blocks of keys and of values, for the native library."""
+        return self._keys[layer], self._values[layer]
+
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the blocks [N]: ([G, N*B, D], [G, N*B, D]), copies."""
         return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
@@ -80,3 +96,11 @@ def _gather(cache_GPBD: Tensor, blocks_N: Tensor) -> Tensor:
     heads, _, block_size, head_size = cache_GPBD.shape
     rows = cache_GPBD.flatten(2, 3).index_select(1, blocks_N)
     return rows.view(heads, len(blocks_N) * block_size, head_size)
+
+
+def _untouched(nbytes: int) -> Tensor:
+    """Zeros that take memory when they are written: torch would write them all. In huge pages, where there are some."""
+    raw = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        raw.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(raw, dtype=torch.uint8)[:nbytes]

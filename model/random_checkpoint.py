@@ -1,4 +1,4 @@
-"""Random-weight checkpoints in Hugging Face layout: for tests, and for the default model until a trained one ships.
+"""Random-weight checkpoints in Hugging Face layout, for tests and measurements.
 
 Configuration, tensor names, tokenizer and chat template are those that a real checkpoint of the family has, since
 transformers itself writes them. The text that such a model makes is noise, but its logits are well apart: weights are

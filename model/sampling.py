@@ -11,7 +11,7 @@ Legend: B rows (sequences), R those of them that draw at random, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,8 +29,14 @@ _UNIT = float(2**40)
 _CPU_ELEMENTS = 1 << 17
 """Rows x vocabulary handled at a time on CPU. Larger temporaries are paged in afresh every time: 3 times slower."""
 
+_TOP_K_FEW = 1024
+"""The most of top_k for which a row's other tokens are left out early, on CPU."""
+
 _TOP_P_GUESS = 512
-"""Most likely tokens looked at before a whole row is sorted, on CPU."""
+"""Most likely tokens looked at before a whole row is, on CPU."""
+
+_BIN_SHIFT = 17
+"""Of a float32's bits, what is left after this is the bin of a mass: exponent and 6 bits of the fraction."""
 
 _MASK = (1 << 64) - 1
 
@@ -94,14 +100,16 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int
     if not states:
         return []
     adjusted_BV = _adjust(logits_BV, states)
-    random = [row for row, state in enumerate(states) if not state.greedy]
-    if len(random) < len(states):
-        tokens_B = adjusted_BV.argmax(dim=-1)
-        if random:
-            rows_R = _to(np.array(random, dtype=np.int64), logits_BV.device)
-            tokens_B[rows_R] = _draw_in_parts(adjusted_BV, random, states)
-    else:
-        tokens_B = _draw_in_parts(adjusted_BV, random, states)
+    rows: dict[Callable[..., Tensor], list[int]] = {}
+    for row, state in enumerate(states):
+        rows.setdefault(_method(state, logits_BV), []).append(row)
+    tokens_B = torch.empty(len(states), dtype=torch.int64, device=logits_BV.device)
+    for method, chosen in rows.items():
+        for part in _parts(chosen, logits_BV):
+            at = _to(np.array(part, dtype=np.int64), logits_BV.device)
+            logits_RV = adjusted_BV if len(part) == len(states) else adjusted_BV[at]
+            # float32 for the most likely token too: bfloat16 has no fast argmax on CPU
+            tokens_B[at] = method(logits_RV.float(), [states[row] for row in part])
     logprobs = _logprobs(logits_BV, tokens_B, states)
     return list(zip(tokens_B.tolist(), logprobs, strict=True))
 
@@ -180,16 +188,32 @@ def _entries(
 # --- Random rows ------------------------------------------------------------------------------------------------
 
 
-def _draw_in_parts(logits_BV: Tensor, random: list[int], states: Sequence[SamplingState]) -> Tensor:
-    """[R] tokens drawn for the rows `random`."""
-    parts = []
-    for part in _parts(random, logits_BV):
-        if len(part) == logits_BV.shape[0]:
-            logits_RV = logits_BV
-        else:
-            logits_RV = logits_BV[_to(np.array(part, dtype=np.int64), logits_BV.device)]
-        parts.append(_draw(logits_RV.float(), [states[row] for row in part]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _method(state: SamplingState, logits_BV: Tensor) -> Callable[..., Tensor]:
+    """How a row's token is chosen: by the row alone."""
+    if state.greedy:
+        return _most_likely
+    if logits_BV.device.type == "cpu" and 0 < state.params.top_k <= min(_TOP_K_FEW, logits_BV.shape[1]):
+        return _draw_of_few
+    return _draw
+
+
+def _most_likely(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
+    return logits_RV.argmax(dim=-1)
+
+
+def _draw_of_few(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
+    """`_draw` from the top_k tokens alone, in token order: the others could not be drawn, and are nearly all."""
+    kept_RV = logits_RV >= _top_k_threshold(logits_RV, [state.params for state in states])
+    counts = kept_RV.sum(dim=-1)
+    row, token = kept_RV.nonzero(as_tuple=True)
+    column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    # at least one column: of logits that are no numbers, none is kept
+    shape = len(states), max(1, int(counts.max()))
+    tokens_RC = torch.zeros(shape, dtype=torch.int64)
+    tokens_RC[row, column] = token
+    logits_RC = torch.full(shape, -torch.inf)
+    logits_RC[row, column] = logits_RV[row, token]
+    return tokens_RC.gather(1, _draw(logits_RC, states)[:, None])[:, 0]
 
 
 def _parts(rows: list[int], logits_BV: Tensor) -> Iterator[list[int]]:
@@ -247,10 +271,21 @@ def _top_p_threshold(mass_RV: Tensor, top_p: Tensor) -> Tensor:
         largest = mass_RV.topk(_TOP_P_GUESS, dim=-1).values
         threshold = _threshold(largest, goal)
         # Some distributions are so flat that the guess does not hold top_p of them.
-        short = torch.nonzero(largest.sum(dim=-1) < goal[:, 0])[:, 0]
-        if len(short):
-            threshold[short] = _threshold(mass_RV[short].sort(dim=-1, descending=True).values, goal[short])
+        for row in torch.nonzero(largest.sum(dim=-1) < goal[:, 0])[:, 0].tolist():
+            threshold[row] = _threshold_by_bins(mass_RV[row], goal[row])
     return threshold.masked_fill_(unlimited, 0)
+
+
+def _threshold_by_bins(mass_V: Tensor, goal: Tensor) -> Tensor:
+    """[1] as `_threshold` of all of a row, sorting only those masses that lie in the threshold's bin."""
+    bin_V = (mass_V.float().view(torch.int32) >> _BIN_SHIFT).long()
+    total = torch.zeros(int(bin_V.max()) + 1, dtype=torch.int64).scatter_add_(0, bin_V, mass_V)
+    from_here_up = total.flip(0).cumsum(0).flip(0)
+    # the last bin from which on the goal is reached, or the first of all
+    at = int((from_here_up >= goal).sum().clamp(min=1)) - 1
+    above = from_here_up[at] - total[at]
+    inside = mass_V[bin_V == at].sort(descending=True).values
+    return _threshold(inside[None], goal - above)[0]
 
 
 def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:

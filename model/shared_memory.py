@@ -4,6 +4,7 @@ Every rank owns one segment: for each peer a sequence number, and two buffers us
 its length, then its sequence number; x86 keeps stores in that order, so whoever sees the number sees the payload.
 Two buffers suffice: a rank writes exchange n+2 after it has read everyone's n+1, which they sent when done with n.
 Names are removed as soon as every rank has opened them: the kernel frees the memory when the last process is gone.
+The native exchange (model/native/exchange.py) joins in the same way.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,24 +42,21 @@ class SharedMemoryTransport:
         self._aborted = False
         self._exchange = 0
         self._capacity = -(-max_bytes // _LINE) * _LINE
-        self._paths = [DIRECTORY / f"{group}-{r}" for r in range(size)]
-        self._own = _Segment.create(self._paths[rank], size, self._capacity)
         self._segments: list[_Segment] = []
-        deadline = time.monotonic() + timeout_s
-        try:
-            for r, path in enumerate(self._paths):
-                self._segments.append(self._own if r == rank else _open(path, size, self._capacity, deadline))
+
+        def meet(memories: Sequence[mmap.mmap]) -> None:
+            self._segments = [_Segment(memory, size, self._capacity) for memory in memories]
             # an empty exchange: once it is through, everybody has opened everything
             self.all_to_all([[] for _ in range(size)], None)
-        finally:
-            self._paths[rank].unlink(missing_ok=True)
+
+        join(group, rank, size, _total(size, self._capacity), timeout_s, meet)
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         self._exchange += 1
         parity = self._exchange % 2
         for peer, tensors in enumerate(send):
             if peer != self.rank:
-                self._own.publish(peer, parity, tensors, self._exchange)
+                self._segments[self.rank].publish(peer, parity, tensors, self._exchange)
         received: list[Tensor] = []
         for peer, segment in enumerate(self._segments):
             if peer == self.rank:
@@ -106,24 +104,6 @@ class _Segment:
         self._capacity = capacity
         self._size = size
 
-    @classmethod
-    def create(cls, path: Path, size: int, capacity: int) -> _Segment:
-        total = _total(size, capacity)
-        # under another name until it is whole: peers open it as soon as they see it
-        building = path.with_name(path.name + "-new")
-        fd = os.open(building, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            # reserved now: a full /dev/shm is an error here and not a SIGBUS in the middle of a step
-            os.posix_fallocate(fd, 0, total)
-            memory = mmap.mmap(fd, total)
-        except OSError as error:
-            building.unlink()
-            raise StepAborted(f"{DIRECTORY} has no room for {total >> 20} MiB: {error.strerror}") from None
-        finally:
-            os.close(fd)
-        building.rename(path)
-        return cls(memory, size, capacity)
-
     def publish(self, peer: int, parity: int, tensors: Sequence[Tensor], number: int) -> None:
         buffer, at = self._buffers[parity, peer], 0
         for tensor in tensors:
@@ -142,7 +122,45 @@ def _total(size: int, capacity: int) -> int:
     return 3 * size * _LINE + 2 * size * capacity
 
 
-def _open(path: Path, size: int, capacity: int, deadline: float) -> _Segment:
+def join(
+    group: str,
+    rank: int,
+    size: int,
+    num_bytes: int,
+    timeout_s: float,
+    meet: Callable[[Sequence[mmap.mmap]], None],
+) -> None:
+    """Make this rank's segment, open the others', and hand all to `meet`, which must return when everybody has opened.
+
+    Raises StepAborted where a peer does not come within `timeout_s`, or where there is no room.
+    """
+    paths = [DIRECTORY / f"{group}-{r}" for r in range(size)]
+    own = _create(paths[rank], num_bytes)
+    deadline = time.monotonic() + timeout_s
+    try:
+        meet([own if r == rank else _open(path, num_bytes, deadline) for r, path in enumerate(paths)])
+    finally:
+        paths[rank].unlink(missing_ok=True)
+
+
+def _create(path: Path, num_bytes: int) -> mmap.mmap:
+    # under another name until it is whole: peers open it as soon as they see it
+    building = path.with_name(path.name + "-new")
+    fd = os.open(building, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        # reserved now: a full /dev/shm is an error here and not a SIGBUS in the middle of a step
+        os.posix_fallocate(fd, 0, num_bytes)
+        memory = mmap.mmap(fd, num_bytes)
+    except OSError as error:
+        building.unlink()
+        raise StepAborted(f"{DIRECTORY} has no room for {num_bytes >> 20} MiB: {error.strerror}") from None
+    finally:
+        os.close(fd)
+    building.rename(path)
+    return memory
+
+
+def _open(path: Path, num_bytes: int, deadline: float) -> mmap.mmap:
     while True:
         try:
             fd = os.open(path, os.O_RDWR)
@@ -152,6 +170,6 @@ def _open(path: Path, size: int, capacity: int, deadline: float) -> _Segment:
                 raise StepAborted(f"peer {path.name} did not come") from None
             time.sleep(0.002)
     try:
-        return _Segment(mmap.mmap(fd, _total(size, capacity)), size, capacity)
+        return mmap.mmap(fd, num_bytes)
     finally:
         os.close(fd)

@@ -4,6 +4,8 @@
     SharedMemoryTransport  CPU workers of one node: publish, wait for the others, read (shared_memory.py)
     CollectiveTransport  gloo between nodes, NCCL between GPUs, through torch.distributed's process groups
 
+Workers of one node that all have the native library need no bytes exchanged: model/native/exchange.py.
+
 No global process group is used: every epoch's membership has its own, and a dead one is simply let go.
 """
 

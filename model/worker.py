@@ -33,22 +33,23 @@ from cluster.protocol import (
 )
 from model.attention import SequenceSlice
 from model.checkpoint import Checkpoint, open_checkpoint
-from model.dispatch import Dispatcher, row_bytes
+from model.dispatch import Dispatcher
 from model.experts import ExpertStore
+from model.groups import Group, join_group, make_dispatcher
 from model.kv_cache import KVCache
-from model.linear import pack_linears
 from model.loading import expert_modules, iter_experts, load_trunk
 from model.routing_counter import RoutingCounter
 from model.runner import ModelRunner
 from model.sampling import SamplingState, sample
-from model.shared_memory import SharedMemoryTransport
-from model.transport import CollectiveTransport, LocalTransport, Transport
+from model.surgery import fit
 
 log = logging.getLogger(__name__)
 
 _KV_SHARE = 0.3
 """Of the memory that is free once the weights are loaded, for KV caches of all workers of a CPU node."""
 _KV_SHARE_CUDA = 0.85
+_EXPERT_SHARE = 0.5
+"""Of the memory that is then still free, for experts that come later: those of a worker that is lost or leaves."""
 
 
 @dataclass(slots=True)
@@ -61,8 +62,10 @@ class _Sequence:
 class _EpochState:
     spec: EpochSpec
     rank: int
-    transport: Transport
+    group: Group
     dispatcher: Dispatcher
+    failed_step: int | None = None
+    """The step that failed here. Later ones that are on their way already are refused: peers would mix them up."""
 
 
 class Worker:
@@ -95,7 +98,7 @@ class Worker:
         self._checkpoint = open_checkpoint(self.spec.model.path)
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
-        packed_bytes = pack_linears(trunk)
+        packed_bytes = fit(trunk)
         self._store = ExpertStore(modules)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
@@ -127,16 +130,30 @@ class Worker:
             room = spec.kv_cache_bytes // block
         elif self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info()
-            room = int(free * _KV_SHARE_CUDA) // block
+            to_come = max(0, (spec.expert_memory_bytes or 0) - self._store.nbytes)
+            room = max(0, int((free - to_come) * _KV_SHARE_CUDA)) // block
         else:
-            peers = max(1, (psutil.cpu_count() or 1) // max(1, spec.num_threads))
-            room = int(psutil.virtual_memory().available * _KV_SHARE / peers) // block
+            room = int(psutil.virtual_memory().available * _KV_SHARE / spec.node_workers) // block
         if room < per_sequence:
             raise UserError(
                 f"max_model_len {spec.model.max_model_len} needs {per_sequence * block >> 20} MiB of KV cache,"
                 f" {room * block >> 20} MiB are there: lower --max-model-len or raise --kv-cache-memory-bytes"
             )
         return min(room, per_sequence * spec.max_num_seqs)
+
+    def expert_capacity(self) -> int:
+        """Experts that fit here over all layers, held ones included."""
+        spec, info = self.spec, self._checkpoint.info_for(self._dtype)
+        if spec.expert_memory_bytes is not None:
+            return spec.expert_memory_bytes // info.expert_bytes
+        held = sum(len(self._store.held(layer)) for layer in range(self._store.num_layers))
+        if self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+        else:
+            # pages of KV caches are taken when they are first used
+            caches = spec.node_workers * self._cache.nbytes
+            free = max(0, psutil.virtual_memory().available - caches) // spec.node_workers
+        return held + int(free * _EXPERT_SHARE) // max(info.expert_bytes, self._store.nbytes // max(1, held))
 
     # --- Epochs -------------------------------------------------------------------------------------------------
 
@@ -152,37 +169,21 @@ class Worker:
                 raise PlacementError(f"{self.spec.worker} does not hold expert {min(missing)} of layer {layer}")
         current = self._epoch
         if current is not None and current.spec.group == spec.group and current.rank == rank:
-            transport = current.transport
+            group = current.group
         else:
-            transport = self._join(spec, rank)
-        dispatcher = Dispatcher(spec.placement, rank, self._store, transport, device=self._device)
-        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, transport=transport, dispatcher=dispatcher)
+            group = join_group(
+                spec,
+                rank,
+                self._store,
+                self._runner.layer_shapes,
+                max_tokens=self.spec.max_num_batched_tokens,
+                timeout_s=self.spec.step_timeout_s,
+            )
+        dispatcher = make_dispatcher(spec.placement, rank, self._store, group, self._device)
+        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, group=group, dispatcher=dispatcher)
 
     def _experts_of(self, spec: EpochSpec, layer: int) -> set[int]:
         return set(spec.placement.experts_of(self.spec.worker, layer)) - {EMPTY}
-
-    def _join(self, spec: EpochSpec, rank: int) -> Transport:
-        size = len(spec.placement.workers)
-        timeout_s = self.spec.step_timeout_s
-        if spec.transport == "local":
-            return LocalTransport()
-        if spec.transport == "shm":
-            row = max(row_bytes(s.hidden, s.top_k, s.dtype) for s in self._runner.layer_shapes)
-            return SharedMemoryTransport(
-                group=spec.group,
-                rank=rank,
-                size=size,
-                max_bytes=row * self.spec.max_num_batched_tokens,
-                timeout_s=timeout_s,
-            )
-        return CollectiveTransport(
-            spec.transport,
-            rendezvous=spec.rendezvous,
-            group=spec.group,
-            rank=rank,
-            size=size,
-            timeout_s=timeout_s,
-        )
 
     def commit(self, epoch: Epoch) -> None:
         """Flip to a prepared epoch, at a step boundary; drop the experts that it does not place here.
@@ -195,17 +196,25 @@ class Worker:
         if state is None:
             raise StepAborted(f"epoch {epoch} was not prepared on {self.spec.worker}")
         previous, self._epoch = self._epoch, state
+        self._share_threads(state)
         self._prepared.clear()
         self._runner.dispatcher = state.dispatcher
-        if previous is not None and previous.transport is not state.transport:
-            previous.transport.close()
+        if previous is not None and previous.group is not state.group:
+            previous.group.close()
         self._keep_placed()
+
+    def _share_threads(self, state: _EpochState) -> None:
+        """The workers of a node share its cores, however many they are. Called by the thread that runs the steps."""
+        if self.spec.node_threads:
+            workers = state.spec.placement.workers
+            here = sum(worker.node == workers[state.rank].node for worker in workers)
+            torch.set_num_threads(max(1, self.spec.node_threads // here))
 
     def abandon(self, epoch: Epoch) -> None:
         """Forget what was prepared and staged for an epoch that will not come."""
         state = self._prepared.pop(epoch, None)
-        if state is not None and (self._epoch is None or state.transport is not self._epoch.transport):
-            state.transport.close()
+        if state is not None and (self._epoch is None or state.group is not self._epoch.group):
+            state.group.close()
         self._keep_placed()
 
     def _keep_placed(self) -> None:
@@ -244,34 +253,46 @@ class Worker:
     def step(self, plan: StepPlan) -> StepResult:
         """Run this worker's part of a step, in lock-step with the others, and sample.
 
-        Raises StepAborted for a plan of another epoch, or where a peer is gone: the step may then be run again.
+        Raises StepAborted for a plan of another epoch, or where a peer is gone: the step may then be run again. After
+        any error, so does every further step of the epoch.
         """
-        begin = time.perf_counter()
-        if self._epoch is None or plan.epoch != self._epoch.spec.epoch:
-            have = None if self._epoch is None else self._epoch.spec.epoch
+        epoch = self._epoch
+        if epoch is None or plan.epoch != epoch.spec.epoch:
+            have = None if epoch is None else epoch.spec.epoch
             raise StepAborted(f"a step of epoch {plan.epoch} came to {self.spec.worker}, which is in epoch {have}")
+        if epoch.failed_step is not None:
+            raise StepAborted(f"step {epoch.failed_step} failed on {self.spec.worker}")
+        try:
+            return self._run(plan)
+        except BaseException:
+            epoch.failed_step = plan.step
+            self._counter.discard_step()
+            raise
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        begin = time.perf_counter()
         for request_id in plan.finished:
             self._sequences.pop(request_id, None)
         for new in plan.new:
             self._sequences[new.request_id] = _Sequence(state=SamplingState(new), blocks=[])
         slices = [self._slice(chunk) for chunk in plan.chunks]
-        try:
-            logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
-        except BaseException:
-            self._counter.discard_step()
-            raise
+        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
         sampling = [chunk.request_id for chunk in plan.chunks if chunk.samples]
         states = [self._sequences[request_id].state for request_id in sampling]
         with torch.inference_mode():
             chosen = sample(logits, states)
         for state, (token, _) in zip(states, chosen, strict=True):
             state.append(token)
-        self._counter.commit_step()
+        self._counter.commit_step([chunk.length for chunk in plan.chunks])
         samples = tuple(
             Sample(request_id=request_id, token_id=token, logprobs=logprobs)
             for request_id, (token, logprobs) in zip(sampling, chosen, strict=True)
         )
-        return StepResult(step=plan.step, samples=samples, compute_s=time.perf_counter() - begin)
+        compute_s = time.perf_counter() - begin
+        # workers wait for one another, so one that has a prompt makes it everybody's prefill step
+        decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
+        self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
+        return StepResult(step=plan.step, samples=samples, compute_s=compute_s)
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]
@@ -290,10 +311,11 @@ class Worker:
         """A new engine begins: what an earlier one ran here, it will never name as finished."""
         self._sequences.clear()
 
-    def abort_step(self) -> None:
+    def abort_step(self, epoch: Epoch) -> None:
         """Wake a step that waits for a dead peer. The group is of no use afterwards; a new epoch must follow."""
-        if self._epoch is not None:
-            self._epoch.transport.abort()
+        current = self._epoch
+        if current is not None and current.spec.epoch == epoch:
+            current.group.abort()
 
     def routing_counts(self) -> RoutingCounts:
         """Since the last call."""

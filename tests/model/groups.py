@@ -67,16 +67,19 @@ class ToyExperts(nn.Module):
     has_gate = True
     has_bias = False
 
-    def __init__(self, experts: int, hidden: int, width: int, seed: int) -> None:
+    def __init__(self, experts: int, hidden: int, width: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.num_experts = experts
+        self.register_buffer("like", torch.empty(0, dtype=dtype))
         g = torch.Generator().manual_seed(seed)
-        self.weights = [
+        drawn = [
             {
                 "gate_up_proj": torch.randn(2 * width, hidden, generator=g) / hidden**0.5,
                 "down_proj": torch.randn(hidden, width, generator=g) / width**0.5,
             }
             for _ in range(experts)
         ]
+        self.weights = [{name: t.to(dtype) for name, t in expert.items()} for expert in drawn]
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

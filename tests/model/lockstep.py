@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from actors.batching import Scheduler
@@ -18,6 +19,7 @@ from cluster.protocol import (
     ModelSpec,
     RequestId,
     SamplingParams,
+    StepResult,
     TokenOutput,
 )
 from model.checkpoint import open_checkpoint
@@ -36,7 +38,7 @@ def request(name: str, prompt: Sequence[int], **params: object) -> GenerateReque
 
 
 class Lockstep:
-    """A cluster in a process. `step` runs one step of every worker; `replace` flips to another placement."""
+    """A cluster in a process. `step` waits for one step of every worker; `replace` flips to another placement."""
 
     def __init__(
         self,
@@ -49,7 +51,9 @@ class Lockstep:
         max_num_batched_tokens: int = 24,
         max_num_seqs: int = 8,
         block_size: int = 4,
+        depth: int = 2,
     ) -> None:
+        """`depth`: steps in flight."""
         self.info = open_checkpoint(path).info
         members = make_workers(*slots)
         self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
@@ -73,6 +77,10 @@ class Lockstep:
         self.group = f"emoe-test-{uuid.uuid4().hex[:8]}"
         self.epoch = Epoch(0)
         self.steps = 0
+        self.depth = depth
+        self.threads = {worker: ThreadPoolExecutor(1) for worker in self.workers}
+        self.flights: deque[dict[WorkerId, Future[StepResult]]] = deque()
+        self.landed: list[TokenOutput] = []
         self._flip(self.placement)
         self.scheduler = Scheduler(
             blocks,
@@ -104,6 +112,8 @@ class Lockstep:
             workers=make_workers(*slots),
             physical_to_logical_map=table,  # type: ignore[arg-type]
         )
+        while self.flights:
+            self.land()
         moves = new.moves_from(self.placement)
         for move in moves:
             copy = self.workers[move.source].export_expert(move.layer, move.expert)
@@ -112,12 +122,20 @@ class Lockstep:
         return len(moves)
 
     def step(self) -> list[TokenOutput]:
-        self.steps += 1
-        plans = self.scheduler.schedule(self.epoch, self.steps)
-        if plans is None:
-            return []
-        futures = {w: self.pool.submit(self.workers[w].step, plan) for w, plan in plans.items()}
-        return self.scheduler.commit({w: future.result(timeout=60) for w, future in futures.items()})
+        while len(self.flights) < self.depth:
+            self.steps += 1
+            plans = self.scheduler.schedule(self.epoch, self.steps)
+            if plans is None:
+                break
+            self.flights.append({w: self.threads[w].submit(self.workers[w].step, p) for w, p in plans.items()})
+        if self.flights:
+            self.land()
+        outputs, self.landed = self.landed, []
+        return outputs
+
+    def land(self) -> None:
+        flight = self.flights.popleft()
+        self.landed += self.scheduler.commit({w: future.result(timeout=60) for w, future in flight.items()})
 
     def run(self, requests: Sequence[GenerateRequest], *, most_steps: int = 2000) -> Mapping[str, list[int]]:
         """Add the requests and step until all have ended. Tokens by request."""

@@ -117,10 +117,17 @@ def test_length_dependent_rope_can_be_opened(copy: Callable[[str], Path]) -> Non
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "short_mscale": 1.0, "long_mscale": 1.2}
     edit(
         path / "config.json",
-        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors},
-        original_max_position_embeddings=2048,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            **factors,
+            "original_max_position_embeddings": 2048,
+        },
     )
-    assert open_checkpoint(path).info.max_model_len == 4096
+    info = open_checkpoint(path).info
+    assert info.max_model_len == 4096
+    assert info.rope_limits == (2048,)
 
 
 @pytest.mark.parametrize(("generation", "config", "expected"), [(7, 1, (7,)), (None, 5, (5,)), ([3, 4], 5, (3, 4))])

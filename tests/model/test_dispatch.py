@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.placement import EMPTY, Placement, contiguous
-from model.dispatch import Dispatcher, LayerShape, route_table
+from model.dispatch import LayerShape, TransportDispatcher, route_table
 from model.routing_counter import RoutingCounter
 from model.transport import LocalTransport
 from tests.model.groups import ToyExperts, make_transports, one_worker, run_group, toy_store, workers
@@ -28,7 +28,7 @@ def choices(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 def oracle(seed: int, tokens: int, layer: int) -> torch.Tensor:
     placement = one_worker(LAYERS, EXPERTS)
-    local = Dispatcher(placement, 0, toy_store(MODULES, placement, 0), LocalTransport(), device=CPU)
+    local = TransportDispatcher(placement, 0, toy_store(MODULES, placement, 0), LocalTransport(), device=CPU)
     local.begin([tokens], None)
     return local.forward(layer, *choices(tokens, seed))
 
@@ -39,7 +39,9 @@ def check(placement: Placement, tokens: list[int], kind: str, dense_tokens: int 
 
     def serve(rank: int) -> list[torch.Tensor]:
         store = toy_store(MODULES, placement, rank)
-        dispatcher = Dispatcher(placement, rank, store, transports[rank], device=CPU, dense_tokens=dense_tokens)
+        dispatcher = TransportDispatcher(
+            placement, rank, store, transports[rank], device=CPU, dense_tokens=dense_tokens
+        )
         dispatcher.begin(tokens, None)
         if not tokens[rank]:
             shape = LayerShape(hidden=HIDDEN, top_k=TOP_K, dtype=torch.float32)
@@ -107,7 +109,7 @@ def test_routes_lead_to_holders_and_prefer_home(placement: Placement) -> None:
 
 def test_counts_follow_the_choices() -> None:
     placement = one_worker(LAYERS, EXPERTS)
-    dispatcher = Dispatcher(placement, 0, toy_store(MODULES, placement, 0), LocalTransport(), device=CPU)
+    dispatcher = TransportDispatcher(placement, 0, toy_store(MODULES, placement, 0), LocalTransport(), device=CPU)
     counter = RoutingCounter(LAYERS, EXPERTS)
     indices = []
     dispatcher.begin([4], counter)
@@ -115,13 +117,18 @@ def test_counts_follow_the_choices() -> None:
         hidden, index, weight = choices(4, layer)
         indices.append(index)
         dispatcher.forward(layer, hidden, index, weight)
-    counter.commit_step()
+    # two sequences that decode around a prompt of two tokens
+    counter.commit_step([1, 2, 1])
+    counter.note_time(0.5, 9, decode=False)
     dispatcher.begin([4], counter)
     dispatcher.forward(0, *choices(4, 9))
     counter.discard_step()
     counts = counter.take()
-    assert counts.tokens == 4
+    assert (counts.prefill.tokens, counts.decode.tokens) == (2, 2)
+    assert (counts.prefill.steps_s, counts.prefill.steps_tokens, counts.decode.steps_tokens) == (0.5, 9, 0)
     for layer in range(LAYERS):
+        decoding = torch.bincount(indices[layer][[0, 3]].flatten(), minlength=EXPERTS)
+        assert counts.decode.load[layer].tolist() == decoding.tolist()
         assert counts.load[layer].tolist() == torch.bincount(indices[layer].flatten(), minlength=EXPERTS).tolist()
     expected = np.zeros((EXPERTS, EXPERTS), dtype=np.int64)
     for token in range(4):

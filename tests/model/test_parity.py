@@ -144,3 +144,20 @@ def test_an_idle_worker_takes_part(tmp_path_factory: pytest.TempPathFactory) -> 
     assert cluster.run([request("one", text)])["one"] == greedy(path, tuple(text))
     counted = [worker.routing_counts().tokens for worker in cluster.workers.values()]
     assert sorted(counted) == [0, len(text) + NEW_TOKENS - 1]
+
+
+def test_steps_ahead_change_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Penalties and `min_tokens` know of tokens that the scheduler does not know yet; ends are noticed a step late."""
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    texts = prompts(path)[:3]
+    sampled = {"temperature": 0.8, "presence_penalty": 0.9, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
+    first = Lockstep(path, [8], depth=1).run([request(f"r{i}", t, seed=i, **sampled) for i, t in enumerate(texts)])
+    stops = {f"r{i}": tokens[10] for i, tokens in enumerate(first.values())}
+    company = [
+        request(f"r{i}", t, seed=i, min_tokens=4, logprobs=1, stop_token_ids=(stops[f"r{i}"],), **sampled)
+        for i, t in enumerate(texts)
+    ]
+    alone = [Lockstep(path, [8], depth=1).run([r])[r.request_id] for r in company]
+    assert [len(tokens) for tokens in alone] != [64] * 3
+    for depth in (1, 2, 3):
+        assert list(Lockstep(path, [4, 4], depth=depth).run(company).values()) == alone

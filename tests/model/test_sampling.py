@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from cluster.protocol import NewSequence, RequestId, SamplingParams, TokenLogprobs
+from model import sampling
 from model.sampling import SamplingState, sample, uniform
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
@@ -210,6 +211,23 @@ def test_frequencies_follow_the_probabilities(vocabulary: int) -> None:
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     freedom = len(expected) - 1
     assert chi_square < freedom + 3.3 * math.sqrt(2 * freedom) + 5
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_cuts_change_no_token(monkeypatch: pytest.MonkeyPatch, scale: float, dtype: torch.dtype) -> None:
+    """Few candidates, a guess, and bins against the whole row sorted. bfloat16 has many ties, at every edge."""
+    logits_BV = random_logits(48, 3000, seed=1, scale=scale).to(dtype)
+    states = [
+        state(seed=row, temperature=(0.7, 1.0, 3.0)[row % 3], top_k=(0, 1, 40, 1000)[row % 4],
+              top_p=(1.0, 0.3, 0.95, 0.9999)[row // 4 % 4], min_p=(0.0, 0.02)[row % 2])
+        for row in range(48)
+    ]  # fmt: skip
+    monkeypatch.setattr(sampling, "_TOP_P_GUESS", 16)
+    quick = tokens(logits_BV, states)
+    monkeypatch.setattr(sampling, "_TOP_K_FEW", 0)
+    monkeypatch.setattr(sampling, "_TOP_P_GUESS", 3000)
+    assert quick == tokens(logits_BV, states)
 
 
 def test_a_draw_needs_no_reasonable_logits() -> None:

@@ -1,0 +1,63 @@
+"""Joining an epoch's group of workers: which kind it is, and the dispatcher that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cluster.placement import Placement
+from cluster.protocol import EpochSpec
+from model.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
+from model.experts import ExpertStore
+from model.native import library
+from model.native.exchange import NativeExchange, all_able
+from model.native_dispatch import NativeDispatcher
+from model.shared_memory import SharedMemoryTransport
+from model.transport import CollectiveTransport, LocalTransport, Transport
+
+Group = Transport | NativeExchange
+"""Workers that compute in lock-step."""
+
+
+def join_group(
+    spec: EpochSpec, rank: int, store: ExpertStore, shapes: Sequence[LayerShape], *, max_tokens: int, timeout_s: float
+) -> Group:
+    """Blocks until all members have come. `max_tokens` is the most that a member runs in a step.
+
+    Raises StepAborted where a member does not come within `timeout_s`.
+    """
+    size = len(spec.placement.workers)
+    if spec.transport == "local":
+        return LocalTransport()
+    if spec.transport != "shm":
+        return CollectiveTransport(
+            spec.transport, rendezvous=spec.rendezvous, group=spec.group, rank=rank, size=size, timeout_s=timeout_s
+        )
+    lib = library()
+    able = lib is not None and store.native and len(set(shapes)) == 1
+    if all_able(able, group=f"{spec.group}-able", rank=rank, size=size, timeout_s=timeout_s):
+        assert lib is not None
+        return NativeExchange(
+            lib,
+            group=spec.group,
+            rank=rank,
+            size=size,
+            hidden=shapes[0].hidden,
+            top_k=shapes[0].top_k,
+            max_tokens=max_tokens,
+            timeout_s=timeout_s,
+        )
+    row = max(row_bytes(s.hidden, s.top_k, s.dtype) for s in shapes)
+    return SharedMemoryTransport(
+        group=spec.group, rank=rank, size=size, max_bytes=row * max_tokens, timeout_s=timeout_s
+    )
+
+
+def make_dispatcher(
+    placement: Placement, rank: int, store: ExpertStore, group: Group, device: torch.device
+) -> Dispatcher:
+    """Of one epoch; a group may outlive it."""
+    if isinstance(group, NativeExchange):
+        return NativeDispatcher(placement, rank, store, group)
+    return TransportDispatcher(placement, rank, store, group, device=device)

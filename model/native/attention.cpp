@@ -1,0 +1,289 @@
+// Attention over the paged KV cache, where keys and values lie.
+//
+// The cache is made of tiles of 16 tokens of one head: keys [D/2][16][2], so that one instruction takes two dimensions of
+// 16 keys, and values [8][D][2], so that one takes two tokens of 16 dimensions. A layer's cache is [blocks][key heads]
+// [tiles of a block], for keys and for values.
+//
+// Softmax goes over keys in chunks with a running maximum (Milakov and Gimelshein, arXiv 1805.02867; as in flash
+// attention). Chunks begin at multiples of their size in the sequence, and masked keys add exact zeros, so a row's result
+// is the same bit for bit whether it is computed in a prompt, in a part of one or by itself.
+#include "gemm.h"
+#include "vector.h"
+
+#include <omp.h>
+
+#include <limits>
+#include <vector>
+
+namespace emoe {
+namespace {
+
+constexpr int64_t kTile = 16;      // tokens of a tile of the cache
+constexpr int64_t kKeys = 256;     // keys of a chunk
+constexpr int64_t kQueries = 24;   // query rows computed together
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+struct Strided { // [heads][tokens][size], the last dimension dense
+    const bf16* data;
+    int64_t head, token;
+    const bf16* at(int64_t h, int64_t t) const { return data + h * head + t * token; }
+};
+
+struct Sequence { // as Python lays it out
+    int64_t first_row, start, end, table;
+};
+
+struct Call {
+    Strided query, key, value;
+    int64_t heads, key_heads, key_size, value_size;
+    bf16 *keys, *values;
+    int64_t block_size;
+    const Sequence* sequences;
+    int64_t num_sequences;
+    const int32_t* tables;
+    float scale;
+    int64_t window; // 0: none
+    float softcap;  // 0: none
+    const float* sinks;
+    bf16* out; // [tokens][heads][value_size]
+
+    // Which tile of the cache holds `position` of the sequence for head `g`.
+    int64_t tile(const Sequence& sequence, int64_t g, int64_t position) const {
+        const int64_t per_block = block_size / kTile, block = tables[sequence.table + position / block_size];
+        return (block * key_heads + g) * per_block + position % block_size / kTile;
+    }
+    bf16* key_tile(int64_t tile) const { return keys + tile * kTile * key_size; }
+    bf16* value_tile(int64_t tile) const { return values + tile * kTile * value_size; }
+};
+
+// Keys and values of a sequence's new tokens into the cache, for head `g`. A tile that begins is cleared first: what
+// another sequence left there must not meet a weight of zero as infinity.
+void write(const Call& call, const Sequence& sequence, int64_t g) {
+    for (int64_t position = sequence.start; position < sequence.end; ++position) {
+        const int64_t tile = call.tile(sequence, g, position), slot = position % kTile;
+        const int64_t token = sequence.first_row + position - sequence.start;
+        bf16 *keys = call.key_tile(tile), *values = call.value_tile(tile);
+        if (slot == 0) {
+            std::memset(keys, 0, kTile * call.key_size * sizeof(bf16));
+            std::memset(values, 0, kTile * call.value_size * sizeof(bf16));
+        }
+        const int32_t* key = (const int32_t*)call.key.at(g, token);
+        for (int64_t d = 0; d < call.key_size / 2; ++d) ((int32_t*)keys)[d * kTile + slot] = key[d];
+        const bf16* value = call.value.at(g, token);
+        bf16* to = values + slot / 2 * 2 * call.value_size + slot % 2;
+        for (int64_t d = 0; d < call.value_size; ++d) to[2 * d] = value[d];
+    }
+}
+
+// Dot products of R queries with the keys of 4 tiles: scores [R][kKeys].
+template <int R>
+void score(const bf16* const* queries, int64_t size, const bf16* const* tiles, float* scores) {
+    __m512 acc[R][4];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < size / 2; ++d) {
+        __m512bh keys[4];
+        for (int c = 0; c < 4; ++c) keys[c] = as_bf16(_mm512_loadu_si512(tiles[c] + d * 2 * kTile));
+        for (int r = 0; r < R; ++r) {
+            const __m512bh pair = as_bf16(_mm512_set1_epi32(((const int32_t*)queries[r])[d]));
+            for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], pair, keys[c]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < 4; ++c) _mm512_storeu_ps(scores + r * kKeys + c * 16, acc[r][c]);
+}
+
+// Weights [R][kKeys] times the values of `count` tiles, added to `columns` (up to 64) of out [R][stride].
+template <int R>
+void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64_t size, int64_t first, float* out) {
+    __m512 acc[R][4];
+    int64_t column[4];
+    for (int c = 0; c < 4; ++c) column[c] = std::min(first + c * 16, size - 16); // past the end: the last ones again
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_loadu_ps(out + r * size + column[c]);
+    for (int64_t t = 0; t < count; ++t)
+        for (int64_t k = 0; k < kTile / 2; ++k) {
+            __m512bh values[4];
+            for (int c = 0; c < 4; ++c)
+                values[c] = as_bf16(_mm512_loadu_si512(tiles[t] + (k * size + column[c]) * 2));
+            for (int r = 0; r < R; ++r) {
+                const int32_t* pairs = (const int32_t*)(weights + r * kKeys) + t * kTile / 2;
+                const __m512bh pair = as_bf16(_mm512_set1_epi32(pairs[k]));
+                for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], pair, values[c]);
+            }
+        }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < 4; ++c) _mm512_storeu_ps(out + r * size + column[c], acc[r][c]);
+}
+
+template <template <int> class F, class... Args> void by_rows(int64_t rows, Args... args) {
+    switch (rows) {
+    case 1: return F<1>::call(args...);
+    case 2: return F<2>::call(args...);
+    case 3: return F<3>::call(args...);
+    case 4: return F<4>::call(args...);
+    case 5: return F<5>::call(args...);
+    default: return F<6>::call(args...);
+    }
+}
+template <int R> struct Score {
+    template <class... Args> static void call(Args... args) { score<R>(args...); }
+};
+template <int R> struct Combine {
+    template <class... Args> static void call(Args... args) { combine<R>(args...); }
+};
+
+// Up to kQueries query rows of one sequence and key head; row i of them is member i % members of token i / members.
+class Rows {
+  public:
+    Rows(const Call& call, const Sequence& sequence, int64_t g, int64_t first, int64_t count)
+        : call_(call), sequence_(sequence), g_(g), first_(first), count_(count),
+          members_(call.heads / call.key_heads), out_(count * call.value_size) {}
+
+    void run() {
+        for (int64_t r = 0; r < count_; ++r) {
+            query_[r] = call_.query.at(head(r), sequence_.first_row + token(r));
+            maximum_[r] = kNone;
+            total_[r] = _mm512_setzero_ps();
+        }
+        const int64_t end = last(count_ - 1);
+        for (int64_t key = begin(0) / kKeys * kKeys; key < end; key += kKeys) chunk(key, std::min(kKeys, end - key));
+        for (int64_t r = 0; r < count_; ++r) finish(r);
+    }
+
+  private:
+    int64_t token(int64_t r) const { return (first_ + r) / members_; }
+    int64_t head(int64_t r) const { return g_ * members_ + (first_ + r) % members_; }
+    // Keys that row r sees: [begin, last).
+    int64_t last(int64_t r) const { return sequence_.start + token(r) + 1; }
+    int64_t begin(int64_t r) const { return call_.window == 0 ? 0 : std::max<int64_t>(0, last(r) - call_.window); }
+
+    void chunk(int64_t first, int64_t count) {
+        const int64_t tiles = (count + kTile - 1) / kTile;
+        const bf16 *keys[kKeys / kTile], *values[kKeys / kTile];
+        for (int64_t t = 0; t < kKeys / kTile; ++t) {
+            // past the end: the last one again, whose scores are not looked at
+            const int64_t tile = call_.tile(sequence_, g_, first + std::min(t, tiles - 1) * kTile);
+            keys[t] = call_.key_tile(tile);
+            values[t] = call_.value_tile(tile);
+        }
+        for (int64_t r = 0; r < count_; r += kRows)
+            for (int64_t t = 0; t < tiles; t += 4)
+                by_rows<Score>(count_ - r, query_ + r, call_.key_size, keys + t, scores_ + r * kKeys + t * kTile);
+        for (int64_t r = 0; r < count_; ++r) soften(r, first, tiles * kTile);
+        for (int64_t r = 0; r < count_; r += kRows)
+            for (int64_t c = 0; c < call_.value_size; c += 64)
+                by_rows<Combine>(count_ - r, weights_ + r * kKeys, values, tiles, call_.value_size, c,
+                                 out_.data() + r * call_.value_size);
+    }
+
+    // Scores of a row over keys `first` .. first + count to weights; what is there already is scaled to the new maximum.
+    void soften(int64_t r, int64_t first, int64_t count) {
+        float* scores = scores_ + r * kKeys;
+        __m512 highest = _mm512_set1_ps(maximum_[r]);
+        for (int64_t k = 0; k < count; k += 16) {
+            const __mmask16 seen =
+                lanes_before(first + k, last(r)) & __mmask16(~lanes_before(first + k, begin(r)));
+            __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + k), _mm512_set1_ps(call_.scale));
+            if (call_.softcap > 0) score = capped(score);
+            score = _mm512_mask_mov_ps(_mm512_set1_ps(kNone), seen, score);
+            _mm512_storeu_ps(scores + k, score);
+            highest = _mm512_max_ps(highest, score);
+        }
+        const float before = maximum_[r];
+        maximum_[r] = _mm512_reduce_max_ps(highest);
+        bf16* weights = weights_ + r * kKeys;
+        if (maximum_[r] == kNone) { // nothing to see here, and nothing before
+            std::memset(weights, 0, count * sizeof(bf16));
+            return;
+        }
+        if (before != maximum_[r]) scale(r, before);
+        const __m512 shift = _mm512_set1_ps(maximum_[r]);
+        for (int64_t k = 0; k < count; k += 16) {
+            const __m512 score = _mm512_loadu_ps(scores + k);
+            const __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(kNone), _CMP_NEQ_UQ);
+            const __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, shift)));
+            total_[r] = _mm512_add_ps(total_[r], weight);
+            store16(weights + k, weight);
+        }
+    }
+
+    // softcap * tanh(score / softcap)
+    __m512 capped(__m512 score) const {
+        const __m512 cap = _mm512_set1_ps(call_.softcap), one = _mm512_set1_ps(1.f);
+        const __m512 twice = _mm512_mul_ps(_mm512_div_ps(score, cap), _mm512_set1_ps(2.f));
+        return _mm512_mul_ps(cap, _mm512_sub_ps(one, over_logistic(_mm512_set1_ps(2.f), _mm512_sub_ps(_mm512_setzero_ps(), twice))));
+    }
+
+    void scale(int64_t r, float before) {
+        const __m512 factor = exponential(_mm512_set1_ps(before - maximum_[r]));
+        total_[r] = _mm512_mul_ps(total_[r], factor);
+        float* out = out_.data() + r * call_.value_size;
+        for (int64_t c = 0; c < call_.value_size; c += 16)
+            _mm512_storeu_ps(out + c, _mm512_mul_ps(_mm512_loadu_ps(out + c), factor));
+    }
+
+    void finish(int64_t r) {
+        if (call_.sinks != nullptr && call_.sinks[head(r)] > maximum_[r]) {
+            const float before = maximum_[r];
+            maximum_[r] = call_.sinks[head(r)];
+            scale(r, before);
+        }
+        __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(total_[r]));
+        if (call_.sinks != nullptr)
+            total = _mm512_add_ps(total, exponential(_mm512_set1_ps(call_.sinks[head(r)] - maximum_[r])));
+        const float* from = out_.data() + r * call_.value_size;
+        bf16* to = call_.out + ((sequence_.first_row + token(r)) * call_.heads + head(r)) * call_.value_size;
+        for (int64_t c = 0; c < call_.value_size; c += 16)
+            store16(to + c, _mm512_div_ps(_mm512_loadu_ps(from + c), total));
+    }
+
+    const Call& call_;
+    const Sequence& sequence_;
+    const int64_t g_, first_, count_, members_;
+    const bf16* query_[kQueries];
+    float maximum_[kQueries];
+    __m512 total_[kQueries]; // sums of weights, lane by lane
+    alignas(64) float scores_[kQueries * kKeys];
+    alignas(64) bf16 weights_[kQueries * kKeys];
+    std::vector<float> out_; // [count][value_size] weighted sums so far
+};
+
+struct Task {
+    int64_t sequence, head, first;
+};
+
+} // namespace
+} // namespace emoe
+
+using namespace emoe;
+
+// Strides are [head, token] in elements of query, key and value. Sequences are [n][4]: first row, start, end, and where
+// its block numbers begin in `tables`.
+extern "C" void emoe_attention(const bf16* query, const bf16* key, const bf16* value, const int64_t* strides,
+                               int64_t heads, int64_t key_heads, int64_t key_size, int64_t value_size, bf16* keys,
+                               bf16* values, int64_t block_size, const void* sequences, int64_t num_sequences,
+                               const int32_t* tables, float scale, int64_t window, float softcap, const float* sinks,
+                               bf16* out, int threads) {
+    const Call call{{query, strides[0], strides[1]}, {key, strides[2], strides[3]}, {value, strides[4], strides[5]},
+                    heads, key_heads, key_size, value_size, keys, values, block_size, (const Sequence*)sequences,
+                    num_sequences, tables, scale, window, softcap, sinks, out};
+    std::vector<Task> tasks;
+    for (int64_t s = 0; s < num_sequences; ++s) {
+        const int64_t rows = (call.sequences[s].end - call.sequences[s].start) * (heads / key_heads);
+        for (int64_t g = 0; g < key_heads; ++g)
+            for (int64_t first = 0; first < rows; first += kQueries) tasks.push_back({s, g, first});
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < num_sequences * key_heads; ++i)
+            write(call, call.sequences[i / key_heads], i % key_heads);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < int64_t(tasks.size()); ++i) {
+            const Sequence& sequence = call.sequences[tasks[i].sequence];
+            const int64_t rows = (sequence.end - sequence.start) * (heads / key_heads);
+            Rows(call, sequence, tasks[i].head, tasks[i].first, std::min(kQueries, rows - tasks[i].first)).run();
+        }
+    }
+}

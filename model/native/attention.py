@@ -1,0 +1,92 @@
+"""Attention over a KV cache in the native library's layout; see attention.cpp.
+
+Legend: T tokens of the step, N query heads, G key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+TILE = 16
+"""Tokens of a tile of the cache: a block must be whole tiles."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What one layer's attention asks for."""
+
+    scale: float
+    window: int | None
+    """Of how many last tokens keys are seen; None: of all."""
+    softcap: float | None
+    sinks: Tensor | None
+    """[N] a logit per head that takes part in the softmax and then counts for nothing."""
+
+
+def can_attend(*, dtype: torch.dtype, device: torch.device, block_size: int, key_size: int, value_size: int) -> bool:
+    """Whether the layout exists for a cache of this kind."""
+    sizes_fit = block_size % TILE == 0 and key_size % 2 == 0 and value_size % 16 == 0
+    return dtype == torch.bfloat16 and device.type == "cpu" and sizes_fit
+
+
+class NativeBatch:
+    """A step's sequences, as the library wants them told: the same for all layers."""
+
+    def __init__(self, lib: ctypes.CDLL, pieces: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int) -> None:
+        """`pieces` are (start, end, block_ids) of each sequence, whose tokens follow one another in the step."""
+        self._lib = lib
+        self._block_size = block_size
+        used = [-(-end // block_size) for _, end, _ in pieces]
+        rows = accumulate((end - start for start, end, _ in pieces), initial=0)
+        tables = accumulate(used, initial=0)
+        described = [[row, start, end, at] for row, (start, end, _), at in zip(rows, pieces, tables, strict=False)]
+        self._sequences = torch.tensor(described, dtype=torch.int64)
+        flat = [block for (_, _, blocks), n in zip(pieces, used, strict=True) for block in blocks[:n]]
+        self._tables = torch.tensor(flat, dtype=torch.int32)
+
+    def attend(
+        self,
+        caches: tuple[Tensor, Tensor],
+        query_NTD: Tensor,
+        key_GTD: Tensor,
+        value_GTD: Tensor,
+        rules: Rules,
+    ) -> Tensor:
+        """Write the step's keys and values to a layer's caches, and attend: [T, N, D of values]."""
+        query_NTD, key_GTD, value_GTD = (
+            t if t.stride(2) == 1 else t.contiguous() for t in (query_NTD, key_GTD, value_GTD)
+        )
+        heads, tokens, key_size = query_NTD.shape
+        value_size = value_GTD.shape[2]
+        strides = [stride for t in (query_NTD, key_GTD, value_GTD) for stride in t.stride()[:2]]
+        logits = None if rules.sinks is None else rules.sinks.float().contiguous()
+        out_TND = torch.empty(tokens, heads, value_size, dtype=torch.bfloat16)
+        self._lib.emoe_attention(
+            query_NTD.data_ptr(),
+            key_GTD.data_ptr(),
+            value_GTD.data_ptr(),
+            (ctypes.c_int64 * 6)(*strides),
+            heads,
+            key_GTD.shape[0],
+            key_size,
+            value_size,
+            caches[0].data_ptr(),
+            caches[1].data_ptr(),
+            self._block_size,
+            self._sequences.data_ptr(),
+            len(self._sequences),
+            self._tables.data_ptr(),
+            rules.scale,
+            rules.window or 0,
+            rules.softcap or 0.0,
+            None if logits is None else logits.data_ptr(),
+            out_TND.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out_TND

@@ -1,0 +1,125 @@
+// Waiting and waking between processes, and what of it ctypes calls. See exchange.h.
+#include "exchange.h"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <climits>
+#include <new>
+
+#include <immintrin.h>
+
+namespace emoe {
+
+namespace {
+
+constexpr int64_t kSpinNs = 20'000;     // with the core to ourselves
+constexpr int64_t kYieldNs = 2'000'000; // then giving it to whoever asks; then asleep. To be woken takes some 50 us
+constexpr int64_t kLookNs = 5'000'000;  // how often a sleeper looks whether it was told to stop
+
+int64_t now_ns() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return int64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
+}
+
+bool reached(const Word& word, uint32_t number) {
+    return int32_t(word.value.load(std::memory_order_acquire) - number) >= 0;
+}
+
+void sleep_on(Word& word, uint32_t number) {
+    word.sleepers.fetch_add(1);
+    const uint32_t seen = word.value.load();
+    if (int32_t(seen - number) < 0) {
+        const timespec most{0, kLookNs};
+        syscall(SYS_futex, &word.value, FUTEX_WAIT, seen, &most, nullptr, 0);
+    }
+    word.sleepers.fetch_sub(1);
+}
+
+} // namespace
+
+void Exchange::publish(Word& word, uint32_t number) {
+    word.value.store(number);
+    // both in one order for all: either we see the sleeper, or it sees the number
+    if (word.sleepers.load()) syscall(SYS_futex, &word.value, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+Status Exchange::wait(Word& word, uint32_t number, int64_t& waited) {
+    if (reached(word, number)) return kDone;
+    const int64_t begin = now_ns();
+    for (int64_t now = begin; !reached(word, number); now = now_ns()) {
+        if (aborted.load(std::memory_order_relaxed)) return kAborted;
+        if (now - begin > timeout_ns) return kSilent;
+        if (now - begin < kSpinNs)
+            _mm_pause();
+        else if (now - begin < kYieldNs)
+            sched_yield();
+        else
+            sleep_on(word, number);
+    }
+    waited += now_ns() - begin;
+    return kDone;
+}
+
+Status Exchange::wait_for_tokens(int64_t peer, int64_t count) {
+    Header& header = segments[peer].header();
+    const Status status = wait(header.tokens, round, waited_ns[0]);
+    return status == kDone && header.count != count ? kDisagree : status;
+}
+
+Status Exchange::wait_for_sums(int64_t peer) { return wait(segments[peer].header().sums, round, waited_ns[1]); }
+
+} // namespace emoe
+
+using namespace emoe;
+
+extern "C" int64_t emoe_exchange_bytes(int64_t size, int64_t capacity, int64_t hidden, int64_t top_k) {
+    return Layout{size, capacity, hidden, top_k}.total();
+}
+
+// `bases` [size]: where each rank's segment is mapped, zeroed by the kernel when it was made.
+extern "C" Exchange* emoe_exchange_new(int64_t rank, int64_t size, int64_t capacity, int64_t hidden, int64_t top_k,
+                                       const int64_t* bases, int64_t timeout_ns) {
+    auto* exchange = new Exchange{};
+    exchange->rank = rank;
+    exchange->layout = {size, capacity, hidden, top_k};
+    exchange->timeout_ns = timeout_ns;
+    for (int64_t r = 0; r < size; ++r) exchange->segments.push_back({(char*)bases[r], exchange->layout});
+    return exchange;
+}
+
+extern "C" void emoe_exchange_free(Exchange* exchange) { delete exchange; }
+
+// Wakes a rank that waits, from another thread. The exchange is of no use afterwards.
+extern "C" void emoe_exchange_abort(Exchange* exchange) { exchange->aborted = true; }
+
+// An empty round: everybody has come once it is through.
+extern "C" int emoe_exchange_meet(Exchange* exchange) {
+    ++exchange->round;
+    Header& own = exchange->segments[exchange->rank].header();
+    own.count = 0;
+    exchange->publish(own.tokens, exchange->round);
+    exchange->publish(own.sums, exchange->round);
+    for (int64_t peer = 0; peer < exchange->layout.size; ++peer) {
+        if (peer == exchange->rank) continue;
+        if (const Status status = exchange->wait_for_sums(peer)) return status;
+    }
+    return kDone;
+}
+
+// `tokens` [size] of each rank in the step that begins.
+extern "C" void emoe_exchange_begin(Exchange* exchange, const int64_t* tokens) {
+    exchange->step_tokens.assign(tokens, tokens + exchange->layout.size);
+}
+
+// Nanoseconds spent waiting since the last call, for peers' tokens and for their sums.
+extern "C" void emoe_exchange_waited(Exchange* exchange, int64_t* out) {
+    for (int i = 0; i < 2; ++i) {
+        out[i] = exchange->waited_ns[i];
+        exchange->waited_ns[i] = 0;
+    }
+}

@@ -1,0 +1,76 @@
+// Rows to the experts of the workers of one host and back, through shared memory: publish, wait, read in place.
+//
+// Every rank owns one segment: two words, then what it publishes in a round. First its tokens (choices, weights, hidden
+// states), which every peer reads where they lie; then the partial sums of all ranks' tokens that have an expert
+// there, in the order of ranks and tokens. Whoever waits for a word sees what was written
+// before it. Each part has one buffer: a rank writes tokens of round n+1 when it has everyone's sums of round n, which
+// they publish when they are done with its tokens; and sums of n+1 when it has everyone's tokens of n+1, which they
+// publish when they are done with its sums of n.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace emoe {
+
+constexpr int64_t kLine = 64; // bytes that processes must not both write
+
+// A count of rounds, in shared memory. It wraps.
+struct alignas(kLine) Word {
+    std::atomic<uint32_t> value;
+    std::atomic<uint32_t> sleepers;
+};
+
+struct alignas(kLine) Header {
+    Word tokens; // rounds whose tokens are there
+    Word sums;   // rounds whose partial sums are there
+    int64_t count; // of this round's tokens
+};
+
+enum Status : int { kDone = 0, kAborted = 1, kSilent = 2, kDisagree = 3 };
+
+// Where a segment's parts are. One round carries up to `capacity` tokens of each rank.
+struct Layout {
+    int64_t size, capacity, hidden, top_k;
+
+    int64_t begins_at() const { return sizeof(Header); }
+    int64_t choices_at() const { return begins_at() + lines(size * 8); }
+    int64_t weights_at() const { return choices_at() + lines(capacity * top_k * 4); }
+    int64_t rows_at() const { return weights_at() + lines(capacity * top_k * 4); }
+    int64_t sums_at() const { return rows_at() + lines(capacity * hidden * 2); }
+    int64_t total() const { return sums_at() + size * capacity * hidden * 4; }
+    static int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+};
+
+// One rank's segment as somebody sees it.
+struct Segment {
+    char* base;
+    Layout layout;
+
+    Header& header() const { return *(Header*)base; }
+    int64_t* sums_begin() const { return (int64_t*)(base + layout.begins_at()); } // [W] row of each rank's first sum
+    int32_t* choices() const { return (int32_t*)(base + layout.choices_at()); }
+    float* weights() const { return (float*)(base + layout.weights_at()); }
+    uint16_t* rows() const { return (uint16_t*)(base + layout.rows_at()); }
+    float* all_sums() const { return (float*)(base + layout.sums_at()); }
+    float* sums(int64_t rank) const { return all_sums() + sums_begin()[rank] * layout.hidden; }
+};
+
+struct Exchange {
+    int64_t rank;
+    Layout layout;
+    std::vector<Segment> segments;
+    int64_t timeout_ns;
+    std::atomic<bool> aborted{false};
+    uint32_t round = 0;
+    std::vector<int64_t> step_tokens; // [W] of the whole step
+    int64_t waited_ns[2] = {0, 0};    // for tokens, for sums
+
+    void publish(Word& word, uint32_t number);
+    Status wait(Word& word, uint32_t number, int64_t& waited);
+    Status wait_for_tokens(int64_t peer, int64_t count);
+    Status wait_for_sums(int64_t peer);
+};
+
+} // namespace emoe

@@ -1,0 +1,146 @@
+"""The experts of one layer in the native library.
+
+Legend: R rows, H hidden, F expert width, K experts per token, E logical experts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.native.linear import Packed, can_pack, pack, unpack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What is done with gate and up, both clamped by `limit` (the gate from above only)."""
+
+    kind: int
+    """0: silu(gate) * up; 1: gate * sigmoid(alpha * gate) * (up + 1), which is gpt-oss's."""
+    interleaved: bool
+    """Gate and up are even and odd columns, instead of the first and the last ones."""
+    limit: float
+    alpha: float
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """[R, 2F] -> [R, F], by torch's operators."""
+        gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if self.interleaved else gate_up.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+        if self.kind == 0:
+            return F.silu(gate) * up
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+def find_gate(module: nn.Module) -> Gate | None:
+    """The gate of an expert module, found by trying: families override it, and a list of names would age."""
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
+        return None
+    constants = sorted({float(v) for v in vars(module).values() if isinstance(v, float) and v > 0})
+    generator = torch.Generator().manual_seed(0)
+    # from tiny values to ones beyond any limit
+    probe = torch.randn(64, 64, generator=generator) * torch.logspace(-2, 3, 64)[:, None]
+    probe = probe.to(torch.bfloat16)
+    expected: Tensor = module._apply_gate(probe)  # type: ignore[operator]
+    for kind, interleaved, limit, alpha in itertools.product(
+        (0, 1), (False, True), (math.inf, *constants), constants or (1.0,)
+    ):
+        gate = Gate(kind=kind, interleaved=interleaved, limit=limit, alpha=alpha)
+        if torch.equal(gate(probe), expected):
+            return gate
+    return None
+
+
+class NativeExperts:
+    """One layer's experts that are held here, packed, and the sum of their outputs."""
+
+    def __init__(self, lib: ctypes.CDLL, module: nn.Module, gate: Gate) -> None:
+        self._lib = lib
+        self._gate = gate
+        self._transposed = bool(module.is_transposed)
+        self._tables_4E = torch.zeros(4, module.num_experts, dtype=torch.int64)  # type: ignore[call-overload]
+        """Addresses of gate_up, its bias, down and its bias by logical expert; 0 where there is none."""
+        self._shape: tuple[int, int] | None = None
+
+    def takes(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether an expert with these tensors can be computed here. All of a layer have the same shapes."""
+        return all(can_pack(self._turned(tensors[name])) for name in ("gate_up_proj", "down_proj"))
+
+    def put(self, expert: int, tensors: dict[str, Tensor]) -> dict[str, Tensor | Packed]:
+        """Packs an expert and holds its addresses until `drop`; the caller keeps what is returned until then."""
+        gate_up, down = self._turned(tensors["gate_up_proj"]), self._turned(tensors["down_proj"])
+        self._shape = (down.shape[0], down.shape[1])
+        held: dict[str, Tensor | Packed] = {
+            "gate_up_proj": pack(self._lib, gate_up, parts=2, interleaved=self._gate.interleaved),
+            "down_proj": pack(self._lib, down),
+        }
+        held |= {name: tensor.contiguous() for name, tensor in tensors.items() if name not in held}
+        for row, name in enumerate(("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")):
+            item: Any = held.get(name)
+            data = item.data if isinstance(item, Packed) else item
+            self._tables_4E[row, expert] = 0 if data is None else data.data_ptr()
+        return held
+
+    def get(self, held: dict[str, Tensor | Packed]) -> dict[str, Tensor]:
+        """The tensors as they were put."""
+        return {
+            name: self._turned(unpack(item)).contiguous() if isinstance(item, Packed) else item
+            for name, item in held.items()
+        }
+
+    def drop(self, expert: int) -> None:
+        self._tables_4E[:, expert] = 0
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self._transposed else matrix
+
+    @property
+    def arguments(self) -> tuple[int | float, ...]:
+        """Of native functions that compute these experts: what they need beside the rows. Good until the next `put`."""
+        gate = self._gate
+        _, width = self._shape or (0, 0)
+        tables = self._tables_4E
+        return (
+            width,
+            tables.shape[1],
+            tables.data_ptr(),
+            gate.interleaved,
+            gate.kind,
+            gate.alpha,
+            gate.limit,
+        )
+
+    def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
+        """Weighted sum over each row's experts held here: [R, H]. Choices below 0 count for nothing."""
+        out_RH = torch.empty(x_RH.shape, dtype=torch.bfloat16)
+        if self._shape is None:
+            return out_RH.zero_()
+        x_RH, index_RK, weight_RK = x_RH.contiguous(), index_RK.contiguous(), weight_RK.contiguous()
+        hidden, width = self._shape
+        gate = self._gate
+        self._lib.emoe_experts(
+            x_RH.data_ptr(),
+            x_RH.shape[0],
+            hidden,
+            width,
+            self._tables_4E.shape[1],
+            self._tables_4E.data_ptr(),
+            gate.interleaved,
+            gate.kind,
+            gate.alpha,
+            gate.limit,
+            index_RK.data_ptr(),
+            index_RK.itemsize,
+            weight_RK.data_ptr(),
+            weight_RK.itemsize,
+            index_RK.shape[1],
+            out_RH.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out_RH

@@ -1,0 +1,149 @@
+"""Compiles the native library where it is wanted and possible, and loads it: once per process."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from cluster.config import cache_directory, native_wanted
+
+log = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+_NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+"""Of the CPU, as /proc/cpuinfo names them."""
+_COMPILE_TIMEOUT_S = 300
+
+_SIGNATURES = {
+    "emoe_pack": "piiitp",
+    "emoe_unpack": "piiitp",
+    "emoe_linear": "piiipippt",
+    "emoe_rms_norm": "piipftpt",
+    "emoe_rotate": "piiiiippp",
+    "emoe_attention": "ppppiiiippipipfifppt",
+    "emoe_experts": "piiiipttffptptipt",
+    "emoe_exchange_bytes": "iiii>i",
+    "emoe_exchange_new": "iiiiipi>p",
+    "emoe_exchange_free": "p",
+    "emoe_exchange_abort": "p",
+    "emoe_exchange_meet": "p>t",
+    "emoe_exchange_begin": "pp",
+    "emoe_exchange_waited": "pp",
+    "emoe_exchange_layer": "piipttffpppppt>t",
+}
+"""Arguments of each function: p pointer, i int64, f float, t int; behind `>` what it returns, if anything."""
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, or None where there is none. The first call may take as long as compiling does."""
+    return _load()[0]
+
+
+def unavailable() -> str | None:
+    """Why there is no library; None where there is one."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        loaded = ctypes.CDLL(str(_built()))
+        for name, signature in _SIGNATURES.items():
+            arguments, _, result = signature.partition(">")
+            function = getattr(loaded, name)
+            function.argtypes = [_TYPES[kind] for kind in arguments]
+            function.restype = _TYPES[result] if result else None
+        return loaded, None
+    except _Unavailable as error:
+        reason = str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    log.info("bfloat16 on CPU is computed by PyTorch's operators, not by the native library: %s", reason)
+    return None, reason
+
+
+class _Unavailable(Exception):
+    """Why the library cannot be had here."""
+
+
+def _built() -> Path:
+    """The compiled library, compiled now if nobody has yet. Several processes may ask at once; one compiles."""
+    if not native_wanted():
+        raise _Unavailable("EMOE_NATIVE=0")
+    cpu = _cpu_flags()
+    missing = [flag for flag in _NEEDED if flag not in cpu]
+    if missing:
+        raise _Unavailable(f"this CPU lacks {', '.join(missing)}")
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise _Unavailable("no C++ compiler on the PATH")
+    files = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    # what -march=native means is told by the CPU's flags: a cache that machines share has one build for each
+    parts = [version, " ".join(sorted(cpu)).encode(), " ".join(_FLAGS).encode()]
+    parts += [path.name.encode() + b"\0" + path.read_bytes() for path in files]
+    key = hashlib.blake2b(b"\0".join(parts), digest_size=10).hexdigest()
+    directory = cache_directory()
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"native-{key}.so"
+    if not target.exists():
+        with (directory / "native.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                _compile(compiler, [path for path in files if path.suffix == ".cpp"], target)
+    return target
+
+
+def _compile(compiler: str, sources: list[Path], target: Path) -> None:
+    """Each source by a process of its own, at once; then the link. `target` appears complete or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as made:
+        objects = [Path(made) / f"{source.stem}.o" for source in sources]
+        jobs = [
+            subprocess.Popen(
+                [compiler, *_FLAGS[:-1], "-c", str(source), "-o", str(out)], stderr=subprocess.PIPE, text=True
+            )
+            for source, out in zip(sources, objects, strict=True)
+        ]
+        errors = [job.communicate(timeout=_COMPILE_TIMEOUT_S)[1] for job in jobs]
+        for source, job, error in zip(sources, jobs, errors, strict=True):
+            if job.returncode:
+                raise _Unavailable(f"{Path(compiler).name} failed at {source.name}: {_first_error(error)}")
+        linked = Path(made) / target.name
+        done = subprocess.run(
+            [compiler, *_FLAGS, *map(str, objects), "-o", str(linked)], capture_output=True, text=True, timeout=60
+        )
+        if done.returncode:
+            raise _Unavailable(f"linking failed: {_first_error(done.stderr)}")
+        os.replace(linked, target)
+
+
+def _first_error(text: str) -> str:
+    lines = text.splitlines()
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        raise _Unavailable("only Linux on x86 is known") from None
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

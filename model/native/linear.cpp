@@ -1,0 +1,71 @@
+// Packing of matrices, and a linear layer.
+#include "gemm.h"
+
+#include <omp.h>
+
+#include <vector>
+
+using namespace emoe;
+
+namespace {
+
+// The row of the matrix that column `c` of panel `p` is, or -1 past the end. With two parts (gate and up), panels of
+// one and of the other take turns, and the parts are halves of the rows or, interleaved, even and odd ones.
+int64_t source(int64_t p, int64_t c, int64_t columns, int64_t parts, int interleaved) {
+    const int64_t each = columns / parts, n = p / parts * kPanel + c, part = p % parts;
+    if (n >= each) return -1;
+    return interleaved ? n * parts + part : part * each + n;
+}
+
+} // namespace
+
+// [N, K] -> panels; columns past the end are zero. K is even, and N a multiple of `parts`.
+extern "C" void emoe_pack(const uint32_t* matrix, int64_t columns, int64_t depth, int64_t parts, int interleaved,
+                          uint32_t* packed) {
+    const int64_t pairs = depth / 2, each = panels(columns / parts);
+    constexpr int64_t kPiece = 16; // pairs at a time: a cache line of each row
+    for (int64_t p = 0; p < each * parts; ++p, packed += pairs * kPanel)
+        for (int64_t first = 0; first < pairs; first += kPiece)
+            for (int64_t c = 0; c < kPanel; ++c) {
+                const int64_t n = source(p, c, columns, parts, interleaved);
+                for (int64_t k = first; k < std::min(pairs, first + kPiece); ++k)
+                    packed[k * kPanel + c] = n < 0 ? 0 : matrix[n * pairs + k];
+            }
+}
+
+extern "C" void emoe_unpack(const uint32_t* packed, int64_t columns, int64_t depth, int64_t parts, int interleaved,
+                            uint32_t* matrix) {
+    const int64_t pairs = depth / 2, each = panels(columns / parts);
+    for (int64_t p = 0; p < each * parts; ++p, packed += pairs * kPanel)
+        for (int64_t c = 0; c < kPanel; ++c) {
+            const int64_t n = source(p, c, columns, parts, interleaved);
+            for (int64_t k = 0; n >= 0 && k < pairs; ++k) matrix[n * pairs + k] = packed[k * kPanel + c];
+        }
+}
+
+// out [rows, columns] = x [rows, depth] (rows `stride` elements apart) times the packed matrix, plus bias if there is one.
+extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
+                            int64_t columns, const bf16* bias, bf16* out, int threads) {
+    std::vector<const bf16*> at(rows);
+    for (int64_t r = 0; r < rows; ++r) at[r] = x + r * stride;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        alignas(64) float sums[kChunk * kPanel];
+        const Share mine(panels(columns), omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+            const bf16* panel = packed + p * panel_size(depth);
+            for (int64_t first = 0; first < rows; first += kChunk) {
+                const int64_t count = std::min(kChunk, rows - first);
+                multiply_chunk(count, at.data() + first, depth, panel, sums, first == 0);
+                for (int64_t c = p * kPanel; c < std::min(columns, (p + 1) * kPanel); c += 16) {
+                    const __mmask16 lanes = lanes_before(c, columns);
+                    const __m512 shift = bias == nullptr ? _mm512_setzero_ps() : load16(bias + c, lanes);
+                    for (int64_t r = 0; r < count; ++r) {
+                        const __m512 sum = _mm512_loadu_ps(sums + r * kPanel + c - p * kPanel);
+                        store16(out + (first + r) * columns + c, _mm512_add_ps(sum, shift), lanes);
+                    }
+                }
+            }
+        }
+    }
+}

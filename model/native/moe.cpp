@@ -1,0 +1,143 @@
+// One MoE layer over the workers of one host: tokens out, experts, partial sums back.
+#include "exchange.h"
+#include "experts.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace emoe {
+namespace {
+
+constexpr int32_t kAbsent = -1;
+
+// What this worker computes in a round: rows of all ranks in rank order.
+struct Work {
+    std::vector<bf16> rows;
+    std::vector<int32_t> choices; // [R, K], kAbsent where computed elsewhere
+    std::vector<float> weights;   // [R, K]
+    std::vector<int64_t> begins;  // [W] each rank's first row
+
+    void clear() { rows.clear(), choices.clear(), weights.clear(), begins.clear(); }
+};
+
+struct Round {
+    Exchange& exchange;
+    const int16_t* routes; // [W, E] who serves expert E's tokens of rank W
+    int64_t num_experts;
+    std::vector<int64_t> counts; // [W] tokens of this round
+
+    bool visits(const int32_t* choices, int64_t source, int64_t target) const {
+        for (int64_t k = 0; k < exchange.layout.top_k; ++k)
+            if (routes[source * num_experts + choices[k]] == target) return true;
+        return false;
+    }
+
+    // Our tokens into our segment, for all to read.
+    void tell(const bf16* x, const int64_t* choices, const float* weights) const {
+        Segment& own = exchange.segments[exchange.rank];
+        const int64_t top_k = exchange.layout.top_k, count = counts[exchange.rank];
+        for (int64_t i = 0; i < count * top_k; ++i) own.choices()[i] = int32_t(choices[i]);
+        std::memcpy(own.weights(), weights, count * top_k * sizeof(float));
+        std::memcpy(own.rows(), x, count * exchange.layout.hidden * sizeof(bf16));
+        own.header().count = count;
+        exchange.publish(own.header().tokens, exchange.round);
+    }
+
+    // The tokens of `source` that have an expert here. Returns how many.
+    int64_t take(Work& work, int64_t source) const {
+        const Segment& from = exchange.segments[source];
+        const int64_t top_k = exchange.layout.top_k, hidden = exchange.layout.hidden;
+        int64_t taken = 0;
+        for (int64_t t = 0; t < counts[source]; ++t) {
+            const int32_t* choices = from.choices() + t * top_k;
+            if (!visits(choices, source, exchange.rank)) continue;
+            ++taken;
+            for (int64_t k = 0; k < top_k; ++k) {
+                const bool here = routes[source * num_experts + choices[k]] == exchange.rank;
+                work.choices.push_back(here ? choices[k] : kAbsent);
+                work.weights.push_back(from.weights()[t * top_k + k]);
+            }
+            work.rows.insert(work.rows.end(), from.rows() + t * hidden, from.rows() + (t + 1) * hidden);
+        }
+        return taken;
+    }
+
+    // The partial sums of our tokens, added in the order of the ranks: the same sum on every run.
+    void combine(bf16* out) const {
+        const int64_t hidden = exchange.layout.hidden, size = exchange.layout.size;
+        const Segment& own = exchange.segments[exchange.rank];
+        std::vector<const float*> next, parts;
+        for (const Segment& segment : exchange.segments) next.push_back(segment.sums(exchange.rank));
+        for (int64_t t = 0; t < counts[exchange.rank]; ++t, out += hidden) {
+            const int32_t* choices = own.choices() + t * exchange.layout.top_k;
+            parts.clear();
+            for (int64_t r = 0; r < size; ++r)
+                if (visits(choices, exchange.rank, r)) {
+                    parts.push_back(next[r]);
+                    next[r] += hidden;
+                }
+            for (int64_t h = 0; h < hidden; h += 16) {
+                const __mmask16 lanes = lanes_before(h, hidden);
+                __m512 sum = _mm512_setzero_ps();
+                for (const float* part : parts) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, part + h));
+                store16(out + h, sum, lanes);
+            }
+        }
+    }
+};
+
+Status run_round(const Layer& layer, const Round& round, Work& work, int threads) {
+    Exchange& exchange = round.exchange;
+    Segment& own = exchange.segments[exchange.rank];
+    work.clear();
+    int64_t taken = 0;
+    for (int64_t r = 0; r < exchange.layout.size; ++r) {
+        if (r != exchange.rank)
+            if (const Status status = exchange.wait_for_tokens(r, round.counts[r])) return status;
+        work.begins.push_back(taken);
+        taken += round.take(work, r);
+    }
+    // not before: a peer whose tokens have not come may still be reading the sums of the round before
+    std::copy(work.begins.begin(), work.begins.end(), own.sums_begin());
+    const Choices choices{work.choices.data(), 4, work.weights.data(), 4, exchange.layout.top_k};
+    sum_of_experts(layer, work.rows.data(), taken, choices, own.all_sums(), threads);
+    exchange.publish(own.header().sums, exchange.round);
+    for (int64_t r = 0; r < exchange.layout.size; ++r)
+        if (r != exchange.rank)
+            if (const Status status = exchange.wait_for_sums(r)) return status;
+    return kDone;
+}
+
+} // namespace
+} // namespace emoe
+
+using namespace emoe;
+
+// A layer's experts for the tokens of all workers: out [T, H] for our x [T, H], choices [T, K], weights [T, K]. Every
+// rank calls it for every layer of a step, with the tokens that `emoe_exchange_begin` was told, in rounds of what a
+// segment holds. `routes` [W, E]: who serves the tokens of a rank that chose an expert. `tables` and what is around it
+// are as in `emoe_experts`. Returns a Status.
+extern "C" int emoe_exchange_layer(Exchange* exchange, int64_t width, int64_t num_experts, const bf16* const* tables,
+                                   int interleaved, int gate, float alpha, float limit, const int16_t* routes,
+                                   const bf16* x, const int64_t* choices, const float* weights, bf16* out,
+                                   int threads) {
+    const int64_t rank = exchange->rank, hidden = exchange->layout.hidden, top_k = exchange->layout.top_k;
+    const Layer layer{hidden, width, num_experts, tables, tables + num_experts, tables + 2 * num_experts,
+                      tables + 3 * num_experts, interleaved, gate, alpha, limit};
+    const std::vector<int64_t>& tokens = exchange->step_tokens;
+    const int64_t most = *std::max_element(tokens.begin(), tokens.end());
+    const int64_t rounds = std::max<int64_t>(1, (most + exchange->layout.capacity - 1) / exchange->layout.capacity);
+    Round round{*exchange, routes, num_experts, {}};
+    thread_local Work work; // kept from call to call: fresh memory costs page faults
+    for (int64_t n = 0; n < rounds; ++n) {
+        round.counts.clear();
+        for (int64_t all : tokens) round.counts.push_back(all * (n + 1) / rounds - all * n / rounds);
+        const int64_t first = tokens[rank] * n / rounds;
+        ++exchange->round;
+        round.tell(x + first * hidden, choices + first * top_k, weights + first * top_k);
+        if (const Status status = run_round(layer, round, work, threads)) return status;
+        round.combine(out + first * hidden);
+    }
+    return kDone;
+}

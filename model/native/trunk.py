@@ -1,0 +1,177 @@
+"""The trunk's small operators in the native library: transformers computes each with several of torch's.
+
+What a module computes is found by trying it on random input, not by its name: families write the same thing in many
+ways, and a list would age. What is not recognised stays as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.native.linear import Packed, can_pack, linear, pack
+
+
+def has_native_form(trunk: nn.Module) -> bool:
+    """Whether the trunk computes in bfloat16 on CPU."""
+    like = next(trunk.parameters())
+    return like.dtype == torch.bfloat16 and like.device.type == "cpu"
+
+
+def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module) -> int:
+    """Give what is recognised in a trunk, for which `has_native_form` holds, its native form.
+
+    Returns the bytes of packed weights.
+    """
+    packed_bytes = 0
+    for module in trunk.modules():
+        if (norm := _native_norm(lib, module)) is not None:
+            module.forward = norm
+        packed_bytes += _pack_routers(lib, module)
+    for name in {type(module).__module__ for module in trunk.modules()}:
+        _fit_rotary(lib, sys.modules[name])
+    return packed_bytes
+
+
+# --- Norms ------------------------------------------------------------------------------------------------------------
+
+
+def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The module's forward as one call, where it is a root mean square normalisation over the last dimension."""
+    parameters = list(module.parameters())
+    if len(parameters) != 1 or parameters[0].dim() != 1 or list(module.children()):
+        return None
+    weight = parameters[0].detach()
+    if len(inspect.signature(module.forward).parameters) != 1 or weight.device.type != "cpu":
+        return None
+    probe = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 8)[:, None]
+    probe = probe.bfloat16()
+    try:
+        expected = module(probe)
+    except (RuntimeError, TypeError, ValueError):  # it wants something else than rows
+        return None
+    if not isinstance(expected, Tensor) or expected.dtype != torch.bfloat16 or expected.shape != probe.shape:
+        return None
+    constants = [float(v) for v in vars(module).values() if isinstance(v, float)]
+    factors = (weight.float(), 1 + weight.float())
+    for factor, epsilon, rounds in itertools.product(factors, constants, (True, False)):
+        if torch.equal(_rms_norm(probe, factor, epsilon, rounds), expected):
+            return _norm_call(lib, factor.contiguous(), epsilon, rounds)
+    return None
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, rounds: bool) -> Tensor:
+    """As `emoe_rms_norm`, by torch's operators."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return ((wide.bfloat16().float() if rounds else wide) * weight).bfloat16()
+
+
+def _norm_call(lib: ctypes.CDLL, weight: Tensor, epsilon: float, rounds: bool) -> Callable[[Tensor], Tensor]:
+    size, address, function = len(weight), weight.data_ptr(), lib.emoe_rms_norm
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        x = hidden_states.contiguous()
+        out = torch.empty_like(x)
+        # `weight` is named so that it lives as long as its address is used
+        rows = x.numel() // len(weight)
+        function(x.data_ptr(), rows, size, address, epsilon, rounds, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    return forward
+
+
+# --- Routers ----------------------------------------------------------------------------------------------------------
+
+
+class _RouterWeight(nn.Parameter):
+    """A matrix that modules multiply by themselves, with F.linear; then its packed form is used."""
+
+    packed: Packed
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and not kwargs:
+            x, weight, bias = args if len(args) == 3 else (*args, None)
+            if isinstance(weight, cls) and x.dtype == torch.bfloat16:
+                return linear(x, weight.packed, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _pack_routers(lib: ctypes.CDLL, module: nn.Module) -> int:
+    """Pack the matrix of a module that is neither a linear layer nor an embedding, for its own use of F.linear."""
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(module, nn.Linear | nn.Embedding) or not can_pack(weight):
+        return 0
+    router = _RouterWeight(weight.detach(), requires_grad=False)
+    router.packed = pack(lib, weight.detach())
+    module.weight = router
+    return router.packed.nbytes
+
+
+# --- Rotary embedding -------------------------------------------------------------------------------------------------
+
+
+def _fit_rotary(lib: ctypes.CDLL, module: Any) -> None:
+    """Replace a modelling file's `apply_rotary_pos_emb` by one that gives the same bits in one call for each tensor."""
+    original = getattr(module, "apply_rotary_pos_emb", None)
+    if original is None or hasattr(original, "emoe_original") or not _turns_halves(original):
+        return
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not all(_fits(x, cos, sin) for x in (q, k)):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return _rotate(lib, q, cos, sin), _rotate(lib, k, cos, sin)
+
+    apply_rotary_pos_emb.emoe_original = original  # type: ignore[attr-defined]
+    module.apply_rotary_pos_emb = apply_rotary_pos_emb
+
+
+def _turns_halves(function: Callable[..., Any]) -> bool:
+    """Whether it is x * cos + (-second half, first half) * sin."""
+    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8))
+    )
+    try:
+        got = function(q, k, cos, sin)
+    except RuntimeError:  # its cosines have another shape
+        return False
+    for x, out in zip((q, k), got, strict=True):
+        first, second = x.chunk(2, -1)
+        if not torch.equal(x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None], out):
+            return False
+    return True
+
+
+def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """[1, heads, T, size] with cosines and sines [1, T, size], all bfloat16 on CPU."""
+    return (
+        x.dtype == cos.dtype == sin.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.shape[0] == 1
+        and x.stride(3) == 1
+        and cos.shape == sin.shape == (1, x.shape[2], x.shape[3])
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )
+
+
+def _rotate(lib: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    _, heads, tokens, size = x.shape
+    out = torch.empty(1, tokens, heads, size, dtype=torch.bfloat16)
+    strides = x.stride(1), x.stride(2)
+    lib.emoe_rotate(x.data_ptr(), *strides, tokens, heads, size, cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+    return out.transpose(1, 2)

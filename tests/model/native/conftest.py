@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from model.native import library, unavailable
+
+
+@pytest.fixture(scope="session")
+def lib() -> ctypes.CDLL:
+    """The native library; tests that take it skip with the reason where there is none."""
+    loaded = library()
+    if loaded is None:
+        pytest.skip(f"no native library: {unavailable()}")
+    return loaded

@@ -1,0 +1,176 @@
+"""The native experts against the PyTorch path, and what must hold whatever the rows are."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model.native.experts import Gate, NativeExperts, find_gate
+
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+GATES = {
+    "silu": Gate(kind=0, interleaved=False, limit=math.inf, alpha=1.0),
+    "silu-limited": Gate(kind=0, interleaved=False, limit=1.5, alpha=1.5),
+    "gpt-oss": Gate(kind=1, interleaved=True, limit=1.5, alpha=1.75),
+    "halves": Gate(kind=1, interleaved=False, limit=1.5, alpha=1.75),
+}
+
+
+def module(gate: Gate | None, experts: int, *, transposed: bool = False, **constants: float) -> Any:
+    """As much of an expert module as is asked for."""
+    made: Any = nn.Module()
+    made.has_gate, made.is_transposed, made.num_experts = True, transposed, experts
+    made._apply_gate = gate
+    for name, value in constants.items():
+        setattr(made, name, value)
+    return made
+
+
+def draw(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def expert(seed: int, hidden: int, width: int, *, biased: bool, transposed: bool) -> dict[str, Tensor]:
+    tensors = {
+        "gate_up_proj": draw(seed, 2 * width, hidden, scale=hidden**-0.5),
+        "down_proj": draw(seed + 1, hidden, width, scale=width**-0.5),
+    }
+    if transposed:
+        tensors = {name: matrix.T.contiguous() for name, matrix in tensors.items()}
+    if biased:
+        tensors |= {"gate_up_proj_bias": draw(seed + 2, 2 * width), "down_proj_bias": draw(seed + 3, hidden)}
+    return tensors
+
+
+def reference(
+    gate: Gate, experts: dict[int, dict[str, Tensor]], transposed: bool, x: Tensor, index: Tensor, weight: Tensor
+) -> Tensor:
+    """In float64, with roundings to bfloat16 where the PyTorch path has them."""
+
+    def linear(rows: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
+        matrix = tensors[name].double()
+        out = rows.double() @ (matrix if transposed else matrix.T)
+        return (out + tensors[f"{name}_bias"].double() if f"{name}_bias" in tensors else out).bfloat16()
+
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for e, tensors in experts.items():
+        row, choice = (index == e).nonzero(as_tuple=True)
+        y = linear(gate(linear(x[row], tensors, "gate_up_proj")), tensors, "down_proj")
+        out.index_add_(0, row, y.double() * weight[row, choice, None].double())
+    return out
+
+
+def routing(seed: int, rows: int, top_k: int, held: list[int], experts: int) -> tuple[Tensor, Tensor]:
+    """Choices among all experts; those that are not held are absent."""
+    g = torch.Generator().manual_seed(seed)
+    index = torch.rand(rows, experts, generator=g).argsort(1)[:, :top_k]
+    index[~torch.isin(index, torch.tensor(held))] = -1
+    return index, torch.rand(rows, top_k, generator=g)
+
+
+@given(
+    rows=st.integers(0, 300),
+    hidden=st.integers(1, 100).map(lambda half: 2 * half),
+    width=st.integers(1, 80).map(lambda half: 2 * half),
+    gate=st.sampled_from(sorted(GATES)),
+    biased=st.booleans(),
+    transposed=st.booleans(),
+    held=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True),
+)
+@quick
+def test_sums_are_right(
+    lib: ctypes.CDLL, rows: int, hidden: int, width: int, gate: str, biased: bool, transposed: bool, held: list[int]
+) -> None:
+    native = NativeExperts(lib, module(GATES[gate], 8, transposed=transposed), GATES[gate])
+    experts = {e: expert(10 * e, hidden, width, biased=biased, transposed=transposed) for e in held}
+    kept = {e: native.put(e, tensors) for e, tensors in experts.items()}
+    x = draw(99, rows, hidden)
+    index, weight = routing(5, rows, 3, held, 8)
+    got = native.forward(x, index, weight).double()
+    expected = reference(GATES[gate], experts, transposed, x, index, weight)
+    # A value that lies near the middle of two bfloat16 numbers may be rounded either way: of each expert's hidden
+    # values some differ by 2^-8, of its outputs and of the sum too. Weights are below 1, values some units large.
+    assert ((got - expected).abs() <= 2**-6 * (expected.abs() + 1)).all()
+    assert len(kept) == len(held)
+
+
+@given(rows=st.integers(2, 150), data=st.data())
+@quick
+def test_a_row_does_not_depend_on_its_company(lib: ctypes.CDLL, rows: int, data: st.DataObject) -> None:
+    native = NativeExperts(lib, module(None, 4), GATES["silu"])
+    kept = [native.put(e, expert(e, 96, 40, biased=False, transposed=False)) for e in range(4)]
+    x, (index, weight) = draw(1, rows, 96), routing(2, rows, 2, [0, 1, 2, 3], 4)
+    together = native.forward(x, index, weight)
+    some = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=9))
+    assert torch.equal(native.forward(x[some], index[some], weight[some]), together[some])
+    assert len(kept) == 4
+
+
+def test_threads_and_types_of_routing_change_nothing(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = NativeExperts(lib, module(None, 4), GATES["silu"])
+    kept = [native.put(e, expert(e, 200, 136, biased=True, transposed=False)) for e in range(4)]
+    x, (index, weight) = draw(1, 77, 200), routing(2, 77, 2, [0, 1, 3], 4)
+    weight = weight.bfloat16()
+    alone = native.forward(x, index, weight)
+    assert torch.equal(native.forward(x, index.to(torch.int32), weight.float()), alone)
+    for threads in (2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(native.forward(x, index, weight), alone)
+    assert len(kept) == 4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_an_expert_comes_back_as_it_was_put(lib: ctypes.CDLL, gate: str, transposed: bool) -> None:
+    native = NativeExperts(lib, module(None, 1, transposed=transposed), GATES[gate])
+    tensors = expert(0, 70, 66, biased=True, transposed=transposed)
+    assert native.takes(tensors)
+    back = native.get(native.put(0, tensors))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) and back[name].is_contiguous() for name in tensors)
+
+
+def test_odd_sizes_are_left_to_the_pytorch_path(lib: ctypes.CDLL) -> None:
+    native = NativeExperts(lib, module(None, 1), GATES["silu"])
+    assert not native.takes(expert(0, 70, 65, biased=False, transposed=False))
+    assert not native.takes(expert(0, 71, 66, biased=False, transposed=False))
+
+
+def test_a_gate_that_is_not_a_number_stays_so(lib: ctypes.CDLL) -> None:
+    """A broken activation must show in the answer, not vanish in a clamp."""
+    for gate in GATES.values():
+        native = NativeExperts(lib, module(None, 1), gate)
+        kept = native.put(0, expert(0, 64, 64, biased=False, transposed=False))
+        x = draw(1, 2, 64)
+        x[0] = math.nan
+        out = native.forward(x, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+        assert out[0].isnan().all()
+        assert out[1].isfinite().all()
+        assert kept
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+def test_gates_are_found_by_trying(name: str) -> None:
+    gate = GATES[name]
+    limit = {} if math.isinf(gate.limit) else {"swiglu_limit": gate.limit}
+    found = find_gate(module(gate, 1, some_alpha=gate.alpha, unrelated=0.25, **limit))
+    assert found is not None
+    assert (found.kind, found.interleaved, found.limit) == (gate.kind, gate.interleaved, gate.limit)
+    assert gate.kind == 0 or found.alpha == gate.alpha
+
+
+def test_other_gates_are_left_alone() -> None:
+    assert find_gate(module(lambda x: torch.nn.functional.gelu(x[:, :32]) * x[:, 32:], 1)) is None
+    assert find_gate(SimpleNamespace(has_gate=False)) is None  # type: ignore[arg-type]
+    normed = module(GATES["silu"], 1)
+    normed.has_post_expert_norm = True
+    assert find_gate(normed) is None

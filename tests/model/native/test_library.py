@@ -1,0 +1,46 @@
+"""Compiling the native library: several processes at once, and reasons where it cannot be had."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = "from model.native import library, unavailable; print(library() is not None, unavailable())"
+
+
+def start(**environment: str) -> subprocess.Popen[str]:
+    # a process of its own: the library is loaded once per process
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
+
+
+def test_processes_that_ask_at_once_get_one_build(lib: ctypes.CDLL, tmp_path: Path) -> None:
+    answers = [job.communicate(timeout=200)[0] for job in [start(XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]]
+    assert answers == ["True None\n"] * 3
+    assert len(list(tmp_path.glob("elastic-moe/native-*.so"))) == 1
+    assert not [path for path in tmp_path.glob("elastic-moe/*") if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"EMOE_NATIVE": "0"}, "EMOE_NATIVE=0"), ({"PATH": "/nonexistent"}, "no C++ compiler on the PATH")],
+)
+def test_reasons_are_told(lib: ctypes.CDLL, environment: dict[str, str], reason: str) -> None:
+    assert start(**environment).communicate(timeout=60)[0] == f"False {reason}\n"
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(lib: ctypes.CDLL, tmp_path: Path) -> None:
+    (tmp_path / "elastic-moe").write_text("in the way")
+    answer = start(XDG_CACHE_HOME=str(tmp_path)).communicate(timeout=60)[0]
+    assert answer.startswith("False ")
+    assert "elastic-moe" in answer

@@ -1,0 +1,78 @@
+"""The native linear layer: packing loses nothing, products are right, a row does not depend on its company."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model.native.linear import can_pack, linear, pack, unpack
+
+shapes = st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 150).map(lambda half: 2 * half))
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@given(st.integers(1, 300), st.integers(1, 300).map(lambda half: 2 * half))
+@quick
+def test_unpacking_gives_the_matrix_back(lib: ctypes.CDLL, columns: int, depth: int) -> None:
+    weight = draw(columns * 1000 + depth, columns, depth)
+    assert torch.equal(unpack(pack(lib, weight)), weight)
+
+
+@given(shapes, st.booleans())
+@quick
+def test_products_are_right_to_a_rounding(lib: ctypes.CDLL, shape: tuple[int, int, int], biased: bool) -> None:
+    rows, columns, depth = shape
+    x, weight = draw(1, rows, depth), draw(2, columns, depth)
+    bias = draw(3, columns) if biased else None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    # one rounding to bfloat16 (half of 2^-8), and float32 sums of `depth` terms of size about 1
+    bound = expected.abs() * 2**-8 + depth * 2**-20
+    assert ((linear(x, pack(lib, weight), bias).double() - expected).abs() <= bound).all()
+
+
+@given(shapes, st.data())
+@quick
+def test_a_row_does_not_depend_on_its_company(
+    lib: ctypes.CDLL, shape: tuple[int, int, int], data: st.DataObject
+) -> None:
+    rows, columns, depth = shape
+    x, packed = draw(1, rows, depth), pack(lib, draw(2, columns, depth))
+    together = linear(x, packed, None)
+    some = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=9))
+    assert torch.equal(linear(x[some], packed, None), together[some])
+
+
+def test_deep_matrices_are_taken_in_pieces(lib: ctypes.CDLL) -> None:
+    x, weight = draw(1, 101, 5000), draw(2, 70, 5000)
+    expected = x.double() @ weight.double().T
+    assert ((linear(x, pack(lib, weight), None).double() - expected).abs() <= expected.abs() * 2**-8 + 0.01).all()
+
+
+def test_threads_change_nothing(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, packed = draw(1, 33, 256), pack(lib, draw(2, 500, 256))
+    alone = linear(x, packed, None)
+    for threads in (2, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(linear(x, packed, None), alone)
+
+
+def test_rows_may_lie_apart(lib: ctypes.CDLL) -> None:
+    wide, packed = draw(1, 4, 3, 128), pack(lib, draw(2, 64, 64))
+    assert torch.equal(linear(wide[..., 32:96], packed, None), linear(wide[..., 32:96].contiguous(), packed, None))
+    turned = wide[0].T
+    assert torch.equal(linear(wide[0].T[:64].T, packed, None), linear(turned[:64].T.contiguous(), packed, None))
+
+
+def test_what_cannot_be_packed() -> None:
+    assert can_pack(draw(0, 3, 4))
+    assert not can_pack(draw(0, 3, 5))
+    assert not can_pack(draw(0, 3, 4).float())
+    assert not can_pack(draw(0, 4))

@@ -1,0 +1,152 @@
+"""What the native library does for a trunk: modules are recognised by what they compute, and compute it still."""
+
+from __future__ import annotations
+
+import ctypes
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.native.trunk import fit_trunk, has_native_form
+
+
+class Norm(nn.Module):
+    """A root mean square normalisation as families write it: `style` says how."""
+
+    def __init__(self, style: str, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16())
+        self.other = 0.5
+        self.eps = 1e-3
+        self.style = style
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.float()
+        if self.style == "layer norm":
+            x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.style == "llama":
+            return self.weight * x.bfloat16()
+        if self.style == "gemma":
+            return (x * (1 + self.weight.float())).bfloat16()
+        return (self.weight.float() * x).bfloat16()
+
+
+@pytest.mark.parametrize("size", [16, 64, 100])
+@pytest.mark.parametrize("style", ["llama", "gemma", "gpt-oss"])
+def test_norms_are_recognised(lib: ctypes.CDLL, style: str, size: int) -> None:
+    norm = Norm(style, size)
+    x = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = norm(x)
+    fit_trunk(lib, norm)
+    assert "forward" in vars(norm)
+    # the sum of squares is added up in another order, so that a last bit may differ
+    torch.testing.assert_close(norm(x), expected, rtol=2**-7, atol=1e-6)
+    assert torch.equal(norm(x[1, 2]), norm(x)[1, 2])
+    assert torch.equal(norm(x.transpose(0, 1)), norm(x).transpose(0, 1))
+
+
+def test_other_modules_are_left_alone(lib: ctypes.CDLL) -> None:
+    modules = nn.ModuleList(
+        [
+            Norm("layer norm", 32),
+            nn.LayerNorm(32, dtype=torch.bfloat16),
+            nn.Conv1d(4, 4, 1, dtype=torch.bfloat16),
+            nn.Embedding(9, 8, dtype=torch.bfloat16),
+            nn.PReLU(32, dtype=torch.bfloat16),
+        ]
+    )
+    assert fit_trunk(lib, modules) == 0
+    assert not [module for module in modules if "forward" in vars(module)]
+
+
+class Router(nn.Module):
+    """Multiplies by its weight itself, as transformers' routers do."""
+
+    def __init__(self, wide: bool, biased: bool) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(6, 32, generator=g).bfloat16())
+        self.bias = nn.Parameter(torch.randn(6, generator=g).bfloat16()) if biased else None
+        self.wide = wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wide:
+            return nn.functional.linear(x.float(), self.weight.float(), self.bias and self.bias.float())
+        return (
+            nn.functional.linear(x, self.weight)
+            if self.bias is None
+            else nn.functional.linear(x, self.weight, self.bias)
+        )
+
+
+@pytest.mark.parametrize(("wide", "biased"), [(False, False), (False, True), (True, False)])
+def test_routers_use_packed_weights(
+    lib: ctypes.CDLL, wide: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = Router(wide, biased)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected, weight = router(x), router.weight.detach().clone()
+    assert fit_trunk(lib, router) == 6 * 32 * 2
+    assert torch.equal(router.weight, weight)
+    got = router(x)
+    assert type(got) is Tensor
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-4)
+    called = []
+    monkeypatch.setattr("model.native.trunk.linear", lambda *args: called.append(args))
+    router(x)
+    assert len(called) == (0 if wide else 1)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat((-second, first), -1)
+
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+
+def pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Another embedding: neighbours are turned against each other."""
+
+    def turned(x: Tensor) -> Tensor:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+    return q * cos[:, None] + turned(q) * sin[:, None], k * cos[:, None] + turned(k) * sin[:, None]
+
+
+def fitted(lib: ctypes.CDLL, function: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a modelling file's function is after the surgery."""
+    file: Any = ModuleType("some_modelling_file")
+    file.apply_rotary_pos_emb = function
+    monkeypatch.setitem(__import__("sys").modules, file.__name__, file)
+    fit_trunk(lib, type("Model", (nn.Module,), {"__module__": file.__name__})())
+    return file.apply_rotary_pos_emb
+
+
+@pytest.mark.parametrize("size", [6, 32, 64, 80])
+def test_rotary_embedding_gives_the_same_bits(lib: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1, 5, n, size, generator=g).bfloat16().transpose(1, 2) for n in (6, 2))
+    cos, sin = (torch.randn(1, 5, size, generator=g).bfloat16() for _ in range(2))
+    fit = fitted(lib, rotary, monkeypatch)
+    assert fit is not rotary
+    for got, expected in zip(fit(q, k, cos, sin), rotary(q, k, cos, sin), strict=True):
+        assert torch.equal(got, expected)
+    # what it is not made for goes the old way
+    for args in ((q.float(), k.float(), cos, sin), (q[..., :4], k[..., :4], cos[..., :4], sin[..., :4])):
+        for got, expected in zip(fit(*args), rotary(*args), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_another_rotary_embedding_is_left_alone(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fitted(lib, pairs, monkeypatch) is pairs
+
+
+def test_which_trunks_have_a_native_form() -> None:
+    assert has_native_form(nn.Linear(2, 2, dtype=torch.bfloat16))
+    assert not has_native_form(nn.Linear(2, 2))

@@ -1,0 +1,42 @@
+"""The built-in model writes the same text here as in transformers: greedy, float32, on text prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deploy.builtin import MODEL_DIR
+from deploy.tokenizer import Tokenizer
+from model.quiet import quiet_transformers
+from tests.model.lockstep import Lockstep, request
+
+PROMPTS = {
+    "bible": "And it came to pass",
+    "code": "def main(",
+    "novels": '"My dear Mr. Bennet," said',
+    "manual": "The SELECT statement",
+}
+NEW_TOKENS = 48
+
+
+@pytest.mark.parametrize("slots", [(8, 8), (6, 5, 5)], ids=str)
+def test_same_greedy_tokens_as_transformers(slots: tuple[int, ...]) -> None:
+    tokenizer = Tokenizer.load(str(MODEL_DIR))
+    ids = {name: tokenizer.encode(text) for name, text in PROMPTS.items()}
+    got = Lockstep(MODEL_DIR, slots).run([request(name, row, max_tokens=NEW_TOKENS) for name, row in ids.items()])
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            MODEL_DIR, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+    for name, row in ids.items():
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([row]),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        assert got[name] == out[0, len(row) :].tolist()

@@ -1,0 +1,41 @@
+"""Copies of experts between workers: what arrives damaged is refused, and nothing of it is kept."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.errors import PlacementError
+from cluster.placement import WorkerId
+from tests.model.families import tiny_checkpoint
+from tests.model.lockstep import Lockstep
+
+
+def test_a_copy_is_one_unit_with_its_digest(tmp_path_factory: pytest.TempPathFactory) -> None:
+    workers = list(Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4]).workers.values())
+    source, target = workers
+    expert = min(set(range(8)) - set(target._store.held(0)))
+    copy = source.export_expert(0, expert)
+    assert len(copy.tensors) > 1
+    for name, raw in copy.tensors.items():
+        damaged = raw.copy()
+        damaged[len(raw) // 2] ^= 1
+        with pytest.raises(PlacementError, match=f"expert {expert} of layer 0 arrived damaged"):
+            target.import_expert(replace(copy, tensors={**copy.tensors, name: damaged}))
+        assert expert not in target._store.held(0)
+    # tensors of two experts, each whole
+    other = source.export_expert(0, expert + 1)
+    first = next(iter(copy.tensors))
+    with pytest.raises(PlacementError, match="damaged"):
+        target.import_expert(replace(copy, tensors={**copy.tensors, first: other.tensors[first]}))
+    target.import_expert(copy)
+    again = target.export_expert(0, expert)
+    assert again.digest == copy.digest
+    assert set(again.tensors) == set(copy.tensors)
+
+
+def test_memory_is_told_in_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4])
+    worker = cluster.workers[WorkerId("w0")]
+    assert worker.expert_capacity() > 4 * cluster.info.num_layers
+    worker.spec = replace(worker.spec, expert_memory_bytes=5 * cluster.info.expert_bytes)
+    assert worker.expert_capacity() == 5
