@@ -1,5 +1,11 @@
 """Which waiting request gets which home worker.
 
+It goes where the least work would be queued, in tokens: those that its home's requests and it itself have yet to run,
+plus `RUNNING_TOKENS` for every request that runs there. What a home has in its cache need not be run. So a request
+follows its cached prefix, unless that home has more queued than the prefix saves, or one more request running for every
+`RUNNING_TOKENS` tokens that it saves. With nothing cached, running requests and queued prompts are spread evenly:
+workers are in lock-step, and a step lasts as long as its longest part.
+
 No request starves: the queue is first come, first served. One that does not fit anywhere yet claims a worker, which
 then takes no later one until it fits, while later ones may go to the other workers.
 """
@@ -14,6 +20,9 @@ from actors.sequences import Queue, Sequence
 from cluster.placement import WorkerId
 from cluster.protocol import Chunk, RequestId
 
+RUNNING_TOKENS = 256
+"""A request's future tokens, in the time of prompt tokens: it will hold up its worker in every step to come."""
+
 
 @dataclass(slots=True)
 class Part:
@@ -22,35 +31,62 @@ class Part:
     home: Home
     budget: int
     """Tokens that it may still run."""
+    prefill_budget: int
+    """How many of them may be of prompts."""
     work: list[tuple[Sequence, Chunk]] = field(default_factory=list)
     forget: tuple[RequestId, ...] = ()
+    prefix_queries: int = 0
+    """Tokens of the requests that came here now, and (below) those that were in the cache."""
+    prefix_hits: int = 0
 
-    def run(self, sequence: Sequence, length: int) -> None:
-        self.work.append((sequence, sequence.chunk(length)))
+    def take(self, sequence: Sequence, cached: list[int]) -> None:
+        self.home.take(sequence, cached)
+        if self.home.prefix_caching:
+            self.prefix_queries += len(sequence.tokens)
+            self.prefix_hits += sequence.computed
+        self.prefill(sequence)
+
+    @property
+    def room(self) -> int:
+        """Prompt tokens that it may still run."""
+        return min(self.budget, self.prefill_budget)
+
+    def decode(self, sequence: Sequence) -> None:
+        self._run(sequence, 1)
+
+    def prefill(self, sequence: Sequence) -> None:
+        """As much of its prompt as there is room for, which must be some."""
+        length = min(sequence.remaining, self.room)
+        self.prefill_budget -= length
+        self._run(sequence, length)
+
+    def _run(self, sequence: Sequence, length: int) -> None:
+        self.work.append((sequence, self.home.run(sequence, length)))
         self.budget -= length
 
 
 def admit(waiting: Queue, parts: Collection[Part], max_num_seqs: int, max_num_batched_tokens: int) -> None:
     """Give waiting requests a home, in order of arrival, while there are seats, blocks and tokens to run."""
 
-    def load(part: Part) -> tuple[float, int]:
-        """KV cache in use, and tokens that wait to be run."""
+    def load(part: Part, cached: list[int]) -> float:
+        """Tokens in all if the request came here. A full KV cache is worth a step: there it may be preempted."""
         home = part.home
-        return home.pool.usage + home.backlog / max_num_batched_tokens, len(home.running)
+        running = RUNNING_TOKENS * len(home.running) + max_num_batched_tokens * home.pool.usage
+        return home.backlog + running - len(cached) * home.block_size
 
     takers = {p.home.worker: p for p in parts if not p.home.draining}
     at = passed = 0
     while at < len(waiting) and passed <= len(parts):
-        takers = {w: p for w, p in takers.items() if p.budget and len(p.home.running) < max_num_seqs}
+        takers = {w: p for w, p in takers.items() if p.room and len(p.home.running) < max_num_seqs}
         if not takers:
             return
         sequence = waiting.items[at]
-        fitting = [p for p in takers.values() if p.home.slack(sequence) >= 0 and p.home.can_ever_hold(sequence)]
+        offers = [(p, p.home.cached(sequence)) for p in takers.values() if p.home.can_ever_hold(sequence)]
+        fitting = [(part, cached) for part, cached in offers if part.home.slack(sequence, cached) >= 0]
         if fitting:
-            part = min(fitting, key=load)
+            part, cached = min(fitting, key=lambda offer: load(*offer))
             waiting.remove(sequence)
-            part.home.take(sequence)
-            part.run(sequence, min(sequence.remaining, part.budget))
+            part.take(sequence, cached)
             continue
         sequence.claim = _claim(sequence, [part.home for part in parts])
         if sequence.claim is not None:
@@ -66,5 +102,6 @@ def _claim(sequence: Sequence, homes: Iterable[Home]) -> WorkerId | None:
     if not able:
         return None
     return next(
-        (h.worker for h in able if h.worker == sequence.claim), max(able, key=lambda h: h.slack(sequence)).worker
+        (home.worker for home in able if home.worker == sequence.claim),
+        max(able, key=lambda home: home.slack(sequence, home.cached(sequence))).worker,
     )

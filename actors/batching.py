@@ -3,14 +3,21 @@
 The life of a request: `add` puts it in the queue. `schedule` gives it a home worker with KV blocks for all its tokens
 and runs its prompt in chunks, then one token a step. `commit` appends what was sampled and tells when it ends.
 When a worker is out of blocks, its newest request goes back to the queue (by its arrival, so to the front) and is
-computed again later, from prompt and output, perhaps elsewhere. So does every request whose worker is gone.
+computed again later, from prompt and output, perhaps elsewhere. So does every request whose worker is gone. What a
+worker's cache still holds of it is not computed again (see actors/homes.py).
 
-A step is a transaction: between `schedule` and `commit` nothing advances, and after `rollback` the same work is
-scheduled again. Requests may be added and aborted at any time.
+Several steps may be in flight, each made as if those before it were done already: a host feeds the token that it has
+just sampled. That a request ends for its length is known ahead; that it ends with a stop token is not, and then the
+step after runs one token too many, which is thrown away. Hosts run steps in order, so that a block that was freed
+meanwhile may be handed out at once.
+
+A step is a transaction: what `schedule` has made counts when `commit` takes its results, oldest step first, and after
+`rollback` the work of all steps in flight is scheduled again. Requests may be added and aborted at any time.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping
 
 from actors.admission import Part, admit
@@ -20,6 +27,7 @@ from actors.sequences import Queue, Sequence
 from cluster.errors import RequestError
 from cluster.placement import WorkerId
 from cluster.protocol import (
+    Chunk,
     EngineStatus,
     Epoch,
     FinishReason,
@@ -33,7 +41,7 @@ from cluster.protocol import (
 
 
 class Scheduler:
-    """The queue, and what runs where. One step is in flight at a time; not thread-safe."""
+    """The queue, and what runs where. Not thread-safe."""
 
     def __init__(
         self,
@@ -44,21 +52,33 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: Collection[int],
+        max_num_prefill_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        rope_limits: Collection[int] = (),
     ) -> None:
-        """`workers`: KV blocks of each, in rank order. `max_num_seqs` and `max_num_batched_tokens` are per worker."""
+        """`workers`: KV blocks of each, in rank order. `max_num_seqs` and `max_num_batched_tokens` are per worker.
+
+        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` as in
+        ModelInfo.
+        """
         if min(block_size, max_num_seqs, max_num_batched_tokens, max_model_len - 1) < 1:
             raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be positive, max_model_len > 1")
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_prefill_tokens = max_num_prefill_tokens or max_num_batched_tokens
         self._max_model_len = max_model_len
         self._eos_token_ids = tuple(eos_token_ids)
+        self._enable_prefix_caching = enable_prefix_caching
+        self._rope_limits = tuple(rope_limits)
         self._homes: dict[WorkerId, Home] = {}
         self._waiting = Queue()
         self._sequences: dict[RequestId, Sequence] = {}
         self._arrivals = 0
-        self._flight: tuple[int, dict[WorkerId, Part]] | None = None
+        self._flights: deque[tuple[int, dict[WorkerId, Part]]] = deque()
+        """Steps in flight, with every worker's part, oldest first."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._epoch = 0
+        self._prefix_queries = self._prefix_hits = 0
         self.set_workers(workers)
 
     # --- Requests -----------------------------------------------------------------------------------------------
@@ -69,7 +89,14 @@ class Scheduler:
         Raises RequestError, naming the field, where it can never be served.
         """
         self._check(request)
-        sequence = Sequence(request, arrival=self._arrivals, max_model_len=self._max_model_len, eos=self._eos_token_ids)
+        prompt = len(request.prompt_token_ids)
+        sequence = Sequence(
+            request,
+            arrival=self._arrivals,
+            max_model_len=self._max_model_len,
+            eos=self._eos_token_ids,
+            variant=sum(prompt > limit for limit in self._rope_limits),
+        )
         if reason := sequence.finish_reason():
             return _output(sequence, (), reason)
         # With no worker at all there is nothing to compare with: it waits for one.
@@ -123,17 +150,24 @@ class Scheduler:
     def schedule(self, epoch: Epoch, step: int) -> dict[WorkerId, StepPlan] | None:
         """Every worker's plan of the next step, or None when there is nothing to run.
 
-        Decoding sequences come first, then prompts that have begun, then new ones, each in order of arrival.
+        Decoding sequences come first, then prompts that have begun, then new ones, each in order of arrival. A step
+        lasts as long as its longest part, so while anybody decodes, all workers run few tokens of prompts. On two cores
+        512 of them take as much CPU time each as 2048 do (BENCHMARKS.md), since a decode step reads the weights anyway;
+        a long prompt that runs alone would take a third longer.
         """
-        assert self._flight is None, "the previous step has neither been committed nor rolled back"
-        parts = {worker: Part(home, self._max_num_batched_tokens) for worker, home in self._homes.items()}
+        budget = self._max_num_batched_tokens
+        decoding = any(home.decoding for home in self._homes.values())
+        prompts = min(budget, self._max_num_prefill_tokens) if decoding else budget
+        parts = {worker: Part(home, budget, prompts) for worker, home in self._homes.items()}
         for part in parts.values():
             self._continue(part)
         admit(self._waiting, parts.values(), self._max_num_seqs, self._max_num_batched_tokens)
         if not any(part.work for part in parts.values()):
             return None
-        self._flight = (step, parts)
+        self._flights.append((step, parts))
         self._epoch = epoch
+        self._prefix_queries += sum(part.prefix_queries for part in parts.values())
+        self._prefix_hits += sum(part.prefix_hits for part in parts.values())
         tokens_per_rank = tuple(self._max_num_batched_tokens - part.budget for part in parts.values())
         plans = {}
         for worker, part in parts.items():
@@ -142,57 +176,54 @@ class Scheduler:
                 epoch=epoch,
                 step=step,
                 tokens_per_rank=tokens_per_rank,
-                new=tuple(sequence.introduction() for sequence, _ in part.work if not sequence.told),
+                new=tuple(s.introduction() for s, chunk in part.work if not s.told and s.flight[0] is chunk),
                 chunks=tuple(chunk for _, chunk in part.work),
                 finished=part.forget,
             )
         return plans
 
     def commit(self, results: Mapping[WorkerId, StepResult]) -> list[TokenOutput]:
-        """The whole step is done: lengths advance, and the sampled tokens are returned in the order of the plans.
+        """The oldest step is done: lengths advance, and the sampled tokens are returned in the order of the plans.
 
         Results that do not answer the plans are a defect of a host: AssertionError, and the step is still in flight.
         """
-        assert self._flight is not None, "no step is in flight"
-        step, parts = self._flight
+        assert self._flights, "no step is in flight"
+        step, parts = self._flights[0]
         assert set(results) == set(parts), "a worker's result is missing, or is of no member"
         assert all(result.step == step for result in results.values()), "a result of another step"
         samples = {worker: {sample.request_id: sample for sample in results[worker].samples} for worker in parts}
         for worker, part in parts.items():
             expected = {chunk.request_id for _, chunk in part.work if chunk.samples}
             assert samples[worker].keys() == expected, f"{worker} has not sampled what it was asked to"
-        self._flight = None
+        self._flights.popleft()
         self._steps += 1
         outputs: list[TokenOutput] = []
         for worker, part in parts.items():
             for sequence, chunk in part.work:
-                if sequence.ended:
+                if not sequence.flies(chunk):
                     continue
-                sequence.computed += chunk.length
-                part.home.backlog -= chunk.length
-                sequence.told = True
-                sequence.told_blocks = len(sequence.blocks)
+                part.home.commit(sequence)
                 if chunk.samples:
-                    part.home.backlog += 1
                     outputs.append(self._append(sequence, samples[worker][sequence.request_id]))
         return outputs
 
     def rollback(self) -> None:
-        """The step in flight failed somewhere: nothing of it counts, and its work is scheduled again."""
-        assert self._flight is not None, "no step is in flight"
-        for part in self._flight[1].values():
-            part.home.forget = [*part.forget, *part.home.forget]
-        self._flight = None
+        """The oldest step failed somewhere: nothing in flight counts, and all its work is scheduled again."""
+        assert self._flights, "no step is in flight"
+        while self._flights:
+            _, parts = self._flights.pop()
+            for part in parts.values():
+                part.home.forget = [*part.forget, *part.home.forget]
+        for home in self._homes.values():
+            for sequence in home.running.items:
+                home.rollback(sequence)
 
     def _continue(self, part: Part) -> None:
         """Run what is at home here: each decoding sequence one token, then the prompts that have begun."""
         home = part.home
-        if home.backlog == len(home.running):
-            prefilling: list[Sequence] = []
-            decoding = home.running.items.copy()
-        else:
-            prefilling = [sequence for sequence in home.running.items if sequence.remaining > 1]
-            decoding = [sequence for sequence in home.running.items if sequence.remaining == 1]
+        ready = [sequence for sequence in home.running.items if not sequence.exhausted]
+        prefilling = [sequence for sequence in ready if sequence.remaining > 1]
+        decoding = [sequence for sequence in ready if sequence.remaining == 1]
         for sequence in decoding:
             # Preempted meanwhile for an older one.
             if sequence.home is None:
@@ -200,15 +231,15 @@ class Scheduler:
             if not part.budget:
                 break
             if self._grow(part, sequence):
-                part.run(sequence, 1)
+                part.decode(sequence)
         for sequence in prefilling:
-            if part.budget and sequence.home is not None:
-                part.run(sequence, min(sequence.remaining, part.budget))
+            if part.room and sequence.home is not None:
+                part.prefill(sequence)
 
     def _grow(self, part: Part, sequence: Sequence) -> bool:
         """Find a block for its newest token, if need be by preempting the newest here. False: that was itself."""
         home = part.home
-        while len(sequence.blocks) * self._block_size < len(sequence.tokens):
+        while len(sequence.blocks) * self._block_size < sequence.known:
             if home.pool.num_free:
                 sequence.blocks += home.pool.allocate(1)
                 break
@@ -245,15 +276,18 @@ class Scheduler:
 
     # --- Membership ---------------------------------------------------------------------------------------------
 
-    def set_workers(self, workers: Mapping[WorkerId, int]) -> None:
+    def set_workers(self, workers: Mapping[WorkerId, int]) -> int:
         """The members from the next step on, with their KV blocks, in rank order.
 
-        Requests whose home is gone return to the queue with all their tokens. A worker that is listed with another
-        number of blocks counts as a new one; so must one that restarted under its old name be left out once first.
+        Requests whose home is gone return to the queue with all their tokens; how many, is returned. A worker that is
+        listed with another number of blocks counts as a new one; so must one that restarted under its old name be left
+        out once first.
         """
-        assert self._flight is None, "the membership changes between steps"
+        assert not self._flights, "the membership changes between steps"
+        requeued = 0
         for worker, home in self._homes.items():
             if workers.get(worker) != home.pool.num_blocks:
+                requeued += len(home.running)
                 for sequence in home.running.items.copy():
                     self._requeue(sequence)
         old = self._homes
@@ -261,12 +295,14 @@ class Scheduler:
         for worker, num_kv_blocks in workers.items():
             kept = old.get(worker)
             if kept is None or kept.pool.num_blocks != num_kv_blocks:
-                kept = Home(worker, num_kv_blocks, self._block_size)
+                kept = Home(worker, num_kv_blocks, self._block_size, prefix_caching=self._enable_prefix_caching)
             self._homes[worker] = kept
+        return requeued
 
-    def drain(self, worker: WorkerId) -> None:
-        """Give no more requests to `worker`; those that run there go on. It ends when the worker leaves."""
-        self._homes[worker].draining = True
+    def drain(self, workers: Collection[WorkerId]) -> None:
+        """From now on give no new requests to exactly these; those that run there go on."""
+        for home in self._homes.values():
+            home.draining = home.worker in workers
 
     # --- Views --------------------------------------------------------------------------------------------------
 
@@ -285,6 +321,8 @@ class Scheduler:
             preemptions=self._preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
             epoch=self._epoch,
         )
 
@@ -307,19 +345,24 @@ class Scheduler:
             assert sequence.home is None
             assert not sequence.blocks
             assert sequence.computed == sequence.told_blocks == 0
-        self._validate_flight()
+            assert not sequence.flight
+        flying: dict[RequestId, list[Chunk]] = {}
+        for _, parts in self._flights:
+            self._validate_flight(parts)
+            for sequence, chunk in (piece for part in parts.values() for piece in part.work):
+                if sequence.flies(chunk):
+                    flying.setdefault(sequence.request_id, []).append(chunk)
+        assert flying == {s.request_id: s.flight for s in self._sequences.values() if s.flight}
 
-    def _validate_flight(self) -> None:
-        if self._flight is None:
-            return
-        for worker, part in self._flight[1].items():
+    def _validate_flight(self, parts: Mapping[WorkerId, Part]) -> None:
+        for worker, part in parts.items():
             assert part.home is self._homes[worker]
             tokens = sum(chunk.length for _, chunk in part.work)
             assert tokens == self._max_num_batched_tokens - part.budget
             assert part.budget >= 0
             for sequence, chunk in part.work:
                 assert chunk.length >= 1
-                assert sequence.ended or sequence.home is part.home
+                assert not sequence.flies(chunk) or sequence.home is part.home
                 covered = chunk.block_offset + len(chunk.block_ids)
                 assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
 
@@ -331,6 +374,7 @@ def _output(
         request_id=sequence.request_id,
         offset=sequence.num_output - len(tokens),
         token_ids=tokens,
+        cached_tokens=sequence.cached_tokens or 0,
         logprobs=(sample.logprobs,) if sample is not None and sample.logprobs is not None else (),
         finish_reason=reason,
         stop_token_id=sequence.stop_token_id() if reason is FinishReason.STOP else None,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.errors import EmoeError
@@ -32,6 +33,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, EmoeError):
         return text
     return f"{type(cause).__name__}: {text}"[:500]
+
+
+def node_address() -> str:
+    """The IP address that other nodes reach this one by."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 async def call_all(calls: Mapping[Key, Awaitable[Any]], timeout_s: float) -> dict[Key, BaseException]:

@@ -26,8 +26,10 @@ from cluster.epochs import ControlSettings, Stage
 from cluster.errors import ConfigError, NotReadyError, UserError
 from cluster.events import (
     Abandon,
+    AbortSteps,
     Command,
     Commit,
+    Drain,
     Event,
     PlaceRequested,
     PlanReady,
@@ -59,7 +61,7 @@ from cluster.protocol import (
     RoutingView,
     WorkerView,
 )
-from cluster.routing import RoutingWindow, load_imbalance
+from cluster.routing import RoutingWindow, decode_weight, load_imbalance, weighted_load
 from cluster.state import ControlState
 from optimizer import PLANNERS, PlanResult
 from optimizer.decision import Decision
@@ -68,6 +70,10 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
 POLL_S = 1.0
+LOADING_PATIENCE = 4.0
+"""A host that loads may be late by so many times a heartbeat's time-out: imports hold its threads up."""
+COUNTS_PER_WINDOW = 12
+"""How often routing counts are fetched: they are megabytes for a large model."""
 START_S = 30.0
 """A process that has not begun to load by then is most likely waiting for a free GPU or core."""
 
@@ -87,6 +93,8 @@ class Coordinator:
         self._executor: Executor | None = None
         self._status = EngineStatus()
         self._progress: dict[WorkerId, float] = {}
+        self._counted_at: dict[WorkerId, float] = {}
+        """When each worker's routing counts were last asked for."""
         self._polling: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
@@ -127,12 +135,16 @@ class Coordinator:
         view = await self.placement()
         assert self._window is not None
         now = time.monotonic()
-        load = self._window.load(now)
+        prefill, decode = self._window.phases(now)
+        load = prefill.load + decode.load
         return RoutingView(
-            tokens=self._window.tokens(now),
+            tokens=prefill.tokens + decode.tokens,
             window_s=self._window.window_s,
             load=load,
             load_imbalance=tuple(load_imbalance(load, view.placement).tolist()),
+            prefill=prefill,
+            decode=decode,
+            decode_weight=decode_weight(prefill, decode),
         )
 
     async def workers(self) -> list[WorkerView]:
@@ -259,7 +271,12 @@ class Coordinator:
             rebalance_interval_s=config.rebalance_interval,
             min_workers=config.min_workers,
             max_workers=config.max_workers,
+            autoscale_window_s=config.autoscale_window,
             seats_per_worker=config.max_num_seqs,
+            drain_timeout_s=config.drain_timeout,
+            expert_capacity=(
+                None if config.expert_memory_bytes is None else config.expert_memory_bytes // model.expert_bytes
+            ),
             shared_gpus=self._fleet.shared_gpus,
             cluster_id=f"emoe-{os.getpid()}-{time.time_ns() % 10**9}",
         )
@@ -312,6 +329,7 @@ class Coordinator:
                 self._spawn(self._answer(executor.start_worker(command)))
             case StopWorker():
                 self._progress.pop(command.worker, None)
+                self._counted_at.pop(command.worker, None)
                 executor.stop_worker(command)
             case Transfer():
                 self._spawn(self._answer(executor.transfer(command)))
@@ -321,6 +339,10 @@ class Coordinator:
                 self._spawn(self._answer(executor.commit(command)))
             case Abandon():
                 executor.abandon(command)
+            case AbortSteps():
+                executor.abort_steps(command)
+            case Drain():
+                executor.drain(command)
             case Probe():
                 self._spawn(self._answer(executor.probe(command)))
             case Solve():
@@ -353,22 +375,26 @@ class Coordinator:
         for member in state.alive:
             if member.id in executor.hosts and member.id not in self._polling:
                 self._polling.add(member.id)
-                self._spawn(self._poll_host(member))
+                self._spawn(self._poll_host(member, executor.hosts[member.id]))
         if executor.engine is not None and executor.engine_serves and "engine" not in self._polling:
             self._polling.add("engine")
             self._spawn(self._poll_engine())
 
-    async def _poll_host(self, member: Member) -> None:
-        """Its counts, which are a sign of life too."""
-        assert self._executor is not None
+    async def _poll_host(self, member: Member, host: Any) -> None:
+        """Whether it lives, and what it has to tell."""
         assert self._window is not None
-        host = self._executor.hosts[member.id]
+        timeout_s = self._config.heartbeat_timeout
         try:
             if member.loaded:
-                # longer than any step: Python code that computes may hold a call up
-                counts = await asyncio.wait_for(host.routing_counts.remote(), self._config.step_timeout)
-                self._window.add(counts, time.monotonic())
+                await _sign_of_life(host.ping, timeout_s)
+                now = time.monotonic()
+                if now - self._counted_at.get(member.id, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
+                    self._counted_at[member.id] = now
+                    self._window.add(await host.routing_counts.remote(), time.monotonic())
+            elif member.id in self._progress:
+                self._progress[member.id] = await _sign_of_life(host.load_progress, LOADING_PATIENCE * timeout_s)
             else:
+                # its process may have to wait for resources
                 self._progress[member.id] = await host.load_progress.remote()
         except CALL_ERRORS as error:
             if is_death(error) or isinstance(error, TimeoutError):
@@ -383,7 +409,7 @@ class Coordinator:
         assert executor is not None
         engine = executor.engine
         try:
-            self._status = await asyncio.wait_for(engine.status.remote(), self._config.step_timeout)
+            self._status = await _sign_of_life(engine.status, self._config.heartbeat_timeout)
             self._feed(load_seen(self._status))
         except CALL_ERRORS as error:
             if engine is executor.engine:
@@ -408,9 +434,16 @@ class Coordinator:
         assert self._model is not None
         assert self._spec is not None
         now = time.monotonic()
-        load = self._window.load(now)
+        prefill, decode = self._window.phases(now)
+        load = prefill.load + decode.load
         problem = build_problem(
-            self._model, view.placement, load, self._window.transitions(now), dtype=self._spec.dtype
+            self._model,
+            view.placement,
+            weighted_load(prefill, decode),
+            self._window.transitions(now),
+            dtype=self._spec.dtype,
+            parts=self._window.load_parts(now),
+            room=self._require_state().room,
         )
         deadline_s = self._config.plan_deadline
         # the planner minds its deadline; a solver that does not is given up
@@ -428,3 +461,13 @@ class Coordinator:
 
     def _newest(self, state: ControlState) -> Operation:
         return told(state, state.operations.all()[0])
+
+
+async def _sign_of_life(method: Any, timeout_s: float) -> Any:
+    """The answer to a call that is always answered at once. Raises TimeoutError where the callee hangs.
+
+    Asked twice: an answer that came while this process itself was held up must not count as late.
+    """
+    with contextlib.suppress(TimeoutError):
+        return await asyncio.wait_for(method.remote(), timeout_s / 2)
+    return await asyncio.wait_for(method.remote(), timeout_s / 2)

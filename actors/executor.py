@@ -19,9 +19,11 @@ from cluster.config import ServeConfig
 from cluster.errors import UserError
 from cluster.events import (
     Abandon,
+    AbortSteps,
     Commit,
     CommitFailed,
     Committed,
+    Drain,
     EngineLost,
     Event,
     ExpertKey,
@@ -68,11 +70,14 @@ class Executor:
         self._migrator: Any = None
         self._transferring: Epoch | None = None
         self._abandoning: set[asyncio.Task[Any]] = set()
+        self._telling: set[asyncio.Task[Any]] = set()
 
     def adopt(self, members: Iterable[Member]) -> list[Event]:
         """Take over the actors of a coordinator that is gone; the events tell which are gone too."""
         events: list[Event] = []
         for member in members:
+            if not member.loaded:
+                continue
             host = self._fleet.find(names.host_name(member.id))
             if host is None:
                 events.append(WorkerLost(worker=member.id, reason="its process died"))
@@ -98,7 +103,8 @@ class Executor:
         return Epoch(status.epoch)
 
     async def start_worker(self, command: StartWorker) -> Event:
-        host = self._fleet.start_host(command.worker)
+        # one that a coordinator before this one has made goes on loading
+        host = self._fleet.find(names.host_name(command.worker)) or self._fleet.start_host(command.worker)
         self.hosts[command.worker] = host
         # their processes take seconds to start: not when they are needed
         self._ensure_engine()
@@ -112,7 +118,9 @@ class Executor:
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            num_threads=0 if self._spec.device == "cuda" else self._fleet.threads_per_worker(config.workers),
+            **self._threads(),
+            node_workers=-(-config.most_workers // self._fleet.num_nodes),
+            expert_memory_bytes=config.expert_memory_bytes,
             step_timeout_s=config.step_timeout,
         )
         try:
@@ -124,11 +132,18 @@ class Executor:
         self.infos[command.worker] = info
         return WorkerLoaded(info=info)
 
+    def _threads(self) -> dict[str, int]:
+        if self._spec.device == "cuda":
+            return {"num_threads": 0}
+        threads = self._fleet.node_threads()
+        beside = -(-self._config.workers // self._fleet.num_nodes)
+        return {"num_threads": max(1, threads // beside), "node_threads": threads}
+
     def stop_worker(self, command: StopWorker) -> None:
         host = self.hosts.pop(command.worker, None)
-        self.infos.pop(command.worker, None)
+        info = self.infos.pop(command.worker, None)
         if host is not None:
-            self._fleet.kill(host)
+            self._fleet.kill_host(host, info)
 
     async def transfer(self, command: Transfer) -> list[Event]:
         """Copies and reads side by side. A later command takes this one's place: it stops before its next expert."""
@@ -239,7 +254,7 @@ class Executor:
                 call = engine.change_epoch.remote(spec, hosts, infos)
             self._engine_started = True
             # a step that hangs comes first, then hosts that do
-            await asyncio.wait_for(call, 2 * self._config.step_timeout + 30)
+            moved_requests: int = await asyncio.wait_for(call, 2 * self._config.step_timeout + 30)
         except KeyError as error:
             return [CommitFailed(epoch=spec.epoch, reason=f"{error} is gone")]
         except TimeoutError as error:
@@ -247,16 +262,30 @@ class Executor:
         except CALL_ERRORS as error:
             if is_death(error):
                 return [self.drop_engine(one_line(error))]
-            lost = await self._find_lost([worker.id for worker in spec.placement.workers])
+            # a host whose step hangs has not flipped, although its process answers
+            lost = await self._find_lost([worker.id for worker in spec.placement.workers], stepping=True)
             return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
         self.engine_serves = True
-        return [Committed(epoch=spec.epoch)]
+        return [Committed(epoch=spec.epoch, moved_requests=moved_requests)]
+
+    def abort_steps(self, command: AbortSteps) -> None:
+        hosts = [self.hosts[worker] for worker in command.workers if worker in self.hosts]
+        calls = {(n, epoch): host.abort_step.remote(epoch) for n, host in enumerate(hosts) for epoch in command.epochs}
+        self._tell(calls, self._telling)
+
+    def drain(self, command: Drain) -> None:
+        if self.engine is not None:
+            # an engine that is gone by then will be told by another command
+            self._tell({"engine": self.engine.drain.remote(command.workers)}, self._telling)
 
     def abandon(self, command: Abandon) -> None:
         calls = {w: self.hosts[w].abandon.remote(command.epoch) for w in command.workers if w in self.hosts}
+        self._tell(calls, self._abandoning)
+
+    def _tell(self, calls: Mapping[Any, Any], tasks: set[asyncio.Task[Any]]) -> None:
         task = asyncio.ensure_future(call_all(calls, ABANDON_TIMEOUT_S))
-        self._abandoning.add(task)
-        task.add_done_callback(self._abandoning.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     async def probe(self, command: Probe) -> Event:
         lost = await self._find_lost(command.workers)
@@ -285,10 +314,11 @@ class Executor:
         self.engine = self._migrator = None
         self.hosts.clear()
 
-    async def _find_lost(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
-        """Those that do not answer: dead, or hanging."""
-        calls = {worker: self.hosts[worker].ping.remote() for worker in workers if worker in self.hosts}
-        errors = await call_all(calls, PROBE_TIMEOUT_S)
+    async def _find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
+        """Those that do not answer: dead, or hanging. `stepping`: the thread that runs the steps has to."""
+        hosts = {worker: self.hosts[worker] for worker in workers if worker in self.hosts}
+        calls = {w: host.ping_step.remote() if stepping else host.ping.remote() for w, host in hosts.items()}
+        errors = await call_all(calls, self._config.heartbeat_timeout)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
 
     async def _settle(self) -> None:

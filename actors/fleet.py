@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable
 from typing import Any, Protocol
 
+import psutil
 import ray
 from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import names
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError
 from cluster.placement import WorkerId
-from cluster.protocol import ModelInfo
+from cluster.protocol import HostInfo, ModelInfo
 from optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ ON_HEAD = {"node:__internal_head__": 0.001}
 """For actors that need no GPU and had better not be on a machine that comes and goes. Ray Serve's own do the same."""
 
 IO_THREADS = 16
-"""Of a host, for calls beside its steps: some may wait for a dead peer, and a sign of life must get through."""
+"""Of a host, for the control plane's calls: some may wait for a dead peer, and a sign of life must get through."""
 
 
 class Fleet(Protocol):
@@ -66,7 +69,12 @@ class Fleet(Protocol):
     @property
     def shared_gpus(self) -> bool: ...
 
-    def threads_per_worker(self, num_workers: int) -> int: ...
+    @property
+    def num_nodes(self) -> int: ...
+
+    def node_threads(self) -> int:
+        """Cores of a node, for its workers to share."""
+        ...
 
     def start_host(self, worker: WorkerId) -> Any: ...
 
@@ -75,6 +83,10 @@ class Fleet(Protocol):
     def start_migrator(self, expert_bytes: int) -> Any: ...
 
     def kill(self, actor: Any) -> None: ...
+
+    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+        """Like `kill`, and at once even where the process hangs."""
+        ...
 
     def solve(
         self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str
@@ -157,16 +169,18 @@ class RayFleet:
     @property
     def _gpu_share(self) -> float:
         available = self._resources.get("GPU", 0.0)
-        if not self._alone or not 0 < available < self._config.workers:
+        if not self._alone or not 0 < available < self._config.most_workers:
             return 1.0
-        return int(1000 * available / self._config.workers) / 1000
+        return int(1000 * available / self._config.most_workers) / 1000
 
-    def threads_per_worker(self, num_workers: int) -> int:
+    @property
+    def num_nodes(self) -> int:
+        return self._nodes
+
+    def node_threads(self) -> int:
         if self._nodes == 1:
-            cores = float(len(os.sched_getaffinity(0)))
-        else:
-            cores = self._resources.get("CPU", 1.0)
-        return max(1, int(cores // num_workers))
+            return len(os.sched_getaffinity(0))
+        return max(1, int(self._resources.get("CPU", 1.0) // self._nodes))
 
     def start_host(self, worker: WorkerId) -> Any:
         if self._host_class is None:
@@ -178,8 +192,7 @@ class RayFleet:
         else:
             # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
             resources = {"num_cpus": 0 if self._alone else 1}
-        # a step runs in a thread of its own, and what the control plane asks for beside it
-        groups = {"concurrency_groups": {"step": 1, "io": IO_THREADS}}
+        groups = {"concurrency_groups": {"io": IO_THREADS}}
         return self._create(self._host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups)
 
     def start_engine(self) -> Any:
@@ -206,12 +219,31 @@ class RayFleet:
     def kill(self, actor: Any) -> None:
         ray.kill(actor, no_restart=True)
 
+    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+        self.kill(actor)
+        # Ray asks a process to end before it kills it, and one that hangs holds the engine up meanwhile
+        if info is None:
+            return
+        if info.node == ray.get_runtime_context().get_node_id():
+            _kill_process(info.pid)
+        else:
+            there = NodeAffinitySchedulingStrategy(node_id=info.node, soft=False)
+            ray.remote(_kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(info.pid)
+
     def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> Awaitable[PlanResult]:
         function: Any = ray.remote(_plan_in_background)
         task: Awaitable[PlanResult] = function.options(num_cpus=0, max_retries=1).remote(
             problem, planner=planner, deadline_s=deadline_s, solver=solver
         )
         return task
+
+
+def _kill_process(pid: int) -> None:
+    """End a host that may be gone already, and its number in use again."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if "ExpertHost" in " ".join(process.cmdline()):
+            process.kill()
 
 
 def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:

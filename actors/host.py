@@ -1,24 +1,31 @@
 """ExpertHost: the actor around one worker's model. Only what Ray and the node add is here; see model/worker.py.
 
-Methods of the concurrency group "step" run in one thread, one at a time; the others beside it in "io". torch is
-imported when a host loads: whoever merely holds a handle imports this file too, and should not wait seconds for it.
+Ray's calls are for the control plane; they run side by side in the concurrency group "io". Steps and epochs come from
+the engine, in order, over a connection of its own (actors/step_server.py). torch is imported when a host loads: whoever
+merely holds a handle imports this file too, and should not wait seconds for it.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import ray
 
+from actors.calls import node_address
 from cluster.errors import NotReadyError
-from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts, StepPlan, StepResult
+from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    from actors.step_server import StepServer
     from model.worker import Worker
+
+STEP_PING_S = 30.0
+"""Longest that a call waits for the thread of the steps. Who asks gives up earlier."""
 
 
 class ExpertHost:
@@ -26,41 +33,41 @@ class ExpertHost:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
+        self._steps: StepServer | None = None
+        self._loading = threading.Lock()
+        self._info: HostInfo | None = None
         self._stores: list[TCPStore] = []
 
-    @ray.method(concurrency_group="step")
+    @ray.method(concurrency_group="io")
     def load(self, spec: HostSpec) -> HostInfo:
-        """Blocks until the weights are there. Raises UserError where they never will be."""
+        """Blocks until the weights are there; asked again, it only tells. Raises UserError where they never will be."""
+        with self._loading:
+            if self._info is None:
+                self._info = self._load(spec)
+            return self._info
+
+    def _load(self, spec: HostSpec) -> HostInfo:
         import torch
 
+        from actors.step_server import StepServer
         from model.worker import Worker
 
         begin = time.monotonic()
         worker = Worker(spec)
         self._worker = worker
         blocks, held_bytes = worker.load()
+        self._steps = StepServer(worker, node_address())
         return HostInfo(
             worker=spec.worker,
             node=ray.get_runtime_context().get_node_id(),
-            address=_address(),
+            endpoint=self._steps.endpoint,
             pid=os.getpid(),
             device=torch.cuda.get_device_name() if spec.model.device == "cuda" else "cpu",
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
             load_s=time.monotonic() - begin,
+            expert_capacity=worker.expert_capacity(),
         )
-
-    @ray.method(concurrency_group="step")
-    def step(self, plan: StepPlan) -> StepResult:
-        return self._ready.step(plan)
-
-    @ray.method(concurrency_group="step")
-    def commit(self, epoch: Epoch) -> None:
-        self._ready.commit(epoch)
-
-    @ray.method(concurrency_group="step")
-    def forget_sequences(self) -> None:
-        self._ready.forget_sequences()
 
     @ray.method(concurrency_group="io")
     def load_progress(self) -> float:
@@ -71,7 +78,7 @@ class ExpertHost:
         """host:port of a store for one process group, kept as long as this host lives."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        address = _address()
+        address = node_address()
         self._stores.append(TCPStore(address, 0, is_master=True, wait_for_workers=False))
         return f"{address}:{self._stores[-1].port}"
 
@@ -100,19 +107,21 @@ class ExpertHost:
         return self._ready.routing_counts()
 
     @ray.method(concurrency_group="io")
-    def abort_step(self) -> None:
-        self._ready.abort_step()
+    def abort_step(self, epoch: Epoch) -> None:
+        self._ready.abort_step(epoch)
 
     @ray.method(concurrency_group="io")
     def ping(self) -> None:
         """Answers as long as the process lives."""
+
+    @ray.method(concurrency_group="io")
+    def ping_step(self) -> None:
+        """Answers as soon as the thread of the steps is free. Raises TimeoutError where it hangs."""
+        if self._steps is not None and not self._steps.free.wait(STEP_PING_S):
+            raise TimeoutError("a step hangs")
 
     @property
     def _ready(self) -> Worker:
         if self._worker is None:
             raise NotReadyError("the host has not been told what to load")
         return self._worker
-
-
-def _address() -> str:
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -75,9 +75,11 @@ class Migrator:
         while True:
             if error is None and generation != self._generation:
                 error = "superseded"
+            # one look at the clock: a pause that ended between two would be neither slept through nor made use of
+            now = time.monotonic()
             if error is None:
-                self._start_free(queues, hosts, running, interval_s)
-            pause_s = self._next_at - time.monotonic() if interval_s and error is None and any(queues.values()) else 0.0
+                self._start_free(queues, hosts, running, interval_s, now)
+            pause_s = self._next_at - now if interval_s and error is None and any(queues.values()) else 0.0
             if not running:
                 if error is not None or not any(queues.values()):
                     break
@@ -111,11 +113,12 @@ class Migrator:
         hosts: Mapping[WorkerId, Any],
         running: dict[asyncio.Task[str | None], Move],
         interval_s: float,
+        now: float,
     ) -> None:
         # longest queue first, or the busiest pair would be left for the end
         for (source, target), queue in sorted(queues.items(), key=lambda item: -len(item[1])):
             if queue and not self._busy & {source, target}:
-                if interval_s and (now := time.monotonic()) < self._next_at:
+                if interval_s and now < self._next_at:
                     return
                 if interval_s:
                     self._next_at = now + interval_s

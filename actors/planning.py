@@ -10,8 +10,10 @@ from cluster.placement import Placement
 from cluster.protocol import ModelInfo, RebalancePreview
 from optimizer import PlacementProblem, PlanResult
 from optimizer.decision import Decision, decide
+from optimizer.estimate import covariance_of_window
 
 Counts = npt.NDArray[np.int64]
+Loads = npt.NDArray[np.float64]
 
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -20,19 +22,35 @@ MOVE_SHARE = 0.18
 
 
 def build_problem(
-    model: ModelInfo, placement: Placement, load: Counts, transitions: Counts, *, dtype: str
+    model: ModelInfo,
+    placement: Placement,
+    load: Loads,
+    transitions: Counts,
+    *,
+    dtype: str,
+    parts: Counts | None = None,
+    room: int | None = None,
 ) -> PlacementProblem:
-    """load: [L, E], transitions: [L-1, E, E] of the window. A layer that counted nothing is taken as even."""
+    """load: [L, E], transitions: [L-1, E, E] of the window. A layer that counted nothing is taken as even.
+
+    load may weigh tokens by what they cost; it is on the scale of tokens all the same.
+
+    parts: [P, L, E] loads of stretches of the window, which tell how they vary. Co-activation is not counted: the
+    problem estimates it from the transitions.
+
+    room: experts that any worker could hold besides its own, which is how they all arrive; None: not limited.
+    """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
     return PlacementProblem(
         loads=counted,
         workers=placement.workers,
         top_k=model.top_k,
         transitions=transitions.astype(np.float64) if transitions.any() else None,
+        load_covariance=None if parts is None else covariance_of_window(parts),
         current=placement,
         expert_bytes=model.expert_bytes,
         token_bytes=model.hidden_size * ACTIVATION_BYTES[dtype],
-        move_budget=max(1, round(MOVE_SHARE * counted.size)),
+        move_budget=min(max(1, round(MOVE_SHARE * counted.size)), counted.size if room is None else room),
     )
 
 

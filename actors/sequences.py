@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence as ReadOnly
 from typing import TYPE_CHECKING
 
+from actors.kv_blocks import next_key, root_key
 from cluster.placement import WorkerId
 from cluster.protocol import Chunk, FinishReason, GenerateRequest, NewSequence, RequestId
 
@@ -16,17 +17,21 @@ if TYPE_CHECKING:
 class Sequence:
     """A request that has not ended. It waits while `home` is None, and else runs there.
 
-    `computed` and `told_blocks` change only when a step is committed, so a step that failed leaves no trace.
+    `tokens`, `computed`, `told` and `told_blocks` change only when a step is committed, so a step that failed leaves no
+    trace. What the steps in flight will have done is in `flight`.
     """
 
     __slots__ = (
+        "_keys",
         "arrival",
         "blocks",
+        "cached_tokens",
         "claim",
         "computed",
         "counted",
         "ended",
         "eos_token_ids",
+        "flight",
         "home",
         "longest",
         "num_prompt_tokens",
@@ -38,7 +43,10 @@ class Sequence:
         "told_blocks",
     )
 
-    def __init__(self, request: GenerateRequest, *, arrival: int, max_model_len: int, eos: ReadOnly[int]) -> None:
+    def __init__(
+        self, request: GenerateRequest, *, arrival: int, max_model_len: int, eos: ReadOnly[int], variant: int = 0
+    ) -> None:
+        """`variant` tells apart sequences whose keys and values differ though their tokens are the same."""
         params = request.params
         self.request_id: RequestId = request.request_id
         self.params = params
@@ -57,6 +65,10 @@ class Sequence:
         self.claim: WorkerId | None = None
         """While it waits for memory: the worker that takes no later request until it fits."""
         self.blocks: list[int] = []
+        self.cached_tokens: int | None = None
+        """Prompt tokens that the first home had in its cache; None before it has had a home."""
+        self._keys = [root_key(salt=request.cache_salt, variant=variant)]
+        """The root, then the key of each full block, as far as they have been needed."""
         self.told = False
         """Whether the home knows its tokens."""
         self.told_blocks = 0
@@ -64,15 +76,39 @@ class Sequence:
         self.counted = False
         """Whether its prompt is in the statistics."""
         self.ended = False
+        self.flight: list[Chunk] = []
+        """Its chunks in the steps in flight, oldest first, but for those that it lost with a former home."""
 
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
+    def known(self) -> int:
+        """Tokens that it has once the steps in flight are over, unless one of them ends it."""
+        return len(self.tokens) + sum(chunk.samples for chunk in self.flight)
+
+    @property
+    def started(self) -> int:
+        """Tokens that have been run, or are in flight."""
+        return self.computed + sum(chunk.length for chunk in self.flight)
+
+    @property
     def remaining(self) -> int:
         """Tokens to run before the next one can be sampled: 1 while decoding, more during prefill."""
-        return len(self.tokens) - self.computed
+        return self.known - self.started
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether its last token is in flight."""
+        return self.known >= self.longest
+
+    def keys(self, count: int, block_size: int) -> list[bytes]:
+        """Keys of the first `count` blocks, which must be full. `block_size` is the same at every call."""
+        while len(self._keys) <= count:
+            begin = (len(self._keys) - 1) * block_size
+            self._keys.append(next_key(self._keys[-1], self.tokens[begin : begin + block_size]))
+        return self._keys[1 : count + 1]
 
     def finish_reason(self) -> FinishReason | None:
         """Whether its last output token ends it. An end-of-sequence or stop token at the limit is a stop."""
@@ -99,17 +135,35 @@ class Sequence:
             eos_token_ids=self.eos_token_ids,
         )
 
-    def chunk(self, length: int) -> Chunk:
-        """The next `length` tokens to run."""
-        told = self.told_blocks
-        return Chunk(
+    def run(self, length: int) -> Chunk:
+        """Its next `length` tokens are in flight."""
+        told = _end(self.flight[-1]) if self.flight else self.told_blocks
+        chunk = Chunk(
             request_id=self.request_id,
-            start=self.computed,
+            start=self.started,
             length=length,
-            known=len(self.tokens),
+            known=self.known,
             block_offset=told,
             block_ids=tuple(self.blocks[told:]) if told < len(self.blocks) else (),
         )
+        self.flight.append(chunk)
+        return chunk
+
+    def flies(self, chunk: Chunk) -> bool:
+        """False for a chunk that counts no more, since it has ended or lost its home meanwhile."""
+        return any(own is chunk for own in self.flight)
+
+    def land(self) -> None:
+        """The oldest chunk in flight is done."""
+        chunk = self.flight.pop(0)
+        self.computed += chunk.length
+        self.told = True
+        self.told_blocks = _end(chunk)
+
+
+def _end(chunk: Chunk) -> int:
+    """Blocks that its home knows of with this chunk."""
+    return chunk.block_offset + len(chunk.block_ids)
 
 
 def _arrival(sequence: Sequence) -> int:

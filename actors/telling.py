@@ -71,4 +71,5 @@ def load_seen(status: EngineStatus) -> LoadSeen:
         waiting=status.waiting,
         running=sum(status.running.values()),
         kv_usage=sum(usage) / len(usage) if usage else 0.0,
+        busy=tuple(worker for worker, running in status.running.items() if running),
     )

@@ -8,6 +8,7 @@ Its metadata carries the help text and, where the values are few, the choices; t
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -38,6 +39,11 @@ class ServeConfig:
     max_workers: int | None = setting(
         None, "most workers that the autoscaler asks for; no autoscaler if not given", at_least=1
     )
+    autoscale_window: float = setting(
+        15.0,
+        "seconds of load that the autoscaler goes by; it waits 2 such windows before growing again, 8 to shrink",
+        at_least=1,
+    )
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", at_least=1)
     address: str | None = setting(None, "address of a Ray cluster to join; a local one is started if not given")
@@ -48,9 +54,16 @@ class ServeConfig:
     )
     max_num_seqs: int = setting(64, "most requests that one worker runs at a time", at_least=1)
     max_num_batched_tokens: int = setting(2048, "most tokens that one worker runs in one step", at_least=1)
+    max_num_prefill_tokens: int = setting(
+        512, "most prompt tokens that one worker runs in a step in which requests wait for their next token", at_least=1
+    )
     block_size: int = setting(16, "tokens in a KV-cache block", at_least=1)
     kv_cache_memory_bytes: int | None = setting(
         None, "KV cache of each worker; sized from free memory if not given", at_least=1
+    )
+    enable_prefix_caching: bool = setting(True, "compute a beginning that an earlier request had only once")
+    expert_memory_bytes: int | None = setting(
+        None, "memory that experts may take on each worker; what is free, after the KV cache, if not given", at_least=1
     )
     redundant_experts: int = setting(0, "spare slots per layer over all workers, for replicas", at_least=0)
     rebalance_interval: float = setting(60.0, "seconds between looks at the placement; 0: only on request", at_least=0)
@@ -60,7 +73,15 @@ class ServeConfig:
         0.0, "MB/s that copies of experts between workers may take while requests run; 0: no limit", at_least=0
     )
     plan_deadline: float = setting(10.0, "seconds that a planner may take", at_least=0.1)
-    step_timeout: float = setting(60.0, "seconds after which a step that has not returned is given up", at_least=1)
+    step_timeout: float = setting(
+        60.0, "most seconds that a step may take; less, 10 times the slowest lately, once steps are known", at_least=1
+    )
+    heartbeat_timeout: float = setting(
+        5.0, "seconds without a sign of life after which a process is taken to hang and is ended", at_least=0.5
+    )
+    drain_timeout: float = setting(
+        30.0, "seconds that a worker's requests get to finish before it leaves; then they move", at_least=0
+    )
     api_key: str | None = setting(None, "key that /v1 asks for")
     admin_api_key: str | None = setting(None, "key that mutating /admin calls ask for")
     chat_template: str | None = setting(None, "file of a chat template, instead of the tokenizer's")
@@ -86,6 +107,10 @@ class ServeConfig:
         if not least <= self.workers <= self.max_workers:
             raise ConfigError(f"workers: expected {least} to {self.max_workers}, the limits of the autoscaler, "
                               f"got {self.workers}")  # fmt: skip
+
+    @property
+    def most_workers(self) -> int:
+        return max(self.workers, self.max_workers or 0)
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, source: str = "configuration") -> ServeConfig:
@@ -118,6 +143,17 @@ class ServeConfig:
         return data
 
 
+def cache_directory() -> Path:
+    """Where things that can be made again are kept: elastic-moe under $XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "elastic-moe"
+
+
+def native_wanted() -> bool:
+    """Whether workers may use the native library: not where EMOE_NATIVE is 0."""
+    return os.environ.get("EMOE_NATIVE") != "0"
+
+
 def base_type(hint: Any) -> type:
     """The type of a setting without its `| None`."""
     if isinstance(hint, types.UnionType):
@@ -131,7 +167,7 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     expected = base_type(hint)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, expected) or isinstance(value, bool):
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ConfigError(f"{field.name}: expected {expected.__name__}, got {value!r}")
     choices = field.metadata["choices"]
     if choices and value not in choices:

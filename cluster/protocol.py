@@ -1,7 +1,7 @@
 """Every message that processes send one another. Values only: frozen, slotted, keyword-only.
 
-API -> Engine           GenerateRequest; back come TokenOutputs
-Engine -> ExpertHost    StepPlan; back comes a StepResult
+API -> Engine           Hello, Submit, AbortRequests; back come Done or Refused, and Outputs as they are made
+Engine -> ExpertHost    StepPlan, CommitEpoch, ForgetSequences; back comes a StepResult, Done or Failed
 Coordinator -> all      HostSpec when a host is made, EpochSpec when an epoch begins
 ExpertHost -> Coordinator  HostInfo, RoutingCounts
 """
@@ -66,6 +66,8 @@ class GenerateRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     output_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+    """Requests share cached prefixes with those of the same salt only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,8 @@ class TokenOutput:
     request_id: RequestId
     offset: int
     token_ids: tuple[int, ...]
+    cached_tokens: int = 0
+    """Prompt tokens that were in the prefix cache when the request first ran."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token of `token_ids` where the request asked for them, else empty."""
     finish_reason: FinishReason | None = None
@@ -91,6 +95,54 @@ class TokenOutput:
     """The `stop_token_ids` member that ended it, if one did (an end-of-sequence token leaves None)."""
     error: str | None = None
     """For finish_reason ERROR: one line for the client."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a process listens, and the secret that opens it."""
+
+    address: str
+    port: int
+    token: str
+    """32 characters, drawn anew by every process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """The first message of an API replica. What is made for it while it is away, it gets when it comes again."""
+
+    client_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Requests to accept, all or none; one that is already running is left alone."""
+
+    requests: tuple[GenerateRequest, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortRequests:
+    """Requests to forget. Those that have ended, or are not the client's, are passed over. Not answered."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A RequestError on its way."""
+
+    message: str
+    param: str | None
+    code: str | None
+    status: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What is new for one client. Not an answer to anything."""
+
+    outputs: tuple[TokenOutput, ...]
 
 
 # --- Engine and hosts -------------------------------------------------------------------------------------------
@@ -161,6 +213,32 @@ class StepResult:
     """Time of the step inside the host, waits for peers included."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitEpoch:
+    """Flip to a prepared epoch."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetSequences:
+    """A new engine begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What was asked for has been done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """What was asked for has not been done."""
+
+    reason: str
+    aborted: bool
+    """Whether it was a StepAborted: nothing is wrong here, and it may be tried again."""
+
+
 # --- Hosts and coordinator --------------------------------------------------------------------------------------
 
 
@@ -195,6 +273,8 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     dtype: str
     """The dtype it is stored in."""
+    rope_limits: tuple[int, ...] = ()
+    """Prompt lengths beyond which rotary embeddings of the whole prompt are others (longrope)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +291,13 @@ class HostSpec:
     max_num_seqs: int
     max_num_batched_tokens: int
     num_threads: int
-    """Of torch; 0 leaves its default."""
+    """Of torch, while it loads; 0 leaves its default."""
+    node_threads: int = 0
+    """Threads that the workers of its node share in each epoch; 0: it keeps `num_threads`."""
+    node_workers: int = 1
+    """Workers that may come to share its node's memory."""
+    expert_memory_bytes: int | None = None
+    """Most that experts may take here; None: what is found free."""
     step_timeout_s: float = 60.0
     """How long a peer may keep the others waiting."""
 
@@ -223,14 +309,16 @@ class HostInfo:
     worker: WorkerId
     node: str
     """Ray's node id."""
-    address: str
-    """IP address that its peers reach it by."""
+    endpoint: Endpoint
+    """Where it takes steps from the engine."""
     pid: int
     device: str
     num_kv_blocks: int
     memory_bytes: int
     """Of weights and KV cache."""
     load_s: float
+    expert_capacity: int | None = None
+    """Experts that fit here, over all layers, held ones included; None: not limited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,15 +337,43 @@ class EpochSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoutingCounts:
-    """Tokens since the host's previous report. Padding and warm-up are not in it."""
+class PhaseCounts:
+    """Tokens of one phase: prefill (prompts, and what is computed again) or decode."""
 
     tokens: int
-    """Tokens run by this worker's requests."""
     load: npt.NDArray[np.int64]
     """[L, E] tokens that chose each logical expert."""
+    steps_s: float = 0.0
+    """Time of the steps in which this phase had most of the work."""
+    steps_tokens: int = 0
+    """All workers' tokens in those steps."""
+
+    def __add__(self, other: PhaseCounts) -> PhaseCounts:
+        return PhaseCounts(
+            tokens=self.tokens + other.tokens,
+            load=self.load + other.load,
+            steps_s=self.steps_s + other.steps_s,
+            steps_tokens=self.steps_tokens + other.steps_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingCounts:
+    """Tokens run by a host's requests since its previous report. Padding and warm-up are not in it."""
+
+    prefill: PhaseCounts
+    decode: PhaseCounts
     transitions: npt.NDArray[np.int64]
-    """[L-1, E, E] (expert in layer l, expert in layer l+1) pairs of one token."""
+    """[L-1, E, E] (expert in layer l, expert in layer l+1) pairs of one token, of both phases."""
+
+    @property
+    def tokens(self) -> int:
+        return self.prefill.tokens + self.decode.tokens
+
+    @property
+    def load(self) -> npt.NDArray[np.int64]:
+        """[L, E] of both phases."""
+        return self.prefill.load + self.decode.load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +404,12 @@ class EngineStatus:
     preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefix_queries: int = 0
+    """Tokens looked up in prefix caches, and (below) found there."""
+    prefix_hits: int = 0
+    first_tokens: int = 0
+    """Requests that got their first token, and (below) the sum of their waits for it in the engine."""
+    first_tokens_s: float = 0.0
     epoch: int = 0
 
 
@@ -351,6 +473,10 @@ class RoutingView:
     """[L, E] tokens per logical expert."""
     load_imbalance: tuple[float, ...]
     """[L] busiest worker's load over the mean, under the current placement; 1.0 where nothing was counted."""
+    prefill: PhaseCounts
+    decode: PhaseCounts
+    decode_weight: float
+    """Time of a token in decode over that of one in prefill, as planners weigh them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.placement import EMPTY, Placement
-from cluster.protocol import RoutingCounts
+from cluster.protocol import PhaseCounts, RoutingCounts
 
 IntCounts = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+
+MAX_DECODE_WEIGHT = 32.0
 
 
 @dataclass(slots=True)
@@ -22,8 +24,8 @@ class _Bucket:
     """Counts of one stretch of time."""
 
     number: int
-    tokens: int
-    load: IntCounts
+    prefill: PhaseCounts
+    decode: PhaseCounts
     transitions: npt.NDArray[np.uint32]
 
 
@@ -51,18 +53,30 @@ class RoutingWindow:
         if counts.tokens == 0:
             return
         bucket = self._bucket_of(now)
-        bucket.tokens += counts.tokens
-        bucket.load += counts.load
+        bucket.prefill += counts.prefill
+        bucket.decode += counts.decode
         np.add(bucket.transitions, counts.transitions, out=bucket.transitions, casting="unsafe")
 
     def tokens(self, now: float) -> int:
-        self._drop_old(now)
-        return sum(bucket.tokens for bucket in self._buckets)
+        return sum(phase.tokens for phase in self.phases(now))
 
     def load(self, now: float) -> IntCounts:
         """[L, E] tokens that chose each expert."""
+        prefill, decode = self.phases(now)
+        return prefill.load + decode.load
+
+    def load_parts(self, now: float) -> IntCounts:
+        """[P, L, E] the same in each stretch of time that counted anything, the oldest first."""
         self._drop_old(now)
-        return sum((bucket.load for bucket in self._buckets), np.zeros(self._shape, dtype=np.int64))
+        parts = [bucket.prefill.load + bucket.decode.load for bucket in self._buckets]
+        return np.array(parts, dtype=np.int64).reshape(-1, *self._shape)
+
+    def phases(self, now: float) -> tuple[PhaseCounts, PhaseCounts]:
+        """Prefill and decode."""
+        self._drop_old(now)
+        nothing = PhaseCounts(tokens=0, load=np.zeros(self._shape, dtype=np.int64))
+        prefill = sum((bucket.prefill for bucket in self._buckets), nothing)
+        return prefill, sum((bucket.decode for bucket in self._buckets), nothing)
 
     def transitions(self, now: float) -> IntCounts:
         """[L-1, E, E] pairs of experts that one token chose in adjacent layers."""
@@ -80,19 +94,33 @@ class RoutingWindow:
     def _bucket_of(self, now: float) -> _Bucket:
         number = int(now // self._bucket_s)
         if not self._buckets or self._buckets[-1].number < number:
-            self._buckets.append(
-                _Bucket(
-                    number,
-                    0,
-                    np.zeros(self._shape, dtype=np.int64),
-                    np.zeros(self._transitions_shape, dtype=np.uint32),
-                )
-            )
+            nothing = PhaseCounts(tokens=0, load=np.zeros(self._shape, dtype=np.int64))
+            self._buckets.append(_Bucket(number, nothing, nothing, np.zeros(self._transitions_shape, dtype=np.uint32)))
         return self._buckets[-1]
 
     def _drop_old(self, now: float) -> None:
         oldest = int(now // self._bucket_s) - self._count + 1
         self._buckets = [bucket for bucket in self._buckets if bucket.number >= oldest]
+
+
+def decode_weight(prefill: PhaseCounts, decode: PhaseCounts) -> float:
+    """How much longer a token takes in decode than in prefill, as steps of either kind were measured.
+
+    A decode step reads an expert's weights for a few tokens, a prefill step for hundreds. 1.0 where one kind was not
+    seen; never outside 1 to MAX_DECODE_WEIGHT, since a handful of steps may say anything.
+    """
+    if not (prefill.steps_tokens and decode.steps_tokens and prefill.steps_s > 0):
+        return 1.0
+    ratio = (decode.steps_s / decode.steps_tokens) / (prefill.steps_s / prefill.steps_tokens)
+    return min(max(ratio, 1.0), MAX_DECODE_WEIGHT)
+
+
+def weighted_load(prefill: PhaseCounts, decode: PhaseCounts) -> FloatArray:
+    """[L, E] tokens that chose each expert, each weighed by the time it takes, on the scale of all tokens."""
+    weight = decode_weight(prefill, decode)
+    weighted = prefill.load + weight * decode.load
+    total = weighted.sum()
+    return weighted * ((prefill.load.sum() + decode.load.sum()) / total if total else 1.0)
 
 
 def load_per_worker(load: IntCounts, placement: Placement) -> FloatArray:

@@ -20,14 +20,15 @@ A, B = WorkerId("a"), WorkerId("b")
 Plans = dict[WorkerId, StepPlan]
 
 
-def scheduler(workers: dict[WorkerId, int], **changes: int) -> Scheduler:
+def scheduler(workers: dict[WorkerId, int], *, enable_prefix_caching: bool = False, **changes: int) -> Scheduler:
+    """Without prefix caching: the prompts of these tests begin alike."""
     settings = {
         "block_size": 4,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 16,
         "max_model_len": 64,
     } | changes
-    return Scheduler(workers, **settings, eos_token_ids=(EOS,))
+    return Scheduler(workers, **settings, eos_token_ids=(EOS,), enable_prefix_caching=enable_prefix_caching)
 
 
 def request(name: str, prompt: int = 4, output: tuple[int, ...] = (), **params: object) -> GenerateRequest:

@@ -19,6 +19,7 @@ from cluster.config import ServeConfig
 from cluster.errors import CheckpointError, PlacementError, StepAborted
 from cluster.placement import EMPTY, WorkerId
 from cluster.protocol import (
+    Endpoint,
     EngineStatus,
     Epoch,
     EpochSpec,
@@ -26,6 +27,7 @@ from cluster.protocol import (
     HostInfo,
     HostSpec,
     ModelInfo,
+    PhaseCounts,
     RoutingCounts,
 )
 from optimizer import PlacementProblem, PlanResult, plan
@@ -61,7 +63,7 @@ class FakeHost:
         self._dir = Path()
         self._id = WorkerId("")
 
-    @ray.method(concurrency_group="step")
+    @ray.method(concurrency_group="io")
     def load(self, spec: HostSpec) -> HostInfo:
         self._dir, self._id = Path(spec.model.path), spec.worker
         self._delay("load")
@@ -70,8 +72,8 @@ class FakeHost:
         self._held = {(layer, e) for layer, experts in enumerate(spec.experts) for e in experts}
         return HostInfo(
             worker=spec.worker,
-            node="n0",
-            address="127.0.0.1",
+            node=ray.get_runtime_context().get_node_id() if ray.is_initialized() else "n0",
+            endpoint=Endpoint(address="127.0.0.1", port=1, token=""),
             pid=os.getpid(),
             device="cpu",
             num_kv_blocks=10,
@@ -79,7 +81,7 @@ class FakeHost:
             load_s=0.0,
         )
 
-    @ray.method(concurrency_group="step")
+    @ray.method(concurrency_group="io")
     def commit(self, epoch: Epoch) -> None:
         if self._epoch == epoch:
             return
@@ -127,10 +129,20 @@ class FakeHost:
 
     @ray.method(concurrency_group="io")
     def routing_counts(self) -> RoutingCounts:
-        return RoutingCounts(tokens=10, load=LOAD, transitions=np.ones((1, 8, 8), dtype=np.int64))
+        return RoutingCounts(
+            prefill=PhaseCounts(tokens=6, load=LOAD - LOAD // 2, steps_s=0.1, steps_tokens=100),
+            decode=PhaseCounts(tokens=4, load=LOAD // 2, steps_s=0.3, steps_tokens=100),
+            transitions=np.ones((1, 8, 8), dtype=np.int64),
+        )
 
     @ray.method(concurrency_group="io")
     def ping(self) -> None: ...
+
+    @ray.method(concurrency_group="io")
+    def abort_step(self, epoch: Epoch) -> None: ...
+
+    @ray.method(concurrency_group="io")
+    def ping_step(self) -> None: ...
 
     def _delay(self, method: str) -> None:
         if (self._dir / f"slow-{method}").exists():
@@ -144,12 +156,12 @@ class FakeEngine:
         self._epoch = Epoch(0)
         self._started = False
 
-    async def start(self, model: ModelInfo, spec: EpochSpec, hosts: dict[WorkerId, Any], infos: Any) -> None:
+    async def start(self, model: ModelInfo, spec: EpochSpec, hosts: dict[WorkerId, Any], infos: Any) -> int:
         assert not self._started
         self._started = True
-        await self.change_epoch(spec, hosts, infos)
+        return await self.change_epoch(spec, hosts, infos)
 
-    async def change_epoch(self, spec: EpochSpec, hosts: dict[WorkerId, Any], infos: Any) -> None:
+    async def change_epoch(self, spec: EpochSpec, hosts: dict[WorkerId, Any], infos: Any) -> int:
         members = [worker.id for worker in spec.placement.workers]
         assert set(members) <= set(hosts)
         calls = (wrap(hosts[worker].commit.remote(spec.epoch)) for worker in members)
@@ -157,6 +169,9 @@ class FakeEngine:
         if failed := [w for w, a in zip(members, answers, strict=True) if isinstance(a, BaseException)]:
             raise StepAborted(f"not committed by {failed}")
         self._epoch = spec.epoch
+        return 0
+
+    async def drain(self, workers: tuple[WorkerId, ...]) -> None: ...
 
     async def status(self) -> EngineStatus:
         return EngineStatus(epoch=self._epoch, running={WorkerId("w0"): 3})
@@ -246,8 +261,10 @@ class PlainFleet:
     def device(self) -> str:
         return "cpu"
 
-    def threads_per_worker(self, num_workers: int) -> int:
-        return 1
+    num_nodes = 1
+
+    def node_threads(self) -> int:
+        return 2
 
     def start_host(self, worker: WorkerId) -> Any:
         self.hosts[worker] = Handle(FakeHost())
@@ -262,6 +279,9 @@ class PlainFleet:
 
     def kill(self, actor: Any) -> None:
         actor.dead = True
+
+    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+        self.kill(actor)
 
     async def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> PlanResult:
         return plan(problem, planner=planner, deadline_s=deadline_s, solver=solver)

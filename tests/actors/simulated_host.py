@@ -1,7 +1,7 @@
 """A host without a model: obeys StepPlans as the protocol says, and checks each of them.
 
-Its KV cache holds the tokens themselves, so the history that it samples from is read back through the block table:
-a block given to two sequences, or lost, changes the tokens.
+Its KV cache holds the tokens themselves, and whether their prompt is a long one (which changes longrope's keys). The
+history that it samples from is read back through the block table: a block given to two sequences, or lost, shows.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class _Known:
 
 
 class SimulatedHost:
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, rope_limit: int) -> None:
         self.block_size = block_size
-        self.cache: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.rope_limit = rope_limit
+        self.cache: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.known: dict[RequestId, _Known] = {}
 
     def run(self, plan: StepPlan, rank: int) -> StepResult:
@@ -81,17 +82,21 @@ class SimulatedHost:
             sequence.blocks[chunk.block_offset : chunk.block_offset + len(chunk.block_ids)] = chunk.block_ids
             for position in range(chunk.start, chunk.start + chunk.length):
                 block, offset = divmod(position, self.block_size)
-                self.cache[sequence.blocks[block]][offset] = sequence.tokens[position]
+                self.cache[sequence.blocks[block]][offset] = (self._variant(sequence), sequence.tokens[position])
             if chunk.samples:
                 samples.append(self._sample(sequence))
         return StepResult(step=plan.step, samples=tuple(samples), compute_s=0.0)
+
+    def _variant(self, sequence: _Known) -> int:
+        return int(len(sequence.request.prompt_token_ids) > self.rope_limit)
 
     def _sample(self, sequence: _Known) -> Sample:
         cached = tuple(
             self.cache[sequence.blocks[position // self.block_size]][position % self.block_size]
             for position in range(len(sequence.tokens))
         )
-        assert cached == tuple(sequence.tokens), "the KV cache holds other tokens than the sequence"
+        expected = tuple((self._variant(sequence), token) for token in sequence.tokens)
+        assert cached == expected, "the KV cache holds other tokens than the sequence"
         request = sequence.request
         num_output = len(sequence.tokens) - len(request.prompt_token_ids)
         token = masked_token(tuple(sequence.tokens), num_output, request)

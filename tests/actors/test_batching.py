@@ -194,8 +194,30 @@ def test_homes_are_the_least_loaded() -> None:
     for name, prompt in [("r0", 20), ("r1", 4), ("r2", 4), ("r3", 4)]:
         s.add(request(name, prompt=prompt))
     plans = plan(s)
-    assert ids(plans, A) == ["r0"]
-    assert ids(plans, B) == ["r1", "r2", "r3"]
+    # as many on each; among equals, where fewer tokens wait
+    assert ids(plans, A) == ["r0", "r3"]
+    assert ids(plans, B) == ["r1", "r2"]
+
+
+def test_prompts_run_in_small_pieces_while_anybody_decodes() -> None:
+    """On every worker: a step lasts as long as its longest part."""
+    s = scheduler({A: 30, B: 30}, max_num_prefill_tokens=6)
+    s.add(request("long alone", prompt=16))
+    assert [chunk.length for chunk in plan(s)[A].chunks] == [16]
+    s.rollback()
+    step(s)
+    for name in ("q", "r", "p"):
+        s.add(request(name, prompt=8))
+    lengths = []
+    for _ in range(3):
+        plans = plan(s)
+        lengths.append([{c.request_id: c.length for c in p.chunks} for p in plans.values()])
+        s.commit(answers(plans))
+    assert lengths == [
+        [{"long alone": 1, "r": 6}, {"q": 6}],
+        [{"long alone": 1, "r": 2}, {"q": 2, "p": 4}],
+        [{"long alone": 1, "r": 1}, {"q": 1, "p": 4}],
+    ]
 
 
 def test_no_more_than_max_num_seqs_run_on_a_worker() -> None:

@@ -92,12 +92,25 @@ def test_a_draining_worker_gets_no_new_requests() -> None:
     s = scheduler({A: 10, B: 10})
     s.add(request("r"))
     step(s)
-    s.drain(A)
+    s.drain([A])
     s.set_workers({A: 10, B: 10})
     s.add(request("q"))
     s.add(request("p"))
     plans = plan(s)
     assert (ids(plans, A), ids(plans, B)) == (["r"], ["q", "p"])
+    s.rollback()
+    s.drain([])
+    s.add(request("n"))
+    assert ids(plan(s), A) == ["r", "n"]
+
+
+def test_requests_of_a_worker_that_leaves_are_counted() -> None:
+    s = scheduler({A: 10, B: 10})
+    s.add(request("r"))
+    s.add(request("q"))
+    step(s)
+    assert s.set_workers({B: 10, A: 10}) == 0
+    assert s.set_workers({B: 10}) == 1
 
 
 def test_requests_wait_for_a_worker_when_there_is_none() -> None:

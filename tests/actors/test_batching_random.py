@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from itertools import count
 
 from hypothesis import HealthCheck, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from actors.batching import Scheduler
+from actors.kv_blocks import next_key, root_key
 from cluster.errors import RequestError
 from cluster.placement import WorkerId
 from cluster.protocol import (
@@ -25,11 +27,17 @@ from cluster.protocol import (
 from tests.actors.simulated_host import EOS, VOCABULARY, SimulatedHost, alone
 
 MAX_MODEL_LEN = 40
+MOST_FLIGHTS = 3
 TOKENS = st.integers(1, VOCABULARY - 1)
+LIMIT = 20
+"""Longer prompts have other keys and values, as with longrope."""
 
+beginnings = st.builds(lambda size, step: [1 + i * step % (VOCABULARY - 1) for i in range(size)], st.integers(0, 25),
+                       st.integers(1, 2))  # fmt: skip
+prompts = st.builds(lambda begin, end: (*begin, *end), beginnings, st.lists(TOKENS, min_size=1, max_size=5))
 requests = st.builds(
-    lambda prompt, params, resumed: (tuple(prompt), params, resumed),
-    st.lists(TOKENS, min_size=1, max_size=30),
+    lambda prompt, params, resumed, salt: (prompt, params, resumed, salt),
+    prompts,
     st.builds(
         SamplingParams,
         max_tokens=st.integers(1, 20),
@@ -40,6 +48,7 @@ requests = st.builds(
         logprobs=st.sampled_from([None, 0]),
     ),
     st.integers(0, 4),
+    st.sampled_from(["", "", "salt"]),
 )
 
 
@@ -51,8 +60,18 @@ class Batching(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         max_num_seqs=st.integers(1, 5),
         max_num_batched_tokens=st.integers(1, 24),
+        max_num_prefill_tokens=st.none() | st.integers(1, 24),
+        enable_prefix_caching=st.sampled_from([True, True, False]),
     )
-    def start(self, blocks: list[int], block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def start(
+        self,
+        blocks: list[int],
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_prefill_tokens: int | None,
+        enable_prefix_caching: bool,
+    ) -> None:
         self.block_size = block_size
         self.budget = max_num_batched_tokens
         self.names = count()
@@ -67,22 +86,29 @@ class Batching(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=MAX_MODEL_LEN,
             eos_token_ids=(EOS,),
+            max_num_prefill_tokens=max_num_prefill_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            rope_limits=(LIMIT,),
         )
-        self.plans: dict[WorkerId, StepPlan] | None = None
+        self.texts: dict[bytes, tuple[int, tuple[int, ...]]] = {}
+        """What a block with this key must hold: the variant of its sequence, and the tokens."""
+        self.flights: deque[dict[WorkerId, StepPlan]] = deque()
+        self.results: deque[dict[WorkerId, StepResult]] = deque()
+        """Of the oldest flights, as far as every host has run them."""
         self.requests: dict[RequestId, GenerateRequest] = {}
         self.outputs: dict[RequestId, list[int]] = {}
         self.draining: set[WorkerId] = set()
 
     def _new_host(self, size: int) -> None:
         worker = WorkerId(f"w{next(self.names)}")
-        self.hosts[worker] = SimulatedHost(size, self.block_size)
+        self.hosts[worker] = SimulatedHost(size, self.block_size, rope_limit=LIMIT)
 
     def _workers(self) -> dict[WorkerId, int]:
         return {worker: len(host.cache) for worker, host in self.hosts.items()}
 
     @rule(spec=requests)
-    def add(self, spec: tuple[tuple[int, ...], SamplingParams, int]) -> None:
-        prompt, params, resumed = spec
+    def add(self, spec: tuple[tuple[int, ...], SamplingParams, int, str]) -> None:
+        prompt, params, resumed, salt = spec
         request = GenerateRequest(request_id=RequestId(f"r{next(self.names)}"), prompt_token_ids=prompt, params=params)
         full = alone(request, MAX_MODEL_LEN)
         request = GenerateRequest(
@@ -90,6 +116,7 @@ class Batching(RuleBasedStateMachine):
             prompt_token_ids=prompt,
             params=params,
             output_token_ids=full[:resumed],
+            cache_salt=salt,
         )
         try:
             end = self.scheduler.add(request)
@@ -103,6 +130,16 @@ class Batching(RuleBasedStateMachine):
             return
         self.requests[request.request_id] = request
         self.outputs[request.request_id] = list(request.output_token_ids)
+        self._note_texts(request)
+
+    def _note_texts(self, request: GenerateRequest) -> None:
+        variant = int(len(request.prompt_token_ids) > LIMIT)
+        key = root_key(salt=request.cache_salt, variant=variant)
+        tokens = request.prompt_token_ids + alone(request, MAX_MODEL_LEN)
+        for begin in range(0, len(tokens) - self.block_size + 1, self.block_size):
+            content = tokens[begin : begin + self.block_size]
+            key = next_key(key, content)
+            self.texts[key] = (variant, content)
 
     @precondition(lambda self: self.requests)
     @rule(pick=st.randoms(use_true_random=False))
@@ -119,6 +156,7 @@ class Batching(RuleBasedStateMachine):
         old = self.requests.pop(request_id)
         del self.outputs[request_id]
         again = GenerateRequest(request_id=request_id, prompt_token_ids=old.prompt_token_ids[:1], params=old.params)
+        self._note_texts(again)
         try:
             self.scheduler.add(again)
         except RequestError:
@@ -126,31 +164,43 @@ class Batching(RuleBasedStateMachine):
         self.requests[request_id] = again
         self.outputs[request_id] = []
 
-    @precondition(lambda self: self.plans is None)
+    @precondition(lambda self: len(self.flights) < MOST_FLIGHTS)
     @rule()
     def schedule(self) -> None:
-        self.plans = self.scheduler.schedule(Epoch(1), next(self.steps))
-        if self.plans is not None:
-            assert list(self.plans) == list(self.hosts)
-            for plan in self.plans.values():
+        plans = self.scheduler.schedule(Epoch(1), next(self.steps))
+        if plans is not None:
+            assert list(plans) == list(self.hosts)
+            for plan in plans.values():
                 assert max(plan.tokens_per_rank) <= self.budget
+            self.flights.append(plans)
 
-    @precondition(lambda self: self.plans is not None)
+    @precondition(lambda self: len(self.results) < len(self.flights))
     @rule()
-    def run_and_commit(self) -> None:
-        assert self.plans is not None
-        results = self._run(self.hosts)
-        self.plans = None
-        self._receive(self.scheduler.commit(results))
+    def run(self) -> None:
+        """Hosts may be ahead of what the scheduler knows."""
+        self.results.append(self._run(self.flights[len(self.results)], list(self.hosts)))
 
-    @precondition(lambda self: self.plans is not None)
+    @precondition(lambda self: self.flights)
+    @rule()
+    def commit(self) -> None:
+        if not self.results:
+            self.run()
+        self.flights.popleft()
+        self._receive(self.scheduler.commit(self.results.popleft()))
+
+    @precondition(lambda self: self.flights)
     @rule(pick=st.randoms(use_true_random=False))
     def fail_halfway(self, pick: random.Random) -> None:
-        self._run([worker for worker in self.hosts if pick.random() < 0.5])
-        self.plans = None
+        """Some hosts get through more steps than others, before all are rolled back."""
+        hosts = list(self.hosts)
+        for plans in list(self.flights)[len(self.results) :]:
+            hosts = [worker for worker in hosts if pick.random() < 0.5]
+            self._run(plans, hosts)
+        self.flights.clear()
+        self.results.clear()
         self.scheduler.rollback()
 
-    @precondition(lambda self: self.plans is None)
+    @precondition(lambda self: not self.flights)
     @rule(pick=st.randoms(use_true_random=False), sizes=st.lists(st.integers(2, 12), max_size=2))
     def change_members(self, pick: random.Random, sizes: list[int]) -> None:
         kept = [worker for worker in self.hosts if pick.random() < 0.6]
@@ -161,21 +211,16 @@ class Batching(RuleBasedStateMachine):
         self.draining &= set(self.hosts)
         self.scheduler.set_workers(self._workers())
 
-    @precondition(lambda self: len(self.hosts) > len(self.draining) + 1)
+    @precondition(lambda self: self.hosts)
     @rule(pick=st.randoms(use_true_random=False))
     def drain(self, pick: random.Random) -> None:
-        worker = pick.choice([worker for worker in self.hosts if worker not in self.draining])
-        self.draining.add(worker)
-        self.scheduler.drain(worker)
+        workers = list(self.hosts)
+        self.draining = set(pick.sample(workers, pick.randrange(len(workers))))
+        self.scheduler.drain(self.draining)
 
-    def _run(self, workers: object) -> dict[WorkerId, StepResult]:
-        assert self.plans is not None
-        ranks = {worker: rank for rank, worker in enumerate(self.plans)}
-        return {
-            worker: self.hosts[worker].run(self.plans[worker], ranks[worker])
-            for worker in self.hosts
-            if worker in set(workers)  # type: ignore[call-overload]
-        }
+    def _run(self, plans: dict[WorkerId, StepPlan], workers: list[WorkerId]) -> dict[WorkerId, StepResult]:
+        ranks = {worker: rank for rank, worker in enumerate(plans)}
+        return {worker: self.hosts[worker].run(plans[worker], ranks[worker]) for worker in workers}
 
     def _receive(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
@@ -201,22 +246,33 @@ class Batching(RuleBasedStateMachine):
         status = self.scheduler.status()
         assert status.waiting + sum(status.running.values()) == len(self.requests)
 
+    @invariant()
+    def known_blocks_hold_what_they_are_known_for(self) -> None:
+        """Whatever a step in flight, whole or halfway, writes: it is never to a block that may be shared."""
+        if not hasattr(self, "scheduler"):
+            return
+        for worker, home in self.scheduler._homes.items():
+            for key, block in home.pool._blocks.items():
+                variant, content = self.texts[key]
+                assert self.hosts[worker].cache[block] == [(variant, token) for token in content]
+
     def teardown(self) -> None:
         """Whatever happened, every request that some worker can hold ends, and nothing is left in memory."""
         if not hasattr(self, "scheduler"):
             return
-        if self.plans is not None:
-            self.run_and_commit()
+        while self.flights:
+            self.commit()
         self._new_host(MAX_MODEL_LEN)
         self.scheduler.set_workers(self._workers())
         assert self.scheduler.stranded() == ()
         work = sum(len(r.prompt_token_ids) + r.params.max_tokens for r in self.requests.values())
         for _ in range(50 + 20 * work):
-            self.schedule()
-            self.scheduler.validate()
-            if self.plans is None:
+            for _ in range(MOST_FLIGHTS - len(self.flights)):
+                self.schedule()
+                self.scheduler.validate()
+            if not self.flights:
                 break
-            self.run_and_commit()
+            self.commit()
             self.scheduler.validate()
         assert not self.requests, "a request starves"
         assert set(self.scheduler.status().kv_usage.values()) == {0.0}
@@ -227,13 +283,13 @@ class Batching(RuleBasedStateMachine):
         self.requests[last.request_id], self.outputs[last.request_id] = last, []
         assert self.scheduler.add(last) is None
         self.schedule()
-        self.run_and_commit()
+        self.commit()
         assert [known for host in self.hosts.values() for known in host.known] == ["last"]
 
 
 TestBatching = Batching.TestCase
 TestBatching.settings = settings(
-    max_examples=60,
+    max_examples=100,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

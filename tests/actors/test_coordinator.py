@@ -14,9 +14,8 @@ import ray
 from actors import coordinator as module
 from actors import executor
 from actors.coordinator import Coordinator
-from cluster import autoscaling
 from cluster.config import ServeConfig
-from cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError
+from cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
 from cluster.placement import WorkerId
 from cluster.protocol import Operation, Phase, RebalancePreview
 from tests.actors.fakes import MODEL, PlainFleet
@@ -36,7 +35,9 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def running(path: Path, **settings: Any) -> AsyncIterator[tuple[Coordinator, PlainFleet]]:
-    config = ServeConfig(**{"workers": 2, "rebalance_interval": 0, "step_timeout": 1, **settings})
+    config = ServeConfig(
+        **{"workers": 2, "rebalance_interval": 0, "heartbeat_timeout": 0.5, "drain_timeout": 0.2, **settings}
+    )
     fleet = PlainFleet(config)
     coordinator = Coordinator(config, str(path), fleet)
     yield coordinator, fleet
@@ -381,13 +382,11 @@ def test_a_placement_that_was_saved_is_loaded_and_pinned(tmp_path: Path) -> None
     asyncio.run(story())
 
 
-def test_the_autoscaler_sees_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_autoscaler_sees_the_engine(tmp_path: Path) -> None:
     """The fake engine runs three requests, more than one worker's two seats."""
-    for name in ("WINDOW_S", "UP_COOLDOWN_S"):
-        monkeypatch.setattr(autoscaling, name, 0.1)
 
     async def story() -> None:
-        async with running(tmp_path, workers=1, max_workers=2, max_num_seqs=2) as (coordinator, _):
+        async with running(tmp_path, workers=1, max_workers=2, max_num_seqs=2, autoscale_window=1) as (coordinator, _):
             await ready(coordinator)
 
             async def two() -> bool:
@@ -421,5 +420,95 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
             again = await coordinator.rebalance("greedy", False)
             assert isinstance(again, Operation)
             assert (await ended(coordinator, again.operation_id)).phase is Phase.COMPLETED
+
+    asyncio.run(story())
+
+
+def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOADING_PATIENCE", 0.5)
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            frozen = asyncio.Event()
+
+            async def hang(called: str) -> None:
+                if called == "load" or frozen.is_set():
+                    await asyncio.sleep(3600)
+
+            make = fleet.start_host
+
+            def start_host(worker: WorkerId) -> Any:
+                host = make(worker)
+                host.before = hang if worker == W2 else None
+                return host
+
+            monkeypatch.setattr(fleet, "start_host", start_host)
+            operation = await coordinator.scale(3)
+            await asyncio.sleep(0.2)
+            assert "loading" not in (await coordinator.readiness()).reason
+            frozen.set()
+            assert (await ended(coordinator, operation.operation_id)).phase is Phase.COMPLETED
+            assert fleet.hosts[W2].dead
+
+    asyncio.run(story())
+
+
+def test_a_host_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+
+            async def hang(called: str) -> None:
+                if called == "commit":
+                    raise StepAborted("the step before has not returned")
+                if called == "ping_step":
+                    await asyncio.sleep(3600)
+
+            fleet.hosts[W1].before = hang
+            await coordinator.report_step_failure((await coordinator.placement()).epoch, [W1], "w1: no answer in time")
+
+            async def gone() -> bool:
+                return fleet.hosts[W1].dead
+
+            await until(gone)
+            await ready(coordinator)
+
+    asyncio.run(story())
+
+
+def test_a_restarted_coordinator_adopts_a_host_that_still_loads(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (first, fleet):
+            await ready(first)
+            loading = asyncio.Event()
+
+            async def slow(called: str) -> None:
+                if called == "load":
+                    await loading.wait()
+
+            make = fleet.start_host
+            made: list[WorkerId] = []
+
+            def start_host(worker: WorkerId) -> Any:
+                made.append(worker)
+                host = make(worker)
+                host.before = slow
+                return host
+
+            fleet.start_host = start_host  # type: ignore[method-assign]
+            operation = await first.scale(3)
+            await asyncio.sleep(0.1)
+            for task in first._tasks:
+                task.cancel()
+            fleet.resumes = True
+            second = Coordinator(fleet.config, str(tmp_path), fleet)
+            await asyncio.wait_for(second._opened.wait(), 5)
+            await ready(second)
+            loading.set()
+            assert (await ended(second, operation.operation_id)).phase is Phase.COMPLETED
+            assert made == [W2]
+            assert [w.id for w in (await second.placement()).placement.workers] == [W0, W1, W2]
+            await second.shutdown()
 
     asyncio.run(story())

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+from types import SimpleNamespace
 
+import pytest
+
+from actors import migrator as migrator_module
 from actors.migrator import MigrationReport, Migrator
 from cluster.placement import Move, WorkerId
 from tests.actors.fakes import Handle
@@ -49,6 +54,16 @@ def test_all_copies_together_keep_to_the_bandwidth() -> None:
     report = asyncio.run(migrator.copy(moves(10, pairs=2), hosts(2)))
     assert len(report.done) == 10
     assert 0.18 <= report.seconds < 2.0
+
+
+def test_a_pause_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock moves on between any two looks at it, and so past the end of the pause."""
+    looks = itertools.count()
+    monkeypatch.setattr(migrator_module, "time", SimpleNamespace(monotonic=lambda: next(looks) * 0.01))
+    for interval_s in (0.015, 0.025, 0.035):
+        migrator = Migrator(BYTES, bytes_per_s=BYTES / interval_s)
+        report = asyncio.run(asyncio.wait_for(migrator.copy(moves(5), hosts()), 10))
+        assert len(report.done) == 5
 
 
 def test_what_is_urgent_knows_no_limit() -> None:

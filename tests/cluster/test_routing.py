@@ -2,16 +2,24 @@ import numpy as np
 import pytest
 
 from cluster.placement import EMPTY, Placement, Worker, WorkerId
-from cluster.protocol import RoutingCounts
-from cluster.routing import RoutingWindow, load_imbalance, load_per_worker
+from cluster.protocol import PhaseCounts, RoutingCounts
+from cluster.routing import (
+    MAX_DECODE_WEIGHT,
+    RoutingWindow,
+    decode_weight,
+    load_imbalance,
+    load_per_worker,
+    weighted_load,
+)
 
 L, E = 2, 4
 
 
 def counts(value: int) -> RoutingCounts:
+    phase = PhaseCounts(tokens=value, load=np.full((L, E), value, dtype=np.int64))
     return RoutingCounts(
-        tokens=value,
-        load=np.full((L, E), value, dtype=np.int64),
+        prefill=phase,
+        decode=PhaseCounts(tokens=0, load=np.zeros((L, E), dtype=np.int64)),
         transitions=np.full((L - 1, E, E), value, dtype=np.int64),
     )
 
@@ -25,6 +33,8 @@ def test_reports_add_up_and_leave_the_window() -> None:
     assert (window.load(131.0) == 7).all()
     assert (window.transitions(131.0) == 7).all()
     assert window.load(131.0).dtype == np.int64
+    assert window.load_parts(131.0)[:, 0, 0].tolist() == [3, 4]
+    assert RoutingWindow(L, E, window_s=60.0).load_parts(0.0).shape == (0, L, E)
     # the edge moves by whole buckets of 10 s
     assert window.tokens(159.0) == 7
     assert window.tokens(160.0) == 4
@@ -42,7 +52,8 @@ def test_memory_does_not_grow_with_reports() -> None:
 
 def test_a_model_of_one_layer_has_no_transitions() -> None:
     window = RoutingWindow(1, E, window_s=60.0)
-    window.add(RoutingCounts(tokens=1, load=np.ones((1, E), np.int64), transitions=np.zeros((0, E, E), np.int64)), 0.0)
+    phase = PhaseCounts(tokens=1, load=np.ones((1, E), np.int64))
+    window.add(RoutingCounts(prefill=phase, decode=phase, transitions=np.zeros((0, E, E), np.int64)), 0.0)
     assert window.transitions(0.0).shape == (0, E, E)
 
 
@@ -62,3 +73,33 @@ def test_uneven_workers_and_nothing_counted() -> None:
     where = placement([[0, 1, 2, 3]], (3, 1))
     assert load_imbalance(np.zeros((1, E), dtype=np.int64), where).tolist() == [1.0]
     assert load_imbalance(np.ones((1, E), dtype=np.int64), where).tolist() == [1.5]
+
+
+def phase(load: list[int], steps_s: float = 0.0, steps_tokens: int = 0) -> PhaseCounts:
+    return PhaseCounts(tokens=sum(load), load=np.array([load]), steps_s=steps_s, steps_tokens=steps_tokens)
+
+
+def test_phases_are_kept_apart() -> None:
+    window = RoutingWindow(1, E, window_s=60.0)
+    nothing = np.zeros((0, E, E), np.int64)
+    for n in (1, 2):
+        window.add(
+            RoutingCounts(prefill=phase([n, 0, 0, 0], 0.5, 100), decode=phase([0, n, 0, 0]), transitions=nothing), 0.0
+        )
+    prefill, decode = window.phases(1.0)
+    assert (prefill.load.tolist(), decode.load.tolist()) == ([[3, 0, 0, 0]], [[0, 3, 0, 0]])
+    assert (prefill.tokens, prefill.steps_s, prefill.steps_tokens, decode.steps_tokens) == (3, 1.0, 200, 0)
+
+
+def test_a_token_weighs_what_it_takes() -> None:
+    prefill, decode = phase([10, 0, 0, 0], 1.0, 1000), phase([0, 10, 0, 0], 3.0, 1000)
+    assert decode_weight(prefill, decode) == pytest.approx(3.0)
+    assert weighted_load(prefill, decode).tolist() == [[5.0, 15.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("prefill_s", "decode_s", "weight"), [(0.0, 1.0, 1.0), (1.0, 0.1, 1.0), (1e-9, 1.0, MAX_DECODE_WEIGHT)]
+)
+def test_weights_are_bounded(prefill_s: float, decode_s: float, weight: float) -> None:
+    assert decode_weight(phase([1, 0, 0, 0], prefill_s, 10), phase([1, 0, 0, 0], decode_s, 10)) == weight
+    assert weighted_load(phase([0] * E), phase([0] * E)).tolist() == [[0.0] * E]
