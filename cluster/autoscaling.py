@@ -13,15 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WINDOW_S = 15.0
-"""The load must have been seen for so long; reports come about once per second."""
 UP = 0.85
 DOWN = 0.5
 AIM = 0.65
 """Demand that a step up aims at."""
-UP_COOLDOWN_S = 30.0
-DOWN_COOLDOWN_S = 120.0
-"""Since the last change of size. Workers too many cost money, workers too few cost answers: down is slower."""
+UP_COOLDOWN = 2.0
+DOWN_COOLDOWN = 8.0
+"""Windows since the last change of size. Workers too many cost money, workers too few cost answers: down is slower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +28,8 @@ class Policy:
     max_workers: int
     seats_per_worker: int
     """Requests that a worker runs at a time."""
+    window_s: float = 15.0
+    """The load must have been seen for so long; reports come about once per second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,19 +67,19 @@ def recommend(policy: Policy, samples: Sequence[Sample], *, workers: int, now: f
         return Verdict(target=policy.min_workers, reason=f"at least {policy.min_workers} are to serve")
     if workers > policy.max_workers:
         return Verdict(target=policy.max_workers, reason=f"at most {policy.max_workers} are to serve")
-    window = [sample for sample in samples if now - sample.at_s <= WINDOW_S]
-    if not samples or now - samples[0].at_s < WINDOW_S or not window:
-        return Verdict(target=workers, reason=f"the load has not been seen for {WINDOW_S:g} s")
+    window = [sample for sample in samples if now - sample.at_s <= policy.window_s]
+    if not samples or now - samples[0].at_s < policy.window_s or not window:
+        return Verdict(target=workers, reason=f"the load has not been seen for {policy.window_s:g} s")
     demands = [demand(sample, workers=workers, seats_per_worker=policy.seats_per_worker) for sample in window]
     mean, peak, since = sum(demands) / len(demands), max(demands), now - changed_at
     waiting = sum(sample.waiting for sample in window) / len(window)
-    seen = f"demand {mean:.0%} of capacity, {waiting:.1f} waiting, over {WINDOW_S:g} s"
+    seen = f"demand {mean:.0%} of capacity, {waiting:.1f} waiting, over {policy.window_s:g} s"
     if mean > UP:
         return _up(policy, workers, mean, since, seen)
     # of what a step down would leave, were the busiest moment to come again
     left = peak * workers / (workers - 1) if workers > policy.min_workers else 1.0
     if left < DOWN:
-        if since < DOWN_COOLDOWN_S:
+        if since < DOWN_COOLDOWN * policy.window_s:
             return Verdict(target=workers, reason=f"{seen}; the last change was {since:.0f} s ago")
         return Verdict(target=workers - 1, reason=f"{seen}; {workers - 1} would be at {left:.0%}")
     return Verdict(target=workers, reason=seen)
@@ -90,6 +90,6 @@ def _up(policy: Policy, workers: int, mean: float, since: float, seen: str) -> V
     wanted = min(policy.max_workers, 2 * workers, max(workers + 1, math.ceil(workers * mean / AIM)))
     if wanted <= workers:
         return Verdict(target=workers, reason=f"{seen}; at most {policy.max_workers} are to serve")
-    if since < UP_COOLDOWN_S:
+    if since < UP_COOLDOWN * policy.window_s:
         return Verdict(target=workers, reason=f"{seen}; the last change was {since:.0f} s ago")
     return Verdict(target=wanted, reason=seen)

@@ -40,3 +40,5 @@ class ClusterCounters:
     """By cause: the first one, where one recovery had several."""
     recovery_s: Distribution = field(default_factory=Distribution)
     """From the moment an epoch was found broken until the next one served."""
+    requests_moved: int = 0
+    """Requests that lost their worker, or had to leave it, and were computed again elsewhere."""

@@ -15,8 +15,10 @@ import numpy.typing as npt
 from cluster.counters import ClusterCounters
 from cluster.events import (
     Abandon,
+    AbortSteps,
     Command,
     Commit,
+    Drain,
     Prepare,
     Prepared,
     StopWorker,
@@ -36,6 +38,8 @@ DEAD_REMEMBERED = 16
 
 class Stage(StrEnum):
     TRANSFERRING = "transferring"
+    DRAINING = "draining"
+    """Everything is in its place; workers that leave may finish what they run."""
     PREPARING = "preparing"
     COMMITTING = "committing"
 
@@ -71,8 +75,13 @@ class ControlSettings:
     min_workers: int | None = None
     max_workers: int | None = None
     """The autoscaler's limits, which hold for whoever asks for a size. None: no autoscaler."""
+    autoscale_window_s: float = 15.0
     seats_per_worker: int = 64
     """Requests that a worker runs at a time."""
+    drain_timeout_s: float = 30.0
+    """How long the requests of a worker that leaves may take; then they move."""
+    expert_capacity: int | None = None
+    """Experts that a worker has memory for, over all layers; None: as each reports."""
     cluster_id: str = "emoe"
     """Part of every process group's name, so that two clusters on one machine do not meet."""
 
@@ -102,6 +111,10 @@ class Epochs:
         self._broken_at: float | None = None
         """When service stopped; None while the current epoch serves."""
         self._read_all = False
+        self._told_draining: tuple[WorkerId, ...] | None = ()
+        """What the engine was told last; None where that is not known."""
+        self._busy: tuple[WorkerId, ...] | None = None
+        """Workers that run requests; None where nothing was heard since the engine was told to drain some."""
         self._out: list[Command] = []
 
     @property
@@ -147,7 +160,7 @@ class Epochs:
             urgent = self.change.urgent
             self._out.append(Transfer(epoch=epoch, copies=transfers.copies, reads=transfers.reads, urgent=urgent))
         else:
-            self._prepare(now)
+            self._drain(now)
 
     def _needs_group(self, placement: Placement) -> bool:
         return self.broken is not None or tuple(worker.id for worker in placement.workers) != self.ranks
@@ -186,7 +199,37 @@ class Epochs:
             self.members[move.target].staged[move.layer, move.expert] = True
         for worker, layer, expert in change.transfers.reads:
             self.members[worker].staged[layer, expert] = True
-        self._prepare(now)
+        self._drain(now)
+
+    def _drain(self, now: float) -> None:
+        """All experts are where they should be. Whoever leaves may finish its requests first, for a while."""
+        assert self.change is not None
+        if self._drained(self.change, now):
+            self._prepare(now)
+        elif self.change.stage is not Stage.DRAINING:
+            self._enter(Stage.DRAINING, now)
+
+    def _drained(self, change: Change, now: float) -> bool:
+        if change.urgent or self.broken is not None:
+            return True
+        leaving = [self.members[worker] for worker in self.ranks if worker not in change.workers]
+        return not any(
+            (self._busy is None or member.id in self._busy)
+            and now - member.draining_since < self.settings.drain_timeout_s
+            for member in leaving
+            if member.alive
+        )
+
+    def _tell_draining(self) -> None:
+        """Have the engine spare those that are to leave, as long as there are others."""
+        if self.spec is None or self.broken is not None:
+            return
+        leaving = tuple(worker for worker in self.ranks if self.members[worker].state is WorkerState.DRAINING)
+        if len(leaving) == len(self.ranks):
+            leaving = ()
+        if leaving != self._told_draining:
+            self._told_draining, self._busy = leaving, None
+            self._out.append(Drain(workers=leaving))
 
     def _enter(self, stage: Stage, now: float) -> None:
         assert self.change is not None
@@ -211,9 +254,10 @@ class Epochs:
         self.operations.advance(change.operation_id, phase=Phase.COMMITTING)
         self._out.append(Commit(spec=event.spec))
 
-    def _committed(self, now: float) -> None:
+    def _committed(self, now: float, moved_requests: int = 0) -> None:
         change, self.change = self.change, None
         assert change is not None
+        self.counters.requests_moved += moved_requests
         self._time_stage(change, now)
         if self._broken_at is not None:
             self.counters.recoveries[self._broken_cause] += 1
@@ -269,7 +313,7 @@ class Epochs:
         change, self.change = self.change, None
         assert change is not None
         # what was brought for a start or a recovery will be wanted by the next attempt too
-        if change.kind == "rebalance" or change.stage is not Stage.TRANSFERRING:
+        if change.kind == "rebalance" or change.stage in (Stage.PREPARING, Stage.COMMITTING):
             members = [self.members[worker] for worker in change.workers if self.members[worker].alive]
             self._out.append(Abandon(epoch=change.spec.epoch, workers=tuple(member.id for member in members)))
             for member in members:
@@ -289,6 +333,12 @@ class Epochs:
         """The current epoch serves no more. Nothing but a new group will do. cause: one of CAUSES."""
         assert self.spec is not None
         self._broken_group = self.spec.group
+        # an engine does this as well, unless it died too
+        epochs = [self.spec.epoch]
+        if self.change is not None and self.change.stage is Stage.COMMITTING:
+            epochs.append(self.change.spec.epoch)
+        workers = tuple(member.id for member in self.alive if member.loaded)
+        self._out.append(AbortSteps(epochs=tuple(epochs), workers=workers))
         if self.broken is None:
             self.broken, self._broken_cause, self._broken_at = reason, cause, now
         self._open_recovery()

@@ -8,6 +8,7 @@ EmoeError
 │   └── RequestError        a request that cannot be served; carries OpenAI's `param` and `code`
 ├── ConflictError       another operation is under way
 ├── NotReadyError       the cluster cannot serve yet, or not now
+├── HostError           a host failed at what it was told, through no fault of its peers
 └── StepAborted         a lock-step peer is gone; the step must be run again in the next epoch
 """
 
@@ -55,6 +56,10 @@ class ConflictError(EmoeError):
 
 class NotReadyError(EmoeError):
     """The cluster cannot serve yet, or not now."""
+
+
+class HostError(EmoeError):
+    """A host failed at what it was told: the model itself, say, on these tokens. The message says how."""
 
 
 class StepAborted(EmoeError):

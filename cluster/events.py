@@ -9,7 +9,7 @@ something that has been given up since is stale, and ignored.
     Commit      -> Committed | CommitFailed
     Probe       -> Probed
     Solve       -> PlanReady
-    StopWorker, Abandon: no answer
+    StopWorker, Abandon, AbortSteps, Drain: no answer
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class PrepareFailed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
     epoch: Epoch
+    moved_requests: int = 0
+    """Requests whose home is not a member any more: they are computed again elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +179,8 @@ class LoadSeen:
     running: int
     kv_usage: float
     """Share of all KV-cache blocks in use, 0..1."""
+    busy: tuple[WorkerId, ...] = ()
+    """Workers that run requests."""
 
 
 Event = (
@@ -256,6 +260,21 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbortSteps:
+    """Free `workers` from steps of these epochs, which wait for somebody who will not come."""
+
+    epochs: tuple[Epoch, ...]
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Have the engine give no new requests to `workers`, and to exactly these."""
+
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """Ask `workers` for a sign of life."""
 
@@ -271,4 +290,4 @@ class Solve:
     """None: the one of the periodic re-placement."""
 
 
-Command = StartWorker | StopWorker | Transfer | Prepare | Commit | Abandon | Probe | Solve
+Command = StartWorker | StopWorker | Transfer | Prepare | Commit | Abandon | AbortSteps | Drain | Probe | Solve

@@ -52,8 +52,10 @@ def _check_experts(state: ControlState) -> None:
         for worker in state.ranks:
             member = state.members[worker]
             held |= member.held
-            missing = needs(state.spec.placement, worker) & ~member.held
-            assert not missing.any(), "a member of an epoch that serves holds what the placement gives it"
+            needed = needs(state.spec.placement, worker)
+            assert not (needed & ~member.held).any(), "a member of an epoch that serves holds what it is given"
+            capacity = None if member.info is None else member.info.expert_capacity
+            assert capacity is None or needed.sum() <= capacity, "no worker is given more than it has memory for"
         assert held.all(), "the last copy of an expert is never dropped"
     change = state.change
     if change is not None and change.stage is not Stage.TRANSFERRING:

@@ -43,6 +43,7 @@ class Member:
     loaded_at: float | None = None
     retired: bool = False
     """It leaves because it was named, and not for the number's sake."""
+    draining_since: float = 0.0
     strikes: int = 0
     """Steps in a row that failed with it as a suspect."""
 
@@ -59,9 +60,20 @@ class Member:
         return self.held | self.staged
 
 
-def slots_per_worker(num_experts: int, num_workers: int, redundant_experts: int) -> int:
-    """Slots of each worker per layer: an even share of all experts and of the spare slots, at most one per expert."""
-    return min(num_experts, -(-(num_experts + redundant_experts) // num_workers))
+def slots_of(limits: Sequence[int], num_experts: int, redundant_experts: int) -> tuple[int, ...] | None:
+    """Slots of each worker per layer: an even share of all experts and of the spare slots, at most one per expert.
+
+    limits: experts per layer that each has memory for. Spare slots give way where memory is short; None where all
+    workers together cannot hold every expert once.
+    """
+    limits = [min(limit, num_experts) for limit in limits]
+    if not limits or min(limits) < 1 or sum(limits) < num_experts:
+        return None
+    wanted = min(num_experts + redundant_experts, sum(limits))
+    size = next(
+        n for n in range(-(-wanted // len(limits)), num_experts + 1) if sum(min(n, m) for m in limits) >= wanted
+    )
+    return tuple(min(size, limit) for limit in limits)
 
 
 def needs(placement: Placement, worker: WorkerId) -> BoolArray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from cluster.epochs import Change, ControlSettings, Epochs
 from cluster.errors import ConflictError, NotReadyError, PlacementError
 from cluster.events import PlaceRequested, PlanReady, RebalanceRequested, Solve
+from cluster.membership import needs
 from cluster.placement import Placement
 from cluster.protocol import Epoch, ModelInfo, Operation, Readiness
 
@@ -67,6 +68,8 @@ class Rebalancing(Epochs):
         self._require_idle()
         assert self.spec is not None
         placement = self._of_members(event.placement)
+        if (short := self._too_much(placement)) is not None:
+            raise PlacementError(f"placement: {short}")
         self.pinned = self.pinned and event.pinned is not False
         operation = self.operations.open("rebalance", Epoch(self._next_epoch), "requested, a given placement")
         if placement == self.spec.placement:
@@ -90,6 +93,30 @@ class Rebalancing(Epochs):
                 raise PlacementError(f"placement: {what} must be {there}, as those that serve, got {asked}")
         # a saved placement may be from before a restart, when nodes had other ids
         return replace(placement, workers=current.workers)
+
+    @property
+    def room(self) -> int | None:
+        """Experts that any member could take beside what it holds; None where memory is not limited."""
+        rooms = [
+            member.info.expert_capacity - int(member.has.sum())
+            for member in (self.members[worker] for worker in self.ranks)
+            if member.info is not None and member.info.expert_capacity is not None
+        ]
+        return max(0, min(rooms)) if rooms else None
+
+    def _too_much(self, placement: Placement) -> str | None:
+        """Why a member could not hold what it has beside what `placement` brings, as it must until the flip."""
+        for worker in placement.workers:
+            member = self.members.get(worker.id)
+            if member is None or member.info is None or member.info.expert_capacity is None:
+                continue
+            both = int((member.has | needs(placement, worker.id)).sum())
+            if both > member.info.expert_capacity:
+                return (
+                    f"{worker.id} has memory for {member.info.expert_capacity} experts, and while they move it would"
+                    f" hold {both}: move fewer at a time"
+                )
+        return None
 
     def _rebalanced(self, change: Change) -> None:
         if change.operation_id == self._pins:
@@ -116,8 +143,9 @@ class Rebalancing(Epochs):
         assert self.spec is not None
         operation = self.operations.get(planning.operation_id)
         assert operation is not None
-        if event.placement is None or tuple(worker.id for worker in event.placement.workers) != self.ranks:
-            self.operations.fail(operation.operation_id, event.reason)
+        short = None if event.placement is None else self._too_much(event.placement)
+        if short or event.placement is None or tuple(w.id for w in event.placement.workers) != self.ranks:
+            self.operations.fail(operation.operation_id, short or event.reason)
             self.counters.rebalances["failed"] += 1
         elif event.placement != self.spec.placement and (
             event.worthwhile or planning.forced or (planning.requested and event.no_worse)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from cluster.autoscaling import WINDOW_S, Policy, Sample, recommend
+from collections.abc import Sequence
+
+from cluster.autoscaling import Policy, Sample, recommend
 from cluster.epochs import ControlSettings
 from cluster.errors import ConflictError, PlacementError
 from cluster.events import LoadSeen, ScaleRequested
-from cluster.membership import Member, WorkerState
+from cluster.membership import Member, WorkerState, slots_of
 from cluster.operations import ENDED
 from cluster.placement import WorkerId
 from cluster.protocol import Epoch, ModelInfo, Operation
@@ -37,6 +39,53 @@ class Scaling(Rebalancing):
         if not least <= workers <= most:
             why = "each needs an expert of the model's" if most == experts else "the limits of the autoscaler"
             raise PlacementError(f"workers: expected {least} to {most} ({why}), got {workers}")
+        if settings.expert_capacity is not None:
+            per_layer = settings.expert_capacity // self.model.num_layers
+            if workers * per_layer < experts:
+                fewest = str(-(-experts // per_layer)) if per_layer else "more than any number"
+                raise PlacementError(
+                    f"workers: expected at least {fewest}, got {workers}: a layer has {experts} experts, and"
+                    f" expert_memory_bytes is room for {per_layer} of every layer"
+                )
+
+    # --- Memory -------------------------------------------------------------------------------------------------
+
+    def _limits(self, members: Sequence[Member]) -> list[int]:
+        """Experts per layer that each has memory for. One that has not loaded yet is taken to have what others have."""
+        known = [
+            m.info.expert_capacity for m in self.alive if m.info is not None and m.info.expert_capacity is not None
+        ]
+        usual = min(known, default=self.settings.expert_capacity)
+        layers, limits = self.model.num_layers, []
+        for member in members:
+            capacity = member.info.expert_capacity if member.info is not None else usual
+            limits.append(self.model.num_logical_experts if capacity is None else capacity // layers)
+        return limits
+
+    def _slots(self, members: Sequence[Member]) -> tuple[int, ...] | None:
+        return slots_of(self._limits(members), self.model.num_logical_experts, self.settings.redundant_experts)
+
+    def _fits(self, members: Sequence[Member]) -> bool:
+        """Whether `members` have memory for every expert."""
+        return self._slots(members) is not None
+
+    @property
+    def fewest(self) -> int:
+        """The least number of today's workers that have memory for every expert."""
+        experts, limits = self.model.num_logical_experts, sorted(self._limits(self.alive), reverse=True)
+        return next((n for n in range(1, len(limits)) if slots_of(limits[:n], experts, 0)), max(1, len(limits)))
+
+    def _check_memory(self, target: int, retire: Sequence[WorkerId]) -> None:
+        """Raises PlacementError where those that would stay cannot hold every expert."""
+        present = [m for m in self.alive if m.state is not WorkerState.DRAINING and m.id not in retire]
+        staying = [*[m for m in present if m.loaded], *[m for m in present if not m.loaded]][:target]
+        if target > len(staying) or self._fits(staying):
+            return
+        limits = ", ".join(f"{m.id} {limit}" for m, limit in zip(staying, self._limits(staying), strict=True))
+        raise PlacementError(
+            f"workers: expected at least {self.fewest}: a layer has {self.model.num_logical_experts} experts, and those"
+            f" that would stay have memory for {limits}"
+        )
 
     # --- Wishes -------------------------------------------------------------------------------------------------
 
@@ -52,6 +101,7 @@ class Scaling(Rebalancing):
                 raise PlacementError(f"retire: {worker!r} is no serving worker")
         target = event.workers if event.workers is not None else self.target - len(set(event.retire))
         self._check_target(target)
+        self._check_memory(target, event.retire)
         self._replace_pending(allowed=event.replace)
         self._scale(target, event.retire, asked=what, reason=f"scale {what}", operation_id=event.operation_id, now=now)
 
@@ -84,10 +134,10 @@ class Scaling(Rebalancing):
         self.target = target
         self._scaled_at = now
         for worker in retire:
-            self.members[worker].state = WorkerState.DRAINING
+            self._drain_member(self.members[worker], now)
             self.members[worker].retired = True
         present = [member for member in self.alive if member.state is not WorkerState.DRAINING]
-        leaving = self._drop_surplus(present, target)
+        leaving = self._drop_surplus(present, target, now)
         operation = self.operations.open(
             "scale",
             Epoch(self._next_epoch),
@@ -100,12 +150,15 @@ class Scaling(Rebalancing):
         if self._scaled:
             self.operations.complete(operation.operation_id, f"there are {target} workers already")
 
-    def _drop_surplus(self, present: list[Member], target: int) -> list[WorkerId]:
+    def _drain_member(self, member: Member, now: float) -> None:
+        member.state, member.draining_since = WorkerState.DRAINING, now
+
+    def _drop_surplus(self, present: list[Member], target: int, now: float) -> list[WorkerId]:
         """Those that do not serve yet go first, then the newest."""
         leaving = [*[m for m in present if m.loaded], *[m for m in present if not m.loaded]][target:]
         for member in leaving:
             if member.id in self.ranks:
-                member.state = WorkerState.DRAINING
+                self._drain_member(member, now)
             else:
                 self._stop(member)
         return [member.id for member in leaving]
@@ -115,6 +168,7 @@ class Scaling(Rebalancing):
     def _load_seen(self, event: LoadSeen, now: float) -> None:
         """The autoscaler's look, once for every report of the engine's."""
         settings = self.settings
+        self._busy = event.busy
         if settings.max_workers is None:
             return
         if self.broken is not None or not self._scaled:
@@ -122,13 +176,14 @@ class Scaling(Rebalancing):
             self._samples.clear()
             return
         seen = Sample(at_s=now, waiting=event.waiting, running=event.running, kv_usage=event.kv_usage)
-        self._samples = [s for s in self._samples if now - s.at_s <= 2 * WINDOW_S] + [seen]
+        self._samples = [s for s in self._samples if now - s.at_s <= 2 * settings.autoscale_window_s] + [seen]
         if not self._idle or self.operations.find_open("scale") is not None:
             return
         policy = Policy(
-            min_workers=settings.min_workers or 1,
+            min_workers=max(settings.min_workers or 1, min(self.fewest, self.target)),
             max_workers=min(settings.max_workers, self.model.num_logical_experts),
             seats_per_worker=settings.seats_per_worker,
+            window_s=settings.autoscale_window_s,
         )
         verdict = recommend(policy, self._samples, workers=self.target, now=now, changed_at=self._scaled_at)
         if verdict.target != self.target:
@@ -149,7 +204,7 @@ class Scaling(Rebalancing):
         if operation.phase in ENDED:
             return float(operation.error is None)
         if change is not None and change.operation_id == operation.operation_id:
-            return {"transferring": 0.5, "preparing": 0.8, "committing": 0.9}[change.stage]
+            return {"transferring": 0.5, "draining": 0.7, "preparing": 0.8, "committing": 0.9}[change.stage]
         if operation.kind == "rebalance":
             return 0.0
         # workers load first

@@ -39,7 +39,7 @@ from cluster.events import (
     WorkerLoaded,
     WorkerLost,
 )
-from cluster.membership import Member, WorkerState, adapt, expert_lists, slots_per_worker
+from cluster.membership import Member, WorkerState, adapt, expert_lists
 from cluster.operations import ENDED
 from cluster.placement import Placement, Worker, WorkerId
 from cluster.protocol import Epoch, ModelInfo, Operation, Phase, Readiness
@@ -75,6 +75,10 @@ class ControlState(Scaling):
             return Readiness(ready=True, reason="serving")
         loaded = f"{sum(member.loaded for member in self.alive)} of {self.target} workers ready"
         reason = f"recovering, {loaded}: {self.broken}" if self.spec else f"starting, {loaded}"
+        left = [member for member in self.alive if member.loaded]
+        if self.spec is not None and left and not self._fits(left):
+            room, experts = sum(self._limits(left)), self.model.num_logical_experts
+            reason += f"; those left have memory for {room} of {experts} experts per layer: waiting for a replacement"
         if self.change is not None:
             reason += f"; {self.change.stage} for epoch {self.change.spec.epoch}"
         operation = self.operations.find_open("recover" if self.spec else "start")
@@ -110,7 +114,7 @@ class ControlState(Scaling):
                     self._give_up(event.reason, now)
             case Committed():
                 if self._is_current(event.epoch, Stage.COMMITTING):
-                    self._committed(now)
+                    self._committed(now, event.moved_requests)
             case CommitFailed():
                 if self._is_current(event.epoch, Stage.COMMITTING):
                     self._commit_failed(event.reason, now)
@@ -136,7 +140,10 @@ class ControlState(Scaling):
                 self._scale_requested(event, now)
             case LoadSeen():
                 self._load_seen(event, now)
+        if self.change is not None and self.change.stage is Stage.DRAINING:
+            self._drain(now)
         self._reconcile(now)
+        self._tell_draining()
         return self._out
 
     def _tick(self, now: float) -> None:
@@ -207,6 +214,7 @@ class ControlState(Scaling):
                     self._lose(worker, f"to blame for {member.strikes} failed steps", now)
 
     def _engine_lost(self, reason: str, now: float) -> None:
+        self._told_draining, self._busy = (), None
         if self.change is not None and self.change.stage is Stage.COMMITTING:
             self._commit_failed(f"the engine is lost: {reason}", now, "engine")
         elif self.spec is not None:
@@ -225,10 +233,12 @@ class ControlState(Scaling):
         self.counters.recoveries["coordinator"] += 1
         self._restart_clock(now)
         self._cancel_planning("the coordinator was restarted")
+        self._told_draining = self._busy = None
         for member in self.alive:
             if not member.loaded:
-                # its answer went to the coordinator before this one
-                self._stop(member)
+                # its answer went to the coordinator before this one; a host that is asked again loads no second time
+                member.asked_at = now
+                self._out.append(StartWorker(worker=member.id, experts=expert_lists(member.told)))
         if self.change is not None and self.change.stage is not Stage.COMMITTING:
             self._give_up("the coordinator was restarted", now, at_once=True)
         elif self.change is not None and self.change.spec.epoch == event.engine_epoch:
@@ -236,7 +246,7 @@ class ControlState(Scaling):
         elif self.change is not None:
             self._commit_failed("the coordinator was restarted", now)
         self.probing = True
-        self._out.append(Probe(workers=tuple(member.id for member in self.alive)))
+        self._out.append(Probe(workers=tuple(member.id for member in self.alive if member.loaded)))
 
     def _restart_clock(self, now: float) -> None:
         self.epoch_since = self._scaled_at = now
@@ -249,6 +259,7 @@ class ControlState(Scaling):
             self._rebalance_at = now + self.settings.rebalance_interval_s
         for member in self.alive:
             member.loaded_at = None if member.loaded_at is None else now
+            member.draining_since = now
 
     # --- What should be -----------------------------------------------------------------------------------------
 
@@ -277,8 +288,9 @@ class ControlState(Scaling):
         unheld = np.ones(self.load.shape, dtype=np.bool_)
         for member in self.alive:
             unheld &= ~(member.has if member.loaded else member.told)
-        if any(member.alive and member.id in self.ranks for member in self.members.values()):
-            # survivors go on at once, and read for themselves what was lost
+        survivors = [member for member in self.alive if member.id in self.ranks]
+        if survivors and self._fits(survivors):
+            # they go on at once, and read for themselves what was lost
             unheld[:] = False
         for part in range(missing):
             told = np.zeros_like(unheld)
@@ -304,16 +316,20 @@ class ControlState(Scaling):
         """Who should serve now; empty: wait."""
         loaded = [member for member in self.alive if member.loaded]
         # draining workers serve on only where nobody else can
-        wanted = [member for member in loaded if member.state is not WorkerState.DRAINING] or loaded
+        wanted = [member for member in loaded if member.state is not WorkerState.DRAINING]
+        if not self._fits(wanted):
+            wanted = loaded
+        if not self._fits(wanted):
+            return []
         current = [member for member in wanted if member.id in self.ranks]
         joining = [member for member in wanted if member.id not in self.ranks]
-        if self.broken is not None and current:
+        if self.broken is not None and self._fits(current):
             return current
         waited = now - min((member.loaded_at or now for member in joining), default=now)
         if len(wanted) < self.target:
             if not current and (self.spec is None or waited < RESTART_PATIENCE_S):
                 return []
-            if current and waited < JOIN_PATIENCE_S:
+            if current and self.broken is None and waited < JOIN_PATIENCE_S:
                 return current
         return wanted
 
@@ -328,8 +344,9 @@ class ControlState(Scaling):
         return self.operations.open(kind, Epoch(self._next_epoch), ", ".join(words) or "a new group")
 
     def _placement_for(self, members: Sequence[Member]) -> Placement:
-        slots = slots_per_worker(self.model.num_logical_experts, len(members), self.settings.redundant_experts)
-        workers = [Worker(id=m.id, node=self._info(m.id).node, slots=slots) for m in members]
+        slots = self._slots(members)
+        assert slots is not None, "members are chosen so that they hold every expert"
+        workers = [Worker(id=m.id, node=self._info(m.id).node, slots=n) for m, n in zip(members, slots, strict=True)]
         return adapt(workers, {member.id: member.has for member in members}, self.load)
 
     def _finish(self, change: Change, now: float) -> None:

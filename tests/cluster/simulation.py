@@ -10,10 +10,12 @@ import numpy as np
 from cluster.epochs import ControlSettings
 from cluster.events import (
     Abandon,
+    AbortSteps,
     Command,
     Commit,
     CommitFailed,
     Committed,
+    Drain,
     EngineLost,
     Event,
     PlanReady,
@@ -37,7 +39,7 @@ from cluster.events import (
 from cluster.invariants import validate
 from cluster.membership import needs
 from cluster.placement import Placement, WorkerId
-from cluster.protocol import Epoch, EpochSpec, HostInfo, ModelInfo
+from cluster.protocol import Endpoint, Epoch, EpochSpec, HostInfo, ModelInfo
 from cluster.state import ControlState
 
 LAYERS, EXPERTS = 3, 8
@@ -70,16 +72,31 @@ class Host:
 
 class Simulation:
     def __init__(
-        self, *, workers: int, redundant: int = 0, interval_s: float = 0.0, seed: int = 0, most: int | None = None
+        self,
+        *,
+        workers: int,
+        redundant: int = 0,
+        interval_s: float = 0.0,
+        seed: int = 0,
+        most: int | None = None,
+        capacity: int | None = None,
+        drain_timeout_s: float = 30.0,
     ) -> None:
+        """capacity: experts that each host has memory for, over all layers."""
         self.now = 0.0
         self.rng = np.random.default_rng(seed)
         self.state = ControlState(
             ControlSettings(
-                workers=workers, redundant_experts=redundant, rebalance_interval_s=interval_s, max_workers=most
+                workers=workers,
+                redundant_experts=redundant,
+                rebalance_interval_s=interval_s,
+                max_workers=most,
+                drain_timeout_s=drain_timeout_s,
             ),
             MODEL,
         )
+        self.capacity = capacity
+        self.draining: tuple[WorkerId, ...] = ()
         self.hosts: dict[WorkerId, Host] = {}
         self.todo: list[Command] = []
         self.log: list[Command] = []
@@ -95,11 +112,17 @@ class Simulation:
     def _at_once(self, command: Command) -> None:
         match command:
             case StartWorker():
-                held = np.zeros((LAYERS, EXPERTS), dtype=bool)
-                for layer, experts in enumerate(command.experts):
-                    held[layer, list(experts)] = True
-                self.hosts[command.worker] = Host(held)
+                # one that is asked again after a restart of the coordinator goes on loading
+                if command.worker not in self.hosts or not self.hosts[command.worker].alive:
+                    held = np.zeros((LAYERS, EXPERTS), dtype=bool)
+                    for layer, experts in enumerate(command.experts):
+                        held[layer, list(experts)] = True
+                    self.hosts[command.worker] = Host(held)
                 self.todo.append(command)
+            case AbortSteps():
+                pass
+            case Drain():
+                self.draining = command.workers
             case StopWorker():
                 self.hosts[command.worker].alive = False
             case Abandon():
@@ -138,7 +161,7 @@ class Simulation:
         elif fault:
             self.feed(WorkerFailed(worker=command.worker, reason="out of memory"))
         else:
-            self.feed(WorkerLoaded(info=info(command.worker)))
+            self.feed(WorkerLoaded(info=info(command.worker, capacity=self.capacity)))
 
     def _find_lost(self, workers: list[WorkerId]) -> None:
         for worker in workers:
@@ -210,6 +233,7 @@ class Simulation:
 
     def lose_engine(self) -> None:
         self.todo = [command for command in self.todo if not isinstance(command, Commit)]
+        self.draining = ()
         self.feed(EngineLost(reason="died"))
 
     def restart_coordinator(self, *, flipped: float) -> None:
@@ -252,16 +276,17 @@ class Simulation:
         return serves and state.change is None and state.operations.find_open() is None
 
 
-def info(worker: WorkerId, node: str = "n0") -> HostInfo:
+def info(worker: WorkerId, node: str = "n0", capacity: int | None = None) -> HostInfo:
     return HostInfo(
         worker=worker,
         node=node,
-        address="127.0.0.1",
+        endpoint=Endpoint(address="127.0.0.1", port=1, token=""),
         pid=1,
         device="cpu",
         num_kv_blocks=10,
         memory_bytes=1,
         load_s=0.1,
+        expert_capacity=capacity,
     )
 
 

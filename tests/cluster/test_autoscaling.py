@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.autoscaling import DOWN_COOLDOWN_S, UP_COOLDOWN_S, WINDOW_S, Policy, Sample, Verdict, demand, recommend
+from cluster.autoscaling import DOWN_COOLDOWN, UP_COOLDOWN, Policy, Sample, Verdict, demand, recommend
 
 POLICY = Policy(min_workers=1, max_workers=8, seats_per_worker=10)
 
 
 def steady(waiting: int, running: int, kv_usage: float, until: float = 1000.0) -> list[Sample]:
-    times = [until - WINDOW_S + second for second in range(int(WINDOW_S) + 1)]
+    times = [until - POLICY.window_s + second for second in range(int(POLICY.window_s) + 1)]
     return [Sample(at_s=at, waiting=waiting, running=running, kv_usage=kv_usage) for at in times]
 
 
@@ -48,10 +48,11 @@ def test_it_waits_until_it_has_seen_enough() -> None:
 
 def test_it_waits_after_a_change_and_longer_to_go_down() -> None:
     busy, idle = steady(100, 20, 1.0), steady(0, 0, 0.0)
-    assert after(busy, 2, since=UP_COOLDOWN_S - 1).target == 2
-    assert after(busy, 2, since=UP_COOLDOWN_S).target == 4
-    assert after(idle, 2, since=DOWN_COOLDOWN_S - 1).target == 2
-    assert after(idle, 2, since=DOWN_COOLDOWN_S).target == 1
+    up_s, down_s = UP_COOLDOWN * POLICY.window_s, DOWN_COOLDOWN * POLICY.window_s
+    assert after(busy, 2, since=up_s - 1).target == 2
+    assert after(busy, 2, since=up_s).target == 4
+    assert after(idle, 2, since=down_s - 1).target == 2
+    assert after(idle, 2, since=down_s).target == 1
 
 
 def test_one_busy_moment_keeps_the_workers_but_asks_for_none() -> None:

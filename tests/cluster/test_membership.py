@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.membership import adapt, choose_transport, needs, slots_per_worker
+from cluster.membership import adapt, choose_transport, needs, slots_of
 from cluster.placement import Worker, WorkerId, contiguous
 from cluster.transfers import plan_transfers
 from tests.cluster.simulation import info
@@ -19,7 +19,23 @@ def team(count: int, slots: int) -> list[Worker]:
     ("experts", "workers", "redundant", "slots"), [(8, 2, 0, 4), (8, 3, 0, 3), (8, 3, 2, 4), (8, 1, 5, 8), (8, 8, 0, 1)]
 )
 def test_slots(experts: int, workers: int, redundant: int, slots: int) -> None:
-    assert slots_per_worker(experts, workers, redundant) == slots
+    assert slots_of([experts] * workers, experts, redundant) == (slots,) * workers
+
+
+@pytest.mark.parametrize(
+    ("limits", "redundant", "slots"),
+    [
+        ([4, 4], 0, (4, 4)),
+        ([4, 4], 2, (4, 4)),
+        ([2, 8], 0, (2, 6)),
+        ([3, 6, 6], 4, (3, 5, 5)),
+        ([3, 4], 0, None),
+        ([0, 8], 0, None),
+        ([], 0, None),
+    ],
+)
+def test_slots_where_memory_is_short(limits: list[int], redundant: int, slots: tuple[int, ...] | None) -> None:
+    assert slots_of(limits, 8, redundant) == slots
 
 
 @given(
@@ -30,7 +46,9 @@ def test_slots(experts: int, workers: int, redundant: int, slots: int) -> None:
 )
 def test_adapt_keeps_what_it_can(workers: int, redundant: int, seed: int, density: float) -> None:
     rng = np.random.default_rng(seed)
-    members = team(workers, slots_per_worker(8, workers, redundant))
+    slots = slots_of([8] * workers, 8, redundant)
+    assert slots is not None
+    members = team(workers, slots[0])
     has = {worker.id: rng.random((2, 8)) < density for worker in members}
     load = rng.integers(0, 9, (2, 8))
     placement = adapt(members, has, load)  # a Placement is verified when made

@@ -1,13 +1,18 @@
 """What the control plane does in the cases that have names."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from cluster.epochs import ControlSettings
 from cluster.errors import ConflictError, NotReadyError, PlacementError
 from cluster.events import (
     Abandon,
+    AbortSteps,
     Commit,
     CommitFailed,
+    Committed,
     LoadSeen,
     PlaceRequested,
     PlanReady,
@@ -27,7 +32,7 @@ from cluster.events import (
 from cluster.placement import EMPTY, WorkerId
 from cluster.protocol import Operation, Phase
 from cluster.state import ControlState
-from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, shuffled
+from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation, shuffled
 
 
 def serving(workers: int, **settings: float) -> Simulation:
@@ -45,6 +50,8 @@ def newest(sim: Simulation) -> Operation:
 def sent(sim: Simulation, kind: type) -> list:
     return [command for command in sim.log if isinstance(command, kind)]
 
+
+IDLE = LoadSeen(waiting=0, running=0, kv_usage=0.0)
 
 W0, W1, W2 = WorkerId("w0"), WorkerId("w1"), WorkerId("w2")
 
@@ -169,6 +176,7 @@ def test_death_during_a_rebalance_rolls_it_back_and_recovers(stage: int) -> None
 def test_a_worker_that_dies_in_the_flip_and_is_not_missed_by_the_engine() -> None:
     sim = serving(3)
     sim.feed(ScaleRequested(workers=2))
+    sim.feed(IDLE)
     while not any(isinstance(command, Commit) for command in sim.todo):
         sim.finish(0)
     sim.feed(WorkerLost(worker=W0, reason="died"))
@@ -242,6 +250,8 @@ def test_a_worker_to_blame_for_one_failed_step_after_the_other_is_replaced() -> 
 def test_a_lost_engine_is_recovered_from_with_the_same_workers() -> None:
     sim = serving(2)
     sim.lose_engine()
+    # it may have died with a worker that others wait for, and cannot tell them any more
+    assert sent(sim, AbortSteps) == [AbortSteps(epochs=(1,), workers=(W0, W1))]
     assert not sim.state.readiness().ready
     sim.settle()
     assert sim.state.ranks == (W0, W1)
@@ -346,6 +356,7 @@ def test_scale_up_joins_all_new_workers_in_one_epoch() -> None:
 def test_scale_down_copies_before_it_stops() -> None:
     sim = serving(3)
     sim.feed(ScaleRequested(retire=(W0,)))
+    sim.feed(IDLE)
     assert sim.state.readiness().ready
     kinds = []
     while sim.todo:
@@ -447,11 +458,127 @@ def test_a_retired_worker_may_be_terminated_once_it_is_out_of_use() -> None:
     sim = serving(3)
     sim.feed(ScaleRequested(retire=(W0,)))
     seen = [sim.state.told(newest(sim))]
+    sim.finish(0)
+    seen.append(sim.state.told(newest(sim)))
+    sim.feed(IDLE)
     while sim.todo:
-        sim.finish(0)
         seen.append(sim.state.told(newest(sim)))
-    assert seen == [(0.5, False), (0.8, False), (0.9, False), (1.0, True)]
+        sim.finish(0)
+    seen.append(sim.state.told(newest(sim)))
+    assert seen == [(0.5, False), (0.7, False), (0.8, False), (0.9, False), (1.0, True)]
     assert newest(sim).retiring == (W0,)
+
+
+def test_a_worker_that_leaves_gets_no_requests_and_may_finish_those_it_has() -> None:
+    sim = serving(3, drain_timeout_s=20.0)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    assert sim.draining == (W0,)
+    sim.finish(0)
+    for busy in ((W0, W1), (W0,), (W1,)):
+        assert not sent(sim, Prepare)
+        sim.feed(LoadSeen(waiting=0, running=1, kv_usage=0.1, busy=busy))
+    assert len(sent(sim, Prepare)) == 1
+
+
+def test_requests_that_take_too_long_to_finish_are_moved() -> None:
+    sim = serving(3, drain_timeout_s=20.0)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    sim.finish(0)
+    for _ in range(19):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=0, running=1, kv_usage=0.1, busy=(W0,)))
+        assert not sent(sim, Prepare)
+    sim.now += 1.0
+    sim.feed(Tick())
+    assert len(sent(sim, Prepare)) == 1
+    sim.settle()
+    assert sim.state.told(newest(sim)) == (1.0, True)
+
+
+def test_a_new_engine_is_told_again_whom_to_spare() -> None:
+    sim = serving(3)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    sim.lose_engine()
+    assert sim.draining == ()
+    sim.settle()
+    assert (W0 in sim.state.ranks, sim.draining) == (False, ())
+
+
+def test_a_worker_that_is_needed_after_all_gets_requests_again() -> None:
+    sim = serving(3)
+    sim.feed(ScaleRequested(workers=2))
+    assert sim.draining == (W2,)
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    sim.settle()
+    assert sim.state.ranks == (W0, W2)
+    assert sim.draining == ()
+
+
+PART = LAYERS * EXPERTS // 2
+"""Experts that half of the workers needed have memory for."""
+
+
+def test_never_below_what_holds_every_expert() -> None:
+    sim = serving(3, capacity=PART)
+    for event in (ScaleRequested(workers=1), ScaleRequested(retire=(W0, W1))):
+        with pytest.raises(PlacementError, match="expected at least 2: a layer has 8 experts"):
+            sim.feed(event)
+    sim.feed(ScaleRequested(workers=2))
+    sim.settle()
+    assert sim.state.ranks == (W0, W1)
+
+
+def test_survivors_without_memory_wait_for_a_replacement_which_reads_what_was_lost() -> None:
+    sim = serving(2, capacity=PART)
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    assert not sent(sim, Transfer)
+    assert "memory for 4 of 8 experts per layer: waiting for a replacement" in sim.state.readiness().reason
+    (start,) = sent(sim, StartWorker)
+    assert start.experts == ((4, 5, 6, 7),) * LAYERS
+    sim.settle()
+    assert sim.state.ranks == (W0, W2)
+
+
+def test_a_plan_that_needs_more_memory_than_there_is_is_refused() -> None:
+    sim = serving(2, capacity=PART + 1)
+    assert sim.state.spec is not None
+    placement = sim.state.spec.placement
+    turned = np.roll(placement.physical_to_logical_map, 4, axis=1)
+    with pytest.raises(PlacementError, match="memory for 13 experts"):
+        sim.feed(PlaceRequested(placement=replace(placement, physical_to_logical_map=turned)))
+    assert sim.state.room == 1
+
+
+def test_a_start_that_cannot_hold_every_expert_is_refused() -> None:
+    with pytest.raises(PlacementError, match="expected at least 2"):
+        ControlState(ControlSettings(workers=1, expert_capacity=PART), MODEL)
+
+
+def test_a_restarted_coordinator_keeps_those_that_still_load() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=3))
+    operation = newest(sim)
+    sim.restart_coordinator(flipped=0.0)
+    assert not sent(sim, StopWorker)
+    sim.settle()
+    assert sim.state.ranks == (W0, W1, W2)
+    again = sim.state.operations.get(operation.operation_id)
+    assert again is not None
+    assert again.phase is Phase.COMPLETED
+
+
+def test_requests_that_had_to_move_are_counted() -> None:
+    sim = serving(2)
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    while not isinstance(sim.todo[0], Commit):
+        sim.finish(0)
+    commit = sim.todo.pop(0)
+    assert isinstance(commit, Commit)
+    sim.feed(Committed(epoch=commit.spec.epoch, moved_requests=3))
+    assert sim.state.counters.requests_moved == 3
 
 
 def test_one_worker_is_replaced_by_another() -> None:

@@ -21,11 +21,28 @@ class Faults(RuleBasedStateMachine):
         seed=st.integers(0, 99),
         settled=st.booleans(),
         most=st.sampled_from([None, 5]),
+        capacity=st.sampled_from([None, LAYERS * EXPERTS, LAYERS * EXPERTS // 2]),
     )
     def start(
-        self, workers: int, redundant: int, interval_s: float, seed: int, settled: bool, most: int | None
+        self,
+        workers: int,
+        redundant: int,
+        interval_s: float,
+        seed: int,
+        settled: bool,
+        most: int | None,
+        capacity: int | None,
     ) -> None:
-        self.sim = Simulation(workers=workers, redundant=redundant, interval_s=interval_s, seed=seed, most=most)
+        if capacity is not None and workers * capacity < LAYERS * EXPERTS:
+            capacity = None
+        self.sim = Simulation(
+            workers=workers,
+            redundant=redundant,
+            interval_s=interval_s,
+            seed=seed,
+            most=most,
+            capacity=capacity,
+        )
         self.sim.feed(Tick())
         if settled:
             self.sim.settle()
@@ -91,11 +108,17 @@ class Faults(RuleBasedStateMachine):
         self.sim.feed(Unpin())
         assert not self.sim.state.pinned
 
-    @rule(seconds=st.sampled_from([1, 20, 150]), waiting=st.integers(0, 300), running=st.integers(0, 300))
-    def the_engine_tells_its_load(self, seconds: int, waiting: int, running: int) -> None:
+    @rule(
+        seconds=st.sampled_from([1, 20, 150]),
+        waiting=st.integers(0, 300),
+        running=st.integers(0, 300),
+        busy=st.integers(0, 3),
+    )
+    def the_engine_tells_its_load(self, seconds: int, waiting: int, running: int, busy: int) -> None:
         for _ in range(min(seconds, 20)):
             self.sim.now += seconds / 20
-            self.sim.feed(LoadSeen(waiting=waiting, running=running, kv_usage=running / 300))
+            workers = self.sim.state.ranks[:busy]
+            self.sim.feed(LoadSeen(waiting=waiting, running=running, kv_usage=running / 300, busy=workers))
 
     @rule(pick=st.integers(0, 5))
     def somebody_wants_a_worker_gone(self, pick: int) -> None:
@@ -107,6 +130,7 @@ class Faults(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "sim") and not self.sim.state.fatal:
             self.sim.settle()
+            assert not self.sim.draining, "a worker that stays gets requests"
 
 
 TestFaults = Faults.TestCase
