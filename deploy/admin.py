@@ -97,4 +97,6 @@ def routing_json(view: RoutingView) -> dict[str, Any]:
         "window_s": view.window_s,
         "load": view.load.tolist(),
         "load_imbalance": list(view.load_imbalance),
+        "prefill": {"tokens": view.prefill.tokens, "load": view.prefill.load.tolist()},
+        "decode": {"tokens": view.decode.tokens, "load": view.decode.load.tolist(), "weight": view.decode_weight},
     }

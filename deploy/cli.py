@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from cluster.config import ServeConfig, base_type
 from cluster.errors import EmoeError, UserError
-from deploy import cli_plan
+from deploy import cli_plan, cli_trace
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +50,7 @@ def _parser() -> _Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
     _add_serve(verbs)
     cli_plan.add_parsers(verbs)
+    cli_trace.add_parser(verbs)
     return parser
 
 
@@ -69,6 +70,14 @@ def _add_serve(verbs: Any) -> None:
         if field.name == "model":
             continue
         kind = base_type(hints[field.name])
+        if kind is bool:
+            serve.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=_help(field.name),
+            )
+            continue
         serve.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=kind,

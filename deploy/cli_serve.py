@@ -80,10 +80,10 @@ def _checked_model(config: ServeConfig) -> str:
     if config.model is not None:
         model_dir = os.path.abspath(os.path.expanduser(config.model))
     else:
-        from deploy.builtin import NOTICE, builtin_model_dir
+        from deploy.builtin import MODEL_DIR, NOTICE
 
         print(NOTICE, file=sys.stderr, flush=True)
-        model_dir = str(builtin_model_dir())
+        model_dir = str(MODEL_DIR)
     from deploy.tokenizer import Tokenizer
     from model.checkpoint import open_checkpoint
 

@@ -67,6 +67,8 @@ class Answer:
         self.request = request
         self.completion_tokens = 0
         """Tokens up to the end, the stopping one included."""
+        self.cached_tokens: int | None = None
+        """Prompt tokens that were not computed again; None before the first output."""
         self.finished = False
         self._include_stop = include_stop
         self._stopping_tokens = {*eos_token_ids, *request.params.stop_token_ids}
@@ -78,6 +80,9 @@ class Answer:
         """Raises GenerationFailed where the engine reports an error."""
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.error or "the engine gave this request up")
+        if self.cached_tokens is None:
+            # a request that is resumed after its engine was lost does not report again
+            self.cached_tokens = output.cached_tokens
         text = ""
         scored: list[ScoredToken] = []
         last = len(output.token_ids) - 1 if output.finish_reason is FinishReason.STOP else None

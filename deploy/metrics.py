@@ -11,7 +11,13 @@ from itertools import accumulate
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from cluster.counters import BOUNDS_S, RESULTS, ClusterCounters, Distribution
@@ -111,8 +117,11 @@ class _ClusterCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         yield self._gauge("emoe:ready", "1 while requests are served.", float(self.ready))
+        moved = self.counters.requests_moved if self.counters is not None else 0
         yield self._count(
-            "emoe:requests_resumed", "Requests submitted again after their engine was lost.", self.resumed
+            "emoe:requests_resumed",
+            "Requests that went on elsewhere after their engine or worker was lost, or their worker had to leave.",
+            self.resumed + moved,
         )
         if self.engine is not None:
             yield from self._of_engine(self.engine)
@@ -129,6 +138,15 @@ class _ClusterCollector(Collector):
         yield self._gauge("vllm:num_requests_waiting", "Number of requests waiting to be processed.", engine.waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage of the fullest worker; 1 is full.", usage)
         yield self._count("vllm:num_preemptions", "Cumulative number of preemptions.", engine.preemptions)
+        yield self._count("emoe:prefix_cache_queries", "Tokens looked up in prefix caches.", engine.prefix_queries)
+        yield self._count("emoe:prefix_cache_hits", "Tokens found in prefix caches.", engine.prefix_hits)
+        first = SummaryMetricFamily(
+            "emoe:engine_time_to_first_token_seconds",
+            "Time to first token in the engine alone, without HTTP and text.",
+            labels=LABELS,
+        )
+        first.add_metric([*self._labels.values()], engine.first_tokens, engine.first_tokens_s)
+        yield first
         yield self._count("emoe:steps", "Steps that all workers ran together.", engine.steps)
         yield self._gauge("emoe:epoch", "Number of the current epoch.", engine.epoch)
 

@@ -4,7 +4,9 @@ Guarantee: a request that the engine has accepted ends with its full answer, unl
 tokens that each request has got; when the engine is lost, every unfinished request is submitted to its successor
 together with them, and `offset` tells which tokens of the new engine are repeats. Meanwhile its stream just pauses.
 
-    generate() -> submit() of the engine          one poll loop: poll() -> the requests' queues -> generate()
+    generate() -> Submit to the engine          Outputs from the engine -> the requests' queues -> generate()
+
+Requests and outputs travel over one connection to the engine; everything else is a call to the coordinator.
 """
 
 from __future__ import annotations
@@ -14,26 +16,32 @@ import contextlib
 import dataclasses
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.links import Link, connect
+from actors.wire import Message
 from cluster.counters import ClusterCounters
 from cluster.errors import EmoeError, NotReadyError, RequestError
 from cluster.placement import Placement, WorkerId
 from cluster.protocol import (
+    AbortRequests,
     EngineStatus,
     FinishReason,
     GenerateRequest,
+    Hello,
     ModelInfo,
     Operation,
+    Outputs,
     PlacementView,
     Readiness,
     RebalancePreview,
     RequestId,
     RoutingView,
+    Submit,
     TokenOutput,
     WorkerView,
 )
@@ -43,8 +51,8 @@ logger = logging.getLogger(__name__)
 CALL_TIMEOUT_S = 30.0
 PLAN_MARGIN_S = 60.0
 """A dry run answers after `plan_deadline` plus at most this."""
-POLL_TIMEOUT_S = 25.0
-"""A poll returns after some 10 s; one that has not by then is of an engine that hangs."""
+LIFE_S = 10.0
+"""How often the engine is asked for a sign of life: one that dies hangs up, one that hangs does not."""
 HANG_S = 10.0
 """A coordinator that gives no sign of life for so long, and did before, hangs."""
 RETRY_S = 0.1
@@ -58,8 +66,8 @@ class _Stream:
         self.request = request
         self.received: list[int] = list(request.output_token_ids)
         self.outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self.engine: Any = None
-        """The engine that has accepted it; None while there is none."""
+        self.link: Link | None = None
+        """The connection by which the engine has accepted it; None while there is none."""
 
     @property
     def resumed(self) -> GenerateRequest:
@@ -92,12 +100,13 @@ class RayBackend:
         self._client_id = uuid.uuid4().hex
         self._streams: dict[RequestId, _Stream] = {}
         self._engine: Any = None
+        self._link: Link | None = None
         self._readiness = Readiness(ready=False, reason="starting")
         self._resumed = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
-        for work in (self._watch_readiness(), self._poll_forever()):
+        for work in (self._watch_readiness(), self._follow_engines()):
             self._start(work)
 
     async def end(self) -> None:
@@ -112,97 +121,98 @@ class RayBackend:
         self._streams[request.request_id] = stream
         ended = False
         try:
-            await self._submit(self._engine, [stream])
+            await self._submit(self._link, stream)
             while not ended:
                 output = await stream.outputs.get()
                 ended = output.finish_reason is not None
                 yield output
         finally:
             del self._streams[request.request_id]
-            if not ended and stream.engine is not None:
-                self._start(self._abort(stream.engine, [request.request_id]))
+            if not ended and stream.link is not None:
+                stream.link.send(AbortRequests(request_ids=(request.request_id,)))
 
-    async def _submit(self, engine: Any, streams: list[_Stream]) -> None:
-        """Raises RequestError where the engine refuses. Where it is gone, the poll loop will submit them again."""
-        if engine is None:
+    async def _submit(self, link: Link | None, stream: _Stream) -> None:
+        """Raises RequestError where the engine refuses. Where it is gone, its successor will be asked again."""
+        if link is None:
             return
-        for stream in streams:
-            stream.engine = engine
+        stream.link = link
         try:
-            await _result(engine.submit.remote(self._client_id, [stream.resumed for stream in streams]))
-        except (RayActorError, NotReadyError, TimeoutError) as error:
-            logger.info("the engine did not take %d requests: %s", len(streams), type(error).__name__)
-            for stream in streams:
-                stream.engine = None
-                self._start(self._submit_later(stream))
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await link.call(Submit(requests=(stream.resumed,)))
+        except (ConnectionError, TimeoutError) as error:
+            logger.info("the engine did not take a request: %s", type(error).__name__)
+            stream.link = None
+            self._start(self._submit_later(stream))
 
     async def _submit_later(self, stream: _Stream) -> None:
-        """The poll loop submits what it finds when it meets a new engine; this is for an engine that it knows."""
+        """A new engine is given all that it finds; this is for an engine that is known already."""
         await asyncio.sleep(RETRY_S)
-        if stream.engine is not None or self._streams.get(stream.request.request_id) is not stream:
+        if stream.link is not None or self._streams.get(stream.request.request_id) is not stream:
             return
+        await self._resubmit(self._link, stream)
+
+    async def _resubmit(self, link: Link | None, stream: _Stream) -> None:
         try:
-            await self._submit(self._engine, [stream])
+            await self._submit(link, stream)
         except RequestError as error:
             stream.outputs.put_nowait(_failure(stream, str(error)))
 
-    async def _abort(self, engine: Any, request_ids: list[RequestId]) -> None:
-        # A dead engine runs nothing.
-        with contextlib.suppress(RayError, EmoeError, TimeoutError):
-            await _result(engine.abort.remote(self._client_id, request_ids))
-
-    async def _poll_forever(self) -> None:
+    async def _follow_engines(self) -> None:
         lost: Any = None
         while True:
             engine = await self._find_engine()
             try:
-                await self._poll(engine)
-            except (RayActorError, TimeoutError) as error:
+                await self._follow(engine)
+            except (RayActorError, NotReadyError, OSError) as error:
                 # The coordinator may name the old one for a while.
                 level = logging.DEBUG if engine == lost else logging.WARNING
                 logger.log(level, "the engine is lost (%s); asking for another", type(error).__name__)
                 lost = engine
             except (RayError, EmoeError):
-                logger.exception("polling the engine failed")
-            self._engine = None
+                logger.exception("following the engine failed")
+            self._engine = self._link = None
             await asyncio.sleep(RETRY_S)
 
-    async def _poll(self, engine: Any) -> None:
-        """Submit what has no engine, or had another one; then hand out what comes. Returns only by raising."""
-        while True:
+    async def _follow(self, engine: Any) -> None:
+        """Submit what has no engine, or had another one, and see that it lives. Returns only by raising."""
+        hello = Hello(client_id=self._client_id)
+        ended = asyncio.Event()
+        link = await connect(await _result(engine.endpoint.remote()), self._received, lambda _: ended.set())
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await link.call(hello)
             # Before the look at the streams: one that begins after it is submitted by its own generate().
-            self._engine = engine
-            await self._resubmit(engine, [s for s in self._streams.values() if s.engine != engine])
-            outputs = await _result(engine.poll.remote(self._client_id), POLL_TIMEOUT_S)
-            await self._deliver(engine, outputs)
+            self._engine, self._link = engine, link
+            for stream in [s for s in self._streams.values() if s.link is not link]:
+                had_engine = stream.link is not None or bool(stream.received)
+                await self._resubmit(link, stream)
+                self._resumed += had_engine and stream.link is link
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LIFE_S):
+                        await ended.wait()
+                async with asyncio.timeout(LIFE_S):
+                    # raises where it has ended
+                    await link.call(hello)
+        finally:
+            link.close()
 
-    async def _resubmit(self, engine: Any, streams: list[_Stream]) -> None:
-        """One by one, so that one refused does not take the others along."""
-        for stream in streams:
-            had_engine = stream.engine is not None or bool(stream.received)
-            try:
-                await self._submit(engine, [stream])
-            except RequestError as error:
-                stream.outputs.put_nowait(_failure(stream, str(error)))
-                continue
-            if stream.engine is None:
-                raise TimeoutError("the engine takes no requests")
-            self._resumed += had_engine
-
-    async def _deliver(self, engine: Any, outputs: Iterable[TokenOutput]) -> None:
+    def _received(self, link: Link, message: Message) -> None:
+        assert isinstance(message, Outputs), message
         unknown: list[RequestId] = []
-        for output in outputs:
+        for output in message.outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 if output.finish_reason is None:
                     unknown.append(output.request_id)
-            elif not stream.take(output):
+            elif stream.link is link and not stream.take(output):
                 logger.warning("tokens of request %s were lost; it is run again from there", output.request_id)
-                await self._abort(engine, [output.request_id])
-                stream.engine = None
+                unknown.append(output.request_id)
+                stream.link = None
+                self._start(self._submit_later(stream))
         if unknown:
-            # Their clients hung up while they were being submitted.
-            self._start(self._abort(engine, unknown))
+            # Lost ones, and those whose clients hung up while they were being submitted.
+            link.send(AbortRequests(request_ids=tuple(unknown)))
 
     async def _find_engine(self) -> Any:
         while True:

@@ -111,11 +111,17 @@ class Run:
             event["usage"] = self._usage() if usage or self._body.continuous_usage else None
         return sse(event)
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         # A prompt counts once, however many answers it gets.
-        prompt = sum(len(a.request.prompt_token_ids) for a in self._answers[:: self._body.num_choices])
+        firsts = self._answers[:: self._body.num_choices]
+        prompt = sum(len(answer.request.prompt_token_ids) for answer in firsts)
         completion = sum(answer.completion_tokens for answer in self._answers)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens or 0 for answer in firsts)},
+        }
 
 
 def new_id(prefix: str) -> str:

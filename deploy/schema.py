@@ -86,6 +86,7 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=1)
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
 
     @field_validator("stop")
     @classmethod

@@ -22,7 +22,7 @@ from actors.cluster import start_cluster, stop_cluster
 from cluster.config import ServeConfig
 from cluster.errors import EmoeError
 from deploy.api import create_app
-from deploy.builtin import builtin_model_dir
+from deploy.builtin import MODEL_DIR
 from deploy.ray_backend import RayBackend
 from deploy.service import Service
 from model.checkpoint import open_checkpoint
@@ -68,9 +68,7 @@ class Api:
 def build_app(args: dict[str, Any]) -> Application:
     """Raises ConfigError for a key or value that is wrong, CheckpointError for a model that cannot be served."""
     config = ServeConfig.from_mapping(args, source="args")
-    model_dir = config.model
-    if model_dir is None:
-        model_dir = str(builtin_model_dir())
+    model_dir = config.model or str(MODEL_DIR)
     open_checkpoint(model_dir)
     return application(config, model_dir)
 

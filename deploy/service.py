@@ -152,6 +152,7 @@ class Service:
                     request_id=RequestId(f"{response_id}-{len(answers)}"),
                     prompt_token_ids=tuple(prompt.token_ids),
                     params=dataclasses.replace(prompt.params, seed=seed),
+                    cache_salt=body.cache_salt or "",
                 )
                 answers.append(
                     Answer(

@@ -8,14 +8,17 @@ from typing import Any
 
 import ray
 
+from actors.clients import Clients
 from cluster.config import ServeConfig
 from cluster.counters import ClusterCounters
 from cluster.errors import RequestError
 from cluster.protocol import (
+    Endpoint,
     EngineStatus,
     FinishReason,
     GenerateRequest,
     Readiness,
+    RequestId,
     TokenOutput,
 )
 from tests.deploy.fakes import FakeBackend
@@ -26,37 +29,29 @@ class FakeEngine:
 
     def __init__(self, step_s: float = 0.01) -> None:
         self._step_s = step_s
-        self._running: dict[str, dict[str, tuple[GenerateRequest, int]]] = {}
-        self._outputs: dict[str, list[TokenOutput]] = {}
-        self._news: dict[str, asyncio.Event] = {}
+        self._running: dict[RequestId, tuple[GenerateRequest, int]] = {}
+        self._clients = Clients(self, submitted=lambda: None)
+        self._endpoint: Endpoint | None = None
         self._steps = 0
-        self._loop = asyncio.get_running_loop().create_task(self._work()) if _has_loop() else None
+        self._loop: asyncio.Task[None] | None = None
 
-    async def submit(self, client_id: str, requests: list[GenerateRequest]) -> None:
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop().create_task(self._work())
-        for request in requests:
-            if len(request.prompt_token_ids) > 100:
-                raise RequestError("does not fit into the KV cache", param="prompt", code="context_length_exceeded")
-            running = self._running.setdefault(client_id, {})
-            running.setdefault(request.request_id, (request, len(request.output_token_ids)))
+    async def endpoint(self) -> Endpoint:
+        if self._endpoint is None:
+            self._endpoint = await self._clients.listen("127.0.0.1")
+            self._loop = asyncio.create_task(self._work())
+        return self._endpoint
 
-    async def abort(self, client_id: str, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            self._running.get(client_id, {}).pop(request_id, None)
+    def add(self, request: GenerateRequest) -> TokenOutput | None:
+        if len(request.prompt_token_ids) > 100:
+            raise RequestError("does not fit into the KV cache", param="prompt", code="context_length_exceeded")
+        self._running[request.request_id] = (request, len(request.output_token_ids))
+        return None
 
-    async def poll(self, client_id: str) -> list[TokenOutput]:
-        news = self._news.setdefault(client_id, asyncio.Event())
-        if not self._outputs.get(client_id):
-            news.clear()
-            try:
-                await asyncio.wait_for(news.wait(), 10)
-            except TimeoutError:
-                return []
-        return self._outputs.pop(client_id)
+    def abort(self, request_id: RequestId) -> bool:
+        return self._running.pop(request_id, None) is not None
 
     async def status(self) -> EngineStatus:
-        return EngineStatus(steps=self._steps, waiting=sum(map(len, self._running.values())))
+        return EngineStatus(steps=self._steps, waiting=len(self._running))
 
     async def _work(self) -> None:
         due = time.monotonic()
@@ -64,19 +59,15 @@ class FakeEngine:
             due += self._step_s
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             self._steps += 1
-            for client_id, running in self._running.items():
-                outputs = [self._next(running, request_id) for request_id in list(running)]
-                if outputs:
-                    self._outputs.setdefault(client_id, []).extend(outputs)
-                    self._news.setdefault(client_id, asyncio.Event()).set()
+            self._clients.deliver([self._next(request_id) for request_id in list(self._running)])
 
-    def _next(self, running: dict[str, tuple[GenerateRequest, int]], request_id: str) -> TokenOutput:
-        request, made = running[request_id]
+    def _next(self, request_id: RequestId) -> TokenOutput:
+        request, made = self._running[request_id]
         ends = made + 1 >= request.params.max_tokens
         if ends:
-            del running[request_id]
+            del self._running[request_id]
         else:
-            running[request_id] = (request, made + 1)
+            self._running[request_id] = (request, made + 1)
         return TokenOutput(
             request_id=request.request_id,
             offset=made,
@@ -157,11 +148,3 @@ def start_fake_cluster(config: ServeConfig, model_dir: str) -> Any:
         )
         .remote()
     )
-
-
-def _has_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

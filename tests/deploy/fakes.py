@@ -24,6 +24,7 @@ from cluster.protocol import (
     ModelInfo,
     Operation,
     Phase,
+    PhaseCounts,
     PlacementView,
     Readiness,
     RebalancePreview,
@@ -75,6 +76,7 @@ class FakeBackend:
     aborted: list[str] = field(default_factory=list)
     running_operation: str | None = None
     max_model_len: int = 128
+    cached_tokens: int = 0
     scaled: list[tuple[int | None, tuple[WorkerId, ...]]] = field(default_factory=list)
     scale_ends: Phase = Phase.COMPLETED
     placed: tuple[Placement, bool | None] | None = None
@@ -121,6 +123,7 @@ class FakeBackend:
             request_id=request.request_id,
             offset=offset,
             token_ids=tokens,
+            cached_tokens=self.cached_tokens,
             logprobs=logprobs,
             finish_reason=reason,
             error=error,
@@ -131,7 +134,18 @@ class FakeBackend:
 
     async def engine_status(self) -> EngineStatus:
         worker = WorkerId("w0")
-        return EngineStatus(running={worker: 2}, waiting=1, kv_usage={worker: 0.25}, steps=7, preemptions=3, epoch=1)
+        return EngineStatus(
+            running={worker: 2},
+            waiting=1,
+            kv_usage={worker: 0.25},
+            steps=7,
+            preemptions=3,
+            prefix_queries=40,
+            prefix_hits=16,
+            first_tokens=4,
+            first_tokens_s=0.5,
+            epoch=1,
+        )
 
     async def model_info(self) -> ModelInfo:
         return ModelInfo(
@@ -153,7 +167,16 @@ class FakeBackend:
         return PlacementView(epoch=Epoch(1), placement=contiguous(2, 4, workers))
 
     async def routing(self) -> RoutingView:
-        return RoutingView(tokens=10, window_s=60.0, load=np.ones((2, 4), dtype=np.int64), load_imbalance=(1.0, 1.25))
+        phase = PhaseCounts(tokens=5, load=np.ones((2, 4), dtype=np.int64))
+        return RoutingView(
+            tokens=10,
+            window_s=60.0,
+            load=2 * phase.load,
+            load_imbalance=(1.0, 1.25),
+            prefill=phase,
+            decode=phase,
+            decode_weight=3.0,
+        )
 
     async def workers(self) -> list[WorkerView]:
         return [

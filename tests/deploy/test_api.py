@@ -50,7 +50,12 @@ def test_a_completion(call: Call) -> None:
     assert body["choices"] == [
         {"index": 0, "text": "`ab", "logprobs": None, "finish_reason": "length", "stop_reason": None}
     ]
-    assert body["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert body["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": 3,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_several_prompts_and_choices(call: Call) -> None:
@@ -90,6 +95,19 @@ def test_streams_equal_plain_answers(call: Call) -> None:
             assert "".join(part["text"] for part in parts) == plain["choices"][index]["text"]
             assert parts[-1]["finish_reason"] == "stop"
             assert parts[-1]["stop_reason"] == "ij"
+
+
+def test_cached_tokens_are_told(call: Call) -> None:
+    """Of a prompt with several answers, as of its tokens: once."""
+    json = {"prompt": ["hello", "hello x"], "n": 2, "max_tokens": 3, "stream": True, "cache_salt": "mine"}
+    json["stream_options"] = {"include_usage": True}
+    backend = FakeBackend(cached_tokens=2)
+    usage = events(call("POST", "/v1/completions", json=json, backend=backend))[-1]["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 4}
+    assert [request.cache_salt for request in backend.requests] == ["mine"] * 4
+    assert error(call("POST", "/v1/completions", json={**COMPLETION, "cache_salt": ""}), 400)["param"] == "cache_salt"
+    usage = call("POST", "/v1/chat/completions", json=CHAT, backend=FakeBackend(cached_tokens=5)).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 5}
 
 
 def test_a_stop_string_ends_the_engines_work(call: Call) -> None:
@@ -333,7 +351,9 @@ def test_admin_views(call: Call) -> None:
     assert placement["epoch"] == 1
     assert placement["slot_to_worker"] == [0, 0, 1, 1]
     assert placement["physical_to_logical_map"] == [[0, 1, 2, 3]] * 2
-    assert call("GET", "/admin/routing").json()["load_imbalance"] == [1.0, 1.25]
+    routing = call("GET", "/admin/routing").json()
+    assert routing["load_imbalance"] == [1.0, 1.25]
+    assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
     assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage"}
 
@@ -368,6 +388,10 @@ def test_metrics(model_dir: Path) -> None:
         f"vllm:num_requests_waiting{labels} 1.0",
         f"vllm:kv_cache_usage_perc{labels} 0.25",
         f"vllm:num_preemptions_total{labels} 3.0",
+        f"emoe:prefix_cache_queries_total{labels} 40.0",
+        f"emoe:prefix_cache_hits_total{labels} 16.0",
+        f"emoe:engine_time_to_first_token_seconds_count{labels} 4.0",
+        f"emoe:engine_time_to_first_token_seconds_sum{labels} 0.5",
         f"vllm:prompt_tokens_total{labels} 1.0",
         f"vllm:generation_tokens_total{labels} 3.0",
         f"vllm:time_to_first_token_seconds_count{labels} 1.0",

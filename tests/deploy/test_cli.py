@@ -73,6 +73,26 @@ def test_mistakes_and_help_need_no_heavy_import() -> None:
         assert "argparse" in imported(*args)
 
 
+def test_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def serve(config: ServeConfig) -> int:
+        seen.append(config.enable_prefix_caching)
+        return 0
+
+    monkeypatch.setattr("deploy.cli_serve.serve", serve)
+    file = tmp_path / "emoe.yaml"
+    file.write_text("enable-prefix-caching: false\n")
+    for flags in ([], ["--no-enable-prefix-caching"], ["--config", str(file)],
+                  ["--config", str(file), "--enable-prefix-caching"]):  # fmt: skip
+        assert cli.main(["serve", *flags]) == 0
+    assert seen == [True, False, False, True]
+    file.write_text("enable-prefix-caching: 1\n")
+    assert cli.main(["serve", "--config", str(file)]) == 2
+    file.write_text("workers: true\n")
+    assert cli.main(["serve", "--config", str(file)]) == 2
+
+
 def test_help_and_version() -> None:
     text = emoe("serve", "--help").stdout
     for field in dataclasses.fields(ServeConfig):

@@ -10,12 +10,23 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from actors.clients import Clients
 from cluster.errors import NotReadyError, RequestError
-from cluster.protocol import FinishReason, GenerateRequest, Readiness, RequestId, SamplingParams, TokenOutput
+from cluster.protocol import (
+    Endpoint,
+    FinishReason,
+    GenerateRequest,
+    Readiness,
+    RequestId,
+    SamplingParams,
+    TokenOutput,
+)
 from deploy import ray_backend
 from deploy.ray_backend import RayBackend
 
 LENGTH = 20
+ENGINES: list[Engine] = []
+"""Those that listen, to be ended with the test."""
 
 
 class Method:
@@ -47,7 +58,8 @@ class Actor:
 
     def __getattribute__(self, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        return Method(self, value) if asyncio.iscoroutinefunction(value) else value
+        remote = asyncio.iscoroutinefunction(value) and not name.startswith("_")
+        return Method(self, value) if remote else value
 
 
 class Engine(Actor):
@@ -62,27 +74,53 @@ class Engine(Actor):
         self.started = True
         self.refuses = False
         self.drops = 0
+        self.clients = Clients(self, submitted=lambda: None)
+        self.address: Endpoint | None = None
+        self.work: asyncio.Task[None] | None = None
 
-    async def submit(self, client_id: str, requests: list[GenerateRequest]) -> None:
+    def kill(self) -> None:
+        self.dead.set()
+        self.clients.close()
+
+    def hang(self) -> None:
+        """The connections stay, and nothing is read from them."""
+        for link in self.clients._names:
+            assert link._transport is not None
+            link._transport.pause_reading()
+
+    def end(self) -> None:
+        self.kill()
+        if self.work is not None:
+            self.work.cancel()
+
+    async def endpoint(self) -> Endpoint:
         if not self.started:
             raise NotReadyError("the engine has not been started")
+        if self.address is None:
+            self.address = await self.clients.listen("127.0.0.1")
+            ENGINES.append(self)
+            self.work = asyncio.get_running_loop().create_task(self._work())
+        return self.address
+
+    def add(self, request: GenerateRequest) -> TokenOutput | None:
         if self.refuses:
             raise RequestError("too long", param="prompt")
-        for request in requests:
-            self.submitted.append(request)
-            self.running.setdefault(request.request_id, (request, len(request.output_token_ids)))
+        self.submitted.append(request)
+        self.running[request.request_id] = (request, len(request.output_token_ids))
+        return None
 
-    async def abort(self, client_id: str, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            self.aborted.append(request_id)
-            self.running.pop(request_id, None)
+    def abort(self, request_id: str) -> bool:
+        self.aborted.append(request_id)
+        return self.running.pop(request_id, None) is not None
 
-    async def poll(self, client_id: str) -> list[TokenOutput]:
+    async def _work(self) -> None:
         while True:
+            while not self.running:
+                await asyncio.sleep(0)
             await self.steps.acquire()
             outputs = [self._next(request_id) for request_id in list(self.running)]
-            if outputs and self.drops == 0:
-                return outputs
+            if self.drops == 0:
+                self.clients.deliver(outputs)
             self.drops = max(0, self.drops - 1)
             await asyncio.sleep(0)
 
@@ -153,6 +191,9 @@ def run(scenario: Callable[[RayBackend, Coordinator, Engine], Awaitable[None]]) 
                 await scenario(backend, coordinator, engine)
         finally:
             await backend.end()
+            while ENGINES:
+                ENGINES.pop().end()
+            await asyncio.sleep(0)
 
     asyncio.run(work())
 
@@ -184,7 +225,7 @@ def test_a_lost_engine_costs_no_token(made: int) -> None:
         release(engine, made)
         await until(lambda: all(n == made for _, n in engine.running.values()) and engine.steps.locked())
         await asyncio.sleep(0.02)
-        engine.dead.set()
+        engine.kill()
         await asyncio.sleep(0.02)
         coordinator.current = successor = Engine()
         release(successor, 100)
@@ -196,11 +237,12 @@ def test_a_lost_engine_costs_no_token(made: int) -> None:
 
 
 def test_an_engine_replaced_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_backend, "POLL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(ray_backend, "LIFE_S", 0.05)
 
     async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
         answer = asyncio.create_task(collect(backend))
         await until(lambda: bool(engine.running))
+        engine.hang()
         coordinator.current = successor = Engine()
         release(successor, 100)
         assert await answer == EXPECTED
@@ -211,7 +253,7 @@ def test_an_engine_replaced_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_request_waits_for_an_engine() -> None:
     async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
         coordinator.current = None
-        engine.dead.set()
+        engine.kill()
         await asyncio.sleep(0.02)
         answer = asyncio.create_task(collect(backend))
         await asyncio.sleep(0.02)
@@ -302,7 +344,7 @@ def test_a_coordinator_that_is_away() -> None:
         # requests need the engine alone
         await asyncio.sleep(0.05)
         assert (await backend.readiness()).ready
-        engine.dead.set()
+        engine.kill()
         await until(lambda: not backend._readiness.ready)
 
     run(scenario)
