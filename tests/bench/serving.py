@@ -1,98 +1,35 @@
 """Serve one checkpoint with this project and, where installed, its peers, one after the other, and compare them.
 
-    python -m tests.bench.serving [--model DIR] [--workers 2,1] [--concurrency 1,8,32] [--vllm VENV] [--out DIR]
+    python -m tests.bench.serving [--model DIR] [--workers 2,1] [--vllm VENV] [--llama-cpp SOURCE] [--repeat N]
 
 Without --model the checkpoint "mid" is made: Qwen3-MoE, 12 layers of 32 experts, 659 M parameters, bfloat16.
-Writes results.json, results.md and results.png. Ratios within one run count; figures of different runs do not compare.
+Writes results.json, .csv, .md and .png. Ratios within one run count; figures of different runs do not compare.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import date
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.local_ray import free_port
-from tests.bench.client import Measured, measure
+from model.random_checkpoint import make_random_checkpoint
+from tests.bench import servers
+from tests.bench.client import Client
+from tests.bench.machine import floor_of, measure_machine, model_config, where_and_when
+from tests.bench.processes import cpu_between, cpu_times, memory_bytes
+from tests.bench.report import Run, load, report, save
+from tests.bench.servers import MODEL_NAME, Running, Server, serving
 
-Results = dict[str, list[Measured]]
-
-
-@contextmanager
-def serving(command: Sequence[str], url: str, log: Path, env: dict[str, str]) -> Iterator[None]:
-    """Run a server until the block is left. Raises RuntimeError where it is not ready within ten minutes."""
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | env, start_new_session=True
-        )
-    try:
-        wait_until_ready(process, url, log)
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float = 600) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            if httpx.get(f"{url}/v1/models", timeout=5).is_success and httpx.get(
-                f"{url}/ready", timeout=5
-            ).status_code in (
-                200,
-                404,
-            ):
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise RuntimeError(f"the server did not become ready; see {log}")
-
-
-def ours(model: Path, workers: int, port: int) -> list[str]:
-    emoe = str(Path(sys.executable).with_name("emoe"))
-    return [
-        *(emoe, "serve", str(model), "--workers", str(workers), "--port", str(port)),
-        *("--max-model-len", "2048", "--served-model-name", "bench"),
-    ]
-
-
-def vllm(venv: Path, model: Path, port: int) -> list[str]:
-    return [
-        *(str(venv / "bin" / "vllm"), "serve", str(model), "--port", str(port)),
-        *("--max-model-len", "2048", "--dtype", "bfloat16", "--served-model-name", "bench"),
-    ]
-
-
-VLLM_ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_CPU_OMP_THREADS_BIND": "0-1",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    "OMP_NUM_THREADS": "2",
-}
+ENGINE_TTFT = "emoe:engine_time_to_first_token_seconds"
 
 
 def mid_checkpoint(out: Path) -> Path:
-    from model.random_checkpoint import make_random_checkpoint
-
     path = out / "mid"
     if not (path / "config.json").exists():
         print("making the checkpoint 'mid' (1.3 GB)", flush=True)
@@ -102,67 +39,103 @@ def mid_checkpoint(out: Path) -> Path:
     return path
 
 
-def table(results: Results) -> str:
-    head = ("server", "concurrency", "output tok/s", "median TTFT ms", "median ITL ms", "p99 ITL ms")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for server, rows in results.items():
-        for m in rows:
-            figures = (f"{m.output_tokens_per_s:.0f}", f"{m.ttft_ms:.0f}", f"{m.itl_ms:.1f}", f"{m.itl_p99_ms:.0f}")
-            lines.append(f"| {server} | {m.concurrency} | {' | '.join(figures)} |")
-    return "\n".join(lines) + "\n"
+def run_server(server: Server, model: Path, concurrency: Sequence[int], round_number: int, out: Path) -> Run:
+    """Start a server, put it under every load, stop it."""
+    started = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    machine = measure_machine()
+    log = out / f"{server.name.replace(',', '').replace(' ', '-')}.log"
+    with serving(server, log) as running:
+        client = Client(running.url, MODEL_NAME, vocab=model_config(model)["vocab_size"], seed=round_number)
+        client.warm_up()
+        before = _engine_ttft(running)
+        lone_ttft_ms = client.lone_ttft_ms()
+        engine_ttft_ms = _mean_between(before, _engine_ttft(running))
+        prefill = client.prefill_tokens_per_s()
+        measured = []
+        cpu_s: dict[str, float] = {}
+        for c in concurrency:
+            times = cpu_times(running.pid) if server.ours else {}
+            measured.append(client.measure(c))
+            if server.ours:
+                cpu_s = cpu_between(times, cpu_times(running.pid))
+            print(f"{server.name}: {measured[-1]}", flush=True)
+        # what the load has touched stays, so this is the most
+        memory = memory_bytes(running.pid)
+    return Run(
+        server=server.name,
+        peer=server.peer,
+        started=started,
+        machine=machine,
+        measured=measured,
+        prefill_tokens_per_s=prefill,
+        lone_ttft_ms=lone_ttft_ms,
+        engine_ttft_ms=engine_ttft_ms,
+        memory_bytes=memory,
+        cpu_s=cpu_s,
+    )
 
 
-def plot(results: Results, path: Path) -> None:
-    import matplotlib
+def _engine_ttft(running: Running) -> tuple[float, float] | None:
+    """(requests, seconds in all) that the engine itself has counted up to their first tokens."""
+    if not running.server.ours:
+        return None
+    text = httpx.get(f"{running.url}/metrics").raise_for_status().text
+    samples = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
+    if f"{ENGINE_TTFT}_count" not in samples:
+        return None
+    return samples[f"{ENGINE_TTFT}_count"], samples[f"{ENGINE_TTFT}_sum"]
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for server, rows in results.items():
-        x = [m.concurrency for m in rows]
-        left.plot(x, [m.output_tokens_per_s for m in rows], marker="o", label=server)
-        right.plot(x, [m.itl_ms for m in rows], marker="o", label=server)
-    for axes, title in ((left, "output tokens per second"), (right, "median ms between tokens")):
-        axes.set(xscale="log", xlabel="concurrent requests", title=title, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+def _mean_between(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
+    """Milliseconds per request."""
+    if before is None or after is None:
+        return None
+    return 1e3 * (after[1] - before[1]) / (after[0] - before[0])
+
+
+def chosen_servers(args: argparse.Namespace, model: Path) -> list[Server]:
+    """Ours first, then the peers that were named."""
+    chosen = [servers.ours(model, n, args.serve_args.split()) for n in map(int, args.workers.split(",")) if n]
+    if args.vllm:
+        chosen.append(servers.vllm(args.vllm, model))
+    if args.llama_cpp:
+        chosen += [servers.llama_cpp(args.llama_cpp, model, args.out, kind) for kind in args.llama_types.split(",")]
+    return chosen
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="checkpoint; 'mid' is made if not given")
+    parser.add_argument("--workers", default="2", help="numbers of our workers, each served in turn; 0: none")
+    parser.add_argument("--serve-args", default="", help="further arguments for emoe serve, in one string")
+    parser.add_argument("--concurrency", default="1,8,32")
+    parser.add_argument("--vllm", type=Path, metavar="VENV", help="virtual environment with vLLM")
+    parser.add_argument("--llama-cpp", type=Path, metavar="SOURCE", help="llama.cpp's source tree, built in build/")
+    parser.add_argument("--llama-types", default="bf16", help="types to convert to: bf16, q8_0; ratios are over bf16")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds over all servers; medians are shown")
+    parser.add_argument("--append", action="store_true", help="add to the runs that are in --out")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"))
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--workers", default="2", help="numbers of workers, each served in turn")
-    parser.add_argument("--concurrency", default="1,8,32")
-    parser.add_argument("--vllm", type=Path, help="virtual environment with vLLM")
-    parser.add_argument("--out", type=Path, default=Path("bench-out"))
-    args = parser.parse_args()
+    # so that a server never outlives a benchmark that is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     model = args.model or mid_checkpoint(args.out)
-    runs: list[tuple[str, list[str], int, dict[str, str]]] = []
-    for workers in args.workers.split(","):
-        port = free_port()
-        runs.append((f"elastic-moe, {workers} workers", ours(model, int(workers), port), port, {}))
-    if args.vllm:
-        port = free_port()
-        runs.append(("vLLM", vllm(args.vllm, model, port), port, VLLM_ENV))
-    results: Results = {}
-    for name, command, port, env in runs:
-        url = f"http://127.0.0.1:{port}"
-        log = args.out / f"{name.split(',')[0]}-{port}.log"
-        with serving(command, url, log, env):
-            results[name] = []
-            for concurrency in (int(c) for c in args.concurrency.split(",")):
-                results[name].append(measure(url, "bench", concurrency=concurrency))
-                print(f"{name}: {results[name][-1]}", flush=True)
-    head = f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {model.name}\n\n"
-    (args.out / "results.md").write_text(head + table(results))
-    (args.out / "results.json").write_text(
-        json.dumps({k: [asdict(m) for m in v] for k, v in results.items()}, indent=1)
-    )
-    plot(results, args.out / "results.png")
-    print("\n" + head + table(results))
+    about = where_and_when() | {"model": model.name, "command": " ".join(["tests.bench.serving", *sys.argv[1:]])}
+    config = model_config(model)
+    floor = floor_of(config) if config["model_type"] == "qwen3_moe" else None
+    chosen = chosen_servers(args, model)
+    runs = load(args.out) if args.append else []
+    concurrency = sorted(int(c) for c in args.concurrency.split(","))
+    for number in range(args.repeat):
+        # there and back again, so that a machine that slows down does so for all
+        for server in chosen[:: -1 if number % 2 else 1]:
+            runs.append(run_server(server, model, concurrency, number, args.out))
+            save(runs, about, floor, args.out)
+    print("\n" + report(runs, about, floor))
     return 0
 
 

@@ -1,0 +1,129 @@
+"""What this machine can do at most, measured, and the least time that a model's steps can take on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BF16 = 2
+"""Bytes of a number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    read_gb_per_s: float
+    gemm_gflop_per_s: float
+
+
+def measure_machine(*, read_mb: int = 512, tries: int = 8) -> Machine:
+    """Best of a few tries, on all cores: a read of memory far larger than the caches, and a bfloat16 product."""
+    source = torch.zeros(read_mb << 18, dtype=torch.float32)
+    read_s = _best(source.sum, 2 * tries)
+    gflop_per_s = 0.0
+    for rows in (512, 1024, 2048):
+        a, b = torch.randn(rows, 1024, dtype=torch.bfloat16), torch.randn(1024, 1024, dtype=torch.bfloat16)
+        seconds = _best(lambda a=a, b=b: a @ b, 4 * tries)  # type: ignore[misc]
+        gflop_per_s = max(gflop_per_s, 2e-9 * rows * 1024 * 1024 / seconds)
+    return Machine(read_gb_per_s=source.nbytes / read_s / 1e9, gemm_gflop_per_s=gflop_per_s)
+
+
+def _best(run: Callable[[], Any], tries: int) -> float:
+    run()
+    best = float("inf")
+    for _ in range(tries):
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """A model whose weights are read once a step, at most, in bfloat16, and whose routing is uniform.
+
+    Parameters are counted by what is run: `trunk` for every token, of `layers` x `experts` experts `top_k` per layer
+    and token. Embeddings are looked up, not multiplied, and not counted.
+    """
+
+    layers: int
+    experts: int
+    top_k: int
+    expert_parameters: int
+    trunk_parameters: int
+    kv_numbers_per_token: int
+
+    @property
+    def flop_per_token(self) -> float:
+        """Of the products with weights; attention over a short context comes on top."""
+        return 2.0 * (self.trunk_parameters + self.layers * self.top_k * self.expert_parameters)
+
+    def step_bytes(self, batch: int, context: int) -> float:
+        """Bytes that a decode step of `batch` sequences of `context` tokens reads at least."""
+        hit = self.experts * (1 - (1 - self.top_k / self.experts) ** batch)
+        weights = self.trunk_parameters + self.layers * hit * self.expert_parameters
+        return BF16 * (weights + batch * context * self.kv_numbers_per_token)
+
+    def decode_step_ms(self, batch: int, context: int, machine: Machine) -> float:
+        """The larger of the time to read and the time to multiply."""
+        read_s = self.step_bytes(batch, context) / machine.read_gb_per_s / 1e9
+        return 1e3 * max(read_s, batch * self.flop_per_token / machine.gemm_gflop_per_s / 1e9)
+
+    def prefill_tokens_per_s(self, machine: Machine) -> float:
+        return machine.gemm_gflop_per_s * 1e9 / self.flop_per_token
+
+
+def floor_of(config: dict[str, Any]) -> Floor:
+    """From a Qwen3-MoE's config.json. Raises ValueError for another model type: its floor has not been worked out."""
+    if config["model_type"] != "qwen3_moe":
+        raise ValueError(f"no floor is known for {config['model_type']}")
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    experts = config.get("num_experts") or config["num_local_experts"]
+    queries, keys = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
+    attention = hidden * (2 * queries + 2 * keys)
+    return Floor(
+        layers=layers,
+        experts=experts,
+        top_k=config["num_experts_per_tok"],
+        expert_parameters=3 * hidden * config["moe_intermediate_size"],
+        trunk_parameters=layers * (attention + hidden * experts) + hidden * config["vocab_size"],
+        kv_numbers_per_token=layers * 2 * keys,
+    )
+
+
+def model_config(model: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model / "config.json").read_text())
+    return config
+
+
+def where_and_when() -> dict[str, str]:
+    """What a table of figures must say of itself."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "commit": git("rev-parse", "--short", "HEAD") + changed,
+        "machine": f"{os.cpu_count()} cores of {cpu}, {_memory_gb():.0f} GB",
+        "torch": torch.__version__,
+    }
+
+
+def _memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

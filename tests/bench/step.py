@@ -1,0 +1,99 @@
+"""Steps of one worker in this process, without Ray: how near its arithmetic comes to what the machine allows.
+
+`python -m tests.bench.step --model DIR --threads 1` prints the median milliseconds of a decode step for several batch
+sizes, the tokens/s of a prefill, and the share of the memory or compute floor that is reached (Qwen3-MoE only). With
+EMOE_NATIVE=0 in the environment the same by PyTorch's operators. To be run alone on the machine, pinned to as many
+cores as there are threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from cluster import placement as placements
+from cluster.placement import Worker as Member
+from cluster.placement import WorkerId
+from cluster.protocol import EpochSpec, HostSpec, ModelSpec, StepPlan
+from model.checkpoint import open_checkpoint
+from model.native import unavailable
+from model.worker import Worker
+from tests.bench.machine import Floor, floor_of, measure_machine, model_config, where_and_when
+from tests.bench.workers import BLOCK, EPOCH, Case, Load
+
+CONTEXT = 160
+BATCHES = (1, 2, 4, 8, 16, 32)
+PROMPTS = (128, 512, 2048)
+
+
+def load_worker(path: Path, threads: int) -> Worker:
+    """The whole model on one worker."""
+    info = open_checkpoint(str(path)).info
+    member = Member(id=WorkerId("w0"), node="n", slots=info.num_logical_experts)
+    placement = placements.contiguous(info.num_layers, info.num_logical_experts, (member,))
+    worker = Worker(
+        HostSpec(
+            worker=member.id,
+            model=ModelSpec(path=str(path), dtype=info.dtype, device="cpu", max_model_len=4096),
+            experts=tuple(placement.experts_of(member.id, layer) for layer in range(info.num_layers)),
+            kv_cache_bytes=1 << 30,
+            block_size=BLOCK,
+            max_num_seqs=64,
+            max_num_batched_tokens=max(max(BATCHES) * CONTEXT, *PROMPTS),
+            num_threads=threads,
+        )
+    )
+    worker.load()
+    worker.prepare(EpochSpec(epoch=EPOCH, placement=placement, group="step", transport="local", rendezvous=""))
+    worker.commit(EPOCH)
+    return worker
+
+
+def step_s(worker: Worker, plan: StepPlan) -> float:
+    begin = time.perf_counter()
+    worker.step(plan)
+    return time.perf_counter() - begin
+
+
+def decode_s(worker: Worker, batch: int, vocabulary: int, steps: int = 24) -> float:
+    load = Load(Case(requests=batch, context=CONTEXT, steps=steps), 0, 1, vocabulary)
+    worker.step(load.prefill(0))
+    return statistics.median([step_s(worker, load.decode(turn + 1, turn)) for turn in range(steps)][2:])
+
+
+def prefill_s(worker: Worker, tokens: int, vocabulary: int) -> float:
+    load = Load(Case(requests=1, context=tokens, steps=0), 0, 1, vocabulary)
+    return statistics.median([step_s(worker, load.prefill(n)) for n in range(4)][1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    machine, config = measure_machine(), model_config(args.model)
+    floor: Floor | None = floor_of(config) if config["model_type"] == "qwen3_moe" else None
+    worker = load_worker(args.model, args.threads)
+    print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
+    print(
+        f"{args.threads} threads read {machine.read_gb_per_s:.0f} GB/s, multiply {machine.gemm_gflop_per_s:.0f} GFLOP/s"
+    )
+    print(f"by {'the native library' if unavailable() is None else f'PyTorch: {unavailable()}'}\n")
+    print("| step | ms | tokens/s | share of the floor |\n|---|---|---|---|")
+    for batch in BATCHES:
+        seconds = decode_s(worker, batch, config["vocab_size"])
+        share = f"{floor.decode_step_ms(batch, CONTEXT, machine) / seconds / 10:.0f} %" if floor else ""
+        print(f"| decode of {batch} | {seconds * 1e3:.1f} | {batch / seconds:.0f} | {share} |")
+    for tokens in PROMPTS:
+        seconds = prefill_s(worker, tokens, config["vocab_size"])
+        share = f"{100 * tokens / seconds / floor.prefill_tokens_per_s(machine):.0f} %" if floor else ""
+        print(f"| prompt of {tokens} | {seconds * 1e3:.0f} | {tokens / seconds:.0f} | {share} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Tables, ratios and floors of benchmarks, on figures that were worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.bench.client import Measured
+from tests.bench.gating import OURS, Result, merge, not_ahead, table
+from tests.bench.machine import Machine, floor_of
+from tests.bench.processes import MODEL, cpu_between, purpose, share_beside_model
+from tests.bench.report import Run, at, better_peer, floor_table, load, report, save, serving_table
+
+MACHINE = Machine(read_gb_per_s=10.0, gemm_gflop_per_s=100.0)
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 100,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 50,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 25,
+    "vocab_size": 1000,
+}
+
+
+def run(server: str, rate: float, *, peer: bool = False, cpu_s: dict[str, float] | None = None) -> Run:
+    measured = Measured(concurrency=8, output_tokens_per_s=rate, ttft_ms=10.0, itl_ms=2.0, itl_p99_ms=5.0)
+    return Run(
+        server=server,
+        peer=peer,
+        started="now",
+        machine=MACHINE,
+        measured=[measured],
+        prefill_tokens_per_s=rate * 10,
+        lone_ttft_ms=20.0,
+        engine_ttft_ms=None if peer else 16.0,
+        memory_bytes=1_500_000_000,
+        cpu_s=cpu_s or {},
+    )
+
+
+RUNS = [
+    *(run("ours", 100.0, cpu_s={MODEL: 9.0, "API": 1.0}), run("ours", 140.0), run("ours", 130.0)),
+    *(run("slow", 50.0, peer=True), run("fast", 90.0, peer=True), run("fast", 110.0, peer=True)),
+]
+
+
+def test_ratios_are_of_medians_over_the_better_peer() -> None:
+    assert better_peer(RUNS, at(8, "output_tokens_per_s")) == 100.0
+    assert "| ours | 8 | 130 (100-140) | 10 | 2.0 | 5 | 1.30 |" in serving_table(RUNS)
+    assert "| slow | 8 | 50 | 10 | 2.0 | 5 |  |" in serving_table(RUNS)
+
+
+def test_without_peers_there_are_no_ratios() -> None:
+    assert "| ours | 8 | 100 | 10 | 2.0 | 5 |  |" in serving_table(RUNS[:1])
+
+
+def test_floor_counts_each_weight_once_a_step() -> None:
+    floor = floor_of(CONFIG)
+    # q and o 100 x 100 each, k and v 100 x 50 each, router 100 x 4; the head 100 x 1000
+    assert floor.trunk_parameters == 2 * (30_000 + 400) + 100_000
+    assert floor.expert_parameters == 15_000
+    assert floor.kv_numbers_per_token == 2 * 2 * 50
+    # one token chooses 2 of 4 experts in each layer
+    assert floor.step_bytes(1, 10) == pytest.approx(2 * (160_800 + 2 * 2 * 15_000 + 10 * 200))
+    assert floor.flop_per_token == 2 * (160_800 + 2 * 2 * 15_000)
+    # many tokens hit all experts, and multiplying takes longer than reading
+    assert floor.decode_step_ms(1000, 1, MACHINE) == pytest.approx(1000 * floor.flop_per_token / 100e9 * 1e3)
+
+
+def test_shares_of_the_floor() -> None:
+    floor = floor_of(CONFIG)
+    share = 100 * floor.decode_step_ms(8, 160, MACHINE) / 2.0
+    assert f"| slow | {share:.0f} |" in floor_table(RUNS, floor)
+
+
+def test_a_model_without_a_known_floor_is_refused() -> None:
+    with pytest.raises(ValueError, match="mixtral"):
+        floor_of({"model_type": "mixtral"})
+
+
+def test_a_report_is_saved_and_read_again(tmp_path: Path) -> None:
+    assert load(tmp_path) == []
+    save(RUNS, {"commit": "abc"}, floor_of(CONFIG), tmp_path)
+    assert load(tmp_path) == RUNS
+    assert (tmp_path / "results.md").read_text() == report(RUNS, {"commit": "abc"}, floor_of(CONFIG))
+    assert (tmp_path / "results.csv").read_text().count("\n") == 1 + len(RUNS)
+    assert (tmp_path / "results.png").stat().st_size > 0
+
+
+def test_cpu_time_by_purpose() -> None:
+    before = {(1, 0): ("API", 5.0), (2, 7): (MODEL, 1.0)}
+    after = {(1, 0): ("API", 6.0), (2, 7): (MODEL, 9.0), (3, 0): ("Ray", 1.0)}
+    spent = cpu_between(before, after)
+    assert spent == {MODEL: 8.0, "API": 1.0, "Ray": 1.0}
+    assert share_beside_model(spent) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "expected"),
+    [
+        ("ray::Engine.poll", "ray::Engine.poll", "engine"),
+        ("ray::ServeReplica:emoe:api", "ray::ServeReplica:emoe:api", "API"),
+        ("haproxy", "/x/haproxy -f y", "HAProxy"),
+        ("raylet", "/x/raylet --y", "Ray"),
+        ("emoe", "/x/python /x/emoe serve", "control plane"),
+    ],
+)
+def test_purpose_of_processes(name: str, command: str, expected: str) -> None:
+    assert purpose(name, command) == expected
+
+
+def result(policy: str, tokens: int, call_ms: float, peak: int = 0) -> Result:
+    return Result(policy=policy, workers=1, tokens=tokens, call_ms=call_ms, padding=0.5, dropped=0.25, peak_bytes=peak)
+
+
+def test_where_dynamic_gating_is_not_ahead_is_told() -> None:
+    results = [result("rival", 8, 1.0), result("rival", 32, 3.0), result(OURS, 8, 2.0), result(OURS, 32, 2.0)]
+    assert not_ahead(results) == ["rival at 8 tokens: 2.00 times ours"]
+    assert "| rival | 8000 | 10667 | 0 | 50 | 25.0 |" in table(results)
+
+
+def test_memory_of_all_workers_is_added_up() -> None:
+    assert merge([result(OURS, 8, 1.0, 5), result(OURS, 8, 3.0, 6)]) == result(OURS, 8, 1.0, 11)

@@ -1,0 +1,284 @@
+"""Steps of one or several workers in lock-step, as processes without Ray: what expert parallelism gains or costs.
+
+`python -m tests.bench.workers --model DIR --workers 1 2` prints the median milliseconds of a decode step for several
+batch sizes (of all workers together), and of a prefill. All sets of workers are loaded at once and measured in turns,
+so that a machine whose speed changes does not decide. Every process makes the plans of its own requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import statistics
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from cluster import placement as placements
+from cluster.placement import Worker as Member
+from cluster.placement import WorkerId
+from cluster.protocol import (
+    Chunk,
+    Epoch,
+    EpochSpec,
+    HostSpec,
+    ModelSpec,
+    NewSequence,
+    RequestId,
+    SamplingParams,
+    StepPlan,
+)
+
+BLOCK = 16
+LONGEST = 512
+"""Tokens of a sequence, at most."""
+EPOCH = Epoch(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """`requests` of all workers together, each with a prompt of `context` tokens."""
+
+    requests: int
+    context: int
+    steps: int
+    """Decode steps of a turn; 0: the prefill."""
+    most_requests: int
+    """Of all cases."""
+
+
+class Load:
+    """The plans of one worker's share of a case. Its sequences go on from turn to turn."""
+
+    def __init__(self, case: Case, number: int, rank: int, size: int, vocabulary: int) -> None:
+        self._shares = [case.requests // size + (r < case.requests % size) for r in range(size)]
+        self._rank = rank
+        self._context = case.context
+        rng = random.Random(number * size + rank)
+        share = self._shares[rank]
+        self._prompts = [tuple(rng.randrange(vocabulary) for _ in range(case.context)) for _ in range(share)]
+        self._ids = [RequestId(f"{number}-{n}") for n in range(share)]
+        self._blocks = LONGEST // BLOCK
+        # no two cases share a block
+        self._first_block = number * case.most_requests * self._blocks
+        self._decoded = 0
+
+    def prefill(self) -> StepPlan:
+        """All prompts of this worker at once, as new sequences."""
+        params = SamplingParams(max_tokens=LONGEST, temperature=0.0, ignore_eos=True)
+        context = self._context
+        self._decoded = 0
+        return StepPlan(
+            epoch=EPOCH,
+            step=0,
+            tokens_per_rank=tuple(share * context for share in self._shares),
+            new=tuple(
+                NewSequence(
+                    request_id=name, token_ids=prompt, num_prompt_tokens=context, params=params, eos_token_ids=()
+                )
+                for name, prompt in zip(self._ids, self._prompts, strict=True)
+            ),
+            chunks=tuple(self._chunk(n, 0, context) for n in range(len(self._ids))),
+            finished=tuple(self._ids),
+        )
+
+    def decode(self) -> StepPlan:
+        """One more token of every sequence."""
+        at = self._context + self._decoded
+        self._decoded += 1
+        chunks = tuple(self._chunk(n, at, 1) for n in range(len(self._ids)))
+        return StepPlan(epoch=EPOCH, step=0, tokens_per_rank=tuple(self._shares), chunks=chunks)
+
+    def _chunk(self, n: int, start: int, length: int) -> Chunk:
+        first = self._first_block + n * self._blocks
+        return Chunk(
+            request_id=self._ids[n],
+            start=start,
+            length=length,
+            known=start + length,
+            block_offset=0,
+            block_ids=tuple(range(first, first + self._blocks)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Medians over the steps of a case on one worker, in seconds."""
+
+    step_s: float
+    layers_s: float
+    """Of the step, what the MoE layers took, waiting included."""
+    waited_s: float
+    """Of the layers, waiting for peers (native exchange only)."""
+
+
+def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
+    """One turn of a case."""
+    from model.native.exchange import NativeExchange
+
+    dispatcher, group = worker._epoch.dispatcher, worker._epoch.group
+    times: list[tuple[float, float, float]] = []
+    layers_s = 0.0
+    forward = type(dispatcher)._forward
+
+    def timed(*args: Any) -> Any:
+        nonlocal layers_s
+        begin = time.perf_counter()
+        out = forward(dispatcher, *args)
+        layers_s += time.perf_counter() - begin
+        return out
+
+    def run(plan: StepPlan) -> None:
+        nonlocal layers_s
+        layers_s = 0.0
+        begin = time.perf_counter()
+        worker.step(plan)
+        step_s = time.perf_counter() - begin
+        waited = group.take_waited() if isinstance(group, NativeExchange) else None
+        times.append((step_s, layers_s, waited.tokens_s + waited.sums_s if waited else 0.0))
+
+    dispatcher._forward = timed
+    if first or not case.steps:
+        run(load.prefill())
+    if case.steps:
+        times.clear()
+        for _ in range(case.steps):
+            run(load.decode())
+    step_s, layers_s, waited_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return Times(step_s=step_s, layers_s=layers_s, waited_s=waited_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """One set of workers."""
+
+    workers: int
+    threads: int
+    pinned: bool
+
+    def __str__(self) -> str:
+        return f"{self.workers} x {self.threads} threads" + (", pinned" if self.pinned else "")
+
+
+def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case], pipe: Connection) -> None:
+    """One worker process: load, join, then run the cases whose numbers come through the pipe."""
+    if setup.pinned:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[(rank * setup.threads + n) % len(cores)] for n in range(setup.threads)})
+    from model.checkpoint import open_checkpoint
+    from model.worker import Worker
+
+    info, size = open_checkpoint(path).info, setup.workers
+    experts = info.num_logical_experts
+    members = tuple(
+        Member(id=WorkerId(f"w{r}"), node="n", slots=experts // size + (r < experts % size)) for r in range(size)
+    )
+    placement = placements.contiguous(info.num_layers, experts, members)
+    worker = Worker(
+        HostSpec(
+            worker=members[rank].id,
+            model=ModelSpec(path=path, dtype=info.dtype, device="cpu", max_model_len=LONGEST),
+            experts=tuple(placement.experts_of(members[rank].id, layer) for layer in range(info.num_layers)),
+            kv_cache_bytes=4 << 30,
+            block_size=BLOCK,
+            max_num_seqs=len(cases) * cases[0].most_requests,
+            max_num_batched_tokens=max(case.requests * case.context for case in cases),
+            num_threads=setup.threads,
+        )
+    )
+    worker.load()
+    transport = "local" if size == 1 else "shm"
+    worker.prepare(EpochSpec(epoch=EPOCH, placement=placement, group=group, transport=transport, rendezvous=""))
+    worker.commit(EPOCH)
+    pipe.send(None)
+    loads: dict[int, Load] = {}
+    while (number := pipe.recv()) is not None:
+        first = number not in loads
+        if first:
+            loads[number] = Load(cases[number], number, rank, size, info.vocab_size)
+        pipe.send(measure(worker, loads[number], cases[number], first))
+
+
+class Workers:
+    """The processes of one setup."""
+
+    def __init__(self, path: str, setup: Setup, cases: Sequence[Case]) -> None:
+        context = multiprocessing.get_context("spawn")
+        group = f"emoe-bench-{uuid.uuid4().hex[:8]}"
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(setup.workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(path, setup, rank, group, cases, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            pipe.recv()
+
+    def run(self, number: int) -> Times:
+        """The case of this number; of the slowest worker."""
+        for pipe in self._pipes:
+            pipe.send(number)
+        return max((pipe.recv() for pipe in self._pipes), key=lambda times: float(times.step_s))
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="directory of the checkpoint")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="sets of workers to compare")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, default=128, help="tokens before the first decode step")
+    parser.add_argument("--steps", type=int, default=20, help="decode steps of one turn")
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--prefill", type=int, default=8, help="prompts in the prefill's step; 0: no prefill")
+    parser.add_argument("--pin", action="store_true", help="measure every set pinned to cores as well")
+    args = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    setups = [
+        Setup(workers=n, threads=max(1, cores // n), pinned=pinned)
+        for n in args.workers
+        for pinned in ([False, True] if args.pin else [False])
+    ]
+    if args.context + args.steps * args.turns > LONGEST:
+        parser.error(f"sequences would grow past {LONGEST} tokens")
+    most = max(*args.batches, args.prefill)
+    cases = [
+        Case(requests=n, context=args.context, steps=steps, most_requests=most)
+        for n, steps in [*((n, args.steps) for n in args.batches), *([(args.prefill, 0)] if args.prefill else [])]
+    ]
+    running = [Workers(args.model, setup, cases) for setup in setups]
+    times: dict[tuple[int, int], list[Times]] = {}
+    for _ in range(args.turns):
+        for number in range(len(cases)):
+            for n, workers in enumerate(running):
+                times.setdefault((number, n), []).append(workers.run(number))
+    for workers in running:
+        workers.close()
+    print("medians in ms: step (MoE layers, of which waiting); speed over the first set's")
+    for number, case in enumerate(cases):
+        for n, setup in enumerate(setups):
+            seen, first = times[number, n], times[number, 0]
+            step, layers, waited = (
+                1000 * statistics.median(getattr(turn, name) for turn in seen)
+                for name in ("step_s", "layers_s", "waited_s")
+            )
+            ratio = statistics.median(a.step_s / b.step_s for a, b in zip(first, seen, strict=True))
+            kind = f"decode {case.requests:3}" if case.steps else f"prefill {case.requests * case.context}"
+            print(f"{kind:13} {setup!s:22} {step:8.2f} ({layers:7.2f}, {waited:6.2f})  {ratio:5.2f}")
+
+
+if __name__ == "__main__":
+    main()
