@@ -33,6 +33,8 @@ class Bench:
     rng: random.Random
     workers: int
     """How many there should be."""
+    struck_at: float = 0.0
+    """When the clock of the outage starts: at the fault, or when load comes back after it."""
     victims: list[psutil.Process] = field(default_factory=list)
     """Processes that must be gone once the cluster is whole again."""
 
@@ -55,6 +57,7 @@ class Bench:
             # one that ended may be made anew only when it is needed
             self.server.wait(f"a running {role}", partial(self._targets, role, chosen))
             chosen.append(self.rng.choice(self._targets(role, chosen)))
+        self.struck_at = time.monotonic()
         for process in chosen:
             os.kill(process.pid, signal.SIGSTOP if hang else signal.SIGKILL)
         self.victims += chosen
@@ -65,12 +68,30 @@ class Bench:
 
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 
+    def strike_worker(self, worker: str, *, hang: bool = False) -> None:
+        pid = next(w["pid"] for w in self.server.get("/admin/workers") if w["id"] == worker)
+        self.victims.append(psutil.Process(pid))
+        self.struck_at = time.monotonic()
+        os.kill(pid, signal.SIGSTOP if hang else signal.SIGKILL)
+
     def move_everything(self) -> str:
         """A re-placement that moves every expert: each layer's slots, shifted by a worker's. The operation's id."""
         placement = self.server.get("/admin/placement")
         shift = placement["workers"][0]["slots"]
         table = placement["physical_to_logical_map"]
         placement["physical_to_logical_map"] = [row[-shift:] + row[:-shift] for row in table]
+        return self.place(placement)
+
+    def move_a_quarter(self) -> str:
+        """The first two workers exchange so many experts of every layer that a quarter of all move."""
+        placement = self.server.get("/admin/placement")
+        first = placement["workers"][0]["slots"]
+        for row in placement["physical_to_logical_map"]:
+            for slot in range(placement["num_logical_experts"] // 8):
+                row[slot], row[first + slot] = row[first + slot], row[slot]
+        return self.place(placement)
+
+    def place(self, placement: dict[str, Any]) -> str:
         response = httpx.put(f"{self.server.url}/admin/placement", json=placement, timeout=30)
         assert response.status_code == 202, response.text
         return str(response.json()["operation_id"])
@@ -78,6 +99,12 @@ class Bench:
     def scale(self, workers: int) -> str:
         self.workers = workers
         response = self.server.post("/admin/scale", {"workers": workers})
+        assert response.status_code == 202, response.text
+        return str(response.json()["operation_id"])
+
+    def retire(self, worker: str) -> str:
+        self.workers -= 1
+        response = self.server.post("/admin/scale", {"retire": [worker]})
         assert response.status_code == 202, response.text
         return str(response.json()["operation_id"])
 
@@ -102,10 +129,15 @@ class Bench:
 
     def settle(self) -> None:
         """Wait until all workers serve, nothing is under way, tokens flow, and the victims are gone."""
+        self.server.wait("the victims' end", lambda: not self.victims_live(), 30)
+        self.victims.clear()
+        # first: right after a fault the cluster still looks whole
+        self.load.wait_for_tokens(20)
         self.server.wait("a whole cluster", self._is_whole, WHOLE_S)
         self.load.wait_for_tokens(20)
-        self.server.wait("the victims' end", lambda: not any(map(_lives, self.victims)), 30)
-        self.victims.clear()
+
+    def victims_live(self) -> bool:
+        return any(map(_lives, self.victims))
 
     def _is_whole(self) -> bool:
         if not self.server.ready():
@@ -113,6 +145,11 @@ class Bench:
         members = self.ask("/admin/placement").get("workers", [])
         operations = self.ask("/admin/operations") or [{"phase": "unknown"}]
         return len(members) == self.workers and all(op["phase"] in ENDED for op in operations)
+
+    def family(self) -> list[psutil.Process]:
+        """The server and all its processes."""
+        root = psutil.Process(self.server.process.pid)
+        return [root, *root.children(recursive=True)]
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -1,6 +1,6 @@
 """Runs scenarios one after the other on one server under load, and says what became of every request.
 
-python -m tests.chaos.driver --seed 0 [--only "kill host"]
+python -m tests.chaos.driver --seed 0 [--only "kill host"] [--model DIR] [--cycles 20] [--drift]
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from model.checkpoint import open_checkpoint
 from tests.chaos.bench import Bench
+from tests.chaos.drift import drift
+from tests.chaos.leaks import scale_cycles
 from tests.chaos.load import Expected, Load
 from tests.chaos.scenarios import CALM, FAULTS, Scenario
 from tests.e2e.conftest import MODEL, READY_S, Server, kill_family, load_reference, start
@@ -22,7 +25,13 @@ from tests.model.families import tiny_checkpoint
 
 WORKERS = 2
 THREADS = 4
-STEP_TIMEOUT_S = 5
+COPIES_S = 2.0
+"""Experts of a tiny model are copied within milliseconds: the bandwidth is limited so that all of them take so long."""
+LONGEST = 160
+"""Output tokens of the longest answer of a tiny model."""
+LONGEST_OF_OTHERS = 48
+SETTLED_CYCLES = 4
+LEAKS = "scale cycles"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,20 +48,27 @@ class Row:
     refused: int
     answers: int
     faults: tuple[str, ...]
+    figures: Mapping[str, str] = field(default_factory=dict)
 
 
-def start_server(checkpoint: Path, log: Path) -> Server:
-    flags = ["--workers", str(WORKERS), "--dtype", "float32", "--max-model-len", "512", "--served-model-name", MODEL]
-    # tiny experts: without a limit they would be copied before anything can be struck
-    flags += ["--migration-bandwidth", "0.5"]
-    flags += ["--rebalance-interval", "0", "--step-timeout", str(STEP_TIMEOUT_S), "--kv-cache-memory-bytes", "50000000"]
-    server = start([str(checkpoint), *flags], log)
+def start_server(checkpoint: Path, log: Path, *flags: str) -> Server:
+    """With `flags` besides those that all scenarios have."""
+    common = ["--workers", str(WORKERS), "--dtype", "float32", "--max-model-len", "512", "--served-model-name", MODEL]
+    common += ["--kv-cache-memory-bytes", "50000000", "--drain-timeout", "5", *flags]
+    server = start([str(checkpoint), *common], log)
     try:
         server.wait("readiness", server.ready, READY_S)
     except BaseException:
         kill_family(server)
         raise
     return server
+
+
+def tiny_flags(checkpoint: Path) -> list[str]:
+    """Steps and copies of a tiny model that take long enough to be struck."""
+    info = open_checkpoint(checkpoint).info
+    all_mb = info.num_layers * info.num_logical_experts * info.expert_bytes / 1e6
+    return ["--max-num-batched-tokens", "64", "--migration-bandwidth", str(all_mb / COPIES_S)]
 
 
 def run(
@@ -64,6 +80,8 @@ def run(
         rows.append(_run_one(server, expected, name, scenario, seed))
         if tell:
             print(line(rows[-1]), flush=True)
+            for key, value in rows[-1].figures.items():
+                print(f"    {key}: {value}", flush=True)
             for fault in rows[-1].faults[:5]:
                 print(f"    {fault}", flush=True)
     return rows
@@ -71,16 +89,19 @@ def run(
 
 def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, seed: int) -> Row:
     troubles: list[str] = []
-    with Load(server, expected, threads=THREADS, seed=seed) as load:
+    figures: Mapping[str, str] = {}
+    # where nothing fails, what clients feel is measured: on streams, and without prompts that hold everybody up
+    mix = {"streams": 1.0, "prefill": 0.0} if name in CALM else {}
+    with Load(server, expected, threads=THREADS, seed=seed, **mix) as load:
         bench = Bench(server=server, load=load, rng=random.Random(f"{seed}/{name}"), workers=WORKERS)
         load.wait_for_tokens(100)
-        begin = end = time.monotonic()
+        bench.struck_at = time.monotonic()
         try:
-            scenario(bench)
+            figures = scenario(bench) or {}
             bench.settle()
         except AssertionError as error:
             troubles.append(f"not whole again: {str(error)[:500]}")
-        end = time.monotonic()
+        begin, end = bench.struck_at, time.monotonic()
     return Row(
         name=name,
         outage_s=load.outage_s(begin, end),
@@ -89,6 +110,7 @@ def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, 
         refused=load.tally.refused,
         answers=load.tally.answers,
         faults=(*load.tally.faults, *troubles),
+        figures=figures,
     )
 
 
@@ -101,17 +123,18 @@ def line(row: Row) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of the victims, the moments and the requests")
-    parser.add_argument("--only", action="append", help="name of a scenario; may be given several times")
-    options = parser.parse_args(arguments)
-    scenarios = {**CALM, **FAULTS}
+    options = _parsed(arguments)
+    scenarios = {**CALM, **FAULTS, LEAKS: lambda bench: scale_cycles(bench, options.cycles, SETTLED_CYCLES)}
     scenarios = {name: scenarios[name] for name in options.only or scenarios}
     with tempfile.TemporaryDirectory(prefix="emoe-chaos-") as directory:
-        checkpoint = tiny_checkpoint("qwen3_moe", Path(directory))
-        expected = Expected(load_reference(checkpoint))
+        tiny = options.model is None
+        checkpoint = tiny_checkpoint("qwen3_moe", Path(directory)) if tiny else Path(options.model)
+        if options.drift:
+            return drift(checkpoint, Path(directory) / "log")
+        expected = Expected(load_reference(checkpoint), LONGEST if tiny else LONGEST_OF_OTHERS)
         log = Path(directory) / "log"
-        server = start_server(checkpoint, log)
+        flags = tiny_flags(checkpoint) if tiny else []
+        server = start_server(checkpoint, log, "--rebalance-interval", "0", *flags, *options.flag)
         try:
             print(f"seed {options.seed}, {WORKERS} workers, {THREADS} clients\n{HEADER}", flush=True)
             rows = run(server, expected, scenarios, seed=options.seed, tell=True)
@@ -121,8 +144,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         finally:
             kill_family(server)
+    return _summary(rows, code)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the victims, the moments and the requests")
+    parser.add_argument("--only", action="append", help="name of a scenario; may be given several times")
+    parser.add_argument("--model", help="a checkpoint instead of a tiny random one")
+    parser.add_argument("--cycles", type=int, default=20, help=f"of '{LEAKS}', more than {SETTLED_CYCLES}")
+    parser.add_argument("--drift", action="store_true", help="only: how soon re-placement follows a drift of traffic")
+    parser.add_argument(
+        "--flag", action="append", default=[], help="a further flag of emoe serve, such as --flag=--x=y"
+    )
+    return parser.parse_args(arguments)
+
+
+def _summary(rows: Sequence[Row], code: int) -> int:
     lost = sum(len(row.faults) for row in rows)
-    refused_in_calm = sum(row.refused for row in rows if row.name in CALM)
+    refused_in_calm = sum(row.refused for row in rows if row.name not in FAULTS)
     answers = sum(row.answers for row in rows)
     print(f"{answers} answers, {lost} faults, {refused_in_calm} refused without a fault; the server ended with {code}")
     return int(bool(lost or refused_in_calm or code))

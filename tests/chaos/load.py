@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ import httpx
 
 from tests.e2e.conftest import MODEL, Reference, Server
 
-PROMPTS = ([17, 42, 99, 7, 250], [5, 300, 12], [401, 33, 8, 90, 211, 77, 6], [64])
-LONGEST = 160
-"""Output tokens of the longest answer."""
+LONG_PROMPT = [(37 * n) % 400 + 3 for n in range(280)]
+"""Takes many steps where a step runs few tokens: then prompts are nearly always under way."""
+PROMPTS = ([17, 42, 99, 7, 250], [5, 300, 12], [401, 33, 8, 90, 211, 77, 6], [64], LONG_PROMPT)
 ANSWER_S = 90.0
 """A stream that is silent for so long is lost."""
 REFUSED_S = 0.2
@@ -25,9 +26,11 @@ REFUSED_S = 0.2
 class Expected:
     """transformers' answers: greedy tokens of a shorter answer are the beginning of a longer one's."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, longest: int) -> None:
+        """longest: output tokens of the longest answer."""
+        self.longest = longest
         self._reference = reference
-        self._tokens = [reference.greedy(list(prompt), LONGEST) for prompt in PROMPTS]
+        self._tokens = [reference.greedy(list(prompt), longest) for prompt in PROMPTS]
 
     def text(self, prompt: int, tokens: int) -> str:
         return self._reference.text(self._tokens[prompt][:tokens])
@@ -45,15 +48,22 @@ class Tally:
 
 
 class Load:
-    """`threads` clients, every second answer a stream. Use as a context: leaving it waits for the last answers."""
+    """`threads` clients. Use as a context: leaving it waits for the last answers."""
 
-    def __init__(self, server: Server, expected: Expected, *, threads: int, seed: int) -> None:
+    def __init__(
+        self, server: Server, expected: Expected, *, threads: int, seed: int, streams: float = 0.5, prefill: float = 0.1
+    ) -> None:
+        """streams: share of requests that are streamed; prefill: of those with the long prompt."""
         self._server, self._expected = server, expected
+        self._streams, self.prefill = streams, prefill
         self._ending = threading.Event()
+        self._awake = threading.Event()
+        self._awake.set()
+        self._resting = 0
         self._lock = threading.Lock()
         self._stamps: list[float] = []
         self._gaps: list[tuple[float, float]] = []
-        """(end, seconds) of the gaps between two tokens of one stream, those that are worth noting."""
+        """(end, seconds) of the gaps between two tokens of one stream."""
         self.tally = Tally()
         self._threads = [
             threading.Thread(target=self._work, args=(random.Random(f"{seed}/{n}"),), daemon=True)
@@ -67,6 +77,7 @@ class Load:
 
     def __exit__(self, *_: object) -> None:
         self._ending.set()
+        self._awake.set()
         deadline = time.monotonic() + ANSWER_S
         for thread in self._threads:
             thread.join(max(0.1, deadline - time.monotonic()))
@@ -82,6 +93,22 @@ class Load:
         """The same for the stream that waited longest."""
         return max((gap for at, gap in self._gaps if begin <= at <= end), default=0.0)
 
+    def rest(self) -> None:
+        """Ask for nothing more, and wait until what was asked for is answered."""
+        self._awake.clear()
+        self._server.wait("an idle server", lambda: self._resting == len(self._threads), ANSWER_S)
+
+    def go_on(self) -> None:
+        self._awake.set()
+
+    def usual_gap_s(self, begin: float, end: float) -> float:
+        """The median gap between two tokens of a stream."""
+        return statistics.median([gap for at, gap in self._gaps if begin <= at <= end] or [0.0])
+
+    def tokens_per_s(self, begin: float, end: float) -> float:
+        """Of streams."""
+        return sum(begin <= stamp <= end for stamp in self._stamps) / max(end - begin, 1e-9)
+
     def wait_for_tokens(self, count: int, timeout_s: float = 60.0) -> None:
         goal = len(self._stamps) + count
         self._server.wait(f"{count} tokens", lambda: len(self._stamps) >= goal, timeout_s)
@@ -91,8 +118,17 @@ class Load:
     def _work(self, rng: random.Random) -> None:
         with httpx.Client(base_url=self._server.url, timeout=ANSWER_S) as client:
             while not self._ending.is_set():
-                prompt, tokens = rng.randrange(len(PROMPTS)), rng.randint(20, LONGEST)
-                stream = rng.random() < 0.5
+                if not self._awake.is_set():
+                    with self._lock:
+                        self._resting += 1
+                    self._awake.wait()
+                    with self._lock:
+                        self._resting -= 1
+                    continue
+                short = rng.randrange(len(PROMPTS) - 1)
+                prompt = len(PROMPTS) - 1 if rng.random() < self.prefill else short
+                tokens = rng.randint(min(20, self._expected.longest), self._expected.longest)
+                stream = rng.random() < self._streams
                 try:
                     answer = self._ask(client, prompt, tokens, stream=stream)
                 except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -136,7 +172,7 @@ class Load:
             text += _text(json.loads(line.removeprefix("data: ")))
             now = time.monotonic()
             self._stamps.append(now)
-            if last and now - last > 0.05:
+            if last:
                 self._gaps.append((now, now - last))
             last = now
         return text

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
-from tests.chaos.bench import Bench, pause
+from tests.chaos.bench import ENDED, Bench, pause
+from tests.chaos.figures import move_a_quarter, scale_up_and_down
 
-Scenario = Callable[[Bench], None]
+Figures = dict[str, str]
+Scenario = Callable[[Bench], "Figures | None"]
 
 INTO_COPIES_S = (0.05, 0.8)
 """After a re-placement began: experts are being copied then, for the bandwidth is limited."""
@@ -17,10 +20,47 @@ def strike(bench: Bench, *roles: str, hang: bool = False) -> None:
     bench.strike(*roles, hang=hang)
 
 
+def strike_while_idle(bench: Bench, *roles: str, hang: bool = False) -> None:
+    """Found although nothing runs; the load comes back when it is dealt with."""
+    bench.load.rest()
+    bench.strike(*roles, hang=hang)
+    bench.server.wait("the victims' end", lambda: not bench.victims_live(), 60)
+    bench.server.wait("readiness", bench.server.ready, 60)
+    bench.load.go_on()
+    bench.struck_at = time.monotonic()
+
+
+def strike_in_prefill(bench: Bench, *roles: str) -> None:
+    """Nearly every request has a prompt of many steps."""
+    bench.load.prefill = 0.9
+    pause(2.0)
+    bench.strike(*roles)
+    bench.load.prefill = 0.1
+
+
 def strike_while_moving(bench: Bench, *roles: str, hang: bool = False) -> None:
     bench.move_everything()
     pause(bench.rng.uniform(*INTO_COPIES_S))
     bench.strike(*roles, hang=hang)
+
+
+def strike_while_planning(bench: Bench, *roles: str) -> None:
+    response = bench.server.post("/admin/rebalance", {"planner": "auto"})
+    assert response.status_code == 202, response.text
+    pause(bench.rng.uniform(0.0, 0.3))
+    bench.strike(*roles)
+
+
+def strike_in_flip(bench: Bench, *roles: str) -> None:
+    """As soon as all copies have been made: hosts prepare, or flip."""
+    operation = bench.move_everything()
+
+    def flips() -> bool:
+        seen = bench.ask(f"/admin/operations/{operation}")
+        return seen.get("progress", 0.0) >= 0.8 or seen.get("phase") in ENDED
+
+    bench.server.wait("the flip", flips, 60, every_s=0.002)
+    bench.strike(*roles)
 
 
 def strike_while_scaling(bench: Bench, role: str) -> None:
@@ -31,11 +71,22 @@ def strike_while_scaling(bench: Bench, role: str) -> None:
     bench.scale(bench.workers - 1)
 
 
+def strike_who_leaves(bench: Bench, *, hang: bool = False) -> None:
+    """The source of the copies dies while it gives its experts away and lets its requests finish."""
+    bench.finish(bench.scale(bench.workers + 1))
+    worker = bench.server.get("/admin/placement")["workers"][-1]["id"]
+    bench.retire(worker)
+    pause(bench.rng.uniform(0.0, 0.5))
+    bench.strike_worker(worker, hang=hang)
+
+
 def strike_twice(bench: Bench, first: str, second: str) -> None:
     """The second while the recovery from the first is under way."""
     bench.strike(first)
+    begun = bench.struck_at
     pause(INTO_RECOVERY_S)
     bench.strike(second)
+    bench.struck_at = begun
 
 
 def move(bench: Bench) -> None:
@@ -43,16 +94,11 @@ def move(bench: Bench) -> None:
     assert end["phase"] == "completed", end
 
 
-def scale_up_and_down(bench: Bench) -> None:
-    before = bench.workers
-    for workers in (before + 2, before):
-        end = bench.finish(bench.scale(workers))
-        assert end["phase"] == "completed", end
-    assert end["safe_to_terminate"], end
-    assert len(end["retiring"]) == 2, end
-
-
-CALM: dict[str, Scenario] = {"every expert moves": move, "2 more workers, and 2 fewer": scale_up_and_down}
+CALM: dict[str, Scenario] = {
+    "every expert moves": move,
+    "a quarter of the experts moves": move_a_quarter,
+    "2 more workers, and 2 fewer": scale_up_and_down,
+}
 """No fault: no request may be refused either."""
 
 
@@ -62,10 +108,13 @@ def _named(scenario: Callable[..., None], *roles: str, **settings: bool) -> Scen
 
 FAULTS: dict[str, Scenario] = {
     "kill host": _named(strike, "host"),
+    "kill host in prefill": _named(strike_in_prefill, "host"),
+    "kill host, idle": _named(strike_while_idle, "host"),
     "kill engine": _named(strike, "engine"),
     "kill coordinator": _named(strike, "coordinator"),
     "kill migrator": _named(strike, "migrator"),
     "stop host": _named(strike, "host", hang=True),
+    "stop host, idle": _named(strike_while_idle, "host", hang=True),
     "stop engine": _named(strike, "engine", hang=True),
     "stop coordinator": _named(strike, "coordinator", hang=True),
     "kill 2 hosts": _named(strike, "host", "host"),
@@ -74,10 +123,18 @@ FAULTS: dict[str, Scenario] = {
     "kill engine and coordinator": _named(strike, "engine", "coordinator"),
     "kill host, then host in recovery": _named(strike_twice, "host", "host"),
     "kill host, then engine in recovery": _named(strike_twice, "host", "engine"),
+    "kill host, then coordinator": _named(strike_twice, "host", "coordinator"),
+    "kill host while planning": _named(strike_while_planning, "host"),
     "kill host in re-placement": _named(strike_while_moving, "host"),
+    "stop host in re-placement": _named(strike_while_moving, "host", hang=True),
     "kill engine in re-placement": _named(strike_while_moving, "engine"),
     "kill coordinator in re-placement": _named(strike_while_moving, "coordinator"),
     "kill migrator in re-placement": _named(strike_while_moving, "migrator"),
     "stop migrator in re-placement": _named(strike_while_moving, "migrator", hang=True),
+    "kill host in the flip": _named(strike_in_flip, "host"),
+    "kill engine in the flip": _named(strike_in_flip, "engine"),
+    "kill coordinator in the flip": _named(strike_in_flip, "coordinator"),
     "kill host while scaling up": _named(strike_while_scaling, "host"),
+    "kill coordinator while scaling up": _named(strike_while_scaling, "coordinator"),
+    "kill the host that leaves": strike_who_leaves,
 }

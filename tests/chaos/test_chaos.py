@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.driver import run, start_server
+from tests.chaos.driver import run, start_server, tiny_flags
 from tests.chaos.load import Expected
 from tests.chaos.scenarios import CALM, FAULTS
 from tests.e2e.conftest import kill_family, load_reference
@@ -19,8 +19,8 @@ FEW = ("kill host", "kill engine")
 
 def test_no_request_is_lost_and_no_token_changes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     checkpoint = tiny_checkpoint("qwen3_moe", tmp_path_factory)
-    expected = Expected(load_reference(checkpoint))
-    server = start_server(checkpoint, tmp_path / "log")
+    expected = Expected(load_reference(checkpoint), 160)
+    server = start_server(checkpoint, tmp_path / "log", "--rebalance-interval", "0", *tiny_flags(checkpoint))
     try:
         calm = run(server, expected, {"every expert moves": CALM["every expert moves"]}, seed=1, tell=True)
         faults = run(server, expected, {name: FAULTS[name] for name in FEW}, seed=1, tell=True)

@@ -44,11 +44,11 @@ class Server:
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def wait(self, what: str, true: Callable[[], object], timeout_s: float = 60) -> None:
+    def wait(self, what: str, true: Callable[[], object], timeout_s: float = 60, every_s: float = 0.1) -> None:
         deadline = time.monotonic() + timeout_s
         while not true():
             assert time.monotonic() < deadline, f"{what} did not come about in {timeout_s} s"
-            time.sleep(0.1)
+            time.sleep(every_s)
 
     def ready(self) -> bool:
         try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,34 +11,9 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import MODEL, Reference, Server
+from tests.e2e.streams import GREEDY, PROMPT, Stream
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
-
-PROMPT = [17, 42, 99, 7, 250]
-GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
-
-
-class Stream(threading.Thread):
-    """A streamed completion in a thread: its text, and when each piece came."""
-
-    def __init__(self, server: Server, tokens: int) -> None:
-        super().__init__(daemon=True)
-        self.text = ""
-        self.stamps: list[float] = []
-        self.finish_reason: str | None = None
-        self._server, self._tokens = server, tokens
-        self.start()
-
-    def run(self) -> None:
-        for event in self._server.client().completions.create(
-            model=MODEL, prompt=PROMPT, max_tokens=self._tokens, stream=True, **GREEDY
-        ):
-            self.text += event.choices[0].text
-            self.finish_reason = event.choices[0].finish_reason
-            self.stamps.append(time.monotonic())
-
-    def wait_for_pieces(self, count: int) -> None:
-        self._server.wait(f"{count} pieces", lambda: len(self.stamps) >= count)
 
 
 def test_completion_and_stream_are_transformers_tokens(server: Server, reference: Reference) -> None:
@@ -74,6 +47,21 @@ def test_many_at_once_do_not_disturb_one_another(server: Server, reference: Refe
         answers = list(pool.map(ask, prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer == reference.text(reference.greedy(prompt, 24))
+
+
+def test_a_prompt_that_came_before_is_not_computed_again(server: Server, reference: Reference) -> None:
+    """Its blocks, and those of a conversation's last turn, give the tokens that transformers computes from scratch."""
+    prompt = [(i * 29) % 400 + 5 for i in range(70)]
+    expected = reference.greedy(prompt, 24)
+    cached = []
+    for turn in (prompt, prompt, prompt + expected + [9, 8, 7]):
+        answer = server.client().completions.create(model=MODEL, prompt=turn, max_tokens=24, **GREEDY)
+        assert answer.choices[0].text == reference.text(reference.greedy(turn, 24))
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+    # in blocks of 16 tokens
+    assert cached == [0, 64, 80]
 
 
 def test_a_replacement_under_a_stream_changes_no_token(server: Server, reference: Reference) -> None:
