@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format chaos bench clean
+.PHONY: help serve test lint format chaos bench bench-gating clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,11 +37,14 @@ lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-chaos: $(VENV)/.installed-dev ## kill and stop every process of a server under load (minutes)
+chaos: $(VENV)/.installed-dev ## kill and stop every process of a server under load, and 20 scale cycles (some 15 minutes)
 	@$(BIN)/python -m tests.chaos.driver $(ARGS)
 
 bench: $(VENV)/.installed-dev ## measure the server (and its peers where installed) on this machine
 	@$(BIN)/python -m tests.bench.serving $(ARGS)
+
+bench-gating: $(VENV)/.installed-dev ## compare dynamic gating with its rivals' policies on one expert layer
+	@$(BIN)/python -m tests.bench.gating $(ARGS)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
