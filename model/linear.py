@@ -7,6 +7,8 @@ float32, weights stay as they are. Packing changes no bit of a weight.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,10 +31,17 @@ def pack(weight: Tensor) -> Weight:
     lib = library()
     if lib is not None and native.can_pack(weight):
         return native.pack(lib, weight)
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not _onednn_packs():
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
     return packed
+
+
+@cache
+def _onednn_packs() -> bool:
+    """oneDNN refuses bfloat16 on CPUs of AVX2, whose products PyTorch computes from plain matrices."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def unpack(weight: Weight) -> Tensor:

@@ -192,7 +192,8 @@ def _method(state: SamplingState, logits_BV: Tensor) -> Callable[..., Tensor]:
     """How a row's token is chosen: by the row alone."""
     if state.greedy:
         return _most_likely
-    if logits_BV.device.type == "cpu" and 0 < state.params.top_k <= min(_TOP_K_FEW, logits_BV.shape[1]):
+    # a top_k of the whole vocabulary is no limit
+    if logits_BV.device.type == "cpu" and 0 < state.params.top_k < min(_TOP_K_FEW + 1, logits_BV.shape[1]):
         return _draw_of_few
     return _draw
 

@@ -78,42 +78,52 @@ void write(const Call& call, const Sequence& sequence, int64_t g) {
 // Dot products of R queries with the keys of 4 tiles: scores [R][kKeys].
 template <int R>
 void score(const bf16* const* queries, int64_t size, const bf16* const* tiles, float* scores) {
-    __m512 acc[R][4];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < size / 2; ++d) {
-        __m512bh keys[4];
-        for (int c = 0; c < 4; ++c) keys[c] = as_bf16(_mm512_loadu_si512(tiles[c] + d * 2 * kTile));
-        for (int r = 0; r < R; ++r) {
-            const __m512bh pair = as_bf16(_mm512_set1_epi32(((const int32_t*)queries[r])[d]));
-            for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], pair, keys[c]);
+    constexpr int C = kColumns<R>;
+    for (int64_t first = 0; first < 4 * kTile; first += C * kLanes) {
+        Register acc[R][C];
+        const bf16* at[C]; // keys of a register's lanes
+        for (int c = 0; c < C; ++c) {
+            const int64_t key = first + c * kLanes;
+            at[c] = tiles[key / kTile] + key % kTile * 2;
         }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < 4; ++c) _mm512_storeu_ps(scores + r * kKeys + c * 16, acc[r][c]);
-}
-
-// Weights [R][kKeys] times the values of `count` tiles, added to `columns` (up to 64) of out [R][stride].
-template <int R>
-void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64_t size, int64_t first, float* out) {
-    __m512 acc[R][4];
-    int64_t column[4];
-    for (int c = 0; c < 4; ++c) column[c] = std::min(first + c * 16, size - 16); // past the end: the last ones again
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_loadu_ps(out + r * size + column[c]);
-    for (int64_t t = 0; t < count; ++t)
-        for (int64_t k = 0; k < kTile / 2; ++k) {
-            __m512bh values[4];
-            for (int c = 0; c < 4; ++c)
-                values[c] = as_bf16(_mm512_loadu_si512(tiles[t] + (k * size + column[c]) * 2));
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) acc[r][c] = no_sum();
+        for (int64_t d = 0; d < size / 2; ++d) {
+            Pairs keys[C];
+            for (int c = 0; c < C; ++c) keys[c] = load_pairs(at[c] + d * 2 * kTile);
             for (int r = 0; r < R; ++r) {
-                const int32_t* pairs = (const int32_t*)(weights + r * kKeys) + t * kTile / 2;
-                const __m512bh pair = as_bf16(_mm512_set1_epi32(pairs[k]));
-                for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], pair, values[c]);
+                const Pairs pair = all_pairs(((const int32_t*)queries[r])[d]);
+                for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, keys[c]);
             }
         }
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < 4; ++c) _mm512_storeu_ps(out + r * size + column[c], acc[r][c]);
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) store_sum(scores + r * kKeys + first + c * kLanes, acc[r][c]);
+    }
+}
+
+// Weights [R][kKeys] times the values of `count` tiles, added to up to 64 columns, from `first` on, of out [R][size].
+template <int R>
+void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64_t size, int64_t first, float* out) {
+    constexpr int C = kColumns<R>;
+    for (const int64_t end = std::min(first + 64, size); first < end; first += C * kLanes) {
+        Register acc[R][C];
+        int64_t column[C];
+        for (int c = 0; c < C; ++c) column[c] = std::min(first + c * kLanes, size - kLanes); // past the end: the last ones again
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) acc[r][c] = load_sum(out + r * size + column[c]);
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t k = 0; k < kTile / 2; ++k) {
+                Pairs values[C];
+                for (int c = 0; c < C; ++c) values[c] = load_pairs(tiles[t] + (k * size + column[c]) * 2);
+                for (int r = 0; r < R; ++r) {
+                    const int32_t* pairs = (const int32_t*)(weights + r * kKeys) + t * kTile / 2;
+                    const Pairs pair = all_pairs(pairs[k]);
+                    for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, values[c]);
+                }
+            }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) store_sum(out + r * size + column[c], acc[r][c]);
+    }
 }
 
 template <template <int> class F, class... Args> void by_rows(int64_t rows, Args... args) {
@@ -122,8 +132,8 @@ template <template <int> class F, class... Args> void by_rows(int64_t rows, Args
     case 2: return F<2>::call(args...);
     case 3: return F<3>::call(args...);
     case 4: return F<4>::call(args...);
-    case 5: return F<5>::call(args...);
-    default: return F<6>::call(args...);
+    case 5: return F<std::min<int64_t>(5, kRows)>::call(args...);
+    default: return F<kRows>::call(args...);
     }
 }
 template <int R> struct Score {
@@ -144,7 +154,7 @@ class Rows {
         for (int64_t r = 0; r < count_; ++r) {
             query_[r] = call_.query.at(head(r), sequence_.first_row + token(r));
             maximum_[r] = kNone;
-            total_[r] = _mm512_setzero_ps();
+            total_[r] = zero();
         }
         const int64_t end = last(count_ - 1);
         for (int64_t key = begin(0) / kKeys * kKeys; key < end; key += kKeys) chunk(key, std::min(kKeys, end - key));
@@ -180,47 +190,46 @@ class Rows {
     // Scores of a row over keys `first` .. first + count to weights; what is there already is scaled to the new maximum.
     void soften(int64_t r, int64_t first, int64_t count) {
         float* scores = scores_ + r * kKeys;
-        __m512 highest = _mm512_set1_ps(maximum_[r]);
+        Floats highest = all(maximum_[r]);
         for (int64_t k = 0; k < count; k += 16) {
-            const __mmask16 seen =
-                lanes_before(first + k, last(r)) & __mmask16(~lanes_before(first + k, begin(r)));
-            __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + k), _mm512_set1_ps(call_.scale));
+            const Lanes seen = lanes_before(first + k, last(r)) & Lanes(~lanes_before(first + k, begin(r)));
+            Floats score = mul(load(scores + k), all(call_.scale));
             if (call_.softcap > 0) score = capped(score);
-            score = _mm512_mask_mov_ps(_mm512_set1_ps(kNone), seen, score);
-            _mm512_storeu_ps(scores + k, score);
-            highest = _mm512_max_ps(highest, score);
+            score = chosen(seen, score, all(kNone));
+            store(scores + k, score);
+            highest = larger(highest, score);
         }
         const float before = maximum_[r];
-        maximum_[r] = _mm512_reduce_max_ps(highest);
+        maximum_[r] = maximum(highest);
         bf16* weights = weights_ + r * kKeys;
         if (maximum_[r] == kNone) { // nothing to see here, and nothing before
             std::memset(weights, 0, count * sizeof(bf16));
             return;
         }
         if (before != maximum_[r]) scale(r, before);
-        const __m512 shift = _mm512_set1_ps(maximum_[r]);
+        const Floats shift = all(maximum_[r]);
         for (int64_t k = 0; k < count; k += 16) {
-            const __m512 score = _mm512_loadu_ps(scores + k);
-            const __mmask16 seen = _mm512_cmp_ps_mask(score, _mm512_set1_ps(kNone), _CMP_NEQ_UQ);
-            const __m512 weight = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(score, shift)));
-            total_[r] = _mm512_add_ps(total_[r], weight);
-            store16(weights + k, weight);
+            const Floats score = load(scores + k);
+            const Lanes seen = differ(score, all(kNone));
+            const Floats weight = chosen(seen, exponential(sub(score, shift)), zero());
+            total_[r] = add(total_[r], weight);
+            store(weights + k, weight);
         }
     }
 
     // softcap * tanh(score / softcap)
-    __m512 capped(__m512 score) const {
-        const __m512 cap = _mm512_set1_ps(call_.softcap), one = _mm512_set1_ps(1.f);
-        const __m512 twice = _mm512_mul_ps(_mm512_div_ps(score, cap), _mm512_set1_ps(2.f));
-        return _mm512_mul_ps(cap, _mm512_sub_ps(one, over_logistic(_mm512_set1_ps(2.f), _mm512_sub_ps(_mm512_setzero_ps(), twice))));
+    Floats capped(Floats score) const {
+        const Floats cap = all(call_.softcap), one = all(1.f);
+        const Floats twice = mul(div(score, cap), all(2.f));
+        return mul(cap, sub(one, over_logistic(all(2.f), sub(zero(), twice))));
     }
 
     void scale(int64_t r, float before) {
-        const __m512 factor = exponential(_mm512_set1_ps(before - maximum_[r]));
-        total_[r] = _mm512_mul_ps(total_[r], factor);
+        const Floats factor = exponential(all(before - maximum_[r]));
+        total_[r] = mul(total_[r], factor);
         float* out = out_.data() + r * call_.value_size;
         for (int64_t c = 0; c < call_.value_size; c += 16)
-            _mm512_storeu_ps(out + c, _mm512_mul_ps(_mm512_loadu_ps(out + c), factor));
+            store(out + c, mul(load(out + c), factor));
     }
 
     void finish(int64_t r) {
@@ -229,13 +238,13 @@ class Rows {
             maximum_[r] = call_.sinks[head(r)];
             scale(r, before);
         }
-        __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(total_[r]));
+        Floats total = all(sum(total_[r]));
         if (call_.sinks != nullptr)
-            total = _mm512_add_ps(total, exponential(_mm512_set1_ps(call_.sinks[head(r)] - maximum_[r])));
+            total = add(total, exponential(all(call_.sinks[head(r)] - maximum_[r])));
         const float* from = out_.data() + r * call_.value_size;
         bf16* to = call_.out + ((sequence_.first_row + token(r)) * call_.heads + head(r)) * call_.value_size;
         for (int64_t c = 0; c < call_.value_size; c += 16)
-            store16(to + c, _mm512_div_ps(_mm512_loadu_ps(from + c), total));
+            store(to + c, div(load(from + c), total));
     }
 
     const Call& call_;
@@ -243,7 +252,7 @@ class Rows {
     const int64_t g_, first_, count_, members_;
     const bf16* query_[kQueries];
     float maximum_[kQueries];
-    __m512 total_[kQueries]; // sums of weights, lane by lane
+    Floats total_[kQueries]; // sums of weights, lane by lane
     alignas(64) float scores_[kQueries * kKeys];
     alignas(64) bf16 weights_[kQueries * kKeys];
     std::vector<float> out_; // [count][value_size] weighted sums so far

@@ -42,24 +42,24 @@ struct Sorted {
     }
 };
 
-__m512 bias_of(const bf16* bias, int64_t first, int64_t step, __mmask16 lanes) {
-    if (bias == nullptr) return _mm512_setzero_ps();
+Floats bias_of(const bf16* bias, int64_t first, int64_t step, Lanes lanes) {
+    if (bias == nullptr) return zero();
     alignas(64) float values[16] = {};
     for (int64_t i = 0; i < 16; ++i)
         if (lanes >> i & 1) values[i] = to_float(bias[first + i * step]);
-    return _mm512_load_ps(values);
+    return load(values);
 }
 
 // What transformers' gates compute in bfloat16, rounding after every operator as they do. Of two operands of min and max
 // the second is kept if one is not a number.
-__m512 gated(const Layer& layer, __m512 gate, __m512 up) {
-    const __m512 limit = _mm512_set1_ps(layer.limit);
-    gate = _mm512_min_ps(limit, gate);
-    up = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, up));
-    if (layer.gate == 0) return _mm512_mul_ps(rounded(over_logistic(gate, gate)), up);
-    const __m512 one = _mm512_set1_ps(1.f);
-    const __m512 sigmoid = rounded(over_logistic(one, rounded(_mm512_mul_ps(gate, _mm512_set1_ps(layer.alpha)))));
-    return _mm512_mul_ps(rounded(_mm512_add_ps(up, one)), rounded(_mm512_mul_ps(gate, sigmoid)));
+Floats gated(const Layer& layer, Floats gate, Floats up) {
+    const Floats limit = all(layer.limit);
+    gate = smaller(limit, gate);
+    up = larger(sub(zero(), limit), smaller(limit, up));
+    if (layer.gate == 0) return mul(rounded(over_logistic(gate, gate)), up);
+    const Floats one = all(1.f);
+    const Floats sigmoid = rounded(over_logistic(one, rounded(mul(gate, all(layer.alpha)))));
+    return mul(rounded(add(up, one)), rounded(mul(gate, sigmoid)));
 }
 
 // Panel `p` of gate and of up for all rows of expert `e`: 64 columns of `hidden` [pairs, width].
@@ -77,13 +77,13 @@ void gate_up(const Layer& layer, const bf16* x, const Sorted& sorted, int64_t e,
                            first == sorted.begin[e]);
         for (int64_t c = 0; c < kPanel; c += 16) {
             const int64_t column = p * kPanel + c;
-            const __mmask16 lanes = lanes_before(column, layer.width);
-            const __m512 gate_bias = bias_of(bias, column * step, step, lanes);
-            const __m512 up_bias = bias_of(bias, column * step + second, step, lanes);
+            const Lanes lanes = lanes_before(column, layer.width);
+            const Floats gate_bias = bias_of(bias, column * step, step, lanes);
+            const Floats up_bias = bias_of(bias, column * step + second, step, lanes);
             for (int64_t r = 0; r < count; ++r) {
-                const __m512 gate = rounded(_mm512_add_ps(_mm512_load_ps(sums[0] + r * kPanel + c), gate_bias));
-                const __m512 up = rounded(_mm512_add_ps(_mm512_load_ps(sums[1] + r * kPanel + c), up_bias));
-                store16(hidden + (first + r) * layer.width + column, gated(layer, gate, up), lanes);
+                const Floats gate = rounded(add(load(sums[0] + r * kPanel + c), gate_bias));
+                const Floats up = rounded(add(load(sums[1] + r * kPanel + c), up_bias));
+                store(hidden + (first + r) * layer.width + column, gated(layer, gate, up), lanes);
             }
         }
     }
@@ -100,15 +100,15 @@ void down(const Layer& layer, const bf16* hidden, const Sorted& sorted, int64_t 
         multiply_chunk(count, rows, layer.width, panel, sums, first == sorted.begin[e]);
         for (int64_t c = 0; c < kPanel; c += 16) {
             const int64_t column = p * kPanel + c;
-            const __mmask16 lanes = lanes_before(column, layer.hidden);
-            const __m512 bias = bias_of(layer.down_bias[e], column, 1, lanes);
+            const Lanes lanes = lanes_before(column, layer.hidden);
+            const Floats bias = bias_of(layer.down_bias[e], column, 1, lanes);
             for (int64_t r = 0; r < count; ++r) {
-                const __m512 y = rounded(_mm512_add_ps(_mm512_load_ps(sums + r * kPanel + c), bias));
+                const Floats y = rounded(add(load(sums + r * kPanel + c), bias));
                 float* to = out + sorted.row[first + r] * layer.hidden + column;
-                const __m512 weight = _mm512_set1_ps(sorted.weight[first + r]);
+                const Floats weight = all(sorted.weight[first + r]);
                 // a product and a sum, not fused: the PyTorch path has two roundings here
-                const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), _mm512_mul_ps(y, weight));
-                _mm512_mask_storeu_ps(to, lanes, sum);
+                const Floats sum = add(load(to, lanes), mul(y, weight));
+                store(to, sum, lanes);
             }
         }
     }
@@ -150,5 +150,5 @@ extern "C" void emoe_experts(const bf16* x, int64_t rows, int64_t hidden, int64_
     if (int64_t(sums.size()) < rows * hidden) sums.resize(rows * hidden);
     sum_of_experts(layer, x, rows, Choices{index, index_bytes, weight, weight_bytes, top_k}, sums.data(), threads);
     int64_t i = 0;
-    for (; i < rows * hidden; i += 16) store16(out + i, _mm512_loadu_ps(sums.data() + i), lanes_before(i, rows * hidden));
+    for (; i < rows * hidden; i += 16) store(out + i, load(sums.data() + i), lanes_before(i, rows * hidden));
 }

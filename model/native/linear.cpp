@@ -58,11 +58,11 @@ extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t
                 const int64_t count = std::min(kChunk, rows - first);
                 multiply_chunk(count, at.data() + first, depth, panel, sums, first == 0);
                 for (int64_t c = p * kPanel; c < std::min(columns, (p + 1) * kPanel); c += 16) {
-                    const __mmask16 lanes = lanes_before(c, columns);
-                    const __m512 shift = bias == nullptr ? _mm512_setzero_ps() : load16(bias + c, lanes);
+                    const Lanes lanes = lanes_before(c, columns);
+                    const Floats shift = bias == nullptr ? zero() : load(bias + c, lanes);
                     for (int64_t r = 0; r < count; ++r) {
-                        const __m512 sum = _mm512_loadu_ps(sums + r * kPanel + c - p * kPanel);
-                        store16(out + (first + r) * columns + c, _mm512_add_ps(sum, shift), lanes);
+                        const Floats sum = load(sums + r * kPanel + c - p * kPanel);
+                        store(out + (first + r) * columns + c, add(sum, shift), lanes);
                     }
                 }
             }

@@ -78,10 +78,10 @@ struct Round {
                     next[r] += hidden;
                 }
             for (int64_t h = 0; h < hidden; h += 16) {
-                const __mmask16 lanes = lanes_before(h, hidden);
-                __m512 sum = _mm512_setzero_ps();
-                for (const float* part : parts) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, part + h));
-                store16(out + h, sum, lanes);
+                const Lanes lanes = lanes_before(h, hidden);
+                Floats sum = zero();
+                for (const float* part : parts) sum = add(sum, load(part + h, lanes));
+                store(out + h, sum, lanes);
             }
         }
     }

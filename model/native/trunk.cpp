@@ -15,17 +15,17 @@ extern "C" void emoe_rms_norm(const bf16* x, int64_t rows, int64_t size, const f
     for (int64_t r = 0; r < rows; ++r) {
         const bf16* from = x + r * size;
         bf16* to = out + r * size;
-        __m512 squares = _mm512_setzero_ps();
+        Floats squares = zero();
         for (int64_t c = 0; c < size; c += 16) {
-            const __m512 value = load16(from + c, lanes_before(c, size));
-            squares = _mm512_fmadd_ps(value, value, squares);
+            const Floats value = load(from + c, lanes_before(c, size));
+            squares = fused(value, value, squares);
         }
-        const __m512 factor = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / size + epsilon));
+        const Floats factor = all(1.f / std::sqrt(sum(squares) / size + epsilon));
         for (int64_t c = 0; c < size; c += 16) {
-            const __mmask16 lanes = lanes_before(c, size);
-            __m512 value = _mm512_mul_ps(load16(from + c, lanes), factor);
+            const Lanes lanes = lanes_before(c, size);
+            Floats value = mul(load(from + c, lanes), factor);
             if (rounds) value = rounded(value);
-            store16(to + c, _mm512_mul_ps(value, _mm512_maskz_loadu_ps(lanes, weight + c)), lanes);
+            store(to + c, mul(value, load(weight + c, lanes)), lanes);
         }
     }
 }
@@ -33,18 +33,18 @@ extern "C" void emoe_rms_norm(const bf16* x, int64_t rows, int64_t size, const f
 namespace {
 
 // 16 columns of x * cos + turned * sin, rounded after every operator.
-__m512 turn(__m512 x, __m512 turned, const bf16* cosine, const bf16* sine, __mmask16 lanes) {
-    return _mm512_add_ps(rounded(_mm512_mul_ps(x, load16(cosine, lanes))), rounded(_mm512_mul_ps(turned, load16(sine, lanes))));
+Floats turn(Floats x, Floats turned, const bf16* cosine, const bf16* sine, Lanes lanes) {
+    return add(rounded(mul(x, load(cosine, lanes))), rounded(mul(turned, load(sine, lanes))));
 }
 
 void rotate(const bf16* x, const bf16* cosine, const bf16* sine, int64_t size, bf16* out) {
     const int64_t half = size / 2;
     for (int64_t c = 0; c < half; c += 16) {
-        const __mmask16 lanes = lanes_before(c, half);
-        const __m512 first = load16(x + c, lanes), second = load16(x + half + c, lanes);
-        const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), second);
-        store16(out + c, turn(first, minus, cosine + c, sine + c, lanes), lanes);
-        store16(out + half + c, turn(second, first, cosine + half + c, sine + half + c, lanes), lanes);
+        const Lanes lanes = lanes_before(c, half);
+        const Floats first = load(x + c, lanes), second = load(x + half + c, lanes);
+        const Floats minus = sub(zero(), second);
+        store(out + c, turn(first, minus, cosine + c, sine + c, lanes), lanes);
+        store(out + half + c, turn(second, first, cosine + half + c, sine + half + c, lanes), lanes);
     }
 }
 

@@ -1,32 +1,225 @@
-// Functions of 16 floats.
+// 16 floats at a time, in the registers that the CPU has: AVX-512 with bfloat16, or else AVX2.
+//
+// Lanes are bits, lane 0 the lowest. Loads and stores take the first lanes only, `lanes_before`. Both ways round alike,
+// but sums of products differ in the last bits: AVX-512's instruction for bfloat16 keeps no denormal numbers.
 #pragma once
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
 namespace emoe {
 
-// e^x to about 1 unit in the last place; 0 far below, infinity above 89, not-a-number as it is. Reduction to [-ln 2 / 2, ln 2 / 2] and a
-// polynomial of degree 6 (Taylor's, whose error there is below 2^-26).
-inline __m512 exponential(__m512 x) {
-    x = _mm512_min_ps(_mm512_set1_ps(89.f), _mm512_max_ps(_mm512_set1_ps(-104.f), x));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504089f)),
-                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 y = _mm512_set1_ps(1.f / 720);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f / 120));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f / 24));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f / 6));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(y, n);
+using bf16 = uint16_t;
+using Lanes = uint16_t;
+
+inline float to_float(bf16 value) {
+    uint32_t bits = uint32_t(value) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+// Of 16 columns from `first` on, those before `end`.
+inline Lanes lanes_before(int64_t first, int64_t end) {
+    return end - first >= 16 ? 0xffff : Lanes((1u << std::max<int64_t>(end - first, 0)) - 1);
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+
+using Floats = __m512;
+using Register = __m512;
+using Pairs = __m512bh; // a register of pairs of bfloat16
+
+constexpr int kLanes = 16;     // floats of a register
+constexpr int kRegisters = 32; // that there are
+
+inline Floats zero() { return _mm512_setzero_ps(); }
+inline Floats all(float value) { return _mm512_set1_ps(value); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }          // a * b + c
+inline Floats fused_negated(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); } // c - a * b
+// Of two operands the second is kept if one is not a number.
+inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+inline float maximum(Floats a) { return _mm512_reduce_max_ps(a); }
+inline Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats times_power_of_2(Floats a, Floats whole) { return _mm512_scalef_ps(a, whole); }
+inline Lanes differ(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
+inline Floats chosen(Lanes lanes, Floats there, Floats elsewhere) { return _mm512_mask_mov_ps(elsewhere, lanes, there); }
+
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Floats load(const float* from, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
+inline void store(float* to, Floats value) { _mm512_storeu_ps(to, value); }
+inline void store(float* to, Floats value, Lanes lanes) { _mm512_mask_storeu_ps(to, lanes, value); }
+
+inline Floats widened(__m256i raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)); }
+inline __m256i narrowed(Floats value) { return (__m256i)_mm512_cvtneps_pbh(value); }
+inline Floats load(const bf16* from, Lanes lanes = 0xffff) { return widened(_mm256_maskz_loadu_epi16(lanes, from)); }
+inline void store(bf16* to, Floats value, Lanes lanes = 0xffff) { _mm256_mask_storeu_epi16(to, lanes, narrowed(value)); }
+
+inline Pairs load_pairs(const bf16* from) { return (Pairs)_mm512_loadu_si512(from); }
+inline Pairs all_pairs(int32_t pair) { return (Pairs)_mm512_set1_epi32(pair); }
+// The sum so far plus both products of each pair.
+inline Register dot(Register so_far, Pairs a, Pairs b) { return _mm512_dpbf16_ps(so_far, a, b); }
+inline Register no_sum() { return _mm512_setzero_ps(); }
+inline Register load_sum(const float* from) { return _mm512_loadu_ps(from); }
+inline void store_sum(float* to, Register value) { _mm512_storeu_ps(to, value); }
+
+#else
+
+struct Floats {
+    __m256 low, high;
+};
+using Register = __m256;
+using Pairs = __m256i;
+
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+
+inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Floats all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline Floats fused(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Floats fused_negated(Floats a, Floats b, Floats c) {
+    return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+}
+inline Floats smaller(Floats a, Floats b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+inline Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline float sum(Floats a) {
+    const __m256 eight = _mm256_add_ps(a.low, a.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+inline float maximum(Floats a) {
+    const __m256 eight = _mm256_max_ps(a.low, a.high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+inline Floats nearest(Floats a) {
+    constexpr int kHow = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.low, kHow), _mm256_round_ps(a.high, kHow)};
+}
+// In two steps, since 2^whole need not be a normal number where the product is one.
+inline __m256 times_power_of_2(__m256 a, __m256 whole) {
+    const __m256i power = _mm256_cvtps_epi32(whole), half = _mm256_srai_epi32(power, 1), bias = _mm256_set1_epi32(127);
+    const __m256i rest = _mm256_sub_epi32(power, half);
+    a = _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+}
+inline Floats times_power_of_2(Floats a, Floats whole) {
+    return {times_power_of_2(a.low, whole.low), times_power_of_2(a.high, whole.high)};
+}
+inline Lanes differ(Floats a, Floats b) {
+    return Lanes(_mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_NEQ_UQ)) |
+                 _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_NEQ_UQ)) << 8);
+}
+inline __m256i mask_of(Lanes lanes, int first) { // all ones in each of 8 lanes that is chosen
+    const __m256i bits = _mm256_slli_epi32(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), first);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bits), bits);
+}
+inline Floats chosen(Lanes lanes, Floats there, Floats elsewhere) {
+    return {_mm256_blendv_ps(elsewhere.low, there.low, _mm256_castsi256_ps(mask_of(lanes, 0))),
+            _mm256_blendv_ps(elsewhere.high, there.high, _mm256_castsi256_ps(mask_of(lanes, 8)))};
+}
+
+inline Floats load(const float* from, Lanes lanes = 0xffff) {
+    if (lanes == 0xffff) return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
+    return {_mm256_maskload_ps(from, mask_of(lanes, 0)), _mm256_maskload_ps(from + 8, mask_of(lanes, 8))};
+}
+inline void store(float* to, Floats value, Lanes lanes = 0xffff) {
+    if (lanes == 0xffff) {
+        _mm256_storeu_ps(to, value.low);
+        _mm256_storeu_ps(to + 8, value.high);
+        return;
+    }
+    _mm256_maskstore_ps(to, mask_of(lanes, 0), value.low);
+    _mm256_maskstore_ps(to + 8, mask_of(lanes, 8), value.high);
+}
+
+inline Floats widened(__m256i raw) {
+    const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(raw));
+    const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(raw, 1));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+}
+inline __m256i narrowed(__m256 value) { // to the low halves of 8 lanes
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i even = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    // adding could make another number of what is none
+    const __m256i none = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(even, quiet, none), 16);
+}
+inline __m256i narrowed(Floats value) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(narrowed(value.low), narrowed(value.high)), 0xd8);
+}
+inline int count_of(Lanes lanes) { return __builtin_popcount(lanes); }
+inline Floats load(const bf16* from, Lanes lanes = 0xffff) {
+    if (lanes == 0xffff) return widened(_mm256_loadu_si256((const __m256i*)from));
+    alignas(32) bf16 some[16] = {};
+    std::memcpy(some, from, count_of(lanes) * sizeof(bf16));
+    return widened(_mm256_load_si256((const __m256i*)some));
+}
+inline void store(bf16* to, Floats value, Lanes lanes = 0xffff) {
+    if (lanes == 0xffff) return _mm256_storeu_si256((__m256i*)to, narrowed(value));
+    alignas(32) bf16 some[16];
+    _mm256_store_si256((__m256i*)some, narrowed(value));
+    std::memcpy(to, some, count_of(lanes) * sizeof(bf16));
+}
+
+inline Pairs load_pairs(const bf16* from) { return _mm256_loadu_si256((const __m256i*)from); }
+inline Pairs all_pairs(int32_t pair) { return _mm256_set1_epi32(pair); }
+inline Register first_of(Pairs pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline Register second_of(Pairs pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xffff0000))));
+}
+inline Register dot(Register so_far, Pairs a, Pairs b) {
+    so_far = _mm256_fmadd_ps(first_of(a), first_of(b), so_far);
+    return _mm256_fmadd_ps(second_of(a), second_of(b), so_far);
+}
+inline Register no_sum() { return _mm256_setzero_ps(); }
+inline Register load_sum(const float* from) { return _mm256_loadu_ps(from); }
+inline void store_sum(float* to, Register value) { _mm256_storeu_ps(to, value); }
+
+#endif
+
+// To nearest, ties to even, as torch rounds; a not-a-number stays one.
+inline Floats rounded(Floats value) { return widened(narrowed(value)); }
+
+// e^x to about 1 unit in the last place; 0 far below, infinity above 89, not-a-number as it is. Reduction to
+// [-ln 2 / 2, ln 2 / 2] and a polynomial of degree 6 (Taylor's, whose error there is below 2^-26).
+inline Floats exponential(Floats x) {
+    x = smaller(all(89.f), larger(all(-104.f), x));
+    const Floats n = nearest(mul(x, all(1.44269504089f)));
+    Floats r = fused_negated(n, all(0.693359375f), x);
+    r = fused_negated(n, all(-2.12194440e-4f), r);
+    Floats y = all(1.f / 720);
+    y = fused(y, r, all(1.f / 120));
+    y = fused(y, r, all(1.f / 24));
+    y = fused(y, r, all(1.f / 6));
+    y = fused(y, r, all(0.5f));
+    y = fused(y, r, all(1.f));
+    y = fused(y, r, all(1.f));
+    return times_power_of_2(y, n);
 }
 
 // top / (1 + e^-x)
-inline __m512 over_logistic(__m512 top, __m512 x) {
-    const __m512 one = _mm512_set1_ps(1.f);
-    return _mm512_div_ps(top, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+inline Floats over_logistic(Floats top, Floats x) {
+    return div(top, add(all(1.f), exponential(sub(zero(), x))));
 }
 
 } // namespace emoe

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -335,6 +335,7 @@ def test_top_k_of_one_is_greedy(params: dict[str, Any], output: list[int], seed:
 
 
 @settings(max_examples=100, deadline=None)
+@example(params={"temperature": 0.3, "top_k": 3}, logits=[0.0, 1.0, 0.0])
 @given(
     params=all_params,
     logits=st.lists(st.sampled_from([-torch.inf, -3e38, -1.0, 0.0, 1e-30, 1.0, 3e38]), min_size=2, max_size=9),
