@@ -256,7 +256,7 @@ class Coordinator:
     async def _open(self) -> None:
         """Read what the checkpoint says of itself, and settle what the configuration leaves open."""
         config = self._config
-        model = await asyncio.to_thread(self._fleet.read_model, self._model_dir, config.dtype)
+        model = await asyncio.to_thread(self._fleet.read_model, self._model_dir)
         if (config.max_model_len or 0) > model.max_model_len:
             raise ConfigError(f"max_model_len: the model allows {model.max_model_len}, got {config.max_model_len}")
         spec = ModelSpec(
@@ -264,6 +264,7 @@ class Coordinator:
             dtype=model.dtype if config.dtype == "auto" else config.dtype,
             device=self._fleet.device(),
             max_model_len=config.max_model_len or model.max_model_len,
+            expert_dtype=config.expert_dtype,
         )
         settings = ControlSettings(
             workers=config.workers,

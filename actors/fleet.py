@@ -58,8 +58,8 @@ class Fleet(Protocol):
         """The actor of that name; None where it is gone."""
         ...
 
-    def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
-        """What the checkpoint says of itself, with the sizes of the dtype it is served in. Raises CheckpointError."""
+    def read_model(self, model_dir: str) -> ModelInfo:
+        """What the checkpoint says of itself, with the sizes of what it is served in. Raises CheckpointError."""
         ...
 
     def device(self) -> str:
@@ -140,14 +140,15 @@ class RayFleet:
         except ValueError:
             return None
 
-    def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
+    def read_model(self, model_dir: str) -> ModelInfo:
         # here, not above: who only calls a coordinator needs neither torch nor transformers
         import torch
 
         from model.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(model_dir)
-        return checkpoint.info if dtype == "auto" else checkpoint.info_for(getattr(torch, dtype))
+        dtype = checkpoint.stored_dtype if self._config.dtype == "auto" else getattr(torch, self._config.dtype)
+        return checkpoint.info_for(dtype, int8=self._config.expert_dtype == "int8")
 
     def device(self) -> str:
         gpus = self._resources.get("GPU", 0)

@@ -49,6 +49,11 @@ class ServeConfig:
     address: str | None = setting(None, "address of a Ray cluster to join; a local one is started if not given")
     device: str = setting("auto", "where workers compute", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("auto", "of weights and activations", choices=("auto", "bfloat16", "float16", "float32"))
+    expert_dtype: str = setting(
+        "auto",
+        "of experts' weights; int8: rounded to 8 bits with a scale for every 128 (bfloat16 on CPU only)",
+        choices=("auto", "int8"),
+    )
     max_model_len: int | None = setting(
         None, "longest prompt plus answer, in tokens; the model's own if not given", at_least=2
     )

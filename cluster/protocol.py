@@ -252,6 +252,8 @@ class ModelSpec:
     device: str
     """cpu or cuda: resolved, never 'auto'."""
     max_model_len: int
+    expert_dtype: str = "auto"
+    """int8, or auto: as `dtype`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -386,6 +388,8 @@ class ExpertCopy:
     """Raw bytes of each tensor, by parameter name."""
     digest: str
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """As torch names them, without its own name."""
 
     @property
     def nbytes(self) -> int:

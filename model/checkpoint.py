@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cluster.errors import CheckpointError
 from cluster.protocol import ModelInfo
+from model.int8 import BYTES as int8_bytes
 from model.plan import LoadPlan, make_plan
 from model.quiet import quiet_transformers
 from model.servability import NotServable, Shape, dry_run
@@ -49,9 +50,11 @@ class Checkpoint:
     shape: Shape
     plan: LoadPlan
 
-    def info_for(self, dtype: torch.dtype) -> ModelInfo:
-        """What the control plane is told when the model is served in `dtype`."""
+    def info_for(self, dtype: torch.dtype, *, int8: bool = False) -> ModelInfo:
+        """What the control plane is told when the model is served in `dtype`, its experts perhaps in 8 bits."""
         expert, trunk = _sizes(self.skeleton, self.shape, dtype)
+        if int8:
+            expert = round(expert / dtype.itemsize * int8_bytes)
         return replace(self.info, expert_bytes=expert, trunk_bytes=trunk)
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from cluster.errors import UserError
 from model.linear import Weight, linear, nbytes, pack, unpack
-from model.native import library
+from model.native import library, unavailable
 from model.native.experts import NativeExperts, find_gate
 from model.native.linear import Packed
 
@@ -37,11 +38,17 @@ Forward = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class ExpertStore:
     """Weights by (layer, logical expert), and the sum of a layer's held experts over rows sent here."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        """`modules` are the trunk's expert modules in layer order, empty of weights: they know layout and gate."""
+    def __init__(self, modules: Sequence[nn.Module], *, int8: bool = False) -> None:
+        """`modules` are the trunk's expert modules in layer order, empty of weights: they know layout and gate.
+
+        int8: keep weights in 8 bits (model/int8.py). Raises UserError where the native library does not do that.
+        """
         self._modules = tuple(modules)
         self._weights: list[dict[int, dict[str, Weight]]] = [{} for _ in modules]
-        self._native = [_native(module) for module in modules]
+        self._int8 = int8
+        self._native = [_native(module, 8 if int8 else 16) for module in modules]
+        if int8 and not self.native:
+            raise _no_int8(unavailable() or "it is for bfloat16 on CPU, and for gates that it knows")
 
     @property
     def num_layers(self) -> int:
@@ -62,6 +69,8 @@ class ExpertStore:
         """Hold an expert. Its tensors belong to the store from now on."""
         native = self._native[layer]
         if native is not None and not native.takes(tensors):
+            if self._int8:
+                raise _no_int8(f"of layer {layer}, a matrix has an odd number of columns")
             native = self._native[layer] = None
         if native is not None:
             self._weights[layer][expert] = native.put(expert, tensors)
@@ -72,7 +81,7 @@ class ExpertStore:
         }
 
     def get(self, layer: int, expert: int) -> Tensors:
-        """The expert's tensors as they were put. Raises KeyError where it is not held."""
+        """The expert's tensors, good for another store's `put`. Raises KeyError where it is not held."""
         held, native = self._weights[layer][expert], self._native[layer]
         return {name: unpack(weight) for name, weight in held.items()} if native is None else native.get(held)
 
@@ -115,14 +124,18 @@ class ExpertStore:
         return out_RH.index_add_(0, row_S, y_SH).to(x_RH.dtype)
 
 
-def _native(module: nn.Module) -> NativeExperts | None:
+def _no_int8(reason: str) -> UserError:
+    return UserError(f"expert_dtype: int8 needs the native library: {reason}")
+
+
+def _native(module: nn.Module, bits: int) -> NativeExperts | None:
     """The native arithmetic of a layer, if there is one for its dtype, device and gate."""
     like = next(itertools.chain(module.parameters(), module.buffers()))
     if like.dtype != torch.bfloat16 or like.device.type != "cpu":
         return None
     lib = library()
     gate = None if lib is None else find_gate(module)
-    return None if lib is None or gate is None else NativeExperts(lib, module, gate)
+    return None if lib is None or gate is None else NativeExperts(lib, module, gate, bits=bits)
 
 
 def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping[str, Weight], int]]) -> Tensor:

@@ -77,6 +77,7 @@ class Worker:
         """Share of the weights' bytes that are loaded, 0..1."""
         self._device = torch.device(spec.model.device)
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
+        self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
         self._prepared: dict[Epoch, _EpochState] = {}
         self._epoch: _EpochState | None = None
@@ -99,7 +100,7 @@ class Worker:
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
         packed_bytes = fit(trunk)
-        self._store = ExpertStore(modules)
+        self._store = ExpertStore(modules, int8=self._int8)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
         self._read([(layer, e) for layer, experts in enumerate(self.spec.experts) for e in experts if e != EMPTY])
@@ -143,7 +144,7 @@ class Worker:
 
     def expert_capacity(self) -> int:
         """Experts that fit here over all layers, held ones included."""
-        spec, info = self.spec, self._checkpoint.info_for(self._dtype)
+        spec, info = self.spec, self._checkpoint.info_for(self._dtype, int8=self._int8)
         if spec.expert_memory_bytes is not None:
             return spec.expert_memory_bytes // info.expert_bytes
         held = sum(len(self._store.held(layer)) for layer in range(self._store.num_layers))
@@ -231,15 +232,24 @@ class Worker:
         except KeyError:
             raise PlacementError(f"{self.spec.worker} does not hold expert {expert} of layer {layer}") from None
         raw = {name: t.contiguous().view(-1).view(torch.uint8).cpu().numpy() for name, t in tensors.items()}
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        return ExpertCopy(layer=layer, expert=expert, tensors=raw, digest=digest(raw), shapes=shapes)
+        return ExpertCopy(
+            layer=layer,
+            expert=expert,
+            tensors=raw,
+            digest=digest(raw),
+            shapes={name: tuple(t.shape) for name, t in tensors.items()},
+            dtypes={name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()},
+        )
 
     def import_expert(self, copy: ExpertCopy) -> None:
         """Hold a copy beside the placement's experts. Raises PlacementError where its digest does not match."""
         if digest(copy.tensors) != copy.digest:
             raise PlacementError(f"expert {copy.expert} of layer {copy.layer} arrived damaged")
         tensors = {
-            name: torch.from_numpy(np.array(raw)).view(self._dtype).view(copy.shapes[name]).to(self._device)
+            name: torch.from_numpy(np.array(raw))
+            .view(getattr(torch, copy.dtypes[name]))
+            .view(copy.shapes[name])
+            .to(self._device)
             for name, raw in copy.tensors.items()
         }
         self._store.put(copy.layer, copy.expert, tensors)

@@ -1,6 +1,6 @@
 #include "experts.h"
 
-#include "vector.h"
+#include "gemm8.h"
 
 #include <omp.h>
 
@@ -62,18 +62,45 @@ Floats gated(const Layer& layer, Floats gate, Floats up) {
     return mul(rounded(add(up, one)), rounded(mul(gate, sigmoid)));
 }
 
+// Weights in bfloat16, and rows as they are multiplied with them.
+struct Bits16 {
+    using Row = const bf16*;
+    struct Rows {
+        const bf16* data;
+        int64_t depth;
+        void resize(int64_t, int64_t size) { depth = size; }
+        void set(int64_t, const bf16*) {}
+        Row at(int64_t row) const { return data + row * depth; }
+    };
+    static int64_t panel_bytes(int64_t depth) { return panel_size(depth) * sizeof(bf16); }
+    static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+        multiply_chunk(count, rows, depth, (const bf16*)panel, sums, fetch);
+    }
+};
+
+// Weights in 8 bits.
+struct Bits8 {
+    using Row = Row8;
+    using Rows = Rows8;
+    static int64_t panel_bytes(int64_t depth) { return panel_bytes8(depth); }
+    static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+        multiply_chunk8(count, rows, depth, (const int8_t*)panel, sums, fetch);
+    }
+};
+
 // Panel `p` of gate and of up for all rows of expert `e`: 64 columns of `hidden` [pairs, width].
-void gate_up(const Layer& layer, const bf16* x, const Sorted& sorted, int64_t e, int64_t p, bf16* hidden) {
+template <class Bits>
+void gate_up(const Layer& layer, const typename Bits::Rows& x, const Sorted& sorted, int64_t e, int64_t p, bf16* hidden) {
     alignas(64) float sums[2][kChunk * kPanel];
-    const bf16* rows[kChunk];
-    const bf16* panel = layer.gate_up[e] + 2 * p * panel_size(layer.hidden);
-    const bf16* bias = layer.gate_up_bias[e];
+    typename Bits::Row rows[kChunk];
+    const char* panel = (const char*)layer.gate_up[e] + 2 * p * Bits::panel_bytes(layer.hidden);
+    const bf16* bias = (const bf16*)layer.gate_up_bias[e];
     const int64_t step = layer.interleaved ? 2 : 1, second = layer.interleaved ? 1 : layer.width;
     for (int64_t first = sorted.begin[e]; first < sorted.begin[e + 1]; first += kChunk) {
         const int64_t count = std::min(kChunk, sorted.begin[e + 1] - first);
-        for (int64_t r = 0; r < count; ++r) rows[r] = x + sorted.row[first + r] * layer.hidden;
+        for (int64_t r = 0; r < count; ++r) rows[r] = x.at(sorted.row[first + r]);
         for (int part = 0; part < 2; ++part)
-            multiply_chunk(count, rows, layer.hidden, panel + part * panel_size(layer.hidden), sums[part],
+            Bits::multiply(count, rows, layer.hidden, panel + part * Bits::panel_bytes(layer.hidden), sums[part],
                            first == sorted.begin[e]);
         for (int64_t c = 0; c < kPanel; c += 16) {
             const int64_t column = p * kPanel + c;
@@ -90,18 +117,20 @@ void gate_up(const Layer& layer, const bf16* x, const Sorted& sorted, int64_t e,
 }
 
 // Panel `p` of down for all rows of expert `e`, added to 64 columns of `out`.
-void down(const Layer& layer, const bf16* hidden, const Sorted& sorted, int64_t e, int64_t p, float* out) {
+template <class Bits>
+void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& sorted, int64_t e, int64_t p, float* out) {
     alignas(64) float sums[kChunk * kPanel];
-    const bf16* rows[kChunk];
-    const bf16* panel = layer.down[e] + p * panel_size(layer.width);
+    typename Bits::Row rows[kChunk];
+    const char* panel = (const char*)layer.down[e] + p * Bits::panel_bytes(layer.width);
+    const bf16* down_bias = (const bf16*)layer.down_bias[e];
     for (int64_t first = sorted.begin[e]; first < sorted.begin[e + 1]; first += kChunk) {
         const int64_t count = std::min(kChunk, sorted.begin[e + 1] - first);
-        for (int64_t r = 0; r < count; ++r) rows[r] = hidden + (first + r) * layer.width;
-        multiply_chunk(count, rows, layer.width, panel, sums, first == sorted.begin[e]);
+        for (int64_t r = 0; r < count; ++r) rows[r] = hidden.at(first + r);
+        Bits::multiply(count, rows, layer.width, panel, sums, first == sorted.begin[e]);
         for (int64_t c = 0; c < kPanel; c += 16) {
             const int64_t column = p * kPanel + c;
             const Lanes lanes = lanes_before(column, layer.hidden);
-            const Floats bias = bias_of(layer.down_bias[e], column, 1, lanes);
+            const Floats bias = bias_of(down_bias, column, 1, lanes);
             for (int64_t r = 0; r < count; ++r) {
                 const Floats y = rounded(add(load(sums + r * kPanel + c), bias));
                 float* to = out + sorted.row[first + r] * layer.hidden + column;
@@ -114,25 +143,41 @@ void down(const Layer& layer, const bf16* hidden, const Sorted& sorted, int64_t 
     }
 }
 
+template <class Bits>
+void sum(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t rows, typename Bits::Rows& hidden,
+         bf16* raw, const Sorted& sorted, float* out, int threads) {
+    const int64_t wide = panels(layer.width), items = int64_t(sorted.active.size()) * wide;
+    const int64_t pairs = sorted.row.size();
+    x.resize(rows, layer.hidden);
+    hidden.resize(pairs, layer.width);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for
+        for (int64_t r = 0; r < rows; ++r) x.set(r, from + r * layer.hidden);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < items; ++i) gate_up<Bits>(layer, x, sorted, sorted.active[i / wide], i % wide, raw);
+#pragma omp for
+        for (int64_t i = 0; i < pairs; ++i) hidden.set(i, raw + i * layer.width);
+        // here columns are shared out, so that no two threads add to the same sum
+        const Share mine(panels(layer.hidden), omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t e : sorted.active)
+            for (int64_t p = mine.begin; p < mine.end; ++p) down<Bits>(layer, hidden, sorted, e, p, out);
+    }
+}
+
 } // namespace
 
 void sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choices& choices, float* out, int threads) {
     const Sorted sorted(choices, rows, layer.num_experts);
-    thread_local std::vector<bf16> scratch; // kept from call to call: fresh memory costs page faults
+    // kept from call to call: fresh memory costs page faults
+    thread_local std::vector<bf16> scratch;
+    thread_local Rows8 x8, hidden8;
     const int64_t needed = int64_t(sorted.row.size()) * layer.width;
     if (int64_t(scratch.size()) < needed) scratch.resize(needed);
-    bf16* hidden = scratch.data();
     std::memset(out, 0, rows * layer.hidden * sizeof(float));
-    const int64_t wide = panels(layer.width), items = int64_t(sorted.active.size()) * wide;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items; ++i) gate_up(layer, x, sorted, sorted.active[i / wide], i % wide, hidden);
-        // here columns are shared out, so that no two threads add to the same sum
-        const Share mine(panels(layer.hidden), omp_get_thread_num(), omp_get_num_threads());
-        for (int64_t e : sorted.active)
-            for (int64_t p = mine.begin; p < mine.end; ++p) down(layer, hidden, sorted, e, p, out);
-    }
+    if (layer.bits == 8) return sum<Bits8>(layer, x8, x, rows, hidden8, scratch.data(), sorted, out, threads);
+    Bits16::Rows x16{x, 0}, hidden16{scratch.data(), 0};
+    sum<Bits16>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
 }
 
 } // namespace emoe
@@ -141,11 +186,11 @@ using namespace emoe;
 
 // As sum_of_experts, rounded to bfloat16 at the end. The tables are [4][num_experts]: gate_up, its bias, down, its bias.
 extern "C" void emoe_experts(const bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,
-                             const bf16* const* tables, int interleaved, int gate, float alpha, float limit,
+                             const void* const* tables, int bits, int interleaved, int gate, float alpha, float limit,
                              const void* index, int index_bytes, const void* weight, int weight_bytes, int64_t top_k,
                              bf16* out, int threads) {
     const Layer layer{hidden, width, num_experts, tables, tables + num_experts, tables + 2 * num_experts,
-                      tables + 3 * num_experts, interleaved, gate, alpha, limit};
+                      tables + 3 * num_experts, bits, interleaved, gate, alpha, limit};
     thread_local std::vector<float> sums;
     if (int64_t(sums.size()) < rows * hidden) sums.resize(rows * hidden);
     sum_of_experts(layer, x, rows, Choices{index, index_bytes, weight, weight_bytes, top_k}, sums.data(), threads);

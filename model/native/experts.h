@@ -8,10 +8,11 @@ namespace emoe {
 // Of one layer: tables by logical expert, null where the expert is not held, or has no bias.
 struct Layer {
     int64_t hidden, width, num_experts;
-    const bf16* const* gate_up; // panels of gate and up in turn
-    const bf16* const* gate_up_bias;
-    const bf16* const* down;
-    const bf16* const* down_bias;
+    const void* const* gate_up; // panels of gate and up in turn
+    const void* const* gate_up_bias;
+    const void* const* down;
+    const void* const* down_bias;
+    int bits; // of the weights: 16 as in gemm.h, 8 as in gemm8.h
     int interleaved; // of the biases: gate and up are even and odd entries
     int gate;        // with both clamped by `limit`, 0: silu(gate) * up; 1: gate * sigmoid(alpha * gate) * (up + 1)
     float alpha, limit;

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.native.linear import Packed, can_pack, pack, unpack
+from model.int8 import SCALE, quantize
+from model.native.linear import Packed, can_pack, pack, pack8, unpack, unpack8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +61,10 @@ def find_gate(module: nn.Module) -> Gate | None:
 class NativeExperts:
     """One layer's experts that are held here, packed, and the sum of their outputs."""
 
-    def __init__(self, lib: ctypes.CDLL, module: nn.Module, gate: Gate) -> None:
+    def __init__(self, lib: ctypes.CDLL, module: nn.Module, gate: Gate, *, bits: int = 16) -> None:
+        """bits: 16 keeps bfloat16 weights, 8 rounds them (model/int8.py)."""
         self._lib = lib
+        self._bits = bits
         self._gate = gate
         self._transposed = bool(module.is_transposed)
         self._tables_4E = torch.zeros(4, module.num_experts, dtype=torch.int64)  # type: ignore[call-overload]
@@ -70,29 +73,47 @@ class NativeExperts:
 
     def takes(self, tensors: dict[str, Tensor]) -> bool:
         """Whether an expert with these tensors can be computed here. All of a layer have the same shapes."""
-        return all(can_pack(self._turned(tensors[name])) for name in ("gate_up_proj", "down_proj"))
+        return all(
+            tensors[name].dtype == torch.int8 or can_pack(self._turned(tensors[name]))
+            for name in ("gate_up_proj", "down_proj")
+        )
 
     def put(self, expert: int, tensors: dict[str, Tensor]) -> dict[str, Tensor | Packed]:
         """Packs an expert and holds its addresses until `drop`; the caller keeps what is returned until then."""
-        gate_up, down = self._turned(tensors["gate_up_proj"]), self._turned(tensors["down_proj"])
-        self._shape = (down.shape[0], down.shape[1])
         held: dict[str, Tensor | Packed] = {
-            "gate_up_proj": pack(self._lib, gate_up, parts=2, interleaved=self._gate.interleaved),
-            "down_proj": pack(self._lib, down),
+            "gate_up_proj": self._pack(tensors, "gate_up_proj", parts=2, interleaved=self._gate.interleaved),
+            "down_proj": self._pack(tensors, "down_proj"),
         }
-        held |= {name: tensor.contiguous() for name, tensor in tensors.items() if name not in held}
+        down: Any = held["down_proj"]
+        self._shape = (down.columns, down.depth)
+        biases = ("gate_up_proj_bias", "down_proj_bias")
+        held |= {name: tensors[name].contiguous() for name in biases if name in tensors}
         for row, name in enumerate(("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")):
             item: Any = held.get(name)
             data = item.data if isinstance(item, Packed) else item
             self._tables_4E[row, expert] = 0 if data is None else data.data_ptr()
         return held
 
+    def _pack(self, tensors: dict[str, Tensor], name: str, **order: Any) -> Packed:
+        matrix = tensors[name]
+        if self._bits == 16:
+            return pack(self._lib, self._turned(matrix), **order)
+        # one that comes from another worker has been rounded already
+        rounded = matrix.dtype == torch.int8
+        values, scales = (matrix, tensors[name + SCALE]) if rounded else quantize(self._turned(matrix))
+        return pack8(self._lib, values, scales, **order)
+
     def get(self, held: dict[str, Tensor | Packed]) -> dict[str, Tensor]:
-        """The tensors as they were put."""
-        return {
-            name: self._turned(unpack(item)).contiguous() if isinstance(item, Packed) else item
-            for name, item in held.items()
-        }
+        """The tensors as they were put; matrices in 8 bits are [out, in], with their scales, whatever they were."""
+        tensors: dict[str, Tensor] = {}
+        for name, item in held.items():
+            if not isinstance(item, Packed):
+                tensors[name] = item
+            elif item.bits == 8:
+                tensors[name], tensors[name + SCALE] = unpack8(item)
+            else:
+                tensors[name] = self._turned(unpack(item)).contiguous()
+        return tensors
 
     def drop(self, expert: int) -> None:
         self._tables_4E[:, expert] = 0
@@ -110,6 +131,7 @@ class NativeExperts:
             width,
             tables.shape[1],
             tables.data_ptr(),
+            self._bits,
             gate.interleaved,
             gate.kind,
             gate.alpha,
@@ -122,19 +144,10 @@ class NativeExperts:
         if self._shape is None:
             return out_RH.zero_()
         x_RH, index_RK, weight_RK = x_RH.contiguous(), index_RK.contiguous(), weight_RK.contiguous()
-        hidden, width = self._shape
-        gate = self._gate
         self._lib.emoe_experts(
             x_RH.data_ptr(),
-            x_RH.shape[0],
-            hidden,
-            width,
-            self._tables_4E.shape[1],
-            self._tables_4E.data_ptr(),
-            gate.interleaved,
-            gate.kind,
-            gate.alpha,
-            gate.limit,
+            *x_RH.shape,
+            *self.arguments,
             index_RK.data_ptr(),
             index_RK.itemsize,
             weight_RK.data_ptr(),

@@ -37,11 +37,13 @@ _COMPILE_TIMEOUT_S = 300
 _SIGNATURES = {
     "emoe_pack": "piiitp",
     "emoe_unpack": "piiitp",
+    "emoe_pack8": "ppiiitp",
+    "emoe_unpack8": "piiitpp",
     "emoe_linear": "piiipippt",
     "emoe_rms_norm": "piipftpt",
     "emoe_rotate": "piiiiippp",
     "emoe_attention": "ppppiiiippipipfifppt",
-    "emoe_experts": "piiiipttffptptipt",
+    "emoe_experts": "piiiiptttffptptipt",
     "emoe_exchange_bytes": "iiii>i",
     "emoe_exchange_new": "iiiiipi>p",
     "emoe_exchange_free": "p",
@@ -49,7 +51,7 @@ _SIGNATURES = {
     "emoe_exchange_meet": "p>t",
     "emoe_exchange_begin": "pp",
     "emoe_exchange_waited": "pp",
-    "emoe_exchange_layer": "piipttffpppppt>t",
+    "emoe_exchange_layer": "piiptttffpppppt>t",
 }
 """Arguments of each function: p pointer, i int64, f float, t int; behind `>` what it returns, if anything."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}

@@ -1,5 +1,5 @@
 // Packing of matrices, and a linear layer.
-#include "gemm.h"
+#include "gemm8.h"
 
 #include <omp.h>
 
@@ -40,6 +40,40 @@ extern "C" void emoe_unpack(const uint32_t* packed, int64_t columns, int64_t dep
         for (int64_t c = 0; c < kPanel; ++c) {
             const int64_t n = source(p, c, columns, parts, interleaved);
             for (int64_t k = 0; n >= 0 && k < pairs; ++k) matrix[n * pairs + k] = packed[k * kPanel + c];
+        }
+}
+
+// int8 [N, K] with scales [N, groups of K] -> panels as in gemm8.h; columns past the end are zero. K is even.
+extern "C" void emoe_pack8(const int8_t* matrix, const float* scales, int64_t columns, int64_t depth, int64_t parts,
+                           int interleaved, int8_t* packed) {
+    for (int64_t p = 0; p < panels(columns / parts) * parts; ++p)
+        for (int64_t g = 0; g < groups(depth); ++g) {
+            const int64_t begin = g * kGroup, end = std::min(depth, begin + kGroup);
+            float* to = (float*)(packed + (end - begin) * kPanel);
+            for (int64_t c = 0; c < kPanel; ++c) {
+                const int64_t n = source(p, c, columns, parts, interleaved);
+                for (int64_t k = begin; k < end; ++k)
+                    packed[(k - begin) / 2 * 2 * kPanel + c * 2 + k % 2] = n < 0 ? 0 : matrix[n * depth + k];
+                to[c] = n < 0 ? 0.f : scales[n * groups(depth) + g];
+            }
+            packed = (int8_t*)(to + kPanel);
+        }
+}
+
+extern "C" void emoe_unpack8(const int8_t* packed, int64_t columns, int64_t depth, int64_t parts, int interleaved,
+                             int8_t* matrix, float* scales) {
+    for (int64_t p = 0; p < panels(columns / parts) * parts; ++p)
+        for (int64_t g = 0; g < groups(depth); ++g) {
+            const int64_t begin = g * kGroup, end = std::min(depth, begin + kGroup);
+            const float* from = (const float*)(packed + (end - begin) * kPanel);
+            for (int64_t c = 0; c < kPanel; ++c) {
+                const int64_t n = source(p, c, columns, parts, interleaved);
+                if (n < 0) continue;
+                for (int64_t k = begin; k < end; ++k)
+                    matrix[n * depth + k] = packed[(k - begin) / 2 * 2 * kPanel + c * 2 + k % 2];
+                scales[n * groups(depth) + g] = from[c];
+            }
+            packed = (const int8_t*)(from + kPanel);
         }
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.int8 import GROUP
 from model.native.memory import allocate
 
 _PANEL = 64
@@ -17,7 +18,7 @@ _PANEL = 64
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Packed:
-    """A bfloat16 matrix [columns, depth] (as nn.Linear has it) in panels; see gemm.h.
+    """A matrix [columns, depth] (as nn.Linear has it) in panels; see gemm.h, and gemm8.h for 8 bits.
 
     Its memory is used again when the object is gone.
     """
@@ -30,11 +31,16 @@ class Packed:
     """2: halves of the columns, gate and up; their panels take turns."""
     interleaved: bool = False
     """With 2 parts: gate and up are even and odd columns, instead of the first and the last ones."""
+    bits: int = 16
 
     @property
     def nbytes(self) -> int:
         """Of the matrix itself, without the padding of its last panel."""
-        return self.columns * self.depth * 2
+        return self.columns * _column_bytes(self.depth, self.bits)
+
+
+def _column_bytes(depth: int, bits: int) -> int:
+    return depth * 2 if bits == 16 else depth + -(-depth // GROUP) * 4
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -50,20 +56,45 @@ def can_pack(weight: Tensor) -> bool:
 def pack(lib: ctypes.CDLL, weight: Tensor, *, parts: int = 1, interleaved: bool = False) -> Packed:
     """A matrix [N, K] for which `can_pack` holds, in panels. A copy."""
     weight = weight.contiguous()
-    columns, depth = weight.shape
-    data, release = allocate(-(-columns // parts // _PANEL) * parts * _PANEL * depth * 2)
-    lib.emoe_pack(weight.data_ptr(), columns, depth, parts, interleaved, data.data_ptr())
-    packed = Packed(lib, data, columns, depth, parts, interleaved)
+    packed = _allocate(lib, weight, parts, interleaved, 16)
+    lib.emoe_pack(weight.data_ptr(), *_shape(packed), packed.data.data_ptr())
+    return packed
+
+
+def pack8(lib: ctypes.CDLL, values: Tensor, scales: Tensor, *, parts: int = 1, interleaved: bool = False) -> Packed:
+    """A matrix as `quantize` has made it, in panels; K is even. A copy."""
+    values, scales = values.contiguous(), scales.contiguous()
+    packed = _allocate(lib, values, parts, interleaved, 8)
+    lib.emoe_pack8(values.data_ptr(), scales.data_ptr(), *_shape(packed), packed.data.data_ptr())
+    return packed
+
+
+def _allocate(lib: ctypes.CDLL, matrix: Tensor, parts: int, interleaved: bool, bits: int) -> Packed:
+    columns, depth = matrix.shape
+    padded = -(-columns // parts // _PANEL) * parts * _PANEL
+    data, release = allocate(padded * _column_bytes(depth, bits))
+    packed = Packed(lib, data, columns, depth, parts, interleaved, bits)
     weakref.finalize(packed, release).atexit = False
     return packed
 
 
+def _shape(packed: Packed) -> tuple[int, int, int, bool]:
+    return packed.columns, packed.depth, packed.parts, packed.interleaved
+
+
 def unpack(packed: Packed) -> Tensor:
-    """The matrix that was packed, bit for bit. A copy."""
+    """The bfloat16 matrix that was packed, bit for bit. A copy."""
     weight = torch.empty(packed.columns, packed.depth, dtype=torch.bfloat16)
-    shape = (packed.columns, packed.depth, packed.parts, packed.interleaved)
-    packed.lib.emoe_unpack(packed.data.data_ptr(), *shape, weight.data_ptr())
+    packed.lib.emoe_unpack(packed.data.data_ptr(), *_shape(packed), weight.data_ptr())
     return weight
+
+
+def unpack8(packed: Packed) -> tuple[Tensor, Tensor]:
+    """What was packed by `pack8`, bit for bit. Copies."""
+    values = torch.empty(packed.columns, packed.depth, dtype=torch.int8)
+    scales = torch.empty(packed.columns, -(-packed.depth // GROUP))
+    packed.lib.emoe_unpack8(packed.data.data_ptr(), *_shape(packed), values.data_ptr(), scales.data_ptr())
+    return values, scales
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

@@ -118,13 +118,13 @@ using namespace emoe;
 // rank calls it for every layer of a step, with the tokens that `emoe_exchange_begin` was told, in rounds of what a
 // segment holds. `routes` [W, E]: who serves the tokens of a rank that chose an expert. `tables` and what is around it
 // are as in `emoe_experts`. Returns a Status.
-extern "C" int emoe_exchange_layer(Exchange* exchange, int64_t width, int64_t num_experts, const bf16* const* tables,
-                                   int interleaved, int gate, float alpha, float limit, const int16_t* routes,
+extern "C" int emoe_exchange_layer(Exchange* exchange, int64_t width, int64_t num_experts, const void* const* tables,
+                                   int bits, int interleaved, int gate, float alpha, float limit, const int16_t* routes,
                                    const bf16* x, const int64_t* choices, const float* weights, bf16* out,
                                    int threads) {
     const int64_t rank = exchange->rank, hidden = exchange->layout.hidden, top_k = exchange->layout.top_k;
     const Layer layer{hidden, width, num_experts, tables, tables + num_experts, tables + 2 * num_experts,
-                      tables + 3 * num_experts, interleaved, gate, alpha, limit};
+                      tables + 3 * num_experts, bits, interleaved, gate, alpha, limit};
     const std::vector<int64_t>& tokens = exchange->step_tokens;
     const int64_t most = *std::max_element(tokens.begin(), tokens.end());
     const int64_t rounds = std::max<int64_t>(1, (most + exchange->layout.capacity - 1) / exchange->layout.capacity);

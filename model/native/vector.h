@@ -27,7 +27,7 @@ inline Lanes lanes_before(int64_t first, int64_t end) {
     return end - first >= 16 ? 0xffff : Lanes((1u << std::max<int64_t>(end - first, 0)) - 1);
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 
 using Floats = __m512;
 using Register = __m512;
@@ -71,6 +71,16 @@ inline Register dot(Register so_far, Pairs a, Pairs b) { return _mm512_dpbf16_ps
 inline Register no_sum() { return _mm512_setzero_ps(); }
 inline Register load_sum(const float* from) { return _mm512_loadu_ps(from); }
 inline void store_sum(float* to, Register value) { _mm512_storeu_ps(to, value); }
+
+using Integers = __m512i; // of 32 bits, or pairs of 16
+inline Integers no_integers() { return _mm512_setzero_si512(); }
+inline Integers all_integers(int32_t value) { return _mm512_set1_epi32(value); }
+inline Integers load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
+inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm512_dpwssd_epi32(so_far, a, b); }
+inline Register scaled(Register a, float by) { return _mm512_mul_ps(a, _mm512_set1_ps(by)); }
+inline Register product(Integers a, Register b, Register so_far) { // and what there is so far
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), b, so_far);
+}
 
 #else
 
@@ -194,6 +204,16 @@ inline Register dot(Register so_far, Pairs a, Pairs b) {
 inline Register no_sum() { return _mm256_setzero_ps(); }
 inline Register load_sum(const float* from) { return _mm256_loadu_ps(from); }
 inline void store_sum(float* to, Register value) { _mm256_storeu_ps(to, value); }
+
+using Integers = __m256i;
+inline Integers no_integers() { return _mm256_setzero_si256(); }
+inline Integers all_integers(int32_t value) { return _mm256_set1_epi32(value); }
+inline Integers load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); }
+inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm256_add_epi32(so_far, _mm256_madd_epi16(a, b)); }
+inline Register scaled(Register a, float by) { return _mm256_mul_ps(a, _mm256_set1_ps(by)); }
+inline Register product(Integers a, Register b, Register so_far) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), b, so_far);
+}
 
 #endif
 

@@ -187,7 +187,7 @@ class FakeRayFleet(RayFleet):
     def __init__(self, config: ServeConfig) -> None:
         super().__init__(config, host_class=FakeHost, engine_class=FakeEngine)
 
-    def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
+    def read_model(self, model_dir: str) -> ModelInfo:
         return MODEL
 
 
@@ -253,7 +253,7 @@ class PlainFleet:
         handle = handles.get(name)
         return None if handle is None or handle.dead else handle
 
-    def read_model(self, model_dir: str, dtype: str) -> ModelInfo:
+    def read_model(self, model_dir: str) -> ModelInfo:
         if self.error is not None:
             raise self.error
         return MODEL

@@ -30,15 +30,21 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 PROMPTS = (128, 512, 2048)
 
 
-def load_worker(path: Path, threads: int) -> Worker:
-    """The whole model on one worker."""
+def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dtype: str = "auto") -> Worker:
+    """The whole model on one worker. dtype: the stored one if not given."""
     info = open_checkpoint(str(path)).info
     member = Member(id=WorkerId("w0"), node="n", slots=info.num_logical_experts)
     placement = placements.contiguous(info.num_layers, info.num_logical_experts, (member,))
     worker = Worker(
         HostSpec(
             worker=member.id,
-            model=ModelSpec(path=str(path), dtype=info.dtype, device="cpu", max_model_len=4096),
+            model=ModelSpec(
+                path=str(path),
+                dtype=dtype or info.dtype,
+                device="cpu",
+                max_model_len=min(4096, info.max_model_len),
+                expert_dtype=expert_dtype,
+            ),
             experts=tuple(placement.experts_of(member.id, layer) for layer in range(info.num_layers)),
             kv_cache_bytes=1 << 30,
             block_size=BLOCK,
@@ -74,11 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--expert-dtype", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     machine, config = measure_machine(), model_config(args.model)
     floor: Floor | None = floor_of(config) if config["model_type"] == "qwen3_moe" else None
-    worker = load_worker(args.model, args.threads)
+    worker = load_worker(args.model, args.threads, expert_dtype=args.expert_dtype)
     print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
     print(
         f"{args.threads} threads read {machine.read_gb_per_s:.0f} GB/s, multiply {machine.gemm_gflop_per_s:.0f} GFLOP/s"

@@ -46,6 +46,7 @@ class Lockstep:
         slots: Sequence[int],
         *,
         dtype: str = "float32",
+        expert_dtype: str = "auto",
         max_model_len: int = 128,
         kv_blocks: int | None = None,
         max_num_batched_tokens: int = 24,
@@ -62,7 +63,9 @@ class Lockstep:
         for member in members:
             spec = HostSpec(
                 worker=member.id,
-                model=ModelSpec(path=str(path), dtype=dtype, device="cpu", max_model_len=max_model_len),
+                model=ModelSpec(
+                    path=str(path), dtype=dtype, device="cpu", max_model_len=max_model_len, expert_dtype=expert_dtype
+                ),
                 experts=tuple(self.placement.experts_of(member.id, layer) for layer in range(self.info.num_layers)),
                 kv_cache_bytes=None,
                 block_size=block_size,

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.errors import PlacementError
+from cluster.errors import PlacementError, UserError
 from cluster.placement import WorkerId
+from model.native import unavailable
 from tests.model.families import tiny_checkpoint
-from tests.model.lockstep import Lockstep
+from tests.model.lockstep import Lockstep, request
 
 
 def test_a_copy_is_one_unit_with_its_digest(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -39,3 +40,21 @@ def test_memory_is_told_in_experts(tmp_path_factory: pytest.TempPathFactory) -> 
     assert worker.expert_capacity() > 4 * cluster.info.num_layers
     worker.spec = replace(worker.spec, expert_memory_bytes=5 * cluster.info.expert_bytes)
     assert worker.expert_capacity() == 5
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=f"no native library: {unavailable()}")
+def test_experts_in_8_bits_travel_as_they_are(tmp_path_factory: pytest.TempPathFactory) -> None:
+    cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4], dtype="bfloat16", expert_dtype="int8")
+    before = {w: worker.export_expert(0, 4 * n) for n, (w, worker) in enumerate(cluster.workers.items())}
+    tokens = cluster.run([request("a", [5, 6, 7], max_tokens=12)])
+    assert cluster.replace(cluster.shuffled(4), [4, 4]) > 0
+    after = [worker.export_expert(0, 4 * (1 - n)) for n, worker in enumerate(cluster.workers.values())]
+    assert [copy.digest for copy in after] == [copy.digest for copy in reversed(before.values())]
+    assert after[0].dtypes["down_proj"] == "int8"
+    # the same experts on two workers: every layer's sums are of the same parts
+    assert cluster.run([request("b", [5, 6, 7], max_tokens=12)])["b"] == tokens["a"]
+
+
+def test_8_bits_are_for_the_native_library(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(UserError, match="expert_dtype: int8 needs the native library"):
+        Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [8], dtype="float32", expert_dtype="int8")

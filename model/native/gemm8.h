@@ -1,0 +1,132 @@
+// Products of rows with a matrix of 8-bit integers.
+//
+// Weights are rounded to 8 bits in groups of 128 steps of K for each column, with a float32 scale for each; rows to 16
+// bits in the same groups. A matrix [N, K] lies in panels of 64 columns; a panel in groups; a group is [64 pairs of
+// K][64][2] and then the scales [64]. Within a group sums are exact; those of the groups are added in ascending order,
+// so that a row's result does not depend on its company.
+#pragma once
+
+#include "gemm.h"
+
+#include <cmath>
+#include <vector>
+
+namespace emoe {
+
+constexpr int64_t kGroup = 128; // steps of K with one scale
+
+inline int64_t groups(int64_t depth) { return (depth + kGroup - 1) / kGroup; }
+inline int64_t panel_bytes8(int64_t depth) { return depth * kPanel + groups(depth) * kPanel * sizeof(float); }
+
+// A row in 16 bits.
+struct Row8 {
+    const int16_t* values; // [depth]
+    const float* scales;   // [groups]
+};
+
+// Rows [rows, depth] in 16 bits, one after the other.
+struct Rows8 {
+    int64_t depth = 0;
+    std::vector<int16_t> values;
+    std::vector<float> scales;
+
+    void resize(int64_t rows, int64_t size) {
+        depth = size;
+        if (int64_t(values.size()) < rows * depth) values.resize(rows * depth);
+        if (int64_t(scales.size()) < rows * groups(depth)) scales.resize(rows * groups(depth));
+    }
+    Row8 at(int64_t row) const { return {values.data() + row * depth, scales.data() + row * groups(depth)}; }
+
+    // To 14 bits and a sign: 128 products with 8 bits stay below 2^31, and the error below bfloat16's own.
+    void set(int64_t row, const bf16* from) {
+        constexpr float kMost = 16383.f;
+        int16_t* to = values.data() + row * depth;
+        for (int64_t g = 0, first = 0; first < depth; ++g, first += kGroup) {
+            const int64_t end = std::min(depth, first + kGroup);
+            Floats largest = zero(), broken = zero();
+            for (int64_t k = first; k < end; k += 16) {
+                const Floats value = load(from + k, lanes_before(k, end));
+                largest = larger(largest, larger(value, sub(zero(), value)));
+                broken = fused(value, zero(), broken);
+            }
+            const float most = maximum(largest);
+            // not a number where a value is none, or infinite: that must show in the product
+            scales[row * groups(depth) + g] = most / kMost + sum(broken);
+            const float factor = most > 0 ? kMost / most : 0.f;
+            for (int64_t k = first; k < end; ++k) to[k] = int16_t(std::nearbyint(to_float(from[k]) * factor));
+        }
+    }
+};
+
+// Registers of columns in a tile of R rows.
+template <int R> constexpr int kColumns8 = kRegisters == 32 ? 4 : R == 1 ? 8 : R == 2 ? 4 : 2;
+
+// R rows times one group of `pairs` pairs, added to `sums` [R][64] where `more`.
+template <int R, int LINES>
+void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums, bool more,
+               const char* ahead) {
+    constexpr int C = kColumns8<R>;
+    constexpr int kPasses = kPanel / (C * kLanes), kLines = (LINES + kPasses - 1) / kPasses;
+    const int32_t* a[R];
+    for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r].values + group * kGroup);
+    const float* scales = (const float*)(weights + pairs * 2 * kPanel);
+    for (int64_t first = 0; first < kPanel; first += C * kLanes) {
+        Integers acc[R][C];
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) acc[r][c] = no_integers();
+        const int8_t* b = weights + first * 2;
+        for (int64_t k = 0; k < pairs; ++k, b += 2 * kPanel) {
+            if (first < LINES * C * kLanes)
+                for (int line = 0; line < kLines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T0);
+            Integers column[C];
+            for (int c = 0; c < C; ++c) column[c] = load_bytes(b + c * 2 * kLanes);
+            for (int r = 0; r < R; ++r) {
+                const Integers pair = all_integers(a[r][k]);
+                for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, column[c]);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) {
+                float* to = sums + r * kPanel + first + c * kLanes;
+                const Register scale = scaled(load_sum(scales + first + c * kLanes), rows[r].scales[group]);
+                store_sum(to, product(acc[r][c], scale, more ? load_sum(to) : no_sum()));
+            }
+    }
+}
+
+template <int LINES>
+void multiply_some8(int64_t count, const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums,
+                    const char* ahead) {
+    const bool more = group > 0;
+    switch (count) {
+    case 1: return multiply8<1, LINES>(rows, group, pairs, weights, sums, more, ahead);
+    case 2: return multiply8<2, LINES>(rows, group, pairs, weights, sums, more, ahead);
+    case 3: return multiply8<3, LINES>(rows, group, pairs, weights, sums, more, ahead);
+    case 4: return multiply8<4, LINES>(rows, group, pairs, weights, sums, more, ahead);
+    case 5: return multiply8<5, LINES>(rows, group, pairs, weights, sums, more, ahead);
+    default: return multiply8<6, LINES>(rows, group, pairs, weights, sums, more, ahead);
+    }
+}
+
+// As multiply_chunk.
+inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
+                            bool fetch) {
+    constexpr int64_t kRows8 = 6, kDistance = 2; // groups ahead
+    const int64_t blocks = (count + kRows8 - 1) / kRows8;
+    for (int64_t group = 0; group < groups(depth); ++group) {
+        const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
+        const char* next = (const char*)panel + kDistance * (kGroup + sizeof(float)) * kPanel;
+        for (int64_t block = 0, at = 0; block < blocks; ++block) {
+            const int64_t here = count / blocks + (block < count % blocks);
+            float* to = sums + at * kPanel;
+            // two lines of memory are one pair
+            if (fetch && blocks == 1) multiply_some8<2>(here, rows, group, pairs, panel, to, next);
+            else if (fetch && block < 2) multiply_some8<1>(here, rows + at, group, pairs, panel, to, next + block * pairs * 64);
+            else multiply_some8<0>(here, rows + at, group, pairs, panel, to, next);
+            at += here;
+        }
+        panel += pairs * 2 * kPanel + kPanel * sizeof(float);
+    }
+}
+
+} // namespace emoe
