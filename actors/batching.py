@@ -151,9 +151,7 @@ class Scheduler:
         """Every worker's plan of the next step, or None when there is nothing to run.
 
         Decoding sequences come first, then prompts that have begun, then new ones, each in order of arrival. A step
-        lasts as long as its longest part, so while anybody decodes, all workers run few tokens of prompts. On two cores
-        512 of them take as much CPU time each as 2048 do (BENCHMARKS.md), since a decode step reads the weights anyway;
-        a long prompt that runs alone would take a third longer.
+        lasts as long as its longest part, so while anybody decodes, all workers run few tokens of prompts.
         """
         budget = self._max_num_batched_tokens
         decoding = any(home.decoding for home in self._homes.values())

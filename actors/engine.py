@@ -24,6 +24,9 @@ from cluster.protocol import Endpoint, EngineStatus, Epoch, EpochSpec, HostInfo,
 
 log = logging.getLogger(__name__)
 
+CPU_PREFILL_TOKENS = 128
+"""Of each worker, in a step that also decodes. More would hardly run faster on a CPU, and everybody waits meanwhile."""
+
 Hosts = dict[WorkerId, Any]
 """Ray handles by worker; Any, because Ray's handles are untyped."""
 
@@ -51,7 +54,7 @@ class Engine:
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_prefill_tokens=config.max_num_prefill_tokens,
+            max_num_prefill_tokens=config.max_num_prefill_tokens or _prefill_tokens(infos),
             max_model_len=min(model.max_model_len, config.max_model_len or model.max_model_len),
             eos_token_ids=model.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
@@ -109,6 +112,10 @@ class Engine:
 
     def _report(self, epoch: Epoch, suspects: Sequence[WorkerId], reason: str) -> None:
         self._coordinator.report_step_failure.remote(epoch, list(suspects), reason)
+
+
+def _prefill_tokens(infos: dict[WorkerId, HostInfo]) -> int | None:
+    return CPU_PREFILL_TOKENS if any(info.device == "cpu" for info in infos.values()) else None
 
 
 def _die_of(task: asyncio.Task[None]) -> None:

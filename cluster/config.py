@@ -59,8 +59,11 @@ class ServeConfig:
     )
     max_num_seqs: int = setting(64, "most requests that one worker runs at a time", at_least=1)
     max_num_batched_tokens: int = setting(2048, "most tokens that one worker runs in one step", at_least=1)
-    max_num_prefill_tokens: int = setting(
-        512, "most prompt tokens that one worker runs in a step in which requests wait for their next token", at_least=1
+    max_num_prefill_tokens: int | None = setting(
+        None,
+        "most prompt tokens that one worker runs in a step in which requests wait for their next token; "
+        "if not given, 128 on CPUs, and no limit of its own elsewhere",
+        at_least=1,
     )
     block_size: int = setting(16, "tokens in a KV-cache block", at_least=1)
     kv_cache_memory_bytes: int | None = setting(
