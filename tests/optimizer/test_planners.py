@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer import PLANNERS, Termination, local_search, plan, solvers
+from optimizer import PLANNERS, Termination, auto_planner, local_search, plan, solvers
 from optimizer.assignment import assign
 from optimizer.chaining import chained, kept, lined_up
 from optimizer.cost import load_imbalance, price_table, shares
@@ -184,6 +184,15 @@ def test_auto_is_not_worse_than_any_other_planner(fields: dict[str, object]) -> 
     auto = plan(problem, deadline_s=4.0).cost.total_s
     for planner in set(PLANNERS) - {"auto"}:
         assert auto <= plan(problem, planner=planner, deadline_s=0.3).cost.total_s * (1 + 1e-9), planner
+
+
+def test_quick_planners_take_no_time_from_the_search_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> dict[str, np.ndarray]:
+        time.sleep(1.0)
+        return {}
+
+    monkeypatch.setattr(auto_planner, "_quick_tables", slow)
+    assert "0 of 0 shaken" not in plan(generated(), deadline_s=1.0).reason
 
 
 def test_more_workers_than_experts_need_replicas_only_to_be_used() -> None:
