@@ -77,11 +77,12 @@ class PlacementProblem:
     """Seconds that one token takes in one expert, on a worker of speed 1. The default: an expert of DeepSeek-V2-Lite
     (17 MB) is read from an H100's memory, at two thirds of 3.35 TB/s, for the hundred tokens of a step that chose
     it."""
-    affinity: float = 3.0
+    affinity: float = 2.5
     """Price of a transition that changes worker, as a multiple of a token's way there and back through an average port.
     Under `home` 1 is the most that it costs where requests are homed beside their experts, and 0 is right where homes
     are chosen without regard to them. The default asks for more, as experts that follow one another are also chosen
-    together: like `caution`, it was set by planning on one part of some requests and measuring on another."""
+    together: like `caution`, it was set by planning on one part of some requests and measuring on another, here as the
+    least that keeps half as many transitions again on one worker as clustering by load and mapping clusters after."""
     caution: float = 100.0
     """Price of load that may shift, in loads per squared relative deviation: the more, the more are experts kept apart
     whose loads rise together. At 100, deviations of 3 % cost 9 %: the slowest of eight workers is late by 4 % for what
