@@ -106,9 +106,8 @@ class Executor:
         # one that a coordinator before this one has made goes on loading
         host = self._fleet.find(names.host_name(command.worker)) or self._fleet.start_host(command.worker)
         self.hosts[command.worker] = host
-        # their processes take seconds to start: not when they are needed
+        # its process takes seconds to start: not when it is needed
         self._ensure_engine()
-        self._ensure_migrator()
         config = self._config
         spec = HostSpec(
             worker=command.worker,
@@ -266,6 +265,8 @@ class Executor:
             lost = await self._find_lost([worker.id for worker in spec.placement.workers], stepping=True)
             return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
         self.engine_serves = True
+        # as the engine's, but nobody waits for this one yet
+        self._ensure_migrator()
         return [Committed(epoch=spec.epoch, moved_requests=moved_requests)]
 
     def abort_steps(self, command: AbortSteps) -> None:
