@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from actors.calls import node_address
+from cluster.collector import no_collection
 from cluster.errors import NotReadyError
 from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
 
@@ -47,12 +48,13 @@ class ExpertHost:
             return self._info
 
     def _load(self, spec: HostSpec) -> HostInfo:
-        import torch
-
-        from actors.step_server import StepServer
-        from model.worker import Worker
-
         begin = time.monotonic()
+        with no_collection():
+            import torch
+
+            from actors.step_server import StepServer
+            from model.worker import Worker
+
         worker = Worker(spec)
         self._worker = worker
         blocks, held_bytes = worker.load()

@@ -8,7 +8,7 @@ ExpertHost -> Coordinator  HostInfo, RoutingCounts
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
 
@@ -256,6 +256,11 @@ class ModelSpec:
     """int8, or auto: as `dtype`."""
 
 
+_INT8_BYTES = 1 + 4 / 128
+"""Of a weight in 8 bits, with its share of a scale for every 128 (model/int8.py)."""
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What the control plane knows of a model without loading it."""
@@ -270,13 +275,22 @@ class ModelInfo:
     max_model_len: int
     """The longest the checkpoint allows."""
     expert_bytes: int
-    """Of one expert of one layer, in the dtype it is served in."""
+    """Of one expert of one layer, in the dtype it is stored in; `served_in` tells of another."""
     trunk_bytes: int
     eos_token_ids: tuple[int, ...]
     dtype: str
     """The dtype it is stored in."""
     rope_limits: tuple[int, ...] = ()
     """Prompt lengths beyond which rotary embeddings of the whole prompt are others (longrope)."""
+
+    def served_in(self, dtype: str, *, int8: bool = False) -> ModelInfo:
+        """With the sizes that it has in another dtype than the one it is stored in, its experts perhaps in 8 bits."""
+        stored, served = _ITEM_BYTES[self.dtype], _ITEM_BYTES[dtype]
+        return replace(
+            self,
+            expert_bytes=round(self.expert_bytes // stored * (_INT8_BYTES if int8 else served)),
+            trunk_bytes=self.trunk_bytes // stored * served,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

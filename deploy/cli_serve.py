@@ -13,9 +13,10 @@ import urllib.request
 from types import FrameType
 from typing import Any
 
+from cluster.collector import no_collection
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, EmoeError
-from cluster.protocol import Readiness
+from cluster.protocol import ModelInfo, Readiness
 from deploy.local_ray import ServerProcesses, check_port
 
 POLL_S = 0.25
@@ -34,14 +35,14 @@ class _Stop(BaseException):
 def serve(config: ServeConfig) -> int:
     """Blocks until a signal. Returns 0 after an orderly end; raises UserError and ServerFailed."""
     check_port(config.host, config.port)
-    model_dir = _checked_model(config)
+    model_dir, model = _checked_model(config)
     processes = ServerProcesses(config)
     progress = _Progress()
     signals = _Signals(processes)
     signals.install()
     try:
         try:
-            _start(processes, signals, progress, model_dir)
+            _start(processes, signals, progress, model_dir, model)
             _wait_until_ready(config, progress)
             progress.clear()
             print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
@@ -60,14 +61,16 @@ def serve(config: ServeConfig) -> int:
     return 0
 
 
-def _start(processes: ServerProcesses, signals: _Signals, progress: _Progress, model_dir: str) -> None:
+def _start(
+    processes: ServerProcesses, signals: _Signals, progress: _Progress, model_dir: str, model: ModelInfo
+) -> None:
     """Raises ServerFailed, in one line, for whatever Ray and Serve raise."""
     try:
         progress.show("starting Ray")
         processes.start_ray()
         signals.install()
         progress.show("starting the API")
-        processes.start_app(model_dir)
+        processes.start_app(model_dir, model)
         signals.install()
     except EmoeError:
         raise
@@ -75,20 +78,23 @@ def _start(processes: ServerProcesses, signals: _Signals, progress: _Progress, m
         raise ServerFailed(f"cannot start: {' '.join(str(error).split())[:500]}") from error
 
 
-def _checked_model(config: ServeConfig) -> str:
-    """The model's directory. Raises CheckpointError and ConfigError before anything is started."""
-    if config.model is not None:
-        model_dir = os.path.abspath(os.path.expanduser(config.model))
-    else:
-        from deploy.builtin import MODEL_DIR, NOTICE
+def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
+    """The model's directory, and what it is. Raises CheckpointError and ConfigError before anything is started."""
+    if config.model is None:
+        from deploy.builtin import MODEL, MODEL_DIR, NOTICE
 
         print(NOTICE, file=sys.stderr, flush=True)
-        model_dir = str(MODEL_DIR)
-    from deploy.tokenizer import Tokenizer
-    from model.checkpoint import open_checkpoint
+        model_dir, info = str(MODEL_DIR), MODEL
+    else:
+        with no_collection():
+            from model.checkpoint import open_checkpoint
 
-    info = open_checkpoint(model_dir).info
-    Tokenizer.load(model_dir, config.chat_template)
+        model_dir = os.path.abspath(os.path.expanduser(config.model))
+        info = open_checkpoint(model_dir).info
+    if config.model is not None or config.chat_template is not None:
+        from deploy.tokenizer import Tokenizer
+
+        Tokenizer.load(model_dir, config.chat_template)
     if config.workers > info.num_logical_experts:
         raise ConfigError(
             f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "
@@ -98,7 +104,7 @@ def _checked_model(config: ServeConfig) -> str:
         raise ConfigError(
             f"max_model_len: {config.max_model_len} is more than the {info.max_model_len} that the model allows"
         )
-    return model_dir
+    return model_dir, info
 
 
 class _Signals:

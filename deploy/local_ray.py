@@ -24,7 +24,9 @@ import psutil
 from actors.names import NAMESPACE
 from cluster.config import ServeConfig
 from cluster.errors import UserError
+from cluster.protocol import ModelInfo
 from deploy.haproxy import write_haproxy
+from model import native
 
 APP_NAME = "emoe"
 CONNECT_TIMEOUT_S = 20
@@ -58,6 +60,9 @@ class ServerProcesses:
             # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        if self.local:
+            # compiled while Ray starts, should this machine not have it yet: workers wait for it
+            threading.Thread(target=native.library, daemon=True).start()
         import ray
 
         _silence_ray()
@@ -72,17 +77,18 @@ class ServerProcesses:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise UserError(f"--address: cannot join {self._config.address}: {' '.join(str(error).split())}") from None
 
-    def start_app(self, model_dir: str) -> None:
+    def start_app(self, model_dir: str, model: ModelInfo) -> None:
         """Start Serve and the application. Returns once the API answers, while the model loads."""
         from ray import serve
 
         from actors.cluster import start_cluster
+        from actors.fleet import RayFleet
         from deploy.serve_app import application
 
         self._check_unused()
         self._owns_app = True
         # the weights load while Serve starts; the API then finds the coordinator
-        start_cluster(self._config, model_dir)
+        start_cluster(self._config, model_dir, RayFleet(self._config, model=model))
         for name in ("ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
         options = {"host": self._config.host, "port": self._config.port, "request_timeout_s": None}

@@ -25,7 +25,6 @@ from deploy.api import create_app
 from deploy.builtin import MODEL_DIR
 from deploy.ray_backend import RayBackend
 from deploy.service import Service
-from model.checkpoint import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +68,9 @@ def build_app(args: dict[str, Any]) -> Application:
     """Raises ConfigError for a key or value that is wrong, CheckpointError for a model that cannot be served."""
     config = ServeConfig.from_mapping(args, source="args")
     model_dir = config.model or str(MODEL_DIR)
+    # here, not above: replicas need no torch for what they do with a model
+    from model.checkpoint import open_checkpoint
+
     open_checkpoint(model_dir)
     return application(config, model_dir)
 

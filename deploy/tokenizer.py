@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from cluster.collector import no_collection
 from cluster.errors import CheckpointError, ConfigError, RequestError
 from deploy.text import REPLACEMENT, Detokenizer
 
@@ -38,7 +39,8 @@ class Tokenizer:
     @classmethod
     def load(cls, model_dir: str, chat_template_path: str | None = None) -> Tokenizer:
         """Raises CheckpointError where the directory has no tokenizer that can be used without running its code."""
-        from transformers import AutoTokenizer
+        with no_collection():
+            from transformers import AutoTokenizer
 
         template = None
         if chat_template_path is not None:

@@ -6,7 +6,7 @@ Everything that can be wrong with a checkpoint is found here, in a second or two
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cluster.errors import CheckpointError
 from cluster.protocol import ModelInfo
-from model.int8 import BYTES as int8_bytes
 from model.plan import LoadPlan, make_plan
 from model.quiet import quiet_transformers
 from model.servability import NotServable, Shape, dry_run
@@ -41,7 +40,6 @@ class Checkpoint:
     config: PretrainedConfig
     """Of the language model, where the checkpoint's own has more parts."""
     info: ModelInfo
-    """Its sizes are those of the stored dtype; `info_for` gives those of another."""
     tensors: dict[str, StoredTensor]
     stored_dtype: torch.dtype
     """Of most of its bytes."""
@@ -49,13 +47,6 @@ class Checkpoint:
     """The model on the meta device: names and shapes. Not to be run or changed."""
     shape: Shape
     plan: LoadPlan
-
-    def info_for(self, dtype: torch.dtype, *, int8: bool = False) -> ModelInfo:
-        """What the control plane is told when the model is served in `dtype`, its experts perhaps in 8 bits."""
-        expert, trunk = _sizes(self.skeleton, self.shape, dtype)
-        if int8:
-            expert = round(expert / dtype.itemsize * int8_bytes)
-        return replace(self.info, expert_bytes=expert, trunk_bytes=trunk)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -13,8 +13,6 @@ GROUP = 128
 """As in gemm8.h."""
 SCALE = "_scale"
 """Appended to the name of a matrix, it names its scales."""
-BYTES = 1 + 4 / GROUP
-"""Of a weight with its share of a scale."""
 
 
 def quantize(matrix_NK: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ class Worker:
 
     def expert_capacity(self) -> int:
         """Experts that fit here over all layers, held ones included."""
-        spec, info = self.spec, self._checkpoint.info_for(self._dtype, int8=self._int8)
+        spec, info = self.spec, self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8)
         if spec.expert_memory_bytes is not None:
             return spec.expert_memory_bytes // info.expert_bytes
         held = sum(len(self._store.held(layer)) for layer in range(self._store.num_layers))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.builtin import MODEL_DIR, trace_names, trace_path
+from deploy.builtin import MODEL, MODEL_DIR, trace_names, trace_path
 from deploy.tokenizer import Tokenizer
 from model.checkpoint import open_checkpoint
 from optimizer.traces import load_trace, part_loads
@@ -17,6 +17,7 @@ from optimizer.traces import load_trace, part_loads
 
 def test_small_and_servable() -> None:
     info = open_checkpoint(MODEL_DIR).info
+    assert info == MODEL
     report = json.loads((MODEL_DIR / "training.json").read_text())
     assert info.num_logical_experts == report["recipe"]["experts"]
     assert info.num_layers == report["recipe"]["layers"]

@@ -78,7 +78,7 @@ def test_info(name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     counted = info.trunk_bytes + info.expert_bytes * info.num_layers * info.num_logical_experts
     assert stored - 4096 < counted <= stored  # buffers are stored but are no parameters
-    half = checkpoint.info_for(torch.bfloat16)
+    half = info.served_in("bfloat16")
     assert (half.expert_bytes * 2, half.trunk_bytes * 2) == (info.expert_bytes, info.trunk_bytes)
 
 
