@@ -1,4 +1,4 @@
-"""`emoe serve` on a small random checkpoint, as a user runs it: from the first line to the last process."""
+"""`emoe serve` on the built-in model, as a user runs it: from the first line to the last process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import openai
 import psutil
 import pytest
 
+from deploy.builtin import MODEL_DIR, NOTICE
 from deploy.local_ray import free_port
-from model.random_checkpoint import make_random_checkpoint
+from tests.e2e.conftest import load_reference
 
 pytestmark = pytest.mark.ray
 READY_S = 200
@@ -67,14 +68,9 @@ class EmoeServe:
                 pipe.close()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_random_checkpoint(tmp_path_factory.mktemp("served") / "tiny-moe")
-
-
 @pytest.fixture
-def server(checkpoint: Path) -> Iterator[EmoeServe]:
-    running = EmoeServe(str(checkpoint), "--workers", "2", "--dtype", "float32", "--rebalance-interval", "0")
+def server() -> Iterator[EmoeServe]:
+    running = EmoeServe("--workers", "2", "--dtype", "float32", "--rebalance-interval", "0")
     try:
         yield running
     finally:
@@ -83,30 +79,43 @@ def server(checkpoint: Path) -> Iterator[EmoeServe]:
 
 @pytest.mark.timeout(READY_S + 120)
 def test_from_start_to_end(server: EmoeServe) -> None:
-    assert server.first_line() == f"serving tiny-moe on {server.url}\n", server.progress
+    assert server.first_line() == f"serving emoe-mini on {server.url}\n", server.progress
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        assert server.progress[0] == f"{NOTICE}\n"
+        _ask_in_its_subjects(client)
         _ask(client)
         _rebalance_under_a_stream(server, client)
         _stop_under_a_stream(server, client)
 
 
+def _ask_in_its_subjects(client: openai.OpenAI) -> None:
+    """In float32 and greedy, the tokens are those of transformers on the same files."""
+    reference = load_reference(MODEL_DIR)
+    for prompt in ("And it came to pass", '"My dear Mr. Bennet," said', "def main(", "The SELECT statement"):
+        answer = client.completions.create(
+            model="emoe-mini", prompt=prompt, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
+        )
+        ids = reference.tokenizer(prompt)["input_ids"]
+        assert answer.choices[0].text == reference.text(reference.greedy(ids, 32))
+
+
 def _ask(client: openai.OpenAI) -> None:
-    plain = client.completions.create(model="tiny-moe", prompt="def main():", max_tokens=20, temperature=0)
+    plain = client.completions.create(model="emoe-mini", prompt="def main():", max_tokens=20, temperature=0)
     streamed = client.completions.create(
-        model="tiny-moe", prompt="def main():", max_tokens=20, temperature=0, stream=True
+        model="emoe-mini", prompt="def main():", max_tokens=20, temperature=0, stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in streamed) == plain.choices[0].text
     chat = client.chat.completions.create(
-        model="tiny-moe", messages=[{"role": "user", "content": "hello"}], max_tokens=5, n=2, seed=1
+        model="emoe-mini", messages=[{"role": "user", "content": "hello"}], max_tokens=5, n=2, seed=1
     )
     assert chat.usage is not None
     assert len(chat.choices) == 2
     with pytest.raises(openai.BadRequestError):
-        client.completions.create(model="tiny-moe", prompt="a", max_tokens=-1)
+        client.completions.create(model="emoe-mini", prompt="a", max_tokens=-1)
 
 
 def _rebalance_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
-    ask = {"model": "tiny-moe", "prompt": "import os", "max_tokens": 200, "temperature": 0}
+    ask = {"model": "emoe-mini", "prompt": "import os", "max_tokens": 200, "temperature": 0}
     extra = {"extra_body": {"ignore_eos": True}}
     expected = client.completions.create(**ask, **extra).choices[0].text
     text, operation = "", ""
@@ -128,7 +137,7 @@ def _rebalance_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
 def _stop_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
     """A request under way is finished, a new one is refused, and no process is left."""
     stream = client.completions.create(
-        model="tiny-moe", prompt="a", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+        model="emoe-mini", prompt="a", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
     )
     everything = server.descendants()
     last = None
