@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -124,6 +125,8 @@ def line(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parsed(arguments)
+    # as Ctrl-C: the server is ended too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     scenarios = {**CALM, **FAULTS, LEAKS: lambda bench: scale_cycles(bench, options.cycles, SETTLED_CYCLES)}
     scenarios = {name: scenarios[name] for name in options.only or scenarios}
     with tempfile.TemporaryDirectory(prefix="emoe-chaos-") as directory:

@@ -153,6 +153,9 @@ class Load:
         """The text of the answer; None where the server took no request. Raises ValueError for an error object."""
         body = {"model": MODEL, "prompt": PROMPTS[prompt], "max_tokens": tokens, "temperature": 0}
         body |= {"ignore_eos": True, "stream": stream}
+        if stream:
+            # so that every token comes at once: text alone waits for the end of a character
+            body["logprobs"] = 0
         with client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code == 503:
                 response.read()
@@ -160,21 +163,29 @@ class Load:
                     self.tally.refused += 1
                 return None
             if stream and response.status_code == 200:
-                return self._read_stream(response)
+                return self._read_stream(response, tokens)
             answer = json.loads(response.read())
         return _text(answer)
 
-    def _read_stream(self, response: httpx.Response) -> str:
-        text, last = "", 0.0
+    def _read_stream(self, response: httpx.Response, tokens: int) -> str:
+        text, last, count = "", 0.0, 0
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
-            text += _text(json.loads(line.removeprefix("data: ")))
+            chunk = json.loads(line.removeprefix("data: "))
+            text += _text(chunk)
+            scored = chunk["choices"][0]["logprobs"]
+            new = len(scored["tokens"]) if scored else 0
+            if not new:
+                continue
             now = time.monotonic()
-            self._stamps.append(now)
+            count += new
+            self._stamps.extend([now] * new)
             if last:
                 self._gaps.append((now, now - last))
             last = now
+        if count != tokens:
+            raise ValueError(f"{count} of {tokens} tokens came")
         return text
 
 
