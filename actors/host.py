@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STEP_PING_S = 30.0
 """Longest that a call waits for the thread of the steps. Who asks gives up earlier."""
+COPY_NICENESS = 10
 
 
 class ExpertHost:
@@ -94,10 +95,12 @@ class ExpertHost:
 
     @ray.method(concurrency_group="io")
     def export_expert(self, layer: int, expert: int) -> ExpertCopy:
+        _give_way()
         return self._ready.export_expert(layer, expert)
 
     @ray.method(concurrency_group="io")
     def import_expert(self, copy: ExpertCopy) -> None:
+        _give_way()
         self._ready.import_expert(copy)
 
     @ray.method(concurrency_group="io")
@@ -127,3 +130,9 @@ class ExpertHost:
         if self._worker is None:
             raise NotReadyError("the host has not been told what to load")
         return self._worker
+
+
+def _give_way() -> None:
+    """From now on this thread takes a core only where the steps leave one: they run in lock-step, so a step that loses
+    its core for a while holds up every worker."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COPY_NICENESS)

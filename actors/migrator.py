@@ -22,6 +22,9 @@ COPY_TIMEOUT_S = 60.0
 """For one expert. A host that takes longer hangs."""
 SUPERSEDED_S = 0.1
 """How soon a call that waits for bandwidth notices a newer one."""
+REST = 2.0
+LONGEST_REST_S = 0.5
+"""A newer call that needs the same workers waits for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,7 @@ class MigrationReport:
 
 class Migrator:
     """At most one copy per worker at a time, so that none of them is held up for long; disjoint pairs run together.
+    While requests run, the two workers of a copy rest after it for `REST` times as long as it took, for the steps' sake.
 
     A newer `copy` supersedes an older one, which stops before its next expert.
     """
@@ -56,14 +60,15 @@ class Migrator:
         urgent: without the limit of bandwidth, because nothing is served meanwhile.
         """
         self._generation += 1
-        return await self._run(moves, hosts, self._generation, 0.0 if urgent else self._interval_s)
+        return await self._run(moves, hosts, self._generation, urgent)
 
     async def ping(self) -> None:
         """Answers as long as the process lives."""
 
     async def _run(
-        self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], generation: int, interval_s: float
+        self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], generation: int, urgent: bool
     ) -> MigrationReport:
+        interval_s = 0.0 if urgent else self._interval_s
         begun = time.monotonic()
         queues: dict[tuple[WorkerId, WorkerId], deque[Move]] = {}
         for move in moves:
@@ -78,7 +83,7 @@ class Migrator:
             # one look at the clock: a pause that ended between two would be neither slept through nor made use of
             now = time.monotonic()
             if error is None:
-                self._start_free(queues, hosts, running, interval_s, now)
+                self._start_free(queues, hosts, running, interval_s, now, rest=not urgent)
             pause_s = self._next_at - now if interval_s and error is None and any(queues.values()) else 0.0
             if not running:
                 if error is not None or not any(queues.values()):
@@ -114,6 +119,8 @@ class Migrator:
         running: dict[asyncio.Task[str | None], Move],
         interval_s: float,
         now: float,
+        *,
+        rest: bool,
     ) -> None:
         # longest queue first, or the busiest pair would be left for the end
         for (source, target), queue in sorted(queues.items(), key=lambda item: -len(item[1])):
@@ -124,13 +131,17 @@ class Migrator:
                     self._next_at = now + interval_s
                 move = queue.popleft()
                 self._busy |= {source, target}
-                running[asyncio.ensure_future(self._copy_one(move, hosts[source], hosts[target]))] = move
+                copying = self._copy_one(move, hosts[source], hosts[target], rest=rest)
+                running[asyncio.ensure_future(copying)] = move
 
-    async def _copy_one(self, move: Move, source: Any, target: Any) -> str | None:
+    async def _copy_one(self, move: Move, source: Any, target: Any, *, rest: bool) -> str | None:
         """None, or why it failed."""
+        begun = time.monotonic()
         try:
             copy = source.export_expert.remote(move.layer, move.expert)
             await asyncio.wait_for(target.import_expert.remote(copy), COPY_TIMEOUT_S)
+            if rest:
+                await asyncio.sleep(min(REST * (time.monotonic() - begun), LONGEST_REST_S))
         except CALL_ERRORS as error:
             return f"layer {move.layer} expert {move.expert} from {move.source} to {move.target}: {one_line(error)}"
         finally:

@@ -56,6 +56,19 @@ def test_all_copies_together_keep_to_the_bandwidth() -> None:
     assert 0.18 <= report.seconds < 2.0
 
 
+def test_workers_rest_between_copies_while_requests_run() -> None:
+    """Three copies of 50 ms each, and twice as long a rest after each; none where it is urgent."""
+
+    class Slow(Host):
+        def import_expert(self, copy: object) -> None:
+            time.sleep(0.05)
+            super().import_expert(copy)
+
+    there = {WorkerId("s0"): Handle(Host()), WorkerId("t0"): Handle(Slow())}
+    assert asyncio.run(Migrator(BYTES).copy(moves(3), there)).seconds >= 0.45
+    assert asyncio.run(Migrator(BYTES).copy(moves(3), there, True)).seconds < 0.45
+
+
 def test_a_pause_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock moves on between any two looks at it, and so past the end of the pause."""
     looks = itertools.count()
