@@ -22,7 +22,6 @@ COPY_TIMEOUT_S = 60.0
 """For one expert. A host that takes longer hangs."""
 SUPERSEDED_S = 0.1
 """How soon a call that waits for bandwidth notices a newer one."""
-REST = 2.0
 LONGEST_REST_S = 0.5
 """A newer call that needs the same workers waits for it."""
 
@@ -39,7 +38,7 @@ class MigrationReport:
 
 class Migrator:
     """At most one copy per worker at a time, so that none of them is held up for long; disjoint pairs run together.
-    While requests run, the two workers of a copy rest after it for `REST` times as long as it took, for the steps' sake.
+    While requests run, the two workers of a copy rest after it for as long as it took: steps get their memory.
 
     A newer `copy` supersedes an older one, which stops before its next expert.
     """
@@ -141,7 +140,7 @@ class Migrator:
             copy = source.export_expert.remote(move.layer, move.expert)
             await asyncio.wait_for(target.import_expert.remote(copy), COPY_TIMEOUT_S)
             if rest:
-                await asyncio.sleep(min(REST * (time.monotonic() - begun), LONGEST_REST_S))
+                await asyncio.sleep(min(time.monotonic() - begun, LONGEST_REST_S))
         except CALL_ERRORS as error:
             return f"layer {move.layer} expert {move.expert} from {move.source} to {move.target}: {one_line(error)}"
         finally:
