@@ -35,6 +35,8 @@ ON_HEAD = {"node:__internal_head__": 0.001}
 
 IO_THREADS = 16
 """Of a host, for the control plane's calls: some may wait for a dead peer, and a sign of life must get through."""
+COPY_THREADS = 2
+"""Of a host: one copy at a time comes or goes, and another may have to come while one hangs."""
 
 
 class Fleet(Protocol):
@@ -199,7 +201,7 @@ class RayFleet:
         else:
             # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
             resources = {"num_cpus": 0 if self._alone else 1}
-        groups = {"concurrency_groups": {"io": IO_THREADS}}
+        groups = {"concurrency_groups": {"io": IO_THREADS, "copies": COPY_THREADS}}
         return self._create(self._host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups)
 
     def start_engine(self) -> Any:

@@ -1,15 +1,15 @@
 """ExpertHost: the actor around one worker's model. Only what Ray and the node add is here; see model/worker.py.
 
-Ray's calls are for the control plane; they run side by side in the concurrency group "io". Steps and epochs come from
-the engine, in order, over a connection of its own (actors/step_server.py). torch is imported when a host loads: whoever
-merely holds a handle imports this file too, and should not wait seconds for it.
+Ray's calls are for the control plane; they run side by side in the concurrency group "io", and copies of experts in one
+of their own, whose threads have a low priority. Steps and epochs come from the engine, in order, over a connection of
+its own (actors/step_server.py). torch is imported when a host loads: whoever merely holds a handle imports this file
+too, and should not wait seconds for it.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import ray
@@ -49,7 +49,6 @@ class ExpertHost:
             return self._info
 
     def _load(self, spec: HostSpec) -> HostInfo:
-        begin = time.monotonic()
         with no_collection():
             import torch
 
@@ -68,7 +67,6 @@ class ExpertHost:
             device=torch.cuda.get_device_name() if spec.model.device == "cuda" else "cpu",
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
-            load_s=time.monotonic() - begin,
             expert_capacity=worker.expert_capacity(),
         )
 
@@ -93,12 +91,12 @@ class ExpertHost:
     def abandon(self, epoch: Epoch) -> None:
         self._ready.abandon(epoch)
 
-    @ray.method(concurrency_group="io")
+    @ray.method(concurrency_group="copies")
     def export_expert(self, layer: int, expert: int) -> ExpertCopy:
         _give_way()
         return self._ready.export_expert(layer, expert)
 
-    @ray.method(concurrency_group="io")
+    @ray.method(concurrency_group="copies")
     def import_expert(self, copy: ExpertCopy) -> None:
         _give_way()
         self._ready.import_expert(copy)

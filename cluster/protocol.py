@@ -332,7 +332,6 @@ class HostInfo:
     num_kv_blocks: int
     memory_bytes: int
     """Of weights and KV cache."""
-    load_s: float
     expert_capacity: int | None = None
     """Experts that fit here, over all layers, held ones included; None: not limited."""
 

@@ -78,7 +78,6 @@ class FakeHost:
             device="cpu",
             num_kv_blocks=10,
             memory_bytes=1,
-            load_s=0.0,
         )
 
     @ray.method(concurrency_group="io")
@@ -110,14 +109,14 @@ class FakeHost:
     def abandon(self, epoch: Epoch) -> None:
         self._prepared.pop(epoch, None)
 
-    @ray.method(concurrency_group="io")
+    @ray.method(concurrency_group="copies")
     def export_expert(self, layer: int, expert: int) -> ExpertCopy:
         self._delay("export_expert")
         if (layer, expert) not in self._held:
             raise PlacementError(f"{self._id} does not hold expert {expert} of layer {layer}")
         return ExpertCopy(layer=layer, expert=expert, tensors={"w": np.zeros(8, np.uint8)}, digest="d", shapes={})
 
-    @ray.method(concurrency_group="io")
+    @ray.method(concurrency_group="copies")
     def import_expert(self, copy: ExpertCopy) -> None:
         if (self._dir / "damage-copies").exists():
             raise PlacementError("arrived damaged")

@@ -101,7 +101,6 @@ class Host:
             device="cpu",
             num_kv_blocks=BLOCKS,
             memory_bytes=1,
-            load_s=0.0,
         )
 
 

@@ -285,7 +285,6 @@ def info(worker: WorkerId, node: str = "n0", capacity: int | None = None) -> Hos
         device="cpu",
         num_kv_blocks=10,
         memory_bytes=1,
-        load_s=0.1,
         expert_capacity=capacity,
     )
 
