@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,9 @@ from cluster.protocol import (
     RoutingCounts,
 )
 from optimizer import PlacementProblem, PlanResult, plan
+from tests.cluster.simulation import MODEL as SIMULATED
 
-MODEL = ModelInfo(
-    architecture="Fake",
-    num_layers=2,
-    num_logical_experts=8,
-    top_k=2,
-    hidden_size=4,
-    vocab_size=8,
-    max_model_len=64,
-    expert_bytes=1000,
-    trunk_bytes=1,
-    eos_token_ids=(0,),
-    dtype="float32",
-)
+MODEL = replace(SIMULATED, num_layers=2)
 
 LOAD = np.array([[90, 80, 70, 60, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8]], dtype=np.int64)
 """Uneven under the first placement, so that any planner finds a better one."""
