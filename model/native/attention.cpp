@@ -126,23 +126,6 @@ void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64
     }
 }
 
-template <template <int> class F, class... Args> void by_rows(int64_t rows, Args... args) {
-    switch (rows) {
-    case 1: return F<1>::call(args...);
-    case 2: return F<2>::call(args...);
-    case 3: return F<3>::call(args...);
-    case 4: return F<4>::call(args...);
-    case 5: return F<std::min<int64_t>(5, kRows)>::call(args...);
-    default: return F<kRows>::call(args...);
-    }
-}
-template <int R> struct Score {
-    template <class... Args> static void call(Args... args) { score<R>(args...); }
-};
-template <int R> struct Combine {
-    template <class... Args> static void call(Args... args) { combine<R>(args...); }
-};
-
 // Up to kQueries query rows of one sequence and key head; row i of them is member i % members of token i / members.
 class Rows {
   public:
@@ -179,12 +162,16 @@ class Rows {
         }
         for (int64_t r = 0; r < count_; r += kRows)
             for (int64_t t = 0; t < tiles; t += 4)
-                by_rows<Score>(count_ - r, query_ + r, call_.key_size, keys + t, scores_ + r * kKeys + t * kTile);
+                with_rows<kRows>(count_ - r, [&](auto number) {
+                    score<decltype(number)::value>(query_ + r, call_.key_size, keys + t, scores_ + r * kKeys + t * kTile);
+                });
         for (int64_t r = 0; r < count_; ++r) soften(r, first, tiles * kTile);
         for (int64_t r = 0; r < count_; r += kRows)
             for (int64_t c = 0; c < call_.value_size; c += 64)
-                by_rows<Combine>(count_ - r, weights_ + r * kKeys, values, tiles, call_.value_size, c,
-                                 out_.data() + r * call_.value_size);
+                with_rows<kRows>(count_ - r, [&](auto number) {
+                    combine<decltype(number)::value>(weights_ + r * kKeys, values, tiles, call_.value_size, c,
+                                                     out_.data() + r * call_.value_size);
+                });
     }
 
     // Scores of a row over keys `first` .. first + count to weights; what is there already is scaled to the new maximum.

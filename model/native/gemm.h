@@ -8,6 +8,8 @@
 
 #include "vector.h"
 
+#include <type_traits>
+
 namespace emoe {
 
 constexpr int64_t kPanel = 64; // columns of a panel
@@ -57,18 +59,24 @@ void multiply(const bf16* const* rows, int64_t first_pair, int64_t pairs, const 
     }
 }
 
+// Calls `run` with the number of rows as a constant; MOST, up to 6, stands for all from there on.
+template <int MOST, class Run> void with_rows(int64_t count, Run run) {
+    switch (std::min<int64_t>(count, MOST)) {
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    case 3: return run(std::integral_constant<int, 3>{});
+    case 4: return run(std::integral_constant<int, 4>{});
+    case 5: return run(std::integral_constant<int, std::min(5, MOST)>{});
+    default: return run(std::integral_constant<int, MOST>{});
+    }
+}
+
 template <int LINES>
 void multiply_some(int64_t count, const bf16* const* rows, int64_t first, int64_t pairs, const bf16* panel,
                    float* sums, const char* ahead) {
-    const bool more = first > 0;
-    switch (count) {
-    case 1: return multiply<1, LINES>(rows, first, pairs, panel, sums, more, ahead);
-    case 2: return multiply<2, LINES>(rows, first, pairs, panel, sums, more, ahead);
-    case 3: return multiply<3, LINES>(rows, first, pairs, panel, sums, more, ahead);
-    case 4: return multiply<4, LINES>(rows, first, pairs, panel, sums, more, ahead);
-    case 5: return multiply<std::min<int64_t>(5, kRows), LINES>(rows, first, pairs, panel, sums, more, ahead);
-    default: return multiply<kRows, LINES>(rows, first, pairs, panel, sums, more, ahead);
-    }
+    with_rows<kRows>(count, [&](auto number) {
+        multiply<decltype(number)::value, LINES>(rows, first, pairs, panel, sums, first > 0, ahead);
+    });
 }
 
 // Up to kChunk rows times one panel of a matrix with `depth` columns (even): sums [count][64]. With `fetch`, what lies

@@ -58,14 +58,11 @@ struct Rows8 {
     }
 };
 
-// Registers of columns in a tile of R rows.
-template <int R> constexpr int kColumns8 = kRegisters == 32 ? 4 : R == 1 ? 8 : R == 2 ? 4 : 2;
-
 // R rows times one group of `pairs` pairs, added to `sums` [R][64] where `more`.
 template <int R, int LINES>
 void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums, bool more,
                const char* ahead) {
-    constexpr int C = kColumns8<R>;
+    constexpr int C = kColumns<R>;
     constexpr int kPasses = kPanel / (C * kLanes), kLines = (LINES + kPasses - 1) / kPasses;
     const int32_t* a[R];
     for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r].values + group * kGroup);
@@ -94,24 +91,20 @@ void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* wei
     }
 }
 
+constexpr int64_t kRows8 = 6; // rows of the register tile, which needs less beside its sums than one of bfloat16
+
 template <int LINES>
 void multiply_some8(int64_t count, const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums,
                     const char* ahead) {
-    const bool more = group > 0;
-    switch (count) {
-    case 1: return multiply8<1, LINES>(rows, group, pairs, weights, sums, more, ahead);
-    case 2: return multiply8<2, LINES>(rows, group, pairs, weights, sums, more, ahead);
-    case 3: return multiply8<3, LINES>(rows, group, pairs, weights, sums, more, ahead);
-    case 4: return multiply8<4, LINES>(rows, group, pairs, weights, sums, more, ahead);
-    case 5: return multiply8<5, LINES>(rows, group, pairs, weights, sums, more, ahead);
-    default: return multiply8<6, LINES>(rows, group, pairs, weights, sums, more, ahead);
-    }
+    with_rows<kRows8>(count, [&](auto number) {
+        multiply8<decltype(number)::value, LINES>(rows, group, pairs, weights, sums, group > 0, ahead);
+    });
 }
 
 // As multiply_chunk.
 inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
                             bool fetch) {
-    constexpr int64_t kRows8 = 6, kDistance = 2; // groups ahead
+    constexpr int64_t kDistance = 2; // groups ahead
     const int64_t blocks = (count + kRows8 - 1) / kRows8;
     for (int64_t group = 0; group < groups(depth); ++group) {
         const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
