@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import httpx
+import aiohttp
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
@@ -87,8 +87,10 @@ class Client:
         """Answers, and the seconds from the first request to the last answer's end."""
         slots = asyncio.Semaphore(concurrency)
         # a connection for each request: llama.cpp's server closes those that it has answered on, now and then
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=self._url, timeout=600, limits=limits) as client:
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=600)
+        # aiohttp, as in vLLM's client: httpx takes 100 us of a core for an event, and this 28
+        async with aiohttp.ClientSession(self._url, connector=connector, timeout=timeout) as client:
 
             async def take(prompt: list[int]) -> _Answer:
                 async with slots:
@@ -98,7 +100,7 @@ class Client:
             answers = await asyncio.gather(*(take(prompt) for prompt in prompts))
             return list(answers), time.perf_counter() - begin
 
-    async def _one(self, client: httpx.AsyncClient, prompt: list[int], output_tokens: int) -> _Answer:
+    async def _one(self, client: aiohttp.ClientSession, prompt: list[int], output_tokens: int) -> _Answer:
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -110,10 +112,10 @@ class Client:
         }
         begin = last = time.perf_counter()
         answer = _Answer(tokens=0, ttft_s=0.0, gaps_s=[])
-        async with client.stream("POST", "/v1/completions", json=body) as response:
+        async with client.post("/v1/completions", json=body) as response:
             response.raise_for_status()
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[6:])
                 if event.get("usage"):
