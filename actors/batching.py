@@ -39,6 +39,10 @@ from cluster.protocol import (
     TokenOutput,
 )
 
+ALONE_TOKENS = 512
+"""Of prompts in a worker's step while nobody decodes: enough for products to run at full speed, and few enough that a
+request which comes meanwhile gets its part of the next step soon, beside the others and on another worker."""
+
 
 class Scheduler:
     """The queue, and what runs where. Not thread-safe."""
@@ -155,7 +159,9 @@ class Scheduler:
         """
         budget = self._max_num_batched_tokens
         decoding = any(home.decoding for home in self._homes.values())
-        prompts = min(budget, self._max_num_prefill_tokens) if decoding else budget
+        prompts = min(
+            budget, self._max_num_prefill_tokens if decoding else max(ALONE_TOKENS, self._max_num_prefill_tokens)
+        )
         parts = {worker: Part(home, budget, prompts) for worker, home in self._homes.items()}
         for part in parts.values():
             self._continue(part)

@@ -139,6 +139,11 @@ def _decode_group(items: Sequence[tuple[int, int, SequenceSlice]], size: int, de
 _current: ContextVar[StepBatch | ShapeProbe] = ContextVar("step_batch")
 
 
+def current_batch() -> StepBatch | ShapeProbe:
+    """What this thread's attention calls belong to. Raises LookupError outside of a step."""
+    return _current.get()
+
+
 @contextmanager
 def step_context(batch: StepBatch | ShapeProbe) -> Iterator[None]:
     """The batch that attention calls of this thread belong to, while the block runs."""

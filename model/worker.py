@@ -38,6 +38,7 @@ from model.experts import ExpertStore
 from model.groups import Group, join_group, make_dispatcher
 from model.kv_cache import KVCache
 from model.loading import expert_modules, iter_experts, load_trunk
+from model.native.exchange import NativeExchange
 from model.routing_counter import RoutingCounter
 from model.runner import ModelRunner
 from model.sampling import SamplingState, sample
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 _KV_SHARE = 0.3
 """Of the memory that is free once the weights are loaded, for KV caches of all workers of a CPU node."""
 _KV_SHARE_CUDA = 0.85
+_BORROW_TOKENS = 32
+"""Of a worker in a step, from which on more cores are worth waking."""
 _EXPERT_SHARE = 0.5
 """Of the memory that is then still free, for experts that come later: those of a worker that is lost or leaves."""
 
@@ -64,6 +67,8 @@ class _EpochState:
     rank: int
     group: Group
     dispatcher: Dispatcher
+    neighbours: tuple[int, ...] = ()
+    """Ranks of the workers that share the node's cores, this one too; empty where cores are not shared."""
     failed_step: int | None = None
     """The step that failed here. Later ones that are on their way already are refused: peers would mix them up."""
 
@@ -79,6 +84,8 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._share = max(1, spec.num_threads)
+        """Threads of a step, as long as there is nobody to borrow from."""
         self._prepared: dict[Epoch, _EpochState] = {}
         self._epoch: _EpochState | None = None
         self._checkpoint: Checkpoint
@@ -99,7 +106,7 @@ class Worker:
         self._checkpoint = open_checkpoint(self.spec.model.path)
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
-        packed_bytes = fit(trunk)
+        packed_bytes = fit(trunk, modules)
         self._store = ExpertStore(modules, int8=self._int8)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
@@ -208,8 +215,26 @@ class Worker:
         """The workers of a node share its cores, however many they are. Called by the thread that runs the steps."""
         if self.spec.node_threads:
             workers = state.spec.placement.workers
-            here = sum(worker.node == workers[state.rank].node for worker in workers)
-            torch.set_num_threads(max(1, self.spec.node_threads // here))
+            node = workers[state.rank].node
+            state.neighbours = tuple(rank for rank, worker in enumerate(workers) if worker.node == node)
+            self._share = max(1, self.spec.node_threads // len(state.neighbours))
+            torch.set_num_threads(self._share)
+            if isinstance(state.group, NativeExchange):
+                state.group.threads = self._share
+
+    def _borrow_threads(self, plan: StepPlan, state: _EpochState) -> None:
+        """A prompt that is alone on its node takes the cores of workers with next to nothing to run, in the trunk.
+
+        Only where the number of threads changes no bit: PyTorch's operators may add up in another order.
+        """
+        if not isinstance(state.group, NativeExchange) or not state.neighbours:
+            return
+        own = plan.tokens_per_rank[state.rank]
+        everybody = sum(plan.tokens_per_rank[rank] for rank in state.neighbours)
+        fair = round(self.spec.node_threads * own / everybody) if own >= _BORROW_TOKENS else 0
+        threads = max(self._share, fair)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
     def abandon(self, epoch: Epoch) -> None:
         """Forget what was prepared and staged for an epoch that will not come."""
@@ -281,6 +306,8 @@ class Worker:
 
     def _run(self, plan: StepPlan) -> StepResult:
         begin = time.perf_counter()
+        assert self._epoch is not None
+        self._borrow_threads(plan, self._epoch)
         for request_id in plan.finished:
             self._sequences.pop(request_id, None)
         for new in plan.new:

@@ -41,7 +41,6 @@ class NativeBatch:
     def __init__(self, lib: ctypes.CDLL, pieces: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int) -> None:
         """`pieces` are (start, end, block_ids) of each sequence, whose tokens follow one another in the step."""
         self._lib = lib
-        self._block_size = block_size
         used = [-(-end // block_size) for _, end, _ in pieces]
         rows = accumulate((end - start for start, end, _ in pieces), initial=0)
         tables = accumulate(used, initial=0)
@@ -49,6 +48,8 @@ class NativeBatch:
         self._sequences = torch.tensor(described, dtype=torch.int64)
         flat = [block for (_, _, blocks), n in zip(pieces, used, strict=True) for block in blocks[:n]]
         self._tables = torch.tensor(flat, dtype=torch.int32)
+        self.described = (block_size, self._sequences.data_ptr(), len(described), self._tables.data_ptr())
+        """Arguments of native functions: what a block of the cache holds, sequences, how many, block tables."""
 
     def attend(
         self,
@@ -78,10 +79,7 @@ class NativeBatch:
             value_size,
             caches[0].data_ptr(),
             caches[1].data_ptr(),
-            self._block_size,
-            self._sequences.data_ptr(),
-            len(self._sequences),
-            self._tables.data_ptr(),
+            *self.described,
             rules.scale,
             rules.window or 0,
             rules.softcap or 0.0,

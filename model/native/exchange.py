@@ -53,6 +53,8 @@ class NativeExchange:
         """
         self.rank = rank
         self.size = size
+        self.threads: int | None = None
+        """Threads of a layer; None: torch's number. The trunk may have borrowed some that peers need for experts."""
         self._lib = lib
         self._timeout_s = timeout_s
         capacity = min(max_tokens, _ROUND_TOKENS)
@@ -94,7 +96,7 @@ class NativeExchange:
             index_TK.data_ptr(),
             weight_TK.data_ptr(),
             out_TH.data_ptr(),
-            torch.get_num_threads(),
+            self.threads or torch.get_num_threads(),
         )
         self._check(status)
         return out_TH

@@ -42,6 +42,8 @@ _SIGNATURES = {
     "emoe_linear": "piiipippt",
     "emoe_rms_norm": "piipftpt",
     "emoe_rotate": "piiiiippp",
+    "emoe_block": "ppippppipiipppt",
+    "emoe_route": "piipiitpppt",
     "emoe_attention": "ppppiiiippipipfifppt",
     "emoe_experts": "piiiiptttffptptipt",
     "emoe_exchange_bytes": "iiii>i",

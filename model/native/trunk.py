@@ -11,11 +11,13 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.native.block import Norm
 from model.native.linear import Packed, can_pack, linear, pack
 
 
@@ -43,7 +45,7 @@ def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module) -> int:
 # --- Norms ------------------------------------------------------------------------------------------------------------
 
 
-def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | None:
     """The module's forward as one call, where it is a root mean square normalisation over the last dimension."""
     parameters = list(module.parameters())
     if len(parameters) != 1 or parameters[0].dim() != 1 or list(module.children()):
@@ -63,7 +65,7 @@ def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Callable[[Tensor], Tens
     factors = (weight.float(), 1 + weight.float())
     for factor, epsilon, rounds in itertools.product(factors, constants, (True, False)):
         if torch.equal(_rms_norm(probe, factor, epsilon, rounds), expected):
-            return _norm_call(lib, factor.contiguous(), epsilon, rounds)
+            return Norm(lib=lib, weight=factor.contiguous(), epsilon=epsilon, rounds=rounds)
     return None
 
 
@@ -72,20 +74,6 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, rounds: bool) -> Tensor
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return ((wide.bfloat16().float() if rounds else wide) * weight).bfloat16()
-
-
-def _norm_call(lib: ctypes.CDLL, weight: Tensor, epsilon: float, rounds: bool) -> Callable[[Tensor], Tensor]:
-    size, address, function = len(weight), weight.data_ptr(), lib.emoe_rms_norm
-
-    def forward(hidden_states: Tensor) -> Tensor:
-        x = hidden_states.contiguous()
-        out = torch.empty_like(x)
-        # `weight` is named so that it lives as long as its address is used
-        rows = x.numel() // len(weight)
-        function(x.data_ptr(), rows, size, address, epsilon, rounds, out.data_ptr(), torch.get_num_threads())
-        return out
-
-    return forward
 
 
 # --- Routers ----------------------------------------------------------------------------------------------------------
@@ -114,7 +102,67 @@ def _pack_routers(lib: ctypes.CDLL, module: nn.Module) -> int:
     router = _RouterWeight(weight.detach(), requires_grad=False)
     router.packed = pack(lib, weight.detach())
     module.weight = router
+    if (forward := _native_router(lib, module, router.packed)) is not None:
+        module.forward = forward
     return router.packed.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Router:
+    """Softmax over a row's experts and the `top_k` largest, in one call; of equal ones, the first."""
+
+    lib: ctypes.CDLL
+    packed: Packed
+    top_k: int
+    normalises: bool
+    """The scores that are kept add up to 1."""
+    dtype: torch.dtype
+    """Of the scores."""
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As transformers' routers: (logits [T, E], scores [T, K], experts [T, K])."""
+        x = hidden_states.reshape(-1, self.packed.depth).contiguous()
+        rows = len(x)
+        logits = torch.empty(rows, self.packed.columns, dtype=torch.bfloat16)
+        scores, index = torch.empty(rows, self.top_k), torch.empty(rows, self.top_k, dtype=torch.int64)
+        self.lib.emoe_route(
+            x.data_ptr(),
+            rows,
+            self.packed.depth,
+            self.packed.data.data_ptr(),
+            self.packed.columns,
+            self.top_k,
+            self.normalises,
+            logits.data_ptr(),
+            scores.data_ptr(),
+            index.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return logits, scores.to(self.dtype), index
+
+
+def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> _Router | None:
+    """The module's forward as one call, where it is a router of the usual kind."""
+    generator = torch.Generator().manual_seed(0)
+    # of moderate size, so that no probability of interest is zero
+    probe = torch.randn(64, packed.depth, generator=generator) / packed.depth**0.5
+    try:
+        expected = module(probe.bfloat16())
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # it wants something else than rows
+        return None
+    if not isinstance(expected, tuple) or len(expected) != 3 or not all(isinstance(t, Tensor) for t in expected):
+        return None
+    logits, scores, index = expected
+    if scores.shape != index.shape or index.dtype != torch.int64 or not 0 < index.shape[-1] <= packed.columns:
+        return None
+    for normalises in (True, False):
+        router = _Router(lib=lib, packed=packed, top_k=index.shape[-1], normalises=normalises, dtype=scores.dtype)
+        got = router(probe.bfloat16())
+        # which of two experts with equal logits comes first is nobody's promise
+        same = torch.equal(got[0], logits) and torch.equal(logits.gather(1, got[2]), logits.gather(1, index))
+        if same and got[1].shape == scores.shape and torch.allclose(got[1].float(), scores.float(), rtol=2**-7):
+            return router
+    return None
 
 
 # --- Rotary embedding -------------------------------------------------------------------------------------------------

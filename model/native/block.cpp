@@ -1,0 +1,88 @@
+// The attention half of a decoder layer in one call: normalise, project, rotate, attend, project, add, normalise.
+//
+// Decoding steps are short, and what Python and torch take to call its dozen parts is a quarter of a step of one
+// sequence. The parts are those that modules call one by one, in the same order, so the bits are the same.
+#include "calls.h"
+#include "trunk.h"
+
+#include <omp.h>
+
+#include <vector>
+
+using namespace emoe;
+
+namespace {
+
+// As Python lays them out: model/native/block.py.
+struct Norm {
+    const float* weight; // null: none
+    int64_t size;        // of the rows that are normalised
+    float epsilon;
+    int32_t rounds;
+
+    void operator()(const bf16* from, int64_t count, bf16* to) const {
+        for (int64_t at = 0; weight != nullptr && at < count; at += size)
+            norm_row(from + at, size, weight, epsilon, rounds, to + at);
+    }
+};
+
+struct Matrix {
+    const bf16 *packed, *bias;
+};
+
+struct Block {
+    int64_t hidden, heads, key_heads, key_size, value_size;
+    Norm before, query_norm, key_norm, after;
+    Matrix query, key, value, out;
+    float scale;
+};
+
+bf16* of_size(std::vector<bf16>& scratch, int64_t size) {
+    if (int64_t(scratch.size()) < size) scratch.resize(size);
+    return scratch.data();
+}
+
+} // namespace
+
+// x [T, H] is what comes in: `sum` [T, H] is it plus attention's output, `normed` [T, H] that normalised for what follows.
+// cosines and sines are [T, key_size]; the rest as in emoe_attention.
+extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines,
+                           bf16* keys, bf16* values, int64_t block_size, const void* sequences, int64_t num_sequences,
+                           const int32_t* tables, int64_t window, bf16* sum, bf16* normed, int threads) {
+    const Block& b = *block;
+    const int64_t wide = b.heads * b.key_size, narrow = b.key_heads * b.key_size, values_wide = b.key_heads * b.value_size;
+    // kept from call to call: fresh memory costs page faults
+    thread_local std::vector<bf16> q_scratch, k_scratch, v_scratch, a_scratch;
+    bf16 *q = of_size(q_scratch, tokens * wide), *k = of_size(k_scratch, tokens * narrow);
+    bf16 *v = of_size(v_scratch, tokens * values_wide), *attended = of_size(a_scratch, tokens * b.heads * b.value_size);
+    const bool shared = threads > 1 && tokens >= 16;
+#pragma omp parallel for num_threads(threads) if (shared)
+    for (int64_t t = 0; t < tokens; ++t) b.before(x + t * b.hidden, b.hidden, normed + t * b.hidden);
+    emoe_linear(normed, tokens, b.hidden, b.hidden, b.query.packed, wide, b.query.bias, q, threads);
+    emoe_linear(normed, tokens, b.hidden, b.hidden, b.key.packed, narrow, b.key.bias, k, threads);
+    emoe_linear(normed, tokens, b.hidden, b.hidden, b.value.packed, values_wide, b.value.bias, v, threads);
+#pragma omp parallel for num_threads(threads) if (shared)
+    for (int64_t t = 0; t < tokens; ++t) {
+        b.query_norm(q + t * wide, wide, q + t * wide);
+        b.key_norm(k + t * narrow, narrow, k + t * narrow);
+        const bf16 *cosine = cosines + t * b.key_size, *sine = sines + t * b.key_size;
+        for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.key_size)
+            rotate_row(head, cosine, sine, b.key_size, head);
+        for (bf16* head = k + t * narrow; head < k + (t + 1) * narrow; head += b.key_size)
+            rotate_row(head, cosine, sine, b.key_size, head);
+    }
+    const int64_t strides[6] = {b.key_size, wide, b.key_size, narrow, b.value_size, values_wide};
+    emoe_attention(q, k, v, strides, b.heads, b.key_heads, b.key_size, b.value_size, keys, values, block_size, sequences,
+                   num_sequences, tables, b.scale, window, 0.f, nullptr, attended, threads);
+    emoe_linear(attended, tokens, b.heads * b.value_size, b.heads * b.value_size, b.out.packed, b.hidden, b.out.bias, sum,
+                threads);
+#pragma omp parallel for num_threads(threads) if (shared)
+    for (int64_t t = 0; t < tokens; ++t) {
+        bf16* row = sum + t * b.hidden;
+        for (int64_t c = 0; c < b.hidden; c += 16) {
+            const Lanes lanes = lanes_before(c, b.hidden);
+            store(row + c, add(load(x + t * b.hidden + c, lanes), load(row + c, lanes)), lanes);
+        }
+        b.after(row, b.hidden, normed + t * b.hidden);
+    }
+}

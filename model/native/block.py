@@ -1,0 +1,169 @@
+"""The attention half of a decoder layer in one call: see block.cpp.
+
+Legend: T tokens of the step, H hidden, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.native.attention import NativeBatch
+from model.native.linear import Packed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """Root mean square normalisation of rows as long as `weight`, in one call; see `norm_row` in trunk.h."""
+
+    lib: ctypes.CDLL
+    weight: Tensor
+    """What normalised values are multiplied by, in float32."""
+    epsilon: float
+    rounds: bool
+    """The normalised value is rounded to bfloat16 before it is multiplied."""
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.contiguous()
+        out = torch.empty_like(x)
+        size = len(self.weight)
+        self.lib.emoe_rms_norm(
+            x.data_ptr(),
+            x.numel() // size,
+            size,
+            self.weight.data_ptr(),
+            self.epsilon,
+            self.rounds,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A linear layer."""
+
+    packed: Packed
+    bias: Tensor | None
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("rounds", ctypes.c_int32),
+    )
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "heads", "key_heads", "key_size", "value_size")),
+        *((name, _Norm) for name in ("before", "query_norm", "key_norm", "after")),
+        *((name, _Matrix) for name in ("query", "key", "value", "out")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class AttentionBlock:
+    """x + attention(before(x)), and after() of that. It keeps what its parts are made of."""
+
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        *,
+        head_size: int,
+        scale: float,
+        before: Norm,
+        after: Norm,
+        query: Matrix,
+        key: Matrix,
+        value: Matrix,
+        out: Matrix,
+        query_norm: Norm | None,
+        key_norm: Norm | None,
+    ) -> None:
+        """Norms of queries and keys go over a head or over all heads of a token, as long as their weights are.
+
+        Raises ValueError where sizes do not fit together.
+        """
+        heads, key_heads = query.packed.columns // head_size, key.packed.columns // head_size
+        hidden = query.packed.depth
+        value_size = value.packed.columns // max(1, key_heads)
+        whole = [query.packed.columns == heads * head_size, key.packed.columns == key_heads * head_size]
+        fits = [
+            heads % max(1, key_heads) == 0,
+            value.packed.columns == key_heads * value_size,
+            (out.packed.depth, out.packed.columns) == (heads * value_size, hidden),
+            key.packed.depth == value.packed.depth == len(before.weight) == len(after.weight) == hidden,
+            query_norm is None or query.packed.columns % len(query_norm.weight) == 0,
+            key_norm is None or key.packed.columns % len(key_norm.weight) == 0,
+        ]
+        if not all(whole + fits):
+            raise ValueError("matrices and norms of other sizes")
+        self._function = lib.emoe_block
+        self._kept = (before, after, query, key, value, out, query_norm, key_norm)
+        self._block = _Block(
+            hidden=hidden,
+            heads=heads,
+            key_heads=key_heads,
+            key_size=head_size,
+            value_size=value_size,
+            before=_norm(before),
+            query_norm=_norm(query_norm),
+            key_norm=_norm(key_norm),
+            after=_norm(after),
+            query=_matrix(query),
+            key=_matrix(key),
+            value=_matrix(value),
+            out=_matrix(out),
+            scale=scale,
+        )
+        self._address = ctypes.addressof(self._block)
+        self.head_size = head_size
+
+    def __call__(
+        self,
+        batch: NativeBatch,
+        caches: tuple[Tensor, Tensor],
+        x_TH: Tensor,
+        cosines_TD: Tensor,
+        sines_TD: Tensor,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(sum [T, H], normalised sum [T, H]) of dense bfloat16 rows; keys and values go to the layer's caches."""
+        sum_TH, normed_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
+        self._function(
+            self._address,
+            x_TH.data_ptr(),
+            len(x_TH),
+            cosines_TD.data_ptr(),
+            sines_TD.data_ptr(),
+            caches[0].data_ptr(),
+            caches[1].data_ptr(),
+            *batch.described,
+            window or 0,
+            sum_TH.data_ptr(),
+            normed_TH.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return sum_TH, normed_TH
+
+
+def _norm(norm: Norm | None) -> _Norm:
+    if norm is None:
+        return _Norm(weight=None, size=1, epsilon=0.0, rounds=0)
+    return _Norm(weight=norm.weight.data_ptr(), size=len(norm.weight), epsilon=norm.epsilon, rounds=norm.rounds)
+
+
+def _matrix(matrix: Matrix) -> _Matrix:
+    bias = None if matrix.bias is None else matrix.bias.data_ptr()
+    return _Matrix(packed=matrix.packed.data.data_ptr(), bias=bias)

@@ -1,0 +1,44 @@
+// Row by row: what of a trunk lies between products.
+#pragma once
+
+#include "vector.h"
+
+#include <cmath>
+
+namespace emoe {
+
+// Root mean square normalisation. `rounds`: the normalised value is rounded to bfloat16 before it is multiplied by the
+// weight. `to` may be `from`.
+inline void norm_row(const bf16* from, int64_t size, const float* weight, float epsilon, bool rounds, bf16* to) {
+    Floats squares = zero();
+    for (int64_t c = 0; c < size; c += 16) {
+        const Floats value = load(from + c, lanes_before(c, size));
+        squares = fused(value, value, squares);
+    }
+    const Floats factor = all(1.f / std::sqrt(sum(squares) / size + epsilon));
+    for (int64_t c = 0; c < size; c += 16) {
+        const Lanes lanes = lanes_before(c, size);
+        Floats value = mul(load(from + c, lanes), factor);
+        if (rounds) value = rounded(value);
+        store(to + c, mul(value, load(weight + c, lanes)), lanes);
+    }
+}
+
+// 16 columns of x * cos + turned * sin, rounded after every operator.
+inline Floats turn(Floats x, Floats turned, const bf16* cosine, const bf16* sine, Lanes lanes) {
+    return add(rounded(mul(x, load(cosine, lanes))), rounded(mul(turned, load(sine, lanes))));
+}
+
+// Rotary embedding of one head of one token, halves turned against each other. `out` may be `x`.
+inline void rotate_row(const bf16* x, const bf16* cosine, const bf16* sine, int64_t size, bf16* out) {
+    const int64_t half = size / 2;
+    for (int64_t c = 0; c < half; c += 16) {
+        const Lanes lanes = lanes_before(c, half);
+        const Floats first = load(x + c, lanes), second = load(x + half + c, lanes);
+        const Floats minus = sub(zero(), second);
+        store(out + c, turn(first, minus, cosine + c, sine + c, lanes), lanes);
+        store(out + half + c, turn(second, first, cosine + half + c, sine + half + c, lanes), lanes);
+    }
+}
+
+} // namespace emoe

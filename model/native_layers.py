@@ -1,0 +1,162 @@
+"""Decoder layers whose attention half is one native call, with their own feed-forward half behind it.
+
+A layer is recognised by trying: what its parts seem to be is put together, and the result must be the layer's own, bit
+for bit, on random input. What is not recognised stays transformers' own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import SequenceSlice, StepBatch, Window, current_batch, step_context
+from model.experts import attach
+from model.kv_cache import KVCache, KVShape
+from model.linear import PackedLinear
+from model.native.attention import TILE
+from model.native.block import AttentionBlock, Matrix, Norm
+from model.native.linear import Packed
+
+
+def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module]) -> int:
+    """Join what is recognised in a trunk that `fit_trunk` has been through. Returns how many layers that were.
+
+    `experts` are its expert modules. They stand for nothing while layers are tried, and must be attached anew.
+    """
+    attach(experts, lambda layer, hidden, index, weight: hidden * weight.sum(-1, keepdim=True).to(hidden.dtype))
+    found = 0
+    with torch.inference_mode():
+        for layer in trunk.modules():
+            fitted = _fitted(lib, layer)
+            if fitted is not None and _tried(layer, fitted):
+                layer.forward = fitted
+                found += 1
+    return found
+
+
+def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> Callable[..., Any] | None:
+    """The layer's forward as it may be, if it is made of the parts that most families have, by the names they share."""
+    attention = getattr(layer, "self_attn", None)
+    before, after = (getattr(layer, f"{name}_layernorm", None) for name in ("input", "post_attention"))
+    others = [child for child in layer.children() if child not in (attention, before, after)]
+    if not isinstance(attention, nn.Module) or len(others) != 1:
+        return None
+    matrices = {name: _matrix(getattr(attention, f"{name[0]}_proj", None)) for name in ("query", "key", "value", "out")}
+    norms = {name: _norm(module) for name, module in (("before", before), ("after", after))}
+    if None in (*matrices.values(), *norms.values()):
+        return None
+    try:
+        block = AttentionBlock(
+            lib,
+            head_size=int(attention.head_dim),  # type: ignore[arg-type]
+            scale=float(attention.scaling),  # type: ignore[arg-type]
+            query_norm=_norm(getattr(attention, "q_norm", None)),
+            key_norm=_norm(getattr(attention, "k_norm", None)),
+            **matrices,  # type: ignore[arg-type]
+            **norms,  # type: ignore[arg-type]
+        )
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # made of other parts after all
+        return None
+    return _forward(layer.forward, block, others[0], int(attention.layer_idx))  # type: ignore[arg-type]
+
+
+def _matrix(module: Any) -> Matrix | None:
+    if not isinstance(module, PackedLinear) or not isinstance(module.packed, Packed):
+        return None
+    return Matrix(packed=module.packed, bias=module.bias)
+
+
+def _norm(module: Any) -> Norm | None:
+    forward = getattr(module, "forward", None)
+    return forward if isinstance(forward, Norm) else None
+
+
+def _forward(
+    original: Callable[..., Any], block: AttentionBlock, feed_forward: nn.Module, layer: int
+) -> Callable[..., Any]:
+    def forward(
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        batch = current_batch()
+        native = batch.native if isinstance(batch, StepBatch) else None
+        if native is None or args or not _fits(hidden_states, attention_mask, position_embeddings, block.head_size):
+            return original(hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **kwargs)
+        cosines, sines = position_embeddings
+        sum_TH, normed_TH = block(
+            native,
+            batch.cache.stores(layer),  # type: ignore[union-attr]
+            hidden_states[0],
+            cosines[0],
+            sines[0],
+            attention_mask.size,
+        )
+        return sum_TH + feed_forward(normed_TH[None])
+
+    return forward
+
+
+def _fits(hidden: Tensor, mask: Any, embeddings: Any, head_size: int) -> bool:
+    if not isinstance(mask, Window) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
+        return False
+    rows = (1, hidden.shape[1], head_size)
+    return (
+        hidden.dtype == torch.bfloat16
+        and hidden.is_contiguous()
+        and all(t.shape == rows and t.dtype == torch.bfloat16 and t.is_contiguous() for t in embeddings)
+    )
+
+
+def _tried(layer: nn.Module, fitted: Callable[..., Any]) -> bool:
+    try:
+        return _same(layer, fitted)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):  # it wants to be called otherwise
+        return False
+
+
+def _same(layer: nn.Module, fitted: Callable[..., Any]) -> bool:
+    """Whether a layer and what may stand for it agree: on a prompt, the token after it, with and without a window."""
+    attention: Any = layer.self_attn
+    hidden_size = attention.q_proj.packed.depth
+    heads = attention.k_proj.packed.columns // attention.head_dim
+    shape = KVShape(num_heads=heads, key_size=attention.head_dim, value_size=attention.v_proj.packed.columns // heads)
+    generator = torch.Generator().manual_seed(0)
+    cpu = torch.device("cpu")
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).bfloat16()
+
+    for size in (None, 3):
+        caches = [
+            KVCache({attention.layer_idx: shape}, num_blocks=1, block_size=TILE, dtype=torch.bfloat16, device=cpu)
+            for _ in range(2)
+        ]
+        for first, last in itertools.pairwise((0, 5, 6)):
+            piece = SequenceSlice(token_ids=[0] * (last - first), start=first, block_ids=[0], prompt_length=5)
+            tokens = last - first
+            hidden = random(1, tokens, hidden_size)
+            embeddings = random(1, tokens, attention.head_dim), random(1, tokens, attention.head_dim)
+            outputs = []
+            for forward, cache in zip((layer.forward, fitted), caches, strict=True):
+                with step_context(StepBatch.build([piece], cache, cpu)):
+                    outputs.append(
+                        forward(
+                            hidden.clone(),
+                            attention_mask=Window(size),
+                            position_ids=torch.arange(first, last)[None],
+                            position_embeddings=embeddings,
+                            past_key_values=None,
+                            use_cache=False,
+                        )
+                    )
+            if not all(isinstance(out, Tensor) for out in outputs) or not torch.equal(*outputs):
+                return False
+    return True

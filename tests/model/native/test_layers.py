@@ -1,0 +1,55 @@
+"""Decoder layers joined into one call each: recognised by what they compute, and the same bits as their parts."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from model import surgery
+from model.checkpoint import open_checkpoint
+from model.loading import expert_modules, load_trunk
+from model.native_layers import fit_layers
+from tests.model.families import tiny_checkpoint
+from tests.model.native.test_models import logits, runner_of, texts
+
+JOINED = ["mixtral", "mixtral-sliding", "qwen3_moe-mixed", "qwen2_moe-sliding", "olmoe", "glm4_moe", "minimax_m2"]
+OTHERS = ["deepseek_v3", "gpt_oss", "phimoe", "granitemoe", "ernie4_5_moe", "gemma4_text"]
+"""Latent attention, sinks, layer norms, scaled sums, other rotary embeddings, further norms."""
+
+
+def fitted(path: Path, fit: Callable[[nn.Module, list[nn.Module]], int]) -> tuple[nn.Module, int]:
+    trunk = load_trunk(open_checkpoint(str(path)), dtype=torch.bfloat16, device=torch.device("cpu"))
+    return trunk, fit(trunk, list(expert_modules(trunk)))
+
+
+@pytest.mark.parametrize("family", JOINED + OTHERS)
+def test_which_layers_are_joined(
+    lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(surgery, "fit_layers", lambda *args: found.append(fit_layers(*args)))
+    trunk, _ = fitted(tiny_checkpoint(family, tmp_path_factory), surgery.fit)
+    layers = sum("self_attn" in dict(module.named_children()) for module in trunk.modules())
+    assert layers > 0
+    assert found == [layers if family in JOINED else 0]
+
+
+@pytest.mark.parametrize("family", JOINED)
+def test_the_same_bits_as_the_parts(
+    lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint(family, tmp_path_factory)
+    joined = runner_of(path)
+    monkeypatch.setattr(surgery, "fit_layers", lambda *_: 0)
+    parts = runner_of(path)
+    every = [(2 * i, text, 0, len(text)) for i, text in enumerate(texts(512))]
+    assert torch.equal(logits(joined, every), logits(parts, every))
+    # a prompt goes on beside tokens that are decoded, by two threads
+    more = [(block, [*text, 7, 8, 9], len(text), len(text) + 1 + 2 * (block == 0)) for block, text, _, _ in every]
+    torch.set_num_threads(2)
+    assert torch.equal(logits(joined, more), logits(parts, more))
