@@ -49,9 +49,10 @@ class ExpertHost:
             return self._info
 
     def _load(self, spec: HostSpec) -> HostInfo:
-        # before OpenMP is loaded, with torch: threads that wait for the next parallel region leave their core to the
-        # other workers of the node soon (about 0.1 ms), instead of after some milliseconds
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+        if spec.node_workers > 1:
+            # before OpenMP is loaded, with torch: threads that wait for the next parallel region leave their core to
+            # the node's other workers soon (about 0.1 ms), instead of after some milliseconds
+            os.environ.setdefault("GOMP_SPINCOUNT", "5000")
         with no_collection():
             import torch
 
