@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format chaos bench bench-gating clean
+.PHONY: help serve test lint format chaos bench bench-gating bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ bench: $(VENV)/.installed-dev ## measure the server (and its peers where install
 
 bench-gating: $(VENV)/.installed-dev ## compare dynamic gating with its rivals' policies on one expert layer
 	@$(BIN)/python -m tests.bench.gating $(ARGS)
+
+bench-gpu: $(VENV)/.installed-dev ## compare with transformers' continuous batching on a CUDA GPU
+	@$(BIN)/python -m tests.bench.gpu $(ARGS)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

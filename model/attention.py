@@ -2,7 +2,7 @@
 
 The trunk hands q, k, v of all tokens of the step as one row [1, heads, T, D]; the `StepBatch` in force says which
 tokens belong to which sequence and where its keys lie. Sliding windows, sinks and soft-caps are honoured. In
-bfloat16 on CPU the native library does it, where there is one.
+bfloat16 on CPU the native library does it, where there is one, and in 16 bits on CUDA FlashAttention (model/flash.py).
 
 Legend: T tokens of the step, R sequences decoded together, Q query rows of a tile, L keys, N query heads,
 G key heads, M = N/G query heads per key head, D head size.
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from model.flash import FlashBatch
 from model.kv_cache import KVCache, KVShape
 from model.native.attention import NativeBatch, Rules
 
@@ -79,18 +80,22 @@ class StepBatch:
     """[T] where each token's key goes in the cache."""
     decodes: list[_DecodeGroup]
     prefills: list[_Prefill]
-    native: NativeBatch | None = None
-    """In place of all the others, where the cache is laid out for the native library."""
+    fused: NativeBatch | FlashBatch | None = None
+    """In place of all the others, where one call attends: the cache is laid out for it."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Additive masks of decode groups, by (group, window): the same for every layer."""
 
     @classmethod
     def build(cls, slices: Sequence[SequenceSlice], cache: KVCache, device: torch.device) -> StepBatch:
         size = cache.block_size
+        pieces = [(piece.start, piece.end, piece.block_ids) for piece in slices]
+        fused: NativeBatch | FlashBatch | None = None
         if cache.lib is not None:
-            pieces = [(piece.start, piece.end, piece.block_ids) for piece in slices]
-            native = NativeBatch(cache.lib, pieces, block_size=size)
-            return cls(cache=cache, positions=torch.empty(0), decodes=[], prefills=[], native=native)
+            fused = NativeBatch(cache.lib, pieces, block_size=size)
+        elif cache.way is not None:
+            fused = FlashBatch(cache.way, pieces, block_size=size, device=device)
+        if fused is not None:
+            return cls(cache=cache, positions=torch.empty(0), decodes=[], prefills=[], fused=fused)
         positions: list[int] = []
         decodes: list[tuple[int, int, SequenceSlice]] = []
         prefills: list[_Prefill] = []
@@ -160,8 +165,10 @@ class ShapeProbe:
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
 
-    def record(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.shapes[layer] = KVShape(num_heads=key.shape[1], key_size=key.shape[3], value_size=value.shape[3])
+    def record(self, layer: int, key: Tensor, value: Tensor, softcap: float | None) -> None:
+        self.shapes[layer] = KVShape(
+            num_heads=key.shape[1], key_size=key.shape[3], value_size=value.shape[3], softcap=softcap is not None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,13 +205,13 @@ def paged_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     batch = _current.get()
     if isinstance(batch, ShapeProbe):
-        batch.record(layer, key, value)
+        batch.record(layer, key, value, softcap)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if attention_mask is None else attention_mask.size
     rules = Rules(scale=scale, window=window, softcap=softcap, sinks=s_aux)
-    if batch.native is not None:
-        return batch.native.attend(batch.cache.stores(layer), query[0], key[0], value[0], rules)[None], None
+    if batch.fused is not None:
+        return batch.fused.attend(batch.cache.stores(layer), query[0], key[0], value[0], rules)[None], None
     batch.cache.write(layer, batch.positions, key[0], value[0])
     query_NTD = query[0]
     out_TND = query.new_empty(query.shape[2], query.shape[1], value.shape[3])

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from cluster.placement import EMPTY, Placement
-from model.experts import ABSENT, ExpertStore
+from model.backends import dense_tokens
+from model.experts import ExpertStore
+from model.layer_experts import ABSENT
 from model.routing_counter import RoutingCounter
+from model.staging import to_device
 from model.transport import Transport
-
-DENSE_TOKENS = 64
-"""Up to so many tokens in the whole step, everything to everyone is cheaper than choosing rows and telling sizes."""
 
 
 def route_table(placement: Placement, rank: int) -> Tensor:
@@ -84,6 +84,10 @@ class Dispatcher(ABC):
             )
 
     @abstractmethod
+    def finish(self) -> None:
+        """A step is over, its results have been read. Raises StepAborted where they are not to be believed."""
+
+    @abstractmethod
     def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor: ...
 
 
@@ -98,8 +102,9 @@ class TransportDispatcher(Dispatcher):
         transport: Transport,
         *,
         device: torch.device,
-        dense_tokens: int = DENSE_TOKENS,
+        most_dense: int | None = None,
     ) -> None:
+        """most_dense: tokens of a step up to which everything goes to everyone, if not as the device wants it."""
         super().__init__()
         self._store = store
         self._transport = transport
@@ -109,7 +114,7 @@ class TransportDispatcher(Dispatcher):
         experts_E = torch.arange(routes_WLE.shape[2], device=device)
         # [L, W * E] the expert where tokens of a rank find it here, ABSENT where they find it elsewhere
         self._mine_LX = torch.where(routes_WLE == rank, experts_E, ABSENT).transpose(0, 1).flatten(1)
-        self._dense_tokens = dense_tokens
+        self._most_dense = dense_tokens(device) if most_dense is None else most_dense
         self._tokens_per_rank: Sequence[int] = ()
         self._dense = False
         self._source_R = torch.empty(0)
@@ -118,11 +123,14 @@ class TransportDispatcher(Dispatcher):
     def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
         super().begin(tokens_per_rank, counter)
         self._tokens_per_rank = tokens_per_rank
-        self._dense = self._transport.size > 1 and sum(tokens_per_rank) <= self._dense_tokens
+        self._dense = self._transport.size > 1 and sum(tokens_per_rank) <= self._most_dense
         if self._dense:
             experts = self._routes_LE.shape[1]
-            begins = [rank * experts for rank, tokens in enumerate(tokens_per_rank) for _ in range(tokens)]
-            self._source_R = torch.tensor(begins, dtype=torch.int64, device=self._routes_LE.device)[:, None]
+            begins = (np.arange(len(tokens_per_rank)) * experts).repeat(tokens_per_rank)
+            [self._source_R] = to_device([begins[:, None]], self._routes_LE.device)
+
+    def finish(self) -> None:
+        self._transport.check()
 
     def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         if self._transport.size == 1:

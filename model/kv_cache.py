@@ -5,7 +5,8 @@ Owns the storage; which block belongs to which sequence is the scheduler's busin
 Legend: G key heads, D head size (keys and values may differ), P blocks, B tokens per block.
 A layer's keys are [G, P, B, D]: a block of one head is contiguous, so gathering blocks copies long rows and
 the result is laid out as matmul wants it. Where the native library attends, blocks are laid out as it wants them
-(model/native/attention.cpp), and only it reads and writes them.
+(model/native/attention.cpp), and only it reads and writes them. Where FlashAttention does, they are [P, B, G, D]
+(model/flash.py).
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import mmap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from model.native import library
 from model.native.attention import can_attend
+
+if TYPE_CHECKING:
+    from model.flash import Way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +36,8 @@ class KVShape:
     num_heads: int
     key_size: int
     value_size: int
+    softcap: bool = False
+    """Whether the layer bounds its scores, which not all kernels do."""
 
     @property
     def elements(self) -> int:
@@ -48,7 +55,10 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        way: Way | None = None,
     ) -> None:
+        """way: how FlashAttention attends, if it does."""
+        self.way = way
         self.num_blocks = num_blocks
         self.block_size = block_size
 
@@ -62,6 +72,8 @@ class KVCache:
         def blocks(heads: int, size: int) -> Tensor:
             # zeros, not empty: masked keys must be finite
             shape = (heads, num_blocks, block_size, size)
+            if way is not None:
+                shape = (num_blocks, block_size, heads, size)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             return _untouched(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
@@ -84,7 +96,7 @@ class KVCache:
         self._values[layer].flatten(1, 2).index_copy_(1, positions_T, value_GTD)
 
     def stores(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All blocks of keys and of values, for the native library."""
+        """All blocks of keys and of values, for the native library or FlashAttention."""
         return self._keys[layer], self._values[layer]
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,8 @@ class NativeDispatcher(Dispatcher):
         super().begin(tokens_per_rank, counter)
         self._exchange.begin(tokens_per_rank)
 
+    def finish(self) -> None: ...
+
     def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         experts = self._store.native_layer(layer)
         return self._exchange.layer(experts, self._routes_LWE[layer], x_TH, index_TK, weight_TK)

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.attention import SequenceSlice, ShapeProbe, StepBatch, step_context
 from model.dispatch import Dispatcher, LayerShape
 from model.experts import attach
+from model.flash import find_way
 from model.kv_cache import KVCache, KVShape
 from model.routing_counter import RoutingCounter
+from model.staging import to_device
 
 
 class ModelRunner:
@@ -34,8 +37,9 @@ class ModelRunner:
         attach(experts, self._experts)
 
     def allocate(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
+        way = find_way(self.kv_shapes.values(), dtype=dtype, device=self._device, block_size=block_size)
         self._cache = KVCache(
-            self.kv_shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self._device
+            self.kv_shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self._device, way=way
         )
         return self._cache
 
@@ -67,12 +71,15 @@ class ModelRunner:
             if piece.wants_logits:
                 keep.append(at - 1)
         lengths = [max(piece.prompt_length, p + 1) for piece in slices for p in range(piece.start, piece.end)]
-        self._lengths_T[0] = torch.tensor(lengths, device=self._device)
+        arrays = [np.array(numbers, dtype=np.int64) for numbers in ([tokens], [positions], lengths, keep)]
+        input_ids, position_ids, self._lengths_T[0], kept = to_device(arrays, self._device)
         out: Any = self._trunk(
-            input_ids=torch.tensor([tokens], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
+            input_ids=input_ids,
+            position_ids=position_ids,
+            # without one, transformers looks into the positions for packed sequences, and the host waits for the answer
+            attention_mask=torch.ones(input_ids.shape, dtype=torch.bool, device=self._device),
             use_cache=False,
-            logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self._device),
+            logits_to_keep=kept,
         )
         logits: Tensor = out.logits[0]
         return logits

@@ -93,8 +93,7 @@ class SamplingState:
 def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int, TokenLogprobs | None]]:
     """The next token of each row, and its log probabilities where they were asked for. Changes nothing.
 
-    logits_BV: [B, V] of any float dtype and device; the arithmetic is in float32. On CUDA it waits for the device once,
-    and once more per distinct number of log probabilities.
+    logits_BV: [B, V] of any float dtype and device; the arithmetic is in float32. It waits for the device once.
     """
     assert logits_BV.shape[0] == len(states), (logits_BV.shape, len(states))
     if not states:
@@ -110,8 +109,20 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int
             logits_RV = adjusted_BV if len(part) == len(states) else adjusted_BV[at]
             # float32 for the most likely token too: bfloat16 has no fast argmax on CPU
             tokens_B[at] = method(logits_RV.float(), [states[row] for row in part])
-    logprobs = _logprobs(logits_BV, tokens_B, states)
-    return list(zip(tokens_B.tolist(), logprobs, strict=True))
+    return _fetch(tokens_B, _logprobs(logits_BV, tokens_B, states))
+
+
+def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list[tuple[int, TokenLogprobs | None]]:
+    """Everything to the host in one transfer; ids are exact in float64."""
+    numbers = torch.cat([tokens_B.double(), *(table.flatten() for _, table in tables)]).tolist()
+    found: list[TokenLogprobs | None] = [None] * len(tokens_B)
+    begin = len(tokens_B)
+    for rows, table in tables:
+        width = table.shape[1]
+        for row in rows:
+            found[row] = _entry(numbers[begin : begin + width])
+            begin += width
+    return [(int(token), entry) for token, entry in zip(numbers, found, strict=False)]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -298,39 +309,39 @@ def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:
 # --- Log probabilities ------------------------------------------------------------------------------------------
 
 
-def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[TokenLogprobs | None]:
-    """Per row None, or the model's own log probabilities of the chosen token and of the most likely ones."""
+def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[tuple[list[int], Tensor]]:
+    """Rows that want the model's own log probabilities, some at a time, and a table with a line for each."""
     groups: dict[int, list[int]] = {}
     for row, state in enumerate(states):
         if state.params.logprobs is not None:
             groups.setdefault(state.params.logprobs, []).append(row)
-    found: list[TokenLogprobs | None] = [None] * len(states)
+    found: list[tuple[list[int], Tensor]] = []
     # One number of alternatives at a time: which of equals topk returns may depend on how many are asked for.
     for number, rows in groups.items():
         for part in _parts(rows, logits_BV):
             index = _to(np.array(part, dtype=np.int64), logits_BV.device)
-            for row, entry in zip(part, _logprobs_of(logits_BV[index], tokens_B[index], number), strict=True):
-                found[row] = entry
+            found.append((part, _logprobs_of(logits_BV[index], tokens_B[index], number)))
     return found
 
 
-def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> list[TokenLogprobs]:
+def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
+    """[R, 2 (1 + number)] ids of the chosen token and the most likely ones, then their log probabilities, float64."""
     # CUDA adds up a row in an order that depends on where it lies in memory. Rounding from float64 hides that.
     dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
     logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float()
     values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
-    ids = torch.cat([tokens_R[:, None], ids], dim=1)
-    # One tensor, so one transfer; ids are exact in float64.
-    both = torch.stack([ids.double(), torch.cat([logprobs_RV.gather(1, ids[:, :1]), values], dim=1).double()])
-    id_rows, value_rows = both.tolist()
-    return [
-        TokenLogprobs(
-            token_id=int(row_ids[0]),
-            logprob=row_values[0],
-            top=tuple((int(token), value) for token, value in zip(row_ids[1:], row_values[1:], strict=True)),
-        )
-        for row_ids, row_values in zip(id_rows, value_rows, strict=True)
-    ]
+    chosen = tokens_R[:, None]
+    return torch.cat([part.double() for part in (chosen, ids, logprobs_RV.gather(1, chosen), values)], dim=1)
+
+
+def _entry(line: Sequence[float]) -> TokenLogprobs:
+    """A line of `_logprobs_of`'s table."""
+    half = len(line) // 2
+    return TokenLogprobs(
+        token_id=int(line[0]),
+        logprob=line[half],
+        top=tuple((int(token), value) for token, value in zip(line[1:half], line[half + 1 :], strict=True)),
+    )
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:

@@ -66,6 +66,8 @@ class SharedMemoryTransport:
             received.append(segment.read(self.rank, parity))
         return received
 
+    def check(self) -> None: ...
+
     def abort(self) -> None:
         self._aborted = True
 

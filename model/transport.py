@@ -12,6 +12,7 @@ No global process group is used: every epoch's membership has its own, and a dea
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -34,8 +35,13 @@ class Transport(Protocol):
 
         `recv_bytes` [W] says what will come where the caller knows, which saves some transports an exchange of sizes.
         What is returned may be overwritten by the second call after this one. The entry of one's own rank is ignored
-        and comes back empty. Blocks. Raises StepAborted when a peer is gone, or after `abort()`.
+        and comes back empty. Blocks, unless a device carries it out (see `check`). Raises StepAborted when a peer is
+        gone, or after `abort()`.
         """
+        ...
+
+    def check(self) -> None:
+        """Raises StepAborted where exchanges that returned at once have come to nothing: what they brought is void."""
         ...
 
     def abort(self) -> None:
@@ -54,6 +60,8 @@ class LocalTransport:
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         return [torch.empty(0, dtype=torch.uint8)]
 
+    def check(self) -> None: ...
+
     def abort(self) -> None: ...
 
     def close(self) -> None: ...
@@ -62,22 +70,31 @@ class LocalTransport:
 class CollectiveTransport:
     """gloo or NCCL over a store of this group's own.
 
-    Sizes travel first where the caller does not know them. A peer's death closes its sockets, which raises here.
+    Sizes travel first where the caller does not know them. With gloo, a peer's death closes its sockets, which raises
+    here; workers that share a GPU use it too, and their tensors travel by the host. With NCCL the host goes on at once:
+    a peer's death is noticed by the engine, `abort` ends the waiting kernels, and `check` says so.
     """
 
     def __init__(self, backend: str, *, rendezvous: str, group: str, rank: int, size: int, timeout_s: float) -> None:
         """`rendezvous` is host:port of a TCPStore that outlives the group; `group` is the prefix of its keys."""
         self.rank = rank
         self.size = size
+        self._aborted = False
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         host, port = rendezvous.rsplit(":", 1)
         timeout = datetime.timedelta(seconds=timeout_s)
         store = PrefixStore(group, TCPStore(host, int(port), is_master=False, timeout=timeout))
         self._group: Any
         if backend == "nccl":
+            # else NCCL's watchdog would end this process, and with it what it holds, when a peer is gone
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+            # a first word, so that members have met; on a stream of its own, since steps of another group may wait for
+            # one another on this device's
+            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                self._sizes([0] * size)
         else:
             self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
 
@@ -88,13 +105,13 @@ class CollectiveTransport:
         ]
         sent = [sum(t.numel() for t in tensors) for tensors in parts]
         flat = [t for tensors in parts for t in tensors]
-        payload = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
+        home = flat[0].device if flat else self._device
+        payload = torch.cat(flat).to(self._device) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
         try:
             received = self._sizes(sent) if recv_bytes is None else [int(n) for n in recv_bytes]
             received[self.rank] = 0
             out = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
-            if self._group is None:
-                raise StepAborted("the process group was aborted")
+            self._refuse_if_ended()
             # NCCL orders itself on the stream; only gloo has something to wait for on the host
             self._group.alltoall_base(out, payload, received, sent, dist.AllToAllOptions()).wait()
         except RuntimeError as error:
@@ -102,11 +119,18 @@ class CollectiveTransport:
             message = str(error).splitlines()[0]
             self._group = None
             raise StepAborted(f"exchange failed: {message}") from None
-        return list(torch.split(out, received))
+        return list(torch.split(out.to(home), received))
+
+    def check(self) -> None:
+        if self._aborted:
+            raise StepAborted("the process group was aborted")
+
+    def _refuse_if_ended(self) -> None:
+        if self._aborted or self._group is None:
+            raise StepAborted("the process group was aborted")
 
     def _sizes(self, sent: Sequence[int]) -> list[int]:
-        if self._group is None:
-            raise StepAborted("the process group was aborted")
+        self._refuse_if_ended()
         mine = torch.tensor(sent, dtype=torch.int64, device=self._device)
         theirs = torch.empty_like(mine)
         ones = [1] * self.size
@@ -114,10 +138,20 @@ class CollectiveTransport:
         return [int(n) for n in theirs.tolist()]
 
     def abort(self) -> None:
-        # gloo cannot be woken: a hung peer must be killed, and then its sockets close
-        group, self._group = self._group, None
-        if group is not None and self._device.type == "cuda":
-            group.abort()
+        self._aborted = True
+        if self._device.type == "cuda":
+            self._end_nccl()
+        else:
+            # gloo cannot be woken: a hung peer must be killed, and then its sockets close
+            self._group = None
 
     def close(self) -> None:
+        if self._device.type == "cuda":
+            self._end_nccl()
         self._group = None
+
+    def _end_nccl(self) -> None:
+        """End its kernels, wherever they wait. The group is kept: another thread may be about to use it."""
+        group = self._group
+        if group is not None:
+            group.abort()

@@ -2,7 +2,8 @@
 
 Owns weights, KV cache, sequences and the epoch in force. Threads: `load`, `step` and `commit` are called by one thread,
 one at a time; everything else may be called beside them. Weights are kept by (layer, logical expert), so that a copy
-that arrives early harms nothing: it is held beside the placement's experts until a commit makes it one of them.
+that arrives early harms nothing: it is held beside the placement's experts until a commit makes it one of them. On GPUs
+it lies apart until then, see model/stacked_experts.py.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class Worker:
         self._store = ExpertStore(modules, int8=self._int8)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
+        self._store.reserve([sum(e != EMPTY for e in experts) for experts in self.spec.experts])
         self._read([(layer, e) for layer, experts in enumerate(self.spec.experts) for e in experts if e != EMPTY])
         self._runner = ModelRunner(trunk, modules, device=self._device)
         info = self._checkpoint.info
@@ -137,6 +139,7 @@ class Worker:
         if spec.kv_cache_bytes is not None:
             room = spec.kv_cache_bytes // block
         elif self._device.type == "cuda":
+            torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info()
             to_come = max(0, (spec.expert_memory_bytes or 0) - self._store.nbytes)
             room = max(0, int((free - to_come) * _KV_SHARE_CUDA)) // block
@@ -318,6 +321,8 @@ class Worker:
         states = [self._sequences[request_id].state for request_id in sampling]
         with torch.inference_mode():
             chosen = sample(logits, states)
+        assert self._epoch is not None
+        self._epoch.dispatcher.finish()
         for state, (token, _) in zip(states, chosen, strict=True):
             state.append(token)
         self._counter.commit_step([chunk.length for chunk in plan.chunks])

@@ -3,9 +3,9 @@
     python -m tests.bench.gating [--tokens 8,32,128,512,2048] [--workers 1,2] [--trace FILE] [--out DIR]
 
 The rivals are re-implementations of their policies (tests/bench/gating_policies.py) over the same products in bfloat16;
-one row of ours does without the native library. Workers are processes that share the cores and exchange tokens through
-shared memory. Choices of experts are drawn from a trace: a generated one with the statistics of a real one
-(optimizer/generate.py), or the middle layer of --trace. Writes gating.json, .md and .png.
+one row of ours has those products too, and one does without the native library. Workers are processes that share the
+cores and exchange tokens through shared memory. Choices of experts are drawn from a trace: a generated one with the
+statistics of a real one (optimizer/generate.py), or the middle layer of --trace. Writes gating.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from model.shared_memory import SharedMemoryTransport
 from model.transport import LocalTransport, Transport
 from optimizer.generate import generate_trace
 from optimizer.traces import load_trace
-from tests.bench.gating_policies import OURS, POLICIES, GatedExperts, Member, Policy, make_policy, swap
+from tests.bench.gating_policies import OURS, OURS_ALIKE, POLICIES, GatedExperts, Member, Policy, make_policy, swap
 from tests.bench.machine import where_and_when
 from tests.bench.report import markdown
 
@@ -287,9 +287,9 @@ def table(results: Sequence[Result]) -> str:
     return markdown(head, rows)
 
 
-def not_ahead(results: Sequence[Result]) -> list[str]:
-    """Where a rival is faster than dynamic gating, in words."""
-    ours = {r.tokens: r for r in results if r.policy == OURS}
+def not_ahead(results: Sequence[Result], policy: str = OURS) -> list[str]:
+    """Where a rival is faster than `policy`, in words."""
+    ours = {r.tokens: r for r in results if r.policy == policy}
     return [
         f"{r.policy} at {r.tokens} tokens: {r.tokens_per_s / ours[r.tokens].tokens_per_s:.2f} times ours"
         for r in results
@@ -309,7 +309,7 @@ def plot(groups: Mapping[int, Sequence[Result]], path: Path) -> None:
             mine = [r for r in results if r.policy == policy]
             style = {"linewidth": 2.5, "color": "black"} if policy == OURS else {"linewidth": 1.2}
             if policy.startswith(f"{OURS},"):
-                style |= {"color": "black", "linestyle": "--"}
+                style |= {"color": "black", "linestyle": ":" if policy == OURS_ALIKE else "--"}
             x = [r.tokens for r in mine]
             left.plot(x, [r.tokens_per_s for r in mine], marker="o", markersize=4, label=policy, **style)
             right.plot(x, [max(0.1, r.peak_bytes / 1e6) for r in mine], marker="o", markersize=4, **style)
@@ -361,8 +361,10 @@ def main() -> int:
     parts = ["; ".join(f"{name} {value}" for name, value in about.items()) + "\n"]
     for workers, results in groups.items():
         parts.append(f"{workers} worker{'s' if workers > 1 else ''}, tokens per second:\n\n{table(results)}")
-        behind = not_ahead(results)
-        parts.append("Dynamic gating is not ahead of: " + ("; ".join(behind) or "none") + ".\n")
+        parts += [
+            f"{policy} is not ahead of: {'; '.join(not_ahead(results, policy)) or 'none'}.\n"
+            for policy in (OURS, OURS_ALIKE)
+        ]
     text = "\n".join(parts)
     (args.out / "gating.md").write_text(text)
     results_json = {"about": about, "results": [asdict(r) for results in groups.values() for r in results]}

@@ -5,7 +5,8 @@
     AdaptiveCapacity  Tutel: the capacity is this step's busiest expert's load: nothing dropped, all padded to it
     ExactRows         FastMoE: sizes first, then exact rows, one for each choice of a token
                       MegaBlocks: the same exchange; rows of an expert padded to whole blocks, or a grouped product
-    Dynamic           this project's dispatcher (model/dispatch.py): a token goes once to each worker, exact sizes
+    Dynamic           this project's dispatcher (model/dispatch.py): a token goes once to each worker, exact sizes; with
+                      the native layer, or with the rivals' products, so that policies alone are compared
 
 Not re-implemented: Tutel's choice of parallelism, FastMoE's shadowing, MegaBlocks' kernels. A rival's placement is
 contiguous, as theirs is.
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from cluster.placement import Worker, WorkerId, contiguous
 from cluster.protocol import Epoch, EpochSpec
+from model.cpu_experts import CpuExperts
 from model.dispatch import LayerShape
 from model.experts import ExpertStore
 from model.groups import join_group, make_dispatcher
@@ -246,7 +248,8 @@ def swap(transport: Transport, parts: Sequence[Tensor], recv_bytes: Sequence[int
 class Dynamic:
     """This project's dispatcher over its own store of experts, joined as workers of one node join."""
 
-    def __init__(self, module: GatedExperts, member: Member) -> None:
+    def __init__(self, module: GatedExperts, member: Member, *, native: bool = True) -> None:
+        """native: with the native library's layer, where there is one; else with the products that rivals have."""
         size, each = member.transport.size, module.num_experts // member.transport.size
         workers = tuple(Worker(id=WorkerId(f"w{r}"), node="n", slots=each) for r in range(size))
         spec = EpochSpec(
@@ -257,6 +260,10 @@ class Dynamic:
             rendezvous="",
         )
         store = ExpertStore([module])
+        if not native:
+            [layer] = store._layers
+            assert isinstance(layer, CpuExperts)
+            layer.native = None
         for expert in member.held(module.num_experts):
             store.put(0, expert, {"gate_up_proj": module.gate_up[expert], "down_proj": module.down[expert]})
         shape = LayerShape(hidden=module.down.shape[1], top_k=member.top_k, dtype=module.down.dtype)
@@ -302,13 +309,14 @@ _RIVALS: dict[str, tuple[Rival, Callable[[GatedExperts, range], Arithmetic]]] = 
     "MegaBlocks, grouped product": (ExactRows, grouped),
 }
 OURS = "elastic-moe, dynamic"
-POLICIES = (*_RIVALS, OURS)
+OURS_ALIKE = f"{OURS}, the rivals' products"
+POLICIES = (*_RIVALS, OURS, OURS_ALIKE)
 
 
 def make_policy(name: str, module: GatedExperts, member: Member) -> Policy:
     """One of POLICIES."""
     held = member.held(module.num_experts)
-    if name == OURS:
-        return Dynamic(module, member)
+    if name in (OURS, OURS_ALIKE):
+        return Dynamic(module, member, native=name == OURS)
     rival, arithmetic = _RIVALS[name]
     return rival(module.num_experts, member.transport, arithmetic(module, held))

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 from actors.batching import Scheduler
 from cluster import placement as placements
 from cluster.placement import Placement, WorkerId
@@ -53,8 +55,12 @@ class Lockstep:
         max_num_seqs: int = 8,
         block_size: int = 4,
         depth: int = 2,
+        device: str = "cpu",
+        transport: str = "shm",
     ) -> None:
-        """`depth`: steps in flight."""
+        """`depth`: steps in flight. `transport` of several workers: shm, or gloo, which workers of one GPU need."""
+        self.transport = "local" if len(slots) == 1 else transport
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if transport == "gloo" else None
         self.info = open_checkpoint(path).info
         members = make_workers(*slots)
         self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
@@ -64,7 +70,7 @@ class Lockstep:
             spec = HostSpec(
                 worker=member.id,
                 model=ModelSpec(
-                    path=str(path), dtype=dtype, device="cpu", max_model_len=max_model_len, expert_dtype=expert_dtype
+                    path=str(path), dtype=dtype, device=device, max_model_len=max_model_len, expert_dtype=expert_dtype
                 ),
                 experts=tuple(self.placement.experts_of(member.id, layer) for layer in range(self.info.num_layers)),
                 kv_cache_bytes=None,
@@ -100,8 +106,8 @@ class Lockstep:
             epoch=self.epoch,
             placement=placement,
             group=self.group,
-            transport="local" if len(self.workers) == 1 else "shm",
-            rendezvous="",
+            transport=self.transport,
+            rendezvous="" if self.store is None else f"127.0.0.1:{self.store.port}",
         )
         list(self.pool.map(lambda w: w.prepare(spec), self.workers.values()))
         for worker in self.workers.values():

@@ -39,9 +39,7 @@ def check(placement: Placement, tokens: list[int], kind: str, dense_tokens: int 
 
     def serve(rank: int) -> list[torch.Tensor]:
         store = toy_store(MODULES, placement, rank)
-        dispatcher = TransportDispatcher(
-            placement, rank, store, transports[rank], device=CPU, dense_tokens=dense_tokens
-        )
+        dispatcher = TransportDispatcher(placement, rank, store, transports[rank], device=CPU, most_dense=dense_tokens)
         dispatcher.begin(tokens, None)
         if not tokens[rank]:
             shape = LayerShape(hidden=HIDDEN, top_k=TOP_K, dtype=torch.float32)

@@ -103,3 +103,11 @@ def test_a_killed_gloo_peer_wakes_the_others_at_once() -> None:
     finally:
         peer.kill()
         peer.join()
+
+
+def test_what_an_aborted_group_brought_is_void() -> None:
+    first, second = make_transports("gloo", 2)
+    first.abort()
+    with pytest.raises(StepAborted, match="aborted"):
+        first.check()
+    second.check()

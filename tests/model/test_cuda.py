@@ -1,0 +1,213 @@
+"""On a CUDA GPU: the same tokens as transformers' there, and no step that makes the host wait more than once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cluster.placement import contiguous
+from cluster.protocol import NewSequence, RequestId, SamplingParams
+from model.attention import SequenceSlice
+from model.dispatch import TransportDispatcher
+from model.experts import ExpertStore
+from model.quiet import quiet_transformers
+from model.random_checkpoint import make_random_checkpoint
+from model.runner import ModelRunner
+from model.sampling import SamplingState, sample
+from model.stacked_experts import StackedExperts
+from model.transport import CollectiveTransport
+from tests.model.families import tiny_checkpoint
+from tests.model.groups import ToyExperts, workers
+from tests.model.lockstep import Lockstep, request
+from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
+
+GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")
+hopper = pytest.mark.skipif(
+    not GPUS or torch.cuda.get_device_capability() < (9, 0), reason="torch multiplies groups without a wait on Hopper"
+)
+two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 CUDA GPUs, {GPUS} here")
+FAMILIES = ["mixtral", "qwen3_moe-mixed", "gpt_oss", "deepseek_v3", "olmoe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_one_worker(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """float32, against transformers on CPU."""
+    path = tiny_checkpoint(family, tmp_path_factory)
+    texts = prompts(path)
+    got = Lockstep(path, [8], device="cuda").run([request(f"r{len(t)}", t, max_tokens=NEW_TOKENS) for t in texts])
+    for text in texts:
+        if len(text) in COMPARED:
+            assert got[f"r{len(text)}"] == greedy(path, tuple(text))
+
+
+def test_workers_that_share_a_gpu_across_replacements(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tiny_checkpoint("gpt_oss", tmp_path_factory)
+    cluster = Lockstep(path, [4, 4], device="cuda", transport="gloo")
+    text = prompts(path)[3]
+    cluster.scheduler.add(request("one", text, max_tokens=NEW_TOKENS))
+    tokens: list[int] = []
+    for step in range(100):
+        if step in (10, 30):
+            assert cluster.replace(cluster.shuffled(step), [4, 4]) > 0
+        for output in cluster.step():
+            tokens += output.token_ids
+    assert tokens == greedy(path, tuple(text))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With sizes that kernels for 16 bits take."""
+    sizes = {"hidden": 256, "layers": 3, "experts": 8, "top_k": 2, "ff": 128, "vocab": 512}
+    return make_random_checkpoint(tmp_path_factory.mktemp("cuda") / "mid", "qwen3_moe", **sizes, dtype="bfloat16")
+
+
+def step_logits(runner: ModelRunner, texts: list[list[int]], cut: int) -> Tensor:
+    """Of the last token of each text, the first `cut` tokens of which were a step before."""
+    pieces = [
+        SequenceSlice(token_ids=text[start:end], start=start, block_ids=list(range(8 * n, 8 * n + 8)), prompt_length=1)
+        for start, end in ((0, cut), (cut, None))
+        for n, text in enumerate(texts)
+    ]
+    for step in (pieces[: len(texts)], pieces[len(texts) :]):
+        logits = runner.run(step, [sum(len(piece.token_ids) for piece in step)])
+    return logits
+
+
+def test_bfloat16_is_as_near_as_transformers_is(checkpoint: Path) -> None:
+    """The mean error over float32 is at most a quarter more than that of transformers' own bfloat16."""
+
+    def reference(dtype: torch.dtype) -> PreTrainedModel:
+        with quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="eager")
+        return model.to("cuda").eval()  # type: ignore[no-any-return]
+
+    runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
+    assert runner._cache is not None
+    assert runner._cache.way is not None, "FlashAttention was not found"
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 512, (n,), generator=g).tolist() for n in (9, 40, 100)]
+    exact, rounded = reference(torch.float32), reference(torch.bfloat16)
+    for cut in (1, 8):
+        got = step_logits(runner, texts, cut).float()
+        with torch.no_grad():
+            want, theirs = (
+                torch.stack([model(torch.tensor([t], device="cuda")).logits[0, -1].float() for t in texts])
+                for model in (exact, rounded)
+            )
+        assert (got - want).abs().mean() < 1.25 * (theirs - want).abs().mean()
+
+
+@hopper
+def test_a_step_never_makes_the_host_wait(checkpoint: Path) -> None:
+    runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
+    texts = [list(range(3, 3 + n)) for n in (9, 40, 100)]
+    warm = step_logits(runner, texts, 8)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step_logits(runner, texts, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(warm, again)
+
+
+def test_sampling_waits_once() -> None:
+    params = [{"temperature": 0.0}, {"top_k": 5, "logprobs": 2}, {"top_p": 0.9, "min_p": 0.01, "logprobs": 5}]
+    states = [
+        SamplingState(
+            NewSequence(
+                request_id=RequestId(str(n)),
+                token_ids=(1, 2, 3),
+                num_prompt_tokens=2,
+                params=SamplingParams(**{"max_tokens": 8, "seed": n, "presence_penalty": 0.5} | p),  # type: ignore[arg-type]
+                eos_token_ids=(),
+            )
+        )
+        for n, p in enumerate(params)
+    ]
+    logits = torch.randn(len(params), 1000, device="cuda")
+    sample(logits, states)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sample(logits, states)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+
+
+def test_stacks_on_the_gpu_compute_what_the_loop_does() -> None:
+    module = ToyExperts(8, 64, 32, 0)
+    x, index = torch.randn(50, 64), torch.stack([torch.randperm(8)[:2] for _ in range(50)])
+    index[::3, 0] = -1
+    weight = torch.rand(50, 2)
+    oracle, stacked = ExpertStore([module]), StackedExperts(module)
+    for expert in range(8):
+        oracle.put(0, expert, module.weights[expert])
+        stacked.put(expert, {name: tensor.cuda() for name, tensor in module.weights[expert].items()})
+    stacked.keep_only(set(range(8)))
+    got = stacked.forward(x.cuda(), index.cuda(), weight.cuda())
+    torch.testing.assert_close(got.cpu(), oracle.forward(0, x, index, weight), rtol=1e-4, atol=1e-5)
+
+
+def _nccl_rank(rank: int, size: int, port: int, out: Any) -> None:
+    torch.cuda.set_device(rank)
+    module = ToyExperts(6, 64, 32, 0).to("cuda")
+    placement = contiguous(1, 6, workers(*[6 // size] * size))
+    transport = CollectiveTransport(
+        "nccl", rendezvous=f"127.0.0.1:{port}", group="nccl", rank=rank, size=size, timeout_s=60
+    )
+    device = torch.device("cuda", rank)
+    store = ExpertStore([module])
+    for expert in placement.experts_of(placement.workers[rank].id, 0):
+        store.put(0, expert, {name: tensor.to(device) for name, tensor in module.weights[expert].items()})
+    store.keep_only([store.held(0)])
+    found = []
+    for most_dense in (0, 100):
+        dispatcher = TransportDispatcher(placement, rank, store, transport, device=device, most_dense=most_dense)
+        tokens = [5, 3][:size]
+        dispatcher.begin(tokens, None)
+        parts = [t.to(device) for t in _nccl_tokens(rank, tokens[rank])]
+        found.append(dispatcher.forward(0, *parts).cpu())
+        dispatcher.finish()
+    out.put((rank, [t.numpy() for t in found]))
+
+
+def _nccl_tokens(rank: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(rank)
+    index = torch.stack([torch.randperm(6, generator=g)[:3] for _ in range(tokens)])
+    return torch.randn(tokens, 64, generator=g), index, torch.rand(tokens, 3, generator=g)
+
+
+@two_gpus
+def test_two_gpus_exchange_tokens_by_nccl() -> None:
+    from torch.distributed import TCPStore
+
+    module = ToyExperts(6, 64, 32, 0)
+    oracle = ExpertStore([module])
+    for expert in range(6):
+        oracle.put(0, expert, module.weights[expert])
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    ranks = [context.Process(target=_nccl_rank, args=(rank, 2, store.port, out)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        for rank, found in (out.get(timeout=120) for _ in ranks):
+            for got in found:
+                want = oracle.forward(0, *_nccl_tokens(rank, [5, 3][rank]))
+                torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-5)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()

@@ -1,0 +1,69 @@
+"""The code of GPUs on CPU, in float32: stacked experts, FlashAttention's interface, gloo. Tokens are transformers'."""
+
+from __future__ import annotations
+
+import pytest
+from torch.nn.attention import varlen
+
+import model.experts
+import model.runner
+from cluster.errors import StepAborted
+from model.flash import try_ways
+from model.stacked_experts import StackedExperts
+from model.transport import CollectiveTransport
+from tests.model.families import tiny_checkpoint
+from tests.model.kernels import KERNELS
+from tests.model.lockstep import Lockstep, request
+from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
+
+
+@pytest.fixture(params=list(KERNELS))
+def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
+    monkeypatch.setattr(model.runner, "find_way", try_ways)
+    monkeypatch.setattr(model.experts, "layer_experts", lambda module, int8: StackedExperts(module))
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize("family", ["qwen3_moe-mixed", "gpt_oss", "deepseek_v3"])
+def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tiny_checkpoint(family, tmp_path_factory)
+    cluster = Lockstep(path, [4, 4], transport="gloo")
+    assert cluster.workers_runner()._cache is not None
+    assert cluster.workers_runner()._cache.way is not None
+    texts = prompts(path)
+    tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts}
+    for name, text in zip(tokens, texts, strict=True):
+        cluster.scheduler.add(request(name, text, max_tokens=NEW_TOKENS))
+    moved = 0
+    for step in range(100):
+        if step in (10, 30):
+            moved += cluster.replace(cluster.shuffled(step), [4, 4])
+        for output in cluster.step():
+            tokens[output.request_id] += output.token_ids
+    assert moved > 0
+    for text in texts:
+        if len(text) in COMPARED:
+            assert tokens[f"r{len(text)}"] == greedy(path, tuple(text))
+
+
+def test_a_step_whose_exchanges_came_to_nothing_counts_nothing(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device the step goes on to its end, with whatever numbers there were, before the host hears of an abort."""
+    cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4], transport="gloo", depth=1)
+    cluster.scheduler.add(request("one", [5, 6, 7], max_tokens=20))
+    for _ in range(4):
+        cluster.step()
+    [state] = [s.state for worker in cluster.workers.values() for s in worker._sequences.values()]
+    before = list(state.token_ids)
+
+    def check(self: CollectiveTransport) -> None:
+        raise StepAborted("aborted")
+
+    monkeypatch.setattr(CollectiveTransport, "check", check)
+    with pytest.raises(StepAborted):
+        cluster.step()
+    assert state.token_ids == before
+    for worker in cluster.workers.values():
+        assert worker.routing_counts().tokens in (0, len(before) - 1)

@@ -1,0 +1,120 @@
+"""A step on a GPU asks the device nothing until its tokens are there: it runs on the meta device, which cannot answer.
+
+Attention is torch's own operator, of which the meta device knows the interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.runner
+import model.sampling
+from cluster.placement import Placement, contiguous
+from cluster.protocol import NewSequence, RequestId, SamplingParams
+from model.attention import SequenceSlice
+from model.checkpoint import open_checkpoint
+from model.dispatch import Dispatcher, TransportDispatcher
+from model.experts import ExpertStore
+from model.flash import Way
+from model.loading import expert_modules, iter_experts, load_trunk
+from model.runner import ModelRunner
+from model.sampling import SamplingState, sample
+from model.transport import LocalTransport
+from tests.model.families import FAMILIES, tiny_checkpoint
+from tests.model.groups import workers
+
+META = torch.device("meta")
+WAIT = {"phimoe": "longrope splits the tokens of a step by the length of their sequence"}
+"""Families whose modules ask the device themselves."""
+
+
+class FarAway:
+    """A transport of two whose other rank sends whatever it is asked for."""
+
+    rank = 0
+    size = 2
+
+    def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
+        assert recv_bytes is not None, "sizes that must be asked for"
+        return [torch.empty(n if rank else 0, dtype=torch.uint8, device=META) for rank, n in enumerate(recv_bytes)]
+
+    def check(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def serve(family: str, way: Way, slots: Sequence[int], factory: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Logits of a step with two decodes and a chunk."""
+    checkpoint = open_checkpoint(tiny_checkpoint(family, factory))
+    cpu = torch.device("cpu")
+    trunk = load_trunk(checkpoint, dtype=torch.bfloat16, device=cpu).to(META)
+    modules = expert_modules(trunk)
+    info = checkpoint.info
+    placement: Placement = contiguous(info.num_layers, info.num_logical_experts, workers(*slots))
+    store = ExpertStore(modules)
+    pairs = [(n, e) for n in range(info.num_layers) for e in placement.experts_of(placement.workers[0].id, n)]
+    store.reserve([sum(n == layer for layer, _ in pairs) for n in range(info.num_layers)])
+    for layer, expert, tensors in iter_experts(checkpoint, pairs, dtype=torch.bfloat16, device=cpu):
+        store.put(layer, expert, {name: tensor.to(META) for name, tensor in tensors.items()})
+    monkeypatch.setattr(model.runner, "find_way", lambda *_, **__: way)
+    runner = ModelRunner(trunk, modules, device=META)
+    runner.allocate(num_blocks=8, block_size=16, dtype=torch.bfloat16)
+    transport = LocalTransport() if len(slots) == 1 else FarAway()
+    dispatcher: Dispatcher = TransportDispatcher(placement, 0, store, transport, device=META)
+    runner.dispatcher = dispatcher
+    pieces = [
+        SequenceSlice(token_ids=[3], start=20, block_ids=[4, 2], prompt_length=7),
+        SequenceSlice(token_ids=[3], start=3, block_ids=[1], prompt_length=7),
+        SequenceSlice(token_ids=[3] * 9, start=12, block_ids=[3, 0], prompt_length=30),
+    ]
+    return runner.run(pieces, [11, 4][: len(slots)])
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WAIT])
+def test_a_step_asks_nothing(
+    family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = serve(family, Way(paged=False), [8], tmp_path_factory, monkeypatch)
+    assert logits.shape[0] == 3
+
+
+@pytest.mark.parametrize("way", [Way(paged=True), Way(paged=True, tell_begins=False)])
+def test_a_step_of_two_workers_asks_nothing(
+    way: Way, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert serve("qwen3_moe", way, [4, 4], tmp_path_factory, monkeypatch).shape[0] == 3
+
+
+def test_sampling_asks_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"top_k": 5, "logprobs": 2, "presence_penalty": 0.5},
+        {"top_p": 0.9, "min_p": 0.01, "logprobs": 5, "logit_bias": ((7, 2.0),)},
+    ]
+    states = [
+        SamplingState(
+            NewSequence(
+                request_id=RequestId(str(n)),
+                token_ids=(1, 2, 3),
+                num_prompt_tokens=2,
+                params=SamplingParams(**{"max_tokens": 8, "seed": n} | given),
+                eos_token_ids=(),
+            )
+        )
+        for n, given in enumerate(fields)
+    ]
+    logits = torch.empty(3, 100, device=META)
+    # what it would fetch: a token of each row, and for two rows ids and numbers of the chosen and the likely tokens
+    fetched: list[int] = []
+    monkeypatch.setattr(
+        model.sampling, "_fetch", lambda tokens, tables: fetched.extend([len(tokens), *(t.numel() for _, t in tables)])
+    )
+    sample(logits, states)
+    assert fetched == [3, 6, 12]
