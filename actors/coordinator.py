@@ -96,6 +96,8 @@ class Coordinator:
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
         self._polling: set[str] = set()
+        self._watched: Any = None
+        """The engine whose end is waited for."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
         self._spawn(self._run())
@@ -377,9 +379,13 @@ class Coordinator:
             if member.id in executor.hosts and member.id not in self._polling:
                 self._polling.add(member.id)
                 self._spawn(self._poll_host(member, executor.hosts[member.id]))
-        if executor.engine is not None and executor.engine_serves and "engine" not in self._polling:
-            self._polling.add("engine")
-            self._spawn(self._poll_engine())
+        if executor.engine is not None and executor.engine_serves:
+            if executor.engine is not self._watched:
+                self._watched = executor.engine
+                self._spawn(self._watch_engine(executor.engine))
+            if "engine" not in self._polling:
+                self._polling.add("engine")
+                self._spawn(self._poll_engine())
 
     async def _poll_host(self, member: Member, host: Any) -> None:
         """Whether it lives, and what it has to tell."""
@@ -413,10 +419,22 @@ class Coordinator:
             self._status = await _sign_of_life(engine.status, self._config.heartbeat_timeout)
             self._feed(load_seen(self._status))
         except CALL_ERRORS as error:
-            if engine is executor.engine:
-                self._feed(executor.drop_engine(one_line(error)))
+            self._engine_lost(engine, error)
         finally:
             self._polling.discard("engine")
+
+    async def _watch_engine(self, engine: Any) -> None:
+        """Told at once when it dies, and not by the next poll."""
+        try:
+            await engine.stay.remote()
+        except CALL_ERRORS as error:
+            self._engine_lost(engine, error)
+
+    def _engine_lost(self, engine: Any, error: BaseException) -> None:
+        assert self._executor is not None
+        event = self._executor.drop_engine(engine, one_line(error))
+        if event is not None:
+            self._feed(event)
 
     # --- Planning -----------------------------------------------------------------------------------------------
 

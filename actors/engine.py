@@ -87,6 +87,10 @@ class Engine:
             self._scheduler.drain(workers)
             self._loop.wake()
 
+    async def stay(self) -> None:
+        """Does not answer: whoever waits learns at once that this process has died."""
+        await asyncio.Event().wait()
+
     async def status(self) -> EngineStatus:
         if self._scheduler is None or self._clients is None:
             return EngineStatus()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 5.0
 """A worker that gives no sign of life for so long hangs."""
+SUSPECT_TIMEOUT_S = 1.5
+"""The same for one that did not finish a step either, nor give it up when it was told to."""
 ABANDON_TIMEOUT_S = 10.0
 
 Hosts = Mapping[WorkerId, Any]
@@ -256,11 +258,10 @@ class Executor:
             moved_requests: int = await asyncio.wait_for(call, 2 * self._config.step_timeout + 30)
         except KeyError as error:
             return [CommitFailed(epoch=spec.epoch, reason=f"{error} is gone")]
-        except TimeoutError as error:
-            return [self.drop_engine(one_line(error))]
         except CALL_ERRORS as error:
-            if is_death(error):
-                return [self.drop_engine(one_line(error))]
+            if is_death(error) or isinstance(error, TimeoutError):
+                lost = self.drop_engine(engine, one_line(error))
+                return [lost or CommitFailed(epoch=spec.epoch, reason="the engine was lost meanwhile")]
             # a host whose step hangs has not flipped, although its process answers
             lost = await self._find_lost([worker.id for worker in spec.placement.workers], stepping=True)
             return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
@@ -289,7 +290,7 @@ class Executor:
         task.add_done_callback(tasks.discard)
 
     async def probe(self, command: Probe) -> Event:
-        lost = await self._find_lost(command.workers)
+        lost = await self._find_lost(command.workers, suspects=command.suspects)
         return Probed(lost=tuple((event.worker, event.reason) for event in lost))
 
     def _ensure_engine(self) -> None:
@@ -301,11 +302,12 @@ class Executor:
         if self._migrator is None:
             self._migrator = self._fleet.start_migrator(self._model.expert_bytes)
 
-    def drop_engine(self, reason: str) -> EngineLost:
-        """Make sure that it is gone; the next commit starts another."""
-        if self.engine is not None:
-            self._fleet.kill(self.engine)
-            self.engine = None
+    def drop_engine(self, engine: Any, reason: str) -> EngineLost | None:
+        """Make sure that it is gone; the next commit starts another. None where that has been done already."""
+        if engine is not self.engine:
+            return None
+        self._fleet.kill(engine)
+        self.engine = None
         return EngineLost(reason=reason)
 
     def kill_all(self) -> None:
@@ -315,10 +317,13 @@ class Executor:
         self.engine = self._migrator = None
         self.hosts.clear()
 
-    async def _find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
+    async def _find_lost(
+        self, workers: Iterable[WorkerId], *, suspects: Collection[WorkerId] = (), stepping: bool = False
+    ) -> list[WorkerLost]:
         """Those that do not answer: dead, or hanging. `stepping`: the thread that runs the steps has to."""
         hosts = {worker: self.hosts[worker] for worker in workers if worker in self.hosts}
         calls = {w: host.ping_step.remote() if stepping else host.ping.remote() for w, host in hosts.items()}
+        calls |= {w: asyncio.wait_for(calls[w], SUSPECT_TIMEOUT_S) for w in calls.keys() & set(suspects)}
         errors = await call_all(calls, self._config.heartbeat_timeout)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
 

@@ -43,6 +43,8 @@ LEAD = 0.25
 LEAD_S = 0.004
 ABORT_S = 5.0
 """How long hosts get to give up a step, once one of them has failed."""
+LATE_ABORT_S = 0.5
+"""The same where a step is late: all wait then for the one that hangs."""
 
 
 @dataclass(slots=True)
@@ -140,8 +142,8 @@ class StepLoop:
         elif oldest is not None and oldest.finished:
             self._commit()
         elif oldest is not None and self._now() >= self._deadline(oldest):
-            self._allowed.missed()
-            await self._give_up()
+            self._allowed.missed(oldest.tokens)
+            await self._give_up(LATE_ABORT_S)
         elif oldest is not None and (self._flip is not None or self._now() < self._due(oldest)):
             return False
         elif self._flip is not None:
@@ -158,7 +160,7 @@ class StepLoop:
         return asyncio.get_running_loop().time()
 
     def _deadline(self, flight: _Flight) -> float:
-        return flight.begun + self._allowed.seconds
+        return flight.begun + self._allowed.seconds(flight.tokens)
 
     def _due(self, oldest: _Flight) -> float:
         """When to send a step ahead."""
@@ -192,7 +194,7 @@ class StepLoop:
     def _commit(self) -> None:
         flight, now = self._flights.popleft(), self._now()
         self._took[flight.tokens.bit_length()] = now - flight.begun
-        self._allowed.met(now - flight.begun)
+        self._allowed.met(flight.tokens, now - flight.begun)
         if self._flights:
             self._flights[0].begun = now
         results = {worker: answer.result() for worker, answer in flight.answers.items()}
@@ -210,11 +212,11 @@ class StepLoop:
         logger.warning("step %d of epoch %d failed: %s", self._step, self._spec.epoch, reason)
         self._report(self._spec.epoch, suspects, reason)
 
-    async def _give_up(self) -> None:
+    async def _give_up(self, timeout_s: float = ABORT_S) -> None:
         """A host failed: free the others, find out who it was, and tell the coordinator."""
         assert self._spec is not None
         self._abort(self._spec.epoch, self._flights[0].answers)
-        await asyncio.wait([answer for f in self._flights for answer in f.answers.values()], timeout=ABORT_S)
+        await asyncio.wait([answer for f in self._flights for answer in f.answers.values()], timeout=timeout_s)
         oldest, *later = self._flights
         self._flights.clear()
         self._scheduler.rollback()
@@ -263,6 +265,9 @@ class StepLoop:
             detail = "; ".join(f"{worker}: {one_line(error)}" for worker, error in failed.items())
             flip.done.set_exception(StepAborted(f"epoch {flip.spec.epoch} was not committed by {detail}"))
             return
+        if self._spec is None or flip.spec.group != self._spec.group:
+            # the first steps of a group may make its connections
+            self._allowed = StepDeadline(self._step_timeout_s)
         self._spec, self._broken = flip.spec, False
         moved = self._scheduler.set_workers({worker: info.num_kv_blocks for worker, info in members.items()})
         flip.done.set_result(moved)

@@ -162,6 +162,9 @@ class FakeEngine:
 
     async def drain(self, workers: tuple[WorkerId, ...]) -> None: ...
 
+    async def stay(self) -> None:
+        await asyncio.Event().wait()
+
     async def status(self) -> EngineStatus:
         return EngineStatus(epoch=self._epoch, running={WorkerId("w0"): 3})
 

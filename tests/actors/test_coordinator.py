@@ -267,6 +267,75 @@ def test_a_lost_engine_is_replaced(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_an_engine_that_dies_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            watched, dying = asyncio.Event(), asyncio.Event()
+            await ready(coordinator)
+            engine = fleet.engines[0]
+
+            async def die(called: str) -> None:
+                if called == "stay":
+                    watched.set()
+                    await dying.wait()
+                    engine.dead = True
+
+            engine.before = die
+            # of an engine that is not watched yet
+            coordinator._watched = None
+            await watched.wait()
+            monkeypatch.setattr(module, "POLL_S", 3600)
+            dying.set()
+
+            async def another() -> bool:
+                return len(fleet.engines) == 2
+
+            await until(another)
+            await ready(coordinator)
+
+    asyncio.run(story())
+
+
+def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
+    """By the poll, or by a commit that it cut off: the second to notice must not end the successor."""
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            executor = coordinator._executor
+            assert executor is not None
+            old = executor.engine
+            assert executor.drop_engine(old, "died") is not None
+            executor._ensure_engine()
+            assert executor.drop_engine(old, "died") is None
+            assert executor.engine is fleet.engines[-1]
+            assert not executor.engine.dead
+
+    asyncio.run(story())
+
+
+def test_who_failed_a_step_already_gets_less_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "SUSPECT_TIMEOUT_S", 0.1)
+
+    async def story() -> None:
+        async with running(tmp_path, heartbeat_timeout=60) as (coordinator, fleet):
+            await ready(coordinator)
+
+            async def hang(called: str) -> None:
+                await asyncio.sleep(3600)
+
+            fleet.hosts[W1].before = hang
+            await coordinator.report_step_failure((await coordinator.placement()).epoch, [W1], "w1: no answer in time")
+
+            async def gone() -> bool:
+                return fleet.hosts[W1].dead
+
+            await until(gone)
+            await ready(coordinator)
+
+    asyncio.run(story())
+
+
 def test_scale_up_and_down(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):

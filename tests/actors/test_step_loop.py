@@ -334,7 +334,7 @@ def test_a_request_that_the_model_fails_on_fails_alone() -> None:
 
 
 def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_loop, "ABORT_S", 0.1)
+    monkeypatch.setattr(step_loop, "LATE_ABORT_S", 0.1)
     hangs, goes_on = threading.Event(), threading.Event()
 
     async def scenario(cluster: Cluster, client: Client) -> None:

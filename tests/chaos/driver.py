@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.drift:
             return drift(checkpoint, Path(directory) / "log")
         expected = Expected(load_reference(checkpoint), LONGEST if tiny else LONGEST_OF_OTHERS)
-        log = Path(directory) / "log"
+        log = Path(options.log or Path(directory) / "log")
         flags = tiny_flags(checkpoint) if tiny else []
         server = start_server(checkpoint, log, "--rebalance-interval", "0", *flags, *options.flag)
         try:
@@ -157,6 +157,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a checkpoint instead of a tiny random one")
     parser.add_argument("--cycles", type=int, default=20, help=f"of '{LEAKS}', more than {SETTLED_CYCLES}")
     parser.add_argument("--drift", action="store_true", help="only: how soon re-placement follows a drift of traffic")
+    parser.add_argument("--log", help="where the server's output goes, to be kept")
     parser.add_argument(
         "--flag", action="append", default=[], help="a further flag of emoe serve, such as --flag=--x=y"
     )
