@@ -87,6 +87,11 @@ class ServeConfig:
     heartbeat_timeout: float = setting(
         5.0, "seconds without a sign of life after which a process is taken to hang and is ended", at_least=0.5
     )
+    recovery_timeout: float = setting(
+        600.0,
+        "seconds that requests under way wait while no worker can serve them; then they end with an error",
+        at_least=1,
+    )
     drain_timeout: float = setting(
         30.0, "seconds that a worker's requests get to finish before it leaves; then they move", at_least=0
     )
