@@ -72,6 +72,8 @@ TICK_S = 0.5
 POLL_S = 1.0
 LOADING_PATIENCE = 4.0
 """A host that loads may be late by so many times a heartbeat's time-out: imports hold its threads up."""
+SPARE_AFTER_S = 3.0
+"""A spare process is started once an epoch has served for so long: it takes some seconds of a core."""
 COUNTS_PER_WINDOW = 12
 """How often routing counts are fetched: they are megabytes for a large model."""
 START_S = 30.0
@@ -379,6 +381,8 @@ class Coordinator:
             if member.id in executor.hosts and member.id not in self._polling:
                 self._polling.add(member.id)
                 self._spawn(self._poll_host(member, executor.hosts[member.id]))
+        if state.whole and time.monotonic() - state.epoch_since > SPARE_AFTER_S:
+            self._spawn(executor.keep_spare(state.next_worker))
         if executor.engine is not None and executor.engine_serves:
             if executor.engine is not self._watched:
                 self._watched = executor.engine

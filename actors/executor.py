@@ -51,6 +51,7 @@ PROBE_TIMEOUT_S = 5.0
 """A worker that gives no sign of life for so long hangs."""
 SUSPECT_TIMEOUT_S = 1.5
 """The same for one that did not finish a step either, nor give it up when it was told to."""
+SPARE_TIMEOUT_S = 60.0
 ABANDON_TIMEOUT_S = 10.0
 
 Hosts = Mapping[WorkerId, Any]
@@ -65,6 +66,8 @@ class Executor:
         self.hosts: dict[WorkerId, Any] = {}
         """Handles of the workers that were started and not stopped."""
         self.infos: dict[WorkerId, HostInfo] = {}
+        self._spare: tuple[WorkerId, Any] | None = None
+        """The next worker's host, which has not been told to load."""
         self.engine: Any = None
         self._engine_started = False
         self.engine_serves = False
@@ -105,9 +108,12 @@ class Executor:
         return Epoch(status.epoch)
 
     async def start_worker(self, command: StartWorker) -> Event:
-        # one that a coordinator before this one has made goes on loading
-        host = self._fleet.find(names.host_name(command.worker)) or self._fleet.start_host(command.worker)
+        # one that waits for this, or that a coordinator before this one has made and which goes on loading
+        spare, self._spare = self._spare, None
+        host = self._find_or_start(command.worker)
         self.hosts[command.worker] = host
+        if spare == (command.worker, host) and (lost := await self._find_lost([command.worker], suspects=spare[:1])):
+            return lost[0]
         # its process takes seconds to start: not when it is needed
         self._ensure_engine()
         config = self._config
@@ -132,6 +138,20 @@ class Executor:
             return WorkerFailed(worker=command.worker, reason=one_line(error), fatal=isinstance(error, UserError))
         self.infos[command.worker] = info
         return WorkerLoaded(info=info)
+
+    def _find_or_start(self, worker: WorkerId) -> Any:
+        return self._fleet.find(names.host_name(worker)) or self._fleet.start_host(worker)
+
+    async def keep_spare(self, worker: WorkerId) -> None:
+        """Have a process ready that will be `worker`, the next one. Returns once it is, or has died."""
+        if self._fleet.standby and self._spare is None:
+            host = self._find_or_start(worker)
+            self._spare = (worker, host)
+            error = (await call_all({worker: host.warm_up.remote()}, SPARE_TIMEOUT_S)).get(worker)
+            if error is not None and self._spare == (worker, host):
+                logger.warning("the spare process is given up: %s", one_line(error))
+                self._fleet.kill(host)
+                self._spare = None
 
     def _threads(self) -> dict[str, int]:
         if self._spec.device == "cuda":
@@ -260,8 +280,8 @@ class Executor:
             return [CommitFailed(epoch=spec.epoch, reason=f"{error} is gone")]
         except CALL_ERRORS as error:
             if is_death(error) or isinstance(error, TimeoutError):
-                lost = self.drop_engine(engine, one_line(error))
-                return [lost or CommitFailed(epoch=spec.epoch, reason="the engine was lost meanwhile")]
+                gone = self.drop_engine(engine, one_line(error))
+                return [gone or CommitFailed(epoch=spec.epoch, reason="the engine was lost meanwhile")]
             # a host whose step hangs has not flipped, although its process answers
             lost = await self._find_lost([worker.id for worker in spec.placement.workers], stepping=True)
             return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
@@ -311,10 +331,11 @@ class Executor:
         return EngineLost(reason=reason)
 
     def kill_all(self) -> None:
-        for actor in (self.engine, self._migrator, *self.hosts.values()):
+        spare = None if self._spare is None else self._spare[1]
+        for actor in (self.engine, self._migrator, spare, *self.hosts.values()):
             if actor is not None:
                 self._fleet.kill(actor)
-        self.engine = self._migrator = None
+        self.engine = self._migrator = self._spare = None
         self.hosts.clear()
 
     async def _find_lost(

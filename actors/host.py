@@ -41,6 +41,12 @@ class ExpertHost:
         self._stores: list[TCPStore] = []
 
     @ray.method(concurrency_group="io")
+    def warm_up(self) -> None:
+        """Import what loading needs: most of the time until a small model serves."""
+        with self._loading:
+            _import_model()
+
+    @ray.method(concurrency_group="io")
     def load(self, spec: HostSpec) -> HostInfo:
         """Blocks until the weights are there; asked again, it only tells. Raises UserError where they never will be."""
         with self._loading:
@@ -49,11 +55,11 @@ class ExpertHost:
             return self._info
 
     def _load(self, spec: HostSpec) -> HostInfo:
-        with no_collection():
-            import torch
+        _import_model()
+        import torch
 
-            from actors.step_server import StepServer
-            from model.worker import Worker
+        from actors.step_server import StepServer
+        from model.worker import Worker
 
         worker = Worker(spec)
         self._worker = worker
@@ -128,6 +134,11 @@ class ExpertHost:
         if self._worker is None:
             raise NotReadyError("the host has not been told what to load")
         return self._worker
+
+
+def _import_model() -> None:
+    with no_collection():
+        import model.worker  # noqa: F401
 
 
 def _give_way() -> None:

@@ -81,6 +81,10 @@ class ServeConfig:
         0.0, "MB/s that copies of experts between workers may take while requests run; 0: no limit", at_least=0
     )
     plan_deadline: float = setting(10.0, "seconds that a planner may take", at_least=0.1)
+    standby: bool = setting(
+        True,
+        "keep a process ready for the next worker, with everything but weights; on CPUs, where no cluster is joined",
+    )
     step_timeout: float = setting(
         60.0, "most seconds that a step may take; less, 10 times the slowest lately, once steps are known", at_least=1
     )

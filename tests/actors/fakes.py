@@ -54,6 +54,9 @@ class FakeHost:
         self._id = WorkerId("")
 
     @ray.method(concurrency_group="io")
+    def warm_up(self) -> None: ...
+
+    @ray.method(concurrency_group="io")
     def load(self, spec: HostSpec) -> HostInfo:
         self._dir, self._id = Path(spec.model.path), spec.worker
         self._delay("load")
@@ -222,6 +225,7 @@ class PlainFleet:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
+        self.standby = False
         self.hosts: dict[WorkerId, Handle] = {}
         self.engines: list[Handle] = []
         self.error: Exception | None = None

@@ -31,6 +31,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(module, "TICK_S", 0.01)
     monkeypatch.setattr(module, "POLL_S", 0.02)
+    monkeypatch.setattr(module, "SPARE_AFTER_S", 0.05)
 
 
 @asynccontextmanager
@@ -332,6 +333,52 @@ def test_who_failed_a_step_already_gets_less_time(tmp_path: Path, monkeypatch: p
 
             await until(gone)
             await ready(coordinator)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("spare", ["there", "dead", "hangs"])
+def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: str) -> None:
+    monkeypatch.setattr(executor, "SUSPECT_TIMEOUT_S", 0.1)
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            fleet.standby = True
+            await ready(coordinator)
+            called: list[str] = []
+
+            async def note(method: str) -> None:
+                called.append(method)
+                if spare == "hangs" and method != "warm_up":
+                    await asyncio.sleep(3600)
+
+            make = fleet.start_host
+
+            def start_host(worker: WorkerId) -> Any:
+                host = make(worker)
+                host.before = note if worker == W2 else None
+                return host
+
+            monkeypatch.setattr(fleet, "start_host", start_host)
+
+            async def warmed() -> bool:
+                return called == ["warm_up"]
+
+            await until(warmed)
+            assert [w.id for w in await coordinator.workers()] == [W0, W1]
+            process = fleet.hosts[W2]
+            process.dead = spare == "dead"
+            fleet.hosts[W0].dead = True
+
+            async def replaced() -> bool:
+                serving = [w.id for w in await coordinator.workers() if w.state == "serving"]
+                return len(serving) == 2 and W0 not in serving
+
+            await until(replaced)
+            ids = [worker.id for worker in (await coordinator.placement()).placement.workers]
+            assert ids == [W1, WorkerId("w3") if spare == "hangs" else W2]
+            assert (fleet.hosts[W2] is process) is (spare != "dead")
+            assert process.dead is (spare != "there")
 
     asyncio.run(story())
 

@@ -64,7 +64,17 @@ class Bench:
 
     def _targets(self, role: str, taken: list[psutil.Process]) -> list[psutil.Process]:
         there = [process for process in self.processes(role) if process not in taken]
+        if role == "host":
+            spares = self._spares(there)
+            there = [process for process in there if process.pid not in spares]
         return sorted(there, key=lambda process: process.pid)
+
+    def _spares(self, hosts: list[psutil.Process]) -> set[int]:
+        """The process that waits to be the next worker: one that is nobody's, while none is on its way."""
+        workers = [w for w in self.ask("/admin/workers") or [] if w["state"] != "dead"]
+        if not workers or any(w["state"] == "starting" for w in workers):
+            return set()
+        return {process.pid for process in hosts} - {w["pid"] for w in workers}
 
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 

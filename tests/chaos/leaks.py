@@ -7,9 +7,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.bench import Bench
+from tests.chaos.bench import Bench, pause
 
 SHARED_MEMORY = Path("/dev/shm")
+SPARE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,13 @@ def holdings(bench: Bench) -> Holdings:
     )
 
 
+def _with_spare(bench: Bench) -> Holdings:
+    """Once the process that waits to be the next worker has been started, and has imported what it needs."""
+    bench.server.wait("a spare process", lambda: len(bench.processes("host")) == bench.workers + 1)
+    pause(SPARE_S)
+    return holdings(bench)
+
+
 def scale_cycles(bench: Bench, cycles: int, settle_after: int) -> dict[str, str]:
     """One worker more and one fewer, `cycles` times. Raises AssertionError where something grows with every cycle.
 
@@ -62,8 +70,8 @@ def scale_cycles(bench: Bench, cycles: int, settle_after: int) -> dict[str, str]
             assert end["phase"] == "completed", end
         bench.settle()
         if cycle + 1 == settle_after:
-            first = holdings(bench)
-    last = holdings(bench)
+            first = _with_spare(bench)
+    last = _with_spare(bench)
     assert first is not None
     more = cycles - settle_after
     grown = [

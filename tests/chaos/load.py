@@ -91,7 +91,12 @@ class Load:
 
     def longest_gap_s(self, begin: float, end: float) -> float:
         """The same for the stream that waited longest."""
-        return max((gap for at, gap in self._gaps if begin <= at <= end), default=0.0)
+        return self.longest_gap(begin, end)[1]
+
+    def longest_gap(self, begin: float, end: float) -> tuple[float, float]:
+        """(when it ended, seconds)"""
+        gaps = [(at, gap) for at, gap in self._gaps if begin <= at <= end]
+        return max(gaps, key=lambda found: found[1], default=(begin, 0.0))
 
     def rest(self) -> None:
         """Ask for nothing more, and wait until what was asked for is answered."""

@@ -152,6 +152,24 @@ def test_death_of_all_starts_anew() -> None:
     assert sim.state.ranks == (WorkerId("w2"), WorkerId("w3"))
 
 
+def test_after_the_death_of_all_the_first_to_load_waits_for_others_as_long_as_it_took() -> None:
+    sim = serving(2)
+    for worker in (W0, W1):
+        sim.kill(worker)
+        sim.feed(WorkerLost(worker=worker, reason="died"))
+    sim.now += 4.0
+    sim.finish(next(n for n, c in enumerate(sim.todo) if isinstance(c, StartWorker)))
+    for seconds, serves in ((3.9, False), (0.2, True)):
+        sim.now += seconds
+        sim.feed(Tick())
+        while not isinstance(sim.todo[-1], StartWorker):
+            sim.finish(len(sim.todo) - 1)
+        assert sim.state.readiness().ready is serves
+    assert sim.state.ranks == (WorkerId("w2"),)
+    sim.settle()
+    assert sim.state.ranks == (WorkerId("w2"), WorkerId("w3"))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_death_during_a_rebalance_rolls_it_back_and_recovers(stage: int) -> None:
     """While transferring, preparing, committing."""
