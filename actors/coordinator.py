@@ -15,7 +15,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from actors.calls import CALL_ERRORS, is_death, one_line
+from actors.calls import CALL_ERRORS, is_death, one_line, sign_of_life
 from actors.executor import Executor
 from actors.fleet import Fleet
 from actors.planning import build_problem, judge, preview, to_event
@@ -381,8 +381,8 @@ class Coordinator:
             if member.id in executor.hosts and member.id not in self._polling:
                 self._polling.add(member.id)
                 self._spawn(self._poll_host(member, executor.hosts[member.id]))
-        if state.whole and time.monotonic() - state.epoch_since > SPARE_AFTER_S:
-            self._spawn(executor.keep_spare(state.next_worker))
+        if executor.wants_spare and state.whole and time.monotonic() - state.epoch_since > SPARE_AFTER_S:
+            self._spawn(executor.start_spare(state.next_worker))
         if executor.engine is not None and executor.engine_serves:
             if executor.engine is not self._watched:
                 self._watched = executor.engine
@@ -397,13 +397,13 @@ class Coordinator:
         timeout_s = self._config.heartbeat_timeout
         try:
             if member.loaded:
-                await _sign_of_life(host.ping, timeout_s)
+                await sign_of_life(host.ping, timeout_s)
                 now = time.monotonic()
                 if now - self._counted_at.get(member.id, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
                     self._counted_at[member.id] = now
                     self._window.add(await host.routing_counts.remote(), time.monotonic())
             elif member.id in self._progress:
-                self._progress[member.id] = await _sign_of_life(host.load_progress, LOADING_PATIENCE * timeout_s)
+                self._progress[member.id] = await sign_of_life(host.load_progress, LOADING_PATIENCE * timeout_s)
             else:
                 # its process may have to wait for resources
                 self._progress[member.id] = await host.load_progress.remote()
@@ -420,7 +420,7 @@ class Coordinator:
         assert executor is not None
         engine = executor.engine
         try:
-            self._status = await _sign_of_life(engine.status, self._config.heartbeat_timeout)
+            self._status = await sign_of_life(engine.status, self._config.heartbeat_timeout)
             self._feed(load_seen(self._status))
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
@@ -484,13 +484,3 @@ class Coordinator:
 
     def _newest(self, state: ControlState) -> Operation:
         return told(state, state.operations.all()[0])
-
-
-async def _sign_of_life(method: Any, timeout_s: float) -> Any:
-    """The answer to a call that is always answered at once. Raises TimeoutError where the callee hangs.
-
-    Asked twice: an answer that came while this process itself was held up must not count as late.
-    """
-    with contextlib.suppress(TimeoutError):
-        return await asyncio.wait_for(method.remote(), timeout_s / 2)
-    return await asyncio.wait_for(method.remote(), timeout_s / 2)

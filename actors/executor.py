@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors import names
-from actors.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line
+from actors.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, sign_of_life
 from actors.fleet import Fleet
 from actors.migrator import MigrationReport
 from cluster.config import ServeConfig
@@ -142,16 +142,19 @@ class Executor:
     def _find_or_start(self, worker: WorkerId) -> Any:
         return self._fleet.find(names.host_name(worker)) or self._fleet.start_host(worker)
 
-    async def keep_spare(self, worker: WorkerId) -> None:
+    @property
+    def wants_spare(self) -> bool:
+        return self._fleet.standby and self._spare is None
+
+    async def start_spare(self, worker: WorkerId) -> None:
         """Have a process ready that will be `worker`, the next one. Returns once it is, or has died."""
-        if self._fleet.standby and self._spare is None:
-            host = self._find_or_start(worker)
-            self._spare = (worker, host)
-            error = (await call_all({worker: host.warm_up.remote()}, SPARE_TIMEOUT_S)).get(worker)
-            if error is not None and self._spare == (worker, host):
-                logger.warning("the spare process is given up: %s", one_line(error))
-                self._fleet.kill(host)
-                self._spare = None
+        host = self._find_or_start(worker)
+        self._spare = (worker, host)
+        error = (await call_all({worker: host.warm_up.remote()}, SPARE_TIMEOUT_S)).get(worker)
+        if error is not None and self._spare == (worker, host):
+            logger.warning("the spare process is given up: %s", one_line(error))
+            self._fleet.kill(host)
+            self._spare = None
 
     def _threads(self) -> dict[str, int]:
         if self._spec.device == "cuda":
@@ -343,8 +346,12 @@ class Executor:
     ) -> list[WorkerLost]:
         """Those that do not answer: dead, or hanging. `stepping`: the thread that runs the steps has to."""
         hosts = {worker: self.hosts[worker] for worker in workers if worker in self.hosts}
-        calls = {w: host.ping_step.remote() if stepping else host.ping.remote() for w, host in hosts.items()}
-        calls |= {w: asyncio.wait_for(calls[w], SUSPECT_TIMEOUT_S) for w in calls.keys() & set(suspects)}
+        calls: dict[WorkerId, Any] = {
+            worker: sign_of_life(host.ping, SUSPECT_TIMEOUT_S)
+            if worker in suspects
+            else (host.ping_step if stepping else host.ping).remote()
+            for worker, host in hosts.items()
+        }
         errors = await call_all(calls, self._config.heartbeat_timeout)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
 

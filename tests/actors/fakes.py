@@ -205,7 +205,10 @@ class _Method:
         self._name = name
 
     def remote(self, *arguments: Any) -> Awaitable[Any]:
-        return asyncio.ensure_future(self._call(*arguments))
+        call = asyncio.ensure_future(self._call(*arguments))
+        # as with Ray, an error that nobody asks for is nobody's
+        call.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return call
 
     async def _call(self, *arguments: Any) -> Any:
         await asyncio.sleep(0)
