@@ -19,7 +19,7 @@ from actors.calls import CALL_ERRORS, is_death, one_line, sign_of_life
 from actors.executor import Executor
 from actors.fleet import Fleet
 from actors.planning import build_problem, judge, preview, to_event
-from actors.telling import Outline, load_seen, log_changes, told, worker_view
+from actors.telling import Outline, load_seen, log_changes, standby_view, told, worker_view
 from cluster.config import ServeConfig
 from cluster.counters import ClusterCounters
 from cluster.epochs import ControlSettings, Stage
@@ -154,7 +154,9 @@ class Coordinator:
     async def workers(self) -> list[WorkerView]:
         state = self._require_state()
         await self._refresh_status()
-        return [worker_view(state, member, self._status, self._fleet.device()) for member in state.members.values()]
+        views = [worker_view(state, member, self._status, self._fleet.device()) for member in state.members.values()]
+        standby = None if self._executor is None else self._executor.standby
+        return views if standby is None else [*views, standby_view(*standby, self._fleet.device())]
 
     async def _refresh_status(self) -> None:
         """Whoever asks wants what is, not what was at the last poll; but an engine that is busy dying keeps nobody."""

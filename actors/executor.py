@@ -68,6 +68,8 @@ class Executor:
         self.infos: dict[WorkerId, HostInfo] = {}
         self._spare: tuple[WorkerId, Any] | None = None
         """The next worker's host, which has not been told to load."""
+        self.standby: tuple[WorkerId, int] | None = None
+        """Its process id, once it is ready."""
         self.engine: Any = None
         self._engine_started = False
         self.engine_serves = False
@@ -109,7 +111,7 @@ class Executor:
 
     async def start_worker(self, command: StartWorker) -> Event:
         # one that waits for this, or that a coordinator before this one has made and which goes on loading
-        spare, self._spare = self._spare, None
+        spare, self._spare, self.standby = self._spare, None, None
         host = self._find_or_start(command.worker)
         self.hosts[command.worker] = host
         if spare == (command.worker, host) and (lost := await self._find_lost([command.worker], suspects=spare[:1])):
@@ -150,11 +152,16 @@ class Executor:
         """Have a process ready that will be `worker`, the next one. Returns once it is, or has died."""
         host = self._find_or_start(worker)
         self._spare = (worker, host)
-        error = (await call_all({worker: host.warm_up.remote()}, SPARE_TIMEOUT_S)).get(worker)
-        if error is not None and self._spare == (worker, host):
-            logger.warning("the spare process is given up: %s", one_line(error))
-            self._fleet.kill(host)
-            self._spare = None
+        try:
+            pid = await asyncio.wait_for(host.warm_up.remote(), SPARE_TIMEOUT_S)
+        except CALL_ERRORS as error:
+            if self._spare == (worker, host):
+                logger.warning("the spare process is given up: %s", one_line(error))
+                self._fleet.kill(host)
+                self._spare = None
+        else:
+            if self._spare == (worker, host):
+                self.standby = (worker, pid)
 
     def _threads(self) -> dict[str, int]:
         if self._spec.device == "cuda":

@@ -41,10 +41,11 @@ class ExpertHost:
         self._stores: list[TCPStore] = []
 
     @ray.method(concurrency_group="io")
-    def warm_up(self) -> None:
-        """Import what loading needs: most of the time until a small model serves."""
+    def warm_up(self) -> int:
+        """Import what loading needs, which is most of the time until a small model serves. Returns the process id."""
         with self._loading:
             _import_model()
+        return os.getpid()
 
     @ray.method(concurrency_group="io")
     def load(self, spec: HostSpec) -> HostInfo:

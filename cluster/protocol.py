@@ -502,7 +502,7 @@ class WorkerView:
     rank: int
     """-1 while it is not a member of the current epoch."""
     state: str
-    """starting, serving, draining, dead."""
+    """starting, serving, draining, dead; standby: not asked for, but ready to be told what to load."""
     pid: int
     node: str
     device: str

@@ -54,7 +54,8 @@ class FakeHost:
         self._id = WorkerId("")
 
     @ray.method(concurrency_group="io")
-    def warm_up(self) -> None: ...
+    def warm_up(self) -> int:
+        return os.getpid()
 
     @ray.method(concurrency_group="io")
     def load(self, spec: HostSpec) -> HostInfo:

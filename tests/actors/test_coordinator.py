@@ -365,7 +365,11 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
                 return called == ["warm_up"]
 
             await until(warmed)
-            assert [w.id for w in await coordinator.workers()] == [W0, W1]
+
+            async def stands_by() -> bool:
+                return [(w.id, w.state) for w in await coordinator.workers()][2:] == [(W2, "standby")]
+
+            await until(stands_by)
             process = fleet.hosts[W2]
             process.dead = spare == "dead"
             fleet.hosts[W0].dead = True

@@ -71,10 +71,18 @@ class Bench:
 
     def _spares(self, hosts: list[psutil.Process]) -> set[int]:
         """The process that waits to be the next worker: one that is nobody's, while none is on its way."""
-        workers = [w for w in self.ask("/admin/workers") or [] if w["state"] != "dead"]
+        workers = [w for w in self.ask("/admin/workers") or [] if w["state"] not in ("dead", "standby")]
         if not workers or any(w["state"] == "starting" for w in workers):
             return set()
         return {process.pid for process in hosts} - {w["pid"] for w in workers}
+
+    def wait_for_spare(self) -> None:
+        """It takes some seconds, and not to be there makes every recovery longer that needs another worker."""
+
+        def stands_by() -> bool:
+            return any(w["state"] == "standby" for w in self.ask("/admin/workers") or [])
+
+        self.server.wait("a spare process", stands_by, WHOLE_S)
 
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 

@@ -96,6 +96,7 @@ def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, 
     with Load(server, expected, threads=THREADS, seed=seed, **mix) as load:
         bench = Bench(server=server, load=load, rng=random.Random(f"{seed}/{name}"), workers=WORKERS)
         load.wait_for_tokens(100)
+        bench.wait_for_spare()
         bench.struck_at = time.monotonic()
         try:
             figures = scenario(bench) or {}

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.bench import Bench, pause
+from tests.chaos.bench import Bench
 
 SHARED_MEMORY = Path("/dev/shm")
-SPARE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +49,6 @@ def holdings(bench: Bench) -> Holdings:
     )
 
 
-def _with_spare(bench: Bench) -> Holdings:
-    """Once the process that waits to be the next worker has been started, and has imported what it needs."""
-    bench.server.wait("a spare process", lambda: len(bench.processes("host")) == bench.workers + 1)
-    pause(SPARE_S)
-    return holdings(bench)
-
-
 def scale_cycles(bench: Bench, cycles: int, settle_after: int) -> dict[str, str]:
     """One worker more and one fewer, `cycles` times. Raises AssertionError where something grows with every cycle.
 
@@ -69,9 +61,10 @@ def scale_cycles(bench: Bench, cycles: int, settle_after: int) -> dict[str, str]
             end = bench.finish(bench.scale(workers))
             assert end["phase"] == "completed", end
         bench.settle()
+        bench.wait_for_spare()
         if cycle + 1 == settle_after:
-            first = _with_spare(bench)
-    last = _with_spare(bench)
+            first = holdings(bench)
+    last = holdings(bench)
     assert first is not None
     more = cycles - settle_after
     grown = [
