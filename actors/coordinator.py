@@ -228,6 +228,13 @@ class Coordinator:
         logger.warning("epoch %d: a step failed (suspects: %s): %s", epoch, ", ".join(suspects) or "none", reason)
         self._feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
 
+    async def report_late_step(self, workers: list[WorkerId]) -> None:
+        """From the engine: these have not finished a step. Nothing is decided by that, but one that hangs is found."""
+        await self._opened.wait()
+        assert self._executor is not None
+        for event in await self._executor.find_silent(workers):
+            self._feed(event)
+
     async def shutdown(self) -> None:
         """End every actor that this one made. What it had saved is forgotten by `stop_cluster`."""
         for task in self._tasks:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 5.0
 """A worker that gives no sign of life for so long hangs."""
-SUSPECT_TIMEOUT_S = 1.5
-"""The same for one that did not finish a step either, nor give it up when it was told to."""
+SUSPECT_TIMEOUT_S = 2.0
+"""The same for one whose step is late, or that waited to be used."""
 SPARE_TIMEOUT_S = 60.0
 ABANDON_TIMEOUT_S = 10.0
 
@@ -114,7 +114,7 @@ class Executor:
         spare, self._spare, self.standby = self._spare, None, None
         host = self._find_or_start(command.worker)
         self.hosts[command.worker] = host
-        if spare == (command.worker, host) and (lost := await self._find_lost([command.worker], suspects=spare[:1])):
+        if spare == (command.worker, host) and (lost := await self.find_silent([command.worker])):
             return lost[0]
         # its process takes seconds to start: not when it is needed
         self._ensure_engine()
@@ -320,7 +320,7 @@ class Executor:
         task.add_done_callback(tasks.discard)
 
     async def probe(self, command: Probe) -> Event:
-        lost = await self._find_lost(command.workers, suspects=command.suspects)
+        lost = await self._find_lost(command.workers)
         return Probed(lost=tuple((event.worker, event.reason) for event in lost))
 
     def _ensure_engine(self) -> None:
@@ -348,17 +348,17 @@ class Executor:
         self.engine = self._migrator = self._spare = None
         self.hosts.clear()
 
-    async def _find_lost(
-        self, workers: Iterable[WorkerId], *, suspects: Collection[WorkerId] = (), stepping: bool = False
-    ) -> list[WorkerLost]:
+    async def find_silent(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
+        """Like `_find_lost`, with less patience: there is another sign already that they might hang."""
+        hosts = {worker: self.hosts[worker] for worker in workers if worker in self.hosts}
+        calls = {worker: sign_of_life(host.ping, SUSPECT_TIMEOUT_S) for worker, host in hosts.items()}
+        errors = await call_all(calls, self._config.heartbeat_timeout)
+        return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
+
+    async def _find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
         """Those that do not answer: dead, or hanging. `stepping`: the thread that runs the steps has to."""
         hosts = {worker: self.hosts[worker] for worker in workers if worker in self.hosts}
-        calls: dict[WorkerId, Any] = {
-            worker: sign_of_life(host.ping, SUSPECT_TIMEOUT_S)
-            if worker in suspects
-            else (host.ping_step if stepping else host.ping).remote()
-            for worker, host in hosts.items()
-        }
+        calls = {w: host.ping_step.remote() if stepping else host.ping.remote() for w, host in hosts.items()}
         errors = await call_all(calls, self._config.heartbeat_timeout)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
 

@@ -1,11 +1,14 @@
-"""How long a step may take before somebody is taken to hang: told from how long steps of its size have taken."""
+"""How long a step may take, told from how long steps of its size have taken: until those who run it are asked whether
+they live, and until somebody is taken to hang who does."""
 
 from __future__ import annotations
 
 FACTOR = 10.0
 """A step may take so many times the slowest one of its size lately."""
-FLOOR_S = 1.0
-"""Whoever is given up wrongly costs a new group, and is given more time the next time."""
+LATE_FLOOR_S = 1.0
+"""To ask costs next to nothing."""
+FLOOR_S = 10.0
+"""To give a step up that would have ended costs a new group."""
 DECAY = 0.95
 """Per step: how fast a slow one is forgotten."""
 
@@ -20,15 +23,19 @@ class StepDeadline:
         self._limit_s = limit_s
         self._slowest_s: dict[int, float] = {}
 
+    def late_s(self, tokens: int) -> float:
+        return min(self._limit_s, max(LATE_FLOOR_S, FACTOR * self._slowest(tokens)))
+
     def seconds(self, tokens: int) -> float:
-        slowest_s = self._slowest_s.get(tokens.bit_length(), self._limit_s)
-        return min(self._limit_s, max(FLOOR_S, FACTOR * slowest_s))
+        return min(self._limit_s, max(FLOOR_S, FACTOR * self._slowest(tokens)))
 
     def met(self, tokens: int, step_s: float) -> None:
         """A step took `step_s`."""
-        size = tokens.bit_length()
-        self._slowest_s[size] = max(step_s, DECAY * self._slowest_s.get(size, self._limit_s))
+        self._slowest_s[tokens.bit_length()] = max(step_s, DECAY * self._slowest(tokens))
 
     def missed(self, tokens: int) -> None:
         """A step was given up. Should it be slow and not hang, it gets longer the next time."""
         self._slowest_s[tokens.bit_length()] = self.seconds(tokens)
+
+    def _slowest(self, tokens: int) -> float:
+        return self._slowest_s.get(tokens.bit_length(), self._limit_s)

@@ -279,8 +279,6 @@ class Probe:
     """Ask `workers` for a sign of life."""
 
     workers: tuple[WorkerId, ...]
-    suspects: tuple[WorkerId, ...] = ()
-    """Those of them that failed a step already: they get less time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

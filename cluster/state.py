@@ -208,8 +208,7 @@ class ControlState(Scaling):
             return
         if not self.probing:
             self.probing = True
-            loaded = tuple(member.id for member in self.alive if member.loaded)
-            self._out.append(Probe(workers=loaded, suspects=event.suspects))
+            self._out.append(Probe(workers=tuple(member.id for member in self.alive if member.loaded)))
         if self.broken is None:
             self._suspect(event.suspects, now)
         self._interrupt(f"a step failed: {event.reason}", "step", now)

@@ -315,23 +315,22 @@ def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_who_failed_a_step_already_gets_less_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_late_is_asked_for_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "SUSPECT_TIMEOUT_S", 0.1)
 
     async def story() -> None:
         async with running(tmp_path, heartbeat_timeout=60) as (coordinator, fleet):
             await ready(coordinator)
+            await coordinator.report_late_step([W0, W1])
+            assert (await coordinator.readiness()).ready, "it was slow, and no more"
+            await asyncio.sleep(0.1)
 
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
             fleet.hosts[W1].before = hang
-            await coordinator.report_step_failure((await coordinator.placement()).epoch, [W1], "w1: no answer in time")
-
-            async def gone() -> bool:
-                return fleet.hosts[W1].dead
-
-            await until(gone)
+            await coordinator.report_late_step([W0, W1])
+            assert fleet.hosts[W1].dead
             await ready(coordinator)
 
     asyncio.run(story())
