@@ -59,6 +59,7 @@ from cluster.protocol import (
     Readiness,
     RebalancePreview,
     RoutingView,
+    ScaleView,
     WorkerView,
 )
 from cluster.routing import RoutingWindow, decode_weight, load_imbalance, weighted_load
@@ -192,6 +193,9 @@ class Coordinator:
         self._feed(ScaleRequested(workers=workers, retire=retire, operation_id=operation_id, replace=replace))
         known = state.operations.get(operation_id) if operation_id is not None else None
         return self._newest(state) if known is None else told(state, known)
+
+    async def scaling(self) -> ScaleView:
+        return self._require_state().view
 
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
         """Go to exactly this placement. Raises ConflictError, NotReadyError, PlacementError."""

@@ -511,6 +511,19 @@ class WorkerView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleView:
+    """How many workers there are and should be."""
+
+    serving: int
+    target: int
+    min_workers: int
+    max_workers: int
+    """By the autoscaler's limits, memory and the number of experts."""
+    autoscaler: str | None
+    """What it saw last, and why it does nothing where it does nothing; None where there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RebalancePreview:
     """What a re-placement would do; the answer to a dry run."""
 

@@ -43,6 +43,7 @@ from cluster.protocol import (
     RebalancePreview,
     RequestId,
     RoutingView,
+    ScaleView,
     Submit,
     TokenOutput,
     WorkerView,
@@ -272,6 +273,10 @@ class RayBackend:
         name = operation_id or f"scale-{uuid.uuid4().hex[:8]}"
         operation: Operation = await self._ask("scale", workers, retire, name, replace)
         return operation
+
+    async def scaling(self) -> ScaleView:
+        view: ScaleView = await self._ask("scaling")
+        return view
 
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
         operation: Operation = await self._ask("place", placement, pinned)

@@ -650,13 +650,22 @@ def test_a_placement_of_other_workers_is_refused() -> None:
 
 
 def test_the_autoscaler_scales_with_its_reason() -> None:
+    assert serving(2).state.view.autoscaler is None
     sim = serving(2, most=4)
+    sim.feed(LoadSeen(waiting=0, running=0, kv_usage=0.0))
+    assert sim.state.view.autoscaler == "the load has not been seen for 15 s"
     for _ in range(60):
         sim.now += 1.0
         sim.feed(LoadSeen(waiting=200, running=128, kv_usage=0.9))
     assert "autoscale from 2 to 4 workers: demand" in newest(sim).reason
     sim.settle()
     assert len(sim.state.ranks) == 4
+    for _ in range(20):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=500, running=256, kv_usage=0.9))
+    view = sim.state.view
+    assert (view.serving, view.target, view.min_workers, view.max_workers) == (4, 4, 1, 4)
+    assert "at most 4 are to serve" in (view.autoscaler or "")
     with pytest.raises(PlacementError, match="1 to 4"):
         sim.feed(ScaleRequested(workers=5))
     for _ in range(200):
