@@ -52,6 +52,8 @@ PROBE_TIMEOUT_S = 5.0
 SUSPECT_TIMEOUT_S = 2.0
 """The same for one whose step is late, or that waited to be used."""
 SPARE_TIMEOUT_S = 60.0
+READ_AT_ONCE = 16
+"""Experts that a worker reads by one call; between two, it can be told of another change."""
 ABANDON_TIMEOUT_S = 10.0
 
 Hosts = Mapping[WorkerId, Any]
@@ -228,24 +230,24 @@ class Executor:
                 raise
 
     async def _read(self, command: Transfer) -> tuple[list[ExpertKey], str | None]:
-        """(what was read, the first error). Workers read side by side, each one expert at a time."""
+        """(what was read, the first error). Workers read side by side, each a few experts at a time."""
         done: list[ExpertKey] = []
         errors: list[str] = []
 
         async def read_all(worker: WorkerId) -> None:
-            for key in command.reads:
-                if key[0] != worker:
-                    continue
+            keys = [key for key in command.reads if key[0] == worker]
+            for begin in range(0, len(keys), READ_AT_ONCE):
+                part = keys[begin : begin + READ_AT_ONCE]
                 if errors or self._transferring != command.epoch:
                     return
                 try:
-                    await self.hosts[worker].read_expert.remote(key[1], key[2])
+                    await self.hosts[worker].read_experts.remote([(layer, expert) for _, layer, expert in part])
                 except KeyError:
                     errors.append(f"{worker} is gone")
                 except CALL_ERRORS as error:
-                    errors.append(f"{worker} reading layer {key[1]} expert {key[2]}: {one_line(error)}")
+                    errors.append(f"{worker} reading {len(part)} experts of the checkpoint: {one_line(error)}")
                 else:
-                    done.append(key)
+                    done.extend(part)
 
         await asyncio.gather(*(read_all(worker) for worker in {key[0] for key in command.reads}))
         return done, errors[0] if errors else None

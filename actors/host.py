@@ -109,8 +109,8 @@ class ExpertHost:
         self._ready.import_expert(copy)
 
     @ray.method(concurrency_group="io")
-    def read_expert(self, layer: int, expert: int) -> None:
-        self._ready.read_expert(layer, expert)
+    def read_experts(self, pairs: list[tuple[int, int]]) -> None:
+        self._ready.read_experts(pairs)
 
     @ray.method(concurrency_group="io")
     def routing_counts(self) -> RoutingCounts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,7 +113,7 @@ class Worker:
         weights = sum(p.nbytes for p in trunk.parameters()) + packed_bytes + self._store.nbytes
         return self._cache.num_blocks, weights + self._cache.nbytes
 
-    def _read(self, pairs: list[tuple[int, int]]) -> None:
+    def _read(self, pairs: Sequence[tuple[int, int]]) -> None:
         def note(done: int, total: int) -> None:
             self.progress = done / max(1, total)
 
@@ -254,9 +254,9 @@ class Worker:
         }
         self._store.put(copy.layer, copy.expert, tensors)
 
-    def read_expert(self, layer: int, expert: int) -> None:
-        """Hold an expert beside the placement's, read from the checkpoint."""
-        self._read([(layer, expert)])
+    def read_experts(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Hold experts, as (layer, expert), beside the placement's, read from the checkpoint."""
+        self._read(pairs)
 
     # --- Steps --------------------------------------------------------------------------------------------------
 

@@ -117,8 +117,8 @@ class FakeHost:
         self._held.add((copy.layer, copy.expert))
 
     @ray.method(concurrency_group="io")
-    def read_expert(self, layer: int, expert: int) -> None:
-        self._held.add((layer, expert))
+    def read_experts(self, pairs: list[tuple[int, int]]) -> None:
+        self._held.update(pairs)
 
     @ray.method(concurrency_group="io")
     def routing_counts(self) -> RoutingCounts:
