@@ -334,7 +334,8 @@ class Worker:
 
 def digest(tensors: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]) -> str:
     """Of an expert as one unit: names, sizes and bytes."""
-    state = hashlib.blake2b(digest_size=16)
+    # most of what a copy computes; CPUs have instructions for it, which makes it twice as fast as BLAKE2
+    state = hashlib.sha256()
     for name in sorted(tensors):
         state.update(f"{name}:{tensors[name].nbytes};".encode())
         state.update(np.ascontiguousarray(tensors[name]).data)
