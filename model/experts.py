@@ -65,13 +65,17 @@ class ExpertStore:
         assert native is not None
         return native.arguments
 
-    def put(self, layer: int, expert: int, tensors: Tensors) -> None:
-        """Hold an expert. Its tensors belong to the store from now on."""
+    def put(self, layer: int, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
+        """Hold an expert. Its tensors belong to the store from now on; of borrowed ones nothing is kept."""
         native = self._native[layer]
         if native is not None and not native.takes(tensors):
             if self._int8:
                 raise _no_int8(f"of layer {layer}, a matrix has an odd number of columns")
             native = self._native[layer] = None
+        if borrowed:
+            # packing is a copy already
+            packs = native is not None
+            tensors = {name: t if packs and t.dim() == 2 else t.clone() for name, t in tensors.items()}
         if native is not None:
             self._weights[layer][expert] = native.put(expert, tensors)
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,9 @@ from model.sampling import SamplingState, sample
 from model.surgery import fit
 
 log = logging.getLogger(__name__)
+
+# copies of experts lie in Ray's shared memory, and are only read
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 _KV_SHARE = 0.3
 """Of the memory that is free once the weights are loaded, for KV caches of all workers of a CPU node."""
@@ -246,13 +250,10 @@ class Worker:
         if digest(copy.tensors) != copy.digest:
             raise PlacementError(f"expert {copy.expert} of layer {copy.layer} arrived damaged")
         tensors = {
-            name: torch.from_numpy(np.array(raw))
-            .view(getattr(torch, copy.dtypes[name]))
-            .view(copy.shapes[name])
-            .to(self._device)
+            name: torch.from_numpy(raw).view(getattr(torch, copy.dtypes[name])).view(copy.shapes[name]).to(self._device)
             for name, raw in copy.tensors.items()
         }
-        self._store.put(copy.layer, copy.expert, tensors)
+        self._store.put(copy.layer, copy.expert, tensors, borrowed=self._device.type == "cpu")
 
     def read_experts(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Hold experts, as (layer, expert), beside the placement's, read from the checkpoint."""
