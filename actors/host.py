@@ -43,8 +43,15 @@ class ExpertHost:
     @ray.method(concurrency_group="io")
     def warm_up(self) -> int:
         """Import what loading needs, which is most of the time until a small model serves. Returns the process id."""
-        with self._loading:
+
+        def give_way_and_import() -> None:
+            _give_way()
             _import_model()
+
+        # a thread that will do nothing else
+        importing = threading.Thread(target=give_way_and_import)
+        importing.start()
+        importing.join()
         return os.getpid()
 
     @ray.method(concurrency_group="io")

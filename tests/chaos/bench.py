@@ -76,14 +76,6 @@ class Bench:
             return set()
         return {process.pid for process in hosts} - {w["pid"] for w in workers}
 
-    def wait_for_spare(self) -> None:
-        """It takes some seconds, and not to be there makes every recovery longer that needs another worker."""
-
-        def stands_by() -> bool:
-            return any(w["state"] == "standby" for w in self.ask("/admin/workers") or [])
-
-        self.server.wait("a spare process", stands_by, WHOLE_S)
-
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 
     def strike_worker(self, worker: str, *, hang: bool = False) -> None:
@@ -168,6 +160,19 @@ class Bench:
         """The server and all its processes."""
         root = psutil.Process(self.server.process.pid)
         return [root, *root.children(recursive=True)]
+
+
+def wait_for_spare(server: Server) -> None:
+    """The process that will be the next worker: it takes some seconds, more while cores are busy, and not to be there
+    makes every recovery longer that needs another worker."""
+
+    def stands_by() -> bool:
+        try:
+            return any(w["state"] == "standby" for w in server.get("/admin/workers"))
+        except httpx.HTTPError:
+            return False
+
+    server.wait("a spare process", stands_by, WHOLE_S)
 
 
 def _lives(process: psutil.Process) -> bool:

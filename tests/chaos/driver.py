@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.checkpoint import open_checkpoint
-from tests.chaos.bench import Bench
+from tests.chaos.bench import Bench, wait_for_spare
 from tests.chaos.drift import drift
 from tests.chaos.leaks import scale_cycles
 from tests.chaos.load import Expected, Load
@@ -93,10 +93,10 @@ def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, 
     figures: Mapping[str, str] = {}
     # where nothing fails, what clients feel is measured: on streams, and without prompts that hold everybody up
     mix = {"streams": 1.0, "prefill": 0.0} if name in CALM else {}
+    wait_for_spare(server)
     with Load(server, expected, threads=THREADS, seed=seed, **mix) as load:
         bench = Bench(server=server, load=load, rng=random.Random(f"{seed}/{name}"), workers=WORKERS)
         load.wait_for_tokens(100)
-        bench.wait_for_spare()
         bench.struck_at = time.monotonic()
         try:
             figures = scenario(bench) or {}

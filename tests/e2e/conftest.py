@@ -103,7 +103,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """Three workers for eight experts, so that the split is uneven."""
     log = tmp_path_factory.mktemp("server") / "log"
     flags = ["--workers", "3", "--dtype", "float32", "--max-model-len", "1024", "--served-model-name", MODEL]
-    server = start([str(checkpoint), *flags, "--rebalance-interval", "0"], log)
+    server = start([str(checkpoint), *flags, "--rebalance-interval", "0", "--no-standby"], log)
     try:
         server.wait("readiness", server.ready, READY_S)
         yield server
