@@ -15,11 +15,11 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from actors.calls import CALL_ERRORS, is_death, one_line
+from actors.calls import CALL_ERRORS, is_death, one_line, sign_of_life
 from actors.executor import Executor
 from actors.fleet import Fleet
 from actors.planning import build_problem, judge, preview, to_event
-from actors.telling import Outline, load_seen, log_changes, told, worker_view
+from actors.telling import Outline, load_seen, log_changes, standby_view, told, worker_view
 from cluster.config import ServeConfig
 from cluster.counters import ClusterCounters
 from cluster.epochs import ControlSettings, Stage
@@ -59,6 +59,7 @@ from cluster.protocol import (
     Readiness,
     RebalancePreview,
     RoutingView,
+    ScaleView,
     WorkerView,
 )
 from cluster.routing import RoutingWindow, decode_weight, load_imbalance, weighted_load
@@ -72,6 +73,8 @@ TICK_S = 0.5
 POLL_S = 1.0
 LOADING_PATIENCE = 4.0
 """A host that loads may be late by so many times a heartbeat's time-out: imports hold its threads up."""
+SPARE_AFTER_S = 3.0
+"""A spare process is started once an epoch has served for so long: it takes some seconds of a core."""
 COUNTS_PER_WINDOW = 12
 """How often routing counts are fetched: they are megabytes for a large model."""
 START_S = 30.0
@@ -96,6 +99,8 @@ class Coordinator:
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
         self._polling: set[str] = set()
+        self._watched: Any = None
+        """The engine whose end is waited for."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
         self._spawn(self._run())
@@ -150,7 +155,9 @@ class Coordinator:
     async def workers(self) -> list[WorkerView]:
         state = self._require_state()
         await self._refresh_status()
-        return [worker_view(state, member, self._status, self._fleet.device()) for member in state.members.values()]
+        views = [worker_view(state, member, self._status, self._fleet.device()) for member in state.members.values()]
+        standby = None if self._executor is None else self._executor.standby
+        return views if standby is None else [*views, standby_view(*standby, self._fleet.device())]
 
     async def _refresh_status(self) -> None:
         """Whoever asks wants what is, not what was at the last poll; but an engine that is busy dying keeps nobody."""
@@ -187,6 +194,9 @@ class Coordinator:
         known = state.operations.get(operation_id) if operation_id is not None else None
         return self._newest(state) if known is None else told(state, known)
 
+    async def scaling(self) -> ScaleView:
+        return self._require_state().view
+
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
         """Go to exactly this placement. Raises ConflictError, NotReadyError, PlacementError."""
         state = self._require_state()
@@ -221,6 +231,13 @@ class Coordinator:
         await self._opened.wait()
         logger.warning("epoch %d: a step failed (suspects: %s): %s", epoch, ", ".join(suspects) or "none", reason)
         self._feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
+
+    async def report_late_step(self, workers: list[WorkerId]) -> None:
+        """From the engine: these have not finished a step. Nothing is decided by that, but one that hangs is found."""
+        await self._opened.wait()
+        assert self._executor is not None
+        for event in await self._executor.find_silent(workers):
+            self._feed(event)
 
     async def shutdown(self) -> None:
         """End every actor that this one made. What it had saved is forgotten by `stop_cluster`."""
@@ -377,9 +394,15 @@ class Coordinator:
             if member.id in executor.hosts and member.id not in self._polling:
                 self._polling.add(member.id)
                 self._spawn(self._poll_host(member, executor.hosts[member.id]))
-        if executor.engine is not None and executor.engine_serves and "engine" not in self._polling:
-            self._polling.add("engine")
-            self._spawn(self._poll_engine())
+        if executor.wants_spare and state.whole and time.monotonic() - state.epoch_since > SPARE_AFTER_S:
+            self._spawn(executor.start_spare(state.next_worker))
+        if executor.engine is not None and executor.engine_serves:
+            if executor.engine is not self._watched:
+                self._watched = executor.engine
+                self._spawn(self._watch_engine(executor.engine))
+            if "engine" not in self._polling:
+                self._polling.add("engine")
+                self._spawn(self._poll_engine())
 
     async def _poll_host(self, member: Member, host: Any) -> None:
         """Whether it lives, and what it has to tell."""
@@ -387,13 +410,13 @@ class Coordinator:
         timeout_s = self._config.heartbeat_timeout
         try:
             if member.loaded:
-                await _sign_of_life(host.ping, timeout_s)
+                await sign_of_life(host.ping, timeout_s)
                 now = time.monotonic()
                 if now - self._counted_at.get(member.id, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
                     self._counted_at[member.id] = now
                     self._window.add(await host.routing_counts.remote(), time.monotonic())
             elif member.id in self._progress:
-                self._progress[member.id] = await _sign_of_life(host.load_progress, LOADING_PATIENCE * timeout_s)
+                self._progress[member.id] = await sign_of_life(host.load_progress, LOADING_PATIENCE * timeout_s)
             else:
                 # its process may have to wait for resources
                 self._progress[member.id] = await host.load_progress.remote()
@@ -410,13 +433,25 @@ class Coordinator:
         assert executor is not None
         engine = executor.engine
         try:
-            self._status = await _sign_of_life(engine.status, self._config.heartbeat_timeout)
+            self._status = await sign_of_life(engine.status, self._config.heartbeat_timeout)
             self._feed(load_seen(self._status))
         except CALL_ERRORS as error:
-            if engine is executor.engine:
-                self._feed(executor.drop_engine(one_line(error)))
+            self._engine_lost(engine, error)
         finally:
             self._polling.discard("engine")
+
+    async def _watch_engine(self, engine: Any) -> None:
+        """Told at once when it dies, and not by the next poll."""
+        try:
+            await engine.stay.remote()
+        except CALL_ERRORS as error:
+            self._engine_lost(engine, error)
+
+    def _engine_lost(self, engine: Any, error: BaseException) -> None:
+        assert self._executor is not None
+        event = self._executor.drop_engine(engine, one_line(error))
+        if event is not None:
+            self._feed(event)
 
     # --- Planning -----------------------------------------------------------------------------------------------
 
@@ -462,13 +497,3 @@ class Coordinator:
 
     def _newest(self, state: ControlState) -> Operation:
         return told(state, state.operations.all()[0])
-
-
-async def _sign_of_life(method: Any, timeout_s: float) -> Any:
-    """The answer to a call that is always answered at once. Raises TimeoutError where the callee hangs.
-
-    Asked twice: an answer that came while this process itself was held up must not count as late.
-    """
-    with contextlib.suppress(TimeoutError):
-        return await asyncio.wait_for(method.remote(), timeout_s / 2)
-    return await asyncio.wait_for(method.remote(), timeout_s / 2)

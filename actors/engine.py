@@ -62,7 +62,12 @@ class Engine:
         )
         clients = self._clients = Clients(scheduler, submitted=lambda: loop.wake())
         loop = self._loop = StepLoop(
-            scheduler, clients, step_timeout_s=config.step_timeout, abort=self._abort, report=self._report
+            scheduler,
+            clients,
+            step_timeout_s=config.step_timeout,
+            abort=self._abort,
+            report=self._report,
+            late=self._late,
         )
         self._tasks = [asyncio.create_task(loop.run()), asyncio.create_task(clients.watch())]
         for task in self._tasks:
@@ -86,6 +91,10 @@ class Engine:
         if self._scheduler is not None and self._loop is not None:
             self._scheduler.drain(workers)
             self._loop.wake()
+
+    async def stay(self) -> None:
+        """Does not answer: whoever waits learns at once that this process has died."""
+        await asyncio.Event().wait()
 
     async def status(self) -> EngineStatus:
         if self._scheduler is None or self._clients is None:
@@ -112,6 +121,9 @@ class Engine:
 
     def _report(self, epoch: Epoch, suspects: Sequence[WorkerId], reason: str) -> None:
         self._coordinator.report_step_failure.remote(epoch, list(suspects), reason)
+
+    def _late(self, workers: Sequence[WorkerId]) -> None:
+        self._coordinator.report_late_step.remote(list(workers))
 
 
 def _prefill_tokens(infos: dict[WorkerId, HostInfo]) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors import names
-from actors.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line
+from actors.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, sign_of_life
 from actors.fleet import Fleet
 from actors.migrator import MigrationReport
 from cluster.config import ServeConfig
@@ -49,6 +49,11 @@ logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 5.0
 """A worker that gives no sign of life for so long hangs."""
+SUSPECT_TIMEOUT_S = 2.0
+"""The same for one whose step is late, or that waited to be used."""
+SPARE_TIMEOUT_S = 60.0
+READ_AT_ONCE = 16
+"""Experts that a worker reads by one call; between two, it can be told of another change."""
 ABANDON_TIMEOUT_S = 10.0
 
 Hosts = Mapping[WorkerId, Any]
@@ -63,6 +68,10 @@ class Executor:
         self.hosts: dict[WorkerId, Any] = {}
         """Handles of the workers that were started and not stopped."""
         self.infos: dict[WorkerId, HostInfo] = {}
+        self._spare: tuple[WorkerId, Any] | None = None
+        """The next worker's host, which has not been told to load."""
+        self.standby: tuple[WorkerId, int] | None = None
+        """Its process id, once it is ready."""
         self.engine: Any = None
         self._engine_started = False
         self.engine_serves = False
@@ -103,9 +112,12 @@ class Executor:
         return Epoch(status.epoch)
 
     async def start_worker(self, command: StartWorker) -> Event:
-        # one that a coordinator before this one has made goes on loading
-        host = self._fleet.find(names.host_name(command.worker)) or self._fleet.start_host(command.worker)
+        # one that waits for this, or that a coordinator before this one has made and which goes on loading
+        spare, self._spare, self.standby = self._spare, None, None
+        host = self._find_or_start(command.worker)
         self.hosts[command.worker] = host
+        if spare == (command.worker, host) and (lost := await self.find_silent([command.worker])):
+            return lost[0]
         # its process takes seconds to start: not when it is needed
         self._ensure_engine()
         config = self._config
@@ -130,6 +142,28 @@ class Executor:
             return WorkerFailed(worker=command.worker, reason=one_line(error), fatal=isinstance(error, UserError))
         self.infos[command.worker] = info
         return WorkerLoaded(info=info)
+
+    def _find_or_start(self, worker: WorkerId) -> Any:
+        return self._fleet.find(names.host_name(worker)) or self._fleet.start_host(worker)
+
+    @property
+    def wants_spare(self) -> bool:
+        return self._fleet.standby and self._spare is None
+
+    async def start_spare(self, worker: WorkerId) -> None:
+        """Have a process ready that will be `worker`, the next one. Returns once it is, or has died."""
+        host = self._find_or_start(worker)
+        self._spare = (worker, host)
+        try:
+            pid = await asyncio.wait_for(host.warm_up.remote(), SPARE_TIMEOUT_S)
+        except CALL_ERRORS as error:
+            if self._spare == (worker, host):
+                logger.warning("the spare process is given up: %s", one_line(error))
+                self._fleet.kill(host)
+                self._spare = None
+        else:
+            if self._spare == (worker, host):
+                self.standby = (worker, pid)
 
     def _threads(self) -> dict[str, int]:
         if self._spec.device == "cuda":
@@ -196,24 +230,24 @@ class Executor:
                 raise
 
     async def _read(self, command: Transfer) -> tuple[list[ExpertKey], str | None]:
-        """(what was read, the first error). Workers read side by side, each one expert at a time."""
+        """(what was read, the first error). Workers read side by side, each a few experts at a time."""
         done: list[ExpertKey] = []
         errors: list[str] = []
 
         async def read_all(worker: WorkerId) -> None:
-            for key in command.reads:
-                if key[0] != worker:
-                    continue
+            keys = [key for key in command.reads if key[0] == worker]
+            for begin in range(0, len(keys), READ_AT_ONCE):
+                part = keys[begin : begin + READ_AT_ONCE]
                 if errors or self._transferring != command.epoch:
                     return
                 try:
-                    await self.hosts[worker].read_expert.remote(key[1], key[2])
+                    await self.hosts[worker].read_experts.remote([(layer, expert) for _, layer, expert in part])
                 except KeyError:
                     errors.append(f"{worker} is gone")
                 except CALL_ERRORS as error:
-                    errors.append(f"{worker} reading layer {key[1]} expert {key[2]}: {one_line(error)}")
+                    errors.append(f"{worker} reading {len(part)} experts of the checkpoint: {one_line(error)}")
                 else:
-                    done.append(key)
+                    done.extend(part)
 
         await asyncio.gather(*(read_all(worker) for worker in {key[0] for key in command.reads}))
         return done, errors[0] if errors else None
@@ -256,11 +290,10 @@ class Executor:
             moved_requests: int = await asyncio.wait_for(call, 2 * self._config.step_timeout + 30)
         except KeyError as error:
             return [CommitFailed(epoch=spec.epoch, reason=f"{error} is gone")]
-        except TimeoutError as error:
-            return [self.drop_engine(one_line(error))]
         except CALL_ERRORS as error:
-            if is_death(error):
-                return [self.drop_engine(one_line(error))]
+            if is_death(error) or isinstance(error, TimeoutError):
+                gone = self.drop_engine(engine, one_line(error))
+                return [gone or CommitFailed(epoch=spec.epoch, reason="the engine was lost meanwhile")]
             # a host whose step hangs has not flipped, although its process answers
             lost = await self._find_lost([worker.id for worker in spec.placement.workers], stepping=True)
             return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
@@ -301,19 +334,28 @@ class Executor:
         if self._migrator is None:
             self._migrator = self._fleet.start_migrator(self._model.expert_bytes)
 
-    def drop_engine(self, reason: str) -> EngineLost:
-        """Make sure that it is gone; the next commit starts another."""
-        if self.engine is not None:
-            self._fleet.kill(self.engine)
-            self.engine = None
+    def drop_engine(self, engine: Any, reason: str) -> EngineLost | None:
+        """Make sure that it is gone; the next commit starts another. None where that has been done already."""
+        if engine is not self.engine:
+            return None
+        self._fleet.kill(engine)
+        self.engine = None
         return EngineLost(reason=reason)
 
     def kill_all(self) -> None:
-        for actor in (self.engine, self._migrator, *self.hosts.values()):
+        spare = None if self._spare is None else self._spare[1]
+        for actor in (self.engine, self._migrator, spare, *self.hosts.values()):
             if actor is not None:
                 self._fleet.kill(actor)
-        self.engine = self._migrator = None
+        self.engine = self._migrator = self._spare = None
         self.hosts.clear()
+
+    async def find_silent(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
+        """Like `_find_lost`, with less patience: there is another sign already that they might hang."""
+        hosts = {worker: self.hosts[worker] for worker in workers if worker in self.hosts}
+        calls = {worker: sign_of_life(host.ping, SUSPECT_TIMEOUT_S) for worker, host in hosts.items()}
+        errors = await call_all(calls, self._config.heartbeat_timeout)
+        return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
 
     async def _find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
         """Those that do not answer: dead, or hanging. `stepping`: the thread that runs the steps has to."""

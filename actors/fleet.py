@@ -78,6 +78,11 @@ class Fleet(Protocol):
         """Cores of a node, for its workers to share."""
         ...
 
+    @property
+    def standby(self) -> bool:
+        """Whether a host may be started before it is needed, since it takes no resources that others could use."""
+        ...
+
     def start_host(self, worker: WorkerId) -> Any: ...
 
     def start_engine(self) -> Any: ...
@@ -190,6 +195,10 @@ class RayFleet:
         if self._nodes == 1:
             return len(os.sched_getaffinity(0))
         return max(1, int(self._resources.get("CPU", 1.0) // self._nodes))
+
+    @property
+    def standby(self) -> bool:
+        return self._config.standby and self._alone and self.device() == "cpu"
 
     def start_host(self, worker: WorkerId) -> Any:
         if self._host_class is None:

@@ -41,6 +41,20 @@ class ExpertHost:
         self._stores: list[TCPStore] = []
 
     @ray.method(concurrency_group="io")
+    def warm_up(self) -> int:
+        """Import what loading needs, which is most of the time until a small model serves. Returns the process id."""
+
+        def give_way_and_import() -> None:
+            _give_way()
+            _import_model()
+
+        # a thread that will do nothing else
+        importing = threading.Thread(target=give_way_and_import)
+        importing.start()
+        importing.join()
+        return os.getpid()
+
+    @ray.method(concurrency_group="io")
     def load(self, spec: HostSpec) -> HostInfo:
         """Blocks until the weights are there; asked again, it only tells. Raises UserError where they never will be."""
         with self._loading:
@@ -49,15 +63,11 @@ class ExpertHost:
             return self._info
 
     def _load(self, spec: HostSpec) -> HostInfo:
-        if spec.node_workers > 1:
-            # before OpenMP is loaded, with torch: threads that wait for the next parallel region leave their core to
-            # the node's other workers soon (about 0.1 ms), instead of after some milliseconds
-            os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-        with no_collection():
-            import torch
+        _import_model()
+        import torch
 
-            from actors.step_server import StepServer
-            from model.worker import Worker
+        from actors.step_server import StepServer
+        from model.worker import Worker
 
         worker = Worker(spec)
         self._worker = worker
@@ -106,8 +116,8 @@ class ExpertHost:
         self._ready.import_expert(copy)
 
     @ray.method(concurrency_group="io")
-    def read_expert(self, layer: int, expert: int) -> None:
-        self._ready.read_expert(layer, expert)
+    def read_experts(self, pairs: list[tuple[int, int]]) -> None:
+        self._ready.read_experts(pairs)
 
     @ray.method(concurrency_group="io")
     def routing_counts(self) -> RoutingCounts:
@@ -132,6 +142,14 @@ class ExpertHost:
         if self._worker is None:
             raise NotReadyError("the host has not been told what to load")
         return self._worker
+
+
+def _import_model() -> None:
+    # before OpenMP is loaded, with torch: threads that wait for the next parallel region leave their core to the node's
+    # other workers soon (about 0.1 ms), instead of after some milliseconds
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    with no_collection():
+        import model.worker  # noqa: F401
 
 
 def _give_way() -> None:

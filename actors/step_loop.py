@@ -43,6 +43,8 @@ LEAD = 0.25
 LEAD_S = 0.004
 ABORT_S = 5.0
 """How long hosts get to give up a step, once one of them has failed."""
+SILENT_S = 1.0
+"""After so much of it, it is found out whether they live."""
 
 
 @dataclass(slots=True)
@@ -53,11 +55,17 @@ class _Flight:
     answers: dict[WorkerId, asyncio.Future[StepResult]]
     begun: float = 0.0
     """When it became the oldest in flight."""
+    looked_at: float = 0.0
+    """When it was last found to be late; `begun` before that."""
 
     @property
     def tokens(self) -> int:
         """Of the worker that has most."""
         return max(next(iter(self.plans.values())).tokens_per_rank)
+
+    @property
+    def pending(self) -> list[WorkerId]:
+        return [worker for worker, answer in self.answers.items() if not answer.done()]
 
     @property
     def finished(self) -> bool:
@@ -88,14 +96,18 @@ class StepLoop:
         step_timeout_s: float,
         abort: Callable[[Epoch, Iterable[WorkerId]], None],
         report: Callable[[Epoch, Sequence[WorkerId], str], None],
+        late: Callable[[Sequence[WorkerId]], None],
     ) -> None:
-        """`abort` wakes hosts that wait for a dead peer; `report` tells the coordinator of a step that failed."""
+        """`abort` wakes hosts that wait for a dead peer; `report` tells the coordinator of a step that failed, and
+        `late` of hosts that might hang: whoever gives no sign of life is ended, and then the step fails.
+        """
         self._scheduler = scheduler
         self._clients = clients
         self._step_timeout_s = step_timeout_s
         self._allowed = StepDeadline(step_timeout_s)
         self._abort = abort
         self._report = report
+        self._late = late
         self._group = Group(self._member_lost)
         self._lost: WorkerId | None = None
         self._spec: EpochSpec | None = None
@@ -140,8 +152,11 @@ class StepLoop:
         elif oldest is not None and oldest.finished:
             self._commit()
         elif oldest is not None and self._now() >= self._deadline(oldest):
-            self._allowed.missed()
+            self._allowed.missed(oldest.tokens)
             await self._give_up()
+        elif oldest is not None and self._now() >= self._late_at(oldest):
+            oldest.looked_at = self._now()
+            self._late(oldest.pending)
         elif oldest is not None and (self._flip is not None or self._now() < self._due(oldest)):
             return False
         elif self._flip is not None:
@@ -158,7 +173,10 @@ class StepLoop:
         return asyncio.get_running_loop().time()
 
     def _deadline(self, flight: _Flight) -> float:
-        return flight.begun + self._allowed.seconds
+        return flight.begun + self._allowed.seconds(flight.tokens)
+
+    def _late_at(self, flight: _Flight) -> float:
+        return max(flight.begun, flight.looked_at) + self._allowed.late_s(flight.tokens)
 
     def _due(self, oldest: _Flight) -> float:
         """When to send a step ahead."""
@@ -172,7 +190,8 @@ class StepLoop:
             self._timer.cancel()
         if self._flights:
             due = self._due(self._flights[0])
-            when = min(self._deadline(self._flights[0]), due if due > self._now() else math.inf)
+            late = min(self._deadline(self._flights[0]), self._late_at(self._flights[0]))
+            when = min(late, due if due > self._now() else math.inf)
             self._timer = asyncio.get_running_loop().call_at(when, self._wake.set)
 
     def _begin_step(self, epoch: Epoch) -> bool:
@@ -192,7 +211,7 @@ class StepLoop:
     def _commit(self) -> None:
         flight, now = self._flights.popleft(), self._now()
         self._took[flight.tokens.bit_length()] = now - flight.begun
-        self._allowed.met(now - flight.begun)
+        self._allowed.met(flight.tokens, now - flight.begun)
         if self._flights:
             self._flights[0].begun = now
         results = {worker: answer.result() for worker, answer in flight.answers.items()}
@@ -214,7 +233,11 @@ class StepLoop:
         """A host failed: free the others, find out who it was, and tell the coordinator."""
         assert self._spec is not None
         self._abort(self._spec.epoch, self._flights[0].answers)
-        await asyncio.wait([answer for f in self._flights for answer in f.answers.values()], timeout=ABORT_S)
+        answers = [answer for flight in self._flights for answer in flight.answers.values()]
+        _, pending = await asyncio.wait(answers, timeout=SILENT_S)
+        if pending:
+            self._late(sorted({worker for flight in self._flights for worker in flight.pending}))
+            await asyncio.wait(pending, timeout=ABORT_S - SILENT_S)
         oldest, *later = self._flights
         self._flights.clear()
         self._scheduler.rollback()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cluster.events import LoadSeen
 from cluster.membership import Member
 from cluster.operations import ENDED
+from cluster.placement import WorkerId
 from cluster.protocol import EngineStatus, Epoch, Operation, WorkerView
 from cluster.state import ControlState
 
@@ -56,6 +57,13 @@ def worker_view(state: ControlState, member: Member, status: EngineStatus, devic
         device=info.device if info else device,
         running_requests=status.running.get(member.id, 0),
         kv_usage=status.kv_usage.get(member.id, 0.0),
+    )
+
+
+def standby_view(worker: WorkerId, pid: int, device: str) -> WorkerView:
+    """Of the process that waits to be the next worker."""
+    return WorkerView(
+        id=worker, rank=-1, state="standby", pid=pid, node="", device=device, running_requests=0, kv_usage=0.0
     )
 
 

@@ -81,11 +81,20 @@ class ServeConfig:
         0.0, "MB/s that copies of experts between workers may take while requests run; 0: no limit", at_least=0
     )
     plan_deadline: float = setting(10.0, "seconds that a planner may take", at_least=0.1)
+    standby: bool = setting(
+        True,
+        "keep a process ready for the next worker, with everything but weights; on CPUs, where no cluster is joined",
+    )
     step_timeout: float = setting(
         60.0, "most seconds that a step may take; less, 10 times the slowest lately, once steps are known", at_least=1
     )
     heartbeat_timeout: float = setting(
         5.0, "seconds without a sign of life after which a process is taken to hang and is ended", at_least=0.5
+    )
+    recovery_timeout: float = setting(
+        600.0,
+        "seconds that requests under way wait while no worker can serve them; then they end with an error",
+        at_least=1,
     )
     drain_timeout: float = setting(
         30.0, "seconds that a worker's requests get to finish before it leaves; then they move", at_least=0

@@ -502,12 +502,25 @@ class WorkerView:
     rank: int
     """-1 while it is not a member of the current epoch."""
     state: str
-    """starting, serving, draining, dead."""
+    """starting, serving, draining, dead; standby: not asked for, but ready to be told what to load."""
     pid: int
     node: str
     device: str
     running_requests: int
     kv_usage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleView:
+    """How many workers there are and should be."""
+
+    serving: int
+    target: int
+    min_workers: int
+    max_workers: int
+    """By the autoscaler's limits, memory and the number of experts."""
+    autoscaler: str | None
+    """What it saw last, and why it does nothing where it does nothing; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from cluster.events import LoadSeen, ScaleRequested
 from cluster.membership import Member, WorkerState, slots_of
 from cluster.operations import ENDED
 from cluster.placement import WorkerId
-from cluster.protocol import Epoch, ModelInfo, Operation
+from cluster.protocol import Epoch, ModelInfo, Operation, ScaleView
 from cluster.rebalancing import Rebalancing
 
 
@@ -26,6 +26,8 @@ class Scaling(Rebalancing):
         """The operation that a wish for another size began."""
         self._samples: list[Sample] = []
         self._scaled_at = 0.0
+        self.verdict = "the load has not been seen yet"
+        """The autoscaler's last reason."""
 
     @property
     def _scaled(self) -> bool:
@@ -33,9 +35,25 @@ class Scaling(Rebalancing):
         leaving = any(self.members[worker].state is WorkerState.DRAINING for worker in self.ranks)
         return len(self.ranks) == self.target and not leaving
 
+    @property
+    def view(self) -> ScaleView:
+        least, most = self._limits_of_target
+        return ScaleView(
+            serving=len(self.ranks) if self.broken is None else 0,
+            target=self.target,
+            min_workers=max(least, min(self.fewest, self.target)),
+            max_workers=most,
+            autoscaler=None if self.settings.max_workers is None else self.verdict,
+        )
+
+    @property
+    def _limits_of_target(self) -> tuple[int, int]:
+        settings, experts = self.settings, self.model.num_logical_experts
+        return settings.min_workers or 1, min(settings.max_workers or experts, experts)
+
     def _check_target(self, workers: int) -> None:
         settings, experts = self.settings, self.model.num_logical_experts
-        least, most = settings.min_workers or 1, min(settings.max_workers or experts, experts)
+        least, most = self._limits_of_target
         if not least <= workers <= most:
             why = "each needs an expert of the model's" if most == experts else "the limits of the autoscaler"
             raise PlacementError(f"workers: expected {least} to {most} ({why}), got {workers}")
@@ -174,6 +192,7 @@ class Scaling(Rebalancing):
         if self.broken is not None or not self._scaled:
             # what is seen now tells nothing of the size that is wanted
             self._samples.clear()
+            self.verdict = "waits until as many workers serve as are wanted"
             return
         seen = Sample(at_s=now, waiting=event.waiting, running=event.running, kv_usage=event.kv_usage)
         self._samples = [s for s in self._samples if now - s.at_s <= 2 * settings.autoscale_window_s] + [seen]
@@ -186,6 +205,7 @@ class Scaling(Rebalancing):
             window_s=settings.autoscale_window_s,
         )
         verdict = recommend(policy, self._samples, workers=self.target, now=now, changed_at=self._scaled_at)
+        self.verdict = verdict.reason
         if verdict.target != self.target:
             what = f"to {verdict.target} workers"
             reason = f"autoscale from {self.target} {what}: {verdict.reason}"

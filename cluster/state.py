@@ -48,7 +48,7 @@ from cluster.scaling import Scaling
 JOIN_PATIENCE_S = 5.0
 """How long a loaded worker waits for others that are starting, so that they join in one epoch."""
 RESTART_PATIENCE_S = 60.0
-"""The same after all workers were lost: what was served by many may have to be served by few."""
+"""The same after all workers were lost, at most: others get as long again as the first one took."""
 STABLE_S = 30.0
 """An epoch that lives this long clears the suspicions against its workers."""
 MAX_STRIKES = 3
@@ -67,6 +67,15 @@ class ControlState(Scaling):
         self._start_failures = 0
         self._next_worker = 0
         self.operations.open("start", Epoch(1), f"start with {self.target} workers")
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is as it should be, and nothing under way."""
+        return self._idle and self.broken is None and self._scaled
+
+    @property
+    def next_worker(self) -> WorkerId:
+        return WorkerId(f"w{self._next_worker}")
 
     def readiness(self) -> Readiness:
         if self.fatal:
@@ -299,7 +308,7 @@ class ControlState(Scaling):
             self._start_worker(told, now)
 
     def _start_worker(self, told: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], now: float) -> None:
-        worker = WorkerId(f"w{self._next_worker}")
+        worker = self.next_worker
         self._next_worker += 1
         nothing = np.zeros_like(told)
         self.members[worker] = Member(
@@ -325,9 +334,12 @@ class ControlState(Scaling):
         joining = [member for member in wanted if member.id not in self.ranks]
         if self.broken is not None and self._fits(current):
             return current
-        waited = now - min((member.loaded_at or now for member in joining), default=now)
+        first = min(joining, key=lambda member: member.loaded_at or now, default=None)
+        loaded_at = now if first is None else first.loaded_at or now
+        waited = now - loaded_at
         if len(wanted) < self.target:
-            if not current and (self.spec is None or waited < RESTART_PATIENCE_S):
+            took = 0.0 if first is None else loaded_at - first.asked_at
+            if not current and (self.spec is None or waited < min(took, RESTART_PATIENCE_S)):
                 return []
             if current and self.broken is None and waited < JOIN_PATIENCE_S:
                 return current

@@ -71,6 +71,10 @@ def admin_router(service: Service) -> APIRouter:
             return JSONResponse(operation_json(outcome), 202)
         return JSONResponse(dataclasses.asdict(outcome))
 
+    @router.get("/scale")
+    async def scaling() -> dict[str, Any]:
+        return dataclasses.asdict(await backend.scaling())
+
     @router.post("/scale")
     async def scale(request: Request) -> Response:
         body = parse(ScaleRequest, await read_json(request))

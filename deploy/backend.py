@@ -19,6 +19,7 @@ from cluster.protocol import (
     Readiness,
     RebalancePreview,
     RoutingView,
+    ScaleView,
     TokenOutput,
     WorkerView,
 )
@@ -57,6 +58,8 @@ class Backend(Protocol):
     ) -> Operation:
         """Raises ConflictError, and UserError for a number of workers, or a worker, that cannot be."""
         ...
+
+    async def scaling(self) -> ScaleView: ...
 
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
         """Raises ConflictError, and UserError for a placement of other workers or of another model."""

@@ -16,6 +16,7 @@ from typing import Any
 from cluster.collector import no_collection
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, EmoeError
+from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
 from deploy.local_ray import ServerProcesses, check_port
 
@@ -149,32 +150,47 @@ def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
 
 
 def _watch(config: ServeConfig) -> None:
-    """Blocks while the server runs. Raises ServerFailed where waiting for it has become vain."""
+    """Blocks while the server runs, and tells of recoveries and scaling. Raises ServerFailed where waiting is vain."""
+    told: set[str] = set()
     while True:
         time.sleep(2.0)
         state = _readiness(config)
         if state is not None and state.error is not None:
             raise ServerFailed(state.error)
+        for line in news(_get(config, "/admin/operations"), told):
+            print(line, file=sys.stderr, flush=True)
+
+
+def news(operations: Any, told: set[str]) -> list[str]:
+    """A line for every recovery and scaling of GET /admin/operations that has ended since; their ids go into `told`."""
+    lines: list[str] = []
+    for operation in reversed(operations) if isinstance(operations, list) else ():
+        name, phase = operation["operation_id"], operation["phase"]
+        if operation["kind"] in ("recover", "scale") and phase in ENDED and name not in told:
+            told.add(name)
+            lines.append(f"{name} {phase}: {operation['error'] or operation['reason']}")
+    return lines
 
 
 def _readiness(config: ServeConfig) -> Readiness | None:
     """What /ready says, as a client would hear it; None where nobody answers."""
-    try:
-        with urllib.request.urlopen(f"{_url(config)}/ready", timeout=5) as response:
-            body = json.load(response)
-    except urllib.error.HTTPError as error:
-        with contextlib.suppress(ValueError, OSError):
-            return _parsed(json.load(error))
-        return None
-    except (OSError, ValueError):
-        return None
-    return _parsed(body)
-
-
-def _parsed(body: Any) -> Readiness | None:
+    body = _get(config, "/ready")
     if not isinstance(body, dict) or "ready" not in body:
         return None
     return Readiness(ready=bool(body["ready"]), reason=str(body.get("reason")), error=body.get("error"))
+
+
+def _get(config: ServeConfig, path: str) -> Any:
+    """The JSON that is answered, whatever the status; None where there is none."""
+    try:
+        with urllib.request.urlopen(_url(config) + path, timeout=5) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        with contextlib.suppress(ValueError, OSError):
+            return json.load(error)
+        return None
+    except (OSError, ValueError):
+        return None
 
 
 def _url(config: ServeConfig) -> str:

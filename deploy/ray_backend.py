@@ -1,8 +1,9 @@
 """The real Backend: the coordinator and the engine as Ray actors.
 
-Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies. Kept here: the
-tokens that each request has got; when the engine is lost, every unfinished request is submitted to its successor
-together with them, and `offset` tells which tokens of the new engine are repeats. Meanwhile its stream just pauses.
+Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or nobody serves
+for `recovery_timeout_s`. Kept here: the tokens that each request has got; when the engine is lost, every unfinished
+request is submitted to its successor together with them, and `offset` tells which tokens of the new engine are repeats.
+Meanwhile its stream just pauses.
 
     generate() -> Submit to the engine          Outputs from the engine -> the requests' queues -> generate()
 
@@ -15,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -41,6 +43,7 @@ from cluster.protocol import (
     RebalancePreview,
     RequestId,
     RoutingView,
+    ScaleView,
     Submit,
     TokenOutput,
     WorkerView,
@@ -94,9 +97,13 @@ class _Stream:
 class RayBackend:
     """Made and used on one event loop. `begin` starts its two tasks; `end` stops them."""
 
-    def __init__(self, coordinator: Any, *, plan_deadline_s: float) -> None:
+    def __init__(self, coordinator: Any, *, plan_deadline_s: float, recovery_timeout_s: float) -> None:
+        """recovery_timeout_s: requests that nobody serves for so long end with an error."""
         self._coordinator = coordinator
         self._plan_timeout_s = plan_deadline_s + PLAN_MARGIN_S
+        self._recovery_timeout_s = recovery_timeout_s
+        self._served_at = 0.0
+        """When the cluster was last seen to serve."""
         self._client_id = uuid.uuid4().hex
         self._streams: dict[RequestId, _Stream] = {}
         self._engine: Any = None
@@ -267,6 +274,10 @@ class RayBackend:
         operation: Operation = await self._ask("scale", workers, retire, name, replace)
         return operation
 
+    async def scaling(self) -> ScaleView:
+        view: ScaleView = await self._ask("scaling")
+        return view
+
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
         operation: Operation = await self._ask("place", placement, pinned)
         return operation
@@ -291,6 +302,7 @@ class RayBackend:
 
     async def _watch_readiness(self) -> None:
         answered = False
+        self._served_at = time.monotonic()
         while True:
             try:
                 self._readiness = await _result(self._coordinator.readiness.remote(), HANG_S)
@@ -307,7 +319,20 @@ class RayBackend:
             except (RayError, EmoeError) as error:
                 logger.exception("asking for readiness failed")
                 self._readiness = Readiness(ready=False, reason=f"the coordinator failed: {type(error).__name__}")
+            self._give_up_in_vain(time.monotonic())
             await asyncio.sleep(READINESS_S)
+
+    def _give_up_in_vain(self, now: float) -> None:
+        """A client that waits for ever is told nothing."""
+        if self._readiness.ready:
+            self._served_at = now
+        if now - self._served_at < self._recovery_timeout_s:
+            return
+        for stream in self._streams.values():
+            message = f"nobody could serve this request for {self._recovery_timeout_s:g} s: {self._readiness.reason}"
+            stream.outputs.put_nowait(_failure(stream, message))
+            if stream.link is not None:
+                stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))
 
     async def _ask(self, method: str, *args: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """Raises NotReadyError while the coordinator is away, and what it raises itself."""

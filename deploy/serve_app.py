@@ -43,7 +43,11 @@ class Api:
         """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
         config = ServeConfig.from_mapping(settings)
         logging.getLogger("deploy").setLevel(config.log_level.upper())
-        self._backend = RayBackend(start(config, model_dir), plan_deadline_s=config.plan_deadline)
+        self._backend = RayBackend(
+            start(config, model_dir),
+            plan_deadline_s=config.plan_deadline,
+            recovery_timeout_s=config.recovery_timeout,
+        )
         self._service = Service(config, self._backend, model_dir)
         self._loading: asyncio.Task[None] | None = None
 

@@ -40,11 +40,15 @@ class CpuExperts:
 
     def reserve(self, count: int) -> None: ...
 
-    def put(self, expert: int, tensors: Tensors) -> None:
+    def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
         if self.native is not None and not self.native.takes(tensors):
             if self._int8:
                 raise no_int8("a matrix has an odd number of columns")
             self.native = None
+        if borrowed:
+            # packing is a copy already
+            packs = self.native is not None
+            tensors = {name: t if packs and t.dim() == 2 else t.clone() for name, t in tensors.items()}
         if self.native is not None:
             self._weights[expert] = self.native.put(expert, tensors)
             return

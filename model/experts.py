@@ -55,9 +55,9 @@ class ExpertStore:
         for layer, count in zip(self._layers, counts, strict=True):
             layer.reserve(count)
 
-    def put(self, layer: int, expert: int, tensors: Tensors) -> None:
-        """Hold an expert. Its tensors belong to the store from now on."""
-        self._layers[layer].put(expert, tensors)
+    def put(self, layer: int, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
+        """Hold an expert. Its tensors belong to the store from now on; of borrowed ones nothing is kept."""
+        self._layers[layer].put(expert, tensors, borrowed=borrowed)
 
     def get(self, layer: int, expert: int) -> Tensors:
         """The expert's tensors, good for another store's `put`. Raises KeyError where it is not held."""

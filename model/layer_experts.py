@@ -24,8 +24,9 @@ class LayerExperts(Protocol):
         """So many experts are about to be put, before any step."""
         ...
 
-    def put(self, expert: int, tensors: Tensors) -> None:
-        """Hold an expert. Its tensors belong to the layer from now on; no step that runs sees it."""
+    def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
+        """Hold an expert. Its tensors belong to the layer from now on, and of borrowed ones nothing is kept; no step
+        that runs sees it."""
         ...
 
     def get(self, expert: int) -> Tensors:

@@ -59,7 +59,9 @@ class StackedExperts:
             assert not self._slots.stacks, "only an empty layer can be told how many experts come"
             self._slots = _Slots(experts=(_FREE,) * count)
 
-    def put(self, expert: int, tensors: Tensors) -> None:
+    def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
+        if borrowed:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         with self._lock:
             slots = self._slots
             if expert in slots.experts:

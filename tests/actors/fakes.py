@@ -54,6 +54,10 @@ class FakeHost:
         self._id = WorkerId("")
 
     @ray.method(concurrency_group="io")
+    def warm_up(self) -> int:
+        return os.getpid()
+
+    @ray.method(concurrency_group="io")
     def load(self, spec: HostSpec) -> HostInfo:
         self._dir, self._id = Path(spec.model.path), spec.worker
         self._delay("load")
@@ -113,8 +117,8 @@ class FakeHost:
         self._held.add((copy.layer, copy.expert))
 
     @ray.method(concurrency_group="io")
-    def read_expert(self, layer: int, expert: int) -> None:
-        self._held.add((layer, expert))
+    def read_experts(self, pairs: list[tuple[int, int]]) -> None:
+        self._held.update(pairs)
 
     @ray.method(concurrency_group="io")
     def routing_counts(self) -> RoutingCounts:
@@ -162,6 +166,9 @@ class FakeEngine:
 
     async def drain(self, workers: tuple[WorkerId, ...]) -> None: ...
 
+    async def stay(self) -> None:
+        await asyncio.Event().wait()
+
     async def status(self) -> EngineStatus:
         return EngineStatus(epoch=self._epoch, running={WorkerId("w0"): 3})
 
@@ -199,7 +206,10 @@ class _Method:
         self._name = name
 
     def remote(self, *arguments: Any) -> Awaitable[Any]:
-        return asyncio.ensure_future(self._call(*arguments))
+        call = asyncio.ensure_future(self._call(*arguments))
+        # as with Ray, an error that nobody asks for is nobody's
+        call.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return call
 
     async def _call(self, *arguments: Any) -> Any:
         await asyncio.sleep(0)
@@ -219,6 +229,7 @@ class PlainFleet:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
+        self.standby = False
         self.hosts: dict[WorkerId, Handle] = {}
         self.engines: list[Handle] = []
         self.error: Exception | None = None

@@ -31,6 +31,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(module, "TICK_S", 0.01)
     monkeypatch.setattr(module, "POLL_S", 0.02)
+    monkeypatch.setattr(module, "SPARE_AFTER_S", 0.05)
 
 
 @asynccontextmanager
@@ -263,6 +264,124 @@ def test_a_lost_engine_is_replaced(tmp_path: Path) -> None:
             await until(another)
             await ready(coordinator)
             assert [op.kind for op in await coordinator.operations()] == ["recover", "start"]
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_dies_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            watched, dying = asyncio.Event(), asyncio.Event()
+            await ready(coordinator)
+            engine = fleet.engines[0]
+
+            async def die(called: str) -> None:
+                if called == "stay":
+                    watched.set()
+                    await dying.wait()
+                    engine.dead = True
+
+            engine.before = die
+            # of an engine that is not watched yet
+            coordinator._watched = None
+            await watched.wait()
+            monkeypatch.setattr(module, "POLL_S", 3600)
+            dying.set()
+
+            async def another() -> bool:
+                return len(fleet.engines) == 2
+
+            await until(another)
+            await ready(coordinator)
+
+    asyncio.run(story())
+
+
+def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
+    """By the poll, or by a commit that it cut off: the second to notice must not end the successor."""
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            executor = coordinator._executor
+            assert executor is not None
+            old = executor.engine
+            assert executor.drop_engine(old, "died") is not None
+            executor._ensure_engine()
+            assert executor.drop_engine(old, "died") is None
+            assert executor.engine is fleet.engines[-1]
+            assert not executor.engine.dead
+
+    asyncio.run(story())
+
+
+def test_who_is_late_is_asked_for_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "SUSPECT_TIMEOUT_S", 0.1)
+
+    async def story() -> None:
+        async with running(tmp_path, heartbeat_timeout=60) as (coordinator, fleet):
+            await ready(coordinator)
+            await coordinator.report_late_step([W0, W1])
+            assert (await coordinator.readiness()).ready, "it was slow, and no more"
+            await asyncio.sleep(0.1)
+
+            async def hang(called: str) -> None:
+                await asyncio.sleep(3600)
+
+            fleet.hosts[W1].before = hang
+            await coordinator.report_late_step([W0, W1])
+            assert fleet.hosts[W1].dead
+            await ready(coordinator)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("spare", ["there", "dead", "hangs"])
+def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: str) -> None:
+    monkeypatch.setattr(executor, "SUSPECT_TIMEOUT_S", 0.1)
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            fleet.standby = True
+            await ready(coordinator)
+            called: list[str] = []
+
+            async def note(method: str) -> None:
+                called.append(method)
+                if spare == "hangs" and method != "warm_up":
+                    await asyncio.sleep(3600)
+
+            make = fleet.start_host
+
+            def start_host(worker: WorkerId) -> Any:
+                host = make(worker)
+                host.before = note if worker == W2 else None
+                return host
+
+            monkeypatch.setattr(fleet, "start_host", start_host)
+
+            async def warmed() -> bool:
+                return called == ["warm_up"]
+
+            await until(warmed)
+
+            async def stands_by() -> bool:
+                return [(w.id, w.state) for w in await coordinator.workers()][2:] == [(W2, "standby")]
+
+            await until(stands_by)
+            process = fleet.hosts[W2]
+            process.dead = spare == "dead"
+            fleet.hosts[W0].dead = True
+
+            async def replaced() -> bool:
+                serving = [w.id for w in await coordinator.workers() if w.state == "serving"]
+                return len(serving) == 2 and W0 not in serving
+
+            await until(replaced)
+            ids = [worker.id for worker in (await coordinator.placement()).placement.workers]
+            assert ids == [W1, WorkerId("w3") if spare == "hangs" else W2]
+            assert (fleet.hosts[W2] is process) is (spare != "dead")
+            assert process.dead is (spare != "there")
 
     asyncio.run(story())
 

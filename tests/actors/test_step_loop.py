@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import pytest
 
-from actors import step_loop
+from actors import step_deadline, step_loop
 from actors.batching import Scheduler
 from actors.clients import Clients
 from actors.links import Link, connect
@@ -119,8 +119,14 @@ class Cluster:
         )
         self.clients = Clients(self.scheduler, submitted=lambda: self.loop.wake())
         self.loop = StepLoop(
-            self.scheduler, self.clients, step_timeout_s=0.3, abort=self.abort, report=lambda *what: self.report(*what)
+            self.scheduler,
+            self.clients,
+            step_timeout_s=0.3,
+            abort=self.abort,
+            report=lambda *what: self.report(*what),
+            late=lambda workers: self.late.append(list(workers)),
         )
+        self.late: list[list[WorkerId]] = []
         self.reports: asyncio.Queue[tuple[Epoch, list[WorkerId], str]] = asyncio.Queue()
         self.epoch = Epoch(0)
 
@@ -334,7 +340,10 @@ def test_a_request_that_the_model_fails_on_fails_alone() -> None:
 
 
 def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "SILENT_S", 0.05)
     monkeypatch.setattr(step_loop, "ABORT_S", 0.1)
+    monkeypatch.setattr(step_deadline, "FACTOR", 1.0)
+    monkeypatch.setattr(step_deadline, "LATE_FLOOR_S", 0.0)
     hangs, goes_on = threading.Event(), threading.Event()
 
     async def scenario(cluster: Cluster, client: Client) -> None:
@@ -350,6 +359,8 @@ def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         epoch, suspects, reason = await cluster.reports.get()
         assert (epoch, suspects) == (1, ["b"])
         assert "no answer in time" in reason
+        # before that it was asked for a sign of life: when the step was late, and when it did not give it up
+        assert cluster.late == [["a", "b"], ["b"]]
         goes_on.set()
         # it is spared, and what it answers late confuses nobody
         await cluster.begin_epoch("a", "b")

@@ -64,7 +64,17 @@ class Bench:
 
     def _targets(self, role: str, taken: list[psutil.Process]) -> list[psutil.Process]:
         there = [process for process in self.processes(role) if process not in taken]
+        if role == "host":
+            spares = self._spares(there)
+            there = [process for process in there if process.pid not in spares]
         return sorted(there, key=lambda process: process.pid)
+
+    def _spares(self, hosts: list[psutil.Process]) -> set[int]:
+        """The process that waits to be the next worker: one that is nobody's, while none is on its way."""
+        workers = [w for w in self.ask("/admin/workers") or [] if w["state"] not in ("dead", "standby")]
+        if not workers or any(w["state"] == "starting" for w in workers):
+            return set()
+        return {process.pid for process in hosts} - {w["pid"] for w in workers}
 
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 
@@ -150,6 +160,19 @@ class Bench:
         """The server and all its processes."""
         root = psutil.Process(self.server.process.pid)
         return [root, *root.children(recursive=True)]
+
+
+def wait_for_spare(server: Server) -> None:
+    """The process that will be the next worker: it takes some seconds, more while cores are busy, and not to be there
+    makes every recovery longer that needs another worker."""
+
+    def stands_by() -> bool:
+        try:
+            return any(w["state"] == "standby" for w in server.get("/admin/workers"))
+        except httpx.HTTPError:
+            return False
+
+    server.wait("a spare process", stands_by, WHOLE_S)
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -33,11 +33,12 @@ def scale_up_and_down(bench: Bench) -> dict[str, str]:
 def _compared(bench: Bench, begin: float, end: float) -> dict[str, str]:
     load = bench.load
     usual_s, rate = load.usual_gap_s(begin - USUAL_S, begin), load.tokens_per_s(begin - USUAL_S, begin)
-    longest_s, during = load.longest_gap_s(begin, end), load.tokens_per_s(begin, end)
+    (longest_at, longest_s), during = load.longest_gap(begin, end), load.tokens_per_s(begin, end)
     calm_s = load.longest_gap_s(begin - USUAL_S, begin)
     return {
         "took": f"{end - begin:.1f} s",
         "usual gap": f"{1e3 * usual_s:.0f} ms (longest {1e3 * calm_s:.0f})",
-        "longest gap": f"{1e3 * longest_s:.0f} ms, {longest_s / max(usual_s, 1e-9):.1f} x usual",
+        "longest gap": f"{1e3 * longest_s:.0f} ms, {longest_s / max(usual_s, 1e-9):.1f} x usual,"
+        f" {longest_at - begin:.1f} s after the beginning",
         "throughput": f"{during:.0f} of {rate:.0f} tokens/s, {during / max(rate, 1e-9):.0%}",
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.bench import Bench
+from tests.chaos.bench import Bench, wait_for_spare
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -49,6 +49,14 @@ def holdings(bench: Bench) -> Holdings:
     )
 
 
+def _at_rest(bench: Bench) -> Holdings:
+    bench.load.rest()
+    wait_for_spare(bench.server)
+    found = holdings(bench)
+    bench.load.go_on()
+    return found
+
+
 def scale_cycles(bench: Bench, cycles: int, settle_after: int) -> dict[str, str]:
     """One worker more and one fewer, `cycles` times. Raises AssertionError where something grows with every cycle.
 
@@ -62,8 +70,8 @@ def scale_cycles(bench: Bench, cycles: int, settle_after: int) -> dict[str, str]
             assert end["phase"] == "completed", end
         bench.settle()
         if cycle + 1 == settle_after:
-            first = holdings(bench)
-    last = holdings(bench)
+            first = _at_rest(bench)
+    last = _at_rest(bench)
     assert first is not None
     more = cycles - settle_after
     grown = [

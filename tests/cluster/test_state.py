@@ -152,6 +152,24 @@ def test_death_of_all_starts_anew() -> None:
     assert sim.state.ranks == (WorkerId("w2"), WorkerId("w3"))
 
 
+def test_after_the_death_of_all_the_first_to_load_waits_for_others_as_long_as_it_took() -> None:
+    sim = serving(2)
+    for worker in (W0, W1):
+        sim.kill(worker)
+        sim.feed(WorkerLost(worker=worker, reason="died"))
+    sim.now += 4.0
+    sim.finish(next(n for n, c in enumerate(sim.todo) if isinstance(c, StartWorker)))
+    for seconds, serves in ((3.9, False), (0.2, True)):
+        sim.now += seconds
+        sim.feed(Tick())
+        while not isinstance(sim.todo[-1], StartWorker):
+            sim.finish(len(sim.todo) - 1)
+        assert sim.state.readiness().ready is serves
+    assert sim.state.ranks == (WorkerId("w2"),)
+    sim.settle()
+    assert sim.state.ranks == (WorkerId("w2"), WorkerId("w3"))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_death_during_a_rebalance_rolls_it_back_and_recovers(stage: int) -> None:
     """While transferring, preparing, committing."""
@@ -632,13 +650,22 @@ def test_a_placement_of_other_workers_is_refused() -> None:
 
 
 def test_the_autoscaler_scales_with_its_reason() -> None:
+    assert serving(2).state.view.autoscaler is None
     sim = serving(2, most=4)
+    sim.feed(LoadSeen(waiting=0, running=0, kv_usage=0.0))
+    assert sim.state.view.autoscaler == "the load has not been seen for 15 s"
     for _ in range(60):
         sim.now += 1.0
         sim.feed(LoadSeen(waiting=200, running=128, kv_usage=0.9))
     assert "autoscale from 2 to 4 workers: demand" in newest(sim).reason
     sim.settle()
     assert len(sim.state.ranks) == 4
+    for _ in range(20):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=500, running=256, kv_usage=0.9))
+    view = sim.state.view
+    assert (view.serving, view.target, view.min_workers, view.max_workers) == (4, 4, 1, 4)
+    assert "at most 4 are to serve" in (view.autoscaler or "")
     with pytest.raises(PlacementError, match="1 to 4"):
         sim.feed(ScaleRequested(workers=5))
     for _ in range(200):

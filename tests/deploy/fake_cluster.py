@@ -119,6 +119,9 @@ class FakeCoordinator:
     async def place(self, *arguments: Any) -> Any:
         return await self._backend.place(*arguments)
 
+    async def scaling(self) -> Any:
+        return await self._backend.scaling()
+
     async def unpin(self) -> None:
         await self._backend.unpin()
 

@@ -29,6 +29,7 @@ from cluster.protocol import (
     Readiness,
     RebalancePreview,
     RoutingView,
+    ScaleView,
     TokenLogprobs,
     TokenOutput,
     WorkerView,
@@ -229,6 +230,9 @@ class FakeBackend:
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
         self.placed = (placement, pinned)
         return await self._operation("op-1")
+
+    async def scaling(self) -> ScaleView:
+        return ScaleView(serving=2, target=2, min_workers=1, max_workers=8, autoscaler="demand 60% of capacity")
 
     async def unpin(self) -> None:
         self.placed = None

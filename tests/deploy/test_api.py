@@ -447,6 +447,11 @@ def test_scaling_as_vllm_and_sglang_do(call: Call) -> None:
     assert call("POST", "/is_scaling_elastic_ep").json() == {"is_scaling_elastic_ep": False}
 
 
+def test_the_state_of_scaling(call: Call) -> None:
+    told = call("GET", "/admin/scale").json()
+    assert (told["serving"], told["max_workers"], told["autoscaler"]) == (2, 8, "demand 60% of capacity")
+
+
 def test_a_given_placement(call: Call) -> None:
     backend = FakeBackend()
     placement = call("GET", "/admin/placement", backend=backend).json()

@@ -15,6 +15,7 @@ import yaml
 
 from cluster.config import ServeConfig
 from deploy import cli
+from deploy.cli_serve import news
 from model.random_checkpoint import make_random_checkpoint
 
 HEAVY = ("torch", "ray", "transformers")
@@ -162,3 +163,20 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         captured = capsys.readouterr().err
         assert str(path) in captured
         assert captured.count("\n") == 1
+
+
+def test_recoveries_and_scaling_are_told_once() -> None:
+    start = {"operation_id": "start-1", "kind": "start", "phase": "completed", "reason": "start", "error": None}
+    recover = {"operation_id": "recover-2", "kind": "recover", "phase": "preparing", "reason": "w0 lost", "error": None}
+    told: set[str] = set()
+    assert news([recover, start], told) == []
+    ended = recover | {"phase": "completed", "reason": "w0 lost; epoch 2 with 1 workers"}
+    scale = {"operation_id": "mine", "kind": "scale", "phase": "failed", "reason": "to 3", "error": "replaced"}
+    # newest first, as the server tells them
+    assert news([scale, ended, start], told) == [
+        "recover-2 completed: w0 lost; epoch 2 with 1 workers",
+        "mine failed: replaced",
+    ]
+    assert news([scale, ended, start], told) == []
+    for answer in (None, {"error": {"message": "not ready"}}):
+        assert news(answer, told) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -180,11 +181,13 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def run(scenario: Callable[[RayBackend, Coordinator, Engine], Awaitable[None]]) -> None:
+def run(
+    scenario: Callable[[RayBackend, Coordinator, Engine], Awaitable[None]], *, recovery_timeout_s: float = 600.0
+) -> None:
     async def work() -> None:
         engine = Engine()
         coordinator = Coordinator(engine)
-        backend = RayBackend(coordinator, plan_deadline_s=1)
+        backend = RayBackend(coordinator, plan_deadline_s=1, recovery_timeout_s=recovery_timeout_s)
         backend.begin()
         try:
             async with asyncio.timeout(20):
@@ -263,6 +266,26 @@ def test_a_request_waits_for_an_engine() -> None:
         assert await answer == EXPECTED
 
     run(scenario)
+
+
+def test_a_request_that_nobody_comes_back_for_ends() -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        outputs = backend.generate(request())
+        first = asyncio.ensure_future(anext(outputs))
+        await until(lambda: bool(engine.running))
+        release(engine, 1)
+        await first
+        # as long as somebody serves, a request may take its time
+        await asyncio.sleep(0.2)
+        coordinator.current = None
+        begun = time.monotonic()
+        end = await anext(outputs)
+        assert time.monotonic() - begun > 0.05
+        assert end.finish_reason is FinishReason.ERROR
+        assert "nobody could serve this request for 0.1 s" in (end.error or "")
+        await until(lambda: engine.aborted == ["r1"])
+
+    run(scenario, recovery_timeout_s=0.1)
 
 
 def test_an_engine_that_is_not_started_yet() -> None:

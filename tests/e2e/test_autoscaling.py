@@ -41,7 +41,7 @@ def metric(server: Server, name: str) -> float:
 
 def test_a_queue_brings_a_worker_and_idleness_takes_it(checkpoint: Path, reference: Reference, tmp_path: Path) -> None:
     flags = ["--workers", "1", "--min-workers", "1", "--max-workers", "2", "--max-num-seqs", "2"]
-    flags += ["--autoscale-window", "2", "--drain-timeout", "1", "--rebalance-interval", "0"]
+    flags += ["--autoscale-window", "2", "--drain-timeout", "1", "--rebalance-interval", "0", "--no-standby"]
     flags += ["--dtype", "float32", "--max-model-len", "1024", "--served-model-name", MODEL]
     server = start([str(checkpoint), *flags, "--kv-cache-memory-bytes", "50000000"], tmp_path / "log")
     try:

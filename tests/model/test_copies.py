@@ -34,6 +34,26 @@ def test_a_copy_is_one_unit_with_its_digest(tmp_path_factory: pytest.TempPathFac
     assert set(again.tensors) == set(copy.tensors)
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype", "expert_dtype"),
+    [("gpt_oss", "float32", "auto"), ("gpt_oss", "bfloat16", "auto"), ("olmoe", "bfloat16", "int8")],
+)
+def test_nothing_is_kept_of_the_memory_that_a_copy_came_in(
+    tmp_path_factory: pytest.TempPathFactory, family: str, dtype: str, expert_dtype: str
+) -> None:
+    if expert_dtype == "int8" and unavailable() is not None:
+        pytest.skip(f"no native library: {unavailable()}")
+    cluster = Lockstep(tiny_checkpoint(family, tmp_path_factory), [4, 4], dtype=dtype, expert_dtype=expert_dtype)
+    source, target = cluster.workers.values()
+    expert = min(set(range(8)) - set(target._store.held(0)))
+    copy = source.export_expert(0, expert)
+    arrived = {name: raw.copy() for name, raw in copy.tensors.items()}
+    target.import_expert(replace(copy, tensors=arrived))
+    for raw in arrived.values():
+        raw[:] = 255
+    assert target.export_expert(0, expert).digest == copy.digest
+
+
 def test_memory_is_told_in_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
     cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4])
     worker = cluster.workers[WorkerId("w0")]
