@@ -19,12 +19,16 @@ PROMPT_TAILS = (5, 6, 7, 8, 4, 3, 2, 1)
 MAX_PENDING = 8
 """Tokens without a finished character after which they are taken for what they are: bytes that are no text."""
 
+MAX_WINDOW = 12
+"""Tokens that are decoded anew with each one that comes, before the older ones are let go."""
+
 
 class Detokenizer:
     """Turns a sequence of tokens into text, never handing out a character that a later token may still change.
 
     It decodes a short window of tokens: what is longer than at the last time is the new text. Decoding tokens one by
-    one would be wrong: a character may be spread over tokens, and decoders treat the first token apart.
+    one would be wrong: a character may be spread over tokens, and decoders treat the first token apart. To let go of
+    the window's older tokens costs a second decoding, so that is done now and then.
     While the text ends with U+FFFD, a character may be unfinished, and nothing is handed out.
     """
 
@@ -32,7 +36,7 @@ class Detokenizer:
         self._decode = decode
         self._window = self._tail(prompt_token_ids)
         self._context = len(self._window)
-        """Tokens at the window's start that are only there for the sake of those after them."""
+        """Tokens at the window's start that are only there for the sake of those after them: their text is out."""
         self._given = len(decode(self._window))
         """Characters of the window's text that have been handed out."""
 
@@ -40,15 +44,13 @@ class Detokenizer:
         """The text that has become certain by this token; often a word, sometimes nothing."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if not text.endswith(REPLACEMENT):
-            new = text[self._given :]
-            if text:
-                self._keep(self._context)
-                self._given = len(self._decode(self._window))
-            return new
-        if len(self._window) - self._context <= MAX_PENDING:
-            return ""
-        return self._give_up(text)
+        if text.endswith(REPLACEMENT):
+            return self._give_up(text) if len(self._window) - self._context > MAX_PENDING else ""
+        new, self._given = text[self._given :], len(text)
+        if len(self._window) > MAX_WINDOW:
+            self._let_go(new)
+        self._context = len(self._window)
+        return new
 
     def flush(self) -> str:
         """What is left when no more token comes: a character that was never finished, as U+FFFD."""
@@ -65,21 +67,25 @@ class Detokenizer:
                 return tail
         return list(prompt[-PROMPT_TAILS[0] :])
 
+    def _let_go(self, new: str) -> None:
+        """Of all but the tokens of the newest text. They must have a text by themselves, or the next word might lose
+        its space; a token that has none and adds none, such as a special one that is skipped, is let go instead."""
+        newest = self._window[self._context :]
+        if text := self._decode(newest):
+            self._window, self._given = newest, len(text)
+        elif not new:
+            self._window.pop()
+
     def _give_up(self, text: str) -> str:
         """Hand out what does not become text, but for the last tokens: a character may begin there."""
         for start in range(len(self._window) - 1, self._context, -1):
             left = self._decode(self._window[:start])
             if left + self._decode(self._window[start:]) == text:
                 new, self._given = left[self._given :], 0
-                self._keep(start)
-                self._context = 0
+                self._window, self._context = self._window[start:], 0
                 return new
         new, self._given = text[self._given :], len(text)
         return new
-
-    def _keep(self, start: int) -> None:
-        self._window = self._window[start:]
-        self._context = len(self._window)
 
 
 class StopStrings:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -120,7 +120,10 @@ class Tokenizer:
         return "" if token is None else str(token)
 
     def _decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
-        return lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens)
+        if self._backend is not None:
+            # for every token that is made: no layer between
+            return partial(self._backend.decode, skip_special_tokens=skip_special_tokens)
+        return partial(self.decode, skip_special_tokens=skip_special_tokens)
 
     def _token_bytes(self, token_id: int) -> bytes:
         text = self.decode([token_id])

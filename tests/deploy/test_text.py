@@ -36,6 +36,7 @@ def byte_fallback() -> RustTokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    tokenizer.add_special_tokens(["<s>"])
     return tokenizer
 
 
@@ -83,6 +84,25 @@ def test_no_piece_of_a_character_is_shown(byte_level: RustTokenizer, text: str) 
 def test_an_unfinished_character_is_shown_at_the_end(byte_level: RustTokenizer) -> None:
     first = byte_level.encode("😀").ids[0]
     assert stream(decoder(byte_level), [first]) == ["", REPLACEMENT]
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens=st.lists(st.sampled_from([257, 258, 264, 264]), max_size=60))
+def test_a_skipped_token_takes_no_space_along(byte_fallback: RustTokenizer, tokens: list[int]) -> None:
+    decode = decoder(byte_fallback)
+    assert decode([257]) + "".join(stream(decode, tokens, [257])) == decode([257, *tokens])
+
+
+def test_skipped_tokens_do_not_pile_up(byte_fallback: RustTokenizer) -> None:
+    longest = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return str(byte_fallback.decode(list(ids), skip_special_tokens=True))
+
+    assert "".join(stream(decode, [258, *[264] * 1000, 258], [257])) == " world world"
+    assert longest < 50
 
 
 def test_bytes_that_never_become_text_do_not_pile_up() -> None:
