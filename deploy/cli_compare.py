@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import ConfigError
-from deploy.cli_plan import DEFAULT_MOVE_SHARE
 from deploy.cli_plan_input import (
     choose_workers,
     load_old,
     make_folder,
     make_problem,
     move_budget,
+    move_share,
     read_trace,
     write_text,
 )
@@ -131,7 +131,7 @@ def run_simulate(args: argparse.Namespace) -> int:
         interval_s=_positive("interval", args.interval),
         window_s=_positive("window", args.window),
         tokens_per_s=_positive("rate", args.rate),
-        move_share=DEFAULT_MOVE_SHARE if args.move_share is None else None if args.move_share == 1 else args.move_share,
+        move_share=move_share(args),
         semantics=Semantics(args.semantics),
         links=Links(worker_gbps=args.worker_gbps, node_gbps=args.node_gbps),
         expert_bytes=args.expert_bytes,
