@@ -69,10 +69,13 @@ def run_compare(args: argparse.Namespace) -> int:
     )
     rows = [row for row, _ in answers]
     write_csv(args.out / "table.csv", rows)
-    write_text(args.out / "table.md", markdown(rows))
+    table = markdown(rows)
+    if limited.move_budget is not None:
+        table += f"\n`auto` moves at most {limited.move_budget} experts (--move-share); the others are not limited.\n"
+    write_text(args.out / "table.md", table)
     _draw_comparison(args, problem, test_problem, answers)
     if not args.json:
-        print(markdown(rows), end="")
+        print(table, end="")
         print(f"table.csv, table.md and figures are in {args.out}", file=sys.stderr)
     return 0
 

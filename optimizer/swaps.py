@@ -53,12 +53,16 @@ class LayerTerms:
 
     def arrivals(self, row: IntArray) -> FloatArray:
         """[W] tokens of a step that arrive at each worker if the slots hold `row` [S]."""
-        away = self.remote_shares(row)
-        pairs = self.pairs[row[:, None], row[None, :]] * (away[:, None] * away[None, :])
-        own = np.add.reduceat(pairs, self.first_slot, axis=1)[np.arange(len(row)), self.owner]
-        first = np.add.reduceat(self.tokens[row] * away, self.first_slot)
-        second = 0.5 * np.add.reduceat(own, self.first_slot)
+        away = self.by_worker(row, self.remote_shares(row))
+        first = self.tokens @ away
+        second = 0.5 * ((self.pairs @ away) * away).sum(axis=0)
         return np.asarray(first**2 / np.maximum(first + second, 1e-300))
+
+    def by_worker(self, row: IntArray, share: FloatArray) -> FloatArray:
+        """[E, W] the shares [S] of each expert that each worker has."""
+        x = np.zeros((len(self.load_s) + 1, len(self.speed)))  # the last row stands for EMPTY
+        x[row, self.owner] = share
+        return x[:-1]
 
     def objective(self, row: IntArray) -> float:
         """Seconds of the layer, with norms for maxima: what descends with every swap that swap_deltas recommends."""
@@ -72,9 +76,8 @@ class LayerTerms:
             uplink = np.bincount(self.node, arrive * self.uplink_s)
             total += potential_norm(np.concatenate([arrive * self.arrival_s, uplink]), self.link_power)
         if self.covariance_s is not None:
-            covariance = self.covariance_s[row[:, None], row[None, :]] * (share[:, None] * share[None, :])
-            own = np.add.reduceat(covariance, self.first_slot, axis=1)[np.arange(len(row)), self.owner]
-            total += float((np.add.reduceat(own, self.first_slot) / self.speed**2).sum())
+            x = self.by_worker(row, share)
+            total += float((((self.covariance_s @ x) * x).sum(axis=0) / self.speed**2).sum())
         return total
 
     def remote_shares(self, row: IntArray) -> FloatArray:
@@ -117,10 +120,8 @@ def _load_half(terms: LayerTerms, load: FloatArray) -> FloatArray:
 def _arrival_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatArray:
     """[S, S] change of the traffic terms of worker owner[i] (its port, its part of the uplink) if it gives i for j."""
     owner = terms.owner
-    pairs = terms.pairs[row[:, None], row[None, :]] * (share[:, None] * share[None, :])
     tokens = terms.tokens[row] * share
-    with_worker = np.add.reduceat(pairs, terms.first_slot, axis=1)
-    own = with_worker[np.arange(len(row)), owner]
+    pairs, with_worker, own = _together(terms, terms.pairs, row, share)
     first = np.add.reduceat(tokens, terms.first_slot)
     second = 0.5 * np.add.reduceat(own, terms.first_slot)
     arrive = first**2 / np.maximum(first + second, 1e-300)
@@ -152,12 +153,19 @@ def _uplink_half(terms: LayerTerms, change: FloatArray, uplink: FloatArray, norm
 def _risk_half(terms: LayerTerms, covariance_s: FloatArray, row: IntArray, share: FloatArray) -> FloatArray:
     """[S, S] change of worker owner[i]'s variance term if it gives item i for item j."""
     owner = terms.owner
-    covariance = covariance_s[row[:, None], row[None, :]] * (share[:, None] * share[None, :])
-    with_worker = np.add.reduceat(covariance, terms.first_slot, axis=1)
-    own = with_worker[np.arange(len(row)), owner]
+    covariance, with_worker, own = _together(terms, covariance_s, row, share)
     alone = np.diagonal(covariance)
     change = (alone - 2 * own)[:, None] + 2 * (with_worker[:, owner].T - covariance) + alone[None, :]
     return np.asarray(change / (terms.speed**2)[owner][:, None])
+
+
+def _together(
+    terms: LayerTerms, of_two: FloatArray, row: IntArray, share: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """([S, S] a statistic [E, E] of every two items; [S, W] of every item with all of a worker; [S] with its own)."""
+    pairs = of_two[row[:, None], row] * (share[:, None] * share)
+    with_worker = (of_two @ terms.by_worker(row, share))[row] * share[:, None]
+    return pairs, with_worker, with_worker[np.arange(len(row)), terms.owner]
 
 
 def _doubles(terms: LayerTerms, row: IntArray, held: np.ndarray) -> np.ndarray:
