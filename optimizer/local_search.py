@@ -36,7 +36,8 @@ REDEALS = 6
 """Moves of a replica that are evaluated in full before a descent is at its end."""
 
 LARGE = 10**6
-"""Swaps to look at over all layers, above which layers are finished in turn only: joint rounds would not end."""
+"""Swaps to look at over all layers, above which layers are finished in turn only, until that brings nothing: joint
+rounds would not end."""
 
 FINISH = ((2, 1), (4, 2), (6, 3), (7, 4))
 """SHARPNESS for one layer, its neighbours as they are."""
@@ -99,9 +100,10 @@ class JointSearch:
 
     def sweep(self, budget: Budget, first_round: int = 0) -> None:
         """Finish every layer in turn, then descend all, back and forth, ever sharper. Keeps the best table."""
-        for layer in range(self.problem.num_layers):
-            self._try([layer], FINISH if first_round == 0 else FINISH[1:], budget)
+        better = self._finish_layers(budget, first_round)
         if self.problem.num_layers * self.problem.num_slots**2 > LARGE:
+            while better:
+                better = self._finish_layers(budget, first_round)
             return
         best, best_s = self.table.copy(), self.total_s
         layers = range(self.problem.num_layers)
@@ -113,6 +115,11 @@ class JointSearch:
             if (now_s := self.total_s) < best_s:
                 best, best_s = self.table.copy(), now_s
         self.restore(best)
+
+    def _finish_layers(self, budget: Budget, first_round: int) -> bool:
+        """Descend every layer to its end while the others stay; whether any came out better."""
+        rounds = FINISH if first_round == 0 else FINISH[1:]
+        return sum(self._try([layer], rounds, budget) for layer in range(self.problem.num_layers)) > 0
 
     def _try(self, layers: list[int], rounds: Rounds, budget: Budget, disturb: bool = False) -> bool:
         """Descend some layers, disturbed first or not; keep what is better and was done in time. Whether any was."""

@@ -70,9 +70,9 @@ PLANNERS: tuple[str, ...] = tuple(_PLANNERS)
 
 def plan(
     problem: PlacementProblem,
+    deadline_s: float = 10.0,
     *,
     planner: str = "auto",
-    deadline_s: float = 10.0,
     solver: str = "highs",
     seed: int = 0,
     clock: Clock = time.monotonic,

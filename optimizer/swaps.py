@@ -112,9 +112,13 @@ def _load_half(terms: LayerTerms, load: FloatArray) -> FloatArray:
     """[S, S] change of worker owner[i]'s compute term if it gives item i for item j."""
     worker = np.add.reduceat(load, terms.first_slot) / terms.speed
     norm, now = _potential(worker, terms.load_power)
-    speed = terms.speed[terms.owner][:, None]
-    after = worker[terms.owner][:, None] + (load[None, :] - load[:, None]) / speed
-    return np.asarray(raised(after / norm, terms.load_power) * (norm / 2**terms.load_power) - now[terms.owner][:, None])
+    per_token = 1 / (norm * terms.speed[terms.owner])
+    after = np.multiply.outer(per_token, load)
+    after += ((worker / norm)[terms.owner] - per_token * load)[:, None]
+    change = raised(after, terms.load_power)
+    change *= norm / 2**terms.load_power
+    change -= now[terms.owner][:, None]
+    return change
 
 
 def _arrival_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatArray:
@@ -130,9 +134,11 @@ def _arrival_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatA
     power = terms.link_power
     norm = potential_norm(np.concatenate([port, uplink]), power)
 
-    first_after = first[owner][:, None] + (tokens[None, :] - tokens[:, None])
-    second_after = (second[owner] - own)[:, None] + with_worker[:, owner].T - pairs
-    after = first_after**2 / np.maximum(first_after + second_after, 1e-300)
+    first_after = (first[owner] - tokens)[:, None] + tokens
+    both_after = _after(second[owner] - own, with_worker, pairs, owner)
+    both_after += first_after
+    after = np.square(first_after, out=first_after)
+    after /= np.maximum(both_after, 1e-300, out=both_after)
     change = raised(after * (terms.arrival_s[owner][:, None] / norm), power)
     change -= raised(port / norm, power)[owner][:, None]
     if len(uplink) > 1:
@@ -155,8 +161,11 @@ def _risk_half(terms: LayerTerms, covariance_s: FloatArray, row: IntArray, share
     owner = terms.owner
     covariance, with_worker, own = _together(terms, covariance_s, row, share)
     alone = np.diagonal(covariance)
-    change = (alone - 2 * own)[:, None] + 2 * (with_worker[:, owner].T - covariance) + alone[None, :]
-    return np.asarray(change / (terms.speed**2)[owner][:, None])
+    change = _after((alone - 2 * own) / 2, with_worker, covariance, owner)
+    change *= 2
+    change += alone
+    change /= (terms.speed**2)[owner][:, None]
+    return change
 
 
 def _together(
@@ -166,6 +175,14 @@ def _together(
     pairs = of_two[row[:, None], row] * (share[:, None] * share)
     with_worker = (of_two @ terms.by_worker(row, share))[row] * share[:, None]
     return pairs, with_worker, with_worker[np.arange(len(row)), terms.owner]
+
+
+def _after(before: FloatArray, with_worker: FloatArray, pairs: FloatArray, owner: IntArray) -> FloatArray:
+    """[S, S] before [S] plus what item j has with owner[i]'s items, item i left out."""
+    change = np.ascontiguousarray(with_worker.T)[owner]
+    change -= pairs
+    change += before[:, None]
+    return change
 
 
 def _doubles(terms: LayerTerms, row: IntArray, held: np.ndarray) -> np.ndarray:
@@ -192,7 +209,7 @@ def raised(z: FloatArray, power: int) -> FloatArray:
     anyway."""
     z = np.minimum(z, 10.0 ** (250 / 2**power))
     for _ in range(power):
-        z = z * z
+        np.multiply(z, z, out=z)
     return z
 
 
