@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import ConfigError
-from deploy.cli_plan import DEFAULT_MOVE_SHARE
 from deploy.cli_plan_input import (
     choose_workers,
     load_old,
     make_folder,
     make_problem,
     move_budget,
+    move_share,
     read_trace,
     write_text,
 )
@@ -69,10 +69,13 @@ def run_compare(args: argparse.Namespace) -> int:
     )
     rows = [row for row, _ in answers]
     write_csv(args.out / "table.csv", rows)
-    write_text(args.out / "table.md", markdown(rows))
+    table = markdown(rows)
+    if limited.move_budget is not None:
+        table += f"\n`auto` moves at most {limited.move_budget} experts (--move-share); the others are not limited.\n"
+    write_text(args.out / "table.md", table)
     _draw_comparison(args, problem, test_problem, answers)
     if not args.json:
-        print(markdown(rows), end="")
+        print(table, end="")
         print(f"table.csv, table.md and figures are in {args.out}", file=sys.stderr)
     return 0
 
@@ -131,7 +134,7 @@ def run_simulate(args: argparse.Namespace) -> int:
         interval_s=_positive("interval", args.interval),
         window_s=_positive("window", args.window),
         tokens_per_s=_positive("rate", args.rate),
-        move_share=DEFAULT_MOVE_SHARE if args.move_share is None else None if args.move_share == 1 else args.move_share,
+        move_share=move_share(args),
         semantics=Semantics(args.semantics),
         links=Links(worker_gbps=args.worker_gbps, node_gbps=args.node_gbps),
         expert_bytes=args.expert_bytes,

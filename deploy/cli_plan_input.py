@@ -61,12 +61,20 @@ def make_problem(
 
 
 def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | None:
-    if problem.current is None or problem.current.workers != problem.workers:
+    if args.old is None and args.move_share is not None:
+        raise ConfigError("--move-share: limits moves from a placement, which --from names")
+    share = move_share(args)
+    if problem.current is None or problem.current.workers != problem.workers or share is None:
         return None
+    return math.floor(share * problem.num_layers * problem.num_experts)
+
+
+def move_share(args: argparse.Namespace) -> float | None:
+    """Most experts to move, as a share of all; None: no limit."""
     share = DEFAULT_MOVE_SHARE if args.move_share is None else args.move_share
     if not 0 <= share <= 1:
         raise ConfigError(f"--move-share: expected 0 to 1, got {share}")
-    return None if share == 1 else math.floor(share * problem.num_layers * problem.num_experts)
+    return None if share == 1 else float(share)
 
 
 def describe(trace: Trace, problem: PlacementProblem, placement: Placement) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The planner `auto`: the best that the deadline allows, and no worse than any other planner.
 
-It walks the path of `ilp`, which begins with that of `local_search`, with the same random numbers and a little more
-time (optimizer.planner), then goes on shaking layers, and answers with the cheapest of that, of the quick planners and
-of the current placement.
+It walks the path of `local_search` and of `ilp`, which begins with it, with the same random numbers and more time than
+they have (optimizer.planner), then goes on shaking layers, and answers with the cheapest of that, of the quick planners
+and of the current placement. Time only cuts that path short, so whoever comes farther is not behind.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def auto_plan(problem: PlacementProblem, budget: Budget) -> Draft:
 
 
 def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
-    from optimizer.ilp_planner import ilp_plan
+    draft, planner, note = local_search_plan(problem, budget), "local_search", ""
+    if budget.left_s > 0:
+        # Pyomo, which this imports, takes longer to load than a short deadline allows
+        from optimizer.ilp_planner import improved
 
-    start = copy.deepcopy(budget.rng)
-    try:
-        draft, planner, note = ilp_plan(problem, budget), "ilp", ""
-    except SolverError as error:
-        again = Budget(ends=budget.ends, solver=budget.solver, rng=start)
-        draft, planner, note = local_search_plan(problem, again), "local_search", f"; no ILP: {error}"
+        try:
+            draft, planner = improved(problem, draft, budget), "ilp"
+        except SolverError as error:
+            note = f"; no ILP: {error}"
     price_s = price_table(problem, draft.table).total_s
     if draft.bound >= price_s * (1 - 1e-6) or budget.left_s <= 0:
         return dataclasses.replace(draft, planner=planner, reason=draft.reason + note)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from optimizer.problem import IntArray, PlacementProblem
 from optimizer.result import Termination
+
+Clock = Callable[[], float]
+"""Seconds from some point on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,9 +21,10 @@ class Budget:
     """What a planner may use."""
 
     ends: float
-    """time.monotonic() by which it should have returned."""
+    """Time of `clock` by which it should have returned."""
     solver: str
     rng: np.random.Generator
+    clock: Clock = time.monotonic
 
     @classmethod
     def of(cls, seconds: float, *, solver: str = "highs", seed: int = 0) -> Budget:
@@ -28,25 +32,27 @@ class Budget:
 
     @property
     def left_s(self) -> float:
-        return self.ends - time.monotonic()
+        return self.ends - self.clock()
 
     def share(self, part: float) -> Budget:
         """A budget of `part` (0..1) of the time that is left."""
-        return Budget(ends=time.monotonic() + part * self.left_s, solver=self.solver, rng=self.rng)
+        now = self.clock()
+        return replace(self, ends=now + part * (self.ends - now))
 
 
 @dataclass(slots=True)
 class Pace:
     """How long models take to formulate, so that none is begun that would outlast the deadline."""
 
+    clock: Clock
     seconds: float = 0.0
     variables: int = 0
 
     @contextmanager
     def timed(self, variables: int) -> Iterator[None]:
-        begun = time.monotonic()
+        begun = self.clock()
         yield
-        self.seconds += time.monotonic() - begun
+        self.seconds += self.clock() - begun
         self.variables += variables
 
     def allows(self, variables: int, left_s: float) -> bool:

@@ -70,7 +70,7 @@ def _improved(problem: PlacementProblem, start: FrontierPoint, price_s: float, b
     """From `start`, what pays where a move costs `price_s` per step."""
     priced = dataclasses.replace(problem, expert_bytes=_bytes_for(problem, price_s))
     search = JointSearch(priced, start.table)
-    search.sweep(budget.ends, FROM_CURRENT)
+    search.sweep(budget, FROM_CURRENT)
     return _point(problem, search.table.copy())
 
 

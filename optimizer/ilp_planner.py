@@ -38,8 +38,12 @@ PIECE_S = 2.0
 
 def ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     """Raises SolverError where the solver cannot be used."""
-    seed = local_search_plan(problem, budget)
-    if joint_ilp.size(problem) <= SMALL:
+    return improved(problem, local_search_plan(problem, budget), budget)
+
+
+def improved(problem: PlacementProblem, seed: Draft, budget: Budget) -> Draft:
+    """Never worse than what the local search found. Raises SolverError where the solver cannot be used."""
+    if joint_ilp.size(problem) <= SMALL and budget.left_s > 0:
         return _exact(problem, seed.table, budget)
     if seed.termination is Termination.DEADLINE:
         return dataclasses.replace(seed, reason=f"{seed.reason}; no time for ILPs")
@@ -110,8 +114,10 @@ def _improve(problem: PlacementProblem, search: JointSearch, layer: int, budget:
     terms = search.pricer.terms(layer, 7, 4)
     row, before = search.table[layer].copy(), search.pricer.around_s(layer)
     model = LayerModel(terms, row, _piece(problem, search, layer, budget.rng))
-    solution = solve(model.model, solver=budget.solver, time_limit_s=min(PIECE_S, budget.left_s), gap=1e-4)
-    if solution.objective is None:
+    limit_s = min(PIECE_S, budget.left_s)
+    solution = solve(model.model, solver=budget.solver, time_limit_s=limit_s, gap=1e-4)
+    # what the deadline cut short would with more time have come out otherwise
+    if solution.objective is None or (limit_s < PIECE_S and not solution.optimal):
         return False
     search.table[layer] = model.chosen_row()
     search.pricer.update(search.table, layer)

@@ -153,7 +153,7 @@ def _norm_slopes(links: list[FloatArray], power: int) -> list[FloatArray]:
     is more where many are nearly as busy, and would ask too much for them."""
     seconds = np.concatenate(links)
     peak = max(float(seconds.max()), 1e-300)
-    norm = peak * float(((seconds / peak) ** power).sum()) ** (1 / power)
+    norm = peak * max(float(((seconds / peak) ** power).sum()), 1.0) ** (1 / power)  # 0 where nothing leaves a worker
     return np.split((peak / norm) * (seconds / norm) ** (power - 1), np.cumsum([len(link) for link in links])[:-1])
 
 

@@ -22,7 +22,7 @@ def load_ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     Raises SolverError where the solver cannot be used.
     """
     table = greedy_table(problem, budget.rng)
-    proven, pace = 0, Pace()
+    proven, pace = 0, Pace(clock=budget.clock)
     size = problem.num_slots * len(problem.workers)
     for layer in range(problem.num_layers):
         if not pace.allows(2 * size, budget.left_s):

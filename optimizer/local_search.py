@@ -1,13 +1,12 @@
 """Joint local search over all layers: the planner `local_search`, and the seed of the ILP.
 
-Source: ours; iterated local search after Lourenco, Martin and Stuetzle 2003. Anytime. First sweeps over the layers,
-each descended by its best swaps while its neighbours stay, with the norm that stands for the maximum sharpened step
-by step; then layers are shaken and descended again until the deadline. The best table under the true cost is kept
-throughout."""
+Source: ours; iterated local search after Lourenco, Martin and Stuetzle 2003. Anytime. First each layer is descended in
+turn, kept where the true cost fell; then sweeps over all layers, each descended by its best swaps while its neighbours
+stay, with the norm that stands for the maximum sharpened step by step; then layers are shaken and descended again. The
+best table under the true cost is kept throughout. Time cuts this path short and changes nothing else of it: with more
+of it the answer is the same or better, whatever the deadline."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 
@@ -37,11 +36,13 @@ REDEALS = 6
 """Moves of a replica that are evaluated in full before a descent is at its end."""
 
 LARGE = 10**6
-"""Swaps to look at over all layers, above which each layer is finished in turn: joint rounds would not end."""
+"""Swaps to look at over all layers, above which layers are finished in turn only, until that brings nothing: joint
+rounds would not end."""
 
-LARGE_ROUNDS = ((2, 1), (4, 2), (6, 3), (7, 4))
-"""SHARPNESS for large problems."""
+FINISH = ((2, 1), (4, 2), (6, 3), (7, 4))
+"""SHARPNESS for one layer, its neighbours as they are."""
 
+Rounds = tuple[tuple[int, int], ...]
 
 SHAKEN = ((6, 3), (9, 5))
 """Rounds of SHARPNESS for one layer after it was disturbed: in the sharpest most of the balance is won."""
@@ -68,14 +69,12 @@ FROM_CURRENT = 5
 def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     """The best placement found until the deadline: from greedy lined up, and from the current placement if any."""
     search = JointSearch(problem, lined_up(problem, greedy_table(problem, budget.rng)))
+    search.sweep(budget)
     if problem.current is not None and problem.current.workers == problem.workers:
-        search.sweep(budget.share(0.4).ends)
         stay = JointSearch(problem, problem.current.physical_to_logical_map)
-        stay.sweep(budget.share(0.4).ends, FROM_CURRENT)
+        stay.sweep(budget, FROM_CURRENT)
         if stay.total_s < search.total_s:
             search = stay
-    else:
-        search.sweep(budget.ends)
     kicks = max(KICKS_PER_LAYER * problem.num_layers, LEAST_KICKS)
     tried, kept = search.shake(budget, kicks)
     return Draft(
@@ -99,61 +98,56 @@ class JointSearch:
         """The true cost of the table."""
         return self.pricer.total_s(self.table)
 
-    def sweep(self, ends: float, first_round: int = 0) -> None:
-        """Descend every layer, back and forth, ever sharper, until `ends` at most. Keeps the best table."""
+    def sweep(self, budget: Budget, first_round: int = 0) -> None:
+        """Finish every layer in turn, then descend all, back and forth, ever sharper. Keeps the best table."""
+        better = self._finish_layers(budget, first_round)
         if self.problem.num_layers * self.problem.num_slots**2 > LARGE:
-            self._finish_layers(ends)
+            while better:
+                better = self._finish_layers(budget, first_round)
             return
-        best, best_s = self.table.copy(), self.pricer.total_s(self.table)
+        best, best_s = self.table.copy(), self.total_s
         layers = range(self.problem.num_layers)
-        rounds = list(zip(SHARPNESS, EAGERNESS, strict=True))[first_round:]
-        for k, ((load_power, link_power), eager) in enumerate(rounds):
-            # a soft round that takes too long would leave no time for the sharp ones, which balance
-            round_ends = time.monotonic() + (ends - time.monotonic()) / (len(rounds) - k)
+        for (load_power, link_power), eager in list(zip(SHARPNESS, EAGERNESS, strict=True))[first_round:]:
             for layer in [*layers, *reversed(layers)]:
-                self.descend(layer, load_power, link_power, round_ends, eager)
-                if time.monotonic() > round_ends:
-                    break
-            now_s = self.pricer.total_s(self.table)
-            if now_s < best_s:
+                self.descend(layer, load_power, link_power, budget, eager)
+            if budget.left_s <= 0:
+                break
+            if (now_s := self.total_s) < best_s:
                 best, best_s = self.table.copy(), now_s
         self.restore(best)
 
-    def _finish_layers(self, ends: float) -> None:
-        """Bring one layer after another through all rounds, each with its share of the time left."""
-        for layer in range(self.problem.num_layers):
-            begun = time.monotonic()
-            layer_ends = begun + (ends - begun) / (self.problem.num_layers - layer)
-            was, was_s = self.table[layer].copy(), self.pricer.around_s(layer)
-            for k, (load_power, link_power) in enumerate(LARGE_ROUNDS):
-                now = time.monotonic()
-                self.descend(layer, load_power, link_power, now + (layer_ends - now) / (len(LARGE_ROUNDS) - k))
-            if self.pricer.around_s(layer) >= was_s:
-                self.table[layer] = was
-                self.pricer.update(self.table, layer)
+    def _finish_layers(self, budget: Budget, first_round: int) -> bool:
+        """Descend every layer to its end while the others stay; whether any came out better."""
+        rounds = FINISH if first_round == 0 else FINISH[1:]
+        return sum(self._try([layer], rounds, budget) for layer in range(self.problem.num_layers)) > 0
+
+    def _try(self, layers: list[int], rounds: Rounds, budget: Budget, disturb: bool = False) -> bool:
+        """Descend some layers, disturbed first or not; keep what is better and was done in time. Whether any was."""
+        was, was_s = self.table[layers].copy(), self.pricer.around_s(*layers)
+        for each in layers if disturb else ():
+            self._disturb(each, budget.rng)
+        for load_power, link_power in rounds:
+            for each in layers:
+                self.descend(each, load_power, link_power, budget)
+        # what the deadline cut short would with more time have come out otherwise
+        if self.pricer.around_s(*layers) < was_s * (1 - 1e-9) and budget.left_s > 0:
+            return True
+        self.table[layers] = was
+        for each in layers:
+            self.pricer.update(self.table, each)
+        return False
 
     def shake(self, budget: Budget, most: int) -> tuple[int, int]:
         """Disturb one layer after another and descend again; keep what is better. (tried, kept), tried <= `most`."""
         rng, tried, kept = budget.rng, 0, 0
         layers = self.problem.num_layers
         order = rng.permutation(layers)
-        while tried < most and time.monotonic() < budget.ends:
+        while tried < most and budget.left_s > 0:
             layer = int(order[tried % layers])
             # what a layer gains by lining up with its neighbour may need both to move
             shaken = [layer, layer + 1] if layer + 1 < layers and rng.random() < PAIRED else [layer]
             tried += 1
-            was, was_s = self.table[shaken].copy(), self.pricer.around_s(*shaken)
-            for each in shaken:
-                self._disturb(each, rng)
-            for load_power, link_power in SHAKEN:
-                for each in shaken:
-                    self.descend(each, load_power, link_power, budget.ends)
-            if self.pricer.around_s(*shaken) < was_s * (1 - 1e-9):
-                kept += 1
-            else:
-                self.table[shaken] = was
-                for each in shaken:
-                    self.pricer.update(self.table, each)
+            kept += self._try(shaken, SHAKEN, budget, disturb=True)
         return tried, kept
 
     def _disturb(self, layer: int, rng: np.random.Generator) -> None:
@@ -189,9 +183,11 @@ class JointSearch:
         else:
             row[slot] = EMPTY
 
-    def descend(self, layer: int, load_power: int, link_power: int, ends: float, eagerness: float = 1.0) -> int:
+    def descend(self, layer: int, load_power: int, link_power: int, budget: Budget, eagerness: float = 1.0) -> int:
         """Do the best swaps of one layer until none gains, then give spare slots to other experts where that gains, and
-        so on; its neighbours stay. Returns how many were done."""
+        so on; its neighbours stay. Returns how many were done; none where there is no time left."""
+        if budget.left_s <= 0:
+            return 0
         terms = self.pricer.terms(layer, load_power, link_power, eagerness)
         row, done = self.table[layer], 0
         value = terms.objective(row)
@@ -201,7 +197,7 @@ class JointSearch:
             if not kept and self._replicated:
                 kept, value = _redeal(terms, row, value)
             done += kept
-            if not kept or time.monotonic() > ends:
+            if not kept or budget.left_s <= 0:
                 break
         if done:
             self.pricer.update(self.table, layer)

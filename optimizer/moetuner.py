@@ -34,7 +34,7 @@ def moetuner_plan(problem: PlacementProblem, budget: Budget) -> Draft:
 
     Raises SolverError where the solver cannot be used.
     """
-    pace = Pace()
+    pace = Pace(clock=budget.clock)
     cluster_of, balanced = _cluster(problem, budget.share(0.5), pace)
     worker_of, gap = _map_clusters(problem, cluster_of, budget, pace)
     rows = []

@@ -53,12 +53,16 @@ class LayerTerms:
 
     def arrivals(self, row: IntArray) -> FloatArray:
         """[W] tokens of a step that arrive at each worker if the slots hold `row` [S]."""
-        away = self.remote_shares(row)
-        pairs = self.pairs[row[:, None], row[None, :]] * (away[:, None] * away[None, :])
-        own = np.add.reduceat(pairs, self.first_slot, axis=1)[np.arange(len(row)), self.owner]
-        first = np.add.reduceat(self.tokens[row] * away, self.first_slot)
-        second = 0.5 * np.add.reduceat(own, self.first_slot)
+        away = self.by_worker(row, self.remote_shares(row))
+        first = self.tokens @ away
+        second = 0.5 * ((self.pairs @ away) * away).sum(axis=0)
         return np.asarray(first**2 / np.maximum(first + second, 1e-300))
+
+    def by_worker(self, row: IntArray, share: FloatArray) -> FloatArray:
+        """[E, W] the shares [S] of each expert that each worker has."""
+        x = np.zeros((len(self.load_s) + 1, len(self.speed)))  # the last row stands for EMPTY
+        x[row, self.owner] = share
+        return x[:-1]
 
     def objective(self, row: IntArray) -> float:
         """Seconds of the layer, with norms for maxima: what descends with every swap that swap_deltas recommends."""
@@ -72,9 +76,8 @@ class LayerTerms:
             uplink = np.bincount(self.node, arrive * self.uplink_s)
             total += potential_norm(np.concatenate([arrive * self.arrival_s, uplink]), self.link_power)
         if self.covariance_s is not None:
-            covariance = self.covariance_s[row[:, None], row[None, :]] * (share[:, None] * share[None, :])
-            own = np.add.reduceat(covariance, self.first_slot, axis=1)[np.arange(len(row)), self.owner]
-            total += float((np.add.reduceat(own, self.first_slot) / self.speed**2).sum())
+            x = self.by_worker(row, share)
+            total += float((((self.covariance_s @ x) * x).sum(axis=0) / self.speed**2).sum())
         return total
 
     def remote_shares(self, row: IntArray) -> FloatArray:
@@ -109,18 +112,20 @@ def _load_half(terms: LayerTerms, load: FloatArray) -> FloatArray:
     """[S, S] change of worker owner[i]'s compute term if it gives item i for item j."""
     worker = np.add.reduceat(load, terms.first_slot) / terms.speed
     norm, now = _potential(worker, terms.load_power)
-    speed = terms.speed[terms.owner][:, None]
-    after = worker[terms.owner][:, None] + (load[None, :] - load[:, None]) / speed
-    return np.asarray(raised(after / norm, terms.load_power) * (norm / 2**terms.load_power) - now[terms.owner][:, None])
+    per_token = 1 / (norm * terms.speed[terms.owner])
+    after = np.multiply.outer(per_token, load)
+    after += ((worker / norm)[terms.owner] - per_token * load)[:, None]
+    change = raised(after, terms.load_power)
+    change *= norm / 2**terms.load_power
+    change -= now[terms.owner][:, None]
+    return change
 
 
 def _arrival_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatArray:
     """[S, S] change of the traffic terms of worker owner[i] (its port, its part of the uplink) if it gives i for j."""
     owner = terms.owner
-    pairs = terms.pairs[row[:, None], row[None, :]] * (share[:, None] * share[None, :])
     tokens = terms.tokens[row] * share
-    with_worker = np.add.reduceat(pairs, terms.first_slot, axis=1)
-    own = with_worker[np.arange(len(row)), owner]
+    pairs, with_worker, own = _together(terms, terms.pairs, row, share)
     first = np.add.reduceat(tokens, terms.first_slot)
     second = 0.5 * np.add.reduceat(own, terms.first_slot)
     arrive = first**2 / np.maximum(first + second, 1e-300)
@@ -129,9 +134,11 @@ def _arrival_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatA
     power = terms.link_power
     norm = potential_norm(np.concatenate([port, uplink]), power)
 
-    first_after = first[owner][:, None] + (tokens[None, :] - tokens[:, None])
-    second_after = (second[owner] - own)[:, None] + with_worker[:, owner].T - pairs
-    after = first_after**2 / np.maximum(first_after + second_after, 1e-300)
+    first_after = (first[owner] - tokens)[:, None] + tokens
+    both_after = _after(second[owner] - own, with_worker, pairs, owner)
+    both_after += first_after
+    after = np.square(first_after, out=first_after)
+    after /= np.maximum(both_after, 1e-300, out=both_after)
     change = raised(after * (terms.arrival_s[owner][:, None] / norm), power)
     change -= raised(port / norm, power)[owner][:, None]
     if len(uplink) > 1:
@@ -152,12 +159,30 @@ def _uplink_half(terms: LayerTerms, change: FloatArray, uplink: FloatArray, norm
 def _risk_half(terms: LayerTerms, covariance_s: FloatArray, row: IntArray, share: FloatArray) -> FloatArray:
     """[S, S] change of worker owner[i]'s variance term if it gives item i for item j."""
     owner = terms.owner
-    covariance = covariance_s[row[:, None], row[None, :]] * (share[:, None] * share[None, :])
-    with_worker = np.add.reduceat(covariance, terms.first_slot, axis=1)
-    own = with_worker[np.arange(len(row)), owner]
+    covariance, with_worker, own = _together(terms, covariance_s, row, share)
     alone = np.diagonal(covariance)
-    change = (alone - 2 * own)[:, None] + 2 * (with_worker[:, owner].T - covariance) + alone[None, :]
-    return np.asarray(change / (terms.speed**2)[owner][:, None])
+    change = _after((alone - 2 * own) / 2, with_worker, covariance, owner)
+    change *= 2
+    change += alone
+    change /= (terms.speed**2)[owner][:, None]
+    return change
+
+
+def _together(
+    terms: LayerTerms, of_two: FloatArray, row: IntArray, share: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """([S, S] a statistic [E, E] of every two items; [S, W] of every item with all of a worker; [S] with its own)."""
+    pairs = of_two[row[:, None], row] * (share[:, None] * share)
+    with_worker = (of_two @ terms.by_worker(row, share))[row] * share[:, None]
+    return pairs, with_worker, with_worker[np.arange(len(row)), terms.owner]
+
+
+def _after(before: FloatArray, with_worker: FloatArray, pairs: FloatArray, owner: IntArray) -> FloatArray:
+    """[S, S] before [S] plus what item j has with owner[i]'s items, item i left out."""
+    change = np.ascontiguousarray(with_worker.T)[owner]
+    change -= pairs
+    change += before[:, None]
+    return change
 
 
 def _doubles(terms: LayerTerms, row: IntArray, held: np.ndarray) -> np.ndarray:
@@ -184,7 +209,7 @@ def raised(z: FloatArray, power: int) -> FloatArray:
     anyway."""
     z = np.minimum(z, 10.0 ** (250 / 2**power))
     for _ in range(power):
-        z = z * z
+        np.multiply(z, z, out=z)
     return z
 
 

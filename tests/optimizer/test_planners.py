@@ -1,14 +1,13 @@
-"""Each planner against an optimum by brute force, in what it optimises; and `auto` against all others."""
+"""Each planner against an optimum by brute force, in what it optimises."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer import PLANNERS, Termination, auto_planner, local_search, plan, solvers
+from optimizer import Termination, local_search, plan, solvers
 from optimizer.assignment import assign
 from optimizer.chaining import chained, kept, lined_up
 from optimizer.cost import load_imbalance, price_table, shares
@@ -168,33 +167,6 @@ def test_local_search_never_returns_worse_than_its_start() -> None:
         assert price_table(problem, local_search_plan(problem, Budget.of(seconds)).table).total_s <= start
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"redundant": 4},
-        {"nodes": 2, "semantics": Semantics.FOLLOW},
-        {"experts": 15, "workers": 4, "speeds": (1.0, 1.0, 2.0, 1.0)},
-        {"experts": 6, "workers": 8, "redundant": 6},
-    ],
-)
-def test_auto_is_not_worse_than_any_other_planner(fields: dict[str, object]) -> None:
-    problem = generated(layers=3, **fields)
-    # much more time than the others: how far any of them gets in little time depends on the machine
-    auto = plan(problem, deadline_s=4.0).cost.total_s
-    for planner in set(PLANNERS) - {"auto"}:
-        assert auto <= plan(problem, planner=planner, deadline_s=0.3).cost.total_s * (1 + 1e-9), planner
-
-
-def test_quick_planners_take_no_time_from_the_search_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(*_: object) -> dict[str, np.ndarray]:
-        time.sleep(1.0)
-        return {}
-
-    monkeypatch.setattr(auto_planner, "_quick_tables", slow)
-    assert "0 of 0 shaken" not in plan(generated(), deadline_s=1.0).reason
-
-
 def test_more_workers_than_experts_need_replicas_only_to_be_used() -> None:
     problem = generated(layers=2, experts=4, workers=8)
     result = plan(problem, deadline_s=1.0)
@@ -208,7 +180,7 @@ def test_large_problems_are_finished_layer_by_layer(monkeypatch: pytest.MonkeyPa
     start = price_table(problem, greedy_table(problem, np.random.default_rng(0))).total_s
     monkeypatch.setattr(local_search, "LARGE", 0)
     search = local_search.JointSearch(problem, greedy_table(problem, np.random.default_rng(0)))
-    search.sweep(time.monotonic() + 5)
+    search.sweep(Budget.of(5))
     assert search.total_s < start
     assert to_placement(problem, search.table).num_layers == 3
 
@@ -220,7 +192,7 @@ def test_descents_go_down(seed: int, semantics: Semantics) -> None:
     search = local_search.JointSearch(problem, random_table(problem, np.random.default_rng(seed)))
     before = search.pricer.terms(1, 3, 2).objective(search.table[1])
     terms = search.pricer.terms(1, 3, 2)
-    done = search.descend(1, 3, 2, time.monotonic() + 5)
+    done = search.descend(1, 3, 2, Budget.of(5))
     assert terms.objective(search.table[1]) < before or not done
     assert np.allclose(search.pricer.x, shares(problem, search.table))
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.placement import EMPTY
+from optimizer.draft import Budget
 from optimizer.heuristics import greedy_table
 from optimizer.layer_prices import LayerPricer
 from optimizer.local_search import JointSearch
@@ -65,7 +66,7 @@ def test_a_descent_with_replicas_ends_where_no_move_gains() -> None:
     search = JointSearch(problem, greedy_table(problem, np.random.default_rng(0)))
     terms = search.pricer.terms(0, 6, 3)
     start = terms.objective(search.table[0])
-    search.descend(0, 6, 3, float("inf"))
+    search.descend(0, 6, 3, Budget.of(5))
     end = terms.objective(search.table[0])
     assert end <= start
     for slot, expert in best_redeals(terms, search.table[0], 6):
