@@ -18,7 +18,7 @@ from model.attention import SequenceSlice, StepBatch, Window, current_batch, ste
 from model.experts import attach
 from model.kv_cache import KVCache, KVShape
 from model.linear import PackedLinear
-from model.native.attention import TILE
+from model.native.attention import TILE, NativeBatch
 from model.native.block import AttentionBlock, Matrix, Norm
 from model.native.linear import Packed
 
@@ -87,8 +87,12 @@ def _forward(
         **kwargs: Any,
     ) -> Any:
         batch = current_batch()
-        native = batch.native if isinstance(batch, StepBatch) else None
-        if native is None or args or not _fits(hidden_states, attention_mask, position_embeddings, block.head_size):
+        native = batch.fused if isinstance(batch, StepBatch) else None
+        if (
+            not isinstance(native, NativeBatch)
+            or args
+            or not _fits(hidden_states, attention_mask, position_embeddings, block.head_size)
+        ):
             return original(hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **kwargs)
         cosines, sines = position_embeddings
         sum_TH, normed_TH = block(
