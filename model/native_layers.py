@@ -79,29 +79,21 @@ def _norm(module: Any) -> Norm | None:
 def _forward(
     original: Callable[..., Any], block: AttentionBlock, feed_forward: nn.Module, layer: int
 ) -> Callable[..., Any]:
-    def forward(
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        *args: Any,
-        position_embeddings: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = current_batch()
         native = batch.fused if isinstance(batch, StepBatch) else None
-        if (
-            not isinstance(native, NativeBatch)
-            or args
-            or not _fits(hidden_states, attention_mask, position_embeddings, block.head_size)
-        ):
-            return original(hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **kwargs)
-        cosines, sines = position_embeddings
+        mask: Any = kwargs.get("attention_mask")
+        embeddings: Any = kwargs.get("position_embeddings")
+        if args or not isinstance(native, NativeBatch) or not _fits(hidden_states, mask, embeddings, block.head_size):
+            return original(hidden_states, *args, **kwargs)
+        cosines, sines = embeddings
         sum_TH, normed_TH = block(
             native,
             batch.cache.stores(layer),  # type: ignore[union-attr]
             hidden_states[0],
             cosines[0],
             sines[0],
-            attention_mask.size,
+            mask.size,
         )
         return sum_TH + feed_forward(normed_TH[None])
 

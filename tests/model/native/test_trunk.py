@@ -101,6 +101,54 @@ def test_routers_use_packed_weights(
     assert len(called) == (0 if wide else 1)
 
 
+class Choice(nn.Module):
+    """Scores experts and chooses the best few; `style` says how."""
+
+    def __init__(self, style: str, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, 64, generator=torch.Generator().manual_seed(1)).bfloat16())
+        self.style = style
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(x.reshape(-1, 64), self.weight)
+        scores = logits.float().sigmoid() if self.style == "sigmoid" else logits.float().softmax(-1)
+        best, index = scores.topk(4)
+        if self.style == "scaled":
+            best = 2.5 * best
+        if self.style in ("normalised", "rounded"):
+            best = best / best.sum(-1, keepdim=True)
+        return logits, best.bfloat16() if self.style == "rounded" else best, index
+
+
+@pytest.mark.parametrize("experts", [8, 37, 128])
+@pytest.mark.parametrize("style", ["plain", "normalised", "rounded"])
+def test_choices_are_one_call(lib: ctypes.CDLL, style: str, experts: int) -> None:
+    router = Choice(style, experts)
+    x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(2)).bfloat16() / 8
+    logits, scores, index = router(x)
+    fit_trunk(lib, router)
+    assert "forward" in vars(router)
+    got = router(x)
+    assert torch.equal(got[0].gather(1, got[2]), got[0].gather(1, index))
+    torch.testing.assert_close(got[0], logits, rtol=2**-7, atol=1e-4)
+    torch.testing.assert_close(got[1], scores, rtol=2**-6, atol=1e-6)
+    alone = router(x[1, 7:8])
+    assert all(torch.equal(one[0], many[57]) for one, many in zip(alone, got, strict=True))
+
+
+def test_of_equal_experts_the_first_is_chosen(lib: ctypes.CDLL) -> None:
+    router = Choice("plain", 8)
+    fit_trunk(lib, router)
+    assert router(torch.zeros(1, 64, dtype=torch.bfloat16))[2].tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("style", ["sigmoid", "scaled"])
+def test_other_choices_are_left_alone(lib: ctypes.CDLL, style: str) -> None:
+    router = Choice(style, 8)
+    fit_trunk(lib, router)
+    assert "forward" not in vars(router)
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     def turned(x: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
