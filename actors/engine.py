@@ -24,7 +24,7 @@ from cluster.protocol import Endpoint, EngineStatus, Epoch, EpochSpec, HostInfo,
 
 log = logging.getLogger(__name__)
 
-CPU_PREFILL_TOKENS = 128
+CPU_PREFILL_TOKENS = 48
 """Of each worker, in a step that also decodes. More would hardly run faster on a CPU, and everybody waits meanwhile."""
 
 Hosts = dict[WorkerId, Any]

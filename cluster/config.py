@@ -62,7 +62,7 @@ class ServeConfig:
     max_num_prefill_tokens: int | None = setting(
         None,
         "most prompt tokens that one worker runs in a step in which requests wait for their next token; "
-        "if not given, 128 on CPUs, and no limit of its own elsewhere",
+        "if not given, 48 on CPUs, and no limit of its own elsewhere",
         at_least=1,
     )
     block_size: int = setting(16, "tokens in a KV-cache block", at_least=1)
