@@ -57,6 +57,7 @@ HANG_S = 10.0
 """A coordinator that gives no sign of life for so long, and did before, hangs."""
 RETRY_S = 0.1
 READINESS_S = 0.25
+"""How often the coordinator is asked whether requests can be served, until they can; then four times as seldom."""
 
 
 class _Stream:
@@ -307,7 +308,7 @@ class RayBackend:
             except (RayError, EmoeError) as error:
                 logger.exception("asking for readiness failed")
                 self._readiness = Readiness(ready=False, reason=f"the coordinator failed: {type(error).__name__}")
-            await asyncio.sleep(READINESS_S)
+            await asyncio.sleep(READINESS_S * (4 if self._readiness.ready else 1))
 
     async def _ask(self, method: str, *args: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """Raises NotReadyError while the coordinator is away, and what it raises itself."""
