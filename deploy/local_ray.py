@@ -66,6 +66,8 @@ class ServerProcesses:
         import ray
 
         _silence_ray()
+        if self.local:
+            _without_onlookers()
         self._connected = True
         common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         if self.local:
@@ -187,6 +189,25 @@ def _silence_ray() -> None:
         worker.print_to_stdstream = lambda *_, **__: None
 
 
+def _without_onlookers() -> None:
+    """Leave out the processes that watch Ray for people: each costs half a second to start, and some never rests.
+
+    Logs stay in their files, nobody asks this Ray for nodes, and the application has metrics of its own.
+    """
+    from ray._private.node import Node
+
+    def no_dashboard(node: Any, **_: Any) -> None:
+        node._webui_url = ""
+
+    for name, stand_in in (
+        ("start_log_monitor", lambda _: None),
+        ("start_monitor", lambda _: None),
+        ("start_api_server", no_dashboard),
+    ):
+        if hasattr(Node, name):
+            setattr(Node, name, stand_in)
+
+
 def check_port(host: str, port: int) -> None:
     """Raises UserError where nobody can listen there."""
     try:
@@ -217,6 +238,13 @@ def _local_environment(run_dir: Path) -> Mapping[str, str]:
         "RAY_SERVE_LOG_TO_STDERR": "0",
         # Ten times a second, as by default, takes 3 % of a core when nothing happens.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        # What nobody reads here, and costs something every few milliseconds: statistics of Ray's own event loops,
+        # metrics (the application has its own), histories of tasks, and what the machine is doing.
+        "RAY_event_stats": "0",
+        "RAY_enable_metrics_collection": "0",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+        "RAY_task_events_report_interval_ms": "0",
+        "REPORTER_UPDATE_INTERVAL_MS": "3600000",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
     }

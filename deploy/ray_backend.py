@@ -60,6 +60,7 @@ HANG_S = 10.0
 """A coordinator that gives no sign of life for so long, and did before, hangs."""
 RETRY_S = 0.1
 READINESS_S = 0.25
+"""How often the coordinator is asked whether requests can be served, until they can; then four times as seldom."""
 
 
 class _Stream:
@@ -319,8 +320,12 @@ class RayBackend:
             except (RayError, EmoeError) as error:
                 logger.exception("asking for readiness failed")
                 self._readiness = Readiness(ready=False, reason=f"the coordinator failed: {type(error).__name__}")
+<<<<<<< HEAD
             self._give_up_in_vain(time.monotonic())
             await asyncio.sleep(READINESS_S)
+=======
+            await asyncio.sleep(READINESS_S * (4 if self._readiness.ready else 1))
+>>>>>>> api
 
     def _give_up_in_vain(self, now: float) -> None:
         """A client that waits for ever is told nothing."""

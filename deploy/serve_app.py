@@ -25,6 +25,7 @@ from deploy.api import create_app
 from deploy.builtin import MODEL_DIR
 from deploy.ray_backend import RayBackend
 from deploy.service import Service
+from deploy.tokenizer import without_torch
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,12 @@ class Api:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self._backend.begin()
         # in the background, so that /health and /ready answer meanwhile
-        self._loading = asyncio.create_task(self._service.begin())
+        self._loading = asyncio.create_task(self._load())
         return create_app(self._service)
+
+    async def _load(self) -> None:
+        await asyncio.to_thread(without_torch)
+        await self._service.begin()
 
     async def drain(self) -> int:
         """Refuse new requests from now on. Returns how many are under way."""

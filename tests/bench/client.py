@@ -1,4 +1,8 @@
-"""A client that measures any server with an OpenAI-like /v1/completions: tokens per second, TTFT, ITL, prefill."""
+"""A client that measures any server with an OpenAI-like /v1/completions: tokens per second, TTFT, ITL, prefill.
+
+It shares the cores with the server that it measures, so it takes as little of them as it can: events get their time
+when their bytes come, and are read when all answers are there.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,16 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
-import aiohttp
+import httptools
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
 LONG_PROMPT_TOKENS = 1024
 PER_SLOT = 4
 """Requests that one slot of the client sends, one after the other."""
+TIMEOUT_S = 600.0
 _FIRST_TOKEN = 10
 """Smaller ids are special in some tokenizers."""
 
@@ -46,7 +52,8 @@ class Client:
 
     def __init__(self, url: str, model: str, *, vocab: int, seed: int) -> None:
         """Equal seeds and calls send equal prompts; no prompt is sent twice, so that no prefix cache helps."""
-        self._url = url
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self._model = model
         self._vocab = vocab
         self._rng = random.Random(seed)
@@ -86,21 +93,17 @@ class Client:
     ) -> tuple[list[_Answer], float]:
         """Answers, and the seconds from the first request to the last answer's end."""
         slots = asyncio.Semaphore(concurrency)
-        # a connection for each request: llama.cpp's server closes those that it has answered on, now and then
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        timeout = aiohttp.ClientTimeout(total=600)
-        # aiohttp, as in vLLM's client: httpx takes 100 us of a core for an event, and this 28
-        async with aiohttp.ClientSession(self._url, connector=connector, timeout=timeout) as client:
 
-            async def take(prompt: list[int]) -> _Answer:
-                async with slots:
-                    return await self._one(client, prompt, output_tokens)
+        async def take(prompt: list[int]) -> _Exchange:
+            async with slots:
+                return await self._ask(prompt, output_tokens)
 
-            begin = time.perf_counter()
-            answers = await asyncio.gather(*(take(prompt) for prompt in prompts))
-            return list(answers), time.perf_counter() - begin
+        begin = time.perf_counter()
+        exchanges = await asyncio.gather(*(take(prompt) for prompt in prompts))
+        elapsed = time.perf_counter() - begin
+        return [_answer(exchange, output_tokens) for exchange in exchanges], elapsed
 
-    async def _one(self, client: aiohttp.ClientSession, prompt: list[int], output_tokens: int) -> _Answer:
+    async def _ask(self, prompt: list[int], output_tokens: int) -> _Exchange:
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -110,23 +113,78 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        begin = last = time.perf_counter()
-        answer = _Answer(tokens=0, ttft_s=0.0, gaps_s=[])
-        async with client.post("/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if event.get("usage"):
-                    answer.tokens = event["usage"]["completion_tokens"]
-                if event.get("choices"):
-                    now = time.perf_counter()
-                    if answer.ttft_s == 0.0:
-                        answer.ttft_s = now - begin
-                    else:
-                        answer.gaps_s.append(now - last)
-                    last = now
-        if answer.tokens != output_tokens:
-            raise RuntimeError(f"{answer.tokens} tokens came, {output_tokens} were asked for")
-        return answer
+        exchange = _Exchange(f"{self._host}:{self._port}", json.dumps(body).encode())
+        # a connection for each request: llama.cpp's server closes those that it has answered on, now and then
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(lambda: exchange, self._host, self._port)
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await exchange.ended
+        finally:
+            transport.close()
+        return exchange
+
+
+class _Exchange(asyncio.Protocol):
+    """One request on a connection of its own, and the lines of its response with the times at which they came."""
+
+    def __init__(self, host: str, body: bytes) -> None:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        self._request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        self._parser = httptools.HttpResponseParser(self)
+        self._rest = b""
+        self._now = 0.0
+        self.begun = time.perf_counter()
+        self.lines: list[tuple[float, bytes]] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter()
+        self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        *lines, self._rest = (self._rest + body).split(b"\n")
+        self.lines += [(self._now, line) for line in lines if line]
+
+    def on_message_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status == 200:
+            self._end(None)
+        else:
+            text = b"".join([*(line for _, line in self.lines), self._rest])
+            self._end(RuntimeError(f"status {status}: {text.decode(errors='replace')[:500]}"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(error or ConnectionError("the server hung up before the end of its response"))
+
+    def _end(self, error: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+
+def _answer(exchange: _Exchange, output_tokens: int) -> _Answer:
+    last = exchange.begun
+    answer = _Answer(tokens=0, ttft_s=0.0, gaps_s=[])
+    for came, line in exchange.lines:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        if event.get("usage"):
+            answer.tokens = event["usage"]["completion_tokens"]
+        if event.get("choices"):
+            if answer.ttft_s == 0.0:
+                answer.ttft_s = came - last
+            else:
+                answer.gaps_s.append(came - last)
+            last = came
+    if answer.tokens != output_tokens:
+        raise RuntimeError(f"{answer.tokens} tokens came, {output_tokens} were asked for")
+    return answer

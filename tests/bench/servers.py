@@ -125,7 +125,7 @@ def serving(server: Server, log: Path) -> Iterator[Running]:
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, url, log)
+        _wait_until_ready(process, url, log, ours=server.ours)
         yield Running(server=server, url=url, pid=process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -136,13 +136,13 @@ def serving(server: Server, log: Path) -> Iterator[Running]:
             process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, *, ours: bool) -> None:
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            # a 404 of /ready is a server without it, or one of ours that has no routes yet
-            codes = [httpx.get(url + path, timeout=5).status_code for path in ("/ready", "/health", "/v1/models")]
-            if codes[0] in (200, 404) and codes[1:] == [200, 200]:
+            # peers have no /ready; ours may have no routes yet, and have them a moment later
+            paths = ("/ready", "/health", "/v1/models")[0 if ours else 1 :]
+            if all(httpx.get(url + path, timeout=5).status_code == 200 for path in paths):
                 return
         except httpx.HTTPError:
             pass
