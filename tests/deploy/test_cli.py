@@ -15,7 +15,7 @@ import yaml
 
 from cluster.config import ServeConfig
 from deploy import cli
-from model.random_checkpoint import make_random_checkpoint
+from tests.model.random_checkpoint import make_random_checkpoint
 
 HEAVY = ("torch", "ray", "transformers")
 """Packages that take seconds to import: parsing must do without them. A time would depend on the machine."""

@@ -18,7 +18,6 @@ from model.attention import SequenceSlice
 from model.dispatch import TransportDispatcher
 from model.experts import ExpertStore
 from model.quiet import quiet_transformers
-from model.random_checkpoint import make_random_checkpoint
 from model.runner import ModelRunner
 from model.sampling import SamplingState, sample
 from model.stacked_experts import StackedExperts
@@ -26,6 +25,7 @@ from model.transport import CollectiveTransport
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
+from tests.model.random_checkpoint import make_random_checkpoint
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 
 GPUS = torch.cuda.device_count()
