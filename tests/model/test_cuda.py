@@ -31,7 +31,8 @@ from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")
 hopper = pytest.mark.skipif(
-    not GPUS or torch.cuda.get_device_capability() < (9, 0), reason="torch multiplies groups without a wait on Hopper"
+    not GPUS or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a Hopper GPU, on which torch multiplies groups without a wait",
 )
 two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 CUDA GPUs, {GPUS} here")
 FAMILIES = ["mixtral", "qwen3_moe-mixed", "gpt_oss", "deepseek_v3", "olmoe"]
