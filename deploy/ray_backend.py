@@ -320,12 +320,8 @@ class RayBackend:
             except (RayError, EmoeError) as error:
                 logger.exception("asking for readiness failed")
                 self._readiness = Readiness(ready=False, reason=f"the coordinator failed: {type(error).__name__}")
-<<<<<<< HEAD
             self._give_up_in_vain(time.monotonic())
-            await asyncio.sleep(READINESS_S)
-=======
             await asyncio.sleep(READINESS_S * (4 if self._readiness.ready else 1))
->>>>>>> api
 
     def _give_up_in_vain(self, now: float) -> None:
         """A client that waits for ever is told nothing."""

@@ -6,7 +6,7 @@ and nothing is held twice: while a worker loads, its memory stays close to what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,24 +68,6 @@ def expert_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if is_expert_module(module)]
 
 
-def load_experts(
-    checkpoint: Checkpoint,
-    layer: int,
-    experts: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[int, dict[str, Tensor]]:
-    """Logical expert -> parameter name of the expert module -> that expert's tensor, `parameter[expert]`.
-
-    Reads only these experts' bytes; every tensor owns its memory. Blocks while it reads. Raises IndexError for a layer
-    or an expert that the model does not have, CheckpointError where a file has become unreadable.
-    """
-    pairs = [(layer, expert) for expert in experts]
-    loaded = {expert: tensors for _, expert, tensors in iter_experts(checkpoint, pairs, dtype=dtype, device=device)}
-    return {expert: loaded[expert] for expert in experts}
-
-
 def iter_experts(
     checkpoint: Checkpoint,
     pairs: Iterable[tuple[int, int]],
@@ -96,8 +78,10 @@ def iter_experts(
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """Load many experts, each yielded as (layer, expert, tensors) as soon as it is there.
 
+    `tensors` are by parameter name of the expert module, each its `parameter[expert]`, with no other memory behind it.
     They come layer by layer, in the order in which they lie on the disk as a rule. One at a time is in memory besides
-    those the caller keeps. `progress` hears of every expert, in bytes as they are stored.
+    those the caller keeps. Only their bytes are read; `progress` hears of every expert, in bytes as they are stored.
+    Raises IndexError for one that the model does not have, CheckpointError where a file has become unreadable.
     """
     ordered = sorted(set(pairs))
     for layer, expert in ordered:

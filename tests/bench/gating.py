@@ -4,8 +4,9 @@
 
 The rivals are re-implementations of their policies (tests/bench/gating_policies.py) over the same products in bfloat16;
 one row of ours has those products too, and one does without the native library. Workers are processes that share the
-cores and exchange tokens through shared memory. Choices of experts are drawn from a trace: a generated one with the
-statistics of a real one (optimizer/generate.py), or the middle layer of --trace. Writes gating.json, .md and .png.
+cores and exchange tokens through shared memory. Policies are timed in turns. Choices of experts are drawn from a trace:
+a generated one with the statistics of a real one (optimizer/generate.py), or the middle layer of --trace. Writes
+gating.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ from tests.bench.report import markdown
 
 BATCHES = 8
 """Different batches that are run in turn."""
-CASE_S = 0.5
-"""About how long a policy is measured with one number of tokens."""
+TURNS = 3
+"""Of all policies, with one number of tokens: the machine's speed changes, and should not decide."""
+CASE_S = 0.2
+"""About how long a policy is measured in a turn."""
 LEAN = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -110,25 +113,47 @@ def run_task(task: Task) -> list[Result]:
     torch.set_grad_enabled(False)
     layer = task.layer
     module = GatedExperts(layer.experts, layer.hidden, layer.width, torch.bfloat16)
-    found = []
-    for name in task.policies:
-        transport = _join(task)
-        member = Member(
-            transport=transport,
-            group=f"{task.group}-member",
-            top_k=layer.top_k,
-            max_tokens=max(task.tokens) // task.size,
-        )
+    transport = _join(task)
+    member = Member(
+        transport=transport,
+        group=f"{task.group}-member",
+        top_k=layer.top_k,
+        max_tokens=max(task.tokens) // task.size,
+    )
+
+    def make(name: str) -> Policy:
         policy = make_policy(name, module, member)
         for x, index, weight in draw_batches(task.choices, 8, layer.hidden, task.rank):
             policy(x, index, weight)
+        return policy
+
+    def batches(tokens: int) -> list[Batch]:
+        return list(draw_batches(task.choices, tokens // task.size, layer.hidden, tokens + task.rank))
+
+    found: list[Result] = []
+    if task.memory:
+        # one policy at a time, so that no other's weights are there
+        for name in task.policies:
+            policy = make(name)
+            found += [_measure(task, name, policy, batches(tokens), transport) for tokens in sorted(task.tokens)]
+    else:
+        policies = {name: make(name) for name in task.policies}
         for tokens in sorted(task.tokens):
-            batches = list(draw_batches(task.choices, tokens // task.size, layer.hidden, tokens + task.rank))
-            found.append(_measure(task, name, policy, batches, transport))
-        if task.rank == 0:
-            print(f"{name}: {task.size} workers, {'memory' if task.memory else 'time'} measured", flush=True)
-        transport.close()
-    return found
+            drawn = batches(tokens)
+            turns = [
+                [_measure(task, name, policy, drawn[at:] + drawn[:at], transport) for name, policy in policies.items()]
+                for at in range(0, BATCHES, -(-BATCHES // TURNS))
+            ]
+            found += [median_turn(results) for results in zip(*turns, strict=True)]
+    if task.rank == 0:
+        print(f"{task.size} workers: {'memory' if task.memory else 'time'} measured", flush=True)
+    transport.close()
+    return sorted(found, key=lambda r: (task.policies.index(r.policy), r.tokens))
+
+
+def median_turn(turns: Sequence[Result]) -> Result:
+    """The turn whose time is in the middle."""
+    return sorted(turns, key=lambda r: r.call_ms)[len(turns) // 2]
 
 
 def _join(task: Task) -> Transport:
@@ -174,13 +199,13 @@ def _measure(task: Task, name: str, policy: Policy, batches: Sequence[Batch], tr
 
 
 def _calls(policy: Policy, batch: Batch, transport: Transport) -> int:
-    """How many calls take about CASE_S, one for each batch at least; all ranks do as many."""
+    """How many calls take about CASE_S, one for each of a turn's batches at least; all ranks do as many."""
     policy(*batch)
     begin = time.perf_counter()
     policy(*batch)
     calls = int(CASE_S / (time.perf_counter() - begin))
     told = swap(transport, [torch.tensor([calls])] * transport.size, [8] * transport.size)
-    return max(BATCHES, min(8 * BATCHES, int(torch.cat(told).min())))
+    return max(-(-BATCHES // TURNS), min(8 * BATCHES, int(torch.cat(told).min())))
 
 
 def _peak_bytes(run: Callable[[], None]) -> int:

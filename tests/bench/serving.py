@@ -18,13 +18,13 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from model.random_checkpoint import make_random_checkpoint
 from tests.bench import servers
 from tests.bench.client import Client
 from tests.bench.machine import floor_of, measure_machine, model_config, where_and_when
 from tests.bench.processes import cpu_between, cpu_times, memory_bytes
 from tests.bench.report import Run, load, report, save
 from tests.bench.servers import MODEL_NAME, Running, Server, serving
+from tests.model.random_checkpoint import make_random_checkpoint
 
 ENGINE_TTFT = "emoe:engine_time_to_first_token_seconds"
 

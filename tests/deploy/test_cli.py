@@ -16,7 +16,7 @@ import yaml
 from cluster.config import ServeConfig
 from deploy import cli
 from deploy.cli_serve import news
-from model.random_checkpoint import make_random_checkpoint
+from tests.model.random_checkpoint import make_random_checkpoint
 
 HEAVY = ("torch", "ray", "transformers")
 """Packages that take seconds to import: parsing must do without them. A time would depend on the machine."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from model.random_checkpoint import make_random_checkpoint
+from tests.model.random_checkpoint import make_random_checkpoint
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"family": "mixtral"},

@@ -15,9 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cluster.errors import CheckpointError
 from model.checkpoint import open_checkpoint
-from model.random_checkpoint import make_random_checkpoint, small_tokenizer
 from model.stored import StoredTensor
 from tests.model.families import FAMILIES, tiny_checkpoint
+from tests.model.random_checkpoint import make_random_checkpoint, small_tokenizer
 
 SMALL = {
     "hidden_size": 64,

@@ -18,7 +18,6 @@ from model.attention import SequenceSlice
 from model.dispatch import TransportDispatcher
 from model.experts import ExpertStore
 from model.quiet import quiet_transformers
-from model.random_checkpoint import make_random_checkpoint
 from model.runner import ModelRunner
 from model.sampling import SamplingState, sample
 from model.stacked_experts import StackedExperts
@@ -26,12 +25,14 @@ from model.transport import CollectiveTransport
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
+from tests.model.random_checkpoint import make_random_checkpoint
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")
 hopper = pytest.mark.skipif(
-    not GPUS or torch.cuda.get_device_capability() < (9, 0), reason="torch multiplies groups without a wait on Hopper"
+    not GPUS or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a Hopper GPU, on which torch multiplies groups without a wait",
 )
 two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 CUDA GPUs, {GPUS} here")
 FAMILIES = ["mixtral", "qwen3_moe-mixed", "gpt_oss", "deepseek_v3", "olmoe"]

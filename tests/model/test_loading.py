@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,11 @@ from transformers.utils import logging
 
 from cluster.errors import CheckpointError
 from model.checkpoint import Checkpoint, open_checkpoint
-from model.loading import Progress, expert_modules, iter_experts, load_experts, load_trunk
+from model.loading import Progress, expert_modules, iter_experts, load_trunk
 from model.quiet import quiet_transformers
-from model.random_checkpoint import make_random_checkpoint
 from model.stored import StoredTensor
 from tests.model.families import FAMILIES, MORE_FAMILIES, tiny_checkpoint
+from tests.model.random_checkpoint import make_random_checkpoint
 
 CPU = torch.device("cpu")
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -44,10 +44,19 @@ def reference(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **EAGER).eval()
 
 
+def load_experts(
+    checkpoint: Checkpoint, layer: int, experts: Sequence[int], dtype: torch.dtype
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Expert -> its tensors by parameter name."""
+    pairs = [(layer, expert) for expert in experts]
+    loaded = {expert: tensors for _, expert, tensors in iter_experts(checkpoint, pairs, dtype=dtype, device=CPU)}
+    return {expert: loaded[expert] for expert in experts}
+
+
 def plug_in(checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Put all experts back into the trunk."""
     for layer, module in enumerate(expert_modules(model)):
-        experts = load_experts(checkpoint, layer, range(8), dtype=dtype, device=CPU)
+        experts = load_experts(checkpoint, layer, range(8), dtype)
         for name in experts[0]:
             delattr(module, name)
             whole = torch.stack([experts[expert][name] for expert in range(8)])
@@ -182,7 +191,7 @@ def test_chosen_experts(name: str, tmp_path_factory: pytest.TempPathFactory, mon
     reads = Reads(monkeypatch)
     for layer, chosen in ((0, [7]), (1, [5, 0, 3]), (0, []), (1, range(8))):
         reads.nbytes = 0
-        experts = load_experts(checkpoint, layer, chosen, dtype=torch.float32, device=CPU)
+        experts = load_experts(checkpoint, layer, chosen, torch.float32)
         assert list(experts) == list(chosen)
         assert reads.nbytes == len(chosen) * checkpoint.info.expert_bytes
         parameters = dict(expert_modules(whole)[layer].named_parameters())
@@ -209,7 +218,7 @@ def test_the_trunk_reads_no_expert(tmp_path_factory: pytest.TempPathFactory, mon
 def test_no_such_expert(layer: int, expert: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint("mixtral", tmp_path_factory))
     with pytest.raises(IndexError, match="no expert"):
-        load_experts(checkpoint, layer, [expert], dtype=torch.float32, device=CPU)
+        load_experts(checkpoint, layer, [expert], torch.float32)
 
 
 def test_many_experts_with_progress(tmp_path: Path) -> None:
@@ -239,7 +248,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
         trunk_of(checkpoint)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
-        load_experts(checkpoint, 0, [0], dtype=torch.float32, device=CPU)
+        load_experts(checkpoint, 0, [0], torch.float32)
 
 
 # --- Quiet and frugal ---------------------------------------------------------------------------------------------

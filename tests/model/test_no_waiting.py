@@ -29,7 +29,7 @@ from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.groups import workers
 
 META = torch.device("meta")
-WAIT = {"phimoe": "longrope splits the tokens of a step by the length of their sequence"}
+WAIT = {"phimoe-longrope": "which factors to take is a question of transformers' own to the positions"}
 """Families whose modules ask the device themselves."""
 
 

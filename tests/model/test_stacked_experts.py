@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import model.stacked_experts
+from cluster.errors import UserError
+from model.backends import layer_experts
 from model.cpu_experts import CpuExperts
 from model.layer_experts import ABSENT, LayerExperts, Tensors
 from model.stacked_experts import StackedExperts, grouped_product
@@ -169,3 +171,10 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
     for row in range(9):
         alone = stacked.forward(x[row : row + 1].to(dtype), index[row : row + 1], weight[row : row + 1])
         torch.testing.assert_close(alone[0], together[row], rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_experts_on_a_gpu_are_not_kept_in_8_bits() -> None:
+    module = Experts(**PLAIN).to("meta")
+    assert isinstance(layer_experts(module, int8=False), StackedExperts)
+    with pytest.raises(UserError, match="expert_dtype: int8 needs the native library: it is for CPUs"):
+        layer_experts(module, int8=True)
