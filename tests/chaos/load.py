@@ -55,7 +55,7 @@ class Load:
     ) -> None:
         """streams: share of requests that are streamed; prefill: of those with the long prompt."""
         self._server, self._expected = server, expected
-        self._streams, self.prefill = streams, prefill
+        self.prefill = prefill
         self._ending = threading.Event()
         self._awake = threading.Event()
         self._awake.set()
@@ -66,7 +66,8 @@ class Load:
         """(end, seconds) of the gaps between two tokens of one stream."""
         self.tally = Tally()
         self._threads = [
-            threading.Thread(target=self._work, args=(random.Random(f"{seed}/{n}"),), daemon=True)
+            # the first one always streams: an outage shows in streams alone
+            threading.Thread(target=self._work, args=(random.Random(f"{seed}/{n}"), streams if n else 1.0), daemon=True)
             for n in range(threads)
         ]
 
@@ -120,7 +121,7 @@ class Load:
 
     # --- Clients ------------------------------------------------------------------------------------------------
 
-    def _work(self, rng: random.Random) -> None:
+    def _work(self, rng: random.Random, streams: float) -> None:
         with httpx.Client(base_url=self._server.url, timeout=ANSWER_S) as client:
             while not self._ending.is_set():
                 if not self._awake.is_set():
@@ -133,7 +134,7 @@ class Load:
                 short = rng.randrange(len(PROMPTS) - 1)
                 prompt = len(PROMPTS) - 1 if rng.random() < self.prefill else short
                 tokens = rng.randint(min(20, self._expected.longest), self._expected.longest)
-                stream = rng.random() < self._streams
+                stream = rng.random() < streams
                 try:
                     answer = self._ask(client, prompt, tokens, stream=stream)
                 except (httpx.HTTPError, ValueError, KeyError) as error:
