@@ -60,6 +60,8 @@ class Load:
         self._awake = threading.Event()
         self._awake.set()
         self._resting = 0
+        self._rests: list[float] = []
+        """When everybody rested."""
         self._lock = threading.Lock()
         self._stamps: list[float] = []
         self._gaps: list[tuple[float, float]] = []
@@ -86,9 +88,10 @@ class Load:
                 self.tally.faults.append("lost: an answer did not end")
 
     def outage_s(self, begin: float, end: float) -> float:
-        """The longest time between `begin` and `end` in which no stream got a token."""
+        """The longest time between `begin` and `end` in which no stream got a token, though some were asked for."""
         stamps = [stamp for stamp in sorted(self._stamps) if begin - 1.0 <= stamp <= end]
-        return max((b - a for a, b in pairwise(stamps) if b >= begin), default=end - begin)
+        pauses = [(a, b) for a, b in pairwise(stamps) if b >= begin and not any(a <= at <= b for at in self._rests)]
+        return max((b - a for a, b in pauses), default=end - begin)
 
     def longest_gap_s(self, begin: float, end: float) -> float:
         """The same for the stream that waited longest."""
@@ -103,6 +106,7 @@ class Load:
         """Ask for nothing more, and wait until what was asked for is answered."""
         self._awake.clear()
         self._server.wait("an idle server", lambda: self._resting == len(self._threads), ANSWER_S)
+        self._rests.append(time.monotonic())
 
     def go_on(self) -> None:
         self._awake.set()
