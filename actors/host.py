@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 STEP_PING_S = 30.0
 """Longest that a call waits for the thread of the steps. Who asks gives up earlier."""
 COPY_NICENESS = 10
+WARM_UP_NICENESS = 5
 
 
 class ExpertHost:
@@ -45,7 +46,7 @@ class ExpertHost:
         """Import what loading needs, which is most of the time until a small model serves. Returns the process id."""
 
         def give_way_and_import() -> None:
-            _give_way()
+            _give_way(WARM_UP_NICENESS)
             _import_model()
 
         # a thread that will do nothing else
@@ -149,7 +150,7 @@ def _import_model() -> None:
         import model.worker  # noqa: F401
 
 
-def _give_way() -> None:
+def _give_way(niceness: int = COPY_NICENESS) -> None:
     """From now on this thread takes a core only where the steps leave one: they run in lock-step, so a step that loses
     its core for a while holds up every worker."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COPY_NICENESS)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
