@@ -29,6 +29,7 @@ STEP_PING_S = 30.0
 """Longest that a call waits for the thread of the steps. Who asks gives up earlier."""
 COPY_NICENESS = 10
 WARM_UP_NICENESS = 5
+KEPT_STORES = 8
 
 
 class ExpertHost:
@@ -91,11 +92,13 @@ class ExpertHost:
 
     @ray.method(concurrency_group="io")
     def rendezvous(self) -> str:
-        """host:port of a store for one process group, kept as long as this host lives."""
+        """host:port of a store for one process group, kept until there are some newer ones."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         address = node_address()
         self._stores.append(TCPStore(address, 0, is_master=True, wait_for_workers=False))
+        # of the group in force and of attempts at the next; older groups are gone
+        del self._stores[:-KEPT_STORES]
         return f"{address}:{self._stores[-1].port}"
 
     @ray.method(concurrency_group="io")

@@ -39,8 +39,7 @@ def holdings(bench: Bench) -> Holdings:
     found, kinds = [], Counter[str]()
     for process in bench.family():
         try:
-            # idle workers that Ray keeps come and go by its own rules
-            if process.status() == psutil.STATUS_ZOMBIE or "ray::IDLE" in " ".join(process.cmdline()):
+            if process.status() == psutil.STATUS_ZOMBIE or _is_rays(" ".join(process.cmdline())):
                 continue
             kinds.update(_descriptors(process))
             found.append((process.num_threads(), process.num_fds(), process.memory_info().rss))
@@ -54,6 +53,11 @@ def holdings(bench: Bench) -> Holdings:
         segments=sum(path.name.startswith("emoe-") for path in SHARED_MEMORY.iterdir()),
         kinds=kinds,
     )
+
+
+def _is_rays(title: str) -> bool:
+    """Idle workers come and go by Ray's rules, and its log monitor keeps files of the dead open, up to 200."""
+    return "ray::IDLE" in title or "log_monitor.py" in title
 
 
 def _descriptors(process: psutil.Process) -> Iterator[str]:
