@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 STEP_PING_S = 30.0
 """Longest that a call waits for the thread of the steps. Who asks gives up earlier."""
 COPY_NICENESS = 10
+WARM_UP_NICENESS = 5
+KEPT_STORES = 8
 
 
 class ExpertHost:
@@ -45,7 +47,7 @@ class ExpertHost:
         """Import what loading needs, which is most of the time until a small model serves. Returns the process id."""
 
         def give_way_and_import() -> None:
-            _give_way()
+            _give_way(WARM_UP_NICENESS)
             _import_model()
 
         # a thread that will do nothing else
@@ -90,11 +92,13 @@ class ExpertHost:
 
     @ray.method(concurrency_group="io")
     def rendezvous(self) -> str:
-        """host:port of a store for one process group, kept as long as this host lives."""
+        """host:port of a store for one process group, kept until there are some newer ones."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         address = node_address()
         self._stores.append(TCPStore(address, 0, is_master=True, wait_for_workers=False))
+        # of the group in force and of attempts at the next; older groups are gone
+        del self._stores[:-KEPT_STORES]
         return f"{address}:{self._stores[-1].port}"
 
     @ray.method(concurrency_group="io")
@@ -152,7 +156,7 @@ def _import_model() -> None:
         import model.worker  # noqa: F401
 
 
-def _give_way() -> None:
+def _give_way(niceness: int = COPY_NICENESS) -> None:
     """From now on this thread takes a core only where the steps leave one: they run in lock-step, so a step that loses
     its core for a while holds up every worker."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COPY_NICENESS)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.epochs import MAX_BACKOFF_S, Change, ControlSettings, Stage
 from cluster.events import (
@@ -294,20 +295,28 @@ class ControlState(Scaling):
         missing = self.target - len(present)
         if missing <= 0 or now < self._start_at:
             return
-        unheld = np.ones(self.load.shape, dtype=np.bool_)
-        for member in self.alive:
-            unheld &= ~(member.has if member.loaded else member.told)
-        survivors = [member for member in self.alive if member.id in self.ranks]
-        if survivors and self._fits(survivors):
-            # they go on at once, and read for themselves what was lost
-            unheld[:] = False
-        for part in range(missing):
-            told = np.zeros_like(unheld)
-            for layer in range(self.model.num_layers):
-                told[layer, np.array_split(np.nonzero(unheld[layer])[0], missing)[part]] = True
+        for told in self._shares(len(present), missing):
             self._start_worker(told, now)
 
-    def _start_worker(self, told: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], now: float) -> None:
+    def _shares(self, present: int, missing: int) -> list[npt.NDArray[np.bool_]]:
+        """[L, E] for each of `missing` new workers, what it is to load: from the checkpoint, beside those that serve,
+        rather than by copies that would take their time. First of all what nobody holds."""
+        held = np.zeros(self.load.shape, dtype=np.bool_)
+        for member in self.alive:
+            held |= member.has if member.loaded else member.told
+        shares = [np.zeros_like(held) for _ in range(missing)]
+        for layer in range(self.model.num_layers):
+            experts = np.lexsort((-self.load[layer], held[layer]))
+            lost = experts[: int((~held[layer]).sum())]
+            for part, share in enumerate(shares):
+                share[layer, np.array_split(np.sort(lost), missing)[part]] = True
+                # heavy and light ones, as many as an even share has
+                room = self.model.num_logical_experts // (present + missing) - int(share[layer].sum())
+                others = experts[len(lost) :][part :: present + missing]
+                share[layer, others[: max(0, room)]] = True
+        return shares
+
+    def _start_worker(self, told: npt.NDArray[np.bool_], now: float) -> None:
         worker = self.next_worker
         self._next_worker += 1
         nothing = np.zeros_like(told)

@@ -172,7 +172,7 @@ def wait_for_spare(server: Server) -> None:
         except httpx.HTTPError:
             return False
 
-    server.wait("a spare process", stands_by, WHOLE_S)
+    server.wait("a spare process", stands_by, 2 * WHOLE_S)
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,8 @@ class Holdings:
     resident_mib: int
     segments: int
     """Names of process groups in /dev/shm."""
+    kinds: Counter[str]
+    """What each process's descriptors are, such as `ray::Engine socket`."""
 
     def __str__(self) -> str:
         return (
@@ -31,12 +36,12 @@ class Holdings:
 
 
 def holdings(bench: Bench) -> Holdings:
-    found = []
+    found, kinds = [], Counter[str]()
     for process in bench.family():
         try:
-            # idle workers that Ray keeps come and go by its own rules
-            if process.status() == psutil.STATUS_ZOMBIE or "ray::IDLE" in " ".join(process.cmdline()):
+            if process.status() == psutil.STATUS_ZOMBIE or _is_rays(" ".join(process.cmdline())):
                 continue
+            kinds.update(_descriptors(process))
             found.append((process.num_threads(), process.num_fds(), process.memory_info().rss))
         except psutil.NoSuchProcess:
             continue
@@ -46,7 +51,20 @@ def holdings(bench: Bench) -> Holdings:
         descriptors=sum(fds for _, fds, _ in found),
         resident_mib=sum(rss for _, _, rss in found) >> 20,
         segments=sum(path.name.startswith("emoe-") for path in SHARED_MEMORY.iterdir()),
+        kinds=kinds,
     )
+
+
+def _is_rays(title: str) -> bool:
+    """Idle workers come and go by Ray's rules, and its log monitor keeps files of the dead open, up to 200."""
+    return "ray::IDLE" in title or "log_monitor.py" in title
+
+
+def _descriptors(process: psutil.Process) -> Iterator[str]:
+    title = " ".join(process.cmdline()).strip()[-40:]
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(OSError):
+            yield f"{title} {descriptor.readlink().name.split(':')[0]}"
 
 
 def _at_rest(bench: Bench) -> Holdings:
@@ -81,5 +99,6 @@ def scale_cycles(bench: Bench, cycles: int, settle_after: int) -> dict[str, str]
     ]
     if last.resident_mib - first.resident_mib > 0.1 * first.resident_mib:
         grown.append("resident_mib")
-    assert not grown, f"{', '.join(grown)} grew from {first} to {last} in {more} cycles"
+    added = ", ".join(f"{count} {kind}" for kind, count in (last.kinds - first.kinds).most_common(5))
+    assert not grown, f"{', '.join(grown)} grew from {first} to {last} in {more} cycles; descriptors: {added}"
     return {f"after {settle_after} cycles": str(first), f"after {cycles}": str(last)}

@@ -55,18 +55,21 @@ class Load:
     ) -> None:
         """streams: share of requests that are streamed; prefill: of those with the long prompt."""
         self._server, self._expected = server, expected
-        self._streams, self.prefill = streams, prefill
+        self.prefill = prefill
         self._ending = threading.Event()
         self._awake = threading.Event()
         self._awake.set()
         self._resting = 0
+        self._rests: list[float] = []
+        """When everybody rested."""
         self._lock = threading.Lock()
         self._stamps: list[float] = []
         self._gaps: list[tuple[float, float]] = []
         """(end, seconds) of the gaps between two tokens of one stream."""
         self.tally = Tally()
         self._threads = [
-            threading.Thread(target=self._work, args=(random.Random(f"{seed}/{n}"),), daemon=True)
+            # the first one always streams: an outage shows in streams alone
+            threading.Thread(target=self._work, args=(random.Random(f"{seed}/{n}"), streams if n else 1.0), daemon=True)
             for n in range(threads)
         ]
 
@@ -85,9 +88,10 @@ class Load:
                 self.tally.faults.append("lost: an answer did not end")
 
     def outage_s(self, begin: float, end: float) -> float:
-        """The longest time between `begin` and `end` in which no stream got a token."""
+        """The longest time between `begin` and `end` in which no stream got a token, though some were asked for."""
         stamps = [stamp for stamp in sorted(self._stamps) if begin - 1.0 <= stamp <= end]
-        return max((b - a for a, b in pairwise(stamps) if b >= begin), default=end - begin)
+        pauses = [(a, b) for a, b in pairwise(stamps) if b >= begin and not any(a <= at <= b for at in self._rests)]
+        return max((b - a for a, b in pauses), default=end - begin)
 
     def longest_gap_s(self, begin: float, end: float) -> float:
         """The same for the stream that waited longest."""
@@ -102,6 +106,7 @@ class Load:
         """Ask for nothing more, and wait until what was asked for is answered."""
         self._awake.clear()
         self._server.wait("an idle server", lambda: self._resting == len(self._threads), ANSWER_S)
+        self._rests.append(time.monotonic())
 
     def go_on(self) -> None:
         self._awake.set()
@@ -120,7 +125,7 @@ class Load:
 
     # --- Clients ------------------------------------------------------------------------------------------------
 
-    def _work(self, rng: random.Random) -> None:
+    def _work(self, rng: random.Random, streams: float) -> None:
         with httpx.Client(base_url=self._server.url, timeout=ANSWER_S) as client:
             while not self._ending.is_set():
                 if not self._awake.is_set():
@@ -133,7 +138,7 @@ class Load:
                 short = rng.randrange(len(PROMPTS) - 1)
                 prompt = len(PROMPTS) - 1 if rng.random() < self.prefill else short
                 tokens = rng.randint(min(20, self._expected.longest), self._expected.longest)
-                stream = rng.random() < self._streams
+                stream = rng.random() < streams
                 try:
                     answer = self._ask(client, prompt, tokens, stream=stream)
                 except (httpx.HTTPError, ValueError, KeyError) as error:
