@@ -117,9 +117,13 @@ class JointSearch:
         self.restore(best)
 
     def _finish_layers(self, budget: Budget, first_round: int) -> bool:
-        """Descend every layer to its end while the others stay; whether any came out better."""
+        """Descend every layer to its end while the others stay; whether any came out better.
+
+        In random order, as one of many searches in little time each must not always begin with the same layers.
+        """
         rounds = FINISH if first_round == 0 else FINISH[1:]
-        return sum(self._try([layer], rounds, budget) for layer in range(self.problem.num_layers)) > 0
+        order = budget.rng.permutation(self.problem.num_layers)
+        return sum(self._try([int(layer)], rounds, budget) for layer in order) > 0
 
     def _try(self, layers: list[int], rounds: Rounds, budget: Budget, disturb: bool = False) -> bool:
         """Descend some layers, disturbed first or not; keep what is better and was done in time. Whether any was."""

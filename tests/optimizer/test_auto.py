@@ -65,7 +65,7 @@ def problems(draw: st.DrawFn) -> PlacementProblem:
     return dataclasses.replace(problem, **changes)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(problem=problems(), deadline_s=st.sampled_from([0.005, 0.05, 0.3, 1.0]))
 def test_auto_is_never_worse_than_any_other_planner(problem: PlacementProblem, deadline_s: float) -> None:
     auto = plan(problem, deadline_s=deadline_s, clock=Steps())
@@ -74,7 +74,7 @@ def test_auto_is_never_worse_than_any_other_planner(problem: PlacementProblem, d
         assert auto.cost.total_s <= other.cost.total_s * (1 + 1e-9), planner
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(problem=problems())
 def test_more_time_is_never_worse(problem: PlacementProblem) -> None:
     costs = []
