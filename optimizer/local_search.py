@@ -8,6 +8,9 @@ of it the answer is the same or better, whatever the deadline."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
 from cluster.placement import EMPTY
@@ -41,6 +44,9 @@ rounds would not end."""
 
 FINISH = ((2, 1), (4, 2), (6, 3), (7, 4))
 """SHARPNESS for one layer, its neighbours as they are."""
+
+QUICK = 10**4
+"""Swaps over all layers up to which layers are finished whatever the deadline, in some hundredths of a second."""
 
 Rounds = tuple[tuple[int, int], ...]
 
@@ -100,8 +106,9 @@ class JointSearch:
 
     def sweep(self, budget: Budget, first_round: int = 0) -> None:
         """Finish every layer in turn, then descend all, back and forth, ever sharper. Keeps the best table."""
-        better = self._finish_layers(budget, first_round)
-        if self.problem.num_layers * self.problem.num_slots**2 > LARGE:
+        swaps = self.problem.num_layers * self.problem.num_slots**2
+        better = self._finish_layers(budget if swaps > QUICK else replace(budget, ends=math.inf), first_round)
+        if swaps > LARGE:
             while better:
                 better = self._finish_layers(budget, first_round)
             return
