@@ -8,6 +8,9 @@ of it the answer is the same or better, whatever the deadline."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
 from cluster.placement import EMPTY
@@ -41,6 +44,9 @@ rounds would not end."""
 
 FINISH = ((2, 1), (4, 2), (6, 3), (7, 4))
 """SHARPNESS for one layer, its neighbours as they are."""
+
+QUICK = 10**4
+"""Swaps over all layers up to which layers are finished whatever the deadline, in some hundredths of a second."""
 
 Rounds = tuple[tuple[int, int], ...]
 
@@ -100,8 +106,9 @@ class JointSearch:
 
     def sweep(self, budget: Budget, first_round: int = 0) -> None:
         """Finish every layer in turn, then descend all, back and forth, ever sharper. Keeps the best table."""
-        better = self._finish_layers(budget, first_round)
-        if self.problem.num_layers * self.problem.num_slots**2 > LARGE:
+        swaps = self.problem.num_layers * self.problem.num_slots**2
+        better = self._finish_layers(budget if swaps > QUICK else replace(budget, ends=math.inf), first_round)
+        if swaps > LARGE:
             while better:
                 better = self._finish_layers(budget, first_round)
             return
@@ -117,9 +124,13 @@ class JointSearch:
         self.restore(best)
 
     def _finish_layers(self, budget: Budget, first_round: int) -> bool:
-        """Descend every layer to its end while the others stay; whether any came out better."""
+        """Descend every layer to its end while the others stay; whether any came out better.
+
+        In random order, as one of many searches in little time each must not always begin with the same layers.
+        """
         rounds = FINISH if first_round == 0 else FINISH[1:]
-        return sum(self._try([layer], rounds, budget) for layer in range(self.problem.num_layers)) > 0
+        order = budget.rng.permutation(self.problem.num_layers)
+        return sum(self._try([int(layer)], rounds, budget) for layer in order) > 0
 
     def _try(self, layers: list[int], rounds: Rounds, budget: Budget, disturb: bool = False) -> bool:
         """Descend some layers, disturbed first or not; keep what is better and was done in time. Whether any was."""
