@@ -105,7 +105,9 @@ class JointSearch:
         return self.pricer.total_s(self.table)
 
     def sweep(self, budget: Budget, first_round: int = 0) -> None:
-        """Finish every layer in turn, then descend all, back and forth, ever sharper. Keeps the best table."""
+        """Finish every layer in turn; then, from the start again, since finished layers no longer line up, descend all,
+        back and forth, ever sharper. Keeps the best table."""
+        start = self.table.copy()
         swaps = self.problem.num_layers * self.problem.num_slots**2
         better = self._finish_layers(budget if swaps > QUICK else replace(budget, ends=math.inf), first_round)
         if swaps > LARGE:
@@ -113,6 +115,7 @@ class JointSearch:
                 better = self._finish_layers(budget, first_round)
             return
         best, best_s = self.table.copy(), self.total_s
+        self.restore(start)
         layers = range(self.problem.num_layers)
         for (load_power, link_power), eager in list(zip(SHARPNESS, EAGERNESS, strict=True))[first_round:]:
             for layer in [*layers, *reversed(layers)]:

@@ -201,7 +201,8 @@ def _potential(z: FloatArray, power: int) -> tuple[float, FloatArray]:
 def potential_norm(z: FloatArray, power: int) -> float:
     """The 2 ** power norm of z [...]; what stands for its maximum."""
     peak = max(float(z.max()), 1e-300)
-    return float(peak * raised(z / peak, power).sum() ** (0.5**power))
+    # the sum is below 1 only where all is 0: no link is used where every worker holds every expert
+    return float(peak * max(raised(z / peak, power).sum(), 1.0) ** (0.5**power))
 
 
 def raised(z: FloatArray, power: int) -> FloatArray:
