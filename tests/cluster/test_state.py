@@ -703,9 +703,13 @@ def test_recoveries_and_stages_are_counted() -> None:
     sim.settle()
     sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(), reason="aborted"))
     sim.settle()
+    # an engine sees the step fail before anybody knows why
+    sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(W0,), reason="the connection has ended"))
+    sim.kill(W0)
+    sim.settle()
     counters = sim.state.counters
-    assert (counters.recoveries["worker"], counters.recoveries["step"]) == (1, 1)
-    assert sum(counters.recovery_s.counts) == 2
+    assert (counters.recoveries["worker"], counters.recoveries["step"]) == (2, 1)
+    assert sum(counters.recovery_s.counts) == 3
     assert counters.recovery_s.total_s >= 2.0
     sim.feed(RebalanceRequested(planner="auto"))
     sim.settle()
