@@ -341,6 +341,9 @@ class Epochs:
         self._out.append(AbortSteps(epochs=tuple(epochs), workers=workers))
         if self.broken is None:
             self.broken, self._broken_cause, self._broken_at = reason, cause, now
+        elif (self._broken_cause, cause) == ("step", "worker"):
+            # which is why the step failed
+            self._broken_cause = cause
         self._open_recovery()
 
     def _open_recovery(self) -> None:

@@ -50,6 +50,8 @@ JOIN_PATIENCE_S = 5.0
 """How long a loaded worker waits for others that are starting, so that they join in one epoch."""
 RESTART_PATIENCE_S = 60.0
 """The same after all workers were lost, at most: others get as long again as the first one took."""
+SURVIVORS_FIRST_S = 5.0
+"""How long survivors get to serve again before others are started."""
 STABLE_S = 30.0
 """An epoch that lives this long clears the suspicions against its workers."""
 MAX_STRIKES = 3
@@ -293,10 +295,16 @@ class ControlState(Scaling):
                 member.state = WorkerState.SERVING
                 present.append(member)
         missing = self.target - len(present)
-        if missing <= 0 or now < self._start_at:
+        if missing <= 0 or now < self._start_at or self._recover_alone(now):
             return
         for told in self._shares(len(present), missing):
             self._start_worker(told, now)
+
+    def _recover_alone(self, now: float) -> bool:
+        """Whether survivors are about to serve again: until then they need cores and disk more than a newcomer does."""
+        survivors = [member for member in self.alive if member.id in self.ranks]
+        since = now if self._broken_at is None else self._broken_at
+        return self.broken is not None and now - since < SURVIVORS_FIRST_S and bool(survivors) and self._fits(survivors)
 
     def _shares(self, present: int, missing: int) -> list[npt.NDArray[np.bool_]]:
         """[L, E] for each of `missing` new workers, what it is to load: from the checkpoint, beside those that serve,

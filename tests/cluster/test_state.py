@@ -142,6 +142,25 @@ def test_death_makes_an_epoch_of_the_survivors_which_read_what_was_lost() -> Non
     assert all(not transfer.reads for transfer in sent(sim, Transfer))
 
 
+@pytest.mark.parametrize("recovers", [True, False])
+def test_survivors_serve_again_before_a_replacement_is_started(recovers: bool) -> None:
+    sim = serving(2)
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    assert not sent(sim, StartWorker)
+    if recovers:
+        while sim.todo:
+            sim.finish(0)
+    else:
+        # nothing comes of it for some reason
+        sim.now += 6.0
+        sim.feed(Tick())
+    assert sim.state.readiness().ready is recovers
+    assert [command.worker for command in sent(sim, StartWorker)] == [WorkerId("w2")]
+    sim.settle()
+    assert sim.state.ranks == (W0, WorkerId("w2"))
+
+
 def test_death_of_all_starts_anew() -> None:
     sim = serving(2)
     for worker in (W0, W1):
@@ -684,9 +703,13 @@ def test_recoveries_and_stages_are_counted() -> None:
     sim.settle()
     sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(), reason="aborted"))
     sim.settle()
+    # an engine sees the step fail before anybody knows why
+    sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(W0,), reason="the connection has ended"))
+    sim.kill(W0)
+    sim.settle()
     counters = sim.state.counters
-    assert (counters.recoveries["worker"], counters.recoveries["step"]) == (1, 1)
-    assert sum(counters.recovery_s.counts) == 2
+    assert (counters.recoveries["worker"], counters.recoveries["step"]) == (2, 1)
+    assert sum(counters.recovery_s.counts) == 3
     assert counters.recovery_s.total_s >= 2.0
     sim.feed(RebalanceRequested(planner="auto"))
     sim.settle()
