@@ -92,7 +92,7 @@ def unpack(packed: Packed) -> Tensor:
 def unpack8(packed: Packed) -> tuple[Tensor, Tensor]:
     """What was packed by `pack8`, bit for bit. Copies."""
     values = torch.empty(packed.columns, packed.depth, dtype=torch.int8)
-    scales = torch.empty(packed.columns, -(-packed.depth // GROUP))
+    scales = torch.empty(packed.columns, -(-packed.depth // GROUP), dtype=torch.float32)
     packed.lib.emoe_unpack8(packed.data.data_ptr(), *_shape(packed), values.data_ptr(), scales.data_ptr())
     return values, scales
 

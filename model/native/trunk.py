@@ -124,7 +124,9 @@ class _Router:
         x = hidden_states.reshape(-1, self.packed.depth).contiguous()
         rows = len(x)
         logits = torch.empty(rows, self.packed.columns, dtype=torch.bfloat16)
-        scores, index = torch.empty(rows, self.top_k), torch.empty(rows, self.top_k, dtype=torch.int64)
+        # the default dtype is the process's, and loading a model elsewhere in it changes it for a while
+        scores = torch.empty(rows, self.top_k, dtype=torch.float32)
+        index = torch.empty(rows, self.top_k, dtype=torch.int64)
         self.lib.emoe_route(
             x.data_ptr(),
             rows,
