@@ -1,6 +1,6 @@
 // The attention half of a decoder layer in one call: normalise, project, rotate, attend, project, add, normalise.
 //
-// Decoding steps are short, and what Python and torch take to call its dozen parts is a quarter of a step of one
+// Decoding steps are short, and what Python and torch take to call its dozen parts was a sixth of a step of one
 // sequence. The parts are those that modules call one by one, in the same order, so the bits are the same.
 #include "calls.h"
 #include "trunk.h"
