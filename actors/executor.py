@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -352,15 +352,18 @@ class Executor:
 
     async def find_silent(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
         """Like `_find_lost`, with less patience: there is another sign already that they might hang."""
-        hosts = {worker: self.hosts[worker] for worker in workers if worker in self.hosts}
-        calls = {worker: sign_of_life(host.ping, SUSPECT_TIMEOUT_S) for worker, host in hosts.items()}
-        errors = await call_all(calls, self._config.heartbeat_timeout)
-        return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
+        return await self._without_answer(workers, lambda host: sign_of_life(host.ping, SUSPECT_TIMEOUT_S))
 
     async def _find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
         """Those that do not answer: dead, or hanging. `stepping`: the thread that runs the steps has to."""
-        hosts = {worker: self.hosts[worker] for worker in workers if worker in self.hosts}
-        calls = {w: host.ping_step.remote() if stepping else host.ping.remote() for w, host in hosts.items()}
+        return await self._without_answer(
+            workers, lambda host: host.ping_step.remote() if stepping else host.ping.remote()
+        )
+
+    async def _without_answer(
+        self, workers: Iterable[WorkerId], ask: Callable[[Any], Awaitable[Any]]
+    ) -> list[WorkerLost]:
+        calls = {worker: ask(self.hosts[worker]) for worker in workers if worker in self.hosts}
         errors = await call_all(calls, self._config.heartbeat_timeout)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
 
