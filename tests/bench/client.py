@@ -45,6 +45,7 @@ class _Answer:
     tokens: int
     ttft_s: float
     gaps_s: list[float]
+    text: str = ""
 
 
 class Client:
@@ -84,6 +85,11 @@ class Client:
 
     def warm_up(self) -> None:
         asyncio.run(self._run(self._prompts(4, PROMPT_TOKENS), 4, 2))
+
+    def first_texts(self, prompts: Sequence[list[int]]) -> list[str]:
+        """The first token after each prompt, as text."""
+        answers, _ = asyncio.run(self._run(prompts, 1, 4))
+        return [answer.text for answer in answers]
 
     def _prompts(self, count: int, length: int) -> list[list[int]]:
         return [[self._rng.randrange(_FIRST_TOKEN, self._vocab) for _ in range(length)] for _ in range(count)]
@@ -185,6 +191,7 @@ def _answer(exchange: _Exchange, output_tokens: int) -> _Answer:
             else:
                 answer.gaps_s.append(came - last)
             last = came
+            answer.text += event["choices"][0].get("text") or ""
     if answer.tokens != output_tokens:
         raise RuntimeError(f"{answer.tokens} tokens came, {output_tokens} were asked for")
     return answer

@@ -24,6 +24,7 @@ from tests.bench.machine import floor_of, measure_machine, model_config, where_a
 from tests.bench.processes import cpu_between, cpu_times, memory_bytes
 from tests.bench.report import Run, load, report, save
 from tests.bench.servers import MODEL_NAME, Running, Server, serving
+from tests.bench.truth import Truth
 from tests.model.random_checkpoint import make_random_checkpoint
 
 ENGINE_TTFT = "emoe:engine_time_to_first_token_seconds"
@@ -39,7 +40,9 @@ def mid_checkpoint(out: Path) -> Path:
     return path
 
 
-def run_server(server: Server, model: Path, concurrency: Sequence[int], round_number: int, out: Path) -> Run:
+def run_server(
+    server: Server, model: Path, truth: Truth, concurrency: Sequence[int], round_number: int, out: Path
+) -> Run:
     """Start a server, put it under every load, stop it."""
     started = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
     machine = measure_machine()
@@ -47,6 +50,7 @@ def run_server(server: Server, model: Path, concurrency: Sequence[int], round_nu
     with serving(server, log) as running:
         client = Client(running.url, MODEL_NAME, vocab=model_config(model)["vocab_size"], seed=round_number)
         client.warm_up()
+        truth.check(client, server.name)
         before = _engine_ttft(running)
         lone_ttft_ms = client.lone_ttft_ms()
         engine_ttft_ms = _mean_between(before, _engine_ttft(running))
@@ -127,13 +131,14 @@ def main() -> int:
     about = where_and_when() | {"model": model.name, "command": " ".join(["tests.bench.serving", *sys.argv[1:]])}
     config = model_config(model)
     floor = floor_of(config) if config["model_type"] == "qwen3_moe" else None
+    truth = Truth.of(model)
     chosen = chosen_servers(args, model)
     runs = load(args.out) if args.append else []
     concurrency = sorted(int(c) for c in args.concurrency.split(","))
     for number in range(args.repeat):
         # there and back again, so that a machine that slows down does so for all
         for server in chosen[:: -1 if number % 2 else 1]:
-            runs.append(run_server(server, model, concurrency, number, args.out))
+            runs.append(run_server(server, model, truth, concurrency, number, args.out))
             save(runs, about, floor, args.out)
     print("\n" + report(runs, about, floor))
     return 0

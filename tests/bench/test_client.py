@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.bench.client import Client
+from tests.bench.truth import Truth
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -63,6 +64,14 @@ def test_events_however_they_are_cut(cut: int) -> None:
     assert measured.output_tokens_per_s > 0
     assert 0 <= measured.itl_ms <= measured.itl_p99_ms
     assert measured.ttft_ms > 0
+
+
+def test_a_server_that_answers_something_else_is_not_measured() -> None:
+    prompts = [[1, 2]] * 4
+    with serving(HEAD + chunked(*stream(1)), cut=100_000) as url:
+        Truth(prompts=prompts, texts=["a", "a", "b", "a"]).check(client(url), "it")
+        with pytest.raises(RuntimeError, match=r"it answers 2 of 4 prompts as the model does: 'a' instead of 'b'"):
+            Truth(prompts=prompts, texts=["a", "b", "b", "a"]).check(client(url), "it")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ def make_random_checkpoint(
     fields = family_fields(family, hidden=hidden, layers=layers, experts=experts, top_k=top_k, ff=ff)
     out.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
+        # what a family does not know would be written too, and other servers would believe that it means something
+        known = {*AutoConfig.for_model(family).to_dict(), *type(AutoConfig.for_model(family)).attribute_map}
+        fields = {name: value for name, value in fields.items() if name in known}
         config = AutoConfig.for_model(family, **(fields | {"vocab_size": len(tokenizer)} | config_fields))
         config.dtype = getattr(torch, dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
@@ -103,7 +106,7 @@ def _qwen_fields(*, hidden: int, heads: int, experts: int, ff: int, **_: int) ->
 
 
 def _common_fields(*, hidden: int, heads: int, experts: int, ff: int, **_: int) -> dict[str, Any]:
-    """For families not listed: every name that is in use for these dimensions. A configuration ignores the others."""
+    """For families not listed: every name that is in use for these dimensions. Those unknown to the family are dropped."""
     names = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts)
     widths = {"moe_intermediate_size": ff, "shared_intermediate_size": ff, "shared_expert_intermediate_size": ff}
     shared = {"n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
