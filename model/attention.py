@@ -82,6 +82,8 @@ class StepBatch:
     prefills: list[_Prefill]
     fused: NativeBatch | FlashBatch | None = None
     """In place of all the others, where one call attends: the cache is laid out for it."""
+    dispatcher: Any = None
+    """Of the step, for layers that are run together (model/layer_runs.py)."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Additive masks of decode groups, by (group, window): the same for every layer."""
 

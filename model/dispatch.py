@@ -22,6 +22,7 @@ from cluster.placement import EMPTY, Placement
 from model.backends import dense_tokens
 from model.experts import ExpertStore
 from model.layer_experts import ABSENT
+from model.native.layers import JointExperts
 from model.routing_counter import RoutingCounter
 from model.staging import to_device
 from model.transport import Transport
@@ -62,6 +63,18 @@ class Dispatcher(ABC):
 
     def __init__(self) -> None:
         self.counter: RoutingCounter | None = None
+        self.joint: JointExperts | None = None
+        """The same as `forward`, for native functions that run many layers; then `note` is called for them."""
+
+    @property
+    def threads(self) -> int:
+        """Of a layer's experts."""
+        return torch.get_num_threads()
+
+    def note(self, index_LTK: Tensor) -> None:
+        """Choices of the step's next MoE layers."""
+        if self.counter is not None:
+            self.counter.note(index_LTK)
 
     def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
         """A step begins. `counter` is None for warm-up, which must not count."""
@@ -69,12 +82,14 @@ class Dispatcher(ABC):
 
     def forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The layer's experts, wherever they are: [T, H]. Blocks on the others; StepAborted where one is gone."""
-        if self.counter is not None:
-            self.counter.note(index_TK)
+        self.note(index_TK[None])
         return self._forward(layer, x_TH, index_TK, weight_TK)
 
     def idle(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
         """Take part in a step without tokens of one's own: the trunk is not run, the experts are."""
+        if self.joint is not None:
+            self.joint.idle(self.threads)
+            return
         for layer, shape in enumerate(shapes):
             self.forward(
                 layer,
@@ -116,6 +131,8 @@ class TransportDispatcher(Dispatcher):
         self._mine_LX = torch.where(routes_WLE == rank, experts_E, ABSENT).transpose(0, 1).flatten(1)
         self._most_dense = dense_tokens(device) if most_dense is None else most_dense
         self._tokens_per_rank: Sequence[int] = ()
+        if transport.size == 1 and store.native:
+            self.joint = store.joint()
         self._dense = False
         self._source_R = torch.empty(0)
         """Dense steps: [R] for every rank's tokens, where the rank's row of `_mine_LX` begins."""

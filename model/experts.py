@@ -9,6 +9,7 @@ Legend: R rows (tokens sent here), H hidden, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -16,6 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from model.backends import layer_experts
 from model.cpu_experts import CpuExperts
 from model.layer_experts import Tensors
+from model.native import library
+from model.native.layers import JointExperts
 
 NAME = "emoe"
 """Of our experts function in transformers' registry."""
@@ -49,6 +52,12 @@ class ExpertStore:
         assert isinstance(experts, CpuExperts)
         assert experts.native is not None
         return experts.native.arguments
+
+    def joint(self, *exchange: Any) -> JointExperts:
+        """All layers for native functions, as held now; for `exchange` see JointExperts. Only where `native`."""
+        lib = library()
+        assert lib is not None
+        return JointExperts(lib, [self.native_layer(layer) for layer in range(self.num_layers)], *exchange)
 
     def reserve(self, counts: Sequence[int]) -> None:
         """So many experts of each layer are about to be put, before any step."""

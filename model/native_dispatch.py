@@ -26,6 +26,11 @@ class NativeDispatcher(Dispatcher):
         self._exchange = exchange
         routes = [route_table(placement, r) for r in range(exchange.size)]
         self._routes_LWE = torch.stack(routes, dim=1).to(torch.int16).contiguous()
+        self.joint = store.joint(self._routes_LWE, exchange.handle, exchange.check)
+
+    @property
+    def threads(self) -> int:
+        return self._exchange.threads or super().threads
 
     def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
         super().begin(tokens_per_rank, counter)

@@ -1,7 +1,8 @@
 """Decoder layers whose attention half is one native call, with their own feed-forward half behind it.
 
 A layer is recognised by trying: what its parts seem to be is put together, and the result must be the layer's own, bit
-for bit, on random input. What is not recognised stays transformers' own.
+for bit, on random input. What is not recognised stays transformers' own. Where every layer of a trunk is recognised,
+model/layer_runs.py joins them further.
 """
 
 from __future__ import annotations
@@ -23,23 +24,67 @@ from model.native.block import AttentionBlock, Matrix, Norm
 from model.native.linear import Packed
 
 
-def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module]) -> int:
-    """Join what is recognised in a trunk that `fit_trunk` has been through. Returns how many layers that were.
+class FittedLayer:
+    """A decoder layer's forward."""
 
-    `experts` are its expert modules. They stand for nothing while layers are tried, and must be attached anew.
+    def __init__(
+        self, original: Callable[..., Any], block: AttentionBlock, feed_forward: nn.Module, attention_layer: int
+    ) -> None:
+        self.block = block
+        self.feed_forward = feed_forward
+        self.attention_layer = attention_layer
+        self._original = original
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        batch: Any = current_batch()
+        mask: Any = kwargs.get("attention_mask")
+        embeddings: Any = kwargs.get("position_embeddings")
+        if args or not native_input(batch, hidden_states, mask, embeddings, self.block.head_size):
+            return self._original(hidden_states, *args, **kwargs)
+        cosines, sines = embeddings
+        sum_TH, normed_TH = self.block(
+            batch.fused,
+            batch.cache.stores(self.attention_layer),
+            hidden_states[0],
+            cosines[0],
+            sines[0],
+            mask.size,
+        )
+        return sum_TH + self.feed_forward(normed_TH[None])
+
+
+def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Join what is recognised in a trunk that `fit_trunk` has been through. Returns the layers that were.
+
+    Their `forward` is a FittedLayer then. `experts` are the trunk's expert modules. They stand for nothing while layers
+    are tried, and must be attached anew.
     """
     attach(experts, lambda layer, hidden, index, weight: hidden * weight.sum(-1, keepdim=True).to(hidden.dtype))
-    found = 0
+    found = []
     with torch.inference_mode():
         for layer in trunk.modules():
             fitted = _fitted(lib, layer)
             if fitted is not None and _tried(layer, fitted):
                 layer.forward = fitted
-                found += 1
+                found.append(layer)
     return found
 
 
-def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> Callable[..., Any] | None:
+def native_input(batch: Any, hidden: Tensor, mask: Any, embeddings: Any, head_size: int) -> bool:
+    """Whether native functions take what a trunk hands to a layer in a step."""
+    if not isinstance(batch, StepBatch) or not isinstance(batch.fused, NativeBatch):
+        return False
+    if not isinstance(mask, Window) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
+        return False
+    rows = (1, hidden.shape[1], head_size)
+    return (
+        hidden.dtype == torch.bfloat16
+        and hidden.is_contiguous()
+        and all(t.shape == rows and t.dtype == torch.bfloat16 and t.is_contiguous() for t in embeddings)
+    )
+
+
+def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | None:
     """The layer's forward as it may be, if it is made of the parts that most families have, by the names they share."""
     attention = getattr(layer, "self_attn", None)
     before, after = (getattr(layer, f"{name}_layernorm", None) for name in ("input", "post_attention"))
@@ -62,7 +107,7 @@ def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> Callable[..., Any] | None:
         )
     except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # made of other parts after all
         return None
-    return _forward(layer.forward, block, others[0], int(attention.layer_idx))  # type: ignore[arg-type]
+    return FittedLayer(layer.forward, block, others[0], int(attention.layer_idx))  # type: ignore[arg-type]
 
 
 def _matrix(module: Any) -> Matrix | None:
@@ -74,41 +119,6 @@ def _matrix(module: Any) -> Matrix | None:
 def _norm(module: Any) -> Norm | None:
     forward = getattr(module, "forward", None)
     return forward if isinstance(forward, Norm) else None
-
-
-def _forward(
-    original: Callable[..., Any], block: AttentionBlock, feed_forward: nn.Module, layer: int
-) -> Callable[..., Any]:
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        batch = current_batch()
-        native = batch.fused if isinstance(batch, StepBatch) else None
-        mask: Any = kwargs.get("attention_mask")
-        embeddings: Any = kwargs.get("position_embeddings")
-        if args or not isinstance(native, NativeBatch) or not _fits(hidden_states, mask, embeddings, block.head_size):
-            return original(hidden_states, *args, **kwargs)
-        cosines, sines = embeddings
-        sum_TH, normed_TH = block(
-            native,
-            batch.cache.stores(layer),  # type: ignore[union-attr]
-            hidden_states[0],
-            cosines[0],
-            sines[0],
-            mask.size,
-        )
-        return sum_TH + feed_forward(normed_TH[None])
-
-    return forward
-
-
-def _fits(hidden: Tensor, mask: Any, embeddings: Any, head_size: int) -> bool:
-    if not isinstance(mask, Window) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
-        return False
-    rows = (1, hidden.shape[1], head_size)
-    return (
-        hidden.dtype == torch.bfloat16
-        and hidden.is_contiguous()
-        and all(t.shape == rows and t.dtype == torch.bfloat16 and t.is_contiguous() for t in embeddings)
-    )
 
 
 def _tried(layer: nn.Module, fitted: Callable[..., Any]) -> bool:

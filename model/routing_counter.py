@@ -27,17 +27,17 @@ class RoutingCounter:
         self._lock = threading.Lock()
         self._reset()
 
-    def note(self, index_TK: Tensor) -> None:
-        """The choices of the step's next MoE layer."""
-        self._step.append(index_TK)
+    def note(self, index_LTK: Tensor) -> None:
+        """The choices of the step's next MoE layers."""
+        self._step.append(index_LTK)
 
     def discard_step(self) -> None:
         self._step = []
 
     def commit_step(self, chunks: Sequence[int]) -> None:
         """The step's choices count. chunks: tokens of each of its sequences, in order; one token is decode's."""
-        if len(self._step) == self._layers and self._step[0].numel():
-            self._add_step(torch.stack(self._step).to("cpu", torch.int64), chunks)
+        if sum(map(len, self._step)) == self._layers and self._step[0].numel():
+            self._add_step(torch.cat(self._step).to("cpu", torch.int64), chunks)
         self._step = []
 
     def note_time(self, seconds: float, tokens: int, *, decode: bool) -> None:

@@ -58,6 +58,7 @@ class ModelRunner:
             self.dispatcher.idle(self.layer_shapes, self._device)
             return torch.empty(0, 0, device=self._device)
         batch = StepBatch.build(slices, self._cache, self._device)
+        batch.dispatcher = self.dispatcher
         with step_context(batch):
             return self._forward(slices)
 

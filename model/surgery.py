@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from model.layer_runs import join_layers
 from model.linear import pack_linears
 from model.native import library
 from model.native.trunk import fit_trunk, has_native_form
@@ -21,5 +22,5 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module]) -> int:
     lib = library() if has_native_form(trunk) else None
     if lib is not None:
         packed_bytes += fit_trunk(lib, trunk)
-        fit_layers(lib, trunk, experts)
+        join_layers(trunk, fit_layers(lib, trunk, experts), experts)
     return packed_bytes

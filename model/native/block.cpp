@@ -9,9 +9,7 @@
 
 #include <vector>
 
-using namespace emoe;
-
-namespace {
+namespace emoe {
 
 // As Python lays them out: model/native/block.py.
 struct Norm {
@@ -37,12 +35,17 @@ struct Block {
     float scale;
 };
 
+namespace {
+
 bf16* of_size(std::vector<bf16>& scratch, int64_t size) {
     if (int64_t(scratch.size()) < size) scratch.resize(size);
     return scratch.data();
 }
 
 } // namespace
+} // namespace emoe
+
+using namespace emoe;
 
 // x [T, H] is what comes in: `sum` [T, H] is it plus attention's output, `normed` [T, H] that normalised for what follows.
 // cosines and sines are [T, key_size]; the rest as in emoe_attention.

@@ -127,7 +127,8 @@ class AttentionBlock:
             out=_matrix(out),
             scale=scale,
         )
-        self._address = ctypes.addressof(self._block)
+        self.address = ctypes.addressof(self._block)
+        """For native functions."""
         self.head_size = head_size
 
     def __call__(
@@ -142,7 +143,7 @@ class AttentionBlock:
         """(sum [T, H], normalised sum [T, H]) of dense bfloat16 rows; keys and values go to the layer's caches."""
         sum_TH, normed_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
         self._function(
-            self._address,
+            self.address,
             x_TH.data_ptr(),
             len(x_TH),
             cosines_TD.data_ptr(),

@@ -66,15 +66,15 @@ class NativeExchange:
             self._views = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]
             bases = (ctypes.c_int64 * size)(*(view.data_ptr() for view in self._views))
             limit_ns = int(timeout_s * 1e9)
-            self._handle = lib.emoe_exchange_new(rank, size, capacity, hidden, top_k, bases, limit_ns)
-            weakref.finalize(self, lib.emoe_exchange_free, self._handle)
-            self._check(lib.emoe_exchange_meet(self._handle))
+            self.handle = lib.emoe_exchange_new(rank, size, capacity, hidden, top_k, bases, limit_ns)
+            weakref.finalize(self, lib.emoe_exchange_free, self.handle)
+            self.check(lib.emoe_exchange_meet(self.handle))
 
         join(group, rank, size, lib.emoe_exchange_bytes(size, capacity, hidden, top_k), timeout_s, meet)
 
     def begin(self, tokens_per_rank: Sequence[int]) -> None:
         """A step begins, in which each rank runs so many tokens."""
-        self._lib.emoe_exchange_begin(self._handle, (ctypes.c_int64 * self.size)(*tokens_per_rank))
+        self._lib.emoe_exchange_begin(self.handle, (ctypes.c_int64 * self.size)(*tokens_per_rank))
 
     def layer(
         self, experts: Sequence[Any], routes_WE: Tensor, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor
@@ -89,7 +89,7 @@ class NativeExchange:
         assert index_TK.dtype == torch.int64
         out_TH = torch.empty_like(x_TH)
         status = self._lib.emoe_exchange_layer(
-            self._handle,
+            self.handle,
             *experts,
             routes_WE.data_ptr(),
             x_TH.data_ptr(),
@@ -98,22 +98,23 @@ class NativeExchange:
             out_TH.data_ptr(),
             self.threads or torch.get_num_threads(),
         )
-        self._check(status)
+        self.check(status)
         return out_TH
 
     def take_waited(self) -> Waited:
         """Since the last call."""
         times = (ctypes.c_int64 * 2)()
-        self._lib.emoe_exchange_waited(self._handle, times)
+        self._lib.emoe_exchange_waited(self.handle, times)
         return Waited(tokens_s=times[0] / 1e9, sums_s=times[1] / 1e9)
 
     def abort(self) -> None:
-        self._lib.emoe_exchange_abort(self._handle)
+        self._lib.emoe_exchange_abort(self.handle)
 
     def close(self) -> None:
         """Nothing to do: the memory goes with the object, which a step may still be using."""
 
-    def _check(self, status: int) -> None:
+    def check(self, status: int) -> None:
+        """Raises StepAborted for what a native function returns, if it says so."""
         if status == _ABORTED:
             raise StepAborted("the exchange was aborted")
         if status == _SILENT:

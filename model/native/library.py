@@ -54,6 +54,8 @@ _SIGNATURES = {
     "emoe_exchange_begin": "pp",
     "emoe_exchange_waited": "pp",
     "emoe_exchange_layer": "piiptttffpppppt>t",
+    "emoe_layers": "ppipipippipipiptt>t",
+    "emoe_layers_idle": "pipt>t",
 }
 """Arguments of each function: p pointer, i int64, f float, t int; behind `>` what it returns, if anything."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}

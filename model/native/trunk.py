@@ -11,7 +11,6 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from model.native.block import Norm
 from model.native.linear import Packed, can_pack, linear, pack
+from model.native.router import Router
 
 
 def has_native_form(trunk: nn.Module) -> bool:
@@ -107,43 +107,7 @@ def _pack_routers(lib: ctypes.CDLL, module: nn.Module) -> int:
     return router.packed.nbytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Router:
-    """Softmax over a row's experts and the `top_k` largest, in one call; of equal ones, the first."""
-
-    lib: ctypes.CDLL
-    packed: Packed
-    top_k: int
-    normalises: bool
-    """The scores that are kept add up to 1."""
-    dtype: torch.dtype
-    """Of the scores."""
-
-    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As transformers' routers: (logits [T, E], scores [T, K], experts [T, K])."""
-        x = hidden_states.reshape(-1, self.packed.depth).contiguous()
-        rows = len(x)
-        logits = torch.empty(rows, self.packed.columns, dtype=torch.bfloat16)
-        # the default dtype is the process's, and loading a model elsewhere in it changes it for a while
-        scores = torch.empty(rows, self.top_k, dtype=torch.float32)
-        index = torch.empty(rows, self.top_k, dtype=torch.int64)
-        self.lib.emoe_route(
-            x.data_ptr(),
-            rows,
-            self.packed.depth,
-            self.packed.data.data_ptr(),
-            self.packed.columns,
-            self.top_k,
-            self.normalises,
-            logits.data_ptr(),
-            scores.data_ptr(),
-            index.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return logits, scores.to(self.dtype), index
-
-
-def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> _Router | None:
+def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> Router | None:
     """The module's forward as one call, where it is a router of the usual kind."""
     generator = torch.Generator().manual_seed(0)
     # of moderate size, so that no probability of interest is zero
@@ -158,7 +122,7 @@ def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> _Rout
     if scores.shape != index.shape or index.dtype != torch.int64 or not 0 < index.shape[-1] <= packed.columns:
         return None
     for normalises in (True, False):
-        router = _Router(lib=lib, packed=packed, top_k=index.shape[-1], normalises=normalises, dtype=scores.dtype)
+        router = Router(lib=lib, packed=packed, top_k=index.shape[-1], normalises=normalises, dtype=scores.dtype)
         got = router(probe.bfloat16())
         # which of two experts with equal logits comes first is nobody's promise
         same = torch.equal(got[0], logits) and torch.equal(logits.gather(1, got[2]), logits.gather(1, index))

@@ -24,7 +24,7 @@ def seconds_per_step(layers: int, experts: int, choices: int, tokens: int) -> fl
     begin = time.thread_time()
     for _ in range(STEPS):
         for index_TK in index_LTK:
-            counter.note(index_TK)
+            counter.note(index_TK[None])
         counter.commit_step(chunks)
     return (time.thread_time() - begin) / STEPS
 

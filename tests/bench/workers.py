@@ -111,46 +111,32 @@ class Times:
     """Medians over the steps of a case on one worker, in seconds."""
 
     step_s: float
-    layers_s: float
-    """Of the step, what the MoE layers took, waiting included."""
     waited_s: float
-    """Of the layers, waiting for peers (native exchange only)."""
+    """Of the step, waiting for peers (native exchange only)."""
 
 
 def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     """One turn of a case."""
     from model.native.exchange import NativeExchange
 
-    dispatcher, group = worker._epoch.dispatcher, worker._epoch.group
-    times: list[tuple[float, float, float]] = []
-    layers_s = 0.0
-    forward = type(dispatcher)._forward
-
-    def timed(*args: Any) -> Any:
-        nonlocal layers_s
-        begin = time.perf_counter()
-        out = forward(dispatcher, *args)
-        layers_s += time.perf_counter() - begin
-        return out
+    group = worker._epoch.group
+    times: list[tuple[float, float]] = []
 
     def run(plan: StepPlan) -> None:
-        nonlocal layers_s
-        layers_s = 0.0
         begin = time.perf_counter()
         worker.step(plan)
         step_s = time.perf_counter() - begin
         waited = group.take_waited() if isinstance(group, NativeExchange) else None
-        times.append((step_s, layers_s, waited.tokens_s + waited.sums_s if waited else 0.0))
+        times.append((step_s, waited.tokens_s + waited.sums_s if waited else 0.0))
 
-    dispatcher._forward = timed
     if first or not case.steps:
         run(load.prefill())
     if case.steps:
         times.clear()
         for _ in range(case.steps):
             run(load.decode())
-    step_s, layers_s, waited_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return Times(step_s=step_s, layers_s=layers_s, waited_s=waited_s)
+    step_s, waited_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return Times(step_s=step_s, waited_s=waited_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,17 +253,16 @@ def main() -> None:
                 times.setdefault((number, n), []).append(workers.run(number))
     for workers in running:
         workers.close()
-    print("medians in ms: step (MoE layers, of which waiting); speed over the first set's")
+    print("medians in ms: step (of which waiting); speed over the first set's")
     for number, case in enumerate(cases):
         for n, setup in enumerate(setups):
             seen, first = times[number, n], times[number, 0]
-            step, layers, waited = (
-                1000 * statistics.median(getattr(turn, name) for turn in seen)
-                for name in ("step_s", "layers_s", "waited_s")
+            step, waited = (
+                1000 * statistics.median(getattr(turn, name) for turn in seen) for name in ("step_s", "waited_s")
             )
             ratio = statistics.median(a.step_s / b.step_s for a, b in zip(first, seen, strict=True))
             kind = f"decode {case.requests:3}" if case.steps else f"prefill {case.requests * case.context}"
-            print(f"{kind:13} {setup!s:22} {step:8.2f} ({layers:7.2f}, {waited:6.2f})  {ratio:5.2f}")
+            print(f"{kind:13} {setup!s:22} {step:8.2f} ({waited:6.2f})  {ratio:5.2f}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def _qwen_fields(*, hidden: int, heads: int, experts: int, ff: int, **_: int) ->
 
 
 def _common_fields(*, hidden: int, heads: int, experts: int, ff: int, **_: int) -> dict[str, Any]:
-    """For families not listed: every name that is in use for these dimensions. Those unknown to the family are dropped."""
+    """For families not listed: every name in use for these dimensions. Those unknown to the family are dropped."""
     names = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), experts)
     widths = {"moe_intermediate_size": ff, "shared_intermediate_size": ff, "shared_expert_intermediate_size": ff}
     shared = {"n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,13 @@ def test_which_layers_are_joined(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[int] = []
-    monkeypatch.setattr(surgery, "fit_layers", lambda *args: found.append(fit_layers(*args)))
+
+    def noted(*args: Any) -> list[nn.Module]:
+        layers = fit_layers(*args)
+        found.append(len(layers))
+        return layers
+
+    monkeypatch.setattr(surgery, "fit_layers", noted)
     trunk, _ = fitted(tiny_checkpoint(family, tmp_path_factory), surgery.fit)
     layers = sum("self_attn" in dict(module.named_children()) for module in trunk.modules())
     assert layers > 0
@@ -45,7 +52,7 @@ def test_the_same_bits_as_the_parts(
 ) -> None:
     path = tiny_checkpoint(family, tmp_path_factory)
     joined = runner_of(path)
-    monkeypatch.setattr(surgery, "fit_layers", lambda *_: 0)
+    monkeypatch.setattr(surgery, "fit_layers", lambda *_: [])
     parts = runner_of(path)
     every = [(2 * i, text, 0, len(text)) for i, text in enumerate(texts(512))]
     assert torch.equal(logits(joined, every), logits(parts, every))

@@ -1,0 +1,85 @@
+// A run of decoder layers in one call: attention's half, router, experts wherever they are, sum; layer after layer.
+//
+// Between its native parts, a step of few tokens spent a tenth of its time in Python and torch: their code and objects
+// have left the caches whenever weights have streamed through them, and all workers are there at the same time, so that
+// meanwhile nobody reads weights. The parts are those that Python calls layer by layer: the bits are the same.
+#include "calls.h"
+
+#include <vector>
+
+using namespace emoe;
+
+namespace {
+
+// As Python lays them out: model/native/layers.py.
+struct Layer {
+    const Block* block;
+    const bf16* router; // packed
+    int64_t num_experts, top_k;
+    int32_t normalise, rounds; // scores add up to 1; they are bfloat16 to the trunk
+    bf16 *keys, *values;
+};
+
+struct Experts {
+    int64_t width, num_experts;
+    const void* const* tables;
+    int32_t bits, interleaved, gate;
+    float alpha, limit;
+    const int16_t* routes;
+};
+
+int run_experts(const Experts& e, Exchange* exchange, const bf16* x, int64_t tokens, int64_t hidden, int64_t top_k,
+                const int64_t* index, const float* scores, bf16* out, int threads) {
+    if (exchange != nullptr)
+        return emoe_exchange_layer(exchange, e.width, e.num_experts, e.tables, e.bits, e.interleaved, e.gate, e.alpha,
+                                   e.limit, e.routes, x, index, scores, out, threads);
+    emoe_experts(x, tokens, hidden, e.width, e.num_experts, e.tables, e.bits, e.interleaved, e.gate, e.alpha, e.limit,
+                 index, sizeof *index, scores, sizeof *scores, top_k, out, threads);
+    return 0;
+}
+
+} // namespace
+
+// x [T, hidden] becomes what `count` layers make of it. `exchange` is null where all experts are here. `index`
+// [count, T, top_k] tells which experts tokens went to. The rest as in emoe_block. Returns a Status, of the first layer
+// that was not done.
+extern "C" int emoe_layers(const Layer* layers, const Experts* experts, int64_t count, Exchange* exchange, int64_t hidden,
+                           bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines, int64_t block_size,
+                           const void* sequences, int64_t num_sequences, const int32_t* tables, int64_t window,
+                           int64_t* index, int trunk_threads, int expert_threads) {
+    // kept from call to call: fresh memory costs page faults
+    thread_local std::vector<bf16> sum, normed, logits, out;
+    thread_local std::vector<float> scores;
+    if (int64_t(sum.size()) < tokens * hidden)
+        for (std::vector<bf16>* rows : {&sum, &normed, &out}) rows->resize(tokens * hidden);
+    for (const Layer* layer = layers; layer < layers + count; ++layer, ++experts) {
+        const int64_t chosen = tokens * layer->top_k;
+        if (int64_t(logits.size()) < tokens * layer->num_experts) logits.resize(tokens * layer->num_experts);
+        if (int64_t(scores.size()) < chosen) scores.resize(chosen);
+        emoe_block(layer->block, x, tokens, cosines, sines, layer->keys, layer->values, block_size, sequences,
+                   num_sequences, tables, window, sum.data(), normed.data(), trunk_threads);
+        emoe_route(normed.data(), tokens, hidden, layer->router, layer->num_experts, layer->top_k, layer->normalise,
+                   logits.data(), scores.data(), index, trunk_threads);
+        for (int64_t i = 0; layer->rounds && i < chosen; i += 16) {
+            const Lanes lanes = lanes_before(i, chosen);
+            store(scores.data() + i, rounded(load(scores.data() + i, lanes)), lanes);
+        }
+        if (const int status = run_experts(*experts, exchange, normed.data(), tokens, hidden, layer->top_k, index,
+                                           scores.data(), out.data(), expert_threads))
+            return status;
+        for (int64_t i = 0; i < tokens * hidden; i += 16) {
+            const Lanes lanes = lanes_before(i, tokens * hidden);
+            store(x + i, add(load(sum.data() + i, lanes), load(out.data() + i, lanes)), lanes);
+        }
+        index += chosen;
+    }
+    return 0;
+}
+
+// Serves the others' tokens in as many layers, without any of one's own.
+extern "C" int emoe_layers_idle(const Experts* experts, int64_t count, Exchange* exchange, int threads) {
+    for (const Experts* layer = experts; layer < experts + count; ++layer)
+        if (const int status = run_experts(*layer, exchange, nullptr, 0, 0, 0, nullptr, nullptr, nullptr, threads))
+            return status;
+    return 0;
+}

@@ -1,0 +1,50 @@
+"""Which experts a token goes to, in one call: see router.cpp.
+
+Legend: T tokens of the step, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.native.linear import Packed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Softmax over a row's experts and the `top_k` largest, in one call; of equal ones, the first."""
+
+    lib: ctypes.CDLL
+    packed: Packed
+    top_k: int
+    normalises: bool
+    """The scores that are kept add up to 1."""
+    dtype: torch.dtype
+    """Of the scores."""
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As transformers' routers: (logits [T, E], scores [T, K], experts [T, K])."""
+        x = hidden_states.reshape(-1, self.packed.depth).contiguous()
+        rows = len(x)
+        logits = torch.empty(rows, self.packed.columns, dtype=torch.bfloat16)
+        # the default dtype is the process's, and loading a model elsewhere in it changes it for a while
+        scores = torch.empty(rows, self.top_k, dtype=torch.float32)
+        index = torch.empty(rows, self.top_k, dtype=torch.int64)
+        self.lib.emoe_route(
+            x.data_ptr(),
+            rows,
+            self.packed.depth,
+            self.packed.data.data_ptr(),
+            self.packed.columns,
+            self.top_k,
+            self.normalises,
+            logits.data_ptr(),
+            scores.data_ptr(),
+            index.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return logits, scores.to(self.dtype), index
