@@ -34,8 +34,8 @@ class Home:
 
     @property
     def decoding(self) -> bool:
-        """Whether a request here waits for just its next token."""
-        return any(sequence.remaining == 1 for sequence in self.running.items)
+        """Whether a request here waits for just its next token, which is not in flight yet if it is the last."""
+        return any(sequence.remaining == 1 and not sequence.exhausted for sequence in self.running.items)
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
         """Whether the empty cache holds it at its longest. The last token is never run, so it needs no place."""

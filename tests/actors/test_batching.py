@@ -220,6 +220,15 @@ def test_prompts_run_in_small_pieces_while_anybody_decodes() -> None:
     ]
 
 
+def test_a_request_whose_last_token_is_in_flight_does_not_decode() -> None:
+    s = scheduler({A: 30}, max_num_prefill_tokens=6)
+    s.add(request("one token", prompt=8, max_tokens=1))
+    ahead = plan(s)
+    s.add(request("next", prompt=16))
+    assert [chunk.length for chunk in plan(s)[A].chunks] == [16]
+    s.commit(answers(ahead))
+
+
 def test_no_more_than_max_num_seqs_run_on_a_worker() -> None:
     s = scheduler({A: 30, B: 30}, max_num_seqs=2)
     for i in range(6):

@@ -20,6 +20,7 @@ MODEL_NAME = "bench"
 MAX_MODEL_LEN = 2048
 SLOTS = 32
 READY_S = 600.0
+STANDBY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +127,8 @@ def serving(server: Server, log: Path) -> Iterator[Running]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(process, url, log, ours=server.ours)
+        if server.ours and "--no-standby" not in command:
+            _wait_for_standby(url)
         yield Running(server=server, url=url, pid=process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -148,3 +151,12 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, *, 
             pass
         time.sleep(0.5)
     raise RuntimeError(f"the server did not become ready; see {log}")
+
+
+def _wait_for_standby(url: str) -> None:
+    """The process that will be the next worker starts when the server is ready, and takes half a core meanwhile."""
+    deadline = time.monotonic() + STANDBY_S
+    while not any(w["state"] == "standby" for w in httpx.get(f"{url}/admin/workers").raise_for_status().json()):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no process stands by after {STANDBY_S:g} s")
+        time.sleep(0.2)
