@@ -170,8 +170,10 @@ class Placement:
         """Read a placement file. Raises PlacementError that names the file."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PlacementError(f"{path}: {error}") from None
+        except OSError as error:
+            raise PlacementError(f"{path}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise PlacementError(f"{path}: not JSON ({error})") from None
         if not isinstance(data, dict):
             raise PlacementError(f"{path}: expected a JSON object")
         return cls.from_dict(data)

@@ -21,8 +21,9 @@ def make_workers(number: int, *, nodes: int, num_experts: int, redundant: int = 
         raise PlacementError(f"workers: expected at least 1, got {number}")
     if not 1 <= nodes <= number:
         raise PlacementError(f"nodes: expected 1 to {number} (the workers), got {nodes}")
-    if redundant < 0:
-        raise PlacementError(f"redundant: expected at least 0, got {redundant}")
+    most = (number - 1) * num_experts
+    if not 0 <= redundant <= most:
+        raise PlacementError(f"redundant: expected 0 to {most} (every expert on every worker), got {redundant}")
     total = num_experts + redundant
     slots = [(rank + 1) * total // number - rank * total // number for rank in range(number)]
     return tuple(
