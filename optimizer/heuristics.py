@@ -123,11 +123,13 @@ def anticorrelation_table(problem: PlacementProblem, rng: np.random.Generator) -
     for layer in range(problem.num_layers):
         free, busy = np.array(room(problem)), np.zeros(len(problem.workers))
         held: list[list[int]] = [[] for _ in problem.workers]
+        holds = np.zeros((problem.num_experts, len(problem.workers)))
         for expert in np.argsort(-problem.loads[layer], kind="stable"):
-            together = np.array([problem.pairs[layer, expert, mine].sum() for mine in held])
+            together = problem.pairs[layer, expert] @ holds
             ends = (busy + problem.loads[layer, expert] + together) / problem.speed
             rank = int(np.argmin(np.where(free == 0, np.inf, ends)))
             held[rank].append(int(expert))
+            holds[expert, rank] = 1.0
             free[rank] -= 1
             busy[rank] += problem.loads[layer, expert] + together[rank]
         rows.append(row_of(problem, held))
