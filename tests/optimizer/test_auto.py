@@ -56,7 +56,7 @@ def problems(draw: st.DrawFn) -> PlacementProblem:
     rng = np.random.default_rng(seed)
     problem = problem_from_trace(
         trace,
-        make_workers(width, nodes=nodes, num_experts=experts, redundant=redundant),
+        make_workers(width, nodes=nodes, num_experts=experts, redundant=min(redundant, (width - 1) * experts)),
         semantics=draw(st.sampled_from(Semantics)),
         speeds=tuple(rng.uniform(0.5, 2.0, width)) if draw(st.booleans()) else (),
     )
