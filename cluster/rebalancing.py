@@ -46,7 +46,8 @@ class Rebalancing(Epochs):
     def _look_at_placement(self, now: float) -> None:
         if self._rebalance_at is not None and now >= self._rebalance_at and self._idle and self.broken is None:
             self._rebalance_at = now + self.settings.rebalance_interval_s
-            if self.load.any() and not self.pinned:
+            # a lone worker holds all experts wherever they are, and a planner's process takes two seconds of a core
+            if self.load.any() and not self.pinned and len(self.ranks) > 1:
                 self._start_planning(None, "periodic look at the placement", now, requested=False)
 
     @property

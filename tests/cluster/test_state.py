@@ -335,6 +335,18 @@ def test_a_periodic_plan_must_be_worthwhile_a_requested_one_only_no_worse() -> N
     assert sim.state.change is not None
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_for_a_lone_worker_nothing_is_planned_unless_asked(workers: int) -> None:
+    sim = serving(workers, interval_s=5.0)
+    sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
+    sim.now += 10
+    sim.feed(Tick())
+    assert len(sent(sim, Solve)) == workers - 1
+    if workers == 1:
+        sim.feed(RebalanceRequested(planner="auto"))
+        assert sent(sim, Solve)
+
+
 @pytest.mark.parametrize(("planner", "adopted"), [("auto", False), ("round_robin", True)])
 def test_a_planner_that_is_asked_for_by_name_is_obeyed(planner: str, adopted: bool) -> None:
     sim = serving(2)
