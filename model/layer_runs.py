@@ -16,6 +16,7 @@ from model.attention import ShapeProbe, current_batch, step_context
 from model.experts import attach
 from model.native.layers import JointLayer, JointLayers
 from model.native.router import Router
+from model.native.trunk import OTHERWISE
 from model.native_layers import FittedLayer, native_input
 
 _WHAT_LAYERS_SHARE = ("attention_mask", "position_embeddings")
@@ -27,21 +28,21 @@ def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence
     `experts` are the trunk's expert modules. They stand for nothing meanwhile, and must be attached anew.
     """
     lists = [
-        (parent, name, child)
+        (parent, name)
         for parent in trunk.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) > 1 and list(child) == list(layers)
     ]
     if len(lists) != 1 or len(layers) != len(experts):
         return False
-    parent, name, whole = lists[0]
+    parent, name = lists[0]
     with torch.inference_mode():
         joint = [_joint_layer(layer, experts, number) for number, layer in enumerate(layers)]
         parts = [layer for layer in joint if layer is not None]
         if len(parts) < len(layers) or len({(p.router.top_k, p.block.head_size) for p in parts}) > 1:
             return False
         joined = nn.ModuleList([_LayerRun(layers, JointLayers(parts))])
-        if not _one_after_another(trunk, parent, name, len(whole)):
+        if not _one_after_another(trunk, parent, name, len(layers)):
             return False
     setattr(parent, name, joined)
     return True
@@ -101,7 +102,7 @@ def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) ->
     _, scores, index = router(x_TH)
     try:
         got = feed_forward(x_TH[None])
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):  # it wants to be called otherwise
+    except OTHERWISE:
         return None
     expected = probe(number, x_TH, index, scores)[None]
     if not isinstance(got, Tensor) or got.shape != expected.shape or not torch.equal(got, expected):
@@ -148,7 +149,7 @@ def _one_after_another(trunk: nn.Module, parent: nn.Module, name: str, count: in
                     return False
                 before = after
         return torch.equal(*logits)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):  # it does something else with layers
+    except OTHERWISE:
         return False
     finally:
         setattr(parent, name, original)

@@ -22,6 +22,7 @@ from model.linear import PackedLinear
 from model.native.attention import TILE, NativeBatch
 from model.native.block import AttentionBlock, Matrix, Norm
 from model.native.linear import Packed
+from model.native.trunk import OTHERWISE
 
 
 class FittedLayer:
@@ -124,7 +125,7 @@ def _norm(module: Any) -> Norm | None:
 def _tried(layer: nn.Module, fitted: Callable[..., Any]) -> bool:
     try:
         return _same(layer, fitted)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):  # it wants to be called otherwise
+    except OTHERWISE:
         return False
 
 

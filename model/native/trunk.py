@@ -20,6 +20,9 @@ from model.native.block import Norm
 from model.native.linear import Packed, can_pack, linear, pack
 from model.native.router import Router
 
+OTHERWISE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What a module raises that is tried and wants to be called otherwise."""
+
 
 def has_native_form(trunk: nn.Module) -> bool:
     """Whether the trunk computes in bfloat16 on CPU."""
@@ -114,7 +117,7 @@ def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> Route
     probe = torch.randn(64, packed.depth, generator=generator) / packed.depth**0.5
     try:
         expected = module(probe.bfloat16())
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):  # it wants something else than rows
+    except OTHERWISE:
         return None
     if not isinstance(expected, tuple) or len(expected) != 3 or not all(isinstance(t, Tensor) for t in expected):
         return None

@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.placement import contiguous
-from cluster.protocol import NewSequence, RequestId, SamplingParams
 from model.attention import SequenceSlice
 from model.dispatch import TransportDispatcher
 from model.experts import ExpertStore
 from model.quiet import quiet_transformers
 from model.runner import ModelRunner
-from model.sampling import SamplingState, sample
+from model.sampling import sample
 from model.stacked_experts import StackedExperts
 from model.transport import CollectiveTransport
 from tests.model.families import tiny_checkpoint
@@ -27,6 +26,7 @@ from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
+from tests.model.test_sampling import state
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")
@@ -123,15 +123,7 @@ def test_a_step_never_makes_the_host_wait(checkpoint: Path) -> None:
 def test_sampling_waits_once() -> None:
     params = [{"temperature": 0.0}, {"top_k": 5, "logprobs": 2}, {"top_p": 0.9, "min_p": 0.01, "logprobs": 5}]
     states = [
-        SamplingState(
-            NewSequence(
-                request_id=RequestId(str(n)),
-                token_ids=(1, 2, 3),
-                num_prompt_tokens=2,
-                params=SamplingParams(**{"max_tokens": 8, "seed": n, "presence_penalty": 0.5} | p),  # type: ignore[arg-type]
-                eos_token_ids=(),
-            )
-        )
+        state((1, 2), (3,), eos=(), **{"max_tokens": 8, "seed": n, "presence_penalty": 0.5} | p)  # type: ignore[arg-type]
         for n, p in enumerate(params)
     ]
     logits = torch.randn(len(params), 1000, device="cuda")

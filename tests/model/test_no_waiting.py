@@ -15,7 +15,6 @@ from torch import Tensor
 import model.runner
 import model.sampling
 from cluster.placement import Placement, contiguous
-from cluster.protocol import NewSequence, RequestId, SamplingParams
 from model.attention import SequenceSlice
 from model.checkpoint import open_checkpoint
 from model.dispatch import Dispatcher, TransportDispatcher
@@ -23,10 +22,11 @@ from model.experts import ExpertStore
 from model.flash import Way
 from model.loading import expert_modules, iter_experts, load_trunk
 from model.runner import ModelRunner
-from model.sampling import SamplingState, sample
+from model.sampling import sample
 from model.transport import LocalTransport
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.groups import workers
+from tests.model.test_sampling import state
 
 META = torch.device("meta")
 WAIT = {"phimoe-longrope": "which factors to take is a question of transformers' own to the positions"}
@@ -98,18 +98,7 @@ def test_sampling_asks_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
         {"top_k": 5, "logprobs": 2, "presence_penalty": 0.5},
         {"top_p": 0.9, "min_p": 0.01, "logprobs": 5, "logit_bias": ((7, 2.0),)},
     ]
-    states = [
-        SamplingState(
-            NewSequence(
-                request_id=RequestId(str(n)),
-                token_ids=(1, 2, 3),
-                num_prompt_tokens=2,
-                params=SamplingParams(**{"max_tokens": 8, "seed": n} | given),
-                eos_token_ids=(),
-            )
-        )
-        for n, given in enumerate(fields)
-    ]
+    states = [state((1, 2), (3,), eos=(), **{"max_tokens": 8, "seed": n} | given) for n, given in enumerate(fields)]
     logits = torch.empty(3, 100, device=META)
     # what it would fetch: a token of each row, and for two rows ids and numbers of the chosen and the likely tokens
     fetched: list[int] = []
