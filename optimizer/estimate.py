@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 FEWEST_PARTS = 3
 """Stretches of time whose loads say anything of how loads vary."""
 
+LAYER_SHARE = 0.4
+"""Weight of what each layer was seen to vary in by itself, beside the factors that all layers have in common."""
+
+LEAST_EXPECTED = 0.01
+"""Of an average expert's load in a part: below it, chance would weigh too much in a deviation over its spread."""
+
 
 def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
     """[L, E, E] covariance of a window's loads, from loads of its parts [P, L, E] (requests, or stretches of time).
@@ -20,11 +26,15 @@ def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
     Parts are taken as drawn independently, each with the window's mix: the covariance of their sum is the sum of their
     deviations' outer products. Tokens squared.
     """
-    loads = np.asarray(parts, dtype=np.float64)
-    size = loads.sum(axis=2, keepdims=True)
-    mix = loads.sum(axis=0) / np.maximum(size.sum(axis=0), 1e-300)
-    deviation = (loads - size * mix).transpose(1, 0, 2)
+    deviation = _expected_and_deviation(np.asarray(parts, dtype=np.float64))[1].transpose(1, 0, 2)
     return np.asarray(np.matmul(deviation.transpose(0, 2, 1), deviation))
+
+
+def _expected_and_deviation(loads: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """[P, L, E] what each part would show if it had the mix of all, and by how much it differs."""
+    size = loads.sum(axis=2, keepdims=True)
+    expected = size * (loads.sum(axis=0) / np.maximum(size.sum(axis=0), 1e-300))
+    return expected, loads - expected
 
 
 def believable(covariance: FloatArray, parts: int) -> FloatArray:
@@ -47,12 +57,43 @@ def shrunk_covariance(covariance: FloatArray, parts: int) -> FloatArray:
     return np.asarray(np.where(np.eye(covariance.shape[1], dtype=bool), covariance, covariance * share))
 
 
+def common_factors(parts: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] covariance along the few directions in which the loads of all layers vary together, from loads of parts
+    [P, L, E]: topics, which later windows hold more or less of.
+
+    A part's scores are found over all layers at once, so a factor is known far better than from one layer's loads: the
+    principal components of correspondence analysis (Benzecri 1973), deviations over the square root of what was
+    expected. Of each its excess over the median component is kept, which is what chance leaves.
+    """
+    loads = np.asarray(parts, dtype=np.float64)
+    expected, deviation = _expected_and_deviation(loads)
+    least = LEAST_EXPECTED * expected.mean(axis=2, keepdims=True)
+    scaled = (deviation / np.sqrt(np.maximum(np.maximum(expected, least), 1e-300))).reshape(len(loads), -1)
+    strength, scores = np.linalg.eigh(scaled @ scaled.T)
+    # deviations sum to next to nothing, so that the weakest component is none
+    chance = np.median(strength[1:]) if len(loads) > 1 else np.inf
+    kept = np.clip(1 - chance / np.maximum(strength, 1e-300), 0.0, 1.0)
+    factors = np.einsum("pk,ple->lke", scores * np.sqrt(kept), deviation)
+    return np.asarray(np.matmul(factors.transpose(0, 2, 1), factors))
+
+
+def drift_covariance(of_layers: FloatArray, parts: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] how loads may differ in the next window: `of_layers` [L, E, E], what each layer shows by itself, and
+    what all layers have in common, which is the better part of how requests drift."""
+    return LAYER_SHARE * of_layers + common_factors(parts)
+
+
 def covariance_of_window(parts: npt.ArrayLike) -> FloatArray | None:
-    """[L, E, E] from loads of stretches of time [P, L, E], shrunk; None for too few to compare."""
+    """[L, E, E] from loads of stretches of time [P, L, E]; None for too few to compare."""
     loads = np.asarray(parts, dtype=np.float64)
     if len(loads) < FEWEST_PARTS:
         return None
-    return shrunk_covariance(covariance_between_parts(loads), len(loads))
+    return drift_covariance(shrunk_covariance(covariance_between_parts(loads), len(loads)), loads)
+
+
+def covariance_of_requests(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] from loads of whole requests [P, L, E] and of short runs within them [Q, L, E]."""
+    return drift_covariance(blended_covariance(requests, chunks), requests)
 
 
 def blended_covariance(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import UserError
-from optimizer.estimate import blended_covariance
+from optimizer.estimate import covariance_of_requests
 from optimizer.problem import FloatArray
 
 MOST_PARTS = 64
@@ -199,7 +199,7 @@ def count(trace: Trace) -> Statistics:
         loads=parts.sum(axis=0),
         transitions=transitions,
         coactivation=coactivation,
-        load_covariance=blended_covariance(parts, chunk_loads(trace)),
+        load_covariance=covariance_of_requests(parts, chunk_loads(trace)),
         top_k=trace.top_k,
     )
 
