@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 FEWEST_PARTS = 3
 """Stretches of time whose loads say anything of how loads vary."""
 
-LAYER_SHARE = 0.4
-"""Weight of what each layer was seen to vary in by itself, beside the factors that all layers have in common."""
+LEADING = 3
+"""Factors that all layers have in common: weaker ones say no more than each layer does by itself."""
+
+LAYER_SHARE = 0.7
+"""Weight of what each layer was seen to vary in by itself, beside those factors. Like `PlacementProblem.caution`, set by
+planning on some requests and measuring on others."""
 
 LEAST_EXPECTED = 0.01
 """Of an average expert's load in a part: below it, chance would weigh too much in a deviation over its spread."""
@@ -58,8 +62,8 @@ def shrunk_covariance(covariance: FloatArray, parts: int) -> FloatArray:
 
 
 def common_factors(parts: npt.ArrayLike) -> FloatArray:
-    """[L, E, E] covariance along the few directions in which the loads of all layers vary together, from loads of parts
-    [P, L, E]: topics, which later windows hold more or less of.
+    """[L, E, E] covariance along the LEADING directions in which the loads of all layers vary together, from loads of
+    parts [P, L, E]: topics, which later windows hold more or less of.
 
     A part's scores are found over all layers at once, so a factor is known far better than from one layer's loads: the
     principal components of correspondence analysis (Benzecri 1973), deviations over the square root of what was
@@ -72,14 +76,14 @@ def common_factors(parts: npt.ArrayLike) -> FloatArray:
     strength, scores = np.linalg.eigh(scaled @ scaled.T)
     # deviations sum to next to nothing, so that the weakest component is none
     chance = np.median(strength[1:]) if len(loads) > 1 else np.inf
-    kept = np.clip(1 - chance / np.maximum(strength, 1e-300), 0.0, 1.0)
-    factors = np.einsum("pk,ple->lke", scores * np.sqrt(kept), deviation)
+    kept = np.clip(1 - chance / np.maximum(strength[-LEADING:], 1e-300), 0.0, 1.0)
+    factors = np.einsum("pk,ple->lke", scores[:, -LEADING:] * np.sqrt(kept), deviation)
     return np.asarray(np.matmul(factors.transpose(0, 2, 1), factors))
 
 
 def drift_covariance(of_layers: FloatArray, parts: npt.ArrayLike) -> FloatArray:
     """[L, E, E] how loads may differ in the next window: `of_layers` [L, E, E], what each layer shows by itself, and
-    what all layers have in common, which is the better part of how requests drift."""
+    what all layers have in common, along which windows differ by more than requests drawn at random would."""
     return LAYER_SHARE * of_layers + common_factors(parts)
 
 

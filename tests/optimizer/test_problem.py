@@ -12,10 +12,14 @@ from optimizer import Links, PlacementProblem
 from optimizer.estimate import (
     believable,
     blended_covariance,
+    common_factors,
     covariance_between_parts,
+    covariance_of_requests,
     covariance_of_window,
     estimate_coactivation,
+    shrunk_covariance,
 )
+from optimizer.problem import FloatArray
 from tests.optimizer.cases import tiny
 
 ONE = Worker(id=WorkerId("a"), node="n", slots=4)
@@ -82,18 +86,70 @@ def test_covariance_is_of_the_mix_not_of_the_length() -> None:
     assert covariance_between_parts(np.array([[[2.0, 0.0]], [[0.0, 2.0]]]))[0].tolist() == [[2.0, -2.0], [-2.0, 2.0]]
 
 
+def off_diagonal(covariance: FloatArray) -> FloatArray:
+    return np.where(np.eye(covariance.shape[-1], dtype=bool), 0.0, covariance)
+
+
 def test_chance_correlations_are_not_believed() -> None:
     rng = np.random.default_rng(0)
     parts = rng.poisson(50.0, size=(8, 1, 40)).astype(float)
-    raw, shrunk = covariance_between_parts(parts)[0], covariance_of_window(parts)
-    assert shrunk is not None
-    assert np.array_equal(np.diag(shrunk[0]), np.diag(raw))
-    assert np.abs(shrunk[0] - np.diag(np.diag(raw))).sum() < 0.2 * np.abs(raw - np.diag(np.diag(raw))).sum()
+    raw = covariance_between_parts(parts)
+    shrunk = shrunk_covariance(raw, 8)
+    assert np.array_equal(np.diag(shrunk[0]), np.diag(raw[0]))
+    assert np.abs(off_diagonal(shrunk)).sum() < 0.2 * np.abs(off_diagonal(raw)).sum()
     together = np.repeat(rng.poisson(50.0, size=(8, 1, 20)), 2, axis=2).astype(float)
-    assert believable(covariance_between_parts(together), 8)[0] > believable(covariance_between_parts(parts), 8)[0]
-    assert covariance_of_window(parts[:2]) is None
-    constant = blended_covariance(np.ones((4, 1, 3)), np.ones((9, 1, 3)))
-    assert not constant.any()
+    assert believable(covariance_between_parts(together), 8)[0] > believable(raw, 8)[0]
+
+
+def test_what_does_not_vary_has_no_covariance() -> None:
+    assert covariance_of_window(np.ones((2, 1, 3))) is None
+    even = covariance_of_window(np.ones((4, 1, 3)))
+    assert even is not None
+    assert not even.any()
+    assert not covariance_of_requests(np.ones((4, 1, 3)), np.ones((9, 1, 3))).any()
+    assert not common_factors(np.ones((1, 2, 3))).any()  # a single request
+    assert not common_factors(np.stack([np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3))])).any()  # an idle stretch
+
+
+def topical(rng: np.random.Generator, layers: int, heaviness: float) -> tuple[FloatArray, FloatArray]:
+    """Loads [12, layers, 16] of stretches that hold more or less of a topic, and the covariance [layers, 16, 16] that
+    the topic alone gives their sum."""
+    direction = rng.choice([-1.0, 1.0], size=(layers, 16))
+    direction -= direction.mean(axis=1, keepdims=True)
+    amount = heaviness * rng.normal(size=12)
+    amount -= amount.mean()
+    mean = 40.0 * (1 + np.clip(amount[:, None, None] * direction, -0.9, 0.9))
+    true = 40.0**2 * (amount**2).sum() * np.einsum("le,lf->lef", direction, direction)
+    return rng.poisson(mean).astype(float), true
+
+
+def test_a_topic_is_seen_better_over_all_layers_than_in_one() -> None:
+    for seed in range(5):
+        parts, true = topical(np.random.default_rng(seed), layers=24, heaviness=0.1)
+        errors = {
+            name: float(np.linalg.norm(off_diagonal(found - true)))
+            for name, found in (
+                ("all layers", common_factors(parts)),
+                ("one layer", covariance_between_parts(parts)),
+                ("one layer, shrunk", shrunk_covariance(covariance_between_parts(parts), len(parts))),
+            )
+        }
+        assert errors["all layers"] < 0.95 * min(errors["one layer"], errors["one layer, shrunk"]), errors
+
+
+def test_chance_has_few_common_factors() -> None:
+    parts, _ = topical(np.random.default_rng(3), layers=24, heaviness=0.0)
+    kept = np.trace(common_factors(parts), axis1=1, axis2=2).sum()
+    assert kept < 0.1 * np.trace(covariance_between_parts(parts), axis1=1, axis2=2).sum()
+
+
+def test_common_factors_are_a_covariance_on_any_scale() -> None:
+    """Counts may be tokens or shares of a window."""
+    parts, _ = topical(np.random.default_rng(4), layers=3, heaviness=0.1)
+    found = common_factors(parts)
+    assert np.allclose(found, found.transpose(0, 2, 1))
+    assert np.linalg.eigvalsh(found).min() > -1e-6 * np.abs(found).max()
+    assert np.allclose(common_factors(parts / 1000), found / 1000**2)
 
 
 def test_requests_and_runs_are_blended_on_the_scale_of_requests() -> None:

@@ -26,7 +26,7 @@ def test_auto_beats_two_step_planning_on_unseen_requests(traces: Path, task: str
     # greedy's clusters, mapped at best, keep 0.15 of the transitions: what the two-step ILPs reach
     assert found.same_worker_transitions > 1.5 * 0.15
     assert found.fan_out < 0.85 * greedy.fan_out
-    assert found.load_imbalance < greedy.load_imbalance + 0.05
+    assert found.load_imbalance < greedy.load_imbalance + 0.04
     assert auto.lower_bound < auto.cost.total_s
 
 
