@@ -17,8 +17,8 @@ LEADING = 3
 """Factors that all layers have in common: weaker ones say no more than each layer does by itself."""
 
 LAYER_SHARE = 0.7
-"""Weight of what each layer was seen to vary in by itself, beside those factors. Like `PlacementProblem.caution`, set by
-planning on some requests and measuring on others."""
+"""Weight of what each layer was seen to vary in by itself, beside those factors. Set as `PlacementProblem.caution` was,
+by planning on some requests and measuring on others."""
 
 LEAST_EXPECTED = 0.01
 """Of an average expert's load in a part: below it, chance would weigh too much in a deviation over its spread."""

@@ -56,7 +56,7 @@ class PlacementProblem:
     """[L, E, E] tokens that chose both e and f in layer l; symmetric, the diagonal is ignored. None: estimated."""
     load_covariance: FloatArray | None = None
     """[L, E, E] covariance of the window's loads from one window to the next, in tokens squared; see
-    `estimate.covariance_between_parts`. None: loads are taken to stay as they are."""
+    `estimate.drift_covariance`. None: loads are taken to stay as they are."""
     speeds: tuple[float, ...] = ()
     """[W] relative speed of each worker; empty: all alike."""
     links: Links = field(default_factory=Links)
