@@ -30,8 +30,13 @@ def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
     Parts are taken as drawn independently, each with the window's mix: the covariance of their sum is the sum of their
     deviations' outer products. Tokens squared.
     """
-    deviation = _expected_and_deviation(np.asarray(parts, dtype=np.float64))[1].transpose(1, 0, 2)
-    return np.asarray(np.matmul(deviation.transpose(0, 2, 1), deviation))
+    return _sum_of_products(_expected_and_deviation(np.asarray(parts, dtype=np.float64))[1])
+
+
+def _sum_of_products(deviation: FloatArray) -> FloatArray:
+    """[L, E, E] of every two experts, from deviations [P, L, E]."""
+    by_layer = deviation.transpose(1, 0, 2)
+    return np.asarray(np.matmul(by_layer.transpose(0, 2, 1), by_layer))
 
 
 def _expected_and_deviation(loads: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -71,14 +76,13 @@ def common_factors(parts: npt.ArrayLike) -> FloatArray:
     """
     loads = np.asarray(parts, dtype=np.float64)
     expected, deviation = _expected_and_deviation(loads)
-    least = LEAST_EXPECTED * expected.mean(axis=2, keepdims=True)
-    scaled = (deviation / np.sqrt(np.maximum(np.maximum(expected, least), 1e-300))).reshape(len(loads), -1)
+    least = np.maximum(LEAST_EXPECTED * expected.mean(axis=2, keepdims=True), 1e-300)
+    scaled = (deviation / np.sqrt(np.maximum(expected, least))).reshape(len(loads), -1)
     strength, scores = np.linalg.eigh(scaled @ scaled.T)
     # deviations sum to next to nothing, so that the weakest component is none
     chance = np.median(strength[1:]) if len(loads) > 1 else np.inf
     kept = np.clip(1 - chance / np.maximum(strength[-LEADING:], 1e-300), 0.0, 1.0)
-    factors = np.einsum("pk,ple->lke", scores[:, -LEADING:] * np.sqrt(kept), deviation)
-    return np.asarray(np.matmul(factors.transpose(0, 2, 1), factors))
+    return _sum_of_products(np.einsum("pk,ple->kle", scores[:, -LEADING:] * np.sqrt(kept), deviation))
 
 
 def drift_covariance(of_layers: FloatArray, parts: npt.ArrayLike) -> FloatArray:
