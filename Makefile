@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format chaos bench bench-gating bench-gpu clean
+.PHONY: help serve test check lint format chaos bench bench-gating bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,12 @@ serve: $(VENV)/.installed ## set up and serve the built-in model on http://127.0
 test: $(VENV)/.installed-dev ## set up and run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
+check: lint ## lint, the pure tests with few examples, and one model family: about a minute
+	@$(BIN)/python -m pytest -m "not ray and not slow" --hypothesis-profile=quick tests/cluster tests/optimizer tests/actors tests/deploy
+	@$(BIN)/python -m pytest tests/model/test_parity.py -k "qwen3_moe"
+
 lint: $(VENV)/.installed-dev ## ruff and mypy --strict
+	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/elastic_moe
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
