@@ -1,11 +1,12 @@
 """Watch a re-placement follow the traffic: Bible verses first, Python afterwards.
 
     emoe serve --workers 4 --rebalance-interval 0        # in another terminal
-    python -m examples.change_of_subject
+    python -m examples.change_of_subject [--figure docs/replacement.svg]
 
 Sends prompts to a server of the built-in model, which goes on in their style, and prints how uneven the load of its
 workers is (busiest over mean, the layers' mean) before and after each POST /admin/rebalance. Each figure is measured on
-tokens served under the placement that was in force then.
+tokens served under the placement that was in force then. `--figure` draws every worker's load, layer by layer, at each
+stage; README shows such a figure.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import json
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster.placement import Placement
-from cluster.routing import load_imbalance
+from cluster.placement import EMPTY, Placement
+from cluster.routing import load_imbalance, load_per_worker
 
 PROMPTS = {
     "Bible": (
@@ -38,6 +41,21 @@ PROMPTS = {
 }
 
 
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What one batch of requests of a subject showed."""
+
+    subject: str
+    placement: Placement
+    loads: FloatArray
+    """[L, W]: tokens of each worker over the layer's mean."""
+    imbalance: float
+    """The busiest worker's load over the mean, averaged over layers."""
+
+
 class Server:
     """The calls that are needed of it."""
 
@@ -51,7 +69,7 @@ class Server:
         with urllib.request.urlopen(request, timeout=300) as response:
             return json.load(response)
 
-    def imbalance(self, subject: str, requests: int, tokens: int) -> float:
+    def serve(self, subject: str, requests: int, tokens: int) -> Stage:
         """Serve a subject, and measure on what it was routed to."""
         placement = Placement.from_dict(self._call("/admin/placement"))
         before = self._load()
@@ -64,7 +82,14 @@ class Server:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(ask, range(requests)))
         time.sleep(3)  # workers report their counts once a second
-        return float(load_imbalance(self._load() - before, placement).mean())
+        load = self._load() - before
+        loads = load_per_worker(load, placement)
+        return Stage(
+            subject=subject,
+            placement=placement,
+            loads=loads / loads.mean(axis=1, keepdims=True),
+            imbalance=float(load_imbalance(load, placement).mean()),
+        )
 
     def _load(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """[L, E] of the last five minutes: everything, as long as the whole takes less."""
@@ -86,13 +111,51 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2, help="re-placements per subject (2)")
+    parser.add_argument("--figure", type=Path, help="draw the stages into this file (.svg or .png; needs matplotlib)")
     args = parser.parse_args()
     server = Server(args.url)
+    stages: list[Stage] = []
     for subject in PROMPTS:
-        print(f"{subject:7} {server.imbalance(subject, args.requests, args.tokens):.2f}", flush=True)
-        for _ in range(args.rounds):
-            print(f"        re-placement {server.rebalance()}", flush=True)
-            print(f"{subject:7} {server.imbalance(subject, args.requests, args.tokens):.2f}", flush=True)
+        for number in range(args.rounds + 1):
+            if number:
+                print(f"        re-placement {server.rebalance()}", flush=True)
+            stages.append(server.serve(subject, args.requests, args.tokens))
+            print(f"{subject:7} {stages[-1].imbalance:.2f}", flush=True)
+    if args.figure is not None:
+        draw(stages, args.figure)
+
+
+def draw(stages: list[Stage], path: Path) -> None:
+    """A panel for each stage: workers across, layers down, load over the layer's mean as the colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "elastic-moe"})
+    figure, axes = plt.subplots(1, len(stages), figsize=(1.55 * len(stages) + 0.9, 2.9), sharey=True, squeeze=False)
+    for number, (axis, stage) in enumerate(zip(axes[0], stages, strict=True)):
+        image = axis.imshow(stage.loads, cmap="RdBu_r", vmin=0.4, vmax=1.6, aspect="auto", interpolation="nearest")
+        axis.set_title(f"{stage.subject}\nbusiest {stage.imbalance:.2f} x mean", fontsize=9)
+        axis.set_xticks(range(stage.loads.shape[1]), [f"w{worker}" for worker in range(stage.loads.shape[1])])
+        axis.tick_params(length=0)
+        before = stages[number - 1] if number else None
+        moved = moved_experts(before.placement, stage.placement) if before else 0
+        axis.set_xlabel(f"{moved} experts\nmoved in" if moved else "")
+    axes[0][0].set_ylabel("MoE layer")
+    figure.tight_layout(rect=(0, 0, 0.93, 1))
+    bar = figure.colorbar(image, cax=figure.add_axes((0.945, 0.3, 0.01, 0.45)), ticks=[0.4, 1.0, 1.6])
+    bar.set_label("load over mean")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def moved_experts(before: Placement, after: Placement) -> int:
+    """How many experts of all layers came to a worker that did not hold them."""
+    return sum(
+        len(set(after.experts_of(worker.id, layer)) - set(before.experts_of(worker.id, layer)) - {EMPTY})
+        for worker in after.workers
+        for layer in range(after.num_layers)
+    )
 
 
 if __name__ == "__main__":
