@@ -25,19 +25,11 @@ from actors.homes import Home
 from actors.kv_blocks import blocks_for
 from actors.sequences import Queue, Sequence
 from cluster.errors import RequestError
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput
+from cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
+from cluster.messages.views import EngineStatus
 from cluster.placement import WorkerId
-from cluster.protocol import (
-    Chunk,
-    EngineStatus,
-    Epoch,
-    FinishReason,
-    GenerateRequest,
-    RequestId,
-    Sample,
-    StepPlan,
-    StepResult,
-    TokenOutput,
-)
 
 ALONE_TOKENS = 512
 """Of prompts in a worker's step while nobody decodes: enough for products to run at full speed, and few enough that a

@@ -16,9 +16,8 @@ from typing import Protocol
 from actors.links import Link, listen
 from actors.wire import Message, new_token
 from cluster.errors import RequestError
-from cluster.protocol import (
+from cluster.messages.requests import (
     AbortRequests,
-    Done,
     Endpoint,
     GenerateRequest,
     Hello,
@@ -28,6 +27,7 @@ from cluster.protocol import (
     Submit,
     TokenOutput,
 )
+from cluster.messages.steps import Done
 
 logger = logging.getLogger(__name__)
 

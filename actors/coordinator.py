@@ -48,12 +48,9 @@ from cluster.events import (
     WorkerLost,
 )
 from cluster.membership import Member
-from cluster.placement import Placement, WorkerId
-from cluster.protocol import (
+from cluster.messages.epochs import Epoch, ModelInfo, ModelSpec
+from cluster.messages.views import (
     EngineStatus,
-    Epoch,
-    ModelInfo,
-    ModelSpec,
     Operation,
     PlacementView,
     Readiness,
@@ -62,6 +59,7 @@ from cluster.protocol import (
     ScaleView,
     WorkerView,
 )
+from cluster.placement import Placement, WorkerId
 from cluster.routing import RoutingWindow, decode_weight, load_imbalance, weighted_load
 from cluster.state import ControlState
 from optimizer import PLANNERS, PlanResult

@@ -42,8 +42,9 @@ from cluster.events import (
     WorkerLost,
 )
 from cluster.membership import Member
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo, HostSpec, ModelInfo, ModelSpec
+from cluster.messages.views import EngineStatus
 from cluster.placement import WorkerId
-from cluster.protocol import EngineStatus, Epoch, EpochSpec, HostInfo, HostSpec, ModelInfo, ModelSpec
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import ray
 from actors.calls import node_address
 from cluster.collector import no_collection
 from cluster.errors import NotReadyError
-from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
+from cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]

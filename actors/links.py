@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from actors.wire import TOKEN_BYTES, Frames, Message, WireError, encode, keep_alive, opens
 from cluster.errors import HostError, RequestError, StepAborted
-from cluster.protocol import Done, Endpoint, Failed, Refused, StepResult
+from cluster.messages.requests import Endpoint, Refused
+from cluster.messages.steps import Done, Failed, StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.events import PlanReady
+from cluster.messages.epochs import ModelInfo
+from cluster.messages.views import RebalancePreview
 from cluster.placement import Placement
-from cluster.protocol import ModelInfo, RebalancePreview
 from optimizer import PlacementProblem, PlanResult
 from optimizer.decision import Decision, decide
 from optimizer.estimate import covariance_of_window

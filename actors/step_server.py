@@ -16,7 +16,9 @@ from typing import Protocol
 from actors.calls import one_line
 from actors.wire import TOKEN_BYTES, Message, encode, keep_alive, new_token, opens, receive, receive_exactly
 from cluster.errors import StepAborted
-from cluster.protocol import CommitEpoch, Done, Endpoint, Epoch, Failed, ForgetSequences, StepPlan, StepResult
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import Endpoint
+from cluster.messages.steps import CommitEpoch, Done, Failed, ForgetSequences, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from cluster.events import LoadSeen
 from cluster.membership import Member
+from cluster.messages.epochs import Epoch
+from cluster.messages.views import EngineStatus, Operation, WorkerView
 from cluster.operations import ENDED
 from cluster.placement import WorkerId
-from cluster.protocol import EngineStatus, Epoch, Operation, WorkerView
 from cluster.state import ControlState
 
 logger = logging.getLogger("actors.coordinator")

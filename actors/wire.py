@@ -1,4 +1,4 @@
-"""Messages on sockets: frames of a length, a kind and a dataclass of cluster/protocol.py in msgpack.
+"""Messages on sockets: frames of a length, a kind and a dataclass of cluster/messages in msgpack.
 
 For what is too frequent for Ray calls: a frame costs some 30 us where a call costs a millisecond on either side.
 Nothing that is read can run code, and nothing is decoded before the other side has shown its token.
@@ -14,19 +14,8 @@ from typing import Any
 
 import msgspec
 
-from cluster.protocol import (
-    AbortRequests,
-    CommitEpoch,
-    Done,
-    Failed,
-    ForgetSequences,
-    Hello,
-    Outputs,
-    Refused,
-    StepPlan,
-    StepResult,
-    Submit,
-)
+from cluster.messages.requests import AbortRequests, Hello, Outputs, Refused, Submit
+from cluster.messages.steps import CommitEpoch, Done, Failed, ForgetSequences, StepPlan, StepResult
 
 Message = (
     StepPlan

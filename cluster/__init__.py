@@ -3,7 +3,7 @@
 errors      what can go wrong, and which HTTP status or exit code it becomes
 config      every setting of the server, from flags or YAML
 placement   which worker holds which expert: the value, its checks, its JSON
-protocol    every message that processes send one another
+messages    every message that processes send one another, a module for each conversation
 routing     counts of tokens per layer and expert, over a sliding window
 events      what happens to the control plane, and the commands it answers with
 state       ControlState: events in, commands out; decides what should be

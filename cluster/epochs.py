@@ -27,9 +27,10 @@ from cluster.events import (
     TransferFailed,
 )
 from cluster.membership import Member, WorkerState, choose_transport, needs
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from cluster.messages.views import Operation, Phase
 from cluster.operations import OperationLog
 from cluster.placement import Placement, WorkerId
-from cluster.protocol import Epoch, EpochSpec, HostInfo, ModelInfo, Operation, Phase
 from cluster.transfers import Transfers, plan_transfers
 
 MAX_BACKOFF_S = 30.0

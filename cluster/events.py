@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo
 from cluster.placement import Move, Placement, WorkerId
-from cluster.protocol import Epoch, EpochSpec, HostInfo
 
 ExpertKey = tuple[WorkerId, int, int]
 """An expert at a worker: (worker, layer, logical expert)."""

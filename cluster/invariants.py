@@ -6,8 +6,8 @@ import numpy as np
 
 from cluster.epochs import Stage
 from cluster.membership import WorkerState, needs
+from cluster.messages.views import Phase
 from cluster.operations import ENDED, HISTORY
-from cluster.protocol import Phase
 from cluster.state import ControlState
 
 

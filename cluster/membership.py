@@ -12,8 +12,8 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from cluster.messages.epochs import HostInfo
 from cluster.placement import EMPTY, Placement, Worker, WorkerId
-from cluster.protocol import HostInfo
 
 BoolArray = npt.NDArray[np.bool_]
 

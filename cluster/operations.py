@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 
+from cluster.messages.epochs import Epoch
+from cluster.messages.views import Operation, Phase
 from cluster.placement import WorkerId
-from cluster.protocol import Epoch, Operation, Phase
 
 HISTORY = 100
 """Operations that are remembered, so that a server of months has a bounded one."""

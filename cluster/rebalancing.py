@@ -8,8 +8,9 @@ from cluster.epochs import Change, ControlSettings, Epochs
 from cluster.errors import ConflictError, NotReadyError, PlacementError
 from cluster.events import PlaceRequested, PlanReady, RebalanceRequested, Solve
 from cluster.membership import needs
+from cluster.messages.epochs import Epoch, ModelInfo
+from cluster.messages.views import Operation, Readiness
 from cluster.placement import Placement
-from cluster.protocol import Epoch, ModelInfo, Operation, Readiness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

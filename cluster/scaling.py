@@ -9,9 +9,10 @@ from cluster.epochs import ControlSettings
 from cluster.errors import ConflictError, PlacementError
 from cluster.events import LoadSeen, ScaleRequested
 from cluster.membership import Member, WorkerState, slots_of
+from cluster.messages.epochs import Epoch, ModelInfo
+from cluster.messages.views import Operation, ScaleView
 from cluster.operations import ENDED
 from cluster.placement import WorkerId
-from cluster.protocol import Epoch, ModelInfo, Operation, ScaleView
 from cluster.rebalancing import Rebalancing
 
 

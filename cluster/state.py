@@ -41,9 +41,10 @@ from cluster.events import (
     WorkerLost,
 )
 from cluster.membership import Member, WorkerState, adapt, expert_lists
+from cluster.messages.epochs import Epoch, ModelInfo
+from cluster.messages.views import Operation, Phase, Readiness
 from cluster.operations import ENDED
 from cluster.placement import Placement, Worker, WorkerId
-from cluster.protocol import Epoch, ModelInfo, Operation, Phase, Readiness
 from cluster.scaling import Scaling
 
 JOIN_PATIENCE_S = 5.0

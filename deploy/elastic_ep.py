@@ -13,8 +13,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from cluster.errors import NotReadyError, RequestError
+from cluster.messages.views import Operation, Phase
 from cluster.operations import ENDED
-from cluster.protocol import Operation, Phase
 from deploy.backend import Backend
 from deploy.http_io import read_json
 from deploy.schema import ElasticEpRequest, parse

@@ -22,7 +22,8 @@ from prometheus_client.registry import Collector
 
 from cluster.counters import BOUNDS_S, RESULTS, ClusterCounters, Distribution
 from cluster.errors import NotReadyError
-from cluster.protocol import EngineStatus, FinishReason, RoutingView, WorkerView
+from cluster.messages.requests import FinishReason
+from cluster.messages.views import EngineStatus, RoutingView, WorkerView
 from deploy.backend import Backend
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST

@@ -28,26 +28,28 @@ from actors.links import Link, connect
 from actors.wire import Message
 from cluster.counters import ClusterCounters
 from cluster.errors import EmoeError, NotReadyError, RequestError
-from cluster.placement import Placement, WorkerId
-from cluster.protocol import (
+from cluster.messages.epochs import ModelInfo
+from cluster.messages.requests import (
     AbortRequests,
-    EngineStatus,
     FinishReason,
     GenerateRequest,
     Hello,
-    ModelInfo,
-    Operation,
     Outputs,
+    RequestId,
+    Submit,
+    TokenOutput,
+)
+from cluster.messages.views import (
+    EngineStatus,
+    Operation,
     PlacementView,
     Readiness,
     RebalancePreview,
-    RequestId,
     RoutingView,
     ScaleView,
-    Submit,
-    TokenOutput,
     WorkerView,
 )
+from cluster.placement import Placement, WorkerId
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.protocol import (
-    Epoch,
-)
+from cluster.messages.epochs import Epoch
 from tests.actors.batches import A, B, answers, ids, plan, request, scheduler, step
 
 # --- Out of memory ----------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from actors import executor
 from actors.coordinator import Coordinator
 from cluster.config import ServeConfig
 from cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
+from cluster.messages.views import Operation, Phase, RebalancePreview
 from cluster.placement import WorkerId
-from cluster.protocol import Operation, Phase, RebalancePreview
 from tests.actors.fakes import MODEL, PlainFleet
 
 W0, W1, W2 = WorkerId("w0"), WorkerId("w1"), WorkerId("w2")

@@ -18,24 +18,21 @@ from actors.step_loop import StepLoop
 from actors.step_server import StepServer
 from actors.wire import Message
 from cluster.errors import StepAborted
-from cluster.placement import Worker, WorkerId, contiguous
-from cluster.protocol import (
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from cluster.messages.requests import (
     AbortRequests,
     Endpoint,
-    Epoch,
-    EpochSpec,
     FinishReason,
     GenerateRequest,
     Hello,
-    HostInfo,
     Outputs,
     RequestId,
     SamplingParams,
-    StepPlan,
-    StepResult,
     Submit,
     TokenOutput,
 )
+from cluster.messages.steps import StepPlan, StepResult
+from cluster.placement import Worker, WorkerId, contiguous
 from tests.actors.simulated_host import EOS, SimulatedHost, alone
 
 BLOCKS = 40

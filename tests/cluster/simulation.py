@@ -38,8 +38,9 @@ from cluster.events import (
 )
 from cluster.invariants import validate
 from cluster.membership import needs
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from cluster.messages.requests import Endpoint
 from cluster.placement import Placement, WorkerId
-from cluster.protocol import Endpoint, Epoch, EpochSpec, HostInfo, ModelInfo
 from cluster.state import ControlState
 
 LAYERS, EXPERTS = 3, 8

@@ -29,8 +29,8 @@ from cluster.events import (
     WorkerFailed,
     WorkerLost,
 )
+from cluster.messages.views import Operation, Phase
 from cluster.placement import EMPTY, WorkerId
-from cluster.protocol import Operation, Phase
 from cluster.state import ControlState
 from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation, shuffled
 

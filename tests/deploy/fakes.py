@@ -15,25 +15,20 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cluster.counters import ClusterCounters
 from cluster.errors import ConflictError, PlacementError, RequestError, UserError
-from cluster.placement import Placement, Worker, WorkerId, contiguous
-from cluster.protocol import (
+from cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
+from cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from cluster.messages.views import (
     EngineStatus,
-    Epoch,
-    FinishReason,
-    GenerateRequest,
-    ModelInfo,
     Operation,
     Phase,
-    PhaseCounts,
     PlacementView,
     Readiness,
     RebalancePreview,
     RoutingView,
     ScaleView,
-    TokenLogprobs,
-    TokenOutput,
     WorkerView,
 )
+from cluster.placement import Placement, Worker, WorkerId, contiguous
 
 EOS = 0
 TEMPLATE = (

@@ -12,18 +12,10 @@ from torch.distributed import TCPStore
 
 from actors.batching import Scheduler
 from cluster import placement as placements
+from cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
+from cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
+from cluster.messages.steps import StepResult
 from cluster.placement import Placement, WorkerId
-from cluster.protocol import (
-    Epoch,
-    EpochSpec,
-    GenerateRequest,
-    HostSpec,
-    ModelSpec,
-    RequestId,
-    SamplingParams,
-    StepResult,
-    TokenOutput,
-)
 from model.checkpoint import open_checkpoint
 from model.runner import ModelRunner
 from model.worker import Worker
