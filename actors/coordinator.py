@@ -19,10 +19,9 @@ from actors.calls import CALL_ERRORS, is_death, one_line, sign_of_life
 from actors.executor import Executor
 from actors.fleet import Fleet
 from actors.planning import build_problem, judge, preview, to_event
-from actors.telling import Outline, load_seen, log_changes, standby_view, told, worker_view
+from actors.telling import Outline, load_seen, log_changes, standby_view, with_progress, worker_view
 from cluster.config import ServeConfig
 from cluster.counters import ClusterCounters
-from cluster.epochs import ControlSettings, Stage
 from cluster.errors import ConfigError, NotReadyError, UserError
 from cluster.events import (
     Abandon,
@@ -37,6 +36,7 @@ from cluster.events import (
     Probe,
     RebalanceRequested,
     Resumed,
+    RoutingCounted,
     ScaleRequested,
     Solve,
     StartWorker,
@@ -47,6 +47,7 @@ from cluster.events import (
     Unpin,
     WorkerLost,
 )
+from cluster.facts import ControlSettings, Stage
 from cluster.membership import Member
 from cluster.messages.epochs import Epoch, ModelInfo, ModelSpec
 from cluster.messages.views import (
@@ -60,6 +61,7 @@ from cluster.messages.views import (
     WorkerView,
 )
 from cluster.placement import Placement, WorkerId
+from cluster.rebalancing import room
 from cluster.routing import RoutingWindow, decode_weight, load_imbalance, weighted_load
 from cluster.state import ControlState
 from optimizer import PLANNERS, PlanResult
@@ -111,7 +113,7 @@ class Coordinator:
         if self._state is None:
             return Readiness(ready=False, reason="opening the checkpoint")
         readiness = self._state.readiness()
-        loading = [member for member in self._state.alive if not member.loaded]
+        loading = [member for member in self._state.facts.alive if not member.loaded]
         if readiness.ready or readiness.error or not loading:
             return readiness
         shares = ", ".join(f"{member.id} {self._how_far(member)}" for member in loading)
@@ -130,9 +132,10 @@ class Coordinator:
 
     async def placement(self) -> PlacementView:
         state = self._require_state()
-        if state.spec is None:
+        facts = state.facts
+        if facts.spec is None:
             raise NotReadyError(state.readiness().reason)
-        return PlacementView(epoch=state.epoch, placement=state.spec.placement, pinned=state.pinned)
+        return PlacementView(epoch=facts.epoch, placement=facts.spec.placement, pinned=facts.pinned)
 
     async def routing(self) -> RoutingView:
         view = await self.placement()
@@ -153,7 +156,8 @@ class Coordinator:
     async def workers(self) -> list[WorkerView]:
         state = self._require_state()
         await self._refresh_status()
-        views = [worker_view(state, member, self._status, self._fleet.device()) for member in state.members.values()]
+        facts = state.facts
+        views = [worker_view(facts, member, self._status, self._fleet.device()) for member in facts.members.values()]
         standby = None if self._executor is None else self._executor.standby
         return views if standby is None else [*views, standby_view(*standby, self._fleet.device())]
 
@@ -190,10 +194,10 @@ class Coordinator:
         state = self._require_state()
         self._feed(ScaleRequested(workers=workers, retire=retire, operation_id=operation_id, replace=replace))
         known = state.operations.get(operation_id) if operation_id is not None else None
-        return self._newest(state) if known is None else told(state, known)
+        return self._newest(state) if known is None else with_progress(state, known)
 
     async def scaling(self) -> ScaleView:
-        return self._require_state().view
+        return self._require_state().view()
 
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
         """Go to exactly this placement. Raises ConflictError, NotReadyError, PlacementError."""
@@ -207,18 +211,18 @@ class Coordinator:
     async def operations(self) -> list[Operation]:
         """Newest first."""
         state = self._state
-        return [] if state is None else [told(state, operation) for operation in state.operations.all()]
+        return [] if state is None else [with_progress(state, operation) for operation in state.operations.all()]
 
     async def operation(self, operation_id: str) -> Operation | None:
         operation = None if self._state is None else self._state.operations.get(operation_id)
-        return None if operation is None or self._state is None else told(self._state, operation)
+        return None if operation is None or self._state is None else with_progress(self._state, operation)
 
     async def counters(self) -> ClusterCounters:
         return ClusterCounters() if self._state is None else self._state.counters
 
     async def engine(self) -> Any:
         """The engine's handle; None before the first epoch, and while a lost engine has no successor."""
-        if self._state is None or self._state.spec is None or self._executor is None:
+        if self._state is None or self._state.facts.spec is None or self._executor is None:
             return None
         return self._executor.engine
 
@@ -312,14 +316,15 @@ class Coordinator:
     async def _resume(self, saved: bytes) -> bool:
         """Go on from what the coordinator before this one had saved. False where there was no epoch yet to keep."""
         state, spec = pickle.loads(saved)
-        if state.spec is None:
+        facts = state.facts
+        if facts.spec is None:
             return False
         executor = Executor(self._fleet, self._config, state.model, spec)
-        events = executor.adopt(state.alive)
+        events = executor.adopt(facts.alive)
         # only the outcome of a flip is worth waiting for: until then nobody can be told anything
-        flipping = state.change is not None and state.change.stage is Stage.COMMITTING
+        flipping = facts.change is not None and facts.change.stage is Stage.COMMITTING
         engine_epoch = await executor.engine_epoch() if flipping else None
-        logger.warning("the coordinator was restarted in epoch %d with %d workers", state.epoch, len(executor.hosts))
+        logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(executor.hosts))
         self._take_up(state, spec)
         self._executor = executor
         for event in (Resumed(engine_epoch=engine_epoch), *events):
@@ -387,12 +392,13 @@ class Coordinator:
         state, executor = self._require_state(), self._executor
         assert executor is not None
         assert self._window is not None
-        state.load = self._window.load(time.monotonic())
-        for member in state.alive:
+        self._feed(RoutingCounted(load=self._window.load(time.monotonic())))
+        facts = state.facts
+        for member in facts.alive:
             if member.id in executor.hosts and member.id not in self._polling:
                 self._polling.add(member.id)
                 self._spawn(self._poll_host(member, executor.hosts[member.id]))
-        if executor.wants_spare and state.whole and time.monotonic() - state.epoch_since > SPARE_AFTER_S:
+        if executor.wants_spare and facts.whole and time.monotonic() - facts.epoch_since > SPARE_AFTER_S:
             self._spawn(executor.start_spare(state.next_worker))
         if executor.engine is not None and executor.engine_serves:
             if executor.engine is not self._watched:
@@ -477,13 +483,13 @@ class Coordinator:
             self._window.transitions(now),
             dtype=self._spec.dtype,
             parts=self._window.load_parts(now),
-            room=self._require_state().room,
+            room=room(self._require_state().facts),
         )
         deadline_s = self._config.plan_deadline
         # the planner minds its deadline; a solver that does not is given up
         work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
         result = await asyncio.wait_for(work, 2 * deadline_s + 30)
-        since = now - self._require_state().epoch_since if view.epoch > 1 else None
+        since = now - self._require_state().facts.epoch_since if view.epoch > 1 else None
         return result, judge(result, load=load, since_change_s=since)
 
     # --- Helpers ------------------------------------------------------------------------------------------------
@@ -494,4 +500,4 @@ class Coordinator:
         return self._state
 
     def _newest(self, state: ControlState) -> Operation:
-        return told(state, state.operations.all()[0])
+        return with_progress(state, state.operations.all()[0])

@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass, replace
 
 from cluster.events import LoadSeen
+from cluster.facts import Facts, Outage
 from cluster.membership import Member
 from cluster.messages.epochs import Epoch
-from cluster.messages.views import EngineStatus, Operation, WorkerView
+from cluster.messages.views import EngineStatus, Operation, WorkerState, WorkerView
 from cluster.operations import ENDED
 from cluster.placement import WorkerId
 from cluster.state import ControlState
@@ -21,20 +22,22 @@ class Outline:
     """What of a state is worth a log line when it changes."""
 
     epoch: Epoch
-    broken: str | None
+    outage: Outage | None
     pinned: bool
     operations: tuple[Operation, ...]
 
     @classmethod
     def of(cls, state: ControlState) -> Outline:
-        return cls(epoch=state.epoch, broken=state.broken, pinned=state.pinned, operations=state.operations.all())
+        facts = state.facts
+        return cls(epoch=facts.epoch, outage=facts.outage, pinned=facts.pinned, operations=state.operations.all())
 
 
 def log_changes(before: Outline, state: ControlState) -> None:
-    if state.broken is not None and state.broken != before.broken:
-        logger.warning("epoch %d cannot serve: %s", state.epoch, state.broken)
-    if state.epoch != before.epoch and state.spec is not None:
-        logger.info("epoch %d serves: %s over %s", state.epoch, ", ".join(state.ranks), state.spec.transport)
+    facts = state.facts
+    if facts.outage is not None and (before.outage is None or facts.outage.reason != before.outage.reason):
+        logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
+    if facts.epoch != before.epoch and facts.spec is not None:
+        logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
     known = {operation.operation_id: operation for operation in before.operations}
     for operation in reversed(state.operations.all()):
         old = known.get(operation.operation_id)
@@ -46,12 +49,12 @@ def log_changes(before: Outline, state: ControlState) -> None:
             logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
 
 
-def worker_view(state: ControlState, member: Member, status: EngineStatus, device: str) -> WorkerView:
+def worker_view(facts: Facts, member: Member, status: EngineStatus, device: str) -> WorkerView:
     """device: what is told of a worker that has not loaded yet."""
     info = member.info
     return WorkerView(
         id=member.id,
-        rank=state.ranks.index(member.id) if member.alive and member.id in state.ranks else -1,
+        rank=facts.ranks.index(member.id) if member.alive and member.id in facts.ranks else -1,
         state=member.state,
         pid=info.pid if info else 0,
         node=info.node if info else "",
@@ -64,14 +67,14 @@ def worker_view(state: ControlState, member: Member, status: EngineStatus, devic
 def standby_view(worker: WorkerId, pid: int, device: str) -> WorkerView:
     """Of the process that waits to be the next worker."""
     return WorkerView(
-        id=worker, rank=-1, state="standby", pid=pid, node="", device=device, running_requests=0, kv_usage=0.0
+        id=worker, rank=-1, state=WorkerState.STANDBY, pid=pid, node="", device=device, running_requests=0, kv_usage=0.0
     )
 
 
-def told(state: ControlState, operation: Operation) -> Operation:
+def with_progress(state: ControlState, operation: Operation) -> Operation:
     """`operation` with how far it is."""
-    progress, safe = state.told(operation)
-    return replace(operation, progress=progress, safe_to_terminate=safe)
+    progress = state.progress(operation)
+    return replace(operation, progress=progress.share, safe_to_terminate=progress.safe_to_terminate)
 
 
 def load_seen(status: EngineStatus) -> LoadSeen:

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from cluster.messages.epochs import Epoch, EpochSpec, HostInfo
 from cluster.placement import Move, Placement, WorkerId
 
@@ -183,6 +186,14 @@ class LoadSeen:
     """Workers that run requests."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutingCounted:
+    """How the window of routing statistics looks now. It is noted, and nothing is begun because of it."""
+
+    load: npt.NDArray[np.int64]
+    """[L, E] tokens per logical expert."""
+
+
 Event = (
     Tick
     | WorkerLoaded
@@ -204,6 +215,7 @@ Event = (
     | Unpin
     | ScaleRequested
     | LoadSeen
+    | RoutingCounted
 )
 
 

@@ -33,6 +33,23 @@ class EngineStatus:
     epoch: int = 0
 
 
+class OperationKind(StrEnum):
+    START = "start"
+    REBALANCE = "rebalance"
+    SCALE = "scale"
+    RECOVER = "recover"
+
+
+class WorkerState(StrEnum):
+    STARTING = "starting"
+    """Created or loading, or loaded and not yet a member."""
+    SERVING = "serving"
+    DRAINING = "draining"
+    DEAD = "dead"
+    STANDBY = "standby"
+    """Not asked for, but ready to be told what to load."""
+
+
 class Phase(StrEnum):
     PREPARING = "preparing"
     COMMITTING = "committing"
@@ -45,8 +62,7 @@ class Operation:
     """One change of the cluster, from request to end."""
 
     operation_id: str
-    kind: str
-    """start, rebalance, scale, recover."""
+    kind: OperationKind
     phase: Phase
     epoch: Epoch
     """The epoch that it makes, or would have made."""
@@ -101,8 +117,7 @@ class WorkerView:
     id: WorkerId
     rank: int
     """-1 while it is not a member of the current epoch."""
-    state: str
-    """starting, serving, draining, dead; standby: not asked for, but ready to be told what to load."""
+    state: WorkerState
     pid: int
     node: str
     device: str

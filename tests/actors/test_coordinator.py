@@ -16,6 +16,7 @@ from actors import executor
 from actors.coordinator import Coordinator
 from cluster.config import ServeConfig
 from cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
+from cluster.facts import Stage
 from cluster.messages.views import Operation, Phase, RebalancePreview
 from cluster.placement import WorkerId
 from tests.actors.fakes import MODEL, PlainFleet
@@ -442,9 +443,8 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
             assert isinstance(operation, Operation)
 
             async def preparing() -> bool:
-                return (
-                    first._state is not None and str(first._state.change and first._state.change.stage) == "preparing"
-                )
+                change = None if first._state is None else first._state.facts.change
+                return change is not None and change.stage is Stage.PREPARING
 
             await until(preparing)
             for task in first._tasks:

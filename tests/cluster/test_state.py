@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.epochs import ControlSettings
 from cluster.errors import ConflictError, NotReadyError, PlacementError
 from cluster.events import (
     Abandon,
@@ -29,8 +28,10 @@ from cluster.events import (
     WorkerFailed,
     WorkerLost,
 )
+from cluster.facts import ControlSettings
 from cluster.messages.views import Operation, Phase
 from cluster.placement import EMPTY, WorkerId
+from cluster.rebalancing import room
 from cluster.state import ControlState
 from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation, shuffled
 
@@ -67,7 +68,7 @@ def test_start_loads_every_expert_once_and_needs_no_transfer() -> None:
     assert not sim.state.readiness().ready
     sim.settle()
     assert sim.state.readiness().ready
-    assert sim.state.epoch == 1
+    assert sim.facts.epoch == 1
     assert not sent(sim, Transfer)
     assert newest(sim).phase is Phase.COMPLETED
 
@@ -116,7 +117,7 @@ def test_a_replacement_at_the_start_loads_what_its_predecessor_was_told() -> Non
     sim.feed(Tick())
     sim.finish(0, fault=True)
     sim.settle()
-    assert sim.state.ranks == (W1, W2)
+    assert sim.facts.ranks == (W1, W2)
     assert not sent(sim, Transfer)
 
 
@@ -128,17 +129,17 @@ def test_death_makes_an_epoch_of_the_survivors_which_read_what_was_lost() -> Non
     assert transfer.copies == ()
     assert {key[1:] for key in transfer.reads} == {(layer, e) for layer in range(LAYERS) for e in range(4)}
     assert not sim.state.readiness().ready
-    while sim.state.change is not None:
+    while sim.facts.change is not None:
         index = next(i for i, command in enumerate(sim.todo) if not isinstance(command, StartWorker))
         sim.finish(index)
     assert sim.state.readiness().ready
-    assert sim.state.ranks == (W1,)
+    assert sim.facts.ranks == (W1,)
     assert newest(sim).kind == "recover"
     assert "w0 lost" in newest(sim).reason
     # and then the replacement joins, by copies
     sim.log.clear()
     sim.settle()
-    assert sim.state.ranks == (W1, W2)
+    assert sim.facts.ranks == (W1, W2)
     assert all(not transfer.reads for transfer in sent(sim, Transfer))
 
 
@@ -158,7 +159,7 @@ def test_survivors_serve_again_before_a_replacement_is_started(recovers: bool) -
     assert sim.state.readiness().ready is recovers
     assert [command.worker for command in sent(sim, StartWorker)] == [WorkerId("w2")]
     sim.settle()
-    assert sim.state.ranks == (W0, WorkerId("w2"))
+    assert sim.facts.ranks == (W0, WorkerId("w2"))
 
 
 def test_death_of_all_starts_anew() -> None:
@@ -168,7 +169,7 @@ def test_death_of_all_starts_anew() -> None:
         sim.feed(WorkerLost(worker=worker, reason="died"))
     assert "recovering" in sim.state.readiness().reason
     sim.settle()
-    assert sim.state.ranks == (WorkerId("w2"), WorkerId("w3"))
+    assert sim.facts.ranks == (WorkerId("w2"), WorkerId("w3"))
 
 
 def test_after_the_death_of_all_the_first_to_load_waits_for_others_as_long_as_it_took() -> None:
@@ -184,9 +185,9 @@ def test_after_the_death_of_all_the_first_to_load_waits_for_others_as_long_as_it
         while not isinstance(sim.todo[-1], StartWorker):
             sim.finish(len(sim.todo) - 1)
         assert sim.state.readiness().ready is serves
-    assert sim.state.ranks == (WorkerId("w2"),)
+    assert sim.facts.ranks == (WorkerId("w2"),)
     sim.settle()
-    assert sim.state.ranks == (WorkerId("w2"), WorkerId("w3"))
+    assert sim.facts.ranks == (WorkerId("w2"), WorkerId("w3"))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -207,7 +208,7 @@ def test_death_during_a_rebalance_rolls_it_back_and_recovers(stage: int) -> None
     assert operation.phase is Phase.FAILED
     assert sent(sim, Abandon)[0].epoch == operation.epoch
     assert sim.state.counters.rebalances["failed"] == 1
-    assert W1 not in sim.state.ranks
+    assert W1 not in sim.facts.ranks
 
 
 def test_a_worker_that_dies_in_the_flip_and_is_not_missed_by_the_engine() -> None:
@@ -217,13 +218,13 @@ def test_a_worker_that_dies_in_the_flip_and_is_not_missed_by_the_engine() -> Non
     while not any(isinstance(command, Commit) for command in sim.todo):
         sim.finish(0)
     sim.feed(WorkerLost(worker=W0, reason="died"))
-    assert sim.state.change is not None
+    assert sim.facts.change is not None
     sim.hosts[W0].alive = True
     sim.finish(0)
     assert not sim.state.readiness().ready
     sim.hosts[W0].alive = False
     sim.settle()
-    assert W0 not in sim.state.ranks
+    assert W0 not in sim.facts.ranks
 
 
 def test_after_a_failed_flip_nothing_is_counted_on_that_may_be_gone() -> None:
@@ -235,9 +236,9 @@ def test_after_a_failed_flip_nothing_is_counted_on_that_may_be_gone() -> None:
     sim.todo.clear()
     sim.feed(CommitFailed(epoch=commit.spec.epoch, reason="w1: no answer"))
     assert not sim.state.readiness().ready
-    assert sim.state.change is None
+    assert sim.facts.change is None
     for worker in (W0, W1):
-        assert (sim.state.members[worker].held <= sim.hosts[worker].held).all()
+        assert (sim.facts.members[worker].held <= sim.hosts[worker].held).all()
     sim.settle()
 
 
@@ -258,19 +259,19 @@ def test_a_failed_copy_is_read_from_the_checkpoint_the_next_time() -> None:
 
 def test_a_failed_step_with_no_death_forms_a_new_group() -> None:
     sim = serving(2)
-    assert sim.state.spec is not None
-    group = sim.state.spec.group
-    sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(), reason="the workers lost one another"))
+    assert sim.facts.spec is not None
+    group = sim.facts.spec.group
+    sim.feed(StepFailed(epoch=sim.facts.epoch, suspects=(), reason="the workers lost one another"))
     assert not sent(sim, Prepare), "not before it is known who is there"
     sim.settle()
-    assert sim.state.ranks == (W0, W1)
-    assert sim.state.spec.group != group
+    assert sim.facts.ranks == (W0, W1)
+    assert sim.facts.spec.group != group
     assert not sent(sim, Transfer)
 
 
 def test_a_failed_step_of_an_earlier_epoch_is_old_news() -> None:
     sim = serving(2)
-    sim.feed(StepFailed(epoch=sim.state.epoch - 1, suspects=(W0,), reason="late"))
+    sim.feed(StepFailed(epoch=sim.facts.epoch - 1, suspects=(W0,), reason="late"))
     assert not sim.log
     assert sim.state.readiness().ready
 
@@ -278,10 +279,10 @@ def test_a_failed_step_of_an_earlier_epoch_is_old_news() -> None:
 def test_a_worker_to_blame_for_one_failed_step_after_the_other_is_replaced() -> None:
     sim = serving(2)
     for _ in range(3):
-        sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(W1,), reason="no answer in time"))
+        sim.feed(StepFailed(epoch=sim.facts.epoch, suspects=(W1,), reason="no answer in time"))
         sim.settle()
     assert StopWorker(worker=W1) in sim.log
-    assert sim.state.ranks == (W0, W2)
+    assert sim.facts.ranks == (W0, W2)
 
 
 def test_a_lost_engine_is_recovered_from_with_the_same_workers() -> None:
@@ -291,21 +292,21 @@ def test_a_lost_engine_is_recovered_from_with_the_same_workers() -> None:
     assert sent(sim, AbortSteps) == [AbortSteps(epochs=(1,), workers=(W0, W1))]
     assert not sim.state.readiness().ready
     sim.settle()
-    assert sim.state.ranks == (W0, W1)
+    assert sim.facts.ranks == (W0, W1)
     assert newest(sim).kind == "recover"
 
 
 def test_rebalance_keeps_the_group_and_moves_only_what_is_missing() -> None:
     sim = serving(2)
-    assert sim.state.spec is not None
-    before = sim.state.spec
+    assert sim.facts.spec is not None
+    before = sim.facts.spec
     sim.feed(RebalanceRequested(planner="greedy"))
     (solve,) = sent(sim, Solve)
     assert solve.planner == "greedy"
     sim.settle()
-    assert sim.state.spec.group == before.group
+    assert sim.facts.spec.group == before.group
     (transfer,) = sent(sim, Transfer)
-    assert len(transfer.copies) == len(sim.state.spec.placement.moves_from(before.placement))
+    assert len(transfer.copies) == len(sim.facts.spec.placement.moves_from(before.placement))
     assert newest(sim).phase is Phase.COMPLETED
     assert sim.state.counters.experts_moved == len(transfer.copies)
     assert sim.state.counters.bytes_moved == 1000 * len(transfer.copies)
@@ -314,8 +315,8 @@ def test_rebalance_keeps_the_group_and_moves_only_what_is_missing() -> None:
 def answer(sim: Simulation, *, worthwhile: bool, no_worse: bool) -> None:
     solve = sim.todo.pop()
     assert isinstance(solve, Solve)
-    assert sim.state.spec is not None
-    placement = shuffled(sim.state.spec.placement, sim.rng)
+    assert sim.facts.spec is not None
+    placement = shuffled(sim.facts.spec.placement, sim.rng)
     sim.feed(
         PlanReady(ticket=solve.ticket, placement=placement, worthwhile=worthwhile, no_worse=no_worse, reason="gain 1 %")
     )
@@ -323,22 +324,22 @@ def answer(sim: Simulation, *, worthwhile: bool, no_worse: bool) -> None:
 
 def test_a_periodic_plan_must_be_worthwhile_a_requested_one_only_no_worse() -> None:
     sim = serving(2, interval_s=5.0)
-    sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
     sim.now += 10
     sim.feed(Tick())
     answer(sim, worthwhile=False, no_worse=True)
-    assert sim.state.change is None
+    assert sim.facts.change is None
     assert "placement kept, gain 1 %" in newest(sim).reason
     assert sim.state.counters.rebalances == {"completed": 0, "failed": 0, "skipped": 1}
     sim.feed(RebalanceRequested(planner="auto"))
     answer(sim, worthwhile=False, no_worse=True)
-    assert sim.state.change is not None
+    assert sim.facts.change is not None
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_for_a_lone_worker_nothing_is_planned_unless_asked(workers: int) -> None:
     sim = serving(workers, interval_s=5.0)
-    sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
     sim.now += 10
     sim.feed(Tick())
     assert len(sent(sim, Solve)) == workers - 1
@@ -352,12 +353,12 @@ def test_a_planner_that_is_asked_for_by_name_is_obeyed(planner: str, adopted: bo
     sim = serving(2)
     sim.feed(RebalanceRequested(planner=planner))
     answer(sim, worthwhile=False, no_worse=False)
-    assert (sim.state.change is not None) == adopted
+    assert (sim.facts.change is not None) == adopted
 
 
 def test_a_night_of_skipped_plans_is_one_line_of_history() -> None:
     sim = serving(2, interval_s=5.0)
-    sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
     for _ in range(20):
         sim.now += 10
         sim.feed(Tick())
@@ -396,12 +397,12 @@ def test_scale_up_joins_all_new_workers_in_one_epoch() -> None:
     assert sim.state.readiness().ready
     sim.settle()
     assert len(sent(sim, Commit)) == 1
-    assert len(sim.state.ranks) == 4
+    assert len(sim.facts.ranks) == 4
     assert newest(sim).phase is Phase.COMPLETED
     # what they are to have, they loaded while the others served
     assert not sent(sim, Transfer)
-    assert sim.state.spec is not None
-    assert {worker.slots for worker in sim.state.spec.placement.workers} == {2}
+    assert sim.facts.spec is not None
+    assert {worker.slots for worker in sim.facts.spec.placement.workers} == {2}
 
 
 def test_scale_down_copies_before_it_stops() -> None:
@@ -417,7 +418,7 @@ def test_scale_down_copies_before_it_stops() -> None:
     assert kinds == [Transfer, Prepare, Commit]
     assert sent(sim, StopWorker) == [StopWorker(worker=W0)]
     assert not any(transfer.reads for transfer in sent(sim, Transfer))
-    assert sim.state.ranks == (W1, W2)
+    assert sim.facts.ranks == (W1, W2)
 
 
 @pytest.mark.parametrize(
@@ -432,8 +433,8 @@ def test_scaling_to_what_cannot_be_is_refused(request_: ScaleRequested) -> None:
 
 def test_spare_slots_are_shared_out_and_empty_until_a_planner_fills_them() -> None:
     sim = serving(2, redundant=4)
-    assert sim.state.spec is not None
-    placement = sim.state.spec.placement
+    assert sim.facts.spec is not None
+    placement = sim.facts.spec.placement
     assert [worker.slots for worker in placement.workers] == [6, 6]
     assert (placement.physical_to_logical_map == EMPTY).sum() == LAYERS * 4
 
@@ -445,7 +446,7 @@ def test_a_death_that_brings_the_wanted_size_about_ends_the_scaling() -> None:
     sim.kill(W1)
     sim.feed(WorkerLost(worker=W1, reason="died"))
     sim.settle()
-    assert sim.state.ranks == (W0,)
+    assert sim.facts.ranks == (W0,)
     operation = sim.state.operations.get(scaling)
     assert operation is not None
     assert operation.phase is Phase.COMPLETED
@@ -457,7 +458,7 @@ def test_a_worker_that_was_one_too_many_stays_when_another_dies() -> None:
     sim.kill(W0)
     sim.feed(WorkerLost(worker=W0, reason="died"))
     sim.settle()
-    assert sim.state.ranks == (W1,)
+    assert sim.facts.ranks == (W1,)
     assert not sent(sim, StartWorker)
 
 
@@ -484,7 +485,7 @@ def test_a_repeated_scaling_is_the_same_operation() -> None:
     sim.settle()
     sim.feed(wish)
     assert [op.operation_id for op in sim.state.operations.all()] == ["mine", "start-1"]
-    assert sim.state.target == 3
+    assert sim.facts.target == 3
     with pytest.raises(ConflictError, match="another"):
         sim.feed(ScaleRequested(workers=2, operation_id="mine"))
     with pytest.raises(ConflictError, match="another"):
@@ -496,26 +497,26 @@ def test_a_scaling_that_waits_for_workers_gives_way_only_when_told_to() -> None:
     sim.feed(ScaleRequested(workers=4, operation_id="first"))
     with pytest.raises(ConflictError, match="first"):
         sim.feed(ScaleRequested(workers=3))
-    assert sim.state.target == 4
+    assert sim.facts.target == 4
     sim.feed(ScaleRequested(workers=2, replace=True))
     sim.settle()
     first = sim.state.operations.get("first")
     assert first is not None
     assert (first.phase, first.error) == (Phase.FAILED, "replaced by another request")
-    assert len(sim.state.ranks) == 2
+    assert len(sim.facts.ranks) == 2
 
 
 def test_a_retired_worker_may_be_terminated_once_it_is_out_of_use() -> None:
     sim = serving(3)
     sim.feed(ScaleRequested(retire=(W0,)))
-    seen = [sim.state.told(newest(sim))]
+    seen = [sim.state.progress(newest(sim))]
     sim.finish(0)
-    seen.append(sim.state.told(newest(sim)))
+    seen.append(sim.state.progress(newest(sim)))
     sim.feed(IDLE)
     while sim.todo:
-        seen.append(sim.state.told(newest(sim)))
+        seen.append(sim.state.progress(newest(sim)))
         sim.finish(0)
-    seen.append(sim.state.told(newest(sim)))
+    seen.append(sim.state.progress(newest(sim)))
     assert seen == [(0.5, False), (0.7, False), (0.8, False), (0.9, False), (1.0, True)]
     assert newest(sim).retiring == (W0,)
 
@@ -543,7 +544,7 @@ def test_requests_that_take_too_long_to_finish_are_moved() -> None:
     sim.feed(Tick())
     assert len(sent(sim, Prepare)) == 1
     sim.settle()
-    assert sim.state.told(newest(sim)) == (1.0, True)
+    assert sim.state.progress(newest(sim)) == (1.0, True)
 
 
 def test_a_new_engine_is_told_again_whom_to_spare() -> None:
@@ -552,7 +553,7 @@ def test_a_new_engine_is_told_again_whom_to_spare() -> None:
     sim.lose_engine()
     assert sim.draining == ()
     sim.settle()
-    assert (W0 in sim.state.ranks, sim.draining) == (False, ())
+    assert (W0 in sim.facts.ranks, sim.draining) == (False, ())
 
 
 def test_a_worker_that_is_needed_after_all_gets_requests_again() -> None:
@@ -562,7 +563,7 @@ def test_a_worker_that_is_needed_after_all_gets_requests_again() -> None:
     sim.kill(W1)
     sim.feed(WorkerLost(worker=W1, reason="died"))
     sim.settle()
-    assert sim.state.ranks == (W0, W2)
+    assert sim.facts.ranks == (W0, W2)
     assert sim.draining == ()
 
 
@@ -577,7 +578,7 @@ def test_never_below_what_holds_every_expert() -> None:
             sim.feed(event)
     sim.feed(ScaleRequested(workers=2))
     sim.settle()
-    assert sim.state.ranks == (W0, W1)
+    assert sim.facts.ranks == (W0, W1)
 
 
 def test_survivors_without_memory_wait_for_a_replacement_which_reads_what_was_lost() -> None:
@@ -589,17 +590,17 @@ def test_survivors_without_memory_wait_for_a_replacement_which_reads_what_was_lo
     (start,) = sent(sim, StartWorker)
     assert start.experts == ((4, 5, 6, 7),) * LAYERS
     sim.settle()
-    assert sim.state.ranks == (W0, W2)
+    assert sim.facts.ranks == (W0, W2)
 
 
 def test_a_plan_that_needs_more_memory_than_there_is_is_refused() -> None:
     sim = serving(2, capacity=PART + 1)
-    assert sim.state.spec is not None
-    placement = sim.state.spec.placement
+    assert sim.facts.spec is not None
+    placement = sim.facts.spec.placement
     turned = np.roll(placement.physical_to_logical_map, 4, axis=1)
     with pytest.raises(PlacementError, match="memory for 13 experts"):
         sim.feed(PlaceRequested(placement=replace(placement, physical_to_logical_map=turned)))
-    assert sim.state.room == 1
+    assert room(sim.facts) == 1
 
 
 def test_a_start_that_cannot_hold_every_expert_is_refused() -> None:
@@ -614,7 +615,7 @@ def test_a_restarted_coordinator_keeps_those_that_still_load() -> None:
     sim.restart_coordinator(flipped=0.0)
     assert not sent(sim, StopWorker)
     sim.settle()
-    assert sim.state.ranks == (W0, W1, W2)
+    assert sim.facts.ranks == (W0, W1, W2)
     again = sim.state.operations.get(operation.operation_id)
     assert again is not None
     assert again.phase is Phase.COMPLETED
@@ -636,20 +637,20 @@ def test_one_worker_is_replaced_by_another() -> None:
     sim = serving(2)
     sim.feed(ScaleRequested(workers=2, retire=(W1,)))
     sim.settle()
-    assert sim.state.ranks == (W0, W2)
-    assert sim.state.told(newest(sim)) == (1.0, True)
+    assert sim.facts.ranks == (W0, W2)
+    assert sim.state.progress(newest(sim)) == (1.0, True)
 
 
 def test_a_given_placement_is_gone_to_and_pinned() -> None:
     sim = serving(2, interval_s=3.0)
-    assert sim.state.spec is not None
-    placement = shuffled(sim.state.spec.placement, sim.rng)
+    assert sim.facts.spec is not None
+    placement = shuffled(sim.facts.spec.placement, sim.rng)
     sim.feed(PlaceRequested(placement=placement, pinned=True))
-    assert not sim.state.pinned
+    assert not sim.facts.pinned
     sim.settle()
-    assert sim.state.spec.placement == placement
-    assert sim.state.pinned
-    sim.state.load = np.ones((LAYERS, EXPERTS), dtype=np.int64)
+    assert sim.facts.spec.placement == placement
+    assert sim.facts.pinned
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
     sim.log.clear()
     for _ in range(10):
         sim.now += 1.0
@@ -657,7 +658,7 @@ def test_a_given_placement_is_gone_to_and_pinned() -> None:
     assert not sent(sim, Solve)
     sim.feed(PlaceRequested(placement=placement, pinned=None))
     assert newest(sim).phase is Phase.COMPLETED
-    assert sim.state.pinned
+    assert sim.facts.pinned
     sim.feed(Unpin())
     sim.now += 3.0
     sim.feed(Tick())
@@ -666,37 +667,37 @@ def test_a_given_placement_is_gone_to_and_pinned() -> None:
 
 def test_a_given_placement_that_fails_pins_nothing() -> None:
     sim = serving(2)
-    assert sim.state.spec is not None
-    before = sim.state.spec.placement
+    assert sim.facts.spec is not None
+    before = sim.facts.spec.placement
     sim.feed(PlaceRequested(placement=shuffled(before, sim.rng), pinned=True))
     sim.finish(0, fault=True)
     assert newest(sim).phase is Phase.FAILED
-    assert sim.state.spec.placement == before
-    assert not sim.state.pinned
+    assert sim.facts.spec.placement == before
+    assert not sim.facts.pinned
 
 
 def test_a_placement_of_other_workers_is_refused() -> None:
     sim, other = serving(2), serving(3)
-    assert other.state.spec is not None
+    assert other.facts.spec is not None
     with pytest.raises(PlacementError, match="w0 with 4 slots, w1 with 4 slots"):
-        sim.feed(PlaceRequested(placement=other.state.spec.placement))
+        sim.feed(PlaceRequested(placement=other.facts.spec.placement))
 
 
 def test_the_autoscaler_scales_with_its_reason() -> None:
-    assert serving(2).state.view.autoscaler is None
+    assert serving(2).state.view().autoscaler is None
     sim = serving(2, most=4)
     sim.feed(LoadSeen(waiting=0, running=0, kv_usage=0.0))
-    assert sim.state.view.autoscaler == "the load has not been seen for 15 s"
+    assert sim.state.view().autoscaler == "the load has not been seen for 15 s"
     for _ in range(60):
         sim.now += 1.0
         sim.feed(LoadSeen(waiting=200, running=128, kv_usage=0.9))
     assert "autoscale from 2 to 4 workers: demand" in newest(sim).reason
     sim.settle()
-    assert len(sim.state.ranks) == 4
+    assert len(sim.facts.ranks) == 4
     for _ in range(20):
         sim.now += 1.0
         sim.feed(LoadSeen(waiting=500, running=256, kv_usage=0.9))
-    view = sim.state.view
+    view = sim.state.view()
     assert (view.serving, view.target, view.min_workers, view.max_workers) == (4, 4, 1, 4)
     assert "at most 4 are to serve" in (view.autoscaler or "")
     with pytest.raises(PlacementError, match="1 to 4"):
@@ -704,7 +705,7 @@ def test_the_autoscaler_scales_with_its_reason() -> None:
     for _ in range(200):
         sim.now += 1.0
         sim.feed(LoadSeen(waiting=0, running=0, kv_usage=0.0))
-    assert sim.state.target == 3
+    assert sim.facts.target == 3
 
 
 def test_recoveries_and_stages_are_counted() -> None:
@@ -713,10 +714,10 @@ def test_recoveries_and_stages_are_counted() -> None:
     sim.feed(WorkerLost(worker=W1, reason="died"))
     sim.now += 2.0
     sim.settle()
-    sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(), reason="aborted"))
+    sim.feed(StepFailed(epoch=sim.facts.epoch, suspects=(), reason="aborted"))
     sim.settle()
     # an engine sees the step fail before anybody knows why
-    sim.feed(StepFailed(epoch=sim.state.epoch, suspects=(W0,), reason="the connection has ended"))
+    sim.feed(StepFailed(epoch=sim.facts.epoch, suspects=(W0,), reason="the connection has ended"))
     sim.kill(W0)
     sim.settle()
     counters = sim.state.counters
