@@ -9,14 +9,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
+from actors.liveness import CONNECT_S
 from actors.wire import TOKEN_BYTES, Frames, Message, WireError, encode, keep_alive, opens
 from cluster.errors import HostError, RequestError, StepAborted
 from cluster.messages.requests import Endpoint, Refused
 from cluster.messages.steps import Done, Failed, StepResult
 
 logger = logging.getLogger(__name__)
-
-CONNECT_S = 5.0
 
 _ANSWERS = (Done, Failed, Refused, StepResult)
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.calls import CALL_ERRORS, one_line
+from actors.liveness import COPY_TIMEOUT_S
 from cluster.placement import Move, WorkerId
 
 logger = logging.getLogger(__name__)
 
-COPY_TIMEOUT_S = 60.0
-"""For one expert. A host that takes longer hangs."""
 SUPERSEDED_S = 0.1
 """How soon a call that waits for bandwidth notices a newer one."""
 LONGEST_REST_S = 0.5

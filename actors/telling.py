@@ -1,17 +1,18 @@
-"""What the coordinator tells of its state: views for the admin API, and one log line for each thing of note."""
+"""What the coordinator reports of its state: views for the admin API, and one log line for each thing of note."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
 
-from cluster.events import LoadSeen
+from cluster.errors import NotReadyError
 from cluster.facts import Facts, Outage
 from cluster.membership import Member
 from cluster.messages.epochs import Epoch
-from cluster.messages.views import EngineStatus, Operation, WorkerState, WorkerView
+from cluster.messages.views import EngineStatus, Operation, PlacementView, RoutingView, WorkerState, WorkerView
 from cluster.operations import ENDED
-from cluster.placement import WorkerId
+from cluster.placement import Placement, WorkerId
+from cluster.routing import RoutingWindow, decode_weight, load_imbalance
 from cluster.state import ControlState
 
 logger = logging.getLogger("actors.coordinator")
@@ -64,6 +65,28 @@ def worker_view(facts: Facts, member: Member, status: EngineStatus, device: str)
     )
 
 
+def placement_view(state: ControlState) -> PlacementView:
+    """Raises NotReadyError before the first epoch."""
+    facts = state.facts
+    if facts.spec is None:
+        raise NotReadyError(state.readiness().reason)
+    return PlacementView(epoch=facts.epoch, placement=facts.spec.placement, pinned=facts.pinned)
+
+
+def routing_view(window: RoutingWindow, placement: Placement, now: float) -> RoutingView:
+    prefill, decode = window.phases(now)
+    load = prefill.load + decode.load
+    return RoutingView(
+        tokens=prefill.tokens + decode.tokens,
+        window_s=window.window_s,
+        load=load,
+        load_imbalance=tuple(load_imbalance(load, placement).tolist()),
+        prefill=prefill,
+        decode=decode,
+        decode_weight=decode_weight(prefill, decode),
+    )
+
+
 def standby_view(worker: WorkerId, pid: int, device: str) -> WorkerView:
     """Of the process that waits to be the next worker."""
     return WorkerView(
@@ -75,13 +98,3 @@ def with_progress(state: ControlState, operation: Operation) -> Operation:
     """`operation` with how far it is."""
     progress = state.progress(operation)
     return replace(operation, progress=progress.share, safe_to_terminate=progress.safe_to_terminate)
-
-
-def load_seen(status: EngineStatus) -> LoadSeen:
-    usage = status.kv_usage.values()
-    return LoadSeen(
-        waiting=status.waiting,
-        running=sum(status.running.values()),
-        kv_usage=sum(usage) / len(usage) if usage else 0.0,
-        busy=tuple(worker for worker, running in status.running.items() if running),
-    )

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from actors.liveness import TCP_KEEP_ALIVE
 from cluster.messages.requests import AbortRequests, Hello, Outputs, Refused, Submit
 from cluster.messages.steps import CommitEpoch, Done, Failed, ForgetSequences, StepPlan, StepResult
 
@@ -126,6 +127,6 @@ def keep_alive(connection: socket.socket) -> None:
     """Find out within half a minute that the other machine is gone, and send at once what there is to send."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+    for option, value in TCP_KEEP_ALIVE:
         if hasattr(socket, option):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

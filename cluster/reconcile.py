@@ -119,7 +119,9 @@ def _waits_for_more(facts: Facts, wanted: Sequence[Member], now: float) -> Choic
         if waited < min(took, RESTART_PATIENCE_S):
             return Choice((), "the first that has loaded waits for the others as long again as it took")
     elif facts.outage is None and waited < JOIN_PATIENCE_S:
-        return Choice(tuple(current), "those that have loaded wait for others that are starting")
+        # without the worker that joins, those that stay may have too little memory
+        stay = current if facts.fits(current) else ()
+        return Choice(tuple(stay), "those that have loaded wait for others that are starting")
     return None
 
 

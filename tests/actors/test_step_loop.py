@@ -339,7 +339,7 @@ def test_a_request_that_the_model_fails_on_fails_alone() -> None:
 def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_loop, "SILENT_S", 0.05)
     monkeypatch.setattr(step_loop, "ABORT_S", 0.1)
-    monkeypatch.setattr(step_deadline, "FACTOR", 1.0)
+    monkeypatch.setattr(step_deadline, "LATE_FACTOR", 1.0)
     monkeypatch.setattr(step_deadline, "LATE_FLOOR_S", 0.0)
     hangs, goes_on = threading.Event(), threading.Event()
 
