@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.adaptation import adapt, choose_transport, slots_of
@@ -39,6 +39,7 @@ def test_slots_where_memory_is_short(limits: list[int], redundant: int, slots: t
     assert slots_of(limits, 8, redundant) == slots
 
 
+@settings(deadline=None)
 @given(
     workers=st.integers(1, 5),
     redundant=st.integers(0, 6),

@@ -4,7 +4,7 @@ import contextlib
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from cluster.errors import ConflictError, NotReadyError, PlacementError
 from cluster.events import LoadSeen, PlaceRequested, RebalanceRequested, ScaleRequested, StepFailed, Tick, Unpin
@@ -133,7 +133,10 @@ class Faults(RuleBasedStateMachine):
             assert not self.sim.draining, "a worker that stays gets requests"
 
 
-TestFaults = Faults.TestCase
-TestFaults.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+def test_the_cluster_serves_again_after_random_events_and_faults() -> None:
+    run_state_machine_as_test(
+        Faults,
+        settings=settings(
+            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
