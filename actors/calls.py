@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -38,6 +39,16 @@ def one_line(error: BaseException) -> str:
 def node_address() -> str:
     """The IP address that other nodes reach this one by."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+async def sign_of_life(method: Any, timeout_s: float) -> Any:
+    """The answer to a call that is always answered at once. Raises TimeoutError where the callee hangs.
+
+    Asked twice: an answer that came while this process itself was held up must not count as late.
+    """
+    with contextlib.suppress(TimeoutError):
+        return await asyncio.wait_for(method.remote(), timeout_s / 2)
+    return await asyncio.wait_for(method.remote(), timeout_s / 2)
 
 
 async def call_all(calls: Mapping[Key, Awaitable[Any]], timeout_s: float) -> dict[Key, BaseException]:

@@ -43,10 +43,6 @@ before an epoch begins) are in cluster/reconcile.py; times that the user sets ar
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from typing import Any
-
 # --- The coordinator's polls ----------------------------------------------------------------------------------------
 
 TICK_S = 0.5
@@ -107,13 +103,3 @@ LIFE_S = 10.0
 """An engine that dies hangs up, one that hangs does not."""
 HANG_S = 10.0
 """A coordinator that gives no sign of life for so long, and did before, hangs."""
-
-
-async def sign_of_life(method: Any, timeout_s: float) -> Any:
-    """The answer to a call that is always answered at once. Raises TimeoutError where the callee hangs.
-
-    Asked twice: an answer that came while this process itself was held up must not count as late.
-    """
-    with contextlib.suppress(TimeoutError):
-        return await asyncio.wait_for(method.remote(), timeout_s / 2)
-    return await asyncio.wait_for(method.remote(), timeout_s / 2)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from actors import liveness
-from actors.calls import CALL_ERRORS, is_death, one_line
-from actors.liveness import sign_of_life
+from actors.calls import CALL_ERRORS, is_death, one_line, sign_of_life
 from actors.processes import Processes
 from cluster.events import Event, LoadSeen, WorkerLost
 from cluster.facts import Facts

@@ -6,8 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from actors import liveness
-from actors.calls import call_all, one_line
-from actors.liveness import sign_of_life
+from actors.calls import call_all, one_line, sign_of_life
 from actors.processes import Processes
 from cluster.events import WorkerLost
 from cluster.placement import WorkerId
