@@ -117,14 +117,6 @@ class Scheduler:
         self._end(sequence)
         return True
 
-    def stranded(self) -> tuple[RequestId, ...]:
-        """Waiting requests that no present worker can ever hold, because those that could have left.
-
-        They wait for a larger worker; the caller decides for how long.
-        """
-        homes = [home for home in self._homes.values() if not home.draining]
-        return tuple(s.request_id for s in self._waiting.items if not any(home.can_ever_hold(s) for home in homes))
-
     def _check(self, request: GenerateRequest) -> None:
         prompt, params = len(request.prompt_token_ids), request.params
         if request.request_id in self._sequences:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import NotReadyError
 from cluster.facts import Facts, Outage
@@ -26,11 +26,19 @@ class Outline:
     outage: Outage | None
     pinned: bool
     operations: tuple[Operation, ...]
+    reasons: dict[str, str] = field(compare=False)
+    """They change too often to be saved with each change."""
 
     @classmethod
     def of(cls, state: ControlState) -> Outline:
         facts = state.facts
-        return cls(epoch=facts.epoch, outage=facts.outage, pinned=facts.pinned, operations=state.operations.all())
+        return cls(
+            epoch=facts.epoch,
+            outage=facts.outage,
+            pinned=facts.pinned,
+            operations=state.operations.all(),
+            reasons=state.reasons.copy(),
+        )
 
 
 def log_changes(before: Outline, state: ControlState) -> None:
@@ -39,6 +47,9 @@ def log_changes(before: Outline, state: ControlState) -> None:
         logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
     if facts.epoch != before.epoch and facts.spec is not None:
         logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
+    for what, reason in state.reasons.items():
+        if reason != before.reasons.get(what):
+            logger.debug("decided on %s: %s", what, reason)
     known = {operation.operation_id: operation for operation in before.operations}
     for operation in reversed(state.operations.all()):
         old = known.get(operation.operation_id)

@@ -12,6 +12,7 @@ what one owner has done is told to the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +47,7 @@ from cluster.events import (
     WorkerLoaded,
     WorkerLost,
 )
-from cluster.facts import Cause, Change, ControlSettings, Facts, Stage
+from cluster.facts import Cause, Change, Choice, ControlSettings, Facts, Stage
 from cluster.membership import Membership
 from cluster.messages.epochs import Epoch, ModelInfo
 from cluster.messages.views import Operation, OperationKind, Phase, Readiness, ScaleView
@@ -55,6 +56,8 @@ from cluster.placement import Placement, WorkerId
 from cluster.rebalancing import Rebalancing
 from cluster.scaling import Scaling
 from cluster.starting import Starts
+
+T = TypeVar("T")
 
 MAX_STRIKES = 3
 """Failed steps in a row with one suspect, after which it is replaced although it answers."""
@@ -69,6 +72,8 @@ class ControlState:
         self.operations = OperationLog()
         self.counters = ClusterCounters()
         shape = (model.num_layers, model.num_logical_experts)
+        self.reasons: dict[str, str] = {}
+        """Why things are as they are, by what was decided last: for whoever reads the log."""
         self._load: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
         self._membership = Membership(shape)
         self._starts = Starts()
@@ -326,9 +331,13 @@ class ControlState:
     def _go_on(self, now: float) -> list[Command]:
         """Prepare the next epoch, once those that leave by it have had their time."""
         facts = self.facts
-        if facts.change is None or facts.change.stage is not Stage.DRAINING or not drained(facts, now).value:
+        if facts.change is None or facts.change.stage is not Stage.DRAINING:
             return []
-        return self._epochs.prepare(now)
+        return self._epochs.prepare(now) if self._note("drained", drained(facts, now)) else []
+
+    def _note(self, what: str, choice: Choice[T]) -> T:
+        self.reasons[what] = choice.reason
+        return choice.value
 
     def _reconcile(self, now: float) -> list[Command]:
         """Start workers, and begin a change, where what is differs from what should be."""
@@ -336,10 +345,10 @@ class ControlState:
             return []
         for worker in reconcile.kept(self.facts):
             self._membership.keep(worker)
-        shares = reconcile.starts(self.facts, now).value
+        shares = self._note("starts", reconcile.starts(self.facts, now))
         commands: list[Command] = [self._membership.start(assigned, now) for assigned in shares]
         facts = self.facts
-        members = reconcile.next_members(facts, now).value
+        members = self._note("members", reconcile.next_members(facts, now))
         if not members:
             return commands
         self._rebalancing.cancel("the membership changes")
