@@ -319,7 +319,7 @@ class Coordinator:
                 self._begin(executor.start_worker, command)
             case StopWorker():
                 parts.poller.forget(command.worker)
-                parts.processes.stop_worker(command.worker)
+                parts.processes.stop_worker(command.worker, command.info)
             case Transfer():
                 self._begin(executor.transfer, command)
             case Prepare():

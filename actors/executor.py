@@ -78,7 +78,6 @@ class Executor:
             if is_death(error):
                 return [WorkerLost(worker=worker, reason=one_line(error))]
             return [WorkerFailed(worker=worker, reason=one_line(error), fatal=isinstance(error, UserError))]
-        self._processes.infos[worker] = info
         return [WorkerLoaded(info=info)]
 
     def _host_spec(self, command: StartWorker) -> HostSpec:
@@ -156,7 +155,7 @@ class Executor:
         processes.ensure_engine()
         engine = processes.engine
         try:
-            moved_requests = await self._flip(engine, spec)
+            moved_requests = await self._flip(engine, command)
         except KeyError as error:
             return [CommitFailed(epoch=spec.epoch, reason=f"{error} is gone")]
         except CALL_ERRORS as error:
@@ -171,15 +170,14 @@ class Executor:
         processes.ensure_migrator()
         return [Committed(epoch=spec.epoch, moved_requests=moved_requests)]
 
-    async def _flip(self, engine: Any, spec: EpochSpec) -> int:
+    async def _flip(self, engine: Any, command: Commit) -> int:
         """Returns how many requests had to leave their worker. Raises KeyError for a worker that has been stopped."""
-        processes = self._processes
+        processes, spec = self._processes, command.spec
         hosts = processes.hosts_of(spec)
-        infos = {worker: processes.infos[worker] for worker in hosts}
         if processes.engine_started:
-            call = engine.change_epoch.remote(spec, hosts, infos)
+            call = engine.change_epoch.remote(spec, hosts, dict(command.infos))
         else:
-            call = engine.start.remote(self._model, spec, hosts, infos)
+            call = engine.start.remote(self._model, spec, hosts, dict(command.infos))
         processes.engine_started = True
         timeout_s = liveness.COMMIT_STEPS * self._config.step_timeout + liveness.COMMIT_MARGIN_S
         moved: int = await asyncio.wait_for(call, timeout_s)

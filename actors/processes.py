@@ -31,8 +31,6 @@ class Processes:
         self._expert_bytes = expert_bytes
         self.hosts: dict[WorkerId, Any] = {}
         """Handles of the workers that were started and not stopped."""
-        self.infos: dict[WorkerId, HostInfo] = {}
-        """Of those that have loaded."""
         self.engine: Any = None
         self.engine_started = False
         """Whether it was told to begin its first epoch."""
@@ -54,8 +52,6 @@ class Processes:
                 events.append(WorkerLost(worker=member.id, reason="its process died"))
                 continue
             self.hosts[member.id] = host
-            if member.info is not None:
-                self.infos[member.id] = member.info
         self.migrator = self._fleet.find(names.MIGRATOR)
         self.engine = self._fleet.find(names.ENGINE)
         self.engine_started = self.engine_serves = True
@@ -72,9 +68,9 @@ class Processes:
         self.hosts[worker] = host
         return host, standby == (worker, host)
 
-    def stop_worker(self, worker: WorkerId) -> None:
+    def stop_worker(self, worker: WorkerId, info: HostInfo | None) -> None:
+        """info: what it reported when it had loaded, if it had."""
         host = self.hosts.pop(worker, None)
-        info = self.infos.pop(worker, None)
         if host is not None:
             self._fleet.kill_host(host, info)
 

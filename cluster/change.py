@@ -171,7 +171,7 @@ class Epochs:
             return []
         self._enter(Stage.COMMITTING, now, spec=event.spec)
         self._operations.advance(self.change.operation_id, phase=Phase.COMMITTING)
-        return [Commit(spec=event.spec)]
+        return [Commit(spec=event.spec, infos={worker: self._info(worker) for worker in self.change.workers})]
 
     def flip(self, now: float, moved_requests: int = 0) -> tuple[Change, list[Command]]:
         """The change's epoch has begun. Returns what has been changed; its operation is the caller's to end."""

@@ -14,6 +14,7 @@ something that has been given up since is stale, and ignored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -235,6 +236,8 @@ class StopWorker:
     """End a host's process, if it still runs."""
 
     worker: WorkerId
+    info: HostInfo | None
+    """None where it has not loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +264,8 @@ class Commit:
     """Flip to `spec` through the engine, at a step boundary."""
 
     spec: EpochSpec
+    infos: Mapping[WorkerId, HostInfo]
+    """Of its members, by which the engine reaches them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

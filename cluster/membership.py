@@ -133,7 +133,7 @@ class Membership:
 
     def stop(self, worker: WorkerId) -> StopWorker:
         self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing)
-        return StopWorker(worker=worker)
+        return StopWorker(worker=worker, info=self._members[worker].info)
 
     def forget_dead(self, in_use: Collection[WorkerId]) -> None:
         """All but the last few that are members of nothing."""

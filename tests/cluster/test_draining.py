@@ -17,6 +17,7 @@ from cluster.events import (
 from cluster.facts import Cause, Change, Facts, Outage, Stage
 from cluster.messages.views import OperationKind, WorkerState
 from cluster.transfers import Transfers
+from tests.cluster.simulation import info
 from tests.cluster.stories import IDLE, W0, W1, W2, facts_of, member, newest, sent, serving, spec_of
 
 
@@ -31,7 +32,7 @@ def test_scale_down_copies_before_it_stops() -> None:
         assert not sent(sim, StopWorker)
         sim.finish(0)
     assert kinds == [Transfer, Prepare, Commit]
-    assert sent(sim, StopWorker) == [StopWorker(worker=W0)]
+    assert sent(sim, StopWorker) == [StopWorker(worker=W0, info=info(W0))]
     assert not any(transfer.reads for transfer in sent(sim, Transfer))
     assert sim.facts.ranks == (W1, W2)
 

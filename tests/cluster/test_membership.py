@@ -56,7 +56,7 @@ def test_what_was_brought_is_held_from_the_next_epoch_on_or_dropped(two: Members
 
 def test_nothing_is_counted_on_at_a_dead_worker(two: Membership) -> None:
     two.stage([(W0, 0, 1)])
-    assert two.stop(W0) == StopWorker(worker=W0)
+    assert two.stop(W0) == StopWorker(worker=W0, info=info(W0))
     assert not two[W0].has.any()
     assert two.loaded == ()
 

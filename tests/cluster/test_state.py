@@ -16,7 +16,7 @@ from cluster.events import (
 )
 from cluster.messages.views import Phase
 from cluster.state import ControlState
-from tests.cluster.simulation import LAYERS, Simulation
+from tests.cluster.simulation import LAYERS, Simulation, info
 from tests.cluster.stories import W0, W1, W2, newest, sent, serving
 
 
@@ -66,7 +66,7 @@ def test_a_worker_to_blame_for_one_failed_step_after_the_other_is_replaced() -> 
     for _ in range(3):
         sim.feed(StepFailed(epoch=sim.facts.epoch, suspects=(W1,), reason="no answer in time"))
         sim.settle()
-    assert StopWorker(worker=W1) in sim.log
+    assert StopWorker(worker=W1, info=info(W1)) in sim.log
     assert sim.facts.ranks == (W0, W2)
 
 
