@@ -140,7 +140,7 @@ class Executor:
         if not errors:
             return [Prepared(spec=spec)]
         lost = await self._roll_call.find_lost(hosts)
-        return [*lost, PrepareFailed(epoch=spec.epoch, reason=_describe(errors))]
+        return [*lost, PrepareFailed(epoch=spec.epoch, reason=describe_errors(errors))]
 
     async def _open_rendezvous(self, spec: EpochSpec) -> EpochSpec:
         """`spec` with the address of a store, where its transport asks for one."""
@@ -212,5 +212,5 @@ class Executor:
             await asyncio.gather(*self._abandoning)
 
 
-def _describe(errors: Mapping[WorkerId, BaseException]) -> str:
+def describe_errors(errors: Mapping[WorkerId, BaseException]) -> str:
     return "; ".join(f"{worker}: {one_line(error)}" for worker, error in errors.items())

@@ -13,7 +13,7 @@ from cluster.messages.views import EngineStatus, Operation, PlacementView, Routi
 from cluster.operations import ENDED
 from cluster.placement import Placement, WorkerId
 from cluster.routing import RoutingWindow, decode_weight, load_imbalance
-from cluster.state import ControlState
+from cluster.state import ControlState, Reasons
 
 logger = logging.getLogger("actors.coordinator")
 
@@ -26,7 +26,7 @@ class Outline:
     outage: Outage | None
     pinned: bool
     operations: tuple[Operation, ...]
-    reasons: dict[str, str] = field(compare=False)
+    reasons: Reasons = field(compare=False)
     """They change too often to be saved with each change."""
 
     @classmethod
@@ -37,7 +37,7 @@ class Outline:
             outage=facts.outage,
             pinned=facts.pinned,
             operations=state.operations.all(),
-            reasons=state.reasons.copy(),
+            reasons=state.reasons,
         )
 
 
@@ -47,8 +47,8 @@ def log_changes(before: Outline, state: ControlState) -> None:
         logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
     if facts.epoch != before.epoch and facts.spec is not None:
         logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
-    for what, reason in state.reasons.items():
-        if reason != before.reasons.get(what):
+    for what, old_reason, reason in zip(Reasons._fields, before.reasons, state.reasons, strict=True):
+        if reason != old_reason:
             logger.debug("decided on %s: %s", what, reason)
     known = {operation.operation_id: operation for operation in before.operations}
     for operation in reversed(state.operations.all()):

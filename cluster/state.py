@@ -12,7 +12,7 @@ what one owner has done is told to the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ from cluster.events import (
     WorkerLoaded,
     WorkerLost,
 )
-from cluster.facts import Cause, Change, Choice, ControlSettings, Facts, Stage
+from cluster.facts import Cause, Change, ControlSettings, Facts, Stage
 from cluster.membership import Membership
 from cluster.messages.epochs import Epoch, ModelInfo
 from cluster.messages.views import Operation, OperationKind, Phase, Readiness, ScaleView
@@ -57,10 +57,19 @@ from cluster.rebalancing import Rebalancing
 from cluster.scaling import Scaling
 from cluster.starting import Starts
 
-T = TypeVar("T")
-
 MAX_STRIKES = 3
 """Failed steps in a row with one suspect, after which it is replaced although it answers."""
+
+
+class Reasons(NamedTuple):
+    """Why things are as they are, by what was decided last: for whoever reads the log."""
+
+    starts: str = ""
+    """Why so many workers are started."""
+    members: str = ""
+    """Why an epoch is begun, or none."""
+    drained: str = ""
+    """Why the change under way goes on, or waits for those that leave."""
 
 
 class ControlState:
@@ -72,8 +81,7 @@ class ControlState:
         self.operations = OperationLog()
         self.counters = ClusterCounters()
         shape = (model.num_layers, model.num_logical_experts)
-        self.reasons: dict[str, str] = {}
-        """Why things are as they are, by what was decided last: for whoever reads the log."""
+        self.reasons = Reasons()
         self._load: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
         self._membership = Membership(shape)
         self._starts = Starts()
@@ -333,11 +341,9 @@ class ControlState:
         facts = self.facts
         if facts.change is None or facts.change.stage is not Stage.DRAINING:
             return []
-        return self._epochs.prepare(now) if self._note("drained", drained(facts, now)) else []
-
-    def _note(self, what: str, choice: Choice[T]) -> T:
-        self.reasons[what] = choice.reason
-        return choice.value
+        choice = drained(facts, now)
+        self.reasons = self.reasons._replace(drained=choice.reason)
+        return self._epochs.prepare(now) if choice.value else []
 
     def _reconcile(self, now: float) -> list[Command]:
         """Start workers, and begin a change, where what is differs from what should be."""
@@ -345,16 +351,17 @@ class ControlState:
             return []
         for worker in reconcile.kept(self.facts):
             self._membership.keep(worker)
-        shares = self._note("starts", reconcile.starts(self.facts, now))
-        commands: list[Command] = [self._membership.start(assigned, now) for assigned in shares]
+        starts = reconcile.starts(self.facts, now)
+        commands: list[Command] = [self._membership.start(assigned, now) for assigned in starts.value]
         facts = self.facts
-        members = self._note("members", reconcile.next_members(facts, now))
-        if not members:
+        members = reconcile.next_members(facts, now)
+        self.reasons = self.reasons._replace(starts=starts.reason, members=members.reason)
+        if not members.value:
             return commands
         self._rebalancing.cancel("the membership changes")
-        wish = reconcile.wish(facts, members)
+        wish = reconcile.wish(facts, members.value)
         operation = self.operations.find_open(wish.value)
         if operation is None:
             operation = self.operations.open(wish.value, facts.next_epoch, wish.reason)
-        commands += self._epochs.begin(operation, reconcile.placement_for(facts, members), now)
+        commands += self._epochs.begin(operation, reconcile.placement_for(facts, members.value), now)
         return commands + self._go_on(now)

@@ -113,7 +113,7 @@ def test_a_restarted_coordinator_keeps_those_that_still_load() -> None:
 
 def test_it_says_why_it_does_nothing() -> None:
     sim = serving(2)
-    assert sim.state.reasons["starts"] == "there are as many workers as there should be"
-    assert sim.state.reasons["members"] == "2 workers can serve"
+    assert sim.state.reasons.starts == "there are as many workers as there should be"
+    assert sim.state.reasons.members == "2 workers can serve"
     sim.feed(StepFailed(epoch=sim.facts.epoch, suspects=(), reason="aborted"))
-    assert sim.state.reasons["members"] == "workers are being asked for a sign of life"
+    assert sim.state.reasons.members == "workers are being asked for a sign of life"
