@@ -67,6 +67,7 @@ class Membership:
     def __init__(self, shape: tuple[int, int]) -> None:
         """shape: (L, E)."""
         self._nothing: BoolArray = np.zeros(shape, dtype=np.bool_)
+        self._nothing.setflags(write=False)
         self._members: dict[WorkerId, Member] = {}
         self._asked = 0
         self.probing = False

@@ -139,10 +139,9 @@ class ControlState:
 
         Raises ConflictError, NotReadyError or PlacementError for a request that is refused; nothing has changed then.
         """
-        if isinstance(event, RoutingCounted):
-            self._load = event.load
-            return []
         commands = self._take(event, now)
+        if isinstance(event, RoutingCounted):
+            return commands
         commands += self._go_on(now)
         commands += self._reconcile(now)
         return commands + self._draining.tell(self.facts)
@@ -171,27 +170,36 @@ class ControlState:
             case LoadSeen():
                 self._draining.seen(event.busy)
                 return self._scaling.load_seen(self.facts, event, now)
-            case _:
-                return self._requested(event, now)
-
-    def _requested(self, event: Event, now: float) -> list[Command]:
-        begun: tuple[Operation, Placement] | None = None
-        match event:
+            case RoutingCounted():
+                self._load = event.load
+                return []
             case Unpin():
                 self._rebalancing.unpin()
+                return []
+            case PlanReady() | PlaceRequested() | RebalanceRequested() | ScaleRequested():
+                return self._wished(event, now)
+
+    def _wished(
+        self, event: PlanReady | PlaceRequested | RebalanceRequested | ScaleRequested, now: float
+    ) -> list[Command]:
+        """A planner or somebody wants another placement, or another size."""
+        match event:
             case PlanReady():
-                begun = self._rebalancing.answered(self.facts, event, now)
+                return self._begin(self._rebalancing.answered(self.facts, event, now), now)
             case PlaceRequested():
                 self._require_idle()
-                begun = self._rebalancing.place(self.facts, event)
+                return self._begin(self._rebalancing.place(self.facts, event), now)
             case RebalanceRequested():
                 self._require_idle()
                 return self._rebalancing.requested(self.facts, event, now)
             case ScaleRequested():
-                if not self._scaling.is_repeated(event):
-                    self._require_idle()
-                    return self._scaling.requested(self.facts, event, now)
-        return [] if begun is None else self._epochs.begin(*begun, now)
+                if self._scaling.is_repeated(event):
+                    return []
+                self._require_idle()
+                return self._scaling.requested(self.facts, event, now)
+
+    def _begin(self, change: tuple[Operation, Placement] | None, now: float) -> list[Command]:
+        return [] if change is None else self._epochs.begin(*change, now)
 
     def _require_idle(self) -> None:
         running = self._epochs.change or self._rebalancing.planning

@@ -29,9 +29,3 @@ def test_memory_is_counted_in_whole_experts(memory_bytes: int | None, capacity: 
     config = ServeConfig(expert_memory_bytes=memory_bytes, max_num_seqs=3)
     settings = control_settings(config, MODEL, PlainFleet(config))
     assert (settings.expert_capacity, settings.seats_per_worker) == (capacity, 3)
-
-
-def test_two_clusters_have_two_names() -> None:
-    config = ServeConfig()
-    names = {control_settings(config, MODEL, PlainFleet(config)).cluster_id for _ in range(2)}
-    assert len(names) == 2
