@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 
 from actors.homes import Home
 from actors.sequences import Queue, Sequence
-from cluster.messages.requests import RequestId
-from cluster.messages.steps import Chunk
 from cluster.placement import WorkerId
+from cluster.protocol import Chunk, RequestId
 
 RUNNING_TOKENS = 256
 """A request's future tokens, in the time of prompt tokens: it will hold up its worker in every step to come."""

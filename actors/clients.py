@@ -17,8 +17,9 @@ from actors.links import Link, listen
 from actors.liveness import CLIENT_S
 from actors.wire import Message, new_token
 from cluster.errors import RequestError
-from cluster.messages.requests import (
+from cluster.protocol import (
     AbortRequests,
+    Done,
     Endpoint,
     GenerateRequest,
     Hello,
@@ -28,7 +29,6 @@ from cluster.messages.requests import (
     Submit,
     TokenOutput,
 )
-from cluster.messages.steps import Done
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from actors.calls import node_address
 from actors.liveness import STEP_PING_S
 from cluster.collector import no_collection
 from cluster.errors import NotReadyError
-from cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
+from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]

@@ -12,8 +12,7 @@ from typing import Any, cast
 from actors.liveness import CONNECT_S
 from actors.wire import TOKEN_BYTES, Frames, Message, WireError, encode, keep_alive, opens
 from cluster.errors import HostError, RequestError, StepAborted
-from cluster.messages.requests import Endpoint, Refused
-from cluster.messages.steps import Done, Failed, StepResult
+from cluster.protocol import Done, Endpoint, Failed, Refused, StepResult
 
 logger = logging.getLogger(__name__)
 

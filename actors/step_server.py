@@ -17,9 +17,7 @@ from actors.calls import one_line
 from actors.liveness import TOKEN_S
 from actors.wire import TOKEN_BYTES, Message, encode, keep_alive, new_token, opens, receive, receive_exactly
 from cluster.errors import StepAborted
-from cluster.messages.epochs import Epoch
-from cluster.messages.requests import Endpoint
-from cluster.messages.steps import CommitEpoch, Done, Failed, ForgetSequences, StepPlan, StepResult
+from cluster.protocol import CommitEpoch, Done, Endpoint, Epoch, Failed, ForgetSequences, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 

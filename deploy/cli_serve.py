@@ -16,9 +16,8 @@ from typing import Any
 from cluster.collector import no_collection
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, EmoeError
-from cluster.messages.epochs import ModelInfo
-from cluster.messages.views import Readiness
 from cluster.operations import ENDED
+from cluster.protocol import ModelInfo, Readiness
 from deploy.local_ray import ServerProcesses, check_port
 
 POLL_S = 0.25

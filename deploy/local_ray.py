@@ -24,7 +24,7 @@ import psutil
 from actors.names import NAMESPACE
 from cluster.config import ServeConfig
 from cluster.errors import UserError
-from cluster.messages.epochs import ModelInfo
+from cluster.protocol import ModelInfo
 from deploy.haproxy import write_haproxy
 from model import native
 

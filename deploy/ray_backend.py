@@ -29,28 +29,26 @@ from actors.liveness import CALL_TIMEOUT_S, HANG_S, LIFE_S
 from actors.wire import Message
 from cluster.counters import ClusterCounters
 from cluster.errors import EmoeError, NotReadyError, RequestError
-from cluster.messages.epochs import ModelInfo
-from cluster.messages.requests import (
+from cluster.placement import Placement, WorkerId
+from cluster.protocol import (
     AbortRequests,
+    EngineStatus,
     FinishReason,
     GenerateRequest,
     Hello,
-    Outputs,
-    RequestId,
-    Submit,
-    TokenOutput,
-)
-from cluster.messages.views import (
-    EngineStatus,
+    ModelInfo,
     Operation,
+    Outputs,
     PlacementView,
     Readiness,
     RebalancePreview,
+    RequestId,
     RoutingView,
     ScaleView,
+    Submit,
+    TokenOutput,
     WorkerView,
 )
-from cluster.placement import Placement, WorkerId
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.messages.requests import FinishReason
+from cluster.protocol import FinishReason
 from deploy.generation import Answer, Delta, ScoredToken
 from deploy.http_io import DONE, EventStream, first_then_rest, sse, unless_gone
 from deploy.schema import SamplingFields

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RequestError
-from cluster.messages.requests import SamplingParams
+from cluster.protocol import SamplingParams
 from deploy.schema import SamplingFields
 
 MAX_LOGIT_BIASES = 1024

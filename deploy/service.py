@@ -15,9 +15,7 @@ from pathlib import Path
 
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, RequestError, UserError
-from cluster.messages.epochs import ModelInfo
-from cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
-from cluster.messages.views import Readiness
+from cluster.protocol import GenerateRequest, ModelInfo, Readiness, RequestId, SamplingParams
 from deploy.backend import Backend
 from deploy.generation import Answer, Delta, answer_deltas, merged
 from deploy.metrics import Metrics

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cluster.errors import CheckpointError
-from cluster.messages.epochs import ModelInfo
+from cluster.protocol import ModelInfo
 from model.plan import LoadPlan, make_plan
 from model.quiet import quiet_transformers
 from model.servability import NotServable, Shape, dry_run

@@ -18,7 +18,10 @@ from actors.fleet import RayFleet
 from actors.migrator import Migrator
 from cluster.config import ServeConfig
 from cluster.errors import CheckpointError, PlacementError, StepAborted
-from cluster.messages.epochs import (
+from cluster.placement import EMPTY, WorkerId
+from cluster.protocol import (
+    Endpoint,
+    EngineStatus,
     Epoch,
     EpochSpec,
     ExpertCopy,
@@ -28,9 +31,6 @@ from cluster.messages.epochs import (
     PhaseCounts,
     RoutingCounts,
 )
-from cluster.messages.requests import Endpoint
-from cluster.messages.views import EngineStatus
-from cluster.placement import EMPTY, WorkerId
 from optimizer import PlacementProblem, PlanResult, plan
 from tests.cluster.simulation import MODEL as SIMULATED
 

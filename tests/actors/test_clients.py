@@ -6,7 +6,7 @@ import asyncio
 
 from actors.clients import Clients
 from actors.links import connect
-from cluster.messages.requests import (
+from cluster.protocol import (
     AbortRequests,
     FinishReason,
     GenerateRequest,

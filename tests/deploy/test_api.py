@@ -14,7 +14,7 @@ import pytest
 
 from cluster.config import ServeConfig
 from cluster.errors import RequestError
-from cluster.messages.views import Phase, Readiness
+from cluster.protocol import Phase, Readiness
 from deploy.api import create_app
 from deploy.service import Service
 from tests.deploy.conftest import client_of
