@@ -25,19 +25,11 @@ from actors.homes import Home
 from actors.kv_blocks import blocks_for
 from actors.sequences import Queue, Sequence
 from cluster.errors import RequestError
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput
+from cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
+from cluster.messages.views import EngineStatus
 from cluster.placement import WorkerId
-from cluster.protocol import (
-    Chunk,
-    EngineStatus,
-    Epoch,
-    FinishReason,
-    GenerateRequest,
-    RequestId,
-    Sample,
-    StepPlan,
-    StepResult,
-    TokenOutput,
-)
 
 ALONE_TOKENS = 512
 """Of prompts in a worker's step while nobody decodes: enough for products to run at full speed, and few enough that a
@@ -124,14 +116,6 @@ class Scheduler:
             return False
         self._end(sequence)
         return True
-
-    def stranded(self) -> tuple[RequestId, ...]:
-        """Waiting requests that no present worker can ever hold, because those that could have left.
-
-        They wait for a larger worker; the caller decides for how long.
-        """
-        homes = [home for home in self._homes.values() if not home.draining]
-        return tuple(s.request_id for s in self._waiting.items if not any(home.can_ever_hold(s) for home in homes))
 
     def _check(self, request: GenerateRequest) -> None:
         prompt, params = len(request.prompt_token_ids), request.params

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from actors.links import Link, listen
+from actors.liveness import CLIENT_S
 from actors.wire import Message, new_token
 from cluster.errors import RequestError
 from cluster.protocol import (
@@ -30,9 +31,6 @@ from cluster.protocol import (
 )
 
 logger = logging.getLogger(__name__)
-
-CLIENT_S = 60.0
-"""A replica that has been away for so long is gone."""
 
 
 class Requests(Protocol):

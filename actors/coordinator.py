@@ -1,28 +1,41 @@
 """The coordinator: the shell around cluster/state.py. It watches, feeds events, and has commands carried out.
 
 An async actor: everything runs on its event loop, so the state is never seen half changed. Nothing here decides.
+
+    polls (polling.py), answers (executor.py), requests  ->  events  ->  ControlState  ->  commands  ->  executor.py
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import pickle
 import textwrap
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec
 
-from actors.calls import CALL_ERRORS, is_death, one_line, sign_of_life
+from actors import liveness
+from actors.calls import one_line
 from actors.executor import Executor
 from actors.fleet import Fleet
-from actors.planning import build_problem, judge, preview, to_event
-from actors.telling import Outline, load_seen, log_changes, standby_view, told, worker_view
+from actors.opening import control_settings, model_spec
+from actors.planning import Planners, preview
+from actors.polling import Poller
+from actors.processes import Processes
+from actors.roll_call import RollCall
+from actors.telling import (
+    Outline,
+    log_changes,
+    placement_view,
+    routing_view,
+    standby_view,
+    with_progress,
+    worker_view,
+)
 from cluster.config import ServeConfig
 from cluster.counters import ClusterCounters
-from cluster.epochs import ControlSettings, Stage
 from cluster.errors import ConfigError, NotReadyError, UserError
 from cluster.events import (
     Abandon,
@@ -32,11 +45,11 @@ from cluster.events import (
     Drain,
     Event,
     PlaceRequested,
-    PlanReady,
     Prepare,
     Probe,
     RebalanceRequested,
     Resumed,
+    RoutingCounted,
     ScaleRequested,
     Solve,
     StartWorker,
@@ -45,15 +58,10 @@ from cluster.events import (
     Tick,
     Transfer,
     Unpin,
-    WorkerLost,
 )
-from cluster.membership import Member
-from cluster.placement import Placement, WorkerId
-from cluster.protocol import (
-    EngineStatus,
-    Epoch,
-    ModelInfo,
-    ModelSpec,
+from cluster.facts import Stage
+from cluster.messages.epochs import Epoch, ModelInfo, ModelSpec
+from cluster.messages.views import (
     Operation,
     PlacementView,
     Readiness,
@@ -62,23 +70,28 @@ from cluster.protocol import (
     ScaleView,
     WorkerView,
 )
-from cluster.routing import RoutingWindow, decode_weight, load_imbalance, weighted_load
+from cluster.placement import Placement, WorkerId
+from cluster.routing import RoutingWindow
 from cluster.state import ControlState
-from optimizer import PLANNERS, PlanResult
-from optimizer.decision import Decision
+from optimizer import PLANNERS
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.5
-POLL_S = 1.0
-LOADING_PATIENCE = 4.0
-"""A host that loads may be late by so many times a heartbeat's time-out: imports hold its threads up."""
-SPARE_AFTER_S = 3.0
-"""A spare process is started once an epoch has served for so long: it takes some seconds of a core."""
-COUNTS_PER_WINDOW = 12
-"""How often routing counts are fetched: they are megabytes for a large model."""
-START_S = 30.0
-"""A process that has not begun to load by then is most likely waiting for a free GPU or core."""
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a coordinator is made of, once the checkpoint has been opened."""
+
+    state: ControlState
+    spec: ModelSpec
+    window: RoutingWindow
+    processes: Processes
+    roll_call: RollCall
+    executor: Executor
+    poller: Poller
+    planners: Planners
 
 
 class Coordinator:
@@ -89,18 +102,7 @@ class Coordinator:
         self._model_dir = model_dir
         self._fleet = fleet
         self._error: str | None = None
-        self._model: ModelInfo | None = None
-        self._spec: ModelSpec | None = None
-        self._state: ControlState | None = None
-        self._window: RoutingWindow | None = None
-        self._executor: Executor | None = None
-        self._status = EngineStatus()
-        self._progress: dict[WorkerId, float] = {}
-        self._counted_at: dict[WorkerId, float] = {}
-        """When each worker's routing counts were last asked for."""
-        self._polling: set[str] = set()
-        self._watched: Any = None
-        """The engine whose end is waited for."""
+        self._parts: Parts | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
         self._spawn(self._run())
@@ -110,73 +112,45 @@ class Coordinator:
     async def readiness(self) -> Readiness:
         if self._error is not None:
             return Readiness(ready=False, reason=self._error, error=self._error)
-        if self._state is None:
+        if self._parts is None:
             return Readiness(ready=False, reason="opening the checkpoint")
-        readiness = self._state.readiness()
-        loading = [member for member in self._state.alive if not member.loaded]
+        readiness = self._parts.state.readiness()
+        loading = [member for member in self._parts.state.facts.alive if not member.loaded]
         if readiness.ready or readiness.error or not loading:
             return readiness
-        shares = ", ".join(f"{member.id} {self._how_far(member)}" for member in loading)
+        now = time.monotonic()
+        shares = ", ".join(f"{member.id} {self._parts.poller.how_far(member, now)}" for member in loading)
         return Readiness(ready=False, reason=f"{readiness.reason}; loading: {shares}")
 
-    def _how_far(self, member: Member) -> str:
-        if member.id in self._progress:
-            return f"{self._progress[member.id]:.0%}"
-        waited = time.monotonic() - member.asked_at
-        return "waiting for resources" if waited > START_S else "starting its process"
-
     async def model_info(self) -> ModelInfo:
-        if self._model is None:
-            raise NotReadyError(self._error or "opening the checkpoint")
-        return self._model
+        return self._require_parts().state.model
 
     async def placement(self) -> PlacementView:
-        state = self._require_state()
-        if state.spec is None:
-            raise NotReadyError(state.readiness().reason)
-        return PlacementView(epoch=state.epoch, placement=state.spec.placement, pinned=state.pinned)
+        return placement_view(self._require_parts().state)
 
     async def routing(self) -> RoutingView:
-        view = await self.placement()
-        assert self._window is not None
-        now = time.monotonic()
-        prefill, decode = self._window.phases(now)
-        load = prefill.load + decode.load
-        return RoutingView(
-            tokens=prefill.tokens + decode.tokens,
-            window_s=self._window.window_s,
-            load=load,
-            load_imbalance=tuple(load_imbalance(load, view.placement).tolist()),
-            prefill=prefill,
-            decode=decode,
-            decode_weight=decode_weight(prefill, decode),
-        )
+        parts = self._require_parts()
+        return routing_view(parts.window, placement_view(parts.state).placement, time.monotonic())
 
     async def workers(self) -> list[WorkerView]:
-        state = self._require_state()
-        await self._refresh_status()
-        views = [worker_view(state, member, self._status, self._fleet.device()) for member in state.members.values()]
-        standby = None if self._executor is None else self._executor.standby
-        return views if standby is None else [*views, standby_view(*standby, self._fleet.device())]
-
-    async def _refresh_status(self) -> None:
-        """Whoever asks wants what is, not what was at the last poll; but an engine that is busy dying keeps nobody."""
-        engine = await self.engine()
-        if engine is not None:
-            with contextlib.suppress(*CALL_ERRORS):
-                self._status = await asyncio.wait_for(engine.status.remote(), POLL_S)
+        parts = self._require_parts()
+        await parts.poller.refresh_status()
+        facts, device = parts.state.facts, self._fleet.device()
+        views = [worker_view(facts, member, parts.poller.status, device) for member in facts.members.values()]
+        standby = parts.processes.standby
+        return views if standby is None else [*views, standby_view(*standby, device)]
 
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
         """Raises ConflictError, NotReadyError, and ConfigError for an unknown planner."""
         if planner not in PLANNERS:
             raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {planner!r}")
-        state = self._require_state()
+        parts = self._require_parts()
         if dry_run:
-            await self.placement()
-            result, decision = await self._solve(planner)
-            return preview(result, decision)
+            # raises NotReadyError before there is anything to plan for
+            placement_view(parts.state)
+            return preview(*await parts.planners.solve(planner, parts.state.facts))
         self._feed(RebalanceRequested(planner=planner))
-        return self._newest(state)
+        return _newest(parts.state)
 
     async def scale(
         self,
@@ -189,40 +163,41 @@ class Coordinator:
 
         Raises ConflictError, NotReadyError, and PlacementError for a number or a name that cannot be.
         """
-        state = self._require_state()
+        state = self._require_parts().state
         self._feed(ScaleRequested(workers=workers, retire=retire, operation_id=operation_id, replace=replace))
         known = state.operations.get(operation_id) if operation_id is not None else None
-        return self._newest(state) if known is None else told(state, known)
+        return _newest(state) if known is None else with_progress(state, known)
 
     async def scaling(self) -> ScaleView:
-        return self._require_state().view
+        return self._require_parts().state.view()
 
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
         """Go to exactly this placement. Raises ConflictError, NotReadyError, PlacementError."""
-        state = self._require_state()
+        state = self._require_parts().state
         self._feed(PlaceRequested(placement=placement, pinned=pinned))
-        return self._newest(state)
+        return _newest(state)
 
     async def unpin(self) -> None:
         self._feed(Unpin())
 
     async def operations(self) -> list[Operation]:
         """Newest first."""
-        state = self._state
-        return [] if state is None else [told(state, operation) for operation in state.operations.all()]
+        state = None if self._parts is None else self._parts.state
+        return [] if state is None else [with_progress(state, operation) for operation in state.operations.all()]
 
     async def operation(self, operation_id: str) -> Operation | None:
-        operation = None if self._state is None else self._state.operations.get(operation_id)
-        return None if operation is None or self._state is None else told(self._state, operation)
+        state = None if self._parts is None else self._parts.state
+        operation = None if state is None else state.operations.get(operation_id)
+        return None if state is None or operation is None else with_progress(state, operation)
 
     async def counters(self) -> ClusterCounters:
-        return ClusterCounters() if self._state is None else self._state.counters
+        return ClusterCounters() if self._parts is None else self._parts.state.counters
 
     async def engine(self) -> Any:
         """The engine's handle; None before the first epoch, and while a lost engine has no successor."""
-        if self._state is None or self._state.spec is None or self._executor is None:
+        if self._parts is None or self._parts.state.facts.spec is None:
             return None
-        return self._executor.engine
+        return self._parts.processes.engine
 
     async def report_step_failure(self, epoch: Epoch, suspects: list[WorkerId], reason: str) -> None:
         """From the engine: its group is of no use any more. Returns at once; a new epoch will follow."""
@@ -235,8 +210,7 @@ class Coordinator:
     async def report_late_step(self, workers: list[WorkerId]) -> None:
         """From the engine: these have not finished a step. Nothing is decided by that, but one that hangs is found."""
         await self._opened.wait()
-        assert self._executor is not None
-        for event in await self._executor.find_silent(workers):
+        for event in await self._require_parts().roll_call.find_silent(workers):
             self._feed(event)
 
     async def shutdown(self) -> None:
@@ -244,8 +218,8 @@ class Coordinator:
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        if self._executor is not None:
-            self._executor.kill_all()
+        if self._parts is not None:
+            self._parts.processes.kill_all()
         logger.info("shut down")
 
     # --- Running ------------------------------------------------------------------------------------------------
@@ -264,97 +238,94 @@ class Coordinator:
         polled_at = 0.0
         while True:
             now = time.monotonic()
-            if now - polled_at >= POLL_S:
+            if now - polled_at >= liveness.POLL_S:
                 polled_at = now
-                self._poll_all()
+                self._poll(now)
             self._feed(Tick())
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(liveness.TICK_S)
 
     async def _open(self) -> None:
-        """Read what the checkpoint says of itself, and settle what the configuration leaves open."""
-        config = self._config
+        """Read what the checkpoint says of itself, and begin."""
         model = await asyncio.to_thread(self._fleet.read_model, self._model_dir)
-        if (config.max_model_len or 0) > model.max_model_len:
-            raise ConfigError(f"max_model_len: the model allows {model.max_model_len}, got {config.max_model_len}")
-        spec = ModelSpec(
-            path=self._model_dir,
-            dtype=model.dtype if config.dtype == "auto" else config.dtype,
-            device=self._fleet.device(),
-            max_model_len=config.max_model_len or model.max_model_len,
-            expert_dtype=config.expert_dtype,
-        )
-        settings = ControlSettings(
-            workers=config.workers,
-            redundant_experts=config.redundant_experts,
-            rebalance_interval_s=config.rebalance_interval,
-            min_workers=config.min_workers,
-            max_workers=config.max_workers,
-            autoscale_window_s=config.autoscale_window,
-            seats_per_worker=config.max_num_seqs,
-            drain_timeout_s=config.drain_timeout,
-            expert_capacity=(
-                None if config.expert_memory_bytes is None else config.expert_memory_bytes // model.expert_bytes
-            ),
-            shared_gpus=self._fleet.shared_gpus,
-            cluster_id=f"emoe-{os.getpid()}-{time.time_ns() % 10**9}",
-        )
-        self._take_up(ControlState(settings, model), spec)
+        spec = model_spec(self._config, model, self._model_dir, self._fleet.device())
+        state = ControlState(control_settings(self._config, model, self._fleet), model)
+        self._take_up(state, spec, self._processes(model))
         logger.info("%s: %s with %d MoE layers of %d experts, %s on %s", self._model_dir, model.architecture,
                     model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip
-
-    def _take_up(self, state: ControlState, spec: ModelSpec) -> None:
-        model, config = state.model, self._config
-        self._window = RoutingWindow(
-            model.num_layers, model.num_logical_experts, window_s=config.rebalance_interval or 60.0
-        )
-        self._executor = Executor(self._fleet, config, model, spec)
-        self._model, self._spec, self._state = model, spec, state
-        self._opened.set()
 
     async def _resume(self, saved: bytes) -> bool:
         """Go on from what the coordinator before this one had saved. False where there was no epoch yet to keep."""
         state, spec = pickle.loads(saved)
-        if state.spec is None:
+        facts = state.facts
+        if facts.spec is None:
             return False
-        executor = Executor(self._fleet, self._config, state.model, spec)
-        events = executor.adopt(state.alive)
+        processes = self._processes(state.model)
+        events = processes.adopt(facts.alive)
         # only the outcome of a flip is worth waiting for: until then nobody can be told anything
-        flipping = state.change is not None and state.change.stage is Stage.COMMITTING
-        engine_epoch = await executor.engine_epoch() if flipping else None
-        logger.warning("the coordinator was restarted in epoch %d with %d workers", state.epoch, len(executor.hosts))
-        self._take_up(state, spec)
-        self._executor = executor
+        flipping = facts.change is not None and facts.change.stage is Stage.COMMITTING
+        engine_epoch = await processes.engine_epoch() if flipping else None
+        logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(processes.hosts))
+        self._take_up(state, spec, processes)
         for event in (Resumed(engine_epoch=engine_epoch), *events):
             self._feed(event)
         return True
 
-    def _feed(self, event: Event) -> None:
-        state = self._require_state()
-        before = Outline.of(state)
-        commands = state.handle(event, time.monotonic())
-        log_changes(before, state)
-        if commands or before != Outline.of(state):
-            # before anything is done, so that a successor knows of whatever may have been
-            self._fleet.save(pickle.dumps((state, self._spec)))
-        for command in commands:
-            self._carry_out(command)
+    def _processes(self, model: ModelInfo) -> Processes:
+        return Processes(self._fleet, model.expert_bytes)
 
-    def _carry_out(self, command: Command) -> None:
-        executor = self._executor
-        assert executor is not None
+    def _take_up(self, state: ControlState, spec: ModelSpec, processes: Processes) -> None:
+        model, config, fleet = state.model, self._config, self._fleet
+        heartbeat_timeout_s = config.heartbeat_timeout
+        window_s = config.rebalance_interval or 60.0
+        window = RoutingWindow(model.num_layers, model.num_logical_experts, window_s=window_s)
+        roll_call = RollCall(processes, heartbeat_timeout_s)
+        self._parts = Parts(
+            state=state,
+            spec=spec,
+            window=window,
+            processes=processes,
+            roll_call=roll_call,
+            executor=Executor(fleet, config, model, spec, processes, roll_call),
+            poller=Poller(
+                processes, window, heartbeat_timeout_s=heartbeat_timeout_s, feed=self._feed, spawn=self._spawn
+            ),
+            planners=Planners(fleet, config, model, spec.dtype, window),
+        )
+        self._opened.set()
+
+    def _poll(self, now: float) -> None:
+        parts = self._require_parts()
+        self._feed(RoutingCounted(load=parts.window.load(now)))
+        facts = parts.state.facts
+        parts.poller.poll(facts)
+        if parts.processes.wants_standby and facts.whole and now - facts.epoch_since > liveness.STANDBY_AFTER_S:
+            self._spawn(parts.processes.start_standby(parts.state.next_worker))
+
+    def _feed(self, event: Event) -> None:
+        parts = self._require_parts()
+        before = Outline.of(parts.state)
+        commands = parts.state.handle(event, time.monotonic())
+        log_changes(before, parts.state)
+        if commands or before != Outline.of(parts.state):
+            # before anything is done, so that a successor knows of whatever may have been
+            self._fleet.save(pickle.dumps((parts.state, parts.spec)))
+        for command in commands:
+            self._carry_out(command, parts)
+
+    def _carry_out(self, command: Command, parts: Parts) -> None:
+        executor = parts.executor
         match command:
             case StartWorker():
-                self._spawn(self._answer(executor.start_worker(command)))
+                self._begin(executor.start_worker, command)
             case StopWorker():
-                self._progress.pop(command.worker, None)
-                self._counted_at.pop(command.worker, None)
-                executor.stop_worker(command)
+                parts.poller.forget(command.worker)
+                parts.processes.stop_worker(command.worker, command.info)
             case Transfer():
-                self._spawn(self._answer(executor.transfer(command)))
+                self._begin(executor.transfer, command)
             case Prepare():
-                self._spawn(self._answer(executor.prepare(command)))
+                self._begin(executor.prepare, command)
             case Commit():
-                self._spawn(self._answer(executor.commit(command)))
+                self._begin(executor.commit, command)
             case Abandon():
                 executor.abandon(command)
             case AbortSteps():
@@ -362,14 +333,18 @@ class Coordinator:
             case Drain():
                 executor.drain(command)
             case Probe():
-                self._spawn(self._answer(executor.probe(command)))
+                self._begin(executor.probe, command)
             case Solve():
-                self._spawn(self._answer(self._solve_command(command)))
+                self._begin(parts.planners.answer, command, parts.state.facts)
 
-    async def _answer(self, work: Coroutine[Any, Any, Event | list[Event]]) -> None:
-        events = await work
-        for event in events if isinstance(events, list) else [events]:
-            self._feed(event)
+    def _begin(self, work: Callable[P, Awaitable[Sequence[Event]]], *command: P.args, **named: P.kwargs) -> None:
+        """Begin `work`, whose answers are fed when it is done."""
+
+        async def answer() -> None:
+            for event in await work(*command, **named):
+                self._feed(event)
+
+        self._spawn(answer())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -383,117 +358,11 @@ class Coordinator:
             logger.critical("the control plane failed", exc_info=error)
             self._error = f"the control plane failed: {one_line(error)}"
 
-    # --- Watching -----------------------------------------------------------------------------------------------
-
-    def _poll_all(self) -> None:
-        state, executor = self._require_state(), self._executor
-        assert executor is not None
-        assert self._window is not None
-        state.load = self._window.load(time.monotonic())
-        for member in state.alive:
-            if member.id in executor.hosts and member.id not in self._polling:
-                self._polling.add(member.id)
-                self._spawn(self._poll_host(member, executor.hosts[member.id]))
-        if executor.wants_spare and state.whole and time.monotonic() - state.epoch_since > SPARE_AFTER_S:
-            self._spawn(executor.start_spare(state.next_worker))
-        if executor.engine is not None and executor.engine_serves:
-            if executor.engine is not self._watched:
-                self._watched = executor.engine
-                self._spawn(self._watch_engine(executor.engine))
-            if "engine" not in self._polling:
-                self._polling.add("engine")
-                self._spawn(self._poll_engine())
-
-    async def _poll_host(self, member: Member, host: Any) -> None:
-        """Whether it lives, and what it has to tell."""
-        assert self._window is not None
-        timeout_s = self._config.heartbeat_timeout
-        try:
-            if member.loaded:
-                await sign_of_life(host.ping, timeout_s)
-                now = time.monotonic()
-                if now - self._counted_at.get(member.id, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
-                    self._counted_at[member.id] = now
-                    self._window.add(await host.routing_counts.remote(), time.monotonic())
-            elif member.id in self._progress:
-                self._progress[member.id] = await sign_of_life(host.load_progress, LOADING_PATIENCE * timeout_s)
-            else:
-                # its process may have to wait for resources
-                self._progress[member.id] = await host.load_progress.remote()
-        except CALL_ERRORS as error:
-            if is_death(error) or isinstance(error, TimeoutError):
-                self._feed(WorkerLost(worker=member.id, reason=one_line(error)))
-            else:
-                logger.warning("worker %s: %s", member.id, one_line(error))
-        finally:
-            self._polling.discard(member.id)
-
-    async def _poll_engine(self) -> None:
-        executor = self._executor
-        assert executor is not None
-        engine = executor.engine
-        try:
-            self._status = await sign_of_life(engine.status, self._config.heartbeat_timeout)
-            self._feed(load_seen(self._status))
-        except CALL_ERRORS as error:
-            self._engine_lost(engine, error)
-        finally:
-            self._polling.discard("engine")
-
-    async def _watch_engine(self, engine: Any) -> None:
-        """Told at once when it dies, and not by the next poll."""
-        try:
-            await engine.stay.remote()
-        except CALL_ERRORS as error:
-            self._engine_lost(engine, error)
-
-    def _engine_lost(self, engine: Any, error: BaseException) -> None:
-        assert self._executor is not None
-        event = self._executor.drop_engine(engine, one_line(error))
-        if event is not None:
-            self._feed(event)
-
-    # --- Planning -----------------------------------------------------------------------------------------------
-
-    async def _solve_command(self, command: Solve) -> Event:
-        try:
-            result, decision = await self._solve(command.planner or self._config.planner)
-        except CALL_ERRORS as error:
-            return PlanReady(
-                ticket=command.ticket, placement=None, worthwhile=False, no_worse=False, reason=one_line(error)
-            )
-        return to_event(command.ticket, result, decision)
-
-    async def _solve(self, planner: str) -> tuple[PlanResult, Decision]:
-        view = await self.placement()
-        assert self._window is not None
-        assert self._model is not None
-        assert self._spec is not None
-        now = time.monotonic()
-        prefill, decode = self._window.phases(now)
-        load = prefill.load + decode.load
-        problem = build_problem(
-            self._model,
-            view.placement,
-            weighted_load(prefill, decode),
-            self._window.transitions(now),
-            dtype=self._spec.dtype,
-            parts=self._window.load_parts(now),
-            room=self._require_state().room,
-        )
-        deadline_s = self._config.plan_deadline
-        # the planner minds its deadline; a solver that does not is given up
-        work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
-        result = await asyncio.wait_for(work, 2 * deadline_s + 30)
-        since = now - self._require_state().epoch_since if view.epoch > 1 else None
-        return result, judge(result, load=load, since_change_s=since)
-
-    # --- Helpers ------------------------------------------------------------------------------------------------
-
-    def _require_state(self) -> ControlState:
-        if self._state is None:
+    def _require_parts(self) -> Parts:
+        if self._parts is None:
             raise NotReadyError(self._error or "opening the checkpoint")
-        return self._state
+        return self._parts
 
-    def _newest(self, state: ControlState) -> Operation:
-        return told(state, state.operations.all()[0])
+
+def _newest(state: ControlState) -> Operation:
+    return with_progress(state, state.operations.all()[0])

@@ -19,8 +19,10 @@ from actors.clients import Clients
 from actors.step_loop import StepLoop
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from cluster.messages.requests import Endpoint
+from cluster.messages.views import EngineStatus
 from cluster.placement import WorkerId
-from cluster.protocol import Endpoint, EngineStatus, Epoch, EpochSpec, HostInfo, ModelInfo
 
 log = logging.getLogger(__name__)
 

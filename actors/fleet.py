@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import names
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError
+from cluster.messages.epochs import HostInfo, ModelInfo
 from cluster.placement import WorkerId
-from cluster.protocol import HostInfo, ModelInfo
 from optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from collections.abc import Sequence as ReadOnly
 
 from actors.kv_blocks import BlockPool, blocks_for
 from actors.sequences import Queue, Sequence
+from cluster.messages.requests import RequestId
+from cluster.messages.steps import Chunk
 from cluster.placement import WorkerId
-from cluster.protocol import Chunk, RequestId
 
 
 class Home:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from actors.calls import node_address
+from actors.liveness import STEP_PING_S
 from cluster.collector import no_collection
 from cluster.errors import NotReadyError
 from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from actors.step_server import StepServer
     from model.worker import Worker
 
-STEP_PING_S = 30.0
-"""Longest that a call waits for the thread of the steps. Who asks gives up earlier."""
 COPY_NICENESS = 10
 WARM_UP_NICENESS = 5
 KEPT_STORES = 8

@@ -9,13 +9,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
+from actors.liveness import CONNECT_S
 from actors.wire import TOKEN_BYTES, Frames, Message, WireError, encode, keep_alive, opens
 from cluster.errors import HostError, RequestError, StepAborted
 from cluster.protocol import Done, Endpoint, Failed, Refused, StepResult
 
 logger = logging.getLogger(__name__)
-
-CONNECT_S = 5.0
 
 _ANSWERS = (Done, Failed, Refused, StepResult)
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.calls import CALL_ERRORS, one_line
+from actors.liveness import COPY_TIMEOUT_S
 from cluster.placement import Move, WorkerId
 
 logger = logging.getLogger(__name__)
 
-COPY_TIMEOUT_S = 60.0
-"""For one expert. A host that takes longer hangs."""
 SUPERSEDED_S = 0.1
 """How soon a call that waits for bandwidth notices a newer one."""
 LONGEST_REST_S = 0.5
@@ -31,9 +30,8 @@ class MigrationReport:
     done: tuple[Move, ...]
     nbytes: int
     seconds: float
-    failed: Move | None = None
-    """The first copy that failed; no further ones were begun."""
     error: str | None = None
+    """Of the first copy that failed; no further ones were begun."""
 
 
 class Migrator:
@@ -54,7 +52,7 @@ class Migrator:
         self._freed = asyncio.Event()
 
     async def copy(self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], urgent: bool = False) -> MigrationReport:
-        """Make every copy. Does not raise where one fails: the report says which, and what was done before.
+        """Make every copy. Does not raise where one fails: the report says why, and what was done before.
 
         urgent: without the limit of bandwidth, because nothing is served meanwhile.
         """
@@ -74,7 +72,7 @@ class Migrator:
             queues.setdefault((move.source, move.target), deque()).append(move)
         running: dict[asyncio.Task[str | None], Move] = {}
         done: list[Move] = []
-        failed: Move | None = None
+        failed = False
         error: str | None = None
         while True:
             if error is None and generation != self._generation:
@@ -101,13 +99,12 @@ class Migrator:
                 reason = task.result()
                 if reason is None:
                     done.append(move)
-                elif failed is None:
-                    failed, error = move, reason
+                elif not failed:
+                    failed, error = True, reason
         return MigrationReport(
             done=tuple(done),
             nbytes=len(done) * self._expert_bytes,
             seconds=time.monotonic() - begun,
-            failed=failed,
             error=error,
         )
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import numpy as np
 import numpy.typing as npt
 
-from cluster.events import PlanReady
+from actors import liveness
+from actors.calls import CALL_ERRORS, one_line
+from actors.fleet import Fleet
+from cluster.config import ServeConfig
+from cluster.events import PlanReady, Solve
+from cluster.facts import Facts
+from cluster.messages.epochs import ModelInfo
+from cluster.messages.views import RebalancePreview
 from cluster.placement import Placement
-from cluster.protocol import ModelInfo, RebalancePreview
+from cluster.rebalancing import room
+from cluster.routing import RoutingWindow, weighted_load
 from optimizer import PlacementProblem, PlanResult
 from optimizer.decision import Decision, decide
 from optimizer.estimate import covariance_of_window
@@ -86,3 +97,43 @@ def preview(result: PlanResult, decision: Decision) -> RebalancePreview:
         gap=result.gap,
         seconds=result.seconds,
     )
+
+
+class Planners:
+    """Asks planners what they make of the window of routing statistics. They run beside the server, at low priority."""
+
+    def __init__(self, fleet: Fleet, config: ServeConfig, model: ModelInfo, dtype: str, window: RoutingWindow) -> None:
+        self._fleet = fleet
+        self._config = config
+        self._model = model
+        self._dtype = dtype
+        self._window = window
+
+    async def solve(self, planner: str, facts: Facts) -> tuple[PlanResult, Decision]:
+        """A plan for the placement in force, and whether it is worthwhile. Raises CALL_ERRORS."""
+        assert facts.spec is not None
+        now = time.monotonic()
+        prefill, decode = self._window.phases(now)
+        problem = build_problem(
+            self._model,
+            facts.spec.placement,
+            weighted_load(prefill, decode),
+            self._window.transitions(now),
+            dtype=self._dtype,
+            parts=self._window.load_parts(now),
+            room=room(facts),
+        )
+        deadline_s = self._config.plan_deadline
+        work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
+        result = await asyncio.wait_for(work, liveness.PLAN_STEPS * deadline_s + liveness.PLAN_MARGIN_S)
+        since_s = now - facts.epoch_since if facts.epoch > 1 else None
+        return result, judge(result, load=prefill.load + decode.load, since_change_s=since_s)
+
+    async def answer(self, command: Solve, facts: Facts) -> list[PlanReady]:
+        """What becomes of a command to ask a planner."""
+        try:
+            result, decision = await self.solve(command.planner or self._config.planner, facts)
+        except CALL_ERRORS as error:
+            reason = one_line(error)
+            return [PlanReady(ticket=command.ticket, placement=None, worthwhile=False, no_worse=False, reason=reason)]
+        return [to_event(command.ticket, result, decision)]

@@ -7,8 +7,9 @@ from collections.abc import Sequence as ReadOnly
 from typing import TYPE_CHECKING
 
 from actors.kv_blocks import next_key, root_key
+from cluster.messages.requests import FinishReason, GenerateRequest, RequestId
+from cluster.messages.steps import Chunk, NewSequence
 from cluster.placement import WorkerId
-from cluster.protocol import Chunk, FinishReason, GenerateRequest, NewSequence, RequestId
 
 if TYPE_CHECKING:
     from actors.homes import Home

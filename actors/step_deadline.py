@@ -3,12 +3,8 @@ they live, and until somebody is taken to hang who does."""
 
 from __future__ import annotations
 
-FACTOR = 10.0
-"""A step may take so many times the slowest one of its size lately."""
-LATE_FLOOR_S = 1.0
-"""To ask costs next to nothing."""
-FLOOR_S = 10.0
-"""To give a step up that would have ended costs a new group."""
+from actors.liveness import FLOOR_S, LATE_FACTOR, LATE_FLOOR_S
+
 DECAY = 0.95
 """Per step: how fast a slow one is forgotten."""
 
@@ -24,10 +20,10 @@ class StepDeadline:
         self._slowest_s: dict[int, float] = {}
 
     def late_s(self, tokens: int) -> float:
-        return min(self._limit_s, max(LATE_FLOOR_S, FACTOR * self._slowest(tokens)))
+        return min(self._limit_s, max(LATE_FLOOR_S, LATE_FACTOR * self._slowest(tokens)))
 
     def seconds(self, tokens: int) -> float:
-        return min(self._limit_s, max(FLOOR_S, FACTOR * self._slowest(tokens)))
+        return min(self._limit_s, max(FLOOR_S, LATE_FACTOR * self._slowest(tokens)))
 
     def met(self, tokens: int, step_s: float) -> None:
         """A step took `step_s`."""

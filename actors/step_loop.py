@@ -20,6 +20,7 @@ from actors.batching import Scheduler
 from actors.calls import one_line
 from actors.clients import Clients
 from actors.group import Group
+from actors.liveness import ABORT_S, SILENT_S
 from actors.step_deadline import StepDeadline
 from cluster.errors import HostError, StepAborted
 from cluster.placement import WorkerId
@@ -41,10 +42,6 @@ DEPTH = 2
 LEAD = 0.25
 """Which part of a step before its end the next one is sent; "shortly before" is no less than `LEAD_S`."""
 LEAD_S = 0.004
-ABORT_S = 5.0
-"""How long hosts get to give up a step, once one of them has failed."""
-SILENT_S = 1.0
-"""After so much of it, it is found out whether they live."""
 
 
 @dataclass(slots=True)

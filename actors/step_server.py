@@ -14,14 +14,12 @@ import threading
 from typing import Protocol
 
 from actors.calls import one_line
+from actors.liveness import TOKEN_S
 from actors.wire import TOKEN_BYTES, Message, encode, keep_alive, new_token, opens, receive, receive_exactly
 from cluster.errors import StepAborted
 from cluster.protocol import CommitEpoch, Done, Endpoint, Epoch, Failed, ForgetSequences, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
-
-_TOKEN_S = 2.0
-"""How long a connection gets to show its token. An engine sends it at once."""
 
 
 class Steps(Protocol):
@@ -79,7 +77,7 @@ class StepServer:
     def _serve(self, connection: socket.socket) -> None:
         try:
             keep_alive(connection)
-            connection.settimeout(_TOKEN_S)
+            connection.settimeout(TOKEN_S)
             shown = receive_exactly(connection, TOKEN_BYTES)
             if shown is None or not opens(self.endpoint.token, shown):
                 return

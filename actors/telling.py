@@ -1,16 +1,19 @@
-"""What the coordinator tells of its state: views for the admin API, and one log line for each thing of note."""
+"""What the coordinator reports of its state: views for the admin API, and one log line for each thing of note."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from cluster.events import LoadSeen
+from cluster.errors import NotReadyError
+from cluster.facts import Facts, Outage
 from cluster.membership import Member
+from cluster.messages.epochs import Epoch
+from cluster.messages.views import EngineStatus, Operation, PlacementView, RoutingView, WorkerState, WorkerView
 from cluster.operations import ENDED
-from cluster.placement import WorkerId
-from cluster.protocol import EngineStatus, Epoch, Operation, WorkerView
-from cluster.state import ControlState
+from cluster.placement import Placement, WorkerId
+from cluster.routing import RoutingWindow, decode_weight, load_imbalance
+from cluster.state import ControlState, Reasons
 
 logger = logging.getLogger("actors.coordinator")
 
@@ -20,20 +23,33 @@ class Outline:
     """What of a state is worth a log line when it changes."""
 
     epoch: Epoch
-    broken: str | None
+    outage: Outage | None
     pinned: bool
     operations: tuple[Operation, ...]
+    reasons: Reasons = field(compare=False)
+    """They change too often to be saved with each change."""
 
     @classmethod
     def of(cls, state: ControlState) -> Outline:
-        return cls(epoch=state.epoch, broken=state.broken, pinned=state.pinned, operations=state.operations.all())
+        facts = state.facts
+        return cls(
+            epoch=facts.epoch,
+            outage=facts.outage,
+            pinned=facts.pinned,
+            operations=state.operations.all(),
+            reasons=state.reasons,
+        )
 
 
 def log_changes(before: Outline, state: ControlState) -> None:
-    if state.broken is not None and state.broken != before.broken:
-        logger.warning("epoch %d cannot serve: %s", state.epoch, state.broken)
-    if state.epoch != before.epoch and state.spec is not None:
-        logger.info("epoch %d serves: %s over %s", state.epoch, ", ".join(state.ranks), state.spec.transport)
+    facts = state.facts
+    if facts.outage is not None and (before.outage is None or facts.outage.reason != before.outage.reason):
+        logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
+    if facts.epoch != before.epoch and facts.spec is not None:
+        logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
+    for what, old_reason, reason in zip(Reasons._fields, before.reasons, state.reasons, strict=True):
+        if reason != old_reason:
+            logger.debug("decided on %s: %s", what, reason)
     known = {operation.operation_id: operation for operation in before.operations}
     for operation in reversed(state.operations.all()):
         old = known.get(operation.operation_id)
@@ -45,12 +61,12 @@ def log_changes(before: Outline, state: ControlState) -> None:
             logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
 
 
-def worker_view(state: ControlState, member: Member, status: EngineStatus, device: str) -> WorkerView:
+def worker_view(facts: Facts, member: Member, status: EngineStatus, device: str) -> WorkerView:
     """device: what is told of a worker that has not loaded yet."""
     info = member.info
     return WorkerView(
         id=member.id,
-        rank=state.ranks.index(member.id) if member.alive and member.id in state.ranks else -1,
+        rank=facts.ranks.index(member.id) if member.alive and member.id in facts.ranks else -1,
         state=member.state,
         pid=info.pid if info else 0,
         node=info.node if info else "",
@@ -60,24 +76,36 @@ def worker_view(state: ControlState, member: Member, status: EngineStatus, devic
     )
 
 
+def placement_view(state: ControlState) -> PlacementView:
+    """Raises NotReadyError before the first epoch."""
+    facts = state.facts
+    if facts.spec is None:
+        raise NotReadyError(state.readiness().reason)
+    return PlacementView(epoch=facts.epoch, placement=facts.spec.placement, pinned=facts.pinned)
+
+
+def routing_view(window: RoutingWindow, placement: Placement, now: float) -> RoutingView:
+    prefill, decode = window.phases(now)
+    load = prefill.load + decode.load
+    return RoutingView(
+        tokens=prefill.tokens + decode.tokens,
+        window_s=window.window_s,
+        load=load,
+        load_imbalance=tuple(load_imbalance(load, placement).tolist()),
+        prefill=prefill,
+        decode=decode,
+        decode_weight=decode_weight(prefill, decode),
+    )
+
+
 def standby_view(worker: WorkerId, pid: int, device: str) -> WorkerView:
     """Of the process that waits to be the next worker."""
     return WorkerView(
-        id=worker, rank=-1, state="standby", pid=pid, node="", device=device, running_requests=0, kv_usage=0.0
+        id=worker, rank=-1, state=WorkerState.STANDBY, pid=pid, node="", device=device, running_requests=0, kv_usage=0.0
     )
 
 
-def told(state: ControlState, operation: Operation) -> Operation:
+def with_progress(state: ControlState, operation: Operation) -> Operation:
     """`operation` with how far it is."""
-    progress, safe = state.told(operation)
-    return replace(operation, progress=progress, safe_to_terminate=safe)
-
-
-def load_seen(status: EngineStatus) -> LoadSeen:
-    usage = status.kv_usage.values()
-    return LoadSeen(
-        waiting=status.waiting,
-        running=sum(status.running.values()),
-        kv_usage=sum(usage) / len(usage) if usage else 0.0,
-        busy=tuple(worker for worker, running in status.running.items() if running),
-    )
+    progress = state.progress(operation)
+    return replace(operation, progress=progress.share, safe_to_terminate=progress.safe_to_terminate)

@@ -1,4 +1,4 @@
-"""Messages on sockets: frames of a length, a kind and a dataclass of cluster/protocol.py in msgpack.
+"""Messages on sockets: frames of a length, a kind and a dataclass of cluster/messages in msgpack.
 
 For what is too frequent for Ray calls: a frame costs some 30 us where a call costs a millisecond on either side.
 Nothing that is read can run code, and nothing is decoded before the other side has shown its token.
@@ -14,19 +14,9 @@ from typing import Any
 
 import msgspec
 
-from cluster.protocol import (
-    AbortRequests,
-    CommitEpoch,
-    Done,
-    Failed,
-    ForgetSequences,
-    Hello,
-    Outputs,
-    Refused,
-    StepPlan,
-    StepResult,
-    Submit,
-)
+from actors.liveness import TCP_KEEP_ALIVE
+from cluster.messages.requests import AbortRequests, Hello, Outputs, Refused, Submit
+from cluster.messages.steps import CommitEpoch, Done, Failed, ForgetSequences, StepPlan, StepResult
 
 Message = (
     StepPlan
@@ -137,6 +127,6 @@ def keep_alive(connection: socket.socket) -> None:
     """Find out within half a minute that the other machine is gone, and send at once what there is to send."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+    for option, value in TCP_KEEP_ALIVE:
         if hasattr(socket, option):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+from cluster.facts import Cause, Stage
 
 BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds of the buckets of every distribution; one more is open-ended."""
 
-STAGES = ("planning", "transferring", "preparing", "committing")
-CAUSES = ("worker", "engine", "step", "flip", "coordinator")
-"""What a recovery was from: a dead or hanging worker, a lost engine, a failed step, a flip that went wrong, and a
-restart of the coordinator, which interrupts nothing that runs."""
-RESULTS = ("completed", "failed", "skipped")
+TIMED_STAGES = (Stage.PLANNING, Stage.TRANSFERRING, Stage.PREPARING, Stage.COMMITTING)
+"""Of a re-placement. It drains nobody."""
+
+
+class RebalanceResult(StrEnum):
+    COMPLETED = "completed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
 
 
 @dataclass(slots=True)
@@ -30,13 +36,14 @@ class Distribution:
 
 @dataclass(slots=True, kw_only=True)
 class ClusterCounters:
-    rebalances: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RESULTS, 0))
-    """By result."""
-    rebalance_s: dict[str, Distribution] = field(default_factory=lambda: {stage: Distribution() for stage in STAGES})
-    """By stage; of re-placements alone."""
+    rebalances: dict[RebalanceResult, int] = field(default_factory=lambda: dict.fromkeys(RebalanceResult, 0))
+    rebalance_s: dict[Stage, Distribution] = field(
+        default_factory=lambda: {stage: Distribution() for stage in TIMED_STAGES}
+    )
+    """Of re-placements alone."""
     experts_moved: int = 0
     bytes_moved: int = 0
-    recoveries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
+    recoveries: dict[Cause, int] = field(default_factory=lambda: dict.fromkeys(Cause, 0))
     """By cause: the first one, where one recovery had several."""
     recovery_s: Distribution = field(default_factory=Distribution)
     """From the moment an epoch was found broken until the next one served."""

@@ -14,10 +14,14 @@ something that has been given up since is stale, and ignored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo
 from cluster.placement import Move, Placement, WorkerId
-from cluster.protocol import Epoch, EpochSpec, HostInfo
 
 ExpertKey = tuple[WorkerId, int, int]
 """An expert at a worker: (worker, layer, logical expert)."""
@@ -183,6 +187,14 @@ class LoadSeen:
     """Workers that run requests."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutingCounted:
+    """How the window of routing statistics looks now. It is noted, and nothing is begun because of it."""
+
+    load: npt.NDArray[np.int64]
+    """[L, E] tokens per logical expert."""
+
+
 Event = (
     Tick
     | WorkerLoaded
@@ -204,6 +216,7 @@ Event = (
     | Unpin
     | ScaleRequested
     | LoadSeen
+    | RoutingCounted
 )
 
 
@@ -223,6 +236,8 @@ class StopWorker:
     """End a host's process, if it still runs."""
 
     worker: WorkerId
+    info: HostInfo | None
+    """None where it has not loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +264,8 @@ class Commit:
     """Flip to `spec` through the engine, at a step boundary."""
 
     spec: EpochSpec
+    infos: Mapping[WorkerId, HostInfo]
+    """Of its members, by which the engine reaches them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

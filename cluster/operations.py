@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 
+from cluster.messages.epochs import Epoch
+from cluster.messages.views import Operation, OperationKind, Phase
 from cluster.placement import WorkerId
-from cluster.protocol import Epoch, Operation, Phase
 
 HISTORY = 100
 """Operations that are remembered, so that a server of months has a bounded one."""
@@ -23,7 +24,7 @@ class OperationLog:
 
     def open(
         self,
-        kind: str,
+        kind: OperationKind,
         epoch: Epoch,
         reason: str,
         *,
@@ -46,7 +47,7 @@ class OperationLog:
         self._forget_old()
         return operation
 
-    def _new_id(self, kind: str) -> str:
+    def _new_id(self, kind: OperationKind) -> str:
         while True:
             self._count += 1
             if (name := f"{kind}-{self._count}") not in self._operations:
@@ -78,6 +79,12 @@ class OperationLog:
         self.advance(operation_id, phase=Phase.FAILED)
         self.note_error(operation_id, error)
 
+    def fail_open(self, error: str) -> None:
+        """Fail whatever has not ended."""
+        for operation in self._operations.copy().values():
+            if operation.phase not in ENDED:
+                self.fail(operation.operation_id, error)
+
     def forget(self, operation_id: str) -> None:
         """Drop one that ended and is not worth a line of its own."""
         del self._operations[operation_id]
@@ -85,7 +92,7 @@ class OperationLog:
     def get(self, operation_id: str) -> Operation | None:
         return self._operations.get(operation_id)
 
-    def find_open(self, kind: str | None = None) -> Operation | None:
+    def find_open(self, kind: OperationKind | None = None) -> Operation | None:
         """The oldest open operation (of `kind`)."""
         for operation in self._operations.values():
             if operation.phase not in ENDED and kind in (None, operation.kind):

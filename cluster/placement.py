@@ -39,13 +39,12 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """Copy logical `expert` of `layer` into `target`'s `slot`; `source` already holds it."""
+    """Copy logical `expert` of `layer` to `target`; `source` already holds it."""
 
     layer: int
     expert: int
     source: WorkerId
     target: WorkerId
-    slot: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,32 +101,6 @@ class Placement:
         """Workers that hold `expert` in `layer`, in rank order."""
         owners = self.slot_to_worker[np.nonzero(self.physical_to_logical_map[layer] == expert)[0]]
         return tuple(self.workers[int(rank)].id for rank in owners)
-
-    def moves_from(self, old: Placement) -> tuple[Move, ...]:
-        """Copies that turn `old` into this placement, for workers that are in both or only here.
-
-        A worker's expert that merely changes its slot is no move: hosts keep weights by (layer, expert).
-        Sources are spread over the replicas: each expert's copies are taken from its holders in turn.
-        """
-        moves: list[Move] = []
-        known = {worker.id for worker in old.workers}
-        for layer in range(self.num_layers):
-            for rank, worker in enumerate(self.workers):
-                had = set(old.experts_of(worker.id, layer)) if worker.id in known else set()
-                for offset, expert in enumerate(self.experts_of(worker.id, layer)):
-                    if expert == EMPTY or expert in had:
-                        continue
-                    sources = old.holders(layer, expert)
-                    moves.append(
-                        Move(
-                            layer=layer,
-                            expert=expert,
-                            source=sources[len(moves) % len(sources)],
-                            target=worker.id,
-                            slot=self.first_slot[rank] + offset,
-                        )
-                    )
-        return tuple(moves)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form of `GET /admin/placement` and of `emoe plan`, without the epoch."""

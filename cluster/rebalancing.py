@@ -2,129 +2,136 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from enum import StrEnum
 
-from cluster.epochs import Change, ControlSettings, Epochs
-from cluster.errors import ConflictError, NotReadyError, PlacementError
-from cluster.events import PlaceRequested, PlanReady, RebalanceRequested, Solve
+from cluster.counters import ClusterCounters, RebalanceResult
+from cluster.errors import PlacementError
+from cluster.events import Command, PlaceRequested, PlanReady, RebalanceRequested, Solve
+from cluster.facts import Change, Choice, ControlSettings, Facts, Planning, Stage
 from cluster.membership import needs
+from cluster.messages.views import Operation, OperationKind
+from cluster.operations import OperationLog
 from cluster.placement import Placement
-from cluster.protocol import Epoch, ModelInfo, Operation, Readiness
+
+# --- Decisions ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planning:
-    """A planner at work."""
+class Judgement(StrEnum):
+    """Of a planner's answer."""
 
-    ticket: int
-    operation_id: str
-    since: float
-    requested: bool
-    forced: bool
-    """A planner was asked for by name: what it says is done, whatever it is predicted to gain."""
+    ADOPTED = "adopted"
+    KEPT = "kept"
+    """The placement in force stays."""
+    REFUSED = "refused"
+    """It is no placement of those that serve."""
 
 
-class Rebalancing(Epochs):
-    """Epochs, and the decision to make one for a better placement of the same workers."""
+def worth_a_look(facts: Facts) -> Choice[bool]:
+    """Whether to ask a planner for a better placement, where nobody has asked for one."""
+    if not facts.load.any():
+        return Choice(False, "nothing was counted yet")
+    if facts.pinned:
+        return Choice(False, "the placement is pinned")
+    if len(facts.ranks) < 2:
+        # and a planner's process takes two seconds of a core
+        return Choice(False, "a lone worker holds all experts wherever they are")
+    return Choice(True, "periodic look at the placement")
 
-    def __init__(self, settings: ControlSettings, model: ModelInfo) -> None:
-        super().__init__(settings, model)
+
+def judge(facts: Facts, planning: Planning, answer: PlanReady) -> Choice[Judgement]:
+    """What to do with a planner's answer."""
+    assert facts.spec is not None
+    placement = answer.placement
+    if placement is None:
+        return Choice(Judgement.REFUSED, answer.reason)
+    if (short := too_much(facts, placement)) is not None:
+        return Choice(Judgement.REFUSED, short)
+    if tuple(worker.id for worker in placement.workers) != facts.ranks:
+        return Choice(Judgement.REFUSED, answer.reason)
+    wanted = answer.worthwhile or planning.forced or (planning.requested and answer.no_worse)
+    if placement == facts.spec.placement or not wanted:
+        return Choice(Judgement.KEPT, f"placement kept, {answer.reason}")
+    return Choice(Judgement.ADOPTED, answer.reason if answer.worthwhile else f"done, although {answer.reason}")
+
+
+def room(facts: Facts) -> int | None:
+    """Experts that any member could take beside what it holds; None where memory is not limited."""
+    members = [facts.members[worker] for worker in facts.ranks]
+    rooms = [member.capacity - int(member.has.sum()) for member in members if member.capacity is not None]
+    return max(0, min(rooms)) if rooms else None
+
+
+def too_much(facts: Facts, placement: Placement) -> str | None:
+    """Why a member could not hold what it has beside what `placement` brings, as it must until the flip."""
+    for worker in placement.workers:
+        member = facts.members.get(worker.id)
+        if member is None or member.capacity is None:
+            continue
+        both = int((member.has | needs(placement, worker.id)).sum())
+        if both > member.capacity:
+            return (
+                f"{worker.id} has memory for {member.capacity} experts, and while they move it would hold {both}:"
+                f" move fewer at a time"
+            )
+    return None
+
+
+def of_members(facts: Facts, placement: Placement) -> Placement:
+    """`placement` on today's nodes. Raises PlacementError where it is not for these workers and this model."""
+    assert facts.spec is not None
+    current = facts.spec.placement
+    for what, asked, there in (
+        ("workers", _slots(placement), _slots(current)),
+        ("num_logical_experts", placement.num_logical_experts, current.num_logical_experts),
+        ("num_layers", placement.num_layers, current.num_layers),
+    ):
+        if asked != there:
+            raise PlacementError(f"placement: {what} must be {there}, as those that serve, got {asked}")
+    # a saved placement may be from before a restart, when nodes had other ids
+    placement = replace(placement, workers=current.workers)
+    if (short := too_much(facts, placement)) is not None:
+        raise PlacementError(f"placement: {short}")
+    return placement
+
+
+def _slots(placement: Placement) -> str:
+    return ", ".join(f"{worker.id} with {worker.slots} slots" for worker in placement.workers)
+
+
+# --- The owner ----------------------------------------------------------------------------------------------------
+
+
+class Rebalancing:
+    """Owns the planner at work, the pin, and the time of the next look."""
+
+    def __init__(self, settings: ControlSettings, operations: OperationLog, counters: ClusterCounters) -> None:
+        self._interval_s = settings.rebalance_interval_s
+        self._operations = operations
+        self._counters = counters
         self.planning: Planning | None = None
-        self.probing = False
-        """Whether it is being found out who lives; until then no epoch is begun."""
-        self._next_ticket = 1
-        self._rebalance_at: float | None = None
-        self._last_skipped: str | None = None
         self.pinned = False
         """Periodic re-placement leaves the placement alone."""
         self._pins: str | None = None
         """The operation whose end pins what it has made."""
+        self._look_at: float | None = None
+        """When to look at the placement; None before the first epoch, or where that is done only on request."""
+        self._next_ticket = 1
+        self._last_skipped: str | None = None
 
-    def readiness(self) -> Readiness:
-        raise NotImplementedError
+    def tick(self, facts: Facts, now: float) -> list[Command]:
+        """The periodic look at the placement."""
+        if self._look_at is None or now < self._look_at or not (facts.idle and facts.serves):
+            return []
+        self._look_at = now + self._interval_s
+        look = worth_a_look(facts)
+        return self._ask(facts, None, look.reason, now, requested=False) if look.value else []
 
-    def _look_at_placement(self, now: float) -> None:
-        if self._rebalance_at is not None and now >= self._rebalance_at and self._idle and self.broken is None:
-            self._rebalance_at = now + self.settings.rebalance_interval_s
-            # a lone worker holds all experts wherever they are, and a planner's process takes two seconds of a core
-            if self.load.any() and not self.pinned and len(self.ranks) > 1:
-                self._start_planning(None, "periodic look at the placement", now, requested=False)
+    def requested(self, facts: Facts, event: RebalanceRequested, now: float) -> list[Command]:
+        return self._ask(facts, event.planner, f"requested, planner {event.planner}", now, requested=True)
 
-    @property
-    def _idle(self) -> bool:
-        return self.spec is not None and self.change is None and self.planning is None and not self.probing
-
-    def _require_idle(self) -> None:
-        if self.change is not None or self.planning is not None:
-            running = self.change.operation_id if self.change else self.planning.operation_id if self.planning else ""
-            raise ConflictError(f"operation {running} is under way")
-        if self.spec is None or self.broken is not None or self.probing:
-            raise NotReadyError(self.readiness().reason)
-
-    def _rebalance_requested(self, event: RebalanceRequested, now: float) -> None:
-        self._require_idle()
-        self._start_planning(event.planner, f"requested, planner {event.planner}", now, requested=True)
-
-    def _place_requested(self, event: PlaceRequested, now: float) -> None:
-        self._require_idle()
-        assert self.spec is not None
-        placement = self._of_members(event.placement)
-        if (short := self._too_much(placement)) is not None:
-            raise PlacementError(f"placement: {short}")
-        self.pinned = self.pinned and event.pinned is not False
-        operation = self.operations.open("rebalance", Epoch(self._next_epoch), "requested, a given placement")
-        if placement == self.spec.placement:
-            self.pinned = self.pinned or event.pinned is True
-            self.operations.complete(operation.operation_id, f"{operation.reason}: it is the current one already")
-            self.counters.rebalances["skipped"] += 1
-            return
-        self._pins = operation.operation_id if event.pinned else None
-        self._begin(operation, placement, now)
-
-    def _of_members(self, placement: Placement) -> Placement:
-        """`placement` on today's nodes. Raises PlacementError where it is not for these workers and this model."""
-        assert self.spec is not None
-        current = self.spec.placement
-        for what, asked, there in (
-            ("workers", _slots(placement), _slots(current)),
-            ("num_logical_experts", placement.num_logical_experts, current.num_logical_experts),
-            ("num_layers", placement.num_layers, current.num_layers),
-        ):
-            if asked != there:
-                raise PlacementError(f"placement: {what} must be {there}, as those that serve, got {asked}")
-        # a saved placement may be from before a restart, when nodes had other ids
-        return replace(placement, workers=current.workers)
-
-    @property
-    def room(self) -> int | None:
-        """Experts that any member could take beside what it holds; None where memory is not limited."""
-        rooms = [
-            member.info.expert_capacity - int(member.has.sum())
-            for member in (self.members[worker] for worker in self.ranks)
-            if member.info is not None and member.info.expert_capacity is not None
-        ]
-        return max(0, min(rooms)) if rooms else None
-
-    def _too_much(self, placement: Placement) -> str | None:
-        """Why a member could not hold what it has beside what `placement` brings, as it must until the flip."""
-        for worker in placement.workers:
-            member = self.members.get(worker.id)
-            if member is None or member.info is None or member.info.expert_capacity is None:
-                continue
-            both = int((member.has | needs(placement, worker.id)).sum())
-            if both > member.info.expert_capacity:
-                return (
-                    f"{worker.id} has memory for {member.info.expert_capacity} experts, and while they move it would"
-                    f" hold {both}: move fewer at a time"
-                )
-        return None
-
-    def _rebalanced(self, change: Change) -> None:
-        if change.operation_id == self._pins:
-            self.pinned, self._pins = True, None
-
-    def _start_planning(self, planner: str | None, reason: str, now: float, *, requested: bool) -> None:
-        operation = self.operations.open("rebalance", Epoch(self._next_epoch), reason)
+    def _ask(self, facts: Facts, planner: str | None, reason: str, now: float, *, requested: bool) -> list[Command]:
+        operation = self._operations.open(OperationKind.REBALANCE, facts.next_epoch, reason)
         self.planning = Planning(
             ticket=self._next_ticket,
             operation_id=operation.operation_id,
@@ -133,45 +140,78 @@ class Rebalancing(Epochs):
             forced=requested and planner != "auto",
         )
         self._next_ticket += 1
-        self._out.append(Solve(ticket=self.planning.ticket, planner=planner))
+        return [Solve(ticket=self.planning.ticket, planner=planner)]
 
-    def _plan_ready(self, event: PlanReady, now: float) -> None:
+    def answered(self, facts: Facts, event: PlanReady, now: float) -> tuple[Operation, Placement] | None:
+        """A planner has answered. Returns the change to begin, if one is to be made of it."""
         planning = self.planning
         if planning is None or event.ticket != planning.ticket:
-            return
+            return None
         self.planning = None
-        self.counters.rebalance_s["planning"].add(now - planning.since)
-        assert self.spec is not None
-        operation = self.operations.get(planning.operation_id)
+        self._counters.rebalance_s[Stage.PLANNING].add(now - planning.since)
+        operation = self._operations.get(planning.operation_id)
         assert operation is not None
-        short = None if event.placement is None else self._too_much(event.placement)
-        if short or event.placement is None or tuple(w.id for w in event.placement.workers) != self.ranks:
-            self.operations.fail(operation.operation_id, short or event.reason)
-            self.counters.rebalances["failed"] += 1
-        elif event.placement != self.spec.placement and (
-            event.worthwhile or planning.forced or (planning.requested and event.no_worse)
-        ):
-            verdict = event.reason if event.worthwhile else f"done, although {event.reason}"
-            self.operations.advance(operation.operation_id, reason=f"{operation.reason}: {verdict}")
-            self._begin(operation, event.placement, now)
+        choice = judge(facts, planning, event)
+        reason = f"{operation.reason}: {choice.reason}"
+        if choice.value is Judgement.REFUSED:
+            self._fail(operation.operation_id, choice.reason)
+        elif choice.value is Judgement.KEPT:
+            self._skip(operation.operation_id, reason, requested=planning.requested)
         else:
-            self._skip(operation, event.reason, requested=planning.requested)
+            assert event.placement is not None
+            self._operations.advance(operation.operation_id, reason=reason)
+            return operation, event.placement
+        return None
 
-    def _skip(self, operation: Operation, reason: str, *, requested: bool) -> None:
-        self.operations.complete(operation.operation_id, f"{operation.reason}: placement kept, {reason}")
-        self.counters.rebalances["skipped"] += 1
-        if not requested:
-            # one line for a night of them, or they would push the history out
-            if self._last_skipped is not None and self.operations.get(self._last_skipped):
-                self.operations.forget(self._last_skipped)
-            self._last_skipped = operation.operation_id
+    def place(self, facts: Facts, event: PlaceRequested) -> tuple[Operation, Placement] | None:
+        """To a given placement. Returns the change to begin, if there is anything to change.
 
-    def _cancel_planning(self, reason: str) -> None:
+        Raises PlacementError; nothing has changed then.
+        """
+        assert facts.spec is not None
+        placement = of_members(facts, event.placement)
+        self.pinned = self.pinned and event.pinned is not False
+        operation = self._operations.open(OperationKind.REBALANCE, facts.next_epoch, "requested, a given placement")
+        if placement != facts.spec.placement:
+            self._pins = operation.operation_id if event.pinned else None
+            return operation, placement
+        self.pinned = self.pinned or event.pinned is True
+        self._operations.complete(operation.operation_id, f"{operation.reason}: it is the current one already")
+        self._counters.rebalances[RebalanceResult.SKIPPED] += 1
+        return None
+
+    def unpin(self) -> None:
+        self.pinned = False
+
+    def changed(self, change: Change, now: float) -> None:
+        """An epoch has begun."""
+        if self._interval_s > 0:
+            self._look_at = now + self._interval_s
+        if change.kind is OperationKind.REBALANCE:
+            self._counters.rebalances[RebalanceResult.COMPLETED] += 1
+            if change.operation_id == self._pins:
+                self.pinned, self._pins = True, None
+
+    def cancel(self, reason: str) -> None:
+        """Whatever a planner answers now is of no use."""
         if self.planning is not None:
-            self.operations.fail(self.planning.operation_id, reason)
-            self.counters.rebalances["failed"] += 1
+            self._fail(self.planning.operation_id, reason)
             self.planning = None
 
+    def resume(self, now: float) -> None:
+        """The clock is another one."""
+        if self._look_at is not None:
+            self._look_at = now + self._interval_s
 
-def _slots(placement: Placement) -> str:
-    return ", ".join(f"{worker.id} with {worker.slots} slots" for worker in placement.workers)
+    def _fail(self, operation_id: str, reason: str) -> None:
+        self._operations.fail(operation_id, reason)
+        self._counters.rebalances[RebalanceResult.FAILED] += 1
+
+    def _skip(self, operation_id: str, reason: str, *, requested: bool) -> None:
+        self._operations.complete(operation_id, reason)
+        self._counters.rebalances[RebalanceResult.SKIPPED] += 1
+        if not requested:
+            # one line for a night of them, or they would push the history out
+            if self._last_skipped is not None and self._operations.get(self._last_skipped):
+                self._operations.forget(self._last_skipped)
+            self._last_skipped = operation_id

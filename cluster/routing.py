@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cluster.messages.epochs import PhaseCounts, RoutingCounts
 from cluster.placement import EMPTY, Placement
-from cluster.protocol import PhaseCounts, RoutingCounts
 
 IntCounts = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -1,19 +1,27 @@
 """ControlState: the decisions of the control plane. Events in, commands out; no Ray, no torch, no clock.
 
 There is one mechanism. Whatever happens (start, re-placement, scaling, a death), the next epoch is made from the
-workers that are there and a placement (cluster/epochs.py carries it out). `_reconcile`, after every event, compares
-what is with what should be and begins such a change; only one runs at a time. Each attempt has an epoch number of its
-own, never used again: answers that carry another are stale.
+workers that are there and a placement (cluster/change.py carries it out). After every event, what is is compared with
+what should be (cluster/reconcile.py), and a change begins where they differ; only one runs at a time. Each attempt has
+an epoch number of its own, never used again: answers that carry another are stale.
+
+Each fact has one owner (cluster/facts.py lists them). Here events are passed to the owners that they are about, and
+what one owner has done is told to the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.epochs import MAX_BACKOFF_S, Change, ControlSettings, Stage
+from cluster import reconcile, status
+from cluster.change import Epochs
+from cluster.counters import ClusterCounters
+from cluster.draining import Draining, drained
+from cluster.errors import ConflictError, NotReadyError
 from cluster.events import (
     Command,
     CommitFailed,
@@ -25,12 +33,11 @@ from cluster.events import (
     PlanReady,
     Prepared,
     PrepareFailed,
-    Probe,
     Probed,
     RebalanceRequested,
     Resumed,
+    RoutingCounted,
     ScaleRequested,
-    StartWorker,
     StepFailed,
     Tick,
     TransferDone,
@@ -40,63 +47,90 @@ from cluster.events import (
     WorkerLoaded,
     WorkerLost,
 )
-from cluster.membership import Member, WorkerState, adapt, expert_lists
-from cluster.operations import ENDED
-from cluster.placement import Placement, Worker, WorkerId
-from cluster.protocol import Epoch, ModelInfo, Operation, Phase, Readiness
+from cluster.facts import Cause, Change, ControlSettings, Facts, Stage
+from cluster.membership import Membership
+from cluster.messages.epochs import Epoch, ModelInfo
+from cluster.messages.views import Operation, OperationKind, Phase, Readiness, ScaleView
+from cluster.operations import OperationLog
+from cluster.placement import Placement, WorkerId
+from cluster.rebalancing import Rebalancing
 from cluster.scaling import Scaling
+from cluster.starting import Starts
 
-JOIN_PATIENCE_S = 5.0
-"""How long a loaded worker waits for others that are starting, so that they join in one epoch."""
-RESTART_PATIENCE_S = 60.0
-"""The same after all workers were lost, at most: others get as long again as the first one took."""
-SURVIVORS_FIRST_S = 5.0
-"""How long survivors get to serve again before others are started."""
-STABLE_S = 30.0
-"""An epoch that lives this long clears the suspicions against its workers."""
 MAX_STRIKES = 3
-MAX_START_FAILURES = 3
-"""Before the first epoch, more workers than these dying while they load are a lasting error."""
+"""Failed steps in a row with one suspect, after which it is replaced although it answers."""
 
 
-class ControlState(Scaling):
+class Reasons(NamedTuple):
+    """Why things are as they are, by what was decided last: for whoever reads the log."""
+
+    starts: str = ""
+    """Why so many workers are started."""
+    members: str = ""
+    """Why an epoch is begun, or none."""
+    drained: str = ""
+    """Why the change under way goes on, or waits for those that leave."""
+
+
+class ControlState:
     """See the module's docstring. Raises PlacementError for more workers than experts."""
 
     def __init__(self, settings: ControlSettings, model: ModelInfo) -> None:
-        super().__init__(settings, model)
-        self.fatal: str | None = None
-        """Why waiting for the first epoch is in vain."""
-        self._start_at = 0.0
-        self._start_failures = 0
-        self._next_worker = 0
-        self.operations.open("start", Epoch(1), f"start with {self.target} workers")
+        self.settings = settings
+        self.model = model
+        self.operations = OperationLog()
+        self.counters = ClusterCounters()
+        shape = (model.num_layers, model.num_logical_experts)
+        self.reasons = Reasons()
+        self._load: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
+        self._membership = Membership(shape)
+        self._starts = Starts()
+        self._draining = Draining()
+        self._epochs = Epochs(settings, self._membership, self.operations, self.counters)
+        self._rebalancing = Rebalancing(settings, self.operations, self.counters)
+        self._scaling = Scaling(settings, model, self._membership, self.operations)
+        self.operations.open(OperationKind.START, Epoch(1), f"start with {settings.workers} workers")
+
+    # --- What others may ask ------------------------------------------------------------------------------------
 
     @property
-    def whole(self) -> bool:
-        """Whether everything is as it should be, and nothing under way."""
-        return self._idle and self.broken is None and self._scaled
+    def facts(self) -> Facts:
+        """As they are now. A later event makes other facts, and leaves these as they are."""
+        epochs, membership = self._epochs, self._membership
+        return Facts(
+            settings=self.settings,
+            model=self.model,
+            members=membership.members,
+            probing=membership.probing,
+            busy=self._draining.busy,
+            spec=epochs.spec,
+            epoch_since=epochs.since,
+            outage=epochs.outage,
+            change=epochs.change,
+            next_epoch=epochs.next_epoch,
+            planning=self._rebalancing.planning,
+            pinned=self._rebalancing.pinned,
+            target=self._scaling.target,
+            load=self._load,
+            retry_at=epochs.retry_at,
+            start_at=self._starts.at,
+            fatal=self._starts.fatal,
+        )
 
     @property
     def next_worker(self) -> WorkerId:
-        return WorkerId(f"w{self._next_worker}")
+        """The name of the worker that will be started next."""
+        return self._membership.next_worker
 
     def readiness(self) -> Readiness:
-        if self.fatal:
-            return Readiness(ready=False, reason=self.fatal, error=self.fatal)
-        if self.spec is not None and self.broken is None:
-            return Readiness(ready=True, reason="serving")
-        loaded = f"{sum(member.loaded for member in self.alive)} of {self.target} workers ready"
-        reason = f"recovering, {loaded}: {self.broken}" if self.spec else f"starting, {loaded}"
-        left = [member for member in self.alive if member.loaded]
-        if self.spec is not None and left and not self._fits(left):
-            room, experts = sum(self._limits(left)), self.model.num_logical_experts
-            reason += f"; those left have memory for {room} of {experts} experts per layer: waiting for a replacement"
-        if self.change is not None:
-            reason += f"; {self.change.stage} for epoch {self.change.spec.epoch}"
-        operation = self.operations.find_open("recover" if self.spec else "start")
-        if operation is not None and operation.error:
-            reason += f"; last attempt: {operation.error}"
-        return Readiness(ready=False, reason=reason)
+        kind = OperationKind.START if self._epochs.spec is None else OperationKind.RECOVER
+        return status.readiness(self.facts, self.operations.find_open(kind))
+
+    def progress(self, operation: Operation) -> status.Progress:
+        return status.progress(self.facts, operation)
+
+    def view(self) -> ScaleView:
+        return self._scaling.view(self.facts)
 
     # --- Events -------------------------------------------------------------------------------------------------
 
@@ -105,295 +139,237 @@ class ControlState(Scaling):
 
         Raises ConflictError, NotReadyError or PlacementError for a request that is refused; nothing has changed then.
         """
-        self._out = []
+        commands = self._take(event, now)
+        if isinstance(event, RoutingCounted):
+            return commands
+        commands += self._go_on(now)
+        commands += self._reconcile(now)
+        return commands + self._draining.tell(self.facts)
+
+    def _take(self, event: Event, now: float) -> list[Command]:
         match event:
             case Tick():
-                self._tick(now)
-            case WorkerLoaded():
-                self._worker_loaded(event, now)
-            case WorkerFailed():
-                if event.fatal and self.spec is None:
-                    self._give_in(event.reason)
-                self._lose(event.worker, event.reason, now)
-            case WorkerLost():
-                self._lose(event.worker, event.reason, now)
+                return self._tick(now)
+            case WorkerLoaded() | WorkerFailed() | WorkerLost():
+                return self._worker_reported(event, now)
             case TransferDone() | TransferFailed():
-                self._transfer_ended(event, now)
+                return self._epochs.transferred(event, now)
             case Prepared():
-                self._prepared(event, now)
-            case PrepareFailed():
-                if self._is_current(event.epoch, Stage.PREPARING):
-                    self._give_up(event.reason, now)
-            case Committed():
-                if self._is_current(event.epoch, Stage.COMMITTING):
-                    self._committed(now, event.moved_requests)
-            case CommitFailed():
-                if self._is_current(event.epoch, Stage.COMMITTING):
-                    self._commit_failed(event.reason, now)
+                return self._epochs.prepared(event, now)
+            case PrepareFailed() | Committed() | CommitFailed():
+                return self._change_ended(event, now)
             case StepFailed():
-                self._step_failed(event, now)
+                return self._step_failed(event, now)
             case Probed():
-                self.probing = False
-                for worker, reason in event.lost:
-                    self._lose(worker, reason, now)
+                self._membership.probing = False
+                return [command for worker, reason in event.lost for command in self._lose(worker, reason, now)]
             case EngineLost():
-                self._engine_lost(event.reason, now)
+                return self._engine_lost(event.reason, now)
             case Resumed():
-                self._resumed(event, now)
-            case PlanReady():
-                self._plan_ready(event, now)
-            case RebalanceRequested():
-                self._rebalance_requested(event, now)
-            case PlaceRequested():
-                self._place_requested(event, now)
-            case Unpin():
-                self.pinned = False
-            case ScaleRequested():
-                self._scale_requested(event, now)
+                return self._resumed(event, now)
             case LoadSeen():
-                self._load_seen(event, now)
-        if self.change is not None and self.change.stage is Stage.DRAINING:
-            self._drain(now)
-        self._reconcile(now)
-        self._tell_draining()
-        return self._out
+                self._draining.seen(event.busy)
+                return self._scaling.load_seen(self.facts, event, now)
+            case RoutingCounted():
+                self._load = event.load
+                return []
+            case Unpin():
+                self._rebalancing.unpin()
+                return []
+            case PlanReady() | PlaceRequested() | RebalanceRequested() | ScaleRequested():
+                return self._wished(event, now)
 
-    def _tick(self, now: float) -> None:
-        if self.spec is not None and self.broken is None and now - self.epoch_since >= STABLE_S:
-            self._failures = 0
-            for member in self.alive:
-                member.strikes = 0
-        self._look_at_placement(now)
+    def _wished(
+        self, event: PlanReady | PlaceRequested | RebalanceRequested | ScaleRequested, now: float
+    ) -> list[Command]:
+        """A planner or somebody wants another placement, or another size."""
+        match event:
+            case PlanReady():
+                return self._begin(self._rebalancing.answered(self.facts, event, now), now)
+            case PlaceRequested():
+                self._require_idle()
+                return self._begin(self._rebalancing.place(self.facts, event), now)
+            case RebalanceRequested():
+                self._require_idle()
+                return self._rebalancing.requested(self.facts, event, now)
+            case ScaleRequested():
+                if self._scaling.is_repeated(event):
+                    return []
+                self._require_idle()
+                return self._scaling.requested(self.facts, event, now)
 
-    def _worker_loaded(self, event: WorkerLoaded, now: float) -> None:
-        member = self.members.get(event.info.worker)
-        if member is not None and member.alive and not member.loaded:
-            member.info = event.info
-            member.loaded_at = now
-            member.held = member.told.copy()
-            self._start_failures = 0
+    def _begin(self, change: tuple[Operation, Placement] | None, now: float) -> list[Command]:
+        return [] if change is None else self._epochs.begin(*change, now)
 
-    def _lose(self, worker: WorkerId, reason: str, now: float) -> None:
+    def _require_idle(self) -> None:
+        running = self._epochs.change or self._rebalancing.planning
+        if running is not None:
+            raise ConflictError(f"operation {running.operation_id} is under way")
+        if not self.facts.serves or self._membership.probing:
+            raise NotReadyError(self.readiness().reason)
+
+    def _tick(self, now: float) -> list[Command]:
+        if self._epochs.is_stable(now):
+            self._epochs.forgive()
+            self._membership.forgive()
+        return self._rebalancing.tick(self.facts, now)
+
+    # --- Workers ------------------------------------------------------------------------------------------------
+
+    def _worker_reported(self, event: WorkerLoaded | WorkerFailed | WorkerLost, now: float) -> list[Command]:
+        if isinstance(event, WorkerLoaded):
+            if self._membership.loads(event.info, now):
+                self._starts.succeeded()
+            return []
+        if isinstance(event, WorkerFailed) and event.fatal and self._epochs.spec is None:
+            self._give_in(event.reason)
+        return self._lose(event.worker, event.reason, now)
+
+    def _lose(self, worker: WorkerId, reason: str, now: float) -> list[Command]:
         """A worker is gone: what counted on it is given up, and `_reconcile` goes on without."""
-        member = self.members.get(worker)
+        member = self._membership.get(worker)
         if member is None or not member.alive:
-            return
+            return []
         if not member.loaded:
-            self._count_start_failure(member, reason, now)
-        self._stop(member)
-        if worker in self.ranks:
-            self._break(f"worker {worker} lost: {reason}", "worker", now)
-            self._cancel_planning(f"worker {worker} was lost")
-        change = self.change
-        # the outcome of a flip is the engine's to tell
-        if change is not None and change.stage is not Stage.COMMITTING:
-            is_source = any(move.source == worker for move in change.transfers.copies)
-            if worker in (*change.workers, *self.ranks) or (is_source and change.stage is Stage.TRANSFERRING):
-                self._give_up(f"worker {worker} lost: {reason}", now, at_once=True)
-        self._forget_dead()
-
-    def _count_start_failure(self, member: Member, reason: str, now: float) -> None:
-        self._start_failures += 1
-        self._start_at = now + min(MAX_BACKOFF_S, 0.25 * 2.0**self._start_failures)
-        if self.spec is None and self._start_failures > MAX_START_FAILURES:
-            self._give_in(f"worker {member.id} died while it loaded the model: {reason}")
+            lasting = self._starts.failed(worker, reason, now)
+            if lasting is not None and self._epochs.spec is None:
+                self._give_in(lasting)
+        commands: list[Command] = [self._membership.stop(worker)]
+        if worker in self._epochs.ranks:
+            commands += self._epochs.fail(f"worker {worker} lost: {reason}", Cause.WORKER, now)
+            self._rebalancing.cancel(f"worker {worker} was lost")
+        if self._epochs.counts_on(worker):
+            commands += self._epochs.give_up(f"worker {worker} lost: {reason}", now, at_once=True)
+        self._membership.forget_dead(self._epochs.in_use)
+        return commands
 
     def _give_in(self, reason: str) -> None:
         """The first epoch will never be."""
-        if self.fatal is None:
-            self.fatal = reason
-            for operation in self.operations.all():
-                if operation.phase not in ENDED:
-                    self.operations.fail(operation.operation_id, reason)
+        if self._starts.fatal is None:
+            self._starts.give_in(reason)
+            self.operations.fail_open(reason)
 
-    def _step_failed(self, event: StepFailed, now: float) -> None:
-        if self.spec is None or event.epoch != self.epoch:
-            return
-        if not self.probing:
-            self.probing = True
-            self._out.append(Probe(workers=tuple(member.id for member in self.alive if member.loaded)))
-        if self.broken is None:
-            self._suspect(event.suspects, now)
-        self._interrupt(f"a step failed: {event.reason}", "step", now)
+    def _step_failed(self, event: StepFailed, now: float) -> list[Command]:
+        if self._epochs.spec is None or event.epoch != self._epochs.spec.epoch:
+            return []
+        commands: list[Command] = [] if self._membership.probing else [self._membership.probe()]
+        if self._epochs.outage is None:
+            commands += self._suspect(event.suspects, now)
+        return commands + self._interrupt(f"a step failed: {event.reason}", Cause.STEP, now)
 
-    def _suspect(self, suspects: Sequence[WorkerId], now: float) -> None:
+    def _suspect(self, suspects: Sequence[WorkerId], now: float) -> list[Command]:
         """A worker that answers probes, yet is to blame for one failed step after the other, is replaced."""
+        commands: list[Command] = []
         for worker in suspects:
-            member = self.members.get(worker)
-            if member is not None and member.alive:
-                member.strikes += 1
-                if member.strikes >= MAX_STRIKES:
-                    self._lose(worker, f"to blame for {member.strikes} failed steps", now)
+            strikes = self._membership.strike(worker)
+            if strikes >= MAX_STRIKES:
+                commands += self._lose(worker, f"to blame for {strikes} failed steps", now)
+        return commands
 
-    def _engine_lost(self, reason: str, now: float) -> None:
-        self._told_draining, self._busy = (), None
-        if self.change is not None and self.change.stage is Stage.COMMITTING:
-            self._commit_failed(f"the engine is lost: {reason}", now, "engine")
-        elif self.spec is not None:
-            self._interrupt(f"the engine is lost: {reason}", "engine", now)
+    # --- The epoch in force, and the change of it -----------------------------------------------------------------
 
-    def _interrupt(self, reason: str, cause: str, now: float) -> None:
-        """The current epoch is of no use: whatever does not serve to leave it has to wait."""
-        self._break(reason, cause, now)
-        self._cancel_planning(reason)
-        change = self.change
-        if change is not None and change.stage is not Stage.COMMITTING and change.kind != "recover":
-            self._give_up(reason, now, at_once=True)
+    def _interrupt(self, reason: str, cause: Cause, now: float) -> list[Command]:
+        """The epoch in force is of no use: whatever does not serve to leave it has to wait."""
+        commands = self._epochs.fail(reason, cause, now)
+        self._rebalancing.cancel(reason)
+        change = self._epochs.change
+        if change is not None and change.stage is not Stage.COMMITTING and change.kind is not OperationKind.RECOVER:
+            commands += self._epochs.give_up(reason, now, at_once=True)
+        return commands
 
-    def _resumed(self, event: Resumed, now: float) -> None:
+    def _engine_lost(self, reason: str, now: float) -> list[Command]:
+        self._draining.engine_lost()
+        reason = f"the engine is lost: {reason}"
+        if self._epochs.change is not None and self._epochs.change.stage is Stage.COMMITTING:
+            return self._epochs.commit_failed(reason, now, Cause.ENGINE)
+        return [] if self._epochs.spec is None else self._interrupt(reason, Cause.ENGINE, now)
+
+    def _resumed(self, event: Resumed, now: float) -> list[Command]:
         """This state was saved, and its clock and every answer that was under way are gone."""
-        self.counters.recoveries["coordinator"] += 1
-        self._restart_clock(now)
-        self._cancel_planning("the coordinator was restarted")
-        self._told_draining = self._busy = None
-        for member in self.alive:
-            if not member.loaded:
-                # its answer went to the coordinator before this one; a host that is asked again loads no second time
-                member.asked_at = now
-                self._out.append(StartWorker(worker=member.id, experts=expert_lists(member.told)))
-        if self.change is not None and self.change.stage is not Stage.COMMITTING:
-            self._give_up("the coordinator was restarted", now, at_once=True)
-        elif self.change is not None and self.change.spec.epoch == event.engine_epoch:
-            self._committed(now)
-        elif self.change is not None:
-            self._commit_failed("the coordinator was restarted", now)
-        self.probing = True
-        self._out.append(Probe(workers=tuple(member.id for member in self.alive if member.loaded)))
+        why = "the coordinator was restarted"
+        self.counters.recoveries[Cause.COORDINATOR] += 1
+        self._starts.resume()
+        self._scaling.resume(now)
+        self._draining.resume()
+        self._rebalancing.resume(now)
+        self._rebalancing.cancel(why)
+        self._epochs.resume(now)
+        # a host that is asked again loads no second time
+        commands: list[Command] = [*self._membership.resume(now)]
+        change = self._epochs.change
+        if change is not None and change.stage is not Stage.COMMITTING:
+            commands += self._epochs.give_up(why, now, at_once=True)
+        elif change is not None and change.spec.epoch == event.engine_epoch:
+            commands += self._committed(now)
+        elif change is not None:
+            commands += self._epochs.commit_failed(why, now)
+        return [*commands, self._membership.probe()]
 
-    def _restart_clock(self, now: float) -> None:
-        self.epoch_since = self._scaled_at = now
-        self._samples.clear()
-        self._broken_at = None if self._broken_at is None else now
-        if self.change is not None:
-            self.change.stage_since = now
-        self.retry_at = self._start_at = 0.0
-        if self._rebalance_at is not None:
-            self._rebalance_at = now + self.settings.rebalance_interval_s
-        for member in self.alive:
-            member.loaded_at = None if member.loaded_at is None else now
-            member.draining_since = now
+    def _change_ended(self, event: PrepareFailed | Committed | CommitFailed, now: float) -> list[Command]:
+        stage = Stage.PREPARING if isinstance(event, PrepareFailed) else Stage.COMMITTING
+        if not self._epochs.is_current(event.epoch, stage):
+            return []
+        match event:
+            case Committed():
+                return self._committed(now, event.moved_requests)
+            case PrepareFailed():
+                return self._epochs.give_up(event.reason, now)
+            case CommitFailed():
+                return self._epochs.commit_failed(event.reason, now)
+
+    def _committed(self, now: float, moved_requests: int = 0) -> list[Command]:
+        change, commands = self._epochs.flip(now, moved_requests)
+        self._rebalancing.changed(change, now)
+        self._end_operations(change)
+        commands += self._epochs.look_back(now)
+        self._membership.forget_dead(self._epochs.in_use)
+        return commands
+
+    def _end_operations(self, change: Change) -> None:
+        """What has come about with the epoch that has begun."""
+        facts, operations = self.facts, self.operations
+        operation = operations.get(change.operation_id)
+        assert operation is not None
+        if operation.operation_id == self._scaling.operation_id and not facts.scaled:
+            # some workers are still to come
+            operations.advance(operation.operation_id, phase=Phase.PREPARING)
+        else:
+            moved = f"{len(change.transfers.copies)} experts copied, {len(change.transfers.reads)} read"
+            done = f"{operation.reason}; epoch {facts.epoch} with {len(facts.ranks)} workers, {moved}"
+            operations.complete(operation.operation_id, done)
+        scaling = operations.find_open(OperationKind.SCALE)
+        if scaling is not None and facts.scaled:
+            # a recovery has brought it about
+            operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {facts.epoch}")
 
     # --- What should be -----------------------------------------------------------------------------------------
 
-    def _reconcile(self, now: float) -> None:
-        if self.fatal:
-            return
-        self._start_workers(now)
-        if self.change is not None or self.probing or now < self.retry_at:
-            return
-        members = self._next_members(now)
-        if not members or (self.broken is None and tuple(member.id for member in members) == self.ranks):
-            return
-        self._cancel_planning("the membership changes")
-        self._begin(self._operation_for(members), self._placement_for(members), now)
-
-    def _start_workers(self, now: float) -> None:
-        present = [member for member in self.alive if member.state is not WorkerState.DRAINING]
-        for member in self.alive:
-            if len(present) < self.target and member.state is WorkerState.DRAINING and not member.retired:
-                # it was to leave only because there were too many
-                member.state = WorkerState.SERVING
-                present.append(member)
-        missing = self.target - len(present)
-        if missing <= 0 or now < self._start_at or self._recover_alone(now):
-            return
-        for told in self._shares(len(present), missing):
-            self._start_worker(told, now)
-
-    def _recover_alone(self, now: float) -> bool:
-        """Whether survivors are about to serve again: until then they need cores and disk more than a newcomer does."""
-        survivors = [member for member in self.alive if member.id in self.ranks]
-        since = now if self._broken_at is None else self._broken_at
-        return self.broken is not None and now - since < SURVIVORS_FIRST_S and bool(survivors) and self._fits(survivors)
-
-    def _shares(self, present: int, missing: int) -> list[npt.NDArray[np.bool_]]:
-        """[L, E] for each of `missing` new workers, what it is to load: from the checkpoint, beside those that serve,
-        rather than by copies that would take their time. First of all what nobody holds."""
-        held = np.zeros(self.load.shape, dtype=np.bool_)
-        for member in self.alive:
-            held |= member.has if member.loaded else member.told
-        shares = [np.zeros_like(held) for _ in range(missing)]
-        for layer in range(self.model.num_layers):
-            experts = np.lexsort((-self.load[layer], held[layer]))
-            lost = experts[: int((~held[layer]).sum())]
-            for part, share in enumerate(shares):
-                share[layer, np.array_split(np.sort(lost), missing)[part]] = True
-                # heavy and light ones, as many as an even share has
-                room = self.model.num_logical_experts // (present + missing) - int(share[layer].sum())
-                others = experts[len(lost) :][part :: present + missing]
-                share[layer, others[: max(0, room)]] = True
-        return shares
-
-    def _start_worker(self, told: npt.NDArray[np.bool_], now: float) -> None:
-        worker = self.next_worker
-        self._next_worker += 1
-        nothing = np.zeros_like(told)
-        self.members[worker] = Member(
-            id=worker,
-            state=WorkerState.STARTING,
-            told=told,
-            held=nothing,
-            staged=nothing.copy(),
-            asked_at=now,
-        )
-        self._out.append(StartWorker(worker=worker, experts=expert_lists(told)))
-
-    def _next_members(self, now: float) -> list[Member]:
-        """Who should serve now; empty: wait."""
-        loaded = [member for member in self.alive if member.loaded]
-        # draining workers serve on only where nobody else can
-        wanted = [member for member in loaded if member.state is not WorkerState.DRAINING]
-        if not self._fits(wanted):
-            wanted = loaded
-        if not self._fits(wanted):
+    def _go_on(self, now: float) -> list[Command]:
+        """Prepare the next epoch, once those that leave by it have had their time."""
+        facts = self.facts
+        if facts.change is None or facts.change.stage is not Stage.DRAINING:
             return []
-        current = [member for member in wanted if member.id in self.ranks]
-        joining = [member for member in wanted if member.id not in self.ranks]
-        if self.broken is not None and self._fits(current):
-            return current
-        first = min(joining, key=lambda member: member.loaded_at or now, default=None)
-        loaded_at = now if first is None else first.loaded_at or now
-        waited = now - loaded_at
-        if len(wanted) < self.target:
-            took = 0.0 if first is None else loaded_at - first.asked_at
-            if not current and (self.spec is None or waited < min(took, RESTART_PATIENCE_S)):
-                return []
-            if current and self.broken is None and waited < JOIN_PATIENCE_S:
-                return current
-        return wanted
+        choice = drained(facts, now)
+        self.reasons = self.reasons._replace(drained=choice.reason)
+        return self._epochs.prepare(now) if choice.value else []
 
-    def _operation_for(self, members: Sequence[Member]) -> Operation:
-        kind = "start" if self.spec is None else "recover" if self.broken is not None else "scale"
-        operation = self.operations.find_open(kind)
-        if operation is not None:
-            return operation
-        joining = [member.id for member in members if member.id not in self.ranks]
-        leaving = [worker for worker in self.ranks if worker not in {member.id for member in members}]
-        words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]
-        return self.operations.open(kind, Epoch(self._next_epoch), ", ".join(words) or "a new group")
-
-    def _placement_for(self, members: Sequence[Member]) -> Placement:
-        slots = self._slots(members)
-        assert slots is not None, "members are chosen so that they hold every expert"
-        workers = [Worker(id=m.id, node=self._info(m.id).node, slots=n) for m, n in zip(members, slots, strict=True)]
-        return adapt(workers, {member.id: member.has for member in members}, self.load)
-
-    def _finish(self, change: Change, now: float) -> None:
-        if self.settings.rebalance_interval_s > 0:
-            self._rebalance_at = now + self.settings.rebalance_interval_s
-        operation = self.operations.get(change.operation_id)
-        assert operation is not None
-        moved = f"{len(change.transfers.copies)} experts copied, {len(change.transfers.reads)} read"
-        if change.kind == "rebalance":
-            self.counters.rebalances["completed"] += 1
-            self._rebalanced(change)
-        if operation.operation_id == self._scaling and not self._scaled:
-            # some workers are still to come
-            self.operations.advance(operation.operation_id, phase=Phase.PREPARING)
-        else:
-            done = f"{operation.reason}; epoch {self.epoch} with {len(self.ranks)} workers, {moved}"
-            self.operations.complete(operation.operation_id, done)
-        scaling = self.operations.find_open("scale")
-        if scaling is not None and self._scaled:
-            # a recovery has brought it about
-            self.operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {self.epoch}")
+    def _reconcile(self, now: float) -> list[Command]:
+        """Start workers, and begin a change, where what is differs from what should be."""
+        if self._starts.fatal:
+            return []
+        for worker in reconcile.kept(self.facts):
+            self._membership.keep(worker)
+        starts = reconcile.starts(self.facts, now)
+        commands: list[Command] = [self._membership.start(assigned, now) for assigned in starts.value]
+        facts = self.facts
+        members = reconcile.next_members(facts, now)
+        self.reasons = self.reasons._replace(starts=starts.reason, members=members.reason)
+        if not members.value:
+            return commands
+        self._rebalancing.cancel("the membership changes")
+        wish = reconcile.wish(facts, members.value)
+        operation = self.operations.find_open(wish.value)
+        if operation is None:
+            operation = self.operations.open(wish.value, facts.next_epoch, wish.reason)
+        commands += self._epochs.begin(operation, reconcile.placement_for(facts, members.value), now)
+        return commands + self._go_on(now)

@@ -39,9 +39,8 @@ def plan_transfers(
     copies: list[Move] = []
     reads: list[ExpertKey] = []
     given = dict.fromkeys(sources, 0)
-    for rank, worker in enumerate(placement.workers):
+    for worker in placement.workers:
         missing = needs(placement, worker.id) & ~has[worker.id]
-        first = placement.first_slot[rank]
         for layer, expert in zip(*(axis.tolist() for axis in np.nonzero(missing)), strict=True):
             holders = [source for source, held in sources.items() if held[layer, expert] and source != worker.id]
             if not holders or read_all:
@@ -49,6 +48,5 @@ def plan_transfers(
                 continue
             source = min(holders, key=lambda holder: given[holder])
             given[source] += 1
-            slot = first + placement.experts_of(worker.id, layer).index(expert)
-            copies.append(Move(layer=layer, expert=expert, source=source, target=worker.id, slot=slot))
+            copies.append(Move(layer=layer, expert=expert, source=source, target=worker.id))
     return Transfers(copies=tuple(copies), reads=tuple(reads))

@@ -9,20 +9,19 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from cluster.counters import ClusterCounters
-from cluster.placement import Placement, WorkerId
-from cluster.protocol import (
+from cluster.messages.epochs import ModelInfo
+from cluster.messages.requests import GenerateRequest, TokenOutput
+from cluster.messages.views import (
     EngineStatus,
-    GenerateRequest,
-    ModelInfo,
     Operation,
     PlacementView,
     Readiness,
     RebalancePreview,
     RoutingView,
     ScaleView,
-    TokenOutput,
     WorkerView,
 )
+from cluster.placement import Placement, WorkerId
 
 
 class Backend(Protocol):

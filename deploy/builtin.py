@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cluster.protocol import ModelInfo
+from cluster.messages.epochs import ModelInfo
 
 NOTICE = "No model directory was given: serving the built-in model, which writes well-formed nonsense."
 """What a user of the built-in model must be told."""

@@ -13,8 +13,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from cluster.errors import NotReadyError, RequestError
+from cluster.messages.views import Operation, OperationKind, Phase
 from cluster.operations import ENDED
-from cluster.protocol import Operation, Phase
 from deploy.backend import Backend
 from deploy.http_io import read_json
 from deploy.schema import ElasticEpRequest, parse
@@ -42,7 +42,7 @@ def elastic_ep_router(service: Service) -> APIRouter:
 
     @router.post("/is_scaling_elastic_ep")
     async def is_scaling() -> dict[str, bool]:
-        under_way = any(op.kind == "scale" and op.phase not in ENDED for op in await backend.operations())
+        under_way = any(op.kind is OperationKind.SCALE and op.phase not in ENDED for op in await backend.operations())
         return {"is_scaling_elastic_ep": under_way}
 
     return router

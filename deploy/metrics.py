@@ -6,8 +6,9 @@ What happens in this replica is counted here; what the cluster knows is read fro
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
+from typing import TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -20,10 +21,14 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from cluster.counters import BOUNDS_S, RESULTS, ClusterCounters, Distribution
+from cluster.counters import BOUNDS_S, ClusterCounters, Distribution
 from cluster.errors import NotReadyError
-from cluster.protocol import EngineStatus, FinishReason, RoutingView, WorkerView
+from cluster.messages.requests import FinishReason
+from cluster.messages.views import EngineStatus, RoutingView, WorkerView
 from deploy.backend import Backend
+
+Value = TypeVar("Value", bound=str)
+"""Of a label: one of an enum."""
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -153,8 +158,7 @@ class _ClusterCollector(Collector):
     def _of_coordinator(self, counters: ClusterCounters) -> Iterable[Metric]:
         yield self._count("emoe:experts_moved", "Experts copied between workers.", counters.experts_moved)
         yield self._count("emoe:bytes_moved", "Bytes of experts copied between workers.", counters.bytes_moved)
-        results = dict.fromkeys(RESULTS, 0) | counters.rebalances
-        yield self._counts("emoe:rebalance_events", "Re-placements, by result.", "result", results)
+        yield self._counts("emoe:rebalance_events", "Re-placements, by result.", "result", counters.rebalances)
         yield self._durations(
             "emoe:rebalance_duration_seconds", "Time of a re-placement, by stage.", "stage", counters.rebalance_s
         )
@@ -169,19 +173,19 @@ class _ClusterCollector(Collector):
             workers.add_metric([*self._labels.values(), state], count)
         yield workers
 
-    def _counts(self, name: str, text: str, label: str, counts: dict[str, int]) -> CounterMetricFamily:
+    def _counts(self, name: str, text: str, label: str, counts: Mapping[Value, int]) -> CounterMetricFamily:
         family = CounterMetricFamily(name, text, labels=[*LABELS, label])
         for value, count in counts.items():
             family.add_metric([*self._labels.values(), value], count)
         return family
 
     def _durations(
-        self, name: str, text: str, label: str | None, durations: dict[str, Distribution]
+        self, name: str, text: str, label: str | None, durations: Mapping[Value, Distribution]
     ) -> HistogramMetricFamily:
         family = HistogramMetricFamily(name, text, labels=[*LABELS, label] if label else LABELS)
         bounds = [*map(str, BOUNDS_S), "+Inf"]
         for value, distribution in durations.items():
-            labels = [*self._labels.values(), value] if label else [*self._labels.values()]
+            labels: list[str] = [*self._labels.values(), value] if label else [*self._labels.values()]
             buckets = list(zip(bounds, map(float, accumulate(distribution.counts)), strict=True))
             family.add_metric(labels, buckets, distribution.total_s)
         return family

@@ -25,6 +25,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.links import Link, connect
+from actors.liveness import CALL_TIMEOUT_S, HANG_S, LIFE_S
 from actors.wire import Message
 from cluster.counters import ClusterCounters
 from cluster.errors import EmoeError, NotReadyError, RequestError
@@ -51,13 +52,8 @@ from cluster.protocol import (
 
 logger = logging.getLogger(__name__)
 
-CALL_TIMEOUT_S = 30.0
 PLAN_MARGIN_S = 60.0
 """A dry run answers after `plan_deadline` plus at most this."""
-LIFE_S = 10.0
-"""How often the engine is asked for a sign of life: one that dies hangs up, one that hangs does not."""
-HANG_S = 10.0
-"""A coordinator that gives no sign of life for so long, and did before, hangs."""
 RETRY_S = 0.1
 READINESS_S = 0.25
 """How often the coordinator is asked whether requests can be served, until they can; then four times as seldom."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from cluster.messages.epochs import EpochSpec
 from cluster.placement import Placement
-from cluster.protocol import EpochSpec
 from model.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
 from model.experts import ExpertStore
 from model.native import library

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cluster.protocol import PhaseCounts, RoutingCounts
+from cluster.messages.epochs import PhaseCounts, RoutingCounts
 
 
 class RoutingCounter:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.protocol import NewSequence, SamplingParams, TokenLogprobs
+from cluster.messages.requests import SamplingParams, TokenLogprobs
+from cluster.messages.steps import NewSequence
 from model.token_counts import TokenCounts
 
 GREEDY_BELOW = 1e-5

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cluster.messages.epochs import PhaseCounts, RoutingCounts
 from cluster.placement import Placement, Worker, contiguous
-from cluster.protocol import PhaseCounts, RoutingCounts
 from cluster.routing import RoutingWindow
 from optimizer.decision import Policy, decide
 from optimizer.estimate import covariance_of_window

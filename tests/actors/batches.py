@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from actors.batching import Scheduler
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
+from cluster.messages.steps import Sample, StepPlan, StepResult
 from cluster.placement import WorkerId
-from cluster.protocol import (
-    Epoch,
-    GenerateRequest,
-    RequestId,
-    Sample,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-    TokenOutput,
-)
 
 EOS = 0
 A, B = WorkerId("a"), WorkerId("b")

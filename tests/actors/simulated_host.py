@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from cluster.protocol import GenerateRequest, RequestId, Sample, StepPlan, StepResult, TokenLogprobs
+from cluster.messages.requests import GenerateRequest, RequestId, TokenLogprobs
+from cluster.messages.steps import Sample, StepPlan, StepResult
 
 VOCABULARY = 13
 EOS = 0

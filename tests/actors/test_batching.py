@@ -6,16 +6,9 @@ import dataclasses
 import pytest
 
 from cluster.errors import RequestError
-from cluster.protocol import (
-    Epoch,
-    FinishReason,
-    GenerateRequest,
-    RequestId,
-    Sample,
-    StepResult,
-    TokenLogprobs,
-    TokenOutput,
-)
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
+from cluster.messages.steps import Sample, StepResult
 from tests.actors.batches import EOS, A, B, answers, ids, plan, request, scheduler, step
 
 # --- What is refused --------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from actors.batching import Scheduler
-from cluster.protocol import Chunk, Epoch, FinishReason, RequestId
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import FinishReason, RequestId
+from cluster.messages.steps import Chunk
 from tests.actors.batches import EOS, A, B, Plans, answers, ids, plan, request, scheduler
 
 

@@ -13,17 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from actors.batching import Scheduler
 from actors.kv_blocks import next_key, root_key
 from cluster.errors import RequestError
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
+from cluster.messages.steps import StepPlan, StepResult
 from cluster.placement import WorkerId
-from cluster.protocol import (
-    Epoch,
-    FinishReason,
-    GenerateRequest,
-    RequestId,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-    TokenOutput,
-)
 from tests.actors.simulated_host import EOS, VOCABULARY, SimulatedHost, alone
 
 MAX_MODEL_LEN = 40
@@ -264,7 +257,6 @@ class Batching(RuleBasedStateMachine):
             self.commit()
         self._new_host(MAX_MODEL_LEN)
         self.scheduler.set_workers(self._workers())
-        assert self.scheduler.stranded() == ()
         work = sum(len(r.prompt_token_ids) + r.params.max_tokens for r in self.requests.values())
         for _ in range(50 + 20 * work):
             for _ in range(MOST_FLIGHTS - len(self.flights)):

@@ -17,7 +17,7 @@ import ray
 from actors import names
 from actors.cluster import start_cluster, stop_cluster
 from cluster.config import ServeConfig
-from cluster.protocol import Operation, Phase, Readiness, WorkerView
+from cluster.messages.views import Operation, Phase, Readiness, WorkerView
 from tests.actors.fakes import FakeRayFleet
 
 pytestmark = [

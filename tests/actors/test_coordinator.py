@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import ray
 
-from actors import coordinator as module
-from actors import executor
-from actors.coordinator import Coordinator
+from actors import liveness
+from actors.coordinator import Coordinator, Parts
 from cluster.config import ServeConfig
 from cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
+from cluster.facts import Stage
+from cluster.messages.views import Operation, Phase, RebalancePreview
 from cluster.placement import WorkerId
-from cluster.protocol import Operation, Phase, RebalancePreview
 from tests.actors.fakes import MODEL, PlainFleet
 
 W0, W1, W2 = WorkerId("w0"), WorkerId("w1"), WorkerId("w2")
@@ -29,9 +29,9 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("this test needs no Ray")
 
     monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setattr(module, "TICK_S", 0.01)
-    monkeypatch.setattr(module, "POLL_S", 0.02)
-    monkeypatch.setattr(module, "SPARE_AFTER_S", 0.05)
+    monkeypatch.setattr(liveness, "TICK_S", 0.01)
+    monkeypatch.setattr(liveness, "POLL_S", 0.02)
+    monkeypatch.setattr(liveness, "STANDBY_AFTER_S", 0.05)
 
 
 @asynccontextmanager
@@ -45,6 +45,11 @@ async def running(path: Path, **settings: Any) -> AsyncIterator[tuple[Coordinato
     await coordinator.shutdown()
     assert all(host.dead for host in fleet.hosts.values())
     await asyncio.sleep(0.01)
+
+
+def parts(coordinator: Coordinator) -> Parts:
+    assert coordinator._parts is not None
+    return coordinator._parts
 
 
 async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 5.0) -> Any:
@@ -283,9 +288,9 @@ def test_an_engine_that_dies_is_noticed_at_once(tmp_path: Path, monkeypatch: pyt
 
             engine.before = die
             # of an engine that is not watched yet
-            coordinator._watched = None
+            parts(coordinator).poller._watched = None
             await watched.wait()
-            monkeypatch.setattr(module, "POLL_S", 3600)
+            monkeypatch.setattr(liveness, "POLL_S", 3600)
             dying.set()
 
             async def another() -> bool:
@@ -303,20 +308,19 @@ def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
-            executor = coordinator._executor
-            assert executor is not None
-            old = executor.engine
-            assert executor.drop_engine(old, "died") is not None
-            executor._ensure_engine()
-            assert executor.drop_engine(old, "died") is None
-            assert executor.engine is fleet.engines[-1]
-            assert not executor.engine.dead
+            processes = parts(coordinator).processes
+            old = processes.engine
+            assert processes.drop_engine(old, "died") is not None
+            processes.ensure_engine()
+            assert processes.drop_engine(old, "died") is None
+            assert processes.engine is fleet.engines[-1]
+            assert not processes.engine.dead
 
     asyncio.run(story())
 
 
 def test_who_is_late_is_asked_for_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "SUSPECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(liveness, "SUSPECT_TIMEOUT_S", 0.1)
 
     async def story() -> None:
         async with running(tmp_path, heartbeat_timeout=60) as (coordinator, fleet):
@@ -338,7 +342,7 @@ def test_who_is_late_is_asked_for_a_sign_of_life(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("spare", ["there", "dead", "hangs"])
 def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: str) -> None:
-    monkeypatch.setattr(executor, "SUSPECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(liveness, "SUSPECT_TIMEOUT_S", 0.1)
 
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
@@ -442,9 +446,8 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
             assert isinstance(operation, Operation)
 
             async def preparing() -> bool:
-                return (
-                    first._state is not None and str(first._state.change and first._state.change.stage) == "preparing"
-                )
+                change = parts(first).state.facts.change
+                return change is not None and change.stage is Stage.PREPARING
 
             await until(preparing)
             for task in first._tasks:
@@ -518,7 +521,7 @@ def test_the_autoscaler_sees_the_engine(tmp_path: Path) -> None:
 
 
 def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "PROBE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(liveness, "PROBE_TIMEOUT_S", 0.1)
 
     async def story() -> None:
         async with running(tmp_path) as (coordinator, _):
@@ -528,8 +531,7 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
-            assert coordinator._executor is not None
-            migrator = coordinator._executor._migrator
+            migrator = parts(coordinator).processes.migrator
             migrator.before = hang
             operation = await coordinator.rebalance("greedy", False)
             assert isinstance(operation, Operation)
@@ -544,7 +546,7 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
 
 
 def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOADING_PATIENCE", 0.5)
+    monkeypatch.setattr(liveness, "LOADING_PATIENCE", 0.5)
 
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):

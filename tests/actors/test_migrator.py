@@ -31,7 +31,7 @@ class Host:
 def moves(count: int, *, pairs: int = 1) -> list[Move]:
     """`pairs` disjoint pairs of workers, `count` experts in all."""
     return [
-        Move(layer=0, expert=n, source=WorkerId(f"s{n % pairs}"), target=WorkerId(f"t{n % pairs}"), slot=0)
+        Move(layer=0, expert=n, source=WorkerId(f"s{n % pairs}"), target=WorkerId(f"t{n % pairs}"))
         for n in range(count)
     ]
 

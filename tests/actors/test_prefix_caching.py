@@ -8,8 +8,8 @@ import pytest
 from actors.admission import RUNNING_TOKENS
 from actors.batching import Scheduler
 from actors.kv_blocks import BlockPool, next_key, root_key
+from cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from cluster.placement import WorkerId
-from cluster.protocol import GenerateRequest, RequestId, SamplingParams
 from tests.actors.batches import A, B, answers, ids, plan, scheduler, step
 
 

@@ -18,24 +18,21 @@ from actors.step_loop import StepLoop
 from actors.step_server import StepServer
 from actors.wire import Message
 from cluster.errors import StepAborted
-from cluster.placement import Worker, WorkerId, contiguous
-from cluster.protocol import (
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from cluster.messages.requests import (
     AbortRequests,
     Endpoint,
-    Epoch,
-    EpochSpec,
     FinishReason,
     GenerateRequest,
     Hello,
-    HostInfo,
     Outputs,
     RequestId,
     SamplingParams,
-    StepPlan,
-    StepResult,
     Submit,
     TokenOutput,
 )
+from cluster.messages.steps import StepPlan, StepResult
+from cluster.placement import Worker, WorkerId, contiguous
 from tests.actors.simulated_host import EOS, SimulatedHost, alone
 
 BLOCKS = 40
@@ -342,7 +339,7 @@ def test_a_request_that_the_model_fails_on_fails_alone() -> None:
 def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_loop, "SILENT_S", 0.05)
     monkeypatch.setattr(step_loop, "ABORT_S", 0.1)
-    monkeypatch.setattr(step_deadline, "FACTOR", 1.0)
+    monkeypatch.setattr(step_deadline, "LATE_FACTOR", 1.0)
     monkeypatch.setattr(step_deadline, "LATE_FLOOR_S", 0.0)
     hangs, goes_on = threading.Event(), threading.Event()
 

@@ -12,29 +12,31 @@ import pytest
 from actors.links import Link, connect, listen
 from actors.wire import Frames, Message, WireError, encode, new_token, receive
 from cluster.errors import HostError, RequestError, StepAborted
-from cluster.protocol import (
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import (
     AbortRequests,
-    Chunk,
-    CommitEpoch,
-    Done,
     Endpoint,
-    Epoch,
-    Failed,
     FinishReason,
-    ForgetSequences,
     GenerateRequest,
     Hello,
-    NewSequence,
     Outputs,
     Refused,
     RequestId,
-    Sample,
     SamplingParams,
-    StepPlan,
-    StepResult,
     Submit,
     TokenLogprobs,
     TokenOutput,
+)
+from cluster.messages.steps import (
+    Chunk,
+    CommitEpoch,
+    Done,
+    Failed,
+    ForgetSequences,
+    NewSequence,
+    Sample,
+    StepPlan,
+    StepResult,
 )
 
 R = RequestId("r")

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.messages.epochs import Epoch, EpochSpec
 from cluster.placement import Worker, WorkerId, contiguous
-from cluster.protocol import Epoch, EpochSpec
 from model.cpu_experts import CpuExperts
 from model.dispatch import LayerShape
 from model.experts import ExpertStore

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from cluster import placement as placements
+from cluster.messages.epochs import EpochSpec, HostSpec, ModelSpec
+from cluster.messages.steps import StepPlan
 from cluster.placement import Worker as Member
 from cluster.placement import WorkerId
-from cluster.protocol import EpochSpec, HostSpec, ModelSpec, StepPlan
 from model.checkpoint import open_checkpoint
 from model.native import unavailable
 from model.worker import Worker

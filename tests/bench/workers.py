@@ -20,19 +20,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from cluster import placement as placements
+from cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
+from cluster.messages.requests import RequestId, SamplingParams
+from cluster.messages.steps import Chunk, NewSequence, StepPlan
 from cluster.placement import Worker as Member
 from cluster.placement import WorkerId
-from cluster.protocol import (
-    Chunk,
-    Epoch,
-    EpochSpec,
-    HostSpec,
-    ModelSpec,
-    NewSequence,
-    RequestId,
-    SamplingParams,
-    StepPlan,
-)
 
 BLOCK = 16
 LONGEST = 512

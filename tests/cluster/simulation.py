@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cluster.epochs import ControlSettings
 from cluster.events import (
     Abandon,
     AbortSteps,
@@ -25,6 +24,7 @@ from cluster.events import (
     Probe,
     Probed,
     Resumed,
+    RoutingCounted,
     Solve,
     StartWorker,
     StopWorker,
@@ -36,10 +36,12 @@ from cluster.events import (
     WorkerLoaded,
     WorkerLost,
 )
+from cluster.facts import ControlSettings, Facts
 from cluster.invariants import validate
 from cluster.membership import needs
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from cluster.messages.requests import Endpoint
 from cluster.placement import Placement, WorkerId
-from cluster.protocol import Endpoint, Epoch, EpochSpec, HostInfo, ModelInfo
 from cluster.state import ControlState
 
 LAYERS, EXPERTS = 3, 8
@@ -109,6 +111,14 @@ class Simulation:
         for command in commands:
             self._at_once(command)
 
+    @property
+    def facts(self) -> Facts:
+        return self.state.facts
+
+    def count(self, load: np.ndarray) -> None:
+        """load: [L, E] of the window of routing statistics."""
+        self.feed(RoutingCounted(load=load))
+
     def _at_once(self, command: Command) -> None:
         match command:
             case StartWorker():
@@ -176,7 +186,8 @@ class Simulation:
             if not (source.alive and target.alive) or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
-            if self.state.change is not None and self.state.change.spec.epoch == command.epoch:
+            change = self.facts.change
+            if change is not None and change.spec.epoch == command.epoch:
                 assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
             target.held[move.layer, move.expert] = True
             staged.append((move.target, move.layer, move.expert))
@@ -195,7 +206,8 @@ class Simulation:
 
     def _prepare(self, command: Prepare, fault: bool) -> None:
         members = [w.id for w in command.spec.placement.workers]
-        stale = self.state.change is None or self.state.change.spec.epoch != command.spec.epoch
+        change = self.facts.change
+        stale = change is None or change.spec.epoch != command.spec.epoch
         for worker in members:
             host = self.hosts[worker]
             if host.alive and not stale:
@@ -226,7 +238,7 @@ class Simulation:
             self.feed(Committed(epoch=command.spec.epoch))
 
     def _solve(self, command: Solve, fault: bool) -> None:
-        spec = self.state.spec
+        spec = self.facts.spec
         assert spec is not None
         placement = None if fault else shuffled(spec.placement, self.rng)
         self.feed(PlanReady(ticket=command.ticket, placement=placement, worthwhile=True, no_worse=True, reason="drawn"))
@@ -262,18 +274,18 @@ class Simulation:
         for _ in range(rounds):
             while self.todo:
                 self.finish(0)
-            self._find_lost([m.id for m in self.state.alive if m.loaded])
+            self._find_lost([m.id for m in self.facts.loaded])
             self.now += 1.0
             self.feed(Tick())
-            if self.state.fatal or (not self.todo and self.settled):
+            if self.facts.fatal or (not self.todo and self.settled):
                 return
         raise AssertionError(f"not settled: {self.state.readiness()}")
 
     @property
     def settled(self) -> bool:
-        state = self.state
-        serves = state.readiness().ready and len(state.ranks) == state.target
-        return serves and state.change is None and state.operations.find_open() is None
+        facts = self.facts
+        serves = facts.serves and len(facts.ranks) == facts.target
+        return serves and facts.change is None and self.state.operations.find_open() is None
 
 
 def info(worker: WorkerId, node: str = "n0", capacity: int | None = None) -> HostInfo:

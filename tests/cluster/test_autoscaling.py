@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.autoscaling import DOWN_COOLDOWN, UP_COOLDOWN, Policy, Sample, Verdict, demand, recommend
@@ -78,6 +78,7 @@ samples_strategy = st.lists(
 ).map(lambda samples: sorted(samples, key=lambda s: s.at_s))
 
 
+@settings(deadline=None)
 @given(samples_strategy, st.integers(1, 12), st.integers(1, 6), st.integers(0, 6), st.floats(0, 500))
 def test_the_target_stays_within_limits_and_has_a_reason(
     samples: list[Sample], workers: int, least: int, more: int, since: float
@@ -88,6 +89,7 @@ def test_the_target_stays_within_limits_and_has_a_reason(
     assert verdict.reason
 
 
+@settings(deadline=None)
 @given(st.integers(0, 120), st.floats(0, 6), st.integers(1, 8))
 def test_a_constant_load_never_makes_it_swing(requests: int, cache: float, workers: int) -> None:
     """cache: what the requests need of one worker's KV cache. The size goes one way, and then stays."""

@@ -1,101 +1,91 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from cluster.membership import adapt, choose_transport, needs, slots_of
-from cluster.placement import Worker, WorkerId, contiguous
-from cluster.transfers import plan_transfers
-from tests.cluster.simulation import info
+from cluster.events import Probe, StartWorker, StopWorker
+from cluster.membership import DEAD_REMEMBERED, Membership, needs
+from cluster.messages.views import WorkerState
+from cluster.placement import WorkerId
+from tests.cluster.simulation import EXPERTS, LAYERS, info
+from tests.cluster.stories import W0, W1, placement_of
 
-NONE = np.zeros((2, 8), dtype=np.int64)
-
-
-def team(count: int, slots: int) -> list[Worker]:
-    return [Worker(id=WorkerId(f"w{i}"), node="n", slots=slots) for i in range(count)]
+ALL = np.ones((LAYERS, EXPERTS), dtype=bool)
 
 
-@pytest.mark.parametrize(
-    ("experts", "workers", "redundant", "slots"), [(8, 2, 0, 4), (8, 3, 0, 3), (8, 3, 2, 4), (8, 1, 5, 8), (8, 8, 0, 1)]
-)
-def test_slots(experts: int, workers: int, redundant: int, slots: int) -> None:
-    assert slots_of([experts] * workers, experts, redundant) == (slots,) * workers
+@pytest.fixture
+def two() -> Membership:
+    """W0 has loaded every expert, W1 loads."""
+    membership = Membership((LAYERS, EXPERTS))
+    membership.start(ALL, 1.0)
+    membership.start(ALL, 1.0)
+    assert membership.loads(info(W0), 2.0)
+    return membership
 
 
-@pytest.mark.parametrize(
-    ("limits", "redundant", "slots"),
-    [
-        ([4, 4], 0, (4, 4)),
-        ([4, 4], 2, (4, 4)),
-        ([2, 8], 0, (2, 6)),
-        ([3, 6, 6], 4, (3, 5, 5)),
-        ([3, 4], 0, None),
-        ([0, 8], 0, None),
-        ([], 0, None),
-    ],
-)
-def test_slots_where_memory_is_short(limits: list[int], redundant: int, slots: tuple[int, ...] | None) -> None:
-    assert slots_of(limits, 8, redundant) == slots
+def test_a_worker_holds_what_it_was_to_load_once_it_has(two: Membership) -> None:
+    assert two[W0].held.all()
+    assert (two[W0].loaded_at, two[W0].loaded, two.loaded) == (2.0, True, (W0,))
+    assert not two[W1].has.any()
+    assert not two.loads(info(W0), 3.0), "it is no news"
+    assert not two.loads(info(WorkerId("w9")), 3.0), "nobody has asked for it"
+    assert two.start(ALL, 4.0) == StartWorker(worker=WorkerId("w2"), experts=(tuple(range(EXPERTS)),) * LAYERS)
 
 
-@given(
-    workers=st.integers(1, 5),
-    redundant=st.integers(0, 6),
-    seed=st.integers(0, 1000),
-    density=st.sampled_from([0.0, 0.3, 0.9]),
-)
-def test_adapt_keeps_what_it_can(workers: int, redundant: int, seed: int, density: float) -> None:
-    rng = np.random.default_rng(seed)
-    slots = slots_of([8] * workers, 8, redundant)
-    assert slots is not None
-    members = team(workers, slots[0])
-    has = {worker.id: rng.random((2, 8)) < density for worker in members}
-    load = rng.integers(0, 9, (2, 8))
-    placement = adapt(members, has, load)  # a Placement is verified when made
-    transfers = plan_transfers(placement, has, has)
-    for worker in members:
-        missing = needs(placement, worker.id) & ~has[worker.id]
-        brought = [m for m in transfers.copies if m.target == worker.id] + [
-            r for r in transfers.reads if r[0] == worker.id
-        ]
-        assert len(brought) == missing.sum()
-    for move in transfers.copies:
-        assert has[move.source][move.layer, move.expert]
-    assert adapt(members, has, load) == placement
-    # where everything fits as it is, nothing moves
-    again = {worker.id: needs(placement, worker.id) for worker in members}
-    assert adapt(members, again, load) == adapt(members, again, NONE)
-    assert not plan_transfers(adapt(members, again, load), again, again)
+def test_an_earlier_look_stays_as_it_was(two: Membership) -> None:
+    before = two.members
+    two.stage([(W0, 0, 1)])
+    two.stop(W1)
+    assert not before[W0].staged.any()
+    assert before[W1].alive
 
 
-def test_lost_experts_go_heaviest_first_to_the_least_loaded() -> None:
-    members = team(2, 8)
-    has = {members[0].id: np.zeros((1, 8), bool), members[1].id: np.zeros((1, 8), bool)}
-    has[members[0].id][0, :3] = True
-    has[members[1].id][0, 3:6] = True
-    load = np.array([[1, 1, 1, 5, 5, 5, 9, 4]])
-    placement = adapt(members, has, load)
-    assert 6 in placement.experts_of(members[0].id, 0)
-    assert 7 in placement.experts_of(members[0].id, 0)
+def test_what_was_brought_is_held_from_the_next_epoch_on_or_dropped(two: Membership) -> None:
+    two.loads(info(W1), 2.0)
+    two.stage([(W1, 0, 1), (W1, 2, 3)])
+    assert np.argwhere(two[W1].staged).tolist() == [[0, 1], [2, 3]]
+    two.unstage([W1])
+    assert not two[W1].staged.any()
+    two.stage([(W1, 0, 1)])
+    placement = placement_of(W0, W1)
+    two.join(placement)
+    assert two[W1].state is WorkerState.SERVING
+    assert np.array_equal(two[W1].held, needs(placement, W1))
+    assert not two[W1].staged.any()
+    two.doubt(placement_of(W1, W0))
+    assert not two[W1].held.any(), "what it holds in either of two epochs"
 
 
-def test_copies_are_spread_over_the_holders_and_unheld_experts_are_read() -> None:
-    members = team(3, 8)
-    full = np.ones((2, 8), dtype=bool)
-    full[1, 7] = False
-    placement = contiguous(2, 8, [Worker(id=WorkerId("w2"), node="n", slots=8)])
-    nothing = np.zeros((2, 8), dtype=bool)
-    transfers = plan_transfers(placement, {WorkerId("w2"): nothing}, {members[0].id: full, members[1].id: full})
-    assert len(transfers.copies) == 15
-    assert abs(sum(move.source == "w0" for move in transfers.copies) - 7.5) == 0.5
-    assert transfers.reads == (("w2", 1, 7),)
-    everything = plan_transfers(placement, {WorkerId("w2"): nothing}, {members[0].id: full}, read_all=True)
-    assert len(everything.reads) == 16
-    assert not everything.copies
+def test_nothing_is_counted_on_at_a_dead_worker(two: Membership) -> None:
+    two.stage([(W0, 0, 1)])
+    assert two.stop(W0) == StopWorker(worker=W0, info=info(W0))
+    assert not two[W0].has.any()
+    assert two.loaded == ()
 
 
-def test_transport() -> None:
-    cpu = [info(WorkerId("w0"), "n0"), info(WorkerId("w1"), "n0")]
-    assert choose_transport(cpu[:1]) == "local"
-    assert choose_transport(cpu) == "shm"
-    assert choose_transport([cpu[0], info(WorkerId("w1"), "n1")]) == "gloo"
+def test_some_of_the_dead_are_remembered_and_those_in_use(two: Membership) -> None:
+    for _ in range(2 * DEAD_REMEMBERED):
+        two.stop(two.start(ALL, 0.0).worker)
+    two.stop(W1)
+    two.forget_dead({W1})
+    dead = [member.id for member in two.members.values() if not member.alive]
+    assert len(dead) == DEAD_REMEMBERED + 1
+    assert W1 in dead
+
+
+def test_strikes_are_counted_until_they_are_forgiven(two: Membership) -> None:
+    assert [two.strike(W0), two.strike(W0), two.strike(WorkerId("w9"))] == [1, 2, 0]
+    two.forgive()
+    assert two.strike(W0) == 1
+
+
+def test_one_that_is_to_leave_may_stay_after_all(two: Membership) -> None:
+    two.drain(W0, 5.0, retired=True)
+    assert (two[W0].state, two[W0].draining_since, two[W0].retired) == (WorkerState.DRAINING, 5.0, True)
+    two.keep(W0)
+    assert two[W0].state is WorkerState.SERVING
+
+
+def test_after_a_restart_those_that_load_are_asked_again(two: Membership) -> None:
+    assert [command.worker for command in two.resume(100.0)] == [W1]
+    assert (two[W0].loaded_at, two[W1].loaded_at, two[W1].asked_at) == (100.0, None, 100.0)
+    assert two.probe() == Probe(workers=(W0,))
+    assert two.probing

@@ -1,5 +1,6 @@
+from cluster.messages.epochs import Epoch
+from cluster.messages.views import Phase
 from cluster.operations import HISTORY, OperationLog
-from cluster.protocol import Epoch, Phase
 
 
 def test_history_is_bounded_and_open_operations_are_kept() -> None:

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from cluster.messages.epochs import PhaseCounts, RoutingCounts
 from cluster.placement import EMPTY, Placement, Worker, WorkerId
-from cluster.protocol import PhaseCounts, RoutingCounts
 from cluster.routing import (
     MAX_DECODE_WEIGHT,
     RoutingWindow,

@@ -4,7 +4,7 @@ import contextlib
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from cluster.errors import ConflictError, NotReadyError, PlacementError
 from cluster.events import LoadSeen, PlaceRequested, RebalanceRequested, ScaleRequested, StepFailed, Tick, Unpin
@@ -50,7 +50,7 @@ class Faults(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
     def time_passes(self, seconds: float) -> None:
         self.sim.now += seconds
-        self.sim.state.load = self.sim.rng.integers(0, 50, (LAYERS, EXPERTS))
+        self.sim.count(self.sim.rng.integers(0, 50, (LAYERS, EXPERTS)))
         self.sim.feed(Tick())
 
     @precondition(lambda self: self.sim.todo)
@@ -74,8 +74,8 @@ class Faults(RuleBasedStateMachine):
 
     @rule(suspects=st.integers(0, 2), stale=st.sampled_from([0, 0, 1]))
     def a_step_fails(self, suspects: int, stale: int) -> None:
-        state = self.sim.state
-        self.sim.feed(StepFailed(epoch=state.epoch - stale, suspects=state.ranks[:suspects], reason="aborted"))
+        facts = self.sim.facts
+        self.sim.feed(StepFailed(epoch=facts.epoch - stale, suspects=facts.ranks[:suspects], reason="aborted"))
 
     @rule()
     def the_engine_dies(self) -> None:
@@ -97,8 +97,8 @@ class Faults(RuleBasedStateMachine):
 
     @rule(pinned=st.sampled_from([None, True, False]), same=st.booleans())
     def somebody_brings_a_placement(self, pinned: bool | None, same: bool) -> None:
-        if self.sim.state.spec is not None:
-            placement = self.sim.state.spec.placement
+        if self.sim.facts.spec is not None:
+            placement = self.sim.facts.spec.placement
             placement = placement if same else shuffled(placement, self.sim.rng)
             with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
                 self.sim.feed(PlaceRequested(placement=placement, pinned=pinned))
@@ -106,7 +106,7 @@ class Faults(RuleBasedStateMachine):
     @rule()
     def somebody_unpins(self) -> None:
         self.sim.feed(Unpin())
-        assert not self.sim.state.pinned
+        assert not self.sim.facts.pinned
 
     @rule(
         seconds=st.sampled_from([1, 20, 150]),
@@ -117,23 +117,26 @@ class Faults(RuleBasedStateMachine):
     def the_engine_tells_its_load(self, seconds: int, waiting: int, running: int, busy: int) -> None:
         for _ in range(min(seconds, 20)):
             self.sim.now += seconds / 20
-            workers = self.sim.state.ranks[:busy]
+            workers = self.sim.facts.ranks[:busy]
             self.sim.feed(LoadSeen(waiting=waiting, running=running, kv_usage=running / 300, busy=workers))
 
     @rule(pick=st.integers(0, 5))
     def somebody_wants_a_worker_gone(self, pick: int) -> None:
-        members = list(self.sim.state.members)
+        members = list(self.sim.facts.members)
         if members:
             with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
                 self.sim.feed(ScaleRequested(retire=(members[pick % len(members)],)))
 
     def teardown(self) -> None:
-        if hasattr(self, "sim") and not self.sim.state.fatal:
+        if hasattr(self, "sim") and not self.sim.facts.fatal:
             self.sim.settle()
             assert not self.sim.draining, "a worker that stays gets requests"
 
 
-TestFaults = Faults.TestCase
-TestFaults.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+def test_the_cluster_serves_again_after_random_events_and_faults() -> None:
+    run_state_machine_as_test(
+        Faults,
+        settings=settings(
+            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

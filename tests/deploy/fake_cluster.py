@@ -12,15 +12,8 @@ from actors.clients import Clients
 from cluster.config import ServeConfig
 from cluster.counters import ClusterCounters
 from cluster.errors import RequestError
-from cluster.protocol import (
-    Endpoint,
-    EngineStatus,
-    FinishReason,
-    GenerateRequest,
-    Readiness,
-    RequestId,
-    TokenOutput,
-)
+from cluster.messages.requests import Endpoint, FinishReason, GenerateRequest, RequestId, TokenOutput
+from cluster.messages.views import EngineStatus, Readiness
 from tests.deploy.fakes import FakeBackend
 
 

@@ -13,27 +13,25 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from cluster.counters import ClusterCounters
+from cluster.counters import ClusterCounters, RebalanceResult
 from cluster.errors import ConflictError, PlacementError, RequestError, UserError
-from cluster.placement import Placement, Worker, WorkerId, contiguous
-from cluster.protocol import (
+from cluster.facts import Cause, Stage
+from cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
+from cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from cluster.messages.views import (
     EngineStatus,
-    Epoch,
-    FinishReason,
-    GenerateRequest,
-    ModelInfo,
     Operation,
+    OperationKind,
     Phase,
-    PhaseCounts,
     PlacementView,
     Readiness,
     RebalancePreview,
     RoutingView,
     ScaleView,
-    TokenLogprobs,
-    TokenOutput,
+    WorkerState,
     WorkerView,
 )
+from cluster.placement import Placement, Worker, WorkerId, contiguous
 
 EOS = 0
 TEMPLATE = (
@@ -184,7 +182,7 @@ class FakeBackend:
             WorkerView(
                 id=WorkerId("w0"),
                 rank=0,
-                state="serving",
+                state=WorkerState.SERVING,
                 pid=1,
                 node="n0",
                 device="cpu",
@@ -224,7 +222,10 @@ class FakeBackend:
             raise ConflictError(f"operation {self.running_operation} is under way")
         self.scaled.append((workers, retire))
         return replaced(
-            await self._operation(operation_id or "scale-1"), kind="scale", retiring=retire, phase=self.scale_ends
+            await self._operation(operation_id or "scale-1"),
+            kind=OperationKind.SCALE,
+            retiring=retire,
+            phase=self.scale_ends,
         )
 
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
@@ -244,11 +245,14 @@ class FakeBackend:
         return await self._operation(operation_id) if operation_id == "op-1" else None
 
     async def _operation(self, name: str) -> Operation:
-        return Operation(operation_id=name, kind="rebalance", phase=Phase.PREPARING, epoch=Epoch(2), reason="asked for")
+        return Operation(
+            operation_id=name, kind=OperationKind.REBALANCE, phase=Phase.PREPARING, epoch=Epoch(2), reason="asked for"
+        )
 
     async def counters(self) -> ClusterCounters:
-        counters = ClusterCounters(rebalances={"completed": 2}, experts_moved=5, bytes_moved=1000)
-        counters.rebalance_s["planning"].add(0.2)
-        counters.recoveries["worker"] += 1
+        counters = ClusterCounters(experts_moved=5, bytes_moved=1000)
+        counters.rebalances[RebalanceResult.COMPLETED] = 2
+        counters.rebalance_s[Stage.PLANNING].add(0.2)
+        counters.recoveries[Cause.WORKER] += 1
         counters.recovery_s.add(0.5)
         return counters

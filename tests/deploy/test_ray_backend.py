@@ -13,15 +13,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors.clients import Clients
 from cluster.errors import NotReadyError, RequestError
-from cluster.protocol import (
-    Endpoint,
-    FinishReason,
-    GenerateRequest,
-    Readiness,
-    RequestId,
-    SamplingParams,
-    TokenOutput,
-)
+from cluster.messages.requests import Endpoint, FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
+from cluster.messages.views import Readiness
 from deploy import ray_backend
 from deploy.ray_backend import RayBackend
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
 
-from cluster.protocol import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
+from cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from deploy.generation import Answer
 from deploy.text import REPLACEMENT, Detokenizer, StopStrings
 from deploy.tokenizer import Tokenizer

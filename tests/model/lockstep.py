@@ -12,18 +12,12 @@ from torch.distributed import TCPStore
 
 from actors.batching import Scheduler
 from cluster import placement as placements
+from cluster.membership import needs
+from cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
+from cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
+from cluster.messages.steps import StepResult
 from cluster.placement import Placement, WorkerId
-from cluster.protocol import (
-    Epoch,
-    EpochSpec,
-    GenerateRequest,
-    HostSpec,
-    ModelSpec,
-    RequestId,
-    SamplingParams,
-    StepResult,
-    TokenOutput,
-)
+from cluster.transfers import plan_transfers
 from model.checkpoint import open_checkpoint
 from model.runner import ModelRunner
 from model.worker import Worker
@@ -123,7 +117,8 @@ class Lockstep:
         )
         while self.flights:
             self.land()
-        moves = new.moves_from(self.placement)
+        held = {worker: needs(self.placement, worker) for worker in self.workers}
+        moves = plan_transfers(new, has=held, sources=held).copies
         for move in moves:
             copy = self.workers[move.source].export_expert(move.layer, move.expert)
             self.workers[move.target].import_expert(copy)

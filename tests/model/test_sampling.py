@@ -21,7 +21,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from cluster.protocol import NewSequence, RequestId, SamplingParams, TokenLogprobs
+from cluster.messages.requests import RequestId, SamplingParams, TokenLogprobs
+from cluster.messages.steps import NewSequence
 from model import sampling
 from model.sampling import SamplingState, sample, uniform
 

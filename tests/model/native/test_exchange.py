@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import StepAborted
+from cluster.messages.epochs import Epoch, EpochSpec
 from cluster.placement import Placement, contiguous
-from cluster.protocol import Epoch, EpochSpec
 from model.dispatch import LayerShape, route_table
 from model.groups import join_group, make_dispatcher
 from model.native import library

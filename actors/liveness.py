@@ -1,0 +1,108 @@
+"""Who waits for whom, and for how long: every time-out by which a process is found late, hanging or gone.
+
+A process that dies is mostly noticed at once, because a connection to it or a call to it ends. These times are for what
+ends nothing: a process that hangs, a machine that is cut off. Times of decisions (how long workers wait for one another
+before an epoch begins) are in cluster/reconcile.py; times that the user sets are settings (cluster/config.py).
+
+The coordinator's state machine looks at the clock every TICK_S. A standby is started STANDBY_AFTER_S after an epoch has
+begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is said to wait for a GPU or a core.
+
+    who waits        for what                                 how long                          and then
+    ---------------  ---------------------------------------- --------------------------------- ----------------------
+    coordinator      a sign of life of a worker, of the       heartbeat_timeout (setting),      the process is ended
+                     engine; asked for every POLL_S           in two halves
+    coordinator      the same of a worker that loads          LOADING_PATIENCE times that       the worker is ended
+    coordinator      a worker with a late step; the standby   SUSPECT_TIMEOUT_S                 the worker is ended
+                     before it is used
+    coordinator      workers after a failed step, transfer,   heartbeat_timeout                 the worker is ended
+                     prepare or commit
+    coordinator      a worker's answer to prepare,            step_timeout (setting)            the change is given up
+                     to opening a rendezvous
+    coordinator      the engine's answer to an epoch          COMMIT_STEPS x step_timeout       the engine is ended
+                                                              + COMMIT_MARGIN_S
+    coordinator      the migrator, while it copies            PROBE_TIMEOUT_S, twice            the migrator is ended
+    coordinator      the engine's epoch, after a restart      PROBE_TIMEOUT_S                   the flip has failed
+    coordinator      workers that are told to drop something  TELL_TIMEOUT_S                    nothing, they are polled
+    coordinator      the standby to have imported its model   STANDBY_TIMEOUT_S                 the standby is ended
+    coordinator      a planner                                PLAN_STEPS x plan_deadline        the plan is given up
+                                                              + PLAN_MARGIN_S
+    engine           a step, before it asks who lives         LATE_FACTOR times the slowest of  the coordinator is asked
+                                                              its size lately, LATE_FLOOR_S     to look at the workers
+                                                              at least
+    engine           a step                                   as above, FLOOR_S at least,       the step has failed
+                                                              step_timeout at most
+    engine           workers to give a failed step up         SILENT_S, then ABORT_S in all     they are suspects
+    engine           an API replica that has hung up          CLIENT_S                          its requests are aborted
+    worker           the thread of its steps, when asked      STEP_PING_S                       it says a step hangs
+    migrator         a copy of one expert                     COPY_TIMEOUT_S                    the transfer has failed
+    whoever listens  the token of a new connection            TOKEN_S (worker), CONNECT_S       it hangs up
+    whoever connects a connection                             CONNECT_S                         it tries again later
+    both ends        the other machine (TCP keep-alive)       TCP_KEEP_ALIVE: 10 + 3 x 5 s      the connection has ended
+    API              a sign of life of the engine,            LIFE_S                            it looks for another
+                     asked for every LIFE_S
+    API              a sign of life of the coordinator        HANG_S                            Ray restarts it
+    API              any other answer                         CALL_TIMEOUT_S                    the request has failed
+"""
+
+from __future__ import annotations
+
+# --- The coordinator's polls ----------------------------------------------------------------------------------------
+
+TICK_S = 0.5
+"""Seconds between two looks of the state machine at the clock."""
+POLL_S = 1.0
+"""Seconds between two questions to each worker and to the engine."""
+LOADING_PATIENCE = 4.0
+"""A worker that loads may be late by so many times a heartbeat's time-out: imports hold its threads up."""
+WAITING_FOR_RESOURCES_S = 30.0
+"""A process that has not begun to load by then is said to wait for a free GPU or core."""
+
+# --- The coordinator's calls ----------------------------------------------------------------------------------------
+
+PROBE_TIMEOUT_S = 5.0
+SUSPECT_TIMEOUT_S = 2.0
+"""For a process about which there is another sign already that it might hang."""
+TELL_TIMEOUT_S = 10.0
+STANDBY_AFTER_S = 3.0
+"""A standby is started once an epoch has served for so many seconds: starting takes some seconds of a core."""
+STANDBY_TIMEOUT_S = 60.0
+COMMIT_STEPS = 2
+"""A step that hangs comes first, then hosts that do."""
+COMMIT_MARGIN_S = 30.0
+PLAN_STEPS = 2
+"""A planner minds its deadline; a solver that does not is given up."""
+PLAN_MARGIN_S = 30.0
+
+# --- Steps ----------------------------------------------------------------------------------------------------------
+
+LATE_FACTOR = 10.0
+"""A step may take so many times the slowest one of its size lately."""
+LATE_FLOOR_S = 1.0
+"""To ask who lives costs next to nothing."""
+FLOOR_S = 10.0
+"""To give a step up that would have ended costs a new group."""
+SILENT_S = 1.0
+"""Seconds that workers get to give a failed step up, before they are asked whether they live."""
+ABORT_S = 5.0
+"""Seconds that they get in all."""
+STEP_PING_S = 30.0
+"""Longest that a call to a worker waits for the thread of its steps. Whoever asks gives up earlier."""
+
+# --- Copies and connections -----------------------------------------------------------------------------------------
+
+COPY_TIMEOUT_S = 60.0
+"""For one expert."""
+CONNECT_S = 5.0
+TOKEN_S = 2.0
+"""An engine that connects to a worker sends its token at once."""
+CLIENT_S = 60.0
+TCP_KEEP_ALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+"""Half a minute in all, in seconds, seconds and probes."""
+
+# --- The API --------------------------------------------------------------------------------------------------------
+
+CALL_TIMEOUT_S = 30.0
+LIFE_S = 10.0
+"""An engine that dies hangs up, one that hangs does not."""
+HANG_S = 10.0
+"""A coordinator that gives no sign of life for so long, and did before, hangs."""

@@ -1,0 +1,187 @@
+"""Coordinator and workers: what a worker loads, which epoch it takes part in, and what it reports.
+
+coordinator -> worker   HostSpec when the worker is made, EpochSpec when an epoch begins
+worker -> coordinator   HostInfo once it has loaded, RoutingCounts as it runs
+worker -> worker        ExpertCopy
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.messages.requests import Endpoint
+from cluster.placement import Placement, WorkerId
+
+Epoch = NewType("Epoch", int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What is served, as every process must see it."""
+
+    path: str
+    dtype: str
+    """float32, bfloat16 or float16: resolved, never 'auto'."""
+    device: str
+    """cpu or cuda: resolved, never 'auto'."""
+    max_model_len: int
+    expert_dtype: str = "auto"
+    """int8, or auto: as `dtype`."""
+
+
+_INT8_BYTES = 1 + 4 / 128
+"""Of a weight in 8 bits, with its share of a scale for every 128 (model/int8.py)."""
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the control plane knows of a model without loading it."""
+
+    architecture: str
+    num_layers: int
+    """MoE layers: L."""
+    num_logical_experts: int
+    top_k: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    """The longest the checkpoint allows."""
+    expert_bytes: int
+    """Of one expert of one layer, in the dtype it is stored in; `served_in` tells of another."""
+    trunk_bytes: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    """The dtype it is stored in."""
+    rope_limits: tuple[int, ...] = ()
+    """Prompt lengths beyond which rotary embeddings of the whole prompt are others (longrope)."""
+
+    def served_in(self, dtype: str, *, int8: bool = False) -> ModelInfo:
+        """With the sizes that it has in another dtype than the one it is stored in, its experts perhaps in 8 bits."""
+        stored, served = _ITEM_BYTES[self.dtype], _ITEM_BYTES[dtype]
+        return replace(
+            self,
+            expert_bytes=round(self.expert_bytes // stored * (_INT8_BYTES if int8 else served)),
+            trunk_bytes=self.trunk_bytes // stored * served,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSpec:
+    """What a host needs to load: the model, and the experts it begins with."""
+
+    worker: WorkerId
+    model: ModelSpec
+    experts: tuple[tuple[int, ...], ...]
+    """[L] logical experts to hold in each layer."""
+    kv_cache_bytes: int | None
+    """None: the host decides from the memory it finds."""
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_threads: int
+    """Of torch, while it loads; 0 leaves its default."""
+    node_threads: int = 0
+    """Threads that the workers of its node share in each epoch; 0: it keeps `num_threads`."""
+    node_workers: int = 1
+    """Workers that may come to share its node's memory."""
+    expert_memory_bytes: int | None = None
+    """Most that experts may take here; None: what is found free."""
+    step_timeout_s: float = 60.0
+    """How long a peer may keep the others waiting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostInfo:
+    """What a host reports once it has loaded."""
+
+    worker: WorkerId
+    node: str
+    """Ray's node id."""
+    endpoint: Endpoint
+    """Where it takes steps from the engine."""
+    pid: int
+    device: str
+    num_kv_blocks: int
+    memory_bytes: int
+    """Of weights and KV cache."""
+    expert_capacity: int | None = None
+    """Experts that fit here, over all layers, held ones included; None: not limited."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochSpec:
+    """Membership, placement and process group, under one number."""
+
+    epoch: Epoch
+    placement: Placement
+    """Its workers, in rank order, are the membership."""
+    group: str
+    """Name of the process group. Epochs of the same membership share it, and then no new one is formed."""
+    transport: str
+    """local, shm, gloo or nccl."""
+    rendezvous: str
+    """host:port of the store for gloo and nccl; empty otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseCounts:
+    """Tokens of one phase: prefill (prompts, and what is computed again) or decode."""
+
+    tokens: int
+    load: npt.NDArray[np.int64]
+    """[L, E] tokens that chose each logical expert."""
+    steps_s: float = 0.0
+    """Time of the steps in which this phase had most of the work."""
+    steps_tokens: int = 0
+    """All workers' tokens in those steps."""
+
+    def __add__(self, other: PhaseCounts) -> PhaseCounts:
+        return PhaseCounts(
+            tokens=self.tokens + other.tokens,
+            load=self.load + other.load,
+            steps_s=self.steps_s + other.steps_s,
+            steps_tokens=self.steps_tokens + other.steps_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingCounts:
+    """Tokens run by a host's requests since its previous report. Padding and warm-up are not in it."""
+
+    prefill: PhaseCounts
+    decode: PhaseCounts
+    transitions: npt.NDArray[np.int64]
+    """[L-1, E, E] (expert in layer l, expert in layer l+1) pairs of one token, of both phases."""
+
+    @property
+    def tokens(self) -> int:
+        return self.prefill.tokens + self.decode.tokens
+
+    @property
+    def load(self) -> npt.NDArray[np.int64]:
+        """[L, E] of both phases."""
+        return self.prefill.load + self.decode.load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCopy:
+    """One expert's tensors on their way between hosts, as one unit with its digest."""
+
+    layer: int
+    expert: int
+    tensors: dict[str, npt.NDArray[np.uint8]]
+    """Raw bytes of each tensor, by parameter name."""
+    digest: str
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """As torch names them, without its own name."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.tensors.values())

@@ -1,0 +1,134 @@
+"""API and engine: requests go in, tokens come out.
+
+API -> engine   Hello, Submit, AbortRequests
+engine -> API   Done or Refused as the answer to a Submit; Outputs as tokens are made
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """An end-of-sequence or stop token, or (found by the API) a stop string."""
+    LENGTH = "length"
+    ABORT = "abort"
+    """The client went away."""
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens. Checked where it is made (the API); the names and meanings are vLLM's."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    seed: int = 0
+    """Always set: the API draws one where the client gave none, so that a resumed request goes on alike."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    """How many alternatives to report with every token; None reports nothing."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One sequence to complete. `output_token_ids` are those a client already has, when a request is resumed:
+    the engine continues after them as if it had made them itself."""
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    output_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+    """Requests share cached prefixes with those of the same salt only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log probability of a chosen token, and of the most likely ones (best first), before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """New tokens of one request. `offset` counts the output tokens before them, so that repeats can be told."""
+
+    request_id: RequestId
+    offset: int
+    token_ids: tuple[int, ...]
+    cached_tokens: int = 0
+    """Prompt tokens that were in the prefix cache when the request first ran."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token of `token_ids` where the request asked for them, else empty."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The `stop_token_ids` member that ended it, if one did (an end-of-sequence token leaves None)."""
+    error: str | None = None
+    """For finish_reason ERROR: one line for the client."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a process listens, and the secret that opens it."""
+
+    address: str
+    port: int
+    token: str
+    """32 characters, drawn anew by every process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """The first message of an API replica. What is made for it while it is away, it gets when it comes again."""
+
+    client_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Requests to accept, all or none; one that is already running is left alone."""
+
+    requests: tuple[GenerateRequest, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortRequests:
+    """Requests to forget. Those that have ended, or are not the client's, are passed over. Not answered."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A RequestError on its way."""
+
+    message: str
+    param: str | None
+    code: str | None
+    status: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What is new for one client. Not an answer to anything."""
+
+    outputs: tuple[TokenOutput, ...]

@@ -1,0 +1,103 @@
+"""Engine and workers: one lock-step step after the other.
+
+engine -> worker   StepPlan, CommitEpoch, ForgetSequences
+worker -> engine   StepResult, Done or Failed, in the order of the questions
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import RequestId, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSequence:
+    """A request that a host has not seen, or has forgotten: everything it must know to run and sample it."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    """Prompt, then output so far."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    """Tokens that must not be sampled before `min_tokens`, besides `params.stop_token_ids`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Tokens of one sequence to run in this step: positions start .. start + length - 1.
+
+    A host already knows the tokens (it was told them, or sampled them). Running a chunk again is harmless:
+    the host first forgets every token past `known`, and block ids are written at `block_offset`, not appended.
+    """
+
+    request_id: RequestId
+    start: int
+    length: int
+    known: int
+    """Tokens of the sequence that exist before this step (prompt and output)."""
+    block_offset: int
+    block_ids: tuple[int, ...]
+    """KV-cache blocks number block_offset, block_offset + 1, ... of the sequence; those before are unchanged."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last token of the chunk is the last known one, so that the next is sampled."""
+        return self.start + self.length == self.known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One worker's part of a lock-step step. A plan of another epoch is refused."""
+
+    epoch: Epoch
+    step: int
+    tokens_per_rank: tuple[int, ...]
+    """[W] tokens that each worker runs, so that exchanges of known size need no size exchange."""
+    new: tuple[NewSequence, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    finished: tuple[RequestId, ...] = ()
+    """Sequences to forget, before anything else is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    request_id: RequestId
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    step: int
+    samples: tuple[Sample, ...]
+    compute_s: float
+    """Time of the step inside the host, waits for peers included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitEpoch:
+    """Flip to a prepared epoch."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetSequences:
+    """A new engine begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What was asked for has been done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """What was asked for has not been done."""
+
+    reason: str
+    aborted: bool
+    """Whether it was a StepAborted: nothing is wrong here, and it may be tried again."""
