@@ -166,10 +166,7 @@ class StackedExperts:
 
         hidden_NF = project(x_NH, "gate_up_proj" if module.has_gate else "up_proj")
         gate = module._apply_gate if module.has_gate else module.act_fn
-        y_NH = project(gate(hidden_NF), "down_proj")  # type: ignore[operator]
-        if getattr(module, "has_post_expert_norm", False):
-            y_NH = module.post_expert_norm(y_NH)  # type: ignore[operator]
-        return y_NH
+        return project(gate(hidden_NF), "down_proj")  # type: ignore[operator]
 
 
 def grouped_product(x_NI: Tensor, weight_SIO: Tensor, end_S: Tensor) -> Tensor:

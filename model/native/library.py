@@ -13,6 +13,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from cluster.config import cache_directory, native_wanted
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,15 @@ def library() -> ctypes.CDLL | None:
 def unavailable() -> str | None:
     """Why there is no library; None where there is one."""
     return _load()[1]
+
+
+def native_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the native library computes nothing of this dtype on this device; None where it does."""
+    if device.type != "cpu":
+        return "the native library is for CPUs"
+    if dtype != torch.bfloat16:
+        return f"the native library computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    return unavailable()
 
 
 @cache
