@@ -16,7 +16,7 @@ class Part(StrEnum):
     """What of a model can be served in several ways."""
 
     LAYERS = "layers"
-    """All decoder layers, run one after another."""
+    """All decoder layers. Where workers exchange tokens by PyTorch, joined layers run one after another all the same."""
     ATTENTION_HALF = "attention_half"
     """Of a decoder layer: everything up to its feed-forward half."""
     ATTENTION = "attention"
@@ -30,7 +30,7 @@ class Part(StrEnum):
     """Of tokens and sums between the workers of one node. Between nodes and on GPUs it is always PyTorch's."""
 
 
-class Path(StrEnum):
+class CodePath(StrEnum):
     """Which code serves a part."""
 
     JOINED = "joined"
@@ -59,7 +59,7 @@ class PartFit:
     modules: str
     """What they are: the name of their class, or a description."""
     count: int
-    path: Path
+    path: CodePath
     reason: str | None = None
     """Why no faster path serves them; None where this is the fastest one."""
 
@@ -78,23 +78,23 @@ class FitReport:
     def of(self, part: Part) -> tuple[PartFit, ...]:
         return tuple(row for row in self.rows if row.part is part)
 
-    def paths(self) -> tuple[tuple[Part, Path], ...]:
+    def paths(self) -> tuple[tuple[Part, CodePath], ...]:
         """Every part with each path that serves some of its modules."""
         return tuple(dict.fromkeys((row.part, row.path) for row in self.rows))
 
     def summary(self) -> str:
         """One line: every part with its paths, and with how many modules each serves where there are several."""
-        return ", ".join(f"{part} {cell}" for part in Part if (cell := self.cell(part)))
+        return ", ".join(f"{part} {shares}" for part in Part if (shares := self.shares(part)))
 
-    def cell(self, part: Part) -> str:
-        """The part's paths in a few words; empty where the model has no such part."""
-        counts: Counter[Path] = Counter()
+    def shares(self, part: Part) -> str:
+        """The part's paths in a few words, such as "native 13/16 + torch 3/16"; empty where there is no such part."""
+        counts: Counter[CodePath] = Counter()
         for row in self.of(part):
             counts[row.path] += row.count
         if len(counts) < 2:
             return "".join(counts)
         total = sum(counts.values())
-        return " + ".join(f"{path} {count}/{total}" for path, count in counts.items())
+        return " + ".join(f"{path} {count}/{total}" for path, count in counts.most_common())
 
     def text(self) -> str:
         """The summary, and below it each row that a faster path could not serve."""
@@ -110,11 +110,11 @@ class FitNotes:
 
     def __init__(self, rows: Iterable[PartFit] = ()) -> None:
         """rows: what has been found already."""
-        self._counts: Counter[tuple[Part, str, Path, str | None]] = Counter()
+        self._counts: Counter[tuple[Part, str, CodePath, str | None]] = Counter()
         for row in rows:
             self.add(row.part, row.modules, row.path, row.reason, count=row.count)
 
-    def add(self, part: Part, modules: str, path: Path, reason: str | None = None, *, count: int = 1) -> None:
+    def add(self, part: Part, modules: str, path: CodePath, reason: str | None = None, *, count: int = 1) -> None:
         """`count` modules of this kind are served by `path`; reason: why not by a faster one."""
         self._counts[part, modules, path, reason] += count
 

@@ -15,6 +15,7 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
+from cluster.fit import FitReport
 from cluster.placement import Placement, WorkerId
 
 RequestId = NewType("RequestId", str)
@@ -334,6 +335,8 @@ class HostInfo:
     """Of weights and KV cache."""
     expert_capacity: int | None = None
     """Experts that fit here, over all layers, held ones included; None: not limited."""
+    fit: FitReport | None = None
+    """Which code serves the model there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -508,6 +511,8 @@ class WorkerView:
     device: str
     running_requests: int
     kv_usage: float
+    fit: FitReport | None = None
+    """Which code serves the model there, and why no faster code does; None while it loads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence
     if len(layers) < count:
         return f"the attention half of {count - len(layers)} of {count} layers is not joined"
     if len(layers) != len(experts):
-        return f"{count} layers have {len(experts)} expert modules: some are dense"
+        return f"{count - len(experts)} of {count} layers are dense"
     lists = [
         (parent, name)
         for parent in trunk.modules()

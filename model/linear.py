@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.fit import FitNotes, Part, Path
+from cluster.fit import CodePath, FitNotes, Part
 from model.native import library, native_refusal
 from model.native import linear as native
 from model.native.linear import Packed
@@ -95,9 +95,9 @@ def pack_linears(model: nn.Module, notes: FitNotes) -> int:
                 continue
             kind = type(child).__name__
             if type(child) is not nn.Linear:
-                notes.add(Part.LINEARS, kind, Path.TRANSFORMERS, "its class may compute more than a linear layer")
+                notes.add(Part.LINEARS, kind, CodePath.TRANSFORMERS, "its class may compute more than a linear layer")
             elif uses[id(child.weight)] > 1:
-                notes.add(Part.LINEARS, kind, Path.TORCH, "another module uses its weight too")
+                notes.add(Part.LINEARS, kind, CodePath.TORCH, "another module uses its weight too")
             else:
                 packed = pack(child.weight.data)
                 notes.add(Part.LINEARS, kind, *_layout(packed))
@@ -107,9 +107,9 @@ def pack_linears(model: nn.Module, notes: FitNotes) -> int:
     return total
 
 
-def _layout(weight: Weight) -> tuple[Path, str | None]:
+def _layout(weight: Weight) -> tuple[CodePath, str | None]:
     """Which code multiplies by the matrix, and why no faster one does."""
     if isinstance(weight, Packed):
-        return Path.NATIVE, None
+        return CodePath.NATIVE, None
     why = native_refusal(weight.dtype, weight.device) or "the matrix has an odd number of columns"
-    return (Path.ONEDNN if weight.is_mkldnn else Path.TORCH), (None if weight.device.type == "cuda" else why)
+    return (CodePath.ONEDNN if weight.is_mkldnn else CodePath.TORCH), (None if weight.device.type == "cuda" else why)

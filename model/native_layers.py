@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.fit import FitNotes, Part, Path
+from cluster.fit import CodePath, FitNotes, Part
 from model.attention import SequenceSlice, StepBatch, Window, current_batch, step_context
 from model.attention_path import AttentionPath, KVShape
 from model.experts import attach
@@ -77,9 +77,9 @@ def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module],
             if isinstance(fitted, FittedLayer):
                 layer.forward = fitted
                 found.append(layer)
-                notes.add(Part.ATTENTION_HALF, type(layer).__name__, Path.JOINED)
+                notes.add(Part.ATTENTION_HALF, type(layer).__name__, CodePath.JOINED)
             else:
-                notes.add(Part.ATTENTION_HALF, type(layer).__name__, Path.TRANSFORMERS, fitted)
+                notes.add(Part.ATTENTION_HALF, type(layer).__name__, CodePath.TRANSFORMERS, fitted)
     return found
 
 
@@ -126,7 +126,7 @@ def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
             **norms,  # type: ignore[arg-type]
         )
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:  # made of other parts after all
-        return f"its attention is made of other parts ({type(error).__name__}: {error})"
+        return f"its attention is made of other parts: {error}"
     return FittedLayer(layer.forward, block, others[0], int(attention.layer_idx))  # type: ignore[arg-type]
 
 
@@ -146,8 +146,8 @@ def _tried(lib: ctypes.CDLL, layer: nn.Module, fitted: FittedLayer) -> FittedLay
     try:
         agrees = _same(lib, layer, fitted)
     except OTHERWISE as error:
-        return f"a trial call failed with {type(error).__name__}: {error}"
-    return fitted if agrees else "its attention computes something else than the joined form"
+        return f"a trial call with the usual arguments failed with {type(error).__name__}"
+    return fitted if agrees else "it does not just add attention to its input, or attends in another way"
 
 
 def _same(lib: ctypes.CDLL, layer: nn.Module, fitted: Callable[..., Any]) -> bool:

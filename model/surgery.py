@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from cluster.fit import FitNotes, FitReport, Part, PartFit, Path
+from cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
 from model.attention_path import MATMUL, AttentionPath, KVShape, Way
 from model.cpu_experts import CpuExperts, no_int8
 from model.flash import find_way
@@ -60,11 +60,11 @@ class Fit:
 
     def report(self) -> FitReport:
         """Which path serves each part. To be asked once experts are held: their sizes may turn out not to fit."""
-        notes = FitNotes(self.rows)
-        for layer in self.experts:
-            notes.add(Part.EXPERTS, "MoE layers", *_experts_path(layer))
         refusal = self.exchange_refusal()
-        notes.add(Part.EXCHANGE, "workers of a node", Path.TORCH if refusal else Path.NATIVE, refusal)
+        notes = FitNotes(self.rows if refusal is None else map(_apart, self.rows))
+        for layer in self.experts:
+            notes.add(Part.EXPERTS, "MoE layers", *experts_path(layer))
+        notes.add(Part.EXCHANGE, "workers of a node", CodePath.TORCH if refusal else CodePath.NATIVE, refusal)
         return FitReport(rows=notes.rows())
 
 
@@ -134,7 +134,9 @@ def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
 
 
 def _note_attention(shapes: TrunkShapes, attention: AttentionPath, reason: str | None, notes: FitNotes) -> None:
-    path = Path.NATIVE if attention.lib is not None else Path.FLASH if attention.way is not None else Path.TORCH
+    path = CodePath.TORCH if attention.way is None else CodePath.FLASH
+    if attention.lib is not None:
+        path = CodePath.NATIVE
     for shape in shapes.kv.values():
         notes.add(Part.ATTENTION, f"{shape.num_heads} key heads of {shape.key_size}+{shape.value_size}", path, reason)
 
@@ -143,19 +145,27 @@ def _note_trunk(trunk: nn.Module, moe_layers: int, refusal: str | None, apart: s
     """refusal: why nothing of the trunk is native; apart: why the layers are not one call. None: they are."""
     if refusal is not None:
         for part in (Part.ROUTER, Part.NORMS, Part.ROTARY):
-            notes.add(part, "all", Path.TRANSFORMERS, refusal)
+            notes.add(part, "all", CodePath.TRANSFORMERS, refusal)
     elif (others := moe_layers - notes.count(Part.ROUTER)) > 0:
         why = "no module chooses experts by a matrix of its own"
-        notes.add(Part.ROUTER, "others", Path.TRANSFORMERS, why, count=others)
+        notes.add(Part.ROUTER, "others", CodePath.TRANSFORMERS, why, count=others)
     halves_noted = notes.count(Part.ATTENTION_HALF) > 0
     for layer in decoder_layers(trunk):
         kind = type(layer).__name__
-        notes.add(Part.LAYERS, kind, Path.TRANSFORMERS if apart else Path.JOINED, apart)
+        notes.add(Part.LAYERS, kind, CodePath.TRANSFORMERS if apart else CodePath.JOINED, apart)
         if not halves_noted:
-            notes.add(Part.ATTENTION_HALF, kind, Path.TRANSFORMERS, apart)
+            notes.add(Part.ATTENTION_HALF, kind, CodePath.TRANSFORMERS, apart)
 
 
-def _experts_path(layer: LayerExperts) -> tuple[Path, str | None]:
+def _apart(row: PartFit) -> PartFit:
+    """The row where experts are not native: layers that were joined run one after another then."""
+    if row.path is not CodePath.JOINED or row.part is not Part.LAYERS:
+        return row
+    return replace(row, path=CodePath.TRANSFORMERS, reason="the experts are not native")
+
+
+def experts_path(layer: LayerExperts) -> tuple[CodePath, str | None]:
+    """Which code computes a layer's experts, and why no faster code does."""
     if isinstance(layer, CpuExperts):
-        return (Path.NATIVE if layer.native is not None else Path.TORCH), layer.reason
-    return Path.STACKED, None
+        return (CodePath.NATIVE if layer.native is not None else CodePath.TORCH), layer.reason
+    return CodePath.STACKED, None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.fit import FitNotes, Part, Path
+from cluster.fit import CodePath, FitNotes, Part
 from model.native.block import Norm
 from model.native.linear import Packed, can_pack, linear, pack
 from model.native.router import Router
@@ -49,10 +49,10 @@ def _fit_norm(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> None:
     kind = type(module).__name__
     if isinstance(found, Norm):
         module.forward = found
-        notes.add(Part.NORMS, kind, Path.NATIVE)
+        notes.add(Part.NORMS, kind, CodePath.NATIVE)
     elif "norm" in kind.lower():
         # the name decides what is told of it, not what is done with it
-        notes.add(Part.NORMS, kind, Path.TRANSFORMERS, found)
+        notes.add(Part.NORMS, kind, CodePath.TRANSFORMERS, found)
 
 
 def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | str:
@@ -118,9 +118,9 @@ def _pack_routers(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> int:
     found = _native_router(lib, module, router.packed)
     if isinstance(found, Router):
         module.forward = found
-        notes.add(Part.ROUTER, type(module).__name__, Path.NATIVE)
+        notes.add(Part.ROUTER, type(module).__name__, CodePath.NATIVE)
     else:
-        notes.add(Part.ROUTER, type(module).__name__, Path.PACKED, found)
+        notes.add(Part.ROUTER, type(module).__name__, CodePath.PACKED, found)
     return router.packed.nbytes
 
 
@@ -159,9 +159,9 @@ def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
     file = module.__name__.rpartition(".")[2]
     replaced = hasattr(original, "emoe_original")
     if not replaced and not _turns_halves(original):
-        notes.add(Part.ROTARY, file, Path.TRANSFORMERS, "it does not turn halves of a head against each other")
+        notes.add(Part.ROTARY, file, CodePath.TRANSFORMERS, "it does not turn halves of a head against each other")
         return
-    notes.add(Part.ROTARY, file, Path.NATIVE)
+    notes.add(Part.ROTARY, file, CodePath.NATIVE)
     if replaced:
         return
 

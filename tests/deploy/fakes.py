@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cluster.counters import ClusterCounters
 from cluster.errors import ConflictError, PlacementError, RequestError, UserError
+from cluster.fit import CodePath, FitReport, Part, PartFit
 from cluster.placement import Placement, Worker, WorkerId, contiguous
 from cluster.protocol import (
     EngineStatus,
@@ -41,6 +42,13 @@ TEMPLATE = (
     "<|im|>{{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|im|>assistant\n{% endif %}"
 )
 CORPUS = ["the quick brown fox jumps over the lazy dog, naïve façade 😀 日本語", "hello world, hello again and again"]
+
+FIT = FitReport(
+    rows=(
+        PartFit(part=Part.EXPERTS, modules="MoE layers", count=2, path=CodePath.NATIVE),
+        PartFit(part=Part.NORMS, modules="LayerNorm", count=3, path=CodePath.TRANSFORMERS, reason="it has a bias"),
+    )
+)
 
 
 def make_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> RustTokenizer:
@@ -190,6 +198,7 @@ class FakeBackend:
                 device="cpu",
                 running_requests=0,
                 kv_usage=0.0,
+                fit=FIT,
             )
         ]
 
