@@ -16,7 +16,7 @@ class Part(StrEnum):
     """What of a model can be served in several ways."""
 
     LAYERS = "layers"
-    """All decoder layers. Where workers exchange tokens by PyTorch, joined layers run one after another all the same."""
+    """All decoder layers. Joined ones run one after another where workers exchange tokens by PyTorch."""
     ATTENTION_HALF = "attention_half"
     """Of a decoder layer: everything up to its feed-forward half."""
     ATTENTION = "attention"

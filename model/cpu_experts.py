@@ -18,6 +18,7 @@ from model.layer_experts import Tensors
 from model.linear import Weight, linear, nbytes, pack, unpack
 from model.native.experts import NativeExperts
 from model.native.linear import Packed
+from model.transformers_private import apply_gate
 
 
 class CpuExperts:
@@ -117,7 +118,7 @@ def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping
         return torch.cat([_linear(part, w, name, transposed) for part, (w, _) in zip(parts, groups, strict=True)])
 
     hidden_SF = project(x_SH, first)
-    hidden_SF = module._apply_gate(hidden_SF) if module.has_gate else module.act_fn(hidden_SF)  # type: ignore[operator]
+    hidden_SF = apply_gate(module, hidden_SF) if module.has_gate else module.act_fn(hidden_SF)  # type: ignore[operator]
     return project(hidden_SF, "down_proj")
 
 

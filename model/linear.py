@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.fit import CodePath, FitNotes, Part
-from model.native import library, native_refusal
+from model.native import library
 from model.native import linear as native
 from model.native.linear import Packed
+from model.native.refusals import native_refusal
 from model.torch_private import onednn_linear, onednn_pack
 
 _ROWS = 32

@@ -31,8 +31,9 @@ from model.layer_experts import LayerExperts
 from model.layer_runs import join_layers
 from model.linear import pack_linears
 from model.native import attention as native_attention
-from model.native import library, native_refusal, unavailable
+from model.native import library, unavailable
 from model.native.experts import NativeExperts, find_gate
+from model.native.refusals import native_refusal
 from model.native.trunk import fit_trunk
 from model.native_layers import decoder_layers, fit_layers
 from model.probe import TrunkShapes, probe_shapes

@@ -8,6 +8,6 @@ To add a function: `extern "C"` in a .cpp file here, its arguments in `library._
 module named like the .cpp file, and a test in tests/model/native that takes the fixture `lib`.
 """
 
-from model.native.library import library, native_refusal, unavailable
+from model.native.library import library, unavailable
 
-__all__ = ["library", "native_refusal", "unavailable"]
+__all__ = ["library", "unavailable"]

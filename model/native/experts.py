@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.int8 import SCALE, quantize
 from model.native.linear import Packed, can_pack, pack, pack8, unpack, unpack8
+from model.transformers_private import apply_gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ def find_gate(module: nn.Module) -> Gate | None:
     # from tiny values to ones beyond any limit
     probe = torch.randn(64, 64, generator=generator) * torch.logspace(-2, 3, 64)[:, None]
     probe = probe.to(torch.bfloat16)
-    expected: Tensor = module._apply_gate(probe)  # type: ignore[operator]
+    expected = apply_gate(module, probe)
     for kind, interleaved, limit, alpha in itertools.product(
         (0, 1), (False, True), (math.inf, *constants), constants or (1.0,)
     ):

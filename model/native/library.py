@@ -13,9 +13,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from cluster.config import cache_directory, native_wanted
+from model.native.structs import MIRRORED, mismatch
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +57,9 @@ _SIGNATURES = {
     "emoe_exchange_layer": "piiptttffpppppt>t",
     "emoe_layers": "ppipipippipipiptt>t",
     "emoe_layers_idle": "pipt>t",
+    "emoe_attention_sizes": "p",
+    "emoe_block_sizes": "p",
+    "emoe_layers_sizes": "p",
 }
 """Arguments of each function: p pointer, i int64, f float, t int; behind `>` what it returns, if anything."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
@@ -73,15 +75,6 @@ def unavailable() -> str | None:
     return _load()[1]
 
 
-def native_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the native library computes nothing of this dtype on this device; None where it does."""
-    if device.type != "cpu":
-        return "the native library is for CPUs"
-    if dtype != torch.bfloat16:
-        return f"the native library computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
-    return unavailable()
-
-
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
@@ -91,6 +84,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             function = getattr(loaded, name)
             function.argtypes = [_TYPES[kind] for kind in arguments]
             function.restype = _TYPES[result] if result else None
+        if (difference := mismatch(loaded, MIRRORED)) is not None:
+            raise _Unavailable(difference)
         return loaded, None
     except _Unavailable as error:
         reason = str(error)

@@ -26,7 +26,6 @@ from model import surgery
 from model.checkpoint import open_checkpoint
 from model.loading import expert_modules, load_trunk
 from model.worker import Worker
-from tests.bench.machine import model_config
 from tests.bench.report import markdown
 from tests.bench.step import CONTEXT, load_worker, step_s
 from tests.bench.workers import BLOCK, Case, Load
@@ -59,7 +58,7 @@ def decode_pairs(path: Path, threads: int, turns: int, batch: int) -> tuple[floa
     loads = []
     for worker in (joined, single):
         case = Case(requests=batch, context=CONTEXT, steps=turns, most_requests=batch)
-        loads.append(Load(case, 0, 0, 1, model_config(path)["vocab_size"]))
+        loads.append(Load(case, 0, 0, 1, open_checkpoint(path).info.vocab_size))
         worker.step(loads[-1].prefill())
     for turn in range(turns):
         order: Sequence[tuple[int, Worker]] = [(0, joined), (1, single)]
