@@ -141,6 +141,8 @@ class Executor:
                 return WorkerLost(worker=command.worker, reason=one_line(error))
             return WorkerFailed(worker=command.worker, reason=one_line(error), fatal=isinstance(error, UserError))
         self.infos[command.worker] = info
+        if info.fit is not None:
+            logger.info("%s is served by %s", info.worker, info.fit.text())
         return WorkerLoaded(info=info)
 
     def _find_or_start(self, worker: WorkerId) -> Any:

@@ -1,6 +1,6 @@
 """Which code serves a model on a worker, and why no faster code does: values, made by `fit` in model/surgery.py.
 
-A report has one row for each part, kind of module, path and reason. An operator reads it in the worker's log, in
+A report has one row for each part, kind of module, path and reason. An operator reads it in the coordinator's log, in
 `/admin/workers` and in `/metrics`; every benchmark prints it beside its figures.
 """
 
@@ -27,7 +27,8 @@ class Part(StrEnum):
     ROTARY = "rotary"
     LINEARS = "linears"
     EXCHANGE = "exchange"
-    """Of tokens and sums between the workers of one node. Between nodes and on GPUs it is always PyTorch's."""
+    """Of tokens and sums between the workers of one node: native where every one of them says so. Between nodes and on
+    GPUs it is always PyTorch's."""
 
 
 class CodePath(StrEnum):

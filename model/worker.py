@@ -128,7 +128,6 @@ class Worker:
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
         )
         self.report = self._fit.report()
-        log.info("%s: %s", self.spec.worker, self.report.text())
         weights = sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes + self._store.nbytes
         return self._cache.num_blocks, weights + self._cache.nbytes
 
@@ -200,7 +199,6 @@ class Worker:
                 max_tokens=self.spec.max_num_batched_tokens,
                 timeout_s=self.spec.step_timeout_s,
             )
-            log.info("%s: group %s exchanges tokens by %s", self.spec.worker, spec.group, type(group).__name__)
         dispatcher = make_dispatcher(spec.placement, rank, self._store, group, self._device)
         self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, group=group, dispatcher=dispatcher)
 
