@@ -6,7 +6,7 @@ instead of losing a path. Imports nothing of this project.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,9 +65,9 @@ def tied_weights(model: PreTrainedModel) -> Mapping[str, str]:
     return tied
 
 
-def may_be_missing(model: PreTrainedModel) -> Sequence[str]:
+def may_be_missing(model: PreTrainedModel) -> Collection[str]:
     """Patterns of parameters that a checkpoint may lack."""
-    patterns: Sequence[str] | None = model._keys_to_ignore_on_load_missing
+    patterns: Collection[str] | None = model._keys_to_ignore_on_load_missing
     return patterns or ()
 
 
