@@ -6,6 +6,7 @@ Every decision is in cluster/state.py, and every handle in actors/processes.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,8 @@ from cluster.events import (
 )
 from cluster.messages.epochs import EpochSpec, HostInfo, HostSpec, ModelInfo, ModelSpec
 from cluster.placement import WorkerId
+
+logger = logging.getLogger(__name__)
 
 
 class Executor:
@@ -78,6 +81,8 @@ class Executor:
             if is_death(error):
                 return [WorkerLost(worker=worker, reason=one_line(error))]
             return [WorkerFailed(worker=worker, reason=one_line(error), fatal=isinstance(error, UserError))]
+        if info.fit is not None:
+            logger.info("%s is served by %s", info.worker, info.fit.text())
         return [WorkerLoaded(info=info)]
 
     def _host_spec(self, command: StartWorker) -> HostSpec:

@@ -83,6 +83,7 @@ class ExpertHost:
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
             expert_capacity=worker.expert_capacity(),
+            fit=worker.report,
         )
 
     @ray.method(concurrency_group="io")

@@ -73,6 +73,7 @@ def worker_view(facts: Facts, member: Member, status: EngineStatus, device: str)
         device=info.device if info else device,
         running_requests=status.running.get(member.id, 0),
         kv_usage=status.kv_usage.get(member.id, 0.0),
+        fit=info.fit if info else None,
     )
 
 

@@ -92,7 +92,9 @@ def operation_json(operation: Operation) -> dict[str, Any]:
 
 
 def worker_json(worker: WorkerView) -> dict[str, Any]:
-    return dataclasses.asdict(worker)
+    # rows of the report, not an object around them
+    fit = None if worker.fit is None else [dataclasses.asdict(row) for row in worker.fit.rows]
+    return dataclasses.asdict(worker) | {"fit": fit}
 
 
 def routing_json(view: RoutingView) -> dict[str, Any]:

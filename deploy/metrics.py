@@ -172,6 +172,17 @@ class _ClusterCollector(Collector):
         for state, count in tally.items():
             workers.add_metric([*self._labels.values(), state], count)
         yield workers
+        yield self._fit()
+
+    def _fit(self) -> GaugeMetricFamily:
+        """1 for every path that serves a part of the model on some worker."""
+        family = GaugeMetricFamily(
+            "emoe:fit_info", "Which code serves which part of the model.", labels=[*LABELS, "part", "path"]
+        )
+        fits = [worker.fit for worker in self.workers if worker.fit is not None and worker.state != "dead"]
+        for part, path in sorted({pair for fit in fits for pair in fit.paths()}):
+            family.add_metric([*self._labels.values(), part, path], 1)
+        return family
 
     def _counts(self, name: str, text: str, label: str, counts: Mapping[Value, int]) -> CounterMetricFamily:
         family = CounterMetricFamily(name, text, labels=[*LABELS, label])

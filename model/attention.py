@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
+from model.attention_path import KVShape
 from model.flash import FlashBatch
-from model.kv_cache import KVCache, KVShape
+from model.kv_cache import KVCache
 from model.native.attention import NativeBatch, Rules
 
 NAME = "emoe"
@@ -92,10 +92,10 @@ class StepBatch:
         size = cache.block_size
         pieces = [(piece.start, piece.end, piece.block_ids) for piece in slices]
         fused: NativeBatch | FlashBatch | None = None
-        if cache.lib is not None:
-            fused = NativeBatch(cache.lib, pieces, block_size=size)
-        elif cache.way is not None:
-            fused = FlashBatch(cache.way, pieces, block_size=size, device=device)
+        if cache.path.lib is not None:
+            fused = NativeBatch(cache.path.lib, pieces, block_size=size)
+        elif cache.path.way is not None:
+            fused = FlashBatch(cache.path.way, pieces, block_size=size, device=device)
         if fused is not None:
             return cls(cache=cache, positions=torch.empty(0), decodes=[], prefills=[], fused=fused)
         positions: list[int] = []

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cluster.errors import CheckpointError
 from cluster.protocol import ModelInfo
@@ -21,6 +20,7 @@ from model.plan import LoadPlan, make_plan
 from model.quiet import quiet_transformers
 from model.servability import NotServable, Shape, dry_run
 from model.stored import StoredTensor, read_json, stored_tensors
+from model.transformers_private import CONFIG_MAPPING, has_causal_model
 
 _BROKEN = (
     *(ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, AssertionError),
@@ -139,7 +139,7 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     file = path / "config.json"
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{file}: {config.model_type} is an encoder-decoder model, which cannot be served")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if not has_causal_model(config):
         others = sorted(key for key in config.sub_configs if key != "text_config")
         why = f"; it takes other input than text ({', '.join(others)})" if others else ""
         raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}{why}")

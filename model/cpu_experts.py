@@ -1,14 +1,13 @@
 """The experts of one layer on CPU, each in the layout in which its products read it.
 
-In bfloat16 the native library does the arithmetic (model/native/experts.py), where there is one and it knows the
-layer's gate; elsewhere PyTorch's operators, expert by expert.
+In bfloat16 the native library holds the experts and does the arithmetic (model/native/experts.py), where there is one
+and it knows the layer's gate; elsewhere PyTorch's operators do, expert by expert.
 
 Legend: R rows (tokens sent here), H hidden, F expert width, K experts per token, S sorted (row, choice) pairs.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence, Set
 
 import torch
@@ -17,63 +16,70 @@ from torch import Tensor, nn
 from cluster.errors import UserError
 from model.layer_experts import Tensors
 from model.linear import Weight, linear, nbytes, pack, unpack
-from model.native import library, unavailable
-from model.native.experts import NativeExperts, find_gate
+from model.native.experts import NativeExperts
 from model.native.linear import Packed
+from model.transformers_private import apply_gate
 
 
 class CpuExperts:
     """A LayerExperts."""
 
-    def __init__(self, module: nn.Module, *, int8: bool = False) -> None:
+    def __init__(self, module: nn.Module, native: NativeExperts | str = "it was not asked for") -> None:
         """`module` is the trunk's expert module, empty of weights: it knows layout and gate.
 
-        int8: keep weights in 8 bits (model/int8.py). Raises UserError where the native library does not do that.
+        native: who holds and computes the experts in the native library, or the reason why nobody there does.
         """
         self._module = module
-        self._int8 = int8
         self._weights: dict[int, dict[str, Weight]] = {}
-        self.native = _native(module, 8 if int8 else 16)
-        """The layer's arithmetic in the native library, if it does it."""
-        if int8 and self.native is None:
-            raise no_int8(unavailable() or "it is for bfloat16 on CPU, and for gates that it knows")
+        """Experts that PyTorch's operators compute; empty where the native library does."""
+        self.native: NativeExperts | None = native if isinstance(native, NativeExperts) else None
+        self.reason = native if isinstance(native, str) else None
+        """Why the native library does not compute the experts; None where it does."""
 
     def reserve(self, count: int) -> None: ...
 
     def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
         if self.native is not None and not self.native.takes(tensors):
-            if self._int8:
-                raise no_int8("a matrix has an odd number of columns")
-            self.native = None
+            self._leave_native("a matrix has an odd number of columns")
         if borrowed:
             # packing is a copy already
             packs = self.native is not None
             tensors = {name: t if packs and t.dim() == 2 else t.clone() for name, t in tensors.items()}
         if self.native is not None:
-            self._weights[expert] = self.native.put(expert, tensors)
+            self.native.put(expert, tensors)
             return
         plain = self._module.is_transposed
         self._weights[expert] = {
             name: tensor if plain or tensor.dim() != 2 else pack(tensor) for name, tensor in tensors.items()
         }
 
+    def _leave_native(self, reason: str) -> None:
+        """All experts of a layer have the same shapes, so this is known when the first one comes."""
+        assert self.native is not None
+        assert not self.native.held()
+        if self.native.bits == 8:
+            raise no_int8(reason)
+        self.native, self.reason = None, reason
+
     def get(self, expert: int) -> Tensors:
-        held = self._weights[expert]
         if self.native is not None:
-            return self.native.get(held)
-        return {name: unpack(weight) for name, weight in held.items()}
+            return self.native.get(expert)
+        return {name: unpack(weight) for name, weight in self._weights[expert].items()}
 
     def held(self) -> frozenset[int]:
-        return frozenset(self._weights)
+        return frozenset(self._weights) if self.native is None else self.native.held()
 
     def keep_only(self, wanted: Set[int]) -> None:
-        for expert in self._weights.keys() - wanted:
+        for expert in self.held() - wanted:
             if self.native is not None:
                 self.native.drop(expert)
-            del self._weights[expert]
+            else:
+                del self._weights[expert]
 
     @property
     def nbytes(self) -> int:
+        if self.native is not None:
+            return self.native.nbytes
         return sum(nbytes(weight) for tensors in self._weights.values() for weight in tensors.values())
 
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
@@ -101,16 +107,6 @@ def no_int8(reason: str) -> UserError:
     return UserError(f"expert_dtype: int8 needs the native library: {reason}")
 
 
-def _native(module: nn.Module, bits: int) -> NativeExperts | None:
-    """The native arithmetic of a layer, if there is one for its dtype, device and gate."""
-    like = next(itertools.chain(module.parameters(), module.buffers()))
-    if like.dtype != torch.bfloat16 or like.device.type != "cpu":
-        return None
-    lib = library()
-    gate = None if lib is None else find_gate(module)
-    return None if lib is None or gate is None else NativeExperts(lib, module, gate, bits=bits)
-
-
 def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping[str, Weight], int]]) -> Tensor:
     """Rows of `x_SH` in consecutive groups, each through its expert."""
     transposed = bool(module.is_transposed)
@@ -122,11 +118,8 @@ def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping
         return torch.cat([_linear(part, w, name, transposed) for part, (w, _) in zip(parts, groups, strict=True)])
 
     hidden_SF = project(x_SH, first)
-    hidden_SF = module._apply_gate(hidden_SF) if module.has_gate else module.act_fn(hidden_SF)  # type: ignore[operator]
-    y_SH = project(hidden_SF, "down_proj")
-    if getattr(module, "has_post_expert_norm", False):
-        y_SH = module.post_expert_norm(y_SH)  # type: ignore[operator]
-    return y_SH
+    hidden_SF = apply_gate(module, hidden_SF) if module.has_gate else module.act_fn(hidden_SF)  # type: ignore[operator]
+    return project(hidden_SF, "down_proj")
 
 
 def _linear(x: Tensor, tensors: Mapping[str, Weight], name: str, transposed: bool) -> Tensor:

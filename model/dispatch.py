@@ -19,13 +19,22 @@ import torch
 from torch import Tensor
 
 from cluster.placement import EMPTY, Placement
-from model.backends import dense_tokens
 from model.experts import ExpertStore
 from model.layer_experts import ABSENT
 from model.native.layers import JointExperts
 from model.routing_counter import RoutingCounter
 from model.staging import to_device
 from model.transport import Transport
+
+_DENSE_TOKENS_CPU, _DENSE_TOKENS_GPU = 64, 8192
+
+
+def _dense_tokens(device: torch.device) -> int:
+    """Up to so many tokens in the whole step, everything to everyone is cheaper than choosing rows and telling sizes.
+
+    On GPUs choosing makes the host wait twice per layer, and most tokens want an expert on most workers anyway.
+    """
+    return _DENSE_TOKENS_CPU if device.type == "cpu" else _DENSE_TOKENS_GPU
 
 
 def route_table(placement: Placement, rank: int) -> Tensor:
@@ -129,7 +138,7 @@ class TransportDispatcher(Dispatcher):
         experts_E = torch.arange(routes_WLE.shape[2], device=device)
         # [L, W * E] the expert where tokens of a rank find it here, ABSENT where they find it elsewhere
         self._mine_LX = torch.where(routes_WLE == rank, experts_E, ABSENT).transpose(0, 1).flatten(1)
-        self._most_dense = dense_tokens(device) if most_dense is None else most_dense
+        self._most_dense = _dense_tokens(device) if most_dense is None else most_dense
         self._tokens_per_rank: Sequence[int] = ()
         if transport.size == 1 and store.native:
             self.joint = store.joint()

@@ -1,7 +1,7 @@
 """The experts that one worker holds, and how the trunk's MoE layers come to them.
 
 Where tokens come from and go to is the dispatcher's business (model/dispatch.py), how a layer's experts are kept and
-computed that of a LayerExperts (model/backends.py chooses it).
+computed that of a LayerExperts (`fit` in model/surgery.py chooses it).
 
 Legend: R rows (tokens sent here), H hidden, K experts per token.
 """
@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from model.backends import layer_experts
 from model.cpu_experts import CpuExperts
-from model.layer_experts import Tensors
-from model.native import library
+from model.layer_experts import LayerExperts, Tensors
 from model.native.layers import JointExperts
+from model.transformers_private import ALL_EXPERTS_FUNCTIONS
 
 NAME = "emoe"
 """Of our experts function in transformers' registry."""
@@ -30,12 +28,9 @@ Forward = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class ExpertStore:
     """Weights by (layer, logical expert), and the sum of a layer's held experts over rows sent here."""
 
-    def __init__(self, modules: Sequence[nn.Module], *, int8: bool = False) -> None:
-        """`modules` are the trunk's expert modules in layer order, empty of weights: they know layout and gate.
-
-        int8: keep weights in 8 bits (model/int8.py). Raises UserError where the native library does not do that.
-        """
-        self._layers = [layer_experts(module, int8=int8) for module in modules]
+    def __init__(self, layers: Sequence[LayerExperts]) -> None:
+        """`layers` hold and compute the experts of each MoE layer, in order; they hold none yet."""
+        self._layers = layers
 
     @property
     def num_layers(self) -> int:
@@ -55,9 +50,10 @@ class ExpertStore:
 
     def joint(self, *exchange: Any) -> JointExperts:
         """All layers for native functions, as held now; for `exchange` see JointExperts. Only where `native`."""
-        lib = library()
-        assert lib is not None
-        return JointExperts(lib, [self.native_layer(layer) for layer in range(self.num_layers)], *exchange)
+        first = self._layers[0]
+        assert isinstance(first, CpuExperts)
+        assert first.native is not None
+        return JointExperts(first.native.lib, [self.native_layer(layer) for layer in range(self.num_layers)], *exchange)
 
     def reserve(self, counts: Sequence[int]) -> None:
         """So many experts of each layer are about to be put, before any step."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -21,26 +20,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import varlen
 
-from model.kv_cache import KVShape
+from model.attention_path import KVShape, Way
 from model.native.attention import Rules
 from model.staging import to_device
+from model.torch_private import varlen
 
 Piece = tuple[int, int, Sequence[int]]
 """(start, end, block_ids) of a sequence: its tokens of the step are at positions start .. end - 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How the installed kernels are called."""
-
-    paged: bool
-    """They read blocks of the cache where they lie."""
-    tell_begins: bool = True
-    """They are told where a sequence's keys begin; some must not be, if they read blocks."""
-    sums_by_token: bool = False
-    """They return the sums of the softmax as [T, N], as torch's documentation has it, and not as [N, T]."""
 
 
 WAYS = tuple(
@@ -121,25 +108,27 @@ class FlashBatch:
         return out_TND[..., :size]
 
 
-def find_way(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | None:
-    """The best way that gives right results for caches of these shapes; None where there is none."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return None
+def find_way(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | str:
+    """The best way that gives right results for caches of these shapes; otherwise the reason why there is none."""
+    if device.type != "cuda":
+        return "FlashAttention is for CUDA GPUs"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "FlashAttention computes in 16 bits"
     return try_ways(shapes, dtype=dtype, device=device, block_size=block_size)
 
 
-def try_ways(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | None:
+def try_ways(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | str:
     """As `find_way`, on any device."""
     distinct = set(shapes)
     if any(shape.softcap for shape in distinct):
-        return None
+        return "FlashAttention does not bound scores, as this model does"
     for way in WAYS:
         try:
             if all(_is_right(way, shape, dtype, device, block_size) for shape in distinct):
                 return way
         except (RuntimeError, TypeError, ValueError, AttributeError):  # not in this version, or not for these sizes
             continue
-    return None
+    return "no way of calling torch's FlashAttention gave right results on this device"
 
 
 @torch.inference_mode()

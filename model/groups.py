@@ -11,7 +11,7 @@ from cluster.placement import Placement
 from model.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
 from model.experts import ExpertStore
 from model.native import library
-from model.native.exchange import NativeExchange, all_able
+from model.native.exchange import NativeExchange
 from model.native_dispatch import NativeDispatcher
 from model.shared_memory import SharedMemoryTransport
 from model.transport import CollectiveTransport, LocalTransport, Transport
@@ -21,9 +21,11 @@ Group = Transport | NativeExchange
 
 
 def join_group(
-    spec: EpochSpec, rank: int, store: ExpertStore, shapes: Sequence[LayerShape], *, max_tokens: int, timeout_s: float
+    spec: EpochSpec, rank: int, shapes: Sequence[LayerShape], *, native: bool, max_tokens: int, timeout_s: float
 ) -> Group:
     """Blocks until all members have come. `max_tokens` is the most that a member runs in a step.
+
+    native: this member can exchange tokens natively; where all members of a node can, they do.
 
     Raises StepAborted where a member does not come within `timeout_s`.
     """
@@ -35,8 +37,8 @@ def join_group(
             spec.transport, rendezvous=spec.rendezvous, group=spec.group, rank=rank, size=size, timeout_s=timeout_s
         )
     lib = library()
-    able = lib is not None and store.native and len(set(shapes)) == 1
-    if all_able(able, group=f"{spec.group}-able", rank=rank, size=size, timeout_s=timeout_s):
+    able = lib is not None and native
+    if _all_able(able, group=f"{spec.group}-able", rank=rank, size=size, timeout_s=timeout_s):
         assert lib is not None
         return NativeExchange(
             lib,
@@ -61,3 +63,11 @@ def make_dispatcher(
     if isinstance(group, NativeExchange):
         return NativeDispatcher(placement, rank, store, group)
     return TransportDispatcher(placement, rank, store, group, device=device)
+
+
+def _all_able(able: bool, *, group: str, rank: int, size: int, timeout_s: float) -> bool:
+    """Whether every rank is `able`: they must all take the same path. Blocks until all have said so."""
+    small = SharedMemoryTransport(group=group, rank=rank, size=size, max_bytes=8, timeout_s=timeout_s)
+    answer = torch.tensor([able], dtype=torch.uint8)
+    said = small.all_to_all([[answer]] * size, [1] * size)
+    return able and all(bool(raw.item()) for peer, raw in enumerate(said) if peer != rank)

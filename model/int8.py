@@ -26,8 +26,3 @@ def quantize(matrix_NK: Tensor) -> tuple[Tensor, Tensor]:
     # a group of zeros has a scale of zero
     rounded = (padded / scales_NG.clamp(min=1e-38)[..., None]).round_().clamp_(-127, 127)
     return rounded.to(torch.int8).view(n, -1)[:, :k].contiguous(), scales_NG
-
-
-def dequantize(values_NK: Tensor, scales_NG: Tensor) -> Tensor:
-    """[N, K] in float32."""
-    return values_NK.float() * scales_NG.repeat_interleave(GROUP, dim=1)[:, : values_NK.shape[1]]

@@ -11,37 +11,15 @@ the result is laid out as matmul wants it. Where the native library attends, blo
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.native import library
-from model.native.attention import can_attend
-
-if TYPE_CHECKING:
-    from model.flash import Way
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KVShape:
-    """Of one attention layer's cache, per token."""
-
-    num_heads: int
-    key_size: int
-    value_size: int
-    softcap: bool = False
-    """Whether the layer bounds its scores, which not all kernels do."""
-
-    @property
-    def elements(self) -> int:
-        return self.num_heads * (self.key_size + self.value_size)
+from model.attention_path import MATMUL, AttentionPath, KVShape
 
 
 class KVCache:
@@ -55,24 +33,17 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        way: Way | None = None,
+        path: AttentionPath = MATMUL,
     ) -> None:
-        """way: how FlashAttention attends, if it does."""
-        self.way = way
+        """path: who attends, for whom the blocks are laid out."""
+        self.path = path
         self.num_blocks = num_blocks
         self.block_size = block_size
-
-        native = all(
-            can_attend(dtype=dtype, device=device, block_size=block_size, key_size=s.key_size, value_size=s.value_size)
-            for s in shapes.values()
-        )
-        self.lib: ctypes.CDLL | None = library() if native else None
-        """The native library where it attends."""
 
         def blocks(heads: int, size: int) -> Tensor:
             # zeros, not empty: masked keys must be finite
             shape = (heads, num_blocks, block_size, size)
-            if way is not None:
+            if path.way is not None:
                 shape = (num_blocks, block_size, heads, size)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)

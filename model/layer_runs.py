@@ -17,35 +17,44 @@ from model.experts import attach
 from model.native.layers import JointLayer, JointLayers
 from model.native.router import Router
 from model.native.trunk import OTHERWISE
-from model.native_layers import FittedLayer, native_input
+from model.native_layers import FittedLayer, decoder_layers, native_input
 
 _WHAT_LAYERS_SHARE = ("attention_mask", "position_embeddings")
 
 
-def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence[nn.Module]) -> bool:
-    """Put one module in the place of all `layers` of a trunk that `fit_layers` has recognised. Returns whether.
+def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence[nn.Module]) -> str | None:
+    """Put one module in the place of all `layers` of a trunk that `fit_layers` has recognised.
 
-    `experts` are the trunk's expert modules. They stand for nothing meanwhile, and must be attached anew.
+    Returns None where it is done, otherwise the reason why not; the trunk is unchanged then. `experts` are the trunk's
+    expert modules: their forward is replaced by a probe, so call `attach` again afterwards.
     """
+    count = len(decoder_layers(trunk))
+    if len(layers) < count:
+        return f"the attention half of {count - len(layers)} of {count} layers is not joined"
+    if len(layers) != len(experts):
+        return f"{count - len(experts)} of {count} layers are dense"
     lists = [
         (parent, name)
         for parent in trunk.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) > 1 and list(child) == list(layers)
     ]
-    if len(lists) != 1 or len(layers) != len(experts):
-        return False
-    parent, name = lists[0]
+    if len(lists) != 1:
+        return "the layers are not one list of two or more"
+    [(parent, name)] = lists
     with torch.inference_mode():
-        joint = [_joint_layer(layer, experts, number) for number, layer in enumerate(layers)]
-        parts = [layer for layer in joint if layer is not None]
-        if len(parts) < len(layers) or len({(p.router.top_k, p.block.head_size) for p in parts}) > 1:
-            return False
-        joined = nn.ModuleList([_LayerRun(layers, JointLayers(parts))])
+        parts = []
+        for number, layer in enumerate(layers):
+            part = _joint_layer(layer, experts, number)
+            if isinstance(part, str):
+                return part
+            parts.append(part)
+        if len({(p.router.top_k, p.block.head_size) for p in parts}) > 1:
+            return "the layers differ in experts per token or in their heads' size"
         if not _one_after_another(trunk, parent, name, len(layers)):
-            return False
-    setattr(parent, name, joined)
-    return True
+            return "the trunk does more between its layers than hand on what the one before has made"
+    setattr(parent, name, nn.ModuleList([_LayerRun(layers, JointLayers(parts))]))
+    return None
 
 
 class _LayerRun(nn.Module):
@@ -83,14 +92,14 @@ class _LayerRun(nn.Module):
         return out_TH[None]
 
 
-def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) -> JointLayer | None:
-    """The layer's parts, if it has no others."""
+def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) -> JointLayer | str:
+    """The layer's parts, if it has no others; otherwise the reason why it is not made of them."""
     fitted: Any = layer.forward
     assert isinstance(fitted, FittedLayer)
     feed_forward = fitted.feed_forward
     routers = [module.forward for module in feed_forward.modules() if isinstance(module.forward, Router)]
     if len(routers) != 1 or experts[number] not in list(feed_forward.modules()):
-        return None
+        return "a feed-forward half has no native router"
     router = routers[0]
 
     def probe(n: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -102,11 +111,11 @@ def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) ->
     _, scores, index = router(x_TH)
     try:
         got = feed_forward(x_TH[None])
-    except OTHERWISE:
-        return None
+    except OTHERWISE as error:
+        return f"a trial call of a feed-forward half failed with {type(error).__name__}"
     expected = probe(number, x_TH, index, scores)[None]
     if not isinstance(got, Tensor) or got.shape != expected.shape or not torch.equal(got, expected):
-        return None
+        return "a feed-forward half computes more than a router and experts, such as a shared expert"
     return JointLayer(block=fitted.block, router=router, attention_layer=fitted.attention_layer)
 
 

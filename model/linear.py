@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.fit import CodePath, FitNotes, Part
 from model.native import library
 from model.native import linear as native
 from model.native.linear import Packed
+from model.native.refusals import native_refusal
+from model.torch_private import onednn_linear, onednn_pack
 
 _ROWS = 32
 """Rows that oneDNN's layout is made for: the best of 1..512 for a whole server, within 10 % for a few."""
@@ -33,8 +36,7 @@ def pack(weight: Tensor) -> Weight:
         return native.pack(lib, weight)
     if not _onednn_packs():
         return weight
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
-    return packed
+    return onednn_pack(weight, _ROWS)
 
 
 @cache
@@ -61,8 +63,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return native.linear(x, weight, bias)
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+    return onednn_linear(x, weight, bias)
 
 
 class PackedLinear(nn.Module):
@@ -78,10 +79,11 @@ class PackedLinear(nn.Module):
         return linear(x, self.packed, self.bias)  # type: ignore[arg-type]
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, notes: FitNotes) -> int:
     """Pack every plain nn.Linear of a model, one at a time. Returns the bytes of the packed weights.
 
     Layers whose weight somebody else uses too (tied embeddings) or whose class is not nn.Linear itself are left alone.
+    `notes` get every linear layer, packed or not.
     """
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -90,10 +92,25 @@ def pack_linears(model: nn.Module) -> int:
     total = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or uses[id(child.weight)] > 1:
+            if not isinstance(child, nn.Linear):
                 continue
-            packed = pack(child.weight.data)
-            if isinstance(packed, Packed) or packed.is_mkldnn:
-                setattr(parent, name, PackedLinear(packed, child.bias))
-                total += nbytes(packed)
+            kind = type(child).__name__
+            if type(child) is not nn.Linear:
+                notes.add(Part.LINEARS, kind, CodePath.TRANSFORMERS, "its class may compute more than a linear layer")
+            elif uses[id(child.weight)] > 1:
+                notes.add(Part.LINEARS, kind, CodePath.TORCH, "another module uses its weight too")
+            else:
+                packed = pack(child.weight.data)
+                notes.add(Part.LINEARS, kind, *_layout(packed))
+                if isinstance(packed, Packed) or packed.is_mkldnn:
+                    setattr(parent, name, PackedLinear(packed, child.bias))
+                    total += nbytes(packed)
     return total
+
+
+def _layout(weight: Weight) -> tuple[CodePath, str | None]:
+    """Which code multiplies by the matrix, and why no faster one does."""
+    if isinstance(weight, Packed):
+        return CodePath.NATIVE, None
+    why = native_refusal(weight.dtype, weight.device) or "the matrix has an odd number of columns"
+    return (CodePath.ONEDNN if weight.is_mkldnn else CodePath.TORCH), (None if weight.device.type == "cuda" else why)

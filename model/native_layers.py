@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.fit import CodePath, FitNotes, Part
 from model.attention import SequenceSlice, StepBatch, Window, current_batch, step_context
+from model.attention_path import AttentionPath, KVShape
 from model.experts import attach
-from model.kv_cache import KVCache, KVShape
+from model.kv_cache import KVCache
 from model.linear import PackedLinear
-from model.native.attention import TILE, NativeBatch
+from model.native.attention import TILE, NativeBatch, refusal
 from model.native.block import AttentionBlock, Matrix, Norm
 from model.native.linear import Packed
 from model.native.trunk import OTHERWISE
@@ -54,20 +56,30 @@ class FittedLayer:
         return sum_TH + self.feed_forward(normed_TH[None])
 
 
-def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module]) -> list[nn.Module]:
-    """Join what is recognised in a trunk that `fit_trunk` has been through. Returns the layers that were.
+def decoder_layers(trunk: nn.Module) -> list[nn.Module]:
+    """The trunk's decoder layers, by the name that families share for their attention."""
+    return [module for module in trunk.modules() if isinstance(getattr(module, "self_attn", None), nn.Module)]
 
-    Their `forward` is a FittedLayer then. `experts` are the trunk's expert modules. They stand for nothing while layers
-    are tried, and must be attached anew.
+
+def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module], notes: FitNotes) -> list[nn.Module]:
+    """Join the attention halves that are recognised in a trunk that `fit_trunk` has been through.
+
+    Returns the layers that were joined: their `forward` is a FittedLayer now. `notes` get every decoder layer.
+    `experts` are the trunk's expert modules: their forward is replaced by a probe, so call `attach` again afterwards.
     """
     attach(experts, lambda layer, hidden, index, weight: hidden * weight.sum(-1, keepdim=True).to(hidden.dtype))
     found = []
     with torch.inference_mode():
-        for layer in trunk.modules():
+        for layer in decoder_layers(trunk):
             fitted = _fitted(lib, layer)
-            if fitted is not None and _tried(layer, fitted):
+            if isinstance(fitted, FittedLayer):
+                fitted = _tried(lib, layer, fitted)
+            if isinstance(fitted, FittedLayer):
                 layer.forward = fitted
                 found.append(layer)
+                notes.add(Part.ATTENTION_HALF, type(layer).__name__, CodePath.JOINED)
+            else:
+                notes.add(Part.ATTENTION_HALF, type(layer).__name__, CodePath.TRANSFORMERS, fitted)
     return found
 
 
@@ -85,17 +97,24 @@ def native_input(batch: Any, hidden: Tensor, mask: Any, embeddings: Any, head_si
     )
 
 
-def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | None:
-    """The layer's forward as it may be, if it is made of the parts that most families have, by the names they share."""
+def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
+    """The layer's forward as it may be, if it is made of the parts that most families have, by the names they share.
+
+    Otherwise the reason why it is not.
+    """
     attention = getattr(layer, "self_attn", None)
     before, after = (getattr(layer, f"{name}_layernorm", None) for name in ("input", "post_attention"))
     others = [child for child in layer.children() if child not in (attention, before, after)]
-    if not isinstance(attention, nn.Module) or len(others) != 1:
-        return None
+    if not isinstance(attention, nn.Module) or before is None or after is None:
+        return "it lacks one of self_attn, input_layernorm and post_attention_layernorm"
+    if len(others) != 1:
+        return f"beside attention and two norms it has {len(others)} parts, where one feed-forward half is expected"
     matrices = {name: _matrix(getattr(attention, f"{name[0]}_proj", None)) for name in ("query", "key", "value", "out")}
     norms = {name: _norm(module) for name, module in (("before", before), ("after", after))}
-    if None in (*matrices.values(), *norms.values()):
-        return None
+    if missing := [name for name, matrix in matrices.items() if matrix is None]:
+        return f"its attention has no packed matrix for {', '.join(missing)}"
+    if missing := [name for name, norm in norms.items() if norm is None]:
+        return f"its norm {' and '.join(missing)} attention is not native"
     try:
         block = AttentionBlock(
             lib,
@@ -106,8 +125,8 @@ def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | None:
             **matrices,  # type: ignore[arg-type]
             **norms,  # type: ignore[arg-type]
         )
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # made of other parts after all
-        return None
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:  # made of other parts after all
+        return f"its attention is made of other parts: {error}"
     return FittedLayer(layer.forward, block, others[0], int(attention.layer_idx))  # type: ignore[arg-type]
 
 
@@ -122,19 +141,24 @@ def _norm(module: Any) -> Norm | None:
     return forward if isinstance(forward, Norm) else None
 
 
-def _tried(layer: nn.Module, fitted: Callable[..., Any]) -> bool:
+def _tried(lib: ctypes.CDLL, layer: nn.Module, fitted: FittedLayer) -> FittedLayer | str:
+    """The layer's forward once it has been found to agree with the layer; otherwise the reason why it is not taken."""
     try:
-        return _same(layer, fitted)
-    except OTHERWISE:
-        return False
+        agrees = _same(lib, layer, fitted)
+    except OTHERWISE as error:
+        return f"a trial call with the usual arguments failed with {type(error).__name__}"
+    return fitted if agrees else "it does not just add attention to its input, or attends in another way"
 
 
-def _same(layer: nn.Module, fitted: Callable[..., Any]) -> bool:
+def _same(lib: ctypes.CDLL, layer: nn.Module, fitted: Callable[..., Any]) -> bool:
     """Whether a layer and what may stand for it agree: on a prompt, the token after it, with and without a window."""
     attention: Any = layer.self_attn
     hidden_size = attention.q_proj.packed.depth
     heads = attention.k_proj.packed.columns // attention.head_dim
     shape = KVShape(num_heads=heads, key_size=attention.head_dim, value_size=attention.v_proj.packed.columns // heads)
+    if refusal(block_size=TILE, key_size=shape.key_size, value_size=shape.value_size) is not None:
+        return False
+    path = AttentionPath(lib=lib)
     generator = torch.Generator().manual_seed(0)
     cpu = torch.device("cpu")
 
@@ -143,7 +167,14 @@ def _same(layer: nn.Module, fitted: Callable[..., Any]) -> bool:
 
     for size in (None, 3):
         caches = [
-            KVCache({attention.layer_idx: shape}, num_blocks=1, block_size=TILE, dtype=torch.bfloat16, device=cpu)
+            KVCache(
+                {attention.layer_idx: shape},
+                num_blocks=1,
+                block_size=TILE,
+                dtype=torch.bfloat16,
+                device=cpu,
+                path=path,
+            )
             for _ in range(2)
         ]
         for first, last in itertools.pairwise((0, 5, 6)):

@@ -18,12 +18,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
 from cluster.errors import CheckpointError
 from model.stored import StoredTensor
+from model.transformers_private import (
+    Mxfp4Dequantize,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    may_be_missing,
+    rename_source_key,
+    tied_weights,
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -242,12 +249,12 @@ class _ShapeCheck:
 
 def _refuse_missing(model: PreTrainedModel, missing: set[str], tensors: Mapping[str, StoredTensor]) -> None:
     """Parameters that no stored tensor makes are an error, unless they are tied to one that is there."""
-    tied: Mapping[str, str] = model.all_tied_weights_keys
+    tied = tied_weights(model)
     twins: dict[str, set[str]] = defaultdict(set)
     for one, other in tied.items():
         twins[one].add(other)
         twins[other].add(one)
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    ignored = [re.compile(pattern) for pattern in may_be_missing(model)]
     absent = [
         name
         for name in sorted(missing, key=dot_natural_key)

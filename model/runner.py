@@ -12,34 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.attention import SequenceSlice, ShapeProbe, StepBatch, step_context
-from model.dispatch import Dispatcher, LayerShape
+from model.attention import SequenceSlice, StepBatch, step_context
+from model.dispatch import Dispatcher
 from model.experts import attach
-from model.flash import find_way
-from model.kv_cache import KVCache, KVShape
+from model.kv_cache import KVCache
 from model.routing_counter import RoutingCounter
 from model.staging import to_device
+from model.surgery import Fit
 
 
 class ModelRunner:
     """The trunk of one worker, its KV cache, and the epoch's dispatcher."""
 
-    def __init__(self, trunk: nn.Module, experts: Sequence[nn.Module], *, device: torch.device) -> None:
-        """Learns the shapes of every layer from one token; `allocate` and a dispatcher must follow before `run`."""
+    def __init__(self, trunk: nn.Module, experts: Sequence[nn.Module], fitted: Fit, *, device: torch.device) -> None:
+        """`fitted` says what was found about the trunk. `allocate` and a dispatcher must follow before `run`."""
         self._trunk = trunk
         self._device = device
+        self._attention = fitted.attention
+        self.kv_shapes, self.layer_shapes = fitted.shapes.kv, fitted.shapes.layers
         self._cache: KVCache | None = None
         self.dispatcher: Dispatcher | None = None
         self._lengths_T = [torch.empty(0)]
         """[T] the length that each token's rotary embedding goes by; in a list, to be shared with those modules."""
         _split_long_rope(trunk, self._lengths_T)
-        self.kv_shapes, self.layer_shapes = self._probe(experts)
         attach(experts, self._experts)
 
     def allocate(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
-        way = find_way(self.kv_shapes.values(), dtype=dtype, device=self._device, block_size=block_size)
+        """The KV cache. block_size is the one that the trunk was fitted for."""
         self._cache = KVCache(
-            self.kv_shapes, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self._device, way=way
+            self.kv_shapes,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+            device=self._device,
+            path=self._attention,
         )
         return self._cache
 
@@ -90,20 +96,6 @@ class ModelRunner:
         flat = hidden.reshape(-1, hidden.shape[-1])
         out = self.dispatcher.forward(layer, flat, index.reshape(len(flat), -1), weight.reshape(len(flat), -1))
         return out.view(hidden.shape)
-
-    @torch.inference_mode()
-    def _probe(self, experts: Sequence[nn.Module]) -> tuple[dict[int, KVShape], tuple[LayerShape, ...]]:
-        shapes: dict[int, LayerShape] = {}
-
-        def record(layer: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-            shapes[layer] = LayerShape(hidden=hidden.shape[-1], top_k=index.shape[-1], dtype=hidden.dtype)
-            return torch.zeros_like(hidden)
-
-        attach(experts, record)
-        probe = ShapeProbe()
-        with step_context(probe):
-            self._forward([SequenceSlice(token_ids=[0], start=0, block_ids=[0], prompt_length=1)])
-        return dict(sorted(probe.shapes.items())), tuple(shapes[layer] for layer in range(len(experts)))
 
 
 def _split_long_rope(trunk: nn.Module, lengths_T: list[Tensor]) -> None:

@@ -17,12 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.moe import ExpertsInterface
 
 from model.quiet import quiet_transformers
+from model.torch_private import READS_A_VALUE, TorchDispatchMode
+from model.transformers_private import (
+    EXPERT_FLAGS,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    ExpertsInterface,
+    implementations,
+    set_implementations,
+)
 
 PROBE = "emoe_probe"
 TOKENS = 3
@@ -89,7 +95,7 @@ def dry_run(model: PreTrainedModel) -> Shape:
 
 def is_expert_module(module: nn.Module) -> bool:
     """Whether transformers hands this module's work to the experts interface."""
-    return all(hasattr(module, flag) for flag in ("_apply_gate", "is_transposed", "has_bias", "has_gate"))
+    return all(hasattr(module, flag) for flag in EXPERT_FLAGS)
 
 
 def num_experts(module: nn.Module) -> int:
@@ -146,7 +152,7 @@ class _NumbersForMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers 1 where code asks for the value of a meta tensor, as length-dependent rotary embeddings do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is READS_A_VALUE:
             return 1
         return func(*args, **(kwargs or {}))
 
@@ -182,14 +188,14 @@ def _forward(model: PreTrainedModel, trace: _Trace) -> Tensor:
 def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Attention, masks and experts of the model by the implementation `name`, while the block runs."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: (c._attn_implementation, c._experts_implementation) for key, c in configs.items()}
+    before = {key: implementations(config) for key, config in configs.items()}
     for config in configs.values():
-        config._attn_implementation, config._experts_implementation = name, name
+        set_implementations(config, name, name)
     try:
         yield
     finally:
         for key, config in configs.items():
-            config._attn_implementation, config._experts_implementation = before[key]
+            set_implementations(config, *before[key])
 
 
 def _probe_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 Every rank owns one segment: for each peer a sequence number, and two buffers used in turn. A message is the payload,
 its length, then its sequence number; x86 keeps stores in that order, so whoever sees the number sees the payload.
 Two buffers suffice: a rank writes exchange n+2 after it has read everyone's n+1, which they sent when done with n.
-Names are removed as soon as every rank has opened them: the kernel frees the memory when the last process is gone.
-The native exchange (model/native/exchange.py) joins in the same way.
+The native exchange (model/native/exchange.py) joins in the same way (model/native/segments.py).
 """
 
 from __future__ import annotations
@@ -12,16 +11,14 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.errors import StepAborted
-
-DIRECTORY = Path("/dev/shm")
+from model.native.segments import join
 
 _LINE = 64
 """Bytes between words that different processes write or read: a cache line."""
@@ -122,56 +119,3 @@ class _Segment:
 
 def _total(size: int, capacity: int) -> int:
     return 3 * size * _LINE + 2 * size * capacity
-
-
-def join(
-    group: str,
-    rank: int,
-    size: int,
-    num_bytes: int,
-    timeout_s: float,
-    meet: Callable[[Sequence[mmap.mmap]], None],
-) -> None:
-    """Make this rank's segment, open the others', and hand all to `meet`, which must return when everybody has opened.
-
-    Raises StepAborted where a peer does not come within `timeout_s`, or where there is no room.
-    """
-    paths = [DIRECTORY / f"{group}-{r}" for r in range(size)]
-    own = _create(paths[rank], num_bytes)
-    deadline = time.monotonic() + timeout_s
-    try:
-        meet([own if r == rank else _open(path, num_bytes, deadline) for r, path in enumerate(paths)])
-    finally:
-        paths[rank].unlink(missing_ok=True)
-
-
-def _create(path: Path, num_bytes: int) -> mmap.mmap:
-    # under another name until it is whole: peers open it as soon as they see it
-    building = path.with_name(path.name + "-new")
-    fd = os.open(building, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        # reserved now: a full /dev/shm is an error here and not a SIGBUS in the middle of a step
-        os.posix_fallocate(fd, 0, num_bytes)
-        memory = mmap.mmap(fd, num_bytes)
-    except OSError as error:
-        building.unlink()
-        raise StepAborted(f"{DIRECTORY} has no room for {num_bytes >> 20} MiB: {error.strerror}") from None
-    finally:
-        os.close(fd)
-    building.rename(path)
-    return memory
-
-
-def _open(path: Path, num_bytes: int, deadline: float) -> mmap.mmap:
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR)
-            break
-        except FileNotFoundError:
-            if time.monotonic() > deadline:
-                raise StepAborted(f"peer {path.name} did not come") from None
-            time.sleep(0.002)
-    try:
-        return mmap.mmap(fd, num_bytes)
-    finally:
-        os.close(fd)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from model.layer_experts import Tensors
 from model.staging import to_device
+from model.transformers_private import apply_gate
 
 _FREE = -1
 _ALIGNED = 16
@@ -165,11 +166,8 @@ class StackedExperts:
             return y if bias is None else y + bias[slot_N]
 
         hidden_NF = project(x_NH, "gate_up_proj" if module.has_gate else "up_proj")
-        gate = module._apply_gate if module.has_gate else module.act_fn
-        y_NH = project(gate(hidden_NF), "down_proj")  # type: ignore[operator]
-        if getattr(module, "has_post_expert_norm", False):
-            y_NH = module.post_expert_norm(y_NH)  # type: ignore[operator]
-        return y_NH
+        gated_NF = apply_gate(module, hidden_NF) if module.has_gate else module.act_fn(hidden_NF)  # type: ignore[operator]
+        return project(gated_NF, "down_proj")
 
 
 def grouped_product(x_NI: Tensor, weight_SIO: Tensor, end_S: Tensor) -> Tensor:

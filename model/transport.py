@@ -12,16 +12,14 @@ No global process group is used: every epoch's membership has its own, and a dea
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from cluster.errors import StepAborted
+from model.torch_private import PrefixStore, TCPStore, alltoall, gloo_group, nccl_group
 
 
 class Transport(Protocol):
@@ -86,17 +84,13 @@ class CollectiveTransport:
         store = PrefixStore(group, TCPStore(host, int(port), is_master=False, timeout=timeout))
         self._group: Any
         if backend == "nccl":
-            # else NCCL's watchdog would end this process, and with it what it holds, when a peer is gone
-            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+            self._group = nccl_group(store, rank, size, timeout)
             # a first word, so that members have met; on a stream of its own, since steps of another group may wait for
             # one another on this device's
             with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
                 self._sizes([0] * size)
         else:
-            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+            self._group = gloo_group(store, rank, size, timeout)
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         parts = [
@@ -112,8 +106,7 @@ class CollectiveTransport:
             received[self.rank] = 0
             out = torch.empty(sum(received), dtype=torch.uint8, device=self._device)
             self._refuse_if_ended()
-            # NCCL orders itself on the stream; only gloo has something to wait for on the host
-            self._group.alltoall_base(out, payload, received, sent, dist.AllToAllOptions()).wait()
+            alltoall(self._group, out, payload, received, sent)
         except RuntimeError as error:
             # the traceback would keep the group, and its sockets, alive
             message = str(error).splitlines()[0]
@@ -134,7 +127,7 @@ class CollectiveTransport:
         mine = torch.tensor(sent, dtype=torch.int64, device=self._device)
         theirs = torch.empty_like(mine)
         ones = [1] * self.size
-        self._group.alltoall_base(theirs, mine, ones, ones, dist.AllToAllOptions()).wait()
+        alltoall(self._group, theirs, mine, ones, ones)
         return [int(n) for n in theirs.tolist()]
 
     def abort(self) -> None:

@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
+from cluster.fit import FitReport
 from cluster.placement import EMPTY
 from cluster.protocol import (
     Chunk,
@@ -44,7 +45,7 @@ from model.native.exchange import NativeExchange
 from model.routing_counter import RoutingCounter
 from model.runner import ModelRunner
 from model.sampling import SamplingState, sample
-from model.surgery import fit
+from model.surgery import Fit, fit
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,9 @@ class Worker:
         self._prepared: dict[Epoch, _EpochState] = {}
         self._epoch: _EpochState | None = None
         self._checkpoint: Checkpoint
+        self._fit: Fit
+        self.report: FitReport
+        """Which path the model takes here; once it is loaded."""
         self._store: ExpertStore
         self._runner: ModelRunner
         self._cache: KVCache
@@ -111,19 +115,20 @@ class Worker:
         self._checkpoint = open_checkpoint(self.spec.model.path)
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
-        packed_bytes = fit(trunk, modules)
-        self._store = ExpertStore(modules, int8=self._int8)
+        self._fit = fit(trunk, modules, block_size=self.spec.block_size, int8=self._int8)
+        self._store = ExpertStore(self._fit.experts)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
         self._store.reserve([sum(e != EMPTY for e in experts) for experts in self.spec.experts])
         self._read([(layer, e) for layer, experts in enumerate(self.spec.experts) for e in experts if e != EMPTY])
-        self._runner = ModelRunner(trunk, modules, device=self._device)
+        self._runner = ModelRunner(trunk, modules, self._fit, device=self._device)
         info = self._checkpoint.info
         self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
         self._cache = self._runner.allocate(
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
         )
-        weights = sum(p.nbytes for p in trunk.parameters()) + packed_bytes + self._store.nbytes
+        self.report = self._fit.report()
+        weights = sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes + self._store.nbytes
         return self._cache.num_blocks, weights + self._cache.nbytes
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -189,8 +194,8 @@ class Worker:
             group = join_group(
                 spec,
                 rank,
-                self._store,
                 self._runner.layer_shapes,
+                native=self._fit.exchange_refusal() is None,
                 max_tokens=self.spec.max_num_batched_tokens,
                 timeout_s=self.spec.step_timeout_s,
             )

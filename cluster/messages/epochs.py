@@ -13,6 +13,7 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
+from cluster.fit import FitReport
 from cluster.messages.requests import Endpoint
 from cluster.placement import Placement, WorkerId
 
@@ -112,6 +113,8 @@ class HostInfo:
     """Of weights and KV cache."""
     expert_capacity: int | None = None
     """Experts that fit here, over all layers, held ones included; None: not limited."""
+    fit: FitReport | None = None
+    """Which code serves the model there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

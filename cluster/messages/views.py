@@ -8,6 +8,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from cluster.fit import FitReport
 from cluster.messages.epochs import Epoch, PhaseCounts
 from cluster.placement import Placement, WorkerId
 
@@ -123,6 +124,8 @@ class WorkerView:
     device: str
     running_requests: int
     kv_usage: float
+    fit: FitReport | None = None
+    """Which code serves the model there, and why no faster code does; None while it loads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

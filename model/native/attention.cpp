@@ -283,3 +283,6 @@ extern "C" void emoe_attention(const bf16* query, const bf16* key, const bf16* v
         }
     }
 }
+
+// Bytes of the structures that model/native/structs.py mirrors, in its order.
+extern "C" void emoe_attention_sizes(int64_t* sizes) { sizes[0] = sizeof(Sequence); }

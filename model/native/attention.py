@@ -29,10 +29,15 @@ class Rules:
     """[N] a logit per head that takes part in the softmax and then counts for nothing."""
 
 
-def can_attend(*, dtype: torch.dtype, device: torch.device, block_size: int, key_size: int, value_size: int) -> bool:
-    """Whether the layout exists for a cache of this kind."""
-    sizes_fit = block_size % TILE == 0 and key_size % 2 == 0 and value_size % 16 == 0
-    return dtype == torch.bfloat16 and device.type == "cpu" and sizes_fit
+def refusal(*, block_size: int, key_size: int, value_size: int) -> str | None:
+    """Why the layout does not exist for a bfloat16 cache on CPU; None where it does."""
+    if block_size % TILE:
+        return f"block_size {block_size} is not a multiple of {TILE}"
+    if key_size % 2:
+        return f"keys have {key_size} numbers per head, which is odd"
+    if value_size % 16:
+        return f"values have {value_size} numbers per head, which is not a multiple of 16"
+    return None
 
 
 class NativeBatch:

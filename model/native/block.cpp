@@ -11,7 +11,7 @@
 
 namespace emoe {
 
-// As Python lays them out: model/native/block.py.
+// As Python lays them out: model/native/structs.py.
 struct Norm {
     const float* weight; // null: none
     int64_t size;        // of the rows that are normalised
@@ -89,3 +89,6 @@ extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, co
         b.after(row, b.hidden, normed + t * b.hidden);
     }
 }
+
+// Bytes of the structures that model/native/structs.py mirrors, in its order.
+extern "C" void emoe_block_sizes(int64_t* sizes) { sizes[0] = sizeof(Norm); sizes[1] = sizeof(Matrix); sizes[2] = sizeof(Block); }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.native import structs
 from model.native.attention import NativeBatch
 from model.native.linear import Packed
 
@@ -51,28 +52,6 @@ class Matrix:
     bias: Tensor | None
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("epsilon", ctypes.c_float),
-        ("rounds", ctypes.c_int32),
-    )
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p))
-
-
-class _Block(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("hidden", "heads", "key_heads", "key_size", "value_size")),
-        *((name, _Norm) for name in ("before", "query_norm", "key_norm", "after")),
-        *((name, _Matrix) for name in ("query", "key", "value", "out")),
-        ("scale", ctypes.c_float),
-    )
-
-
 class AttentionBlock:
     """x + attention(before(x)), and after() of that. It keeps what its parts are made of."""
 
@@ -111,7 +90,7 @@ class AttentionBlock:
             raise ValueError("matrices and norms of other sizes")
         self._function = lib.emoe_block
         self._kept = (before, after, query, key, value, out, query_norm, key_norm)
-        self._block = _Block(
+        self._block = structs.Block(
             hidden=hidden,
             heads=heads,
             key_heads=key_heads,
@@ -159,12 +138,12 @@ class AttentionBlock:
         return sum_TH, normed_TH
 
 
-def _norm(norm: Norm | None) -> _Norm:
+def _norm(norm: Norm | None) -> structs.Norm:
     if norm is None:
-        return _Norm(weight=None, size=1, epsilon=0.0, rounds=0)
-    return _Norm(weight=norm.weight.data_ptr(), size=len(norm.weight), epsilon=norm.epsilon, rounds=norm.rounds)
+        return structs.Norm(weight=None, size=1, epsilon=0.0, rounds=0)
+    return structs.Norm(weight=norm.weight.data_ptr(), size=len(norm.weight), epsilon=norm.epsilon, rounds=norm.rounds)
 
 
-def _matrix(matrix: Matrix) -> _Matrix:
+def _matrix(matrix: Matrix) -> structs.Matrix:
     bias = None if matrix.bias is None else matrix.bias.data_ptr()
-    return _Matrix(packed=matrix.packed.data.data_ptr(), bias=bias)
+    return structs.Matrix(packed=matrix.packed.data.data_ptr(), bias=bias)

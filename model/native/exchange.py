@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import StepAborted
-from model.shared_memory import SharedMemoryTransport, join
+from model.native.segments import join
 
 _ROUND_TOKENS = 1024
 """Most tokens of a rank in one round."""
@@ -120,11 +120,3 @@ class NativeExchange:
         if status == _SILENT:
             raise StepAborted(f"no word from a peer for {self._timeout_s:g} s")
         assert status == _DONE, "the ranks disagree about a step's tokens"
-
-
-def all_able(able: bool, *, group: str, rank: int, size: int, timeout_s: float) -> bool:
-    """Whether every rank is `able`: they must all take the same path. Blocks until all have said so."""
-    small = SharedMemoryTransport(group=group, rank=rank, size=size, max_bytes=8, timeout_s=timeout_s)
-    answer = torch.tensor([able], dtype=torch.uint8)
-    said = small.all_to_all([[answer]] * size, [1] * size)
-    return able and all(bool(raw.item()) for peer, raw in enumerate(said) if peer != rank)

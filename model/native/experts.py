@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.int8 import SCALE, quantize
 from model.native.linear import Packed, can_pack, pack, pack8, unpack, unpack8
+from model.transformers_private import apply_gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +42,14 @@ class Gate:
 
 def find_gate(module: nn.Module) -> Gate | None:
     """The gate of an expert module, found by trying: families override it, and a list of names would age."""
-    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
+    if not module.has_gate:
         return None
     constants = sorted({float(v) for v in vars(module).values() if isinstance(v, float) and v > 0})
     generator = torch.Generator().manual_seed(0)
     # from tiny values to ones beyond any limit
     probe = torch.randn(64, 64, generator=generator) * torch.logspace(-2, 3, 64)[:, None]
     probe = probe.to(torch.bfloat16)
-    expected: Tensor = module._apply_gate(probe)  # type: ignore[operator]
+    expected = apply_gate(module, probe)
     for kind, interleaved, limit, alpha in itertools.product(
         (0, 1), (False, True), (math.inf, *constants), constants or (1.0,)
     ):
@@ -58,17 +59,25 @@ def find_gate(module: nn.Module) -> Gate | None:
     return None
 
 
+Held = dict[str, Tensor | Packed]
+"""One expert's packed matrices and its biases, by parameter name."""
+
+
 class NativeExperts:
-    """One layer's experts that are held here, packed, and the sum of their outputs."""
+    """One layer's experts that are held here, packed, and the sum of their outputs.
+
+    It owns their memory and the table of its addresses that the library reads.
+    """
 
     def __init__(self, lib: ctypes.CDLL, module: nn.Module, gate: Gate, *, bits: int = 16) -> None:
         """bits: 16 keeps bfloat16 weights, 8 rounds them (model/int8.py)."""
-        self._lib = lib
-        self._bits = bits
+        self.lib = lib
+        self.bits = bits
         self._gate = gate
         self._transposed = bool(module.is_transposed)
         self._tables_4E = torch.zeros(4, module.num_experts, dtype=torch.int64)  # type: ignore[call-overload]
         """Addresses of gate_up, its bias, down and its bias by logical expert; 0 where there is none."""
+        self._held: dict[int, Held] = {}
         self._shape: tuple[int, int] | None = None
 
     def takes(self, tensors: dict[str, Tensor]) -> bool:
@@ -78,9 +87,9 @@ class NativeExperts:
             for name in ("gate_up_proj", "down_proj")
         )
 
-    def put(self, expert: int, tensors: dict[str, Tensor]) -> dict[str, Tensor | Packed]:
-        """Packs an expert and holds its addresses until `drop`; the caller keeps what is returned until then."""
-        held: dict[str, Tensor | Packed] = {
+    def put(self, expert: int, tensors: dict[str, Tensor]) -> None:
+        """Packs an expert and holds it until `drop`. Matrices are copied, biases are kept where they are dense."""
+        held: Held = {
             "gate_up_proj": self._pack(tensors, "gate_up_proj", parts=2, interleaved=self._gate.interleaved),
             "down_proj": self._pack(tensors, "down_proj"),
         }
@@ -92,21 +101,25 @@ class NativeExperts:
             item: Any = held.get(name)
             data = item.data if isinstance(item, Packed) else item
             self._tables_4E[row, expert] = 0 if data is None else data.data_ptr()
-        return held
+        # what was held before goes only now, when its addresses are no longer told
+        self._held[expert] = held
 
     def _pack(self, tensors: dict[str, Tensor], name: str, **order: Any) -> Packed:
         matrix = tensors[name]
-        if self._bits == 16:
-            return pack(self._lib, self._turned(matrix), **order)
+        if self.bits == 16:
+            return pack(self.lib, self._turned(matrix), **order)
         # one that comes from another worker has been rounded already
         rounded = matrix.dtype == torch.int8
         values, scales = (matrix, tensors[name + SCALE]) if rounded else quantize(self._turned(matrix))
-        return pack8(self._lib, values, scales, **order)
+        return pack8(self.lib, values, scales, **order)
 
-    def get(self, held: dict[str, Tensor | Packed]) -> dict[str, Tensor]:
-        """The tensors as they were put; matrices in 8 bits are [out, in], with their scales, whatever they were."""
+    def get(self, expert: int) -> dict[str, Tensor]:
+        """The tensors as they were put; matrices in 8 bits are [out, in], with their scales, whatever they were.
+
+        Raises KeyError for an expert that is not held.
+        """
         tensors: dict[str, Tensor] = {}
-        for name, item in held.items():
+        for name, item in self._held[expert].items():
             if not isinstance(item, Packed):
                 tensors[name] = item
             elif item.bits == 8:
@@ -117,6 +130,14 @@ class NativeExperts:
 
     def drop(self, expert: int) -> None:
         self._tables_4E[:, expert] = 0
+        del self._held[expert]
+
+    def held(self) -> frozenset[int]:
+        return frozenset(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(item.nbytes for held in self._held.values() for item in held.values())
 
     def _turned(self, matrix: Tensor) -> Tensor:
         return matrix.T if self._transposed else matrix
@@ -131,7 +152,7 @@ class NativeExperts:
             width,
             tables.shape[1],
             tables.data_ptr(),
-            self._bits,
+            self.bits,
             gate.interleaved,
             gate.kind,
             gate.alpha,
@@ -144,7 +165,7 @@ class NativeExperts:
         if self._shape is None:
             return out_RH.zero_()
         x_RH, index_RK, weight_RK = x_RH.contiguous(), index_RK.contiguous(), weight_RK.contiguous()
-        self._lib.emoe_experts(
+        self.lib.emoe_experts(
             x_RH.data_ptr(),
             *x_RH.shape,
             *self.arguments,

@@ -11,7 +11,7 @@ using namespace emoe;
 
 namespace {
 
-// As Python lays them out: model/native/layers.py.
+// As Python lays them out: model/native/structs.py.
 struct Layer {
     const Block* block;
     const bf16* router; // packed
@@ -83,3 +83,6 @@ extern "C" int emoe_layers_idle(const Experts* experts, int64_t count, Exchange*
             return status;
     return 0;
 }
+
+// Bytes of the structures that model/native/structs.py mirrors, in its order.
+extern "C" void emoe_layers_sizes(int64_t* sizes) { sizes[0] = sizeof(Layer); sizes[1] = sizeof(Experts); }

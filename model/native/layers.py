@@ -16,25 +16,7 @@ from torch import Tensor
 from model.native.attention import NativeBatch
 from model.native.block import AttentionBlock
 from model.native.router import Router
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("block", "router")),
-        *((name, ctypes.c_int64) for name in ("num_experts", "top_k")),
-        *((name, ctypes.c_int32) for name in ("normalise", "rounds")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
-    )
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("width", "num_experts")),
-        ("tables", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("bits", "interleaved", "gate")),
-        *((name, ctypes.c_float) for name in ("alpha", "limit")),
-        ("routes", ctypes.c_void_p),
-    )
+from model.native.structs import Experts, Layer
 
 
 class JointExperts:
@@ -56,7 +38,7 @@ class JointExperts:
         self.check = check
         self._routes_LWE = routes_LWE
         routes = [None if routes_LWE is None else routes_LWE[n].data_ptr() for n in range(len(layers))]
-        self.layers = (_Experts * len(layers))(*(_Experts(*a, r) for a, r in zip(layers, routes, strict=True)))
+        self.layers = (Experts * len(layers))(*(Experts(*a, r) for a, r in zip(layers, routes, strict=True)))
 
     def idle(self, threads: int) -> None:
         """Serve the others' tokens in all layers of a step. Blocks on them; raises StepAborted where one is gone."""
@@ -81,9 +63,9 @@ class JointLayers:
         self._hidden = layers[0].router.packed.depth
         self._top_k = layers[0].router.top_k
         self.head_size = layers[0].block.head_size
-        self._layers = (_Layer * len(layers))(
+        self._layers = (Layer * len(layers))(
             *(
-                _Layer(
+                Layer(
                     block=layer.block.address,
                     router=layer.router.packed.data.data_ptr(),
                     num_experts=layer.router.packed.columns,

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from cluster.config import cache_directory, native_wanted
+from model.native.structs import MIRRORED, mismatch
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ _SIGNATURES = {
     "emoe_exchange_layer": "piiptttffpppppt>t",
     "emoe_layers": "ppipipippipipiptt>t",
     "emoe_layers_idle": "pipt>t",
+    "emoe_attention_sizes": "p",
+    "emoe_block_sizes": "p",
+    "emoe_layers_sizes": "p",
 }
 """Arguments of each function: p pointer, i int64, f float, t int; behind `>` what it returns, if anything."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
@@ -80,6 +84,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             function = getattr(loaded, name)
             function.argtypes = [_TYPES[kind] for kind in arguments]
             function.restype = _TYPES[result] if result else None
+        if (difference := mismatch(loaded, MIRRORED)) is not None:
+            raise _Unavailable(difference)
         return loaded, None
     except _Unavailable as error:
         reason = str(error)

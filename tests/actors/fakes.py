@@ -18,6 +18,7 @@ from actors.fleet import RayFleet
 from actors.migrator import Migrator
 from cluster.config import ServeConfig
 from cluster.errors import CheckpointError, PlacementError, StepAborted
+from cluster.fit import CodePath, FitReport, Part, PartFit
 from cluster.placement import EMPTY, WorkerId
 from cluster.protocol import (
     Endpoint,
@@ -34,6 +35,9 @@ from cluster.protocol import (
 from optimizer import PlacementProblem, PlanResult, plan
 from tests.cluster.simulation import MODEL as SIMULATED
 
+FIT = FitReport(
+    rows=(PartFit(part=Part.EXPERTS, modules="MoE layers", count=2, path=CodePath.TORCH, reason="they are pretended"),)
+)
 MODEL = replace(SIMULATED, num_layers=2)
 
 LOAD = np.array([[90, 80, 70, 60, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8]], dtype=np.int64)
@@ -72,6 +76,7 @@ class FakeHost:
             device="cpu",
             num_kv_blocks=10,
             memory_bytes=1,
+            fit=FIT,
         )
 
     @ray.method(concurrency_group="io")

@@ -18,7 +18,7 @@ from cluster.errors import CheckpointError, ConfigError, ConflictError, NotReady
 from cluster.facts import Stage
 from cluster.messages.views import Operation, Phase, RebalancePreview
 from cluster.placement import WorkerId
-from tests.actors.fakes import MODEL, PlainFleet
+from tests.actors.fakes import FIT, MODEL, PlainFleet
 
 W0, W1, W2 = WorkerId("w0"), WorkerId("w1"), WorkerId("w2")
 
@@ -77,7 +77,9 @@ async def ended(coordinator: Coordinator, operation_id: str) -> Operation:
     return await until(operation)
 
 
-def test_start_and_what_it_tells(tmp_path: Path) -> None:
+def test_start_and_what_it_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             assert (await coordinator.readiness()).reason == "opening the checkpoint"
@@ -93,6 +95,7 @@ def test_start_and_what_it_tells(tmp_path: Path) -> None:
                 (W0, 0, "serving", 3),
                 (W1, 1, "serving", 0),
             ]
+            assert [w.fit for w in workers] == [FIT] * 2
             routing = await coordinator.routing()
             assert routing.tokens > 0
             assert routing.load_imbalance[0] > 1.5
@@ -100,6 +103,8 @@ def test_start_and_what_it_tells(tmp_path: Path) -> None:
             assert (operation.kind, operation.phase) == ("start", Phase.COMPLETED)
 
     asyncio.run(story())
+    served = [line for line in caplog.messages if "is served by" in line]
+    assert sorted(served) == [f"{worker} is served by {FIT.text()}" for worker in (W0, W1)]
 
 
 def test_a_checkpoint_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from model.shared_memory import SharedMemoryTransport
+from model.surgery import experts_path, layer_experts
 from model.transport import LocalTransport, Transport
 from optimizer.generate import generate_trace
 from optimizer.traces import load_trace
@@ -375,11 +376,13 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     layer, choices = routing(args)
+    example = GatedExperts(1, 64, 64, torch.bfloat16)
     loads = np.bincount(choices.ravel(), minlength=layer.experts)
     about = where_and_when() | {
         "layer": f"{layer.experts} experts, top {layer.top_k}, hidden {layer.hidden}, width {layer.width}, bfloat16",
         "busiest expert": f"{loads.max() / loads.mean():.1f} times the mean",
         "routing": args.trace.name if args.trace else "generated",
+        "our experts are served by": " ".join(filter(None, experts_path(layer_experts(example)))),
     }
     tokens = [int(n) for n in args.tokens.split(",")]
     groups = {n: compare(layer, choices, tokens, n) for n in map(int, args.workers.split(","))}

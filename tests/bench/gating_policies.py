@@ -33,6 +33,7 @@ from model.dispatch import LayerShape
 from model.experts import ExpertStore
 from model.groups import join_group, make_dispatcher
 from model.linear import Weight, linear, pack
+from model.surgery import layer_experts
 from model.transport import Transport
 
 BLOCK = 128
@@ -259,16 +260,13 @@ class Dynamic:
             group=f"{member.group}-dynamic",
             rendezvous="",
         )
-        store = ExpertStore([module])
-        if not native:
-            [layer] = store._layers
-            assert isinstance(layer, CpuExperts)
-            layer.native = None
+        experts = layer_experts(module) if native else CpuExperts(module, "the benchmark asks for PyTorch's products")
+        store = ExpertStore([experts])
         for expert in member.held(module.num_experts):
             store.put(0, expert, {"gate_up_proj": module.gate_up[expert], "down_proj": module.down[expert]})
         shape = LayerShape(hidden=module.down.shape[1], top_k=member.top_k, dtype=module.down.dtype)
         rank = member.transport.rank
-        group = join_group(spec, rank, store, [shape], max_tokens=member.max_tokens, timeout_s=60.0)
+        group = join_group(spec, rank, [shape], native=store.native, max_tokens=member.max_tokens, timeout_s=60.0)
         self._dispatcher = make_dispatcher(spec.placement, rank, store, group, torch.device("cpu"))
         self._size = size
         self.computed_rows = self.dropped_rows = 0

@@ -76,6 +76,8 @@ def ours(path: Path, dtype: str, device: str, concurrency: int) -> Iterator[Gene
         requests = [request(f"{turn}-{n}", prompt, max_tokens=tokens) for n, prompt in enumerate(prompts)]
         return sum(len(answer) for answer in cluster.run(requests, most_steps=1 << 30).values())
 
+    [worker] = cluster.workers.values()
+    print(f"ours is served by: {worker.report.summary()}", flush=True)
     yield generate
 
 

@@ -31,6 +31,8 @@ class Run:
     memory_bytes: int
     cpu_s: dict[str, float] = field(default_factory=dict)
     """By purpose, under the last load; only of this project's servers."""
+    fit: str = ""
+    """Which code served the model on the first worker (cluster/fit.py); only of this project's servers."""
 
     @classmethod
     def from_json(cls, raw: dict[str, object]) -> Run:
@@ -186,6 +188,7 @@ def report(runs: Sequence[Run], about: dict[str, str], floor: Floor | None) -> s
         f"The machine reads {read:.0f} GB/s and multiplies bfloat16 at {gemm:.0f} GFLOP/s.\n",
         serving_table(runs),
         whole_table(runs),
+        *(f"{server} is served by: {group[-1].fit}\n" for server, group in by_server(runs).items() if group[-1].fit),
     ]
     if floor is not None:
         parts += ["Share of the machine's floor:\n", floor_table(runs, floor)]

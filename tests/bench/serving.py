@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.fit import CodePath, FitReport, Part, PartFit
 from tests.bench import servers
 from tests.bench.client import Client
 from tests.bench.machine import floor_of, measure_machine, model_config, where_and_when
@@ -63,6 +64,7 @@ def run_server(
             if server.ours:
                 cpu_s = cpu_between(times, cpu_times(running.pid))
             print(f"{server.name}: {measured[-1]}", flush=True)
+        fit = _fit(running)
         # what the load has touched stays, so this is the most
         memory = memory_bytes(running.pid)
     return Run(
@@ -76,7 +78,17 @@ def run_server(
         engine_ttft_ms=engine_ttft_ms,
         memory_bytes=memory,
         cpu_s=cpu_s,
+        fit=fit,
     )
+
+
+def _fit(running: Running) -> str:
+    """The first worker's report in one line; empty for a peer."""
+    if not running.server.ours:
+        return ""
+    rows = httpx.get(f"{running.url}/admin/workers").raise_for_status().json()[0]["fit"]
+    parsed = (row | {"part": Part(row["part"]), "path": CodePath(row["path"])} for row in rows)
+    return FitReport(rows=tuple(PartFit(**row) for row in parsed)).summary()
 
 
 def _engine_ttft(running: Running) -> tuple[float, float] | None:

@@ -21,7 +21,6 @@ from cluster.messages.steps import StepPlan
 from cluster.placement import Worker as Member
 from cluster.placement import WorkerId
 from model.checkpoint import open_checkpoint
-from model.native import unavailable
 from model.worker import Worker
 from tests.bench.machine import Floor, floor_of, measure_machine, model_config, where_and_when
 from tests.bench.workers import BLOCK, EPOCH, Case, Load
@@ -91,7 +90,7 @@ def main() -> None:
     print(
         f"{args.threads} threads read {machine.read_gb_per_s:.0f} GB/s, multiply {machine.gemm_gflop_per_s:.0f} GFLOP/s"
     )
-    print(f"by {'the native library' if unavailable() is None else f'PyTorch: {unavailable()}'}\n")
+    print(f"served by {worker.report.text()}\n")
     print("| step | ms | tokens/s | share of the floor |\n|---|---|---|---|")
     for batch in BATCHES:
         seconds = decode_s(worker, batch, config["vocab_size"])

@@ -173,7 +173,7 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     transport = "local" if size == 1 else "shm"
     worker.prepare(EpochSpec(epoch=EPOCH, placement=placement, group=group, transport=transport, rendezvous=""))
     worker.commit(EPOCH)
-    pipe.send(None)
+    pipe.send(worker.report.summary())
     loads: dict[int, Load] = {}
     while (number := pipe.recv()) is not None:
         first = number not in loads
@@ -197,8 +197,8 @@ class Workers:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        for pipe in self._pipes:
-            pipe.recv()
+        self.fit: str = [pipe.recv() for pipe in self._pipes][-1]
+        """Which code serves the model on one of them: all are alike."""
 
     def run(self, number: int) -> Times:
         """The case of this number; of the slowest worker."""
@@ -245,6 +245,8 @@ def main() -> None:
                 times.setdefault((number, n), []).append(workers.run(number))
     for workers in running:
         workers.close()
+    for workers, setup in zip(running, setups, strict=True):
+        print(f"{setup} are served by: {workers.fit}")
     print("medians in ms: step (of which waiting); speed over the first set's")
     for number, case in enumerate(cases):
         for n, setup in enumerate(setups):

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from cluster.counters import ClusterCounters, RebalanceResult
 from cluster.errors import ConflictError, PlacementError, RequestError, UserError
 from cluster.facts import Cause, Stage
+from cluster.fit import CodePath, FitReport, Part, PartFit
 from cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
 from cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from cluster.messages.views import (
@@ -39,6 +40,13 @@ TEMPLATE = (
     "<|im|>{{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|im|>assistant\n{% endif %}"
 )
 CORPUS = ["the quick brown fox jumps over the lazy dog, naïve façade 😀 日本語", "hello world, hello again and again"]
+
+FIT = FitReport(
+    rows=(
+        PartFit(part=Part.EXPERTS, modules="MoE layers", count=2, path=CodePath.NATIVE),
+        PartFit(part=Part.NORMS, modules="LayerNorm", count=3, path=CodePath.TRANSFORMERS, reason="it has a bias"),
+    )
+)
 
 
 def make_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> RustTokenizer:
@@ -188,6 +196,7 @@ class FakeBackend:
                 device="cpu",
                 running_requests=0,
                 kv_usage=0.0,
+                fit=FIT,
             )
         ]
 

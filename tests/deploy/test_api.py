@@ -355,7 +355,11 @@ def test_admin_views(call: Call) -> None:
     assert routing["load_imbalance"] == [1.0, 1.25]
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
-    assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage"}
+    assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    assert worker["fit"] == [
+        {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
+        {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
+    ]
 
 
 def test_rebalancing(call: Call) -> None:
@@ -400,6 +404,8 @@ def test_metrics(model_dir: Path) -> None:
         'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny-moe"} 1.0',
         f"emoe:experts_moved_total{labels} 5.0",
         'emoe:workers{engine="0",model_name="tiny-moe",state="serving"} 1.0',
+        'emoe:fit_info{engine="0",model_name="tiny-moe",part="experts",path="native"} 1.0',
+        'emoe:fit_info{engine="0",model_name="tiny-moe",part="norms",path="transformers"} 1.0',
         'emoe:rebalance_events_total{engine="0",model_name="tiny-moe",result="completed"} 2.0',
     ):
         assert line in text.splitlines()

@@ -15,6 +15,7 @@ from torch.distributed import TCPStore
 from cluster.placement import EMPTY, Placement, Worker, WorkerId, contiguous
 from model.experts import ExpertStore
 from model.shared_memory import SharedMemoryTransport
+from model.surgery import layer_experts
 from model.transport import CollectiveTransport, LocalTransport, Transport
 
 R = TypeVar("R")
@@ -88,7 +89,7 @@ class ToyExperts(nn.Module):
 
 def toy_store(modules: Sequence[ToyExperts], placement: Placement, rank: int) -> ExpertStore:
     """What worker `rank` of `placement` holds."""
-    store = ExpertStore(modules)
+    store = ExpertStore([layer_experts(module) for module in modules])
     for layer, module in enumerate(modules):
         for expert in placement.experts_of(placement.workers[rank].id, layer):
             if expert != EMPTY:

@@ -20,6 +20,7 @@ from model.quiet import quiet_transformers
 from model.runner import ModelRunner
 from model.sampling import sample
 from model.stacked_experts import StackedExperts
+from model.surgery import layer_experts
 from model.transport import CollectiveTransport
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import ToyExperts, workers
@@ -92,7 +93,7 @@ def test_bfloat16_is_as_near_as_transformers_is(checkpoint: Path) -> None:
 
     runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
     assert runner._cache is not None
-    assert runner._cache.way is not None, "FlashAttention was not found"
+    assert runner._cache.path.way is not None, "FlashAttention was not found"
     g = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 512, (n,), generator=g).tolist() for n in (9, 40, 100)]
     exact, rounded = reference(torch.float32), reference(torch.bfloat16)
@@ -143,7 +144,7 @@ def test_stacks_on_the_gpu_compute_what_the_loop_does() -> None:
     x, index = torch.randn(50, 64), torch.stack([torch.randperm(8)[:2] for _ in range(50)])
     index[::3, 0] = -1
     weight = torch.rand(50, 2)
-    oracle, stacked = ExpertStore([module]), StackedExperts(module)
+    oracle, stacked = ExpertStore([layer_experts(module)]), StackedExperts(module)
     for expert in range(8):
         oracle.put(0, expert, module.weights[expert])
         stacked.put(expert, {name: tensor.cuda() for name, tensor in module.weights[expert].items()})
@@ -160,7 +161,7 @@ def _nccl_rank(rank: int, size: int, port: int, out: Any) -> None:
         "nccl", rendezvous=f"127.0.0.1:{port}", group="nccl", rank=rank, size=size, timeout_s=60
     )
     device = torch.device("cuda", rank)
-    store = ExpertStore([module])
+    store = ExpertStore([layer_experts(module)])
     for expert in placement.experts_of(placement.workers[rank].id, 0):
         store.put(0, expert, {name: tensor.to(device) for name, tensor in module.weights[expert].items()})
     store.keep_only([store.held(0)])
@@ -186,7 +187,7 @@ def test_two_gpus_exchange_tokens_by_nccl() -> None:
     from torch.distributed import TCPStore
 
     module = ToyExperts(6, 64, 32, 0)
-    oracle = ExpertStore([module])
+    oracle = ExpertStore([layer_experts(module)])
     for expert in range(6):
         oracle.put(0, expert, module.weights[expert])
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from model.attention import SequenceSlice, StepBatch, Window, paged_attention, step_context
+from model.attention_path import MATMUL, AttentionPath
 from model.flash import Way, find_way, try_ways
 from model.kv_cache import KVCache, KVShape
 from tests.model import kernels
@@ -23,7 +24,7 @@ LAYER: Any = SimpleNamespace(layer_idx=0)
 SHAPE = KVShape(num_heads=2, key_size=8, value_size=6)
 
 
-def ways(block_size: int, shape: KVShape = SHAPE) -> Way | None:
+def ways(block_size: int, shape: KVShape = SHAPE) -> Way | str:
     return try_ways([shape], dtype=torch.float32, device=CPU, block_size=block_size)
 
 
@@ -40,11 +41,11 @@ GATHER = Way(paged=False)
         # pages are read where they lie: there is no room for padding
         (kernels.large_pages, SHAPE, 256, GATHER),
         (kernels.any_pages, SHAPE, 16, Way(paged=True, tell_begins=False)),
-        (kernels.wrong_corner, EVEN, 16, None),
+        (kernels.wrong_corner, EVEN, 16, "no way of calling torch's FlashAttention gave right results on this device"),
     ],
 )
 def test_the_way_is_found_by_trying(
-    kernel: Callable[..., Any], shape: KVShape, block_size: int, way: Way | None, monkeypatch: pytest.MonkeyPatch
+    kernel: Callable[..., Any], shape: KVShape, block_size: int, way: Way | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     assert ways(block_size, shape) == way
@@ -52,11 +53,12 @@ def test_the_way_is_found_by_trying(
 
 def test_no_kernel_for_bounded_scores_or_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", kernels.any_pages)
-    assert ways(16, KVShape(num_heads=2, key_size=8, value_size=8, softcap=True)) is None
-    assert find_way([EVEN], dtype=torch.bfloat16, device=CPU, block_size=16) is None
+    bounded = KVShape(num_heads=2, key_size=8, value_size=8, softcap=True)
+    assert ways(16, bounded) == "FlashAttention does not bound scores, as this model does"
+    assert find_way([EVEN], dtype=torch.bfloat16, device=CPU, block_size=16) == "FlashAttention is for CUDA GPUs"
     monkeypatch.undo()
     # torch's own has none for CPUs
-    assert ways(16) is None
+    assert isinstance(ways(16), str)
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
@@ -67,7 +69,7 @@ def test_every_way_is_as_plain_attention(
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", KERNELS[kernel])
     way = ways(block_size)
-    assert way is not None
+    assert isinstance(way, Way)
     g = torch.Generator().manual_seed(1)
     lengths = [30, 9, 2]
     texts = [[torch.randn(heads, n, size, generator=g) for heads, size in ((4, 8), (2, 8), (2, 6))] for n in lengths]
@@ -75,8 +77,8 @@ def test_every_way_is_as_plain_attention(
     order = torch.randperm(24, generator=g).tolist()
     tables = [order[8 * i : 8 * i + -(-n // block_size)] for i, n in enumerate(lengths)]
     caches = [
-        KVCache({0: SHAPE}, num_blocks=24, block_size=block_size, dtype=torch.float32, device=CPU, way=w)
-        for w in (way, None)
+        KVCache({0: SHAPE}, num_blocks=24, block_size=block_size, dtype=torch.float32, device=CPU, path=path)
+        for path in (AttentionPath(way=way), MATMUL)
     ]
     # a prompt in two chunks and then token by token, beside others that do something else
     cuts = [[0, 11, n - 2, n - 1, n] if n > 20 else [0, n - 1, n] for n in lengths]
@@ -102,8 +104,15 @@ def attend(
 def test_what_others_left_in_a_block_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel, block_size in itertools.product(KERNELS.values(), (4, 256)):
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        way = ways(block_size)
+        assert isinstance(way, Way)
         cache = KVCache(
-            {0: SHAPE}, num_blocks=2, block_size=block_size, dtype=torch.float32, device=CPU, way=ways(block_size)
+            {0: SHAPE},
+            num_blocks=2,
+            block_size=block_size,
+            dtype=torch.float32,
+            device=CPU,
+            path=AttentionPath(way=way),
         )
         for store in cache.stores(0):
             store.fill_(torch.nan)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.nn.attention import varlen
 
-import model.experts
-import model.runner
+import model.surgery
 from cluster.errors import StepAborted
 from model.flash import try_ways
 from model.stacked_experts import StackedExperts
@@ -20,8 +19,8 @@ from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 @pytest.fixture(params=list(KERNELS))
 def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
-    monkeypatch.setattr(model.runner, "find_way", try_ways)
-    monkeypatch.setattr(model.experts, "layer_experts", lambda module, int8: StackedExperts(module))
+    monkeypatch.setattr(model.surgery, "find_way", try_ways)
+    monkeypatch.setattr(model.surgery, "layer_experts", lambda module, int8: StackedExperts(module))
 
 
 @pytest.mark.usefixtures("as_on_gpus")
@@ -30,7 +29,7 @@ def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest
     path = tiny_checkpoint(family, tmp_path_factory)
     cluster = Lockstep(path, [4, 4], transport="gloo")
     assert cluster.workers_runner()._cache is not None
-    assert cluster.workers_runner()._cache.way is not None
+    assert cluster.workers_runner()._cache.path.way is not None
     texts = prompts(path)
     tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts}
     for name, text in zip(tokens, texts, strict=True):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.runner
 import model.sampling
+import model.surgery
 from cluster.placement import Placement, contiguous
 from model.attention import SequenceSlice
 from model.checkpoint import open_checkpoint
@@ -23,6 +23,7 @@ from model.flash import Way
 from model.loading import expert_modules, iter_experts, load_trunk
 from model.runner import ModelRunner
 from model.sampling import sample
+from model.surgery import fit
 from model.transport import LocalTransport
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.groups import workers
@@ -58,13 +59,14 @@ def serve(family: str, way: Way, slots: Sequence[int], factory: Any, monkeypatch
     modules = expert_modules(trunk)
     info = checkpoint.info
     placement: Placement = contiguous(info.num_layers, info.num_logical_experts, workers(*slots))
-    store = ExpertStore(modules)
+    monkeypatch.setattr(model.surgery, "find_way", lambda *_, **__: way)
+    fitted = fit(trunk, modules, block_size=16)
+    store = ExpertStore(fitted.experts)
     pairs = [(n, e) for n in range(info.num_layers) for e in placement.experts_of(placement.workers[0].id, n)]
     store.reserve([sum(n == layer for layer, _ in pairs) for n in range(info.num_layers)])
     for layer, expert, tensors in iter_experts(checkpoint, pairs, dtype=torch.bfloat16, device=cpu):
         store.put(layer, expert, {name: tensor.to(META) for name, tensor in tensors.items()})
-    monkeypatch.setattr(model.runner, "find_way", lambda *_, **__: way)
-    runner = ModelRunner(trunk, modules, device=META)
+    runner = ModelRunner(trunk, modules, fitted, device=META)
     runner.allocate(num_blocks=8, block_size=16, dtype=torch.bfloat16)
     transport = LocalTransport() if len(slots) == 1 else FarAway()
     dispatcher: Dispatcher = TransportDispatcher(placement, 0, store, transport, device=META)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import model.stacked_experts
 from cluster.errors import UserError
-from model.backends import layer_experts
 from model.cpu_experts import CpuExperts
 from model.layer_experts import ABSENT, LayerExperts, Tensors
 from model.stacked_experts import StackedExperts, grouped_product
+from model.surgery import layer_experts
 
 EXPERTS, TOP_K = 6, 3
 
@@ -23,12 +23,10 @@ EXPERTS, TOP_K = 6, 3
 class Experts(nn.Module):
     """As transformers' decorated experts look to us, with whatever a family may have."""
 
-    def __init__(
-        self, *, transposed: bool, bias: bool, gate: bool, norm: bool, hidden: int = 8, width: int = 12
-    ) -> None:
+    def __init__(self, *, transposed: bool, bias: bool, gate: bool, hidden: int = 8, width: int = 12) -> None:
         super().__init__()
         self.num_experts = EXPERTS
-        self.is_transposed, self.has_bias, self.has_gate, self.has_post_expert_norm = transposed, bias, gate, norm
+        self.is_transposed, self.has_bias, self.has_gate = transposed, bias, gate
         self.hidden = hidden
         self.register_buffer("like", torch.empty(0))
         first, rows = ("gate_up_proj", 2 * width) if gate else ("up_proj", width)
@@ -49,16 +47,12 @@ class Experts(nn.Module):
     def act_fn(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 
-    def post_expert_norm(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 
-
-PLAIN = {"transposed": False, "bias": False, "gate": True, "norm": False}
+PLAIN = {"transposed": False, "bias": False, "gate": True}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "transposed, with biases": PLAIN | {"transposed": True, "bias": True},
     "without a gate": PLAIN | {"gate": False},
-    "with a norm": PLAIN | {"norm": True},
     "odd sizes": PLAIN | {"hidden": 7, "width": 5},
 }
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cluster.errors import StepAborted
-from model.shared_memory import DIRECTORY, SharedMemoryTransport
+from model.native.segments import DIRECTORY
+from model.shared_memory import SharedMemoryTransport
 from tests.model.groups import make_transports, run_group
 
 

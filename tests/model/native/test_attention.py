@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.attention import SequenceSlice, StepBatch, Window, paged_attention, step_context
+from model.attention_path import AttentionPath
 from model.kv_cache import KVCache, KVShape
-from model.native.attention import can_attend
+from model.native import library
+from model.native.attention import refusal
 
 CPU = torch.device("cpu")
 LAYER: Any = SimpleNamespace(layer_idx=0)
@@ -40,8 +42,8 @@ class Text:
 
 
 def make_cache(shape: KVShape, block_size: int) -> KVCache:
-    cache = KVCache({0: shape}, num_blocks=BLOCKS, block_size=block_size, dtype=torch.bfloat16, device=CPU)
-    assert cache.lib is not None
+    path = AttentionPath(lib=library())
+    cache = KVCache({0: shape}, num_blocks=BLOCKS, block_size=block_size, dtype=torch.bfloat16, device=CPU, path=path)
     # what others left behind must not matter
     for store in cache.stores(0):
         store.fill_(math.nan)
@@ -151,7 +153,9 @@ def test_broken_numbers_show(lib: ctypes.CDLL) -> None:
 
 
 def test_which_caches_fit() -> None:
-    fits: dict[str, Any] = {"dtype": torch.bfloat16, "device": CPU, "block_size": 16, "key_size": 6, "value_size": 32}
-    assert can_attend(**fits)
-    for name, value in {"dtype": torch.float32, "block_size": 8, "key_size": 7, "value_size": 24}.items():
-        assert not can_attend(**(fits | {name: value}))
+    fits = {"block_size": 16, "key_size": 6, "value_size": 32}
+    assert refusal(**fits) is None
+    for name, value in {"block_size": 8, "key_size": 7, "value_size": 24}.items():
+        why = refusal(**(fits | {name: value}))
+        assert why is not None
+        assert str(value) in why

@@ -26,8 +26,9 @@ from model.dispatch import LayerShape, route_table
 from model.groups import join_group, make_dispatcher
 from model.native import library
 from model.native.exchange import NativeExchange
+from model.native.segments import DIRECTORY
 from model.native_dispatch import NativeDispatcher
-from model.shared_memory import DIRECTORY, SharedMemoryTransport
+from model.shared_memory import SharedMemoryTransport
 from tests.model.groups import ToyExperts, run_group, toy_store, workers
 from tests.model.test_dispatch import placements
 
@@ -146,7 +147,7 @@ def test_all_ranks_take_the_same_path(lib: ctypes.CDLL) -> None:
         def go(rank: int) -> object:
             modules = MODULES if able[rank] else [ToyExperts(EXPERTS, HIDDEN, WIDTH, seed) for seed in range(LAYERS)]
             store = toy_store(modules, placement, rank)
-            group = join_group(spec, rank, store, [SHAPE] * LAYERS, max_tokens=64, timeout_s=20)
+            group = join_group(spec, rank, [SHAPE] * LAYERS, native=store.native, max_tokens=64, timeout_s=20)
             make_dispatcher(placement, rank, store, group, CPU).begin([0, 0], None)
             return group
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,11 +21,6 @@ OTHERS = ["deepseek_v3", "gpt_oss", "phimoe", "granitemoe", "ernie4_5_moe", "gem
 """Latent attention, sinks, layer norms, scaled sums, other rotary embeddings, further norms."""
 
 
-def fitted(path: Path, fit: Callable[[nn.Module, list[nn.Module]], int]) -> tuple[nn.Module, int]:
-    trunk = load_trunk(open_checkpoint(str(path)), dtype=torch.bfloat16, device=torch.device("cpu"))
-    return trunk, fit(trunk, list(expert_modules(trunk)))
-
-
 @pytest.mark.parametrize("family", JOINED + OTHERS)
 def test_which_layers_are_joined(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
@@ -40,7 +33,9 @@ def test_which_layers_are_joined(
         return layers
 
     monkeypatch.setattr(surgery, "fit_layers", noted)
-    trunk, _ = fitted(tiny_checkpoint(family, tmp_path_factory), surgery.fit)
+    path = tiny_checkpoint(family, tmp_path_factory)
+    trunk = load_trunk(open_checkpoint(str(path)), dtype=torch.bfloat16, device=torch.device("cpu"))
+    surgery.fit(trunk, expert_modules(trunk), block_size=16)
     layers = sum("self_attn" in dict(module.named_children()) for module in trunk.modules())
     assert layers > 0
     assert found == [layers if family in JOINED else 0]

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from model.native import structs
+from model.native.structs import MIRRORED, mismatch
+
 PROGRAM = "from model.native import library, unavailable; print(library() is not None, unavailable())"
 
 
@@ -44,3 +47,19 @@ def test_a_cache_that_cannot_be_written_is_a_reason(lib: ctypes.CDLL, tmp_path: 
     answer = start(XDG_CACHE_HOME=str(tmp_path)).communicate(timeout=60)[0]
     assert answer.startswith("False ")
     assert "elastic-moe" in answer
+
+
+def test_structures_that_differ_are_a_reason(lib: ctypes.CDLL) -> None:
+    class Norm(ctypes.Structure):
+        _fields_ = (("weight", ctypes.c_void_p), ("size", ctypes.c_int64))
+
+    assert mismatch(lib, MIRRORED) is None
+    _, *others = MIRRORED["emoe_block_sizes"]
+    why = mismatch(lib, MIRRORED | {"emoe_block_sizes": (Norm, *others)})
+    assert why == "Norm takes 24 bytes in the library and 16 in model/native/structs.py"
+
+
+def test_every_structure_is_compared() -> None:
+    declared = {value for value in vars(structs).values() if isinstance(value, type)}
+    assert {structure for group in MIRRORED.values() for structure in group} == declared
+    assert all(issubclass(structure, ctypes.Structure) for structure in declared)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.native.trunk import fit_trunk, has_native_form
+from cluster.fit import FitNotes
+from model.native.trunk import fit_trunk
 
 
 class Norm(nn.Module):
@@ -41,7 +42,7 @@ def test_norms_are_recognised(lib: ctypes.CDLL, style: str, size: int) -> None:
     norm = Norm(style, size)
     x = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(2)).bfloat16()
     expected = norm(x)
-    fit_trunk(lib, norm)
+    fit_trunk(lib, norm, FitNotes())
     assert "forward" in vars(norm)
     # the sum of squares is added up in another order, so that a last bit may differ
     torch.testing.assert_close(norm(x), expected, rtol=2**-7, atol=1e-6)
@@ -59,7 +60,7 @@ def test_other_modules_are_left_alone(lib: ctypes.CDLL) -> None:
             nn.PReLU(32, dtype=torch.bfloat16),
         ]
     )
-    assert fit_trunk(lib, modules) == 0
+    assert fit_trunk(lib, modules, FitNotes()) == 0
     assert not [module for module in modules if "forward" in vars(module)]
 
 
@@ -90,7 +91,7 @@ def test_routers_use_packed_weights(
     router = Router(wide, biased)
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
     expected, weight = router(x), router.weight.detach().clone()
-    assert fit_trunk(lib, router) == 6 * 32 * 2
+    assert fit_trunk(lib, router, FitNotes()) == 6 * 32 * 2
     assert torch.equal(router.weight, weight)
     got = router(x)
     assert type(got) is Tensor
@@ -126,7 +127,7 @@ def test_choices_are_one_call(lib: ctypes.CDLL, style: str, experts: int) -> Non
     router = Choice(style, experts)
     x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(2)).bfloat16() / 8
     logits, scores, index = router(x)
-    fit_trunk(lib, router)
+    fit_trunk(lib, router, FitNotes())
     assert "forward" in vars(router)
     got = router(x)
     assert torch.equal(got[0].gather(1, got[2]), got[0].gather(1, index))
@@ -138,14 +139,14 @@ def test_choices_are_one_call(lib: ctypes.CDLL, style: str, experts: int) -> Non
 
 def test_of_equal_experts_the_first_is_chosen(lib: ctypes.CDLL) -> None:
     router = Choice("plain", 8)
-    fit_trunk(lib, router)
+    fit_trunk(lib, router, FitNotes())
     assert router(torch.zeros(1, 64, dtype=torch.bfloat16))[2].tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("style", ["sigmoid", "scaled"])
 def test_other_choices_are_left_alone(lib: ctypes.CDLL, style: str) -> None:
     router = Choice(style, 8)
-    fit_trunk(lib, router)
+    fit_trunk(lib, router, FitNotes())
     assert "forward" not in vars(router)
 
 
@@ -172,7 +173,7 @@ def fitted(lib: ctypes.CDLL, function: Any, monkeypatch: pytest.MonkeyPatch) -> 
     file: Any = ModuleType("some_modelling_file")
     file.apply_rotary_pos_emb = function
     monkeypatch.setitem(__import__("sys").modules, file.__name__, file)
-    fit_trunk(lib, type("Model", (nn.Module,), {"__module__": file.__name__})())
+    fit_trunk(lib, type("Model", (nn.Module,), {"__module__": file.__name__})(), FitNotes())
     return file.apply_rotary_pos_emb
 
 
@@ -193,8 +194,3 @@ def test_rotary_embedding_gives_the_same_bits(lib: ctypes.CDLL, size: int, monke
 
 def test_another_rotary_embedding_is_left_alone(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitted(lib, pairs, monkeypatch) is pairs
-
-
-def test_which_trunks_have_a_native_form() -> None:
-    assert has_native_form(nn.Linear(2, 2, dtype=torch.bfloat16))
-    assert not has_native_form(nn.Linear(2, 2))

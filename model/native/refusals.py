@@ -1,0 +1,16 @@
+"""What the native library does not serve, and why."""
+
+from __future__ import annotations
+
+import torch
+
+from model.native.library import unavailable
+
+
+def native_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the native library computes nothing of this dtype on this device; None where it does."""
+    if device.type != "cpu":
+        return "the native library is for CPUs"
+    if dtype != torch.bfloat16:
+        return f"the native library computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    return unavailable()

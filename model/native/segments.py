@@ -1,0 +1,69 @@
+"""Segments of memory that the processes of a node share: each rank makes one, and opens those of the others.
+
+Names are removed as soon as every rank has opened them: the kernel frees the memory when the last process is gone.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cluster.errors import StepAborted
+
+DIRECTORY = Path("/dev/shm")
+
+
+def join(
+    group: str,
+    rank: int,
+    size: int,
+    num_bytes: int,
+    timeout_s: float,
+    meet: Callable[[Sequence[mmap.mmap]], None],
+) -> None:
+    """Make this rank's segment, open the others', and hand all to `meet`, which must return when everybody has opened.
+
+    Raises StepAborted where a peer does not come within `timeout_s`, or where there is no room.
+    """
+    paths = [DIRECTORY / f"{group}-{r}" for r in range(size)]
+    own = _create(paths[rank], num_bytes)
+    deadline = time.monotonic() + timeout_s
+    try:
+        meet([own if r == rank else _open(path, num_bytes, deadline) for r, path in enumerate(paths)])
+    finally:
+        paths[rank].unlink(missing_ok=True)
+
+
+def _create(path: Path, num_bytes: int) -> mmap.mmap:
+    # under another name until it is whole: peers open it as soon as they see it
+    building = path.with_name(path.name + "-new")
+    fd = os.open(building, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        # reserved now: a full /dev/shm is an error here and not a SIGBUS in the middle of a step
+        os.posix_fallocate(fd, 0, num_bytes)
+        memory = mmap.mmap(fd, num_bytes)
+    except OSError as error:
+        building.unlink()
+        raise StepAborted(f"{DIRECTORY} has no room for {num_bytes >> 20} MiB: {error.strerror}") from None
+    finally:
+        os.close(fd)
+    building.rename(path)
+    return memory
+
+
+def _open(path: Path, num_bytes: int, deadline: float) -> mmap.mmap:
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR)
+            break
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise StepAborted(f"peer {path.name} did not come") from None
+            time.sleep(0.002)
+    try:
+        return mmap.mmap(fd, num_bytes)
+    finally:
+        os.close(fd)

@@ -1,0 +1,84 @@
+"""Structures that native functions read, as their .cpp files declare them. Their sizes are compared at load."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class Norm(ctypes.Structure):
+    """See block.cpp."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("rounds", ctypes.c_int32),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """See block.cpp."""
+
+    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class Block(ctypes.Structure):
+    """See block.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "heads", "key_heads", "key_size", "value_size")),
+        *((name, Norm) for name in ("before", "query_norm", "key_norm", "after")),
+        *((name, Matrix) for name in ("query", "key", "value", "out")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Layer(ctypes.Structure):
+    """See layers.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("block", "router")),
+        *((name, ctypes.c_int64) for name in ("num_experts", "top_k")),
+        *((name, ctypes.c_int32) for name in ("normalise", "rounds")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+    )
+
+
+class Experts(ctypes.Structure):
+    """See layers.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("width", "num_experts")),
+        ("tables", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("bits", "interleaved", "gate")),
+        *((name, ctypes.c_float) for name in ("alpha", "limit")),
+        ("routes", ctypes.c_void_p),
+    )
+
+
+class SequenceRow(ctypes.Structure):
+    """See attention.cpp. A row of NativeBatch's tensor of int64 numbers."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("row", "start", "end", "table"))
+
+
+MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
+    "emoe_attention_sizes": (SequenceRow,),
+    "emoe_block_sizes": (Norm, Matrix, Block),
+    "emoe_layers_sizes": (Layer, Experts),
+}
+"""Function of the library that writes the bytes of its structures -> the same structures here."""
+
+
+def mismatch(library: ctypes.CDLL, mirrored: dict[str, tuple[type[ctypes.Structure], ...]]) -> str | None:
+    """Which structure the library declares otherwise than `mirrored` does; None where they agree."""
+    for function, structures in mirrored.items():
+        sizes = (ctypes.c_int64 * len(structures))()
+        getattr(library, function)(sizes)
+        for structure, size in zip(structures, sizes, strict=True):
+            if size != ctypes.sizeof(structure):
+                return (
+                    f"{structure.__name__} takes {size} bytes in the library and {ctypes.sizeof(structure)} in "
+                    "model/native/structs.py"
+                )
+    return None

@@ -1,0 +1,91 @@
+"""What a trunk's report says: which path serves what, and a reason wherever it is not the fastest one."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.fit import CodePath, FitReport, Part
+from model import surgery
+from model.checkpoint import open_checkpoint
+from model.loading import expert_modules, load_trunk
+from tests.model.families import FAMILIES, tiny_checkpoint
+from tests.model.lockstep import Lockstep
+
+BEST = {
+    Part.LAYERS: CodePath.JOINED,
+    Part.ATTENTION_HALF: CodePath.JOINED,
+    Part.ATTENTION: CodePath.NATIVE,
+    Part.ROUTER: CodePath.NATIVE,
+    Part.EXPERTS: CodePath.NATIVE,
+    Part.NORMS: CodePath.NATIVE,
+    Part.ROTARY: CodePath.NATIVE,
+    Part.LINEARS: CodePath.NATIVE,
+    Part.EXCHANGE: CodePath.NATIVE,
+}
+"""In bfloat16 on CPU."""
+
+WHY_APART = {
+    "qwen3_moe-mixed": "1 of 4 layers are dense",
+    "qwen2_moe": "a feed-forward half computes more than a router and experts, such as a shared expert",
+    "minimax_m2": "a feed-forward half has no native router",
+    "gemma4_text": "the attention half of 3 of 3 layers is not joined",
+}
+WHY_NO_HALF = {
+    "deepseek_v2": "its attention has no packed matrix for query, key, value",
+    "phimoe": "its norm before and after attention is not native",
+    "granitemoe": "it does not just add attention to its input, or attends in another way",
+    "flex_olmo": "it lacks one of self_attn, input_layernorm and post_attention_layernorm",
+    "gpt_oss": "a trial call with the usual arguments failed with RuntimeError",
+}
+
+
+def report_of(path: Path, dtype: torch.dtype = torch.bfloat16, block_size: int = 16) -> FitReport:
+    trunk = load_trunk(open_checkpoint(str(path)), dtype=dtype, device=torch.device("cpu"))
+    return surgery.fit(trunk, expert_modules(trunk), block_size=block_size).report()
+
+
+def reasons(report: FitReport, part: Part) -> list[str | None]:
+    return [row.reason for row in report.of(part)]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_whatever_is_not_the_fastest_path_has_a_reason(
+    lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    report = report_of(tiny_checkpoint(family, tmp_path_factory))
+    assert {row.part for row in report.rows} | {Part.ROTARY} == set(Part)
+    for row in report.rows:
+        assert (row.reason is None) == (row.path is BEST[row.part]), row
+    if family in WHY_APART:
+        assert reasons(report, Part.LAYERS) == [WHY_APART[family]]
+    if family in WHY_NO_HALF:
+        assert reasons(report, Part.ATTENTION_HALF) == [WHY_NO_HALF[family]]
+
+
+def test_what_no_native_code_is_for_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
+    report = report_of(tiny_checkpoint("mixtral", tmp_path_factory), torch.float32)
+    why = "the native library computes in bfloat16, not in float32"
+    assert {row.reason for row in report.rows if row.part is not Part.EXCHANGE} == {why}
+    assert reasons(report, Part.EXCHANGE) == ["the experts are not native"]
+    assert {path for _, path in report.paths()} == {CodePath.TORCH, CodePath.TRANSFORMERS}
+
+
+def test_blocks_that_the_library_cannot_read_keep_layers_apart(
+    lib: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    report = report_of(tiny_checkpoint("mixtral", tmp_path_factory), block_size=8)
+    why = "block_size 8 is not a multiple of 16"
+    assert reasons(report, Part.ATTENTION) == [why]
+    assert reasons(report, Part.LAYERS) == reasons(report, Part.ATTENTION_HALF) == [f"attention is not native: {why}"]
+    assert reasons(report, Part.EXPERTS) == [None]
+
+
+def test_a_worker_knows_its_report(lib: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    [worker] = Lockstep(path, [8], dtype="bfloat16", block_size=16).workers.values()
+    assert worker.report == report_of(path)
+    assert worker.report.shares(Part.LAYERS) == "joined"
