@@ -59,11 +59,12 @@ class Scheduler:
         max_num_prefill_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         rope_limits: Collection[int] = (),
+        rope_growth_limit: int | None = None,
     ) -> None:
         """`workers`: KV blocks of each, in rank order. `max_num_seqs` and `max_num_batched_tokens` are per worker.
 
-        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` as in
-        ModelInfo.
+        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` and
+        `rope_growth_limit` as in ModelInfo.
         """
         if min(block_size, max_num_seqs, max_num_batched_tokens, max_model_len - 1) < 1:
             raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be positive, max_model_len > 1")
@@ -75,6 +76,7 @@ class Scheduler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._enable_prefix_caching = enable_prefix_caching
         self._rope_limits = tuple(rope_limits)
+        self._rope_growth_limit = rope_growth_limit
         self._homes: dict[WorkerId, Home] = {}
         self._waiting = Queue()
         self._sequences: dict[RequestId, Sequence] = {}
@@ -93,13 +95,12 @@ class Scheduler:
         Raises RequestError, naming the field, where it can never be served.
         """
         self._check(request)
-        prompt = len(request.prompt_token_ids)
         sequence = Sequence(
             request,
             arrival=self._arrivals,
             max_model_len=self._max_model_len,
             eos=self._eos_token_ids,
-            variant=sum(prompt > limit for limit in self._rope_limits),
+            variant=self._variant(len(request.prompt_token_ids)),
         )
         if reason := sequence.finish_reason():
             return _output(sequence, (), reason)
@@ -116,6 +117,12 @@ class Scheduler:
         self._sequences[request.request_id] = sequence
         self._waiting.add(sequence)
         return None
+
+    def _variant(self, prompt: int) -> int:
+        """Prompts of this many tokens share keys and values with prompts of the same variant only."""
+        if self._rope_growth_limit is not None and prompt > self._rope_growth_limit:
+            return len(self._rope_limits) + prompt
+        return sum(prompt > limit for limit in self._rope_limits)
 
     def abort(self, request_id: RequestId) -> bool:
         """Forget a request, whatever it is doing. Returns whether it was there; nothing more is output for it."""

@@ -19,6 +19,7 @@ from cluster.errors import CheckpointError
 from cluster.protocol import ModelInfo
 from model.plan import LoadPlan, make_plan
 from model.quiet import quiet_transformers
+from model.rotation import LONGROPE, growth_limit
 from model.servability import NotServable, Shape, dry_run
 from model.stored import StoredTensor, read_json, stored_tensors
 
@@ -80,6 +81,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         eos_token_ids=_eos_token_ids(path, config),
         dtype=str(dtype).removeprefix("torch."),
         rope_limits=_rope_limits(config),
+        rope_growth_limit=growth_limit(skeleton),
     )
     return Checkpoint(
         path=path,
@@ -176,7 +178,7 @@ def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 def _rope_limits(config: PretrainedConfig) -> tuple[int, ...]:
     limits = {
-        int(rope["original_max_position_embeddings"]) for rope in _ropes(config) if rope.get("rope_type") == "longrope"
+        int(rope["original_max_position_embeddings"]) for rope in _ropes(config) if rope.get("rope_type") == LONGROPE
     }
     return tuple(sorted(limits))
 
