@@ -43,6 +43,11 @@ ALONE_TOKENS = 512
 """Of prompts in a worker's step while nobody decodes: enough for products to run at full speed, and few enough that a
 request which comes meanwhile gets its part of the next step soon, beside the others and on another worker."""
 
+CORRUPTED = (
+    "the model's logits for this request are not numbers (NaN or infinity): its weights may be damaged, "
+    "or --dtype too narrow for them"
+)
+
 
 class Scheduler:
     """The queue, and what runs where. Not thread-safe."""
@@ -84,7 +89,7 @@ class Scheduler:
         self._flights: deque[tuple[int, dict[WorkerId, Part]]] = deque()
         """Steps in flight, with every worker's part, oldest first."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._epoch = 0
-        self._prefix_queries = self._prefix_hits = 0
+        self._prefix_queries = self._prefix_hits = self._corrupted = 0
         self.set_workers(workers)
 
     # --- Requests -----------------------------------------------------------------------------------------------
@@ -205,13 +210,18 @@ class Scheduler:
         samples = {worker: {sample.request_id: sample for sample in results[worker].samples} for worker in parts}
         for worker, part in parts.items():
             expected = {chunk.request_id for _, chunk in part.work if chunk.samples}
-            assert samples[worker].keys() == expected, f"{worker} has not sampled what it was asked to"
+            corrupted = set(results[worker].corrupted)
+            assert samples[worker].keys() | corrupted == expected, f"{worker} has not sampled what it was asked to"
+            assert not samples[worker].keys() & corrupted, f"{worker} has sampled what it says it could not"
         self._flights.popleft()
         self._steps += 1
         outputs: list[TokenOutput] = []
         for worker, part in parts.items():
             for sequence, chunk in part.work:
                 if not sequence.flies(chunk):
+                    continue
+                if sequence.request_id in results[worker].corrupted:
+                    outputs.append(self._give_up(sequence))
                     continue
                 part.home.commit(sequence)
                 if chunk.samples:
@@ -272,6 +282,20 @@ class Scheduler:
             self._end(sequence)
         return _output(sequence, (sample.token_id,), reason, sample)
 
+    def _give_up(self, sequence: Sequence) -> TokenOutput:
+        """End a request whose logits are not numbers; nobody is to begin with what it left in the KV cache."""
+        assert sequence.home is not None
+        sequence.home.pool.forget(sequence.blocks)
+        self._corrupted += 1
+        self._end(sequence)
+        return TokenOutput(
+            request_id=sequence.request_id,
+            offset=sequence.num_output,
+            token_ids=(),
+            finish_reason=FinishReason.ERROR,
+            error=CORRUPTED,
+        )
+
     def _end(self, sequence: Sequence) -> None:
         sequence.ended = True
         del self._sequences[sequence.request_id]
@@ -330,6 +354,7 @@ class Scheduler:
             kv_usage={worker: home.pool.usage for worker, home in self._homes.items()},
             steps=self._steps,
             preemptions=self._preemptions,
+            corrupted_requests=self._corrupted,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             prefix_queries=self._prefix_queries,

@@ -211,6 +211,8 @@ class StepResult:
     samples: tuple[Sample, ...]
     compute_s: float
     """Time of the step inside the host, waits for peers included."""
+    corrupted: tuple[RequestId, ...] = ()
+    """Requests that have no sample, because their logits were not numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -421,6 +423,8 @@ class EngineStatus:
     """Share of KV-cache blocks in use, 0..1."""
     steps: int = 0
     preemptions: int = 0
+    corrupted_requests: int = 0
+    """Requests that were ended because their logits were not numbers."""
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prefix_queries: int = 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 LONGROPE = "longrope"
@@ -88,7 +89,7 @@ def _dynamic_groups(module: nn.Module, lengths_T: Tensor, layer_type: str | None
     """Tokens of each length beyond the original one, and all others; and the last position of such a length."""
     original = _original_length(module)
     lengths_T = lengths_T.clamp(min=original)
-    for length in lengths_T.unique().tolist():
+    for length in torch.unique(lengths_T).tolist():
         _forget_length(module, original, layer_type)
         yield (lengths_T == length).nonzero().squeeze(1), length - 1
 
