@@ -58,7 +58,7 @@ class _DecodeGroup:
     rows: Tensor
     """[R] index of each one's token in the step."""
     tables: Tensor
-    """[R * blocks] block ids, padded with a sequence's own last one: keys of others, though masked, may be no numbers."""
+    """[R * blocks] block ids, padded with a sequence's own last one: in others', masked keys may be no numbers."""
     lengths: Tensor
     """[R] keys of each."""
 

@@ -135,8 +135,8 @@ def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list
         for row in rows:
             found[row] = _entry(numbers[begin : begin + width])
             begin += width
-    rows = zip(map(int, numbers), found, strict=False)
-    return [(token, None if token == NO_TOKEN else entry) for token, entry in rows]
+    chosen = zip(map(int, numbers), found, strict=False)
+    return [(token, None if token == NO_TOKEN else entry) for token, entry in chosen]
 
 
 def uniform(seed: int, index: int) -> float:
