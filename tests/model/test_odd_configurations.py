@@ -24,7 +24,10 @@ from tests.model.families import tiny_checkpoint
 MOST_CPU_S = 5.0
 """Of this thread. The test machine does it in a fraction of a second; without a bound it would be minutes."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_layers_beyond_all_models_are_refused_without_files_too(copy: Callable[[
     path = copy("qwen3_moe")
     (path / "model.safetensors").unlink()
     edit(path, num_hidden_layers=10**9)
-    assert "num_hidden_layers: expected at most 1000 layers; found" in refusal(path).replace(",", ";")
+    assert "num_hidden_layers: expected at most 1000 layers; found" in refusal(path)
 
 
 def test_building_ends_when_it_has_computed_too_long() -> None:
@@ -120,12 +123,13 @@ def test_any_value_of_any_field_is_taken_or_refused(family: str, tmp_path_factor
     def check(changes: dict[str, Any]) -> None:
         file.write_text(json.dumps(original | changes))
         begin = time.thread_time()
+        refused = ""
         try:
             info = open_checkpoint(path).info
-        except CheckpointError as error:
-            assert "\n" not in str(error)
-        else:
             assert min(info.num_layers, info.num_logical_experts, info.top_k, info.max_model_len - 1) > 0
+        except CheckpointError as error:
+            refused = str(error)
+        assert "\n" not in refused
         assert time.thread_time() - begin < MOST_CPU_S
 
     check()
