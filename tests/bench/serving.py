@@ -133,6 +133,9 @@ def main() -> int:
     floor = floor_of(model)
     truth = Truth.of(model)
     chosen = chosen_servers(args, model)
+    if not chosen:
+        print("there is no server to measure: give --workers, --vllm or --llama-cpp", file=sys.stderr)
+        return 2
     runs = load(args.out) if args.append else []
     concurrency = sorted(int(c) for c in args.concurrency.split(","))
     for number in range(args.repeat):
