@@ -35,6 +35,11 @@ ALONE_TOKENS = 512
 """Of prompts in a worker's step while nobody decodes: enough for products to run at full speed, and few enough that a
 request which comes meanwhile gets its part of the next step soon, beside the others and on another worker."""
 
+CORRUPTED = (
+    "the model's logits for this request are not numbers (NaN or infinity): its weights may be damaged, "
+    "or --dtype too narrow for them"
+)
+
 
 class Scheduler:
     """The queue, and what runs where. Not thread-safe."""
@@ -51,11 +56,12 @@ class Scheduler:
         max_num_prefill_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         rope_limits: Collection[int] = (),
+        rope_growth_limit: int | None = None,
     ) -> None:
         """`workers`: KV blocks of each, in rank order. `max_num_seqs` and `max_num_batched_tokens` are per worker.
 
-        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` as in
-        ModelInfo.
+        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` and
+        `rope_growth_limit` as in ModelInfo.
         """
         if min(block_size, max_num_seqs, max_num_batched_tokens, max_model_len - 1) < 1:
             raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be positive, max_model_len > 1")
@@ -67,6 +73,7 @@ class Scheduler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._enable_prefix_caching = enable_prefix_caching
         self._rope_limits = tuple(rope_limits)
+        self._rope_growth_limit = rope_growth_limit
         self._homes: dict[WorkerId, Home] = {}
         self._waiting = Queue()
         self._sequences: dict[RequestId, Sequence] = {}
@@ -74,7 +81,7 @@ class Scheduler:
         self._flights: deque[tuple[int, dict[WorkerId, Part]]] = deque()
         """Steps in flight, with every worker's part, oldest first."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._epoch = 0
-        self._prefix_queries = self._prefix_hits = 0
+        self._prefix_queries = self._prefix_hits = self._corrupted = 0
         self.set_workers(workers)
 
     # --- Requests -----------------------------------------------------------------------------------------------
@@ -85,13 +92,12 @@ class Scheduler:
         Raises RequestError, naming the field, where it can never be served.
         """
         self._check(request)
-        prompt = len(request.prompt_token_ids)
         sequence = Sequence(
             request,
             arrival=self._arrivals,
             max_model_len=self._max_model_len,
             eos=self._eos_token_ids,
-            variant=sum(prompt > limit for limit in self._rope_limits),
+            variant=self._variant(len(request.prompt_token_ids)),
         )
         if reason := sequence.finish_reason():
             return _output(sequence, (), reason)
@@ -108,6 +114,12 @@ class Scheduler:
         self._sequences[request.request_id] = sequence
         self._waiting.add(sequence)
         return None
+
+    def _variant(self, prompt: int) -> int:
+        """Prompts of this many tokens share keys and values with prompts of the same variant only."""
+        if self._rope_growth_limit is not None and prompt > self._rope_growth_limit:
+            return len(self._rope_limits) + prompt
+        return sum(prompt > limit for limit in self._rope_limits)
 
     def abort(self, request_id: RequestId) -> bool:
         """Forget a request, whatever it is doing. Returns whether it was there; nothing more is output for it."""
@@ -182,13 +194,18 @@ class Scheduler:
         samples = {worker: {sample.request_id: sample for sample in results[worker].samples} for worker in parts}
         for worker, part in parts.items():
             expected = {chunk.request_id for _, chunk in part.work if chunk.samples}
-            assert samples[worker].keys() == expected, f"{worker} has not sampled what it was asked to"
+            corrupted = set(results[worker].corrupted)
+            assert samples[worker].keys() | corrupted == expected, f"{worker} has not sampled what it was asked to"
+            assert not samples[worker].keys() & corrupted, f"{worker} has sampled what it says it could not"
         self._flights.popleft()
         self._steps += 1
         outputs: list[TokenOutput] = []
         for worker, part in parts.items():
             for sequence, chunk in part.work:
                 if not sequence.flies(chunk):
+                    continue
+                if sequence.request_id in results[worker].corrupted:
+                    outputs.append(self._give_up(sequence))
                     continue
                 part.home.commit(sequence)
                 if chunk.samples:
@@ -249,6 +266,20 @@ class Scheduler:
             self._end(sequence)
         return _output(sequence, (sample.token_id,), reason, sample)
 
+    def _give_up(self, sequence: Sequence) -> TokenOutput:
+        """End a request whose logits are not numbers; nobody is to begin with what it left in the KV cache."""
+        assert sequence.home is not None
+        sequence.home.pool.forget(sequence.blocks)
+        self._corrupted += 1
+        self._end(sequence)
+        return TokenOutput(
+            request_id=sequence.request_id,
+            offset=sequence.num_output,
+            token_ids=(),
+            finish_reason=FinishReason.ERROR,
+            error=CORRUPTED,
+        )
+
     def _end(self, sequence: Sequence) -> None:
         sequence.ended = True
         del self._sequences[sequence.request_id]
@@ -307,6 +338,7 @@ class Scheduler:
             kv_usage={worker: home.pool.usage for worker, home in self._homes.items()},
             steps=self._steps,
             preemptions=self._preemptions,
+            corrupted_requests=self._corrupted,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             prefix_queries=self._prefix_queries,

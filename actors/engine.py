@@ -61,6 +61,7 @@ class Engine:
             eos_token_ids=model.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
             rope_limits=model.rope_limits,
+            rope_growth_limit=model.rope_growth_limit,
         )
         clients = self._clients = Clients(scheduler, submitted=lambda: loop.wake())
         loop = self._loop = StepLoop(

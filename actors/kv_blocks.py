@@ -80,6 +80,13 @@ class BlockPool:
             self._blocks[key] = block
             self._keys[block] = key
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """What these blocks in use hold is not to be found any more. They go on being used."""
+        for block in blocks:
+            assert self._references[block], "a block that nobody holds may be overwritten at any time"
+            if block in self._keys:
+                del self._blocks[self._keys.pop(block)]
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks known by `keys`, up to the first that is unknown."""
         found: list[int] = []

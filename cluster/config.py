@@ -8,7 +8,9 @@ Its metadata carries the help text and, where the values are few, the choices; t
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -135,9 +137,9 @@ class ServeConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for key, value in data.items():
-            name = str(key).replace("-", "_")
+            name = key.replace("-", "_") if isinstance(key, str) else ""
             if name not in known:
-                raise ConfigError(f"{source}: unknown key {key!r}; known keys: {', '.join(sorted(known))}")
+                raise ConfigError(f"{source}: unknown key {reprlib.repr(key)}; known keys: {', '.join(sorted(known))}")
             if name in values:
                 raise ConfigError(f"{source}: {key!r} is given twice")
             values[name] = value
@@ -151,7 +153,8 @@ class ServeConfig:
         """The mapping in a YAML file, unchecked. Raises ConfigError where it cannot be read or is no mapping."""
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
+            # besides its own errors, yaml raises whatever its converters of scalars do
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
         if data is None:
             return {}
@@ -183,14 +186,19 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         return None
     expected = base_type(hint)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        # an integer beyond all floats is infinite, and refused as that
+        value = float(value) if abs(value) < 2**1000 else math.inf
+    # few lines of YAML can stand for a value that is gigabytes when it is written out
+    shown = reprlib.repr(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ConfigError(f"{field.name}: expected {expected.__name__}, got {value!r}")
+        raise ConfigError(f"{field.name}: expected {expected.__name__}, got {shown}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{field.name}: expected a finite number, got {shown}")
     choices = field.metadata["choices"]
     if choices and value not in choices:
-        raise ConfigError(f"{field.name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{field.name}: expected one of {', '.join(choices)}, got {shown}")
     at_least = field.metadata["at_least"]
     # written so that a NaN fails too
     if at_least is not None and not value >= at_least:
-        raise ConfigError(f"{field.name}: expected at least {at_least:g}, got {value!r}")
+        raise ConfigError(f"{field.name}: expected at least {at_least:g}, got {shown}")
     return value

@@ -42,7 +42,7 @@ def load_old(args: argparse.Namespace) -> Placement | None:
 def read_trace(args: argparse.Namespace, path: Path, *others: Placement | None) -> Trace:
     """A placement that is given knows the number of experts better than the ids that happen to occur."""
     known = next((placement.num_logical_experts for placement in others if placement is not None), None)
-    return load_trace(path, args.experts or known)
+    return load_trace(path, known if args.experts is None else args.experts)
 
 
 def make_problem(

@@ -143,6 +143,11 @@ class _ClusterCollector(Collector):
         yield self._gauge("vllm:num_requests_waiting", "Number of requests waiting to be processed.", engine.waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage of the fullest worker; 1 is full.", usage)
         yield self._count("vllm:num_preemptions", "Cumulative number of preemptions.", engine.preemptions)
+        yield self._count(
+            "vllm:corrupted_requests",
+            "Requests that were ended because the model's logits were not numbers.",
+            engine.corrupted_requests,
+        )
         yield self._count("emoe:prefix_cache_queries", "Tokens looked up in prefix caches.", engine.prefix_queries)
         yield self._count("emoe:prefix_cache_hits", "Tokens found in prefix caches.", engine.prefix_hits)
         first = SummaryMetricFamily(

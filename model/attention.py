@@ -58,7 +58,7 @@ class _DecodeGroup:
     rows: Tensor
     """[R] index of each one's token in the step."""
     tables: Tensor
-    """[R * blocks] block ids, padded with block 0, whose keys are masked."""
+    """[R * blocks] block ids, padded with a sequence's own last one: in others', masked keys may be no numbers."""
     lengths: Tensor
     """[R] keys of each."""
 
@@ -78,6 +78,8 @@ class StepBatch:
     cache: KVCache
     positions: Tensor
     """[T] where each token's key goes in the cache."""
+    begun: Tensor
+    """Blocks that get their first token, and do not become full: what is left in them is somebody else's."""
     decodes: list[_DecodeGroup]
     prefills: list[_Prefill]
     fused: NativeBatch | FlashBatch | None = None
@@ -97,8 +99,10 @@ class StepBatch:
         elif cache.path.way is not None:
             fused = FlashBatch(cache.path.way, pieces, block_size=size, device=device)
         if fused is not None:
-            return cls(cache=cache, positions=torch.empty(0), decodes=[], prefills=[], fused=fused)
+            nothing = torch.empty(0)
+            return cls(cache=cache, positions=nothing, begun=nothing, decodes=[], prefills=[], fused=fused)
         positions: list[int] = []
+        begun: list[int] = []
         decodes: list[tuple[int, int, SequenceSlice]] = []
         prefills: list[_Prefill] = []
         for piece in slices:
@@ -110,9 +114,17 @@ class StepBatch:
                 blocks = torch.tensor(piece.block_ids[:used], device=device)
                 prefills.append(_Prefill(first_row=len(positions), start=piece.start, end=piece.end, blocks=blocks))
             positions += [piece.block_ids[p // size] * size + p % size for p in range(piece.start, piece.end)]
+            if piece.end % size and piece.end // size * size >= piece.start:
+                begun.append(piece.block_ids[piece.end // size])
         decodes.sort(key=lambda item: item[:2])
         groups = [_decode_group(list(items), size, device) for _, items in groupby(decodes, key=lambda item: item[0])]
-        return cls(cache=cache, positions=torch.tensor(positions, device=device), decodes=groups, prefills=prefills)
+        return cls(
+            cache=cache,
+            positions=torch.tensor(positions, device=device),
+            begun=torch.tensor(begun, dtype=torch.int64, device=device),
+            decodes=groups,
+            prefills=prefills,
+        )
 
     def decode_mask(self, index: int, window: int | None) -> Tensor:
         """[R, 1, L] 0 where a key counts, -inf where it is padding or outside the window."""
@@ -134,7 +146,7 @@ def _decode_group(items: Sequence[tuple[int, int, SequenceSlice]], size: int, de
     tables: list[int] = []
     for _, _, piece in items:
         used = list(piece.block_ids[: -(-piece.end // size)])
-        tables += used + [0] * (widest - len(used))
+        tables += used + used[-1:] * (widest - len(used))
     lengths = [piece.end for _, _, piece in items]
     return _DecodeGroup(
         rows=torch.tensor([row for _, row, _ in items], device=device),
@@ -214,7 +226,7 @@ def paged_attention(
     rules = Rules(scale=scale, window=window, softcap=softcap, sinks=s_aux)
     if batch.fused is not None:
         return batch.fused.attend(batch.cache.stores(layer), query[0], key[0], value[0], rules)[None], None
-    batch.cache.write(layer, batch.positions, key[0], value[0])
+    batch.cache.write(layer, batch.positions, batch.begun, key[0], value[0])
     query_NTD = query[0]
     out_TND = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for index, group in enumerate(batch.decodes):

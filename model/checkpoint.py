@@ -16,15 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from cluster.errors import CheckpointError
 from cluster.protocol import ModelInfo
+from model.limits import MOST_POSITIONS, WithinCpuTime, check_counts
 from model.plan import LoadPlan, make_plan
 from model.quiet import quiet_transformers
+from model.rotation import LONGROPE, growth_limit
 from model.servability import NotServable, Shape, dry_run
 from model.stored import StoredTensor, read_json, stored_tensors
 from model.transformers_private import CONFIG_MAPPING, has_causal_model
 
 _BROKEN = (
     *(ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, AssertionError),
-    *(ImportError, OSError, StrictDataclassError),
+    *(ImportError, OSError, StrictDataclassError, MemoryError),
 )
 """What transformers raises when a configuration makes no sense to it."""
 
@@ -56,14 +58,42 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Never runs code of the checkpoint, never unpickles. Blocks for a second or two.
     """
     path = Path(path)
-    config = _read_config(path)
-    skeleton = _skeleton(path, config)
-    max_model_len = _max_model_len(config)
+    raw = _read_raw(path)
     try:
+        tensors = stored_tensors(path)
+    except CheckpointError as unreadable:
+        # told below, unless something is wrong with the model itself
+        check_counts(path / "config.json", raw, None)
+        _understand(path)
+        raise unreadable
+    check_counts(path / "config.json", raw, tensors)
+    config, skeleton, shape = _understand(path)
+    try:
+        return _planned(path, config, skeleton, shape, tensors)
+    except CheckpointError:
+        raise
+    except _BROKEN as error:
+        raise CheckpointError(f"{path / 'config.json'}: makes no sense with the files ({_one_line(error)})") from error
+
+
+def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
+    config = _read_config(path)
+    try:
+        skeleton = _skeleton(path, config)
         shape = dry_run(skeleton)
     except NotServable as reason:
         raise CheckpointError(f"{path}: {type(skeleton).__name__} cannot be served: {reason}") from reason
-    tensors = stored_tensors(path)
+    except CheckpointError:
+        raise
+    except _BROKEN as error:
+        raise CheckpointError(f"{path / 'config.json'}: no model can be built of it ({_one_line(error)})") from error
+    return config, skeleton, shape
+
+
+def _planned(
+    path: Path, config: PretrainedConfig, skeleton: PreTrainedModel, shape: Shape, tensors: dict[str, StoredTensor]
+) -> Checkpoint:
+    """What is to be read of which file, and what the model is besides."""
     plan = make_plan(skeleton, shape.expert_modules, shape.num_experts, tensors)
     dtype = _stored_dtype(tensors)
     expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
@@ -74,12 +104,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         top_k=shape.top_k,
         hidden_size=shape.hidden_size,
         vocab_size=shape.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=_max_model_len(path, config),
         expert_bytes=expert_bytes,
         trunk_bytes=trunk_bytes,
         eos_token_ids=_eos_token_ids(path, config),
         dtype=str(dtype).removeprefix("torch."),
         rope_limits=_rope_limits(config),
+        rope_growth_limit=growth_limit(skeleton),
     )
     return Checkpoint(
         path=path,
@@ -96,7 +127,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 # --- Configuration ------------------------------------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> PretrainedConfig:
+def _read_raw(path: Path) -> dict[str, Any]:
+    """The configuration as it is written, once it is of a model that transformers has."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     file = path / "config.json"
@@ -111,6 +143,11 @@ def _read_config(path: Path) -> PretrainedConfig:
             raise CheckpointError(f"{file}: {model_type} needs code that comes with the checkpoint, which is never run")
         raise CheckpointError(f"{file}: model_type {model_type!r} is unknown to the installed transformers")
     _refuse_quantized(file, raw)
+    return raw
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    file = path / "config.json"
     try:
         with quiet_transformers():
             config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
@@ -144,7 +181,7 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
         why = f"; it takes other input than text ({', '.join(others)})" if others else ""
         raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}{why}")
     try:
-        with torch.device("meta"), quiet_transformers():
+        with torch.device("meta"), WithinCpuTime(), quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=False, attn_implementation="eager", experts_implementation="eager"
             )
@@ -159,13 +196,19 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def _max_model_len(config: PretrainedConfig) -> int:
+def _max_model_len(path: Path, config: PretrainedConfig) -> int:
     """Longest sequence that the position embeddings allow.
 
     YaRN and linear scaling multiply; where the field already says so (DeepSeek, gpt-oss), the product is the same.
     """
     length = int(config.get_text_config().max_position_embeddings)
-    return max((_scaled(length, part) for part in _ropes(config)), default=length)
+    longest = max((_scaled(length, part) for part in _ropes(config)), default=length)
+    if not (length >= 2 and 2 <= longest <= MOST_POSITIONS):
+        raise CheckpointError(
+            f"{path / 'config.json'}: max_position_embeddings is {float(length):.10g}, and {float(longest):.10g} "
+            f"with the scaling of its rotary embeddings: expected from 2 to {MOST_POSITIONS} positions"
+        )
+    return longest
 
 
 def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
@@ -176,7 +219,7 @@ def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 def _rope_limits(config: PretrainedConfig) -> tuple[int, ...]:
     limits = {
-        int(rope["original_max_position_embeddings"]) for rope in _ropes(config) if rope.get("rope_type") == "longrope"
+        int(rope["original_max_position_embeddings"]) for rope in _ropes(config) if rope.get("rope_type") == LONGROPE
     }
     return tuple(sorted(limits))
 

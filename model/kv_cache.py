@@ -61,8 +61,14 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self._keys.values(), *self._values.values()))
 
-    def write(self, layer: int, positions_T: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> None:
-        """Store the step's keys and values; `positions_T` are block * block_size + offset."""
+    def write(self, layer: int, positions_T: Tensor, begun: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> None:
+        """Store the step's keys and values; `positions_T` are block * block_size + offset.
+
+        Blocks in `begun` are cleared first: what another sequence left there is masked, but 0 times infinity is not 0.
+        """
+        if len(begun):
+            self._keys[layer].index_fill_(1, begun, 0)
+            self._values[layer].index_fill_(1, begun, 0)
         self._keys[layer].flatten(1, 2).index_copy_(1, positions_T, key_GTD)
         self._values[layer].flatten(1, 2).index_copy_(1, positions_T, value_GTD)
 

@@ -5,7 +5,7 @@ Legend: T tokens of the step, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from model.attention import SequenceSlice, StepBatch, step_context
 from model.dispatch import Dispatcher
 from model.experts import attach
 from model.kv_cache import KVCache
+from model.rotation import rotate_by_length
 from model.routing_counter import RoutingCounter
 from model.staging import to_device
 from model.surgery import Fit
@@ -34,7 +35,7 @@ class ModelRunner:
         self.dispatcher: Dispatcher | None = None
         self._lengths_T = [torch.empty(0)]
         """[T] the length that each token's rotary embedding goes by; in a list, to be shared with those modules."""
-        _split_long_rope(trunk, self._lengths_T)
+        rotate_by_length(trunk, self._lengths_T)
         attach(experts, self._experts)
 
     def allocate(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
@@ -96,37 +97,3 @@ class ModelRunner:
         flat = hidden.reshape(-1, hidden.shape[-1])
         out = self.dispatcher.forward(layer, flat, index.reshape(len(flat), -1), weight.reshape(len(flat), -1))
         return out.view(hidden.shape)
-
-
-def _split_long_rope(trunk: nn.Module, lengths_T: list[Tensor]) -> None:
-    """Give every token of a packed step the rotary embedding of its own sequence's length.
-
-    `longrope` has factors for short and for long sequences and picks them by the longest position in the call, which
-    in a packed row may be somebody else's. So those modules are called once for the tokens of short sequences and
-    once for those of long ones. A prompt's tokens go by the prompt's length and an answer's by their own position,
-    as in transformers' generation with a cache; it stays so when a sequence is computed again.
-    """
-    for module in trunk.modules():
-        kind = getattr(module, "rope_type", None)
-        if "longrope" in (kind.values() if isinstance(kind, dict) else [kind]):
-            module.forward = _by_length(module, module.forward, lengths_T)
-
-
-def _by_length(module: nn.Module, whole: Callable[..., Any], lengths_T: list[Tensor]) -> Callable[..., Any]:
-    def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        parameters: Any = module.config.rope_parameters  # type: ignore[union-attr]
-        parameters = parameters if layer_type is None else parameters[layer_type]
-        limit = parameters["original_max_position_embeddings"]
-        named = {} if layer_type is None else {"layer_type": layer_type}
-        tables: list[Tensor] = []
-        for long in (False, True):
-            rows = ((lengths_T[0] > limit) == long).nonzero().squeeze(1)
-            # an extra position says which factors are meant, whatever the tokens' own positions are
-            last = position_ids.new_tensor([[limit if long else 0]])
-            for n, table in enumerate(whole(x, torch.cat([position_ids[:, rows], last], 1), **named)):
-                if not long:
-                    tables.append(table.new_empty(1, position_ids.shape[1], table.shape[2]))
-                tables[n][:, rows] = table[:, :-1]
-        return tuple(tables)
-
-    return forward

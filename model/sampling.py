@@ -41,6 +41,12 @@ _BIN_SHIFT = 17
 
 _MASK = (1 << 64) - 1
 
+NO_TOKEN = -1
+"""In place of a token: the row's logits are not numbers, so nothing can be sampled from them."""
+
+LEAST_LOGPROB = -9999.0
+"""Reported for tokens that cannot come, as OpenAI's server does: JSON has no minus infinity."""
+
 
 class SamplingState:
     """One sequence's tokens, and what sampling must know of them. Belongs to one worker; not thread-safe."""
@@ -95,10 +101,16 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int
     """The next token of each row, and its log probabilities where they were asked for. Changes nothing.
 
     logits_BV: [B, V] of any float dtype and device; the arithmetic is in float32. It waits for the device once.
+    A row with a logit that is NaN or infinity, or with no logit above minus infinity, has NO_TOKEN.
     """
     assert logits_BV.shape[0] == len(states), (logits_BV.shape, len(states))
     if not states:
         return []
+    # the largest is NaN where one is
+    numbers_B = logits_BV.amax(dim=-1).isfinite()
+    if logits_BV.device.type == "cpu" and not numbers_B.all():
+        # what follows computes with indices that it makes of the numbers
+        logits_BV = logits_BV.masked_fill(~numbers_B[:, None], 0.0)
     adjusted_BV = _adjust(logits_BV, states)
     rows: dict[Callable[..., Tensor], list[int]] = {}
     for row, state in enumerate(states):
@@ -110,7 +122,8 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int
             logits_RV = adjusted_BV if len(part) == len(states) else adjusted_BV[at]
             # float32 for the most likely token too: bfloat16 has no fast argmax on CPU
             tokens_B[at] = method(logits_RV.float(), [states[row] for row in part])
-    return _fetch(tokens_B, _logprobs(logits_BV, tokens_B, states))
+    tables = _logprobs(logits_BV, tokens_B, states)
+    return _fetch(tokens_B.masked_fill(~numbers_B, NO_TOKEN), tables)
 
 
 def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list[tuple[int, TokenLogprobs | None]]:
@@ -123,7 +136,8 @@ def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list
         for row in rows:
             found[row] = _entry(numbers[begin : begin + width])
             begin += width
-    return [(int(token), entry) for token, entry in zip(numbers, found, strict=False)]
+    chosen = zip(map(int, numbers), found, strict=False)
+    return [(token, None if token == NO_TOKEN else entry) for token, entry in chosen]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -220,8 +234,7 @@ def _draw_of_few(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
     counts = kept_RV.sum(dim=-1)
     row, token = kept_RV.nonzero(as_tuple=True)
     column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-    # at least one column: of logits that are no numbers, none is kept
-    shape = len(states), max(1, int(counts.max()))
+    shape = len(states), int(counts.max())
     tokens_RC = torch.zeros(shape, dtype=torch.int64)
     tokens_RC[row, column] = token
     logits_RC = torch.full(shape, -torch.inf)
@@ -257,7 +270,7 @@ def _draw(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
     total = cumulative_RV[:, -1:]
     target = (u * total).to(torch.int64).minimum(total - 1)
     token = torch.searchsorted(cumulative_RV, target, right=True)
-    # Logits that are all -inf, or not numbers, leave nothing to draw from: any valid token will do.
+    # Penalties can make infinities of finite logits, which leave nothing to draw from: any valid token will do.
     drawn = best.isfinite() & (total > 0) & (token < logits_RV.shape[1])
     return torch.where(drawn, token, best_token)[:, 0]
 
@@ -329,7 +342,7 @@ def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
     """[R, 2 (1 + number)] ids of the chosen token and the most likely ones, then their log probabilities, float64."""
     # CUDA adds up a row in an order that depends on where it lies in memory. Rounding from float64 hides that.
     dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
-    logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float()
+    logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float().clamp_(min=LEAST_LOGPROB)
     values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
     chosen = tokens_R[:, None]
     return torch.cat([part.double() for part in (chosen, ids, logprobs_RV.gather(1, chosen), values)], dim=1)

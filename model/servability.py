@@ -9,6 +9,7 @@ a model is called does not matter, so new families are served, or refused with a
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,6 +53,8 @@ class Shape:
     top_k: int
     hidden_size: int
     vocab_size: int
+    kv_numbers: int
+    """Of the keys and values of one token, in all layers."""
 
 
 @dataclass(slots=True)
@@ -62,6 +65,7 @@ class _Trace:
     top_k: set[int] = field(default_factory=set)
     hidden_sizes: set[int] = field(default_factory=set)
     attention_layers: list[int] = field(default_factory=list)
+    kv_numbers: int = 0
     complaint: str | None = None
 
 
@@ -81,6 +85,8 @@ def dry_run(model: PreTrainedModel) -> Shape:
             "not every layer has exactly one attention that goes through transformers' attention interface "
             f"({len(trace.attention_layers)} calls in {layers} layers)"
         )
+    if min(trace.top_k) < 1:
+        raise NotServable("its router gives a token no expert: num_experts_per_tok must be at least 1")
     sizes = {num_experts(module) for _, module in modules}
     if len(sizes) > 1 or len(trace.top_k) > 1 or len(trace.hidden_sizes) > 1:
         raise NotServable("its layers differ in their number of experts or in experts per token")
@@ -90,6 +96,7 @@ def dry_run(model: PreTrainedModel) -> Shape:
         top_k=trace.top_k.pop(),
         hidden_size=trace.hidden_sizes.pop(),
         vocab_size=int(logits.shape[-1]),
+        kv_numbers=trace.kv_numbers,
     )
 
 
@@ -113,6 +120,8 @@ def _check_structure(model: PreTrainedModel, experts: list[tuple[str, nn.Module]
             raise NotServable(f"it takes other input than text ({type(module).__name__})")
     state = _recurrent_state(model)
     if not experts:
+        if _family_has_experts(model):
+            raise NotServable("it has no MoE layer: its configuration makes every layer a dense one")
         if not _mentions_experts(model):
             raise NotServable("it is not a Mixture-of-Experts model: no layer has experts")
         raise NotServable("its experts do not go through transformers' experts interface")
@@ -131,6 +140,12 @@ def _check_structure(model: PreTrainedModel, experts: list[tuple[str, nn.Module]
 def _mentions_experts(model: PreTrainedModel) -> bool:
     names = (type(module).__name__.lower() for module in model.modules())
     return any("expert" in name or "moe" in name for name in names)
+
+
+def _family_has_experts(model: PreTrainedModel) -> bool:
+    """Whether experts of this family would go through the interface, in layers that had some."""
+    classes = vars(sys.modules[type(model).__module__]).values()
+    return any(isinstance(kind, type) and hasattr(kind, "_apply_gate") for kind in classes)
 
 
 def _recurrent_state(model: PreTrainedModel) -> str | None:
@@ -237,6 +252,7 @@ def _probe_attention(
 ) -> tuple[Tensor, None]:
     trace = _running.get()
     trace.attention_layers.append(getattr(module, "layer_idx", -1))
+    trace.kv_numbers += key.shape[1] * (key.shape[3] + value.shape[3])
     trace.complaint = trace.complaint or _attention_complaint(module, key, attention_mask, kwargs)
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
 

@@ -44,7 +44,7 @@ from model.loading import expert_modules, iter_experts, load_trunk
 from model.native.exchange import NativeExchange
 from model.routing_counter import RoutingCounter
 from model.runner import ModelRunner
-from model.sampling import SamplingState, sample
+from model.sampling import NO_TOKEN, SamplingState, sample
 from model.surgery import Fit, fit
 
 log = logging.getLogger(__name__)
@@ -330,17 +330,22 @@ class Worker:
         assert self._epoch is not None
         self._epoch.dispatcher.finish()
         for state, (token, _) in zip(states, chosen, strict=True):
-            state.append(token)
+            # a step that is on its way already runs whatever token is here, and nobody reads what comes of it
+            state.append(0 if token == NO_TOKEN else token)
         self._counter.commit_step([chunk.length for chunk in plan.chunks])
         samples = tuple(
             Sample(request_id=request_id, token_id=token, logprobs=logprobs)
             for request_id, (token, logprobs) in zip(sampling, chosen, strict=True)
+            if token != NO_TOKEN
+        )
+        corrupted = tuple(
+            request_id for request_id, (token, _) in zip(sampling, chosen, strict=True) if token == NO_TOKEN
         )
         compute_s = time.perf_counter() - begin
         # workers wait for one another, so one that has a prompt makes it everybody's prefill step
         decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
-        return StepResult(step=plan.step, samples=samples, compute_s=compute_s)
+        return StepResult(step=plan.step, samples=samples, compute_s=compute_s, corrupted=corrupted)
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]

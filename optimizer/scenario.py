@@ -9,6 +9,9 @@ from cluster.placement import Placement, Worker, WorkerId
 from optimizer.problem import Links, PlacementProblem, Semantics
 from optimizer.traces import Trace, count
 
+MOST_WORKERS = 100_000
+"""A number beyond it is a mistake, and lists of so many workers take all memory."""
+
 
 def make_workers(number: int, *, nodes: int, num_experts: int, redundant: int = 0) -> tuple[Worker, ...]:
     """`number` workers spread evenly over `nodes` nodes, with just the slots for all experts and `redundant` replicas.
@@ -17,8 +20,8 @@ def make_workers(number: int, *, nodes: int, num_experts: int, redundant: int = 
 
     Raises PlacementError where that cannot be.
     """
-    if number < 1:
-        raise PlacementError(f"workers: expected at least 1, got {number}")
+    if not 1 <= number <= MOST_WORKERS:
+        raise PlacementError(f"workers: expected 1 to {MOST_WORKERS}, got {number}")
     if not 1 <= nodes <= number:
         raise PlacementError(f"nodes: expected 1 to {number} (the workers), got {nodes}")
     most = (number - 1) * num_experts

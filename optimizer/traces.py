@@ -8,7 +8,11 @@ follow one another), and optionally `topk_weights` [T, L, K] and `num_logical_ex
 
 from __future__ import annotations
 
+import lzma
+import struct
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +29,17 @@ MOST_PARTS = 64
 
 CHUNK = 32
 """Tokens of one request that are compared alike: many more samples of which experts rise together."""
+
+
+MOST_EXPERTS = 2**15
+MOST_PAIRS = 2**27
+"""Layers times pairs of experts: statistics have several arrays with a number of 8 bytes for each."""
+
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, MemoryError, OverflowError, SyntaxError, NotImplementedError),
+    *(RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
+)
+"""What zipfile and numpy raise for an archive that is damaged, encrypted or of a kind they do not know."""
 
 
 class TraceError(UserError):
@@ -88,7 +103,7 @@ def load_trace(path: Path, num_experts: int | None = None) -> Trace:
 
     Raises TraceError, in one line, for a file or key that is missing, of a wrong shape or type, or out of range.
     """
-    arrays = _read(path)
+    arrays = _read(path, ("topk_ids", "request_lengths", "topk_weights", "num_logical_experts"))
     ids = _checked_ids(path, arrays)
     lengths = _checked_lengths(path, arrays, len(ids))
     weights = arrays.get("topk_weights")
@@ -97,8 +112,14 @@ def load_trace(path: Path, num_experts: int | None = None) -> Trace:
     if weights is not None and not np.isfinite(weights).all():
         raise TraceError(f"{path}: topk_weights holds a value that is not finite")
     highest = int(ids.max())
-    stored = arrays.get("num_logical_experts")
-    experts = num_experts or (int(stored) if stored is not None and stored.size == 1 else highest + 1)
+    experts = _stored_experts(path, arrays) if num_experts is None else num_experts
+    experts = highest + 1 if experts is None else experts
+    if not 1 <= experts <= MOST_EXPERTS:
+        raise TraceError(f"{path}: expected 1 to {MOST_EXPERTS} experts per layer, got {experts}")
+    if ids.shape[1] * experts**2 > MOST_PAIRS:
+        raise TraceError(
+            f"{path}: {ids.shape[1]} layers of {experts} experts have more than {MOST_PAIRS} pairs of experts to count"
+        )
     if highest >= experts:
         raise TraceError(f"{path}: topk_ids holds expert {highest}, the model has {experts}")
     if ids.shape[2] > experts:
@@ -117,21 +138,33 @@ def save_trace(path: Path | IO[bytes], trace: Trace) -> None:
     )
 
 
-def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+def _read(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
+    """Those of the arrays that the archive has."""
     try:
-        if not zipfile.is_zipfile(path):
-            path.open("rb").close()
-            raise TraceError(f"{path}: not an .npz archive")
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise TraceError(f"{path}: expected an .npz archive, found a single array")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # numpy leaves a file open that it cannot read
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise TraceError(f"{path}: not an .npz archive")
+            file.seek(0)
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise TraceError(f"{path}: expected an .npz archive, found a single array")
+            with archive:
+                return {name: archive[name] for name in names if name in archive.files}
+    except _UNREADABLE as error:
         if isinstance(error, TraceError):
             raise
         why = error.strerror if isinstance(error, OSError) and error.strerror else "not a readable .npz archive"
         raise TraceError(f"{path}: {why}") from None
+
+
+def _stored_experts(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> int | None:
+    stored = arrays.get("num_logical_experts")
+    if stored is None:
+        return None
+    if stored.size != 1 or stored.dtype.kind not in "iu":
+        raise TraceError(f"{path}: num_logical_experts must be one integer, got {stored.dtype} {list(stored.shape)}")
+    return int(stored.item())
 
 
 def _checked_ids(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -142,7 +175,7 @@ def _checked_ids(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> npt.NDArray
         raise TraceError(f"{path}: topk_ids must be integers [tokens, layers, k], got {ids.dtype} {list(ids.shape)}")
     if 0 in ids.shape:
         raise TraceError(f"{path}: topk_ids is empty, its shape is {list(ids.shape)}")
-    if ids.min() < 0 or ids.max() >= 2**15:
+    if ids.min() < 0 or ids.max() >= MOST_EXPERTS:
         raise TraceError(
             f"{path}: topk_ids holds {int(ids.min() if ids.min() < 0 else ids.max())}, which is no expert id"
         )
@@ -159,7 +192,8 @@ def _checked_lengths(path: Path, arrays: dict[str, npt.NDArray[Any]], tokens: in
         raise TraceError(f"{path}: the key request_lengths is missing")
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths) or (lengths < 1).any():
         raise TraceError(f"{path}: request_lengths must be positive integers [requests]")
-    if int(lengths.sum()) != tokens:
+    # a sum of huge ones may come out right by overflow
+    if (lengths > tokens).any() or int(lengths.sum()) != tokens:
         raise TraceError(f"{path}: request_lengths sum to {int(lengths.sum())}, topk_ids has {tokens} tokens")
     return lengths.astype(np.int64)
 

@@ -61,6 +61,8 @@ class ModelInfo:
     """The dtype it is stored in."""
     rope_limits: tuple[int, ...] = ()
     """Prompt lengths beyond which rotary embeddings of the whole prompt are others (longrope)."""
+    rope_growth_limit: int | None = None
+    """Prompt length beyond which every length has rotary embeddings of its own (dynamic NTK); None: there is none."""
 
     def served_in(self, dtype: str, *, int8: bool = False) -> ModelInfo:
         """With the sizes that it has in another dtype than the one it is stored in, its experts perhaps in 8 bits."""

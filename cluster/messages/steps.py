@@ -75,6 +75,8 @@ class StepResult:
     samples: tuple[Sample, ...]
     compute_s: float
     """Time of the step inside the host, waits for peers included."""
+    corrupted: tuple[RequestId, ...] = ()
+    """Requests that have no sample, because their logits were not numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

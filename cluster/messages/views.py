@@ -23,6 +23,8 @@ class EngineStatus:
     """Share of KV-cache blocks in use, 0..1."""
     steps: int = 0
     preemptions: int = 0
+    corrupted_requests: int = 0
+    """Requests that were ended because their logits were not numbers."""
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prefix_queries: int = 0

@@ -104,6 +104,23 @@ def test_prompts_with_other_rotary_embeddings_do_not_share() -> None:
     assert serve(s, ask("short again", range(1, 20))) == 16
 
 
+def test_long_prompts_share_with_those_of_their_length_where_rotary_embeddings_grow() -> None:
+    s = Scheduler(
+        {A: 32},
+        block_size=4,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        eos_token_ids=(),
+        rope_growth_limit=20,
+    )
+    serve(s, ask("short", range(1, 21)))
+    assert serve(s, ask("another short", range(1, 19))) == 16
+    assert serve(s, ask("long", range(1, 30))) == 0
+    assert serve(s, ask("longer", range(1, 31))) == 0
+    assert serve(s, ask("long again", range(1, 30))) == 28
+
+
 def test_running_requests_share_blocks() -> None:
     s = caching({A: 16})
     s.add(ask("first", range(1, 10), max_tokens=8))

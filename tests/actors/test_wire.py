@@ -41,7 +41,7 @@ from cluster.messages.steps import (
 
 R = RequestId("r")
 PARAMS = SamplingParams(max_tokens=3, temperature=0.5, logit_bias=((4, -1.5),), stop_token_ids=(7,), logprobs=2)
-SCORES = TokenLogprobs(token_id=4, logprob=float("-inf"), top=((1, -0.25), (2, -3.0)))
+SCORES = TokenLogprobs(token_id=4, logprob=-9999.0, top=((1, -0.25), (2, -3.0)))
 MESSAGES: list[Message] = [
     StepPlan(
         epoch=Epoch(3),
@@ -52,6 +52,7 @@ MESSAGES: list[Message] = [
         finished=(RequestId("ä"),),
     ),
     StepResult(step=9, samples=(Sample(request_id=R, token_id=4, logprobs=SCORES),), compute_s=0.1),
+    StepResult(step=9, samples=(), compute_s=0.1, corrupted=(R, RequestId("ä"))),
     CommitEpoch(epoch=Epoch(4)),
     ForgetSequences(),
     Done(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from model.checkpoint import open_checkpoint
 
 MOST_S = 2.0
 """For the tries of one operation: PyTorch multiplies bfloat16 very slowly where the CPU has no instruction for it."""
@@ -90,27 +91,28 @@ class Floor:
         return machine.gemm_gflop_per_s * 1e9 / self.flop_per_token
 
 
-def floor_of(config: dict[str, Any]) -> Floor:
-    """From a Qwen3-MoE's config.json. Raises ValueError for another model type: its floor has not been worked out."""
-    if config["model_type"] != "qwen3_moe":
-        raise ValueError(f"no floor is known for {config['model_type']}")
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    experts = config.get("num_experts") or config["num_local_experts"]
-    queries, keys = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
-    attention = hidden * (2 * queries + 2 * keys)
+def floor_of(model: Path) -> Floor:
+    """Of any checkpoint that can be served, from the model that transformers builds of its configuration.
+
+    Matrices alone are counted: vectors, such as those of norms and biases, are next to nothing.
+    """
+    checkpoint = open_checkpoint(model)
+    shape, skeleton = checkpoint.shape, checkpoint.skeleton
+    experts = {id(p) for name in shape.expert_modules for p in skeleton.get_submodule(name).parameters()}
+    looked_up = skeleton.get_input_embeddings().weight
+    output: Any = skeleton.get_output_embeddings()
+    skipped = experts if output.weight is looked_up else experts | {id(looked_up)}
+    matrices = [p for p in skeleton.parameters() if p.dim() > 1]
+    layers = len(shape.expert_modules)
+    of_experts = sum(p.numel() for p in matrices if id(p) in experts and p.dim() > 2)
     return Floor(
         layers=layers,
-        experts=experts,
-        top_k=config["num_experts_per_tok"],
-        expert_parameters=3 * hidden * config["moe_intermediate_size"],
-        trunk_parameters=layers * (attention + hidden * experts) + hidden * config["vocab_size"],
-        kv_numbers_per_token=layers * 2 * keys,
+        experts=shape.num_experts,
+        top_k=shape.top_k,
+        expert_parameters=of_experts // (layers * shape.num_experts),
+        trunk_parameters=sum(p.numel() for p in matrices if id(p) not in skipped),
+        kv_numbers_per_token=shape.kv_numbers,
     )
-
-
-def model_config(model: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((model / "config.json").read_text())
-    return config
 
 
 def where_and_when() -> dict[str, str]:

@@ -19,9 +19,10 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.fit import CodePath, FitReport, Part, PartFit
+from model.checkpoint import open_checkpoint
 from tests.bench import servers
 from tests.bench.client import Client
-from tests.bench.machine import floor_of, measure_machine, model_config, where_and_when
+from tests.bench.machine import floor_of, measure_machine, where_and_when
 from tests.bench.processes import cpu_between, cpu_times, memory_bytes
 from tests.bench.report import Run, load, report, save
 from tests.bench.servers import MODEL_NAME, Running, Server, serving
@@ -49,7 +50,7 @@ def run_server(
     machine = measure_machine()
     log = out / f"{server.name.replace(',', '').replace(' ', '-')}.log"
     with serving(server, log) as running:
-        client = Client(running.url, MODEL_NAME, vocab=model_config(model)["vocab_size"], seed=round_number)
+        client = Client(running.url, MODEL_NAME, vocab=open_checkpoint(model).info.vocab_size, seed=round_number)
         client.warm_up()
         truth.check(client, server.name)
         before = _engine_ttft(running)
@@ -141,10 +142,12 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     model = args.model or mid_checkpoint(args.out)
     about = where_and_when() | {"model": model.name, "command": " ".join(["tests.bench.serving", *sys.argv[1:]])}
-    config = model_config(model)
-    floor = floor_of(config) if config["model_type"] == "qwen3_moe" else None
+    floor = floor_of(model)
     truth = Truth.of(model)
     chosen = chosen_servers(args, model)
+    if not chosen:
+        print("there is no server to measure: give --workers, --vllm or --llama-cpp", file=sys.stderr)
+        return 2
     runs = load(args.out) if args.append else []
     concurrency = sorted(int(c) for c in args.concurrency.split(","))
     for number in range(args.repeat):

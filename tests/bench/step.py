@@ -22,7 +22,7 @@ from cluster.placement import Worker as Member
 from cluster.placement import WorkerId
 from model.checkpoint import open_checkpoint
 from model.worker import Worker
-from tests.bench.machine import Floor, floor_of, measure_machine, model_config, where_and_when
+from tests.bench.machine import floor_of, measure_machine, where_and_when
 from tests.bench.workers import BLOCK, EPOCH, Case, Load
 
 CONTEXT = 160
@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--expert-dtype", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    machine, config = measure_machine(), model_config(args.model)
-    floor: Floor | None = floor_of(config) if config["model_type"] == "qwen3_moe" else None
+    machine, floor = measure_machine(), floor_of(args.model)
+    vocabulary = open_checkpoint(args.model).info.vocab_size
     worker = load_worker(args.model, args.threads, expert_dtype=args.expert_dtype)
     print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
     print(
@@ -93,12 +93,12 @@ def main() -> None:
     print(f"served by {worker.report.text()}\n")
     print("| step | ms | tokens/s | share of the floor |\n|---|---|---|---|")
     for batch in BATCHES:
-        seconds = decode_s(worker, batch, config["vocab_size"])
-        share = f"{floor.decode_step_ms(batch, CONTEXT, machine) / seconds / 10:.0f} %" if floor else ""
+        seconds = decode_s(worker, batch, vocabulary)
+        share = f"{floor.decode_step_ms(batch, CONTEXT, machine) / seconds / 10:.0f} %"
         print(f"| decode of {batch} | {seconds * 1e3:.1f} | {batch / seconds:.0f} | {share} |")
     for tokens in PROMPTS:
-        seconds = prefill_s(worker, tokens, config["vocab_size"])
-        share = f"{100 * tokens / seconds / floor.prefill_tokens_per_s(machine):.0f} %" if floor else ""
+        seconds = prefill_s(worker, tokens, vocabulary)
+        share = f"{100 * tokens / seconds / floor.prefill_tokens_per_s(machine):.0f} %"
         print(f"| prompt of {tokens} | {seconds * 1e3:.0f} | {tokens / seconds:.0f} | {share} |")
 
 

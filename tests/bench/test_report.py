@@ -8,23 +8,15 @@ import pytest
 
 from tests.bench.client import Measured
 from tests.bench.gating import OURS, Result, merge, not_ahead, table
-from tests.bench.machine import Machine, floor_of
+from tests.bench.machine import Floor, Machine, floor_of
 from tests.bench.processes import MODEL, cpu_between, purpose, share_beside_model
 from tests.bench.report import Run, at, better_peer, floor_table, load, report, save, serving_table
+from tests.model.families import tiny_checkpoint
 
 MACHINE = Machine(read_gb_per_s=10.0, gemm_gflop_per_s=100.0)
-CONFIG = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 100,
-    "num_hidden_layers": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 50,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 25,
-    "vocab_size": 1000,
-}
+FLOOR = Floor(
+    layers=2, experts=4, top_k=2, expert_parameters=15_000, trunk_parameters=160_800, kv_numbers_per_token=200
+)
 
 
 def run(server: str, rate: float, *, peer: bool = False, cpu_s: dict[str, float] | None = None) -> Run:
@@ -60,11 +52,7 @@ def test_without_peers_there_are_no_ratios() -> None:
 
 
 def test_floor_counts_each_weight_once_a_step() -> None:
-    floor = floor_of(CONFIG)
-    # q and o 100 x 100 each, k and v 100 x 50 each, router 100 x 4; the head 100 x 1000
-    assert floor.trunk_parameters == 2 * (30_000 + 400) + 100_000
-    assert floor.expert_parameters == 15_000
-    assert floor.kv_numbers_per_token == 2 * 2 * 50
+    floor = FLOOR
     # one token chooses 2 of 4 experts in each layer
     assert floor.step_bytes(1, 10) == pytest.approx(2 * (160_800 + 2 * 2 * 15_000 + 10 * 200))
     assert floor.flop_per_token == 2 * (160_800 + 2 * 2 * 15_000)
@@ -73,21 +61,41 @@ def test_floor_counts_each_weight_once_a_step() -> None:
 
 
 def test_shares_of_the_floor() -> None:
-    floor = floor_of(CONFIG)
+    floor = FLOOR
     share = 100 * floor.decode_step_ms(8, 160, MACHINE) / 2.0
     assert f"| slow | {share:.0f} |" in floor_table(RUNS, floor)
 
 
-def test_a_model_without_a_known_floor_is_refused() -> None:
-    with pytest.raises(ValueError, match="mixtral"):
-        floor_of({"model_type": "mixtral"})
+@pytest.mark.parametrize(
+    ("family", "trunk", "expert", "kv"),
+    [
+        # q and o 64 x 64 each, k and v 64 x 32 each, the router 64 x 8, in each of 3 layers; the head 64 x 512
+        ("qwen3_moe", 3 * (2 * 64 * 64 + 2 * 64 * 32 + 64 * 8) + 64 * 512, 3 * 64 * 32, 3 * 2 * 32),
+        # its configuration has no head_dim, and other words for its experts
+        ("mixtral", 3 * (2 * 64 * 64 + 2 * 64 * 32 + 64 * 8) + 64 * 512, 3 * 64 * 32, 3 * 2 * 32),
+        # 4 layers, of which one is dense (three matrices of 64 x 128); the embedding is the head
+        (
+            "qwen3_moe-mixed",
+            4 * (2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 8 + 3 * 64 * 128 + 64 * 512,
+            3 * 64 * 32,
+            4 * 2 * 32,
+        ),
+    ],
+)
+def test_floor_of_a_model(
+    family: str, trunk: int, expert: int, kv: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Counted in the model, not read from one spelling of its configuration."""
+    assert floor_of(tiny_checkpoint(family, tmp_path_factory)) == Floor(
+        layers=3, experts=8, top_k=2, expert_parameters=expert, trunk_parameters=trunk, kv_numbers_per_token=kv
+    )
 
 
 def test_a_report_is_saved_and_read_again(tmp_path: Path) -> None:
     assert load(tmp_path) == []
-    save(RUNS, {"commit": "abc"}, floor_of(CONFIG), tmp_path)
+    save(RUNS, {"commit": "abc"}, FLOOR, tmp_path)
     assert load(tmp_path) == RUNS
-    assert (tmp_path / "results.md").read_text() == report(RUNS, {"commit": "abc"}, floor_of(CONFIG))
+    assert (tmp_path / "results.md").read_text() == report(RUNS, {"commit": "abc"}, FLOOR)
     assert (tmp_path / "results.csv").read_text().count("\n") == 1 + len(RUNS)
     assert (tmp_path / "results.png").stat().st_size > 0
 

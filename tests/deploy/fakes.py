@@ -147,6 +147,7 @@ class FakeBackend:
             kv_usage={worker: 0.25},
             steps=7,
             preemptions=3,
+            corrupted_requests=5,
             prefix_queries=40,
             prefix_hits=16,
             first_tokens=4,

@@ -392,6 +392,7 @@ def test_metrics(model_dir: Path) -> None:
         f"vllm:num_requests_waiting{labels} 1.0",
         f"vllm:kv_cache_usage_perc{labels} 0.25",
         f"vllm:num_preemptions_total{labels} 3.0",
+        f"vllm:corrupted_requests_total{labels} 5.0",
         f"emoe:prefix_cache_queries_total{labels} 40.0",
         f"emoe:prefix_cache_hits_total{labels} 16.0",
         f"emoe:engine_time_to_first_token_seconds_count{labels} 4.0",

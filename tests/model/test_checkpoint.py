@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cluster.errors import CheckpointError
 from model.checkpoint import open_checkpoint
+from model.loading import load_trunk
+from model.quiet import quiet_transformers
 from model.stored import StoredTensor
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.random_checkpoint import make_random_checkpoint, small_tokenizer
@@ -243,8 +246,41 @@ def test_shard_listed_but_absent(sharded: Path) -> None:
 def test_tensor_listed_but_absent(sharded: Path) -> None:
     index = sharded / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
+    shard = sharded / weight_map["model.norm.weight"]
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard, {"format": "pt"})
+    assert "has no tensor for model.norm.weight" in refusal(sharded)
+
+
+def test_a_tensor_that_nobody_needs_may_be_listed_and_absent(sharded: Path) -> None:
+    """transformers takes from the index which files there are, and from the files what they hold."""
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
     edit(index, weight_map=weight_map | {"model.extra": weight_map["model.norm.weight"]})
-    assert "has no tensor model.extra" in refusal(sharded)
+    assert open_checkpoint(sharded).info.num_layers == 2
+
+
+@pytest.mark.parametrize("listed", ["first", "last"])
+def test_a_tensor_in_two_shards_is_the_one_that_transformers_takes(sharded: Path, listed: str) -> None:
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    name = "model.norm.weight"
+    for number, shard in enumerate((shards[0], shards[-1])):
+        tensors = load_file(sharded / shard) | {name: torch.full((64,), 1.0 + number)}
+        save_file(tensors, sharded / shard, {"format": "pt"})
+    edit(index, weight_map=weight_map | {name: shards[0] if listed == "first" else shards[-1]})
+    with quiet_transformers():
+        theirs = AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32)
+    trunk = load_trunk(
+        open_checkpoint(sharded),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    assert torch.equal(trunk.get_parameter(name), theirs.get_parameter(name))
 
 
 @pytest.mark.parametrize("weight_map", [{"a": "../other/x.safetensors"}, {"a": 3}, ["a"]])

@@ -24,7 +24,7 @@ from transformers import (
 from cluster.messages.requests import RequestId, SamplingParams, TokenLogprobs
 from cluster.messages.steps import NewSequence
 from model import sampling
-from model.sampling import SamplingState, sample, uniform
+from model.sampling import LEAST_LOGPROB, NO_TOKEN, SamplingState, sample, uniform
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
@@ -231,10 +231,35 @@ def test_short_cuts_change_no_token(monkeypatch: pytest.MonkeyPatch, scale: floa
     assert quick == tokens(logits_BV, states)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocabulary", [3, 2000])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logprobs": 2},
+        {"top_k": 2, "top_p": 0.5, "min_p": 0.5, "logprobs": 0},
+        {"top_p": 0.999},
+        {"logit_bias": ((1, -100.0),), "repetition_penalty": 1.3},
+        {"min_tokens": 4, "stop_token_ids": (1,), "logprobs": 1},
+    ],
+)
+def test_logits_that_are_no_numbers_have_no_token(params: dict[str, Any], vocabulary: int, device: str) -> None:
+    """And the rows beside them have the tokens that they have without them."""
+    good = random_logits(2, vocabulary, 5, scale=0.1).to(device)
+    bad = good[:1].repeat(4, 1)
+    bad[0], bad[1], bad[2, 1], bad[3, 1] = -torch.inf, torch.nan, torch.nan, torch.inf
+    states = [state(seed=n, **params) for n in range(2)]
+    expected = sample(good, states)
+    got = sample(torch.cat([bad[:2], good[:1], bad[2:], good[1:]]), [*[state(**params)] * 2, states[0],
+                 *[state(**params)] * 2, states[1]])  # fmt: skip
+    assert [got[row] for row in (0, 1, 3, 4)] == [(NO_TOKEN, None)] * 4
+    assert [got[2], got[5]] == expected
+    assert all(0 <= token < vocabulary for token, _ in expected)
+
+
 def test_a_draw_needs_no_reasonable_logits() -> None:
-    broken = torch.tensor([[-torch.inf] * 3, [torch.nan] * 3, [0.0, torch.nan, 1.0], [0.0, torch.inf, 1.0]])
-    for params in ({}, {"temperature": 0.0}, {"top_k": 2, "top_p": 0.5, "min_p": 0.5}):
-        assert all(0 <= token < 3 for token in tokens(broken, [state(**params)] * 4))
     assert tokens(torch.tensor([[0.0, -torch.inf, -torch.inf]]), [state()]) == [0]
     assert tokens(torch.tensor([[1e30, 1e38, -1e38]]), [state(temperature=1e-4)]) == [1]
 
@@ -265,6 +290,13 @@ def test_more_logprobs_than_tokens() -> None:
     ((_, entry),) = sample(torch.tensor([[0.0, 1.0]]), [state(logprobs=20)])
     assert entry is not None
     assert [token for token, _ in entry.top] == [1, 0]
+
+
+def test_logprobs_are_finite() -> None:
+    """A token that cannot come is reported like one, with a number that JSON has."""
+    ((_, entry),) = sample(torch.tensor([[0.0, -torch.inf]]), [state(logprobs=2)])
+    assert entry is not None
+    assert entry.top == ((0, 0.0), (1, LEAST_LOGPROB))
 
 
 def test_logits_are_left_alone() -> None:
@@ -344,8 +376,7 @@ def test_top_k_of_one_is_greedy(params: dict[str, Any], output: list[int], seed:
 def test_filters_always_leave_a_possible_token(params: dict[str, Any], logits: list[float]) -> None:
     plain = {k: v for k, v in params.items() if k in {"temperature", "top_p", "top_k", "min_p", "seed"}}
     (token,) = tokens(torch.tensor([logits]), [state(**plain)])
-    assert 0 <= token < len(logits)
-    assert logits[token] > -torch.inf or max(logits) == -torch.inf
+    assert token == NO_TOKEN if max(logits) == -torch.inf else logits[token] > -torch.inf
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,101 @@
+"""Rotary embeddings that depend on how long a sequence is, made right for steps that pack many sequences.
+
+transformers picks the frequencies of `longrope` and of dynamic NTK scaling by the longest position in the call. In a
+packed row that may be another sequence's. Here those modules are called once for each group of tokens that share their
+frequencies. A prompt's tokens go by the prompt's length and an answer's by their own position, as in transformers'
+generation with a cache; it stays so when a sequence is computed again.
+
+Legend: T tokens of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LONGROPE = "longrope"
+"""One set of frequencies up to a length, and another beyond it."""
+DYNAMIC = "dynamic"
+"""Frequencies of their own for every length beyond the original one."""
+
+
+def rotate_by_length(trunk: nn.Module, lengths_T: list[Tensor]) -> None:
+    """Give every token of a packed step the rotary embedding of its own sequence's length, in place.
+
+    `lengths_T` is a list of one tensor, [T] lengths of the tokens of the step that runs. Whoever runs it sets it.
+    """
+    for module in trunk.modules():
+        if _kinds(module) & {LONGROPE, DYNAMIC}:
+            module.forward = _by_length(module, module.forward, lengths_T)
+
+
+def growth_limit(model: nn.Module) -> int | None:
+    """The length beyond which every length has frequencies of its own (dynamic NTK); None where there is none.
+
+    The modules say so and not the configuration: Hunyuan's calls a fixed scaling "dynamic", too.
+    """
+    limits = {_original_length(module) for module in model.modules() if DYNAMIC in _kinds(module)}
+    return min(limits, default=None)
+
+
+def _kinds(module: nn.Module) -> set[Any]:
+    """Of a rotary module; some have one kind for each kind of layer."""
+    kind = getattr(module, "rope_type", None)
+    return set(kind.values()) if isinstance(kind, dict) else {kind}
+
+
+def _original_length(module: nn.Module) -> int:
+    return int(module.original_max_seq_len)  # type: ignore[arg-type]
+
+
+def _by_length(module: nn.Module, whole: Callable[..., Any], lengths_T: list[Tensor]) -> Callable[..., Any]:
+    def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        kind: Any = module.rope_type
+        kind = kind if layer_type is None else kind[layer_type]
+        named = {} if layer_type is None else {"layer_type": layer_type}
+        if kind == LONGROPE:
+            groups = _longrope_groups(module, lengths_T[0], layer_type)
+        elif kind == DYNAMIC:
+            groups = _dynamic_groups(module, lengths_T[0], layer_type)
+        else:
+            return whole(x, position_ids, **named)
+        tables: list[Tensor] = []
+        for rows, last in groups:
+            # an extra position says which frequencies are meant, whatever the tokens' own positions are
+            positions = position_ids.new_empty(1, len(rows) + 1)
+            positions[:, :-1], positions[:, -1] = position_ids[:, rows], last
+            parts = whole(x, positions, **named)
+            tables = tables or [part.new_empty(1, position_ids.shape[1], part.shape[2]) for part in parts]
+            for table, part in zip(tables, parts, strict=True):
+                table[:, rows] = part[:, :-1]
+        return tuple(tables)
+
+    return forward
+
+
+def _longrope_groups(module: nn.Module, lengths_T: Tensor, layer_type: str | None) -> Iterator[tuple[Tensor, int]]:
+    """Tokens of short and of long sequences, and a position for which transformers takes their frequencies."""
+    parameters: Any = module.config.rope_parameters  # type: ignore[union-attr]
+    parameters = parameters if layer_type is None else parameters[layer_type]
+    limit = parameters["original_max_position_embeddings"]
+    for long in (False, True):
+        yield ((lengths_T > limit) == long).nonzero().squeeze(1), limit if long else 0
+
+
+def _dynamic_groups(module: nn.Module, lengths_T: Tensor, layer_type: str | None) -> Iterator[tuple[Tensor, int]]:
+    """Tokens of each length beyond the original one, and all others; and the last position of such a length."""
+    original = _original_length(module)
+    lengths_T = lengths_T.clamp(min=original)
+    for length in torch.unique(lengths_T).tolist():
+        _forget_length(module, original, layer_type)
+        yield (lengths_T == length).nonzero().squeeze(1), length - 1
+
+
+def _forget_length(module: nn.Module, original: int, layer_type: str | None) -> None:
+    """transformers keeps the frequencies of the longest call so far; a module as new makes them for the next call."""
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
+    setattr(module, f"{prefix}max_seq_len_cached", original)

@@ -1,0 +1,111 @@
+"""Every target of the Makefile, in a small form: with the environment that runs the tests, on tiny models."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.model.families import tiny_checkpoint
+
+ROOT = Path(__file__).parents[1]
+VENV = Path(sys.executable).parents[1]
+RAN = {
+    *("help", "serve", "test", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "clean"),
+}
+"""Targets that a test below runs."""
+
+
+def make(*words: str, where: Path = ROOT, venv: Path = VENV, expected: int = 0) -> str:
+    """Run make; the environment counts as set up. Returns what it printed."""
+    ready = [part for stamp in (".installed", ".installed-dev") for part in ("-o", str(venv / stamp))]
+    done = subprocess.run(
+        ["make", f"VENV={venv}", *ready, *words], cwd=where, capture_output=True, text=True, check=False, timeout=240
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == expected, output[-3000:]
+    return output
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A folder with the Makefile and a badly formatted source."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "odd.py").write_text("x = [ 1,2 ]\n")
+    return tmp_path
+
+
+def test_help_lists_every_target() -> None:
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", text, flags=re.M)
+    assert phony is not None
+    targets = set(phony[1].split())
+    assert targets == RAN, "a target that no test runs"
+    listed = {line.split()[0] for line in make("help").splitlines()}
+    assert listed == targets
+    assert make() == make("help")
+
+
+def test_a_fresh_checkout_is_set_up_first(copy: Path) -> None:
+    """What would be done is printed: it takes minutes, and the network."""
+    done = subprocess.run(["make", "-n", "bench"], cwd=copy, capture_output=True, text=True, check=True)
+    steps = done.stdout.splitlines()
+    order = [next(n for n, step in enumerate(steps) if what in step) for what in ("-m venv", '".[dev]"', "tests.bench")]
+    assert order == sorted(order)
+
+
+def test_serve() -> None:
+    assert "--max-num-seqs" in make("serve", "ARGS=--help")
+
+
+def test_test() -> None:
+    assert " passed" in make("test", "ARGS=tests/test_layers.py -o addopts=--import-mode=importlib")
+
+
+def test_lint_and_format(copy: Path) -> None:
+    assert "would be reformatted" in make("lint", where=copy, expected=2)
+    make("format", where=copy)
+    assert (copy / "odd.py").read_text() == "x = [1, 2]\n"
+
+
+def test_clean(copy: Path) -> None:
+    removed = [copy / name for name in (".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache", "a.egg-info")]
+    for folder in removed:
+        folder.mkdir()
+    make("clean", where=copy, venv=copy / ".venv")
+    assert not any(folder.exists() for folder in removed)
+    assert (copy / "odd.py").exists()
+
+
+@pytest.mark.timeout(300)
+def test_bench_gating(tmp_path: Path) -> None:
+    small = "--tokens 4 --workers 1 --experts 4 --top-k 2 --hidden 64 --ff 64"
+    assert "elastic-moe, dynamic" in make("bench-gating", f"ARGS={small} --out {tmp_path}")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would measure")
+def test_bench_gpu_says_that_there_is_no_gpu() -> None:
+    assert "this benchmark needs a CUDA GPU" in make("bench-gpu", expected=2)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_bench(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = tiny_checkpoint("mixtral", tmp_path_factory)
+    small = "--workers 1 --concurrency 1 --serve-args=--no-standby"
+    text = make("bench", f"ARGS={small} --model {model} --out {tmp_path}")
+    assert "Share of the machine's floor" in text
+    assert "first tokens are transformers'" in text
+    assert (tmp_path / "results.json").exists()
+
+
+def test_chaos() -> None:
+    """That it starts; tests/chaos runs some of its scenarios."""
+    assert "--only" in make("chaos", "ARGS=--help")
