@@ -126,6 +126,8 @@ class Cluster:
             report=lambda *what: self.report(*what),
             late=lambda workers: self.late.append(list(workers)),
         )
+        self.endpoint: Endpoint
+        """Where clients connect."""
         self.late: list[list[WorkerId]] = []
         self.reports: asyncio.Queue[tuple[Epoch, list[WorkerId], str]] = asyncio.Queue()
         self.epoch = Epoch(0)
@@ -216,7 +218,8 @@ def run(names: Sequence[str], scenario: Scenario) -> Cluster:
         loop = asyncio.create_task(c.loop.run())
         try:
             async with asyncio.timeout(20):
-                await client.connect(await c.clients.listen("127.0.0.1"))
+                c.endpoint = await c.clients.listen("127.0.0.1")
+                await client.connect(c.endpoint)
                 await c.begin_epoch(*names)
                 await scenario(c, client)
         finally:
@@ -399,14 +402,12 @@ def test_an_epoch_that_a_host_has_not_prepared() -> None:
 
 def test_a_replica_that_comes_back_misses_nothing() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
-        endpoint = cluster.clients._server.sockets[0].getsockname()  # type: ignore[union-attr]
         await client.submit(request("r", max_tokens=20), request("gone"))
         await client.until(lambda: len(client.tokens[RequestId("r")]) > 3)
         client.link.send(AbortRequests(request_ids=(RequestId("gone"),)))
         await client.submit()
-        (token,) = {link._token for link in cluster.clients._names}  # type: ignore[attr-defined]
         old = client.link
-        await client.connect(Endpoint(address=endpoint[0], port=endpoint[1], token=token))
+        await client.connect(cluster.endpoint)
         await client.submit(request("r", max_tokens=20))
         await client.finish(request("r", max_tokens=20))
         assert RequestId("gone") not in client.ends
