@@ -93,10 +93,10 @@ class ExpertHost:
     @ray.method(concurrency_group="io")
     def rendezvous(self) -> str:
         """host:port of a store for one process group, kept until there are some newer ones."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+        from model.transport import open_store
 
         address = node_address()
-        self._stores.append(TCPStore(address, 0, is_master=True, wait_for_workers=False))
+        self._stores.append(open_store(address))
         # of the group in force and of attempts at the next; older groups are gone
         del self._stores[:-KEPT_STORES]
         return f"{address}:{self._stores[-1].port}"

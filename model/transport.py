@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -76,18 +78,24 @@ class CollectiveTransport:
     """
 
     def __init__(self, backend: str, *, rendezvous: str, group: str, rank: int, size: int, timeout_s: float) -> None:
-        """`rendezvous` is host:port of a TCPStore that outlives the group; `group` is the prefix of its keys."""
+        """`rendezvous` is host:port of a store (`open_store`) that outlives the group; `group` prefixes its keys."""
         self.rank = rank
         self.size = size
         self._aborted = False
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         host, port = rendezvous.rsplit(":", 1)
+        # the one address that members are known to be reached by: a machine's own name may be 127.0.1.1 to itself
+        address = _address_towards(host, int(port))
         timeout = datetime.timedelta(seconds=timeout_s)
         store = PrefixStore(group, TCPStore(host, int(port), is_master=False, timeout=timeout))
         self._group: Any
         if backend == "nccl":
             # else NCCL's watchdog would end this process, and with it what it holds, when a peer is gone
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+            interface = interface_of(address)
+            if interface is not None:
+                # NCCL reads it once, when the process joins its first group; "=": this very name
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, rank, size, options)
@@ -96,7 +104,10 @@ class CollectiveTransport:
             with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
                 self._sizes([0] * size)
         else:
-            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+            gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            gloo._timeout = timeout
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+            self._group = dist.ProcessGroupGloo(store, rank, size, gloo)
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         parts = [
@@ -155,3 +166,31 @@ class CollectiveTransport:
         group = self._group
         if group is not None:
             group.abort()
+
+
+def open_store(address: str) -> TCPStore:
+    """A store for the rendezvous of one process group, on a free port of `address` and nowhere else.
+
+    Anybody who reaches the port can read and write it: the network between nodes has to be a trusted one.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family)
+    port = listener.getsockname()[1]
+    # left to itself, a store listens on every address of the machine
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to `host`. Nothing is sent."""
+    family, kind, protocol, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(there)
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface with this IP address; None where this machine has none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address.split("%")[0] == address for known in addresses):
+            return name
+    return None
