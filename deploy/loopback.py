@@ -24,4 +24,4 @@ def keep_calls_local() -> None:
     def add_local_port(server: object, where: str) -> int:
         return int(add_port(server, where.replace(_EVERYWHERE, f"{address}:")))
 
-    replica.add_port_to_grpc_server = add_local_port
+    setattr(replica, "add_port_to_grpc_server", add_local_port)  # noqa: B010
