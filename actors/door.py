@@ -6,7 +6,6 @@ The thread of the steps never waits for strangers, and a process that has no fil
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import selectors
 import socket
@@ -14,12 +13,11 @@ import time
 from collections.abc import Callable, Iterable
 
 from actors.handshakes import BACKLOG, Handshakes
-from actors.wire import new_token
+from actors.wire import is_exhausted, new_token
 from cluster.protocol import Endpoint
 
 logger = logging.getLogger(__name__)
 
-_NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _BACKLOG = 512
 """A connection beyond that is tried again by its side's kernel, a second later."""
 _PAUSE_S = 0.1
@@ -72,7 +70,7 @@ class Door:
         try:
             connection, _ = self._listener.accept()
         except OSError as error:
-            if error.errno in _NOTHING_LEFT and not self._closed:
+            if is_exhausted(error) and not self._closed:
                 self._make_room(error)
             return False
         self._short = False

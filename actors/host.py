@@ -8,6 +8,7 @@ too, and should not wait seconds for it.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from actors.calls import node_address
+from actors.wire import is_exhausted
 from cluster.collector import no_collection
 from cluster.errors import NotReadyError
 from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from actors.step_server import StepServer
     from model.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 STEP_PING_S = 30.0
 """Longest that a call waits for the thread of the steps. Who asks gives up earlier."""
@@ -103,7 +107,14 @@ class ExpertHost:
 
     @ray.method(concurrency_group="io")
     def prepare(self, spec: EpochSpec) -> None:
-        self._ready.prepare(spec)
+        try:
+            self._ready.prepare(spec)
+        except OSError as error:
+            if is_exhausted(error):
+                # nothing frees them but the end of the process, and another takes its place
+                logger.critical("a group cannot be joined, this process ends: %s", error)
+                os._exit(1)
+            raise
 
     @ray.method(concurrency_group="io")
     def abandon(self, epoch: Epoch) -> None:

@@ -6,6 +6,7 @@ Nothing that is read can run code, and nothing is decoded before the other side 
 
 from __future__ import annotations
 
+import errno
 import hmac
 import secrets
 import socket
@@ -57,6 +58,14 @@ _PIECE_BYTES = 1 << 16
 
 class WireError(ConnectionError):
     """What came is no message of ours."""
+
+
+_NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether the process has no file descriptor left, or the kernel no memory for one."""
+    return isinstance(error, OSError) and error.errno in _NOTHING_LEFT
 
 
 def new_token() -> str:
