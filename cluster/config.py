@@ -8,6 +8,7 @@ Its metadata carries the help text and, where the values are few, the choices; t
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -153,6 +154,8 @@ class ServeConfig:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # noqa: BLE001 - what Python raises of a date, a number or nesting that cannot be
+            raise ConfigError(f"{path}: a value cannot be read: {' '.join(str(error).split())}") from None
         if data is None:
             return {}
         if not isinstance(data, dict):
@@ -183,14 +186,18 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         return None
     expected = base_type(hint)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{field.name}: the number is too large") from None
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ConfigError(f"{field.name}: expected {expected.__name__}, got {value!r}")
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f"{field.name}: expected a finite number, got {value!r}")
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(f"{field.name}: expected one of {', '.join(choices)}, got {value!r}")
     at_least = field.metadata["at_least"]
-    # written so that a NaN fails too
-    if at_least is not None and not value >= at_least:
+    if at_least is not None and value < at_least:
         raise ConfigError(f"{field.name}: expected at least {at_least:g}, got {value!r}")
     return value

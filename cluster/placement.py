@@ -148,18 +148,19 @@ class Placement:
             )
             experts = int(data["num_logical_experts"])
             table = np.asarray(data["physical_to_logical_map"])
-            owners = data.get("slot_to_worker")
+            given = data.get("slot_to_worker")
+            owners = None if given is None else np.asarray(given).tolist()
             layers = data.get("num_layers")
         except KeyError as error:
             raise PlacementError(f"placement: the key {error} is missing") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlacementError(f"placement: not of the expected form ({error})") from None
         if table.dtype.kind != "i" or table.ndim != 2:
             raise PlacementError("placement: physical_to_logical_map must be a list of equally long lists of integers")
         if int(table.min(initial=0)) < -(2**31) or int(table.max(initial=0)) >= 2**31:
             raise PlacementError("placement: physical_to_logical_map holds a number that is no expert id")
         placement = cls(num_logical_experts=experts, workers=workers, physical_to_logical_map=table.astype(np.int32))
-        if owners is not None and list(owners) != placement.slot_to_worker.tolist():
+        if owners is not None and owners != placement.slot_to_worker.tolist():
             raise PlacementError("placement: slot_to_worker must list each worker's slots one after another, in order")
         if layers is not None and layers != placement.num_layers:
             raise PlacementError(f"placement: num_layers is {layers}, the map has {placement.num_layers} rows")
@@ -172,7 +173,7 @@ class Placement:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise PlacementError(f"{path}: {error.strerror or error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlacementError(f"{path}: not JSON ({error})") from None
         if not isinstance(data, dict):
             raise PlacementError(f"{path}: expected a JSON object")
@@ -200,6 +201,11 @@ class Placement:
             raise PlacementError("placement: every worker needs at least one slot")
         if table.ndim != 2 or table.shape[1] != self.num_slots:
             raise PlacementError(f"placement: the map is {list(table.shape)}, expected [layers, {self.num_slots}]")
+        if not 1 <= self.num_logical_experts <= self.num_slots:
+            raise PlacementError(
+                f"placement: num_logical_experts is {self.num_logical_experts}, expected 1 to {self.num_slots}, the"
+                " number of slots"
+            )
         if table.size and (table.min() < EMPTY or table.max() >= self.num_logical_experts):
             raise PlacementError(f"placement: expert ids must lie between -1 and {self.num_logical_experts - 1}")
         for layer in range(self.num_layers):

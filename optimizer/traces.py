@@ -20,6 +20,9 @@ from cluster.errors import UserError
 from optimizer.estimate import covariance_of_requests
 from optimizer.problem import FloatArray
 
+KEYS = ("topk_ids", "request_lengths", "topk_weights", "num_logical_experts")
+MOST_EXPERTS = 2**15
+
 MOST_PARTS = 64
 """Requests, or groups of them, whose loads are compared to see how loads vary."""
 
@@ -97,8 +100,7 @@ def load_trace(path: Path, num_experts: int | None = None) -> Trace:
     if weights is not None and not np.isfinite(weights).all():
         raise TraceError(f"{path}: topk_weights holds a value that is not finite")
     highest = int(ids.max())
-    stored = arrays.get("num_logical_experts")
-    experts = num_experts or (int(stored) if stored is not None and stored.size == 1 else highest + 1)
+    experts = num_experts or _stored_experts(path, arrays) or highest + 1
     if highest >= experts:
         raise TraceError(f"{path}: topk_ids holds expert {highest}, the model has {experts}")
     if ids.shape[2] > experts:
@@ -119,19 +121,28 @@ def save_trace(path: Path | IO[bytes], trace: Trace) -> None:
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
-        if not zipfile.is_zipfile(path):
-            path.open("rb").close()
-            raise TraceError(f"{path}: not an .npz archive")
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise TraceError(f"{path}: expected an .npz archive, found a single array")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, TraceError):
-            raise
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise TraceError(f"{path}: not an .npz archive")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in KEYS if name in archive.files}
+    except TraceError:
+        raise
+    except MemoryError:
+        raise TraceError(f"{path}: its arrays do not fit into memory") from None
+    except Exception as error:  # noqa: BLE001 - a damaged archive raises whatever zipfile, zlib and NumPy have
         why = error.strerror if isinstance(error, OSError) and error.strerror else "not a readable .npz archive"
         raise TraceError(f"{path}: {why}") from None
+
+
+def _stored_experts(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> int | None:
+    stored = arrays.get("num_logical_experts")
+    if stored is None:
+        return None
+    if stored.size != 1 or stored.dtype.kind not in "iu" or not 1 <= int(stored.item()) <= MOST_EXPERTS:
+        raise TraceError(f"{path}: num_logical_experts must be one integer, 1 to {MOST_EXPERTS}")
+    return int(stored.item())
 
 
 def _checked_ids(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -142,7 +153,7 @@ def _checked_ids(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> npt.NDArray
         raise TraceError(f"{path}: topk_ids must be integers [tokens, layers, k], got {ids.dtype} {list(ids.shape)}")
     if 0 in ids.shape:
         raise TraceError(f"{path}: topk_ids is empty, its shape is {list(ids.shape)}")
-    if ids.min() < 0 or ids.max() >= 2**15:
+    if ids.min() < 0 or ids.max() >= MOST_EXPERTS:
         raise TraceError(
             f"{path}: topk_ids holds {int(ids.min() if ids.min() < 0 else ids.max())}, which is no expert id"
         )
@@ -159,8 +170,8 @@ def _checked_lengths(path: Path, arrays: dict[str, npt.NDArray[Any]], tokens: in
         raise TraceError(f"{path}: the key request_lengths is missing")
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths) or (lengths < 1).any():
         raise TraceError(f"{path}: request_lengths must be positive integers [requests]")
-    if int(lengths.sum()) != tokens:
-        raise TraceError(f"{path}: request_lengths sum to {int(lengths.sum())}, topk_ids has {tokens} tokens")
+    if (lengths > tokens).any() or int(lengths.sum()) != tokens:
+        raise TraceError(f"{path}: request_lengths sum to {sum(lengths.tolist())}, topk_ids has {tokens} tokens")
     return lengths.astype(np.int64)
 
 
