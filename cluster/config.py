@@ -192,7 +192,7 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             raise ConfigError(f"{field.name}: the number is too large") from None
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ConfigError(f"{field.name}: expected {expected.__name__}, got {value!r}")
-    if expected is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{field.name}: expected a finite number, got {value!r}")
     choices = field.metadata["choices"]
     if choices and value not in choices:
