@@ -8,7 +8,14 @@ from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from cluster.errors import EmoeError
 
@@ -18,14 +25,19 @@ CALL_ERRORS = (RayError, EmoeError, TimeoutError, OSError)
 """What a remote call raises that went wrong over there, or on the way."""
 
 
+_DEATHS = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+
+
 def is_death(error: BaseException) -> bool:
     """Whether the called actor is gone (or out of reach), rather than unhappy."""
-    return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+    return isinstance(error, _DEATHS) and not isinstance(error, RayTaskError)
 
 
 def one_line(error: BaseException) -> str:
     """What people should read of an error: without Ray's traceback, without line breaks."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    if isinstance(cause, OutOfMemoryError):
+        return "Ray ended its process, since the memory of its machine was nearly full"
     if is_death(cause):
         return "its process died"
     if isinstance(cause, TimeoutError):

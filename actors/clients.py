@@ -15,7 +15,7 @@ from typing import Protocol
 
 from actors.links import Link, listen
 from actors.liveness import CLIENT_S
-from actors.wire import Message, new_token
+from actors.wire import Message, WireError, new_token
 from cluster.errors import RequestError
 from cluster.protocol import (
     AbortRequests,
@@ -121,8 +121,7 @@ class Clients:
         if isinstance(message, Hello):
             self._greet(link, message.client_id)
         elif name is None:
-            logger.warning("a connection is closed: no replica said hello")
-            link.close()
+            raise WireError(f"a {type(message).__name__} came before a Hello")
         elif isinstance(message, Submit):
             try:
                 self._submit(name, message.requests)
@@ -133,8 +132,12 @@ class Clients:
                 _flush(self._clients[name])
         elif isinstance(message, AbortRequests):
             self._abort(name, message.request_ids)
+        else:
+            raise WireError(f"an engine does not take a {type(message).__name__}")
 
     def _greet(self, link: Link, name: str) -> None:
+        if self._names.get(link, name) != name:
+            raise WireError("a replica said hello under two names")
         client = self._clients.setdefault(name, _Client(link=None))
         if client.link is not link:
             if client.link is not None:

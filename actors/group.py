@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from actors.links import Link, connect
-from actors.wire import Message
+from actors.wire import Message, WireError
 from cluster.placement import WorkerId
 from cluster.protocol import CommitEpoch, Endpoint, Epoch, ForgetSequences, HostInfo, StepPlan, StepResult
 
@@ -62,4 +62,4 @@ class Group:
 
 
 def _unexpected(link: Link, message: Message) -> NoReturn:
-    raise AssertionError(f"a host sent a {type(message).__name__}")
+    raise WireError(f"a host sent a {type(message).__name__}")

@@ -8,6 +8,7 @@ too, and should not wait seconds for it.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import ray
 
 from actors.calls import node_address
 from actors.liveness import STEP_PING_S
+from actors.wire import is_exhausted
 from cluster.collector import no_collection
 from cluster.errors import NotReadyError
 from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     from actors.step_server import StepServer
     from model.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 COPY_NICENESS = 10
 WARM_UP_NICENESS = 5
@@ -93,17 +97,24 @@ class ExpertHost:
     @ray.method(concurrency_group="io")
     def rendezvous(self) -> str:
         """host:port of a store for one process group, kept until there are some newer ones."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+        from model.transport import open_store
 
         address = node_address()
-        self._stores.append(TCPStore(address, 0, is_master=True, wait_for_workers=False))
+        self._stores.append(open_store(address))
         # of the group in force and of attempts at the next; older groups are gone
         del self._stores[:-KEPT_STORES]
         return f"{address}:{self._stores[-1].port}"
 
     @ray.method(concurrency_group="io")
     def prepare(self, spec: EpochSpec) -> None:
-        self._ready.prepare(spec)
+        try:
+            self._ready.prepare(spec)
+        except OSError as error:
+            if is_exhausted(error):
+                # nothing frees them but the end of the process, and another takes its place
+                logger.critical("a group cannot be joined, this process ends: %s", error)
+                os._exit(1)
+            raise
 
     @ray.method(concurrency_group="io")
     def abandon(self, epoch: Epoch) -> None:

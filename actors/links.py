@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
+from actors.handshakes import BACKLOG, TOKEN_S, Handshakes
 from actors.liveness import CONNECT_S
-from actors.wire import TOKEN_BYTES, Frames, Message, WireError, encode, keep_alive, opens
+from actors.wire import Frames, Message, WireError, encode, keep_alive
 from cluster.errors import HostError, RequestError, StepAborted
 from cluster.protocol import Done, Endpoint, Failed, Refused, StepResult
 
@@ -23,7 +24,10 @@ class Link(asyncio.Protocol):
     """One end of a connection. `call` asks and awaits the answer, in order; anything else goes to `received`."""
 
     def __init__(self, received: Callable[[Link, Message], None], lost: Callable[[Link], None]) -> None:
-        """`lost` is called once, when the connection has ended for whatever reason."""
+        """`received` raises WireError for a message that has no place here: it ends the connection.
+
+        `lost` is called once, when the connection has ended for whatever reason.
+        """
         self._received = received
         self._lost = lost
         self._frames = Frames()
@@ -58,22 +62,18 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            messages = self._frames.feed(data)
+            for message in self._frames.feed(data):
+                if isinstance(message, _ANSWERS):
+                    self._answered(message)
+                else:
+                    self._received(self, message)
         except WireError as error:
             logger.warning("a connection is closed: %s", error)
             self.close()
-            return
-        for message in messages:
-            if isinstance(message, _ANSWERS):
-                self._answered(message)
-            else:
-                self._received(self, message)
 
     def _answered(self, message: Message) -> None:
         if not self._asked:
-            logger.warning("a connection is closed: an answer to nothing")
-            self.close()
-            return
+            raise WireError("an answer came to no question")
         future = self._asked.popleft()
         # whoever asked may have stopped waiting
         if future.done():
@@ -96,30 +96,47 @@ class Link(asyncio.Protocol):
 class _ServerLink(Link):
     """The end that is connected to: says nothing and decodes nothing until it has seen the token."""
 
-    def __init__(self, token: str, received: Callable[[Link, Message], None], lost: Callable[[Link], None]) -> None:
+    def __init__(
+        self,
+        handshakes: Handshakes[_ServerLink],
+        received: Callable[[Link, Message], None],
+        lost: Callable[[Link], None],
+    ) -> None:
+        """`handshakes` are those of all connections of one listener."""
         super().__init__(received, lost)
-        self._token = token
-        self._shown: bytes | None = b""
+        self._handshakes = handshakes
+        self._admitted = False
+        self._limit: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        asyncio.get_running_loop().call_later(CONNECT_S, self._expect)
-
-    def _expect(self) -> None:
-        if self._shown is not None:
-            self.close()
+        loop = asyncio.get_running_loop()
+        oldest = self._handshakes.begin(self, loop.time())
+        if oldest is not None:
+            oldest.close()
+        self._limit = loop.call_later(TOKEN_S, self.close)
 
     def data_received(self, data: bytes) -> None:
-        if self._shown is not None:
-            self._shown += data
-            if len(self._shown) < TOKEN_BYTES:
-                return
-            shown, data = self._shown[:TOKEN_BYTES], self._shown[TOKEN_BYTES:]
-            if not opens(self._token, shown):
+        if not self._admitted:
+            try:
+                rest = self._handshakes.show(self, data)
+            except WireError:
                 self.close()
                 return
-            self._shown = None
+            if rest is None:
+                return
+            self._admitted, data = True, rest
+            self._no_limit()
         super().data_received(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._no_limit()
+        self._handshakes.end(self)
+        super().connection_lost(error)
+
+    def _no_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
 
 
 def _error(message: Message) -> Exception | None:
@@ -143,8 +160,9 @@ async def listen(
     address: str, token: str, received: Callable[[Link, Message], None], lost: Callable[[Link], None]
 ) -> tuple[asyncio.Server, Endpoint]:
     """Take connections from whoever has the token, on a port of the system's choice."""
+    handshakes: Handshakes[_ServerLink] = Handshakes(token)
     server = await asyncio.get_running_loop().create_server(
-        lambda: _ServerLink(token, received, lost), address, 0, family=socket.AF_UNSPEC
+        lambda: _ServerLink(handshakes, received, lost), address, 0, family=socket.AF_UNSPEC, backlog=BACKLOG
     )
     port = server.sockets[0].getsockname()[1]
     return server, Endpoint(address=address, port=port, token=token)

@@ -22,6 +22,7 @@ from actors.clients import Clients
 from actors.group import Group
 from actors.liveness import ABORT_S, SILENT_S
 from actors.step_deadline import StepDeadline
+from actors.wire import is_exhausted
 from cluster.errors import HostError, StepAborted
 from cluster.placement import WorkerId
 from cluster.protocol import (
@@ -134,7 +135,7 @@ class StepLoop:
         return await self._flip.done
 
     async def run(self) -> None:
-        """Never returns."""
+        """Never returns. Raises OSError where this process can open no connection to a host: it is of no use then."""
         while True:
             self._wake.clear()
             if not await self._act():
@@ -279,6 +280,10 @@ class StepLoop:
         failed = await self._group.flip(flip.spec.epoch, members, self._step_timeout_s, first=self._spec is None)
         self._flip = None
         if failed:
+            exhausted = next((error for error in failed.values() if is_exhausted(error)), None)
+            if exhausted is not None:
+                # it is not the hosts that are to blame: with this process's end, another engine begins
+                raise exhausted
             self._broken = True
             detail = "; ".join(f"{worker}: {one_line(error)}" for worker, error in failed.items())
             flip.done.set_exception(StepAborted(f"epoch {flip.spec.epoch} was not committed by {detail}"))

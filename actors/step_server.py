@@ -2,22 +2,25 @@
 
 One thread is all it takes. While it computes, the next plan waits in the socket, so that steps that are sent ahead
 follow each other without a pause; and what must get through meanwhile (signs of life, aborts) comes by Ray.
+
+A second thread sleeps unless somebody connects (actors/door.py). An engine that is let in takes the place of the one
+before, which may hang.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from actors.calls import one_line
-from actors.liveness import TOKEN_S
-from actors.wire import TOKEN_BYTES, Message, encode, keep_alive, new_token, opens, receive, receive_exactly
+from actors.door import Door, shut
+from actors.wire import Message, WireError, encode, keep_alive, receive
 from cluster.errors import StepAborted
-from cluster.protocol import CommitEpoch, Done, Endpoint, Epoch, Failed, ForgetSequences, StepPlan, StepResult
+from cluster.protocol import CommitEpoch, Done, Epoch, Failed, ForgetSequences, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -33,76 +36,99 @@ class Steps(Protocol):
 
 
 class StepServer:
-    """Listens from its making on; serves one engine at a time, the next when the connection of the last has ended."""
+    """Listens from its making on; serves one engine at a time, the one that came last."""
 
     def __init__(self, worker: Steps, address: str) -> None:
         self._worker = worker
         self.free = threading.Event()
         """Whether nothing is being done at this moment."""
         self.free.set()
-        self._listener = socket.create_server((address, 0), family=_family(address))
-        self.endpoint = Endpoint(address=address, port=self._listener.getsockname()[1], token=new_token())
-        self._connection: socket.socket | None = None
+        self._door = Door(address, self._admit)
+        self.endpoint = self._door.endpoint
+        self._changed = threading.Condition()
+        """Guards what follows."""
+        self._next: socket.socket | None = None
+        self._current: socket.socket | None = None
         self._closed = False
-        threading.Thread(target=self._run, name="steps", daemon=True).start()
+        _start("steps", self._run)
+        _start("step door", self._door.run)
 
     def close(self) -> None:
         """Hang up, and take no more engines."""
-        self._closed = True
-        for end in (self._listener, self._connection):
-            if end is not None:
-                with contextlib.suppress(OSError):  # it is not connected any more
-                    end.shutdown(socket.SHUT_RDWR)
+        with self._changed:
+            self._closed = True
+            self._hang_up()
+            self._changed.notify()
+        self._door.close()
+
+    def _admit(self, connection: socket.socket) -> None:
+        with self._changed:
+            self._hang_up()
+            if self._closed:
+                connection.close()
+            else:
+                self._next = connection
+            self._changed.notify()
+
+    def _hang_up(self) -> None:
+        if self._next is not None:
+            self._next.close()
+            self._next = None
+        if self._current is not None:
+            # closed by the thread of the steps, which is told by this
+            shut(self._current)
 
     def _run(self) -> None:
-        try:
-            with self._listener:
-                while not self._closed:
-                    self._accept()
-        except BaseException:
-            # a host without this thread would hang its group
-            logger.critical("the step thread failed", exc_info=True)
-            os._exit(1)
+        while (connection := self._take()) is not None:
+            try:
+                self._serve(connection)
+            except OSError as error:
+                logger.info("the engine's connection has ended: %s", error)
+            finally:
+                with self._changed:
+                    self._current = None
+                    connection.close()
 
-    def _accept(self) -> None:
-        try:
-            self._connection, _ = self._listener.accept()
-        except OSError:
-            if self._closed:
-                return
-            raise
-        with self._connection:
-            self._serve(self._connection)
+    def _take(self) -> socket.socket | None:
+        """The next engine's connection. Blocks. None once this is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._next is not None)
+            self._current, self._next = self._next, None
+            return self._current
 
     def _serve(self, connection: socket.socket) -> None:
-        try:
-            keep_alive(connection)
-            connection.settimeout(TOKEN_S)
-            shown = receive_exactly(connection, TOKEN_BYTES)
-            if shown is None or not opens(self.endpoint.token, shown):
-                return
-            connection.settimeout(None)
-            while (message := receive(connection)) is not None:
-                self.free.clear()
+        """Returns when the engine has hung up. Raises OSError, WireError for a message that no engine sends."""
+        keep_alive(connection)
+        while (message := receive(connection)) is not None:
+            self.free.clear()
+            try:
                 answer = self._obey(message)
+            finally:
                 self.free.set()
-                connection.sendall(encode(answer))
-        except OSError as error:
-            logger.info("the engine's connection has ended: %s", error)
+            connection.sendall(encode(answer))
 
     def _obey(self, message: Message) -> Message:
+        if not isinstance(message, StepPlan | CommitEpoch | ForgetSequences):
+            raise WireError(f"a host does not take a {type(message).__name__}")
         try:
             if isinstance(message, StepPlan):
                 return self._worker.step(message)
             if isinstance(message, CommitEpoch):
                 self._worker.commit(message.epoch)
             else:
-                assert isinstance(message, ForgetSequences), message
                 self._worker.forget_sequences()
         except Exception as error:  # noqa: BLE001 - told to the engine, whatever it is
             return Failed(reason=one_line(error), aborted=isinstance(error, StepAborted))
         return Done()
 
 
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
+def _start(name: str, work: Callable[[], None]) -> None:
+    def run() -> None:
+        try:
+            work()
+        except BaseException:
+            # a host without this thread would hang its group
+            logger.critical("the thread %r failed", name, exc_info=True)
+            os._exit(1)
+
+    threading.Thread(target=run, name=name, daemon=True).start()

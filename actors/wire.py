@@ -6,6 +6,7 @@ Nothing that is read can run code, and nothing is decoded before the other side 
 
 from __future__ import annotations
 
+import errno
 import hmac
 import secrets
 import socket
@@ -40,12 +41,21 @@ _HEAD = struct.Struct("<IB")
 
 TOKEN_BYTES = 32
 """Sent before the first frame by whoever connects."""
-MAX_BYTES = 1 << 30
-"""Of one frame. A longer one is not ours."""
+MAX_BYTES = 1 << 28
+"""Of one frame. A longer one is not ours. Memory is taken as bytes come, whatever length is announced."""
+_PIECE_BYTES = 1 << 16
 
 
 class WireError(ConnectionError):
     """What came is no message of ours."""
+
+
+_NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether the process has no file descriptor left, or the kernel no memory for one."""
+    return isinstance(error, OSError) and error.errno in _NOTHING_LEFT
 
 
 def new_token() -> str:
@@ -61,17 +71,17 @@ def encode(message: Message) -> bytes:
     return _HEAD.pack(len(body), _NUMBERS[type(message)]) + body
 
 
-def _decode(kind: int, body: bytes | memoryview) -> Message:
+def _decode(kind: int, body: bytearray | memoryview) -> Message:
     if kind >= len(_DECODERS):
         raise WireError(f"a message of unknown kind {kind}")
     try:
         message: Message = _DECODERS[kind].decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(f"a damaged {_KINDS[kind].__name__}: {error}") from None
     return message
 
 
-def _length(head: bytes | memoryview) -> tuple[int, int]:
+def _length(head: bytearray | memoryview) -> tuple[int, int]:
     length, kind = _HEAD.unpack(head)
     if length > MAX_BYTES:
         raise WireError(f"a message of {length} bytes")
@@ -111,16 +121,15 @@ def receive(connection: socket.socket) -> Message | None:
     return None if body is None else _decode(kind, body)
 
 
-def receive_exactly(connection: socket.socket, size: int) -> bytes | None:
+def receive_exactly(connection: socket.socket, size: int) -> bytearray | None:
     """None where the connection ends before."""
-    data = bytearray(size)
-    view, at = memoryview(data), 0
-    while at < size:
-        count = connection.recv_into(view[at:])
-        if not count:
+    data = bytearray()
+    while len(data) < size:
+        piece = connection.recv(min(size - len(data), _PIECE_BYTES))
+        if not piece:
             return None
-        at += count
-    return bytes(data)
+        data += piece
+    return data
 
 
 def keep_alive(connection: socket.socket) -> None:

@@ -156,6 +156,8 @@ class ServeConfig:
         except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
             # besides its own errors, yaml raises whatever its converters of scalars do
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # noqa: BLE001 - what Python raises of a date, a number or nesting that cannot be
+            raise ConfigError(f"{path}: a value cannot be read: {' '.join(str(error).split())}") from None
         if data is None:
             return {}
         if not isinstance(data, dict):

@@ -225,6 +225,9 @@ def _local_environment(run_dir: Path) -> Mapping[str, str]:
         # The token keeps other users of the machine out; given here, no file is written.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # What Ray does on macOS: its node's address is 127.0.0.1, and everything listens there, our hosts' and the
+        # engine's ports (actors/calls.py) too. Given as an address, Ray would take the machine's instead.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # One event loop for Serve and the API: threads between them cost a millisecond per chunk.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         # `drain` uses a handle outside of any event loop. Requests pass no router.

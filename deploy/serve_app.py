@@ -23,6 +23,7 @@ from cluster.config import ServeConfig
 from cluster.errors import EmoeError
 from deploy.api import create_app
 from deploy.builtin import MODEL_DIR
+from deploy.loopback import keep_calls_local
 from deploy.ray_backend import RayBackend
 from deploy.service import Service
 from deploy.tokenizer import without_torch
@@ -43,6 +44,7 @@ class Api:
     def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster) -> None:
         """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
         config = ServeConfig.from_mapping(settings)
+        keep_calls_local()
         logging.getLogger("deploy").setLevel(config.log_level.upper())
         self._backend = RayBackend(
             start(config, model_dir),

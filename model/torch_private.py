@@ -42,14 +42,23 @@ def plain_tensors() -> AbstractContextManager[Any]:
     return guard
 
 
-def gloo_group(store: Any, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """A process group of its own, unknown to torch.distributed's global state."""
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
+def gloo_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, address: str) -> Any:
+    """A process group of its own, unknown to torch.distributed's global state. Its sockets listen at `address` only."""
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def nccl_group(store: Any, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """As `gloo_group`, on GPUs. Its watchdog is off: it would end this process, and what it holds, with a dead peer."""
+def nccl_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, interface: str | None) -> Any:
+    """As `gloo_group`, on GPUs, over the network interface of that name; None leaves the choice to NCCL.
+
+    Its watchdog is off: it would end this process, and what it holds, with a dead peer.
+    """
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    if interface is not None:
+        # NCCL reads it once, when the process joins its first group; "=": this very name
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -12,9 +12,11 @@ No global process group is used: every epoch's membership has its own, and a dea
 from __future__ import annotations
 
 import datetime
+import socket
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -74,23 +76,25 @@ class CollectiveTransport:
     """
 
     def __init__(self, backend: str, *, rendezvous: str, group: str, rank: int, size: int, timeout_s: float) -> None:
-        """`rendezvous` is host:port of a TCPStore that outlives the group; `group` is the prefix of its keys."""
+        """`rendezvous` is host:port of a store (`open_store`) that outlives the group; `group` prefixes its keys."""
         self.rank = rank
         self.size = size
         self._aborted = False
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         host, port = rendezvous.rsplit(":", 1)
+        # the one address that members are known to be reached by: a machine's own name may be 127.0.1.1 to itself
+        address = _address_towards(host, int(port))
         timeout = datetime.timedelta(seconds=timeout_s)
         store = PrefixStore(group, TCPStore(host, int(port), is_master=False, timeout=timeout))
         self._group: Any
         if backend == "nccl":
-            self._group = nccl_group(store, rank, size, timeout)
+            self._group = nccl_group(store, rank, size, timeout, interface_of(address))
             # a first word, so that members have met; on a stream of its own, since steps of another group may wait for
             # one another on this device's
             with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
                 self._sizes([0] * size)
         else:
-            self._group = gloo_group(store, rank, size, timeout)
+            self._group = gloo_group(store, rank, size, timeout, address)
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         parts = [
@@ -148,3 +152,31 @@ class CollectiveTransport:
         group = self._group
         if group is not None:
             group.abort()
+
+
+def open_store(address: str) -> TCPStore:
+    """A store for the rendezvous of one process group, on a free port of `address` and nowhere else.
+
+    Anybody who reaches the port can read and write it: the network between nodes has to be a trusted one.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family)
+    port = listener.getsockname()[1]
+    # left to itself, a store listens on every address of the machine
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to `host`. Nothing is sent."""
+    family, kind, protocol, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(there)
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface with this IP address; None where this machine has none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address.split("%")[0] == address for known in addresses):
+            return name
+    return None

@@ -24,6 +24,9 @@ from cluster.errors import UserError
 from optimizer.estimate import covariance_of_requests
 from optimizer.problem import FloatArray
 
+KEYS = ("topk_ids", "request_lengths", "topk_weights", "num_logical_experts")
+MOST_EXPERTS = 2**15
+
 MOST_PARTS = 64
 """Requests, or groups of them, whose loads are compared to see how loads vary."""
 
@@ -194,7 +197,7 @@ def _checked_lengths(path: Path, arrays: dict[str, npt.NDArray[Any]], tokens: in
         raise TraceError(f"{path}: request_lengths must be positive integers [requests]")
     # a sum of huge ones may come out right by overflow
     if (lengths > tokens).any() or int(lengths.sum()) != tokens:
-        raise TraceError(f"{path}: request_lengths sum to {int(lengths.sum())}, topk_ids has {tokens} tokens")
+        raise TraceError(f"{path}: request_lengths sum to {sum(lengths.tolist())}, topk_ids has {tokens} tokens")
     return lengths.astype(np.int64)
 
 

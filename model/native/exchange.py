@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from cluster.errors import StepAborted
-from model.native.segments import join
+from model.native.segments import DIRECTORY, join
 
 _ROUND_TOKENS = 1024
 """Most tokens of a rank in one round."""
 _SEGMENT_BYTES = 128 << 20
 """What a rank's segment may take; rounds are smaller where it would take more."""
+_GROUPS = 2
+"""Whose segments must have room at a time: a group, and the one that takes its place."""
 _LEAST_TOKENS = 16
 
 _DONE, _ABORTED, _SILENT = 0, 1, 2
@@ -57,8 +60,9 @@ class NativeExchange:
         """Threads of a layer; None: torch's number. The trunk may have borrowed some that peers need for experts."""
         self._lib = lib
         self._timeout_s = timeout_s
+        room_bytes = _room_bytes(size)
         capacity = min(max_tokens, _ROUND_TOKENS)
-        while capacity > _LEAST_TOKENS and lib.emoe_exchange_bytes(size, capacity, hidden, top_k) > _SEGMENT_BYTES:
+        while capacity > _LEAST_TOKENS and lib.emoe_exchange_bytes(size, capacity, hidden, top_k) > room_bytes:
             capacity //= 2
 
         def meet(memories: Sequence[mmap.mmap]) -> None:
@@ -120,3 +124,12 @@ class NativeExchange:
         if status == _SILENT:
             raise StepAborted(f"no word from a peer for {self._timeout_s:g} s")
         assert status == _DONE, "the ranks disagree about a step's tokens"
+
+
+def _room_bytes(size: int) -> int:
+    """Of a rank's segment. A container's /dev/shm may have 64 MB in all.
+
+    It depends on what is the same for all ranks, since their rounds must be equal: not on what is free at the moment.
+    """
+    there = os.statvfs(DIRECTORY)
+    return min(_SEGMENT_BYTES, there.f_frsize * there.f_blocks // (_GROUPS * size))

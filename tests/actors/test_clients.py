@@ -1,14 +1,19 @@
-"""What the engine counts of requests on their way to the first token."""
+"""What the engine counts of requests on their way to the first token, and which messages it takes."""
 
 from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from actors.clients import Clients
 from actors.links import connect
+from actors.wire import Message
 from cluster.protocol import (
     AbortRequests,
+    Done,
     FinishReason,
+    ForgetSequences,
     GenerateRequest,
     Hello,
     RequestId,
@@ -49,6 +54,34 @@ def test_first_tokens_are_counted_once_and_never_of_aborted_requests() -> None:
         clients.deliver([output("a", 1, FinishReason.LENGTH), output("b", 0)])
         assert clients.first_tokens == 2
         link.close()
+        clients.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (Submit(requests=()),),
+        (Hello(client_id="api"), Hello(client_id="other")),
+        (Hello(client_id="api"), ForgetSequences()),
+    ],
+    ids=["no hello", "two names", "a message for hosts"],
+)
+def test_a_replica_that_says_what_none_says_is_hung_up_on(messages: tuple[Message, ...]) -> None:
+    async def work() -> None:
+        clients = Clients(Accepting(), submitted=lambda: None)
+        ended = asyncio.Event()
+        endpoint = await clients.listen("127.0.0.1")
+        link = await connect(endpoint, lambda *_: None, lambda _: ended.set())
+        for message in messages:
+            link.send(message)
+        await asyncio.wait_for(ended.wait(), 10)
+        # and on nobody else
+        other = await connect(endpoint, lambda *_: None, lambda _: None)
+        assert await other.call(Hello(client_id="another")) == Done()
+        assert list(clients._names.values()) == ["another"]
+        other.close()
         clients.close()
 
     asyncio.run(work())

@@ -4,13 +4,14 @@ gets alone."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import pytest
 
-from actors import step_deadline, step_loop
+from actors import group, step_deadline, step_loop
 from actors.batching import Scheduler
 from actors.clients import Clients
 from actors.links import Link, connect
@@ -123,6 +124,10 @@ class Cluster:
             report=lambda *what: self.report(*what),
             late=lambda workers: self.late.append(list(workers)),
         )
+        self.running: asyncio.Task[None]
+        """The loop's."""
+        self.endpoint: Endpoint
+        """Where clients connect."""
         self.late: list[list[WorkerId]] = []
         self.reports: asyncio.Queue[tuple[Epoch, list[WorkerId], str]] = asyncio.Queue()
         self.epoch = Epoch(0)
@@ -210,15 +215,14 @@ def run(names: Sequence[str], scenario: Scenario) -> Cluster:
         c = Cluster(*names)
         cluster.append(c)
         client = Client()
-        loop = asyncio.create_task(c.loop.run())
+        c.running = loop = asyncio.create_task(c.loop.run())
         try:
             async with asyncio.timeout(20):
-                await client.connect(await c.clients.listen("127.0.0.1"))
+                c.endpoint = await c.clients.listen("127.0.0.1")
+                await client.connect(c.endpoint)
                 await c.begin_epoch(*names)
                 await scenario(c, client)
         finally:
-            if loop.done():
-                loop.result()
             loop.cancel()
             await c.loop._group.flip(Epoch(0), {}, 1, first=False)
             c.clients.close()
@@ -226,6 +230,8 @@ def run(names: Sequence[str], scenario: Scenario) -> Cluster:
                 host.server.close()
             while not client.lost.is_set():
                 await asyncio.sleep(0.001)
+            if loop.done() and not loop.cancelled():
+                loop.result()
 
     asyncio.run(work())
     return cluster[0]
@@ -394,16 +400,31 @@ def test_an_epoch_that_a_host_has_not_prepared() -> None:
     run(["a", "b"], scenario)
 
 
+def test_an_engine_that_can_open_no_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts are well: to try again from the same process would fail for ever."""
+
+    async def scenario(cluster: Cluster, client: Client) -> None:
+        async def fails(*_: object) -> Link:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        await cluster.begin_epoch("a")
+        monkeypatch.setattr(group, "connect", fails)
+        epoch = asyncio.create_task(cluster.begin_epoch("a", "b"))
+        await asyncio.wait([cluster.running])
+        epoch.cancel()
+
+    with pytest.raises(OSError, match="Too many open files"):
+        run(["a", "b"], scenario)
+
+
 def test_a_replica_that_comes_back_misses_nothing() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
-        endpoint = cluster.clients._server.sockets[0].getsockname()  # type: ignore[union-attr]
         await client.submit(request("r", max_tokens=20), request("gone"))
         await client.until(lambda: len(client.tokens[RequestId("r")]) > 3)
         client.link.send(AbortRequests(request_ids=(RequestId("gone"),)))
         await client.submit()
-        (token,) = {link._token for link in cluster.clients._names}  # type: ignore[attr-defined]
         old = client.link
-        await client.connect(Endpoint(address=endpoint[0], port=endpoint[1], token=token))
+        await client.connect(cluster.endpoint)
         await client.submit(request("r", max_tokens=20))
         await client.finish(request("r", max_tokens=20))
         assert RequestId("gone") not in client.ends

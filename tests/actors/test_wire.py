@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import Awaitable, Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from actors.handshakes import MOST
 from actors.links import Link, connect, listen
 from actors.wire import Frames, Message, WireError, encode, new_token, receive
 from cluster.errors import HostError, RequestError, StepAborted
@@ -97,12 +101,33 @@ def test_blocking_end() -> None:
         struct.pack("<IB", 0xFFFFFFFF, 0),
         struct.pack("<IB", 2, 0) + b"\xc1\xc1",
         struct.pack("<IB", 1, 2) + b"\x80",
+        struct.pack("<IB", 100_003, 3) + b"\x81\xa1x" + b"\x91" * 100_000,
+        struct.pack("<IB", 15, 6) + b"\x81\xa9client_id\xa3\xff\xfe\xfd",
+        struct.pack("<IB", 18, 8) + b"\x81\xabrequest_ids\xdd\xff\xff\xff\xff",
     ],
-    ids=["kind", "length", "msgpack", "missing field"],
+    ids=["kind", "length", "msgpack", "missing field", "nesting", "UTF-8", "number of items"],
 )
 def test_damage(data: bytes) -> None:
     with pytest.raises(WireError):
         Frames().feed(data)
+
+
+@settings(deadline=None)
+@given(
+    message=st.sampled_from(MESSAGES),
+    changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
+    cut=st.integers(0, 400),
+    more=st.binary(max_size=20),
+)
+def test_whatever_comes_is_a_message_or_damage(
+    message: Message, changes: list[tuple[int, int]], cut: int, more: bytes
+) -> None:
+    data = bytearray(encode(message)[: 400 - cut] + more)
+    for at, byte in changes:
+        if at < len(data):
+            data[at] = byte
+    with contextlib.suppress(WireError):
+        assert all(isinstance(came, Message) for came in Frames().feed(bytes(data)))
 
 
 class Side:
@@ -212,6 +237,29 @@ def test_strangers_are_not_heard(token: str) -> None:
         with pytest.raises(ConnectionError):
             await link.call(Hello(client_id="x" * 40))
         assert not server.messages
+
+    run(scenario, lambda _: Done())
+
+
+def test_strangers_who_drip_keep_nobody_out() -> None:
+    async def scenario(server: Side, client: Side, endpoint: Endpoint) -> None:
+        strangers = []
+        try:
+            for _ in range(MOST + 50):
+                strangers.append(await asyncio.open_connection(endpoint.address, endpoint.port))
+                strangers[-1][1].write(b"x")
+            link = await client.connect(endpoint)
+            assert await link.call(Hello(client_id="c")) == Done()
+            while server.ends < 50:
+                await asyncio.sleep(0.001)
+            # the oldest had to go, and no more than that
+            assert await strangers[0][0].read() == b""
+            assert server.ends <= 51
+        finally:
+            for _, writer in strangers:
+                writer.close()
+        client.opened += len(strangers)
+        client.ends += len(strangers)
 
     run(scenario, lambda _: Done())
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.e2e.conftest import MODEL, Reference, Server
@@ -134,6 +135,20 @@ def test_bad_requests_harm_nobody(server: Server, reference: Reference) -> None:
         assert response.json()["error"]["param"] == param
     stream.join(60)
     assert stream.text == reference.text(reference.greedy(PROMPT, 200))
+
+
+def test_it_listens_on_loopback_only(server: Server) -> None:
+    """Neither it nor Ray nor Serve was told to listen anywhere else."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    listening = [
+        (connection.laddr.ip, process.name())
+        for process in family
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    # of every host and of the engine, among others
+    assert len(listening) > 4
+    assert [where for where in listening if where[0].removeprefix("::ffff:") != "127.0.0.1"] == []
 
 
 def test_metrics_count(server: Server) -> None:

@@ -10,13 +10,12 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed import TCPStore
 
 from cluster.placement import EMPTY, Placement, Worker, WorkerId, contiguous
 from model.experts import ExpertStore
 from model.shared_memory import SharedMemoryTransport
 from model.surgery import layer_experts
-from model.transport import CollectiveTransport, LocalTransport, Transport
+from model.transport import CollectiveTransport, LocalTransport, Transport, open_store
 
 R = TypeVar("R")
 
@@ -50,7 +49,7 @@ def make_transports(kind: str, size: int, *, max_bytes: int = 1 << 20, timeout_s
                 group=group, rank=rank, size=size, max_bytes=max_bytes, timeout_s=timeout_s
             ),
         )
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = open_store("127.0.0.1")
     made = run_group(
         size,
         lambda rank: CollectiveTransport(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import signal
+import socket
 import threading
 import time
 import uuid
 
+import psutil
 import pytest
 import torch
 
 from cluster.errors import StepAborted
 from model.native.segments import DIRECTORY
 from model.shared_memory import SharedMemoryTransport
+from model.transport import CollectiveTransport, interface_of, open_store
 from tests.model.groups import make_transports, run_group
 
 
@@ -73,20 +78,73 @@ def test_a_silent_peer_is_given_up_after_the_timeout() -> None:
         first.all_to_all([[], []], None)
 
 
-def _gloo_peer(port: int, group: str) -> None:
-    from model.transport import CollectiveTransport
+def test_a_rendezvous_and_its_group_listen_at_its_address_only() -> None:
+    before = set(_listening())
+    group = uuid.uuid4().hex
+    store = open_store("127.0.0.1")
 
+    def join(rank: int) -> CollectiveTransport:
+        return CollectiveTransport(
+            "gloo", rendezvous=f"127.0.0.1:{store.port}", group=group, rank=rank, size=2, timeout_s=30
+        )
+
+    transports = run_group(2, join)
+    ours = set(_listening()) - before
+    # of the store, and of each member
+    assert len(ours) == 3
+    assert {address for address, _ in ours} == {"127.0.0.1"}
+    for transport in transports:
+        transport.close()
+
+
+def test_strangers_at_the_rendezvous_keep_no_group_from_forming() -> None:
+    store = open_store("127.0.0.1")
+    rng = random.Random(0)
+    group = uuid.uuid4().hex
+    with contextlib.ExitStack() as stack:
+
+        def disturb() -> None:
+            for address in _listening():
+                for _ in range(5):
+                    with contextlib.suppress(OSError):  # it is hung up on
+                        connection = stack.enter_context(socket.create_connection(address, timeout=1))
+                        connection.sendall(rng.randbytes(rng.randrange(200)))
+
+        def exchange(rank: int) -> float:
+            transport = CollectiveTransport(
+                "gloo", rendezvous=f"127.0.0.1:{store.port}", group=group, rank=rank, size=2, timeout_s=30
+            )
+            if rank == 0:
+                disturb()
+            send = [[] if peer == rank else [torch.tensor([float(10 * rank + peer)])] for peer in range(2)]
+            received = transport.all_to_all(send, None)[1 - rank]
+            return float(received.clone().view(torch.float32).item())
+
+        disturb()
+        assert run_group(2, exchange) == [10.0, 1.0]
+
+
+def _listening() -> list[tuple[str, int]]:
+    """Where this process does."""
+    connections = psutil.Process().net_connections("tcp")
+    return [(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN]
+
+
+def test_the_interface_of_an_address() -> None:
+    loopback = interface_of("127.0.0.1")
+    assert loopback is not None
+    assert any(a.address == "127.0.0.1" for a in psutil.net_if_addrs()[loopback])
+    assert interface_of("203.0.113.1") is None
+
+
+def _gloo_peer(port: int, group: str) -> None:
     transport = CollectiveTransport("gloo", rendezvous=f"127.0.0.1:{port}", group=group, rank=1, size=2, timeout_s=30)
     transport.all_to_all([[], []], None)
     time.sleep(60)
 
 
 def test_a_killed_gloo_peer_wakes_the_others_at_once() -> None:
-    from torch.distributed import TCPStore
-
-    from model.transport import CollectiveTransport
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = open_store("127.0.0.1")
     group = uuid.uuid4().hex
     peer = multiprocessing.get_context("spawn").Process(target=_gloo_peer, args=(store.port, group))
     peer.start()

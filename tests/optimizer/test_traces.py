@@ -1,9 +1,13 @@
 """Reading, cutting, counting and generating traces; metrics against a token-by-token replay."""
 
+import functools
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from cluster.placement import Placement, contiguous
 from optimizer.generate import generate_trace
@@ -48,15 +52,54 @@ GOOD = {"topk_ids": np.array([[[0, 1]], [[2, 1]]], dtype=np.uint8), "request_len
         ({"request_lengths": np.array([2, 0])}, "request_lengths must be positive"),
         ({"topk_weights": np.array([[[1, np.nan]], [[1, 1]]])}, "topk_weights holds a value that is not finite"),
         ({"topk_weights": np.ones((2, 1))}, "topk_weights must be floats of the shape"),
+        (
+            {"request_lengths": np.array([2**63, 2**63 + 2], dtype=np.uint64)},
+            "request_lengths sum to 18446744073709551618",
+        ),
+        ({"num_logical_experts": np.int64(10**12)}, "expected 1 to 32768 experts per layer, got 1000000000000"),
+        ({"num_logical_experts": np.float64("nan")}, "num_logical_experts must be one integer"),
     ],
 )
 def test_bad_traces_are_refused_in_one_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     path = tmp_path / "bad.npz"
     np.savez(path, **{k: v for k, v in (GOOD | changes).items() if v is not None})
     with pytest.raises(TraceError, match=message) as caught:
-        load_trace(path, 4)
+        load_trace(path, None if "num_logical_experts" in changes else 4)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+@functools.cache
+def archive(compressed: bool) -> bytes:
+    sink = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(sink, **GOOD)  # type: ignore[operator]
+    return sink.getvalue()
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    compressed=st.booleans(),
+    changes=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), min_size=1, max_size=6),
+)
+# a header that announces 10^16 tokens
+@example(compressed=False, changes=[])
+def test_a_damaged_archive_is_refused_in_one_line(
+    tmp_path: Path, compressed: bool, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(archive(compressed))
+    for at, byte in changes:
+        data[at % len(data)] = byte
+    if not changes:
+        data = bytearray(bytes(data).replace(b"(2, 1, 2), }" + b" " * 15, b"(" + b"9" * 16 + b", 1, 2), }"))
+    path = tmp_path / "bad.npz"
+    path.write_bytes(data)
+    told = ""
+    try:
+        load_trace(path)
+    except TraceError as error:
+        told = str(error)
+    assert not told or told.startswith(str(path))
+    assert "\n" not in told
 
 
 def test_files_that_are_no_archives_are_refused(tmp_path: Path) -> None:

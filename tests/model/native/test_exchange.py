@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_any_split_gives_the_same_sums(lib: ctypes.CDLL, slots: tuple[int, ...])
 @pytest.mark.parametrize("tokens", [[50, 3, 0], [7, 14, 21], [0, 0, 1]])
 def test_steps_larger_than_a_round_go_in_several(lib: ctypes.CDLL, tokens: list[int]) -> None:
     check(contiguous(LAYERS, EXPERTS, workers(2, 2, 2)), tokens, join(lib, 3, round_tokens=7))
+
+
+def test_segments_fit_into_a_small_directory(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's /dev/shm has 64 MB unless it is told otherwise, and then rounds are smaller."""
+    tokens, ample = [300, 1, 40], join(lib, 3)
+    total = 3 * ample[0]._views[0].numel()
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_frsize=4096, f_blocks=total // 4096))
+    small = join(lib, 3)
+    # this group's segments and those of the next have room beside each other
+    assert sum(view.numel() for view in small[0]._views) <= total // 2
+    check(contiguous(LAYERS, EXPERTS, workers(2, 2, 2)), tokens, small)
 
 
 @settings(max_examples=25, deadline=None)
