@@ -10,17 +10,26 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cluster.collector import no_collection
 from cluster.config import ServeConfig
-from cluster.errors import ConfigError, EmoeError
+from cluster.errors import ConfigError, EmoeError, UserError
 from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
-from deploy.local_ray import ServerProcesses, check_port
+from deploy.local_ray import END_TIMEOUT_S, ServerProcesses, check_port
+from deploy.run_directory import RunDirectory
+from deploy.supervision import TRY_AGAIN, Phase
+from deploy.supervisor import Report, supervised
 
 POLL_S = 0.25
+DRAIN_ANSWER_S = 15.0
+"""Beyond --shutdown-timeout: what the API may take to say how many requests are left."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks the server itself, whatever proxy the environment names."""
 QUIET_S = 5.0
 """Without a terminal, the same progress is not said again before this."""
 
@@ -29,22 +38,55 @@ class ServerFailed(EmoeError):
     """The server cannot come up, or went down; the message says why."""
 
 
+class StartFailed(ServerFailed):
+    """Ray or Serve did not start. The reason may pass: a machine that was too busy."""
+
+
 class _Stop(BaseException):
     """A signal asked for an orderly end."""
 
 
 def serve(config: ServeConfig) -> int:
-    """Blocks until a signal. Returns 0 after an orderly end; raises UserError and ServerFailed."""
+    """Blocks until a signal. Returns 0 after an orderly end; raises UserError."""
     check_port(config.host, config.port)
-    model_dir, model = _checked_model(config)
-    processes = ServerProcesses(config)
-    progress = _Progress()
-    signals = _Signals(processes)
+    directory = RunDirectory.create()
+    return supervised(
+        lambda report: _main(config, directory, report),
+        local=config.address is None,
+        stop_s=config.shutdown_timeout + 4 * END_TIMEOUT_S + DRAIN_ANSWER_S,
+        clean_up=directory.remove,
+    )
+
+
+def _main(config: ServeConfig, directory: RunDirectory, report: Report) -> int:
+    """The server's main process. Returns its exit code; the supervisor ends what it leaves."""
+    _keep_native_output(directory.path / "main.err")
+    progress = _Progress(report.stage)
+    try:
+        return _serve(config, directory, report, progress)
+    except UserError as error:
+        code, text = 2, str(error)
+    except StartFailed as error:
+        report.failure(str(error))
+        return TRY_AGAIN
+    except EmoeError as error:
+        code, text = 1, str(error)
+    finally:
+        progress.clear()
+    print(f"emoe: error: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progress: _Progress) -> int:
+    signals = _Signals()
     signals.install()
+    processes = ServerProcesses(config, directory, report.part)
     try:
         try:
+            model_dir, model = _checked_model(config)
             _start(processes, signals, progress, model_dir, model)
             _wait_until_ready(config, progress)
+            report.phase(Phase.SERVING)
             progress.clear()
             print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
             _watch(config)
@@ -54,18 +96,28 @@ def serve(config: ServeConfig) -> int:
             with contextlib.suppress(Exception):
                 processes.drain(config.shutdown_timeout)
     finally:
+        report.phase(Phase.STOPPING)
         progress.clear()
         processes.stop()
-        signals.restore()
-    if processes.hangs:
-        os._exit(0)
     return 0
+
+
+def _keep_native_output(path: Path) -> None:
+    """Ray's C++ writes stacks and warnings straight to standard error; they go to a file, and Python's lines do not."""
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 2)
+    os.close(file)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def _start(
     processes: ServerProcesses, signals: _Signals, progress: _Progress, model_dir: str, model: ModelInfo
 ) -> None:
-    """Raises ServerFailed, in one line, for whatever Ray and Serve raise."""
+    """Raises StartFailed, in one line, for whatever Ray and Serve raise."""
     try:
         progress.show("starting Ray")
         processes.start_ray()
@@ -76,7 +128,7 @@ def _start(
     except EmoeError:
         raise
     except Exception as error:
-        raise ServerFailed(f"cannot start: {' '.join(str(error).split())[:500]}") from error
+        raise StartFailed(f"cannot start: {' '.join(str(error).split())[:500]}") from error
 
 
 def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
@@ -109,30 +161,21 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
 
 
 class _Signals:
-    """The first SIGINT or SIGTERM raises _Stop in the main thread, the second ends everything at once."""
+    """The supervisor's SIGTERM raises _Stop in the main thread, once. It also counts the user's signals."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, processes: ServerProcesses) -> None:
-        self._processes = processes
-        self._seen = 0
-        self._before = [(number, signal.getsignal(number)) for number in self.NUMBERS]
+    def __init__(self) -> None:
+        self._seen = False
 
     def install(self) -> None:
         """To be called again after Ray has started: it puts its own handlers in."""
-        for number in self.NUMBERS:
-            signal.signal(number, self._handle)
-
-    def restore(self) -> None:
-        for number, handler in self._before:
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, self._handle)
+        # a handler, not SIG_IGN, which every process that is started from here would inherit
+        signal.signal(signal.SIGINT, lambda *_: None)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self._seen += 1
-        if self._seen == 1:
+        if not self._seen:
+            self._seen = True
             raise _Stop
-        self._processes.kill()
-        os._exit(128 + number)
 
 
 def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
@@ -183,7 +226,7 @@ def _readiness(config: ServeConfig) -> Readiness | None:
 def _get(config: ServeConfig, path: str) -> Any:
     """The JSON that is answered, whatever the status; None where there is none."""
     try:
-        with urllib.request.urlopen(_url(config) + path, timeout=5) as response:
+        with _DIRECT.open(_url(config) + path, timeout=5) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         with contextlib.suppress(ValueError, OSError):
@@ -205,7 +248,9 @@ def _name(config: ServeConfig, model_dir: str) -> str:
 class _Progress:
     """One line that is written over on a terminal; elsewhere a line for each change, not too many."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        """`tell` is told of what is shown."""
+        self._tell = tell
         self._terminal = sys.stderr.isatty()
         self._last = ""
         self._said_at = 0.0
@@ -213,6 +258,7 @@ class _Progress:
     def show(self, text: str) -> None:
         if text == self._last:
             return
+        self._tell(text)
         stage_changed = text.split(":")[0].split("(")[0] != self._last.split(":")[0].split("(")[0]
         if self._terminal:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

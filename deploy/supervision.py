@@ -1,0 +1,142 @@
+"""What the supervisor of a server does about what happens. It decides; it starts, ends and asks nothing itself.
+
+A start may fail because the machine is too busy for a time limit of Ray's: it is tried again. What ends a server for
+good is a signal, the end of its main process, or the death of a process that Ray cannot do without.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+ATTEMPTS = 3
+TRY_AGAIN = 75
+"""Exit code of a main process whose start failed for a reason that may pass (EX_TEMPFAIL)."""
+SILENCE_S = 20.0
+"""A start is told of again when it has said nothing for so long."""
+
+
+class Phase(Enum):
+    STARTING = auto()
+    SERVING = auto()
+    STOPPING = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """Nothing is to be done now."""
+
+    say: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskToStop:
+    """The main process shall end in good order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartAgain:
+    """End everything, and start the main process anew."""
+
+    say: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """End everything, and the supervisor with this exit code."""
+
+    code: int
+    say: str = ""
+
+
+Action = Wait | AskToStop | StartAgain | End
+NOTHING = Wait()
+
+
+@dataclass(slots=True, kw_only=True)
+class Supervision:
+    local: bool
+    """Whether all is on this machine: then a start that is broken off leaves nothing to take down elsewhere."""
+    stop_s: float
+    """Seconds that an orderly end may take."""
+    phase: Phase = Phase.STARTING
+    failure: str = ""
+    """Why the start failed, as the main process told it."""
+    _signals: int = field(default=0, init=False)
+    _attempt: int = field(default=1, init=False)
+    _stage: str = field(default="starting", init=False)
+    _stage_since: float = field(default=0.0, init=False)
+    _said_at: float = field(default=0.0, init=False)
+    _stop_by: float | None = field(default=None, init=False)
+
+    def reached(self, phase: Phase) -> None:
+        """The main process says how far it is; an order to stop is not taken back."""
+        if self.phase is not Phase.STOPPING:
+            self.phase = phase
+
+    def stage(self, text: str, now: float) -> None:
+        """What the main process waits for, which it has told the user."""
+        if text != self._stage:
+            self._stage, self._stage_since = text, now
+        self._said_at = now
+
+    def signalled(self, number: int, now: float) -> Action:
+        """The first signal ends the server in good order, the second at once."""
+        self._signals += 1
+        if self._signals > 1:
+            return End(code=128 + number)
+        if self.phase is Phase.STARTING and self.local:
+            return End(code=0, say="stopping")
+        self._stop_by = now + self.stop_s
+        self.phase = Phase.STOPPING
+        return AskToStop()
+
+    def abandoned(self, now: float) -> Action:
+        """The command that the user started is gone."""
+        if self.local:
+            return End(code=1)
+        return NOTHING if self._signals else self.signalled(signal.SIGTERM, now)
+
+    def main_ended(self, status: int) -> Action:
+        """`status` is an exit code, or a negative signal number."""
+        starting = self.phase is Phase.STARTING
+        if starting and self.local and (status == TRY_AGAIN or status in (-signal.SIGABRT, -signal.SIGSEGV)):
+            return self._start_again(self.failure or f"the main process was ended by {_signal_name(-status)}")
+        if status == TRY_AGAIN:
+            return End(code=1, say=f"emoe: error: {self.failure}")
+        if status < 0:
+            return End(code=1, say=f"emoe: error: the server's main process was ended by {_signal_name(-status)}")
+        return End(code=status)
+
+    def part_died(self, name: str, pid: int) -> Action:
+        """A process is gone that Ray cannot do without."""
+        if self.phase is Phase.STOPPING:
+            return NOTHING
+        what = f"{name} (process {pid}) has ended"
+        if self.phase is Phase.STARTING:
+            return self._start_again(what)
+        return End(code=1, say=f"emoe: error: {what}; the server cannot go on without it")
+
+    def tick(self, now: float, load: float) -> Action:
+        """`load` is the number of runnable processes per core."""
+        if self._stop_by is not None:
+            if now > self._stop_by:
+                return End(code=1, say=f"emoe: error: the server did not end within {self.stop_s:.0f} s and was killed")
+            return NOTHING
+        if self.phase is not Phase.STARTING or now - self._said_at < SILENCE_S:
+            return NOTHING
+        self._said_at = now
+        waited = f"still {self._stage}, for {now - self._stage_since:.0f} s"
+        return Wait(say=f"{waited}; the machine is busy: {load:.0f} processes per core" if load > 2 else waited)
+
+    def _start_again(self, why: str) -> Action:
+        if self._attempt >= ATTEMPTS:
+            return End(code=1, say=f"emoe: error: {why} ({ATTEMPTS} starts were tried)")
+        self._attempt += 1
+        self.failure = ""
+        return StartAgain(say=f"{why}; starting again ({self._attempt} of {ATTEMPTS})")
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
