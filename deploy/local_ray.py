@@ -23,7 +23,7 @@ from cluster.config import ServeConfig
 from cluster.errors import UserError
 from cluster.protocol import ModelInfo
 from deploy.haproxy import write_haproxy
-from deploy.ray_environment import PATIENCE_S, local_settings, patience, without_proxies
+from deploy.ray_environment import PATIENCE_S, home_settings, local_settings, patience, without_proxies
 from deploy.run_directory import RunDirectory
 from model import native
 
@@ -83,7 +83,7 @@ class ServerProcesses:
             haproxy = write_haproxy(self._directory.path, metrics_port=free_port(), stats_port=free_port())
             wanted = local_settings(self._directory) | patience() | ports | haproxy
             own = {name: wanted[name] for name in ("RAY_TMPDIR", "TMPDIR")}
-            inherited = wanted | inherited | own
+            inherited = wanted | inherited | own | home_settings(self._directory)
         else:
             # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
             inherited.setdefault("RAY_AUTH_MODE", "disabled")

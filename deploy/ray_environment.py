@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 
+from cluster.config import cache_directory
 from deploy.run_directory import RunDirectory
 
 PATIENCE_S = 600
@@ -21,6 +22,15 @@ def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in environment.items() if not name.lower().endswith("_proxy")}
     # what the system itself may prescribe, as on macOS
     return kept | {"no_proxy": "*", "NO_PROXY": "*"}
+
+
+def home_settings(directory: RunDirectory) -> dict[str, str]:
+    """A place for what is kept between starts, where there is no home or it cannot be written: then for this start."""
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return {"XDG_CACHE_HOME": str(directory.path / "cache")}
+    return {}
 
 
 def patience() -> dict[str, str]:

@@ -59,7 +59,7 @@ Main = Callable[[Report], int]
 def supervised(main: Main, *, local: bool, stop_s: float, clean_up: Callable[[], None]) -> int:
     """Run `main` below a supervisor, both in processes of their own. Blocks; returns the exit code of the command.
 
-    SIGINT, SIGTERM and SIGHUP go to the supervisor. `clean_up` is called when none of the server's processes is left.
+    SIGINT, SIGTERM and SIGHUP go to the supervisor, and are ignored afterwards. `clean_up` is called when none of the server's processes is left.
     """
     adopt_orphans()
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -81,14 +81,14 @@ def supervised(main: Main, *, local: bool, stop_s: float, clean_up: Callable[[],
         with contextlib.suppress(OSError):
             os.write(give, bytes([number]))
 
-    kept = [(number, signal.signal(number, pass_on)) for number in taken]
+    for number in taken:
+        signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        _, status = os.waitpid(supervisor, 0)
-    finally:
-        for number, handler in kept:
-            signal.signal(number, handler)
-        os.close(give)
+    _, status = os.waitpid(supervisor, 0)
+    # the end has begun: one more signal must not change the exit code
+    for number in taken:
+        signal.signal(number, signal.SIG_IGN)
+    os.close(give)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         end_descendants()
