@@ -90,7 +90,8 @@ def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progres
             progress.clear()
             print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
             _watch(config)
-        except _Stop:
+        except (_Stop, SystemExit):
+            # until `install` is called again, Ray's own handler of SIGTERM exits
             progress.clear()
             print("stopping", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):

@@ -217,7 +217,7 @@ def _patient_ray(started: Started) -> None:
     for module in (api, client):
         vars(module)["HTTP_PROXY_TIMEOUT"] = PATIENCE_S
     services.get_node = _patient(services.get_node)
-    for name, function in (("GCS", "start_gcs_server"), ("the raylet", "start_raylet")):
+    for name, function in (("GCS", "start_gcs_server"), ("raylet", "start_raylet")):
         setattr(services, function, _told(getattr(services, function), f"Ray's {name}", started))
 
 

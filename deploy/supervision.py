@@ -71,7 +71,7 @@ class Supervision:
     _stop_by: float | None = field(default=None, init=False)
 
     def reached(self, phase: Phase) -> None:
-        """The main process says how far it is; an order to stop is not taken back."""
+        """The main process says how far it is. Nothing follows its end."""
         if self.phase is not Phase.STOPPING:
             self.phase = phase
 
@@ -89,7 +89,7 @@ class Supervision:
         if self.phase is Phase.STARTING and self.local:
             return End(code=0, say="stopping")
         self._stop_by = now + self.stop_s
-        self.phase = Phase.STOPPING
+        self.reached(Phase.STOPPING)
         return AskToStop()
 
     def abandoned(self, now: float) -> Action:
@@ -100,14 +100,18 @@ class Supervision:
 
     def main_ended(self, status: int) -> Action:
         """`status` is an exit code, or a negative signal number."""
-        starting = self.phase is Phase.STARTING
-        if starting and self.local and (status == TRY_AGAIN or status in (-signal.SIGABRT, -signal.SIGSEGV)):
-            return self._start_again(self.failure or f"the main process was ended by {_signal_name(-status)}")
+        if self._signals:
+            return End(code=status if status in (0, 2) else 1)
         if status == TRY_AGAIN:
-            return End(code=1, say=f"emoe: error: {self.failure}")
-        if status < 0:
-            return End(code=1, say=f"emoe: error: the server's main process was ended by {_signal_name(-status)}")
-        return End(code=status)
+            return self._start_again(self.failure) if self.local else End(code=1, say=f"emoe: error: {self.failure}")
+        if self.phase is Phase.STOPPING and status >= 0:
+            # it has said why
+            return End(code=status)
+        how = f"was ended by {_signal_name(-status)}" if status < 0 else f"has ended with code {status}"
+        what = f"the server's main process {how}"
+        if self.phase is Phase.STARTING and self.local and status != -signal.SIGKILL:
+            return self._start_again(what)
+        return End(code=1, say=f"emoe: error: {what}")
 
     def part_died(self, name: str, pid: int) -> Action:
         """A process is gone that Ray cannot do without."""
@@ -134,7 +138,7 @@ class Supervision:
         if self._attempt >= ATTEMPTS:
             return End(code=1, say=f"emoe: error: {why} ({ATTEMPTS} starts were tried)")
         self._attempt += 1
-        self.failure = ""
+        self.phase, self.failure = Phase.STARTING, ""
         return StartAgain(say=f"{why}; starting again ({self._attempt} of {ATTEMPTS})")
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, NoneType
 
 import psutil
 
@@ -59,7 +59,8 @@ Main = Callable[[Report], int]
 def supervised(main: Main, *, local: bool, stop_s: float, clean_up: Callable[[], None]) -> int:
     """Run `main` below a supervisor, both in processes of their own. Blocks; returns the exit code of the command.
 
-    SIGINT, SIGTERM and SIGHUP go to the supervisor, and are ignored afterwards. `clean_up` is called when none of the server's processes is left.
+    SIGINT, SIGTERM and SIGHUP go to the supervisor, and are ignored afterwards. `clean_up` is called when none of the
+    server's processes is left.
     """
     adopt_orphans()
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -178,6 +179,9 @@ class _Supervisor:
             while self._hear(now):
                 pass
             return [*actions, self._rules.main_ended(os.waitstatus_to_exitcode(self._ended[self._server]))]
+        if not _lives(self._server):
+            # it is about to be reaped; what dies with it is not the reason
+            return actions
         for name, (pid, part) in list(self._parts.items()):
             if part is None or not lives(part):
                 del self._parts[name]
@@ -208,6 +212,12 @@ class _Supervisor:
         self._parts[name] = int(pid), part
 
 
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return lives(psutil.Process(pid))
+    return False
+
+
 def _fork() -> int:
     with warnings.catch_warnings():
         # numpy's threads are of no use here, and numpy itself puts them in order after a fork
@@ -221,7 +231,7 @@ def _leave(work: Callable[[], int]) -> None:
     try:
         code = work()
     finally:
-        if sys.exc_info()[0] is not None:
+        if not isinstance(sys.exc_info()[1], (SystemExit, NoneType)):
             sys.excepthook(*sys.exc_info())
         _flush()
         os._exit(code)
