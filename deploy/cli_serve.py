@@ -92,6 +92,7 @@ def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progres
             _watch(config)
         except (_Stop, SystemExit):
             # until `install` is called again, Ray's own handler of SIGTERM exits
+            report.phase(Phase.STOPPING)
             progress.clear()
             print("stopping", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):

@@ -13,6 +13,8 @@ from enum import Enum, auto
 ATTEMPTS = 3
 TRY_AGAIN = 75
 """Exit code of a main process whose start failed for a reason that may pass (EX_TEMPFAIL)."""
+ANSWER_S = 15.0
+"""A main process that has not begun to stop by then hangs."""
 SILENCE_S = 20.0
 """A start is told of again when it has said nothing for so long."""
 
@@ -70,10 +72,12 @@ class Supervision:
     _said_at: float = field(default=0.0, init=False)
     _stop_by: float | None = field(default=None, init=False)
 
-    def reached(self, phase: Phase) -> None:
+    def reached(self, phase: Phase, now: float) -> None:
         """The main process says how far it is. Nothing follows its end."""
         if self.phase is not Phase.STOPPING:
             self.phase = phase
+        if phase is Phase.STOPPING and self._stop_by is not None:
+            self._stop_by = now + self.stop_s
 
     def stage(self, text: str, now: float) -> None:
         """What the main process waits for, which it has told the user."""
@@ -88,8 +92,8 @@ class Supervision:
             return End(code=128 + number)
         if self.phase is Phase.STARTING and self.local:
             return End(code=0, say="stopping")
-        self._stop_by = now + self.stop_s
-        self.reached(Phase.STOPPING)
+        self._stop_by = now + ANSWER_S
+        self.phase = Phase.STOPPING
         return AskToStop()
 
     def abandoned(self, now: float) -> Action:
@@ -126,7 +130,7 @@ class Supervision:
         """`load` is the number of runnable processes per core."""
         if self._stop_by is not None:
             if now > self._stop_by:
-                return End(code=1, say=f"emoe: error: the server did not end within {self.stop_s:.0f} s and was killed")
+                return End(code=1, say="emoe: error: the server did not end in good order, and was killed")
             return NOTHING
         if self.phase is not Phase.STARTING or now - self._said_at < SILENCE_S:
             return NOTHING

@@ -195,7 +195,7 @@ class _Supervisor:
         for line in lines:
             kind, _, value = line.decode(errors="replace").partition("\t")
             if kind == "phase":
-                self._rules.reached(Phase[value])
+                self._rules.reached(Phase[value], now)
             elif kind == "stage":
                 self._rules.stage(value, now)
             elif kind == "failure":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -28,7 +30,7 @@ READY_S = 200
 class EmoeServe:
     """The command in a session of its own, with its output."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, **env: str) -> None:
         self.port = free_port()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "serve", "--port", str(self.port), *args],
@@ -36,6 +38,7 @@ class EmoeServe:
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[2],
+            env={name: value for name, value in os.environ.items() if name != "HOME"} | env,
             start_new_session=True,
         )
         assert self.process.stdout is not None
@@ -56,6 +59,10 @@ class EmoeServe:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def finish(self) -> None:
+        """Read what is left of its progress; to be called when it has ended."""
+        self._reader.join()
+
     def close(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in [*self.descendants(), psutil.Process(self.process.pid)]:
@@ -69,12 +76,30 @@ class EmoeServe:
 
 
 @pytest.fixture
-def server() -> Iterator[EmoeServe]:
-    running = EmoeServe("--workers", "2", "--dtype", "float32", "--rebalance-interval", "0")
+def server(tmp_path: Path) -> Iterator[EmoeServe]:
+    """In an environment that breaks what sockets and HTTP requests within a machine may rest on."""
+    long = tmp_path / ("0" * 100)
+    long.mkdir()
+    # a port that nobody listens on
+    proxy = "http://127.0.0.1:9"
+    running = EmoeServe(
+        *("--workers", "2", "--dtype", "float32", "--rebalance-interval", "0"),
+        TMPDIR=str(long),
+        http_proxy=proxy,
+        HTTP_PROXY=proxy,
+        https_proxy=proxy,
+        no_proxy="localhost",
+    )
     try:
         yield running
     finally:
         running.close()
+
+
+def run_directory(server: EmoeServe) -> Path:
+    """Of a server that has started Ray: where its raylet's socket is."""
+    raylet = next(process for process in server.descendants() if process.name() == "raylet")
+    return next(Path(part.split("=")[1]).parent for part in raylet.cmdline() if part.startswith("--temp-dir="))
 
 
 @pytest.mark.timeout(READY_S + 120)
@@ -82,6 +107,7 @@ def test_from_start_to_end(server: EmoeServe) -> None:
     assert server.first_line() == f"serving emoe-mini on {server.url}\n", server.progress
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
         assert server.progress[0] == f"{NOTICE}\n"
+        assert stat.S_IMODE(run_directory(server).stat().st_mode) == 0o700
         _ask_in_its_subjects(client)
         _ask(client)
         _rebalance_under_a_stream(server, client)
@@ -139,7 +165,7 @@ def _stop_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model="emoe-mini", prompt="a", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
     )
-    everything = server.descendants()
+    everything, directory = server.descendants(), run_directory(server)
     last = None
     for number, chunk in enumerate(stream):
         if number == 0:
@@ -150,3 +176,38 @@ def _stop_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
     assert server.progress[-1] == "stopping\n"
     _, left = psutil.wait_procs(everything, timeout=5)
     assert left == []
+    assert not directory.exists()
+
+
+def _ended(server: EmoeServe, code: int, everything: list[psutil.Process]) -> None:
+    assert server.process.wait(20) == code, server.progress
+    assert psutil.wait_procs(everything, timeout=5)[1] == []
+
+
+@pytest.mark.timeout(READY_S + 60)
+def test_the_death_of_the_raylet_ends_the_server_with_a_line(server: EmoeServe) -> None:
+    """So does the death of GCS, which the supervisor is told of in the same way."""
+    assert server.first_line().startswith("serving "), server.progress
+    everything, directory = server.descendants(), run_directory(server)
+    next(process for process in everything if process.name() == "raylet").kill()
+    _ended(server, 1, everything)
+    server.finish()
+    assert server.progress[-1].startswith("emoe: error: Ray's raylet (process ")
+    assert not directory.exists()
+
+
+@pytest.mark.timeout(READY_S + 60)
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["SIGINT", "SIGTERM twice"]
+)
+def test_a_signal_during_the_start_leaves_nothing(server: EmoeServe, signals: list[int]) -> None:
+    deadline = time.monotonic() + READY_S
+    while not [process for process in server.descendants() if process.name() == "gcs_server"]:
+        assert time.monotonic() < deadline, server.progress
+        time.sleep(0.05)
+    everything = server.descendants()
+    for number in signals:
+        server.process.send_signal(number)
+    _ended(server, 0, everything)
+    server.finish()
+    assert server.progress[1:] == ["starting Ray\n", "stopping\n"]

@@ -12,7 +12,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.supervision import ATTEMPTS, NOTHING, TRY_AGAIN, AskToStop, End, Phase, StartAgain, Supervision, Wait
+from deploy.supervision import (
+    ANSWER_S,
+    ATTEMPTS,
+    NOTHING,
+    TRY_AGAIN,
+    AskToStop,
+    End,
+    Phase,
+    StartAgain,
+    Supervision,
+    Wait,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,25 +43,33 @@ def test_on_a_joined_cluster_even_a_start_is_taken_down_in_good_order() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_ends(number: int) -> None:
     server = rules()
-    server.reached(Phase.SERVING)
+    server.reached(Phase.SERVING, 0)
     assert server.signalled(number, 5) == AskToStop()
     assert server.signalled(number, 6) == End(code=128 + number)
 
 
 def test_an_orderly_end_takes_no_longer_than_it_may() -> None:
     server = rules()
-    server.reached(Phase.SERVING)
+    server.reached(Phase.SERVING, 0)
     server.signalled(signal.SIGTERM, 100)
-    assert server.tick(129, load=1) == NOTHING
-    end = server.tick(131, load=1)
+    server.reached(Phase.STOPPING, 101)
+    assert server.tick(130, load=1) == NOTHING
+    end = server.tick(132, load=1)
     assert isinstance(end, End)
     assert end.code == 1
-    assert "30 s" in end.say
+    assert "killed" in end.say
+
+
+def test_a_main_process_that_does_not_begin_to_stop_hangs() -> None:
+    server = rules()
+    server.reached(Phase.SERVING, 0)
+    server.signalled(signal.SIGTERM, 100)
+    assert isinstance(server.tick(101 + ANSWER_S, load=1), End)
 
 
 def test_what_the_main_process_has_told_is_its_exit_code() -> None:
     server = rules()
-    server.reached(Phase.STOPPING)
+    server.reached(Phase.STOPPING, 0)
     assert server.main_ended(2) == End(code=2)
 
 
@@ -59,7 +78,7 @@ def test_a_start_that_failed_is_tried_again_and_not_for_ever() -> None:
     for attempt in range(2, ATTEMPTS + 1):
         server.failure = "GCS did not answer"
         # it reports its own end
-        server.reached(Phase.STOPPING)
+        server.reached(Phase.STOPPING, 0)
         again = server.main_ended(TRY_AGAIN)
         assert isinstance(again, StartAgain)
         assert f"GCS did not answer; starting again ({attempt} of {ATTEMPTS})" in again.say
@@ -92,7 +111,7 @@ def test_a_crash_during_the_start_is_tried_again_and_a_kill_is_not() -> None:
 
 def test_the_death_of_a_part_of_ray_ends_a_server_and_says_which() -> None:
     server = rules()
-    server.reached(Phase.SERVING)
+    server.reached(Phase.SERVING, 0)
     end = server.part_died("Ray's raylet", 77)
     assert isinstance(end, End)
     assert end.code == 1
@@ -101,8 +120,8 @@ def test_the_death_of_a_part_of_ray_ends_a_server_and_says_which() -> None:
 
 def test_parts_may_die_while_the_server_stops() -> None:
     server = rules()
-    server.reached(Phase.SERVING)
-    server.reached(Phase.STOPPING)
+    server.reached(Phase.SERVING, 0)
+    server.reached(Phase.STOPPING, 0)
     assert server.part_died("Ray's raylet", 77) == NOTHING
 
 
