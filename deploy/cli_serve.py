@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ DRAIN_ANSWER_S = 15.0
 """Beyond --shutdown-timeout: what the API may take to say how many requests are left."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks the server itself, whatever proxy the environment names."""
+NATIVE_OUTPUT = "main.err"
 QUIET_S = 5.0
 """Without a terminal, the same progress is not said again before this."""
 
@@ -55,12 +57,13 @@ def serve(config: ServeConfig) -> int:
         local=config.address is None,
         stop_s=config.shutdown_timeout + 4 * END_TIMEOUT_S + DRAIN_ANSWER_S,
         clean_up=directory.remove,
+        last_words=lambda: _last_words(directory.path / NATIVE_OUTPUT),
     )
 
 
 def _main(config: ServeConfig, directory: RunDirectory, report: Report) -> int:
     """The server's main process. Returns its exit code; the supervisor ends what it leaves."""
-    _keep_native_output(directory.path / "main.err")
+    _keep_native_output(directory.path / NATIVE_OUTPUT)
     progress = _Progress(report.stage)
     try:
         return _serve(config, directory, report, progress)
@@ -114,6 +117,16 @@ def _keep_native_output(path: Path) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+
+
+def _last_words(path: Path) -> str:
+    """Why Ray ended the main process, from what its C++ has written: its last error, else the last line of all."""
+    with contextlib.suppress(OSError):
+        text = re.sub(r"\x1b\[[\d;]*m", "", path.read_bytes()[-65536:].decode(errors="replace"))
+        if errors := re.findall(r"^\[[^\]]* [CE] \d+ \d+\] (?:\(.*?\) )?\S+:\d+: +(.+)$", text, re.MULTILINE):
+            return str(errors[-1])
+        return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    return ""
 
 
 def _start(

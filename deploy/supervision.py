@@ -102,8 +102,8 @@ class Supervision:
             return End(code=1)
         return NOTHING if self._signals else self.signalled(signal.SIGTERM, now)
 
-    def main_ended(self, status: int) -> Action:
-        """`status` is an exit code, or a negative signal number."""
+    def main_ended(self, status: int, words: str = "") -> Action:
+        """`status` is an exit code, or a negative signal number; `words` are what it has written last, if anything."""
         if self._signals:
             return End(code=status if status in (0, 2) else 1)
         if status == TRY_AGAIN:
@@ -112,7 +112,7 @@ class Supervision:
             # it has said why
             return End(code=status)
         how = f"was ended by {_signal_name(-status)}" if status < 0 else f"has ended with code {status}"
-        what = f"the server's main process {how}"
+        what = f"the server's main process {how}{f': {words}' if words else ''}"
         if self.phase is Phase.STARTING and self.local and status != -signal.SIGKILL:
             return self._start_again(what)
         return End(code=1, say=f"emoe: error: {what}")

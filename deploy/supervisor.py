@@ -56,11 +56,18 @@ class Report:
 Main = Callable[[Report], int]
 
 
-def supervised(main: Main, *, local: bool, stop_s: float, clean_up: Callable[[], None]) -> int:
+def supervised(
+    main: Main,
+    *,
+    local: bool,
+    stop_s: float,
+    clean_up: Callable[[], None],
+    last_words: Callable[[], str] = str,
+) -> int:
     """Run `main` below a supervisor, both in processes of their own. Blocks; returns the exit code of the command.
 
     SIGINT, SIGTERM and SIGHUP go to the supervisor, and are ignored afterwards. `clean_up` is called when none of the
-    server's processes is left.
+    server's processes is left. `last_words` may know why the main process crashed.
     """
     adopt_orphans()
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -75,7 +82,7 @@ def supervised(main: Main, *, local: bool, stop_s: float, clean_up: Callable[[],
         for number in taken:
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _leave(lambda: _Supervisor(main, orders, Supervision(local=local, stop_s=stop_s), clean_up).run())
+        _leave(lambda: _Supervisor(main, orders, Supervision(local=local, stop_s=stop_s), clean_up, last_words).run())
     os.close(orders)
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -102,12 +109,20 @@ def supervised(main: Main, *, local: bool, stop_s: float, clean_up: Callable[[],
 class _Supervisor:
     """The shell around `Supervision`: descriptors, processes and the clock."""
 
-    def __init__(self, main: Main, orders: int, rules: Supervision, clean_up: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        main: Main,
+        orders: int,
+        rules: Supervision,
+        clean_up: Callable[[], None],
+        last_words: Callable[[], str],
+    ) -> None:
         self._main = main
         self._orders = orders
         self._abandoned = False
         self._rules = rules
         self._clean_up = clean_up
+        self._last_words = last_words
         self._server = 0
         self._reports = -1
         self._rest = b""
@@ -178,7 +193,8 @@ class _Supervisor:
         if self._server in self._ended:
             while self._hear(now):
                 pass
-            return [*actions, self._rules.main_ended(os.waitstatus_to_exitcode(self._ended[self._server]))]
+            status = os.waitstatus_to_exitcode(self._ended[self._server])
+            return [*actions, self._rules.main_ended(status, self._last_words())]
         if not _lives(self._server):
             # it is about to be reaped; what dies with it is not the reason
             return actions
