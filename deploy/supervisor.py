@@ -23,7 +23,6 @@ from deploy.process_tree import adopt_orphans, die_with_parent, end_descendants,
 from deploy.supervision import Action, AskToStop, End, Phase, StartAgain, Supervision, Wait
 
 POLL_S = 0.25
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Report:
@@ -70,7 +69,9 @@ def supervised(
     server's processes is left. `last_words` may know why the main process crashed.
     """
     adopt_orphans()
-    taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    # nohup asks that a terminal's end be ignored; a shell's `&` asks the same of Ctrl-C, but not of `kill -INT`
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    taken = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not ignored)
     orders, give = os.pipe()
     _flush()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
