@@ -31,6 +31,8 @@ DRAIN_ANSWER_S = 15.0
 """Beyond --shutdown-timeout: what the API may take to say how many requests are left."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks the server itself, whatever proxy the environment names."""
+LONG_SILENCE_S = 15.0
+"""An API that has not answered for so long is worth a line."""
 NATIVE_OUTPUT = "main.err"
 QUIET_S = 5.0
 """Without a terminal, the same progress is not said again before this."""
@@ -210,13 +212,36 @@ def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
 def _watch(config: ServeConfig) -> None:
     """Blocks while the server runs, and tells of recoveries and scaling. Raises ServerFailed where waiting is vain."""
     told: set[str] = set()
+    silence = Silence(time.monotonic())
     while True:
         time.sleep(2.0)
         state = _readiness(config)
+        if line := silence.news(answered=state is not None, now=time.monotonic()):
+            print(line, file=sys.stderr, flush=True)
         if state is not None and state.error is not None:
             raise ServerFailed(state.error)
         for line in news(_get(config, "/admin/operations"), told):
             print(line, file=sys.stderr, flush=True)
+
+
+class Silence:
+    """Tells once that the API does not answer, and once that it answers again."""
+
+    def __init__(self, now: float) -> None:
+        self._heard_at = now
+        self._told = False
+
+    def news(self, *, answered: bool, now: float) -> str | None:
+        """A line for the user, where there is one."""
+        silent_s = now - self._heard_at
+        if answered:
+            self._heard_at = now
+            was_told, self._told = self._told, False
+            return f"the API answers again, after {silent_s:.0f} s" if was_told else None
+        if self._told or silent_s < LONG_SILENCE_S:
+            return None
+        self._told = True
+        return f"the API has not answered for {silent_s:.0f} s"
 
 
 def news(operations: Any, told: set[str]) -> list[str]:

@@ -13,13 +13,17 @@ PATIENCE_S = 600
 where a part has died, they, or the supervisor, notice that by itself."""
 
 
+_PROXIES = {f"{kind}_proxy" for kind in ("http", "https", "ftp", "all", "grpc", "ws", "wss", "socks", "no")}
+_PROXIES.add("ray_grpc_enable_http_proxy")
+
+
 def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
     """Without the variables that send HTTP and gRPC through a proxy.
 
     A server talks to itself and to its own cluster only, and it downloads nothing. An address of this machine, which
     Ray uses for its own parts, need not be in anybody's `no_proxy`.
     """
-    kept = {name: value for name, value in environment.items() if not name.lower().endswith("_proxy")}
+    kept = {name: value for name, value in environment.items() if name.lower() not in _PROXIES}
     # what the system itself may prescribe, as on macOS
     return kept | {"no_proxy": "*", "NO_PROXY": "*"}
 

@@ -21,6 +21,8 @@ from cluster.errors import UserError
 PREFIX = "emoe-"
 LONGEST_BYTES = 36
 """A socket's path has at most 107 bytes, and Ray appends `/session_DATE_TIME_PID/sockets/plasma_store` to `ray`."""
+LEAST_FREE_BYTES = 64 << 20
+"""What Ray's and Serve's logs need at least."""
 _LOCK = "lock"
 
 
@@ -32,9 +34,11 @@ class RunDirectory:
 
     @classmethod
     def create(cls, parents: Sequence[str] | None = None) -> RunDirectory:
-        """A new one in the first of `parents` that is short enough and can be written; stale ones there are removed.
+        """A new one in the first of `parents` that is short enough, can be written and has space.
 
-        Raises UserError where there is none.
+        Those that dead servers have left there are removed.
+
+        Raises UserError where no parent will do.
         """
         tried = parents if parents is not None else _parents()
         for parent in tried:
@@ -43,13 +47,16 @@ class RunDirectory:
                 continue
             with contextlib.suppress(OSError):
                 remove_stale(parent)
+                if shutil.disk_usage(parent).free < LEAST_FREE_BYTES:
+                    continue
                 path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
                 made = cls(path=path, lock=_locked(path))
                 made.temporary.mkdir(mode=0o700)
                 return made
         raise UserError(
-            f"TMPDIR: a server needs a directory for its sockets, which it can write and whose path has at most"
-            f" {LONGEST_BYTES - len(PREFIX) - 9} bytes; none of {', '.join(tried)} is one"
+            "TMPDIR: a server needs a directory for its sockets and logs, which it can write, with"
+            f" {LEAST_FREE_BYTES >> 20} MiB free, and with a path of at most {LONGEST_BYTES - len(PREFIX) - 9} bytes;"
+            f" none of {', '.join(tried)} is one"
         )
 
     @property

@@ -99,9 +99,10 @@ def supervised(
         signal.signal(number, signal.SIG_IGN)
     os.close(give)
     code = os.waitstatus_to_exitcode(status)
+    # nothing is left, unless the supervisor was killed
+    end_descendants()
+    clean_up()
     if code < 0:
-        end_descendants()
-        clean_up()
         _say(f"emoe: error: the server's supervisor was ended by signal {-code}")
         return 1
     return code

@@ -11,7 +11,7 @@ import pytest
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError
 from deploy import cli_serve
-from deploy.cli_serve import ServerFailed, StartFailed
+from deploy.cli_serve import ServerFailed, Silence, StartFailed
 from deploy.run_directory import RunDirectory
 from deploy.supervision import TRY_AGAIN
 
@@ -74,6 +74,15 @@ def test_rays_stacks_go_to_a_file_and_our_lines_do_not(tmp_path: Path, capfd: py
                 os.close(saved)
     assert capfd.readouterr().err == "stopping\n"
     assert (tmp_path / "main.err").read_text() == "*** SIGABRT ***\n"
+
+
+def test_an_api_that_is_silent_is_told_of_once() -> None:
+    silence = Silence(now=100)
+    assert silence.news(answered=False, now=110) is None
+    assert silence.news(answered=False, now=120) == "the API has not answered for 20 s"
+    assert silence.news(answered=False, now=130) is None
+    assert silence.news(answered=True, now=140) == "the API answers again, after 40 s"
+    assert silence.news(answered=True, now=142) is None
 
 
 def test_the_reason_of_a_crash_is_found_above_its_stack(tmp_path: Path) -> None:

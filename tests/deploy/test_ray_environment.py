@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from cluster.config import ServeConfig, cache_directory
 from deploy import local_ray
 from deploy.local_ray import ServerProcesses
-from deploy.ray_environment import home_settings, patience, without_proxies
+from deploy.ray_environment import home_settings, local_settings, patience, without_proxies
 from deploy.run_directory import RunDirectory
 
 PROXY = "http://proxy.example:3128"
@@ -59,6 +60,21 @@ def test_a_joined_cluster_has_its_own_settings(directory: RunDirectory) -> None:
     assert os.environ["TMPDIR"] == "/somewhere"
     assert "http_proxy" not in os.environ
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_ray_knows_every_setting(directory: RunDirectory) -> None:
+    """It ignores a name that it does not know, silently."""
+    root = Path(find_spec("ray").origin).parent  # type: ignore[union-attr,arg-type]
+    binaries = ("core/src/ray/raylet/raylet", "core/src/ray/gcs/gcs_server", "_raylet.so")
+    sources = [
+        *(root / "_private").glob("*.py"),
+        *(root / "_common").glob("*.py"),
+        root / "serve/_private/constants.py",
+    ]
+    sources += [root / "dashboard/modules/reporter/reporter_consts.py"]
+    known = b"\0".join(path.read_bytes() for path in [*(root / name for name in binaries), *sources])
+    wanted = {name for name in patience() | local_settings(directory) if name != "TMPDIR"}
+    assert {name for name in wanted if name.removeprefix("RAY_").encode() not in known} == set()
 
 
 def test_a_home_that_cannot_be_written_is_replaced(

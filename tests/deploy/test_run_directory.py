@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -63,6 +64,16 @@ def test_a_parent_that_is_not_there_is_passed_over(parent: Path) -> None:
     made = RunDirectory.create(["/no/such", str(parent)])
     assert made.path.parent == parent
     made.remove()
+
+
+def test_a_full_disk_is_passed_over(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(parent)._replace(free=1 << 20)
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if path == "/tmp" else usage(path))
+    made = RunDirectory.create(["/tmp", str(parent)])
+    assert made.path.parent == parent
+    made.remove()
+    abandon(made)
 
 
 def test_without_any_parent_the_error_names_the_setting() -> None:

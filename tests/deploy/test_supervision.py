@@ -160,7 +160,7 @@ def main(report):
     {body}
     return 0
 
-sys.exit(supervised(main, local=True, stop_s=20, clean_up=lambda: there.unlink()))
+sys.exit(supervised(main, local=True, stop_s=20, clean_up=lambda: there.unlink(missing_ok=True)))
 """
 STOPPABLE = "signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); report.phase(Phase.SERVING)"
 STUBBORN = "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True)); report.phase(Phase.SERVING)"
