@@ -16,6 +16,7 @@ from typing import Any
 from cluster.collector import no_collection
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, EmoeError
+from cluster.keys import authorization
 from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
 from deploy.local_ray import ServerProcesses, check_port
@@ -183,7 +184,8 @@ def _readiness(config: ServeConfig) -> Readiness | None:
 def _get(config: ServeConfig, path: str) -> Any:
     """The JSON that is answered, whatever the status; None where there is none."""
     try:
-        with urllib.request.urlopen(_url(config) + path, timeout=5) as response:
+        request = urllib.request.Request(_url(config) + path, headers=authorization(config))
+        with urllib.request.urlopen(request, timeout=5) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         with contextlib.suppress(ValueError, OSError):

@@ -55,7 +55,7 @@ class ServerProcesses:
         if self.local:
             # short, because a socket's path must fit into 107 bytes
             self._run_dir = Path(tempfile.mkdtemp(prefix="emoe-", dir="/tmp"))
-            os.environ.update(_local_environment(self._run_dir))
+            os.environ.update(_local_environment(self._run_dir, self._config))
         else:
             # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -219,7 +219,7 @@ def check_port(host: str, port: int) -> None:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
-def _local_environment(run_dir: Path) -> Mapping[str, str]:
+def _local_environment(run_dir: Path, config: ServeConfig) -> Mapping[str, str]:
     """Settings of Ray and Serve for a server of its own. What the user has set stays."""
     wanted = {
         # The token keeps other users of the machine out; given here, no file is written.
@@ -248,7 +248,7 @@ def _local_environment(run_dir: Path) -> Mapping[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
     }
-    binary = write_haproxy(run_dir, metrics_port=free_port(), stats_port=free_port())
+    binary = write_haproxy(run_dir, config, metrics_port=free_port(), stats_port=free_port())
     return {name: os.environ.get(name, value) for name, value in (wanted | binary).items()}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray.serve import Application
 from actors.cluster import start_cluster, stop_cluster
 from cluster.config import ServeConfig
 from cluster.errors import EmoeError
+from cluster.keys import with_keys
 from deploy.api import create_app
 from deploy.builtin import MODEL_DIR
 from deploy.ray_backend import RayBackend
@@ -75,7 +77,7 @@ class Api:
 
 def build_app(args: dict[str, Any]) -> Application:
     """Raises ConfigError for a key or value that is wrong, CheckpointError for a model that cannot be served."""
-    config = ServeConfig.from_mapping(args, source="args")
+    config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
     model_dir = config.model or str(MODEL_DIR)
     # here, not above: replicas need no torch for what they do with a model
     from model.checkpoint import open_checkpoint
