@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,7 +20,10 @@ from cluster.errors import ConfigError, EmoeError
 from cluster.keys import authorization
 from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
+from deploy.cli_console import told
 from deploy.local_ray import ServerProcesses, check_port
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 QUIET_S = 5.0
@@ -77,7 +81,8 @@ def _start(
     except EmoeError:
         raise
     except Exception as error:
-        raise ServerFailed(f"cannot start: {' '.join(str(error).split())[:500]}") from error
+        logger.error("cannot start", exc_info=error)
+        raise ServerFailed(f"cannot start: {told(error)}") from error
 
 
 def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:

@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve import Application
 
 from actors.cluster import start_cluster, stop_cluster
+from actors.logs import LogSettings, set_up
 from cluster.config import ServeConfig
 from cluster.errors import EmoeError
 from cluster.keys import with_keys
@@ -45,7 +46,7 @@ class Api:
     def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster) -> None:
         """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
         config = ServeConfig.from_mapping(settings)
-        logging.getLogger("deploy").setLevel(config.log_level.upper())
+        set_up("api", LogSettings.of(config))
         self._backend = RayBackend(
             start(config, model_dir),
             plan_deadline_s=config.plan_deadline,
