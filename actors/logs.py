@@ -69,14 +69,14 @@ def _handler(settings: LogSettings) -> logging.Handler:
 
 
 class _Copy(logging.Filter):
-    """Hands warnings to another handler. A filter, because Serve takes all handlers away when it is told anew."""
+    """Hands errors to another handler. A filter, because Serve takes all handlers away when it is told anew."""
 
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__()
         self._handler = handler
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.WARNING:
+        if record.levelno >= logging.ERROR:
             self._handler.handle(record)
         return True
 

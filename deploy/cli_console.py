@@ -30,6 +30,8 @@ LONGEST_BYTES = 64 * 2**20
 KEPT_FILES = 10
 SHOWN = ("WARNING", "ERROR", "CRITICAL")
 HEAD = re.compile(r"\S+ (?P<level>[A-Z]+) (?P<process>.+?)\[\d+\] \S+: (?P<message>.*)")
+LAST = "the processes are ended"
+"""After this line, what the log says is the noise of processes whose peers have gone."""
 LONGEST_LINE = 500
 LONGEST_ERROR = 600
 
@@ -52,6 +54,13 @@ def logged(config: ServeConfig, environ: Mapping[str, str]) -> Iterator[ServeCon
         follower.end()
         logging.captureWarnings(False)
         logging.root.handlers[:], logging.root.level, threading.excepthook = before
+
+
+def close_curtain() -> None:
+    """To be called, in any process of the server's, when the rest is to be ended: its last words stay in the file."""
+    logger = logging.getLogger(__name__)
+    # past the level that the user has set, because it is meant for the follower
+    logger.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, LAST, (), None))
 
 
 def told(error: BaseException) -> str:
@@ -112,6 +121,7 @@ class Follower:
         self._longest_bytes = longest_bytes
         self._read_bytes = file.stat().st_size if file.exists() else 0
         self._partial = b""
+        self._closed = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
 
@@ -150,6 +160,10 @@ class Follower:
         self._read_bytes += len(data)
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
+            if LAST.encode() in line and __name__.encode() in line:
+                self._closed = True
+            if self._closed:
+                return
             text = shown(line.decode("utf-8", "replace"), self._file, as_json=self._as_json)
             if text is not None:
                 _show(text)

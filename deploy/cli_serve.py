@@ -20,7 +20,7 @@ from cluster.errors import ConfigError, EmoeError
 from cluster.keys import authorization
 from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
-from deploy.cli_console import told
+from deploy.cli_console import close_curtain, told
 from deploy.local_ray import ServerProcesses, check_port
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def serve(config: ServeConfig) -> int:
                 processes.drain(config.shutdown_timeout)
     finally:
         progress.clear()
+        close_curtain()
         processes.stop()
         signals.restore()
     if processes.hangs:
@@ -81,7 +82,7 @@ def _start(
     except EmoeError:
         raise
     except Exception as error:
-        logger.error("cannot start", exc_info=error)
+        logger.warning("cannot start", exc_info=error)
         raise ServerFailed(f"cannot start: {told(error)}") from error
 
 

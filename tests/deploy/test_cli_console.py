@@ -12,7 +12,7 @@ import pytest
 from actors.logs import FileLines, TextFormatter
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError
-from deploy.cli_console import KEPT_FILES, Follower, logged, shown, told
+from deploy.cli_console import KEPT_FILES, Follower, close_curtain, logged, shown, told
 
 LOG = Path("/logs/x.log")
 
@@ -55,6 +55,16 @@ def test_warnings_of_other_processes_are_shown(tmp_path: Path, capsys: pytest.Ca
         assert "the cause (" in told(RuntimeError("\x1b[31mno " + "x " * 1000 + "the cause"))
     other.close()
     assert capsys.readouterr().err.splitlines() == [f"warning: w1: hot ({file})", f"error: emoe: here ({file})"]
+
+
+def test_the_end_of_processes_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "log"
+    with logged(ServeConfig(log_file=str(file), log_level="error"), {}):
+        logging.getLogger("deploy.x").error("before")
+        close_curtain()
+        logging.getLogger("deploy.x").error("after")
+    assert capsys.readouterr().err.splitlines() == [f"error: emoe: before ({file})"]
+    assert "after" in file.read_text()
 
 
 def test_a_file_for_each_server(tmp_path: Path) -> None:
