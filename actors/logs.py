@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def set_up(process: str, settings: LogSettings) -> None:
     if not serve.propagate:
         # it keeps a file of its own, in which nobody would look for a traceback
         serve.addFilter(_Copy(handler))
+
+
+def as_before() -> Callable[[], None]:
+    """A function that undoes what `set_up` will change from now on."""
+    handlers, level, hook = logging.root.handlers[:], logging.root.level, threading.excepthook
+    levels = {name: logging.getLogger(name).level for name in OURS}
+
+    def undo() -> None:
+        logging.captureWarnings(False)
+        threading.excepthook = hook
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+        for name, own in levels.items():
+            logging.getLogger(name).setLevel(own)
+
+    return undo
 
 
 def log_file() -> str | None:

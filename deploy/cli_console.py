@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from actors.logs import MORE, LogSettings, log_directory, log_file, set_up
+from actors.logs import MORE, LogSettings, as_before, log_directory, log_file, set_up
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, EmoeError
 from cluster.lines import ending, single_line
@@ -44,7 +44,7 @@ def logged(config: ServeConfig, environ: Mapping[str, str]) -> Iterator[ServeCon
     """
     file = _named_file(config.log_file) if config.log_file else _new_file(config, environ)
     config = dataclasses.replace(config, log_file=str(file))
-    before = logging.root.handlers[:], logging.root.level, threading.excepthook
+    undo = as_before()
     set_up("emoe", LogSettings.of(config))
     follower = Follower(file, as_json=config.log_format == "json")
     follower.start()
@@ -52,8 +52,7 @@ def logged(config: ServeConfig, environ: Mapping[str, str]) -> Iterator[ServeCon
         yield config
     finally:
         follower.end()
-        logging.captureWarnings(False)
-        logging.root.handlers[:], logging.root.level, threading.excepthook = before
+        undo()
 
 
 def close_curtain() -> None:

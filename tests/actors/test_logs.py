@@ -14,19 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from actors.logs import FileLines, LogSettings, TextFormatter, log_directory, log_file, set_up
+from actors.logs import FileLines, LogSettings, TextFormatter, as_before, log_directory, log_file, set_up
 
 
 @pytest.fixture
 def untouched() -> Iterator[None]:
     """Puts back what `set_up` changes in this process."""
-    before = logging.root.handlers[:], logging.root.level, threading.excepthook
-    levels = {name: logging.getLogger(name).level for name in ("actors", "deploy")}
+    undo = as_before()
     yield
-    logging.captureWarnings(False)
-    logging.root.handlers[:], logging.root.level, threading.excepthook = before
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    undo()
 
 
 def fail() -> None:
