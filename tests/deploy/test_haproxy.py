@@ -79,13 +79,15 @@ def server(app: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def exchange(server: Proxied, sent: bytes, wait_s: float = 1.5) -> bytes:
     """Everything that is answered until the server closes the connection or says no more."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=wait_s) as connection:
+    received = b""
+    with (
+        contextlib.suppress(TimeoutError, ConnectionError),
+        socket.create_connection(("127.0.0.1", server.port), timeout=wait_s) as connection,
+    ):
         connection.sendall(sent)
-        received = b""
-        with contextlib.suppress(TimeoutError, ConnectionResetError):
-            while part := connection.recv(65536):
-                received += part
-        return received
+        while part := connection.recv(65536):
+            received += part
+    return received
 
 
 def error_of(answer: bytes) -> tuple[int, dict[str, Any]]:
@@ -151,18 +153,24 @@ def test_a_body_that_never_ends_is_given_up(server: Proxied) -> None:
 
 
 def test_connections_of_one_address_are_bounded(app: Recorder, tmp_path: Path) -> None:
-    """Only the reason is known at first; from twice as many on, not even that."""
-    with proxied(tmp_path, app, settings={"max_connections_per_address": 3}, unbounded=()) as running:
-        others = [socket.create_connection(("127.0.0.1", running.port), timeout=20) for _ in range(3)]
-        try:
-            status, error = error_of(exchange(running, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"))
-            assert (status, error["code"]) == (429, "too_many_connections")
-            others += [socket.create_connection(("127.0.0.1", running.port), timeout=20) for _ in range(3)]
-            assert exchange(running, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n") == b""
-        finally:
-            for connection in others:
-                connection.close()
-        assert httpx.get(running.url).status_code == 200
+    """From the bound on, the reason is told; from twice as many on, not even that."""
+    settings = {"max_connections_per_address": 3}
+    with proxied(tmp_path, app, settings=settings, unbounded=()) as running, contextlib.ExitStack() as idle:
+        connect(running, 3, idle)
+        status, error = error_of(exchange(running, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"))
+        assert (status, error["code"]) == (429, "too_many_connections")
+        connect(running, 6, idle)
+        assert exchange(running, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n") == b""
+        idle.close()
+        # the ends of the others may still be on their way
+        assert any(httpx.get(running.url).status_code == 200 for _ in range(50))
+
+
+def connect(server: Proxied, count: int, until: contextlib.ExitStack) -> None:
+    """Connections that send nothing; some may be refused at once."""
+    for _ in range(count):
+        with contextlib.suppress(ConnectionResetError):
+            until.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
 
 
 # --- Whom it believes -------------------------------------------------------------------------------------------
@@ -269,3 +277,21 @@ def test_connections_fit_the_limit_of_files(wanted: int | None, file_limit: int,
 def test_too_few_files(wanted: int | None, file_limit: int) -> None:
     with pytest.raises(UserError, match="ulimit -n"):
         haproxy.max_connections(wanted, file_limit)
+
+
+def test_what_serve_is_told(tmp_path: Path) -> None:
+    """Of HAProxy: to look often whether it lives, and to keep no log lines in memory. The script starts HAProxy."""
+    environment = haproxy.write_haproxy(tmp_path, ServeConfig(max_connections=77), metrics_port=1, stats_port=2)
+    assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"]) <= 1
+    assert environment["RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE"] == "1"
+    assert environment["RAY_SERVE_HAPROXY_MAXCONN"] == "77"
+    assert environment["FORWARDED_ALLOW_IPS"] == ""
+    file = tmp_path / "haproxy.cfg"
+    serves_configuration(tmp_path)
+    script = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assert subprocess.run([script, "-c", "-f", str(file)], capture_output=True).returncode == 0
+    assert file.read_text().startswith("# corrected")
+    file.write_text("global\n")
+    failed = subprocess.run([script, "-c", "-f", str(file)], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "this version of Ray Serve" in failed.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ class EmoeServe:
 
     def __init__(self, *args: str) -> None:
         self.port = free_port()
+        self.log = args[args.index("--log-file") + 1]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "serve", "--port", str(self.port), *args],
             stdout=subprocess.PIPE,
@@ -69,8 +71,9 @@ class EmoeServe:
 
 
 @pytest.fixture
-def server() -> Iterator[EmoeServe]:
-    running = EmoeServe("--workers", "2", "--dtype", "float32", "--rebalance-interval", "0")
+def server(tmp_path: Path) -> Iterator[EmoeServe]:
+    log = str(tmp_path / "log")
+    running = EmoeServe("--workers", "2", "--dtype", "float32", "--rebalance-interval", "0", "--log-file", log)
     try:
         yield running
     finally:
@@ -84,6 +87,7 @@ def test_from_start_to_end(server: EmoeServe) -> None:
         assert server.progress[0] == f"{NOTICE}\n"
         _ask_in_its_subjects(client)
         _ask(client)
+        _ask_as_strangers_do(server)
         _rebalance_under_a_stream(server, client)
         _stop_under_a_stream(server, client)
 
@@ -112,6 +116,24 @@ def _ask(client: openai.OpenAI) -> None:
     assert len(chat.choices) == 2
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="emoe-mini", prompt="a", max_tokens=-1)
+
+
+def _ask_as_strangers_do(server: EmoeServe) -> None:
+    """With names and addresses of others, too many headers, and beside connections that send nothing."""
+    ask = f"{server.url}/v1/models"
+    idle = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(300)]
+    try:
+        assert httpx.get(ask, headers={"x-forwarded-for": "192.0.2.7"}).status_code == 200
+        for headers, status in (({"host": "evil.example"}, 403), ({"x": "x" * 20_000}, 431)):
+            refused = httpx.get(ask, headers=headers)
+            assert refused.status_code == status
+            assert refused.json()["error"]["message"]
+    finally:
+        for connection in idle:
+            connection.close()
+    # every process says in one file what it does
+    lines = Path(server.log).read_text().splitlines()
+    assert any(" INFO coordinator[" in line and "epoch 1 serves" in line for line in lines)
 
 
 def _rebalance_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
