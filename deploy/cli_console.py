@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from actors.logs import MORE, LogSettings, as_before, log_directory, log_file, set_up
 from cluster.config import ServeConfig
@@ -60,6 +61,22 @@ def close_curtain() -> None:
     logger = logging.getLogger(__name__)
     # past the level that the user has set, because it is meant for the follower
     logger.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, LAST, (), None))
+
+
+def keep_ray_lines(data: Any, ignore_prefix: bool = False) -> None:
+    """Put what Ray brings from other processes into the log file; stands in for Ray's `print_to_stdstream`.
+
+    These are log lines of processes on other nodes, which have no such file, and Ray's own paragraphs about deaths.
+    """
+    file = log_file()
+    if file is None:
+        return
+    lines = [str(line) for line in data.get("lines", ())]
+    whole = [
+        line if HEAD.fullmatch(line) or line.startswith(("{", MORE)) else MORE + single_line(line) for line in lines
+    ]
+    with contextlib.suppress(OSError), open(file, "ab") as sink:
+        sink.write("".join(line + "\n" for line in whole).encode("utf-8", "backslashreplace"))
 
 
 def told(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from actors.names import NAMESPACE
 from cluster.config import ServeConfig
 from cluster.errors import UserError
 from cluster.protocol import ModelInfo
+from deploy.cli_console import keep_ray_lines
 from deploy.haproxy import write_haproxy
 from model import native
 
@@ -69,7 +70,9 @@ class ServerProcesses:
         if self.local:
             _without_onlookers()
         self._connected = True
-        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        common: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.ERROR}
+        # a Ray of our own needs no help: its processes share a log file with this one
+        common["log_to_driver"] = not self.local
         if self.local:
             cpus = max(os.cpu_count() or 1, self._config.workers + 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
@@ -186,7 +189,7 @@ def _silence_ray() -> None:
     from ray._private import worker
 
     if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = lambda *_, **__: None
+        worker.print_to_stdstream = keep_ray_lines
 
 
 def _without_onlookers() -> None:

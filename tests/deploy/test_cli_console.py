@@ -12,7 +12,7 @@ import pytest
 from actors.logs import FileLines, TextFormatter
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError
-from deploy.cli_console import KEPT_FILES, Follower, close_curtain, logged, shown, told
+from deploy.cli_console import KEPT_FILES, Follower, close_curtain, keep_ray_lines, logged, shown, told
 
 LOG = Path("/logs/x.log")
 
@@ -55,6 +55,16 @@ def test_warnings_of_other_processes_are_shown(tmp_path: Path, capsys: pytest.Ca
         assert "the cause (" in told(RuntimeError("\x1b[31mno " + "x " * 1000 + "the cause"))
     other.close()
     assert capsys.readouterr().err.splitlines() == [f"warning: w1: hot ({file})", f"error: emoe: here ({file})"]
+
+
+def test_lines_that_ray_brings_from_other_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "log"
+    keep_ray_lines({"lines": ["nowhere to put it"]})
+    with logged(ServeConfig(log_file=str(file)), {}):
+        head = "2026-01-01T00:00:00.000Z WARNING w3[7] model.worker: hot"
+        keep_ray_lines({"lines": [head, "  | Traceback", "\x1b[36ma paragraph"], "pid": 7}, ignore_prefix=False)
+    assert file.read_text().splitlines() == [head, "  | Traceback", "  | a paragraph"]
+    assert capsys.readouterr().err.splitlines() == [f"warning: w3: hot ({file})"]
 
 
 def test_the_end_of_processes_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
