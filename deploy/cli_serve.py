@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -19,12 +20,16 @@ from typing import Any
 from cluster.collector import no_collection
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, EmoeError, UserError
+from cluster.keys import authorization
 from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
+from deploy.cli_console import close_curtain, told
 from deploy.local_ray import END_TIMEOUT_S, ServerProcesses, check_port
 from deploy.run_directory import RunDirectory
 from deploy.supervision import TRY_AGAIN, Phase
 from deploy.supervisor import Report, supervised
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 DRAIN_ANSWER_S = 15.0
@@ -105,6 +110,7 @@ def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progres
     finally:
         report.phase(Phase.STOPPING)
         progress.clear()
+        close_curtain()
         processes.stop()
     return 0
 
@@ -145,7 +151,8 @@ def _start(
     except EmoeError:
         raise
     except Exception as error:
-        raise StartFailed(f"cannot start: {' '.join(str(error).split())[:500]}") from error
+        logger.warning("cannot start", exc_info=error)
+        raise StartFailed(f"cannot start: {told(error)}") from error
 
 
 def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
@@ -266,7 +273,8 @@ def _readiness(config: ServeConfig) -> Readiness | None:
 def _get(config: ServeConfig, path: str) -> Any:
     """The JSON that is answered, whatever the status; None where there is none."""
     try:
-        with _DIRECT.open(_url(config) + path, timeout=5) as response:
+        request = urllib.request.Request(_url(config) + path, headers=authorization(config))
+        with _DIRECT.open(request, timeout=5) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         with contextlib.suppress(ValueError, OSError):

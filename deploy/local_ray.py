@@ -22,6 +22,7 @@ from actors.names import NAMESPACE
 from cluster.config import ServeConfig
 from cluster.errors import UserError
 from cluster.protocol import ModelInfo
+from deploy.cli_console import keep_ray_lines
 from deploy.haproxy import write_haproxy
 from deploy.ray_environment import PATIENCE_S, home_settings, local_settings, patience, without_proxies
 from deploy.run_directory import RunDirectory
@@ -64,7 +65,9 @@ class ServerProcesses:
             _without_onlookers()
             _patient_ray(self._started)
         self._connected = True
-        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        common: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.ERROR}
+        # a Ray of our own needs no help: its processes share a log file with this one
+        common["log_to_driver"] = not self.local
         if self.local:
             cpus = max(os.cpu_count() or 1, self._config.workers + 1)
             place = str(self._directory.ray)
@@ -80,9 +83,12 @@ class ServerProcesses:
         inherited = without_proxies(os.environ)
         if self.local:
             ports = {f"RAY_SERVE_FALLBACK_PROXY_{kind}_PORT": str(free_port()) for kind in ("HTTP", "GRPC")}
-            haproxy = write_haproxy(self._directory.path, metrics_port=free_port(), stats_port=free_port())
+            haproxy = write_haproxy(
+                self._directory.path, self._config, metrics_port=free_port(), stats_port=free_port()
+            )
             wanted = local_settings(self._directory) | patience() | ports | haproxy
-            own = {name: wanted[name] for name in ("RAY_TMPDIR", "TMPDIR")}
+            # FORWARDED_ALLOW_IPS is uvicorn's; this server has a setting of that name
+            own = {name: wanted[name] for name in ("RAY_TMPDIR", "TMPDIR", "FORWARDED_ALLOW_IPS")}
             inherited = wanted | inherited | own | home_settings(self._directory)
         else:
             # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
@@ -187,7 +193,7 @@ def _silence_ray() -> None:
     from ray._private import worker
 
     if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = lambda *_, **__: None
+        worker.print_to_stdstream = keep_ray_lines
 
 
 def _without_onlookers() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from ray import serve
 from ray.serve import Application
 
 from actors.cluster import start_cluster, stop_cluster
+from actors.logs import LogSettings, set_up
 from cluster.config import ServeConfig
 from cluster.errors import EmoeError
+from cluster.keys import with_keys
 from deploy.api import create_app
 from deploy.builtin import MODEL_DIR
 from deploy.ray_backend import RayBackend
@@ -43,7 +46,7 @@ class Api:
     def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster) -> None:
         """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
         config = ServeConfig.from_mapping(settings)
-        logging.getLogger("deploy").setLevel(config.log_level.upper())
+        set_up("api", LogSettings.of(config))
         self._backend = RayBackend(
             start(config, model_dir),
             plan_deadline_s=config.plan_deadline,
@@ -75,7 +78,7 @@ class Api:
 
 def build_app(args: dict[str, Any]) -> Application:
     """Raises ConfigError for a key or value that is wrong, CheckpointError for a model that cannot be served."""
-    config = ServeConfig.from_mapping(args, source="args")
+    config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
     model_dir = config.model or str(MODEL_DIR)
     # here, not above: replicas need no torch for what they do with a model
     from model.checkpoint import open_checkpoint

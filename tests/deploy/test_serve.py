@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -32,6 +33,7 @@ class EmoeServe:
 
     def __init__(self, *args: str, **env: str) -> None:
         self.port = free_port()
+        self.log = args[args.index("--log-file") + 1]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "serve", "--port", str(self.port), *args],
             stdout=subprocess.PIPE,
@@ -83,7 +85,7 @@ def server(tmp_path: Path) -> Iterator[EmoeServe]:
     # a port that nobody listens on
     proxy = "http://127.0.0.1:9"
     running = EmoeServe(
-        *("--workers", "2", "--dtype", "float32", "--rebalance-interval", "0"),
+        *("--workers", "2", "--dtype", "float32", "--rebalance-interval", "0", "--log-file", str(tmp_path / "log")),
         TMPDIR=str(long),
         http_proxy=proxy,
         HTTP_PROXY=proxy,
@@ -110,6 +112,7 @@ def test_from_start_to_end(server: EmoeServe) -> None:
         assert stat.S_IMODE(run_directory(server).stat().st_mode) == 0o700
         _ask_in_its_subjects(client)
         _ask(client)
+        _ask_as_strangers_do(server)
         _rebalance_under_a_stream(server, client)
         _stop_under_a_stream(server, client)
 
@@ -138,6 +141,24 @@ def _ask(client: openai.OpenAI) -> None:
     assert len(chat.choices) == 2
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="emoe-mini", prompt="a", max_tokens=-1)
+
+
+def _ask_as_strangers_do(server: EmoeServe) -> None:
+    """With names and addresses of others, too many headers, and beside connections that send nothing."""
+    ask = f"{server.url}/v1/models"
+    idle = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(300)]
+    try:
+        assert httpx.get(ask, headers={"x-forwarded-for": "192.0.2.7"}).status_code == 200
+        for headers, status in (({"host": "evil.example"}, 403), ({"x": "x" * 20_000}, 431)):
+            refused = httpx.get(ask, headers=headers)
+            assert refused.status_code == status
+            assert refused.json()["error"]["message"]
+    finally:
+        for connection in idle:
+            connection.close()
+    # every process says in one file what it does
+    lines = Path(server.log).read_text().splitlines()
+    assert any(" INFO coordinator[" in line and "epoch 1 serves" in line for line in lines)
 
 
 def _rebalance_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:

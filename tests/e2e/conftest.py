@@ -76,7 +76,7 @@ def start(arguments: Sequence[str], log: Path) -> Server:
     emoe = Path(sys.executable).with_name("emoe")
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [str(emoe), "serve", *arguments, "--port", str(port)],
+            [str(emoe), "serve", *arguments, "--port", str(port), "--log-file", f"{log}.processes"],
             stdout=sink,
             stderr=subprocess.STDOUT,
             text=True,
