@@ -107,10 +107,10 @@ def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progres
             print("stopping", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):
                 processes.drain(config.shutdown_timeout)
+            close_curtain()
     finally:
         report.phase(Phase.STOPPING)
         progress.clear()
-        close_curtain()
         processes.stop()
     return 0
 
