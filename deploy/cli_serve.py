@@ -58,9 +58,9 @@ def serve(config: ServeConfig) -> int:
             print("stopping", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):
                 processes.drain(config.shutdown_timeout)
+            close_curtain()
     finally:
         progress.clear()
-        close_curtain()
         processes.stop()
         signals.restore()
     if processes.hangs:
