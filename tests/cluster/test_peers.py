@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError
-from cluster.peers import Networks, client_address, is_allowed_host, is_loopback
+from cluster.peers import Networks, client_address, is_allowed_host, is_loopback, parse_address
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,13 @@ def test_names_that_a_server_on_loopback_answers_to(header: str, allowed: bool) 
 )  # fmt: skip
 def test_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+@given(st.text(max_size=60), st.lists(st.text(max_size=40), max_size=3))
+def test_whatever_strangers_write(host: str, forwarded: list[str]) -> None:
+    """Any text is taken; a name that is no address of this machine's stays a stranger's."""
+    trusted = Networks.parse("127.0.0.1")
+    client = client_address("127.0.0.1", forwarded, trusted)
+    assert client == "127.0.0.1" or parse_address(client) is not None
+    assert not is_allowed_host(host + ".evil.example", ())
+    is_allowed_host(host, ())

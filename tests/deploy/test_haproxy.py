@@ -48,6 +48,8 @@ class Recorder:
         if path == "/pause":
             await self._pause(send)
             return
+        if path == "/late":
+            await asyncio.sleep(PAUSE_S)
         status = {"/plain": 500, "/busy": 503}.get(path, 200)
         kind = b"application/json" if status == 200 else b"text/plain; charset=utf-8"
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
@@ -144,6 +146,10 @@ def test_idle_connections_leave_room(server: Proxied) -> None:
 def test_a_stream_outlives_the_clients_timeout(server: Proxied) -> None:
     with httpx.stream("GET", f"{server.url}/pause", timeout=20) as response:
         assert list(response.iter_lines()) == ["data: 1", "", "data: 2", ""]
+
+
+def test_an_answer_may_come_after_the_clients_timeout(server: Proxied) -> None:
+    assert httpx.post(f"{server.url}/late", json={}, timeout=20).status_code == 200
 
 
 def test_a_body_that_never_ends_is_given_up(server: Proxied) -> None:
