@@ -116,8 +116,8 @@ def _changes(wanted: Corrections) -> list[tuple[str, Change]]:
         (r"(?:^ *errorfile .*\n)+", lambda _: _block(pages)),
         (r"^defaults\n", lambda found: found[0] + _block(_defaults(wanted))),
         (
-            r"^(frontend http_frontend\n) *bind (.*):(\d+)\n",
-            lambda found: found[1] + _block(_frontend(wanted, found[2], found[3])),
+            r"^(frontend http_frontend\n) *bind .*:(\d+)\n",
+            lambda found: found[1] + _block(_frontend(wanted, found[2])),
         ),
         (r"^ *http-request return status 404 .*/-/routes.*\n", lambda _: _block(nothing_runs)),
     ]
@@ -132,13 +132,11 @@ def _defaults(wanted: Corrections) -> list[str]:
     ]
 
 
-def _frontend(wanted: Corrections, host: str, port: str) -> list[str]:
-    # Serve writes "*" for it, which to HAProxy is every IPv4 address
-    bind = f"bind [::]:{port} v4v6" if wanted.host == "::" else f"bind {host}:{port}"
+def _frontend(wanted: Corrections, port: str) -> list[str]:
     most = wanted.max_connections_per_address
     unbounded = f"!{{ src {' '.join(wanted.unbounded)} }}" if wanted.unbounded else ""
     return [
-        bind,
+        f"bind {_listen(wanted.host, port)}",
         "stick-table type ipv6 size 100k expire 1m store conn_cur",
         "tcp-request connection track-sc0 src",
         f"tcp-request connection reject if {{ sc0_conn_cur gt {2 * most} }} {unbounded}",
@@ -161,6 +159,14 @@ def _frontend(wanted: Corrections, host: str, port: str) -> list[str]:
             if status not in NO_PAGE
         ),
     ]
+
+
+def _listen(host: str, port: str) -> str:
+    """What follows `bind`. IPv6's wildcard takes IPv4 too, whatever the machine's default is.
+
+    The host that Serve writes does not count: it would have replicas listen there too, and it takes `::` for IPv4.
+    """
+    return f"[{host}]:{port}{' v4v6' * (host == '::')}" if ":" in host else f"{host}:{port}"
 
 
 def _block(lines: Sequence[str]) -> str:
