@@ -1,9 +1,11 @@
 """Ray Serve behind the HAProxy that its wheels bring: a request costs half a millisecond instead of three.
 
-Serve writes HAProxy's configuration itself, and three of its lines do not suit us. So it is given a script as the
+Serve writes HAProxy's configuration itself, and some of its lines do not suit us. So it is given a script as the
 binary, which corrects them and then becomes HAProxy:
 - `option splice-request` hides from HAProxy that a client has hung up while it waits for the response: `-dS`;
 - the pages with statistics listen on every interface, without a key: they are bound to loopback;
+- Serve has replicas listen at the server's address too, and looks for them on IPv4 loopback: it is told loopback, and
+  HAProxy alone listens at the server's address;
 - while no replica runs, the answer is a plain 500: it becomes a 503 in OpenAI's form, with Retry-After.
 """
 
@@ -21,6 +23,7 @@ for file in "$@"; do
   case "$file" in *.cfg)
     sed -i -e 's|bind [*]\\{{0,1\\}}:{metrics_port}$|bind 127.0.0.1:{metrics_port}|' \\
       -e 's|bind [*]\\{{0,1\\}}:{stats_port}$|bind 127.0.0.1:{stats_port}|' \\
+      -e 's|bind {inside}:{port}$|bind {listen}|' \\
       -e 's|errorfile \\(50[234]\\) .*|errorfile \\1 {error_file}|' "$file" ;;
   esac
 done
@@ -28,7 +31,11 @@ exec {prefix}{binary} -dS "$@"
 """
 
 
-def write_haproxy(run_dir: Path, *, metrics_port: int, stats_port: int) -> dict[str, str]:
+INSIDE = "127.0.0.1"
+"""The address that Serve is told, where HAProxy runs."""
+
+
+def write_haproxy(run_dir: Path, *, host: str, port: int, metrics_port: int, stats_port: int) -> dict[str, str]:
     """Writes the script into `run_dir`; returns the environment that makes Serve use it.
 
     Empty where HAProxy cannot run here (no wheel for the platform, no permission): Serve's own proxy is used then.
@@ -47,6 +54,9 @@ def write_haproxy(run_dir: Path, *, metrics_port: int, stats_port: int) -> dict[
             SCRIPT.format(
                 metrics_port=metrics_port,
                 stats_port=stats_port,
+                inside=INSIDE,
+                port=port,
+                listen=_listen(host, port),
                 error_file=error_file,
                 prefix=prefix,
                 binary=binary,
@@ -73,6 +83,11 @@ def write_haproxy(run_dir: Path, *, metrics_port: int, stats_port: int) -> dict[
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     }
+
+
+def _listen(host: str, port: int) -> str:
+    """What follows `bind`. IPv6's wildcard takes IPv4 too, whatever the machine's default is."""
+    return f"[{host}]:{port}{' v4v6' * (host == '::')}" if ":" in host else f"{host}:{port}"
 
 
 def _unavailable() -> str:
