@@ -27,6 +27,8 @@ FILES_PER_CONNECTION = 2.5
 OTHER_FILES = 256
 """What HAProxy, or a process of Ray's, has open besides its connections."""
 FEWEST_CONNECTIONS = 64
+INSIDE = "127.0.0.1"
+"""The address that Serve is told, where HAProxy runs: HAProxy alone listens at the server's address."""
 HEADER_TIMEOUT_S = 10.0
 CLIENT_TIMEOUT_S = 60
 """How long a client may stay away in the middle of what it sends, or leave unread what it is sent. A stream that has

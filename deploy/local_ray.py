@@ -23,7 +23,7 @@ from cluster.config import ServeConfig
 from cluster.errors import UserError
 from cluster.protocol import ModelInfo
 from deploy.cli_console import keep_ray_lines
-from deploy.haproxy import write_haproxy
+from deploy.haproxy import INSIDE, write_haproxy
 from deploy.ray_environment import PATIENCE_S, home_settings, local_settings, patience, without_proxies
 from deploy.run_directory import RunDirectory
 from model import native
@@ -47,6 +47,8 @@ class ServerProcesses:
         self._connected = False
         self._owns_app = False
         """Whether the application and the actors on Ray are this server's."""
+        self._behind_haproxy = False
+        """Whether an HAProxy of our own listens at the server's address."""
 
     @property
     def local(self) -> bool:
@@ -90,6 +92,8 @@ class ServerProcesses:
             # FORWARDED_ALLOW_IPS is uvicorn's; this server has a setting of that name
             own = {name: wanted[name] for name in ("RAY_TMPDIR", "TMPDIR", "FORWARDED_ALLOW_IPS")}
             inherited = wanted | inherited | own | home_settings(self._directory)
+            used = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH")
+            self._behind_haproxy = all(name in haproxy and inherited[name] == haproxy[name] for name in used)
         else:
             # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
             inherited.setdefault("RAY_AUTH_MODE", "disabled")
@@ -110,7 +114,8 @@ class ServerProcesses:
         start_cluster(self._config, model_dir, RayFleet(self._config, model=model))
         for name in ("ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        options = {"host": self._config.host, "port": self._config.port, "request_timeout_s": None}
+        host = INSIDE if self._behind_haproxy else self._config.host
+        options = {"host": host, "port": self._config.port, "request_timeout_s": None}
         serve.start(http_options=options, proxy_location="HeadOnly", logging_config={"enable_access_log": False})
         self._check_http()
         serve.run(application(self._config, model_dir), name=APP_NAME, route_prefix="/")

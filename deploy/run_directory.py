@@ -50,9 +50,12 @@ class RunDirectory:
                 if shutil.disk_usage(parent).free < LEAST_FREE_BYTES:
                     continue
                 path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-                made = cls(path=path, lock=_locked(path))
-                made.temporary.mkdir(mode=0o700)
-                return made
+                try:
+                    made = cls(path=path, lock=_locked(path))
+                    made.temporary.mkdir(mode=0o700)
+                    return made
+                except OSError:
+                    shutil.rmtree(path, ignore_errors=True)
         raise UserError(
             "TMPDIR: a server needs a directory for its sockets and logs, which it can write, with"
             f" {LEAST_FREE_BYTES >> 20} MiB free, and with a path of at most {LONGEST_BYTES - len(PREFIX) - 9} bytes;"

@@ -22,7 +22,8 @@ import psutil
 from deploy.process_tree import adopt_orphans, die_with_parent, end_descendants, lives, reap
 from deploy.supervision import Action, AskToStop, End, Phase, StartAgain, Supervision, Wait
 
-POLL_S = 0.25
+POLL_S = 1.0
+"""How often the parts of Ray are looked at. Signals and the end of the main process wake the supervisor."""
 
 
 class Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import stat
@@ -101,7 +102,9 @@ def server(tmp_path: Path) -> Iterator[EmoeServe]:
 def run_directory(server: EmoeServe) -> Path:
     """Of a server that has started Ray: where its raylet's socket is."""
     raylet = next(process for process in server.descendants() if process.name() == "raylet")
-    return next(Path(part.split("=")[1]).parent for part in raylet.cmdline() if part.startswith("--temp-dir="))
+    found = re.search(r"=(/[^ =]*/emoe-\w+)/ray/session", " ".join(raylet.cmdline()))
+    assert found
+    return Path(found[1])
 
 
 @pytest.mark.timeout(READY_S + 120)
