@@ -167,7 +167,6 @@ class _Supervisor:
         self._ended.clear()
         self._rest = b""
         self._reports, tell = os.pipe()
-        self._rules.stage("starting", time.monotonic())
         _flush()
         supervisor = os.getpid()
         self._server = _fork()
