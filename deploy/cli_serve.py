@@ -24,7 +24,7 @@ from cluster.keys import authorization
 from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
 from deploy.cli_console import close_curtain, told
-from deploy.local_ray import END_TIMEOUT_S, ServerProcesses, check_port
+from deploy.local_ray import END_TIMEOUT_S, ServerProcesses, check_port, check_shared_memory
 from deploy.run_directory import RunDirectory
 from deploy.supervision import TRY_AGAIN, Phase
 from deploy.supervisor import Report, supervised
@@ -58,6 +58,8 @@ class _Stop(BaseException):
 def serve(config: ServeConfig) -> int:
     """Blocks until a signal. Returns 0 after an orderly end; raises UserError."""
     check_port(config.host, config.port)
+    if config.address is None:
+        check_shared_memory()
     directory = RunDirectory.create()
     return supervised(
         lambda report: _main(config, directory, report),

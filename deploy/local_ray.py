@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -32,6 +33,7 @@ Started = Callable[[str, int], None]
 """(name, pid) of a process."""
 
 APP_NAME = "emoe"
+LEAST_SHARED_BYTES = 16 << 20
 END_TIMEOUT_S = 5.0
 """How long processes get to end by themselves."""
 
@@ -266,6 +268,18 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def check_shared_memory(path: str = "/dev/shm") -> None:
+    """Raises UserError where there is next to none: processes that use it are killed when it is full."""
+    if not os.path.isdir(path):
+        return
+    free = shutil.disk_usage(path).free
+    if free < LEAST_SHARED_BYTES:
+        raise UserError(
+            f"{path}: a server needs {LEAST_SHARED_BYTES >> 20} MiB of shared memory, and {free >> 20} MiB are free;"
+            " remove files there, or give a container more (docker run --shm-size=1g)"
+        )
 
 
 def free_port() -> int:

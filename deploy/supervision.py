@@ -67,7 +67,7 @@ class Supervision:
     """Why the start failed, as the main process told it."""
     _signals: int = field(default=0, init=False)
     _attempt: int = field(default=1, init=False)
-    _stage: str = field(default="starting", init=False)
+    _stage: str = field(default="", init=False)
     _stage_since: float = field(default=0.0, init=False)
     _said_at: float = field(default=0.0, init=False)
     _stop_by: float | None = field(default=None, init=False)
@@ -132,7 +132,8 @@ class Supervision:
             if now > self._stop_by:
                 return End(code=1, say="emoe: error: the server did not end in good order, and was killed")
             return NOTHING
-        if self.phase is not Phase.STARTING or now - self._said_at < SILENCE_S:
+        # the checks before the first stage are quick, and a mistake of the user's is told in one line
+        if self.phase is not Phase.STARTING or not self._stage or now - self._said_at < SILENCE_S:
             return NOTHING
         self._said_at = now
         waited = f"still {self._stage}, for {now - self._stage_since:.0f} s"

@@ -167,7 +167,6 @@ class _Supervisor:
         self._ended.clear()
         self._rest = b""
         self._reports, tell = os.pipe()
-        self._rules.stage("starting", time.monotonic())
         _flush()
         supervisor = os.getpid()
         self._server = _fork()
@@ -184,14 +183,15 @@ class _Supervisor:
         readable, _, _ = select.select(listened, [], [], POLL_S)
         now = time.monotonic()
         actions: list[Action] = []
+        # first: a signal means something else to a server that has said that it serves
+        if self._reports in readable:
+            self._hear(now)
         if self._orders in readable:
             orders = os.read(self._orders, 64)
             actions += [self._rules.signalled(number, now) for number in orders]
             if not orders:
                 self._abandoned = True
                 actions.append(self._rules.abandoned(now))
-        if self._reports in readable:
-            self._hear(now)
         self._ended |= reap()
         if self._server in self._ended:
             while self._hear(now):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import UserError
+from deploy.local_ray import check_shared_memory
 from deploy.run_directory import LONGEST_BYTES, RunDirectory
 
 
@@ -74,6 +75,15 @@ def test_a_full_disk_is_passed_over(parent: Path, monkeypatch: pytest.MonkeyPatc
     assert made.path.parent == parent
     made.remove()
     abandon(made)
+
+
+def test_full_shared_memory_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_shared_memory("/no/such")
+    check_shared_memory(str(tmp_path))
+    full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(UserError, match="16 MiB of shared memory, and 1 MiB are free"):
+        check_shared_memory(str(tmp_path))
 
 
 def test_without_any_parent_the_error_names_the_setting() -> None:

@@ -234,4 +234,6 @@ def test_a_signal_during_the_start_leaves_nothing(server: EmoeServe, signals: li
         server.process.send_signal(number)
     _ended(server, 0, everything)
     server.finish()
-    assert server.progress[1:] == ["starting Ray\n", "stopping\n"]
+    assert server.progress[-1] == "stopping\n"
+    # a busy machine has said in between that Ray still starts
+    assert not [line for line in server.progress[1:-1] if "starting Ray" not in line]

@@ -131,6 +131,7 @@ def test_a_part_that_dies_during_the_start_is_started_again() -> None:
 
 def test_a_long_start_says_what_it_waits_for_and_why() -> None:
     server = rules()
+    assert server.tick(99, load=12) == NOTHING
     server.stage("starting Ray", 100)
     assert server.tick(110, load=12) == NOTHING
     said = server.tick(125, load=12)
