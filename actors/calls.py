@@ -18,8 +18,11 @@ from ray.exceptions import (
 )
 
 from cluster.errors import EmoeError
+from cluster.lines import ending, single_line
 
 Key = TypeVar("Key")
+
+LONGEST_CAUSE = 500
 
 CALL_ERRORS = (RayError, EmoeError, TimeoutError, OSError)
 """What a remote call raises that went wrong over there, or on the way."""
@@ -42,10 +45,10 @@ def one_line(error: BaseException) -> str:
         return "its process died"
     if isinstance(cause, TimeoutError):
         return "no answer in time"
-    text = " ".join(str(cause).split())
+    text = single_line(str(cause))
     if isinstance(cause, EmoeError):
         return text
-    return f"{type(cause).__name__}: {text}"[:500]
+    return f"{type(cause).__name__}: {ending(text, LONGEST_CAUSE)}"
 
 
 def node_address() -> str:

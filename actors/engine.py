@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from actors import names
 from actors.batching import Scheduler
 from actors.calls import node_address
 from actors.clients import Clients
+from actors.logs import LogSettings, set_up
 from actors.step_loop import StepLoop
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError
@@ -36,7 +38,10 @@ Hosts = dict[WorkerId, Any]
 class Engine:
     """An async actor: everything runs on its event loop."""
 
-    def __init__(self, config: ServeConfig, coordinator: Any) -> None:
+    def __init__(self, config: ServeConfig, coordinator: Any, logs: LogSettings | None = None) -> None:
+        """`logs`: where this process's log lines go; left as it is if not given."""
+        if logs is not None:
+            set_up(names.ENGINE, logs)
         self._config = config
         self._coordinator = coordinator
         self._hosts: Hosts = {}

@@ -17,6 +17,7 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import names
+from actors.logs import LogSettings, set_up
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError
 from cluster.messages.epochs import HostInfo, ModelInfo
@@ -122,11 +123,10 @@ class RayFleet:
         self._coordinator: Any = None
         self._resources: dict[str, float] = {}
         self._nodes = 0
+        self._logs = LogSettings.of(config)
 
     def attach(self) -> None:
-        logging.basicConfig(
-            level=self._config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-        )
+        set_up(names.COORDINATOR, self._logs)
         self._coordinator = ray.get_runtime_context().current_actor
         self._resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
@@ -201,31 +201,36 @@ class RayFleet:
         return self._config.standby and self._alone and self.device() == "cpu"
 
     def start_host(self, worker: WorkerId) -> Any:
-        if self._host_class is None:
+        host_class = self._host_class
+        arguments: tuple[Any, ...] = ()
+        if host_class is None:
             from actors.host import ExpertHost
 
-            self._host_class = ExpertHost
+            host_class, arguments = ExpertHost, (str(worker), self._logs)
         if self.device() == "cuda":
             resources = {"num_gpus": self._gpu_share, "num_cpus": 0}
         else:
             # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
             resources = {"num_cpus": 0 if self._alone else 1}
         groups = {"concurrency_groups": {"io": IO_THREADS, "copies": COPY_THREADS}}
-        return self._create(self._host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups)
+        return self._create(host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups, *arguments)
 
     def start_engine(self) -> Any:
-        if self._engine_class is None:
+        engine_class = self._engine_class
+        arguments: tuple[Any, ...] = (self._config, self._coordinator)
+        if engine_class is None:
             from actors.engine import Engine
 
-            self._engine_class = Engine
+            engine_class, arguments = Engine, (*arguments, self._logs)
         options = {"max_restarts": 0, "num_cpus": 0, "resources": ON_HEAD}
-        return self._create(self._engine_class, names.ENGINE, options, {}, self._config, self._coordinator)
+        return self._create(engine_class, names.ENGINE, options, {}, *arguments)
 
     def start_migrator(self, expert_bytes: int) -> Any:
         from actors.migrator import Migrator
 
         options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
-        return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, self._config.migration_bandwidth * 1e6)
+        bytes_per_s = self._config.migration_bandwidth * 1e6
+        return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, bytes_per_s, self._logs)
 
     def _create(
         self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any

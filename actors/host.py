@@ -17,6 +17,7 @@ import ray
 
 from actors.calls import node_address
 from actors.liveness import STEP_PING_S
+from actors.logs import LogSettings, set_up
 from actors.wire import is_exhausted
 from cluster.collector import no_collection
 from cluster.errors import NotReadyError
@@ -38,7 +39,10 @@ KEPT_STORES = 8
 class ExpertHost:
     """One GPU, or a share of a node's cores: the trunk, some experts, and the KV cache of the requests homed here."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "host", logs: LogSettings | None = None) -> None:
+        """`logs`: where this process's log lines go, under `name`; left as it is if not given."""
+        if logs is not None:
+            set_up(name, logs)
         self._worker: Worker | None = None
         self._steps: StepServer | None = None
         self._loading = threading.Lock()

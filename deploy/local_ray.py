@@ -12,11 +12,9 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -25,26 +23,34 @@ from actors.names import NAMESPACE
 from cluster.config import ServeConfig
 from cluster.errors import UserError
 from cluster.protocol import ModelInfo
-from deploy.haproxy import write_haproxy
+from deploy.cli_console import keep_ray_lines
+from deploy.haproxy import INSIDE, write_haproxy
+from deploy.ray_environment import PATIENCE_S, home_settings, local_settings, patience, without_proxies
+from deploy.run_directory import RunDirectory
 from model import native
 
+Started = Callable[[str, int], None]
+"""(name, pid) of a process."""
+
 APP_NAME = "emoe"
-CONNECT_TIMEOUT_S = 20
+LEAST_SHARED_BYTES = 16 << 20
 END_TIMEOUT_S = 5.0
-"""How long processes get to end by themselves before they are killed."""
+"""How long processes get to end by themselves."""
 
 
 class ServerProcesses:
-    """What was started for one server. `stop` is idempotent."""
+    """What the main process starts for one server. `stop` is idempotent; what it leaves, the supervisor ends."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, directory: RunDirectory, started: Started = lambda name, pid: None) -> None:
+        """`started` is told of each process of a local Ray that nothing else replaces."""
         self._config = config
-        self._run_dir: Path | None = None
+        self._directory = directory
+        self._started = started
         self._connected = False
         self._owns_app = False
         """Whether the application and the actors on Ray are this server's."""
-        self.hangs = False
-        """Whether a thread of Ray did not end: then only `os._exit` leaves this process."""
+        self._behind_haproxy = False
+        """Whether an HAProxy of our own listens at the server's address."""
 
     @property
     def local(self) -> bool:
@@ -52,14 +58,7 @@ class ServerProcesses:
 
     def start_ray(self) -> None:
         """Start a Ray of our own, or join the one at `config.address`. Raises UserError where it does not answer."""
-        if self.local:
-            # short, because a socket's path must fit into 107 bytes
-            self._run_dir = Path(tempfile.mkdtemp(prefix="emoe-", dir="/tmp"))
-            os.environ.update(_local_environment(self._run_dir))
-        else:
-            # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        self._set_environment()
         if self.local:
             # compiled while Ray starts, should this machine not have it yet: workers wait for it
             threading.Thread(target=native.library, daemon=True).start()
@@ -68,16 +67,40 @@ class ServerProcesses:
         _silence_ray()
         if self.local:
             _without_onlookers()
+            _patient_ray(self._started)
         self._connected = True
-        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        common: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.ERROR}
+        # a Ray of our own needs no help: its processes share a log file with this one
+        common["log_to_driver"] = not self.local
         if self.local:
             cpus = max(os.cpu_count() or 1, self._config.workers + 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+            place = str(self._directory.ray)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=place, **common)
             return
         try:
             ray.init(address=self._config.address, **common)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise UserError(f"--address: cannot join {self._config.address}: {' '.join(str(error).split())}") from None
+
+    def _set_environment(self) -> None:
+        """To be called before ray is imported. What the user has set stays, but for proxies."""
+        inherited = without_proxies(os.environ)
+        if self.local:
+            ports = {f"RAY_SERVE_FALLBACK_PROXY_{kind}_PORT": str(free_port()) for kind in ("HTTP", "GRPC")}
+            haproxy = write_haproxy(
+                self._directory.path, self._config, metrics_port=free_port(), stats_port=free_port()
+            )
+            wanted = local_settings(self._directory) | patience() | ports | haproxy
+            # FORWARDED_ALLOW_IPS is uvicorn's; this server has a setting of that name
+            own = {name: wanted[name] for name in ("RAY_TMPDIR", "TMPDIR", "FORWARDED_ALLOW_IPS")}
+            inherited = wanted | inherited | own | home_settings(self._directory)
+            used = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH")
+            self._behind_haproxy = all(name in haproxy and inherited[name] == haproxy[name] for name in used)
+        else:
+            # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
+            inherited.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.clear()
+        os.environ.update(inherited | {"RAY_USAGE_STATS_ENABLED": "0"})
 
     def start_app(self, model_dir: str, model: ModelInfo) -> None:
         """Start Serve and the application. Returns once the API answers, while the model loads."""
@@ -93,7 +116,8 @@ class ServerProcesses:
         start_cluster(self._config, model_dir, RayFleet(self._config, model=model))
         for name in ("ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        options = {"host": self._config.host, "port": self._config.port, "request_timeout_s": None}
+        host = INSIDE if self._behind_haproxy else self._config.host
+        options = {"host": host, "port": self._config.port, "request_timeout_s": None}
         serve.start(http_options=options, proxy_location="HeadOnly", logging_config={"enable_access_log": False})
         self._check_http()
         serve.run(application(self._config, model_dir), name=APP_NAME, route_prefix="/")
@@ -126,7 +150,9 @@ class ServerProcesses:
         )
 
     def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for those under way."""
+        """Refuse new requests and wait for those under way. Harmless where nothing serves yet."""
+        if not self._owns_app:
+            return
         from ray import serve
 
         handle: Any = serve.get_app_handle(APP_NAME)
@@ -137,7 +163,7 @@ class ServerProcesses:
         time.sleep(0.2)
 
     def stop(self) -> None:
-        """End everything that was started. On a cluster that was joined: our application and our actors."""
+        """End what was started, in good order. On a cluster that was joined: our application and our actors."""
         if not self._connected:
             return
         self._connected = False
@@ -146,19 +172,7 @@ class ServerProcesses:
         ending = threading.Thread(target=self._disconnect, daemon=True)
         ending.start()
         ending.join(3 * END_TIMEOUT_S)
-        if self.local:
-            ours = list({*ours, *psutil.Process().children(recursive=True)})
-        _end(ours, END_TIMEOUT_S)
-        self.hangs = ending.is_alive()
-        if self._run_dir is not None:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
-
-    def kill(self) -> None:
-        """End everything at once."""
-        if self.local:
-            _end(psutil.Process().children(recursive=True), 0)
-        if self._run_dir is not None:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+        psutil.wait_procs(ours, timeout=END_TIMEOUT_S)
 
     def _disconnect(self) -> None:
         import ray
@@ -186,7 +200,7 @@ def _silence_ray() -> None:
     from ray._private import worker
 
     if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = lambda *_, **__: None
+        worker.print_to_stdstream = keep_ray_lines
 
 
 def _without_onlookers() -> None:
@@ -208,6 +222,43 @@ def _without_onlookers() -> None:
             setattr(Node, name, stand_in)
 
 
+def _patient_ray(started: Started) -> None:
+    """Three of Ray's and Serve's waits have their limit in the code; and their processes are told of as they start."""
+    from ray._private import services
+    from ray.serve._private import api, client
+
+    for module in (api, client):
+        vars(module)["HTTP_PROXY_TIMEOUT"] = PATIENCE_S
+    services.get_node = _patient(services.get_node)
+    for name, function in (("GCS", "start_gcs_server"), ("raylet", "start_raylet")):
+        setattr(services, function, _told(getattr(services, function), f"Ray's {name}", started))
+
+
+def _patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Ray asks without a pause for a node that is not there yet, and gives up after 30 s."""
+
+    def ask(*args: Any) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return get_node(*args)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
+    return ask
+
+
+def _told(start: Callable[..., Any], name: str, started: Started) -> Callable[..., Any]:
+    def start_and_tell(*args: Any, **kwargs: Any) -> Any:
+        info = start(*args, **kwargs)
+        started(name, info.process.pid)
+        return info
+
+    return start_and_tell
+
+
 def check_port(host: str, port: int) -> None:
     """Raises UserError where nobody can listen there."""
     try:
@@ -219,40 +270,16 @@ def check_port(host: str, port: int) -> None:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
-def _local_environment(run_dir: Path) -> Mapping[str, str]:
-    """Settings of Ray and Serve for a server of its own. What the user has set stays."""
-    wanted = {
-        # The token keeps other users of the machine out; given here, no file is written.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # What Ray does on macOS: its node's address is 127.0.0.1, and everything listens there, our hosts' and the
-        # engine's ports (actors/calls.py) too. Given as an address, Ray would take the machine's instead.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # One event loop for Serve and the API: threads between them cost a millisecond per chunk.
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        # `drain` uses a handle outside of any event loop. Requests pass no router.
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
-        # A thread of that handle, still alive while Ray is shut down, would else start a new Ray.
-        "RAY_ENABLE_AUTO_CONNECT": "0",
-        # Ray runs actors at niceness 15, behind everything else on the machine; this is what the machine is for.
-        "RAY_worker_niceness": "0",
-        # A process that hangs cannot obey an order to end: Ray waits so long before it kills it, by default 5 s.
-        "RAY_kill_worker_timeout_milliseconds": "200",
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-        # Ten times a second, as by default, takes 3 % of a core when nothing happens.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-        # What nobody reads here, and costs something every few milliseconds: statistics of Ray's own event loops,
-        # metrics (the application has its own), histories of tasks, and what the machine is doing.
-        "RAY_event_stats": "0",
-        "RAY_enable_metrics_collection": "0",
-        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
-        "RAY_task_events_report_interval_ms": "0",
-        "REPORTER_UPDATE_INTERVAL_MS": "3600000",
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
-    }
-    binary = write_haproxy(run_dir, metrics_port=free_port(), stats_port=free_port())
-    return {name: os.environ.get(name, value) for name, value in (wanted | binary).items()}
+def check_shared_memory(path: str = "/dev/shm") -> None:
+    """Raises UserError where there is next to none: processes that use it are killed when it is full."""
+    if not os.path.isdir(path):
+        return
+    free = shutil.disk_usage(path).free
+    if free < LEAST_SHARED_BYTES:
+        raise UserError(
+            f"{path}: a server needs {LEAST_SHARED_BYTES >> 20} MiB of shared memory, and {free >> 20} MiB are free;"
+            " remove files there, or give a container more (docker run --shm-size=1g)"
+        )
 
 
 def free_port() -> int:
@@ -262,11 +289,3 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-
-
-def _end(processes: list[psutil.Process], timeout_s: float) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=timeout_s) if timeout_s else ([], processes)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=2)

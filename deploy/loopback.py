@@ -9,7 +9,7 @@ from __future__ import annotations
 import ray
 from ray.serve._private import replica
 
-from deploy.guard import is_loopback
+from cluster.peers import is_loopback
 
 _EVERYWHERE = "[::]:"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from ray import serve
 from ray.serve import Application
 
 from actors.cluster import start_cluster, stop_cluster
+from actors.logs import LogSettings, set_up
 from cluster.config import ServeConfig
 from cluster.errors import EmoeError
+from cluster.keys import with_keys
 from deploy.api import create_app
 from deploy.builtin import MODEL_DIR
 from deploy.loopback import keep_calls_local
@@ -45,7 +48,7 @@ class Api:
         """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
         config = ServeConfig.from_mapping(settings)
         keep_calls_local()
-        logging.getLogger("deploy").setLevel(config.log_level.upper())
+        set_up("api", LogSettings.of(config))
         self._backend = RayBackend(
             start(config, model_dir),
             plan_deadline_s=config.plan_deadline,
@@ -77,7 +80,7 @@ class Api:
 
 def build_app(args: dict[str, Any]) -> Application:
     """Raises ConfigError for a key or value that is wrong, CheckpointError for a model that cannot be served."""
-    config = ServeConfig.from_mapping(args, source="args")
+    config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
     model_dir = config.model or str(MODEL_DIR)
     # here, not above: replicas need no torch for what they do with a model
     from model.checkpoint import open_checkpoint

@@ -265,7 +265,8 @@ def test_draining_refuses_new_requests(model_dir: Path) -> None:
         service = Service(ServeConfig(), FakeBackend(), str(model_dir))
         await service.begin()
         service.draining = True
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://x") as http:
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return (await http.post("/v1/completions", json=COMPLETION)).status_code
 
     assert asyncio.run(work()) == 503

@@ -165,6 +165,31 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert captured.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--api-key-file", "/no/such/key"], "api_key_file: /no/such/key"),
+        (["--api-key", "a b"], "api_key"),
+        (["--forwarded-allow-ips", "localhost"], "forwarded_allow_ips"),
+        (["--log-file", "/no/such/log"], "log_file: /no/such/log"),
+    ],
+)
+def test_mistakes_about_keys_addresses_and_logs(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", *flags]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("emoe: error: ")
+    assert says in told
+    assert told.count("\n") == 1
+
+
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EMOE_API_KEY", "sesame")
+    config = config_of(monkeypatch, "--log-file", str(tmp_path / "log"))
+    assert (config.api_key, config.admin_api_key, config.log_file) == ("sesame", None, str(tmp_path / "log"))
+
+
 def test_recoveries_and_scaling_are_told_once() -> None:
     start = {"operation_id": "start-1", "kind": "start", "phase": "completed", "reason": "start", "error": None}
     recover = {"operation_id": "recover-2", "kind": "recover", "phase": "preparing", "reason": "w0 lost", "error": None}

@@ -76,7 +76,7 @@ def start(arguments: Sequence[str], log: Path) -> Server:
     emoe = Path(sys.executable).with_name("emoe")
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [str(emoe), "serve", *arguments, "--port", str(port)],
+            [str(emoe), "serve", *arguments, "--port", str(port), "--log-file", f"{log}.processes"],
             stdout=sink,
             stderr=subprocess.STDOUT,
             text=True,
@@ -86,11 +86,13 @@ def start(arguments: Sequence[str], log: Path) -> Server:
 
 
 def kill_family(server: Server) -> None:
+    """Its supervisor ends what is below a command that was killed."""
     if server.process.poll() is None:
-        for process in psutil.Process(server.process.pid).children(recursive=True):
-            process.kill()
+        family = psutil.Process(server.process.pid).children(recursive=True)
         server.process.kill()
         server.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive, f"left behind: {[p.cmdline()[:2] for p in alive]}"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,213 @@
+"""Log lines of every process: where they go, and what they look like.
+
+On the machine of `emoe serve`, all processes append to one file, which `emoe serve` follows (deploy/console.py).
+Elsewhere, or where that file cannot be written, lines go to standard error, which Ray keeps in a file for each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ServeConfig
+from cluster.lines import single_line
+
+OURS = ("actors", "cluster", "deploy", "model", "optimizer")
+"""Loggers with our level; of other packages, warnings are logged."""
+MORE = "  | "
+"""Begins the lines of a traceback, which follow the line that they belong to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    level: str = "info"
+    json: bool = False
+    file: str | None = None
+    """None: standard error."""
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> LogSettings:
+        return cls(level=config.log_level, json=config.log_format == "json", file=config.log_file)
+
+
+def set_up(process: str, settings: LogSettings) -> None:
+    """Send this process's log lines, warnings and the tracebacks of its threads where `settings` say."""
+    handler = _handler(settings)
+    handler.setFormatter((JsonFormatter if settings.json else TextFormatter)(process))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in OURS:
+        logging.getLogger(name).setLevel(settings.level.upper())
+    logging.captureWarnings(True)
+    threading.excepthook = _thread_failed
+    serve = logging.getLogger("ray.serve")
+    if not serve.propagate:
+        # it keeps a file of its own, in which nobody would look for a traceback
+        serve.addFilter(_Copy(handler))
+
+
+def as_before() -> Callable[[], None]:
+    """A function that undoes what `set_up` will change from now on."""
+    handlers, level, hook = logging.root.handlers[:], logging.root.level, threading.excepthook
+    levels = {name: logging.getLogger(name).level for name in OURS}
+
+    def undo() -> None:
+        logging.captureWarnings(False)
+        threading.excepthook = hook
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+        for name, own in levels.items():
+            logging.getLogger(name).setLevel(own)
+
+    return undo
+
+
+def log_file() -> str | None:
+    """The file that this process logs to, if it does so."""
+    return next((handler.path for handler in logging.root.handlers if isinstance(handler, FileLines)), None)
+
+
+def _handler(settings: LogSettings) -> logging.Handler:
+    # Serve replaces sys.stderr by a logger with a buffer
+    plain = logging.StreamHandler(sys.__stderr__)
+    if settings.file is None:
+        return plain
+    lines = FileLines(settings.file)
+    return lines if lines.usable() else plain
+
+
+class _Copy(logging.Filter):
+    """Hands errors to another handler. A filter, because Serve takes all handlers away when it is told anew."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__()
+        self._handler = handler
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            self._handler.handle(record)
+        return True
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
+        name = failure.thread.name if failure.thread else "a thread"
+        logging.getLogger(__name__).critical("%s failed", name, exc_info=failure.exc_value)
+
+
+class FileLines(logging.Handler):
+    """Appends records to a file that other processes append to as well, each record by one call of the system."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self._file = -1
+
+    def usable(self) -> bool:
+        """The file is made by the first record, so that a server which does not come up leaves none."""
+        return os.access(self.path if os.path.exists(self.path) else os.path.dirname(self.path), os.W_OK)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            data = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+            if self._moved():
+                self._reopen()
+            os.write(self._file, data)
+        except (OSError, ValueError, TypeError):
+            self.handleError(record)
+
+    def _moved(self) -> bool:
+        """Whether the file has been put aside because it was long."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except OSError:
+            return True
+
+    def _reopen(self) -> None:
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = file
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._file)
+        super().close()
+
+
+class TextFormatter(logging.Formatter):
+    """`TIME LEVEL PROCESS[PID] LOGGER: MESSAGE: ERROR` in one line, and a traceback's lines after it."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = f"{process}[{os.getpid()}]"
+
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{_time(record)} {record.levelname} {self._process} {record.name}: {_message(record)}"
+        return "\n".join([head, *(MORE + line for line in _traceback(record).splitlines())])
+
+
+class JsonFormatter(logging.Formatter):
+    """An object in one line."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname,
+            "process": self._process,
+            "pid": os.getpid(),
+            "logger": record.name,
+            "message": _message(record),
+        }
+        if more := _traceback(record):
+            fields["traceback"] = more
+        return json.dumps(fields)
+
+
+def _time(record: logging.LogRecord) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+
+
+def _message(record: logging.LogRecord) -> str:
+    text = single_line(record.getMessage())
+    error = record.exc_info[1] if record.exc_info else None
+    return text if error is None else f"{text}: {type(error).__name__}: {single_line(str(error))}"
+
+
+def _traceback(record: logging.LogRecord) -> str:
+    if not record.exc_info or record.exc_info[1] is None:
+        return ""
+    return "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+
+
+def log_directory(state_home: str | None, fallback: Path) -> Path:
+    """Where log files are kept, made if need be: elastic-moe under $XDG_STATE_HOME, given as `state_home`, or under
+    ~/.local/state; `fallback` where neither can be written."""
+    for choice in (_state_directory(state_home), fallback):
+        if choice is None:
+            continue
+        with contextlib.suppress(OSError):
+            choice.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.access(choice, os.W_OK | os.X_OK):
+                return choice
+    raise PermissionError(f"no directory for log files: {fallback} cannot be written either")
+
+
+def _state_directory(state_home: str | None) -> Path | None:
+    try:
+        return (Path(state_home) if state_home else Path.home() / ".local" / "state") / "elastic-moe"
+    except RuntimeError:  # no home
+        return None

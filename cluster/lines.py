@@ -1,0 +1,22 @@
+"""Text for one line of a log, a terminal or an error message."""
+
+from __future__ import annotations
+
+import re
+
+ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+"""ANSI: colours and movements of the cursor, titles of windows, and the short ones."""
+
+
+def single_line(text: str) -> str:
+    """`text` without colours, line breaks and other characters that move a terminal's cursor."""
+    words = " ".join(ESCAPES.sub("", text).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
+
+
+def ending(text: str, most: int) -> str:
+    """The last `most` characters of a line, from a whole word on: programs name the cause of an error last."""
+    if len(text) <= most:
+        return text
+    kept = text[-most:]
+    return "... " + (kept.partition(" ")[2] or kept)

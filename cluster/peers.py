@@ -1,0 +1,93 @@
+"""Who is at the other end of a request: addresses, networks that are trusted, and the names in a Host header."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.errors import ConfigError
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+LOOPBACK_NETWORKS: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+EVERYWHERE: tuple[Network, ...] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """Addresses that may say on whose behalf they ask."""
+
+    networks: tuple[Network, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Networks:
+        """Addresses and networks separated by commas; `*` is all of them. Raises ConfigError for anything else."""
+        found: list[Network] = []
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            try:
+                found += EVERYWHERE if part == "*" else (ipaddress.ip_network(part, strict=False),)
+            except ValueError:
+                raise ConfigError(
+                    f"forwarded_allow_ips: expected addresses or networks separated by commas, or *, got {part!r}"
+                ) from None
+        return cls(tuple(found))
+
+    def __contains__(self, address: str) -> bool:
+        parsed = parse_address(address)
+        return parsed is not None and any(
+            network.version == parsed.version and parsed in network for network in self.networks
+        )
+
+
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None where `text` is no address. An IPv4 address in IPv6's clothes (::ffff:1.2.3.4) is that IPv4 address."""
+    try:
+        address = ipaddress.ip_address(text.strip().strip("[]"))
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, an address or a name, means this machine only."""
+    address = parse_address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def client_address(peer: str, forwarded_for: Sequence[str], trusted: Networks) -> str:
+    """The address that a request comes from.
+
+    `forwarded_for`: the X-Forwarded-For headers, in their order. Each proxy appends the address that it was called
+    from, so they are believed from the right, as long as the one that says so is trusted.
+    """
+    if peer not in trusted:
+        return peer
+    for hop in reversed(",".join(forwarded_for).split(",")):
+        address = parse_address(hop)
+        if address is None:
+            break
+        peer = str(address)
+        if peer not in trusted:
+            break
+    return peer
+
+
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+?)\.?)(?::\d*)?")
+
+
+def host_name(header: str) -> str:
+    """The name or address in a Host header, in lower case and without its port; empty where there is none."""
+    found = HOST.fullmatch(header.strip().lower())
+    return (found[1] or found[2]) if found else ""
+
+
+def is_allowed_host(header: str, allowed: Sequence[str]) -> bool:
+    """Whether a server on loopback may answer to this name.
+
+    A web page can make its own name point to 127.0.0.1 (DNS rebinding) and then read what is answered to it.
+    """
+    name = host_name(header)
+    return is_loopback(name) or name.endswith(".localhost") or name in allowed or "*" in allowed

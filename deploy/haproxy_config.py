@@ -1,0 +1,216 @@
+"""What this project changes in the configuration that Ray Serve writes for HAProxy, and the start of HAProxy with it.
+
+Serve runs this file as if it were HAProxy, with an interpreter that knows no packages: standard library only. It
+corrects the configuration and then becomes HAProxy. `corrected` is a function of two texts, so that a test can apply
+it to what the installed Serve really writes.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+ERRORS = {
+    400: ("the request is not valid HTTP, or did not arrive whole", "invalid_http"),
+    403: ("the request is refused", "forbidden"),
+    408: ("the request did not arrive in time", "request_timeout"),
+    413: ("the request is too large", "request_too_large"),
+    429: ("too many connections from this address; close some first", "too_many_connections"),
+    431: ("the headers are longer than 16 kB, or more than 100", "headers_too_large"),
+    500: ("internal error; the server's log says more", "internal_error"),
+    502: ("the API ended while it answered", "bad_gateway"),
+    503: ("the API is not running", "not_ready"),
+    504: ("the API did not answer in time", "gateway_timeout"),
+}
+"""Status: message and code of OpenAI's error object, for the answers that HAProxy gives itself.
+
+HAProxy has no pages for what it cannot parse at all (no HTTP, more than HEADER_BUFFER_BYTES of headers): it answers
+400 in HTML, from a text in its binary."""
+NO_PAGE = (431,)
+"""HAProxy takes no file for these."""
+HEADER_BYTES = 16 * 2**10
+HEADERS = 100
+HEADER_BUFFER_BYTES = 64 * 2**10
+"""What HAProxy reads of headers. More than it lets through, so that it can say what is wrong."""
+RETRIED = (429, 502, 503, 504)
+REASONS = {
+    400: "Bad Request",
+    403: "Forbidden",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    429: "Too Many Requests",
+    500: "Internal Server Error",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+KINDS = {403: "permission_error", 429: "rate_limit_error", 503: "service_unavailable"}
+Change = Callable[[re.Match[str]], str]
+MARK = "# corrected\n"
+PEER_HEADER = "x-emoe-peer"
+"""HAProxy tells the replica the client's address in it; whatever a client writes there is overwritten."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections:
+    """What HAProxy is told besides, or instead of, what Serve writes."""
+
+    binary: str
+    run_dir: str
+    """Where the error pages are."""
+    host: str
+    """That the server listens on, as the user gave it."""
+    header_timeout_s: float
+    """Longest time from a request's first byte, or from the connection, to its last header."""
+    max_connections_per_address: int
+    unbounded: tuple[str, ...] = ()
+    """Addresses and networks that may open as many connections as they want."""
+
+
+class UnknownConfiguration(Exception):
+    """Serve has written a configuration in which a line that must be changed is missing."""
+
+
+def corrected(config: str, wanted: Corrections) -> str:
+    """`config` with every change of this project. Raises UnknownConfiguration where one finds nothing to change."""
+    if config.startswith(MARK):
+        return config
+    for pattern, change in _changes(wanted):
+        config, count = re.subn(pattern, change, config, flags=re.MULTILINE)
+        if not count:
+            raise UnknownConfiguration(f"this version of Ray Serve writes no line like {pattern!r} for HAProxy")
+    return MARK + config
+
+
+def error_page(status: int) -> str:
+    """A whole HTTP response with OpenAI's error object; only that object where HAProxy makes the head itself."""
+    message, code = ERRORS[status]
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+    if status in NO_PAGE:
+        return body
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    if status in RETRIED:
+        lines.append("Retry-After: 2")
+    return "\r\n".join([*lines, "Cache-Control: no-cache", "Connection: close", "", body])
+
+
+def page_path(run_dir: str, status: int) -> str:
+    return os.path.join(run_dir, f"{status}.http")
+
+
+def _changes(wanted: Corrections) -> list[tuple[str, Change]]:
+    """Patterns, and what takes the place of what they find."""
+    pages = [f"errorfile {status} {page_path(wanted.run_dir, status)}" for status in ERRORS if status not in NO_PAGE]
+    sizes = [f"tune.bufsize {HEADER_BUFFER_BYTES}", f"tune.http.maxhdr {10 * HEADERS}"]
+    # while there is no application: Serve's own answer is a 404 that names a page of Serve's
+    nothing_runs = ["http-request deny deny_status 503"]
+    statistics = r"(?=\n *(?:mode http\n *http-request use-service|stats enable))"
+    return [
+        # the pages with statistics would listen on every interface, without a key
+        (r"^( *bind) \*?:(\d+)" + statistics, lambda found: f"{found[1]} 127.0.0.1:{found[2]}"),
+        (r"(stats socket .*) mode 666 ", lambda found: f"{found[1]} mode 600 "),
+        (r"^ *tune.bufsize .*\n", lambda _: _block(sizes)),
+        (r"(?:^ *errorfile .*\n)+", lambda _: _block(pages)),
+        (r"^defaults\n", lambda found: found[0] + _block(_defaults(wanted))),
+        (
+            r"^(frontend http_frontend\n) *bind .*:(\d+)\n",
+            lambda found: found[1] + _block(_frontend(wanted, found[2])),
+        ),
+        (r"^ *http-request return status 404 .*/-/routes.*\n", lambda _: _block(nothing_runs)),
+    ]
+
+
+def _defaults(wanted: Corrections) -> list[str]:
+    return [
+        f"timeout http-request {wanted.header_timeout_s:g}s",
+        # a connection that has sent nothing is closed without an answer, which nobody expects
+        "option http-ignore-probes",
+        "option disable-h2-upgrade",
+    ]
+
+
+def _frontend(wanted: Corrections, port: str) -> list[str]:
+    most = wanted.max_connections_per_address
+    unbounded = f"!{{ src {' '.join(wanted.unbounded)} }}" if wanted.unbounded else ""
+    return [
+        f"bind {_listen(wanted.host, port)}",
+        "stick-table type ipv6 size 100k expire 1m store conn_cur",
+        "tcp-request connection track-sc0 src",
+        f"tcp-request connection reject if {{ sc0_conn_cur gt {2 * most} }} {unbounded}",
+        f"http-request deny deny_status 429 if {{ sc0_conn_cur gt {most} }} {unbounded}",
+        *(
+            f"http-request return status 431 content-type application/json file {page_path(wanted.run_dir, 431)} "
+            f"hdr connection close if {{ {too_much} }}"
+            for too_much in (
+                f"req.hdrs,length gt {HEADER_BYTES}",
+                f"url,length gt {HEADER_BYTES}",
+                f"req.hdr_cnt gt {HEADERS}",
+            )
+        ),
+        f"http-request set-header {PEER_HEADER} %[src]",
+        # uvicorn and Serve answer errors of their own in plain text, which the API never does
+        *(
+            f"http-response return status {status} default-errorfiles if {{ status {status} }} "
+            "{ res.hdr(content-type) -m beg text/plain }"
+            for status in ERRORS
+            if status not in NO_PAGE
+        ),
+    ]
+
+
+def _listen(host: str, port: str) -> str:
+    """What follows `bind`. IPv6's wildcard takes IPv4 too, whatever the machine's default is.
+
+    The host that Serve writes does not count: it would have replicas listen there too, and it takes `::` for IPv4.
+    """
+    return f"[{host}]:{port}{' v4v6' * (host == '::')}" if ":" in host else f"{host}:{port}"
+
+
+def _block(lines: Sequence[str]) -> str:
+    return "".join(f"    {line.rstrip()}\n" for line in lines)
+
+
+def write_pages(run_dir: str) -> None:
+    for status in ERRORS:
+        # as bytes, because the line ends are HTTP's
+        with open(page_path(run_dir, status), "wb") as file:
+            file.write(error_page(status).encode())
+
+
+def write_options(path: str, wanted: Corrections) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(asdict(wanted), file)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`arguments`: the file of write_options, and then HAProxy's own. Does not return."""
+    with open(arguments[0], encoding="utf-8") as file:
+        options = json.load(file)
+    wanted = Corrections(**{**options, "unbounded": tuple(options["unbounded"])})
+    for path in arguments[1:]:
+        if path.endswith(".cfg"):
+            with open(path, encoding="utf-8") as file:
+                text = corrected(file.read(), wanted)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+    # -dS: `option splice-request` hides from HAProxy that a client has hung up while it waits for the response
+    command = [wanted.binary, "-dS", *arguments[1:]]
+    # so that HAProxy does not outlive Serve, should everything above it be killed
+    os.execvp(*_ending_with_parent(command))
+
+
+def _ending_with_parent(command: list[str]) -> tuple[str, list[str]]:
+    from shutil import which
+
+    prefix = ["setpriv", "--pdeathsig", "KILL"] if which("setpriv") else []
+    return (prefix + command)[0], prefix + command
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UnknownConfiguration as error:
+        sys.exit(str(error))
