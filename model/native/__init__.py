@@ -5,7 +5,8 @@ loaded with ctypes, which lets go of the interpreter's lock during calls. Its fu
 nothing of torch, so one build serves every torch. Where it cannot be had, one log line says why.
 
 To add a function: `extern "C"` in a .cpp file here, its arguments in `library._SIGNATURES`, a wrapper on tensors in a
-module named like the .cpp file, and a test in tests/model/native that takes the fixture `lib`.
+module named like the .cpp file, and a test in tests/model/native that takes the fixture `lib`. A structure that Python
+fills is declared in structs.py, and its .cpp file tells its size.
 """
 
 from model.native.library import library, unavailable

@@ -184,6 +184,23 @@ def test_a_copy_in_8_bits_is_not_rounded_again(lib: ctypes.CDLL, gate: str, tran
     assert all(torch.equal(arrived[name], sent[name]) for name in sent)
 
 
+def test_experts_are_held_until_they_are_dropped(lib: ctypes.CDLL) -> None:
+    native = NativeExperts(lib, module(None, 3), GATES["silu"])
+    for e in (0, 2):
+        native.put(e, expert(e, 64, 32, biased=True, transposed=False))
+    one_bytes = (64 * 64 + 64 * 32 + 64 + 64) * 2
+    assert (native.held(), native.nbytes) == ({0, 2}, 2 * one_bytes)
+    x, index, weight = draw(1, 4, 64), torch.tensor([[-1, 2]] * 4), torch.ones(4, 2)
+    second = native.forward(x, index, weight)
+    native.drop(0)
+    assert (native.held(), native.nbytes) == ({2}, one_bytes)
+    with pytest.raises(KeyError):
+        native.get(0)
+    # its memory is used again, by another expert
+    native.put(1, expert(1, 64, 32, biased=True, transposed=False))
+    assert torch.equal(native.forward(x, index, weight), second)
+
+
 def test_odd_sizes_are_left_to_the_pytorch_path(lib: ctypes.CDLL) -> None:
     native = NativeExperts(lib, module(None, 1), GATES["silu"])
     assert not native.takes(expert(0, 70, 65, biased=False, transposed=False))
