@@ -176,6 +176,10 @@ class Membership:
         self.probing = True
         return Probe(workers=self.loaded)
 
+    def probed(self) -> None:
+        """All have answered, or are known to be lost."""
+        self.probing = False
+
     def strike(self, worker: WorkerId) -> int:
         """A step failed with it as a suspect. Returns how many in a row; 0 for one that is not there."""
         member = self.get(worker)

@@ -161,7 +161,7 @@ class ControlState:
             case StepFailed():
                 return self._step_failed(event, now)
             case Probed():
-                self._membership.probing = False
+                self._membership.probed()
                 return [command for worker, reason in event.lost for command in self._lose(worker, reason, now)]
             case EngineLost():
                 return self._engine_lost(event.reason, now)
