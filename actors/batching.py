@@ -98,7 +98,7 @@ class Scheduler:
             request,
             arrival=self._arrivals,
             max_model_len=self._max_model_len,
-            eos=dict.fromkeys((*self._eos_token_ids, *request.eos_token_ids)),
+            eos=tuple(dict.fromkeys((*self._eos_token_ids, *request.eos_token_ids))),
             variant=sum(prompt > limit for limit in self._rope_limits),
         )
         if reason := sequence.finish_reason():

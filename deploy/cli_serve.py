@@ -19,6 +19,7 @@ from cluster.errors import ConfigError, EmoeError
 from cluster.operations import ENDED
 from cluster.protocol import ModelInfo, Readiness
 from deploy.local_ray import ServerProcesses, check_port
+from deploy.tokenizer_process import TokenizerProcess
 
 POLL_S = 0.25
 QUIET_S = 5.0
@@ -86,16 +87,18 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
 
         print(NOTICE, file=sys.stderr, flush=True)
         model_dir, info = str(MODEL_DIR), MODEL
+        if config.chat_template is not None:
+            with TokenizerProcess(model_dir, config.chat_template) as process:
+                process.wait()
     else:
-        with no_collection():
-            from model.checkpoint import open_checkpoint
-
         model_dir = os.path.abspath(os.path.expanduser(config.model))
-        info = open_checkpoint(model_dir).info
-    if config.model is not None or config.chat_template is not None:
-        from deploy.tokenizer import Tokenizer
+        # in a process beside, while this one imports what a model needs
+        with TokenizerProcess(model_dir, config.chat_template) as process:
+            with no_collection():
+                from model.checkpoint import open_checkpoint
 
-        Tokenizer.load(model_dir, config.chat_template)
+            info = open_checkpoint(model_dir).info
+            process.wait()
     if config.workers > info.num_logical_experts:
         raise ConfigError(
             f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "
