@@ -152,6 +152,8 @@ def _loaded(control: socket.socket, model_dir: str, chat_template: str | None) -
                 tokenizer.encode(text)
     except UserError as error:
         _say(control, kind=type(error).__name__, error=str(error))
+    except MemoryError:
+        return None  # what was being done has been told
     except BaseException as error:  # noqa: BLE001 - what Rust panics with is no Exception
         _say(control, kind="CheckpointError", error=f"{model_dir}: the tokenizer cannot be used: {_one_line(error)}")
     else:

@@ -100,7 +100,7 @@ def test_a_process_that_dies_is_started_again_and_none_is_left(tmp_path: Path) -
     def processes() -> list[psutil.Process]:
         return [child for child in psutil.Process().children(recursive=True) if child not in before]
 
-    async def work() -> None:
+    async def work() -> list[psutil.Process]:
         async with opened(tmp_path) as prompts:
             first = await prompts.encode("hello", add_special_tokens=True, param="prompt")
             for process in processes():
@@ -108,12 +108,11 @@ def test_a_process_that_dies_is_started_again_and_none_is_left(tmp_path: Path) -
             psutil.wait_procs(processes(), timeout=10)
             await asyncio.sleep(0.05)
             assert await prompts.encode("hello", add_special_tokens=True, param="prompt") == first
-            children = processes()
-            assert children
-        psutil.wait_procs(children, timeout=10)
-        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+            return processes()
 
-    asyncio.run(work())
+    children = asyncio.run(work())
+    assert len(children) == 2
+    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
 @pytest.mark.parametrize(
@@ -149,9 +148,9 @@ def splits(directory: Path, expression: str) -> None:
 def test_a_template_of_the_users_that_is_none(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
     (tmp_path / "mine.jinja").write_text("{% for m in messages %}\n{{ m.content }")
-    with TokenizerProcess(str(tmp_path), str(tmp_path / "mine.jinja")) as process:
-        with pytest.raises(ConfigError, match=r"mine\.jinja: line 2"):
-            process.wait()
+    mine = str(tmp_path / "mine.jinja")
+    with TokenizerProcess(str(tmp_path), mine) as process, pytest.raises(ConfigError, match=r"mine\.jinja: line 2"):
+        process.wait()
 
 
 def test_a_service_says_why_it_has_no_tokenizer(tmp_path: Path) -> None:
