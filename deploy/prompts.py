@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 LONG_TEXT = 4096
 """Characters from which on a text is encoded in a thread, so that streams do not stall."""
-WORKERS = 2
-"""Prompts that are made at a time: a long one must not hold up the short."""
+SHORT_BYTES = 1 << 16
+SHORT_SEATS, LONG_SEATS = 2, 1
+"""Prompts that are made at a time. A long one may take long, and does not hold up the short."""
 WALL_S = 120.0
 """The longest wait for a prompt. Its limit is processor time, which on a busy machine takes many times longer."""
 LARGE_BYTES = 1 << 20
@@ -65,7 +66,8 @@ class BoundedPrompts:
     def __init__(self, process: TokenizerProcess) -> None:
         self._process = process
         self._idle: list[_Worker] = []
-        self._seats = asyncio.Semaphore(WORKERS)
+        self._short = asyncio.Semaphore(SHORT_SEATS)
+        self._long = asyncio.Semaphore(LONG_SEATS)
         self._restarting = asyncio.Lock()
 
     @classmethod
@@ -94,7 +96,7 @@ class BoundedPrompts:
 
     async def _call(self, param: str, method: str, **arguments: Any) -> Any:
         payload = msgspec.json.encode([method, arguments])
-        async with self._seats:
+        async with self._short if len(payload) <= SHORT_BYTES else self._long:
             worker = await self._worker()
             answer = None
             try:
@@ -130,12 +132,14 @@ class BoundedPrompts:
 
     async def _new_worker(self) -> _Worker:
         async with self._restarting:
-            if not self._process.alive:
+            try:
+                connection = self._process.worker()
+            except OSError:
                 logger.warning("the tokenizer's process is gone and is started again")
                 self._process.close()
                 self._process = await asyncio.to_thread(self._process.again)
-            reader, writer = await asyncio.open_unix_connection(sock=self._process.worker())
-            return _Worker(reader, writer)
+                connection = self._process.worker()
+            return _Worker(*await asyncio.open_unix_connection(sock=connection))
 
 
 class _Worker:

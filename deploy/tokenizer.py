@@ -151,7 +151,7 @@ class Tokenizer:
             )
         )
 
-    @property
+    @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end-of-sequence token of the tokenizer itself, if it has one."""
         token, token_id = self._inner.eos_token, self._inner.eos_token_id

@@ -32,7 +32,7 @@ HEADER = struct.Struct("!Q")
 """Before every message of a worker socket: its size in bytes."""
 
 MIB = 1 << 20
-CALL_S, CALL_S_PER_MIB = 2.0, 4.0
+CALL_S, CALL_S_PER_MIB = 2.0, 2.0
 """Processor time of one call, and more of it for each MiB that it is given."""
 CALL_BYTES, CALL_BYTES_PER_BYTE = 1024 * MIB, 300
 LOAD_S, LOAD_S_PER_MIB = 3.0, 2.0
@@ -75,15 +75,13 @@ class TokenizerProcess:
         raise _ERRORS[kind](f"{self._chat_template if kind == 'ConfigError' else self._model_dir}: {doing}")
 
     def worker(self) -> socket.socket:
-        """A new worker's socket."""
+        """A new worker's socket. Raises OSError where the process is gone."""
+        if self._process.poll() is not None:
+            raise BrokenPipeError
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._control, [b"w"], [theirs.fileno()])
         return ours
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
 
     def again(self) -> TokenizerProcess:
         """Another one like this, ready."""
@@ -149,7 +147,7 @@ def _loaded(control: socket.socket, model_dir: str, chat_template: str | None) -
         with _bounds(*_call_limits(0)) as limits:
             _say(control, kind="CheckpointError", doing=f"the tokenizer encodes not even short texts within {limits}")
             for text in TRIED_TEXTS:
-                tokenizer.encode(text)
+                tokenizer.decode(tokenizer.encode(text))
     except UserError as error:
         _say(control, kind=type(error).__name__, error=str(error))
     except MemoryError:
