@@ -19,6 +19,7 @@ from deploy.api import create_app
 from deploy.completions import CompletionShape
 from deploy.generation import Delta, ScoredToken
 from deploy.service import Service
+from deploy.tokenizer import Tokenizer
 from tests.deploy.conftest import client_of
 from tests.deploy.fakes import FakeBackend, make_sentencepiece_tokenizer, make_tokenizer
 
@@ -189,6 +190,26 @@ def test_every_alternative_has_its_entry(call: Call, tmp_path: Path) -> None:
         assert [len(entries) for entries in found["top_logprobs"]] == [20] * 3
         assert all(name in entries for name, entries in zip(found["tokens"], found["top_logprobs"], strict=True))
     assert found["tokens"] == ["token_id:3", "token_id:300", "token_id:320"]
+
+
+def test_names_and_offsets_make_up_the_text(tmp_path: Path) -> None:
+    """Spaces included, which SentencePiece's decoder takes from the beginning of a text."""
+    make_sentencepiece_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(str(tmp_path))
+    made = [*tokenizer.encode("self the quick", add_special_tokens=False), tokenizer.id_of_piece("self") or 0]
+
+    async def work(path: str, **json: Any) -> dict[str, Any]:
+        backend = FakeBackend(script=lambda request: made, vocab_size=600)
+        async with client_of(backend, tmp_path) as client:
+            return dict((await client.post(path, json={"max_tokens": len(made), **json})).json()["choices"][0])
+
+    text = " self the quickself"
+    plain = asyncio.run(work("/v1/completions", prompt="the", logprobs=1))
+    assert (plain["text"], "".join(plain["logprobs"]["tokens"])) == (text, text)
+    assert plain["logprobs"]["text_offset"] == [0, 5, 9, 15]
+    chat = asyncio.run(work("/v1/chat/completions", messages=CHAT["messages"], logprobs=True))
+    said = b"".join(bytes(token["bytes"]) for token in chat["logprobs"]["content"])
+    assert said.decode() == chat["message"]["content"] == text
 
 
 def test_names_that_clash_are_told_by_ids() -> None:
