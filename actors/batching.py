@@ -96,7 +96,7 @@ class Scheduler:
             request,
             arrival=self._arrivals,
             max_model_len=self._max_model_len,
-            eos=self._eos_token_ids,
+            eos=tuple(dict.fromkeys((*self._eos_token_ids, *request.eos_token_ids))),
             variant=self._variant(len(request.prompt_token_ids)),
         )
         if reason := sequence.finish_reason():

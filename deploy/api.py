@@ -99,16 +99,11 @@ def _tokenizer_router(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("prompt: expected either prompt or messages", param="prompt")
         tokenizer = service.tokenizer
-        text, special = body.prompt or "", body.add_special_tokens is not False
+        text, special, param = body.prompt or "", body.add_special_tokens is not False, "prompt"
         if body.messages is not None:
-            special = bool(body.add_special_tokens)
-            text = tokenizer.render_chat(
-                [message.to_template() for message in body.messages],
-                add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-                continue_final_message=bool(body.continue_final_message),
-                template_kwargs=body.chat_template_kwargs,
-            )
-        tokens = await service.encode_any(text, add_special_tokens=special)
+            text = await service.render_chat(body.messages, body)
+            special, param = bool(body.add_special_tokens), "messages"
+        tokens = await service.encode_any(text, add_special_tokens=special, param=param)
         return {
             "count": len(tokens),
             "max_model_len": (await service.limits()).max_model_len,

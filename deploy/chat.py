@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from deploy.completions import token_names
+from deploy.conversation import text_of
 from deploy.generation import Delta, ScoredToken
 from deploy.http_io import read_json
-from deploy.responses import Run, ending, new_id
-from deploy.sampling import sampling_params
+from deploy.responses import Run, ending, new_id, shown_id
+from deploy.sampling import sampling_params, truncated
 from deploy.schema import ChatCompletionRequest, parse
 from deploy.service import Prompt, Service
 from deploy.tokenizer import Tokenizer
@@ -30,36 +32,41 @@ def chat_router(service: Service) -> APIRouter:
         prompt = await _prompt(service, body)
         response_id = new_id("chatcmpl")
         answers = await service.answers(body, [prompt], response_id=response_id)
-        shape = ChatShape(service.tokenizer, prompt.text, body.top_logprobs or 0 if body.logprobs else None)
-        return await Run(service, body, shape, answers, response_id).respond(request)
+        shape = ChatShape(
+            service.tokenizer,
+            token_names(service.tokenizer, body),
+            prompt.text,
+            body.top_logprobs or 0 if body.logprobs else None,
+            prompt.token_ids if body.return_token_ids else None,
+        )
+        run = Run(service, body, shape, answers, shown_id("chatcmpl", response_id, body.request_id))
+        return await run.respond(request)
 
     return router
 
 
 async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
     """Raises RequestError where the template refuses the messages, or they are too long."""
-    messages = [message.to_template() for message in body.messages]
-    text = service.tokenizer.render_chat(
-        messages,
-        # With a message to continue there is no turn to begin, as vLLM's clients would have to say themselves.
-        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-        continue_final_message=bool(body.continue_final_message),
-        template_kwargs=body.chat_template_kwargs,
-    )
+    text = await service.render_chat(body.messages, body)
+    limits = await service.limits()
     # Templates write the special tokens themselves.
-    special = bool(body.add_special_tokens)
-    token_ids = await service.encode(text, add_special_tokens=special, param="messages")
-    if body.truncate_prompt_tokens is not None:
-        token_ids = token_ids[-body.truncate_prompt_tokens :]
+    token_ids = await service.encode(
+        text,
+        add_special_tokens=bool(body.add_special_tokens),
+        param="messages",
+        to_be_cut=body.truncate_prompt_tokens is not None,
+    )
+    token_ids = truncated(token_ids, body, defaults=service.defaults, limits=limits)
     params = sampling_params(
         body,
         defaults=service.defaults,
-        limits=await service.limits(),
+        limits=limits,
         prompt_tokens=len(token_ids),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        bad_words=await service.bad_words(body.bad_words),
     )
-    last = messages[-1]
-    echo = last["content"] if body.echo and last["role"] == ROLE else ""
+    last = body.messages[-1]
+    echo = text_of(last.to_template()["content"]) if body.echo and last.role == ROLE else ""
     return Prompt(token_ids=token_ids, params=params, param="messages", text=echo)
 
 
@@ -67,10 +74,23 @@ class ChatShape:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, echo: str, top_logprobs: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        name: Callable[[int], str],
+        echo: str,
+        top_logprobs: int | None,
+        prompt: Sequence[int] | None = None,
+    ) -> None:
+        """name: of a token. prompt: its token ids, where ids were asked for."""
         self._tokenizer = tokenizer
+        self._name = name
+        self._prompt = prompt
         self._echo = echo
         self._top_logprobs = top_logprobs
+
+    def whole(self) -> dict[str, Any]:
+        return {} if self._prompt is None else {"prompt_token_ids": list(self._prompt)}
 
     def choice(self, answer: Delta) -> dict[str, Any]:
         message = {"role": ROLE, "content": self._echo + answer.text, "refusal": None}
@@ -89,7 +109,8 @@ class ChatShape:
 
     def _choice(self, delta: Delta, key: str, message: dict[str, Any]) -> dict[str, Any]:
         logprobs = None if self._top_logprobs is None else {"content": self._scored(delta.tokens), "refusal": None}
-        return {"index": delta.index, key: message, "logprobs": logprobs, **ending(delta)}
+        choice = {"index": delta.index, key: message, "logprobs": logprobs, **ending(delta)}
+        return choice if self._prompt is None else {**choice, "token_ids": list(delta.token_ids)}
 
     def _scored(self, tokens: Sequence[ScoredToken]) -> list[dict[str, Any]]:
         return [
@@ -104,7 +125,7 @@ class ChatShape:
         raw = self._tokenizer.token_bytes(token_id)
         # JSON has no minus infinity; OpenAI's server says -9999 for a token that cannot come
         return {
-            "token": raw.decode("utf-8", errors="replace"),
+            "token": self._name(token_id),
             "logprob": max(logprob, -9999.0),
             "bytes": list(raw),
         }

@@ -28,6 +28,7 @@ from deploy.local_ray import END_TIMEOUT_S, ServerProcesses, check_port, check_s
 from deploy.run_directory import RunDirectory
 from deploy.supervision import TRY_AGAIN, Phase
 from deploy.supervisor import Report, supervised
+from deploy.tokenizer_process import TokenizerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -164,16 +165,18 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
 
         print(NOTICE, file=sys.stderr, flush=True)
         model_dir, info = str(MODEL_DIR), MODEL
+        if config.chat_template is not None:
+            with TokenizerProcess(model_dir, config.chat_template) as process:
+                process.wait()
     else:
-        with no_collection():
-            from model.checkpoint import open_checkpoint
-
         model_dir = os.path.abspath(os.path.expanduser(config.model))
-        info = open_checkpoint(model_dir).info
-    if config.model is not None or config.chat_template is not None:
-        from deploy.tokenizer import Tokenizer
+        # in a process beside, while this one imports what a model needs
+        with TokenizerProcess(model_dir, config.chat_template) as process:
+            with no_collection():
+                from model.checkpoint import open_checkpoint
 
-        Tokenizer.load(model_dir, config.chat_template)
+            info = open_checkpoint(model_dir).info
+            process.wait()
     if config.workers > info.num_logical_experts:
         raise ConfigError(
             f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "

@@ -40,13 +40,15 @@ class Delta:
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     """Where log probabilities were asked for: the new tokens. They may be ahead of the text."""
+    token_ids: tuple[int, ...] = ()
+    """Where they were asked for: ids of the new tokens."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token or stop string that ended it; None for an end-of-sequence token."""
 
     @property
     def empty(self) -> bool:
-        return not self.text and not self.tokens and self.finish_reason is None
+        return not (self.text or self.tokens or self.token_ids) and self.finish_reason is None
 
 
 class Answer:
@@ -62,6 +64,7 @@ class Answer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         eos_token_ids: Sequence[int] = (),
+        return_token_ids: bool = False,
     ) -> None:
         self.index = index
         self.request = request
@@ -75,6 +78,7 @@ class Answer:
         self._detokenizer = tokenizer.detokenizer(request.prompt_token_ids, skip_special_tokens=skip_special_tokens)
         self._stop_strings = StopStrings(stops, include=include_stop)
         self._text_chars = 0
+        self._return_token_ids = return_token_ids
 
     def feed(self, output: TokenOutput) -> Delta:
         """Raises GenerationFailed where the engine reports an error."""
@@ -85,20 +89,23 @@ class Answer:
             self.cached_tokens = output.cached_tokens
         text = ""
         scored: list[ScoredToken] = []
+        made: list[int] = []
         last = len(output.token_ids) - 1 if output.finish_reason is FinishReason.STOP else None
         for position, token_id in enumerate(output.token_ids):
             if output.logprobs:
                 scored.append(ScoredToken(logprobs=output.logprobs[position], text_offset=self._text_chars))
+            if self._return_token_ids:
+                made.append(token_id)
             silent = position == last and token_id in self._stopping_tokens and not self._include_stop
             text += self._push("" if silent else self._detokenizer.push(token_id))
             if self._stop_strings.found is not None:
-                return self._end(text, scored, FinishReason.STOP, self._stop_strings.found)
+                return self._end(text, scored, made, FinishReason.STOP, self._stop_strings.found)
         if output.finish_reason is not None:
             rest = self._detokenizer.flush()
             text += self._stop_strings.push(rest) if rest else ""
             text += self._stop_strings.flush()
-            return self._end(text, scored, output.finish_reason, output.stop_token_id)
-        return Delta(index=self.index, text=text, tokens=tuple(scored))
+            return self._end(text, scored, made, output.finish_reason, output.stop_token_id)
+        return Delta(index=self.index, text=text, tokens=tuple(scored), token_ids=tuple(made))
 
     def _push(self, text: str) -> str:
         self.completion_tokens += 1
@@ -109,10 +116,22 @@ class Answer:
         return self._stop_strings.push(text)
 
     def _end(
-        self, text: str, scored: Sequence[ScoredToken], reason: FinishReason, stop_reason: int | str | None
+        self,
+        text: str,
+        scored: Sequence[ScoredToken],
+        made: Sequence[int],
+        reason: FinishReason,
+        stop_reason: int | str | None,
     ) -> Delta:
         self.finished = True
-        return Delta(index=self.index, text=text, tokens=tuple(scored), finish_reason=reason, stop_reason=stop_reason)
+        return Delta(
+            index=self.index,
+            text=text,
+            tokens=tuple(scored),
+            token_ids=tuple(made),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
 
 
 async def answer_deltas(backend: Backend, answer: Answer, metrics: Metrics) -> AsyncGenerator[Delta, None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -24,12 +24,14 @@ class Collected:
     def __init__(self) -> None:
         self.text: list[str] = []
         self.tokens: list[ScoredToken] = []
+        self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
 
     def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
         self.tokens += delta.tokens
+        self.token_ids += delta.token_ids
         if delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
@@ -38,6 +40,7 @@ class Collected:
             index=index,
             text="".join(self.text),
             tokens=tuple(self.tokens),
+            token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
@@ -49,6 +52,10 @@ class Shape(Protocol):
     kind: str
     """`object` of a response."""
     chunk_kind: str
+
+    def whole(self) -> dict[str, Any]:
+        """Fields of the response, or of a stream's first event, that are of no choice."""
+        ...
 
     def choice(self, answer: Delta) -> dict[str, Any]: ...
 
@@ -90,7 +97,8 @@ class Run:
             async for delta in deltas:
                 collected[delta.index].add(delta)
         choices = [self._shape.choice(parts.whole(index)) for index, parts in enumerate(collected)]
-        return {**self._frame, "object": self._shape.kind, "choices": choices, "usage": self._usage()}
+        frame = {**self._frame, **self._shape.whole()}
+        return {**frame, "object": self._shape.kind, "choices": choices, "usage": self._usage()}
 
     async def _events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         begun: set[int] = set()
@@ -99,14 +107,14 @@ class Run:
                 if delta.index not in begun:
                     begun.add(delta.index)
                     if (opening := self._shape.opening(delta.index)) is not None:
-                        yield self._event([opening])
+                        yield self._event([opening], **self._shape.whole())
                 yield self._event([self._shape.chunk(delta)])
         if self._body.include_usage:
             yield self._event([], usage=True)
         yield DONE
 
-    def _event(self, choices: list[dict[str, Any]], *, usage: bool = False) -> bytes:
-        event = {**self._frame, "object": self._shape.chunk_kind, "choices": choices}
+    def _event(self, choices: list[dict[str, Any]], *, usage: bool = False, **more: object) -> bytes:
+        event = {**self._frame, **more, "object": self._shape.chunk_kind, "choices": choices}
         if self._body.include_usage:
             event["usage"] = self._usage() if usage or self._body.continuous_usage else None
         return sse(event)
@@ -128,17 +136,15 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
+def shown_id(prefix: str, own: str, given: str | None) -> str:
+    """The response's id for the client: with the `request_id` that it gave, where it gave one.
+
+    The engine knows the request by `own`: two clients may give the same.
+    """
+    return own if given is None else f"{prefix}-{given}"
+
+
 def ending(delta: Delta) -> dict[str, Any]:
     """The two fields that say why an answer ended; both None while it goes on."""
     reason = None if delta.finish_reason is None else delta.finish_reason.value
     return {"finish_reason": reason, "stop_reason": delta.stop_reason}
-
-
-def printable(token_bytes: Callable[[int], bytes], token_id: int) -> str:
-    """A token as text; where it is only a part of a character, its bytes, as OpenAI writes them: two such tokens
-    must not look the same."""
-    raw = token_bytes(token_id)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -45,6 +45,7 @@ class SamplingDefaults:
 class Limits:
     max_model_len: int
     vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
 
 
 def sampling_params(
@@ -55,8 +56,12 @@ def sampling_params(
     prompt_tokens: int,
     logprobs: int | None,
     fallback_max_tokens: int | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
-    """Raises RequestError for values that contradict one another or the model. The seed is that of choice 0."""
+    """Raises RequestError for values that contradict one another or the model. The seed is that of choice 0.
+
+    bad_words: the field's words as tokens.
+    """
     max_tokens = _max_tokens(fields.token_limit, prompt_tokens, defaults, limits, fallback_max_tokens)
     min_tokens = fields.min_tokens or 0
     if min_tokens > max_tokens:
@@ -74,7 +79,8 @@ def sampling_params(
         top_p=float(_either(fields.top_p, defaults.top_p)),
         top_k=max(0, int(top_k)),
         min_p=float(_either(fields.min_p, defaults.min_p)),
-        seed=secrets.randbits(63) if fields.seed is None else fields.seed & (2**63 - 1),
+        # As in vLLM, -1 is no seed at all.
+        seed=secrets.randbits(63) if fields.seed in (None, -1) else fields.seed & (2**63 - 1),
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
         repetition_penalty=float(_either(fields.repetition_penalty, defaults.repetition_penalty)),
@@ -82,7 +88,48 @@ def sampling_params(
         logprobs=logprobs,
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(fields.ignore_eos),
+        allowed_token_ids=_allowed(fields, min_tokens, limits, bad_words),
+        bad_words=bad_words,
     )
+
+
+def truncated(
+    token_ids: list[int],
+    fields: SamplingFields,
+    *,
+    defaults: SamplingDefaults,
+    limits: Limits,
+    fallback_max_tokens: int | None = None,
+) -> list[int]:
+    """The prompt that is left by `truncate_prompt_tokens`. With -1, what leaves room for the answer."""
+    keep = fields.truncate_prompt_tokens
+    if keep is None:
+        return token_ids
+    if keep == -1:
+        wanted = (fields.token_limit, fallback_max_tokens, defaults.max_new_tokens, 1)
+        answer = next(tokens for tokens in wanted if tokens is not None)
+        keep = max(1, limits.max_model_len - answer)
+    return token_ids[:keep] if fields.truncation_side == "right" else token_ids[-keep:]
+
+
+def _allowed(
+    fields: SamplingFields, min_tokens: int, limits: Limits, bad_words: tuple[tuple[int, ...], ...]
+) -> tuple[int, ...] | None:
+    """Raises RequestError where the other fields leave no token to choose."""
+    if fields.allowed_token_ids is None:
+        return None
+    allowed = sorted(set(fields.allowed_token_ids))
+    check_token_ids(allowed, limits.vocab_size, "allowed_token_ids")
+    excluded = {word[0] for word in bad_words if len(word) == 1}
+    if min_tokens:
+        excluded |= {*limits.eos_token_ids, *(fields.stop_token_ids or ())}
+    if excluded.issuperset(allowed):
+        raise RequestError(
+            "allowed_token_ids: bad_words, or min_tokens with the tokens that end an answer, exclude all of them",
+            param="allowed_token_ids",
+            code="invalid_value",
+        )
+    return tuple(allowed)
 
 
 def seed_of_choice(seed: int, index: int) -> int:

@@ -16,11 +16,15 @@ Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 TokenIdList = list[Int32]
 
+BadWord = Annotated[str, Field(min_length=1, max_length=128)]
+
 MAX_CHOICES = 128
 MAX_PROMPTS = 256
 MAX_STOPS = 64
 MAX_LOGPROBS = 20
 """As OpenAI and vLLM."""
+MAX_BAD_WORDS = 128
+MAX_ALLOWED_TOKEN_IDS = 1 << 14
 
 
 BodyT = TypeVar("BodyT", bound="Body")
@@ -48,16 +52,20 @@ class SamplingFields(Body):
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
+        "early_stopping": (False,),
         "prompt_logprobs": (),
-        "allowed_token_ids": ([],),
-        "bad_words": ([],),
+        "logprob_token_ids": ([],),
         "logits_processors": ([],),
         "guided_json": (),
         "guided_regex": (),
         "guided_choice": (),
         "guided_grammar": (),
+        "guided_whitespace_pattern": (),
         "structured_outputs": (),
         "structural_tag": (),
+        "thinking_token_budget": (),
+        "repetition_detection": (),
+        "vllm_xargs": ({},),
         "priority": (0,),
         "kv_transfer_params": (),
         "prompt_embeds": (),
@@ -85,7 +93,16 @@ class SamplingFields(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    truncate_prompt_tokens: int | None = Field(None, ge=1)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    """-1: as many as leave room for the answer."""
+    truncation_side: Literal["left", "right"] | None = None
+    """The end at which tokens of the prompt are cut off; the left one by default."""
+    allowed_token_ids: TokenIdList | None = Field(None, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)
+    bad_words: list[BadWord] | None = Field(None, max_length=MAX_BAD_WORDS)
+    spaces_between_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
 
     @field_validator("stop")
@@ -94,6 +111,13 @@ class SamplingFields(Body):
         if isinstance(stop, list) and (len(stop) > MAX_STOPS or "" in stop):
             raise ValueError(f"expected at most {MAX_STOPS} strings, none of them empty")
         return stop
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _check_truncation(cls, limit: int | None) -> int | None:
+        if limit == 0:
+            raise ValueError("expected at least 1, or -1 for as many tokens as there is room for")
+        return limit
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -147,14 +171,36 @@ class Message(Body):
     content: str | list[TextPart] | None = None
 
     def to_template(self) -> dict[str, Any]:
-        """The form that chat templates take: content as one string, further keys (name, ...) as they came."""
+        """Plain values; further keys (name, tool_calls, ...) as they came."""
         content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+        parts = [{"type": part.type, "text": part.text} for part in content] if isinstance(content, list) else content
+        return {**(self.model_extra or {}), "role": self.role, "content": parts}
 
 
-class ChatCompletionRequest(SamplingFields):
+class TemplateFields(Body):
+    """What reaches the chat template besides the messages."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+    enable_thinking: bool | None = None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the template. A field of its own counts more than the same name in `chat_template_kwargs`."""
+        own = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
+        return {**(self.chat_template_kwargs or {}), **{name: v for name, v in own.items() if v is not None}}
+
+    @property
+    def begins_turn(self) -> bool:
+        """Whether the prompt ends with the beginning of an answer. With a message to continue there is no turn to
+        begin, as vLLM's clients would have to say themselves."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
+
+
+class ChatCompletionRequest(SamplingFields, TemplateFields):
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         **SamplingFields.UNSUPPORTED,
         "tools": ([],),
@@ -166,6 +212,8 @@ class ChatCompletionRequest(SamplingFields):
         "web_search_options": (),
         "chat_template": (),
         "documents": ([],),
+        "include_reasoning": (True,),
+        "verbosity": ("medium",),
     }
 
     messages: list[Message] = Field(min_length=1)
@@ -173,27 +221,21 @@ class ChatCompletionRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(TemplateFields):
     """Either `prompt` or `messages`."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {"tools": ([],), "chat_template": (), "documents": ([],)}
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
-    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeRequest(Body):
@@ -231,6 +273,10 @@ class ElasticEpRequest(Body):
     """Seconds to wait for the end."""
 
 
+SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
+"""Fields that ask for nothing where another one is "none": tools that the model may not call are plain chat."""
+
+
 def parse(kind: type[BodyT], data: object) -> BodyT:
     """Check `data`, a decoded JSON body. Raises RequestError that names the first field which is wrong."""
     if not isinstance(data, dict):
@@ -241,6 +287,8 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
         raise _request_error(error) from None
     for name, harmless in getattr(kind, "UNSUPPORTED", {}).items():
         value = data.get(name)
+        if name in SWITCHES and data.get(SWITCHES[name]) == "none":
+            continue
         # `True == 1` in Python, so the types are compared as well
         if value is not None and not any(value == v and type(value) is type(v) for v in harmless):
             raise RequestError(f"{name}: not supported by this server", param=name, code="unsupported_parameter")
@@ -251,6 +299,12 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
 
 def _check_together(body: SamplingFields) -> None:
     """Rules about several fields, or about values that are right in form and not served."""
+    if body.spaces_between_special_tokens is False and body.skip_special_tokens is False:
+        raise RequestError(
+            "spaces_between_special_tokens: false is not supported where special tokens are shown",
+            param="spaces_between_special_tokens",
+            code="unsupported_value",
+        )
     if body.response_format is not None and body.response_format.type != "text":
         raise RequestError(
             f"response_format: only the type 'text' is supported, got {body.response_format.type!r}",

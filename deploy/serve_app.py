@@ -27,9 +27,11 @@ from cluster.keys import with_keys
 from deploy.api import create_app
 from deploy.builtin import MODEL_DIR
 from deploy.loopback import keep_calls_local
+from deploy.prompts import BoundedPrompts
 from deploy.ray_backend import RayBackend
 from deploy.service import Service
 from deploy.tokenizer import without_torch
+from deploy.tokenizer_process import TokenizerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class Api:
             plan_deadline_s=config.plan_deadline,
             recovery_timeout_s=config.recovery_timeout,
         )
-        self._service = Service(config, self._backend, model_dir)
+        self._service = Service(config, self._backend, model_dir, BoundedPrompts.open)
         self._loading: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -73,6 +75,7 @@ class Api:
         return self._service.active
 
     async def __del__(self) -> None:
+        self._service.close()
         await self._backend.end()
         if await asyncio.to_thread(_application_is_going):
             await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S)
@@ -86,6 +89,8 @@ def build_app(args: dict[str, Any]) -> Application:
     from model.checkpoint import open_checkpoint
 
     open_checkpoint(model_dir)
+    with TokenizerProcess(model_dir, config.chat_template) as process:
+        process.wait()
     return application(config, model_dir)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,16 +19,18 @@ from cluster.protocol import GenerateRequest, ModelInfo, Readiness, RequestId, S
 from deploy.backend import Backend
 from deploy.generation import Answer, Delta, answer_deltas, merged
 from deploy.metrics import Metrics
+from deploy.prompts import DirectPrompts, Prompts
 from deploy.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
-from deploy.schema import SamplingFields
+from deploy.schema import Message, SamplingFields, TemplateFields
 from deploy.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+OpenPrompts = Callable[[str, str | None], Awaitable[Prompts]]
+"""From the model's directory and a chat template's path. Raises CheckpointError and ConfigError."""
+
 MAX_SEQUENCES = 1024
 """Prompts times n of one request."""
-LONG_TEXT = 4096
-"""Characters from which on a text is encoded in a thread, so that streams do not stall."""
 
 
 def version() -> str:
@@ -48,7 +50,10 @@ class Prompt:
 class Service:
     """One per replica. `begin` loads the tokenizer in the background; until it is there, nothing is ready."""
 
-    def __init__(self, config: ServeConfig, backend: Backend, model_dir: str) -> None:
+    def __init__(
+        self, config: ServeConfig, backend: Backend, model_dir: str, open_prompts: OpenPrompts | None = None
+    ) -> None:
+        """open_prompts: makes what renders and encodes; without it, the tokenizer does so here."""
         self.config = config
         self.backend = backend
         self.model_dir = model_dir
@@ -62,6 +67,8 @@ class Service:
         digest = hashlib.blake2b(f"{version()} {self.model_name} {config.dtype}".encode(), digest_size=5).hexdigest()
         self.fingerprint = f"emoe-{version()}-{digest}"
         self.defaults = SamplingDefaults()
+        self._open_prompts = open_prompts
+        self._prompts: Prompts | None = None
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: str | None = None
         self._info: ModelInfo | None = None
@@ -69,12 +76,23 @@ class Service:
     async def begin(self) -> None:
         try:
             self.defaults = SamplingDefaults.read(self.model_dir)
-            self._tokenizer = await asyncio.to_thread(Tokenizer.load, self.model_dir, self.config.chat_template)
+            loading = asyncio.to_thread(Tokenizer.load, self.model_dir, self.config.chat_template)
+            if self._open_prompts is None:
+                tokenizer = await loading
+                self._prompts = DirectPrompts(tokenizer)
+            else:
+                opening = self._open_prompts(self.model_dir, self.config.chat_template)
+                self._prompts, tokenizer = await asyncio.gather(opening, loading)
+            self._tokenizer = tokenizer
         except UserError as error:
             self._tokenizer_error = str(error)
         except Exception:
             logger.exception("cannot load the tokenizer")
             self._tokenizer_error = "cannot load the tokenizer; the server's log says more"
+
+    def close(self) -> None:
+        if self._prompts is not None:
+            self._prompts.close()
 
     async def readiness(self) -> Readiness:
         if self._tokenizer_error is not None:
@@ -98,6 +116,12 @@ class Service:
             raise NotReadyError(f"the server cannot serve: {self._tokenizer_error or 'loading the tokenizer'}")
         return self._tokenizer
 
+    @property
+    def prompts(self) -> Prompts:
+        if self._prompts is None:
+            raise NotReadyError(f"the server cannot serve: {self._tokenizer_error or 'loading the tokenizer'}")
+        return self._prompts
+
     async def info(self) -> ModelInfo:
         if self._info is None:
             self._info = await self.backend.model_info()
@@ -106,7 +130,8 @@ class Service:
     async def limits(self) -> Limits:
         info = await self.info()
         longest = min(self.config.max_model_len or info.max_model_len, info.max_model_len)
-        return Limits(max_model_len=longest, vocab_size=info.vocab_size)
+        ends = tuple(dict.fromkeys((*info.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        return Limits(max_model_len=longest, vocab_size=info.vocab_size, eos_token_ids=ends)
 
     def check_model(self, name: str | None) -> None:
         """Raises RequestError 404. A request may leave the name out: there is one model."""
@@ -118,27 +143,50 @@ class Service:
                 status=404,
             )
 
-    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Tokens of a prompt. Raises RequestError, at once, where it is far longer than the model's length."""
+    async def render_chat(self, messages: Sequence[Message], fields: TemplateFields) -> str:
+        """Raises RequestError where the template refuses the messages, or does not end."""
+        return await self.prompts.render_chat(
+            [message.to_template() for message in messages],
+            add_generation_prompt=fields.begins_turn,
+            continue_final_message=bool(fields.continue_final_message),
+            template_kwargs=fields.template_kwargs,
+        )
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str, to_be_cut: bool = False) -> list[int]:
+        """Tokens of a prompt. Raises RequestError, at once, where it is far longer than the model's length and is not
+        to be cut."""
         limits = await self.limits()
         fewest = self.tokenizer.fewest_tokens(text)
-        if fewest > limits.max_model_len:
+        if fewest > limits.max_model_len and not to_be_cut:
             raise RequestError(
                 f"{param}: at least {fewest} tokens; this model's maximum context length is {limits.max_model_len}",
                 param=param,
                 code="context_length_exceeded",
             )
-        return await self.encode_any(text, add_special_tokens=add_special_tokens)
+        return await self.encode_any(text, add_special_tokens=add_special_tokens, param=param)
 
-    async def encode_any(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def encode_any(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Tokens of a text of any length."""
-        if len(text) < LONG_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self.prompts.encode(text, add_special_tokens=add_special_tokens, param=param)
+
+    async def bad_words(self, words: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
+        """Every way, as vLLM knows them, to write these words in tokens: at the beginning of a text, after a space,
+        and as one token."""
+        ways: dict[tuple[int, ...], None] = {}
+        for word in words or ():
+            bare = word.lstrip() or word
+            first = await self.encode_any(bare, add_special_tokens=False, param="bad_words")
+            spaced = await self.encode_any(" " + bare, add_special_tokens=False, param="bad_words")
+            ways[tuple(first)] = None
+            if first and len(spaced) == len(first) and spaced[0] != first[0]:
+                ways[tuple(spaced)] = None
+            if (single := self.tokenizer.id_of_piece(bare)) is not None:
+                ways[(single,)] = None
+        return tuple(way for way in ways if way)
 
     async def answers(self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str) -> list[Answer]:
         """n answers for each prompt, in OpenAI's order of indices."""
-        limits, info = await self.limits(), await self.info()
+        limits = await self.limits()
         if len(prompts) * body.num_choices > MAX_SEQUENCES:
             raise RequestError(f"n: at most {MAX_SEQUENCES} answers may be asked for at once", param="n")
         answers: list[Answer] = []
@@ -153,6 +201,7 @@ class Service:
                     prompt_token_ids=tuple(prompt.token_ids),
                     params=dataclasses.replace(prompt.params, seed=seed),
                     cache_salt=body.cache_salt or "",
+                    eos_token_ids=self.tokenizer.eos_token_ids,
                 )
                 answers.append(
                     Answer(
@@ -162,7 +211,8 @@ class Service:
                         stops=body.stops,
                         include_stop=bool(body.include_stop_str_in_output),
                         skip_special_tokens=body.skip_special_tokens is not False,
-                        eos_token_ids=info.eos_token_ids,
+                        eos_token_ids=limits.eos_token_ids,
+                        return_token_ids=bool(body.return_token_ids),
                     )
                 )
         return answers

@@ -1,4 +1,4 @@
-"""The model's tokenizer as the API uses it: text to ids and back, chat templates, the bytes of one token.
+"""The model's tokenizer as the API uses it: text to ids and back, chat templates, names and bytes of single tokens.
 
 Loading imports transformers and takes seconds; encoding a long text takes long too. Callers do both in a thread.
 """
@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from cluster.collector import no_collection
 from cluster.errors import CheckpointError, ConfigError, RequestError
+from deploy.conversation import TemplateForms, conversation, template_forms
 from deploy.text import REPLACEMENT, Detokenizer
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json", "spiece.model")
 """Where a vocabulary may be. Without any, transformers makes a tokenizer that knows no word."""
+
+OWN_ARGUMENTS = frozenset(
+    {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
+    | {"continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"}
+    | {"return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "conversations"}
+)
+"""Arguments of transformers' own, which a request's `chat_template_kwargs` may not set."""
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""How SentencePiece writes a token that is one byte."""
 
 
 class Tokenizer:
@@ -35,6 +46,7 @@ class Tokenizer:
         self._lock = Lock()
         self._max_token_chars = max((len(token) for token in inner.get_vocab()), default=1)
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+        self.token_name = lru_cache(maxsize=65536)(self._token_name)
 
     @classmethod
     def load(cls, model_dir: str, chat_template_path: str | None = None) -> Tokenizer:
@@ -88,36 +100,75 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt that the chat template makes of `messages`. Raises RequestError where it refuses them."""
-        if not (self._chat_template or self._inner.chat_template):
+        if not self.has_chat_template:
             raise RequestError(
                 "this model has no chat template; use /v1/completions, or start the server with --chat-template",
                 param="messages",
                 code="no_chat_template",
             )
-        fixed = {"tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "return_dict"}
-        try:
-            return str(
-                self._inner.apply_chat_template(
-                    [dict(message) for message in messages],
-                    chat_template=self._chat_template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    **{k: v for k, v in (template_kwargs or {}).items() if k not in fixed},
-                )
+        for name in sorted(OWN_ARGUMENTS & set(template_kwargs or ())):
+            raise RequestError(
+                f"chat_template_kwargs: {name} cannot be set here: it is not one of the template's variables",
+                param="chat_template_kwargs",
+                code="invalid_value",
             )
+        prepared = conversation(messages, self.template_forms)
+        try:
+            return self.render(
+                prepared,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(template_kwargs or {}),
+            )
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - templates raise what they like: jinja's errors, TypeError, ...
             message = f"messages: the chat template refuses them: {_one_line(error)}"
             raise RequestError(message, param="messages") from None
 
-    def token_text(self, token_id: int) -> str:
-        """The token alone, as text; U+FFFD where it is a part of a character."""
-        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._chat_template or self._inner.chat_template)
+
+    @cached_property
+    def template_forms(self) -> TemplateForms:
+        """What the chat template takes. The first use renders some short conversations."""
+        try:
+            source = self._inner.get_chat_template(self._chat_template)
+        except ValueError:  # several templates, and none of them the default
+            source = ""
+        return template_forms(source, self.render)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **how: Any) -> str:
+        """What the chat template makes of exactly these messages. Raises whatever the template raises."""
+        return str(
+            self._inner.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **how,
+            )
+        )
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence token of the tokenizer itself, if it has one."""
+        token, token_id = self._inner.eos_token, self._inner.eos_token_id
+        # One that the vocabulary lacks would be told as the token for unknown words.
+        known = token is not None and token_id is not None and self.token_string(token_id) == token
+        return (int(token_id),) if known else ()
 
     def token_string(self, token_id: int) -> str:
         """The token as the vocabulary writes it."""
         token = self._inner.convert_ids_to_tokens(token_id)
         return "" if token is None else str(token)
+
+    def id_of_piece(self, piece: str) -> int | None:
+        """The token that the vocabulary writes as `piece`, if there is one."""
+        token_id = self._inner.convert_tokens_to_ids(piece)
+        # unknown pieces are told as the token for unknown words
+        return int(token_id) if token_id is not None and self.token_string(token_id) == piece else None
 
     def _decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
         if self._backend is not None:
@@ -126,10 +177,41 @@ class Tokenizer:
         return partial(self.decode, skip_special_tokens=skip_special_tokens)
 
     def _token_bytes(self, token_id: int) -> bytes:
-        text = self.decode([token_id])
+        text = self._text_inside(token_id)
         if REPLACEMENT not in text:
             return text.encode("utf-8", errors="replace")
         return _bytes_of_token(self.token_string(token_id)) or text.encode()
+
+    def _text_inside(self, token_id: int) -> str:
+        """The token's text after another one: at the beginning of a text, some decoders take its space away."""
+        before, context = self._context
+        text = self.decode([*before, token_id])
+        return text[len(context) :] if text.startswith(context) else self.decode([token_id])
+
+    @cached_property
+    def _context(self) -> tuple[list[int], str]:
+        """A token that is a plain letter, and its text; nothing where the vocabulary has none."""
+        before = self.encode("a", add_special_tokens=False)[-1:]
+        text = self.decode(before)
+        return (before, text) if text.strip() == "a" else ([], "")
+
+    def _token_name(self, token_id: int) -> str:
+        """The token for a reader: its text; its bytes, as OpenAI writes them, where it is a part of a character or
+        another token is the same text; its id where the vocabulary does not know it."""
+        piece, raw = self.token_string(token_id), self.token_bytes(token_id)
+        if not piece:
+            return id_name(token_id)
+        if not raw:
+            return piece
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return bytes_name(raw)
+        return bytes_name(raw) if _BYTE_PIECE.fullmatch(piece) and piece != text and self._knows(text) else text
+
+    def _knows(self, text: str) -> bool:
+        """Whether a token of the vocabulary is this text."""
+        return any(self.id_of_piece(form) is not None for form in (text, text.replace(" ", "\u2581")))
 
 
 def without_torch() -> None:
@@ -142,9 +224,19 @@ def without_torch() -> None:
         vars(module)["is_torch_available"] = lambda: False
 
 
+def id_name(token_id: int) -> str:
+    """vLLM's name for a token of which only the id is to be told."""
+    return f"token_id:{token_id}"
+
+
+def bytes_name(raw: bytes) -> str:
+    """OpenAI's name for a token that is no text by itself."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
 def _bytes_of_token(token: str) -> bytes | None:
     """Bytes of a token that is no text by itself, in the two notations in use."""
-    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
+    if match := _BYTE_PIECE.fullmatch(token):
         return bytes.fromhex(match[1])
     table = _byte_of_char()
     return bytes(table[char] for char in token) if all(char in table for char in token) else None

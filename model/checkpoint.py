@@ -233,16 +233,27 @@ def _scaled(length: int, rope: dict[str, Any]) -> int:
 
 
 def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """Of generation_config.json where it says any, else of the configuration."""
-    file = path / "generation_config.json"
-    eos = read_json(file).get("eos_token_id") if file.is_file() else None
-    where = file if eos is not None else path / "config.json"
-    if eos is None:
-        eos = getattr(config.get_text_config(), "eos_token_id", None)
+    """All that generation_config.json and config.json name; where neither names any, the model family's own.
+
+    The API adds the tokenizer's to every request. Fine-tunes change one of the three places and leave the others.
+    """
+    generation, own = path / "generation_config.json", path / "config.json"
+    found = _named_eos(generation, read_json(generation)) if generation.is_file() else []
+    raw = read_json(own)
+    found += _named_eos(own, raw)
+    if isinstance(text := raw.get("text_config"), dict):
+        found += _named_eos(own, text)
+    if not found:
+        found = _named_eos(own, {"eos_token_id": getattr(config.get_text_config(), "eos_token_id", None)})
+    return tuple(dict.fromkeys(found))
+
+
+def _named_eos(file: Path, content: dict[str, Any]) -> list[int]:
+    eos = content.get("eos_token_id")
     ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(f"{where}: eos_token_id must be a token or a list of tokens, found {eos!r}")
-    return tuple(ids)
+        raise CheckpointError(f"{file}: eos_token_id must be a token or a list of tokens, found {eos!r}")
+    return ids
 
 
 # --- Sizes --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Chooses the next token of every sequence from one step's logits, on the worker that computed them.
 
-Order and meaning are vLLM's: reported log probabilities are the model's own; then logit_bias, min_tokens,
-penalties, temperature, min_p, top_k, top_p. Temperature 0 takes the most likely token.
+Order and meaning are vLLM's: reported log probabilities are the model's own; then logit_bias, the tokens that may
+not come (allowed_token_ids, bad_words, min_tokens), penalties, temperature, min_p, top_k, top_p. Temperature 0 takes
+the most likely token.
 
 A row's token depends on nothing but its logits, its history and its seed: every operation is row-wise, random numbers
 are a hash of (seed, output index), and probabilities are summed as integers, which no order of summation changes.
@@ -51,7 +52,7 @@ LEAST_LOGPROB = -9999.0
 class SamplingState:
     """One sequence's tokens, and what sampling must know of them. Belongs to one worker; not thread-safe."""
 
-    __slots__ = ("_bias", "_counts", "_forbidden", "greedy", "num_prompt_tokens", "params", "token_ids")
+    __slots__ = ("_allowed", "_bias", "_counts", "_forbidden", "greedy", "num_prompt_tokens", "params", "token_ids")
 
     def __init__(self, sequence: NewSequence) -> None:
         params = sequence.params
@@ -61,8 +62,11 @@ class SamplingState:
         """Prompt, then output."""
         self.greedy = params.temperature < GREEDY_BELOW
         self._bias = _columns(params.logit_bias) if params.logit_bias else None
-        stops = dict.fromkeys((*sequence.eos_token_ids, *params.stop_token_ids), -np.inf)
-        self._forbidden = _columns(tuple(stops.items())) if stops and params.min_tokens else None
+        stops = (*sequence.eos_token_ids, *params.stop_token_ids)
+        self._forbidden = frozenset(stops) if params.min_tokens else frozenset()
+        """Before `min_tokens`."""
+        allowed = params.allowed_token_ids
+        self._allowed = None if allowed is None else np.unique(np.array(allowed, dtype=np.int64))
         self._counts: TokenCounts | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             self._counts = TokenCounts(self.token_ids, self.num_prompt_tokens)
@@ -90,11 +94,20 @@ class SamplingState:
 
     @property
     def _adjusted(self) -> bool:
-        return self._bias is not None or self._counts is not None or self._masked
+        return self._bias is not None or self._counts is not None or self._allowed is not None or self._masked
 
     @property
     def _masked(self) -> bool:
-        return self._forbidden is not None and self.num_output < self.params.min_tokens
+        """Whether some tokens may not come next, besides those outside `allowed_token_ids`."""
+        return bool(self.params.bad_words) or (bool(self._forbidden) and self.num_output < self.params.min_tokens)
+
+    def _banned(self) -> np.ndarray:
+        """Those tokens."""
+        banned = set(self._forbidden) if self.num_output < self.params.min_tokens else set()
+        for *before, last in self.params.bad_words:
+            if len(before) <= self.num_output and self.token_ids[len(self.token_ids) - len(before) :] == before:
+                banned.add(last)
+        return np.array(sorted(banned), dtype=np.int64)
 
 
 def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int, TokenLogprobs | None]]:
@@ -164,10 +177,15 @@ def _adjust(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
     if bias:
         at, values = _entries(bias, adjusted_BV)
         adjusted_BV[at] += values[0]
-    masked = [(row, *state._forbidden) for row, state in enumerate(states) if state._masked and state._forbidden]
+    limited = [(row, state._allowed, state._allowed) for row, state in enumerate(states) if state._allowed is not None]
+    if limited:
+        _keep_only(limited, adjusted_BV)
+    masked = [
+        (row, banned, banned) for row, state in enumerate(states) if state._masked and (banned := state._banned()).size
+    ]
     if masked:
-        at, values = _entries(masked, adjusted_BV)
-        adjusted_BV[at] = values[0]
+        at, _ = _entries(masked, adjusted_BV)
+        adjusted_BV[at] = -torch.inf
     penalised = [(row, *_penalties(state)) for row, state in enumerate(states) if state._counts is not None]
     if penalised:
         at, (repetition, subtract) = _entries(penalised, adjusted_BV)
@@ -175,6 +193,15 @@ def _adjust(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
         adjusted_BV[at] = seen - subtract
     return adjusted_BV
+
+
+def _keep_only(allowed: Sequence[tuple[int, np.ndarray, np.ndarray]], logits_BV: Tensor) -> None:
+    """Every other token of these rows becomes impossible, in place."""
+    at, _ = _entries(allowed, logits_BV)
+    kept = logits_BV[at]
+    rows = _to(np.array([row for row, *_ in allowed], dtype=np.int64), logits_BV.device)
+    logits_BV.index_fill_(0, rows, -torch.inf)
+    logits_BV[at] = kept
 
 
 def _penalties(state: SamplingState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

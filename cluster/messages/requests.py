@@ -44,6 +44,10 @@ class SamplingParams:
     """How many alternatives to report with every token; None reports nothing."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that may be chosen; None allows all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that the output must not contain: the last token of one is not chosen after the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,10 @@ class GenerateRequest:
     output_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     """Requests share cached prefixes with those of the same salt only."""
+    eos_token_ids: tuple[int, ...] = ()
+    """The tokenizer's own, which end the answer as the model's do."""
+    client: str = ""
+    """Whose it is: clients take turns in the queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,15 @@ def test_stops_at_the_end_of_sequence() -> None:
     assert s.schedule(Epoch(1), 9) is None
 
 
+def test_stops_at_the_tokenizers_own_end_of_sequence() -> None:
+    s = scheduler({A: 10})
+    s.add(dataclasses.replace(request("r", min_tokens=1), eos_token_ids=(9,)))
+    plans = plan(s)
+    assert plans[A].new[0].eos_token_ids == (EOS, 9)
+    (output,) = s.commit(answers(plans, 9))
+    assert (output.finish_reason, output.stop_token_id) == (FinishReason.STOP, None)
+
+
 @pytest.mark.parametrize(
     ("params", "token", "reason", "stop"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from cluster.counters import ClusterCounters, RebalanceResult
 from cluster.errors import ConflictError, PlacementError, RequestError, UserError
@@ -66,6 +66,27 @@ def make_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> 
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": chat_template}
     (directory / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v}))
     return tokenizer
+
+
+def make_sentencepiece_tokenizer(directory: Path, *, chat_template: str = TEMPLATE, eos: str = "<|im_end|>") -> None:
+    """A BPE as Mixtral's: bytes as pieces, a space before every word, the first one stripped."""
+    trained = RustTokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator([*CORPUS, "self myself itself A"] * 5, trainers.BpeTrainer(vocab_size=200))
+    model = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"], "self"]
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [tuple(pair) for pair in model["merges"]]
+    made = RustTokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    spaces = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(spaces)
+    made.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_end|>"])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    directory.mkdir(parents=True, exist_ok=True)
+    made.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chat_template}))
 
 
 @dataclass

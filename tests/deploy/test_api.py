@@ -14,11 +14,14 @@ import pytest
 
 from cluster.config import ServeConfig
 from cluster.errors import RequestError
-from cluster.protocol import Phase, Readiness
+from cluster.protocol import Phase, Readiness, TokenLogprobs
 from deploy.api import create_app
+from deploy.completions import CompletionShape
+from deploy.generation import Delta, ScoredToken
 from deploy.service import Service
+from deploy.tokenizer import Tokenizer
 from tests.deploy.conftest import client_of
-from tests.deploy.fakes import FakeBackend, make_tokenizer
+from tests.deploy.fakes import FakeBackend, make_sentencepiece_tokenizer, make_tokenizer
 
 Call = Callable[..., httpx.Response]
 COMPLETION = {"prompt": "hello", "max_tokens": 3}
@@ -167,6 +170,110 @@ def test_a_model_without_a_template(tmp_path: Path) -> None:
             return await client.post("/v1/chat/completions", json=CHAT)
 
     assert error(asyncio.run(work()), 400)["code"] == "no_chat_template"
+
+
+# --- vLLM's further fields --------------------------------------------------------------------------------------
+
+
+def test_every_alternative_has_its_entry(call: Call, tmp_path: Path) -> None:
+    """Though tokens share a text, as a byte and a letter do in SentencePiece's vocabularies."""
+    make_sentencepiece_tokenizer(tmp_path)
+
+    async def work(json: dict[str, Any]) -> dict[str, Any]:
+        backend = FakeBackend(script=lambda request: [3, 300, 320], vocab_size=600)
+        async with client_of(backend, tmp_path) as client:
+            return dict((await client.post("/v1/completions", json=json)).json()["choices"][0]["logprobs"])
+
+    body = {"prompt": "the", "logprobs": 20, "max_tokens": 3}
+    for extra in ({}, {"return_tokens_as_token_ids": True}):
+        found = asyncio.run(work({**body, **extra}))
+        assert [len(entries) for entries in found["top_logprobs"]] == [20] * 3
+        assert all(name in entries for name, entries in zip(found["tokens"], found["top_logprobs"], strict=True))
+    assert found["tokens"] == ["token_id:3", "token_id:300", "token_id:320"]
+
+
+def test_names_and_offsets_make_up_the_text(tmp_path: Path) -> None:
+    """Spaces included, which SentencePiece's decoder takes from the beginning of a text."""
+    make_sentencepiece_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(str(tmp_path))
+    made = [*tokenizer.encode("self the quick", add_special_tokens=False), tokenizer.id_of_piece("self") or 0]
+
+    async def work(path: str, **json: Any) -> dict[str, Any]:
+        backend = FakeBackend(script=lambda request: made, vocab_size=600)
+        async with client_of(backend, tmp_path) as client:
+            return dict((await client.post(path, json={"max_tokens": len(made), **json})).json()["choices"][0])
+
+    text = " self the quickself"
+    plain = asyncio.run(work("/v1/completions", prompt="the", logprobs=1))
+    assert (plain["text"], "".join(plain["logprobs"]["tokens"])) == (text, text)
+    assert plain["logprobs"]["text_offset"] == [0, 5, 9, 15]
+    chat = asyncio.run(work("/v1/chat/completions", messages=CHAT["messages"], logprobs=True))
+    said = b"".join(bytes(token["bytes"]) for token in chat["logprobs"]["content"])
+    assert said.decode() == chat["message"]["content"] == text
+
+
+def test_names_that_clash_are_told_by_ids() -> None:
+    """The chosen token and the more likely keep theirs."""
+    shape = CompletionShape(lambda token_id: "same" if token_id < 3 else str(token_id), None, 3)
+    logprobs = TokenLogprobs(token_id=2, logprob=-2.0, top=((1, -1.0), (2, -2.0), (7, -3.0)))
+    delta = Delta(index=0, text="x", tokens=(ScoredToken(logprobs=logprobs, text_offset=0),))
+    (entries,) = shape.choice(delta)["logprobs"]["top_logprobs"]
+    assert entries == {"token_id:1": -1.0, "same": -2.0, "7": -3.0}
+
+
+def test_token_ids_of_completions(call: Call) -> None:
+    json = {"prompt": [[70], [71, 72]], "max_tokens": 3, "return_token_ids": True}
+    choices = call("POST", "/v1/completions", json=json).json()["choices"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [[70], [71, 72]]
+    assert [choice["token_ids"] for choice in choices] == [[65, 66, 67]] * 2
+    streamed = events(call("POST", "/v1/completions", json={**json, "prompt": [70], "stream": True}))
+    parts = [event["choices"][0] for event in streamed]
+    assert parts[0]["prompt_token_ids"] == [70]
+    assert [token for part in parts for token in part["token_ids"]] == [65, 66, 67]
+    assert "token_ids" not in call("POST", "/v1/completions", json=COMPLETION).json()["choices"][0]
+
+
+def test_token_ids_of_chat(call: Call) -> None:
+    backend = FakeBackend()
+    whole = call("POST", "/v1/chat/completions", json={**CHAT, "return_token_ids": True}, backend=backend).json()
+    prompt = list(backend.requests[0].prompt_token_ids)
+    assert (whole["prompt_token_ids"], whole["choices"][0]["token_ids"]) == (prompt, [65, 66, 67])
+    streamed = events(call("POST", "/v1/chat/completions", json={**CHAT, "return_token_ids": True, "stream": True}))
+    assert streamed[0]["prompt_token_ids"] == prompt
+    assert [token for event in streamed[1:] for token in event["choices"][0]["token_ids"]] == [65, 66, 67]
+
+
+def test_a_request_id_is_shown_and_never_the_engines(call: Call) -> None:
+    backend = FakeBackend()
+    for _ in range(2):
+        body = call("POST", "/v1/completions", json={**COMPLETION, "request_id": "mine"}, backend=backend).json()
+        assert body["id"] == "cmpl-mine"
+    assert call("POST", "/v1/chat/completions", json={**CHAT, "request_id": "x"}).json()["id"] == "chatcmpl-x"
+    assert len({request.request_id for request in backend.requests}) == 2
+    assert not any("mine" in request.request_id for request in backend.requests)
+
+
+def test_tokens_that_may_not_come_reach_the_engine(call: Call) -> None:
+    backend = FakeBackend()
+    fields = {"allowed_token_ids": [9, 5], "bad_words": ["hello", "again and"]}
+    assert call("POST", "/v1/completions", json={**COMPLETION, **fields}, backend=backend).status_code == 200
+    request = backend.requests[0]
+    assert request.params.allowed_token_ids == (5, 9)
+    assert request.eos_token_ids == (0,)
+    words = request.params.bad_words
+    texts = {call("POST", "/detokenize", json={"tokens": list(word)}).json()["prompt"] for word in words}
+    assert {"hello", "again and"} <= texts <= {"hello", " hello", "again and", " again and"}
+
+
+def test_prompts_that_are_far_too_long_can_be_cut(call: Call) -> None:
+    long, backend = "hello world " * 2000, FakeBackend()
+    error(call("POST", "/v1/completions", json={"prompt": long}), 400)
+    for keep, left in ((5, 5), (-1, 128 - 3)):
+        json = {**COMPLETION, "prompt": long, "truncate_prompt_tokens": keep}
+        assert call("POST", "/v1/completions", json=json, backend=backend).status_code == 200
+        assert len(backend.requests[-1].prompt_token_ids) == left
+    json = {**CHAT, "messages": [{"role": "user", "content": long}], "truncate_prompt_tokens": -1}
+    assert call("POST", "/v1/chat/completions", json=json, backend=backend).json()["usage"]["prompt_tokens"] == 125
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------

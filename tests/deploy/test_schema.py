@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import RequestError
-from deploy.sampling import Limits, SamplingDefaults, sampling_params, seed_of_choice
+from deploy.sampling import Limits, SamplingDefaults, sampling_params, seed_of_choice, truncated
 from deploy.schema import ChatCompletionRequest, CompletionRequest, parse
 
 USER = [{"role": "user", "content": "hi"}]
@@ -56,6 +56,24 @@ LIMITS = Limits(max_model_len=100, vocab_size=50)
         ("prompt_logprobs", 1),
         ("response_format", {"type": "json_object"}),
         ("guided_regex", "a*"),
+        ("structured_outputs", {"regex": "a*"}),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("truncation_side", "middle"),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", ["5"]),
+        ("bad_words", [""]),
+        ("bad_words", "word"),
+        ("bad_words", ["x"] * 1000),
+        ("request_id", "a b"),
+        ("request_id", ""),
+        ("logprob_token_ids", [1]),
+        ("length_penalty", 0.5),
+        ("early_stopping", True),
+        ("priority", 1),
+        ("thinking_token_budget", 5),
+        ("repetition_detection", {"max_pattern_size": 4}),
+        ("return_token_ids", 1),
     ],
 )
 def test_refused_fields_of_completions(field: str, value: Any) -> None:
@@ -80,12 +98,33 @@ def test_refused_fields_of_completions(field: str, value: Any) -> None:
         ("max_completion_tokens", 0),
         ("logprobs", 1),
         ("modalities", ["audio"]),
+        ("reasoning_effort", 5),
+        ("include_reasoning", False),
+        ("verbosity", "high"),
+        ("chat_template", "{{ messages }}"),
     ],
 )
 def test_refused_fields_of_chat(field: str, value: Any) -> None:
     with pytest.raises(RequestError) as caught:
         parse(ChatCompletionRequest, {"messages": USER, field: value})
     assert caught.value.param == field
+
+
+def test_tools_that_may_not_be_called_are_plain_chat() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    parse(ChatCompletionRequest, {"messages": USER, "tools": tools, "tool_choice": "none"})
+    parse(ChatCompletionRequest, {"messages": USER, "functions": tools, "function_call": "none"})
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": None}, {"function_call": "none"}):
+        with pytest.raises(RequestError) as caught:
+            parse(ChatCompletionRequest, {"messages": USER, "tools": tools, **choice})
+        assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
+
+
+def test_special_tokens_without_spaces_between_them_are_not_shown() -> None:
+    fields = {"prompt": "a", "spaces_between_special_tokens": False}
+    parse(CompletionRequest, fields)
+    with pytest.raises(RequestError, match="spaces_between_special_tokens"):
+        parse(CompletionRequest, {**fields, "skip_special_tokens": False})
 
 
 def test_harmless_and_unknown_fields_are_accepted() -> None:
@@ -155,3 +194,56 @@ def test_seeds() -> None:
     assert 0 <= params(seed=-5).seed < 2**63
     assert len({seed_of_choice(5, n) for n in range(100)}) == 100
     assert params().seed != params().seed
+    assert params(seed=-1).seed != params(seed=-1).seed, "as in vLLM, -1 is no seed"
+    assert params(seed=-2).seed == params(seed=-2).seed
+
+
+def test_allowed_tokens_must_leave_one_to_choose() -> None:
+    assert params(allowed_token_ids=[7, 3, 7]).allowed_token_ids == (3, 7)
+    assert params().allowed_token_ids is None
+    limits = Limits(max_model_len=100, vocab_size=50, eos_token_ids=(3,))
+    cases: list[tuple[dict[str, Any], tuple[tuple[int, ...], ...]]] = [
+        ({"allowed_token_ids": [50]}, ()),
+        ({"allowed_token_ids": [3, 7], "min_tokens": 1, "stop_token_ids": [7]}, ()),
+        ({"allowed_token_ids": [3, 7]}, ((3,), (7,))),
+    ]
+    for fields, words in cases:
+        body = parse(CompletionRequest, {"prompt": "a", **fields})
+        with pytest.raises(RequestError) as caught:
+            sampling_params(
+                body, defaults=SamplingDefaults(), limits=limits, prompt_tokens=1, logprobs=None, bad_words=words
+            )
+        assert caught.value.param == "allowed_token_ids"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, range(200)),
+        ({"truncate_prompt_tokens": 3}, range(197, 200)),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "left"}, range(197, 200)),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, range(3)),
+        ({"truncate_prompt_tokens": 500}, range(200)),
+        ({"truncate_prompt_tokens": -1}, range(200 - 84, 200)),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 99}, range(199, 200)),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 40, "truncation_side": "right"}, range(60)),
+    ],
+)
+def test_prompts_are_cut(fields: dict[str, Any], kept: range) -> None:
+    body = parse(CompletionRequest, {"prompt": "a", **fields})
+    cut = truncated(list(range(200)), body, defaults=SamplingDefaults(), limits=LIMITS, fallback_max_tokens=16)
+    assert cut == list(kept)
+
+
+def test_variables_of_the_template() -> None:
+    body = parse(
+        ChatCompletionRequest,
+        {
+            "messages": USER,
+            "reasoning_effort": "low",
+            "enable_thinking": False,
+            "chat_template_kwargs": {"reasoning_effort": "high", "x": 1},
+        },
+    )
+    assert body.template_kwargs == {"reasoning_effort": "low", "enable_thinking": False, "x": 1}
+    assert parse(ChatCompletionRequest, {"messages": USER}).template_kwargs == {}

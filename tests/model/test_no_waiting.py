@@ -99,13 +99,14 @@ def test_sampling_asks_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
         {"temperature": 0.0},
         {"top_k": 5, "logprobs": 2, "presence_penalty": 0.5},
         {"top_p": 0.9, "min_p": 0.01, "logprobs": 5, "logit_bias": ((7, 2.0),)},
+        {"allowed_token_ids": (3, 4, 5), "bad_words": ((3,), (1, 2))},
     ]
     states = [state((1, 2), (3,), eos=(), **{"max_tokens": 8, "seed": n} | given) for n, given in enumerate(fields)]
-    logits = torch.empty(3, 100, device=META)
+    logits = torch.empty(4, 100, device=META)
     # what it would fetch: a token of each row, and for two rows ids and numbers of the chosen and the likely tokens
     fetched: list[int] = []
     monkeypatch.setattr(
         model.sampling, "_fetch", lambda tokens, tables: fetched.extend([len(tokens), *(t.numel() for _, t in tables)])
     )
     sample(logits, states)
-    assert fetched == [3, 6, 12]
+    assert fetched == [4, 6, 12]

@@ -439,3 +439,38 @@ def test_large_vocabularies_in_parts(threads: int) -> None:
         assert [sample(logits[row : row + 1], [states[row]])[0] for row in range(12)] == together
     finally:
         torch.set_num_threads(before)
+
+
+# --- Tokens that may not come -----------------------------------------------------------------------------------
+
+
+def test_only_allowed_tokens_come() -> None:
+    """Whatever bias, penalties and filters say; the other rows of the step do not notice."""
+    logits_V = random_logits(1, 16)[0]
+    assert seen_tokens(logits_V, allowed_token_ids=(3, 9, 9)) == {3, 9}
+    assert seen_tokens(logits_V, allowed_token_ids=(3, 9), top_k=1, logit_bias=((5, 100.0), (9, 50.0))) == {9}
+    free, limited = state(temperature=0), state(temperature=0, allowed_token_ids=(3, 99), repetition_penalty=2.0)
+    (best, _), (only, logprobs) = sample(
+        logits_V.expand(2, -1), [free, state(temperature=0, allowed_token_ids=(3,), logprobs=1)]
+    )
+    assert (best, only) == (int(logits_V.argmax()), 3)
+    assert logprobs is not None
+    assert logprobs.top[0][0] == best, "log probabilities are the model's own"
+    assert tokens(logits_V.expand(2, -1), [limited, free]) == [3, best]
+
+
+def test_a_bad_word_is_never_finished() -> None:
+    logits = torch.tensor([[0.0, 1.0, 5.0, 4.0]])
+    word = state(temperature=0, bad_words=((3, 2), (2, 2, 2), (1,)))
+    made = []
+    for _ in range(6):
+        made += (token := tokens(logits, [word]))
+        word.append(token[0])
+    assert made == [2, 2, 3, 3, 3, 3]
+    prompt = state(prompt=(1, 3), temperature=0, bad_words=((3, 2),))
+    assert tokens(logits, [prompt]) == [2], "a bad word that begins in the prompt is none of the output"
+    word.truncate(3 + 2)
+    assert tokens(logits, [word]) == [3], "a step that runs again is as the first time"
+    # also together with min_tokens, of which it is no part
+    early = state(temperature=0, min_tokens=2, eos=(2,), bad_words=((3,),))
+    assert tokens(logits, [early]) == [1]
