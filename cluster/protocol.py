@@ -68,6 +68,8 @@ class GenerateRequest:
     output_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     """Requests share cached prefixes with those of the same salt only."""
+    client: str = ""
+    """Whose it is: clients take turns in the queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

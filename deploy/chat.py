@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from deploy.generation import Delta, ScoredToken
-from deploy.http_io import read_json
+from deploy.http_io import client_name
 from deploy.responses import Run, ending, new_id
 from deploy.sampling import sampling_params
-from deploy.schema import ChatCompletionRequest, parse
+from deploy.schema import ChatCompletionRequest
 from deploy.service import Prompt, Service
 from deploy.tokenizer import Tokenizer
 
@@ -24,12 +24,14 @@ def chat_router(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def create(request: Request) -> Response:
-        body = parse(ChatCompletionRequest, await read_json(request))
+        body = await service.bodies.read(request, ChatCompletionRequest)
         service.check_model(body.model)
         await service.check_ready()
+        client = client_name(request)
+        service.check_room(client, body)
         prompt = await _prompt(service, body)
         response_id = new_id("chatcmpl")
-        answers = await service.answers(body, [prompt], response_id=response_id)
+        answers = await service.answers(body, [prompt], response_id=response_id, client=client)
         shape = ChatShape(service.tokenizer, prompt.text, body.top_logprobs or 0 if body.logprobs else None)
         return await Run(service, body, shape, answers, response_id).respond(request)
 
@@ -39,7 +41,7 @@ def chat_router(service: Service) -> APIRouter:
 async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
     """Raises RequestError where the template refuses the messages, or they are too long."""
     messages = [message.to_template() for message in body.messages]
-    text = service.tokenizer.render_chat(
+    text = await service.render_chat(
         messages,
         # With a message to continue there is no turn to begin, as vLLM's clients would have to say themselves.
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from cluster.errors import RequestError
+from deploy.bounds import MAX_PROMPTS, TokenIds
 from deploy.generation import Delta, ScoredToken
-from deploy.http_io import read_json
+from deploy.http_io import client_name
 from deploy.responses import Run, ending, new_id, printable
 from deploy.sampling import sampling_params
-from deploy.schema import MAX_PROMPTS, CompletionRequest, parse
+from deploy.schema import CompletionRequest
 from deploy.service import Prompt, Service
 from deploy.tokenizer import Tokenizer
 
@@ -26,12 +28,14 @@ def completions_router(service: Service) -> APIRouter:
 
     @router.post("/v1/completions")
     async def create(request: Request) -> Response:
-        body = parse(CompletionRequest, await read_json(request))
+        body = await service.bodies.read(request, CompletionRequest)
         service.check_model(body.model)
         await service.check_ready()
+        client = client_name(request)
+        service.check_room(client, body, len(body.prompts))
         prompts = await _prompts(service, body)
         response_id = new_id("cmpl")
-        answers = await service.answers(body, prompts, response_id=response_id)
+        answers = await service.answers(body, prompts, response_id=response_id, client=client)
         echoes = [prompt.text for prompt in prompts for _ in range(body.num_choices)]
         shape = CompletionShape(service.tokenizer, echoes if body.echo else None, body.logprobs)
         return await Run(service, body, shape, answers, response_id).respond(request)
@@ -49,6 +53,9 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     limits = await service.limits()
     prompts: list[Prompt] = []
     for prompt in given:
+        # other requests get their turn between two prompts
+        await asyncio.sleep(0)
+        token_ids: TokenIds
         if isinstance(prompt, str):
             special = body.add_special_tokens is not False
             token_ids = await service.encode(prompt, add_special_tokens=special, param="prompt")
@@ -64,14 +71,15 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
             logprobs=body.logprobs,
             fallback_max_tokens=DEFAULT_MAX_TOKENS,
         )
-        prompts.append(Prompt(token_ids=token_ids, params=params, param="prompt", text=_echo(service, body, prompt)))
+        text = await _echo(service, body, prompt)
+        prompts.append(Prompt(token_ids=token_ids, params=params, param="prompt", text=text))
     return prompts
 
 
-def _echo(service: Service, body: CompletionRequest, prompt: str | list[int]) -> str:
+async def _echo(service: Service, body: CompletionRequest, prompt: str | TokenIds) -> str:
     if not body.echo:
         return ""
-    return prompt if isinstance(prompt, str) else service.tokenizer.decode([t for t in prompt if 0 <= t < 2**31])
+    return prompt if isinstance(prompt, str) else await service.decode([t for t in prompt if t >= 0])
 
 
 class CompletionShape:

@@ -8,17 +8,23 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, RequestError, UserError
 from cluster.protocol import GenerateRequest, ModelInfo, Readiness, RequestId, SamplingParams
+from deploy.aside import Aside
 from deploy.backend import Backend
+from deploy.bodies import Bodies
+from deploy.bounds import TokenIds
 from deploy.generation import Answer, Delta, answer_deltas, merged
 from deploy.metrics import Metrics
+from deploy.places import Places
 from deploy.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
 from deploy.schema import SamplingFields
 from deploy.tokenizer import Tokenizer
@@ -28,7 +34,14 @@ logger = logging.getLogger(__name__)
 MAX_SEQUENCES = 1024
 """Prompts times n of one request."""
 LONG_TEXT = 4096
-"""Characters from which on a text is encoded in a thread, so that streams do not stall."""
+"""Characters from which on a text is encoded in a thread, so that streams do not stall; and tokens, to decode."""
+LARGE_TEXT = 2**16
+"""Characters from which on it is encoded in another process: a thread would hold Python's lock for too long."""
+MANY_MESSAGES = 64
+"""From so many on, a chat template runs in a thread."""
+ANSWERS_AT_ONCE = 16
+"""Answers that are made before other requests get their turn."""
+RETRY_S = 0.1
 
 
 def version() -> str:
@@ -37,7 +50,7 @@ def version() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    token_ids: list[int]
+    token_ids: TokenIds
     params: SamplingParams
     param: str
     """The field it came from, for error messages."""
@@ -62,19 +75,33 @@ class Service:
         digest = hashlib.blake2b(f"{version()} {self.model_name} {config.dtype}".encode(), digest_size=5).hexdigest()
         self.fingerprint = f"emoe-{version()}-{digest}"
         self.defaults = SamplingDefaults()
+        self.places = Places(config.max_waiting_requests)
+        self.aside = Aside()
+        self.bodies = Bodies(self.aside)
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: str | None = None
+        self._has_fast_tokenizer = False
+        """Whether the other process can have the tokenizer too."""
         self._info: ModelInfo | None = None
 
     async def begin(self) -> None:
         try:
             self.defaults = SamplingDefaults.read(self.model_dir)
-            self._tokenizer = await asyncio.to_thread(Tokenizer.load, self.model_dir, self.config.chat_template)
+            tokenizer = await asyncio.to_thread(Tokenizer.load, self.model_dir, self.config.chat_template)
+            written = await asyncio.to_thread(tokenizer.to_json)
+            self._has_fast_tokenizer = written is not None
+            if written is not None:
+                self.aside.use_tokenizer(lambda: written)
+            self._tokenizer = tokenizer
         except UserError as error:
             self._tokenizer_error = str(error)
         except Exception:
             logger.exception("cannot load the tokenizer")
             self._tokenizer_error = "cannot load the tokenizer; the server's log says more"
+
+    def close(self) -> None:
+        """End the process that this one has beside it. Blocks for a moment."""
+        self.aside.close()
 
     async def readiness(self) -> Readiness:
         if self._tokenizer_error is not None:
@@ -87,9 +114,13 @@ class Service:
         return state
 
     async def check_ready(self) -> None:
-        """Raises NotReadyError with the reason."""
+        """Raises NotReadyError, with the reason, where waiting would be in vain, or nobody has served yet.
+
+        While workers recover, a request is accepted: it waits as those do that were accepted before.
+        """
         state = await self.readiness()
-        if not state.ready:
+        may_wait = self.backend.can_wait and self._tokenizer is not None and not self.draining
+        if not state.ready and (state.error is not None or not may_wait):
             raise NotReadyError(f"the server cannot serve: {state.error or state.reason}")
 
     @property
@@ -99,8 +130,13 @@ class Service:
         return self._tokenizer
 
     async def info(self) -> ModelInfo:
-        if self._info is None:
-            self._info = await self.backend.model_info()
+        while self._info is None:
+            try:
+                self._info = await self.backend.model_info()
+            except NotReadyError:
+                if not self.backend.can_wait:
+                    raise
+                await asyncio.sleep(RETRY_S)
         return self._info
 
     async def limits(self) -> Limits:
@@ -118,7 +154,7 @@ class Service:
                 status=404,
             )
 
-    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> TokenIds:
         """Tokens of a prompt. Raises RequestError, at once, where it is far longer than the model's length."""
         limits = await self.limits()
         fewest = self.tokenizer.fewest_tokens(text)
@@ -130,13 +166,33 @@ class Service:
             )
         return await self.encode_any(text, add_special_tokens=add_special_tokens)
 
-    async def encode_any(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def encode_any(self, text: str, *, add_special_tokens: bool) -> TokenIds:
         """Tokens of a text of any length."""
         if len(text) < LONG_TEXT:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        if len(text) < LARGE_TEXT or not self._has_fast_tokenizer:
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self.aside.encode(text, add_special_tokens=add_special_tokens)
 
-    async def answers(self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str) -> list[Answer]:
+    async def decode(self, token_ids: TokenIds) -> str:
+        """The text of any number of tokens."""
+        if len(token_ids) < LONG_TEXT:
+            return self.tokenizer.decode(token_ids)
+        if not self._has_fast_tokenizer:
+            return await asyncio.to_thread(self.tokenizer.decode, token_ids)
+        return await self.aside.decode(array("i", token_ids))
+
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
+        """As the tokenizer's. In a thread where it may take long."""
+        contents = [message.get("content") for message in messages]
+        chars = sum(len(content) for content in contents if isinstance(content, str | list))
+        if chars < LONG_TEXT and len(messages) < MANY_MESSAGES:
+            return self.tokenizer.render_chat(messages, **how)
+        return await asyncio.to_thread(self.tokenizer.render_chat, messages, **how)
+
+    async def answers(
+        self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str, client: str
+    ) -> list[Answer]:
         """n answers for each prompt, in OpenAI's order of indices."""
         limits, info = await self.limits(), await self.info()
         if len(prompts) * body.num_choices > MAX_SEQUENCES:
@@ -146,14 +202,18 @@ class Service:
             if not prompt.token_ids:
                 raise RequestError(f"{prompt.param}: expected at least one token", param=prompt.param)
             check_token_ids(prompt.token_ids, limits.vocab_size, prompt.param)
+            token_ids = tuple(prompt.token_ids)
             for choice in range(body.num_choices):
                 seed = seed_of_choice(prompt.params.seed, choice)
                 request = GenerateRequest(
                     request_id=RequestId(f"{response_id}-{len(answers)}"),
-                    prompt_token_ids=tuple(prompt.token_ids),
+                    prompt_token_ids=token_ids,
                     params=dataclasses.replace(prompt.params, seed=seed),
                     cache_salt=body.cache_salt or "",
+                    client=client,
                 )
+                if len(answers) % ANSWERS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 answers.append(
                     Answer(
                         index=len(answers),
@@ -167,13 +227,25 @@ class Service:
                 )
         return answers
 
+    def check_room(self, client: str, body: SamplingFields, prompts: int = 1) -> None:
+        """Raises RequestError 503 where so many requests wait that `run` would refuse this one."""
+        self.places.check(client, prompts * body.num_choices)
+
     async def run(self, answers: Sequence[Answer]) -> AsyncGenerator[Delta, None]:
-        """Deltas of all `answers` as they come. Closing it aborts what is left."""
+        """Deltas of all `answers`, which are one client's, as they come. Closing it aborts what is left.
+
+        Raises RequestError 503 where too many requests wait.
+        """
+        taken = self.places.take(answers[0].request.client, len(answers))
         self.active += 1
         try:
-            streams = [answer_deltas(self.backend, answer, self.metrics) for answer in answers]
+            streams = [
+                answer_deltas(self.backend, answer, self.metrics, began=lambda: taken.give_back(1))
+                for answer in answers
+            ]
             async with contextlib.aclosing(merged(streams)) as deltas:
                 async for delta in deltas:
                     yield delta
         finally:
+            taken.give_back()
             self.active -= 1
