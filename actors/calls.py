@@ -53,7 +53,7 @@ async def within(work: Awaitable[T], timeout_s: float) -> T:
     """
     task = asyncio.ensure_future(work)
     try:
-        done, _ = await _wait([task], timeout_s, asyncio.FIRST_COMPLETED)
+        done, _ = await wait_within([task], timeout_s, asyncio.FIRST_COMPLETED)
         if not done:
             raise TimeoutError(f"no answer in {timeout_s:g} s")
         return task.result()
@@ -65,15 +65,15 @@ async def within(work: Awaitable[T], timeout_s: float) -> T:
             task.exception()
 
 
-async def _wait(
-    tasks: Iterable[asyncio.Future[T]], timeout_s: float, until: str
+async def wait_within(
+    tasks: Iterable[asyncio.Future[T]], timeout_s: float, until: str = asyncio.ALL_COMPLETED
 ) -> tuple[set[asyncio.Future[T]], set[asyncio.Future[T]]]:
-    """As asyncio.wait, on the loop's own time."""
+    """As asyncio.wait, but time counts only while this process's own event loop runs (see `within`)."""
     pending = set(tasks)
     for _ in range(LOOKS):
         done, rest = await asyncio.wait(pending, timeout=timeout_s / LOOKS, return_when=until)
         failed = any(not task.cancelled() and task.exception() is not None for task in done)
-        if not rest or (done and until == asyncio.FIRST_COMPLETED) or failed:
+        if not rest or (done and until == asyncio.FIRST_COMPLETED) or (failed and until == asyncio.FIRST_EXCEPTION):
             return done, rest
     return done, rest
 
@@ -108,7 +108,7 @@ async def call_until_error(calls: Mapping[Key, Awaitable[Any]], timeout_s: float
     Returns the errors by key; TimeoutError for every call that had not returned by then without any error.
     """
     tasks: dict[asyncio.Future[Any], Key] = {asyncio.ensure_future(_returned(c)): key for key, c in calls.items()}
-    done, pending = await _wait(tasks, timeout_s, asyncio.FIRST_EXCEPTION)
+    done, pending = await wait_within(tasks, timeout_s, asyncio.FIRST_EXCEPTION)
     await _cancel(pending)
     errors = {tasks[task]: error for task in done if (error := task.exception()) is not None}
     for error in errors.values():

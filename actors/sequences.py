@@ -27,6 +27,7 @@ class Sequence:
         "blocks",
         "cached_tokens",
         "claim",
+        "client",
         "computed",
         "counted",
         "ended",
@@ -41,6 +42,7 @@ class Sequence:
         "tokens",
         "told",
         "told_blocks",
+        "turn",
     )
 
     def __init__(
@@ -51,7 +53,9 @@ class Sequence:
         self.request_id: RequestId = request.request_id
         self.params = params
         self.arrival = arrival
-        """Its place in the queue, which preemption does not lose."""
+        self.client = request.client
+        self.turn = 0
+        """Its place in the queue, which preemption for memory does not lose; see actors/fair_queue.py."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         """Prompt, then output."""
