@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
 
 from cluster.errors import RequestError
 from deploy.bounds import MAX_STOPS, TokenIds, check_sizes, pack_ids, pack_prompt
@@ -188,7 +188,7 @@ class ChatCompletionRequest(SamplingFields):
 
     PROMPT: ClassVar[str] = "messages"
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
