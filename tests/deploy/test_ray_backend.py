@@ -23,6 +23,7 @@ from cluster.protocol import (
     TokenOutput,
 )
 from deploy import ray_backend
+from deploy.generation import GenerationFailed
 from deploy.ray_backend import RayBackend
 
 LENGTH = 20
@@ -286,6 +287,60 @@ def test_a_request_that_nobody_comes_back_for_ends() -> None:
         await until(lambda: engine.aborted == ["r1"])
 
     run(scenario, recovery_timeout_s=0.1)
+
+
+def test_a_request_that_was_never_served_may_come_again_later() -> None:
+    """It is told so by its status: NotReadyError is a 503."""
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        assert not backend.can_wait
+        await until(lambda: backend._readiness.ready)
+        coordinator.current = None
+        engine.kill()
+        await until(lambda: not backend._readiness.ready)
+        assert backend.can_wait
+        with pytest.raises(NotReadyError, match=r"nobody could serve this request for 0\.1 s"):
+            await collect(backend)
+        assert not backend.can_wait
+
+    run(scenario, recovery_timeout_s=0.1)
+
+
+def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads least is cut off; the others go on."""
+    monkeypatch.setattr(ray_backend, "MAX_UNREAD", 5)
+    monkeypatch.setattr(ray_backend, "UNREAD_EVERY", 1)
+
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        slow = backend.generate(request("slow"))
+        first = asyncio.ensure_future(anext(slow))
+        quick = asyncio.create_task(collect(backend, "quick"))
+        await until(lambda: len(engine.running) == 2)
+        for made in range(1, LENGTH + 1):
+            release(engine, 1)
+            await until(lambda made=made: engine.running.get("quick", (None, LENGTH))[1] >= made)  # type: ignore[misc]
+        assert await quick == EXPECTED
+        await first
+        assert engine.aborted == ["slow"]
+        with pytest.raises(GenerationFailed, match="reads more slowly"):
+            await anext(slow)
+
+    run(scenario)
+
+
+def test_a_stalled_api_does_not_blame_the_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "HANG_S", 0.1)
+    monkeypatch.setattr(ray, "kill", lambda actor, *, no_restart: pytest.fail("the coordinator was ended"))
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, _: Engine) -> None:
+        await until(lambda: backend._readiness.ready)
+        for _turn in range(4):
+            time.sleep(0.15)
+            for _step in range(3):
+                await asyncio.sleep(0)
+        assert (await backend.readiness()).ready
+
+    run(scenario)
 
 
 def test_an_engine_that_is_not_started_yet() -> None:
