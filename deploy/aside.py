@@ -3,7 +3,7 @@
 Decoding some MB of JSON, validating it and turning it into tokens hold Python's lock for seconds, and take hundreds of
 MB. They are done here, one after the other: so memory has a bound, and goes back to the system when the process is
 replaced. The process is started when it is first needed, runs at a lower priority, and ends with its parent, whose pipe
-it reads.
+it reads. There are two: one for what is huge.
 
     Aside.call() -> a thread that waits -> pipe -> serve() -> pipe -> the result, or the error that was raised
 """
@@ -36,7 +36,8 @@ MEMORY_BYTES = 4 * 2**30
 """Of address space. What needs more fails, instead of the machine."""
 GROWTH_BYTES = 256 * 2**20
 """A process that has grown by so much is replaced."""
-CALL_S = 60.0
+HUGE_BYTES = 2**20
+CALL_S = 120.0
 """A call that takes longer is ended, with its process."""
 
 _SIZE = struct.Struct("<Q")
@@ -44,53 +45,69 @@ _START = "import sys; sys.path[:] = sys.argv[1:]; from deploy.aside import main;
 
 
 class Aside:
-    """The process, seen from its parent. Calls run one after the other. Belongs to no event loop."""
+    """Two such processes, seen from their parent: one for what is large, one for what is huge, so that a client with
+    the hugest texts does not keep the others' waiting. In each, calls run one after the other. Of no event loop."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._tokenizer: Callable[[], str] | None = None
-        self._knows_tokenizer = False
+        self._large = _Lane()
+        self._huge = _Lane()
 
     def use_tokenizer(self, written: Callable[[], str]) -> None:
         """`written` gives the tokenizer as JSON. Without it, `encode` and `decode` must not be called."""
-        self._tokenizer, self._knows_tokenizer = written, False
+        self._large.tokenizer = self._huge.tokenizer = written
 
     async def parse(self, kind: type[T] | None, body: bytearray) -> T:
         """The JSON text as a body of `kind`, validated; as plain values for None. Raises RequestError."""
-        parsed: T = await self._call("parse", kind, body)
+        parsed: T = await self._lane(len(body)).call("parse", kind, body)
         return parsed
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
         """Token ids, packed as `deploy.bounds.TokenIds`."""
-        ids: array[int] = await self._call("encode", text, add_special_tokens)
+        ids: array[int] = await self._lane(len(text)).call("encode", text, add_special_tokens)
         return ids
 
     async def decode(self, token_ids: array[int]) -> str:
-        return str(await self._call("decode", token_ids))
+        return str(await self._lane(4 * len(token_ids)).call("decode", token_ids))
 
     def close(self) -> None:
-        """End the process. Blocks for a moment."""
+        """End the processes. Blocks for a moment."""
+        self._large.close()
+        self._huge.close()
+
+    def _lane(self, size_bytes: int) -> _Lane:
+        return self._large if size_bytes < HUGE_BYTES else self._huge
+
+
+class _Lane:
+    """One process, and the thread that talks to it."""
+
+    def __init__(self) -> None:
+        self.tokenizer: Callable[[], str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
+        self._knows_tokenizer = False
+
+    async def call(self, name: str, *args: object) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, name, *args)
+
+    def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._process is not None:
-            self._process.kill()
+        if self.process is not None:
+            self.process.kill()
             self._thread.shutdown(wait=True)
             self._end()
 
     # --- In the thread ------------------------------------------------------------------------------------------
 
-    async def _call(self, name: str, *args: object) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, name, *args)
-
     def _answer(self, name: str, *args: object) -> Any:
         if name != "parse" and not self._knows_tokenizer:
-            assert self._tokenizer is not None
-            self._ask("use", self._tokenizer())
+            assert self.tokenizer is not None
+            self._ask("use", self.tokenizer())
             self._knows_tokenizer = True
         return self._ask(name, *args)
 
     def _ask(self, name: str, *args: object) -> Any:
-        process = self._process = self._process or _start()
+        process = self.process = self.process or _start()
         assert process.stdin is not None
         assert process.stdout is not None
         watch = threading.Timer(CALL_S, process.kill)
@@ -114,7 +131,7 @@ class Aside:
         return value
 
     def _end(self) -> None:
-        process, self._process, self._knows_tokenizer = self._process, None, False
+        process, self.process, self._knows_tokenizer = self.process, None, False
         if process is not None:
             process.kill()
             for pipe in (process.stdin, process.stdout):
@@ -185,7 +202,9 @@ class _Work:
         return data if kind is None else parse(kind, data)
 
     def encode(self, text: str, add_special_tokens: bool) -> array[int]:
-        return array("i", self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # "fast" leaves out where each token was in the text, which takes as long as all the rest
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return array("i", encoding.ids)
 
     def decode(self, token_ids: array[int]) -> str:
         return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False))

@@ -71,11 +71,11 @@ def test_a_process_that_dies_is_replaced(other: Aside) -> None:
     async def work() -> None:
         body = bytearray(b'{"prompt": "a"}')
         assert (await other.parse(CompletionRequest, body)).prompts == ["a"]
-        assert other._process is not None
-        os.kill(other._process.pid, signal.SIGSTOP)
+        assert other._large.process is not None
+        os.kill(other._large.process.pid, signal.SIGSTOP)
         answer = asyncio.create_task(other.parse(CompletionRequest, body))
         await asyncio.sleep(0.05)
-        os.kill(other._process.pid, signal.SIGKILL)
+        os.kill(other._large.process.pid, signal.SIGKILL)
         with pytest.raises(RequestError, match="too much memory or time"):
             await answer
         assert (await other.parse(CompletionRequest, body)).prompts == ["a"]
@@ -87,8 +87,8 @@ def test_a_call_has_a_limit_of_time(other: Aside, monkeypatch: pytest.MonkeyPatc
     async def work() -> None:
         await other.parse(None, bytearray(b"{}"))
         monkeypatch.setattr(aside, "CALL_S", 0.05)
-        assert other._process is not None
-        os.kill(other._process.pid, signal.SIGSTOP)
+        assert other._large.process is not None
+        os.kill(other._large.process.pid, signal.SIGSTOP)
         with pytest.raises(RequestError, match="too much memory or time"):
             await other.parse(None, bytearray(b"{}"))
 
