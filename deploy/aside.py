@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ GROWTH_BYTES = 256 * 2**20
 HUGE_BYTES = 2**20
 CALL_S = 120.0
 """A call that takes longer is ended, with its process."""
+LOOK_S = 0.5
 
 _SIZE = struct.Struct("<Q")
 _START = "import sys; sys.path[:] = sys.argv[1:]; from deploy.aside import main; main()"
@@ -154,11 +156,19 @@ def _start() -> subprocess.Popen[bytes]:
 def main() -> None:
     """Answer calls from standard input until it ends."""
     os.nice(NICENESS)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     # what a library prints must not come between the answers
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(sys.stdin.buffer, answers)
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed must not leave this process at work."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os._exit(1)
 
 
 def serve(calls: IO[bytes], answers: IO[bytes]) -> None:
