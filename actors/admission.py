@@ -14,8 +14,9 @@ then takes no later one until it fits, while later ones may go to the other work
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from actors.fair_queue import FairQueue
 from actors.homes import Home
@@ -100,22 +101,31 @@ def admit(waiting: FairQueue, parts: Collection[Part], max_num_seqs: int, max_nu
 
 
 def in_the_way(sequence: Sequence, homes: Collection[Home], max_num_seqs: int) -> Sequence | None:
-    """The running sequence that has to make way for `sequence`, whose turn it is: the newest of the client that has
-    most running, if that is at least two more than the client of `sequence` has. None while there is room anyway.
+    """The running sequence that has to make way for `sequence`, whose turn it is. None while there is room anyway.
 
-    Each time the two clients come closer, so it never goes to and fro.
+    It is the newest of the client that has most running, if that is at least two more than the client of `sequence`
+    has; or else, of calls of that same client. Each time the two come closer, so it never goes to and fro.
     """
     able = [home for home in homes if not home.draining and home.can_ever_hold(sequence)]
     if any(len(home.running) < max_num_seqs and home.slack(sequence, home.cached(sequence)) >= 0 for home in able):
         return None
-    running = Counter(other.client for home in homes for other in home.running.items)
-    if not able or running[sequence.client] == running.total():
-        return None
-    most = max(running.values())
-    if most - running[sequence.client] < 2:
-        return None
-    greedy = [other for home in able for other in home.running.items if running[other.client] == most]
-    return max(greedy, key=lambda other: other.arrival, default=None)
+    running = [other for home in homes for other in home.running.items]
+    greedy = _most_of(running, _client, sequence)
+    greedy = greedy or _most_of([other for other in running if other.client == sequence.client], _call, sequence)
+    return max((other for other in greedy if other.home in able), key=lambda other: other.arrival, default=None)
+
+
+def _most_of(running: Collection[Sequence], whose: Callable[[Sequence], str], sequence: Sequence) -> list[Sequence]:
+    """All of whoever has most of `running`, unless `sequence` belongs to one who has nearly as many."""
+    counts = Counter(map(whose, running))
+    most = max(counts.values(), default=0)
+    if most - counts[whose(sequence)] < 2:
+        return []
+    return [other for other in running if counts[whose(other)] == most]
+
+
+_client = attrgetter("client")
+_call = attrgetter("call")
 
 
 def _claim(sequence: Sequence, homes: Iterable[Home]) -> WorkerId | None:

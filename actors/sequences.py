@@ -26,6 +26,7 @@ class Sequence:
         "arrival",
         "blocks",
         "cached_tokens",
+        "call",
         "claim",
         "client",
         "computed",
@@ -37,6 +38,7 @@ class Sequence:
         "longest",
         "num_prompt_tokens",
         "params",
+        "rank",
         "request_id",
         "stop_token_ids",
         "tokens",
@@ -54,8 +56,11 @@ class Sequence:
         self.params = params
         self.arrival = arrival
         self.client = request.client
+        self.call = request.request_id.rpartition("-")[0]
+        """The call of the API that it is an answer to; one may ask for several."""
+        self.rank = 0
         self.turn = 0
-        """Its place in the queue, which preemption for memory does not lose; see actors/fair_queue.py."""
+        """With `rank`, its place in the queue, which preemption for memory does not lose; see actors/fair_queue.py."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         """Prompt, then output."""

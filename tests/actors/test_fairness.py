@@ -19,8 +19,8 @@ def of(client: str, name: str, prompt: int = 4, **params: object) -> GenerateReq
     return dataclasses.replace(request(f"{client}{name}", prompt, **params), client=client)
 
 
-def waiting(client: str, arrival: int, prompt: int = 4) -> Sequence:
-    return Sequence(of(client, str(arrival), prompt), arrival=arrival, max_model_len=1000, eos=())
+def waiting(client: str, arrival: int, prompt: int = 4, *, name: str | None = None) -> Sequence:
+    return Sequence(of(client, name or str(arrival), prompt), arrival=arrival, max_model_len=1000, eos=())
 
 
 def served(queue: FairQueue, count: int) -> list[str]:
@@ -83,6 +83,40 @@ def test_clients_that_are_gone_are_forgotten() -> None:
     assert len(queue._upcoming) < 100
 
 
+def test_a_call_for_many_answers_takes_turns_with_the_clients_next_call() -> None:
+    queue = FairQueue()
+    for arrival in range(6):
+        queue.enter(waiting("a", arrival, name=f"first-{arrival}"))
+    queue.start(queue.items[0])
+    queue.enter(waiting("b", 10))
+    for arrival in range(20, 22):
+        queue.enter(waiting("a", arrival, name=f"second-{arrival}"))
+    queue.validate()
+    order = []
+    while queue.items:
+        order.append(queue.items[0].arrival)
+        queue.start(queue.items[0])
+        queue.validate()
+    assert order.index(10) <= 1
+    order.remove(10)
+    assert order == [20, 1, 21, 2, 3, 4, 5]
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.booleans()), max_size=60))
+def test_the_queue_stays_in_order(events: list[tuple[str, str, bool]]) -> None:
+    queue = FairQueue()
+    left: list[Sequence] = []
+    for arrival, (client, call, leaves) in enumerate(events):
+        queue.enter(waiting(client, arrival, arrival % 7, name=f"{call}-{arrival}"))
+        if leaves:
+            left.append(queue.items[0])
+            queue.start(queue.items[0])
+        elif len(left) > 1:
+            queue.put_back(left.pop(0))
+            queue.enter(left.pop(0))
+        queue.validate()
+
+
 # --- Places that run --------------------------------------------------------------------------------------------
 
 
@@ -127,6 +161,17 @@ def test_places_are_not_taken_to_and_fro() -> None:
         step(s)
     assert clients(s)["n"] >= 1
     assert s.status().preemptions <= 4
+
+
+def test_a_clients_next_call_need_not_wait_for_its_last_one() -> None:
+    s = scheduler({A: 200, B: 200}, max_num_seqs=4)
+    for n in range(20):
+        s.add(of("g", f"first-{n}", max_tokens=40))
+    for _ in range(4):
+        step(s)
+    s.add(of("g", "second-0"))
+    plans = plan(s)
+    assert "gsecond-0" in [*ids(plans, A), *ids(plans, B)]
 
 
 def test_one_client_is_never_preempted_for_its_own() -> None:
