@@ -6,17 +6,21 @@ follows its cached prefix, unless that home has more queued than the prefix save
 `RUNNING_TOKENS` tokens that it saves. With nothing cached, running requests and queued prompts are spread evenly:
 workers are in lock-step, and a step lasts as long as its longest part.
 
-No request starves: the queue is first come, first served. One that does not fit anywhere yet claims a worker, which
+No request starves: clients take turns in the queue (actors/fair_queue.py), and `in_the_way` takes a place from a client
+that has two more running than the one whose turn it is. One that does not fit anywhere yet claims a worker, which
 then takes no later one until it fits, while later ones may go to the other workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
+from actors.fair_queue import FairQueue
 from actors.homes import Home
-from actors.sequences import Queue, Sequence
+from actors.sequences import Sequence
 from cluster.placement import WorkerId
 from cluster.protocol import Chunk, RequestId
 
@@ -65,8 +69,8 @@ class Part:
         self.budget -= length
 
 
-def admit(waiting: Queue, parts: Collection[Part], max_num_seqs: int, max_num_batched_tokens: int) -> None:
-    """Give waiting requests a home, in order of arrival, while there are seats, blocks and tokens to run."""
+def admit(waiting: FairQueue, parts: Collection[Part], max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    """Give waiting requests a home, in order of their turns, while there are seats, blocks and tokens to run."""
 
     def load(part: Part, cached: list[int]) -> float:
         """Tokens in all if the request came here. A full KV cache is worth a step: there it may be preempted."""
@@ -85,7 +89,7 @@ def admit(waiting: Queue, parts: Collection[Part], max_num_seqs: int, max_num_ba
         fitting = [(part, cached) for part, cached in offers if part.home.slack(sequence, cached) >= 0]
         if fitting:
             part, cached = min(fitting, key=lambda offer: load(*offer))
-            waiting.remove(sequence)
+            waiting.start(sequence)
             part.take(sequence, cached)
             continue
         sequence.claim = _claim(sequence, [part.home for part in parts])
@@ -94,6 +98,34 @@ def admit(waiting: Queue, parts: Collection[Part], max_num_seqs: int, max_num_ba
             # Looking only so far ahead keeps a step quick however long the queue is.
             passed += 1
         at += 1
+
+
+def in_the_way(sequence: Sequence, homes: Collection[Home], max_num_seqs: int) -> Sequence | None:
+    """The running sequence that has to make way for `sequence`, whose turn it is. None while there is room anyway.
+
+    It is the newest of the client that has most running, if that is at least two more than the client of `sequence`
+    has; or else, of calls of that same client. Each time the two come closer, so it never goes to and fro.
+    """
+    able = [home for home in homes if not home.draining and home.can_ever_hold(sequence)]
+    if any(len(home.running) < max_num_seqs and home.slack(sequence, home.cached(sequence)) >= 0 for home in able):
+        return None
+    running = [other for home in homes for other in home.running.items]
+    greedy = _most_of(running, _client, sequence)
+    greedy = greedy or _most_of([other for other in running if other.client == sequence.client], _call, sequence)
+    return max((other for other in greedy if other.home in able), key=lambda other: other.arrival, default=None)
+
+
+def _most_of(running: Collection[Sequence], whose: Callable[[Sequence], str], sequence: Sequence) -> list[Sequence]:
+    """All of whoever has most of `running`, unless `sequence` belongs to one who has nearly as many."""
+    counts = Counter(map(whose, running))
+    most = max(counts.values(), default=0)
+    if most - counts[whose(sequence)] < 2:
+        return []
+    return [other for other in running if counts[whose(other)] == most]
+
+
+_client = attrgetter("client")
+_call = attrgetter("call")
 
 
 def _claim(sequence: Sequence, homes: Iterable[Home]) -> WorkerId | None:

@@ -2,7 +2,7 @@
 
 The life of a request: `add` puts it in the queue. `schedule` gives it a home worker with KV blocks for all its tokens
 and runs its prompt in chunks, then one token a step. `commit` appends what was sampled and tells when it ends.
-When a worker is out of blocks, its newest request goes back to the queue (by its arrival, so to the front) and is
+When a worker is out of blocks, its newest request goes back to the queue (to the place it had, so the front) and is
 computed again later, from prompt and output, perhaps elsewhere. So does every request whose worker is gone. What a
 worker's cache still holds of it is not computed again (see actors/homes.py).
 
@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Mapping
 
-from actors.admission import Part, admit
+from actors.admission import Part, admit, in_the_way
+from actors.fair_queue import FairQueue
 from actors.homes import Home
 from actors.kv_blocks import blocks_for
-from actors.sequences import Queue, Sequence
+from actors.sequences import Sequence
 from cluster.errors import RequestError
 from cluster.messages.epochs import Epoch
 from cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput
@@ -75,7 +76,7 @@ class Scheduler:
         self._rope_limits = tuple(rope_limits)
         self._rope_growth_limit = rope_growth_limit
         self._homes: dict[WorkerId, Home] = {}
-        self._waiting = Queue()
+        self._waiting = FairQueue()
         self._sequences: dict[RequestId, Sequence] = {}
         self._arrivals = 0
         self._flights: deque[tuple[int, dict[WorkerId, Part]]] = deque()
@@ -112,7 +113,7 @@ class Scheduler:
             )
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
-        self._waiting.add(sequence)
+        self._waiting.enter(sequence)
         return None
 
     def _variant(self, prompt: int) -> int:
@@ -150,9 +151,10 @@ class Scheduler:
     def schedule(self, epoch: Epoch, step: int) -> dict[WorkerId, StepPlan] | None:
         """Every worker's plan of the next step, or None when there is nothing to run.
 
-        Decoding sequences come first, then prompts that have begun, then new ones, each in order of arrival. A step
+        Decoding sequences come first, then prompts that have begun, then new ones, each in its order. A step
         lasts as long as its longest part, so while anybody decodes, all workers run few tokens of prompts.
         """
+        self._make_way()
         budget = self._max_num_batched_tokens
         decoding = any(home.decoding for home in self._homes.values())
         prompts = min(
@@ -291,7 +293,18 @@ class Scheduler:
     def _requeue(self, sequence: Sequence) -> None:
         assert sequence.home is not None
         sequence.home.drop(sequence)
-        self._waiting.add(sequence)
+        self._waiting.put_back(sequence)
+
+    def _make_way(self) -> None:
+        """For the client whose turn it is, where another has all the places. At most one a step, which is soon over."""
+        if not self._waiting.items:
+            return
+        victim = in_the_way(self._waiting.items[0], self._homes.values(), self._max_num_seqs)
+        if victim is not None:
+            assert victim.home is not None
+            victim.home.drop(victim)
+            self._waiting.enter(victim)
+            self._preemptions += 1
 
     # --- Membership ---------------------------------------------------------------------------------------------
 
@@ -356,8 +369,7 @@ class Scheduler:
         assert len(homed) == sum(len(home.running) for home in self._homes.values()), "a request has two homes"
         assert not homed.keys() & waiting.keys()
         assert homed | waiting == self._sequences, "a request is lost"
-        arrivals = [sequence.arrival for sequence in self._waiting.items]
-        assert arrivals == sorted(set(arrivals)), "the queue is out of order"
+        self._waiting.validate()
         for sequence in self._sequences.values():
             assert not sequence.ended
             assert sequence.num_prompt_tokens <= len(sequence.tokens) < sequence.longest <= self._max_model_len

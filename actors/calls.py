@@ -21,6 +21,10 @@ from cluster.errors import EmoeError
 from cluster.lines import ending, single_line
 
 Key = TypeVar("Key")
+T = TypeVar("T")
+
+LOOKS = 10
+"""Parts of a time-out."""
 
 LONGEST_CAUSE = 500
 
@@ -56,14 +60,47 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
+async def within(work: Awaitable[T], timeout_s: float) -> T:
+    """The result of `work`. Raises TimeoutError, and cancels it, where it takes longer than `timeout_s`.
+
+    Time counts only while this process's own event loop runs: an answer that waits to be read is not late. So the time
+    is cut into `LOOKS` parts, and each is over when the loop has looked for answers once more, however late it does.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await wait_within([task], timeout_s, asyncio.FIRST_COMPLETED)
+        if not done:
+            raise TimeoutError(f"no answer in {timeout_s:g} s")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+        elif not task.cancelled():
+            # it may have failed while this was being cancelled
+            task.exception()
+
+
+async def wait_within(
+    tasks: Iterable[asyncio.Future[T]], timeout_s: float, until: str = asyncio.ALL_COMPLETED
+) -> tuple[set[asyncio.Future[T]], set[asyncio.Future[T]]]:
+    """As asyncio.wait, but time counts only while this process's own event loop runs (see `within`)."""
+    pending = set(tasks)
+    for _ in range(LOOKS):
+        done, rest = await asyncio.wait(pending, timeout=timeout_s / LOOKS, return_when=until)
+        failed = any(not task.cancelled() and task.exception() is not None for task in done)
+        if not rest or (done and until == asyncio.FIRST_COMPLETED) or (failed and until == asyncio.FIRST_EXCEPTION):
+            return done, rest
+    return done, rest
+
+
 async def sign_of_life(method: Any, timeout_s: float) -> Any:
     """The answer to a call that is always answered at once. Raises TimeoutError where the callee hangs.
 
-    Asked twice: an answer that came while this process itself was held up must not count as late.
+    Asked twice, as a call may be lost.
     """
     with contextlib.suppress(TimeoutError):
-        return await asyncio.wait_for(method.remote(), timeout_s / 2)
-    return await asyncio.wait_for(method.remote(), timeout_s / 2)
+        return await within(method.remote(), timeout_s / 2)
+    return await within(method.remote(), timeout_s / 2)
 
 
 async def call_all(calls: Mapping[Key, Awaitable[Any]], timeout_s: float) -> dict[Key, BaseException]:
@@ -71,7 +108,7 @@ async def call_all(calls: Mapping[Key, Awaitable[Any]], timeout_s: float) -> dic
 
     async def one(call: Awaitable[Any]) -> BaseException | None:
         try:
-            await asyncio.wait_for(call, timeout_s)
+            await within(call, timeout_s)
         except CALL_ERRORS as error:
             return error
         return None
@@ -85,8 +122,8 @@ async def call_until_error(calls: Mapping[Key, Awaitable[Any]], timeout_s: float
 
     Returns the errors by key; TimeoutError for every call that had not returned by then without any error.
     """
-    tasks = {asyncio.ensure_future(_returned(call)): key for key, call in calls.items()}
-    done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    tasks: dict[asyncio.Future[Any], Key] = {asyncio.ensure_future(_returned(c)): key for key, c in calls.items()}
+    done, pending = await wait_within(tasks, timeout_s, asyncio.FIRST_EXCEPTION)
     await _cancel(pending)
     errors = {tasks[task]: error for task in done if (error := task.exception()) is not None}
     for error in errors.values():

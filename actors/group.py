@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
+from actors.calls import within
 from actors.links import Link, connect
 from actors.wire import Message, WireError
 from cluster.placement import WorkerId
@@ -30,7 +31,7 @@ class Group:
         for worker in self._links.keys() - infos.keys():
             self._links.pop(worker)[1].close()
         answers = await asyncio.gather(
-            *(asyncio.wait_for(self._commit(info, epoch, first), timeout_s) for info in infos.values()),
+            *(within(self._commit(info, epoch, first), timeout_s) for info in infos.values()),
             return_exceptions=True,
         )
         return {w: a for w, a in zip(infos, answers, strict=True) if isinstance(a, BaseException)}

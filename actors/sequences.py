@@ -27,7 +27,9 @@ class Sequence:
         "arrival",
         "blocks",
         "cached_tokens",
+        "call",
         "claim",
+        "client",
         "computed",
         "counted",
         "ended",
@@ -37,11 +39,13 @@ class Sequence:
         "longest",
         "num_prompt_tokens",
         "params",
+        "rank",
         "request_id",
         "stop_token_ids",
         "tokens",
         "told",
         "told_blocks",
+        "turn",
     )
 
     def __init__(
@@ -52,7 +56,12 @@ class Sequence:
         self.request_id: RequestId = request.request_id
         self.params = params
         self.arrival = arrival
-        """Its place in the queue, which preemption does not lose."""
+        self.client = request.client
+        self.call = request.request_id.rpartition("-")[0]
+        """The call of the API that it is an answer to; one may ask for several."""
+        self.rank = 0
+        self.turn = 0
+        """With `rank`, its place in the queue, which preemption for memory does not lose; see actors/fair_queue.py."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         """Prompt, then output."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from actors.batching import Scheduler
-from actors.calls import one_line
+from actors.calls import one_line, wait_within
 from actors.clients import Clients
 from actors.group import Group
 from actors.liveness import ABORT_S, SILENT_S
@@ -43,6 +43,8 @@ DEPTH = 2
 LEAD = 0.25
 """Which part of a step before its end the next one is sent; "shortly before" is no less than `LEAD_S`."""
 LEAD_S = 0.004
+STOOD_STILL_S = 0.25
+"""This loop was held up, by itself or by the machine, if it comes back to its work so much too late."""
 
 
 @dataclass(slots=True)
@@ -138,9 +140,13 @@ class StepLoop:
         """Never returns. Raises OSError where this process can open no connection to a host: it is of no use then."""
         while True:
             self._wake.clear()
-            if not await self._act():
-                self._set_timer()
-                await self._wake.wait()
+            begun = self._now()
+            if await self._act():
+                self._excuse(self._now() - begun)
+                continue
+            when = self._set_timer()
+            await self._wake.wait()
+            self._excuse(self._now() - when)
 
     async def _act(self) -> bool:
         """Do what is next. False: there is nothing to do before something happens."""
@@ -167,6 +173,14 @@ class StepLoop:
             return self._begin_step(self._spec.epoch)
         return True
 
+    def _excuse(self, stood_still_s: float) -> None:
+        """Hosts are not late by the time in which this loop did not listen to them."""
+        if stood_still_s < STOOD_STILL_S:
+            return
+        for flight in self._flights:
+            flight.begun += stood_still_s
+            flight.looked_at += stood_still_s
+
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -183,14 +197,18 @@ class StepLoop:
         took = self._took.get(oldest.tokens.bit_length(), 0.0)
         return oldest.begun + took - max(LEAD_S, LEAD * took)
 
-    def _set_timer(self) -> None:
+    def _set_timer(self) -> float:
+        """Wake up when there will be something to do. Returns when; infinity where only an event can tell."""
+        when = math.inf
         if self._timer is not None:
             self._timer.cancel()
         if self._flights:
             due = self._due(self._flights[0])
             late = min(self._deadline(self._flights[0]), self._late_at(self._flights[0]))
-            when = min(late, due if due > self._now() else math.inf)
+            # often enough to tell how long this loop has stood still
+            when = min(late, due if due > self._now() else math.inf, self._now() + STOOD_STILL_S)
             self._timer = asyncio.get_running_loop().call_at(when, self._wake.set)
+        return when
 
     def _begin_step(self, epoch: Epoch) -> bool:
         self._step += 1
@@ -232,10 +250,10 @@ class StepLoop:
         assert self._spec is not None
         self._abort(self._spec.epoch, self._flights[0].answers)
         answers = [answer for flight in self._flights for answer in flight.answers.values()]
-        _, pending = await asyncio.wait(answers, timeout=SILENT_S)
+        _, pending = await wait_within(answers, SILENT_S)
         if pending:
             self._late(sorted({worker for flight in self._flights for worker in flight.pending}))
-            await asyncio.wait(pending, timeout=ABORT_S - SILENT_S)
+            await wait_within(pending, ABORT_S - SILENT_S)
         oldest, *later = self._flights
         self._flights.clear()
         self._scheduler.rollback()

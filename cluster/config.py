@@ -99,6 +99,12 @@ class ServeConfig:
         "seconds that requests under way wait while no worker can serve them; then they end with an error",
         at_least=1,
     )
+    max_waiting_requests: int = setting(
+        2048,
+        "most requests that wait for their first token, every answer of every prompt counted; more are refused with "
+        "status 503. One client gets three quarters of the places that the others leave",
+        at_least=1,
+    )
     drain_timeout: float = setting(
         30.0, "seconds that a worker's requests get to finish before it leaves; then they move", at_least=0
     )

@@ -11,8 +11,7 @@ from starlette.responses import JSONResponse, Response
 from cluster.errors import RequestError
 from cluster.placement import Placement, WorkerId
 from cluster.protocol import Operation, RoutingView, WorkerView
-from deploy.http_io import read_json
-from deploy.schema import RebalanceRequest, ScaleRequest, parse
+from deploy.schema import RebalanceRequest, ScaleRequest
 from deploy.service import Service
 
 
@@ -27,7 +26,7 @@ def admin_router(service: Service) -> APIRouter:
 
     @router.put("/placement")
     async def place(request: Request) -> Response:
-        data = await read_json(request)
+        data = await service.bodies.read_json(request)
         if not isinstance(data, dict):
             raise RequestError("the body must be a JSON object, as GET /admin/placement gives it")
         pinned = request.query_params.get("pinned", data.get("pinned"))
@@ -64,8 +63,8 @@ def admin_router(service: Service) -> APIRouter:
     @router.post("/rebalance")
     async def rebalance(request: Request) -> Response:
         empty = request.headers.get("content-length") == "0" or "content-type" not in request.headers
-        data = {} if empty and not await request.body() else await read_json(request)
-        body = parse(RebalanceRequest, data)
+        none = empty and not await request.body()
+        body = RebalanceRequest() if none else await service.bodies.read(request, RebalanceRequest)
         outcome = await backend.rebalance(body.planner, body.dry_run)
         if isinstance(outcome, Operation):
             return JSONResponse(operation_json(outcome), 202)
@@ -77,7 +76,7 @@ def admin_router(service: Service) -> APIRouter:
 
     @router.post("/scale")
     async def scale(request: Request) -> Response:
-        body = parse(ScaleRequest, await read_json(request))
+        body = await service.bodies.read(request, ScaleRequest)
         if body.workers is None and body.retire is None:
             raise RequestError("workers: expected workers, retire, or both", param="workers")
         retire = tuple(WorkerId(worker) for worker in body.retire or ())

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, FastAPI, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cluster.errors import RequestError
 from deploy.admin import admin_router
+from deploy.bounds import TokenIds
 from deploy.chat import chat_router
 from deploy.completions import completions_router
 from deploy.elastic_ep import elastic_ep_router
 from deploy.guard import Guard
-from deploy.http_io import RETRY_AFTER_S, install_error_handlers, read_json
+from deploy.http_io import RETRY_AFTER_S, install_error_handlers
 from deploy.metrics import CONTENT_TYPE
 from deploy.sampling import check_token_ids
-from deploy.schema import DetokenizeRequest, TokenizeRequest, parse
+from deploy.schema import DetokenizeRequest, TokenizeRequest
 from deploy.service import Service, version
+
+TOKENS_AT_ONCE = 4096
+"""Of an answer of /tokenize, before other requests get their turn."""
+MAX_DETOKENIZED = 2**18
 
 
 def create_app(service: Service) -> FastAPI:
@@ -93,8 +101,8 @@ def _tokenizer_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
-        body = parse(TokenizeRequest, await read_json(request))
+    async def tokenize(request: Request) -> Response:
+        body = await service.bodies.read(request, TokenizeRequest)
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("prompt: expected either prompt or messages", param="prompt")
@@ -104,18 +112,36 @@ def _tokenizer_router(service: Service) -> APIRouter:
             text = await service.render_chat(body.messages, body)
             special, param = bool(body.add_special_tokens), "messages"
         tokens = await service.encode_any(text, add_special_tokens=special, param=param)
-        return {
-            "count": len(tokens),
-            "max_model_len": (await service.limits()).max_model_len,
-            "tokens": tokens,
-            "token_strs": [tokenizer.token_string(token) for token in tokens] if body.return_token_strs else None,
-        }
+        longest = (await service.limits()).max_model_len
+        name = tokenizer.token_string if body.return_token_strs else None
+        return StreamingResponse(_token_json(tokens, longest, name), media_type="application/json")
 
     @router.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, Any]:
-        body = parse(DetokenizeRequest, await read_json(request))
+    async def detokenize(request: Request) -> Response:
+        body = await service.bodies.read(request, DetokenizeRequest)
         service.check_model(body.model)
+        if len(body.tokens) > MAX_DETOKENIZED:
+            raise RequestError(f"tokens: expected at most {MAX_DETOKENIZED}, got {len(body.tokens)}", param="tokens")
         check_token_ids(body.tokens, (await service.limits()).vocab_size, "tokens")
-        return {"prompt": service.tokenizer.decode(body.tokens)}
+        text = await service.decode(body.tokens)
+        return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
 
     return router
+
+
+async def _token_json(tokens: TokenIds, longest: int, name: Callable[[int], str] | None) -> AsyncIterator[bytes]:
+    """The answer of /tokenize, in parts: millions of tokens at once would hold up every stream."""
+    yield b'{"count":%d,"max_model_len":%d,"tokens":[' % (len(tokens), longest)
+    for begin in range(0, len(tokens), TOKENS_AT_ONCE):
+        part = list(tokens[begin : begin + TOKENS_AT_ONCE])
+        yield (b"," if begin else b"") + msgspec.json.encode(part)[1:-1]
+        await asyncio.sleep(0)
+    if name is None:
+        yield b'],"token_strs":null}'
+        return
+    yield b'],"token_strs":['
+    for begin in range(0, len(tokens), TOKENS_AT_ONCE):
+        names = [name(token) for token in tokens[begin : begin + TOKENS_AT_ONCE]]
+        yield (b"," if begin else b"") + msgspec.json.encode(names)[1:-1]
+        await asyncio.sleep(0)
+    yield b"]}"

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from deploy.completions import token_names
 from deploy.conversation import text_of
 from deploy.generation import Delta, ScoredToken
-from deploy.http_io import read_json
+from deploy.http_io import client_name
 from deploy.responses import Run, ending, new_id, shown_id
 from deploy.sampling import sampling_params, truncated
-from deploy.schema import ChatCompletionRequest, parse
+from deploy.schema import ChatCompletionRequest
 from deploy.service import Prompt, Service
 from deploy.tokenizer import Tokenizer
 
@@ -26,12 +26,14 @@ def chat_router(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def create(request: Request) -> Response:
-        body = parse(ChatCompletionRequest, await read_json(request))
+        body = await service.bodies.read(request, ChatCompletionRequest)
         service.check_model(body.model)
         await service.check_ready()
+        client = client_name(request)
+        service.check_room(client, body)
         prompt = await _prompt(service, body)
         response_id = new_id("chatcmpl")
-        answers = await service.answers(body, [prompt], response_id=response_id)
+        answers = await service.answers(body, [prompt], response_id=response_id, client=client)
         shape = ChatShape(
             service.tokenizer,
             token_names(service.tokenizer, body),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from starlette.responses import Response
 
 from cluster.errors import RequestError
 from cluster.protocol import TokenLogprobs
+from deploy.bounds import MAX_PROMPTS, TokenIds
 from deploy.generation import Delta, ScoredToken
-from deploy.http_io import read_json
+from deploy.http_io import client_name
 from deploy.responses import Run, ending, new_id, shown_id
 from deploy.sampling import sampling_params, truncated
-from deploy.schema import MAX_PROMPTS, CompletionRequest, SamplingFields, parse
+from deploy.schema import CompletionRequest, SamplingFields
 from deploy.service import Prompt, Service
 from deploy.tokenizer import Tokenizer, id_name
 
@@ -27,12 +29,14 @@ def completions_router(service: Service) -> APIRouter:
 
     @router.post("/v1/completions")
     async def create(request: Request) -> Response:
-        body = parse(CompletionRequest, await read_json(request))
+        body = await service.bodies.read(request, CompletionRequest)
         service.check_model(body.model)
         await service.check_ready()
+        client = client_name(request)
+        service.check_room(client, body, len(body.prompts))
         prompts = await _prompts(service, body)
         response_id = new_id("cmpl")
-        answers = await service.answers(body, prompts, response_id=response_id)
+        answers = await service.answers(body, prompts, response_id=response_id, client=client)
         echoes = [prompt.text for prompt in prompts for _ in range(body.num_choices)]
         shape = CompletionShape(
             token_names(service.tokenizer, body),
@@ -57,6 +61,9 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     bad_words = await service.bad_words(body.bad_words)
     prompts: list[Prompt] = []
     for prompt in given:
+        # other requests get their turn between two prompts
+        await asyncio.sleep(0)
+        token_ids: TokenIds
         if isinstance(prompt, str):
             special = body.add_special_tokens is not False
             cut = body.truncate_prompt_tokens is not None
@@ -75,14 +82,15 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
             fallback_max_tokens=DEFAULT_MAX_TOKENS,
             bad_words=bad_words,
         )
-        prompts.append(Prompt(token_ids=token_ids, params=params, param="prompt", text=_echo(service, body, prompt)))
+        text = await _echo(service, body, prompt)
+        prompts.append(Prompt(token_ids=token_ids, params=params, param="prompt", text=text))
     return prompts
 
 
-def _echo(service: Service, body: CompletionRequest, prompt: str | list[int]) -> str:
+async def _echo(service: Service, body: CompletionRequest, prompt: str | TokenIds) -> str:
     if not body.echo:
         return ""
-    return prompt if isinstance(prompt, str) else service.tokenizer.decode([t for t in prompt if 0 <= t < 2**31])
+    return prompt if isinstance(prompt, str) else await service.decode([t for t in prompt if t >= 0])
 
 
 class CompletionShape:

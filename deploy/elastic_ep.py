@@ -16,8 +16,7 @@ from cluster.errors import NotReadyError, RequestError
 from cluster.messages.views import Operation, OperationKind, Phase
 from cluster.operations import ENDED
 from deploy.backend import Backend
-from deploy.http_io import read_json
-from deploy.schema import ElasticEpRequest, parse
+from deploy.schema import ElasticEpRequest
 from deploy.service import Service
 
 LOOK_S = 0.1
@@ -29,7 +28,7 @@ def elastic_ep_router(service: Service) -> APIRouter:
 
     @router.post("/scale_elastic_ep")
     async def scale(request: Request) -> dict[str, Any]:
-        body = parse(ElasticEpRequest, await read_json(request))
+        body = await service.bodies.read(request, ElasticEpRequest)
         size = body.new_data_parallel_size or body.new_ep_size
         if size is None:
             raise RequestError("new_data_parallel_size: this field is required", param="new_data_parallel_size")

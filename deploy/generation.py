@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.errors import EmoeError
+from cluster.errors import EmoeError, NotReadyError
 from cluster.protocol import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from deploy.backend import Backend
 from deploy.metrics import Metrics
@@ -134,15 +134,24 @@ class Answer:
         )
 
 
-async def answer_deltas(backend: Backend, answer: Answer, metrics: Metrics) -> AsyncGenerator[Delta, None]:
-    """Runs one answer. Closing the generator, or a stop string, aborts the request in the engine."""
+async def answer_deltas(
+    backend: Backend, answer: Answer, metrics: Metrics, *, began: Callable[[], None] = lambda: None
+) -> AsyncGenerator[Delta, None]:
+    """Runs one answer. Closing the generator, or a stop string, aborts the request in the engine.
+
+    `began` is called once, with the first output.
+    """
     started = last = time.perf_counter()
     reason = FinishReason.ABORT
     tokens = 0
+    waits = True
     metrics.request_began(len(answer.request.prompt_token_ids))
     try:
         async with contextlib.aclosing(_generator(backend.generate(answer.request))) as outputs:
             async for output in outputs:
+                if waits:
+                    waits = False
+                    began()
                 delta = answer.feed(output)
                 now = time.perf_counter()
                 metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
@@ -154,7 +163,7 @@ async def answer_deltas(backend: Backend, answer: Answer, metrics: Metrics) -> A
                 if answer.finished:
                     return
             raise GenerationFailed("the engine ended this request without an answer")
-    except GenerationFailed:
+    except (GenerationFailed, NotReadyError):
         reason = FinishReason.ERROR
         raise
     finally:
@@ -180,8 +189,12 @@ async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerat
         else:
             queue.put_nowait(None)
 
-    tasks = [asyncio.create_task(forward(stream)) for stream in streams]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for stream in streams:
+            tasks.append(asyncio.create_task(forward(stream)))
+            # a thousand long prompts must not be sent in one go
+            await asyncio.sleep(0)
         running = len(tasks)
         while running:
             item = await queue.get()

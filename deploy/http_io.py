@@ -1,10 +1,9 @@
-"""HTTP in and out: JSON bodies read with a limit, errors in OpenAI's form, server-sent events, and hang-ups noticed."""
+"""HTTP out: errors in OpenAI's form, server-sent events, and hang-ups noticed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
@@ -22,12 +21,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 8 * 2**20
-DISCARD_BYTES = 8 * MAX_BODY_BYTES
-"""How much more of an oversized body is read, and thrown away, so that a client gets to read why it was refused."""
-
 DONE = b"data: [DONE]\n\n"
 RETRY_AFTER_S = 2
+SLOW_READER_S = 15.0
+"""A client that lets its connection be full for so long, and at most for twice as long, is cut off."""
 
 
 class ClientGone(Exception):
@@ -87,53 +84,9 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientGone, hung_up)
 
 
-async def read_json(request: Request) -> Any:
-    """The body, decoded. Raises RequestError: 413 for more than MAX_BODY_BYTES, 415 for another type, 400 otherwise."""
-    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise RequestError(f"Content-Type: expected application/json, got {kind[:80]}", status=415)
-    body = bytearray()
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            body.clear()
-            if size > DISCARD_BYTES:
-                break
-        else:
-            body += part
-    if size > MAX_BODY_BYTES:
-        raise RequestError(
-            f"the body is larger than {MAX_BODY_BYTES // 2**20} MB", code="request_too_large", status=413
-        )
-    return _decode(bytes(body))
-
-
-def _decode(body: bytes) -> Any:
-    if not body.strip():
-        raise RequestError("the body is empty; expected a JSON object", code="invalid_json")
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the body is not UTF-8: byte {error.start} is wrong", code="invalid_json") from None
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise RequestError("the body is nested too deeply", code="invalid_json") from None
-    except ValueError as error:
-        raise RequestError(f"the body is no JSON: {error}", code="invalid_json") from None
-    if "\\u" in text:
-        # half a surrogate pair is fine in JSON, but no text
-        try:
-            json.dumps(data, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            message = "the body has an escaped surrogate without its other half"
-            raise RequestError(message, code="invalid_json") from None
-    return data
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+def client_name(request: Request) -> str:
+    """Who shares the server with others: an address, since all may have the same key."""
+    return request.client.host if request.client else ""
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -156,6 +109,7 @@ class EventStream(Response):
     """Server-sent events, each sent at once. Closes `events` when the client hangs up, however long the next one takes.
 
     An exception in `events` becomes a last event with the error object: the status has been sent by then.
+    A client that reads nothing for `SLOW_READER_S` is cut off: it takes places in the engine from those who read.
     """
 
     media_type = "text/event-stream"
@@ -165,23 +119,41 @@ class EventStream(Response):
         # Response thinks of an empty body
         del self.headers["content-length"]
         self._events = events
+        self._sending = False
+        self._sent = 0
+        """Events that the connection has taken."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.create_task(self._send(send))
         watcher = asyncio.create_task(_hang_up(receive))
         try:
-            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            await self._until_over(sender, watcher)
         finally:
             await _cancel(sender, watcher)
             await self._events.aclose()
         if not sender.cancelled() and (error := sender.exception()) and not isinstance(error, OSError):
             raise error
 
+    async def _until_over(self, *tasks: asyncio.Task[None]) -> None:
+        """Until one of `tasks` has ended, or the client has read nothing between two looks."""
+        seen = -1
+        while True:
+            done, _ = await asyncio.wait(tasks, timeout=SLOW_READER_S, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return
+            if self._sending and self._sent == seen:
+                logger.warning("a client is cut off: it has read nothing for %g s", SLOW_READER_S)
+                return
+            seen = self._sent if self._sending else -1
+
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for event in self._events:
+                self._sending = True
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._sending = False
+                self._sent += 1
         except OSError:
             raise  # the connection is gone
         except Exception as error:  # noqa: BLE001 - whatever it is, the client must learn that the stream is over

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
 import uuid
@@ -24,6 +23,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors.calls import within
 from actors.links import Link, connect
 from actors.liveness import CALL_TIMEOUT_S, HANG_S, LIFE_S
 from actors.wire import Message
@@ -33,7 +33,6 @@ from cluster.placement import Placement, WorkerId
 from cluster.protocol import (
     AbortRequests,
     EngineStatus,
-    FinishReason,
     GenerateRequest,
     Hello,
     ModelInfo,
@@ -49,46 +48,20 @@ from cluster.protocol import (
     TokenOutput,
     WorkerView,
 )
+from deploy.generation import GenerationFailed
+from deploy.request_stream import RequestStream
 
 logger = logging.getLogger(__name__)
 
 PLAN_MARGIN_S = 60.0
 """A dry run answers after `plan_deadline` plus at most this."""
+MAX_UNREAD = 2**21
+"""Tokens and log probabilities that clients have not read yet, of all requests: some 200 MB."""
+UNREAD_EVERY = 64
+"""Messages of outputs between two looks at what is unread."""
 RETRY_S = 0.1
 READINESS_S = 0.25
 """How often the coordinator is asked whether requests can be served, until they can; then four times as seldom."""
-
-
-class _Stream:
-    """A request under way: its tokens so far, and its way to whoever reads it."""
-
-    def __init__(self, request: GenerateRequest) -> None:
-        self.request = request
-        self.received: list[int] = list(request.output_token_ids)
-        self.outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self.link: Link | None = None
-        """The connection by which the engine has accepted it; None while there is none."""
-
-    @property
-    def resumed(self) -> GenerateRequest:
-        return dataclasses.replace(self.request, output_token_ids=tuple(self.received))
-
-    def take(self, output: TokenOutput) -> bool:
-        """Hand on what is new of `output`. False where tokens before it are missing: they were lost on the way."""
-        repeats = len(self.received) - output.offset
-        if repeats < 0:
-            return False
-        if repeats:
-            output = dataclasses.replace(
-                output,
-                offset=len(self.received),
-                token_ids=output.token_ids[repeats:],
-                logprobs=output.logprobs[repeats:],
-            )
-        self.received += output.token_ids
-        if output.token_ids or output.finish_reason is not None:
-            self.outputs.put_nowait(output)
-        return True
 
 
 class RayBackend:
@@ -101,12 +74,14 @@ class RayBackend:
         self._recovery_timeout_s = recovery_timeout_s
         self._served_at = 0.0
         """When the cluster was last seen to serve."""
+        self._has_served = False
         self._client_id = uuid.uuid4().hex
-        self._streams: dict[RequestId, _Stream] = {}
+        self._streams: dict[RequestId, RequestStream] = {}
         self._engine: Any = None
         self._link: Link | None = None
         self._readiness = Readiness(ready=False, reason="starting")
         self._resumed = 0
+        self._messages = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
@@ -121,13 +96,13 @@ class RayBackend:
     # --- Requests -----------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        stream = _Stream(request)
+        stream = RequestStream(request)
         self._streams[request.request_id] = stream
         ended = False
         try:
             await self._submit(self._link, stream)
             while not ended:
-                output = await stream.outputs.get()
+                output = await stream.next()
                 ended = output.finish_reason is not None
                 yield output
         finally:
@@ -135,31 +110,30 @@ class RayBackend:
             if not ended and stream.link is not None:
                 stream.link.send(AbortRequests(request_ids=(request.request_id,)))
 
-    async def _submit(self, link: Link | None, stream: _Stream) -> None:
+    async def _submit(self, link: Link | None, stream: RequestStream) -> None:
         """Raises RequestError where the engine refuses. Where it is gone, its successor will be asked again."""
         if link is None:
             return
         stream.link = link
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                await link.call(Submit(requests=(stream.resumed,)))
+            await within(link.call(Submit(requests=(stream.resumed,))), CALL_TIMEOUT_S)
         except (ConnectionError, TimeoutError) as error:
             logger.info("the engine did not take a request: %s", type(error).__name__)
             stream.link = None
             self._start(self._submit_later(stream))
 
-    async def _submit_later(self, stream: _Stream) -> None:
+    async def _submit_later(self, stream: RequestStream) -> None:
         """A new engine is given all that it finds; this is for an engine that is known already."""
         await asyncio.sleep(RETRY_S)
         if stream.link is not None or self._streams.get(stream.request.request_id) is not stream:
             return
         await self._resubmit(self._link, stream)
 
-    async def _resubmit(self, link: Link | None, stream: _Stream) -> None:
+    async def _resubmit(self, link: Link | None, stream: RequestStream) -> None:
         try:
             await self._submit(link, stream)
         except RequestError as error:
-            stream.outputs.put_nowait(_failure(stream, str(error)))
+            stream.fail(str(error))
 
     async def _follow_engines(self) -> None:
         lost: Any = None
@@ -183,8 +157,8 @@ class RayBackend:
         ended = asyncio.Event()
         link = await connect(await _result(engine.endpoint.remote()), self._received, lambda _: ended.set())
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                await link.call(hello)
+            await within(link.call(hello), CALL_TIMEOUT_S)
+            self._has_served = True
             # Before the look at the streams: one that begins after it is submitted by its own generate().
             self._engine, self._link = engine, link
             for stream in [s for s in self._streams.values() if s.link is not link]:
@@ -195,9 +169,8 @@ class RayBackend:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LIFE_S):
                         await ended.wait()
-                async with asyncio.timeout(LIFE_S):
-                    # raises where it has ended
-                    await link.call(hello)
+                # raises where it has ended
+                await within(link.call(hello), LIFE_S)
         finally:
             link.close()
 
@@ -214,9 +187,23 @@ class RayBackend:
                 unknown.append(output.request_id)
                 stream.link = None
                 self._start(self._submit_later(stream))
+        self._messages += 1
+        if self._messages % UNREAD_EVERY == 0:
+            self._bound_unread()
         if unknown:
             # Lost ones, and those whose clients hung up while they were being submitted.
             link.send(AbortRequests(request_ids=tuple(unknown)))
+
+    def _bound_unread(self) -> None:
+        """Cut off the slowest reader while all together have read too little."""
+        unread = sum(stream.unread for stream in self._streams.values())
+        while unread > MAX_UNREAD:
+            slowest = max(self._streams.values(), key=lambda stream: stream.unread)
+            unread -= slowest.unread
+            logger.warning("request %s is ended: its client reads too slowly", slowest.request.request_id)
+            slowest.refuse(GenerationFailed("the client reads more slowly than tokens are made, and many are unread"))
+            if slowest.link is not None:
+                slowest.link.send(AbortRequests(request_ids=(slowest.request.request_id,)))
 
     async def _find_engine(self) -> Any:
         while True:
@@ -232,6 +219,11 @@ class RayBackend:
 
     async def readiness(self) -> Readiness:
         return self._readiness
+
+    @property
+    def can_wait(self) -> bool:
+        waited_s = time.monotonic() - self._served_at
+        return self._has_served and waited_s < self._recovery_timeout_s and self._readiness.error is None
 
     async def engine_status(self) -> EngineStatus:
         if self._engine is None:
@@ -323,11 +315,16 @@ class RayBackend:
         """A client that waits for ever is told nothing."""
         if self._readiness.ready:
             self._served_at = now
+            self._has_served = True
         if now - self._served_at < self._recovery_timeout_s:
             return
         for stream in self._streams.values():
             message = f"nobody could serve this request for {self._recovery_timeout_s:g} s: {self._readiness.reason}"
-            stream.outputs.put_nowait(_failure(stream, message))
+            if stream.received:
+                stream.fail(message)
+            else:
+                # nothing was sent, so it can still be a status that says: try again later
+                stream.refuse(NotReadyError(message))
             if stream.link is not None:
                 stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))
 
@@ -347,20 +344,8 @@ class RayBackend:
 async def _result(ref: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
     """The result of a Ray call. Raises the callee's own exception where it is one of ours, and TimeoutError."""
     try:
-        # wait_for() of Python 3.11 may lose a cancellation
-        async with asyncio.timeout(timeout_s):
-            return await ref
+        return await within(ref, timeout_s)
     except RayTaskError as error:
         if isinstance(error.cause, EmoeError):
             raise error.cause from None
         raise
-
-
-def _failure(stream: _Stream, message: str) -> TokenOutput:
-    return TokenOutput(
-        request_id=stream.request.request_id,
-        offset=len(stream.received),
-        token_ids=(),
-        finish_reason=FinishReason.ERROR,
-        error=message,
-    )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
+import msgspec
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from cluster.errors import RequestError
 from cluster.protocol import FinishReason
 from deploy.generation import Answer, Delta, ScoredToken
 from deploy.http_io import DONE, EventStream, first_then_rest, sse, unless_gone
 from deploy.schema import SamplingFields
 from deploy.service import Service
+
+TOKENS_AT_ONCE = 64
+"""With log probabilities, that take a few milliseconds to write."""
 
 
 class Collected:
@@ -86,19 +92,40 @@ class Run:
     async def respond(self, request: Request) -> Response:
         """Raises ClientGone where the client hangs up before there is anything to send."""
         deltas = self._service.run(self._answers)
-        if not self._body.stream:
-            return JSONResponse(await unless_gone(request, self._whole(deltas)))
-        # An error before the first token is an HTTP status, not an event.
-        return EventStream(self._events(await unless_gone(request, first_then_rest(deltas))))
+        try:
+            if not self._body.stream:
+                return Response(await unless_gone(request, self._whole(deltas)), media_type="application/json")
+            # An error before the first token is an HTTP status, not an event.
+            return EventStream(self._events(await unless_gone(request, first_then_rest(deltas))))
+        except RequestError as error:
+            raise self._as_asked(error) from None
 
-    async def _whole(self, deltas: AsyncGenerator[Delta, None]) -> dict[str, Any]:
+    def _as_asked(self, error: RequestError) -> RequestError:
+        """The engine's refusal, with the name of the field that the client sent."""
+        names = {"prompt": self._body.PROMPT, "max_tokens": self._body.token_limit_field}
+        message = str(error).replace("max_tokens", self._body.token_limit_field)
+        param = names.get(error.param or "", error.param)
+        return RequestError(message, param=param, code=error.code, status=error.status)
+
+    async def _whole(self, deltas: AsyncGenerator[Delta, None]) -> bytes:
         collected = [Collected() for _ in self._answers]
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 collected[delta.index].add(delta)
-        choices = [self._shape.choice(parts.whole(index)) for index, parts in enumerate(collected)]
-        frame = {**self._frame, **self._shape.whole()}
-        return {**frame, "object": self._shape.kind, "choices": choices, "usage": self._usage()}
+        choices = [await self._choice(parts.whole(index)) for index, parts in enumerate(collected)]
+        frame = {**self._frame, **self._shape.whole(), "object": self._shape.kind}
+        return msgspec.json.encode({**frame, "choices": choices, "usage": self._usage()})
+
+    async def _choice(self, answer: Delta) -> msgspec.Raw:
+        """As JSON. Log probabilities of many tokens are written in a thread: they are the larger part of an answer."""
+
+        def write() -> msgspec.Raw:
+            return msgspec.Raw(msgspec.json.encode(self._shape.choice(answer)))
+
+        if len(answer.tokens) > TOKENS_AT_ONCE:
+            return await asyncio.to_thread(write)
+        await asyncio.sleep(0)
+        return write()
 
     async def _events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         begun: set[int] = set()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import RequestError
 from cluster.protocol import SamplingParams
+from deploy.bounds import MAX_LOGIT_BIASES, TokenIds
 from deploy.schema import SamplingFields
-
-MAX_LOGIT_BIASES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,7 @@ def sampling_params(
 
     bad_words: the field's words as tokens.
     """
-    max_tokens = _max_tokens(fields.token_limit, prompt_tokens, defaults, limits, fallback_max_tokens)
+    max_tokens = _max_tokens(fields, prompt_tokens, defaults, limits, fallback_max_tokens)
     min_tokens = fields.min_tokens or 0
     if min_tokens > max_tokens:
         raise RequestError(
@@ -94,13 +93,13 @@ def sampling_params(
 
 
 def truncated(
-    token_ids: list[int],
+    token_ids: TokenIds,
     fields: SamplingFields,
     *,
     defaults: SamplingDefaults,
     limits: Limits,
     fallback_max_tokens: int | None = None,
-) -> list[int]:
+) -> TokenIds:
     """The prompt that is left by `truncate_prompt_tokens`. With -1, what leaves room for the answer."""
     keep = fields.truncate_prompt_tokens
     if keep is None:
@@ -140,8 +139,10 @@ def seed_of_choice(seed: int, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def check_token_ids(token_ids: tuple[int, ...] | list[int], vocab_size: int, param: str) -> None:
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Raises RequestError for an id that the model does not have."""
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise RequestError(
@@ -152,23 +153,24 @@ def check_token_ids(token_ids: tuple[int, ...] | list[int], vocab_size: int, par
 
 
 def _max_tokens(
-    wanted: int | None, prompt_tokens: int, defaults: SamplingDefaults, limits: Limits, fallback: int | None
+    fields: SamplingFields, prompt_tokens: int, defaults: SamplingDefaults, limits: Limits, fallback: int | None
 ) -> int:
+    wanted, field = fields.token_limit, fields.token_limit_field
     room = limits.max_model_len - prompt_tokens
     if room < 1:
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens; this model's maximum context length is {limits.max_model_len} "
             "tokens, prompt and answer together",
-            param="prompt",
+            param=fields.PROMPT,
             code="context_length_exceeded",
         )
     if wanted is None:
         return min(room, *(bound for bound in (fallback, defaults.max_new_tokens, room) if bound is not None))
     if wanted > room:
         raise RequestError(
-            f"max_tokens: {wanted} is too large: this model's maximum context length is {limits.max_model_len} "
+            f"{field}: {wanted} is too large: this model's maximum context length is {limits.max_model_len} "
             f"tokens, of which the prompt has {prompt_tokens}",
-            param="max_tokens",
+            param=field,
             code="context_length_exceeded",
         )
     return wanted

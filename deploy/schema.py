@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
 
 from cluster.errors import RequestError
+from deploy.bounds import MAX_STOPS, TokenIds, check_sizes, pack_ids, pack_prompt
+from deploy.faults import request_error
+from deploy.json_text import type_name
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -19,8 +22,6 @@ TokenIdList = list[Int32]
 BadWord = Annotated[str, Field(min_length=1, max_length=128)]
 
 MAX_CHOICES = 128
-MAX_PROMPTS = 256
-MAX_STOPS = 64
 MAX_LOGPROBS = 20
 """As OpenAI and vLLM."""
 MAX_BAD_WORDS = 128
@@ -34,6 +35,11 @@ class Body(BaseModel):
     """Base of all bodies."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    @classmethod
+    def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """`data` with its lists of token ids checked and packed. Raises RequestError."""
+        return data
 
 
 class StreamOptions(Body):
@@ -70,6 +76,9 @@ class SamplingFields(Body):
         "kv_transfer_params": (),
         "prompt_embeds": (),
     }
+
+    PROMPT: ClassVar[str] = "prompt"
+    """The field that the prompt is in."""
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0)
@@ -134,6 +143,11 @@ class SamplingFields(Body):
         return self.max_tokens
 
     @property
+    def token_limit_field(self) -> str:
+        """The field that `token_limit` is from."""
+        return "max_tokens"
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -145,18 +159,22 @@ class SamplingFields(Body):
 class CompletionRequest(SamplingFields):
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingFields.UNSUPPORTED, "suffix": ("",)}
 
-    prompt: str | list[str] | TokenIdList | list[TokenIdList]
+    prompt: SkipValidation[str | list[str] | TokenIds | list[TokenIds]]
+    """`packed` has checked it."""
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool | None = None
 
+    @classmethod
+    def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {**data, "prompt": pack_prompt(data["prompt"])} if "prompt" in data else data
+
     @property
-    def prompts(self) -> list[str | TokenIdList]:
+    def prompts(self) -> list[str] | list[TokenIds]:
         """One element for each answer that is asked for."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+        return self.prompt if isinstance(self.prompt, list) else [self.prompt]
 
 
 class TextPart(Body):
@@ -216,7 +234,9 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
         "verbosity": ("medium",),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    PROMPT: ClassVar[str] = "messages"
+
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -225,6 +245,10 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def token_limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class TokenizeRequest(TemplateFields):
@@ -240,7 +264,12 @@ class TokenizeRequest(TemplateFields):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: TokenIdList
+    tokens: SkipValidation[TokenIds]
+    """`packed` has checked them."""
+
+    @classmethod
+    def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {**data, "tokens": pack_ids("tokens", data["tokens"])} if "tokens" in data else data
 
 
 class RebalanceRequest(Body):
@@ -280,11 +309,13 @@ SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
 def parse(kind: type[BodyT], data: object) -> BodyT:
     """Check `data`, a decoded JSON body. Raises RequestError that names the first field which is wrong."""
     if not isinstance(data, dict):
-        raise RequestError(f"the body must be a JSON object, got {_json_type(data)}")
+        raise RequestError(f"the body must be a JSON object, got {type_name(data)}")
+    data = kind.packed(data)
+    check_sizes(data, tuple(kind.model_fields))
     try:
         body = kind.model_validate(data)
     except ValidationError as error:
-        raise _request_error(error) from None
+        raise request_error(error) from None
     for name, harmless in getattr(kind, "UNSUPPORTED", {}).items():
         value = data.get(name)
         if name in SWITCHES and data.get(SWITCHES[name]) == "none":
@@ -323,34 +354,3 @@ def _check_together(body: SamplingFields) -> None:
                 "continue_final_message: cannot be true together with add_generation_prompt",
                 param="continue_final_message",
             )
-
-
-def _request_error(error: ValidationError) -> RequestError:
-    """The first fault, in words. Of a union, that of the arm that came furthest."""
-    faults = error.errors(include_url=False, include_context=False, include_input=True)
-    fault = max(faults, key=lambda f: (f["type"] not in ("string_type", "list_type", "int_type"), len(f["loc"])))
-    where = [str(part) for part in fault["loc"]]
-    param = where[0] if where else None
-    path = ".".join(where)
-    if fault["type"] == "missing":
-        return RequestError(f"{path}: this field is required", param=param, code="missing_required_parameter")
-    if len(faults) > 1 and all(f["loc"][:1] == fault["loc"][:1] for f in faults) and param in UNION_FORMS:
-        return RequestError(f"{param}: expected {UNION_FORMS[param]}", param=param, code="invalid_type")
-    value = fault["input"]
-    shown = f", got {value!r}" if isinstance(value, bool | int | float) else f", got {_json_type(value)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "expected").replace("a valid integer", "an integer")
-    message = message.replace("valid ", "").replace("greater than or equal to", "at least")
-    return RequestError(f"{path}: {message}{shown}", param=param, code="invalid_value")
-
-
-UNION_FORMS = {
-    "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
-    "stop": f"a string or a list of up to {MAX_STOPS} strings",
-    "messages": "a list of objects with a role and a content that is a string or a list of text parts",
-}
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -77,6 +77,7 @@ class Api:
     async def __del__(self) -> None:
         self._service.close()
         await self._backend.end()
+        await asyncio.to_thread(self._service.close)
         if await asyncio.to_thread(_application_is_going):
             await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S)
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import time
+from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,9 +17,13 @@ from pathlib import Path
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, RequestError, UserError
 from cluster.protocol import GenerateRequest, ModelInfo, Readiness, RequestId, SamplingParams
+from deploy.aside import Aside
 from deploy.backend import Backend
+from deploy.bodies import Bodies
+from deploy.bounds import TokenIds
 from deploy.generation import Answer, Delta, answer_deltas, merged
 from deploy.metrics import Metrics
+from deploy.places import Places
 from deploy.prompts import DirectPrompts, Prompts
 from deploy.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
 from deploy.schema import Message, SamplingFields, TemplateFields
@@ -31,6 +36,13 @@ OpenPrompts = Callable[[str, str | None], Awaitable[Prompts]]
 
 MAX_SEQUENCES = 1024
 """Prompts times n of one request."""
+LONG_TEXT = 4096
+"""Tokens from which on they are decoded in a thread, so that streams do not stall."""
+LARGE_TEXT = 2**16
+"""Characters from which on a text is encoded beside the API's process, since its tokens come back packed."""
+ANSWERS_AT_ONCE = 16
+"""Answers that are made before other requests get their turn."""
+RETRY_S = 0.1
 
 
 def version() -> str:
@@ -39,7 +51,7 @@ def version() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    token_ids: list[int]
+    token_ids: TokenIds
     params: SamplingParams
     param: str
     """The field it came from, for error messages."""
@@ -69,8 +81,13 @@ class Service:
         self.defaults = SamplingDefaults()
         self._open_prompts = open_prompts
         self._prompts: Prompts | None = None
+        self.places = Places(config.max_waiting_requests)
+        self.aside = Aside()
+        self.bodies = Bodies(self.aside)
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: str | None = None
+        self._has_fast_tokenizer = False
+        """Whether the other process can have the tokenizer too."""
         self._info: ModelInfo | None = None
 
     async def begin(self) -> None:
@@ -83,6 +100,10 @@ class Service:
             else:
                 opening = self._open_prompts(self.model_dir, self.config.chat_template)
                 self._prompts, tokenizer = await asyncio.gather(opening, loading)
+            written = await asyncio.to_thread(tokenizer.to_json)
+            self._has_fast_tokenizer = written is not None
+            if written is not None:
+                self.aside.use_tokenizer(lambda: written)
             self._tokenizer = tokenizer
         except UserError as error:
             self._tokenizer_error = str(error)
@@ -91,6 +112,8 @@ class Service:
             self._tokenizer_error = "cannot load the tokenizer; the server's log says more"
 
     def close(self) -> None:
+        """End the processes that this one has beside it. Blocks for a moment."""
+        self.aside.close()
         if self._prompts is not None:
             self._prompts.close()
 
@@ -105,9 +128,13 @@ class Service:
         return state
 
     async def check_ready(self) -> None:
-        """Raises NotReadyError with the reason."""
+        """Raises NotReadyError, with the reason, where waiting would be in vain, or nobody has served yet.
+
+        While workers recover, a request is accepted: it waits as those do that were accepted before.
+        """
         state = await self.readiness()
-        if not state.ready:
+        may_wait = self.backend.can_wait and self._tokenizer is not None and not self.draining
+        if not state.ready and (state.error is not None or not may_wait):
             raise NotReadyError(f"the server cannot serve: {state.error or state.reason}")
 
     @property
@@ -123,8 +150,13 @@ class Service:
         return self._prompts
 
     async def info(self) -> ModelInfo:
-        if self._info is None:
-            self._info = await self.backend.model_info()
+        while self._info is None:
+            try:
+                self._info = await self.backend.model_info()
+            except NotReadyError:
+                if not self.backend.can_wait:
+                    raise
+                await asyncio.sleep(RETRY_S)
         return self._info
 
     async def limits(self) -> Limits:
@@ -152,7 +184,7 @@ class Service:
             template_kwargs=fields.template_kwargs,
         )
 
-    async def encode(self, text: str, *, add_special_tokens: bool, param: str, to_be_cut: bool = False) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str, to_be_cut: bool = False) -> TokenIds:
         """Tokens of a prompt. Raises RequestError, at once, where it is far longer than the model's length and is not
         to be cut."""
         limits = await self.limits()
@@ -165,8 +197,10 @@ class Service:
             )
         return await self.encode_any(text, add_special_tokens=add_special_tokens, param=param)
 
-    async def encode_any(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+    async def encode_any(self, text: str, *, add_special_tokens: bool, param: str) -> TokenIds:
         """Tokens of a text of any length."""
+        if len(text) >= LARGE_TEXT and self._has_fast_tokenizer:
+            return await self.aside.encode(text, add_special_tokens=add_special_tokens)
         return await self.prompts.encode(text, add_special_tokens=add_special_tokens, param=param)
 
     async def bad_words(self, words: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
@@ -184,7 +218,17 @@ class Service:
                 ways[(single,)] = None
         return tuple(way for way in ways if way)
 
-    async def answers(self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str) -> list[Answer]:
+    async def decode(self, token_ids: TokenIds) -> str:
+        """The text of any number of tokens."""
+        if len(token_ids) < LONG_TEXT:
+            return self.tokenizer.decode(token_ids)
+        if not self._has_fast_tokenizer:
+            return await asyncio.to_thread(self.tokenizer.decode, token_ids)
+        return await self.aside.decode(array("i", token_ids))
+
+    async def answers(
+        self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str, client: str
+    ) -> list[Answer]:
         """n answers for each prompt, in OpenAI's order of indices."""
         limits = await self.limits()
         if len(prompts) * body.num_choices > MAX_SEQUENCES:
@@ -194,15 +238,19 @@ class Service:
             if not prompt.token_ids:
                 raise RequestError(f"{prompt.param}: expected at least one token", param=prompt.param)
             check_token_ids(prompt.token_ids, limits.vocab_size, prompt.param)
+            token_ids = tuple(prompt.token_ids)
             for choice in range(body.num_choices):
                 seed = seed_of_choice(prompt.params.seed, choice)
                 request = GenerateRequest(
                     request_id=RequestId(f"{response_id}-{len(answers)}"),
-                    prompt_token_ids=tuple(prompt.token_ids),
+                    prompt_token_ids=token_ids,
                     params=dataclasses.replace(prompt.params, seed=seed),
                     cache_salt=body.cache_salt or "",
                     eos_token_ids=self.tokenizer.eos_token_ids,
+                    client=client,
                 )
+                if len(answers) % ANSWERS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 answers.append(
                     Answer(
                         index=len(answers),
@@ -217,13 +265,25 @@ class Service:
                 )
         return answers
 
+    def check_room(self, client: str, body: SamplingFields, prompts: int = 1) -> None:
+        """Raises RequestError 503 where so many requests wait that `run` would refuse this one."""
+        self.places.check(client, prompts * body.num_choices)
+
     async def run(self, answers: Sequence[Answer]) -> AsyncGenerator[Delta, None]:
-        """Deltas of all `answers` as they come. Closing it aborts what is left."""
+        """Deltas of all `answers`, which are one client's, as they come. Closing it aborts what is left.
+
+        Raises RequestError 503 where too many requests wait.
+        """
+        taken = self.places.take(answers[0].request.client, len(answers))
         self.active += 1
         try:
-            streams = [answer_deltas(self.backend, answer, self.metrics) for answer in answers]
+            streams = [
+                answer_deltas(self.backend, answer, self.metrics, began=lambda: taken.give_back(1))
+                for answer in answers
+            ]
             async with contextlib.aclosing(merged(streams)) as deltas:
                 async for delta in deltas:
                     yield delta
         finally:
+            taken.give_back()
             self.active -= 1

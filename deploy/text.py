@@ -22,6 +22,12 @@ MAX_PENDING = 8
 MAX_WINDOW = 12
 """Tokens that are decoded anew with each one that comes, before the older ones are let go."""
 
+MAX_KEPT = 4
+"""Tokens before the newest text that may have to be kept, for it to have a text by itself."""
+
+HARD_WINDOW = 3 * MAX_WINDOW
+"""Tokens beyond which older ones are let go in any case, so that the time per token has a bound."""
+
 
 class Detokenizer:
     """Turns a sequence of tokens into text, never handing out a character that a later token may still change.
@@ -68,13 +74,18 @@ class Detokenizer:
         return list(prompt[-PROMPT_TAILS[0] :])
 
     def _let_go(self, new: str) -> None:
-        """Of all but the tokens of the newest text. They must have a text by themselves, or the next word might lose
-        its space; a token that has none and adds none, such as a special one that is skipped, is let go instead."""
-        newest = self._window[self._context :]
-        if text := self._decode(newest):
-            self._window, self._given = newest, len(text)
-        elif not new:
-            self._window.pop()
+        """Of all but the tokens of the newest text, or a few more. They must have a text by themselves, or the next
+        word might lose its space, as it does behind a lone space token; a token that has none and adds none, such as a
+        special one that is skipped, is let go instead."""
+        newest = len(self._window) - self._context
+        for size in range(newest, min(newest + MAX_KEPT, len(self._window))):
+            if text := self._decode(self._window[-size:]):
+                self._window, self._given = self._window[-size:], len(text)
+                return
+            if not new:
+                self._window.pop()
+                return
+        self._cut()
 
     def _give_up(self, text: str) -> str:
         """Hand out what does not become text, but for the last tokens: a character may begin there."""
@@ -84,8 +95,20 @@ class Detokenizer:
                 new, self._given = left[self._given :], 0
                 self._window, self._context = self._window[start:], 0
                 return new
-        new, self._given = text[self._given :], len(text)
+        # where no character ends with a token, all but the last one are certain
+        certain = text.rstrip(REPLACEMENT)
+        certain = certain if len(certain) > self._given else text
+        new, self._given = certain[self._given :], len(certain)
+        self._context = len(self._window) - 1
+        self._cut(unfinished=len(text) - len(certain))
         return new
+
+    def _cut(self, *, unfinished: int = 0) -> None:
+        """Keep the last tokens only, whatever their text, of which the last characters are not handed out yet."""
+        if len(self._window) > HARD_WINDOW:
+            self._window = self._window[-MAX_WINDOW:]
+            self._given = len(self._decode(self._window)) - unfinished
+            self._context = len(self._window) - 1
 
 
 class StopStrings:
@@ -121,9 +144,10 @@ class StopStrings:
 
     def _longest_beginning(self, text: str) -> int:
         """Length of the longest end of `text` with which a stop string begins."""
-        longest = min(len(text), max(map(len, self._stops)) - 1)
-        for size in range(longest, 0, -1):
-            end = text[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return size
-        return 0
+        longest = 0
+        for stop in self._stops:
+            for size in range(min(len(text), len(stop) - 1), longest, -1):
+                if text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest

@@ -87,6 +87,10 @@ class Tokenizer:
     def detokenizer(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
         return Detokenizer(self._decoder(skip_special_tokens), prompt_token_ids)
 
+    def to_json(self) -> str | None:
+        """All of it, as tokenizer.json has it; None where only transformers' code knows how to use it."""
+        return None if self._backend is None else str(self._backend.to_str())
+
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the text's length in tokens, at no cost: to refuse what is hopelessly long."""
         return len(text) // self._max_token_chars

@@ -372,6 +372,31 @@ def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     run(["a", "b"], scenario)
 
 
+def test_the_engines_own_stall_is_no_hosts_fault() -> None:
+    held, goes_on = threading.Event(), threading.Event()
+
+    async def scenario(cluster: Cluster, client: Client) -> None:
+        host = cluster.hosts[WorkerId("b")]
+
+        def hold(plan: StepPlan) -> None:
+            if host.steps == 5 and not held.is_set():
+                held.set()
+                goes_on.wait(10)
+
+        host.before = hold
+        cluster.loop._allowed = step_deadline.StepDeadline(1.0)
+        await client.submit(request("r"))
+        while not held.is_set():
+            await asyncio.sleep(0.001)
+        # longer than a step may take; the host answers only after that
+        time.sleep(1.5)
+        asyncio.get_running_loop().call_later(0.02, goes_on.set)
+        await client.finish(request("r"))
+        assert cluster.reports.empty()
+
+    run(["a", "b"], scenario)
+
+
 def test_epochs_change_under_load() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
         requests = [request(f"r{'x' * n}", prompt=4 + n) for n in range(6)]

@@ -46,7 +46,6 @@ class Row:
     """Longest wait of one stream between two tokens."""
     whole_s: float
     """From the fault until as many workers serve as should and nothing is under way."""
-    refused: int
     answers: int
     faults: tuple[str, ...]
     figures: Mapping[str, str] = field(default_factory=dict)
@@ -109,19 +108,18 @@ def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, 
         outage_s=load.outage_s(begin, end),
         gap_s=load.longest_gap_s(begin, end),
         whole_s=end - begin,
-        refused=load.tally.refused,
         answers=load.tally.answers,
         faults=(*load.tally.faults, *troubles),
         figures=figures,
     )
 
 
-HEADER = f"{'scenario':36} {'outage':>8} {'gap':>8} {'whole':>8} {'refused':>8} {'answers':>8} {'faults':>7}"
+HEADER = f"{'scenario':36} {'outage':>8} {'gap':>8} {'whole':>8} {'answers':>8} {'faults':>7}"
 
 
 def line(row: Row) -> str:
     times = f"{row.outage_s:6.2f} s {row.gap_s:6.2f} s {row.whole_s:6.2f} s"
-    return f"{row.name:36} {times} {row.refused:8d} {row.answers:8d} {len(row.faults):7d}"
+    return f"{row.name:36} {times} {row.answers:8d} {len(row.faults):7d}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,10 +168,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _summary(rows: Sequence[Row], code: int) -> int:
     lost = sum(len(row.faults) for row in rows)
-    refused_in_calm = sum(row.refused for row in rows if row.name not in FAULTS)
     answers = sum(row.answers for row in rows)
-    print(f"{answers} answers, {lost} faults, {refused_in_calm} refused without a fault; the server ended with {code}")
-    return int(bool(lost or refused_in_calm or code))
+    print(f"{answers} answers, {lost} faults; the server ended with {code}")
+    return int(bool(lost or code))
 
 
 if __name__ == "__main__":

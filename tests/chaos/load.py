@@ -20,7 +20,6 @@ LONG_PROMPT = [(37 * n) % 400 + 3 for n in range(280)]
 PROMPTS = ([17, 42, 99, 7, 250], [5, 300, 12], [401, 33, 8, 90, 211, 77, 6], [64], LONG_PROMPT)
 ANSWER_S = 90.0
 """A stream that is silent for so long is lost."""
-REFUSED_S = 0.2
 
 
 class Expected:
@@ -41,10 +40,8 @@ class Tally:
     """What became of the requests."""
 
     answers: int = 0
-    refused: int = 0
-    """503 before a request was accepted; it was sent again."""
     faults: list[str] = field(default_factory=list)
-    """Accepted requests that were lost, and answers with other tokens than expected."""
+    """Requests that were refused or lost, and answers with other tokens than expected."""
 
 
 class Load:
@@ -144,9 +141,7 @@ class Load:
                 except (httpx.HTTPError, ValueError, KeyError) as error:
                     self._count(f"lost: {type(error).__name__}: {error}")
                     continue
-                if answer is None:
-                    self._ending.wait(REFUSED_S)
-                elif not self._expected.agrees(answer, prompt, tokens):
+                if not self._expected.agrees(answer, prompt, tokens):
                     kind = "stream" if stream else "plain answer"
                     self._count(f"other tokens: {kind} of {tokens} tokens to prompt {prompt}: {answer[:80]!r}")
                 else:
@@ -159,19 +154,14 @@ class Load:
             else:
                 self.tally.faults.append(fault)
 
-    def _ask(self, client: httpx.Client, prompt: int, tokens: int, *, stream: bool) -> str | None:
-        """The text of the answer; None where the server took no request. Raises ValueError for an error object."""
+    def _ask(self, client: httpx.Client, prompt: int, tokens: int, *, stream: bool) -> str:
+        """The text of the answer. Raises ValueError for an error object, which a refusal is too: it could wait."""
         body = {"model": MODEL, "prompt": PROMPTS[prompt], "max_tokens": tokens, "temperature": 0}
         body |= {"ignore_eos": True, "stream": stream}
         if stream:
             # so that every token comes at once: text alone waits for the end of a character
             body["logprobs"] = 0
         with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code == 503:
-                response.read()
-                with self._lock:
-                    self.tally.refused += 1
-                return None
             if stream and response.status_code == 200:
                 return self._read_stream(response, tokens)
             answer = json.loads(response.read())

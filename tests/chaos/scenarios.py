@@ -99,7 +99,7 @@ CALM: dict[str, Scenario] = {
     "a quarter of the experts moves": move_a_quarter,
     "2 more workers, and 2 fewer": scale_up_and_down,
 }
-"""No fault: no request may be refused either."""
+"""No fault."""
 
 
 def _named(scenario: Callable[..., None], *roles: str, **settings: bool) -> Scenario:

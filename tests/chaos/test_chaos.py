@@ -25,7 +25,6 @@ def test_no_request_is_lost_and_no_token_changes(tmp_path: Path, tmp_path_factor
         calm = run(server, expected, {"every expert moves": CALM["every expert moves"]}, seed=1, tell=True)
         faults = run(server, expected, {name: FAULTS[name] for name in FEW}, seed=1, tell=True)
         assert not [fault for row in (*calm, *faults) for fault in row.faults]
-        assert not sum(row.refused for row in calm)
         assert all(row.answers for row in (*calm, *faults))
         assert server.stop() == 0
     finally:

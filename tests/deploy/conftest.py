@@ -31,8 +31,11 @@ async def client_of(
     service = Service(ServeConfig.from_mapping(settings), backend, str(model_dir))
     await service.begin()
     transport = httpx.ASGITransport(app=create_app(service), client=peer)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        yield client
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            yield client
+    finally:
+        service.close()
 
 
 @pytest.fixture

@@ -109,6 +109,7 @@ class FakeBackend:
     scale_ends: Phase = Phase.COMPLETED
     placed: tuple[Placement, bool | None] | None = None
     resumed_requests: int = 0
+    can_wait: bool = False
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if self.refuse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from cluster.config import ServeConfig
-from cluster.errors import RequestError
-from cluster.protocol import Phase, Readiness, TokenLogprobs
+from cluster.errors import NotReadyError, RequestError
+from cluster.protocol import GenerateRequest, Phase, Readiness, TokenLogprobs, TokenOutput
+from deploy import http_io
 from deploy.api import create_app
 from deploy.completions import CompletionShape
 from deploy.generation import Delta, ScoredToken
@@ -365,6 +366,128 @@ def test_not_ready(call: Call) -> None:
     assert "loading: w0 40%" in error(refused, 503)["message"]
     assert int(refused.headers["retry-after"]) > 0
     assert call("GET", "/ready").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_request_waits_while_workers_recover(call: Call, path: str) -> None:
+    json = {**COMPLETION, **CHAT}
+    backend = FakeBackend(state=Readiness(ready=False, reason="recovering, 1 of 3 workers ready"), can_wait=True)
+    assert call("POST", path, json=json, backend=backend).status_code == 200
+    assert call("GET", "/ready", backend=backend).status_code == 503
+    # in vain: it never will
+    backend.state = Readiness(ready=False, reason="failed", error="the checkpoint is gone")
+    assert "checkpoint is gone" in error(call("POST", path, json=json, backend=backend), 503)["message"]
+
+
+def test_waiting_in_vain_is_a_503_and_not_a_500(call: Call) -> None:
+    class Gone(FakeBackend):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+            raise NotReadyError("nobody could serve this request for 600 s")
+            yield
+
+    for stream in (False, True):
+        response = call("POST", "/v1/completions", json={**COMPLETION, "stream": stream}, backend=Gone())
+        assert error(response, 503)["code"] == "not_ready"
+        assert int(response.headers["retry-after"]) > 0
+
+
+def test_waiting_requests_are_bounded(model_dir: Path) -> None:
+    """Those that have a token wait no more; those of a client that hung up do not either."""
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    class Held(FakeBackend):
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+            began.set()
+            await go_on.wait()
+            async for output in super().generate(request):
+                yield output
+
+    async def work() -> None:
+        async with client_of(Held(), model_dir, max_waiting_requests=8) as http:
+            answers = [asyncio.create_task(http.post("/v1/completions", json={**COMPLETION, "n": 3})) for _ in range(2)]
+            await began.wait()
+            refused = await http.post("/v1/chat/completions", json={**CHAT, "n": 3})
+            assert error(refused, 503)["code"] == "too_many_requests"
+            assert int(refused.headers["retry-after"]) > 0
+            assert error(await http.post("/v1/completions", json={**COMPLETION, "n": 9}), 400)["param"] == "n"
+            go_on.set()
+            assert [(await answer).status_code for answer in answers] == [200, 200]
+            assert (await http.post("/v1/chat/completions", json={**CHAT, "n": 3})).status_code == 200
+
+    asyncio.run(work())
+
+
+def test_requests_carry_whose_they_are(model_dir: Path) -> None:
+    backend = FakeBackend()
+
+    async def work() -> None:
+        async with client_of(backend, model_dir, peer=("127.0.0.9", 1)) as http:
+            await http.post("/v1/completions", json=COMPLETION)
+
+    asyncio.run(work())
+    assert [request.client for request in backend.requests] == ["127.0.0.9"]
+
+
+def test_refusals_name_what_the_client_sent(call: Call) -> None:
+    too_long = {**CHAT, "max_completion_tokens": 1000}
+    found = error(call("POST", "/v1/chat/completions", json=too_long), 400)
+    assert found["param"] == "max_completion_tokens"
+    assert found["message"].startswith("max_completion_tokens: 1000 ")
+    long = {"messages": [{"role": "user", "content": "日本 " * 100}]}
+    assert error(call("POST", "/v1/chat/completions", json=long), 400)["param"] == "messages"
+    for param, named in (("prompt", "messages"), ("max_tokens", "max_completion_tokens")):
+        backend = FakeBackend(refuse=RequestError("the prompt has 9 tokens and max_tokens is 5", param=param))
+        found = error(
+            call("POST", "/v1/chat/completions", json={**CHAT, "max_completion_tokens": 5}, backend=backend), 400
+        )
+        assert found["param"] == named
+        assert "max_completion_tokens is 5" in found["message"]
+
+
+def test_a_client_that_reads_nothing_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http_io, "SLOW_READER_S", 0.02)
+    sent, closed = [], []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            for n in range(1000):
+                yield b"%d" % n
+        finally:
+            closed.append(True)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 5:
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(http_io.EventStream(events())({"type": "http"}, receive, send))
+    assert closed == [True]
+    assert "a client is cut off" in caplog.text
+
+
+def test_a_stream_with_long_pauses_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_io, "SLOW_READER_S", 0.01)
+    sent = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        for _ in range(2):
+            yield b"a"
+            await asyncio.sleep(0.06)
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body"))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    asyncio.run(http_io.EventStream(events())({"type": "http"}, receive, send))
+    assert sent == [None, b"a", b"a", b""]
 
 
 def test_draining_refuses_new_requests(model_dir: Path) -> None:

@@ -16,6 +16,7 @@ from cluster.errors import NotReadyError, RequestError
 from cluster.messages.requests import Endpoint, FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from cluster.messages.views import Readiness
 from deploy import ray_backend
+from deploy.generation import GenerationFailed
 from deploy.ray_backend import RayBackend
 
 LENGTH = 20
@@ -137,6 +138,8 @@ class Coordinator(Actor):
         super().__init__()
         self.current = engine
         self.hangs = False
+        self.stalls = False
+        """The whole process stands still for 0.15 s, once, while an answer is under way."""
 
     async def engine(self) -> Engine | None:
         return self.current
@@ -147,6 +150,11 @@ class Coordinator(Actor):
     async def readiness(self) -> Readiness:
         if self.hangs:
             await asyncio.sleep(3600)
+        if self.stalls:
+            self.stalls = False
+            time.sleep(0.15)
+            for _ in range(4):
+                await asyncio.sleep(0)
         return Readiness(ready=self.current is not None, reason="serving")
 
 
@@ -279,6 +287,61 @@ def test_a_request_that_nobody_comes_back_for_ends() -> None:
         await until(lambda: engine.aborted == ["r1"])
 
     run(scenario, recovery_timeout_s=0.1)
+
+
+def test_a_request_that_was_never_served_may_come_again_later() -> None:
+    """It is told so by its status: NotReadyError is a 503."""
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        assert not backend.can_wait
+        await until(lambda: backend._readiness.ready)
+        coordinator.current = None
+        engine.kill()
+        await until(lambda: not backend._readiness.ready)
+        assert backend.can_wait
+        with pytest.raises(NotReadyError, match=r"nobody could serve this request for 0\.1 s"):
+            await collect(backend)
+        assert not backend.can_wait
+
+    run(scenario, recovery_timeout_s=0.1)
+
+
+def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads least is cut off; the others go on."""
+    monkeypatch.setattr(ray_backend, "MAX_UNREAD", 5)
+    monkeypatch.setattr(ray_backend, "UNREAD_EVERY", 1)
+
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        slow = backend.generate(request("slow"))
+        first = asyncio.ensure_future(anext(slow))
+        quick = asyncio.create_task(collect(backend, "quick"))
+        await until(lambda: len(engine.running) == 2)
+        for made in range(1, LENGTH + 1):
+            release(engine, 1)
+            await until(lambda made=made: engine.running.get("quick", (None, LENGTH))[1] >= made)  # type: ignore[misc]
+        assert await quick == EXPECTED
+        await first
+        assert engine.aborted == ["slow"]
+        with pytest.raises(GenerationFailed, match="reads more slowly"):
+            await anext(slow)
+
+    run(scenario)
+
+
+def test_a_stalled_api_does_not_blame_the_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "HANG_S", 0.1)
+    ended: list[Any] = []
+    monkeypatch.setattr(ray, "kill", lambda actor, *, no_restart: ended.append(actor))
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, _: Engine) -> None:
+        await until(lambda: backend._readiness.ready)
+        coordinator.stalls = True
+        await until(lambda: not coordinator.stalls)
+        await asyncio.sleep(0.02)
+        assert ended == []
+        assert (await backend.readiness()).ready
+
+    run(scenario)
 
 
 def test_an_engine_that_is_not_started_yet() -> None:

@@ -79,7 +79,8 @@ LIMITS = Limits(max_model_len=100, vocab_size=50)
 def test_refused_fields_of_completions(field: str, value: Any) -> None:
     with pytest.raises(RequestError) as caught:
         parse(CompletionRequest, {"prompt": "a", field: value})
-    assert caught.value.param == field
+    assert caught.value.param is not None
+    assert caught.value.param.split(".")[0] == field
     assert str(caught.value).startswith(field)
 
 
@@ -107,7 +108,8 @@ def test_refused_fields_of_completions(field: str, value: Any) -> None:
 def test_refused_fields_of_chat(field: str, value: Any) -> None:
     with pytest.raises(RequestError) as caught:
         parse(ChatCompletionRequest, {"messages": USER, field: value})
-    assert caught.value.param == field
+    assert caught.value.param is not None
+    assert caught.value.param.split(".")[0] == field
 
 
 def test_tools_that_may_not_be_called_are_plain_chat() -> None:
@@ -145,7 +147,8 @@ def test_a_body_must_be_an_object(data: Any) -> None:
     [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ([], [])],
 )
 def test_forms_of_prompts(prompt: Any, prompts: list[Any]) -> None:
-    assert parse(CompletionRequest, {"prompt": prompt}).prompts == prompts
+    found = parse(CompletionRequest, {"prompt": prompt}).prompts
+    assert [one if isinstance(one, str) else list(one) for one in found] == prompts
 
 
 def params(prompt_tokens: int = 10, defaults: SamplingDefaults | None = None, **fields: Any) -> Any:

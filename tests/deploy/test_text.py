@@ -117,6 +117,28 @@ def test_bytes_that_never_become_text_do_not_pile_up() -> None:
     assert longest < 100
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_a_run_of_any_token_takes_linear_time(kind: str, request: pytest.FixtureRequest) -> None:
+    """Such as SentencePiece's space token, which has no text by itself."""
+    tokenizer: RustTokenizer = request.getfixturevalue(kind)
+    decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    word = tokenizer.token_to_id("▁hello") or tokenizer.token_to_id("h")
+    assert word is not None
+    length = 300
+    for token in range(tokenizer.get_vocab_size()):
+        decoded = 0
+        text = "".join(stream(decode, [token] * length, [word]))
+        assert decoded < 60 * length, (token, tokenizer.id_to_token(token))
+        whole = decoder(tokenizer)([word, *[token] * length])
+        assert decoder(tokenizer)([word]) + text == whole, tokenizer.id_to_token(token)
+
+
 # --- Stop strings -----------------------------------------------------------------------------------------------
 
 LETTERS = st.text(alphabet="ab", max_size=30)
