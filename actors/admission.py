@@ -21,8 +21,9 @@ from operator import attrgetter
 from actors.fair_queue import FairQueue
 from actors.homes import Home
 from actors.sequences import Sequence
+from cluster.messages.requests import RequestId
+from cluster.messages.steps import Chunk
 from cluster.placement import WorkerId
-from cluster.protocol import Chunk, RequestId
 
 RUNNING_TOKENS = 256
 """A request's future tokens, in the time of prompt tokens: it will hold up its worker in every step to come."""

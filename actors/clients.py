@@ -17,9 +17,8 @@ from actors.links import Link, listen
 from actors.liveness import CLIENT_S
 from actors.wire import Message, WireError, new_token
 from cluster.errors import RequestError
-from cluster.protocol import (
+from cluster.messages.requests import (
     AbortRequests,
-    Done,
     Endpoint,
     GenerateRequest,
     Hello,
@@ -29,6 +28,7 @@ from cluster.protocol import (
     Submit,
     TokenOutput,
 )
+from cluster.messages.steps import Done
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from actors.handshakes import BACKLOG, Handshakes
 from actors.wire import is_exhausted, new_token
-from cluster.protocol import Endpoint
+from cluster.messages.requests import Endpoint
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,10 @@ from typing import NoReturn
 from actors.calls import within
 from actors.links import Link, connect
 from actors.wire import Message, WireError
+from cluster.messages.epochs import Epoch, HostInfo
+from cluster.messages.requests import Endpoint
+from cluster.messages.steps import CommitEpoch, ForgetSequences, StepPlan, StepResult
 from cluster.placement import WorkerId
-from cluster.protocol import CommitEpoch, Endpoint, Epoch, ForgetSequences, HostInfo, StepPlan, StepResult
 
 
 class Group:

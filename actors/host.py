@@ -21,7 +21,7 @@ from actors.logs import LogSettings, set_up
 from actors.wire import is_exhausted
 from cluster.collector import no_collection
 from cluster.errors import NotReadyError
-from cluster.protocol import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
+from cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]

@@ -13,7 +13,8 @@ from actors.handshakes import BACKLOG, TOKEN_S, Handshakes
 from actors.liveness import CONNECT_S
 from actors.wire import Frames, Message, WireError, encode, keep_alive
 from cluster.errors import HostError, RequestError, StepAborted
-from cluster.protocol import Done, Endpoint, Failed, Refused, StepResult
+from cluster.messages.requests import Endpoint, Refused
+from cluster.messages.steps import Done, Failed, StepResult
 
 logger = logging.getLogger(__name__)
 

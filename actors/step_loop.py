@@ -24,17 +24,10 @@ from actors.liveness import ABORT_S, SILENT_S
 from actors.step_deadline import StepDeadline
 from actors.wire import is_exhausted
 from cluster.errors import HostError, StepAborted
+from cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from cluster.messages.requests import FinishReason, RequestId, TokenOutput
+from cluster.messages.steps import StepPlan, StepResult
 from cluster.placement import WorkerId
-from cluster.protocol import (
-    Epoch,
-    EpochSpec,
-    FinishReason,
-    HostInfo,
-    RequestId,
-    StepPlan,
-    StepResult,
-    TokenOutput,
-)
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from actors.calls import one_line
 from actors.door import Door, shut
 from actors.wire import Message, WireError, encode, keep_alive, receive
 from cluster.errors import StepAborted
-from cluster.protocol import CommitEpoch, Done, Epoch, Failed, ForgetSequences, StepPlan, StepResult
+from cluster.messages.epochs import Epoch
+from cluster.messages.steps import CommitEpoch, Done, Failed, ForgetSequences, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import RequestError
+from cluster.messages.views import Operation, RoutingView, WorkerView
 from cluster.placement import Placement, WorkerId
-from cluster.protocol import Operation, RoutingView, WorkerView
 from deploy.schema import RebalanceRequest, ScaleRequest
 from deploy.service import Service
 

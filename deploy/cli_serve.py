@@ -21,8 +21,9 @@ from cluster.collector import no_collection
 from cluster.config import ServeConfig
 from cluster.errors import ConfigError, EmoeError, UserError
 from cluster.keys import authorization
+from cluster.messages.epochs import ModelInfo
+from cluster.messages.views import Readiness
 from cluster.operations import ENDED
-from cluster.protocol import ModelInfo, Readiness
 from deploy.cli_console import close_curtain, told
 from deploy.local_ray import END_TIMEOUT_S, ServerProcesses, check_port, check_shared_memory
 from deploy.run_directory import RunDirectory

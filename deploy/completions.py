@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from cluster.errors import RequestError
-from cluster.protocol import TokenLogprobs
+from cluster.messages.requests import TokenLogprobs
 from deploy.bounds import MAX_PROMPTS, TokenIds
 from deploy.generation import Delta, ScoredToken
 from deploy.http_io import client_name

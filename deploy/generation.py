@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import EmoeError, NotReadyError
-from cluster.protocol import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from deploy.backend import Backend
 from deploy.metrics import Metrics
 from deploy.text import StopStrings

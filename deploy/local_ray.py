@@ -22,7 +22,7 @@ import psutil
 from actors.names import NAMESPACE
 from cluster.config import ServeConfig
 from cluster.errors import UserError
-from cluster.protocol import ModelInfo
+from cluster.messages.epochs import ModelInfo
 from deploy.cli_console import keep_ray_lines
 from deploy.haproxy import INSIDE, write_haproxy
 from deploy.ray_environment import PATIENCE_S, home_settings, local_settings, patience, without_proxies

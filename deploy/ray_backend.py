@@ -29,25 +29,19 @@ from actors.liveness import CALL_TIMEOUT_S, HANG_S, LIFE_S
 from actors.wire import Message
 from cluster.counters import ClusterCounters
 from cluster.errors import EmoeError, NotReadyError, RequestError
-from cluster.placement import Placement, WorkerId
-from cluster.protocol import (
-    AbortRequests,
+from cluster.messages.epochs import ModelInfo
+from cluster.messages.requests import AbortRequests, GenerateRequest, Hello, Outputs, RequestId, Submit, TokenOutput
+from cluster.messages.views import (
     EngineStatus,
-    GenerateRequest,
-    Hello,
-    ModelInfo,
     Operation,
-    Outputs,
     PlacementView,
     Readiness,
     RebalancePreview,
-    RequestId,
     RoutingView,
     ScaleView,
-    Submit,
-    TokenOutput,
     WorkerView,
 )
+from cluster.placement import Placement, WorkerId
 from deploy.generation import GenerationFailed
 from deploy.request_stream import RequestStream
 

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 
 from actors.links import Link
-from cluster.protocol import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 
 
 class RequestStream:

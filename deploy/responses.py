@@ -14,7 +14,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from cluster.errors import RequestError
-from cluster.protocol import FinishReason
+from cluster.messages.requests import FinishReason
 from deploy.generation import Answer, Delta, ScoredToken
 from deploy.http_io import DONE, EventStream, first_then_rest, sse, unless_gone
 from deploy.schema import SamplingFields

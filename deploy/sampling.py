@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RequestError
-from cluster.protocol import SamplingParams
+from cluster.messages.requests import SamplingParams
 from deploy.bounds import MAX_LOGIT_BIASES, TokenIds
 from deploy.schema import SamplingFields
 

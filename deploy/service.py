@@ -16,7 +16,9 @@ from pathlib import Path
 
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, RequestError, UserError
-from cluster.protocol import GenerateRequest, ModelInfo, Readiness, RequestId, SamplingParams
+from cluster.messages.epochs import ModelInfo
+from cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
+from cluster.messages.views import Readiness
 from deploy.aside import Aside
 from deploy.backend import Backend
 from deploy.bodies import Bodies

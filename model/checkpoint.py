@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from cluster.errors import CheckpointError
-from cluster.protocol import ModelInfo
+from cluster.messages.epochs import ModelInfo
 from model.limits import MOST_POSITIONS, WithinCpuTime, check_counts
 from model.plan import LoadPlan, make_plan
 from model.quiet import quiet_transformers

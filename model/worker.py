@@ -21,19 +21,10 @@ import torch
 
 from cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
 from cluster.fit import FitReport
+from cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostSpec, RoutingCounts
+from cluster.messages.requests import RequestId
+from cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
 from cluster.placement import EMPTY
-from cluster.protocol import (
-    Chunk,
-    Epoch,
-    EpochSpec,
-    ExpertCopy,
-    HostSpec,
-    RequestId,
-    RoutingCounts,
-    Sample,
-    StepPlan,
-    StepResult,
-)
 from model.attention import SequenceSlice
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.dispatch import Dispatcher

@@ -19,10 +19,7 @@ from actors.migrator import Migrator
 from cluster.config import ServeConfig
 from cluster.errors import CheckpointError, PlacementError, StepAborted
 from cluster.fit import CodePath, FitReport, Part, PartFit
-from cluster.placement import EMPTY, WorkerId
-from cluster.protocol import (
-    Endpoint,
-    EngineStatus,
+from cluster.messages.epochs import (
     Epoch,
     EpochSpec,
     ExpertCopy,
@@ -32,6 +29,9 @@ from cluster.protocol import (
     PhaseCounts,
     RoutingCounts,
 )
+from cluster.messages.requests import Endpoint
+from cluster.messages.views import EngineStatus
+from cluster.placement import EMPTY, WorkerId
 from optimizer import PlacementProblem, PlanResult, plan
 from tests.cluster.simulation import MODEL as SIMULATED
 

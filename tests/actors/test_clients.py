@@ -9,11 +9,9 @@ import pytest
 from actors.clients import Clients
 from actors.links import connect
 from actors.wire import Message
-from cluster.protocol import (
+from cluster.messages.requests import (
     AbortRequests,
-    Done,
     FinishReason,
-    ForgetSequences,
     GenerateRequest,
     Hello,
     RequestId,
@@ -21,6 +19,7 @@ from cluster.protocol import (
     Submit,
     TokenOutput,
 )
+from cluster.messages.steps import Done, ForgetSequences
 
 
 class Accepting:

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from actors.batching import Scheduler
-from cluster.protocol import FinishReason, RequestId, StepResult, TokenOutput
+from cluster.messages.requests import FinishReason, RequestId, TokenOutput
+from cluster.messages.steps import StepResult
 from tests.actors.batches import A, answers, plan, request, scheduler, step
 
 BAD = RequestId("bad")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from actors.batching import Scheduler
 from actors.fair_queue import FairQueue
 from actors.sequences import Sequence
-from cluster.protocol import GenerateRequest
+from cluster.messages.requests import GenerateRequest
 from tests.actors.batches import A, B, ids, plan, request, scheduler, step
 
 

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from actors import door, handshakes
 from actors.step_server import StepServer
 from actors.wire import MAX_BYTES, Message, encode, receive
-from cluster.protocol import CommitEpoch, Done, Endpoint, Epoch, Failed, ForgetSequences, Hello, StepPlan, StepResult
+from cluster.messages.epochs import Epoch
+from cluster.messages.requests import Endpoint, Hello
+from cluster.messages.steps import CommitEpoch, Done, Failed, ForgetSequences, StepPlan, StepResult
 
 PLAN = StepPlan(epoch=Epoch(1), step=7, tokens_per_rank=(0,), new=(), chunks=(), finished=())
 

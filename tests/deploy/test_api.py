@@ -14,7 +14,8 @@ import pytest
 
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, RequestError
-from cluster.protocol import GenerateRequest, Phase, Readiness, TokenLogprobs, TokenOutput
+from cluster.messages.requests import GenerateRequest, TokenLogprobs, TokenOutput
+from cluster.messages.views import Phase, Readiness
 from deploy import http_io
 from deploy.api import create_app
 from deploy.completions import CompletionShape
