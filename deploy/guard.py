@@ -15,8 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.config import ServeConfig
 from cluster.errors import RequestError
-from cluster.peers import Networks, client_address, is_allowed_host, is_loopback
-from deploy.haproxy_config import PEER_HEADER
+from cluster.peers import PEER_HEADER, Networks, client_address, is_allowed_host, is_loopback
 from deploy.http_io import error_response
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cluster.config import ServeConfig
 from cluster.errors import UserError
-from cluster.peers import LOOPBACK_NETWORKS, Networks
+from cluster.peers import LOOPBACK_NETWORKS, PEER_HEADER, Networks
 from deploy import haproxy_config
 from deploy.haproxy_config import Corrections, write_options, write_pages
 
@@ -94,6 +94,7 @@ def corrections(config: ServeConfig, run_dir: Path, *, binary: str) -> Correctio
         binary=binary,
         run_dir=str(run_dir),
         host=config.host,
+        peer_header=PEER_HEADER,
         header_timeout_s=HEADER_TIMEOUT_S,
         max_connections_per_address=config.max_connections_per_address,
         # all clients of a reverse proxy, or of this machine, share one address

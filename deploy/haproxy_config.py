@@ -49,8 +49,6 @@ REASONS = {
 KINDS = {403: "permission_error", 429: "rate_limit_error", 503: "service_unavailable"}
 Change = Callable[[re.Match[str]], str]
 MARK = "# corrected\n"
-PEER_HEADER = "x-emoe-peer"
-"""HAProxy tells the replica the client's address in it; whatever a client writes there is overwritten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,8 @@ class Corrections:
     """Where the error pages are."""
     host: str
     """That the server listens on, as the user gave it."""
+    peer_header: str
+    """In which the replica is told the client's address."""
     header_timeout_s: float
     """Longest time from a request's first byte, or from the connection, to its last header."""
     max_connections_per_address: int
@@ -150,7 +150,7 @@ def _frontend(wanted: Corrections, port: str) -> list[str]:
                 f"req.hdr_cnt gt {HEADERS}",
             )
         ),
-        f"http-request set-header {PEER_HEADER} %[src]",
+        f"http-request set-header {wanted.peer_header} %[src]",
         # uvicorn and Serve answer errors of their own in plain text, which the API never does
         *(
             f"http-response return status {status} default-errorfiles if {{ status {status} }} "

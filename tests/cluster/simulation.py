@@ -37,12 +37,12 @@ from cluster.events import (
     WorkerLost,
 )
 from cluster.facts import ControlSettings, Facts
-from cluster.invariants import validate
 from cluster.membership import needs
 from cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
 from cluster.messages.requests import Endpoint
 from cluster.placement import Placement, WorkerId
 from cluster.state import ControlState
+from tests.cluster.invariants import validate
 
 LAYERS, EXPERTS = 3, 8
 
