@@ -13,12 +13,12 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # CPU machines get the pinned torch 2.13: a looser range pulls several GB of CUDA libraries.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py
 	@echo "setting up $(VENV) (once, a minute or two)"
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q "torch==2.13.*" -e .
-	@$(BIN)/python -c "from model.native import library; library()"
+	@$(BIN)/python -c "from elastic_moe.model.native import library; library()"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
@@ -38,7 +38,7 @@ check: lint ## lint, the pure tests with few examples, and one model family: abo
 
 lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/elastic_moe
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && MYPYPATH=$(VENV)/types $(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

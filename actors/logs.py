@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ServeConfig
-from cluster.lines import single_line
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.lines import single_line
 
-OURS = ("actors", "cluster", "deploy", "model", "optimizer")
-"""Loggers with our level; of other packages, warnings are logged."""
+OURS = "elastic_moe"
+"""The logger with our level; of other packages, warnings are logged."""
 MORE = "  | "
 """Begins the lines of a traceback, which follow the line that they belong to."""
 
@@ -45,8 +45,7 @@ def set_up(process: str, settings: LogSettings) -> None:
     handler = _handler(settings)
     handler.setFormatter((JsonFormatter if settings.json else TextFormatter)(process))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for name in OURS:
-        logging.getLogger(name).setLevel(settings.level.upper())
+    logging.getLogger(OURS).setLevel(settings.level.upper())
     logging.captureWarnings(True)
     threading.excepthook = _thread_failed
     serve = logging.getLogger("ray.serve")
@@ -58,15 +57,14 @@ def set_up(process: str, settings: LogSettings) -> None:
 def as_before() -> Callable[[], None]:
     """A function that undoes what `set_up` will change from now on."""
     handlers, level, hook = logging.root.handlers[:], logging.root.level, threading.excepthook
-    levels = {name: logging.getLogger(name).level for name in OURS}
+    own = logging.getLogger(OURS).level
 
     def undo() -> None:
         logging.captureWarnings(False)
         threading.excepthook = hook
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
-        for name, own in levels.items():
-            logging.getLogger(name).setLevel(own)
+        logging.getLogger(OURS).setLevel(own)
 
     return undo
 

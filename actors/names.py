@@ -1,6 +1,6 @@
 """Names under which our actors are found on a Ray cluster."""
 
-from cluster.placement import WorkerId
+from elastic_moe.cluster.placement import WorkerId
 
 NAMESPACE = "emoe"
 COORDINATOR = "coordinator"

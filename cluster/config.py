@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from cluster.errors import ConfigError
-from cluster.peers import Networks
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.peers import Networks
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Which code serves a model on a worker, and why no faster code does: values, made by `fit` in model/surgery.py.
+"""Which code serves a model on a worker, and why no faster code does: values, made by `fit` in model/fitting/fit.py.
 
 A report has one row for each part, kind of module, path and reason. An operator reads it in the coordinator's log, in
 `/admin/workers` and in `/metrics`; every benchmark prints it beside its figures.

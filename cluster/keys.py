@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.config import ServeConfig
-from cluster.errors import ConfigError
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError
 
 VARIABLES = {
     "api_key": "EMOE_API_KEY",

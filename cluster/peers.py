@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.errors import ConfigError
+from elastic_moe.cluster.errors import ConfigError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 

@@ -18,7 +18,7 @@ from typing import Any, NewType
 import numpy as np
 import numpy.typing as npt
 
-from cluster.errors import PlacementError
+from elastic_moe.cluster.errors import PlacementError
 
 WorkerId = NewType("WorkerId", str)
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.placement import EMPTY, Placement
-from cluster.routing import load_imbalance, load_per_worker
+from elastic_moe.cluster.facts.routing import load_imbalance, load_per_worker
+from elastic_moe.cluster.placement import EMPTY, Placement
 
 PROMPTS = {
     "Bible": (

@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, set_seed
 
+from elastic_moe.model.worker.tracing import record_trace
+from elastic_moe.optimizer.study.traces import Trace, part_loads, save_trace
 from examples.corpus import Text, load_corpus
 from examples.train_builtin import encode
-from model.tracing import record_trace
-from optimizer.traces import Trace, part_loads, save_trace
 
 CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\\n') }}"
 """The model only continues text, so a chat is its messages one after another."""

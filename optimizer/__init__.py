@@ -8,10 +8,10 @@ decision    is a re-placement worth its moves? The rule that production and simu
     from optimizer import PlacementProblem, plan
 """
 
-from optimizer.decision import Decision, Policy, decide
-from optimizer.planner import PLANNERS, plan
-from optimizer.problem import Links, PlacementProblem, Semantics
-from optimizer.result import PlanResult, SolutionStatus, Termination
+from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.result import PlanResult, SolutionStatus, Termination
+from elastic_moe.optimizer.decision import Decision, Policy, decide
+from elastic_moe.optimizer.planner import PLANNERS, plan
 
 __all__ = [
     "PLANNERS",

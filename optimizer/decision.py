@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optimizer.result import PlanResult
+from elastic_moe.optimizer.core.result import PlanResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.errors import PlacementError
-from optimizer.cost import copies, price_table
-from optimizer.draft import Budget, Draft
-from optimizer.layer_prices import LayerPricer
-from optimizer.local_search import FROM_CURRENT, JointSearch
-from optimizer.problem import IntArray, PlacementProblem
-from optimizer.result import Termination
+from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.optimizer.core.contract import Budget, Draft
+from elastic_moe.optimizer.core.cost import copies, price_table
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
+from elastic_moe.optimizer.core.result import Termination
+from elastic_moe.optimizer.search.layer_prices import LayerPricer
+from elastic_moe.optimizer.search.local_search import FROM_CURRENT, JointSearch
 
 BISECTIONS = 6
 """Prices that are tried between the last that moved too little and the first that moved too much."""
@@ -102,7 +102,7 @@ def _filled(
 def _bytes_for(problem: PlacementProblem, price_s: float) -> int:
     """Expert bytes that make one move cost `price_s` per step."""
     unit = dataclasses.replace(problem, expert_bytes=10**9)
-    from optimizer.cost import move_price
+    from elastic_moe.optimizer.core.cost import move_price
 
     return max(int(10**9 * price_s / move_price(unit)), 1)
 

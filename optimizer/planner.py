@@ -8,18 +8,24 @@ from importlib import import_module
 
 import numpy as np
 
-from cluster.errors import ConfigError
-from optimizer.auto_planner import auto_plan
-from optimizer.bounds import lower_bound
-from optimizer.cost import Cost, copies, load_imbalance, price_table, shares
-from optimizer.draft import Budget, Clock, Draft, Planner
-from optimizer.eplb import eplb_table
-from optimizer.heuristics import anticorrelation_table, contiguous_table, greedy_table, random_table, round_robin_table
-from optimizer.local_search import local_search_plan
-from optimizer.problem import IntArray, PlacementProblem
-from optimizer.result import PlanResult, SolutionStatus, Termination
-from optimizer.solvers import SOLVERS, SolverError
-from optimizer.table import to_placement
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.optimizer.auto import auto_plan
+from elastic_moe.optimizer.baselines.eplb import eplb_table
+from elastic_moe.optimizer.baselines.heuristics import (
+    anticorrelation_table,
+    contiguous_table,
+    greedy_table,
+    random_table,
+    round_robin_table,
+)
+from elastic_moe.optimizer.core.bounds import lower_bound
+from elastic_moe.optimizer.core.contract import Budget, Clock, Draft, Planner
+from elastic_moe.optimizer.core.cost import Cost, copies, load_imbalance, price_table, shares
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
+from elastic_moe.optimizer.core.result import PlanResult, SolutionStatus, Termination
+from elastic_moe.optimizer.core.solvers import SOLVERS, SolverError
+from elastic_moe.optimizer.core.table import to_placement
+from elastic_moe.optimizer.search.local_search import local_search_plan
 
 TableMaker = Callable[[PlacementProblem, np.random.Generator], IntArray]
 
@@ -58,10 +64,10 @@ _PLANNERS: dict[str, Planner] = {
     "greedy": _heuristic(greedy_table, "heaviest expert first, to the worker that ends earliest"),
     "anticorrelation": _heuristic(anticorrelation_table, "greedy, with experts that peak together kept apart"),
     "eplb": _heuristic(eplb_table, "spare slots to the heaviest experts, then balanced packing"),
-    "load_ilp": _formulation("optimizer.load_planner", "load_ilp_plan"),
-    "moetuner": _formulation("optimizer.moetuner", "moetuner_plan"),
+    "load_ilp": _formulation("elastic_moe.optimizer.baselines.load_planner", "load_ilp_plan"),
+    "moetuner": _formulation("elastic_moe.optimizer.baselines.moetuner", "moetuner_plan"),
     "local_search": local_search_plan,
-    "ilp": _formulation("optimizer.ilp_planner", "ilp_plan"),
+    "ilp": _formulation("elastic_moe.optimizer.ilp.planner", "ilp_plan"),
     "auto": auto_plan,
 }
 

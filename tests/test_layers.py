@@ -1,12 +1,12 @@
-"""The rule between the folders: an import never points right, and heavy packages stay where they belong."""
+"""The rule between the rooms: ARCHITECTURE.md's table says which room imports from which; no import points down it."""
 
-import ast
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-ORDER = ["cluster", "optimizer", "model", "actors", "deploy"]
+from tests.paths import ROOT
+from tests.rooms import FOLDERS, PACKAGE, imports_of, rooms, sources, table
+
 ONLY_IN = {
     "ray": {"actors", "deploy"},
     "pyomo": {"optimizer"},
@@ -16,22 +16,54 @@ ONLY_IN = {
     "transformers": {"model", "deploy"},
     "fastapi": {"deploy"},
 }
+MOST_FILES = 12
+"""Of a room, beside its __init__.py."""
 
 
-def imports(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.split(".")[0])
-    return names
+def documented() -> list[str]:
+    """The rows of the table in ARCHITECTURE.md."""
+    lines = (ROOT / "ARCHITECTURE.md").read_text().splitlines()
+    start = lines.index("| room | imports from |")
+    end = next(number for number in range(start, len(lines)) if not lines[number].startswith("|"))
+    return lines[start:end]
 
 
-@pytest.mark.parametrize("folder", ORDER)
-def test_imports_point_left(folder: str) -> None:
-    for path in (ROOT / folder).rglob("*.py"):
-        for name in imports(path):
-            if name in ORDER:
-                assert ORDER.index(name) <= ORDER.index(folder), f"{path} imports {name}"
-            assert folder in ONLY_IN.get(name, {folder}), f"{path} imports {name}"
+def test_imports_are_those_of_the_table() -> None:
+    rows = documented()
+    order = [row.split("|")[1].strip().rstrip("/") for row in rows[2:]]
+    assert sorted(order) == sorted(rooms())
+    assert rows == table(order), "`python -m tests.rooms` prints the table of today's code"
+
+
+def test_every_room_imports_from_rooms_above_it() -> None:
+    order = [row.split("|")[1].strip().rstrip("/") for row in documented()[2:]]
+    for room, others in rooms().items():
+        assert all(order.index(other) < order.index(room) for other in others), room
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_from_the_left(folder: str) -> None:
+    for source in sources():
+        if source.parts[0] != folder:
+            continue
+        for name in imports_of(source):
+            first, _, rest = name.partition(".")
+            if first == PACKAGE:
+                other = rest.split(".")[0]
+                assert FOLDERS.index(other) <= FOLDERS.index(folder), f"{source} imports {name}"
+            assert first not in FOLDERS, f"{source} imports {name}: say {PACKAGE}.{name}"
+            assert folder in ONLY_IN.get(first, {folder}), f"{source} imports {name}"
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_rooms_are_small(room: str) -> None:
+    files = [path for path in (ROOT / room).glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= MOST_FILES, room
+
+
+def test_every_test_folder_stands_for_a_room() -> None:
+    apart = {"bench", "chaos", "e2e", "examples"}
+    for path in ROOT.joinpath("tests").rglob("test_*.py"):
+        parts = path.relative_to(ROOT / "tests").parent.parts
+        if parts and parts[0] not in apart:
+            assert Path(ROOT, *parts).is_dir(), path

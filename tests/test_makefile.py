@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.model.families import tiny_checkpoint
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 VENV = Path(sys.executable).parents[1]
 RAN = {
     *("help", "serve", "test", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "clean"),

@@ -1,7 +1,7 @@
 """Every message that processes send one another, a module for each conversation.
 
 Values only: frozen, slotted, keyword-only dataclasses. What travels by Ray is pickled; what travels over our own
-connections (actors/wire.py) is encoded and checked by msgspec.
+connections (actors/remote/codec.py) is encoded and checked by msgspec.
 
 requests  API and engine
 steps     engine and workers

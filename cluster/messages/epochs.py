@@ -13,9 +13,9 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
-from cluster.fit import FitReport
-from cluster.messages.requests import Endpoint
-from cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.fit import FitReport
+from elastic_moe.cluster.messages.requests import Endpoint
+from elastic_moe.cluster.placement import Placement, WorkerId
 
 Epoch = NewType("Epoch", int)
 

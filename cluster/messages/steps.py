@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.messages.epochs import Epoch
-from cluster.messages.requests import RequestId, SamplingParams, TokenLogprobs
+from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.requests import RequestId, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from cluster.fit import FitReport
-from cluster.messages.epochs import Epoch, PhaseCounts
-from cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.fit import FitReport
+from elastic_moe.cluster.messages.epochs import Epoch, PhaseCounts
+from elastic_moe.cluster.placement import Placement, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

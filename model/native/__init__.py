@@ -9,6 +9,6 @@ module named like the .cpp file, and a test in tests/model/native that takes the
 fills is declared in structs.py, and its .cpp file tells its size.
 """
 
-from model.native.library import library, unavailable
+from elastic_moe.model.native.library import library, unavailable
 
 __all__ = ["library", "unavailable"]

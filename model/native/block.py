@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.native import structs
-from model.native.attention import NativeBatch
-from model.native.linear import Packed
+from elastic_moe.model.native import structs
+from elastic_moe.model.native.attention import NativeBatch
+from elastic_moe.model.native.linear import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

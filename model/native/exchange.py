@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.errors import StepAborted
-from model.native.segments import DIRECTORY, join
+from elastic_moe.cluster.errors import StepAborted
+from elastic_moe.model.native.segments import DIRECTORY, join
 
 _ROUND_TOKENS = 1024
 """Most tokens of a rank in one round."""

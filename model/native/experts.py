@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.int8 import SCALE, quantize
-from model.native.linear import Packed, can_pack, pack, pack8, unpack, unpack8
-from model.transformers_private import apply_gate
+from elastic_moe.model.int8 import SCALE, quantize
+from elastic_moe.model.native.linear import Packed, can_pack, pack, pack8, unpack, unpack8
+from elastic_moe.model.transformers_private import apply_gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

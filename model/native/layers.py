@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.native.attention import NativeBatch
-from model.native.block import AttentionBlock
-from model.native.router import Router
-from model.native.structs import Experts, Layer
+from elastic_moe.model.native.attention import NativeBatch
+from elastic_moe.model.native.block import AttentionBlock
+from elastic_moe.model.native.router import Router
+from elastic_moe.model.native.structs import Experts, Layer
 
 
 class JointExperts:

@@ -13,8 +13,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from cluster.config import cache_directory, native_wanted
-from model.native.structs import MIRRORED, mismatch
+from elastic_moe.cluster.config import cache_directory, native_wanted
+from elastic_moe.model.native.structs import MIRRORED, mismatch
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.int8 import GROUP
-from model.native.memory import allocate
+from elastic_moe.model.int8 import GROUP
+from elastic_moe.model.native.memory import allocate
 
 _PANEL = 64
 """Columns of a panel, as in gemm.h."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.native.library import unavailable
+from elastic_moe.model.native.library import unavailable
 
 
 def native_refusal(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.native.linear import Packed
+from elastic_moe.model.native.linear import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cluster.errors import StepAborted
+from elastic_moe.cluster.errors import StepAborted
 
 DIRECTORY = Path("/dev/shm")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from actors.batching import Scheduler
-from cluster.messages.epochs import Epoch
-from cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
-from cluster.messages.steps import Sample, StepPlan, StepResult
-from cluster.placement import WorkerId
+from elastic_moe.actors.scheduler.scheduler import Scheduler
+from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
+from elastic_moe.cluster.messages.steps import Sample, StepPlan, StepResult
+from elastic_moe.cluster.placement import WorkerId
 
 EOS = 0
 A, B = WorkerId("a"), WorkerId("b")

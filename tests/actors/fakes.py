@@ -14,12 +14,12 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError
 
-from actors.fleet import RayFleet
-from actors.migrator import Migrator
-from cluster.config import ServeConfig
-from cluster.errors import CheckpointError, PlacementError, StepAborted
-from cluster.fit import CodePath, FitReport, Part, PartFit
-from cluster.messages.epochs import (
+from elastic_moe.actors.control.fleet import RayFleet
+from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted
+from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
+from elastic_moe.cluster.messages.epochs import (
     Epoch,
     EpochSpec,
     ExpertCopy,
@@ -29,10 +29,10 @@ from cluster.messages.epochs import (
     PhaseCounts,
     RoutingCounts,
 )
-from cluster.messages.requests import Endpoint
-from cluster.messages.views import EngineStatus
-from cluster.placement import EMPTY, WorkerId
-from optimizer import PlacementProblem, PlanResult, plan
+from elastic_moe.cluster.messages.requests import Endpoint
+from elastic_moe.cluster.messages.views import EngineStatus
+from elastic_moe.cluster.placement import EMPTY, WorkerId
+from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
 from tests.cluster.simulation import MODEL as SIMULATED
 
 FIT = FitReport(

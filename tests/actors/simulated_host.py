@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from cluster.messages.requests import GenerateRequest, RequestId, TokenLogprobs
-from cluster.messages.steps import Sample, StepPlan, StepResult
+from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenLogprobs
+from elastic_moe.cluster.messages.steps import Sample, StepPlan, StepResult
 
 VOCABULARY = 13
 EOS = 0

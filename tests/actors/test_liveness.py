@@ -1,6 +1,6 @@
 import re
 
-from actors import liveness
+from elastic_moe.actors import liveness
 
 
 def test_the_table_names_every_time_out() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.logs import FileLines, LogSettings, TextFormatter, as_before, log_directory, log_file, set_up
+from elastic_moe.actors.logs import FileLines, LogSettings, TextFormatter, as_before, log_directory, log_file, set_up
+from tests.paths import ROOT
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_records_in_text(untouched: None, tmp_path: Path) -> None:
         r"\S+Z INFO w0\[\d+\] deploy.x: an event",
         r"\S+Z ERROR w0\[\d+\] actors.y: it failed badly: ValueError: two lines red",
         r"\S+Z WARNING w0\[\d+\] py.warnings: .* UserWarning: old.*",
-        r"\S+Z CRITICAL w0\[\d+\] actors.logs: steps failed: ValueError: two lines red",
+        r"\S+Z CRITICAL w0\[\d+\] elastic_moe.actors.logs: steps failed: ValueError: two lines red",
     ]
     assert len(heads) == len(wanted)
     for head, pattern in zip(heads, wanted, strict=True):
@@ -111,7 +112,7 @@ def test_a_file_that_was_put_aside(tmp_path: Path) -> None:
 
 WRITER = """
 import logging, sys
-from actors.logs import LogSettings, set_up
+from elastic_moe.actors.logs import LogSettings, set_up
 set_up(sys.argv[1], LogSettings(file=sys.argv[2]))
 for number in range(200):
     logging.getLogger("deploy").info("%d %s", number, "x" * 20_000)
@@ -120,7 +121,7 @@ for number in range(200):
 
 def test_processes_do_not_cut_into_one_anothers_lines(tmp_path: Path) -> None:
     file = tmp_path / "log"
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name, str(file)], cwd=Path(__file__).parents[2])
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name, str(file)], cwd=ROOT)
                for name in ("a", "b")]  # fmt: skip
     assert [writer.wait(60) for writer in writers] == [0, 0]
     lines = file.read_text().splitlines()

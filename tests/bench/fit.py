@@ -21,13 +21,11 @@ from unittest import mock
 
 import torch
 
-import model.attention
-import model.experts  # noqa: F401  # both register what a trunk calls
-from cluster.fit import FitReport, Part
-from model import surgery
-from model.checkpoint import open_checkpoint
-from model.loading import expert_modules, load_trunk
-from model.worker import Worker
+from elastic_moe.cluster.fit import FitReport, Part
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
+from elastic_moe.model.fitting import fit as surgery
+from elastic_moe.model.worker.worker import Worker
 from tests.bench.report import markdown
 from tests.bench.step import CONTEXT, load_worker, step_s
 from tests.bench.workers import BLOCK, Case, Load

@@ -5,7 +5,7 @@
 The rivals are re-implementations of their policies (tests/bench/gating_policies.py) over the same products in bfloat16;
 one row of ours has those products too, and one does without the native library. Workers are processes that share the
 cores and exchange tokens through shared memory. Policies are timed in turns. Choices of experts are drawn from a trace:
-a generated one with the statistics of a real one (optimizer/generate.py), or the middle layer of --trace. Writes
+a generated one with the statistics of a real one (optimizer/study/generate.py), or the middle layer of --trace. Writes
 gating.json, .md and .png.
 """
 
@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.shared_memory import SharedMemoryTransport
-from model.surgery import experts_path, layer_experts
-from model.transport import LocalTransport, Transport
-from optimizer.generate import generate_trace
-from optimizer.traces import load_trace
+from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
+from elastic_moe.model.exchange.transports import LocalTransport, Transport
+from elastic_moe.model.fitting.fit import experts_path, layer_experts
+from elastic_moe.optimizer.study.generate import generate_trace
+from elastic_moe.optimizer.study.traces import load_trace
 from tests.bench.gating_policies import OURS, OURS_ALIKE, POLICIES, GatedExperts, Member, Policy, make_policy, swap
 from tests.bench.machine import where_and_when
 from tests.bench.report import markdown

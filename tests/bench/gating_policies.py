@@ -5,8 +5,8 @@
     AdaptiveCapacity  Tutel: the capacity is this step's busiest expert's load: nothing dropped, all padded to it
     ExactRows         FastMoE: sizes first, then exact rows, one for each choice of a token
                       MegaBlocks: the same exchange; rows of an expert padded to whole blocks, or a grouped product
-    Dynamic           this project's dispatcher (model/dispatch.py): a token goes once to each worker, exact sizes; with
-                      the native layer, or with the rivals' products, so that policies alone are compared
+    Dynamic           this project's dispatcher (model/exchange/dispatch.py): a token goes once to each worker, exact
+                      sizes; with the native layer, or with the rivals' products, so that policies alone are compared
 
 Not re-implemented: Tutel's choice of parallelism, FastMoE's shadowing, MegaBlocks' kernels. A rival's placement is
 contiguous, as theirs is.
@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.messages.epochs import Epoch, EpochSpec
-from cluster.placement import Worker, WorkerId, contiguous
-from model.cpu_experts import CpuExperts
-from model.dispatch import LayerShape
-from model.experts import ExpertStore
-from model.groups import join_group, make_dispatcher
-from model.linear import Weight, linear, pack
-from model.surgery import layer_experts
-from model.transport import Transport
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
+from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
+from elastic_moe.model.exchange.dispatch import LayerShape
+from elastic_moe.model.exchange.join import join_group, make_dispatcher
+from elastic_moe.model.exchange.transports import Transport
+from elastic_moe.model.experts.cpu import CpuExperts
+from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.fitting.fit import layer_experts
+from elastic_moe.model.trunk.linear import Weight, linear, pack
 
 BLOCK = 128
 """MegaBlocks' rows per block."""

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from model.checkpoint import open_checkpoint
-from model.quiet import quiet_transformers
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from tests.bench.machine import where_and_when
 from tests.bench.report import markdown
 from tests.bench.serving import mid_checkpoint

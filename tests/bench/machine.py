@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 
 MOST_S = 2.0
 """For the tries of one operation: PyTorch multiplies bfloat16 very slowly where the CPU has no instruction for it."""

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from deploy.builtin import MODEL_DIR
-from deploy.tokenizer import Tokenizer
-from model.attention import SequenceSlice
-from model.worker import Worker
+from elastic_moe.deploy.launch.builtin import MODEL_DIR
+from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.worker.worker import Worker
 from tests.bench.step import load_worker
 from tests.bench.workers import BLOCK
 

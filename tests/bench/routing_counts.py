@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from model.routing_counter import RoutingCounter
+from elastic_moe.model.exchange.counter import RoutingCounter
 
 STEPS = 300
 TOKENS = (1, 8, 32, 512)

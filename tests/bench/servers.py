@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from deploy.local_ray import free_port
+from elastic_moe.deploy.launch.local_ray import free_port
 
 MODEL_NAME = "bench"
 MAX_MODEL_LEN = 2048

@@ -18,8 +18,8 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.fit import CodePath, FitReport, Part, PartFit
-from model.checkpoint import open_checkpoint
+from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from tests.bench import servers
 from tests.bench.client import Client
 from tests.bench.machine import floor_of, measure_machine, where_and_when

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from cluster import placement as placements
-from cluster.messages.epochs import EpochSpec, HostSpec, ModelSpec
-from cluster.messages.steps import StepPlan
-from cluster.placement import Worker as Member
-from cluster.placement import WorkerId
-from model.checkpoint import open_checkpoint
-from model.worker import Worker
+from elastic_moe.cluster import placement as placements
+from elastic_moe.cluster.messages.epochs import EpochSpec, HostSpec, ModelSpec
+from elastic_moe.cluster.messages.steps import StepPlan
+from elastic_moe.cluster.placement import Worker as Member
+from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.worker.worker import Worker
 from tests.bench.machine import floor_of, measure_machine, where_and_when
 from tests.bench.workers import BLOCK, EPOCH, Case, Load
 

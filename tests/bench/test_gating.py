@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.transport import Transport
+from elastic_moe.model.exchange.transports import Transport
 from tests.bench.gating_policies import POLICIES, GatedExperts, Member, StaticCapacity, looped, make_policy
 from tests.model.groups import make_transports, run_group
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.builtin import MODEL_DIR
-from deploy.tokenizer import Tokenizer
-from model.native import unavailable
+from elastic_moe.deploy.launch.builtin import MODEL_DIR
+from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.model.native import unavailable
 from tests.bench.quality import bits_per_token
 from tests.bench.step import load_worker
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model.quiet import quiet_transformers
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from tests.bench.client import Client
 
 PROMPTS, PROMPT_TOKENS = 24, 32

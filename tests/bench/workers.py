@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cluster import placement as placements
-from cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
-from cluster.messages.requests import RequestId, SamplingParams
-from cluster.messages.steps import Chunk, NewSequence, StepPlan
-from cluster.placement import Worker as Member
-from cluster.placement import WorkerId
+from elastic_moe.cluster import placement as placements
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
+from elastic_moe.cluster.messages.requests import RequestId, SamplingParams
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan
+from elastic_moe.cluster.placement import Worker as Member
+from elastic_moe.cluster.placement import WorkerId
 
 BLOCK = 16
 LONGEST = 512
@@ -109,7 +109,7 @@ class Times:
 
 def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     """One turn of a case."""
-    from model.native.exchange import NativeExchange
+    from elastic_moe.model.native.exchange import NativeExchange
 
     group = worker._epoch.group
     times: list[tuple[float, float]] = []
@@ -148,8 +148,8 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     if setup.pinned:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[(rank * setup.threads + n) % len(cores)] for n in range(setup.threads)})
-    from model.checkpoint import open_checkpoint
-    from model.worker import Worker
+    from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+    from elastic_moe.model.worker.worker import Worker
 
     info, size = open_checkpoint(path).info, setup.workers
     experts = info.num_logical_experts

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cluster.placement import Placement
-from cluster.routing import load_imbalance
-from optimizer import PlacementProblem, plan
+from elastic_moe.cluster.facts.routing import load_imbalance
+from elastic_moe.cluster.placement import Placement
+from elastic_moe.optimizer import PlacementProblem, plan
 from tests.e2e.conftest import MODEL, READY_S, Server, kill_family, start
 
 WINDOW_S = 20.0

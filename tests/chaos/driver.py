@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from tests.chaos.bench import Bench, wait_for_spare
 from tests.chaos.drift import drift
 from tests.chaos.leaks import scale_cycles

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.facts import Facts, Stage
-from cluster.membership import needs
-from cluster.messages.views import OperationKind, Phase
-from cluster.operations import ENDED, HISTORY
-from cluster.state import ControlState
+from elastic_moe.cluster.control.state import ControlState
+from elastic_moe.cluster.facts.facts import Facts, Stage
+from elastic_moe.cluster.facts.membership import needs
+from elastic_moe.cluster.facts.operations import ENDED, HISTORY
+from elastic_moe.cluster.messages.views import OperationKind, Phase
 
 
 def validate(state: ControlState) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cluster.events import (
+from elastic_moe.cluster.control.state import ControlState
+from elastic_moe.cluster.facts.events import (
     Abandon,
     AbortSteps,
     Command,
@@ -36,12 +37,11 @@ from cluster.events import (
     WorkerLoaded,
     WorkerLost,
 )
-from cluster.facts import ControlSettings, Facts
-from cluster.membership import needs
-from cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
-from cluster.messages.requests import Endpoint
-from cluster.placement import Placement, WorkerId
-from cluster.state import ControlState
+from elastic_moe.cluster.facts.facts import ControlSettings, Facts
+from elastic_moe.cluster.facts.membership import needs
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from elastic_moe.cluster.messages.requests import Endpoint
+from elastic_moe.cluster.placement import Placement, WorkerId
 from tests.cluster.invariants import validate
 
 LAYERS, EXPERTS = 3, 8

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from cluster.events import Command, LoadSeen, Tick
-from cluster.facts import ControlSettings, Facts
-from cluster.membership import Member, needs
-from cluster.messages.epochs import Epoch, EpochSpec
-from cluster.messages.views import Operation, WorkerState
-from cluster.placement import Placement, Worker, WorkerId, contiguous
+from elastic_moe.cluster.facts.events import Command, LoadSeen, Tick
+from elastic_moe.cluster.facts.facts import ControlSettings, Facts
+from elastic_moe.cluster.facts.membership import Member, needs
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
+from elastic_moe.cluster.messages.views import Operation, WorkerState
+from elastic_moe.cluster.placement import Placement, Worker, WorkerId, contiguous
 from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation, info
 
 W0, W1, W2 = WorkerId("w0"), WorkerId("w1"), WorkerId("w2")

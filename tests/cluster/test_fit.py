@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
+from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
 
 HALF = "it has two feed-forward halves"
 

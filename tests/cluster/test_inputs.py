@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.config import ServeConfig
-from cluster.errors import ConfigError
-from cluster.placement import Placement, PlacementError
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.placement import Placement, PlacementError
 
 GOOD: dict[str, Any] = {
     "num_logical_experts": 2,

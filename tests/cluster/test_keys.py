@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ServeConfig
-from cluster.errors import ConfigError
-from cluster.keys import authorization, with_keys
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.keys import authorization, with_keys
 
 
 def test_files_variables_and_settings(tmp_path: Path) -> None:

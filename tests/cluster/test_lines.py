@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.lines import ending, single_line
+from elastic_moe.cluster.lines import ending, single_line
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import ServeConfig
-from cluster.errors import ConfigError
-from cluster.peers import Networks, client_address, is_allowed_host, is_loopback, parse_address
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.peers import Networks, client_address, is_allowed_host, is_loopback, parse_address
 
 
 @pytest.mark.parametrize(

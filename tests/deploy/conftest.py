@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.config import ServeConfig
-from deploy.api import create_app
-from deploy.service import Service
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.deploy.api.app import create_app
+from elastic_moe.deploy.api.service import Service
 from tests.deploy.fakes import FakeBackend, make_tokenizer
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import ray
 
-from actors.clients import Clients
-from cluster.config import ServeConfig
-from cluster.counters import ClusterCounters
-from cluster.errors import RequestError
-from cluster.messages.requests import Endpoint, FinishReason, GenerateRequest, RequestId, TokenOutput
-from cluster.messages.views import EngineStatus, Readiness
+from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.facts.counters import ClusterCounters
+from elastic_moe.cluster.messages.requests import Endpoint, FinishReason, GenerateRequest, RequestId, TokenOutput
+from elastic_moe.cluster.messages.views import EngineStatus, Readiness
 from tests.deploy.fakes import FakeBackend
 
 

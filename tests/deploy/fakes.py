@@ -13,13 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from cluster.counters import ClusterCounters, RebalanceResult
-from cluster.errors import ConflictError, PlacementError, RequestError, UserError
-from cluster.facts import Cause, Stage
-from cluster.fit import CodePath, FitReport, Part, PartFit
-from cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
-from cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
-from cluster.messages.views import (
+from elastic_moe.cluster.errors import ConflictError, PlacementError, RequestError, UserError
+from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
+from elastic_moe.cluster.facts.facts import Cause, Stage
+from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
+from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.views import (
     EngineStatus,
     Operation,
     OperationKind,
@@ -32,7 +32,7 @@ from cluster.messages.views import (
     WorkerState,
     WorkerView,
 )
-from cluster.placement import Placement, Worker, WorkerId, contiguous
+from elastic_moe.cluster.placement import Placement, Worker, WorkerId, contiguous
 
 EOS = 0
 TEMPLATE = (

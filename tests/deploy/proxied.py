@@ -16,10 +16,10 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.config import ServeConfig
-from deploy import haproxy
-from deploy.haproxy_config import corrected, write_pages
-from deploy.local_ray import free_port
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.deploy.launch import haproxy
+from elastic_moe.deploy.launch.haproxy_config import corrected, write_pages
+from elastic_moe.deploy.launch.local_ray import free_port
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
-from cluster.config import ServeConfig
+from elastic_moe.cluster.config import ServeConfig
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CRD = ROOT.parent / "shared" / "kuberay" / "rayservices.yaml"
 
 
@@ -28,7 +27,7 @@ def serve_config(text: str) -> None:
     ServeDeploySchema.model_validate(data)
     assert set(data) <= set(ServeDeploySchema.model_fields)
     for application in data["applications"]:
-        assert application["import_path"] == "deploy.serve_app:build_app"
+        assert application["import_path"] == "elastic_moe.deploy.launch.serve_app:build_app"
         ServeConfig.from_mapping(application["args"])
 
 

@@ -20,8 +20,8 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy.local_ray import free_port
-from model.quiet import quiet_transformers
+from elastic_moe.deploy.launch.local_ray import free_port
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from tests.model.families import tiny_checkpoint
 
 READY_S = 180

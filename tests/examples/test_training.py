@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from elastic_moe.optimizer.study.traces import Trace
 from examples import corpus, train_builtin
 from examples.publish_builtin import shares
-from optimizer.traces import Trace
 
 
 def tar(files: dict[str, bytes]) -> bytes:

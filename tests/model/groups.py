@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from cluster.placement import EMPTY, Placement, Worker, WorkerId, contiguous
-from model.experts import ExpertStore
-from model.shared_memory import SharedMemoryTransport
-from model.surgery import layer_experts
-from model.transport import CollectiveTransport, LocalTransport, Transport, open_store
+from elastic_moe.cluster.placement import EMPTY, Placement, Worker, WorkerId, contiguous
+from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
+from elastic_moe.model.exchange.transports import CollectiveTransport, LocalTransport, Transport, open_store
+from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.fitting.fit import layer_experts
 
 R = TypeVar("R")
 

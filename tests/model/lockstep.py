@@ -10,17 +10,17 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from actors.batching import Scheduler
-from cluster import placement as placements
-from cluster.membership import needs
-from cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
-from cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
-from cluster.messages.steps import StepResult
-from cluster.placement import Placement, WorkerId
-from cluster.transfers import plan_transfers
-from model.checkpoint import open_checkpoint
-from model.runner import ModelRunner
-from model.worker import Worker
+from elastic_moe.actors.scheduler.scheduler import Scheduler
+from elastic_moe.cluster import placement as placements
+from elastic_moe.cluster.facts.membership import needs
+from elastic_moe.cluster.facts.transfers import plan_transfers
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
+from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
+from elastic_moe.cluster.messages.steps import StepResult
+from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.worker.runner import ModelRunner
+from elastic_moe.model.worker.worker import Worker
 from tests.model.groups import workers as make_workers
 
 

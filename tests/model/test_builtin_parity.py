@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deploy.builtin import MODEL_DIR
-from deploy.tokenizer import Tokenizer
-from model.quiet import quiet_transformers
+from elastic_moe.deploy.launch.builtin import MODEL_DIR
+from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from tests.model.lockstep import Lockstep, request
 
 PROMPTS = {

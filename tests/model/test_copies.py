@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.errors import PlacementError, UserError
-from cluster.placement import WorkerId
-from model.native import unavailable
+from elastic_moe.cluster.errors import PlacementError, UserError
+from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.model.native import unavailable
 from tests.model.families import tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
 

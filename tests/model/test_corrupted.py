@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.messages.requests import FinishReason, GenerateRequest
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from torch.nn.attention import varlen
 
-import model.surgery
-from cluster.errors import StepAborted
-from model.flash import try_ways
-from model.stacked_experts import StackedExperts
-from model.transport import CollectiveTransport
+import elastic_moe.model.fitting.fit
+from elastic_moe.cluster.errors import StepAborted
+from elastic_moe.model.exchange.transports import CollectiveTransport
+from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.trunk.flash import try_ways
 from tests.model.families import tiny_checkpoint
 from tests.model.kernels import KERNELS
 from tests.model.lockstep import Lockstep, request
@@ -19,8 +19,8 @@ from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 @pytest.fixture(params=list(KERNELS))
 def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
-    monkeypatch.setattr(model.surgery, "find_way", try_ways)
-    monkeypatch.setattr(model.surgery, "layer_experts", lambda module, int8: StackedExperts(module))
+    monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_way", try_ways)
+    monkeypatch.setattr(elastic_moe.model.fitting.fit, "layer_experts", lambda module, int8: StackedExperts(module))
 
 
 @pytest.mark.usefixtures("as_on_gpus")

@@ -12,22 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.sampling
-import model.surgery
-from cluster.placement import Placement, contiguous
-from model.attention import SequenceSlice
-from model.checkpoint import open_checkpoint
-from model.dispatch import Dispatcher, TransportDispatcher
-from model.experts import ExpertStore
-from model.flash import Way
-from model.loading import expert_modules, iter_experts, load_trunk
-from model.runner import ModelRunner
-from model.sampling import sample
-from model.surgery import fit
-from model.transport import LocalTransport
+import elastic_moe.model.fitting.fit
+import elastic_moe.model.worker.sampling
+from elastic_moe.cluster.placement import Placement, contiguous
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
+from elastic_moe.model.exchange.dispatch import Dispatcher, TransportDispatcher
+from elastic_moe.model.exchange.transports import LocalTransport
+from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.fitting.fit import fit
+from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.flash import Way
+from elastic_moe.model.worker.runner import ModelRunner
+from elastic_moe.model.worker.sampling import sample
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.groups import workers
-from tests.model.test_sampling import state
+from tests.model.worker.test_sampling import state
 
 META = torch.device("meta")
 WAIT = {"phimoe-longrope": "which factors to take is a question of transformers' own to the positions"}
@@ -59,7 +59,7 @@ def serve(family: str, way: Way, slots: Sequence[int], factory: Any, monkeypatch
     modules = expert_modules(trunk)
     info = checkpoint.info
     placement: Placement = contiguous(info.num_layers, info.num_logical_experts, workers(*slots))
-    monkeypatch.setattr(model.surgery, "find_way", lambda *_, **__: way)
+    monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_way", lambda *_, **__: way)
     fitted = fit(trunk, modules, block_size=16)
     store = ExpertStore(fitted.experts)
     pairs = [(n, e) for n in range(info.num_layers) for e in placement.experts_of(placement.workers[0].id, n)]
@@ -106,7 +106,9 @@ def test_sampling_asks_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     # what it would fetch: a token of each row, and for two rows ids and numbers of the chosen and the likely tokens
     fetched: list[int] = []
     monkeypatch.setattr(
-        model.sampling, "_fetch", lambda tokens, tables: fetched.extend([len(tokens), *(t.numel() for _, t in tables)])
+        elastic_moe.model.worker.sampling,
+        "_fetch",
+        lambda tokens, tables: fetched.extend([len(tokens), *(t.numel() for _, t in tables)]),
     )
     sample(logits, states)
     assert fetched == [4, 6, 12]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from model.attention import SequenceSlice
-from model.quiet import quiet_transformers
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.trunk.attention import SequenceSlice
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
 

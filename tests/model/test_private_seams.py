@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral import modeling_mixtral
 
-from model import torch_private, transformers_private
+from elastic_moe.model import torch_private, transformers_private
 
 MODEL = Path(torch_private.__file__).parent
 SEAMS = ("torch_private.py", "transformers_private.py")

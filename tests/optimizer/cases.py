@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cluster.placement import Worker, WorkerId
-from optimizer.cost import price_table
-from optimizer.problem import IntArray, PlacementProblem, Semantics
-from optimizer.table import row_of
+from elastic_moe.cluster.placement import Worker, WorkerId
+from elastic_moe.optimizer.core.cost import price_table
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.table import row_of
 
 
 def tiny(

@@ -12,16 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer import PLANNERS, auto_planner, ilp_planner, plan
-from optimizer.cost import price_table
-from optimizer.draft import Budget
-from optimizer.generate import generate_trace
-from optimizer.heuristics import random_table
-from optimizer.local_search import local_search_plan
-from optimizer.problem import PlacementProblem, Semantics
-from optimizer.scenario import make_workers, problem_from_trace
-from optimizer.solvers import SolverError
-from optimizer.table import to_placement
+from elastic_moe.optimizer import PLANNERS, plan
+from elastic_moe.optimizer import auto as auto_planner
+from elastic_moe.optimizer.baselines.heuristics import random_table
+from elastic_moe.optimizer.core.contract import Budget
+from elastic_moe.optimizer.core.cost import price_table
+from elastic_moe.optimizer.core.problem import PlacementProblem, Semantics
+from elastic_moe.optimizer.core.solvers import SolverError
+from elastic_moe.optimizer.core.table import to_placement
+from elastic_moe.optimizer.ilp import planner as ilp_planner
+from elastic_moe.optimizer.search.local_search import local_search_plan
+from elastic_moe.optimizer.study.generate import generate_trace
+from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
 from tests.optimizer.cases import tiny
 
 SOLVED = ("load_ilp", "moetuner")

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from deploy.builtin import trace_names, trace_path
-from optimizer import plan
-from optimizer.cost import copies, price
-from optimizer.metrics import measure
-from optimizer.scenario import make_workers, problem_from_trace
-from optimizer.traces import Trace, load_trace
+from elastic_moe.deploy.launch.builtin import trace_names, trace_path
+from elastic_moe.optimizer import plan
+from elastic_moe.optimizer.core.cost import copies, price
+from elastic_moe.optimizer.study.metrics import measure
+from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
+from elastic_moe.optimizer.study.traces import Trace, load_trace
 
 FOUR = make_workers(4, nodes=1, num_experts=16)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import UserError
-from cluster.placement import Placement
-from deploy.cli_plan import add_parsers
-from optimizer.generate import generate_trace
-from optimizer.traces import save_trace
+from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.placement import Placement
+from elastic_moe.deploy.cli.plan import add_parsers
+from elastic_moe.optimizer.study.generate import generate_trace
+from elastic_moe.optimizer.study.traces import save_trace
 
 
 def emoe(*words: object) -> int:
@@ -164,5 +164,5 @@ def test_a_placement_of_another_model_is_refused(trace: Path, tmp_path: Path) ->
 
 
 def test_help_does_not_wait_for_solvers() -> None:
-    code = "import sys, deploy.cli; assert 'pyomo' not in sys.modules; assert 'matplotlib' not in sys.modules"
+    code = "import sys, elastic_moe.deploy.cli.main; assert not {'pyomo', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -5,17 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cluster.errors import PlacementError
-from cluster.placement import contiguous
-from optimizer import Policy, decide, plan
-from optimizer.cost import copies, price
-from optimizer.draft import Budget
-from optimizer.drift import frontier
-from optimizer.generate import generate_trace
-from optimizer.problem import PlacementProblem
-from optimizer.scenario import make_workers, problem_from_trace
-from optimizer.simulate import SimulationSettings, simulate
-from optimizer.traces import Trace, TraceError, concatenate
+from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.placement import contiguous
+from elastic_moe.optimizer import Policy, decide, plan
+from elastic_moe.optimizer.core.contract import Budget
+from elastic_moe.optimizer.core.cost import copies, price
+from elastic_moe.optimizer.core.problem import PlacementProblem
+from elastic_moe.optimizer.drift import frontier
+from elastic_moe.optimizer.study.generate import generate_trace
+from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
+from elastic_moe.optimizer.study.simulate import SimulationSettings, simulate
+from elastic_moe.optimizer.study.traces import Trace, TraceError, concatenate
 
 
 def task(seed: int, tokens: int = 1500) -> Trace:

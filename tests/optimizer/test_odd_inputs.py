@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cluster.config import ServeConfig
-from cluster.errors import ConfigError, PlacementError, UserError
-from cluster.placement import Placement
-from deploy.cli_plan import add_parsers
-from optimizer.generate import generate_trace
-from optimizer.scenario import make_workers
-from optimizer.traces import TraceError, count, load_trace, save_trace
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError, PlacementError, UserError
+from elastic_moe.cluster.placement import Placement
+from elastic_moe.deploy.cli.plan import add_parsers
+from elastic_moe.optimizer.study.generate import generate_trace
+from elastic_moe.optimizer.study.scenario import make_workers
+from elastic_moe.optimizer.study.traces import TraceError, count, load_trace, save_trace
 
 quick = settings(
     max_examples=50,

@@ -5,12 +5,12 @@ import pickle
 import numpy as np
 import pytest
 
-from cluster.errors import ConfigError
-from cluster.placement import Worker, WorkerId
-from optimizer import PLANNERS, PlacementProblem, PlanResult, SolutionStatus, Termination, plan
-from optimizer import planner as planner_module
-from optimizer.cost import price
-from optimizer.solvers import SolverError
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.placement import Worker, WorkerId
+from elastic_moe.optimizer import PLANNERS, PlacementProblem, PlanResult, SolutionStatus, Termination, plan
+from elastic_moe.optimizer import planner as planner_module
+from elastic_moe.optimizer.core.cost import price
+from elastic_moe.optimizer.core.solvers import SolverError
 
 
 def problem(layers: int = 3, experts: int = 8, workers: int = 4, spare: int = 0) -> PlacementProblem:

@@ -7,20 +7,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer import Termination, local_search, plan, solvers
-from optimizer.assignment import assign
-from optimizer.chaining import chained, kept, lined_up
-from optimizer.cost import load_imbalance, price_table, shares
-from optimizer.draft import Budget
-from optimizer.eplb import eplb_table, pack_evenly
-from optimizer.generate import generate_trace
-from optimizer.heuristics import anticorrelation_table, greedy_table, random_table, round_robin_table
-from optimizer.local_search import local_search_plan
-from optimizer.moetuner import TOLERANCE, _cluster_flows, build_mapping_model, moetuner_plan
-from optimizer.problem import PlacementProblem, Semantics
-from optimizer.replicas import replica_counts
-from optimizer.scenario import make_workers, problem_from_trace
-from optimizer.table import to_placement
+from elastic_moe.optimizer import Termination, plan
+from elastic_moe.optimizer.baselines.eplb import eplb_table, pack_evenly
+from elastic_moe.optimizer.baselines.heuristics import (
+    anticorrelation_table,
+    greedy_table,
+    random_table,
+    round_robin_table,
+)
+from elastic_moe.optimizer.baselines.moetuner import TOLERANCE, _cluster_flows, build_mapping_model, moetuner_plan
+from elastic_moe.optimizer.baselines.replicas import replica_counts
+from elastic_moe.optimizer.core import solvers
+from elastic_moe.optimizer.core.assignment import assign
+from elastic_moe.optimizer.core.chaining import chained, kept, lined_up
+from elastic_moe.optimizer.core.contract import Budget
+from elastic_moe.optimizer.core.cost import load_imbalance, price_table, shares
+from elastic_moe.optimizer.core.problem import PlacementProblem, Semantics
+from elastic_moe.optimizer.core.table import to_placement
+from elastic_moe.optimizer.search import local_search
+from elastic_moe.optimizer.search.local_search import local_search_plan
+from elastic_moe.optimizer.study.generate import generate_trace
+from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
 from tests.optimizer.cases import every_table, optimum, tiny
 
 

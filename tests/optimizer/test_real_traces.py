@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from optimizer import plan
-from optimizer.cost import copies, price
-from optimizer.metrics import measure
-from optimizer.scenario import make_workers, problem_from_trace
-from optimizer.traces import load_trace
+from elastic_moe.optimizer import plan
+from elastic_moe.optimizer.core.cost import copies, price
+from elastic_moe.optimizer.study.metrics import measure
+from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
+from elastic_moe.optimizer.study.traces import load_trace
 
 EIGHT = make_workers(8, nodes=1, num_experts=64)
 

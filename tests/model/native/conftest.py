@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from model.native import library, unavailable
+from elastic_moe.model.native import library, unavailable
 
 
 @pytest.fixture(scope="session")

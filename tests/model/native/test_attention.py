@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.attention import SequenceSlice, StepBatch, Window, paged_attention, step_context
-from model.attention_path import AttentionPath
-from model.kv_cache import KVCache, KVShape
-from model.native import library
-from model.native.attention import refusal
+from elastic_moe.model.native import library
+from elastic_moe.model.native.attention import refusal
+from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, Window, paged_attention, step_context
+from elastic_moe.model.trunk.attention_path import AttentionPath
+from elastic_moe.model.trunk.kv_cache import KVCache, KVShape
 
 CPU = torch.device("cpu")
 LAYER: Any = SimpleNamespace(layer_idx=0)

@@ -20,18 +20,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import StepAborted
-from cluster.messages.epochs import Epoch, EpochSpec
-from cluster.placement import Placement, contiguous
-from model.dispatch import LayerShape, route_table
-from model.groups import join_group, make_dispatcher
-from model.native import library
-from model.native.exchange import NativeExchange
-from model.native.segments import DIRECTORY
-from model.native_dispatch import NativeDispatcher
-from model.shared_memory import SharedMemoryTransport
+from elastic_moe.cluster.errors import StepAborted
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
+from elastic_moe.cluster.placement import Placement, contiguous
+from elastic_moe.model.exchange.dispatch import LayerShape, route_table
+from elastic_moe.model.exchange.join import join_group, make_dispatcher
+from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
+from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
+from elastic_moe.model.native import library
+from elastic_moe.model.native.exchange import NativeExchange
+from elastic_moe.model.native.segments import DIRECTORY
+from tests.model.exchange.test_dispatch import placements
 from tests.model.groups import ToyExperts, run_group, toy_store, workers
-from tests.model.test_dispatch import placements
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, TOP_K = 2, 6, 72, 40, 3
 SHAPE = LayerShape(hidden=HIDDEN, top_k=TOP_K, dtype=torch.bfloat16)

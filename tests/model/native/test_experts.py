@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from model.int8 import GROUP, quantize
-from model.native.experts import Gate, NativeExperts, find_gate
+from elastic_moe.model.int8 import GROUP, quantize
+from elastic_moe.model.native.experts import Gate, NativeExperts, find_gate
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

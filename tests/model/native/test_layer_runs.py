@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import surgery
-from model.checkpoint import open_checkpoint
-from model.layer_runs import _LayerRun, _one_after_another
-from model.loading import expert_modules, load_trunk
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
+from elastic_moe.model.fitting import fit as surgery
+from elastic_moe.model.fitting.whole_stack import _LayerRun, _one_after_another
 from tests.model.families import tiny_checkpoint
 from tests.model.lockstep import request
 from tests.model.native.test_models import texts

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from model import surgery
-from model.checkpoint import open_checkpoint
-from model.loading import expert_modules, load_trunk
-from model.native_layers import fit_layers
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
+from elastic_moe.model.fitting import fit as surgery
+from elastic_moe.model.fitting.attention_half import fit_layers
 from tests.model.families import tiny_checkpoint
 from tests.model.native.test_models import logits, runner_of, texts
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from model.native import structs
-from model.native.structs import MIRRORED, mismatch
+from elastic_moe.model.native import structs
+from elastic_moe.model.native.structs import MIRRORED, mismatch
+from tests.paths import ROOT
 
-PROGRAM = "from model.native import library, unavailable; print(library() is not None, unavailable())"
+PROGRAM = "from elastic_moe.model.native import library, unavailable; print(library() is not None, unavailable())"
 
 
 def start(**environment: str) -> subprocess.Popen[str]:
@@ -23,7 +24,7 @@ def start(**environment: str) -> subprocess.Popen[str]:
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
     )
 
 

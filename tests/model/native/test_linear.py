@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.native.linear import can_pack, linear, pack, unpack
+from elastic_moe.model.native.linear import can_pack, linear, pack, unpack
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 150).map(lambda half: 2 * half))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

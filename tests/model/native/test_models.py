@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.attention import SequenceSlice
-from model.quiet import quiet_transformers
-from model.runner import ModelRunner
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.lockstep import Lockstep
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.fit import CodePath, FitReport, Part
-from model import surgery
-from model.checkpoint import open_checkpoint
-from model.loading import expert_modules, load_trunk
+from elastic_moe.cluster.fit import CodePath, FitReport, Part
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
+from elastic_moe.model.fitting import fit as surgery
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.lockstep import Lockstep
 

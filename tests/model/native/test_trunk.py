@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cluster.fit import FitNotes
-from model.native.trunk import fit_trunk
+from elastic_moe.cluster.fit import FitNotes
+from elastic_moe.model.fitting.small_ops import fit_trunk
 
 
 class Norm(nn.Module):
@@ -97,7 +97,7 @@ def test_routers_use_packed_weights(
     assert type(got) is Tensor
     torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-4)
     called = []
-    monkeypatch.setattr("model.native.trunk.linear", lambda *args: called.append(args))
+    monkeypatch.setattr("elastic_moe.model.fitting.small_ops.linear", lambda *args: called.append(args))
     router(x)
     assert len(called) == (0 if wide else 1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.native.exchange import NativeExchange
+from elastic_moe.model.native.exchange import NativeExchange
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import run_group
 from tests.model.lockstep import Lockstep, request

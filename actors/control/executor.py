@@ -1,0 +1,221 @@
+"""Carries out the control plane's commands on the actors; what comes of them goes back as events.
+
+Every decision is in cluster/control/state.py, and every handle in actors/control/processes.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from elastic_moe.actors import liveness
+from elastic_moe.actors.control.fleet import Fleet
+from elastic_moe.actors.control.processes import Processes
+from elastic_moe.actors.control.roll_call import RollCall
+from elastic_moe.actors.control.transferring import Transferring
+from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.facts.events import (
+    Abandon,
+    AbortSteps,
+    Commit,
+    CommitFailed,
+    Committed,
+    Drain,
+    Event,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    Probe,
+    Probed,
+    StartWorker,
+    Transfer,
+    TransferDone,
+    TransferFailed,
+    WorkerFailed,
+    WorkerLoaded,
+    WorkerLost,
+)
+from elastic_moe.cluster.messages.epochs import EpochSpec, HostInfo, HostSpec, ModelInfo, ModelSpec
+from elastic_moe.cluster.placement import WorkerId
+
+logger = logging.getLogger(__name__)
+
+
+class Executor:
+    def __init__(
+        self,
+        fleet: Fleet,
+        config: ServeConfig,
+        model: ModelInfo,
+        spec: ModelSpec,
+        processes: Processes,
+        roll_call: RollCall,
+    ) -> None:
+        self._fleet = fleet
+        self._config = config
+        self._model = model
+        self._spec = spec
+        self._processes = processes
+        self._roll_call = roll_call
+        self._transferring = Transferring(processes)
+        self._abandoning: set[asyncio.Task[Any]] = set()
+        self._telling: set[asyncio.Task[Any]] = set()
+
+    # --- Workers ------------------------------------------------------------------------------------------------
+
+    async def start_worker(self, command: StartWorker) -> list[Event]:
+        worker = command.worker
+        host, was_standby = self._processes.start_worker(worker)
+        if was_standby and (lost := await self._roll_call.find_silent([worker])):
+            return [*lost]
+        # its process takes seconds to start: not when it is needed
+        self._processes.ensure_engine()
+        try:
+            info: HostInfo = await host.load.remote(self._host_spec(command))
+        except CALL_ERRORS as error:
+            if is_death(error):
+                return [WorkerLost(worker=worker, reason=one_line(error))]
+            return [WorkerFailed(worker=worker, reason=one_line(error), fatal=isinstance(error, UserError))]
+        if info.fit is not None:
+            logger.info("%s is served by %s", info.worker, info.fit.text())
+        return [WorkerLoaded(info=info)]
+
+    def _host_spec(self, command: StartWorker) -> HostSpec:
+        config = self._config
+        return HostSpec(
+            worker=command.worker,
+            model=self._spec,
+            experts=command.experts,
+            kv_cache_bytes=config.kv_cache_memory_bytes,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            **self._threads(),
+            node_workers=-(-config.most_workers // self._fleet.num_nodes),
+            expert_memory_bytes=config.expert_memory_bytes,
+            step_timeout_s=config.step_timeout,
+        )
+
+    def _threads(self) -> dict[str, int]:
+        if self._spec.device == "cuda":
+            return {"num_threads": 0}
+        threads = self._fleet.node_threads()
+        beside = -(-self._config.workers // self._fleet.num_nodes)
+        return {"num_threads": max(1, threads // beside), "node_threads": threads}
+
+    async def probe(self, command: Probe) -> list[Event]:
+        lost = await self._roll_call.find_lost(command.workers)
+        return [Probed(lost=tuple((event.worker, event.reason) for event in lost))]
+
+    # --- The life of a change -----------------------------------------------------------------------------------
+
+    async def transfer(self, command: Transfer) -> list[Event]:
+        self._transferring.supersede(command.epoch)
+        await self._settle()
+        report, read, errors = await self._transferring.bring(command)
+        nbytes = report.nbytes + len(read) * self._model.expert_bytes
+        if not errors:
+            return [TransferDone(epoch=command.epoch, nbytes=nbytes)]
+        workers = {move.source for move in command.copies} | {move.target for move in command.copies}
+        lost = await self._roll_call.find_lost(workers | {worker for worker, _, _ in command.reads})
+        staged = (*((move.target, move.layer, move.expert) for move in report.done), *read)
+        failed = TransferFailed(epoch=command.epoch, reason="; ".join(errors), staged=staged, nbytes=nbytes)
+        return [*lost, failed]
+
+    async def prepare(self, command: Prepare) -> list[Event]:
+        spec = command.spec
+        await self._settle()
+        try:
+            hosts = self._processes.hosts_of(spec)
+            if command.forms_group:
+                spec = await self._open_rendezvous(spec)
+            errors = await call_until_error(
+                {worker: host.prepare.remote(spec) for worker, host in hosts.items()}, self._config.step_timeout
+            )
+        except KeyError as error:
+            return [PrepareFailed(epoch=spec.epoch, reason=f"{error} is gone")]
+        except CALL_ERRORS as error:
+            lost = await self._roll_call.find_lost([worker.id for worker in spec.placement.workers])
+            return [*lost, PrepareFailed(epoch=spec.epoch, reason=f"no rendezvous: {one_line(error)}")]
+        if not errors:
+            return [Prepared(spec=spec)]
+        lost = await self._roll_call.find_lost(hosts)
+        return [*lost, PrepareFailed(epoch=spec.epoch, reason=describe_errors(errors))]
+
+    async def _open_rendezvous(self, spec: EpochSpec) -> EpochSpec:
+        """`spec` with the address of a store, where its transport asks for one."""
+        if spec.transport not in ("gloo", "nccl"):
+            return spec
+        first = self._processes.hosts[spec.placement.workers[0].id]
+        address = await asyncio.wait_for(first.rendezvous.remote(), self._config.step_timeout)
+        return replace(spec, rendezvous=address)
+
+    async def commit(self, command: Commit) -> list[Event]:
+        spec, processes = command.spec, self._processes
+        processes.ensure_engine()
+        engine = processes.engine
+        try:
+            moved_requests = await self._flip(engine, command)
+        except KeyError as error:
+            return [CommitFailed(epoch=spec.epoch, reason=f"{error} is gone")]
+        except CALL_ERRORS as error:
+            if is_death(error) or isinstance(error, TimeoutError):
+                gone = processes.drop_engine(engine, one_line(error))
+                return [gone or CommitFailed(epoch=spec.epoch, reason="the engine was lost meanwhile")]
+            # a host whose step hangs has not flipped, although its process answers
+            lost = await self._roll_call.find_lost([worker.id for worker in spec.placement.workers], stepping=True)
+            return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
+        processes.engine_serves = True
+        # as the engine's, but nobody waits for this one yet
+        processes.ensure_migrator()
+        return [Committed(epoch=spec.epoch, moved_requests=moved_requests)]
+
+    async def _flip(self, engine: Any, command: Commit) -> int:
+        """Returns how many requests had to leave their worker. Raises KeyError for a worker that has been stopped."""
+        processes, spec = self._processes, command.spec
+        hosts = processes.hosts_of(spec)
+        if processes.engine_started:
+            call = engine.change_epoch.remote(spec, hosts, dict(command.infos))
+        else:
+            call = engine.start.remote(self._model, spec, hosts, dict(command.infos))
+        processes.engine_started = True
+        timeout_s = liveness.COMMIT_STEPS * self._config.step_timeout + liveness.COMMIT_MARGIN_S
+        moved: int = await asyncio.wait_for(call, timeout_s)
+        return moved
+
+    # --- Without an answer --------------------------------------------------------------------------------------
+
+    def abort_steps(self, command: AbortSteps) -> None:
+        hosts = [self._processes.hosts[worker] for worker in command.workers if worker in self._processes.hosts]
+        calls = {(n, epoch): host.abort_step.remote(epoch) for n, host in enumerate(hosts) for epoch in command.epochs}
+        self._tell(calls, self._telling)
+
+    def drain(self, command: Drain) -> None:
+        engine = self._processes.engine
+        if engine is not None:
+            # an engine that is gone by then will be told by another command
+            self._tell({"engine": engine.drain.remote(command.workers)}, self._telling)
+
+    def abandon(self, command: Abandon) -> None:
+        hosts = self._processes.hosts
+        calls = {w: hosts[w].abandon.remote(command.epoch) for w in command.workers if w in hosts}
+        self._tell(calls, self._abandoning)
+
+    def _tell(self, calls: Mapping[Any, Any], tasks: set[asyncio.Task[Any]]) -> None:
+        task = asyncio.ensure_future(call_all(calls, liveness.TELL_TIMEOUT_S))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def _settle(self) -> None:
+        """Wait for what was told before: a host that abandons an epoch late would drop what is brought next."""
+        if self._abandoning:
+            await asyncio.gather(*self._abandoning)
+
+
+def describe_errors(errors: Mapping[WorkerId, BaseException]) -> str:
+    return "; ".join(f"{worker}: {one_line(error)}" for worker, error in errors.items())

@@ -1,0 +1,289 @@
+"""Makes and ends the actors, and asks Ray what there is: the only place where `ray.remote` is applied.
+
+`Fleet` is what the coordinator needs of it; tests bring their own and then need no Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable
+from typing import Any, Protocol
+
+import psutil
+import ray
+from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from elastic_moe.actors import names
+from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.messages.epochs import HostInfo, ModelInfo
+from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.optimizer import PlacementProblem, PlanResult
+
+logger = logging.getLogger(__name__)
+
+_KV_NAMESPACE = b"emoe"
+_KEY = b"coordinator-state"
+"""In Ray's own key-value store, which lives as long as the Ray cluster does."""
+
+
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""For actors that need no GPU and had better not be on a machine that comes and goes. Ray Serve's own do the same."""
+
+IO_THREADS = 16
+"""Of a host, for the control plane's calls: some may wait for a dead peer, and a sign of life must get through."""
+COPY_THREADS = 2
+"""Of a host: one copy at a time comes or goes, and another may have to come while one hangs."""
+
+
+class Fleet(Protocol):
+    def attach(self) -> None:
+        """Called once by the coordinator, in its own process, before anything else."""
+        ...
+
+    def clear(self) -> None:
+        """End what an earlier coordinator made and saved."""
+        ...
+
+    def save(self, state: bytes) -> None:
+        """Keep `state` where it outlives the coordinator."""
+        ...
+
+    def saved(self) -> bytes | None:
+        """What the coordinator had saved before it died, if this is its successor."""
+        ...
+
+    def find(self, name: str) -> Any:
+        """The actor of that name; None where it is gone."""
+        ...
+
+    def read_model(self, model_dir: str) -> ModelInfo:
+        """What the checkpoint says of itself, with the sizes of what it is served in. Raises CheckpointError."""
+        ...
+
+    def device(self) -> str:
+        """cpu or cuda, resolved. Raises ConfigError for a cuda that is not there."""
+        ...
+
+    @property
+    def shared_gpus(self) -> bool: ...
+
+    @property
+    def num_nodes(self) -> int: ...
+
+    def node_threads(self) -> int:
+        """Cores of a node, for its workers to share."""
+        ...
+
+    @property
+    def standby(self) -> bool:
+        """Whether a host may be started before it is needed, since it takes no resources that others could use."""
+        ...
+
+    def start_host(self, worker: WorkerId) -> Any: ...
+
+    def start_engine(self) -> Any: ...
+
+    def start_migrator(self, expert_bytes: int) -> Any: ...
+
+    def kill(self, actor: Any) -> None: ...
+
+    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+        """Like `kill`, and at once even where the process hangs."""
+        ...
+
+    def solve(
+        self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str
+    ) -> Awaitable[PlanResult]: ...
+
+
+class RayFleet:
+    """Real actors. All are detached and named, so that they can be found should the coordinator be gone.
+
+    host_class and engine_class are there for tests with actors that only pretend.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        model: ModelInfo | None = None,
+        host_class: type | None = None,
+        engine_class: type | None = None,
+    ) -> None:
+        """`model`, where it is known already, saves the coordinator some five seconds of imports."""
+        self._config = config
+        self._model = model
+        self._host_class = host_class
+        self._engine_class = engine_class
+        self._coordinator: Any = None
+        self._resources: dict[str, float] = {}
+        self._nodes = 0
+        self._logs = LogSettings.of(config)
+
+    def attach(self) -> None:
+        set_up(names.COORDINATOR, self._logs)
+        self._coordinator = ray.get_runtime_context().current_actor
+        self._resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        self._nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        clear()
+
+    def save(self, state: bytes) -> None:
+        internal_kv._internal_kv_put(_KEY, self._actor_id + state, overwrite=True, namespace=_KV_NAMESPACE)
+
+    def saved(self) -> bytes | None:
+        # a restarted actor keeps its id; what another coordinator saved may be of another model
+        state: bytes | None = internal_kv._internal_kv_get(_KEY, namespace=_KV_NAMESPACE)
+        if state is None or not state.startswith(self._actor_id):
+            return None
+        return state.removeprefix(self._actor_id)
+
+    @property
+    def _actor_id(self) -> bytes:
+        return str(ray.get_runtime_context().get_actor_id()).encode()
+
+    def find(self, name: str) -> Any:
+        try:
+            return ray.get_actor(name, namespace=names.NAMESPACE)
+        except ValueError:
+            return None
+
+    def read_model(self, model_dir: str) -> ModelInfo:
+        if self._model is None:
+            # here, not above: who only calls a coordinator needs neither torch nor transformers
+            from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+
+            self._model = open_checkpoint(model_dir).info
+        dtype = self._model.dtype if self._config.dtype == "auto" else self._config.dtype
+        return self._model.served_in(dtype, int8=self._config.expert_dtype == "int8")
+
+    def device(self) -> str:
+        gpus = self._resources.get("GPU", 0)
+        if self._config.device == "cuda" and self._alone and not gpus:
+            raise ConfigError("device: cuda asked for, but Ray sees no GPU on this machine")
+        if self._config.device != "auto":
+            return self._config.device
+        return "cuda" if gpus > 0 else "cpu"
+
+    @property
+    def shared_gpus(self) -> bool:
+        return self.device() == "cuda" and self._gpu_share < 1
+
+    @property
+    def _alone(self) -> bool:
+        """One machine and no cluster to join: it will not grow, so workers make do with what it has."""
+        return self._config.address is None and self._nodes == 1
+
+    @property
+    def _gpu_share(self) -> float:
+        available = self._resources.get("GPU", 0.0)
+        if not self._alone or not 0 < available < self._config.most_workers:
+            return 1.0
+        return int(1000 * available / self._config.most_workers) / 1000
+
+    @property
+    def num_nodes(self) -> int:
+        return self._nodes
+
+    def node_threads(self) -> int:
+        if self._nodes == 1:
+            return len(os.sched_getaffinity(0))
+        return max(1, int(self._resources.get("CPU", 1.0) // self._nodes))
+
+    @property
+    def standby(self) -> bool:
+        return self._config.standby and self._alone and self.device() == "cpu"
+
+    def start_host(self, worker: WorkerId) -> Any:
+        host_class = self._host_class
+        arguments: tuple[Any, ...] = ()
+        if host_class is None:
+            from elastic_moe.actors.worker.host import ExpertHost
+
+            host_class, arguments = ExpertHost, (str(worker), self._logs)
+        if self.device() == "cuda":
+            resources = {"num_gpus": self._gpu_share, "num_cpus": 0}
+        else:
+            # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
+            resources = {"num_cpus": 0 if self._alone else 1}
+        groups = {"concurrency_groups": {"io": IO_THREADS, "copies": COPY_THREADS}}
+        return self._create(host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups, *arguments)
+
+    def start_engine(self) -> Any:
+        engine_class = self._engine_class
+        arguments: tuple[Any, ...] = (self._config, self._coordinator)
+        if engine_class is None:
+            from elastic_moe.actors.engine.engine import Engine
+
+            engine_class, arguments = Engine, (*arguments, self._logs)
+        options = {"max_restarts": 0, "num_cpus": 0, "resources": ON_HEAD}
+        return self._create(engine_class, names.ENGINE, options, {}, *arguments)
+
+    def start_migrator(self, expert_bytes: int) -> Any:
+        from elastic_moe.actors.control.migrator import Migrator
+
+        options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
+        bytes_per_s = self._config.migration_bandwidth * 1e6
+        return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, bytes_per_s, self._logs)
+
+    def _create(
+        self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
+    ) -> Any:
+        actor: Any = ray.remote(**decoration)(cls) if decoration else ray.remote(cls)
+        named = actor.options(name=name, namespace=names.NAMESPACE, lifetime="detached", **options)
+        return named.remote(*arguments)
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor, no_restart=True)
+
+    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+        self.kill(actor)
+        # Ray asks a process to end before it kills it, and one that hangs holds the engine up meanwhile
+        if info is None:
+            return
+        if info.node == ray.get_runtime_context().get_node_id():
+            _kill_process(info.pid)
+        else:
+            there = NodeAffinitySchedulingStrategy(node_id=info.node, soft=False)
+            ray.remote(_kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(info.pid)
+
+    def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> Awaitable[PlanResult]:
+        function: Any = ray.remote(_plan_in_background)
+        task: Awaitable[PlanResult] = function.options(num_cpus=0, max_retries=1).remote(
+            problem, planner=planner, deadline_s=deadline_s, solver=solver
+        )
+        return task
+
+
+def _kill_process(pid: int) -> None:
+    """End a host that may be gone already, and its number in use again."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if "ExpertHost" in " ".join(process.cmdline()):
+            process.kill()
+
+
+def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
+    """A planner that waits for the cores it finds idle: on a CPU node it runs beside the model."""
+    from elastic_moe.optimizer import plan
+
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
+    return plan(*arguments, **named)
+
+
+def clear() -> None:
+    """End every actor that an earlier coordinator made and could not end itself, and forget what it saved."""
+    internal_kv._internal_kv_del(_KEY, namespace=_KV_NAMESPACE)
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == names.NAMESPACE and names.is_ours(actor["name"]):
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=names.NAMESPACE), no_restart=True)
+            except ValueError:
+                continue  # gone in the meantime
+            logger.warning("ended %s, left over from an earlier coordinator", actor["name"])

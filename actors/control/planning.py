@@ -1,0 +1,139 @@
+"""Between the control plane and the planners: the problem as the cluster sees it, and what to make of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.actors import liveness
+from elastic_moe.actors.control.fleet import Fleet
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.control.rebalancing import room
+from elastic_moe.cluster.facts.events import PlanReady, Solve
+from elastic_moe.cluster.facts.facts import Facts
+from elastic_moe.cluster.facts.routing import RoutingWindow, weighted_load
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.views import RebalancePreview
+from elastic_moe.cluster.placement import Placement
+from elastic_moe.optimizer import PlacementProblem, PlanResult
+from elastic_moe.optimizer.core.estimate import covariance_of_window
+from elastic_moe.optimizer.decision import Decision, decide
+
+Counts = npt.NDArray[np.int64]
+Loads = npt.NDArray[np.float64]
+
+ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+MOVE_SHARE = 0.18
+"""Of all experts, at most so many move in one change: on real traces it keeps over 80 % of a full re-plan's gain."""
+
+
+def build_problem(
+    model: ModelInfo,
+    placement: Placement,
+    load: Loads,
+    transitions: Counts,
+    *,
+    dtype: str,
+    parts: Counts | None = None,
+    room: int | None = None,
+) -> PlacementProblem:
+    """load: [L, E], transitions: [L-1, E, E] of the window. A layer that counted nothing is taken as even.
+
+    load may weigh tokens by what they cost; it is on the scale of tokens all the same.
+
+    parts: [P, L, E] loads of stretches of the window, which tell how they vary. Co-activation is not counted: the
+    problem estimates it from the transitions.
+
+    room: experts that any worker could hold besides its own, which is how they all arrive; None: not limited.
+    """
+    counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
+    return PlacementProblem(
+        loads=counted,
+        workers=placement.workers,
+        top_k=model.top_k,
+        transitions=transitions.astype(np.float64) if transitions.any() else None,
+        load_covariance=None if parts is None else covariance_of_window(parts),
+        current=placement,
+        expert_bytes=model.expert_bytes,
+        token_bytes=model.hidden_size * ACTIVATION_BYTES[dtype],
+        move_budget=min(max(1, round(MOVE_SHARE * counted.size)), counted.size if room is None else room),
+    )
+
+
+def judge(result: PlanResult, *, load: Counts, since_change_s: float | None) -> Decision:
+    # at least one: with nothing counted the gain that is asked for is large, not infinite
+    return decide(result, tokens_per_expert=max(1.0, float(load.mean())), since_change_s=since_change_s)
+
+
+def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:
+    before = result.cost_before
+    return PlanReady(
+        ticket=ticket,
+        placement=result.placement,
+        worthwhile=decision.worthwhile,
+        no_worse=before is None or result.cost.step_s <= before.step_s,
+        reason=f"{decision.reason} ({result.planner}: {result.reason})",
+    )
+
+
+def preview(result: PlanResult, decision: Decision) -> RebalancePreview:
+    before = result.cost_before or result.cost
+    return RebalancePreview(
+        planner=result.planner,
+        worthwhile=decision.worthwhile,
+        reason=f"{decision.reason} ({result.reason})",
+        load_imbalance_before=result.imbalance if result.imbalance_before is None else result.imbalance_before,
+        load_imbalance_after=result.imbalance,
+        cost_before=before.step_s,
+        cost_after=result.cost.step_s,
+        moves=result.moves,
+        bytes=result.bytes,
+        solver_status=str(result.status),
+        gap=result.gap,
+        seconds=result.seconds,
+    )
+
+
+class Planners:
+    """Asks planners what they make of the window of routing statistics. They run beside the server, at low priority."""
+
+    def __init__(self, fleet: Fleet, config: ServeConfig, model: ModelInfo, dtype: str, window: RoutingWindow) -> None:
+        self._fleet = fleet
+        self._config = config
+        self._model = model
+        self._dtype = dtype
+        self._window = window
+
+    async def solve(self, planner: str, facts: Facts) -> tuple[PlanResult, Decision]:
+        """A plan for the placement in force, and whether it is worthwhile. Raises CALL_ERRORS."""
+        assert facts.spec is not None
+        now = time.monotonic()
+        prefill, decode = self._window.phases(now)
+        problem = build_problem(
+            self._model,
+            facts.spec.placement,
+            weighted_load(prefill, decode),
+            self._window.transitions(now),
+            dtype=self._dtype,
+            parts=self._window.load_parts(now),
+            room=room(facts),
+        )
+        deadline_s = self._config.plan_deadline
+        work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
+        result = await asyncio.wait_for(work, liveness.PLAN_STEPS * deadline_s + liveness.PLAN_MARGIN_S)
+        since_s = now - facts.epoch_since if facts.epoch > 1 else None
+        return result, judge(result, load=prefill.load + decode.load, since_change_s=since_s)
+
+    async def answer(self, command: Solve, facts: Facts) -> list[PlanReady]:
+        """What becomes of a command to ask a planner."""
+        try:
+            result, decision = await self.solve(command.planner or self._config.planner, facts)
+        except CALL_ERRORS as error:
+            reason = one_line(error)
+            return [PlanReady(ticket=command.ticket, placement=None, worthwhile=False, no_worse=False, reason=reason)]
+        return [to_event(command.ticket, result, decision)]

@@ -1,0 +1,145 @@
+"""The coordinator's polls: workers and engine are asked for a sign of life and for what they have to report.
+
+Whoever does not answer in time, or is gone, becomes an event. Nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from elastic_moe.actors import liveness
+from elastic_moe.actors.control.processes import Processes
+from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life
+from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
+from elastic_moe.cluster.facts.facts import Facts
+from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.routing import RoutingWindow
+from elastic_moe.cluster.messages.views import EngineStatus
+from elastic_moe.cluster.placement import WorkerId
+
+logger = logging.getLogger(__name__)
+
+COUNTS_PER_WINDOW = 12
+"""How often routing counts are fetched: they are megabytes for a large model."""
+ENGINE = "engine"
+
+
+class Poller:
+    def __init__(
+        self,
+        processes: Processes,
+        window: RoutingWindow,
+        *,
+        heartbeat_timeout_s: float,
+        feed: Callable[[Event], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        """`window` takes the routing counts; `feed` takes what is found; `spawn` runs a question beside the others."""
+        self._processes = processes
+        self._window = window
+        self._timeout_s = heartbeat_timeout_s
+        self._feed = feed
+        self._spawn = spawn
+        self.status = EngineStatus()
+        """The engine's last report."""
+        self._load_progress: dict[WorkerId, float] = {}
+        self._counted_at: dict[WorkerId, float] = {}
+        """When each worker's routing counts were last asked for."""
+        self._asking: set[str] = set()
+        self._watched: Any = None
+        """The engine whose end is waited for."""
+
+    def poll(self, facts: Facts) -> None:
+        """Ask everybody who is not being asked already. Returns at once."""
+        processes = self._processes
+        for member in facts.alive:
+            if member.id in processes.hosts and member.id not in self._asking:
+                self._asking.add(member.id)
+                self._spawn(self._poll_host(member, processes.hosts[member.id]))
+        if processes.engine is None or not processes.engine_serves:
+            return
+        if processes.engine is not self._watched:
+            self._watched = processes.engine
+            self._spawn(self._watch_engine(processes.engine))
+        if ENGINE not in self._asking:
+            self._asking.add(ENGINE)
+            self._spawn(self._poll_engine(processes.engine))
+
+    def forget(self, worker: WorkerId) -> None:
+        self._load_progress.pop(worker, None)
+        self._counted_at.pop(worker, None)
+
+    def how_far(self, member: Member, now: float) -> str:
+        """In words, how far a worker has loaded."""
+        if member.id in self._load_progress:
+            return f"{self._load_progress[member.id]:.0%}"
+        waits = now - member.asked_at > liveness.WAITING_FOR_RESOURCES_S
+        return "waiting for resources" if waits else "starting its process"
+
+    async def refresh_status(self) -> None:
+        """Ask the engine for a report now; keep the last one where it gives none within POLL_S."""
+        engine = self._processes.engine
+        if engine is not None:
+            with contextlib.suppress(*CALL_ERRORS):
+                self.status = await asyncio.wait_for(engine.status.remote(), liveness.POLL_S)
+
+    async def _poll_host(self, member: Member, host: Any) -> None:
+        try:
+            if member.loaded:
+                await sign_of_life(host.ping, self._timeout_s)
+                await self._fetch_counts(member.id, host)
+            elif member.id in self._load_progress:
+                patience_s = liveness.LOADING_PATIENCE * self._timeout_s
+                self._load_progress[member.id] = await sign_of_life(host.load_progress, patience_s)
+            else:
+                # its process may have to wait for resources
+                self._load_progress[member.id] = await host.load_progress.remote()
+        except CALL_ERRORS as error:
+            if is_death(error) or isinstance(error, TimeoutError):
+                self._feed(WorkerLost(worker=member.id, reason=one_line(error)))
+            else:
+                logger.warning("worker %s: %s", member.id, one_line(error))
+        finally:
+            self._asking.discard(member.id)
+
+    async def _fetch_counts(self, worker: WorkerId, host: Any) -> None:
+        now = time.monotonic()
+        if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
+            self._counted_at[worker] = now
+            self._window.add(await host.routing_counts.remote(), time.monotonic())
+
+    async def _poll_engine(self, engine: Any) -> None:
+        try:
+            self.status = await sign_of_life(engine.status, self._timeout_s)
+            self._feed(load_seen(self.status))
+        except CALL_ERRORS as error:
+            self._engine_lost(engine, error)
+        finally:
+            self._asking.discard(ENGINE)
+
+    async def _watch_engine(self, engine: Any) -> None:
+        """Learn at once that it dies, and not by the next poll."""
+        try:
+            await engine.stay.remote()
+        except CALL_ERRORS as error:
+            self._engine_lost(engine, error)
+
+    def _engine_lost(self, engine: Any, error: BaseException) -> None:
+        event = self._processes.drop_engine(engine, one_line(error))
+        if event is not None:
+            self._feed(event)
+
+
+def load_seen(status: EngineStatus) -> LoadSeen:
+    usage = status.kv_usage.values()
+    return LoadSeen(
+        waiting=status.waiting,
+        running=sum(status.running.values()),
+        kv_usage=sum(usage) / len(usage) if usage else 0.0,
+        busy=tuple(worker for worker, running in status.running.items() if running),
+    )

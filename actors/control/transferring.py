@@ -1,0 +1,98 @@
+"""Brings experts to where an epoch wants them: copies by the migrator, and reads by the workers themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from elastic_moe.actors import liveness
+from elastic_moe.actors.control.migrator import MigrationReport
+from elastic_moe.actors.control.processes import Processes
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
+from elastic_moe.cluster.facts.events import ExpertKey, Transfer
+from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.placement import WorkerId
+
+logger = logging.getLogger(__name__)
+
+READ_AT_ONCE = 16
+"""Experts that a worker reads by one call; between two, it can be told of another change."""
+
+
+class Transferring:
+    """One transfer at a time: a later one supersedes an earlier one, which stops before its next expert."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._epoch: Epoch | None = None
+
+    def supersede(self, epoch: Epoch) -> None:
+        """From now on only what `epoch` needs is read."""
+        self._epoch = epoch
+
+    async def bring(self, command: Transfer) -> tuple[MigrationReport, list[ExpertKey], list[str]]:
+        """Copies and reads side by side: (what came of the copies, what was read, all errors)."""
+        report, (read, failed) = await asyncio.gather(self._copy(command), self._read(command))
+        return report, read, [error for error in (report.error, failed) if error is not None]
+
+    async def _copy(self, command: Transfer) -> MigrationReport:
+        if not command.copies:
+            return _none()
+        self._processes.ensure_migrator()
+        wanted = {move.source for move in command.copies} | {move.target for move in command.copies}
+        hosts = {worker: host for worker, host in self._processes.hosts.items() if worker in wanted}
+        if len(hosts) < len(wanted):
+            return _none("a worker is gone")
+        migrator = self._processes.migrator
+        copying = asyncio.ensure_future(migrator.copy.remote(command.copies, hosts, command.urgent))
+        try:
+            await self._watch(migrator, copying)
+            report: MigrationReport = copying.result()
+        except CALL_ERRORS as error:
+            return _none(f"the migrator failed: {one_line(error)}")
+        rate = report.nbytes / max(report.seconds, 1e-9) / 1e6
+        logger.info("epoch %d: %d experts copied in %.2f s (%.0f MB/s)", command.epoch, len(report.done),
+                    report.seconds, rate)  # fmt: skip
+        return report
+
+    async def _watch(self, migrator: Any, copying: asyncio.Future[MigrationReport]) -> None:
+        """Until the copies are made, however long they take. Raises TimeoutError where it hangs, and ends it then."""
+        while not copying.done():
+            await asyncio.wait([copying], timeout=liveness.PROBE_TIMEOUT_S)
+            if copying.done():
+                return
+            try:
+                await asyncio.wait_for(migrator.ping.remote(), liveness.PROBE_TIMEOUT_S)
+            except TimeoutError:
+                copying.cancel()
+                self._processes.drop_migrator(migrator)
+                raise
+
+    async def _read(self, command: Transfer) -> tuple[list[ExpertKey], str | None]:
+        """(what was read, the first error). Workers read side by side, each a few experts at a time."""
+        done: list[ExpertKey] = []
+        errors: list[str] = []
+
+        async def read_all(worker: WorkerId) -> None:
+            keys = [key for key in command.reads if key[0] == worker]
+            for begin in range(0, len(keys), READ_AT_ONCE):
+                if errors or self._epoch != command.epoch:
+                    return
+                part = keys[begin : begin + READ_AT_ONCE]
+                pairs = [(layer, expert) for _, layer, expert in part]
+                try:
+                    await self._processes.hosts[worker].read_experts.remote(pairs)
+                except KeyError:
+                    errors.append(f"{worker} is gone")
+                except CALL_ERRORS as error:
+                    errors.append(f"{worker} reading {len(part)} experts of the checkpoint: {one_line(error)}")
+                else:
+                    done.extend(part)
+
+        await asyncio.gather(*(read_all(worker) for worker in {key[0] for key in command.reads}))
+        return done, errors[0] if errors else None
+
+
+def _none(error: str | None = None) -> MigrationReport:
+    return MigrationReport(done=(), nbytes=0, seconds=0.0, error=error)

@@ -1,0 +1,119 @@
+"""What the coordinator reports of its state: views for the admin API, and one log line for each thing of note."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+
+from elastic_moe.cluster.control.state import ControlState, Reasons
+from elastic_moe.cluster.errors import NotReadyError
+from elastic_moe.cluster.facts.facts import Facts, Outage
+from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.operations import ENDED
+from elastic_moe.cluster.facts.routing import RoutingWindow, decode_weight, load_imbalance
+from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.views import (
+    EngineStatus,
+    Operation,
+    PlacementView,
+    RoutingView,
+    WorkerState,
+    WorkerView,
+)
+from elastic_moe.cluster.placement import Placement, WorkerId
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """What of a state is worth a log line when it changes."""
+
+    epoch: Epoch
+    outage: Outage | None
+    pinned: bool
+    operations: tuple[Operation, ...]
+    reasons: Reasons = field(compare=False)
+    """They change too often to be saved with each change."""
+
+    @classmethod
+    def of(cls, state: ControlState) -> Outline:
+        facts = state.facts
+        return cls(
+            epoch=facts.epoch,
+            outage=facts.outage,
+            pinned=facts.pinned,
+            operations=state.operations.all(),
+            reasons=state.reasons,
+        )
+
+
+def log_changes(before: Outline, state: ControlState) -> None:
+    facts = state.facts
+    if facts.outage is not None and (before.outage is None or facts.outage.reason != before.outage.reason):
+        logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
+    if facts.epoch != before.epoch and facts.spec is not None:
+        logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
+    for what, old_reason, reason in zip(Reasons._fields, before.reasons, state.reasons, strict=True):
+        if reason != old_reason:
+            logger.debug("decided on %s: %s", what, reason)
+    known = {operation.operation_id: operation for operation in before.operations}
+    for operation in reversed(state.operations.all()):
+        old = known.get(operation.operation_id)
+        if old is None:
+            logger.info("%s begins: %s", operation.operation_id, operation.reason)
+        elif operation.phase != old.phase and operation.phase in ENDED:
+            logger.info("%s %s: %s", operation.operation_id, operation.phase, operation.error or operation.reason)
+        elif operation.error is not None and operation.error != old.error:
+            logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
+
+
+def worker_view(facts: Facts, member: Member, status: EngineStatus, device: str) -> WorkerView:
+    """device: what is told of a worker that has not loaded yet."""
+    info = member.info
+    return WorkerView(
+        id=member.id,
+        rank=facts.ranks.index(member.id) if member.alive and member.id in facts.ranks else -1,
+        state=member.state,
+        pid=info.pid if info else 0,
+        node=info.node if info else "",
+        device=info.device if info else device,
+        running_requests=status.running.get(member.id, 0),
+        kv_usage=status.kv_usage.get(member.id, 0.0),
+        fit=info.fit if info else None,
+    )
+
+
+def placement_view(state: ControlState) -> PlacementView:
+    """Raises NotReadyError before the first epoch."""
+    facts = state.facts
+    if facts.spec is None:
+        raise NotReadyError(state.readiness().reason)
+    return PlacementView(epoch=facts.epoch, placement=facts.spec.placement, pinned=facts.pinned)
+
+
+def routing_view(window: RoutingWindow, placement: Placement, now: float) -> RoutingView:
+    prefill, decode = window.phases(now)
+    load = prefill.load + decode.load
+    return RoutingView(
+        tokens=prefill.tokens + decode.tokens,
+        window_s=window.window_s,
+        load=load,
+        load_imbalance=tuple(load_imbalance(load, placement).tolist()),
+        prefill=prefill,
+        decode=decode,
+        decode_weight=decode_weight(prefill, decode),
+    )
+
+
+def standby_view(worker: WorkerId, pid: int, device: str) -> WorkerView:
+    """Of the process that waits to be the next worker."""
+    return WorkerView(
+        id=worker, rank=-1, state=WorkerState.STANDBY, pid=pid, node="", device=device, running_requests=0, kv_usage=0.0
+    )
+
+
+def with_progress(state: ControlState, operation: Operation) -> Operation:
+    """`operation` with how far it is."""
+    progress = state.progress(operation)
+    return replace(operation, progress=progress.share, safe_to_terminate=progress.safe_to_terminate)

@@ -1,0 +1,145 @@
+"""Engine: the actor around the queue of requests (actors/scheduler/) and the step loop (step_loop.py).
+
+Hosts and API replicas are reached over connections of their own (actors/engine/host_links.py,
+actors/engine/clients.py): Ray is for the control plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from elastic_moe.actors import names
+from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.actors.engine.step_loop import StepLoop
+from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.calls import node_address
+from elastic_moe.actors.scheduler.scheduler import Scheduler
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import NotReadyError
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from elastic_moe.cluster.messages.requests import Endpoint
+from elastic_moe.cluster.messages.views import EngineStatus
+from elastic_moe.cluster.placement import WorkerId
+
+log = logging.getLogger(__name__)
+
+CPU_PREFILL_TOKENS = 48
+"""Of each worker, in a step that also decodes. More would hardly run faster on a CPU, and everybody waits meanwhile."""
+
+Hosts = dict[WorkerId, Any]
+"""Ray handles by worker; Any, because Ray's handles are untyped."""
+
+
+class Engine:
+    """An async actor: everything runs on its event loop."""
+
+    def __init__(self, config: ServeConfig, coordinator: Any, logs: LogSettings | None = None) -> None:
+        """`logs`: where this process's log lines go; left as it is if not given."""
+        if logs is not None:
+            set_up(names.ENGINE, logs)
+        self._config = config
+        self._coordinator = coordinator
+        self._hosts: Hosts = {}
+        self._scheduler: Scheduler | None = None
+        self._clients: Clients | None = None
+        self._loop: StepLoop | None = None
+        self._endpoint: Endpoint | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- Called by the coordinator ------------------------------------------------------------------------------
+
+    async def start(self, model: ModelInfo, spec: EpochSpec, hosts: Hosts, infos: dict[WorkerId, HostInfo]) -> int:
+        """Begin to serve with the first epoch. Raises StepAborted, naming the workers, where a host did not commit."""
+        config = self._config
+        scheduler = self._scheduler = Scheduler(
+            {},
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_prefill_tokens=config.max_num_prefill_tokens or _prefill_tokens(infos),
+            max_model_len=min(model.max_model_len, config.max_model_len or model.max_model_len),
+            eos_token_ids=model.eos_token_ids,
+            enable_prefix_caching=config.enable_prefix_caching,
+            rope_limits=model.rope_limits,
+            rope_growth_limit=model.rope_growth_limit,
+        )
+        clients = self._clients = Clients(scheduler, submitted=lambda: loop.wake())
+        loop = self._loop = StepLoop(
+            scheduler,
+            clients,
+            step_timeout_s=config.step_timeout,
+            abort=self._abort,
+            report=self._report,
+            late=self._late,
+        )
+        self._tasks = [asyncio.create_task(loop.run()), asyncio.create_task(clients.watch())]
+        for task in self._tasks:
+            task.add_done_callback(_die_of)
+        self._endpoint = await clients.listen(node_address())
+        return await self.change_epoch(spec, hosts, infos)
+
+    async def change_epoch(self, spec: EpochSpec, hosts: Hosts, infos: dict[WorkerId, HostInfo]) -> int:
+        """Flip to a prepared epoch at the next step boundary. Returns how many requests had to leave their worker.
+
+        Raises StepAborted naming the workers that failed.
+        """
+        assert self._loop is not None
+        self._hosts = {**self._hosts, **hosts}
+        moved = await self._loop.change_epoch(spec, infos)
+        self._hosts = hosts
+        return moved
+
+    async def drain(self, workers: Sequence[WorkerId]) -> None:
+        """Exactly these get no new requests from now on."""
+        if self._scheduler is not None and self._loop is not None:
+            self._scheduler.drain(workers)
+            self._loop.wake()
+
+    async def stay(self) -> None:
+        """Does not answer: whoever waits learns at once that this process has died."""
+        await asyncio.Event().wait()
+
+    async def status(self) -> EngineStatus:
+        if self._scheduler is None or self._clients is None:
+            return EngineStatus()
+        clients = self._clients
+        return replace(
+            self._scheduler.status(), first_tokens=clients.first_tokens, first_tokens_s=clients.first_tokens_s
+        )
+
+    # --- Called by API replicas ---------------------------------------------------------------------------------
+
+    async def endpoint(self) -> Endpoint:
+        """Where they connect. Raises NotReadyError before the engine has been started."""
+        if self._endpoint is None:
+            raise NotReadyError("the engine has not been started")
+        return self._endpoint
+
+    # --- Called by the loop -------------------------------------------------------------------------------------
+
+    def _abort(self, epoch: Epoch, workers: Iterable[WorkerId]) -> None:
+        for worker in workers:
+            # by Ray: their connections wait for the very step that is to be aborted
+            self._hosts[worker].abort_step.remote(epoch)
+
+    def _report(self, epoch: Epoch, suspects: Sequence[WorkerId], reason: str) -> None:
+        self._coordinator.report_step_failure.remote(epoch, list(suspects), reason)
+
+    def _late(self, workers: Sequence[WorkerId]) -> None:
+        self._coordinator.report_late_step.remote(list(workers))
+
+
+def _prefill_tokens(infos: dict[WorkerId, HostInfo]) -> int | None:
+    return CPU_PREFILL_TOKENS if any(info.device == "cpu" for info in infos.values()) else None
+
+
+def _die_of(task: asyncio.Task[None]) -> None:
+    """An engine whose loop has ended would hang every request; one that dies is replaced, and they are sent again."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("the step loop failed", exc_info=error)
+        os._exit(1)

@@ -1,0 +1,310 @@
+"""The engine's loop: schedule a step, have all hosts run it, commit what comes back. Without Ray, so that tests can.
+
+The next step is sent shortly before the present one is over, so that no host waits for the engine: as late as that,
+because a request that comes meanwhile has to wait for every step that has been sent.
+
+With no step in flight, and only then, the epoch may change. A step that fails anywhere counts for nothing: it is rolled
+back with the one after it, the coordinator is told, and the loop waits for the next epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.actors.engine.host_links import Group
+from elastic_moe.actors.engine.step_deadline import StepDeadline
+from elastic_moe.actors.liveness import ABORT_S, SILENT_S
+from elastic_moe.actors.remote.calls import one_line, wait_within
+from elastic_moe.actors.remote.codec import is_exhausted
+from elastic_moe.actors.scheduler.scheduler import Scheduler
+from elastic_moe.cluster.errors import HostError, StepAborted
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
+from elastic_moe.cluster.messages.steps import StepPlan, StepResult
+from elastic_moe.cluster.placement import WorkerId
+
+logger = logging.getLogger(__name__)
+
+DEPTH = 2
+"""Steps in flight at most."""
+LEAD = 0.25
+"""Which part of a step before its end the next one is sent; "shortly before" is no less than `LEAD_S`."""
+LEAD_S = 0.004
+STOOD_STILL_S = 0.25
+"""This loop was held up, by itself or by the machine, if it comes back to its work so much too late."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that has been sent."""
+
+    plans: dict[WorkerId, StepPlan]
+    answers: dict[WorkerId, asyncio.Future[StepResult]]
+    begun: float = 0.0
+    """When it became the oldest in flight."""
+    looked_at: float = 0.0
+    """When it was last found to be late; `begun` before that."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the worker that has most."""
+        return max(next(iter(self.plans.values())).tokens_per_rank)
+
+    @property
+    def pending(self) -> list[WorkerId]:
+        return [worker for worker, answer in self.answers.items() if not answer.done()]
+
+    @property
+    def finished(self) -> bool:
+        return all(answer.done() for answer in self.answers.values())
+
+    @property
+    def failed(self) -> bool:
+        return any(answer.done() and answer.exception() is not None for answer in self.answers.values())
+
+
+@dataclass(slots=True)
+class _Flip:
+    """An epoch that is asked for, until the loop reaches a step boundary."""
+
+    spec: EpochSpec
+    infos: dict[WorkerId, HostInfo]
+    done: asyncio.Future[int]
+
+
+class StepLoop:
+    """All on one event loop, so nothing here needs a lock."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clients: Clients,
+        *,
+        step_timeout_s: float,
+        abort: Callable[[Epoch, Iterable[WorkerId]], None],
+        report: Callable[[Epoch, Sequence[WorkerId], str], None],
+        late: Callable[[Sequence[WorkerId]], None],
+    ) -> None:
+        """`abort` wakes hosts that wait for a dead peer; `report` tells the coordinator of a step that failed, and
+        `late` of hosts that might hang: whoever gives no sign of life is ended, and then the step fails.
+        """
+        self._scheduler = scheduler
+        self._clients = clients
+        self._step_timeout_s = step_timeout_s
+        self._allowed = StepDeadline(step_timeout_s)
+        self._abort = abort
+        self._report = report
+        self._late = late
+        self._group = Group(self._member_lost)
+        self._lost: WorkerId | None = None
+        self._spec: EpochSpec | None = None
+        self._flip: _Flip | None = None
+        self._broken = False
+        """The group cannot run a step; only a new epoch helps."""
+        self._step = 0
+        self._flights: deque[_Flight] = deque()
+        self._took: dict[int, float] = {}
+        """Seconds of the last step of each size, by the number of binary digits of its tokens."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    async def change_epoch(self, spec: EpochSpec, infos: dict[WorkerId, HostInfo]) -> int:
+        """Flip to a prepared epoch at the next step boundary. Returns how many requests had to leave their worker.
+
+        Raises StepAborted naming the workers that failed.
+        """
+        if self._flip is not None:
+            raise StepAborted(f"epoch {self._flip.spec.epoch} is being committed")
+        self._flip = _Flip(spec=spec, infos=infos, done=asyncio.get_running_loop().create_future())
+        self._wake.set()
+        return await self._flip.done
+
+    async def run(self) -> None:
+        """Never returns. Raises OSError where this process can open no connection to a host: it is of no use then."""
+        while True:
+            self._wake.clear()
+            begun = self._now()
+            if await self._act():
+                self._excuse(self._now() - begun)
+                continue
+            when = self._set_timer()
+            await self._wake.wait()
+            self._excuse(self._now() - when)
+
+    async def _act(self) -> bool:
+        """Do what is next. False: there is nothing to do before something happens."""
+        oldest = self._flights[0] if self._flights else None
+        if oldest is not None and oldest.failed:
+            await self._give_up()
+        elif oldest is not None and oldest.finished:
+            self._commit()
+        elif oldest is not None and self._now() >= self._deadline(oldest):
+            self._allowed.missed(oldest.tokens)
+            await self._give_up()
+        elif oldest is not None and self._now() >= self._late_at(oldest):
+            oldest.looked_at = self._now()
+            self._late(oldest.pending)
+        elif oldest is not None and (self._flip is not None or self._now() < self._due(oldest)):
+            return False
+        elif self._flip is not None:
+            await self._commit_epoch(self._flip)
+        elif self._broken or self._spec is None:
+            return False
+        elif self._lost is not None and oldest is None:
+            self._break([self._lost], f"{self._lost}: its connection has ended")
+        else:
+            return self._begin_step(self._spec.epoch)
+        return True
+
+    def _excuse(self, stood_still_s: float) -> None:
+        """Hosts are not late by the time in which this loop did not listen to them."""
+        if stood_still_s < STOOD_STILL_S:
+            return
+        for flight in self._flights:
+            flight.begun += stood_still_s
+            flight.looked_at += stood_still_s
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _deadline(self, flight: _Flight) -> float:
+        return flight.begun + self._allowed.seconds(flight.tokens)
+
+    def _late_at(self, flight: _Flight) -> float:
+        return max(flight.begun, flight.looked_at) + self._allowed.late_s(flight.tokens)
+
+    def _due(self, oldest: _Flight) -> float:
+        """When to send a step ahead."""
+        if len(self._flights) >= DEPTH:
+            return math.inf
+        took = self._took.get(oldest.tokens.bit_length(), 0.0)
+        return oldest.begun + took - max(LEAD_S, LEAD * took)
+
+    def _set_timer(self) -> float:
+        """Wake up when there will be something to do. Returns when; infinity where only an event can tell."""
+        when = math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._flights:
+            due = self._due(self._flights[0])
+            late = min(self._deadline(self._flights[0]), self._late_at(self._flights[0]))
+            # often enough to tell how long this loop has stood still
+            when = min(late, due if due > self._now() else math.inf, self._now() + STOOD_STILL_S)
+            self._timer = asyncio.get_running_loop().call_at(when, self._wake.set)
+        return when
+
+    def _begin_step(self, epoch: Epoch) -> bool:
+        self._step += 1
+        plans = self._scheduler.schedule(epoch, self._step)
+        if plans is None:
+            return False
+        flight = _Flight(plans=plans, answers=self._group.send(plans), begun=self._now())
+        for answer in flight.answers.values():
+            answer.add_done_callback(self._answered)
+        self._flights.append(flight)
+        return True
+
+    def _answered(self, answer: asyncio.Future[StepResult]) -> None:
+        self._wake.set()
+
+    def _commit(self) -> None:
+        flight, now = self._flights.popleft(), self._now()
+        self._took[flight.tokens.bit_length()] = now - flight.begun
+        self._allowed.met(flight.tokens, now - flight.begun)
+        if self._flights:
+            self._flights[0].begun = now
+        results = {worker: answer.result() for worker, answer in flight.answers.items()}
+        self._clients.deliver(self._scheduler.commit(results))
+
+    # --- Failures -----------------------------------------------------------------------------------------------
+
+    def _member_lost(self, worker: WorkerId) -> None:
+        self._lost = worker
+        self._wake.set()
+
+    def _break(self, suspects: Sequence[WorkerId], reason: str) -> None:
+        assert self._spec is not None
+        self._broken = True
+        logger.warning("step %d of epoch %d failed: %s", self._step, self._spec.epoch, reason)
+        self._report(self._spec.epoch, suspects, reason)
+
+    async def _give_up(self) -> None:
+        """A host failed: free the others, find out who it was, and tell the coordinator."""
+        assert self._spec is not None
+        self._abort(self._spec.epoch, self._flights[0].answers)
+        answers = [answer for flight in self._flights for answer in flight.answers.values()]
+        _, pending = await wait_within(answers, SILENT_S)
+        if pending:
+            self._late(sorted({worker for flight in self._flights for worker in flight.pending}))
+            await wait_within(pending, ABORT_S - SILENT_S)
+        oldest, *later = self._flights
+        self._flights.clear()
+        self._scheduler.rollback()
+        reasons: list[str] = []
+        suspects: list[WorkerId] = []
+        for worker, answer in oldest.answers.items():
+            # a host may have gone after it had done its part
+            errors = [_error(answer), *(e for f in later if not isinstance(e := _error(f.answers[worker]), HostError))]
+            error = next((error for error in errors if error is not None), None)
+            if error is None:
+                continue
+            reasons.append(f"{worker}: {one_line(error)}")
+            if isinstance(error, HostError):
+                # the model itself failed on these tokens; to run them again would fail again
+                self._fail([chunk.request_id for chunk in oldest.plans[worker].chunks], error)
+            else:
+                suspects.append(worker)
+        self._break(suspects, "; ".join(reasons) or "the workers lost one another")
+
+    def _fail(self, request_ids: Sequence[RequestId], error: BaseException) -> None:
+        outputs = [
+            TokenOutput(
+                request_id=request_id,
+                offset=0,
+                token_ids=(),
+                finish_reason=FinishReason.ERROR,
+                error=f"the model failed on this request: {one_line(error)}",
+            )
+            for request_id in request_ids
+            if request_id in self._clients
+        ]
+        self._clients.deliver(outputs)
+        for output in outputs:
+            self._scheduler.abort(output.request_id)
+
+    # --- Epochs -------------------------------------------------------------------------------------------------
+
+    async def _commit_epoch(self, flip: _Flip) -> None:
+        """Every host flips, then this does. Where one cannot, the group is broken: some may have, others not."""
+        members = {worker.id: flip.infos[worker.id] for worker in flip.spec.placement.workers}
+        self._lost = None
+        failed = await self._group.flip(flip.spec.epoch, members, self._step_timeout_s, first=self._spec is None)
+        self._flip = None
+        if failed:
+            exhausted = next((error for error in failed.values() if is_exhausted(error)), None)
+            if exhausted is not None:
+                # it is not the hosts that are to blame: with this process's end, another engine begins
+                raise exhausted
+            self._broken = True
+            detail = "; ".join(f"{worker}: {one_line(error)}" for worker, error in failed.items())
+            flip.done.set_exception(StepAborted(f"epoch {flip.spec.epoch} was not committed by {detail}"))
+            return
+        self._spec, self._broken = flip.spec, False
+        moved = self._scheduler.set_workers({worker: info.num_kv_blocks for worker, info in members.items()})
+        flip.done.set_result(moved)
+
+
+def _error(answer: asyncio.Future[StepResult]) -> BaseException | None:
+    """What the host is to blame for."""
+    error = answer.exception() if answer.done() else TimeoutError()
+    return None if isinstance(error, StepAborted) else error

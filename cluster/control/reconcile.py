@@ -1,0 +1,148 @@
+"""What should be, as against what is: which workers to start or keep, and which are to serve with which experts.
+
+Functions of the facts and the time; each gives its reason. ControlState carries their choices out.
+
+Legend: L MoE layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from elastic_moe.cluster.facts.adaptation import adapt
+from elastic_moe.cluster.facts.facts import Choice, Facts
+from elastic_moe.cluster.facts.membership import BoolArray, Member
+from elastic_moe.cluster.messages.views import OperationKind, WorkerState
+from elastic_moe.cluster.placement import Placement, Worker, WorkerId
+
+JOIN_PATIENCE_S = 5.0
+"""Seconds that a loaded worker waits for others that are starting, so that they join in one epoch."""
+RESTART_PATIENCE_S = 60.0
+"""The same after all workers were lost, at most: others get as long again as the first one took."""
+SURVIVORS_FIRST_S = 5.0
+"""Seconds that survivors get to serve again before others are started."""
+
+# --- How many workers ---------------------------------------------------------------------------------------------
+
+
+def kept(facts: Facts) -> tuple[WorkerId, ...]:
+    """Workers that were to leave only because there were too many, and are not too many any more."""
+    surplus = [m.id for m in facts.alive if m.state is WorkerState.DRAINING and not m.retired]
+    return tuple(surplus[: max(0, facts.target - len(facts.staying))])
+
+
+def starts(facts: Facts, now: float) -> Choice[list[BoolArray]]:
+    """What each worker that is to be started now has to load ([L, E])."""
+    present = len(facts.staying)
+    if present >= facts.target:
+        return Choice([], "there are as many workers as there should be")
+    if now < facts.start_at:
+        return Choice([], "the last worker died while it loaded: the next is started after a pause")
+    if recovers_alone(facts, now):
+        return Choice([], "survivors serve again first: until then they need the cores and the disk")
+    return Choice(shares(facts, facts.target - present), f"{present} of {facts.target} workers are there")
+
+
+def recovers_alone(facts: Facts, now: float) -> bool:
+    """Whether survivors are about to serve again: until then they need cores and disk more than a newcomer does."""
+    if facts.outage is None or now - facts.outage.since >= SURVIVORS_FIRST_S:
+        return False
+    survivors = [member for member in facts.alive if member.id in facts.ranks]
+    return bool(survivors) and facts.fits(survivors)
+
+
+def shares(facts: Facts, missing: int) -> list[BoolArray]:
+    """[L, E] for each of `missing` new workers, what it is to load: from the checkpoint, beside those that serve,
+    rather than by copies that would take their time. First of all what nobody holds."""
+    held = np.zeros(facts.load.shape, dtype=np.bool_)
+    for member in facts.alive:
+        held |= member.has if member.loaded else member.assigned
+    team = len(facts.staying) + missing
+    found = [np.zeros_like(held) for _ in range(missing)]
+    for layer in range(facts.model.num_layers):
+        experts = np.lexsort((-facts.load[layer], held[layer]))
+        lost = experts[: int((~held[layer]).sum())]
+        for part, share in enumerate(found):
+            share[layer, np.array_split(np.sort(lost), missing)[part]] = True
+            # heavy and light ones, as many as an even share has
+            room = facts.model.num_logical_experts // team - int(share[layer].sum())
+            share[layer, experts[len(lost) :][part::team][: max(0, room)]] = True
+    return found
+
+
+# --- Who serves ---------------------------------------------------------------------------------------------------
+
+
+def next_members(facts: Facts, now: float) -> Choice[tuple[Member, ...]]:
+    """The members of the epoch to begin now; nobody where nothing is to be begun."""
+    if facts.change is not None:
+        return Choice((), f"epoch {facts.change.spec.epoch} is under way")
+    if facts.probing:
+        return Choice((), "workers are being asked for a sign of life")
+    if now < facts.retry_at:
+        return Choice((), "the last change failed: the next is begun after a pause")
+    choice = _should_serve(facts, now)
+    if facts.outage is None and tuple(member.id for member in choice.value) == facts.ranks:
+        return Choice((), choice.reason)
+    return choice
+
+
+def _should_serve(facts: Facts, now: float) -> Choice[tuple[Member, ...]]:
+    """Who should serve now, whether it does or not; nobody: wait."""
+    # draining workers serve on only where nobody else can
+    wanted = [member for member in facts.loaded if member.state is not WorkerState.DRAINING]
+    if not facts.fits(wanted):
+        wanted = facts.loaded
+    if not facts.fits(wanted):
+        return Choice((), "those that have loaded have too little memory for every expert")
+    current = [member for member in wanted if member.id in facts.ranks]
+    if facts.outage is not None and facts.fits(current):
+        return Choice(tuple(current), "the survivors serve first")
+    if len(wanted) < facts.target and (wait := _waits_for_more(facts, wanted, now)) is not None:
+        return wait
+    return Choice(tuple(wanted), f"{len(wanted)} workers can serve")
+
+
+def _waits_for_more(facts: Facts, wanted: Sequence[Member], now: float) -> Choice[tuple[Member, ...]] | None:
+    """Whether the first that has loaded waits for others, so that they begin together; None: it does not."""
+    current = [member for member in wanted if member.id in facts.ranks]
+    joining = [member for member in wanted if member.id not in facts.ranks]
+    first = min(joining, key=lambda member: member.loaded_at or now, default=None)
+    loaded_at = now if first is None else first.loaded_at or now
+    waited = now - loaded_at
+    if not current:
+        took = 0.0 if first is None else loaded_at - first.asked_at
+        if facts.spec is None:
+            return Choice((), f"{len(wanted)} of {facts.target} workers have loaded")
+        if waited < min(took, RESTART_PATIENCE_S):
+            return Choice((), "the first that has loaded waits for the others as long again as it took")
+    elif facts.outage is None and waited < JOIN_PATIENCE_S:
+        # without the worker that joins, those that stay may have too little memory
+        stay = current if facts.fits(current) else ()
+        return Choice(tuple(stay), "those that have loaded wait for others that are starting")
+    return None
+
+
+def placement_for(facts: Facts, members: Sequence[Member]) -> Placement:
+    """The placement of `members` that moves as little as possible."""
+    slots = facts.slots(members)
+    assert slots is not None, "members are chosen so that they hold every expert"
+    workers = []
+    for member, count in zip(members, slots, strict=True):
+        assert member.info is not None, f"{member.id} has not loaded"
+        workers.append(Worker(id=member.id, node=member.info.node, slots=count))
+    return adapt(workers, {member.id: member.has for member in members}, facts.load)
+
+
+def wish(facts: Facts, members: Sequence[Member]) -> Choice[OperationKind]:
+    """What kind of operation an epoch of `members` belongs to."""
+    if facts.spec is None:
+        kind = OperationKind.START
+    else:
+        kind = OperationKind.SCALE if facts.outage is None else OperationKind.RECOVER
+    joining = [member.id for member in members if member.id not in facts.ranks]
+    leaving = [worker for worker in facts.ranks if worker not in {member.id for member in members}]
+    words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]
+    return Choice(kind, ", ".join(words) or "a new group")

@@ -1,0 +1,220 @@
+"""Scaling: how many workers there should be, because somebody asks for it or because the load does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elastic_moe.cluster.control.autoscaling import Policy, Sample, Verdict, recommend
+from elastic_moe.cluster.errors import ConflictError, PlacementError
+from elastic_moe.cluster.facts.events import Command, LoadSeen, ScaleRequested
+from elastic_moe.cluster.facts.facts import ControlSettings, Facts
+from elastic_moe.cluster.facts.membership import Member, Membership
+from elastic_moe.cluster.facts.operations import OperationLog
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.views import OperationKind, ScaleView, WorkerState
+from elastic_moe.cluster.placement import WorkerId
+
+# --- Decisions ----------------------------------------------------------------------------------------------------
+
+
+def limits_of_target(settings: ControlSettings, model: ModelInfo) -> tuple[int, int]:
+    """(fewest, most) workers that may be asked for, memory apart."""
+    experts = model.num_logical_experts
+    return settings.min_workers or 1, min(settings.max_workers or experts, experts)
+
+
+def check_target(settings: ControlSettings, model: ModelInfo, workers: int) -> None:
+    """Raises PlacementError, with what was expected, for a number of workers that cannot be."""
+    experts = model.num_logical_experts
+    least, most = limits_of_target(settings, model)
+    if not least <= workers <= most:
+        why = "each needs an expert of the model's" if most == experts else "the limits of the autoscaler"
+        raise PlacementError(f"workers: expected {least} to {most} ({why}), got {workers}")
+    if settings.expert_capacity is not None:
+        per_layer = settings.expert_capacity // model.num_layers
+        if workers * per_layer < experts:
+            fewest = str(-(-experts // per_layer)) if per_layer else "more than any number"
+            raise PlacementError(
+                f"workers: expected at least {fewest}, got {workers}: a layer has {experts} experts, and"
+                f" expert_memory_bytes is room for {per_layer} of every layer"
+            )
+
+
+def check_memory(facts: Facts, target: int, retire: Sequence[WorkerId]) -> None:
+    """Raises PlacementError where those that would stay cannot hold every expert."""
+    staying = _oldest_first([member for member in facts.staying if member.id not in retire])[:target]
+    if target > len(staying) or facts.fits(staying):
+        return
+    limits = ", ".join(f"{m.id} {limit}" for m, limit in zip(staying, facts.limits(staying), strict=True))
+    raise PlacementError(
+        f"workers: expected at least {facts.fewest}: a layer has {facts.model.num_logical_experts} experts, and those"
+        f" that would stay have memory for {limits}"
+    )
+
+
+def surplus(facts: Facts, target: int, retire: Sequence[WorkerId] = ()) -> list[Member]:
+    """Who leaves for the number's sake, besides those in `retire`: those that do not serve yet, then the newest."""
+    return _oldest_first([member for member in facts.staying if member.id not in retire])[target:]
+
+
+def _oldest_first(members: Sequence[Member]) -> list[Member]:
+    """In the order in which they are worth keeping."""
+    return [*[m for m in members if m.loaded], *[m for m in members if not m.loaded]]
+
+
+def advise(facts: Facts, samples: Sequence[Sample], now: float, changed_at: float) -> Verdict:
+    """The autoscaler's, for the size that there is."""
+    settings = facts.settings
+    assert settings.max_workers is not None
+    policy = Policy(
+        min_workers=fewest_wanted(facts),
+        max_workers=min(settings.max_workers, facts.model.num_logical_experts),
+        seats_per_worker=settings.seats_per_worker,
+        window_s=settings.autoscale_window_s,
+    )
+    return recommend(policy, samples, workers=facts.target, now=now, changed_at=changed_at)
+
+
+def fewest_wanted(facts: Facts) -> int:
+    """Fewest workers by the autoscaler's limits and by today's memory, but not more than there should be now."""
+    return max(facts.settings.min_workers or 1, min(facts.fewest, facts.target))
+
+
+# --- The owner ----------------------------------------------------------------------------------------------------
+
+
+class Scaling:
+    """Owns the number of workers that there should be, the wish that it is from, and what the autoscaler has seen.
+
+    Raises PlacementError for more workers than experts.
+    """
+
+    def __init__(
+        self, settings: ControlSettings, model: ModelInfo, membership: Membership, operations: OperationLog
+    ) -> None:
+        check_target(settings, model, settings.workers)
+        self._settings = settings
+        self._model = model
+        self._membership = membership
+        self._operations = operations
+        self.target = settings.workers
+        self.operation_id: str | None = None
+        """The operation that the last wish for another size began."""
+        self._samples: list[Sample] = []
+        self._changed_at = 0.0
+        self.verdict = "the load has not been seen yet"
+        """The autoscaler's last reason."""
+
+    def view(self, facts: Facts) -> ScaleView:
+        return ScaleView(
+            serving=len(facts.ranks) if facts.outage is None else 0,
+            target=self.target,
+            min_workers=fewest_wanted(facts),
+            max_workers=limits_of_target(self._settings, self._model)[1],
+            autoscaler=None if self._settings.max_workers is None else self.verdict,
+        )
+
+    # --- Wishes -------------------------------------------------------------------------------------------------
+
+    def is_repeated(self, event: ScaleRequested) -> bool:
+        """Whether this was asked for before. Raises ConflictError where its id stands for something else."""
+        known = None if event.operation_id is None else self._operations.get(event.operation_id)
+        if known is not None and (known.kind, known.asked) != (OperationKind.SCALE, _in_words(event)):
+            raise ConflictError(f"operation {event.operation_id} is another one: {known.kind} {known.asked}")
+        return known is not None
+
+    def requested(self, facts: Facts, event: ScaleRequested, now: float) -> list[Command]:
+        """Raises ConflictError, PlacementError; nothing has changed then."""
+        for worker in event.retire:
+            if worker not in facts.members or facts.members[worker].state is not WorkerState.SERVING:
+                raise PlacementError(f"retire: {worker!r} is no serving worker")
+        target = event.workers if event.workers is not None else self.target - len(set(event.retire))
+        check_target(self._settings, self._model, target)
+        check_memory(facts, target, event.retire)
+        self._replace_pending(allowed=event.replace)
+        asked = _in_words(event)
+        return self._scale(
+            facts, target, event.retire, asked=asked, reason=f"scale {asked}", operation_id=event.operation_id, now=now
+        )
+
+    def _replace_pending(self, *, allowed: bool) -> None:
+        pending = self._operations.find_open(OperationKind.SCALE)
+        if pending is None:
+            return
+        if not allowed:
+            raise ConflictError(f"operation {pending.operation_id} is under way; replace: true would take its place")
+        # it waits for workers that may never come
+        self._operations.fail(pending.operation_id, "replaced by another request")
+
+    def _scale(
+        self,
+        facts: Facts,
+        target: int,
+        retire: tuple[WorkerId, ...],
+        *,
+        asked: str,
+        reason: str,
+        operation_id: str | None,
+        now: float,
+    ) -> list[Command]:
+        self.target, self._changed_at = target, now
+        for worker in retire:
+            self._membership.drain(worker, now, retired=True)
+        leaving = surplus(facts, target, retire)
+        commands: list[Command] = []
+        for member in leaving:
+            if member.id in facts.ranks:
+                self._membership.drain(member.id, now)
+            else:
+                commands.append(self._membership.stop(member.id))
+        operation = self._operations.open(
+            OperationKind.SCALE,
+            facts.next_epoch,
+            reason,
+            operation_id=operation_id,
+            asked=asked,
+            retiring=tuple(dict.fromkeys((*retire, *(member.id for member in leaving)))),
+        )
+        self.operation_id = operation.operation_id
+        if len(facts.ranks) == target and not any(
+            self._membership[worker].state is WorkerState.DRAINING for worker in facts.ranks
+        ):
+            self._operations.complete(operation.operation_id, f"there are {target} workers already")
+        return commands
+
+    # --- Load ---------------------------------------------------------------------------------------------------
+
+    def load_seen(self, facts: Facts, event: LoadSeen, now: float) -> list[Command]:
+        """The autoscaler's look, once for every report of the engine's."""
+        if self._settings.max_workers is None:
+            return []
+        if facts.outage is not None or not facts.scaled:
+            # what is seen now tells nothing of the size that is wanted
+            self._samples.clear()
+            self.verdict = "waits until as many workers serve as are wanted"
+            return []
+        seen = Sample(at_s=now, waiting=event.waiting, running=event.running, kv_usage=event.kv_usage)
+        window_s = self._settings.autoscale_window_s
+        self._samples = [s for s in self._samples if now - s.at_s <= 2 * window_s] + [seen]
+        if not facts.idle or self._operations.find_open(OperationKind.SCALE) is not None:
+            return []
+        verdict = advise(facts, self._samples, now, self._changed_at)
+        self.verdict = verdict.reason
+        if verdict.target == self.target:
+            return []
+        self._samples.clear()
+        asked = f"to {verdict.target} workers"
+        reason = f"autoscale from {self.target} {asked}: {verdict.reason}"
+        return self._scale(facts, verdict.target, (), asked=asked, reason=reason, operation_id=None, now=now)
+
+    def resume(self, now: float) -> None:
+        """The clock is another one."""
+        self._changed_at = now
+        self._samples.clear()
+
+
+def _in_words(event: ScaleRequested) -> str:
+    if not event.retire:
+        return f"to {event.workers} workers"
+    without = f"without {', '.join(event.retire)}"
+    return without if event.workers is None else f"to {event.workers} workers, {without}"

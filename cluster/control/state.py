@@ -1,0 +1,375 @@
+"""ControlState: the decisions of the control plane. Events in, commands out; no Ray, no torch, no clock.
+
+There is one mechanism. Whatever happens (start, re-placement, scaling, a death), the next epoch is made from the
+workers that are there and a placement (cluster/control/change.py carries it out). After every event, what is is
+compared with what should be (cluster/control/reconcile.py), and a change begins where they differ; only one runs at a
+time. Each attempt has an epoch number of its own, never used again: answers that carry another are stale.
+
+Each fact has one owner (cluster/facts/facts.py lists them). Here events are passed to the owners that they are about,
+and what one owner has done is told to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.cluster.control import reconcile, status
+from elastic_moe.cluster.control.change import Epochs
+from elastic_moe.cluster.control.draining import Draining, drained
+from elastic_moe.cluster.control.rebalancing import Rebalancing
+from elastic_moe.cluster.control.scaling import Scaling
+from elastic_moe.cluster.control.starting import Starts
+from elastic_moe.cluster.errors import ConflictError, NotReadyError
+from elastic_moe.cluster.facts.counters import ClusterCounters
+from elastic_moe.cluster.facts.events import (
+    Command,
+    CommitFailed,
+    Committed,
+    EngineLost,
+    Event,
+    LoadSeen,
+    PlaceRequested,
+    PlanReady,
+    Prepared,
+    PrepareFailed,
+    Probed,
+    RebalanceRequested,
+    Resumed,
+    RoutingCounted,
+    ScaleRequested,
+    StepFailed,
+    Tick,
+    TransferDone,
+    TransferFailed,
+    Unpin,
+    WorkerFailed,
+    WorkerLoaded,
+    WorkerLost,
+)
+from elastic_moe.cluster.facts.facts import Cause, Change, ControlSettings, Facts, Stage
+from elastic_moe.cluster.facts.membership import Membership
+from elastic_moe.cluster.facts.operations import OperationLog
+from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo
+from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase, Readiness, ScaleView
+from elastic_moe.cluster.placement import Placement, WorkerId
+
+MAX_STRIKES = 3
+"""Failed steps in a row with one suspect, after which it is replaced although it answers."""
+
+
+class Reasons(NamedTuple):
+    """Why things are as they are, by what was decided last: for whoever reads the log."""
+
+    starts: str = ""
+    """Why so many workers are started."""
+    members: str = ""
+    """Why an epoch is begun, or none."""
+    drained: str = ""
+    """Why the change under way goes on, or waits for those that leave."""
+
+
+class ControlState:
+    """See the module's docstring. Raises PlacementError for more workers than experts."""
+
+    def __init__(self, settings: ControlSettings, model: ModelInfo) -> None:
+        self.settings = settings
+        self.model = model
+        self.operations = OperationLog()
+        self.counters = ClusterCounters()
+        shape = (model.num_layers, model.num_logical_experts)
+        self.reasons = Reasons()
+        self._load: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
+        self._membership = Membership(shape)
+        self._starts = Starts()
+        self._draining = Draining()
+        self._epochs = Epochs(settings, self._membership, self.operations, self.counters)
+        self._rebalancing = Rebalancing(settings, self.operations, self.counters)
+        self._scaling = Scaling(settings, model, self._membership, self.operations)
+        self.operations.open(OperationKind.START, Epoch(1), f"start with {settings.workers} workers")
+
+    # --- What others may ask ------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> Facts:
+        """As they are now. A later event makes other facts, and leaves these as they are."""
+        epochs, membership = self._epochs, self._membership
+        return Facts(
+            settings=self.settings,
+            model=self.model,
+            members=membership.members,
+            probing=membership.probing,
+            busy=self._draining.busy,
+            spec=epochs.spec,
+            epoch_since=epochs.since,
+            outage=epochs.outage,
+            change=epochs.change,
+            next_epoch=epochs.next_epoch,
+            planning=self._rebalancing.planning,
+            pinned=self._rebalancing.pinned,
+            target=self._scaling.target,
+            load=self._load,
+            retry_at=epochs.retry_at,
+            start_at=self._starts.at,
+            fatal=self._starts.fatal,
+        )
+
+    @property
+    def next_worker(self) -> WorkerId:
+        """The name of the worker that will be started next."""
+        return self._membership.next_worker
+
+    def readiness(self) -> Readiness:
+        kind = OperationKind.START if self._epochs.spec is None else OperationKind.RECOVER
+        return status.readiness(self.facts, self.operations.find_open(kind))
+
+    def progress(self, operation: Operation) -> status.Progress:
+        return status.progress(self.facts, operation)
+
+    def view(self) -> ScaleView:
+        return self._scaling.view(self.facts)
+
+    # --- Events -------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take one event; return what is to be done, in order.
+
+        Raises ConflictError, NotReadyError or PlacementError for a request that is refused; nothing has changed then.
+        """
+        commands = self._take(event, now)
+        if isinstance(event, RoutingCounted):
+            return commands
+        commands += self._go_on(now)
+        commands += self._reconcile(now)
+        return commands + self._draining.tell(self.facts)
+
+    def _take(self, event: Event, now: float) -> list[Command]:
+        match event:
+            case Tick():
+                return self._tick(now)
+            case WorkerLoaded() | WorkerFailed() | WorkerLost():
+                return self._worker_reported(event, now)
+            case TransferDone() | TransferFailed():
+                return self._epochs.transferred(event, now)
+            case Prepared():
+                return self._epochs.prepared(event, now)
+            case PrepareFailed() | Committed() | CommitFailed():
+                return self._change_ended(event, now)
+            case StepFailed():
+                return self._step_failed(event, now)
+            case Probed():
+                self._membership.probed()
+                return [command for worker, reason in event.lost for command in self._lose(worker, reason, now)]
+            case EngineLost():
+                return self._engine_lost(event.reason, now)
+            case Resumed():
+                return self._resumed(event, now)
+            case LoadSeen():
+                self._draining.seen(event.busy)
+                return self._scaling.load_seen(self.facts, event, now)
+            case RoutingCounted():
+                self._load = event.load
+                return []
+            case Unpin():
+                self._rebalancing.unpin()
+                return []
+            case PlanReady() | PlaceRequested() | RebalanceRequested() | ScaleRequested():
+                return self._wished(event, now)
+
+    def _wished(
+        self, event: PlanReady | PlaceRequested | RebalanceRequested | ScaleRequested, now: float
+    ) -> list[Command]:
+        """A planner or somebody wants another placement, or another size."""
+        match event:
+            case PlanReady():
+                return self._begin(self._rebalancing.answered(self.facts, event, now), now)
+            case PlaceRequested():
+                self._require_idle()
+                return self._begin(self._rebalancing.place(self.facts, event), now)
+            case RebalanceRequested():
+                self._require_idle()
+                return self._rebalancing.requested(self.facts, event, now)
+            case ScaleRequested():
+                if self._scaling.is_repeated(event):
+                    return []
+                self._require_idle()
+                return self._scaling.requested(self.facts, event, now)
+
+    def _begin(self, change: tuple[Operation, Placement] | None, now: float) -> list[Command]:
+        return [] if change is None else self._epochs.begin(*change, now)
+
+    def _require_idle(self) -> None:
+        running = self._epochs.change or self._rebalancing.planning
+        if running is not None:
+            raise ConflictError(f"operation {running.operation_id} is under way")
+        if not self.facts.serves or self._membership.probing:
+            raise NotReadyError(self.readiness().reason)
+
+    def _tick(self, now: float) -> list[Command]:
+        if self._epochs.is_stable(now):
+            self._epochs.forgive()
+            self._membership.forgive()
+        return self._rebalancing.tick(self.facts, now)
+
+    # --- Workers ------------------------------------------------------------------------------------------------
+
+    def _worker_reported(self, event: WorkerLoaded | WorkerFailed | WorkerLost, now: float) -> list[Command]:
+        if isinstance(event, WorkerLoaded):
+            if self._membership.loads(event.info, now):
+                self._starts.succeeded()
+            return []
+        if isinstance(event, WorkerFailed) and event.fatal and self._epochs.spec is None:
+            self._give_in(event.reason)
+        return self._lose(event.worker, event.reason, now)
+
+    def _lose(self, worker: WorkerId, reason: str, now: float) -> list[Command]:
+        """A worker is gone: what counted on it is given up, and `_reconcile` goes on without."""
+        member = self._membership.get(worker)
+        if member is None or not member.alive:
+            return []
+        if not member.loaded:
+            lasting = self._starts.failed(worker, reason, now)
+            if lasting is not None and self._epochs.spec is None:
+                self._give_in(lasting)
+        commands: list[Command] = [self._membership.stop(worker)]
+        if worker in self._epochs.ranks:
+            commands += self._epochs.fail(f"worker {worker} lost: {reason}", Cause.WORKER, now)
+            self._rebalancing.cancel(f"worker {worker} was lost")
+        if self._epochs.counts_on(worker):
+            commands += self._epochs.give_up(f"worker {worker} lost: {reason}", now, at_once=True)
+        self._membership.forget_dead(self._epochs.in_use)
+        return commands
+
+    def _give_in(self, reason: str) -> None:
+        """The first epoch will never be."""
+        if self._starts.fatal is None:
+            self._starts.give_in(reason)
+            self.operations.fail_open(reason)
+
+    def _step_failed(self, event: StepFailed, now: float) -> list[Command]:
+        if self._epochs.spec is None or event.epoch != self._epochs.spec.epoch:
+            return []
+        commands: list[Command] = [] if self._membership.probing else [self._membership.probe()]
+        if self._epochs.outage is None:
+            commands += self._suspect(event.suspects, now)
+        return commands + self._interrupt(f"a step failed: {event.reason}", Cause.STEP, now)
+
+    def _suspect(self, suspects: Sequence[WorkerId], now: float) -> list[Command]:
+        """A worker that answers probes, yet is to blame for one failed step after the other, is replaced."""
+        commands: list[Command] = []
+        for worker in suspects:
+            strikes = self._membership.strike(worker)
+            if strikes >= MAX_STRIKES:
+                commands += self._lose(worker, f"to blame for {strikes} failed steps", now)
+        return commands
+
+    # --- The epoch in force, and the change of it -----------------------------------------------------------------
+
+    def _interrupt(self, reason: str, cause: Cause, now: float) -> list[Command]:
+        """The epoch in force is of no use: whatever does not serve to leave it has to wait."""
+        commands = self._epochs.fail(reason, cause, now)
+        self._rebalancing.cancel(reason)
+        change = self._epochs.change
+        if change is not None and change.stage is not Stage.COMMITTING and change.kind is not OperationKind.RECOVER:
+            commands += self._epochs.give_up(reason, now, at_once=True)
+        return commands
+
+    def _engine_lost(self, reason: str, now: float) -> list[Command]:
+        self._draining.engine_lost()
+        reason = f"the engine is lost: {reason}"
+        if self._epochs.change is not None and self._epochs.change.stage is Stage.COMMITTING:
+            return self._epochs.commit_failed(reason, now, Cause.ENGINE)
+        return [] if self._epochs.spec is None else self._interrupt(reason, Cause.ENGINE, now)
+
+    def _resumed(self, event: Resumed, now: float) -> list[Command]:
+        """This state was saved, and its clock and every answer that was under way are gone."""
+        why = "the coordinator was restarted"
+        self.counters.recoveries[Cause.COORDINATOR] += 1
+        self._starts.resume()
+        self._scaling.resume(now)
+        self._draining.resume()
+        self._rebalancing.resume(now)
+        self._rebalancing.cancel(why)
+        self._epochs.resume(now)
+        # a host that is asked again loads no second time
+        commands: list[Command] = [*self._membership.resume(now)]
+        change = self._epochs.change
+        if change is not None and change.stage is not Stage.COMMITTING:
+            commands += self._epochs.give_up(why, now, at_once=True)
+        elif change is not None and change.spec.epoch == event.engine_epoch:
+            commands += self._committed(now)
+        elif change is not None:
+            commands += self._epochs.commit_failed(why, now)
+        return [*commands, self._membership.probe()]
+
+    def _change_ended(self, event: PrepareFailed | Committed | CommitFailed, now: float) -> list[Command]:
+        stage = Stage.PREPARING if isinstance(event, PrepareFailed) else Stage.COMMITTING
+        if not self._epochs.is_current(event.epoch, stage):
+            return []
+        match event:
+            case Committed():
+                return self._committed(now, event.moved_requests)
+            case PrepareFailed():
+                return self._epochs.give_up(event.reason, now)
+            case CommitFailed():
+                return self._epochs.commit_failed(event.reason, now)
+
+    def _committed(self, now: float, moved_requests: int = 0) -> list[Command]:
+        change, commands = self._epochs.flip(now, moved_requests)
+        self._rebalancing.changed(change, now)
+        self._end_operations(change)
+        commands += self._epochs.look_back(now)
+        self._membership.forget_dead(self._epochs.in_use)
+        return commands
+
+    def _end_operations(self, change: Change) -> None:
+        """What has come about with the epoch that has begun."""
+        facts, operations = self.facts, self.operations
+        operation = operations.get(change.operation_id)
+        assert operation is not None
+        if operation.operation_id == self._scaling.operation_id and not facts.scaled:
+            # some workers are still to come
+            operations.advance(operation.operation_id, phase=Phase.PREPARING)
+        else:
+            moved = f"{len(change.transfers.copies)} experts copied, {len(change.transfers.reads)} read"
+            done = f"{operation.reason}; epoch {facts.epoch} with {len(facts.ranks)} workers, {moved}"
+            operations.complete(operation.operation_id, done)
+        scaling = operations.find_open(OperationKind.SCALE)
+        if scaling is not None and facts.scaled:
+            # a recovery has brought it about
+            operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {facts.epoch}")
+
+    # --- What should be -----------------------------------------------------------------------------------------
+
+    def _go_on(self, now: float) -> list[Command]:
+        """Prepare the next epoch, once those that leave by it have had their time."""
+        facts = self.facts
+        if facts.change is None or facts.change.stage is not Stage.DRAINING:
+            return []
+        choice = drained(facts, now)
+        self.reasons = self.reasons._replace(drained=choice.reason)
+        return self._epochs.prepare(now) if choice.value else []
+
+    def _reconcile(self, now: float) -> list[Command]:
+        """Start workers, and begin a change, where what is differs from what should be."""
+        if self._starts.fatal:
+            return []
+        for worker in reconcile.kept(self.facts):
+            self._membership.keep(worker)
+        starts = reconcile.starts(self.facts, now)
+        commands: list[Command] = [self._membership.start(assigned, now) for assigned in starts.value]
+        facts = self.facts
+        members = reconcile.next_members(facts, now)
+        self.reasons = self.reasons._replace(starts=starts.reason, members=members.reason)
+        if not members.value:
+            return commands
+        self._rebalancing.cancel("the membership changes")
+        wish = reconcile.wish(facts, members.value)
+        operation = self.operations.find_open(wish.value)
+        if operation is None:
+            operation = self.operations.open(wish.value, facts.next_epoch, wish.reason)
+        commands += self._epochs.begin(operation, reconcile.placement_for(facts, members.value), now)
+        return commands + self._go_on(now)

@@ -1,0 +1,92 @@
+"""What follows from who is there: slots, a placement that moves as little as possible, and a transport.
+
+Legend: L MoE layers, E logical experts, W workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.cluster.facts.membership import BoolArray
+from elastic_moe.cluster.messages.epochs import HostInfo
+from elastic_moe.cluster.placement import EMPTY, Placement, Worker, WorkerId
+
+
+def slots_of(limits: Sequence[int], num_experts: int, redundant_experts: int) -> tuple[int, ...] | None:
+    """Slots of each worker per layer: an even share of all experts and of the spare slots, at most one per expert.
+
+    limits: experts per layer that each has memory for. Spare slots give way where memory is short; None where all
+    workers together cannot hold every expert once.
+    """
+    limits = [min(limit, num_experts) for limit in limits]
+    if not limits or min(limits) < 1 or sum(limits) < num_experts:
+        return None
+    wanted = min(num_experts + redundant_experts, sum(limits))
+    size = next(
+        n for n in range(-(-wanted // len(limits)), num_experts + 1) if sum(min(n, m) for m in limits) >= wanted
+    )
+    return tuple(min(size, limit) for limit in limits)
+
+
+def adapt(workers: Sequence[Worker], has: Mapping[WorkerId, BoolArray], load: npt.NDArray[np.int64]) -> Placement:
+    """A placement for `workers` that keeps what they have as far as slots allow: the fewest bytes to bring.
+
+    Per layer: a worker with more than its slots gives up replicas first; what nobody keeps goes, heaviest first,
+    to the worker with the least load that has room. A planner may do better later; this one takes no time.
+
+    load: [L, E] tokens per expert, zeros where unknown. Raises PlacementError where all slots are too few.
+    """
+    num_layers, num_experts = load.shape
+    rows = [_adapt_layer(workers, [has[w.id][layer] for w in workers], load[layer]) for layer in range(num_layers)]
+    return Placement(
+        num_logical_experts=num_experts,
+        workers=tuple(workers),
+        physical_to_logical_map=np.array(rows, dtype=np.int32).reshape(num_layers, sum(w.slots for w in workers)),
+    )
+
+
+def _adapt_layer(workers: Sequence[Worker], has: Sequence[BoolArray], load: npt.NDArray[np.int64]) -> list[int]:
+    kept = [[int(e) for e in np.nonzero(mask)[0]] for mask in has]
+    copies = np.sum(has, axis=0)
+    for worker, experts in zip(workers, kept, strict=True):
+        while len(experts) > worker.slots:
+            # the last of the most replicated: the order is fixed, so equal inputs give equal placements
+            gone = max(experts, key=lambda e: (copies[e], e))
+            experts.remove(gone)
+            copies[gone] -= 1
+    # one more per expert: with nothing counted, workers with fewer experts count as less loaded
+    weight = load + 1
+    for expert in sorted(np.nonzero(copies == 0)[0], key=lambda e: (-weight[e], e)):
+        if all(len(experts) == worker.slots for worker, experts in zip(workers, kept, strict=True)):
+            _evict_replica(kept, copies)
+        room = [rank for rank, worker in enumerate(workers) if len(kept[rank]) < worker.slots]
+        target = min(room, key=lambda rank: (sum(int(weight[e]) for e in kept[rank]), rank))
+        kept[target].append(int(expert))
+        copies[expert] += 1
+    row: list[int] = []
+    for worker, experts in zip(workers, kept, strict=True):
+        row += [*experts, *[EMPTY] * (worker.slots - len(experts))]
+    return row
+
+
+def _evict_replica(kept: Sequence[list[int]], copies: npt.NDArray[np.int_]) -> None:
+    """Make room for an expert that nobody has. Slots enough for all experts imply a replica somewhere."""
+    for experts in kept:
+        for expert in experts:
+            if copies[expert] > 1:
+                experts.remove(expert)
+                copies[expert] -= 1
+                return
+
+
+def choose_transport(infos: Sequence[HostInfo], *, shared_gpus: bool = False) -> str:
+    """How the workers of an epoch exchange tokens: local, shm, gloo or nccl."""
+    if len(infos) == 1:
+        return "local"
+    if all(info.device != "cpu" for info in infos):
+        # NCCL refuses two ranks on one GPU
+        return "gloo" if shared_gpus else "nccl"
+    return "shm" if len({info.node for info in infos}) == 1 else "gloo"

@@ -1,0 +1,310 @@
+"""What happens to the control plane (events) and what it wants done (commands). Values only.
+
+A command that takes time is answered by one event, which carries the command's epoch or ticket: an answer to
+something that has been given up since is stale, and ignored.
+
+    StartWorker -> WorkerLoaded | WorkerFailed | WorkerLost
+    Transfer    -> TransferDone | TransferFailed
+    Prepare     -> Prepared | PrepareFailed
+    Commit      -> Committed | CommitFailed
+    Probe       -> Probed
+    Solve       -> PlanReady
+    StopWorker, Abandon, AbortSteps, Drain: no answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.placement import Move, Placement, WorkerId
+
+ExpertKey = tuple[WorkerId, int, int]
+"""An expert at a worker: (worker, layer, logical expert)."""
+
+
+# --- Events -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time has passed. The first one starts the cluster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoaded:
+    info: HostInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFailed:
+    """A worker could not load. `fatal`: it never will, nor will another (a checkpoint that cannot be served)."""
+
+    worker: WorkerId
+    reason: str
+    fatal: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLost:
+    """A worker's process is gone, or answers no more."""
+
+    worker: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferDone:
+    epoch: Epoch
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFailed:
+    """`staged` arrived all the same, and need not be sent again."""
+
+    epoch: Epoch
+    reason: str
+    staged: tuple[ExpertKey, ...] = ()
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Every host is ready to flip. `spec` is the command's, with the rendezvous that was opened for it."""
+
+    spec: EpochSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareFailed:
+    epoch: Epoch
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    epoch: Epoch
+    moved_requests: int = 0
+    """Requests whose home is not a member any more: they are computed again elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitFailed:
+    """Some hosts may have flipped, others not."""
+
+    epoch: Epoch
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFailed:
+    """The engine could not finish a step: its group is of no use any more."""
+
+    epoch: Epoch
+    suspects: tuple[WorkerId, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """Which workers did not answer, and why."""
+
+    lost: tuple[tuple[WorkerId, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLost:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """A new coordinator goes on with a saved state. `engine_epoch` is the engine's; None where that is not known."""
+
+    engine_epoch: Epoch | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReady:
+    """A planner's answer. `placement` is None where there is none; `reason` says what it weighed."""
+
+    ticket: int
+    placement: Placement | None
+    worthwhile: bool
+    """The predicted saving beats what the change costs."""
+    no_worse: bool
+    """The predicted step is not longer than today's: enough for a change that somebody asked for."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceRequested:
+    """Raises ConflictError, NotReadyError from `handle`."""
+
+    planner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleRequested:
+    """To `workers` in all, or without those in `retire`. Raises ConflictError, NotReadyError, PlacementError."""
+
+    workers: int | None = None
+    retire: tuple[WorkerId, ...] = ()
+    operation_id: str | None = None
+    """The caller's own. Asking again with the same one changes nothing."""
+    replace: bool = False
+    """Take the place of a scaling that still waits for workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceRequested:
+    """To exactly this placement of today's workers. Raises ConflictError, NotReadyError, PlacementError."""
+
+    placement: Placement
+    pinned: bool | None = None
+    """None: as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpin:
+    """Periodic re-placement may change the placement again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSeen:
+    """How busy the engine is: what the autoscaler goes by."""
+
+    waiting: int
+    running: int
+    kv_usage: float
+    """Share of all KV-cache blocks in use, 0..1."""
+    busy: tuple[WorkerId, ...] = ()
+    """Workers that run requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutingCounted:
+    """How the window of routing statistics looks now. It is noted, and nothing is begun because of it."""
+
+    load: npt.NDArray[np.int64]
+    """[L, E] tokens per logical expert."""
+
+
+Event = (
+    Tick
+    | WorkerLoaded
+    | WorkerFailed
+    | WorkerLost
+    | TransferDone
+    | TransferFailed
+    | Prepared
+    | PrepareFailed
+    | Committed
+    | CommitFailed
+    | StepFailed
+    | Probed
+    | EngineLost
+    | Resumed
+    | PlanReady
+    | RebalanceRequested
+    | PlaceRequested
+    | Unpin
+    | ScaleRequested
+    | LoadSeen
+    | RoutingCounted
+)
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartWorker:
+    """Create a host and have it load the trunk and `experts` ([L] logical experts of each layer)."""
+
+    worker: WorkerId
+    experts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopWorker:
+    """End a host's process, if it still runs."""
+
+    worker: WorkerId
+    info: HostInfo | None
+    """None where it has not loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """Bring experts to where `epoch` wants them: from other hosts, or from the checkpoint."""
+
+    epoch: Epoch
+    copies: tuple[Move, ...]
+    reads: tuple[ExpertKey, ...]
+    urgent: bool = False
+    """Nothing is served until it is done: no limit of bandwidth."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Call `prepare` on every host of `spec`. Where `forms_group`, open a rendezvous first if its transport asks."""
+
+    spec: EpochSpec
+    forms_group: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Flip to `spec` through the engine, at a step boundary."""
+
+    spec: EpochSpec
+    infos: Mapping[WorkerId, HostInfo]
+    """Of its members, by which the engine reaches them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """Tell `workers` that `epoch` will not come: they free its group and what was staged for it."""
+
+    epoch: Epoch
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortSteps:
+    """Free `workers` from steps of these epochs, which wait for somebody who will not come."""
+
+    epochs: tuple[Epoch, ...]
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Have the engine give no new requests to `workers`, and to exactly these."""
+
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Ask `workers` for a sign of life."""
+
+    workers: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solve:
+    """Ask a planner for a better placement of the current members."""
+
+    ticket: int
+    planner: str | None
+    """None: the one of the periodic re-placement."""
+
+
+Command = StartWorker | StopWorker | Transfer | Prepare | Commit | Abandon | AbortSteps | Drain | Probe | Solve

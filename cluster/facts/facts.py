@@ -1,0 +1,224 @@
+"""What is known of the cluster at one moment, as one frozen value. Every decision is a function of it and of `now`.
+
+Each fact has one owner, which alone changes it: Membership (workers), Epochs (the epoch in force, an outage, the change
+under way), Rebalancing, Scaling, Draining, Starts. ControlState puts their facts together; nobody changes a `Facts`.
+
+Legend: L MoE layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.cluster.facts.adaptation import slots_of
+from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.transfers import Transfers
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo
+from elastic_moe.cluster.messages.views import OperationKind, WorkerState
+from elastic_moe.cluster.placement import WorkerId
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Generic[T]):
+    """What was decided, and why: a few words that fit after "because" or into a log line."""
+
+    value: T
+    reason: str
+
+
+class Cause(StrEnum):
+    """What a recovery is from."""
+
+    WORKER = "worker"
+    """A worker died or hangs."""
+    ENGINE = "engine"
+    STEP = "step"
+    """A step failed, and nobody has died."""
+    FLIP = "flip"
+    """Some workers may have begun an epoch, and others not."""
+    COORDINATOR = "coordinator"
+    """The coordinator was restarted, which interrupts nothing that runs."""
+
+
+class Stage(StrEnum):
+    """How far a change is."""
+
+    PLANNING = "planning"
+    """A planner is at work; there is no change yet. Of re-placements alone."""
+    TRANSFERRING = "transferring"
+    DRAINING = "draining"
+    """Every expert is in its place; workers that leave may finish what they run."""
+    PREPARING = "preparing"
+    COMMITTING = "committing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSettings:
+    workers: int
+    redundant_experts: int = 0
+    rebalance_interval_s: float = 60.0
+    """0: only on request."""
+    shared_gpus: bool = False
+    """Workers share GPUs, which NCCL cannot do."""
+    min_workers: int | None = None
+    max_workers: int | None = None
+    """The autoscaler's limits, which hold for whoever asks for a size. None: no autoscaler."""
+    autoscale_window_s: float = 15.0
+    seats_per_worker: int = 64
+    """Requests that a worker runs at a time."""
+    drain_timeout_s: float = 30.0
+    """Seconds that the requests of a worker that leaves may take; then they move."""
+    expert_capacity: int | None = None
+    """Experts that a worker has memory for, over all layers; None: as each reports."""
+    cluster_id: str = "emoe"
+    """Part of every process group's name, so that two clusters on one machine do not meet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """Why the epoch in force cannot serve, and since when."""
+
+    reason: str
+    cause: Cause
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """An attempt to make the next epoch."""
+
+    operation_id: str
+    kind: OperationKind
+    spec: EpochSpec
+    forms_group: bool
+    transfers: Transfers
+    stage: Stage
+    stage_since: float
+    urgent: bool
+    """Nothing is served until it is done."""
+    nbytes: int = 0
+    """Bytes of experts that were brought for it."""
+
+    @property
+    def workers(self) -> tuple[WorkerId, ...]:
+        return tuple(worker.id for worker in self.spec.placement.workers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planning:
+    """A planner at work."""
+
+    ticket: int
+    operation_id: str
+    since: float
+    requested: bool
+    forced: bool
+    """A planner was asked for by name: its answer is carried out, whatever it is predicted to gain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Facts:
+    settings: ControlSettings
+    model: ModelInfo
+    members: Mapping[WorkerId, Member]
+    """In the order in which they were asked for, which is rank order. Some dead ones are remembered."""
+    probing: bool
+    """Workers are being asked for a sign of life; no epoch is begun before all have answered or are known lost."""
+    busy: tuple[WorkerId, ...] | None
+    """Workers that run requests; None where the engine has not said since it was told which workers leave."""
+    spec: EpochSpec | None
+    """The epoch in force; None before the first."""
+    epoch_since: float
+    outage: Outage | None
+    """None while the epoch in force serves."""
+    change: Change | None
+    next_epoch: Epoch
+    planning: Planning | None
+    pinned: bool
+    """Periodic re-placement leaves the placement alone."""
+    target: int
+    """Workers that there should be."""
+    load: npt.NDArray[np.int64]
+    """[L, E] recent tokens per expert, by which lost experts are dealt out."""
+    retry_at: float
+    """No change is begun before, because the last attempt failed."""
+    start_at: float
+    """No worker is started before, because the last one died while it loaded."""
+    fatal: str | None
+    """Why there will never be a first epoch."""
+
+    @property
+    def epoch(self) -> Epoch:
+        return self.spec.epoch if self.spec else Epoch(0)
+
+    @property
+    def ranks(self) -> tuple[WorkerId, ...]:
+        """Members of the epoch in force, in rank order; dead ones included until the next epoch."""
+        return tuple(worker.id for worker in self.spec.placement.workers) if self.spec else ()
+
+    @property
+    def serves(self) -> bool:
+        return self.spec is not None and self.outage is None
+
+    @property
+    def alive(self) -> list[Member]:
+        return [member for member in self.members.values() if member.alive]
+
+    @property
+    def loaded(self) -> list[Member]:
+        return [member for member in self.alive if member.loaded]
+
+    @property
+    def staying(self) -> list[Member]:
+        """Living workers that are not to leave."""
+        return [member for member in self.alive if member.state is not WorkerState.DRAINING]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return self.spec is not None and self.change is None and self.planning is None and not self.probing
+
+    @property
+    def scaled(self) -> bool:
+        """Whether as many workers serve as there should be, and none of them is to leave."""
+        leaving = any(self.members[worker].state is WorkerState.DRAINING for worker in self.ranks)
+        return len(self.ranks) == self.target and not leaving
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is as it should be, and nothing under way."""
+        return self.idle and self.serves and self.scaled
+
+    # --- Memory -------------------------------------------------------------------------------------------------
+
+    def limits(self, members: Sequence[Member]) -> list[int]:
+        """Experts per layer that each has memory for. One that has not loaded yet is taken to have what others have."""
+        capacities = [member.capacity for member in self.alive if member.capacity is not None]
+        usual = min(capacities, default=self.settings.expert_capacity)
+        limits = []
+        for member in members:
+            capacity = member.capacity if member.info is not None else usual
+            limits.append(self.model.num_logical_experts if capacity is None else capacity // self.model.num_layers)
+        return limits
+
+    def slots(self, members: Sequence[Member]) -> tuple[int, ...] | None:
+        """Slots per layer of each; None where they have too little memory for every expert."""
+        return slots_of(self.limits(members), self.model.num_logical_experts, self.settings.redundant_experts)
+
+    def fits(self, members: Sequence[Member]) -> bool:
+        """Whether `members` have memory for every expert."""
+        return self.slots(members) is not None
+
+    @property
+    def fewest(self) -> int:
+        """The least number of today's workers that have memory for every expert."""
+        experts, limits = self.model.num_logical_experts, sorted(self.limits(self.alive), reverse=True)
+        return next((n for n in range(1, len(limits)) if slots_of(limits[:n], experts, 0)), max(1, len(limits)))

@@ -1,0 +1,110 @@
+"""The record of operations: those under way and the last ones that ended, each with its reason."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
+from elastic_moe.cluster.placement import WorkerId
+
+HISTORY = 100
+"""Operations that are remembered, so that a server of months has a bounded one."""
+
+ENDED = (Phase.COMPLETED, Phase.FAILED)
+
+
+class OperationLog:
+    """Operations by id, oldest first. Open ones are never forgotten."""
+
+    def __init__(self) -> None:
+        self._operations: OrderedDict[str, Operation] = OrderedDict()
+        self._count = 0
+
+    def open(
+        self,
+        kind: OperationKind,
+        epoch: Epoch,
+        reason: str,
+        *,
+        operation_id: str | None = None,
+        asked: str = "",
+        retiring: tuple[WorkerId, ...] = (),
+    ) -> Operation:
+        """operation_id: the caller's own, which must be new; else one is made up."""
+        assert operation_id not in self._operations, f"{operation_id} is taken"
+        operation = Operation(
+            operation_id=operation_id or self._new_id(kind),
+            kind=kind,
+            phase=Phase.PREPARING,
+            epoch=epoch,
+            reason=reason,
+            asked=asked,
+            retiring=retiring,
+        )
+        self._operations[operation.operation_id] = operation
+        self._forget_old()
+        return operation
+
+    def _new_id(self, kind: OperationKind) -> str:
+        while True:
+            self._count += 1
+            if (name := f"{kind}-{self._count}") not in self._operations:
+                return name
+
+    def advance(
+        self, operation_id: str, *, phase: Phase | None = None, epoch: Epoch | None = None, reason: str | None = None
+    ) -> None:
+        """Change what is given of an open operation."""
+        operation = self._operations[operation_id]
+        assert operation.phase not in ENDED, f"{operation_id} has ended"
+        self._operations[operation_id] = replace(
+            operation,
+            phase=phase or operation.phase,
+            epoch=epoch or operation.epoch,
+            reason=reason or operation.reason,
+        )
+
+    def note_error(self, operation_id: str, error: str) -> None:
+        """An open operation met an obstacle, and goes on."""
+        self._operations[operation_id] = replace(self._operations[operation_id], error=error)
+
+    def complete(self, operation_id: str, reason: str) -> None:
+        self.advance(operation_id, phase=Phase.COMPLETED, reason=reason)
+        # what was overcome is no error of the whole
+        self._operations[operation_id] = replace(self._operations[operation_id], error=None)
+
+    def fail(self, operation_id: str, error: str) -> None:
+        self.advance(operation_id, phase=Phase.FAILED)
+        self.note_error(operation_id, error)
+
+    def fail_open(self, error: str) -> None:
+        """Fail whatever has not ended."""
+        for operation in self._operations.copy().values():
+            if operation.phase not in ENDED:
+                self.fail(operation.operation_id, error)
+
+    def forget(self, operation_id: str) -> None:
+        """Drop one that ended and is not worth a line of its own."""
+        del self._operations[operation_id]
+
+    def get(self, operation_id: str) -> Operation | None:
+        return self._operations.get(operation_id)
+
+    def find_open(self, kind: OperationKind | None = None) -> Operation | None:
+        """The oldest open operation (of `kind`)."""
+        for operation in self._operations.values():
+            if operation.phase not in ENDED and kind in (None, operation.kind):
+                return operation
+        return None
+
+    def all(self) -> tuple[Operation, ...]:
+        """Newest first."""
+        return tuple(reversed(self._operations.values()))
+
+    def _forget_old(self) -> None:
+        surplus = len(self._operations) - HISTORY
+        ended = [key for key, operation in self._operations.items() if operation.phase in ENDED]
+        for key in ended[: max(0, surplus)]:
+            del self._operations[key]

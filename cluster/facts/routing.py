@@ -1,0 +1,142 @@
+"""Routing statistics: tokens per layer and expert over a sliding window, and how uneven they make the load.
+
+Legend: L MoE layers, E logical experts, W workers, S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
+from elastic_moe.cluster.placement import EMPTY, Placement
+
+IntCounts = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+MAX_DECODE_WEIGHT = 32.0
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Counts of one stretch of time."""
+
+    number: int
+    prefill: PhaseCounts
+    decode: PhaseCounts
+    transitions: npt.NDArray[np.uint32]
+
+
+class RoutingWindow:
+    """Sums of the hosts' reports over the last `window_s` seconds.
+
+    Memory is bounded by `buckets`, whatever the number of reports: time is cut into `buckets` stretches and each keeps
+    one sum, so the window's edge moves in steps of window_s / buckets. Transitions are kept in 32 bits: they are the
+    bulk (58 layers of 256 experts: 15 MB a bucket).
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, *, window_s: float, buckets: int = 6) -> None:
+        assert window_s > 0
+        assert buckets >= 1
+        self.window_s = window_s
+        self._shape = (num_layers, num_experts)
+        self._bucket_s = window_s / buckets
+        self._count = buckets
+        self._buckets: list[_Bucket] = []
+
+    def add(self, counts: RoutingCounts, now: float) -> None:
+        """Take one host's report of what it ran since its previous one."""
+        assert counts.load.shape == self._shape, f"load is {counts.load.shape}, expected {self._shape}"
+        self._drop_old(now)
+        if counts.tokens == 0:
+            return
+        bucket = self._bucket_of(now)
+        bucket.prefill += counts.prefill
+        bucket.decode += counts.decode
+        np.add(bucket.transitions, counts.transitions, out=bucket.transitions, casting="unsafe")
+
+    def tokens(self, now: float) -> int:
+        return sum(phase.tokens for phase in self.phases(now))
+
+    def load(self, now: float) -> IntCounts:
+        """[L, E] tokens that chose each expert."""
+        prefill, decode = self.phases(now)
+        return prefill.load + decode.load
+
+    def load_parts(self, now: float) -> IntCounts:
+        """[P, L, E] the same in each stretch of time that counted anything, the oldest first."""
+        self._drop_old(now)
+        parts = [bucket.prefill.load + bucket.decode.load for bucket in self._buckets]
+        return np.array(parts, dtype=np.int64).reshape(-1, *self._shape)
+
+    def phases(self, now: float) -> tuple[PhaseCounts, PhaseCounts]:
+        """Prefill and decode."""
+        self._drop_old(now)
+        nothing = PhaseCounts(tokens=0, load=np.zeros(self._shape, dtype=np.int64))
+        prefill = sum((bucket.prefill for bucket in self._buckets), nothing)
+        return prefill, sum((bucket.decode for bucket in self._buckets), nothing)
+
+    def transitions(self, now: float) -> IntCounts:
+        """[L-1, E, E] pairs of experts that one token chose in adjacent layers."""
+        self._drop_old(now)
+        total = np.zeros(self._transitions_shape, dtype=np.int64)
+        for bucket in self._buckets:
+            total += bucket.transitions
+        return total
+
+    @property
+    def _transitions_shape(self) -> tuple[int, int, int]:
+        layers, experts = self._shape
+        return (max(0, layers - 1), experts, experts)
+
+    def _bucket_of(self, now: float) -> _Bucket:
+        number = int(now // self._bucket_s)
+        if not self._buckets or self._buckets[-1].number < number:
+            nothing = PhaseCounts(tokens=0, load=np.zeros(self._shape, dtype=np.int64))
+            self._buckets.append(_Bucket(number, nothing, nothing, np.zeros(self._transitions_shape, dtype=np.uint32)))
+        return self._buckets[-1]
+
+    def _drop_old(self, now: float) -> None:
+        oldest = int(now // self._bucket_s) - self._count + 1
+        self._buckets = [bucket for bucket in self._buckets if bucket.number >= oldest]
+
+
+def decode_weight(prefill: PhaseCounts, decode: PhaseCounts) -> float:
+    """How much longer a token takes in decode than in prefill, as steps of either kind were measured.
+
+    A decode step reads an expert's weights for a few tokens, a prefill step for hundreds. 1.0 where one kind was not
+    seen; never outside 1 to MAX_DECODE_WEIGHT, since a handful of steps may say anything.
+    """
+    if not (prefill.steps_tokens and decode.steps_tokens and prefill.steps_s > 0):
+        return 1.0
+    ratio = (decode.steps_s / decode.steps_tokens) / (prefill.steps_s / prefill.steps_tokens)
+    return min(max(ratio, 1.0), MAX_DECODE_WEIGHT)
+
+
+def weighted_load(prefill: PhaseCounts, decode: PhaseCounts) -> FloatArray:
+    """[L, E] tokens that chose each expert, each weighed by the time it takes, on the scale of all tokens."""
+    weight = decode_weight(prefill, decode)
+    weighted = prefill.load + weight * decode.load
+    total = weighted.sum()
+    return weighted * ((prefill.load.sum() + decode.load.sum()) / total if total else 1.0)
+
+
+def load_per_worker(load: IntCounts, placement: Placement) -> FloatArray:
+    """[L, W] tokens that each worker computes; the replicas of an expert share its tokens evenly."""
+    table = placement.physical_to_logical_map
+    rows = np.arange(table.shape[0])[:, None]
+    filled = table != EMPTY
+    replicas = np.zeros(load.shape, dtype=np.int64)
+    np.add.at(replicas, (np.broadcast_to(rows, table.shape)[filled], table[filled]), 1)
+    share = load / np.maximum(replicas, 1)
+    per_slot = np.where(filled, share[rows, np.where(filled, table, 0)], 0.0)
+    return np.add.reduceat(per_slot, placement.first_slot, axis=1)
+
+
+def load_imbalance(load: IntCounts, placement: Placement) -> FloatArray:
+    """[L] the busiest worker's load over the mean; 1.0 where nothing was counted."""
+    per_worker = load_per_worker(load, placement)
+    mean = per_worker.mean(axis=1)
+    return np.where(mean > 0, per_worker.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)

@@ -1,0 +1,107 @@
+"""/admin: what the cluster does and why, and the calls that change it. Values become JSON here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.messages.views import Operation, RoutingView, WorkerView
+from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.deploy.api.service import Service
+from elastic_moe.deploy.bodies.schema import RebalanceRequest, ScaleRequest
+
+
+def admin_router(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/admin")
+    backend = service.backend
+
+    @router.get("/placement")
+    async def placement() -> dict[str, Any]:
+        view = await backend.placement()
+        return {"epoch": view.epoch, "pinned": view.pinned, **view.placement.to_dict()}
+
+    @router.put("/placement")
+    async def place(request: Request) -> Response:
+        data = await service.bodies.read_json(request)
+        if not isinstance(data, dict):
+            raise RequestError("the body must be a JSON object, as GET /admin/placement gives it")
+        pinned = request.query_params.get("pinned", data.get("pinned"))
+        pinned = {"true": True, "false": False}.get(pinned, pinned) if isinstance(pinned, str) else pinned
+        if not isinstance(pinned, bool | None):
+            raise RequestError("pinned: expected true or false", param="pinned")
+        operation = await backend.place(Placement.from_dict(data), pinned)
+        return JSONResponse(operation_json(operation), 202)
+
+    @router.delete("/placement/pin")
+    async def unpin() -> dict[str, Any]:
+        await backend.unpin()
+        return {"pinned": False}
+
+    @router.get("/routing")
+    async def routing() -> dict[str, Any]:
+        return routing_json(await backend.routing())
+
+    @router.get("/workers")
+    async def workers() -> list[dict[str, Any]]:
+        return [worker_json(worker) for worker in await backend.workers()]
+
+    @router.get("/operations")
+    async def operations() -> list[dict[str, Any]]:
+        return [operation_json(operation) for operation in await backend.operations()]
+
+    @router.get("/operations/{operation_id}")
+    async def operation(operation_id: str) -> dict[str, Any]:
+        found = await backend.operation(operation_id)
+        if found is None:
+            raise RequestError(f"no operation {operation_id[:100]!r}", code="operation_not_found", status=404)
+        return operation_json(found)
+
+    @router.post("/rebalance")
+    async def rebalance(request: Request) -> Response:
+        empty = request.headers.get("content-length") == "0" or "content-type" not in request.headers
+        none = empty and not await request.body()
+        body = RebalanceRequest() if none else await service.bodies.read(request, RebalanceRequest)
+        outcome = await backend.rebalance(body.planner, body.dry_run)
+        if isinstance(outcome, Operation):
+            return JSONResponse(operation_json(outcome), 202)
+        return JSONResponse(dataclasses.asdict(outcome))
+
+    @router.get("/scale")
+    async def scaling() -> dict[str, Any]:
+        return dataclasses.asdict(await backend.scaling())
+
+    @router.post("/scale")
+    async def scale(request: Request) -> Response:
+        body = await service.bodies.read(request, ScaleRequest)
+        if body.workers is None and body.retire is None:
+            raise RequestError("workers: expected workers, retire, or both", param="workers")
+        retire = tuple(WorkerId(worker) for worker in body.retire or ())
+        operation = await backend.scale(body.workers, retire, body.operation_id, body.replace)
+        return JSONResponse(operation_json(operation), 202)
+
+    return router
+
+
+def operation_json(operation: Operation) -> dict[str, Any]:
+    return {**dataclasses.asdict(operation), "phase": operation.phase.value}
+
+
+def worker_json(worker: WorkerView) -> dict[str, Any]:
+    # rows of the report, not an object around them
+    fit = None if worker.fit is None else [dataclasses.asdict(row) for row in worker.fit.rows]
+    return dataclasses.asdict(worker) | {"fit": fit}
+
+
+def routing_json(view: RoutingView) -> dict[str, Any]:
+    return {
+        "tokens": view.tokens,
+        "window_s": view.window_s,
+        "load": view.load.tolist(),
+        "load_imbalance": list(view.load_imbalance),
+        "prefill": {"tokens": view.prefill.tokens, "load": view.prefill.load.tolist()},
+        "decode": {"tokens": view.decode.tokens, "load": view.decode.load.tolist(), "weight": view.decode_weight},
+    }

@@ -1,0 +1,147 @@
+"""The FastAPI application: every route, and the layers around them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.api.admin import admin_router
+from elastic_moe.deploy.api.chat import chat_router
+from elastic_moe.deploy.api.completions import completions_router
+from elastic_moe.deploy.api.elastic_ep import elastic_ep_router
+from elastic_moe.deploy.api.guard import Guard
+from elastic_moe.deploy.api.http_io import RETRY_AFTER_S, install_error_handlers
+from elastic_moe.deploy.api.sampling import check_token_ids
+from elastic_moe.deploy.api.service import Service, version
+from elastic_moe.deploy.bodies.bounds import TokenIds
+from elastic_moe.deploy.bodies.schema import DetokenizeRequest, TokenizeRequest
+from elastic_moe.deploy.generation.metrics import CONTENT_TYPE
+
+TOKENS_AT_ONCE = 4096
+"""Of an answer of /tokenize, before other requests get their turn."""
+MAX_DETOKENIZED = 2**18
+
+
+def create_app(service: Service) -> FastAPI:
+    """Routes bound to `service`. The caller runs `service.begin()`."""
+    app = FastAPI(title="Elastic MoE", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    install_error_handlers(app)
+    for router in (
+        *(_status_router, _models_router, _tokenizer_router),
+        *(completions_router, chat_router, admin_router, elastic_ep_router),
+    ):
+        app.include_router(router(service))
+    app.add_middleware(Guard, config=service.config)
+    return app
+
+
+def _status_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        return Response()
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        state = await service.readiness()
+        body = {"ready": state.ready, "reason": state.reason, "error": state.error}
+        headers = None if state.ready else {"Retry-After": str(RETRY_AFTER_S)}
+        return JSONResponse(body, 200 if state.ready else 503, headers)
+
+    @router.get("/version")
+    async def versions() -> dict[str, str]:
+        return {"version": version()}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        text = await service.metrics.scrape(service.backend)
+        # as bytes, because Response would add a second charset
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    return router
+
+
+def _models_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    async def card() -> dict[str, Any]:
+        ready = (await service.readiness()).ready
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "emoe",
+            "root": service.model_dir,
+            "parent": None,
+            "max_model_len": (await service.limits()).max_model_len if ready else None,
+        }
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [await card()]}
+
+    # names of models may have slashes
+    @router.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        service.check_model(model_id)
+        return await card()
+
+    return router
+
+
+def _tokenizer_router(service: Service) -> APIRouter:
+    """vLLM's /tokenize and /detokenize."""
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await service.bodies.read(request, TokenizeRequest)
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("prompt: expected either prompt or messages", param="prompt")
+        tokenizer = service.tokenizer
+        text, special, param = body.prompt or "", body.add_special_tokens is not False, "prompt"
+        if body.messages is not None:
+            text = await service.render_chat(body.messages, body)
+            special, param = bool(body.add_special_tokens), "messages"
+        tokens = await service.encode_any(text, add_special_tokens=special, param=param)
+        longest = (await service.limits()).max_model_len
+        name = tokenizer.token_string if body.return_token_strs else None
+        return StreamingResponse(_token_json(tokens, longest, name), media_type="application/json")
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await service.bodies.read(request, DetokenizeRequest)
+        service.check_model(body.model)
+        if len(body.tokens) > MAX_DETOKENIZED:
+            raise RequestError(f"tokens: expected at most {MAX_DETOKENIZED}, got {len(body.tokens)}", param="tokens")
+        check_token_ids(body.tokens, (await service.limits()).vocab_size, "tokens")
+        text = await service.decode(body.tokens)
+        return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
+
+    return router
+
+
+async def _token_json(tokens: TokenIds, longest: int, name: Callable[[int], str] | None) -> AsyncIterator[bytes]:
+    """The answer of /tokenize, in parts: millions of tokens at once would hold up every stream."""
+    yield b'{"count":%d,"max_model_len":%d,"tokens":[' % (len(tokens), longest)
+    for begin in range(0, len(tokens), TOKENS_AT_ONCE):
+        part = list(tokens[begin : begin + TOKENS_AT_ONCE])
+        yield (b"," if begin else b"") + msgspec.json.encode(part)[1:-1]
+        await asyncio.sleep(0)
+    if name is None:
+        yield b'],"token_strs":null}'
+        return
+    yield b'],"token_strs":['
+    for begin in range(0, len(tokens), TOKENS_AT_ONCE):
+        names = [name(token) for token in tokens[begin : begin + TOKENS_AT_ONCE]]
+        yield (b"," if begin else b"") + msgspec.json.encode(names)[1:-1]
+        await asyncio.sleep(0)
+    yield b"]}"

@@ -1,0 +1,160 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.messages.requests import TokenLogprobs
+from elastic_moe.deploy.api.http_io import client_name
+from elastic_moe.deploy.api.responses import Run, ending, new_id, shown_id
+from elastic_moe.deploy.api.sampling import sampling_params, truncated
+from elastic_moe.deploy.api.service import Prompt, Service
+from elastic_moe.deploy.bodies.bounds import MAX_PROMPTS, TokenIds
+from elastic_moe.deploy.bodies.schema import CompletionRequest, SamplingFields
+from elastic_moe.deploy.generation.answer import Delta, ScoredToken
+from elastic_moe.deploy.text.tokenizer import Tokenizer, id_name
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's and vLLM's."""
+
+
+def completions_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def create(request: Request) -> Response:
+        body = await service.bodies.read(request, CompletionRequest)
+        service.check_model(body.model)
+        await service.check_ready()
+        client = client_name(request)
+        service.check_room(client, body, len(body.prompts))
+        prompts = await _prompts(service, body)
+        response_id = new_id("cmpl")
+        answers = await service.answers(body, prompts, response_id=response_id, client=client)
+        echoes = [prompt.text for prompt in prompts for _ in range(body.num_choices)]
+        shape = CompletionShape(
+            token_names(service.tokenizer, body),
+            echoes if body.echo else None,
+            body.logprobs,
+            [answer.request.prompt_token_ids for answer in answers] if body.return_token_ids else None,
+        )
+        run = Run(service, body, shape, answers, shown_id("cmpl", response_id, body.request_id))
+        return await run.respond(request)
+
+    return router
+
+
+async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
+    """Raises RequestError where a prompt is empty, too long, or has tokens that the model does not know."""
+    if body.echo and body.logprobs is not None:
+        raise RequestError("echo: not supported together with logprobs", param="echo", code="unsupported_value")
+    given = body.prompts
+    if not 1 <= len(given) <= MAX_PROMPTS:
+        raise RequestError(f"prompt: expected 1 to {MAX_PROMPTS} prompts, got {len(given)}", param="prompt")
+    limits = await service.limits()
+    bad_words = await service.bad_words(body.bad_words)
+    prompts: list[Prompt] = []
+    for prompt in given:
+        # other requests get their turn between two prompts
+        await asyncio.sleep(0)
+        token_ids: TokenIds
+        if isinstance(prompt, str):
+            special = body.add_special_tokens is not False
+            cut = body.truncate_prompt_tokens is not None
+            token_ids = await service.encode(prompt, add_special_tokens=special, param="prompt", to_be_cut=cut)
+        else:
+            token_ids = prompt
+        token_ids = truncated(
+            token_ids, body, defaults=service.defaults, limits=limits, fallback_max_tokens=DEFAULT_MAX_TOKENS
+        )
+        params = sampling_params(
+            body,
+            defaults=service.defaults,
+            limits=limits,
+            prompt_tokens=len(token_ids),
+            logprobs=body.logprobs,
+            fallback_max_tokens=DEFAULT_MAX_TOKENS,
+            bad_words=bad_words,
+        )
+        text = await _echo(service, body, prompt)
+        prompts.append(Prompt(token_ids=token_ids, params=params, param="prompt", text=text))
+    return prompts
+
+
+async def _echo(service: Service, body: CompletionRequest, prompt: str | TokenIds) -> str:
+    if not body.echo:
+        return ""
+    return prompt if isinstance(prompt, str) else await service.decode([t for t in prompt if t >= 0])
+
+
+class CompletionShape:
+    kind = chunk_kind = "text_completion"
+
+    def __init__(
+        self,
+        name: Callable[[int], str],
+        echoes: Sequence[str] | None,
+        logprobs: int | None,
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """name: of a token. echoes, prompts: for each answer, where they were asked for."""
+        self._name = name
+        self._echoes = echoes
+        self._logprobs = logprobs
+        self._prompts = prompts
+
+    def whole(self) -> dict[str, Any]:
+        return {}
+
+    def choice(self, answer: Delta) -> dict[str, Any]:
+        echo = self._echoes[answer.index] if self._echoes else ""
+        return self._choice(answer, echo + answer.text) | self._prompt(answer.index)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        if not self._echoes and self._prompts is None:
+            return None
+        echo = self._echoes[index] if self._echoes else ""
+        return self._choice(Delta(index=index, text=""), echo) | self._prompt(index)
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        return self._choice(delta, delta.text)
+
+    def _choice(self, delta: Delta, text: str) -> dict[str, Any]:
+        logprobs = None if self._logprobs is None else self._scored(delta.tokens)
+        choice = {"index": delta.index, "text": text, "logprobs": logprobs, **ending(delta)}
+        return choice if self._prompts is None else {**choice, "token_ids": list(delta.token_ids)}
+
+    def _prompt(self, index: int) -> dict[str, Any]:
+        return {} if self._prompts is None else {"prompt_token_ids": list(self._prompts[index])}
+
+    def _scored(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        return {
+            "tokens": [self._name(token.logprobs.token_id) for token in tokens],
+            "token_logprobs": [token.logprobs.logprob for token in tokens],
+            "top_logprobs": [self._alternatives(token.logprobs) for token in tokens],
+            "text_offset": [token.text_offset for token in tokens],
+        }
+
+    def _alternatives(self, token: TokenLogprobs) -> dict[str, float]:
+        """The most likely tokens, and the chosen one though it may not be among them.
+
+        Where two have the same name, the chosen one and the more likely keep it.
+        """
+        names = {self._name(token.token_id): token.token_id}
+        for token_id, _ in token.top:
+            if names.setdefault(self._name(token_id), token_id) != token_id:
+                names[id_name(token_id)] = token_id
+        name_of = {token_id: name for name, token_id in names.items()}
+        entries = {name_of[token_id]: logprob for token_id, logprob in token.top}
+        entries.setdefault(self._name(token.token_id), token.logprob)
+        return entries
+
+
+def token_names(tokenizer: Tokenizer, body: SamplingFields) -> Callable[[int], str]:
+    return id_name if body.return_tokens_as_token_ids else tokenizer.token_name

@@ -1,0 +1,63 @@
+"""vLLM's and SGLang's calls for scaling, so that what drives those drives this.
+
+Unlike theirs, nothing is refused while it goes on. What they call the data-parallel or expert-parallel size is the
+number of workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from elastic_moe.cluster.errors import NotReadyError, RequestError
+from elastic_moe.cluster.facts.operations import ENDED
+from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
+from elastic_moe.deploy.api.service import Service
+from elastic_moe.deploy.bodies.schema import ElasticEpRequest
+from elastic_moe.deploy.generation.backend import Backend
+
+LOOK_S = 0.1
+
+
+def elastic_ep_router(service: Service) -> APIRouter:
+    router = APIRouter()
+    backend = service.backend
+
+    @router.post("/scale_elastic_ep")
+    async def scale(request: Request) -> dict[str, Any]:
+        body = await service.bodies.read(request, ElasticEpRequest)
+        size = body.new_data_parallel_size or body.new_ep_size
+        if size is None:
+            raise RequestError("new_data_parallel_size: this field is required", param="new_data_parallel_size")
+        before = len((await backend.placement()).placement.workers)
+        operation = await backend.scale(size, (), None, False)
+        await _wait(backend, operation, body.drain_timeout)
+        if body.new_data_parallel_size is None:
+            return {"message": f"Scaled to {size} workers", "old_ep_size": before, "new_ep_size": size}
+        return {"message": f"Scaled to {size} data parallel engines"}
+
+    @router.post("/is_scaling_elastic_ep")
+    async def is_scaling() -> dict[str, bool]:
+        under_way = any(op.kind is OperationKind.SCALE and op.phase not in ENDED for op in await backend.operations())
+        return {"is_scaling_elastic_ep": under_way}
+
+    return router
+
+
+async def _wait(backend: Backend, operation: Operation, timeout_s: float) -> None:
+    """Until it has ended well. Raises RequestError 408 where it takes longer; it goes on all the same."""
+    deadline = time.monotonic() + timeout_s
+    name = operation.operation_id
+    while operation.phase not in ENDED:
+        if time.monotonic() > deadline:
+            raise RequestError(f"not done after {timeout_s:g} s; operation {name} goes on", status=408)
+        await asyncio.sleep(LOOK_S)
+        try:
+            operation = await backend.operation(name) or operation
+        except NotReadyError:
+            continue  # the coordinator is away, and comes back with its operations
+    if operation.phase is Phase.FAILED:
+        raise RequestError(f"operation {name} failed: {operation.error}", code="scale_failed", status=500)

@@ -1,0 +1,155 @@
+"""The outermost layer of the API: who asks, with which key, and a last net for exceptions.
+
+`access` lists what is open; a route that it does not know asks for `api_key`. Admin calls that change something ask
+for `admin_api_key`; without one they are served only where the server is bound to loopback.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import secrets
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.peers import PEER_HEADER, Networks, client_address, is_allowed_host, is_loopback
+from elastic_moe.deploy.api.http_io import error_response
+
+logger = logging.getLogger(__name__)
+
+READING = ("GET", "HEAD", "OPTIONS")
+POLICY_VIOLATION = 1008
+"""Code of a WebSocket's end."""
+
+
+class Access(enum.Enum):
+    """What a request must bring."""
+
+    OPEN = enum.auto()
+    API_KEY = enum.auto()
+    ADMIN_READ_KEY = enum.auto()
+    ADMIN_KEY = enum.auto()
+
+
+OPEN = ("/health", "/ready", "/version")
+ADMIN_READ = ("/metrics", "/is_scaling_elastic_ep")
+ADMIN = ("/admin", "/scale_elastic_ep")
+
+
+def access(method: str, path: str) -> Access:
+    """What a call of `path` needs. A route that nobody has thought of here needs `api_key`."""
+    if path in OPEN:
+        return Access.OPEN
+    if path in ADMIN_READ:
+        return Access.ADMIN_READ_KEY
+    if any(path == root or path.startswith(root + "/") for root in ADMIN):
+        return Access.ADMIN_READ_KEY if method in READING else Access.ADMIN_KEY
+    return Access.API_KEY
+
+
+class Guard:
+    """ASGI middleware. Answers what it refuses, and 500 where the application raises."""
+
+    def __init__(self, app: ASGIApp, *, config: ServeConfig) -> None:
+        self._app = app
+        self._local_only = is_loopback(config.host)
+        self._api_key = config.api_key
+        self._admin_key = config.admin_api_key
+        self._admin_read_key = config.admin_read_key
+        self._trusted = Networks.parse(config.forwarded_allow_ips)
+        hosts = (host.strip().lower() for host in (config.allowed_hosts or "").split(","))
+        self._allowed_hosts = (config.host.lower(), *filter(None, hosts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(self._with_client(scope), receive, watched_send)
+        except Exception as error:
+            # no traceback may reach a client
+            if started:
+                logger.exception("internal error after the response had begun")
+            else:
+                await error_response(error)(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        """Raises RequestError 401 or 403."""
+        headers = Headers(scope=scope)
+        if self._local_only:
+            self._check_local(scope, headers)
+        match access(scope["method"], scope["path"]):
+            case Access.API_KEY if self._api_key is not None:
+                _check_key(headers, self._api_key)
+            case Access.ADMIN_READ_KEY if self._admin_read_key is not None:
+                _check_key(headers, self._admin_read_key, *filter(None, [self._admin_key]))
+            case Access.ADMIN_KEY:
+                self._check_admin(headers)
+
+    def _check_local(self, scope: Scope, headers: Headers) -> None:
+        if not _is_local(scope):
+            raise RequestError("this server is bound to loopback: it answers only callers on its machine", status=403)
+        if "host" in headers and not is_allowed_host(headers["host"], self._allowed_hosts):
+            raise RequestError(
+                f"this server is bound to loopback and does not answer to the name {headers['host'][:100]!r}: "
+                "use localhost, or start it with --allowed-hosts",
+                code="host_not_allowed",
+                status=403,
+            )
+
+    def _check_admin(self, headers: Headers) -> None:
+        if self._admin_key is not None:
+            _check_key(headers, self._admin_key)
+        elif not self._local_only:
+            raise RequestError(
+                "admin calls that change something are off: the server is reachable from other machines and was "
+                "started without --admin-api-key",
+                code="admin_disabled",
+                status=403,
+            )
+        elif "origin" in headers:
+            # Any web page that the user looks at could make their browser post here.
+            raise RequestError("admin calls from web pages need --admin-api-key", code="admin_disabled", status=403)
+
+    def _with_client(self, scope: Scope) -> Scope:
+        """`scope` with the client's address as the application should see it, behind HAProxy and reverse proxies."""
+        if not scope.get("client"):
+            return scope
+        headers = Headers(scope=scope)
+        peer, port = scope["client"]
+        # a stranger who reaches the replica itself could write the header
+        peer = headers.get(PEER_HEADER, peer) if _is_local(scope) else peer
+        return {**scope, "client": (client_address(peer, headers.getlist("x-forwarded-for"), self._trusted), port)}
+
+
+def _check_key(headers: Headers, *keys: str) -> None:
+    """Raises RequestError 401 unless one of `keys` was sent."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not given.strip():
+        raise RequestError("no API key: send it as 'Authorization: Bearer KEY'", code="invalid_api_key", status=401)
+    right = [secrets.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    if not any(right):
+        raise RequestError("the API key is wrong", code="invalid_api_key", status=401)
+
+
+def _is_local(scope: Scope) -> bool:
+    """Whether the peer is this machine. Ray Serve may have the replica itself listen on every interface, for its
+    proxies; a connection from the machine to its own address has that address at both ends."""
+    client, server = scope.get("client"), scope.get("server")
+    if not client or is_loopback(client[0]):
+        return True
+    return server is not None and client[0] == server[0]

@@ -1,0 +1,192 @@
+"""HTTP out: errors in OpenAI's form, server-sent events, and hang-ups noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from elastic_moe.cluster.errors import ConflictError, NotReadyError, RequestError, UserError
+from elastic_moe.deploy.generation.answer import GenerationFailed
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+RETRY_AFTER_S = 2
+SLOW_READER_S = 15.0
+"""A client that lets its connection be full for so long, and at most for twice as long, is cut off."""
+
+
+class ClientGone(Exception):
+    """The client hung up; nobody is left to answer."""
+
+
+def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """HTTP status and OpenAI's error object for an exception. What is not ours is logged and not shown."""
+    match error:
+        case RequestError():
+            return error.status, error_body(str(error), _kind(error.status), param=error.param, code=error.code)
+        case UserError():
+            return 400, error_body(str(error), _kind(400))
+        case ConflictError():
+            return 409, error_body(str(error), _kind(409), code="operation_in_progress")
+        case NotReadyError():
+            return 503, error_body(str(error), _kind(503), code="not_ready")
+        case GenerationFailed():
+            return 500, error_body(str(error), _kind(500), code="generation_failed")
+        case HTTPException():
+            text = {404: "no such route", 405: "this route does not take that method"}.get(error.status_code)
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+            return error.status_code, error_body(text or str(error.detail), _kind(error.status_code), code=code)
+    logger.error("internal error", exc_info=error)
+    return 500, error_body("internal error; the server's log says more", _kind(500), code="internal_error")
+
+
+def _kind(status: int) -> str:
+    special = {401: "authentication_error", 403: "permission_error", 409: "conflict_error", 503: "service_unavailable"}
+    return special.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    status, body = describe(error)
+    headers = dict(getattr(error, "headers", None) or {})
+    if status == 503:
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status, headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    async def handle(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    for kind in (UserError, ConflictError, NotReadyError, GenerationFailed, HTTPException):
+        app.add_exception_handler(kind, handle)
+
+    async def hung_up(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)
+
+    app.add_exception_handler(ClientGone, hung_up)
+
+
+def client_name(request: Request) -> str:
+    """Who shares the server with others: an address, since all may have the same key."""
+    return request.client.host if request.client else ""
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up (raises ClientGone then).
+
+    The body must have been read: what comes after it on the connection is the hang-up.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_hang_up(request.receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        await _cancel(task, watcher)
+
+
+class EventStream(Response):
+    """Server-sent events, each sent at once. Closes `events` when the client hangs up, however long the next one takes.
+
+    An exception in `events` becomes a last event with the error object: the status has been sent by then.
+    A client that reads nothing for `SLOW_READER_S` is cut off: it takes places in the engine from those who read.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        # Response thinks of an empty body
+        del self.headers["content-length"]
+        self._events = events
+        self._sending = False
+        self._sent = 0
+        """Events that the connection has taken."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender = asyncio.create_task(self._send(send))
+        watcher = asyncio.create_task(_hang_up(receive))
+        try:
+            await self._until_over(sender, watcher)
+        finally:
+            await _cancel(sender, watcher)
+            await self._events.aclose()
+        if not sender.cancelled() and (error := sender.exception()) and not isinstance(error, OSError):
+            raise error
+
+    async def _until_over(self, *tasks: asyncio.Task[None]) -> None:
+        """Until one of `tasks` has ended, or the client has read nothing between two looks."""
+        seen = -1
+        while True:
+            done, _ = await asyncio.wait(tasks, timeout=SLOW_READER_S, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return
+            if self._sending and self._sent == seen:
+                logger.warning("a client is cut off: it has read nothing for %g s", SLOW_READER_S)
+                return
+            seen = self._sent if self._sending else -1
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                self._sending = True
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._sending = False
+                self._sent += 1
+        except OSError:
+            raise  # the connection is gone
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client must learn that the stream is over
+            event = sse(describe(error)[1]) + DONE
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def sse(data: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def first_then_rest(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """Waits for the first item, so that an error before it can still be an HTTP status, and puts it back."""
+    first = await anext(stream, None)
+
+    async def again() -> AsyncGenerator[T, None]:
+        async with contextlib.aclosing(stream):
+            if first is not None:
+                yield first
+            async for item in stream:
+                yield item
+
+    return again()

@@ -1,0 +1,177 @@
+"""What completions and chat completions share in running a request and shaping the response."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.messages.requests import FinishReason
+from elastic_moe.deploy.api.http_io import DONE, EventStream, first_then_rest, sse, unless_gone
+from elastic_moe.deploy.api.service import Service
+from elastic_moe.deploy.bodies.schema import SamplingFields
+from elastic_moe.deploy.generation.answer import Answer, Delta, ScoredToken
+
+TOKENS_AT_ONCE = 64
+"""With log probabilities, that take a few milliseconds to write."""
+
+
+class Collected:
+    """One answer, whole."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.tokens: list[ScoredToken] = []
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.tokens += delta.tokens
+        self.token_ids += delta.token_ids
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+    def whole(self, index: int) -> Delta:
+        return Delta(
+            index=index,
+            text="".join(self.text),
+            tokens=tuple(self.tokens),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+class Shape(Protocol):
+    """How one of the two APIs writes its choices."""
+
+    kind: str
+    """`object` of a response."""
+    chunk_kind: str
+
+    def whole(self) -> dict[str, Any]:
+        """Fields of the response, or of a stream's first event, that are of no choice."""
+        ...
+
+    def choice(self, answer: Delta) -> dict[str, Any]: ...
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The choice of a chunk before the first of an answer's text, if the API has one."""
+        ...
+
+    def chunk(self, delta: Delta) -> dict[str, Any]: ...
+
+
+class Run:
+    """One HTTP request, from its answers to its response."""
+
+    def __init__(
+        self, service: Service, body: SamplingFields, shape: Shape, answers: Sequence[Answer], response_id: str
+    ) -> None:
+        self._service = service
+        self._body = body
+        self._shape = shape
+        self._answers = answers
+        self._frame = {
+            "id": response_id,
+            "created": int(time.time()),
+            "model": service.model_name,
+            "system_fingerprint": service.fingerprint,
+        }
+
+    async def respond(self, request: Request) -> Response:
+        """Raises ClientGone where the client hangs up before there is anything to send."""
+        deltas = self._service.run(self._answers)
+        try:
+            if not self._body.stream:
+                return Response(await unless_gone(request, self._whole(deltas)), media_type="application/json")
+            # An error before the first token is an HTTP status, not an event.
+            return EventStream(self._events(await unless_gone(request, first_then_rest(deltas))))
+        except RequestError as error:
+            raise self._as_asked(error) from None
+
+    def _as_asked(self, error: RequestError) -> RequestError:
+        """The engine's refusal, with the name of the field that the client sent."""
+        names = {"prompt": self._body.PROMPT, "max_tokens": self._body.token_limit_field}
+        message = str(error).replace("max_tokens", self._body.token_limit_field)
+        param = names.get(error.param or "", error.param)
+        return RequestError(message, param=param, code=error.code, status=error.status)
+
+    async def _whole(self, deltas: AsyncGenerator[Delta, None]) -> bytes:
+        collected = [Collected() for _ in self._answers]
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                collected[delta.index].add(delta)
+        choices = [await self._choice(parts.whole(index)) for index, parts in enumerate(collected)]
+        frame = {**self._frame, **self._shape.whole(), "object": self._shape.kind}
+        return msgspec.json.encode({**frame, "choices": choices, "usage": self._usage()})
+
+    async def _choice(self, answer: Delta) -> msgspec.Raw:
+        """As JSON. Log probabilities of many tokens are written in a thread: they are the larger part of an answer."""
+
+        def write() -> msgspec.Raw:
+            return msgspec.Raw(msgspec.json.encode(self._shape.choice(answer)))
+
+        if len(answer.tokens) > TOKENS_AT_ONCE:
+            return await asyncio.to_thread(write)
+        await asyncio.sleep(0)
+        return write()
+
+    async def _events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
+        begun: set[int] = set()
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                if delta.index not in begun:
+                    begun.add(delta.index)
+                    if (opening := self._shape.opening(delta.index)) is not None:
+                        yield self._event([opening], **self._shape.whole())
+                yield self._event([self._shape.chunk(delta)])
+        if self._body.include_usage:
+            yield self._event([], usage=True)
+        yield DONE
+
+    def _event(self, choices: list[dict[str, Any]], *, usage: bool = False, **more: object) -> bytes:
+        event = {**self._frame, **more, "object": self._shape.chunk_kind, "choices": choices}
+        if self._body.include_usage:
+            event["usage"] = self._usage() if usage or self._body.continuous_usage else None
+        return sse(event)
+
+    def _usage(self) -> dict[str, Any]:
+        # A prompt counts once, however many answers it gets.
+        firsts = self._answers[:: self._body.num_choices]
+        prompt = sum(len(answer.request.prompt_token_ids) for answer in firsts)
+        completion = sum(answer.completion_tokens for answer in self._answers)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens or 0 for answer in firsts)},
+        }
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def shown_id(prefix: str, own: str, given: str | None) -> str:
+    """The response's id for the client: with the `request_id` that it gave, where it gave one.
+
+    The engine knows the request by `own`: two clients may give the same.
+    """
+    return own if given is None else f"{prefix}-{given}"
+
+
+def ending(delta: Delta) -> dict[str, Any]:
+    """The two fields that say why an answer ended; both None while it goes on."""
+    reason = None if delta.finish_reason is None else delta.finish_reason.value
+    return {"finish_reason": reason, "stop_reason": delta.stop_reason}

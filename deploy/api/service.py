@@ -1,0 +1,291 @@
+"""What every handler needs: the backend, the tokenizer, limits and defaults of the model, whether to serve at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import time
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
+from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.deploy.api.places import Places
+from elastic_moe.deploy.api.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
+from elastic_moe.deploy.bodies.aside import Aside
+from elastic_moe.deploy.bodies.bodies import Bodies
+from elastic_moe.deploy.bodies.bounds import TokenIds
+from elastic_moe.deploy.bodies.schema import Message, SamplingFields, TemplateFields
+from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
+from elastic_moe.deploy.generation.backend import Backend
+from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
+from elastic_moe.deploy.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+OpenPrompts = Callable[[str, str | None], Awaitable[Prompts]]
+"""From the model's directory and a chat template's path. Raises CheckpointError and ConfigError."""
+
+MAX_SEQUENCES = 1024
+"""Prompts times n of one request."""
+LONG_TEXT = 4096
+"""Tokens from which on they are decoded in a thread, so that streams do not stall."""
+LARGE_TEXT = 2**16
+"""Characters from which on a text is encoded beside the API's process, since its tokens come back packed."""
+ANSWERS_AT_ONCE = 16
+"""Answers that are made before other requests get their turn."""
+RETRY_S = 0.1
+
+
+def version() -> str:
+    return metadata.version("elastic-moe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    token_ids: TokenIds
+    params: SamplingParams
+    param: str
+    """The field it came from, for error messages."""
+    text: str = ""
+    """To put before the answer, where the request asks for an echo."""
+
+
+class Service:
+    """One per replica. `begin` loads the tokenizer in the background; until it is there, nothing is ready."""
+
+    def __init__(
+        self, config: ServeConfig, backend: Backend, model_dir: str, open_prompts: OpenPrompts | None = None
+    ) -> None:
+        """open_prompts: makes what renders and encodes; without it, the tokenizer does so here."""
+        self.config = config
+        self.backend = backend
+        self.model_dir = model_dir
+        self.model_name = config.served_model_name or Path(model_dir).resolve().name
+        self.metrics = Metrics(self.model_name)
+        self.created = int(time.time())
+        self.draining = False
+        """Told to stop: requests under way go on, new ones are refused."""
+        self.active = 0
+        """Requests under way."""
+        digest = hashlib.blake2b(f"{version()} {self.model_name} {config.dtype}".encode(), digest_size=5).hexdigest()
+        self.fingerprint = f"emoe-{version()}-{digest}"
+        self.defaults = SamplingDefaults()
+        self._open_prompts = open_prompts
+        self._prompts: Prompts | None = None
+        self.places = Places(config.max_waiting_requests)
+        self.aside = Aside()
+        self.bodies = Bodies(self.aside)
+        self._tokenizer: Tokenizer | None = None
+        self._tokenizer_error: str | None = None
+        self._has_fast_tokenizer = False
+        """Whether the other process can have the tokenizer too."""
+        self._info: ModelInfo | None = None
+
+    async def begin(self) -> None:
+        try:
+            self.defaults = SamplingDefaults.read(self.model_dir)
+            loading = asyncio.to_thread(Tokenizer.load, self.model_dir, self.config.chat_template)
+            if self._open_prompts is None:
+                tokenizer = await loading
+                self._prompts = DirectPrompts(tokenizer)
+            else:
+                opening = self._open_prompts(self.model_dir, self.config.chat_template)
+                self._prompts, tokenizer = await asyncio.gather(opening, loading)
+            written = await asyncio.to_thread(tokenizer.to_json)
+            self._has_fast_tokenizer = written is not None
+            if written is not None:
+                self.aside.use_tokenizer(lambda: written)
+            self._tokenizer = tokenizer
+        except UserError as error:
+            self._tokenizer_error = str(error)
+        except Exception:
+            logger.exception("cannot load the tokenizer")
+            self._tokenizer_error = "cannot load the tokenizer; the server's log says more"
+
+    def close(self) -> None:
+        """End the processes that this one has beside it. Blocks for a moment."""
+        self.aside.close()
+        if self._prompts is not None:
+            self._prompts.close()
+
+    async def readiness(self) -> Readiness:
+        if self._tokenizer_error is not None:
+            return Readiness(ready=False, reason="failed", error=self._tokenizer_error)
+        if self.draining:
+            return Readiness(ready=False, reason="shutting down")
+        state = await self.backend.readiness()
+        if state.ready and self._tokenizer is None:
+            return Readiness(ready=False, reason="loading the tokenizer")
+        return state
+
+    async def check_ready(self) -> None:
+        """Raises NotReadyError, with the reason, where waiting would be in vain, or nobody has served yet.
+
+        While workers recover, a request is accepted: it waits as those do that were accepted before.
+        """
+        state = await self.readiness()
+        may_wait = self.backend.can_wait and self._tokenizer is not None and not self.draining
+        if not state.ready and (state.error is not None or not may_wait):
+            raise NotReadyError(f"the server cannot serve: {state.error or state.reason}")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise NotReadyError(f"the server cannot serve: {self._tokenizer_error or 'loading the tokenizer'}")
+        return self._tokenizer
+
+    @property
+    def prompts(self) -> Prompts:
+        if self._prompts is None:
+            raise NotReadyError(f"the server cannot serve: {self._tokenizer_error or 'loading the tokenizer'}")
+        return self._prompts
+
+    async def info(self) -> ModelInfo:
+        while self._info is None:
+            try:
+                self._info = await self.backend.model_info()
+            except NotReadyError:
+                if not self.backend.can_wait:
+                    raise
+                await asyncio.sleep(RETRY_S)
+        return self._info
+
+    async def limits(self) -> Limits:
+        info = await self.info()
+        longest = min(self.config.max_model_len or info.max_model_len, info.max_model_len)
+        ends = tuple(dict.fromkeys((*info.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        return Limits(max_model_len=longest, vocab_size=info.vocab_size, eos_token_ids=ends)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises RequestError 404. A request may leave the name out: there is one model."""
+        if name is not None and name != self.model_name:
+            raise RequestError(
+                f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    async def render_chat(self, messages: Sequence[Message], fields: TemplateFields) -> str:
+        """Raises RequestError where the template refuses the messages, or does not end."""
+        return await self.prompts.render_chat(
+            [message.to_template() for message in messages],
+            add_generation_prompt=fields.begins_turn,
+            continue_final_message=bool(fields.continue_final_message),
+            template_kwargs=fields.template_kwargs,
+        )
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str, to_be_cut: bool = False) -> TokenIds:
+        """Tokens of a prompt. Raises RequestError, at once, where it is far longer than the model's length and is not
+        to be cut."""
+        limits = await self.limits()
+        fewest = self.tokenizer.fewest_tokens(text)
+        if fewest > limits.max_model_len and not to_be_cut:
+            raise RequestError(
+                f"{param}: at least {fewest} tokens; this model's maximum context length is {limits.max_model_len}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return await self.encode_any(text, add_special_tokens=add_special_tokens, param=param)
+
+    async def encode_any(self, text: str, *, add_special_tokens: bool, param: str) -> TokenIds:
+        """Tokens of a text of any length."""
+        if len(text) >= LARGE_TEXT and self._has_fast_tokenizer:
+            return await self.aside.encode(text, add_special_tokens=add_special_tokens)
+        return await self.prompts.encode(text, add_special_tokens=add_special_tokens, param=param)
+
+    async def bad_words(self, words: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
+        """Every way, as vLLM knows them, to write these words in tokens: at the beginning of a text, after a space,
+        and as one token."""
+        ways: dict[tuple[int, ...], None] = {}
+        for word in words or ():
+            bare = word.lstrip() or word
+            first = await self.encode_any(bare, add_special_tokens=False, param="bad_words")
+            spaced = await self.encode_any(" " + bare, add_special_tokens=False, param="bad_words")
+            ways[tuple(first)] = None
+            if first and len(spaced) == len(first) and spaced[0] != first[0]:
+                ways[tuple(spaced)] = None
+            if (single := self.tokenizer.id_of_piece(bare)) is not None:
+                ways[(single,)] = None
+        return tuple(way for way in ways if way)
+
+    async def decode(self, token_ids: TokenIds) -> str:
+        """The text of any number of tokens."""
+        if len(token_ids) < LONG_TEXT:
+            return self.tokenizer.decode(token_ids)
+        if not self._has_fast_tokenizer:
+            return await asyncio.to_thread(self.tokenizer.decode, token_ids)
+        return await self.aside.decode(array("i", token_ids))
+
+    async def answers(
+        self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str, client: str
+    ) -> list[Answer]:
+        """n answers for each prompt, in OpenAI's order of indices."""
+        limits = await self.limits()
+        if len(prompts) * body.num_choices > MAX_SEQUENCES:
+            raise RequestError(f"n: at most {MAX_SEQUENCES} answers may be asked for at once", param="n")
+        answers: list[Answer] = []
+        for prompt in prompts:
+            if not prompt.token_ids:
+                raise RequestError(f"{prompt.param}: expected at least one token", param=prompt.param)
+            check_token_ids(prompt.token_ids, limits.vocab_size, prompt.param)
+            token_ids = tuple(prompt.token_ids)
+            for choice in range(body.num_choices):
+                seed = seed_of_choice(prompt.params.seed, choice)
+                request = GenerateRequest(
+                    request_id=RequestId(f"{response_id}-{len(answers)}"),
+                    prompt_token_ids=token_ids,
+                    params=dataclasses.replace(prompt.params, seed=seed),
+                    cache_salt=body.cache_salt or "",
+                    eos_token_ids=self.tokenizer.eos_token_ids,
+                    client=client,
+                )
+                if len(answers) % ANSWERS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+                answers.append(
+                    Answer(
+                        index=len(answers),
+                        request=request,
+                        tokenizer=self.tokenizer,
+                        stops=body.stops,
+                        include_stop=bool(body.include_stop_str_in_output),
+                        skip_special_tokens=body.skip_special_tokens is not False,
+                        eos_token_ids=limits.eos_token_ids,
+                        return_token_ids=bool(body.return_token_ids),
+                    )
+                )
+        return answers
+
+    def check_room(self, client: str, body: SamplingFields, prompts: int = 1) -> None:
+        """Raises RequestError 503 where so many requests wait that `run` would refuse this one."""
+        self.places.check(client, prompts * body.num_choices)
+
+    async def run(self, answers: Sequence[Answer]) -> AsyncGenerator[Delta, None]:
+        """Deltas of all `answers`, which are one client's, as they come. Closing it aborts what is left.
+
+        Raises RequestError 503 where too many requests wait.
+        """
+        taken = self.places.take(answers[0].request.client, len(answers))
+        self.active += 1
+        try:
+            streams = [
+                answer_deltas(self.backend, answer, self.metrics, began=lambda: taken.give_back(1))
+                for answer in answers
+            ]
+            async with contextlib.aclosing(merged(streams)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            taken.give_back()
+            self.active -= 1

@@ -1,0 +1,241 @@
+"""A process of the API's own for what would hold up every stream: large bodies, and texts of many tokens.
+
+Decoding some MB of JSON, validating it and turning it into tokens hold Python's lock for seconds, and take hundreds of
+MB. They are done here, one after the other: so memory has a bound, and goes back to the system when the process is
+replaced. The process is started when it is first needed, runs at a lower priority, and ends with its parent, whose pipe
+it reads. There are two: one for what is huge.
+
+    Aside.call() -> a thread that waits -> pipe -> serve() -> pipe -> the result, or the error that was raised
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, TypeVar
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.bodies import json_text
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+NICENESS = 10
+MEMORY_BYTES = 4 * 2**30
+"""Of address space. What needs more fails, instead of the machine."""
+GROWTH_BYTES = 256 * 2**20
+"""A process that has grown by so much is replaced."""
+HUGE_BYTES = 2**20
+CALL_S = 120.0
+"""A call that takes longer is ended, with its process."""
+LOOK_S = 0.5
+
+_SIZE = struct.Struct("<Q")
+_START = "import sys; sys.path[:] = sys.argv[1:]; from elastic_moe.deploy.bodies.aside import main; main()"
+
+
+class Aside:
+    """Two such processes, seen from their parent: one for what is large, one for what is huge, so that a client with
+    the hugest texts does not keep the others' waiting. In each, calls run one after the other. Of no event loop."""
+
+    def __init__(self) -> None:
+        self._large = _Lane()
+        self._huge = _Lane()
+
+    def use_tokenizer(self, written: Callable[[], str]) -> None:
+        """`written` gives the tokenizer as JSON. Without it, `encode` and `decode` must not be called."""
+        self._large.tokenizer = self._huge.tokenizer = written
+
+    async def parse(self, kind: type[T] | None, body: bytearray) -> T:
+        """The JSON text as a body of `kind`, validated; as plain values for None. Raises RequestError."""
+        parsed: T = await self._lane(len(body)).call("parse", kind, body)
+        return parsed
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
+        """Token ids, packed as `deploy.bodies.bounds.TokenIds`."""
+        ids: array[int] = await self._lane(len(text)).call("encode", text, add_special_tokens)
+        return ids
+
+    async def decode(self, token_ids: array[int]) -> str:
+        return str(await self._lane(4 * len(token_ids)).call("decode", token_ids))
+
+    def close(self) -> None:
+        """End the processes. Blocks for a moment."""
+        self._large.close()
+        self._huge.close()
+
+    def _lane(self, size_bytes: int) -> _Lane:
+        return self._large if size_bytes < HUGE_BYTES else self._huge
+
+
+class _Lane:
+    """One process, and the thread that talks to it."""
+
+    def __init__(self) -> None:
+        self.tokenizer: Callable[[], str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
+        self._knows_tokenizer = False
+
+    async def call(self, name: str, *args: object) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, name, *args)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self.process is not None:
+            self.process.kill()
+            self._thread.shutdown(wait=True)
+            self._end()
+
+    # --- In the thread ------------------------------------------------------------------------------------------
+
+    def _answer(self, name: str, *args: object) -> Any:
+        if name != "parse" and not self._knows_tokenizer:
+            assert self.tokenizer is not None
+            self._ask("use", self.tokenizer())
+            self._knows_tokenizer = True
+        return self._ask(name, *args)
+
+    def _ask(self, name: str, *args: object) -> Any:
+        process = self.process = self.process or _start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        watch = threading.Timer(CALL_S, process.kill)
+        watch.start()
+        try:
+            _write(process.stdin, (name, *args))
+            answer = _read(process.stdout)
+        except OSError:
+            answer = None
+        finally:
+            watch.cancel()
+        if answer is None:
+            self._end()
+            logger.warning("the process for large requests has died; another one is started for the next")
+            raise RequestError("the request takes too much memory or time to be read", code="request_too_large")
+        value, error, last = answer
+        if last:
+            self._end()
+        if error is not None:
+            raise error
+        return value
+
+    def _end(self) -> None:
+        process, self.process, self._knows_tokenizer = self.process, None, False
+        if process is not None:
+            process.kill()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    try:
+                        pipe.close()
+                    except OSError:
+                        logger.debug("a pipe was broken already")
+            process.wait()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", _START, *sys.path]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+
+# --- In the process ---------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answer calls from standard input until it ends."""
+    os.nice(NICENESS)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    # what a library prints must not come between the answers
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, answers)
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed must not leave this process at work."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os._exit(1)
+
+
+def serve(calls: IO[bytes], answers: IO[bytes]) -> None:
+    """(name, arguments) come in; (value, error, whether this process ends now) go out."""
+    work = _Work()
+    allowed_bytes = _used_bytes() + GROWTH_BYTES
+    while (call := _read(calls)) is not None:
+        name, *args = call
+        value, error = None, None
+        try:
+            value = getattr(work, name)(*args)
+        except RequestError as refused:
+            error = refused
+        except MemoryError:
+            error = RequestError("the request takes too much memory to be read", code="request_too_large")
+        if name == "use":
+            allowed_bytes = _used_bytes() + GROWTH_BYTES
+        last = _used_bytes() > allowed_bytes
+        try:
+            _write(answers, (value, error, last))
+        except BrokenPipeError:
+            return
+        if last:
+            return
+        del call, args, value
+
+
+class _Work:
+    def __init__(self) -> None:
+        self._tokenizer: Any = None
+
+    def use(self, tokenizer: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(tokenizer)
+
+    def parse(self, kind: Any, body: bytearray) -> object:
+        from elastic_moe.deploy.bodies.schema import parse
+
+        data = json_text.decode(body)
+        return data if kind is None else parse(kind, data)
+
+    def encode(self, text: str, add_special_tokens: bool) -> array[int]:
+        # "fast" leaves out where each token was in the text, which takes as long as all the rest
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return array("i", encoding.ids)
+
+    def decode(self, token_ids: array[int]) -> str:
+        return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False))
+
+
+def _used_bytes() -> int:
+    """At the most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _write(pipe: IO[bytes], message: object) -> None:
+    data = pickle.dumps(message, protocol=5)
+    pipe.write(_SIZE.pack(len(data)))
+    pipe.write(data)
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> Any:
+    """None at the end. What is read comes from our own process, so pickle is safe."""
+    head = pipe.read(_SIZE.size)
+    if len(head) < _SIZE.size:
+        return None
+    data = pipe.read(_SIZE.unpack(head)[0])
+    return pickle.loads(data)

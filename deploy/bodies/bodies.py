@@ -1,0 +1,102 @@
+"""Bodies of requests: read with a limit, decoded and validated without holding up a stream.
+
+A small body is decoded at once. A large one goes to another process (deploy/bodies/aside.py), and all that are under
+way together have a limit, so that a burst of them costs a bounded amount of memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.bodies import json_text
+from elastic_moe.deploy.bodies.aside import Aside
+from elastic_moe.deploy.bodies.schema import BodyT, parse
+
+MAX_BODY_BYTES = 8 * 2**20
+DISCARD_BYTES = 8 * MAX_BODY_BYTES
+"""How much more of an oversized body is read, and thrown away, so that a client gets to read why it was refused."""
+LARGE_BYTES = 2**16
+"""From here on a body is decoded in the other process: less takes a millisecond or two."""
+UNDER_WAY_BYTES = 8 * MAX_BODY_BYTES
+"""Of all large bodies that are being read or wait to be decoded."""
+
+
+class Bodies:
+    """All on one event loop."""
+
+    def __init__(self, aside: Aside) -> None:
+        self._aside = aside
+        self._under_way_bytes = 0
+
+    async def read(self, request: Request, kind: type[BodyT]) -> BodyT:
+        """Raises RequestError: 413 for more than MAX_BODY_BYTES, 415 for another type than JSON, 503 while too many
+        large bodies are under way, and 400 for what is wrong in the body."""
+        with self._counted() as counted:
+            body = await self._read(request, counted)
+            if len(body) < LARGE_BYTES:
+                return parse(kind, json_text.decode(body))
+            return await self._aside.parse(kind, body)
+
+    async def read_json(self, request: Request) -> Any:
+        """The body as plain values. Raises RequestError as `read` does."""
+        with self._counted() as counted:
+            body = await self._read(request, counted)
+            return json_text.decode(body) if len(body) < LARGE_BYTES else await self._aside.parse(None, body)
+
+    async def _read(self, request: Request, counted: _Counted) -> bytearray:
+        kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            raise RequestError(f"Content-Type: expected application/json, got {kind[:80]}", status=415)
+        body = bytearray()
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                body.clear()
+                counted.set(0)
+                if size > DISCARD_BYTES:
+                    break
+            else:
+                body += part
+                counted.set(size)
+        if size > MAX_BODY_BYTES:
+            raise RequestError(
+                f"the body is larger than {MAX_BODY_BYTES // 2**20} MB", code="request_too_large", status=413
+            )
+        return body
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[_Counted]:
+        counted = _Counted(self)
+        try:
+            yield counted
+        finally:
+            self._under_way_bytes -= counted.size_bytes
+
+    def add(self, size_bytes: int) -> None:
+        """Raises RequestError 503 where this is more than all may have."""
+        if size_bytes > 0 and self._under_way_bytes + size_bytes > UNDER_WAY_BYTES:
+            raise RequestError(
+                f"more than {UNDER_WAY_BYTES // 2**20} MB of request bodies are being read; try again soon",
+                code="too_many_large_requests",
+                status=503,
+            )
+        self._under_way_bytes += size_bytes
+
+
+class _Counted:
+    """One body's part of what is under way. Small bodies do not count."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self.size_bytes = 0
+
+    def set(self, size_bytes: int) -> None:
+        size_bytes = size_bytes if size_bytes >= LARGE_BYTES else 0
+        self._bodies.add(size_bytes - self.size_bytes)
+        self.size_bytes = size_bytes

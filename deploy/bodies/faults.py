@@ -1,0 +1,80 @@
+"""What is said of a body that does not fit its form: the field as the client knows it, in this project's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.bodies.bounds import MAX_STOPS
+from elastic_moe.deploy.bodies.json_text import type_name
+
+EXPECTED: Mapping[str, Callable[[dict[str, Any]], str]] = {
+    "string_type": lambda c: "a string",
+    "int_type": lambda c: "an integer",
+    "int_from_float": lambda c: "an integer",
+    "float_type": lambda c: "a number",
+    "bool_type": lambda c: "true or false",
+    "list_type": lambda c: "a list",
+    "dict_type": lambda c: "an object",
+    "model_type": lambda c: "an object",
+    "model_attributes_type": lambda c: "an object",
+    "finite_number": lambda c: "a finite number",
+    "literal_error": lambda c: str(c["expected"]),
+    "greater_than": lambda c: f"more than {c['gt']}",
+    "greater_than_equal": lambda c: f"at least {c['ge']}",
+    "less_than": lambda c: f"less than {c['lt']}",
+    "less_than_equal": lambda c: f"at most {c['le']}",
+    "string_too_short": lambda c: f"at least {c['min_length']} characters",
+    "string_too_long": lambda c: f"at most {c['max_length']} characters",
+    "string_pattern_mismatch": lambda c: f"characters as in {c['pattern']}",
+    "too_short": lambda c: f"at least {c['min_length']} elements",
+    "too_long": lambda c: f"at most {c['max_length']} elements",
+}
+"""By pydantic's kind of fault, what was expected; c is the fault's context."""
+
+FORMS = {
+    "stop": f"a string or a list of up to {MAX_STOPS} strings",
+    "content": "a string or a list of text parts",
+}
+"""Of fields that may have several, by the field's own name."""
+
+FORM_FAULTS = ("string_type", "list_type", "int_type")
+
+
+def request_error(error: ValidationError) -> RequestError:
+    """The first fault of the first field that has one. Of several forms, that of the one that came furthest."""
+    faults = error.errors(include_url=False, include_context=True, include_input=True)
+    field = _path(faults[0])[0] if faults[0]["loc"] else ""
+    faults = [fault for fault in faults if not fault["loc"] or fault["loc"][0] == field]
+    fault = max(faults, key=lambda f: (f["type"] not in FORM_FAULTS, len(f["loc"])))
+    where = _path(fault)
+    path = ".".join(map(str, where))
+    if fault["type"] == "missing":
+        return RequestError(f"{path}: this field is required", param=path, code="missing_required_parameter")
+    if fault["type"] == "extra_forbidden":
+        return RequestError(f"{path}: this call has no such field", param=path, code="unknown_parameter")
+    if fault["type"] == "value_error":
+        return RequestError(f"{path}: {fault['ctx']['error']}", param=path, code="invalid_value")
+    form = FORMS.get(str(where[-1])) if fault["type"] in FORM_FAULTS else None
+    make = EXPECTED.get(fault["type"])
+    expected = form or (make(fault.get("ctx", {})) if make else "another value")
+    return RequestError(f"{path}: expected {expected}, got {_shown(fault['input'])}", param=path, code="invalid_value")
+
+
+def _path(fault: ErrorDetails) -> list[str | int]:
+    """The fields on the way to it, without pydantic's names of a union's forms, such as `list[TextPart]`."""
+    first, *rest = fault["loc"] or ("body",)
+    return [first, *(part for part in rest if isinstance(part, int) or not _is_form(part))]
+
+
+def _is_form(name: str) -> bool:
+    return name in ("str", "int", "float", "bool") or "[" in name
+
+
+def _shown(value: object) -> str:
+    short = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 40)
+    return repr(value)[:80] if short else type_name(value)

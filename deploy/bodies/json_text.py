@@ -1,0 +1,42 @@
+"""JSON bodies: bytes to values, with an error in words for whatever is no JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from elastic_moe.cluster.errors import RequestError
+
+
+def decode(body: bytes | bytearray) -> Any:
+    """Raises RequestError that says what is wrong. NaN and infinity are refused, and so is half a surrogate pair."""
+    if not body.strip():
+        raise RequestError("the body is empty; expected a JSON object", code="invalid_json")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8: byte {error.start} is wrong", code="invalid_json") from None
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise RequestError(f"the body is no JSON: {error}", code="invalid_json") from None
+    if "\\u" in text:
+        # half a surrogate pair is fine in JSON, but no text
+        try:
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            message = "the body has an escaped surrogate without its other half"
+            raise RequestError(message, code="invalid_json") from None
+    return data
+
+
+def type_name(value: object) -> str:
+    """A value's type in JSON's words, with an article."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,356 @@
+"""Bodies of requests: OpenAI's fields, vLLM's additional ones, and what is said to those that are not served.
+
+Types are strict: "1" is no number and 1 no boolean. Unknown fields are ignored, as vLLM does, because clients send
+them in good faith. Known fields that would change the answer and are not supported are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.bodies.bounds import MAX_STOPS, TokenIds, check_sizes, pack_ids, pack_prompt
+from elastic_moe.deploy.bodies.faults import request_error
+from elastic_moe.deploy.bodies.json_text import type_name
+
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+TokenIdList = list[Int32]
+
+BadWord = Annotated[str, Field(min_length=1, max_length=128)]
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+"""As OpenAI and vLLM."""
+MAX_BAD_WORDS = 128
+MAX_ALLOWED_TOKEN_IDS = 1 << 14
+
+
+BodyT = TypeVar("BodyT", bound="Body")
+
+
+class Body(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    @classmethod
+    def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """`data` with its lists of token ids checked and packed. Raises RequestError."""
+        return data
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class ResponseFormat(Body):
+    type: str
+
+
+class SamplingFields(Body):
+    """What completions and chat completions have in common."""
+
+    # Fields that would change the answer, with the values that ask for nothing.
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "use_beam_search": (False,),
+        "length_penalty": (1, 1.0),
+        "early_stopping": (False,),
+        "prompt_logprobs": (),
+        "logprob_token_ids": ([],),
+        "logits_processors": ([],),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_whitespace_pattern": (),
+        "structured_outputs": (),
+        "structural_tag": (),
+        "thinking_token_budget": (),
+        "repetition_detection": (),
+        "vllm_xargs": ({},),
+        "priority": (0,),
+        "kv_transfer_params": (),
+        "prompt_embeds": (),
+    }
+
+    PROMPT: ClassVar[str] = "prompt"
+    """The field that the prompt is in."""
+
+    model: str | None = None
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: Int64 | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
+    stop: str | list[str] | None = None
+    stop_token_ids: TokenIdList | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    """-1: as many as leave room for the answer."""
+    truncation_side: Literal["left", "right"] | None = None
+    """The end at which tokens of the prompt are cut off; the left one by default."""
+    allowed_token_ids: TokenIdList | None = Field(None, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)
+    bad_words: list[BadWord] | None = Field(None, max_length=MAX_BAD_WORDS)
+    spaces_between_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and (len(stop) > MAX_STOPS or "" in stop):
+            raise ValueError(f"expected at most {MAX_STOPS} strings, none of them empty")
+        return stop
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _check_truncation(cls, limit: int | None) -> int | None:
+        if limit == 0:
+            raise ValueError("expected at least 1, or -1 for as many tokens as there is room for")
+        return limit
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if isinstance(self.stop, str):
+            return (self.stop,) if self.stop else ()
+        return tuple(self.stop or ())
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def token_limit_field(self) -> str:
+        """The field that `token_limit` is from."""
+        return "max_tokens"
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+
+class CompletionRequest(SamplingFields):
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingFields.UNSUPPORTED, "suffix": ("",)}
+
+    prompt: SkipValidation[str | list[str] | TokenIds | list[TokenIds]]
+    """`packed` has checked it."""
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool | None = None
+
+    @classmethod
+    def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {**data, "prompt": pack_prompt(data["prompt"])} if "prompt" in data else data
+
+    @property
+    def prompts(self) -> list[str] | list[TokenIds]:
+        """One element for each answer that is asked for."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return self.prompt if isinstance(self.prompt, list) else [self.prompt]
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart] | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        """Plain values; further keys (name, tool_calls, ...) as they came."""
+        content = self.content
+        parts = [{"type": part.type, "text": part.text} for part in content] if isinstance(content, list) else content
+        return {**(self.model_extra or {}), "role": self.role, "content": parts}
+
+
+class TemplateFields(Body):
+    """What reaches the chat template besides the messages."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+    enable_thinking: bool | None = None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the template. A field of its own counts more than the same name in `chat_template_kwargs`."""
+        own = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
+        return {**(self.chat_template_kwargs or {}), **{name: v for name, v in own.items() if v is not None}}
+
+    @property
+    def begins_turn(self) -> bool:
+        """Whether the prompt ends with the beginning of an answer. With a message to continue there is no turn to
+        begin, as vLLM's clients would have to say themselves."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
+
+
+class ChatCompletionRequest(SamplingFields, TemplateFields):
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **SamplingFields.UNSUPPORTED,
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "audio": (),
+        "modalities": (["text"],),
+        "web_search_options": (),
+        "chat_template": (),
+        "documents": ([],),
+        "include_reasoning": (True,),
+        "verbosity": ("medium",),
+    }
+
+    PROMPT: ClassVar[str] = "messages"
+
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def token_limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+
+class TokenizeRequest(TemplateFields):
+    """Either `prompt` or `messages`."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {"tools": ([],), "chat_template": (), "documents": ([],)}
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: SkipValidation[TokenIds]
+    """`packed` has checked them."""
+
+    @classmethod
+    def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {**data, "tokens": pack_ids("tokens", data["tokens"])} if "tokens" in data else data
+
+
+class RebalanceRequest(Body):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    planner: str = "auto"
+    dry_run: bool = False
+
+
+OperationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,100}$")]
+
+
+class ScaleRequest(Body):
+    """`workers`, `retire`, or both: so many in all, without these."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    workers: Int32 | None = None
+    retire: list[str] | None = Field(None, min_length=1)
+    operation_id: OperationId | None = None
+    replace: bool = False
+
+
+class ElasticEpRequest(Body):
+    """vLLM's body, or SGLang's with `new_ep_size`."""
+
+    new_data_parallel_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    new_ep_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    drain_timeout: Annotated[int, Field(ge=1)] = 120
+    """Seconds to wait for the end."""
+
+
+SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
+"""Fields that ask for nothing where another one is "none": tools that the model may not call are plain chat."""
+
+
+def parse(kind: type[BodyT], data: object) -> BodyT:
+    """Check `data`, a decoded JSON body. Raises RequestError that names the first field which is wrong."""
+    if not isinstance(data, dict):
+        raise RequestError(f"the body must be a JSON object, got {type_name(data)}")
+    data = kind.packed(data)
+    check_sizes(data, tuple(kind.model_fields))
+    try:
+        body = kind.model_validate(data)
+    except ValidationError as error:
+        raise request_error(error) from None
+    for name, harmless in getattr(kind, "UNSUPPORTED", {}).items():
+        value = data.get(name)
+        if name in SWITCHES and data.get(SWITCHES[name]) == "none":
+            continue
+        # `True == 1` in Python, so the types are compared as well
+        if value is not None and not any(value == v and type(value) is type(v) for v in harmless):
+            raise RequestError(f"{name}: not supported by this server", param=name, code="unsupported_parameter")
+    if isinstance(body, SamplingFields):
+        _check_together(body)
+    return body
+
+
+def _check_together(body: SamplingFields) -> None:
+    """Rules about several fields, or about values that are right in form and not served."""
+    if body.spaces_between_special_tokens is False and body.skip_special_tokens is False:
+        raise RequestError(
+            "spaces_between_special_tokens: false is not supported where special tokens are shown",
+            param="spaces_between_special_tokens",
+            code="unsupported_value",
+        )
+    if body.response_format is not None and body.response_format.type != "text":
+        raise RequestError(
+            f"response_format: only the type 'text' is supported, got {body.response_format.type!r}",
+            param="response_format",
+            code="unsupported_value",
+        )
+    if body.best_of is not None and body.best_of != body.num_choices:
+        raise RequestError("best_of: supported only where it equals n", param="best_of", code="unsupported_value")
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options: allowed only when stream is true", param="stream_options")
+    if isinstance(body, ChatCompletionRequest):
+        if body.top_logprobs and not body.logprobs:
+            raise RequestError("top_logprobs: logprobs must be true to use it", param="top_logprobs")
+        if body.continue_final_message and body.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message: cannot be true together with add_generation_prompt",
+                param="continue_final_message",
+            )

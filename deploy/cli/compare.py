@@ -1,0 +1,189 @@
+"""`emoe compare` and `emoe simulate`: many plans, tables and figures; optimizer/ does the work."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.deploy.cli.plan_input import (
+    choose_workers,
+    load_old,
+    make_folder,
+    make_problem,
+    move_budget,
+    move_share,
+    read_trace,
+    write_text,
+)
+from elastic_moe.optimizer.core.contract import Budget
+from elastic_moe.optimizer.core.cost import copies
+from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.result import PlanResult
+from elastic_moe.optimizer.drift import frontier
+from elastic_moe.optimizer.planner import PLANNERS, plan
+from elastic_moe.optimizer.study.compare import Row, compare, markdown, write_csv
+from elastic_moe.optimizer.study.simulate import Look, SimulationSettings, simulate
+from elastic_moe.optimizer.study.traces import TraceError, concatenate, load_trace
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Run planners on a trace, and write table.csv, table.md and figures."""
+    names = _planner_names(args.planners)
+    old = load_old(args)
+    profile = read_trace(args, args.trace, old)
+    if args.test is None:
+        profile, test = profile.halves()
+    else:
+        test = load_trace(args.test, args.experts or (None if old is None else old.num_logical_experts))
+        experts = max(profile.num_experts, test.num_experts)
+        if (profile.num_layers, profile.top_k) != (test.num_layers, test.top_k):
+            raise TraceError(f"{args.test} is not of the model of {args.trace}: layers or experts per token differ")
+        profile, test = (dataclasses.replace(trace, num_experts=experts) for trace in (profile, test))
+    workers = choose_workers(args, old, profile.num_experts)
+    problem = make_problem(args, profile, workers, old)
+    test_problem = make_problem(args, test, workers, old)
+    limited = dataclasses.replace(problem, move_budget=move_budget(args, problem))
+    make_folder(args.out)
+
+    def progress(row: Row) -> None:
+        if args.json:
+            print(json.dumps(dataclasses.asdict(row)), flush=True)
+        else:
+            print(f"{row.planner:16} {row.seconds:6.2f} s  {row.reason}", file=sys.stderr, flush=True)
+
+    answers = compare(
+        limited,
+        test,
+        test_problem,
+        names,
+        deadline_s=args.deadline,
+        solver=args.solver,
+        seed=args.seed,
+        progress=progress,
+    )
+    rows = [row for row, _ in answers]
+    write_csv(args.out / "table.csv", rows)
+    table = markdown(rows)
+    if limited.move_budget is not None:
+        table += f"\n`auto` moves at most {limited.move_budget} experts (--move-share); the others are not limited.\n"
+    write_text(args.out / "table.md", table)
+    _draw_comparison(args, problem, test_problem, answers)
+    if not args.json:
+        print(table, end="")
+        print(f"table.csv, table.md and figures are in {args.out}", file=sys.stderr)
+    return 0
+
+
+def _planner_names(given: str) -> list[str]:
+    names = list(PLANNERS) if given == "all" else [name.strip() for name in given.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PLANNERS]
+    if unknown or not names:
+        raise ConfigError(f"--planners: expected all, or some of {', '.join(PLANNERS)}, got {given!r}")
+    return names
+
+
+def _draw_comparison(
+    args: argparse.Namespace,
+    problem: PlacementProblem,
+    test_problem: PlacementProblem,
+    answers: list[tuple[Row, PlanResult]],
+) -> None:
+    from elastic_moe.optimizer.study import figures
+
+    rows = [row for row, _ in answers]
+
+    def draw() -> None:
+        figures.load_heat_map(args.out / "load.png", test_problem, answers)
+        figures.pareto(args.out / "pareto.png", rows, problem.semantics)
+        figures.solve_times(args.out / "seconds.png", rows)
+        if problem.current is not None and problem.current.workers == problem.workers:
+            # what a plan that forgets the placement in force would move and gain
+            scratch = plan(dataclasses.replace(problem, current=None), deadline_s=args.deadline, solver=args.solver)
+            table = scratch.placement.physical_to_logical_map
+            points = frontier(problem, Budget.of(args.deadline, seed=args.seed))
+            full = (copies(problem, table), scratch.cost.step_s)
+            figures.gain_curve(args.out / "gain.png", points, problem.expert_bytes, full)
+
+    _drawn(draw)
+
+
+def _drawn(draw: Callable[[], None]) -> None:
+    """Tables are worth having without figures: a missing matplotlib is told, not fatal."""
+    try:
+        draw()
+    except ConfigError as error:
+        print(f"emoe: no figures: {error}", file=sys.stderr)
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """Serve traces on a virtual clock, re-placing experts as the server would."""
+    old = load_old(args)
+    traces = [read_trace(args, path, old) for path in args.traces]
+    experts = max(trace.num_experts for trace in traces)
+    trace = concatenate([dataclasses.replace(trace, num_experts=experts) for trace in traces])
+    settings = SimulationSettings(
+        planner=args.planner,
+        solver=args.solver,
+        deadline_s=args.deadline,
+        interval_s=_positive("interval", args.interval),
+        window_s=_positive("window", args.window),
+        tokens_per_s=_positive("rate", args.rate),
+        move_share=move_share(args),
+        semantics=Semantics(args.semantics),
+        links=Links(worker_gbps=args.worker_gbps, node_gbps=args.node_gbps),
+        expert_bytes=args.expert_bytes,
+        horizon_steps=args.horizon,
+        seed=args.seed,
+    )
+
+    def progress(look: Look) -> None:
+        if not args.json:
+            mark = "change" if look.changed else "stay"
+            load = f"load {look.imbalance:.3f} (static {look.imbalance_static:.3f})"
+            print(f"{look.time_s:8.0f} s  {load}  {mark}: {look.reason}", flush=True)
+
+    looks = simulate(trace, choose_workers(args, old, experts), settings, first=old, progress=progress)
+    if args.out is not None:
+        make_folder(args.out)
+        write_text(args.out / "looks.json", json.dumps([dataclasses.asdict(look) for look in looks], indent=1))
+        from elastic_moe.optimizer.study import figures
+
+        _drawn(lambda: figures.imbalance_over_time(args.out / "imbalance.png", looks))
+    summary = _summary(looks)
+    print(json.dumps(summary) if args.json else _simulation_text(summary))
+    return 0
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"--{name}: expected a positive number, got {value}")
+    return value
+
+
+def _summary(looks: list[Look]) -> dict[str, Any]:
+    count = len(looks)
+    return {
+        "intervals": count,
+        "changes": sum(look.changed for look in looks),
+        "load_imbalance": sum(look.imbalance for look in looks) / count,
+        "load_imbalance_static": sum(look.imbalance_static for look in looks) / count,
+        "fan_out": sum(look.fan_out for look in looks) / count,
+        "fan_out_static": sum(look.fan_out_static for look in looks) / count,
+        "moves": sum(look.moves for look in looks),
+        "bytes": sum(look.bytes for look in looks),
+    }
+
+
+def _simulation_text(summary: dict[str, Any]) -> str:
+    return (
+        f"{summary['intervals']} intervals, {summary['changes']} changes, {summary['moves']} moves "
+        f"({summary['bytes'] / 1e9:.1f} GB); load {summary['load_imbalance']:.3f} max/mean against "
+        f"{summary['load_imbalance_static']:.3f} without, fan-out {summary['fan_out']:.2f} against "
+        f"{summary['fan_out_static']:.2f}"
+    )

@@ -1,0 +1,119 @@
+"""The command `emoe`: its parser, made from ServeConfig, and its exit codes.
+
+0 success; 1 the server failed; 2 a mistake of the user's, told in one line. Heavy imports wait until a verb runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from elastic_moe.cluster.config import ServeConfig, base_type
+from elastic_moe.cluster.errors import EmoeError, UserError
+from elastic_moe.cluster.keys import with_keys
+from elastic_moe.deploy.cli import plan as cli_plan
+from elastic_moe.deploy.cli import trace as cli_trace
+from elastic_moe.deploy.launch.console import logged
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse would print the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"emoe: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except UserError as error:
+        print(f"emoe: error: {error}", file=sys.stderr)
+        return 2
+    except EmoeError as error:
+        print(f"emoe: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has gone, as in `emoe ... | head`
+        return 141
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="emoe", description="Elastic Mixture-of-Experts serving on Ray.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"emoe {metadata.version('elastic-moe')}")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
+    _add_serve(verbs)
+    cli_plan.add_parsers(verbs)
+    cli_trace.add_parser(verbs)
+    return parser
+
+
+def _add_serve(verbs: Any) -> None:
+    serve = verbs.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a Mixture-of-Experts model over an HTTP API like OpenAI's. Every flag is also a key of "
+        "the file given by --config; flags win.",
+        allow_abbrev=False,
+    )
+    serve.set_defaults(run=_serve)
+    serve.add_argument("model", nargs="?", metavar="MODEL_DIR", help=_help("model"), default=argparse.SUPPRESS)
+    serve.add_argument("--config", metavar="FILE.yaml", type=Path, help="file with settings")
+    hints = typing.get_type_hints(ServeConfig)
+    for field in dataclasses.fields(ServeConfig):
+        if field.name == "model":
+            continue
+        kind = base_type(hints[field.name])
+        if kind is bool:
+            serve.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=_help(field.name),
+            )
+            continue
+        serve.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            choices=field.metadata["choices"] or None,
+            metavar=None if field.metadata["choices"] else kind.__name__.upper().replace("STR", "TEXT"),
+            # absent rather than None, so that what was not given does not hide the file's value
+            default=argparse.SUPPRESS,
+            help=_help(field.name),
+        )
+
+
+def _help(name: str) -> str:
+    field = next(field for field in dataclasses.fields(ServeConfig) if field.name == name)
+    text = str(field.metadata["help"])
+    default = "" if field.default is None else f" (default: {field.default})"
+    return (text + default).replace("%", "%%")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    names = {field.name for field in dataclasses.fields(ServeConfig)}
+    flags = {name: value for name, value in vars(args).items() if name in names}
+    if args.config is not None:
+        # The file is checked by itself first, so that messages name it.
+        data = ServeConfig.read_yaml(args.config)
+        ServeConfig.from_mapping(data, source=str(args.config))
+        flags = {str(key).replace("-", "_"): value for key, value in data.items()} | flags
+    config = with_keys(ServeConfig.from_mapping(flags, source="flags"), os.environ)
+    from elastic_moe.deploy.cli.serve import serve
+
+    with logged(config, os.environ) as config:
+        return serve(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The verbs about placements: `emoe plan`, `evaluate`, `compare` and `simulate`. Their flags; what they do waits in
+modules of their own until one of them runs, since planners and numpy take a while to load.
+
+They need neither a cluster nor a model: a routing trace and a description of the workers are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.deploy.launch.builtin import trace_path
+from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.solvers import SOLVERS
+from elastic_moe.optimizer.planner import PLANNERS
+from elastic_moe.optimizer.study.simulate import SimulationSettings
+
+PLAN_VERBS, COMPARE = "elastic_moe.deploy.cli.plan_verbs", "elastic_moe.deploy.cli.compare"
+
+DEFAULT_WORKERS = 8
+
+DEFAULT_MOVE_SHARE = 0.18
+"""Of all experts, for --from: about a quarter of what a plan from scratch moves, which gains some four fifths of it."""
+
+
+def add_parsers(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add the verbs; each parser's `run` takes the parsed arguments and returns the exit code."""
+    for name, add, module, what in (
+        ("plan", _plan_arguments, PLAN_VERBS, "plan where the experts of a traced model should sit"),
+        ("evaluate", _evaluate_arguments, PLAN_VERBS, "measure a placement on a trace"),
+        ("compare", _compare_arguments, COMPARE, "run many planners on a trace: table and figures"),
+        ("simulate", _simulate_arguments, COMPARE, "replay traces through the re-placement decisions"),
+    ):
+        parser = subparsers.add_parser(name, help=what, description=what.capitalize() + ".", allow_abbrev=False)
+        add(parser)
+        parser.set_defaults(run=_later(module, f"run_{name}"))
+
+
+def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        return int(getattr(import_module(module), function)(args))
+
+    return run
+
+
+def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    links, problem = Links(), PlacementProblem.__dataclass_fields__
+    parser.add_argument("--workers", type=int, metavar="N", help=f"workers ({DEFAULT_WORKERS}, or those of --from)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that they are spread over (1)")
+    parser.add_argument(
+        "--redundant", type=int, default=0, metavar="N", help="replicas per layer, over all workers (0)"
+    )
+    parser.add_argument("--speeds", metavar="S,S,..", help="relative speed of each worker (all alike)")
+    parser.add_argument("--experts", type=int, metavar="E", help="experts per layer (highest id in the trace + 1)")
+    parser.add_argument(
+        "--semantics", choices=[str(s) for s in Semantics], default="home", help="where tokens wait (home)"
+    )
+    parser.add_argument("--worker-gbps", type=float, default=links.worker_gbps, metavar="G", help="of a worker's port")
+    parser.add_argument("--node-gbps", type=float, default=links.node_gbps, metavar="G", help="of a node's uplink")
+    parser.add_argument(
+        "--expert-bytes", type=int, default=17_301_504, metavar="B", help="of one expert (DeepSeek-V2-Lite's: 17301504)"
+    )
+    parser.add_argument(
+        "--horizon",
+        type=float,
+        default=problem["horizon_steps"].default,
+        metavar="STEPS",
+        help="steps that a placement serves, over which moves are paid off (10000)",
+    )
+
+
+def _solving_arguments(parser: argparse.ArgumentParser, deadline_s: float) -> None:
+    parser.add_argument(
+        "--deadline", type=float, default=deadline_s, metavar="S", help=f"seconds to plan ({deadline_s:g})"
+    )
+    parser.add_argument("--solver", choices=SOLVERS, default="highs", help="ILP solver (highs)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+
+
+def _from_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", dest="old", type=Path, metavar="OLD.json", help="placement in force")
+    parser.add_argument(
+        "--move-share",
+        type=float,
+        metavar="SHARE",
+        help=f"with --from: most experts to move, as a share of all ({DEFAULT_MOVE_SHARE}; 1: no limit)",
+    )
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", type=trace_path, metavar="TRACE.npz")
+    _cluster_arguments(parser)
+    parser.add_argument("--planner", choices=PLANNERS, default="auto", help="(auto)", metavar="NAME")
+    _solving_arguments(parser, 10.0)
+    _from_arguments(parser)
+    parser.add_argument("--out", type=Path, metavar="NEW.json", help="file for the placement")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", type=trace_path, metavar="TRACE.npz")
+    parser.add_argument("placement", type=Path, metavar="PLACEMENT.json")
+    _cluster_arguments(parser)
+    parser.add_argument(
+        "--from", dest="old", type=Path, metavar="OLD.json", help="count moves and bytes from this placement"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", type=trace_path, metavar="TRACE.npz", help="to profile on")
+    parser.add_argument(
+        "test", type=trace_path, nargs="?", metavar="TEST.npz", help="to measure on; the trace's second half"
+    )
+    _cluster_arguments(parser)
+    parser.add_argument("--planners", default="all", metavar="A,B,..", help="names, or all (all)")
+    _solving_arguments(parser, 10.0)
+    _from_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the table and the figures")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per planner")
+
+
+def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    settings = SimulationSettings()
+    parser.add_argument(
+        "traces", type=trace_path, nargs="+", metavar="TRACE.npz", help="served one after another: drift"
+    )
+    _cluster_arguments(parser)
+    parser.add_argument("--planner", choices=PLANNERS, default="auto", help="(auto)", metavar="NAME")
+    _solving_arguments(parser, settings.deadline_s)
+    _from_arguments(parser)
+    parser.add_argument(
+        "--interval", type=float, default=settings.interval_s, metavar="S", help="virtual s between looks"
+    )
+    parser.add_argument("--window", type=float, default=settings.window_s, metavar="S", help="virtual s of statistics")
+    parser.add_argument(
+        "--rate", type=float, default=settings.tokens_per_s, metavar="TOK/S", help="tokens per virtual s"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figure and the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,0 +1,104 @@
+"""What the verbs about placements share: from parsed flags to traces, workers and problems, and files out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.placement import Placement, Worker
+from elastic_moe.deploy.cli.plan import DEFAULT_MOVE_SHARE, DEFAULT_WORKERS
+from elastic_moe.optimizer.core.cost import copies, price
+from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.study.metrics import measure
+from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
+from elastic_moe.optimizer.study.traces import Trace, load_trace
+
+
+def choose_workers(args: argparse.Namespace, old: Placement | None, num_experts: int) -> tuple[Worker, ...]:
+    """Those of --from, unless --workers asks for others."""
+    if args.workers is None and old is not None:
+        return old.workers
+    number = DEFAULT_WORKERS if args.workers is None else args.workers
+    return make_workers(number, nodes=args.nodes, num_experts=num_experts, redundant=args.redundant)
+
+
+def _speeds(args: argparse.Namespace) -> tuple[float, ...]:
+    if args.speeds is None:
+        return ()
+    try:
+        return tuple(float(speed) for speed in args.speeds.split(","))
+    except ValueError:
+        raise ConfigError(f"--speeds: expected numbers with commas between, got {args.speeds!r}") from None
+
+
+def load_old(args: argparse.Namespace) -> Placement | None:
+    return None if args.old is None else Placement.load(args.old)
+
+
+def read_trace(args: argparse.Namespace, path: Path, *others: Placement | None) -> Trace:
+    """A placement that is given knows the number of experts better than the ids that happen to occur."""
+    known = next((placement.num_logical_experts for placement in others if placement is not None), None)
+    return load_trace(path, known if args.experts is None else args.experts)
+
+
+def make_problem(
+    args: argparse.Namespace, trace: Trace, workers: tuple[Worker, ...], old: Placement | None
+) -> PlacementProblem:
+    return problem_from_trace(
+        trace,
+        workers,
+        semantics=Semantics(args.semantics),
+        current=old,
+        links=Links(worker_gbps=args.worker_gbps, node_gbps=args.node_gbps),
+        expert_bytes=args.expert_bytes,
+        horizon_steps=args.horizon,
+        speeds=_speeds(args),
+    )
+
+
+def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | None:
+    if args.old is None and args.move_share is not None:
+        raise ConfigError("--move-share: limits moves from a placement, which --from names")
+    share = move_share(args)
+    if problem.current is None or problem.current.workers != problem.workers or share is None:
+        return None
+    return math.floor(share * problem.num_layers * problem.num_experts)
+
+
+def move_share(args: argparse.Namespace) -> float | None:
+    """Most experts to move, as a share of all; None: no limit."""
+    share = DEFAULT_MOVE_SHARE if args.move_share is None else args.move_share
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--move-share: expected 0 to 1, got {share}")
+    return None if share == 1 else float(share)
+
+
+def describe(trace: Trace, problem: PlacementProblem, placement: Placement) -> dict[str, Any]:
+    """The figures that every verb prints under the same names."""
+    moves = copies(problem, placement.physical_to_logical_map)
+    cost = price(problem, placement)
+    return {
+        **dataclasses.asdict(measure(trace, placement, problem.semantics)),
+        "step_cost": cost.step_s,
+        "cost": dataclasses.asdict(cost),
+        "moves": moves,
+        "bytes": moves * problem.expert_bytes,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None

@@ -1,0 +1,103 @@
+"""`emoe plan` and `emoe evaluate`: plan and print; optimizer/ does the work."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.cluster.placement import Placement
+from elastic_moe.deploy.cli.plan_input import (
+    choose_workers,
+    describe,
+    load_old,
+    make_problem,
+    move_budget,
+    read_trace,
+    write_text,
+)
+from elastic_moe.optimizer.core.cost import load_imbalance, shares
+from elastic_moe.optimizer.core.result import PlanResult
+from elastic_moe.optimizer.planner import plan
+from elastic_moe.optimizer.study.traces import TraceError
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Plan for a trace, and write the placement."""
+    old = load_old(args)
+    trace = read_trace(args, args.trace, old)
+    problem = make_problem(args, trace, choose_workers(args, old, trace.num_experts), old)
+    problem = dataclasses.replace(problem, move_budget=move_budget(args, problem))
+    result = plan(problem, planner=args.planner, deadline_s=args.deadline, solver=args.solver, seed=args.seed)
+    if args.out is not None:
+        write_text(args.out, json.dumps(result.placement.to_dict()))
+    report = describe(trace, problem, result.placement) | _outcome(result)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    print(_plan_text(report, result, args.out))
+    if args.out is None:
+        print("the placement is written nowhere: give --out NEW.json to keep it", file=sys.stderr)
+    return 0
+
+
+def _outcome(result: PlanResult) -> dict[str, Any]:
+    return {
+        "planner": result.planner,
+        "status": str(result.status),
+        "termination": str(result.termination),
+        "step_cost_before": None if result.cost_before is None else result.cost_before.step_s,
+        "load_imbalance_before": result.imbalance_before,
+        "lower_bound": result.lower_bound,
+        "gap": result.gap,
+        "seconds": result.seconds,
+        "reason": result.reason,
+    }
+
+
+def _plan_text(report: dict[str, Any], result: PlanResult, out: Path | None) -> str:
+    before = result.cost_before
+    was = "" if before is None else f" (now {before.step_s * 1e6:.1f} us)"
+    lines = [
+        f"planner       {result.planner}: {result.status}, {result.termination}, {result.seconds:.2f} s",
+        f"reason        {result.reason}",
+        f"load          {report['load_imbalance']:.3f} max/mean",
+        f"fan-out       {report['fan_out']:.3f} workers per token and layer",
+        f"same worker   {report['same_worker_transitions']:.3f} of transitions",
+        f"cross node    {report['cross_node_fraction']:.3f}",
+        f"step cost     {report['step_cost'] * 1e6:.1f} us{was}: " + _items(report["cost"]),
+        f"lower bound   {result.lower_bound * 1e6:.1f} us, gap {result.gap:.1%}",
+        f"moves         {report['moves']} ({report['bytes'] / 1e9:.2f} GB)",
+    ]
+    return "\n".join(lines + ([f"written to    {out}"] if out else []))
+
+
+def _items(cost: dict[str, float]) -> str:
+    return ", ".join(f"{name.removesuffix('_s')} {seconds * 1e6:.1f}" for name, seconds in cost.items() if seconds)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Measure a placement on a trace."""
+    placement, old = Placement.load(args.placement), load_old(args)
+    trace = read_trace(args, args.trace, placement)
+    if placement.num_layers != trace.num_layers:
+        raise TraceError(
+            f"{args.placement} is a placement of {placement.num_layers} layers, {args.trace} has {trace.num_layers}"
+        )
+    problem = make_problem(args, trace, placement.workers, old)
+    report = describe(trace, problem, placement)
+    # speeds are the problem's, not the trace's, so the metric is told with them only where they were given
+    if args.speeds:
+        x = shares(problem, placement.physical_to_logical_map)
+        report["load_imbalance"] = float(load_imbalance(problem, x).mean())
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    for name in ("load_imbalance", "fan_out", "same_worker_transitions", "cross_node_fraction"):
+        print(f"{name:24} {report[name]:.4f}")
+    print(f"{'step_cost':24} {report['step_cost'] * 1e6:.1f} us: {_items(report['cost'])}")
+    print(f"{'moves':24} {report['moves']} ({report['bytes'] / 1e9:.2f} GB)")
+    return 0

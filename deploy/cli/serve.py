@@ -1,0 +1,326 @@
+"""`emoe serve`: check the model, start Ray and the application, say when it is ready, and clean up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError, EmoeError, UserError
+from elastic_moe.cluster.facts.operations import ENDED
+from elastic_moe.cluster.gc_pause import no_collection
+from elastic_moe.cluster.keys import authorization
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.deploy.launch.console import close_curtain, told
+from elastic_moe.deploy.launch.local_ray import END_TIMEOUT_S, ServerProcesses, check_port, check_shared_memory
+from elastic_moe.deploy.launch.run_directory import RunDirectory
+from elastic_moe.deploy.launch.supervision import TRY_AGAIN, Phase
+from elastic_moe.deploy.launch.supervisor import Report, supervised
+from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.25
+DRAIN_ANSWER_S = 15.0
+"""Beyond --shutdown-timeout: what the API may take to say how many requests are left."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks the server itself, whatever proxy the environment names."""
+LONG_SILENCE_S = 15.0
+"""An API that has not answered for so long is worth a line."""
+NATIVE_OUTPUT = "main.err"
+QUIET_S = 5.0
+"""Without a terminal, the same progress is not said again before this."""
+
+
+class ServerFailed(EmoeError):
+    """The server cannot come up, or went down; the message says why."""
+
+
+class StartFailed(ServerFailed):
+    """Ray or Serve did not start. The reason may pass: a machine that was too busy."""
+
+
+class _Stop(BaseException):
+    """A signal asked for an orderly end."""
+
+
+def serve(config: ServeConfig) -> int:
+    """Blocks until a signal. Returns 0 after an orderly end; raises UserError."""
+    check_port(config.host, config.port)
+    if config.address is None:
+        check_shared_memory()
+    directory = RunDirectory.create()
+    return supervised(
+        lambda report: _main(config, directory, report),
+        local=config.address is None,
+        stop_s=config.shutdown_timeout + 4 * END_TIMEOUT_S + DRAIN_ANSWER_S,
+        clean_up=directory.remove,
+        last_words=lambda: _last_words(directory.path / NATIVE_OUTPUT),
+    )
+
+
+def _main(config: ServeConfig, directory: RunDirectory, report: Report) -> int:
+    """The server's main process. Returns its exit code; the supervisor ends what it leaves."""
+    _keep_native_output(directory.path / NATIVE_OUTPUT)
+    progress = _Progress(report.stage)
+    try:
+        return _serve(config, directory, report, progress)
+    except UserError as error:
+        code, text = 2, str(error)
+    except StartFailed as error:
+        report.failure(str(error))
+        return TRY_AGAIN
+    except EmoeError as error:
+        code, text = 1, str(error)
+    finally:
+        progress.clear()
+    print(f"emoe: error: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progress: _Progress) -> int:
+    signals = _Signals()
+    signals.install()
+    processes = ServerProcesses(config, directory, report.part)
+    try:
+        try:
+            model_dir, model = _checked_model(config)
+            _start(processes, signals, progress, model_dir, model)
+            _wait_until_ready(config, progress)
+            report.phase(Phase.SERVING)
+            progress.clear()
+            print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
+            _watch(config)
+        except (_Stop, SystemExit):
+            # until `install` is called again, Ray's own handler of SIGTERM exits
+            report.phase(Phase.STOPPING)
+            progress.clear()
+            print("stopping", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):
+                processes.drain(config.shutdown_timeout)
+            close_curtain()
+    finally:
+        report.phase(Phase.STOPPING)
+        progress.clear()
+        processes.stop()
+    return 0
+
+
+def _keep_native_output(path: Path) -> None:
+    """Ray's C++ writes stacks and warnings straight to standard error; they go to a file, and Python's lines do not."""
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 2)
+    os.close(file)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+
+def _last_words(path: Path) -> str:
+    """Why Ray ended the main process, from what its C++ has written: its last error, else the last line of all."""
+    with contextlib.suppress(OSError):
+        text = re.sub(r"\x1b\[[\d;]*m", "", path.read_bytes()[-65536:].decode(errors="replace"))
+        if errors := re.findall(r"^\[[^\]]* [CE] \d+ \d+\] (?:\(.*?\) )?\S+:\d+: +(.+)$", text, re.MULTILINE):
+            return str(errors[-1])
+        return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    return ""
+
+
+def _start(
+    processes: ServerProcesses, signals: _Signals, progress: _Progress, model_dir: str, model: ModelInfo
+) -> None:
+    """Raises StartFailed, in one line, for whatever Ray and Serve raise."""
+    try:
+        progress.show("starting Ray")
+        processes.start_ray()
+        signals.install()
+        progress.show("starting the API")
+        processes.start_app(model_dir, model)
+        signals.install()
+    except EmoeError:
+        raise
+    except Exception as error:
+        logger.warning("cannot start", exc_info=error)
+        raise StartFailed(f"cannot start: {told(error)}") from error
+
+
+def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
+    """The model's directory, and what it is. Raises CheckpointError and ConfigError before anything is started."""
+    if config.model is None:
+        from elastic_moe.deploy.launch.builtin import MODEL, MODEL_DIR, NOTICE
+
+        print(NOTICE, file=sys.stderr, flush=True)
+        model_dir, info = str(MODEL_DIR), MODEL
+        if config.chat_template is not None:
+            with TokenizerProcess(model_dir, config.chat_template) as process:
+                process.wait()
+    else:
+        model_dir = os.path.abspath(os.path.expanduser(config.model))
+        # in a process beside, while this one imports what a model needs
+        with TokenizerProcess(model_dir, config.chat_template) as process:
+            with no_collection():
+                from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+
+            info = open_checkpoint(model_dir).info
+            process.wait()
+    if config.workers > info.num_logical_experts:
+        raise ConfigError(
+            f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "
+            "every worker holds at least one"
+        )
+    if config.max_model_len is not None and config.max_model_len > info.max_model_len:
+        raise ConfigError(
+            f"max_model_len: {config.max_model_len} is more than the {info.max_model_len} that the model allows"
+        )
+    return model_dir, info
+
+
+class _Signals:
+    """The supervisor's SIGTERM raises _Stop in the main thread, once. It also counts the user's signals."""
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def install(self) -> None:
+        """To be called again after Ray has started: it puts its own handlers in."""
+        signal.signal(signal.SIGTERM, self._handle)
+        # a handler, not SIG_IGN, which every process that is started from here would inherit
+        signal.signal(signal.SIGINT, lambda *_: None)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if not self._seen:
+            self._seen = True
+            raise _Stop
+
+
+def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
+    while True:
+        state = _readiness(config)
+        if state is None:
+            progress.show("starting the API")
+        elif state.error is not None:
+            raise ServerFailed(state.error)
+        elif state.ready:
+            return
+        else:
+            progress.show(state.reason)
+        time.sleep(POLL_S)
+
+
+def _watch(config: ServeConfig) -> None:
+    """Blocks while the server runs, and tells of recoveries and scaling. Raises ServerFailed where waiting is vain."""
+    told: set[str] = set()
+    silence = Silence(time.monotonic())
+    while True:
+        time.sleep(2.0)
+        state = _readiness(config)
+        if line := silence.news(answered=state is not None, now=time.monotonic()):
+            print(line, file=sys.stderr, flush=True)
+        if state is not None and state.error is not None:
+            raise ServerFailed(state.error)
+        for line in news(_get(config, "/admin/operations"), told):
+            print(line, file=sys.stderr, flush=True)
+
+
+class Silence:
+    """Tells once that the API does not answer, and once that it answers again."""
+
+    def __init__(self, now: float) -> None:
+        self._heard_at = now
+        self._told = False
+
+    def news(self, *, answered: bool, now: float) -> str | None:
+        """A line for the user, where there is one."""
+        silent_s = now - self._heard_at
+        if answered:
+            self._heard_at = now
+            was_told, self._told = self._told, False
+            return f"the API answers again, after {silent_s:.0f} s" if was_told else None
+        if self._told or silent_s < LONG_SILENCE_S:
+            return None
+        self._told = True
+        return f"the API has not answered for {silent_s:.0f} s"
+
+
+def news(operations: Any, told: set[str]) -> list[str]:
+    """A line for every recovery and scaling of GET /admin/operations that has ended since; their ids go into `told`."""
+    lines: list[str] = []
+    for operation in reversed(operations) if isinstance(operations, list) else ():
+        name, phase = operation["operation_id"], operation["phase"]
+        if operation["kind"] in ("recover", "scale") and phase in ENDED and name not in told:
+            told.add(name)
+            lines.append(f"{name} {phase}: {operation['error'] or operation['reason']}")
+    return lines
+
+
+def _readiness(config: ServeConfig) -> Readiness | None:
+    """What /ready says, as a client would hear it; None where nobody answers."""
+    body = _get(config, "/ready")
+    if not isinstance(body, dict) or "ready" not in body:
+        return None
+    return Readiness(ready=bool(body["ready"]), reason=str(body.get("reason")), error=body.get("error"))
+
+
+def _get(config: ServeConfig, path: str) -> Any:
+    """The JSON that is answered, whatever the status; None where there is none."""
+    try:
+        request = urllib.request.Request(_url(config) + path, headers=authorization(config))
+        with _DIRECT.open(request, timeout=5) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        with contextlib.suppress(ValueError, OSError):
+            return json.load(error)
+        return None
+    except (OSError, ValueError):
+        return None
+
+
+def _url(config: ServeConfig) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def _name(config: ServeConfig, model_dir: str) -> str:
+    return config.served_model_name or os.path.basename(model_dir.rstrip("/"))
+
+
+class _Progress:
+    """One line that is written over on a terminal; elsewhere a line for each change, not too many."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        """`tell` is told of what is shown."""
+        self._tell = tell
+        self._terminal = sys.stderr.isatty()
+        self._last = ""
+        self._said_at = 0.0
+
+    def show(self, text: str) -> None:
+        if text == self._last:
+            return
+        self._tell(text)
+        stage_changed = text.split(":")[0].split("(")[0] != self._last.split(":")[0].split("(")[0]
+        if self._terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif stage_changed or time.monotonic() - self._said_at > QUIET_S:
+            print(text, file=sys.stderr, flush=True)
+            self._said_at = time.monotonic()
+        self._last = text
+
+    def clear(self) -> None:
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

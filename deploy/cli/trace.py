@@ -1,0 +1,109 @@
+"""The verb `emoe trace`: records routing traces of text, and lists those of the built-in model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.deploy.launch.builtin import MODEL_DIR, trace_names, trace_path
+
+if TYPE_CHECKING:
+    from elastic_moe.deploy.text.tokenizer import Tokenizer
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add the verb; the parser's `run` takes the parsed arguments and returns the exit code."""
+    what = "record which experts a text's tokens choose"
+    trace = subparsers.add_parser("trace", help=what, description=what.capitalize() + ".", allow_abbrev=False)
+    verbs = trace.add_subparsers(dest="trace_verb", metavar="COMMAND", required=True, parser_class=type(trace))
+    record = verbs.add_parser(
+        "record",
+        help="run a model over text, on this machine's CPU",
+        description="Run a model over text, on this machine's CPU and without a server, and write its routing trace.",
+        allow_abbrev=False,
+    )
+    record.add_argument(
+        "text",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help='*.jsonl: an object with "prompt" per line, each a request; anything else: text, cut into requests',
+    )
+    record.add_argument("--model", type=Path, default=MODEL_DIR, metavar="MODEL_DIR", help="(the built-in model)")
+    record.add_argument("--out", type=Path, required=True, metavar="TRACE.npz")
+    record.add_argument("--request-tokens", type=int, default=256, metavar="N", help="of a piece of text (256)")
+    record.add_argument("--max-tokens", type=int, metavar="N", help="to record in all (everything)")
+    record.set_defaults(run=run_record)
+    listing = verbs.add_parser("list", help="list the built-in model's traces", allow_abbrev=False)
+    listing.set_defaults(run=run_list)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Names that stand for a trace wherever one is asked for, and their files."""
+    for name in trace_names():
+        print(f"builtin:{name}\t{trace_path(f'builtin:{name}')}")
+    return 0
+
+
+def run_record(args: argparse.Namespace) -> int:
+    """Record a trace, and write it."""
+    if args.request_tokens < 1 or (args.max_tokens is not None and args.max_tokens < 1):
+        raise ConfigError("--request-tokens, --max-tokens: expected 1 or more")
+    from tqdm import tqdm
+
+    from elastic_moe.deploy.text.tokenizer import Tokenizer
+    from elastic_moe.model.worker.tracing import record_trace
+    from elastic_moe.optimizer.study.traces import save_trace
+
+    tokenizer = Tokenizer.load(str(args.model))
+    requests = [ids for path in args.text for ids in _requests(path, tokenizer, args.request_tokens)]
+    if args.max_tokens is not None:
+        requests = list(_first(requests, args.max_tokens))
+    with tqdm(total=sum(map(len, requests)), unit="tok", disable=None) as bar:
+        trace = record_trace(args.model, requests, progress=bar.update)
+    try:
+        with args.out.open("wb") as file:
+            save_trace(file, trace)
+    except OSError as error:
+        raise ConfigError(f"{args.out}: {error.strerror}") from None
+    print(f"{args.out}: {trace.num_tokens} tokens of {len(trace.request_lengths)} requests")
+    return 0
+
+
+def _first(requests: list[list[int]], tokens: int) -> Iterator[list[int]]:
+    """Requests until there are `tokens`, the last one cut."""
+    for ids in requests:
+        if tokens <= 0:
+            return
+        yield ids[:tokens]
+        tokens -= len(ids)
+
+
+def _requests(path: Path, tokenizer: Tokenizer, size: int) -> Iterator[list[int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield tokenizer.encode(_prompt(f"{path}:{number}", line))
+        return
+    ids = tokenizer.encode(text)
+    for first in range(0, len(ids), size):
+        yield ids[first : first + size]
+
+
+def _prompt(where: str, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else None
+    if not isinstance(prompt, str) or not prompt:
+        raise ConfigError(f'{where}: expected an object with a text "prompt"')
+    return prompt

@@ -1,0 +1,215 @@
+"""One answer on its way from the engine to the client: its text, its stop strings, its end.
+
+    prompt -> GenerateRequest -> backend.generate() -> TokenOutput -> Answer.feed() -> Delta -> a chunk of the response
+
+`Answer` is pure. `answer_deltas` runs one, `merged` several at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from elastic_moe.cluster.errors import EmoeError, NotReadyError
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.deploy.generation.backend import Backend
+from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.text.detokenizer import StopStrings
+from elastic_moe.deploy.text.tokenizer import Tokenizer
+
+
+class GenerationFailed(EmoeError):
+    """The engine gave a request up, through no fault of the request's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredToken:
+    logprobs: TokenLogprobs
+    text_offset: int
+    """Characters of the answer before this token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What is new of one answer."""
+
+    index: int
+    text: str
+    tokens: tuple[ScoredToken, ...] = ()
+    """Where log probabilities were asked for: the new tokens. They may be ahead of the text."""
+    token_ids: tuple[int, ...] = ()
+    """Where they were asked for: ids of the new tokens."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token or stop string that ended it; None for an end-of-sequence token."""
+
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.tokens or self.token_ids) and self.finish_reason is None
+
+
+class Answer:
+    """Makes deltas of token outputs. Outputs after the end are ignored."""
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        request: GenerateRequest,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        eos_token_ids: Sequence[int] = (),
+        return_token_ids: bool = False,
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.completion_tokens = 0
+        """Tokens up to the end, the stopping one included."""
+        self.cached_tokens: int | None = None
+        """Prompt tokens that were not computed again; None before the first output."""
+        self.finished = False
+        self._include_stop = include_stop
+        self._stopping_tokens = {*eos_token_ids, *request.params.stop_token_ids}
+        self._detokenizer = tokenizer.detokenizer(request.prompt_token_ids, skip_special_tokens=skip_special_tokens)
+        self._stop_strings = StopStrings(stops, include=include_stop)
+        self._text_chars = 0
+        self._return_token_ids = return_token_ids
+
+    def feed(self, output: TokenOutput) -> Delta:
+        """Raises GenerationFailed where the engine reports an error."""
+        if output.finish_reason is FinishReason.ERROR:
+            raise GenerationFailed(output.error or "the engine gave this request up")
+        if self.cached_tokens is None:
+            # a request that is resumed after its engine was lost does not report again
+            self.cached_tokens = output.cached_tokens
+        text = ""
+        scored: list[ScoredToken] = []
+        made: list[int] = []
+        last = len(output.token_ids) - 1 if output.finish_reason is FinishReason.STOP else None
+        for position, token_id in enumerate(output.token_ids):
+            if output.logprobs:
+                scored.append(ScoredToken(logprobs=output.logprobs[position], text_offset=self._text_chars))
+            if self._return_token_ids:
+                made.append(token_id)
+            silent = position == last and token_id in self._stopping_tokens and not self._include_stop
+            text += self._push("" if silent else self._detokenizer.push(token_id))
+            if self._stop_strings.found is not None:
+                return self._end(text, scored, made, FinishReason.STOP, self._stop_strings.found)
+        if output.finish_reason is not None:
+            rest = self._detokenizer.flush()
+            text += self._stop_strings.push(rest) if rest else ""
+            text += self._stop_strings.flush()
+            return self._end(text, scored, made, output.finish_reason, output.stop_token_id)
+        return Delta(index=self.index, text=text, tokens=tuple(scored), token_ids=tuple(made))
+
+    def _push(self, text: str) -> str:
+        self.completion_tokens += 1
+        self._text_chars += len(text)
+        # As in vLLM, stop strings count only after min_tokens.
+        if self.completion_tokens <= self.request.params.min_tokens:
+            return text
+        return self._stop_strings.push(text)
+
+    def _end(
+        self,
+        text: str,
+        scored: Sequence[ScoredToken],
+        made: Sequence[int],
+        reason: FinishReason,
+        stop_reason: int | str | None,
+    ) -> Delta:
+        self.finished = True
+        return Delta(
+            index=self.index,
+            text=text,
+            tokens=tuple(scored),
+            token_ids=tuple(made),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
+
+
+async def answer_deltas(
+    backend: Backend, answer: Answer, metrics: Metrics, *, began: Callable[[], None] = lambda: None
+) -> AsyncGenerator[Delta, None]:
+    """Runs one answer. Closing the generator, or a stop string, aborts the request in the engine.
+
+    `began` is called once, with the first output.
+    """
+    started = last = time.perf_counter()
+    reason = FinishReason.ABORT
+    tokens = 0
+    waits = True
+    metrics.request_began(len(answer.request.prompt_token_ids))
+    try:
+        async with contextlib.aclosing(_generator(backend.generate(answer.request))) as outputs:
+            async for output in outputs:
+                if waits:
+                    waits = False
+                    began()
+                delta = answer.feed(output)
+                now = time.perf_counter()
+                metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
+                last, tokens = now, answer.completion_tokens
+                if delta.finish_reason is not None:
+                    reason = delta.finish_reason
+                if not delta.empty:
+                    yield delta
+                if answer.finished:
+                    return
+            raise GenerationFailed("the engine ended this request without an answer")
+    except (GenerationFailed, NotReadyError):
+        reason = FinishReason.ERROR
+        raise
+    finally:
+        metrics.request_ended(reason, time.perf_counter() - started)
+
+
+async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Deltas of several answers as they come. An error in one ends all; closing it closes all."""
+    if len(streams) == 1:
+        async with contextlib.aclosing(streams[0]) as only:
+            async for delta in only:
+                yield delta
+        return
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+
+    async def forward(stream: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for delta in stream:
+                    queue.put_nowait(delta)
+        except Exception as error:  # noqa: BLE001 - raised again by the reader
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        for stream in streams:
+            tasks.append(asyncio.create_task(forward(stream)))
+            # a thousand long prompts must not be sent in one go
+            await asyncio.sleep(0)
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _generator(outputs: AsyncIterator[TokenOutput]) -> AsyncGenerator[TokenOutput, None]:
+    assert isinstance(outputs, AsyncGenerator), "backends generate by async generators, which can be closed"
+    return outputs

@@ -1,0 +1,217 @@
+"""Prometheus metrics: vLLM's names where it has one, so that its dashboards work; ours begin with `emoe:`.
+
+What happens in this replica is counted here; what the cluster knows is read from it at each scrape.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from typing import TypeVar
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from elastic_moe.cluster.errors import NotReadyError
+from elastic_moe.cluster.facts.counters import BOUNDS_S, ClusterCounters, Distribution
+from elastic_moe.cluster.messages.requests import FinishReason
+from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, WorkerView
+from elastic_moe.deploy.generation.backend import Backend
+
+Value = TypeVar("Value", bound=str)
+"""Of a label: one of an enum."""
+
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+
+LABELS = ("model_name", "engine")
+"""vLLM's labels; `engine` numbers its data-parallel engines, of which there is one here."""
+
+TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+ITL_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+LATENCY_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0),
+    *(960.0, 1920.0, 7680.0),
+)
+
+
+class Metrics:
+    def __init__(self, model_name: str) -> None:
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._registry = CollectorRegistry()
+        self._cluster = _ClusterCollector(self._labels)
+        self._registry.register(self._cluster)
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Number of prefill tokens processed.")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Number of generation tokens processed.")
+        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
+        self._itl = self._histogram("vllm:inter_token_latency_seconds", "Time between tokens.", ITL_BUCKETS)
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Time of a whole request.", LATENCY_BUCKETS)
+        self._success = Counter(
+            "vllm:request_success",
+            "Count of processed requests, by the reason that ended them.",
+            (*LABELS, "finished_reason"),
+            registry=self._registry,
+        )
+        for reason in FinishReason:
+            self._success.labels(**self._labels, finished_reason=reason.value)
+
+    def request_began(self, prompt_tokens: int) -> None:
+        self._prompt_tokens.inc(prompt_tokens)
+
+    def tokens_came(self, count: int, elapsed_s: float, *, first: bool) -> None:
+        """`count` tokens, `elapsed_s` after the previous ones, or after the request began."""
+        if count < 1:
+            return
+        self._generation_tokens.inc(count)
+        if first:
+            self._ttft.observe(elapsed_s)
+            return
+        for _ in range(count):
+            self._itl.observe(elapsed_s / count)
+
+    def request_ended(self, reason: FinishReason, elapsed_s: float) -> None:
+        self._success.labels(**self._labels, finished_reason=reason.value).inc()
+        self._e2e.observe(elapsed_s)
+
+    async def scrape(self, backend: Backend) -> bytes:
+        """The text that Prometheus reads. Cluster metrics are left out while there is no cluster to ask."""
+        cluster = self._cluster
+        cluster.ready = (await backend.readiness()).ready
+        cluster.resumed = backend.resumed_requests
+        try:
+            cluster.engine = await backend.engine_status()
+            cluster.workers = await backend.workers()
+            cluster.routing = await backend.routing()
+            cluster.counters = await backend.counters()
+        except NotReadyError:
+            # what was read last would look as if it were still true
+            cluster.engine = cluster.routing = None
+        return prometheus_client.generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, LABELS, registry=self._registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, LABELS, registry=self._registry, buckets=buckets).labels(**self._labels)
+
+
+class _ClusterCollector(Collector):
+    """Metrics of the last answers that the cluster gave."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        self._labels = labels
+        self.ready = False
+        self.resumed = 0
+        self.engine: EngineStatus | None = None
+        self.workers: list[WorkerView] = []
+        self.routing: RoutingView | None = None
+        self.counters: ClusterCounters | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._gauge("emoe:ready", "1 while requests are served.", float(self.ready))
+        moved = self.counters.requests_moved if self.counters is not None else 0
+        yield self._count(
+            "emoe:requests_resumed",
+            "Requests that went on elsewhere after their engine or worker was lost, or their worker had to leave.",
+            self.resumed + moved,
+        )
+        if self.engine is not None:
+            yield from self._of_engine(self.engine)
+        if self.counters is not None:
+            yield from self._of_coordinator(self.counters)
+        if self.routing is not None and self.routing.load_imbalance:
+            balanced = sum(1 / ratio for ratio in self.routing.load_imbalance) / len(self.routing.load_imbalance)
+            yield self._gauge("emoe:balancedness", "Mean load of workers over the busiest's, mean of layers.", balanced)
+
+    def _of_engine(self, engine: EngineStatus) -> Iterable[Metric]:
+        usage = max(engine.kv_usage.values(), default=0.0)
+        running = sum(engine.running.values())
+        yield self._gauge("vllm:num_requests_running", "Number of requests in model execution batches.", running)
+        yield self._gauge("vllm:num_requests_waiting", "Number of requests waiting to be processed.", engine.waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage of the fullest worker; 1 is full.", usage)
+        yield self._count("vllm:num_preemptions", "Cumulative number of preemptions.", engine.preemptions)
+        yield self._count(
+            "vllm:corrupted_requests",
+            "Requests that were ended because the model's logits were not numbers.",
+            engine.corrupted_requests,
+        )
+        yield self._count("emoe:prefix_cache_queries", "Tokens looked up in prefix caches.", engine.prefix_queries)
+        yield self._count("emoe:prefix_cache_hits", "Tokens found in prefix caches.", engine.prefix_hits)
+        first = SummaryMetricFamily(
+            "emoe:engine_time_to_first_token_seconds",
+            "Time to first token in the engine alone, without HTTP and text.",
+            labels=LABELS,
+        )
+        first.add_metric([*self._labels.values()], engine.first_tokens, engine.first_tokens_s)
+        yield first
+        yield self._count("emoe:steps", "Steps that all workers ran together.", engine.steps)
+        yield self._gauge("emoe:epoch", "Number of the current epoch.", engine.epoch)
+
+    def _of_coordinator(self, counters: ClusterCounters) -> Iterable[Metric]:
+        yield self._count("emoe:experts_moved", "Experts copied between workers.", counters.experts_moved)
+        yield self._count("emoe:bytes_moved", "Bytes of experts copied between workers.", counters.bytes_moved)
+        yield self._counts("emoe:rebalance_events", "Re-placements, by result.", "result", counters.rebalances)
+        yield self._durations(
+            "emoe:rebalance_duration_seconds", "Time of a re-placement, by stage.", "stage", counters.rebalance_s
+        )
+        yield self._counts("emoe:recoveries", "Recoveries, by what they were from.", "cause", counters.recoveries)
+        yield self._durations(
+            "emoe:recovery_duration_seconds", "Time without an epoch that serves.", None, {"": counters.recovery_s}
+        )
+        workers = GaugeMetricFamily("emoe:workers", "Workers, by state.", labels=[*LABELS, "state"])
+        tally = Tally({"starting": 0, "serving": 0, "draining": 0, "dead": 0})
+        tally.update(worker.state for worker in self.workers)
+        for state, count in tally.items():
+            workers.add_metric([*self._labels.values(), state], count)
+        yield workers
+        yield self._fit()
+
+    def _fit(self) -> GaugeMetricFamily:
+        """1 for every path that serves a part of the model on some worker."""
+        family = GaugeMetricFamily(
+            "emoe:fit_info", "Which code serves which part of the model.", labels=[*LABELS, "part", "path"]
+        )
+        fits = [worker.fit for worker in self.workers if worker.fit is not None and worker.state != "dead"]
+        for part, path in sorted({pair for fit in fits for pair in fit.paths()}):
+            family.add_metric([*self._labels.values(), part, path], 1)
+        return family
+
+    def _counts(self, name: str, text: str, label: str, counts: Mapping[Value, int]) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=[*LABELS, label])
+        for value, count in counts.items():
+            family.add_metric([*self._labels.values(), value], count)
+        return family
+
+    def _durations(
+        self, name: str, text: str, label: str | None, durations: Mapping[Value, Distribution]
+    ) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(name, text, labels=[*LABELS, label] if label else LABELS)
+        bounds = [*map(str, BOUNDS_S), "+Inf"]
+        for value, distribution in durations.items():
+            labels: list[str] = [*self._labels.values(), value] if label else [*self._labels.values()]
+            buckets = list(zip(bounds, map(float, accumulate(distribution.counts)), strict=True))
+            family.add_metric(labels, buckets, distribution.total_s)
+        return family
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, text, labels=LABELS)
+        family.add_metric([*self._labels.values()], value)
+        return family
+
+    def _count(self, name: str, text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=LABELS)
+        family.add_metric([*self._labels.values()], value)
+        return family

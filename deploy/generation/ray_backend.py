@@ -1,0 +1,353 @@
+"""The real Backend: the coordinator and the engine as Ray actors.
+
+Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or nobody serves
+for `recovery_timeout_s`. Kept here: the tokens that each request has got; when the engine is lost, every unfinished
+request is submitted to its successor together with them, and `offset` tells which tokens of the new engine are repeats.
+Meanwhile its stream just pauses.
+
+    generate() -> Submit to the engine          Outputs from the engine -> the requests' queues -> generate()
+
+Requests and outputs travel over one connection to the engine; everything else is a call to the coordinator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, LIFE_S
+from elastic_moe.actors.remote.calls import within
+from elastic_moe.actors.remote.codec import Message
+from elastic_moe.actors.remote.links import Link, connect
+from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
+from elastic_moe.cluster.facts.counters import ClusterCounters
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.requests import (
+    AbortRequests,
+    GenerateRequest,
+    Hello,
+    Outputs,
+    RequestId,
+    Submit,
+    TokenOutput,
+)
+from elastic_moe.cluster.messages.views import (
+    EngineStatus,
+    Operation,
+    PlacementView,
+    Readiness,
+    RebalancePreview,
+    RoutingView,
+    ScaleView,
+    WorkerView,
+)
+from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.deploy.generation.answer import GenerationFailed
+from elastic_moe.deploy.generation.request_stream import RequestStream
+
+logger = logging.getLogger(__name__)
+
+PLAN_MARGIN_S = 60.0
+"""A dry run answers after `plan_deadline` plus at most this."""
+MAX_UNREAD = 2**21
+"""Tokens and log probabilities that clients have not read yet, of all requests: some 200 MB."""
+UNREAD_EVERY = 64
+"""Messages of outputs between two looks at what is unread."""
+RETRY_S = 0.1
+READINESS_S = 0.25
+"""How often the coordinator is asked whether requests can be served, until they can; then four times as seldom."""
+
+
+class RayBackend:
+    """Made and used on one event loop. `begin` starts its two tasks; `end` stops them."""
+
+    def __init__(self, coordinator: Any, *, plan_deadline_s: float, recovery_timeout_s: float) -> None:
+        """recovery_timeout_s: requests that nobody serves for so long end with an error."""
+        self._coordinator = coordinator
+        self._plan_timeout_s = plan_deadline_s + PLAN_MARGIN_S
+        self._recovery_timeout_s = recovery_timeout_s
+        self._served_at = 0.0
+        """When the cluster was last seen to serve."""
+        self._has_served = False
+        self._client_id = uuid.uuid4().hex
+        self._streams: dict[RequestId, RequestStream] = {}
+        self._engine: Any = None
+        self._link: Link | None = None
+        self._readiness = Readiness(ready=False, reason="starting")
+        self._resumed = 0
+        self._messages = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self) -> None:
+        for work in (self._watch_readiness(), self._follow_engines()):
+            self._start(work)
+
+    async def end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- Requests -----------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        stream = RequestStream(request)
+        self._streams[request.request_id] = stream
+        ended = False
+        try:
+            await self._submit(self._link, stream)
+            while not ended:
+                output = await stream.next()
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            del self._streams[request.request_id]
+            if not ended and stream.link is not None:
+                stream.link.send(AbortRequests(request_ids=(request.request_id,)))
+
+    async def _submit(self, link: Link | None, stream: RequestStream) -> None:
+        """Raises RequestError where the engine refuses. Where it is gone, its successor will be asked again."""
+        if link is None:
+            return
+        stream.link = link
+        try:
+            await within(link.call(Submit(requests=(stream.resumed,))), CALL_TIMEOUT_S)
+        except (ConnectionError, TimeoutError) as error:
+            logger.info("the engine did not take a request: %s", type(error).__name__)
+            stream.link = None
+            self._start(self._submit_later(stream))
+
+    async def _submit_later(self, stream: RequestStream) -> None:
+        """A new engine is given all that it finds; this is for an engine that is known already."""
+        await asyncio.sleep(RETRY_S)
+        if stream.link is not None or self._streams.get(stream.request.request_id) is not stream:
+            return
+        await self._resubmit(self._link, stream)
+
+    async def _resubmit(self, link: Link | None, stream: RequestStream) -> None:
+        try:
+            await self._submit(link, stream)
+        except RequestError as error:
+            stream.fail(str(error))
+
+    async def _follow_engines(self) -> None:
+        lost: Any = None
+        while True:
+            engine = await self._find_engine()
+            try:
+                await self._follow(engine)
+            except (RayActorError, NotReadyError, OSError) as error:
+                # The coordinator may name the old one for a while.
+                level = logging.DEBUG if engine == lost else logging.WARNING
+                logger.log(level, "the engine is lost (%s); asking for another", type(error).__name__)
+                lost = engine
+            except (RayError, EmoeError):
+                logger.exception("following the engine failed")
+            self._engine = self._link = None
+            await asyncio.sleep(RETRY_S)
+
+    async def _follow(self, engine: Any) -> None:
+        """Submit what has no engine, or had another one, and see that it lives. Returns only by raising."""
+        hello = Hello(client_id=self._client_id)
+        ended = asyncio.Event()
+        link = await connect(await _result(engine.endpoint.remote()), self._received, lambda _: ended.set())
+        try:
+            await within(link.call(hello), CALL_TIMEOUT_S)
+            self._has_served = True
+            # Before the look at the streams: one that begins after it is submitted by its own generate().
+            self._engine, self._link = engine, link
+            for stream in [s for s in self._streams.values() if s.link is not link]:
+                had_engine = stream.link is not None or bool(stream.received)
+                await self._resubmit(link, stream)
+                self._resumed += had_engine and stream.link is link
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LIFE_S):
+                        await ended.wait()
+                # raises where it has ended
+                await within(link.call(hello), LIFE_S)
+        finally:
+            link.close()
+
+    def _received(self, link: Link, message: Message) -> None:
+        assert isinstance(message, Outputs), message
+        unknown: list[RequestId] = []
+        for output in message.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                if output.finish_reason is None:
+                    unknown.append(output.request_id)
+            elif stream.link is link and not stream.take(output):
+                logger.warning("tokens of request %s were lost; it is run again from there", output.request_id)
+                unknown.append(output.request_id)
+                stream.link = None
+                self._start(self._submit_later(stream))
+        self._messages += 1
+        if self._messages % UNREAD_EVERY == 0:
+            self._bound_unread()
+        if unknown:
+            # Lost ones, and those whose clients hung up while they were being submitted.
+            link.send(AbortRequests(request_ids=tuple(unknown)))
+
+    def _bound_unread(self) -> None:
+        """Cut off the slowest reader while all together have read too little."""
+        unread = sum(stream.unread for stream in self._streams.values())
+        while unread > MAX_UNREAD:
+            slowest = max(self._streams.values(), key=lambda stream: stream.unread)
+            unread -= slowest.unread
+            logger.warning("request %s is ended: its client reads too slowly", slowest.request.request_id)
+            slowest.refuse(GenerationFailed("the client reads more slowly than tokens are made, and many are unread"))
+            if slowest.link is not None:
+                slowest.link.send(AbortRequests(request_ids=(slowest.request.request_id,)))
+
+    async def _find_engine(self) -> Any:
+        while True:
+            try:
+                engine = await self._ask("engine")
+            except NotReadyError:
+                engine = None
+            if engine is not None:
+                return engine
+            await asyncio.sleep(RETRY_S)
+
+    # --- Questions ----------------------------------------------------------------------------------------------
+
+    async def readiness(self) -> Readiness:
+        return self._readiness
+
+    @property
+    def can_wait(self) -> bool:
+        waited_s = time.monotonic() - self._served_at
+        return self._has_served and waited_s < self._recovery_timeout_s and self._readiness.error is None
+
+    async def engine_status(self) -> EngineStatus:
+        if self._engine is None:
+            raise NotReadyError("there is no engine at the moment")
+        try:
+            status: EngineStatus = await _result(self._engine.status.remote())
+        except (RayActorError, TimeoutError):
+            raise NotReadyError("the engine does not answer") from None
+        return status
+
+    async def model_info(self) -> ModelInfo:
+        info: ModelInfo = await self._ask("model_info")
+        return info
+
+    async def placement(self) -> PlacementView:
+        view: PlacementView = await self._ask("placement")
+        return view
+
+    async def routing(self) -> RoutingView:
+        view: RoutingView = await self._ask("routing")
+        return view
+
+    async def workers(self) -> list[WorkerView]:
+        return list(await self._ask("workers"))
+
+    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
+        outcome: Operation | RebalancePreview = await self._ask(
+            "rebalance", planner, dry_run, timeout_s=self._plan_timeout_s
+        )
+        return outcome
+
+    async def scale(
+        self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
+    ) -> Operation:
+        # with an id of its own, a call that the coordinator's death cut off can be made again
+        name = operation_id or f"scale-{uuid.uuid4().hex[:8]}"
+        operation: Operation = await self._ask("scale", workers, retire, name, replace)
+        return operation
+
+    async def scaling(self) -> ScaleView:
+        view: ScaleView = await self._ask("scaling")
+        return view
+
+    async def place(self, placement: Placement, pinned: bool | None) -> Operation:
+        operation: Operation = await self._ask("place", placement, pinned)
+        return operation
+
+    async def unpin(self) -> None:
+        await self._ask("unpin")
+
+    async def operations(self) -> list[Operation]:
+        return list(await self._ask("operations"))
+
+    async def operation(self, operation_id: str) -> Operation | None:
+        operation: Operation | None = await self._ask("operation", operation_id)
+        return operation
+
+    async def counters(self) -> ClusterCounters:
+        counters: ClusterCounters = await self._ask("counters")
+        return counters
+
+    @property
+    def resumed_requests(self) -> int:
+        return self._resumed
+
+    async def _watch_readiness(self) -> None:
+        answered = False
+        self._served_at = time.monotonic()
+        while True:
+            try:
+                self._readiness = await _result(self._coordinator.readiness.remote(), HANG_S)
+                answered = True
+            except (RayActorError, TimeoutError) as error:
+                if answered and isinstance(error, TimeoutError):
+                    # Ray makes it anew, and it goes on from what it has saved; a new one may take its time
+                    logger.warning("the coordinator hangs; it is ended")
+                    ray.kill(self._coordinator, no_restart=False)
+                    answered = False
+                # requests need the engine alone
+                if self._engine is None:
+                    self._readiness = Readiness(ready=False, reason="the coordinator does not answer")
+            except (RayError, EmoeError) as error:
+                logger.exception("asking for readiness failed")
+                self._readiness = Readiness(ready=False, reason=f"the coordinator failed: {type(error).__name__}")
+            self._give_up_in_vain(time.monotonic())
+            await asyncio.sleep(READINESS_S * (4 if self._readiness.ready else 1))
+
+    def _give_up_in_vain(self, now: float) -> None:
+        """A client that waits for ever is told nothing."""
+        if self._readiness.ready:
+            self._served_at = now
+            self._has_served = True
+        if now - self._served_at < self._recovery_timeout_s:
+            return
+        for stream in self._streams.values():
+            message = f"nobody could serve this request for {self._recovery_timeout_s:g} s: {self._readiness.reason}"
+            if stream.received:
+                stream.fail(message)
+            else:
+                # nothing was sent, so it can still be a status that says: try again later
+                stream.refuse(NotReadyError(message))
+            if stream.link is not None:
+                stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))
+
+    async def _ask(self, method: str, *args: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """Raises NotReadyError while the coordinator is away, and what it raises itself."""
+        try:
+            return await _result(getattr(self._coordinator, method).remote(*args), timeout_s)
+        except (RayActorError, TimeoutError):
+            raise NotReadyError("the coordinator does not answer") from None
+
+    def _start(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _result(ref: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    """The result of a Ray call. Raises the callee's own exception where it is one of ours, and TimeoutError."""
+    try:
+        return await within(ref, timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, EmoeError):
+            raise error.cause from None
+        raise

@@ -1,0 +1,121 @@
+"""A request under way, as the API keeps it: the tokens that it has got, and those that nobody has read yet.
+
+Unread tokens pile up where a client reads slowly. They are kept as one output, and counted, so that whoever keeps all
+requests can bound what they take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+from elastic_moe.actors.remote.links import Link
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+
+
+class RequestStream:
+    """One reader; everything on one event loop."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self.received: list[int] = list(request.output_token_ids)
+        self.link: Link | None = None
+        """The connection by which the engine has accepted it; None while there is none."""
+        self.unread = 0
+        """Entries in memory: one for a token, one for each of its log probabilities."""
+        self._first: TokenOutput | None = None
+        """Unread; then, if there are more: their tokens, and the newest of them."""
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._last: TokenOutput | None = None
+        self._end: TokenOutput | Exception | None = None
+        """How it failed, once the rest is read."""
+        self._came: asyncio.Future[None] | None = None
+        """What the reader waits for."""
+
+    @property
+    def resumed(self) -> GenerateRequest:
+        return dataclasses.replace(self.request, output_token_ids=tuple(self.received))
+
+    def take(self, output: TokenOutput) -> bool:
+        """Hand on what is new of `output`. False where tokens before it are missing: they were lost on the way."""
+        repeats = len(self.received) - output.offset
+        if repeats < 0:
+            return False
+        if repeats:
+            output = dataclasses.replace(
+                output,
+                offset=len(self.received),
+                token_ids=output.token_ids[repeats:],
+                logprobs=output.logprobs[repeats:],
+            )
+        self.received += output.token_ids
+        if output.token_ids or output.finish_reason is not None:
+            self._put(output)
+        return True
+
+    def fail(self, message: str) -> None:
+        """End it with an error, after what is unread."""
+        self._end = TokenOutput(
+            request_id=self.request.request_id,
+            offset=len(self.received),
+            token_ids=(),
+            finish_reason=FinishReason.ERROR,
+            error=message,
+        )
+        self._wake()
+
+    def refuse(self, error: Exception) -> None:
+        """Raise `error` when the next output is read. What is unread is thrown away."""
+        self._read()
+        self._end = error
+        self._wake()
+
+    async def next(self) -> TokenOutput:
+        """All that is unread, as soon as there is any. Raises what `refuse` was given."""
+        while self._first is None:
+            if isinstance(self._end, Exception):
+                raise self._end
+            if self._end is not None:
+                return self._end
+            self._came = asyncio.get_running_loop().create_future()
+            await self._came
+        output = self._read()
+        assert output is not None
+        return output
+
+    def _read(self) -> TokenOutput | None:
+        """What is unread, as one output. From now on it is read."""
+        first, last, tokens, logprobs = self._first, self._last, self._tokens, self._logprobs
+        self._first = self._last = None
+        self.unread = 0
+        if first is None or last is None:
+            return first
+        self._tokens, self._logprobs = [], []
+        return dataclasses.replace(
+            last,
+            offset=first.offset,
+            cached_tokens=first.cached_tokens,
+            token_ids=(*first.token_ids, *tokens),
+            logprobs=(*first.logprobs, *logprobs),
+        )
+
+    def _put(self, output: TokenOutput) -> None:
+        if self._end is not None:
+            return
+        if output.finish_reason is FinishReason.ERROR:
+            self._end = output
+        elif self._first is None:
+            self._first = output
+        else:
+            self._last = output
+            self._tokens += output.token_ids
+            self._logprobs += output.logprobs
+        self.unread += len(output.token_ids)
+        if output.logprobs:
+            self.unread += sum(1 + len(entry.top) for entry in output.logprobs)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._came is not None and not self._came.done():
+            self._came.set_result(None)

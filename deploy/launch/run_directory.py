@@ -1,0 +1,105 @@
+"""The directory of one server: private, short, and gone with the server.
+
+Everything that a local server writes lies in it: Ray's session with its sockets and logs, HAProxy's files, temporary
+files of its processes. It is for its owner alone (0700), so that nobody else can replace a socket. The server holds a
+lock on it while it runs; a directory without such a holder was left behind, and the next server removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_moe.cluster.errors import UserError
+
+PREFIX = "emoe-"
+LONGEST_BYTES = 36
+"""A socket's path has at most 107 bytes, and Ray appends `/session_DATE_TIME_PID/sockets/plasma_store` to `ray`."""
+LEAST_FREE_BYTES = 64 << 20
+"""What Ray's and Serve's logs need at least."""
+_LOCK = "lock"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDirectory:
+    path: Path
+    lock: int
+    """Descriptor that holds the lock. Processes that are forked hold it too."""
+
+    @classmethod
+    def create(cls, parents: Sequence[str] | None = None) -> RunDirectory:
+        """A new one in the first of `parents` that is short enough, can be written and has space.
+
+        Those that dead servers have left there are removed.
+
+        Raises UserError where no parent will do.
+        """
+        tried = parents if parents is not None else _parents()
+        for parent in tried:
+            # mkdtemp appends eight characters
+            if len(os.fsencode(parent)) + 1 + len(PREFIX) + 8 > LONGEST_BYTES:
+                continue
+            with contextlib.suppress(OSError):
+                remove_stale(parent)
+                if shutil.disk_usage(parent).free < LEAST_FREE_BYTES:
+                    continue
+                path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+                try:
+                    made = cls(path=path, lock=_locked(path))
+                    made.temporary.mkdir(mode=0o700)
+                    return made
+                except OSError:
+                    shutil.rmtree(path, ignore_errors=True)
+        raise UserError(
+            "TMPDIR: a server needs a directory for its sockets and logs, which it can write, with"
+            f" {LEAST_FREE_BYTES >> 20} MiB free, and with a path of at most {LONGEST_BYTES - len(PREFIX) - 9} bytes;"
+            f" none of {', '.join(tried)} is one"
+        )
+
+    @property
+    def ray(self) -> Path:
+        """Ray's own root. Ray opens it to everybody; the directory around it stays closed."""
+        return self.path / "ray"
+
+    @property
+    def temporary(self) -> Path:
+        return self.path / "tmp"
+
+    def remove(self) -> None:
+        """Remove it and what is in it. To be called when no process of the server is left. Idempotent."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def remove_stale(parent: str) -> None:
+    """Remove the directories in `parent` that are this user's and whose server is gone."""
+    for path in Path(parent).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if path.is_symlink() or path.stat().st_uid != os.geteuid():
+                continue
+            # what has no lock is not ours, or is being made
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _parents() -> list[str]:
+    named = [os.path.abspath(os.environ["TMPDIR"])] if os.environ.get("TMPDIR") else []
+    return [*named, "/tmp", "/var/tmp", "/dev/shm"]
+
+
+def _locked(directory: Path) -> int:
+    """The file gets its name when it is locked already, so that nobody can find it free."""
+    made = directory / f"{_LOCK}.new"
+    lock = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    made.rename(directory / _LOCK)
+    return lock

@@ -1,0 +1,119 @@
+"""The Ray Serve application: one ingress deployment, which starts the cluster's actors and takes them down with it.
+
+`emoe serve` runs it, and so does `serve deploy` with `import_path: elastic_moe.deploy.launch.serve_app:build_app` and
+ServeConfig's keys as `args` (see serve.yaml). Lifetime of the cluster: the replica gets or creates the coordinator when
+it starts; when Serve stops the replica because the *application* is being deleted, it stops the coordinator and its
+actors. A replica that crashes, is replaced or moves leaves them alone and finds them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from elastic_moe.actors.control.start import start_cluster, stop_cluster
+from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import EmoeError
+from elastic_moe.cluster.keys import with_keys
+from elastic_moe.deploy.api.app import create_app
+from elastic_moe.deploy.api.service import Service
+from elastic_moe.deploy.generation.ray_backend import RayBackend
+from elastic_moe.deploy.launch.builtin import MODEL_DIR
+from elastic_moe.deploy.launch.loopback import keep_calls_local
+from elastic_moe.deploy.text.prompts import BoundedPrompts
+from elastic_moe.deploy.text.tokenizer import without_torch
+from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
+
+logger = logging.getLogger(__name__)
+
+StartCluster = Callable[[ServeConfig, str], Any]
+
+MAX_ONGOING_REQUESTS = 10_000
+"""The engine queues; Serve must not."""
+STOP_TIMEOUT_S = 10.0
+
+
+@serve.ingress()
+class Api:
+    """One replica: HTTP, the tokenizer, and the requests that it has accepted."""
+
+    def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster) -> None:
+        """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
+        config = ServeConfig.from_mapping(settings)
+        keep_calls_local()
+        set_up("api", LogSettings.of(config))
+        self._backend = RayBackend(
+            start(config, model_dir),
+            plan_deadline_s=config.plan_deadline,
+            recovery_timeout_s=config.recovery_timeout,
+        )
+        self._service = Service(config, self._backend, model_dir, BoundedPrompts.open)
+        self._loading: asyncio.Task[None] | None = None
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        self._backend.begin()
+        # in the background, so that /health and /ready answer meanwhile
+        self._loading = asyncio.create_task(self._load())
+        return create_app(self._service)
+
+    async def _load(self) -> None:
+        await asyncio.to_thread(without_torch)
+        await self._service.begin()
+
+    async def drain(self) -> int:
+        """Refuse new requests from now on. Returns how many are under way."""
+        self._service.draining = True
+        return self._service.active
+
+    async def __del__(self) -> None:
+        self._service.close()
+        await self._backend.end()
+        await asyncio.to_thread(self._service.close)
+        if await asyncio.to_thread(_application_is_going):
+            await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S)
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """Raises ConfigError for a key or value that is wrong, CheckpointError for a model that cannot be served."""
+    config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
+    model_dir = config.model or str(MODEL_DIR)
+    # here, not above: replicas need no torch for what they do with a model
+    from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+
+    open_checkpoint(model_dir)
+    with TokenizerProcess(model_dir, config.chat_template) as process:
+        process.wait()
+    return application(config, model_dir)
+
+
+def application(config: ServeConfig, model_dir: str, start: StartCluster = start_cluster) -> Application:
+    make_deployment: Any = serve.deployment(
+        name="api",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        graceful_shutdown_timeout_s=config.shutdown_timeout + STOP_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=5,
+    )
+    app: Application = make_deployment(Api).bind(dataclasses.asdict(config), model_dir, start)
+    return app
+
+
+def _application_is_going() -> bool:
+    """Whether Serve is taking this replica's application down, rather than replacing the replica."""
+    try:
+        name = serve.get_replica_context().app_name
+        status = serve.status().applications.get(name)
+    except (RuntimeError, EmoeError, serve.exceptions.RayServeException):
+        return True
+    return status is None or status.status == "DELETING"

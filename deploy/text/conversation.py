@@ -1,0 +1,132 @@
+"""A request's messages in the form that the model's chat template takes. Pure: it knows no tokenizer, only a function
+that renders.
+
+Templates differ in three ways that clients cannot know: whether content is a string or a list of parts, whether there
+is a role `developer`, and that the arguments of a tool call are an object, where OpenAI's API has a string of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_moe.cluster.errors import RequestError
+
+Message = dict[str, Any]
+Render = Callable[[Sequence[Message]], str]
+"""Raises whatever the template raises."""
+
+MARK = "Zebra7"
+"""A word that comes out of a template if the content does."""
+
+SEPARATOR = "\n"
+"""Between the parts of a content, for templates that take one string. As in vLLM."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateForms:
+    """What a chat template takes."""
+
+    developer: bool
+    """Whether it knows the role `developer`; for the others such a message is a system message."""
+    in_parts: frozenset[str]
+    """Roles whose content it takes only as a list of parts."""
+
+
+def template_forms(source: str, render: Render) -> TemplateForms:
+    """Found by trying: a form that the template takes is one with which the content's words come out."""
+    developer = "developer" in source
+    in_parts: set[str] = set()
+
+    def turn(role: str, text: str = "Hello") -> Message:
+        return {"role": role, "content": _parts(text) if role in in_parts else text}
+
+    def shows(*messages: Message) -> bool:
+        try:
+            return MARK in render(messages)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - templates raise what they like; a form that raises is not taken
+            return False
+
+    def learn(role: str, before: Callable[[], list[Message]], after: Callable[[], list[Message]]) -> None:
+        for content in (MARK, _parts(MARK)):
+            if shows(*before(), {**turn(role), "content": content}, *after()):
+                if content is not MARK:
+                    in_parts.add(role)
+                return
+
+    learn("user", list, list)
+    for role in ("system", *(["developer"] if developer else [])):
+        learn(role, list, lambda: [turn("user")])
+    learn("assistant", lambda: [turn("user")], lambda: [turn("user")])
+    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    learn("tool", lambda: [turn("user"), calling], list)
+    return TemplateForms(developer=developer, in_parts=frozenset(in_parts))
+
+
+def conversation(messages: Sequence[Mapping[str, Any]], forms: TemplateForms) -> list[Message]:
+    """What to give the template. Raises RequestError, naming the message, for tool calls that are none."""
+    return [_message(message, forms, f"messages.{number}") for number, message in enumerate(messages)]
+
+
+def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """A message's content as one string."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return SEPARATOR.join(part["text"] for part in content)
+
+
+def _message(message: Mapping[str, Any], forms: TemplateForms, where: str) -> Message:
+    made = {key: value for key, value in message.items() if value is not None}
+    # An empty list would make some templates take the turn for one of calls, and drop its content.
+    calls = made.pop("tool_calls", None)
+    if calls:
+        made["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
+    if made["role"] == "developer" and not forms.developer:
+        made["role"] = "system"
+    content = message.get("content")
+    # Next to calls, no content is not the same as an empty one.
+    if content is None and calls:
+        return {**made, "content": None}
+    if made["role"] in forms.in_parts:
+        return {**made, "content": _parts(content or "") if isinstance(content, str | None) else list(content)}
+    return {**made, "content": text_of(content)}
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _tool_calls(calls: object, where: str) -> list[Message]:
+    if not isinstance(calls, list):
+        raise RequestError(f"{where}: expected a list", param="messages", code="invalid_type")
+    made = []
+    for number, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RequestError(
+                f"{where}.{number}.function: expected an object with a name and arguments",
+                param="messages",
+                code="invalid_value",
+            )
+        made.append({**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}})
+    return made
+
+
+def _arguments(given: object) -> object:
+    """An object, where they are one. What a model wrote badly stays the string that it is: the template decides."""
+    if given is None:
+        return {}
+    if not isinstance(given, str):
+        return given
+    if not given.strip():
+        return {}
+    try:
+        parsed = json.loads(given)
+    except (ValueError, RecursionError):
+        return given
+    return {} if parsed is None else parsed if isinstance(parsed, dict) else given

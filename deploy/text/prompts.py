@@ -1,0 +1,166 @@
+"""From what a client sends to a prompt: rendering chats, and encoding text.
+
+A chat template is a program and a tokenizer's regular expressions nearly one; both come from strangers, and so does
+what they are given. `BoundedPrompts` has them run in processes whose time and memory are limited, so that one that
+loops hurts only its own request. `DirectPrompts` runs them here, for tests and for whoever trusts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.deploy.text.tokenizer_process import HEADER, TokenizerProcess, limits_in_words
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT = 4096
+"""Characters from which on a text is encoded in a thread, so that streams do not stall."""
+SHORT_BYTES = 1 << 16
+SHORT_SEATS, LONG_SEATS = 2, 1
+"""Prompts that are made at a time. A long one may take long, and does not hold up the short."""
+WALL_S = 120.0
+"""The longest wait for a prompt. Its limit is processor time, which on a busy machine takes many times longer."""
+LARGE_BYTES = 1 << 20
+"""A process that was given more is not used again, as the memory would stay with it."""
+
+
+class Prompts(Protocol):
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """Raises RequestError, naming `param`."""
+        ...
+
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
+        """As Tokenizer.render_chat."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DirectPrompts:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        if len(text) < LONG_TEXT:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
+        return self._tokenizer.render_chat(messages, **how)
+
+    def close(self) -> None:
+        pass
+
+
+class BoundedPrompts:
+    """Belongs to the event loop that opened it."""
+
+    def __init__(self, process: TokenizerProcess) -> None:
+        self._process = process
+        self._idle: list[_Worker] = []
+        self._short = asyncio.Semaphore(SHORT_SEATS)
+        self._long = asyncio.Semaphore(LONG_SEATS)
+        self._restarting = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, model_dir: str, chat_template: str | None) -> BoundedPrompts:
+        """Raises CheckpointError and ConfigError where the tokenizer or the template cannot be used."""
+        process = TokenizerProcess(model_dir, chat_template)
+        try:
+            await asyncio.to_thread(process.wait)
+        except BaseException:
+            process.close()
+            raise
+        return cls(process)
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        tokens: list[int] = await self._call(param, "encode", text=text, add_special_tokens=add_special_tokens)
+        return tokens
+
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
+        text: str = await self._call("messages", "render_chat", messages=messages, **how)
+        return text
+
+    def close(self) -> None:
+        for worker in self._idle:
+            worker.close()
+        self._process.close()
+
+    async def _call(self, param: str, method: str, **arguments: Any) -> Any:
+        payload = msgspec.json.encode([method, arguments])
+        async with self._short if len(payload) <= SHORT_BYTES else self._long:
+            worker = await self._worker()
+            answer = None
+            try:
+                answer = await asyncio.wait_for(worker.ask(payload), WALL_S)
+            except (OSError, EOFError, TimeoutError):
+                # EOFError: it is gone, by the limit on its processor time as a rule
+                logger.warning("a prompt was given up: %s", limits_in_words(len(payload)))
+            finally:
+                if answer is None or len(payload) > LARGE_BYTES:
+                    worker.close()
+                else:
+                    self._idle.append(worker)
+        what = "the chat template" if method == "render_chat" else "the tokenizer"
+        if answer is None:
+            raise RequestError(
+                f"{param}: {what} does not come to an end of this within {limits_in_words(len(payload))}",
+                param=param,
+                code="prompt_too_expensive",
+            )
+        if failed := answer.get("failed"):
+            raise RequestError(f"{param}: {what} fails on this: {failed}", param=param, code="invalid_value")
+        if refused := answer.get("refused"):
+            raise RequestError(refused["message"], param=refused["param"], code=refused["code"])
+        return answer["value"]
+
+    async def _worker(self) -> _Worker:
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.alive:
+                return worker
+            worker.close()
+        return await self._new_worker()
+
+    async def _new_worker(self) -> _Worker:
+        async with self._restarting:
+            try:
+                connection = self._process.worker()
+            except OSError:
+                logger.warning("the tokenizer's process is gone and is started again")
+                self._process.close()
+                self._process = await asyncio.to_thread(self._process.again)
+                connection = self._process.worker()
+            return _Worker(*await asyncio.open_unix_connection(sock=connection))
+
+
+class _Worker:
+    """Our end of a process that makes one prompt at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @property
+    def alive(self) -> bool:
+        return not self._reader.at_eof()
+
+    async def ask(self, payload: bytes) -> dict[str, Any]:
+        """Raises OSError and EOFError where the process is gone."""
+        self._writer.write(HEADER.pack(len(payload)) + payload)
+        await self._writer.drain()
+        (size,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
+        answer: dict[str, Any] = msgspec.json.decode(await self._reader.readexactly(size))
+        return answer
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop may be closed already
+            self._writer.close()

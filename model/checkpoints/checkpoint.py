@@ -1,0 +1,277 @@
+"""Opens a model directory: what it holds, whether it can be served, and why not. No weight is read.
+
+Everything that can be wrong with a checkpoint is found here, in a second or two, and told in one line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from elastic_moe.cluster.errors import CheckpointError
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.model.checkpoints.conversion import LoadPlan, make_plan
+from elastic_moe.model.checkpoints.limits import MOST_POSITIONS, WithinCpuTime, check_counts
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
+from elastic_moe.model.checkpoints.stored import StoredTensor, read_json, stored_tensors
+from elastic_moe.model.transformers_private import CONFIG_MAPPING, has_causal_model
+from elastic_moe.model.trunk.rotation import LONGROPE, growth_limit
+
+_BROKEN = (
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, AssertionError),
+    *(ImportError, OSError, StrictDataclassError, MemoryError),
+)
+"""What transformers raises when a configuration makes no sense to it."""
+
+_UNPACKED = ("mxfp4",)
+"""Quantization methods whose weights are unpacked to the served dtype while they are loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An opened model directory."""
+
+    path: Path
+    config: PretrainedConfig
+    """Of the language model, where the checkpoint's own has more parts."""
+    info: ModelInfo
+    tensors: dict[str, StoredTensor]
+    stored_dtype: torch.dtype
+    """Of most of its bytes."""
+    skeleton: PreTrainedModel
+    """The model on the meta device: names and shapes. Not to be run or changed."""
+    shape: Shape
+    plan: LoadPlan
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the Hugging Face checkpoint in the directory `path`.
+
+    Raises CheckpointError, in one line, where it is missing, damaged, incomplete or not servable.
+    Never runs code of the checkpoint, never unpickles. Blocks for a second or two.
+    """
+    path = Path(path)
+    raw = _read_raw(path)
+    try:
+        tensors = stored_tensors(path)
+    except CheckpointError as unreadable:
+        # told below, unless something is wrong with the model itself
+        check_counts(path / "config.json", raw, None)
+        _understand(path)
+        raise unreadable
+    check_counts(path / "config.json", raw, tensors)
+    config, skeleton, shape = _understand(path)
+    try:
+        return _planned(path, config, skeleton, shape, tensors)
+    except CheckpointError:
+        raise
+    except _BROKEN as error:
+        raise CheckpointError(f"{path / 'config.json'}: makes no sense with the files ({_one_line(error)})") from error
+
+
+def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
+    config = _read_config(path)
+    try:
+        skeleton = _skeleton(path, config)
+        shape = dry_run(skeleton)
+    except NotServable as reason:
+        raise CheckpointError(f"{path}: {type(skeleton).__name__} cannot be served: {reason}") from reason
+    except CheckpointError:
+        raise
+    except _BROKEN as error:
+        raise CheckpointError(f"{path / 'config.json'}: no model can be built of it ({_one_line(error)})") from error
+    return config, skeleton, shape
+
+
+def _planned(
+    path: Path, config: PretrainedConfig, skeleton: PreTrainedModel, shape: Shape, tensors: dict[str, StoredTensor]
+) -> Checkpoint:
+    """What is to be read of which file, and what the model is besides."""
+    plan = make_plan(skeleton, shape.expert_modules, shape.num_experts, tensors)
+    dtype = _stored_dtype(tensors)
+    expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
+    info = ModelInfo(
+        architecture=type(skeleton).__name__,
+        num_layers=len(shape.expert_modules),
+        num_logical_experts=shape.num_experts,
+        top_k=shape.top_k,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        max_model_len=_max_model_len(path, config),
+        expert_bytes=expert_bytes,
+        trunk_bytes=trunk_bytes,
+        eos_token_ids=_eos_token_ids(path, config),
+        dtype=str(dtype).removeprefix("torch."),
+        rope_limits=_rope_limits(config),
+        rope_growth_limit=growth_limit(skeleton),
+    )
+    return Checkpoint(
+        path=path,
+        config=skeleton.config,
+        info=info,
+        tensors=tensors,
+        stored_dtype=dtype,
+        skeleton=skeleton,
+        shape=shape,
+        plan=plan,
+    )
+
+
+# --- Configuration ------------------------------------------------------------------------------------------------
+
+
+def _read_raw(path: Path) -> dict[str, Any]:
+    """The configuration as it is written, once it is of a model that transformers has."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: has no config.json")
+    raw = read_json(file)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{file}: model_type is missing")
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise CheckpointError(f"{file}: {model_type} needs code that comes with the checkpoint, which is never run")
+        raise CheckpointError(f"{file}: model_type {model_type!r} is unknown to the installed transformers")
+    _refuse_quantized(file, raw)
+    return raw
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    file = path / "config.json"
+    try:
+        with quiet_transformers():
+            config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except _BROKEN as error:
+        raise CheckpointError(f"{file}: {_one_line(error)}") from error
+    if hasattr(config, "quantization_config"):
+        # what is loaded is unpacked: transformers must not set up kernels for packed weights
+        del config.quantization_config
+    return config
+
+
+def _refuse_quantized(file: Path, raw: dict[str, Any]) -> None:
+    quantization = raw.get("quantization_config") or raw.get("compression_config")
+    if quantization:
+        if isinstance(quantization, dict) and quantization.get("quant_method") in _UNPACKED:
+            return
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise CheckpointError(
+            f"{file}: quantization_config: weights quantized by {method!r} are not supported, "
+            "only float32, bfloat16, float16 and gpt-oss' mxfp4"
+        )
+
+
+def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device."""
+    file = path / "config.json"
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{file}: {config.model_type} is an encoder-decoder model, which cannot be served")
+    if not has_causal_model(config):
+        others = sorted(key for key in config.sub_configs if key != "text_config")
+        why = f"; it takes other input than text ({', '.join(others)})" if others else ""
+        raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}{why}")
+    try:
+        with torch.device("meta"), WithinCpuTime(), quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False, attn_implementation="eager", experts_implementation="eager"
+            )
+            model.eval()  # type: ignore[no-untyped-call]
+    except _BROKEN as error:
+        raise CheckpointError(f"{file}: no model can be built of it ({_one_line(error)})") from error
+    return model
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _max_model_len(path: Path, config: PretrainedConfig) -> int:
+    """Longest sequence that the position embeddings allow.
+
+    YaRN and linear scaling multiply; where the field already says so (DeepSeek, gpt-oss), the product is the same.
+    """
+    length = int(config.get_text_config().max_position_embeddings)
+    longest = max((_scaled(length, part) for part in _ropes(config)), default=length)
+    if not (length >= 2 and 2 <= longest <= MOST_POSITIONS):
+        raise CheckpointError(
+            f"{path / 'config.json'}: max_position_embeddings is {float(length):.10g}, and {float(longest):.10g} "
+            f"with the scaling of its rotary embeddings: expected from 2 to {MOST_POSITIONS} positions"
+        )
+    return longest
+
+
+def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # some families have one for each kind of layer
+    return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+
+
+def _rope_limits(config: PretrainedConfig) -> tuple[int, ...]:
+    limits = {
+        int(rope["original_max_position_embeddings"]) for rope in _ropes(config) if rope.get("rope_type") == LONGROPE
+    }
+    return tuple(sorted(limits))
+
+
+def _scaled(length: int, rope: dict[str, Any]) -> int:
+    if rope.get("rope_type") == "yarn" and rope.get("factor"):
+        return max(length, int(rope.get("original_max_position_embeddings", length) * rope["factor"]))
+    if rope.get("rope_type") in ("linear", "dynamic") and rope.get("factor"):
+        return int(length * rope["factor"])
+    return length
+
+
+def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
+    """All that generation_config.json and config.json name; where neither names any, the model family's own.
+
+    The API adds the tokenizer's to every request. Fine-tunes change one of the three places and leave the others.
+    """
+    generation, own = path / "generation_config.json", path / "config.json"
+    found = _named_eos(generation, read_json(generation)) if generation.is_file() else []
+    raw = read_json(own)
+    found += _named_eos(own, raw)
+    if isinstance(text := raw.get("text_config"), dict):
+        found += _named_eos(own, text)
+    if not found:
+        found = _named_eos(own, {"eos_token_id": getattr(config.get_text_config(), "eos_token_id", None)})
+    return tuple(dict.fromkeys(found))
+
+
+def _named_eos(file: Path, content: dict[str, Any]) -> list[int]:
+    eos = content.get("eos_token_id")
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token, int) for token in ids):
+        raise CheckpointError(f"{file}: eos_token_id must be a token or a list of tokens, found {eos!r}")
+    return ids
+
+
+# --- Sizes --------------------------------------------------------------------------------------------------------
+
+
+def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The floating dtype that most bytes are stored in."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            counts[tensor.dtype] += tensor.nbytes
+    return counts.most_common(1)[0][0]
+
+
+def _sizes(model: PreTrainedModel, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of one expert, and of the trunk, in `dtype`. Tied weights count once."""
+    experts = {id(p) for name in shape.expert_modules for p in model.get_submodule(name).parameters()}
+    elements = sum(p.numel() for p in model.parameters())
+    of_experts = sum(p.numel() for p in model.parameters() if id(p) in experts)
+    count = shape.num_experts * len(shape.expert_modules)
+    return of_experts // count * dtype.itemsize, (elements - of_experts) * dtype.itemsize

@@ -1,0 +1,195 @@
+"""Loads a model in parts: the trunk (everything but experts), and whichever experts a worker holds.
+
+Both come out bit for bit as transformers' `from_pretrained` would have them. Only the bytes that are needed are read,
+and nothing is held twice: while a worker loads, its memory stays close to what it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elastic_moe.cluster.errors import CheckpointError
+from elastic_moe.model.checkpoints.checkpoint import Checkpoint
+from elastic_moe.model.checkpoints.conversion import convert
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.checkpoints.servability import is_expert_module
+from elastic_moe.model.checkpoints.stored import StoredTensor
+from elastic_moe.model.heap import return_freed_memory
+
+_TRIM_BYTES = 32 << 20
+"""Experts read between two clean-ups of the heap."""
+
+Progress = Callable[[int, int], None]
+"""Told (done_bytes, total_bytes) now and then."""
+
+
+def load_trunk(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "emoe",
+    experts_implementation: str = "emoe",
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """The causal language model without expert weights, in evaluation mode and without gradients.
+
+    Its expert modules stay, flags and all, with a buffer of no elements in place of each parameter. The two
+    implementations are names in transformers' registries; attention and experts must be registered by then.
+    Blocks while it reads. Raises CheckpointError where a file has become unreadable since it was opened.
+    """
+    tensors = {name: checkpoint.tensors[name] for name in checkpoint.plan.trunk}
+    reading = _Reading(total=sum(tensor.nbytes for tensor in tensors.values()), progress=progress)
+    with quiet_transformers():
+        cls: Any = _without_experts(type(checkpoint.skeleton))
+        model, report = cls.from_pretrained(
+            None,
+            config=checkpoint.config,
+            state_dict={name: _LazyTensor(tensor, reading) for name, tensor in tensors.items()},
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            experts_implementation=experts_implementation,
+            output_loading_info=True,
+        )
+    _refuse_report(checkpoint, report)
+    trunk: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return_freed_memory()
+    return trunk
+
+
+def expert_modules(model: nn.Module) -> list[nn.Module]:
+    """The expert modules of a model; the index in the list is the number of the MoE layer."""
+    return [module for module in model.modules() if is_expert_module(module)]
+
+
+def iter_experts(
+    checkpoint: Checkpoint,
+    pairs: Iterable[tuple[int, int]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """Load many experts, each yielded as (layer, expert, tensors) as soon as it is there.
+
+    `tensors` are by parameter name of the expert module, each its `parameter[expert]`, with no other memory behind it.
+    They come layer by layer, in the order in which they lie on the disk as a rule. One at a time is in memory besides
+    those the caller keeps. Only their bytes are read; `progress` hears of every expert, in bytes as they are stored.
+    Raises IndexError for one that the model does not have, CheckpointError where a file has become unreadable.
+    """
+    ordered = sorted(set(pairs))
+    for layer, expert in ordered:
+        if not (0 <= layer < len(checkpoint.plan.experts) and 0 <= expert < checkpoint.shape.num_experts):
+            raise IndexError(f"the model has no expert {expert} in MoE layer {layer}")
+    sizes = {layer: expert_stored_bytes(checkpoint, layer) for layer, _ in ordered}
+    done, total = 0, sum(sizes[layer] for layer, _ in ordered)
+    for layer, expert in ordered:
+        tensors = _load_expert(checkpoint, layer, expert, dtype=dtype, device=device)
+        done += sizes[layer]
+        if done // _TRIM_BYTES > (done - sizes[layer]) // _TRIM_BYTES:
+            return_freed_memory()
+        if progress is not None:
+            progress(done, total)
+        yield layer, expert, tensors
+    return_freed_memory()
+
+
+def expert_stored_bytes(checkpoint: Checkpoint, layer: int) -> int:
+    """Bytes that one expert of this MoE layer takes on the disk."""
+    count = checkpoint.shape.num_experts
+    return sum(
+        checkpoint.tensors[name].nbytes // (count if part.fused else 1)
+        for part in checkpoint.plan.experts[layer]
+        for name in part.sources_of(0).values()
+    )
+
+
+def _load_expert(
+    checkpoint: Checkpoint, layer: int, expert: int, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    for part in checkpoint.plan.experts[layer]:
+        sources = {
+            pattern: [_read(checkpoint.tensors[name], expert if part.fused else None, dtype)]
+            for pattern, name in part.sources_of(expert).items()
+        }
+        [tensor] = convert(part.group, sources, checkpoint.skeleton)[part.group.target].detach()
+        made[part.parameter] = _own(tensor.to(dtype), device)
+    return made
+
+
+def _read(stored: StoredTensor, row: int | None, dtype: torch.dtype) -> Tensor:
+    tensor = stored.read(row)
+    # packed weights are integers until they are converted
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _own(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, contiguous, with no more memory behind it than it shows."""
+    tensor = tensor.to(device).contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+# --- Trunk ------------------------------------------------------------------------------------------------------------
+
+
+def _without_experts(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A class that builds `cls` and then drops the parameters of its expert modules."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **kwargs)
+        for module in expert_modules(self):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                # not persistent: then transformers neither expects it in the checkpoint nor saves it
+                module.register_buffer(name, parameter.new_empty(0), persistent=False)
+
+    # transformers tells its own classes from code of a checkpoint by their module, and finds conversions by their name
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+
+
+def _refuse_report(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    """What was planned must have happened: a trunk with a weight drawn at random would answer, and answer nonsense."""
+    for what in ("missing_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
+        if report.get(what):
+            raise CheckpointError(f"{checkpoint.path}: loading the trunk left {what}: {sorted(report[what])[0]}")
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Bytes read so far, of those to read."""
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+class _LazyTensor:
+    """Stands in a state dict for a tensor on the disk. transformers reads it by `[...]` when its turn has come."""
+
+    def __init__(self, stored: StoredTensor, reading: _Reading) -> None:
+        self._stored = stored
+        self._reading = reading
+
+    def __getitem__(self, index: Any) -> Tensor:
+        assert index is Ellipsis
+        tensor = self._stored.read()
+        self._reading.add(self._stored.nbytes)
+        return tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._stored.shape)
+
+    def get_dtype(self) -> torch.dtype:
+        return self._stored.dtype

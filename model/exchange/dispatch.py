@@ -1,0 +1,232 @@
+"""Carries tokens to the workers of their experts and back: dynamic gating over any transport.
+
+Sizes are exact: no capacity, no padding, no dropped token. A token goes once to each worker that holds one of its
+experts, however many, and comes back as one partial sum from each (Huang et al., arXiv 2303.06182, section V).
+For few tokens everyone sends everything to everyone instead, and who computes what is told by the receiver: that
+takes fewer operators, and sizes are known from the step's plan, so that no exchange of sizes is needed.
+
+Legend: T tokens of this worker, R rows sent to one worker, H hidden, K experts per token, W workers, E logical experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastic_moe.cluster.placement import EMPTY, Placement
+from elastic_moe.model.exchange.counter import RoutingCounter
+from elastic_moe.model.exchange.transports import Transport
+from elastic_moe.model.experts.interface import ABSENT
+from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.native.layers import JointExperts
+from elastic_moe.model.staging import to_device
+
+_DENSE_TOKENS_CPU, _DENSE_TOKENS_GPU = 64, 8192
+
+
+def _dense_tokens(device: torch.device) -> int:
+    """Up to so many tokens in the whole step, everything to everyone is cheaper than choosing rows and telling sizes.
+
+    On GPUs choosing makes the host wait twice per layer, and most tokens want an expert on most workers anyway.
+    """
+    return _DENSE_TOKENS_CPU if device.type == "cpu" else _DENSE_TOKENS_GPU
+
+
+def route_table(placement: Placement, rank: int) -> Tensor:
+    """[L, E] the rank whose replica serves the tokens of worker `rank`.
+
+    A replica on the worker itself, else the workers that lack one take the replicas in turn: traffic is least and
+    the load of a replicated expert is spread. Depends on placement and rank alone, so it is decided once an epoch.
+    """
+    size = len(placement.workers)
+    owners = placement.slot_to_worker
+    held = np.zeros((placement.num_layers, size, placement.num_logical_experts), dtype=bool)
+    for layer in range(placement.num_layers):
+        used = placement.physical_to_logical_map[layer] != EMPTY
+        held[layer, owners[used], placement.physical_to_logical_map[layer][used]] = True
+    # how many workers before this one lack the expert, too
+    turn = (~held[:, :rank]).sum(1)
+    copies = held.sum(1)
+    nth = held.cumsum(1) == (turn % copies + 1)[:, None]
+    table = (nth & held).argmax(1)
+    table[held[:, rank]] = rank
+    return torch.from_numpy(table.astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What an empty step must know of a layer: hidden size, choices per token, dtype of the hidden state."""
+
+    hidden: int
+    top_k: int
+    dtype: torch.dtype
+
+
+class Dispatcher(ABC):
+    """The expert side of one epoch on one worker. Every worker must call `forward` for every layer of a step."""
+
+    def __init__(self) -> None:
+        self.counter: RoutingCounter | None = None
+        self.joint: JointExperts | None = None
+        """The same as `forward`, for native functions that run many layers; then `note` is called for them."""
+
+    @property
+    def threads(self) -> int:
+        """Of a layer's experts."""
+        return torch.get_num_threads()
+
+    def note(self, index_LTK: Tensor) -> None:
+        """Choices of the step's next MoE layers."""
+        if self.counter is not None:
+            self.counter.note(index_LTK)
+
+    def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
+        """A step begins. `counter` is None for warm-up, which must not count."""
+        self.counter = counter
+
+    def forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """The layer's experts, wherever they are: [T, H]. Blocks on the others; StepAborted where one is gone."""
+        self.note(index_TK[None])
+        return self._forward(layer, x_TH, index_TK, weight_TK)
+
+    def idle(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
+        """Take part in a step without tokens of one's own: the trunk is not run, the experts are."""
+        if self.joint is not None:
+            self.joint.idle(self.threads)
+            return
+        for layer, shape in enumerate(shapes):
+            self.forward(
+                layer,
+                torch.empty(0, shape.hidden, dtype=shape.dtype, device=device),
+                torch.empty(0, shape.top_k, dtype=torch.int64, device=device),
+                torch.empty(0, shape.top_k, device=device),
+            )
+
+    @abstractmethod
+    def finish(self) -> None:
+        """A step is over, its results have been read. Raises StepAborted where they are not to be believed."""
+
+    @abstractmethod
+    def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor: ...
+
+
+class TransportDispatcher(Dispatcher):
+    """PyTorch's operators around any transport. The local transport is the oracle of the others."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        rank: int,
+        store: ExpertStore,
+        transport: Transport,
+        *,
+        device: torch.device,
+        most_dense: int | None = None,
+    ) -> None:
+        """most_dense: tokens of a step up to which everything goes to everyone, if not as the device wants it."""
+        super().__init__()
+        self._store = store
+        self._transport = transport
+        self._rank = rank
+        routes_WLE = torch.stack([route_table(placement, r) for r in range(transport.size)]).to(device)
+        self._routes_LE = routes_WLE[rank]
+        experts_E = torch.arange(routes_WLE.shape[2], device=device)
+        # [L, W * E] the expert where tokens of a rank find it here, ABSENT where they find it elsewhere
+        self._mine_LX = torch.where(routes_WLE == rank, experts_E, ABSENT).transpose(0, 1).flatten(1)
+        self._most_dense = _dense_tokens(device) if most_dense is None else most_dense
+        self._tokens_per_rank: Sequence[int] = ()
+        if transport.size == 1 and store.native:
+            self.joint = store.joint()
+        self._dense = False
+        self._source_R = torch.empty(0)
+        """Dense steps: [R] for every rank's tokens, where the rank's row of `_mine_LX` begins."""
+
+    def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
+        super().begin(tokens_per_rank, counter)
+        self._tokens_per_rank = tokens_per_rank
+        self._dense = self._transport.size > 1 and sum(tokens_per_rank) <= self._most_dense
+        if self._dense:
+            experts = self._routes_LE.shape[1]
+            begins = (np.arange(len(tokens_per_rank)) * experts).repeat(tokens_per_rank)
+            [self._source_R] = to_device([begins[:, None]], self._routes_LE.device)
+
+    def finish(self) -> None:
+        self._transport.check()
+
+    def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        if self._transport.size == 1:
+            return self._store.forward(layer, x_TH, index_TK, weight_TK)
+        parts = (index_TK.to(torch.int32), weight_TK.float(), x_TH)
+        return self._forward_dense(layer, *parts) if self._dense else self._forward_sparse(layer, *parts)
+
+    def _forward_dense(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
+        parts = (index_TK, weight_TK, x_TH)
+        row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
+        received = self._transport.all_to_all(
+            [parts] * self._transport.size, [tokens * row for tokens in self._tokens_per_rank]
+        )
+        index_RK, weight_RK, x_RH = self._join(received, parts)
+        mine_RK = self._mine_LX[layer][self._source_R + index_RK]
+        partial = torch.split(self._store.forward(layer, x_RH, mine_RK, weight_RK), list(self._tokens_per_rank))
+        back = self._transport.all_to_all([[part] for part in partial], [x_TH.nbytes] * self._transport.size)
+        out_TH = partial[self._rank].float()
+        for rank, raw in enumerate(back):
+            if rank != self._rank:
+                out_TH += _view(raw, x_TH)
+        return out_TH.to(x_TH.dtype)
+
+    def _forward_sparse(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
+        rank_TK = self._routes_LE[layer][index_TK]
+        rows: list[Tensor] = []
+        send: list[tuple[Tensor, ...]] = []
+        for rank in range(self._transport.size):
+            here = rank_TK == rank
+            chosen = here.any(1).nonzero().squeeze(1)
+            rows.append(chosen)
+            local = torch.where(here, index_TK, ABSENT)
+            send.append(tuple(part.index_select(0, chosen) for part in (local, weight_TK, x_TH)))
+        received = self._transport.all_to_all(send, None)
+        row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
+        counts = [len(rows[self._rank]) if r == self._rank else raw.numel() // row for r, raw in enumerate(received)]
+        index_RK, weight_RK, x_RH = self._join(received, send[self._rank])
+        partial = torch.split(self._store.forward(layer, x_RH, index_RK, weight_RK), counts)
+        # as many rows come back as were sent, so the sizes are known now
+        size = x_TH.shape[1] * x_TH.dtype.itemsize
+        back = self._transport.all_to_all([[part] for part in partial], [size * len(chosen) for chosen in rows])
+        out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+        for rank, chosen in enumerate(rows):
+            part = partial[rank] if rank == self._rank else _view(back[rank], x_TH)
+            out_TH.index_add_(0, chosen, part.float())
+        return out_TH.to(x_TH.dtype)
+
+    def _join(self, received: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """All ranks' rows in rank order, so that one pass over them reads an expert's weights once."""
+        top_k, hidden = own[0].shape[1], own[2]
+        row = row_bytes(hidden.shape[1], top_k, hidden.dtype)
+        parts: list[Sequence[Tensor]] = []
+        for rank, raw in enumerate(received):
+            if rank == self._rank:
+                parts.append(own)
+                continue
+            head = raw.numel() // row * top_k * 4
+            index, weight, x = torch.split(raw, [head, head, raw.numel() - 2 * head])
+            parts.append(
+                (index.view(torch.int32).view(-1, top_k), weight.view(torch.float32).view(-1, top_k), _view(x, hidden))
+            )
+        index_RK, weight_RK, x_RH = (torch.cat([part[i] for part in parts]) for i in range(3))
+        return index_RK, weight_RK, x_RH
+
+
+def _view(raw: Tensor, like: Tensor) -> Tensor:
+    """Bytes as rows of `like`'s width and dtype."""
+    return raw.view(like.dtype).view(-1, like.shape[1])
+
+
+def row_bytes(hidden: int, top_k: int, dtype: torch.dtype) -> int:
+    """Of one token on its way: choices (int32), weights (float32), hidden state."""
+    return top_k * 8 + hidden * dtype.itemsize

@@ -1,0 +1,73 @@
+"""Joining an epoch's group of workers: which kind it is, and the dispatcher that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from elastic_moe.cluster.messages.epochs import EpochSpec
+from elastic_moe.cluster.placement import Placement
+from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
+from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
+from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
+from elastic_moe.model.exchange.transports import CollectiveTransport, LocalTransport, Transport
+from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.native import library
+from elastic_moe.model.native.exchange import NativeExchange
+
+Group = Transport | NativeExchange
+"""Workers that compute in lock-step."""
+
+
+def join_group(
+    spec: EpochSpec, rank: int, shapes: Sequence[LayerShape], *, native: bool, max_tokens: int, timeout_s: float
+) -> Group:
+    """Blocks until all members have come. `max_tokens` is the most that a member runs in a step.
+
+    native: this member can exchange tokens natively; where all members of a node can, they do.
+
+    Raises StepAborted where a member does not come within `timeout_s`.
+    """
+    size = len(spec.placement.workers)
+    if spec.transport == "local":
+        return LocalTransport()
+    if spec.transport != "shm":
+        return CollectiveTransport(
+            spec.transport, rendezvous=spec.rendezvous, group=spec.group, rank=rank, size=size, timeout_s=timeout_s
+        )
+    lib = library()
+    able = lib is not None and native
+    if _all_able(able, group=f"{spec.group}-able", rank=rank, size=size, timeout_s=timeout_s):
+        assert lib is not None
+        return NativeExchange(
+            lib,
+            group=spec.group,
+            rank=rank,
+            size=size,
+            hidden=shapes[0].hidden,
+            top_k=shapes[0].top_k,
+            max_tokens=max_tokens,
+            timeout_s=timeout_s,
+        )
+    row = max(row_bytes(s.hidden, s.top_k, s.dtype) for s in shapes)
+    return SharedMemoryTransport(
+        group=spec.group, rank=rank, size=size, max_bytes=row * max_tokens, timeout_s=timeout_s
+    )
+
+
+def make_dispatcher(
+    placement: Placement, rank: int, store: ExpertStore, group: Group, device: torch.device
+) -> Dispatcher:
+    """Of one epoch; a group may outlive it."""
+    if isinstance(group, NativeExchange):
+        return NativeDispatcher(placement, rank, store, group)
+    return TransportDispatcher(placement, rank, store, group, device=device)
+
+
+def _all_able(able: bool, *, group: str, rank: int, size: int, timeout_s: float) -> bool:
+    """Whether every rank is `able`: they must all take the same path. Blocks until all have said so."""
+    small = SharedMemoryTransport(group=group, rank=rank, size=size, max_bytes=8, timeout_s=timeout_s)
+    answer = torch.tensor([able], dtype=torch.uint8)
+    said = small.all_to_all([[answer]] * size, [1] * size)
+    return able and all(bool(raw.item()) for peer, raw in enumerate(said) if peer != rank)

@@ -1,0 +1,43 @@
+"""MoE layers of workers on one node in native code: one call a layer, from a worker's tokens to their sums.
+
+Legend: T tokens of this worker, H hidden, K experts per token, L MoE layers, W workers, E logical experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from elastic_moe.cluster.placement import Placement
+from elastic_moe.model.exchange.counter import RoutingCounter
+from elastic_moe.model.exchange.dispatch import Dispatcher, route_table
+from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.native.exchange import NativeExchange
+
+
+class NativeDispatcher(Dispatcher):
+    """As TransportDispatcher, whose results are its oracle; partial sums travel in float32."""
+
+    def __init__(self, placement: Placement, rank: int, store: ExpertStore, exchange: NativeExchange) -> None:
+        super().__init__()
+        self._store = store
+        self._exchange = exchange
+        routes = [route_table(placement, r) for r in range(exchange.size)]
+        self._routes_LWE = torch.stack(routes, dim=1).to(torch.int16).contiguous()
+        self.joint = store.joint(self._routes_LWE, exchange.handle, exchange.check)
+
+    @property
+    def threads(self) -> int:
+        return self._exchange.threads or super().threads
+
+    def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
+        super().begin(tokens_per_rank, counter)
+        self._exchange.begin(tokens_per_rank)
+
+    def finish(self) -> None: ...
+
+    def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        experts = self._store.native_layer(layer)
+        return self._exchange.layer(experts, self._routes_LWE[layer], x_TH, index_TK, weight_TK)

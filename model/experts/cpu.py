@@ -1,0 +1,130 @@
+"""The experts of one layer on CPU, each in the layout in which its products read it.
+
+In bfloat16 the native library holds the experts and does the arithmetic (model/native/experts.py), where there is one
+and it knows the layer's gate; elsewhere PyTorch's operators do, expert by expert.
+
+Legend: R rows (tokens sent here), H hidden, F expert width, K experts per token, S sorted (row, choice) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+
+import torch
+from torch import Tensor, nn
+
+from elastic_moe.cluster.errors import UserError
+from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.native.experts import NativeExperts
+from elastic_moe.model.native.linear import Packed
+from elastic_moe.model.transformers_private import apply_gate
+from elastic_moe.model.trunk.linear import Weight, linear, nbytes, pack, unpack
+
+
+class CpuExperts:
+    """A LayerExperts."""
+
+    def __init__(self, module: nn.Module, native: NativeExperts | str = "it was not asked for") -> None:
+        """`module` is the trunk's expert module, empty of weights: it knows layout and gate.
+
+        native: who holds and computes the experts in the native library, or the reason why nobody there does.
+        """
+        self._module = module
+        self._weights: dict[int, dict[str, Weight]] = {}
+        """Experts that PyTorch's operators compute; empty where the native library does."""
+        self.native: NativeExperts | None = native if isinstance(native, NativeExperts) else None
+        self.reason = native if isinstance(native, str) else None
+        """Why the native library does not compute the experts; None where it does."""
+
+    def reserve(self, count: int) -> None: ...
+
+    def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
+        if self.native is not None and not self.native.takes(tensors):
+            self._leave_native("a matrix has an odd number of columns")
+        if borrowed:
+            # packing is a copy already
+            packs = self.native is not None
+            tensors = {name: t if packs and t.dim() == 2 else t.clone() for name, t in tensors.items()}
+        if self.native is not None:
+            self.native.put(expert, tensors)
+            return
+        plain = self._module.is_transposed
+        self._weights[expert] = {
+            name: tensor if plain or tensor.dim() != 2 else pack(tensor) for name, tensor in tensors.items()
+        }
+
+    def _leave_native(self, reason: str) -> None:
+        """All experts of a layer have the same shapes, so this is known when the first one comes."""
+        assert self.native is not None
+        assert not self.native.held()
+        if self.native.bits == 8:
+            raise no_int8(reason)
+        self.native, self.reason = None, reason
+
+    def get(self, expert: int) -> Tensors:
+        if self.native is not None:
+            return self.native.get(expert)
+        return {name: unpack(weight) for name, weight in self._weights[expert].items()}
+
+    def held(self) -> frozenset[int]:
+        return frozenset(self._weights) if self.native is None else self.native.held()
+
+    def keep_only(self, wanted: Set[int]) -> None:
+        for expert in self.held() - wanted:
+            if self.native is not None:
+                self.native.drop(expert)
+            else:
+                del self._weights[expert]
+
+    @property
+    def nbytes(self) -> int:
+        if self.native is not None:
+            return self.native.nbytes
+        return sum(nbytes(weight) for tensors in self._weights.values() for weight in tensors.values())
+
+    def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
+        """Rows are sorted by expert; then all gate-ups, one activation, all downs: as fast as a loop over experts and
+        with fewer operators. Sums are in float32 whatever the dtype.
+        """
+        if self.native is not None:
+            return self.native.forward(x_RH, index_RK, weight_RK)
+        num_choices = index_RK.shape[1]
+        flat = index_RK.reshape(-1)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat + 1).tolist() if flat.numel() else [0]
+        order_S = order[counts[0] :]
+        out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+        if order_S.numel() == 0:
+            return out_RH.to(x_RH.dtype)
+        row_S = order_S.div(num_choices, rounding_mode="floor")
+        groups = [(self._weights[e], n) for e, n in enumerate(counts[1:]) if n]
+        y_SH = _run_experts(self._module, x_RH.index_select(0, row_S), groups)
+        y_SH = y_SH.float() * weight_RK.reshape(-1)[order_S, None].float()
+        return out_RH.index_add_(0, row_S, y_SH).to(x_RH.dtype)
+
+
+def no_int8(reason: str) -> UserError:
+    return UserError(f"expert_dtype: int8 needs the native library: {reason}")
+
+
+def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping[str, Weight], int]]) -> Tensor:
+    """Rows of `x_SH` in consecutive groups, each through its expert."""
+    transposed = bool(module.is_transposed)
+    sizes = [count for _, count in groups]
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+
+    def project(x: Tensor, name: str) -> Tensor:
+        parts = torch.split(x, sizes)
+        return torch.cat([_linear(part, w, name, transposed) for part, (w, _) in zip(parts, groups, strict=True)])
+
+    hidden_SF = project(x_SH, first)
+    hidden_SF = apply_gate(module, hidden_SF) if module.has_gate else module.act_fn(hidden_SF)  # type: ignore[operator]
+    return project(hidden_SF, "down_proj")
+
+
+def _linear(x: Tensor, tensors: Mapping[str, Weight], name: str, transposed: bool) -> Tensor:
+    weight = tensors[name]
+    bias: Tensor | None = tensors.get(f"{name}_bias")  # type: ignore[assignment]  # only matrices are packed
+    if not transposed or isinstance(weight, Packed):
+        return linear(x, weight, bias)
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)

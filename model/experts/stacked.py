@@ -1,0 +1,187 @@
+"""The experts of one layer in slots of stacked tensors, computed by one grouped product: for GPUs.
+
+Rows are sorted and counted on the device, so that the host never waits. A copy that comes while steps run lies beside
+the stacks, in tensors of its own; `keep_only`, which runs between two steps, writes it into a slot that has become
+free. So a slot that a step may read is never written, and no spare slots are needed. Where the number of experts
+changes, the layer's stacks are made anew, one parameter at a time.
+
+All threads use the device's default stream: what is launched earlier is done earlier, whichever thread launched it.
+
+Legend: R rows (tokens sent here), H hidden, F expert width, K experts per token, N = R*K (row, choice) pairs,
+S slots, E logical experts, X = E + 1.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Set
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.staging import to_device
+from elastic_moe.model.transformers_private import apply_gate
+
+_FREE = -1
+_ALIGNED = 16
+"""Bytes that the rows of a grouped product's matrices must be a multiple of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slots:
+    """What a step reads. Never changed, but for slots that hold nothing."""
+
+    stacks: Tensors = field(default_factory=dict)
+    """[S, ...] by parameter name."""
+    experts: tuple[int, ...] = ()
+    """[S] logical expert in each slot, or _FREE."""
+    slot_X: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Slot of each logical expert, S where it has none; the last is that of ABSENT."""
+    number_S: Tensor = field(default_factory=lambda: torch.empty(0))
+    """0, 1, ... S - 1."""
+
+
+class StackedExperts:
+    """A LayerExperts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """`module` is the trunk's expert module, empty of weights: it knows layout and gate."""
+        self._module = module
+        self._lock = threading.Lock()
+        self._slots = _Slots()
+        self._beside: dict[int, Tensors] = {}
+
+    def reserve(self, count: int) -> None:
+        with self._lock:
+            assert not self._slots.stacks, "only an empty layer can be told how many experts come"
+            self._slots = _Slots(experts=(_FREE,) * count)
+
+    def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
+        if borrowed:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        with self._lock:
+            slots = self._slots
+            if expert in slots.experts:
+                return
+            if _FREE not in slots.experts:
+                self._beside[expert] = tensors
+                return
+            stacks = slots.stacks or {
+                name: tensor.new_empty(len(slots.experts), *tensor.shape) for name, tensor in tensors.items()
+            }
+            self._slots = self._fill(stacks, slots.experts, {expert: tensors})
+
+    def get(self, expert: int) -> Tensors:
+        with self._lock:
+            if expert in self._beside:
+                return self._beside[expert]
+            if expert not in self._slots.experts:
+                raise KeyError(expert)
+            slot = self._slots.experts.index(expert)
+            # copies, since the slot may get another expert before they are read
+            return {name: stack[slot].clone() for name, stack in self._slots.stacks.items()}
+
+    def held(self) -> frozenset[int]:
+        with self._lock:
+            return frozenset(self._slots.experts).union(self._beside) - {_FREE}
+
+    def keep_only(self, wanted: Set[int]) -> None:
+        with self._lock:
+            beside = {expert: tensors for expert, tensors in self._beside.items() if expert in wanted}
+            experts = tuple(expert if expert in wanted else _FREE for expert in self._slots.experts)
+            kept = [slot for slot, expert in enumerate(experts) if expert != _FREE]
+            self._beside = {}
+            stacks = self._slots.stacks
+            if len(kept) == len(experts) and not beside:
+                return
+            if not stacks and not beside:
+                self._slots = _Slots()
+                return
+            if len(kept) + len(beside) != len(experts):
+                stacks = self._resize(kept, beside)
+                experts = tuple(experts[slot] for slot in kept) + (_FREE,) * len(beside)
+            self._slots = self._fill(stacks, experts, beside)
+
+    def _resize(self, kept: list[int], beside: dict[int, Tensors]) -> Tensors:
+        """Stacks of the kept slots, and of as many free ones as experts lie beside."""
+        old = self._slots.stacks or {name: t.new_empty(0, *t.shape) for name, t in next(iter(beside.values())).items()}
+        new: Tensors = {}
+        for name, stack in old.items():
+            new[name] = stack.new_empty(len(kept) + len(beside), *stack.shape[1:])
+            for slot, kept_slot in enumerate(kept):
+                new[name][slot].copy_(stack[kept_slot])
+        return new
+
+    def _fill(self, stacks: Tensors, experts: tuple[int, ...], new: dict[int, Tensors]) -> _Slots:
+        """The slots once `new` have been written into free ones."""
+        filled = list(experts)
+        for expert, tensors in new.items():
+            slot = filled.index(_FREE)
+            filled[slot] = expert
+            for name, tensor in tensors.items():
+                stacks[name][slot].copy_(tensor)
+        size = len(filled)
+        slot_X = np.full(self._module.num_experts + 1, size, dtype=np.int64)  # type: ignore[operator]
+        for slot, expert in enumerate(filled):
+            if expert != _FREE:
+                slot_X[expert] = slot
+        device = next(iter(stacks.values())).device if stacks else torch.device("cpu")
+        table, number = to_device([slot_X, np.arange(size)], device)
+        return _Slots(stacks=stacks, experts=tuple(filled), slot_X=table, number_S=number)
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return sum(t.nbytes for tensors in (self._slots.stacks, *self._beside.values()) for t in tensors.values())
+
+    def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
+        """A row's sum is in the order of its choices and in float32, whatever the dtype."""
+        slots = self._slots
+        size, (rows, choices) = len(slots.experts), index_RK.shape
+        if not slots.stacks or not rows or not size:
+            return torch.zeros_like(x_RH)
+        slot_N = slots.slot_X[index_RK.reshape(-1).long()]
+        sorted_N, order_N = slot_N.sort(stable=True)
+        end_S = torch.searchsorted(sorted_N, slots.number_S, right=True, out_int32=True)
+        x_NH = x_RH.index_select(0, order_N.div(choices, rounding_mode="floor"))
+        y_NH = self._run(slots.stacks, x_NH, sorted_N.clamp(max=size - 1), end_S)
+        place_N = torch.empty_like(order_N)
+        place_N[order_N] = torch.arange(rows * choices, device=order_N.device)
+        y_RKH = y_NH.index_select(0, place_N).view(rows, choices, -1).float()
+        y_RKH = y_RKH * weight_RK[..., None].float()
+        # rows past the last slot were not computed: whatever was in memory is there, numbers or not
+        return y_RKH.masked_fill_((slot_N == size).view(rows, choices, 1), 0.0).sum(1).to(x_RH.dtype)
+
+    def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor, end_S: Tensor) -> Tensor:
+        """Rows that are sorted by slot, each through its expert."""
+        module = self._module
+
+        def project(x: Tensor, name: str) -> Tensor:
+            weight = stacks[name] if module.is_transposed else stacks[name].transpose(1, 2)
+            y, bias = grouped_product(x, weight, end_S), stacks.get(f"{name}_bias")
+            return y if bias is None else y + bias[slot_N]
+
+        hidden_NF = project(x_NH, "gate_up_proj" if module.has_gate else "up_proj")
+        gated_NF = apply_gate(module, hidden_NF) if module.has_gate else module.act_fn(hidden_NF)  # type: ignore[operator]
+        return project(gated_NF, "down_proj")
+
+
+def grouped_product(x_NI: Tensor, weight_SIO: Tensor, end_S: Tensor) -> Tensor:
+    """[N, O]: rows before end_S[0] times the first matrix, those before end_S[1] times the second, and so on.
+
+    Rows past the last end are left as they are in memory. In bfloat16 on Hopper and later it is one kernel; in other
+    dtypes and on older GPUs PyTorch multiplies slot by slot, for which the host reads the ends.
+    """
+    itemsize = x_NI.dtype.itemsize
+    if all(size * itemsize % _ALIGNED == 0 for size in weight_SIO.shape[1:]):
+        return F.grouped_mm(x_NI, weight_SIO, offs=end_S)
+    y_NO = x_NI.new_empty(len(x_NI), weight_SIO.shape[2])
+    begin = 0
+    for slot, end in enumerate(end_S.tolist()):
+        torch.matmul(x_NI[begin:end], weight_SIO[slot], out=y_NO[begin:end])
+        begin = end
+    return y_NO

@@ -1,0 +1,200 @@
+"""Decoder layers whose attention half is one native call, with their own feed-forward half behind it.
+
+A layer is recognised by trying: what its parts seem to be is put together, and the result must be the layer's own, bit
+for bit, on random input. What is not recognised stays transformers' own. Where every layer of a trunk is recognised,
+model/fitting/whole_stack.py joins them further.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_moe.cluster.fit import CodePath, FitNotes, Part
+from elastic_moe.model.experts.store import attach
+from elastic_moe.model.fitting.small_ops import OTHERWISE
+from elastic_moe.model.native.attention import TILE, NativeBatch, refusal
+from elastic_moe.model.native.block import AttentionBlock, Matrix, Norm
+from elastic_moe.model.native.linear import Packed
+from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, Window, current_batch, step_context
+from elastic_moe.model.trunk.attention_path import AttentionPath, KVShape
+from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.linear import PackedLinear
+
+
+class FittedLayer:
+    """A decoder layer's forward."""
+
+    def __init__(
+        self, original: Callable[..., Any], block: AttentionBlock, feed_forward: nn.Module, attention_layer: int
+    ) -> None:
+        self.block = block
+        self.feed_forward = feed_forward
+        self.attention_layer = attention_layer
+        self._original = original
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        batch: Any = current_batch()
+        mask: Any = kwargs.get("attention_mask")
+        embeddings: Any = kwargs.get("position_embeddings")
+        if args or not native_input(batch, hidden_states, mask, embeddings, self.block.head_size):
+            return self._original(hidden_states, *args, **kwargs)
+        cosines, sines = embeddings
+        sum_TH, normed_TH = self.block(
+            batch.fused,
+            batch.cache.stores(self.attention_layer),
+            hidden_states[0],
+            cosines[0],
+            sines[0],
+            mask.size,
+        )
+        return sum_TH + self.feed_forward(normed_TH[None])
+
+
+def decoder_layers(trunk: nn.Module) -> list[nn.Module]:
+    """The trunk's decoder layers, by the name that families share for their attention."""
+    return [module for module in trunk.modules() if isinstance(getattr(module, "self_attn", None), nn.Module)]
+
+
+def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module], notes: FitNotes) -> list[nn.Module]:
+    """Join the attention halves that are recognised in a trunk that `fit_trunk` has been through.
+
+    Returns the layers that were joined: their `forward` is a FittedLayer now. `notes` get every decoder layer.
+    `experts` are the trunk's expert modules: their forward is replaced by a probe, so call `attach` again afterwards.
+    """
+    attach(experts, lambda layer, hidden, index, weight: hidden * weight.sum(-1, keepdim=True).to(hidden.dtype))
+    found = []
+    with torch.inference_mode():
+        for layer in decoder_layers(trunk):
+            fitted = _fitted(lib, layer)
+            if isinstance(fitted, FittedLayer):
+                fitted = _tried(lib, layer, fitted)
+            if isinstance(fitted, FittedLayer):
+                layer.forward = fitted
+                found.append(layer)
+                notes.add(Part.ATTENTION_HALF, type(layer).__name__, CodePath.JOINED)
+            else:
+                notes.add(Part.ATTENTION_HALF, type(layer).__name__, CodePath.TRANSFORMERS, fitted)
+    return found
+
+
+def native_input(batch: Any, hidden: Tensor, mask: Any, embeddings: Any, head_size: int) -> bool:
+    """Whether native functions take what a trunk hands to a layer in a step."""
+    if not isinstance(batch, StepBatch) or not isinstance(batch.fused, NativeBatch):
+        return False
+    if not isinstance(mask, Window) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
+        return False
+    rows = (1, hidden.shape[1], head_size)
+    return (
+        hidden.dtype == torch.bfloat16
+        and hidden.is_contiguous()
+        and all(t.shape == rows and t.dtype == torch.bfloat16 and t.is_contiguous() for t in embeddings)
+    )
+
+
+def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
+    """The layer's forward as it may be, if it is made of the parts that most families have, by the names they share.
+
+    Otherwise the reason why it is not.
+    """
+    attention = getattr(layer, "self_attn", None)
+    before, after = (getattr(layer, f"{name}_layernorm", None) for name in ("input", "post_attention"))
+    others = [child for child in layer.children() if child not in (attention, before, after)]
+    if not isinstance(attention, nn.Module) or before is None or after is None:
+        return "it lacks one of self_attn, input_layernorm and post_attention_layernorm"
+    if len(others) != 1:
+        return f"beside attention and two norms it has {len(others)} parts, where one feed-forward half is expected"
+    matrices = {name: _matrix(getattr(attention, f"{name[0]}_proj", None)) for name in ("query", "key", "value", "out")}
+    norms = {name: _norm(module) for name, module in (("before", before), ("after", after))}
+    if missing := [name for name, matrix in matrices.items() if matrix is None]:
+        return f"its attention has no packed matrix for {', '.join(missing)}"
+    if missing := [name for name, norm in norms.items() if norm is None]:
+        return f"its norm {' and '.join(missing)} attention is not native"
+    try:
+        block = AttentionBlock(
+            lib,
+            head_size=int(attention.head_dim),  # type: ignore[arg-type]
+            scale=float(attention.scaling),  # type: ignore[arg-type]
+            query_norm=_norm(getattr(attention, "q_norm", None)),
+            key_norm=_norm(getattr(attention, "k_norm", None)),
+            **matrices,  # type: ignore[arg-type]
+            **norms,  # type: ignore[arg-type]
+        )
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:  # made of other parts after all
+        return f"its attention is made of other parts: {error}"
+    return FittedLayer(layer.forward, block, others[0], int(attention.layer_idx))  # type: ignore[arg-type]
+
+
+def _matrix(module: Any) -> Matrix | None:
+    if not isinstance(module, PackedLinear) or not isinstance(module.packed, Packed):
+        return None
+    return Matrix(packed=module.packed, bias=module.bias)
+
+
+def _norm(module: Any) -> Norm | None:
+    forward = getattr(module, "forward", None)
+    return forward if isinstance(forward, Norm) else None
+
+
+def _tried(lib: ctypes.CDLL, layer: nn.Module, fitted: FittedLayer) -> FittedLayer | str:
+    """The layer's forward once it has been found to agree with the layer; otherwise the reason why it is not taken."""
+    try:
+        agrees = _same(lib, layer, fitted)
+    except OTHERWISE as error:
+        return f"a trial call with the usual arguments failed with {type(error).__name__}"
+    return fitted if agrees else "it does not just add attention to its input, or attends in another way"
+
+
+def _same(lib: ctypes.CDLL, layer: nn.Module, fitted: Callable[..., Any]) -> bool:
+    """Whether a layer and what may stand for it agree: on a prompt, the token after it, with and without a window."""
+    attention: Any = layer.self_attn
+    hidden_size = attention.q_proj.packed.depth
+    heads = attention.k_proj.packed.columns // attention.head_dim
+    shape = KVShape(num_heads=heads, key_size=attention.head_dim, value_size=attention.v_proj.packed.columns // heads)
+    if refusal(block_size=TILE, key_size=shape.key_size, value_size=shape.value_size) is not None:
+        return False
+    path = AttentionPath(lib=lib)
+    generator = torch.Generator().manual_seed(0)
+    cpu = torch.device("cpu")
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).bfloat16()
+
+    for size in (None, 3):
+        caches = [
+            KVCache(
+                {attention.layer_idx: shape},
+                num_blocks=1,
+                block_size=TILE,
+                dtype=torch.bfloat16,
+                device=cpu,
+                path=path,
+            )
+            for _ in range(2)
+        ]
+        for first, last in itertools.pairwise((0, 5, 6)):
+            piece = SequenceSlice(token_ids=[0] * (last - first), start=first, block_ids=[0], prompt_length=5)
+            tokens = last - first
+            hidden = random(1, tokens, hidden_size)
+            embeddings = random(1, tokens, attention.head_dim), random(1, tokens, attention.head_dim)
+            outputs = []
+            for forward, cache in zip((layer.forward, fitted), caches, strict=True):
+                with step_context(StepBatch.build([piece], cache, cpu)):
+                    outputs.append(
+                        forward(
+                            hidden.clone(),
+                            attention_mask=Window(size),
+                            position_ids=torch.arange(first, last)[None],
+                            position_embeddings=embeddings,
+                            past_key_values=None,
+                            use_cache=False,
+                        )
+                    )
+            if not all(isinstance(out, Tensor) for out in outputs) or not torch.equal(*outputs):
+                return False
+    return True

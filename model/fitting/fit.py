@@ -1,0 +1,172 @@
+"""Which code serves a model on this machine: every choice of a path is made here, in `fit`.
+
+    part             the paths, fastest first
+    layers           all in one native call (layer_runs.py); one after another
+    attention half   of a layer, in one native call (native_layers.py); module by module
+    attention        native (native/attention.py), FlashAttention (flash.py), matrix products (attention.py)
+    router, norms,   native where a module is recognised by what it computes (native/trunk.py), transformers' own
+    rotary
+    linears          native panels, oneDNN's layout, plain matrices (linear.py)
+    experts          native or PyTorch, expert by expert (cpu_experts.py); on GPUs stacked (stacked_experts.py)
+    exchange         native (native/exchange.py), PyTorch's operators around a transport (dispatch.py)
+
+Each path computes the same. Whoever tries a path returns it, or a sentence that says why it cannot be taken: these make
+up the FitReport (cluster/fit.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
+from elastic_moe.model.experts.cpu import CpuExperts, no_int8
+from elastic_moe.model.experts.interface import LayerExperts
+from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
+from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
+from elastic_moe.model.fitting.small_ops import fit_trunk
+from elastic_moe.model.fitting.whole_stack import join_layers
+from elastic_moe.model.native import attention as native_attention
+from elastic_moe.model.native import library, unavailable
+from elastic_moe.model.native.experts import NativeExperts, find_gate
+from elastic_moe.model.native.refusals import native_refusal
+from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, Way
+from elastic_moe.model.trunk.flash import find_way
+from elastic_moe.model.trunk.linear import pack_linears
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A trunk in the form in which this machine runs it fastest, and who serves what is not the trunk's."""
+
+    packed_bytes: int
+    """Of the trunk's packed weights."""
+    shapes: TrunkShapes
+    attention: AttentionPath
+    experts: list[LayerExperts]
+    """[L] who holds and computes the experts of each MoE layer; they hold none yet."""
+    rows: tuple[PartFit, ...]
+    """What was found about the trunk and attention."""
+
+    def exchange_refusal(self) -> str | None:
+        """Why this worker cannot exchange tokens natively; None where it can. To be asked once experts are held."""
+        if not all(isinstance(layer, CpuExperts) and layer.native is not None for layer in self.experts):
+            return "the experts are not native"
+        return None if len(set(self.shapes.layers)) == 1 else "the MoE layers differ in their shapes"
+
+    def report(self) -> FitReport:
+        """Which path serves each part. To be asked once experts are held: their sizes may turn out not to fit."""
+        refusal = self.exchange_refusal()
+        notes = FitNotes(self.rows if refusal is None else map(_apart, self.rows))
+        for layer in self.experts:
+            notes.add(Part.EXPERTS, "MoE layers", *experts_path(layer))
+        notes.add(Part.EXCHANGE, "workers of a node", CodePath.TORCH if refusal else CodePath.NATIVE, refusal)
+        return FitReport(rows=notes.rows())
+
+
+def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8: bool = False) -> Fit:
+    """Choose who serves a trunk and its experts; pack the trunk's matrices and join its small operators, in place.
+
+    `experts` are its expert modules, empty of weights; call `attach` for them afterwards. block_size: tokens of a block
+    of the KV cache. Raises UserError where int8 is asked for and is not to be had.
+    """
+    notes = FitNotes()
+    like = next(trunk.parameters())
+    shapes = probe_shapes(trunk, experts)
+    attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
+    _note_attention(shapes, attention, apart, notes)
+    packed_bytes = pack_linears(trunk, notes)
+    refusal = native_refusal(like.dtype, like.device)
+    if refusal is None and (lib := library()) is not None:
+        packed_bytes += fit_trunk(lib, trunk, notes)
+    if attention.lib is not None:
+        joined = fit_layers(attention.lib, trunk, experts, notes)
+        apart = join_layers(trunk, joined, experts)
+    else:
+        apart = refusal or f"attention is not native: {apart}"
+    _note_trunk(trunk, len(experts), refusal, apart, notes)
+    layers = [layer_experts(module, int8=int8) for module in experts]
+    return Fit(packed_bytes=packed_bytes, shapes=shapes, attention=attention, experts=layers, rows=notes.rows())
+
+
+def attention_path(
+    shapes: Mapping[int, KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int
+) -> tuple[AttentionPath, str | None]:
+    """Who attends over caches of these shapes, the same for all of them; and why nobody faster does."""
+    refusal = native_refusal(dtype, device)
+    for s in set(shapes.values()):
+        refusal = refusal or native_attention.refusal(
+            block_size=block_size, key_size=s.key_size, value_size=s.value_size
+        )
+    if refusal is None:
+        return AttentionPath(lib=library()), None
+    way = find_way(shapes.values(), dtype=dtype, device=device, block_size=block_size)
+    if isinstance(way, Way):
+        return AttentionPath(way=way), None
+    return MATMUL, refusal if device.type == "cpu" else way
+
+
+def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
+    """Who holds and computes a layer's experts. `module` is the trunk's expert module, empty of weights.
+
+    int8: keep weights in 8 bits (model/int8.py). Raises UserError where they are not to be had.
+    """
+    like = next(itertools.chain(module.parameters(), module.buffers()))
+    if like.device.type != "cpu":
+        if int8:
+            raise no_int8("it is for CPUs")
+        return StackedExperts(module)
+    refusal = native_refusal(like.dtype, like.device)
+    lib = library() if refusal is None else None
+    gate = None if lib is None else find_gate(module)
+    if lib is not None and gate is not None:
+        return CpuExperts(module, NativeExperts(lib, module, gate, bits=8 if int8 else 16))
+    if int8:
+        raise no_int8(unavailable() or "it is for bfloat16 on CPU, and for gates that it knows")
+    return CpuExperts(module, refusal or "no known gate gives the values of theirs")
+
+
+# --- What is told of it -----------------------------------------------------------------------------------------------
+
+
+def _note_attention(shapes: TrunkShapes, attention: AttentionPath, reason: str | None, notes: FitNotes) -> None:
+    path = CodePath.TORCH if attention.way is None else CodePath.FLASH
+    if attention.lib is not None:
+        path = CodePath.NATIVE
+    for shape in shapes.kv.values():
+        notes.add(Part.ATTENTION, f"{shape.num_heads} key heads of {shape.key_size}+{shape.value_size}", path, reason)
+
+
+def _note_trunk(trunk: nn.Module, moe_layers: int, refusal: str | None, apart: str | None, notes: FitNotes) -> None:
+    """refusal: why nothing of the trunk is native; apart: why the layers are not one call. None: they are."""
+    if refusal is not None:
+        for part in (Part.ROUTER, Part.NORMS, Part.ROTARY):
+            notes.add(part, "all", CodePath.TRANSFORMERS, refusal)
+    elif (others := moe_layers - notes.count(Part.ROUTER)) > 0:
+        why = "no module chooses experts by a matrix of its own"
+        notes.add(Part.ROUTER, "others", CodePath.TRANSFORMERS, why, count=others)
+    halves_noted = notes.count(Part.ATTENTION_HALF) > 0
+    for layer in decoder_layers(trunk):
+        kind = type(layer).__name__
+        notes.add(Part.LAYERS, kind, CodePath.TRANSFORMERS if apart else CodePath.JOINED, apart)
+        if not halves_noted:
+            notes.add(Part.ATTENTION_HALF, kind, CodePath.TRANSFORMERS, apart)
+
+
+def _apart(row: PartFit) -> PartFit:
+    """The row where experts are not native: layers that were joined run one after another then."""
+    if row.path is not CodePath.JOINED or row.part is not Part.LAYERS:
+        return row
+    return replace(row, path=CodePath.TRANSFORMERS, reason="the experts are not native")
+
+
+def experts_path(layer: LayerExperts) -> tuple[CodePath, str | None]:
+    """Which code computes a layer's experts, and why no faster code does."""
+    if isinstance(layer, CpuExperts):
+        return (CodePath.NATIVE if layer.native is not None else CodePath.TORCH), layer.reason
+    return CodePath.STACKED, None

@@ -1,0 +1,44 @@
+"""Learns the shapes of a trunk's layers from one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from elastic_moe.model.exchange.dispatch import LayerShape
+from elastic_moe.model.experts.store import attach
+from elastic_moe.model.trunk.attention import ShapeProbe, step_context
+from elastic_moe.model.trunk.attention_path import KVShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkShapes:
+    """What a cache, an exchange and an empty step must know of a trunk."""
+
+    kv: dict[int, KVShape]
+    """By attention layer, in order."""
+    layers: tuple[LayerShape, ...]
+    """[L] of the MoE layers."""
+
+
+@torch.inference_mode()
+def probe_shapes(trunk: nn.Module, experts: Sequence[nn.Module]) -> TrunkShapes:
+    """Run one token through the trunk. Its expert modules are attached to nobody afterwards."""
+    shapes: dict[int, LayerShape] = {}
+
+    def record(layer: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        shapes[layer] = LayerShape(hidden=hidden.shape[-1], top_k=index.shape[-1], dtype=hidden.dtype)
+        return torch.zeros_like(hidden)
+
+    attach(experts, record)
+    probe = ShapeProbe()
+    device = next(trunk.parameters()).device
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    with step_context(probe):
+        trunk(input_ids=token, position_ids=token, attention_mask=token == 0, use_cache=False)
+    return TrunkShapes(
+        kv=dict(sorted(probe.shapes.items())), layers=tuple(shapes[layer] for layer in range(len(experts)))
+    )

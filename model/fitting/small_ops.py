@@ -1,0 +1,216 @@
+"""The trunk's small operators in the native library: transformers computes each with several of torch's.
+
+What a module computes is found by trying it on random input, not by its name: families write the same thing in many
+ways, and a list would age. What is not recognised stays as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_moe.cluster.fit import CodePath, FitNotes, Part
+from elastic_moe.model.native.block import Norm
+from elastic_moe.model.native.linear import Packed, can_pack, linear, pack
+from elastic_moe.model.native.router import Router
+from elastic_moe.model.torch_private import plain_tensors
+from elastic_moe.model.transformers_private import replace_rotary_function, rotary_function
+
+OTHERWISE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What a module raises that is tried and wants to be called otherwise."""
+
+
+def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module, notes: FitNotes) -> int:
+    """Give what is recognised in a trunk, which computes in bfloat16 on CPU, its native form.
+
+    Returns the bytes of packed weights. `notes` get every norm, router and rotary embedding, recognised or not.
+    """
+    packed_bytes = 0
+    for module in trunk.modules():
+        _fit_norm(lib, module, notes)
+        packed_bytes += _pack_routers(lib, module, notes)
+    for name in sorted({type(module).__module__ for module in trunk.modules()}):
+        _fit_rotary(lib, sys.modules[name], notes)
+    return packed_bytes
+
+
+# --- Norms ------------------------------------------------------------------------------------------------------------
+
+
+def _fit_norm(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> None:
+    found = _native_norm(lib, module)
+    kind = type(module).__name__
+    if isinstance(found, Norm):
+        module.forward = found
+        notes.add(Part.NORMS, kind, CodePath.NATIVE)
+    elif "norm" in kind.lower():
+        # the name decides what is told of it, not what is done with it
+        notes.add(Part.NORMS, kind, CodePath.TRANSFORMERS, found)
+
+
+def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | str:
+    """The module's forward as one call, where it is a root mean square normalisation over the last dimension.
+
+    Otherwise the reason why it is not taken for one.
+    """
+    parameters = list(module.parameters())
+    if len(parameters) != 1 or parameters[0].dim() != 1 or list(module.children()):
+        return "it has other parameters than one vector"
+    weight = parameters[0].detach()
+    if len(inspect.signature(module.forward).parameters) != 1 or weight.device.type != "cpu":
+        return "it takes other arguments than rows"
+    probe = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 8)[:, None]
+    probe = probe.bfloat16()
+    try:
+        expected = module(probe)
+    except (RuntimeError, TypeError, ValueError) as error:  # it wants something else than rows
+        return f"a trial call failed with {type(error).__name__}"
+    if not isinstance(expected, Tensor) or expected.dtype != torch.bfloat16 or expected.shape != probe.shape:
+        return "it does not make bfloat16 rows of bfloat16 rows"
+    constants = [float(v) for v in vars(module).values() if isinstance(v, float)]
+    factors = (weight.float(), 1 + weight.float())
+    for factor, epsilon, rounds in itertools.product(factors, constants, (True, False)):
+        if torch.equal(_rms_norm(probe, factor, epsilon, rounds), expected):
+            return Norm(lib=lib, weight=factor.contiguous(), epsilon=epsilon, rounds=rounds)
+    return "no formula of a root mean square normalisation gives its values"
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, rounds: bool) -> Tensor:
+    """As `emoe_rms_norm`, by torch's operators."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return ((wide.bfloat16().float() if rounds else wide) * weight).bfloat16()
+
+
+# --- Routers ----------------------------------------------------------------------------------------------------------
+
+
+class _RouterWeight(nn.Parameter):
+    """A matrix that modules multiply by themselves, with F.linear; then its packed form is used."""
+
+    packed: Packed
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and not kwargs:
+            x, weight, bias = args if len(args) == 3 else (*args, None)
+            if isinstance(weight, cls) and x.dtype == torch.bfloat16:
+                return linear(x, weight.packed, bias)
+        with plain_tensors():
+            return func(*args, **(kwargs or {}))
+
+
+def _pack_routers(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> int:
+    """Pack the matrix of a module that is neither a linear layer nor an embedding, for its own use of F.linear."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or isinstance(module, nn.Linear | nn.Embedding) or not can_pack(weight):
+        return 0
+    router = _RouterWeight(weight.detach(), requires_grad=False)
+    router.packed = pack(lib, weight.detach())
+    module.weight = router
+    found = _native_router(lib, module, router.packed)
+    if isinstance(found, Router):
+        module.forward = found
+        notes.add(Part.ROUTER, type(module).__name__, CodePath.NATIVE)
+    else:
+        notes.add(Part.ROUTER, type(module).__name__, CodePath.PACKED, found)
+    return router.packed.nbytes
+
+
+def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> Router | str:
+    """The module's forward as one call, where it is a router of the usual kind; otherwise the reason why it is not."""
+    generator = torch.Generator().manual_seed(0)
+    # of moderate size, so that no probability of interest is zero
+    probe = torch.randn(64, packed.depth, generator=generator) / packed.depth**0.5
+    try:
+        expected = module(probe.bfloat16())
+    except OTHERWISE as error:
+        return f"it takes other arguments than rows: a trial call failed with {type(error).__name__}"
+    if not isinstance(expected, tuple) or len(expected) != 3 or not all(isinstance(t, Tensor) for t in expected):
+        return "it does not return logits, scores and choices"
+    logits, scores, index = expected
+    if scores.shape != index.shape or index.dtype != torch.int64 or not 0 < index.shape[-1] <= packed.columns:
+        return "it does not return a score for each of a fixed number of choices"
+    for normalises in (True, False):
+        router = Router(lib=lib, packed=packed, top_k=index.shape[-1], normalises=normalises, dtype=scores.dtype)
+        got = router(probe.bfloat16())
+        # which of two experts with equal logits comes first is nobody's promise
+        same = torch.equal(got[0], logits) and torch.equal(logits.gather(1, got[2]), logits.gather(1, index))
+        if same and got[1].shape == scores.shape and torch.allclose(got[1].float(), scores.float(), rtol=2**-7):
+            return router
+    return "it does not choose the largest of a softmax over all experts"
+
+
+# --- Rotary embedding -------------------------------------------------------------------------------------------------
+
+
+def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
+    """Replace a modelling file's function by one that gives the same bits in one call for each tensor."""
+    original = rotary_function(module)
+    if original is None:
+        return
+    file = module.__name__.rpartition(".")[2]
+    replaced = hasattr(original, "emoe_original")
+    if not replaced and not _turns_halves(original):
+        notes.add(Part.ROTARY, file, CodePath.TRANSFORMERS, "it does not turn halves of a head against each other")
+        return
+    notes.add(Part.ROTARY, file, CodePath.NATIVE)
+    if replaced:
+        return
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not all(_fits(x, cos, sin) for x in (q, k)):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return _rotate(lib, q, cos, sin), _rotate(lib, k, cos, sin)
+
+    apply_rotary_pos_emb.emoe_original = original  # type: ignore[attr-defined]
+    replace_rotary_function(module, apply_rotary_pos_emb)
+
+
+def _turns_halves(function: Callable[..., Any]) -> bool:
+    """Whether it is x * cos + (-second half, first half) * sin."""
+    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8))
+    )
+    try:
+        got = function(q, k, cos, sin)
+    except RuntimeError:  # its cosines have another shape
+        return False
+    for x, out in zip((q, k), got, strict=True):
+        first, second = x.chunk(2, -1)
+        if not torch.equal(x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None], out):
+            return False
+    return True
+
+
+def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """[1, heads, T, size] with cosines and sines [1, T, size], all bfloat16 on CPU."""
+    return (
+        x.dtype == cos.dtype == sin.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.shape[0] == 1
+        and x.stride(3) == 1
+        and cos.shape == sin.shape == (1, x.shape[2], x.shape[3])
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )
+
+
+def _rotate(lib: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    _, heads, tokens, size = x.shape
+    out = torch.empty(1, tokens, heads, size, dtype=torch.bfloat16)
+    strides = x.stride(1), x.stride(2)
+    lib.emoe_rotate(x.data_ptr(), *strides, tokens, heads, size, cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+    return out.transpose(1, 2)

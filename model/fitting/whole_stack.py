@@ -1,0 +1,170 @@
+"""All decoder layers of a trunk as one, whose forward is one native call a step.
+
+As everywhere, what a trunk computes is found by trying: that a layer's feed-forward half is a router and experts and
+nothing else, and that the trunk hands every layer what the one before has made, and beside it the same to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_moe.model.experts.store import attach
+from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers, native_input
+from elastic_moe.model.fitting.small_ops import OTHERWISE
+from elastic_moe.model.native.layers import JointLayer, JointLayers
+from elastic_moe.model.native.router import Router
+from elastic_moe.model.trunk.attention import ShapeProbe, current_batch, step_context
+
+_WHAT_LAYERS_SHARE = ("attention_mask", "position_embeddings")
+
+
+def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence[nn.Module]) -> str | None:
+    """Put one module in the place of all `layers` of a trunk that `fit_layers` has recognised.
+
+    Returns None where it is done, otherwise the reason why not; the trunk is unchanged then. `experts` are the trunk's
+    expert modules: their forward is replaced by a probe, so call `attach` again afterwards.
+    """
+    count = len(decoder_layers(trunk))
+    if len(layers) < count:
+        return f"the attention half of {count - len(layers)} of {count} layers is not joined"
+    if len(layers) != len(experts):
+        return f"{count - len(experts)} of {count} layers are dense"
+    lists = [
+        (parent, name)
+        for parent in trunk.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and list(child) == list(layers)
+    ]
+    if len(lists) != 1:
+        return "the layers are not one list of two or more"
+    [(parent, name)] = lists
+    with torch.inference_mode():
+        parts = []
+        for number, layer in enumerate(layers):
+            part = _joint_layer(layer, experts, number)
+            if isinstance(part, str):
+                return part
+            parts.append(part)
+        if len({(p.router.top_k, p.block.head_size) for p in parts}) > 1:
+            return "the layers differ in experts per token or in their heads' size"
+        if not _one_after_another(trunk, parent, name, len(layers)):
+            return "the trunk does more between its layers than hand on what the one before has made"
+    setattr(parent, name, nn.ModuleList([_LayerRun(layers, JointLayers(parts))]))
+    return None
+
+
+class _LayerRun(nn.Module):
+    """Its layers, one after the other."""
+
+    def __init__(self, layers: Sequence[nn.Module], joint: JointLayers) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._joint = joint
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        batch: Any = current_batch()
+        mask: Any = kwargs.get("attention_mask")
+        embeddings: Any = kwargs.get("position_embeddings")
+        dispatcher = getattr(batch, "dispatcher", None)
+        if (
+            dispatcher is None
+            or dispatcher.joint is None
+            or not native_input(batch, hidden_states, mask, embeddings, self._joint.head_size)
+        ):
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, **kwargs)
+            return hidden_states
+        out_TH, index_LTK = self._joint(
+            batch.fused,
+            batch.cache,
+            dispatcher.joint,
+            hidden_states[0],
+            embeddings[0][0],
+            embeddings[1][0],
+            mask.size,
+            dispatcher.threads,
+        )
+        dispatcher.note(index_LTK)
+        return out_TH[None]
+
+
+def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) -> JointLayer | str:
+    """The layer's parts, if it has no others; otherwise the reason why it is not made of them."""
+    fitted: Any = layer.forward
+    assert isinstance(fitted, FittedLayer)
+    feed_forward = fitted.feed_forward
+    routers = [module.forward for module in feed_forward.modules() if isinstance(module.forward, Router)]
+    if len(routers) != 1 or experts[number] not in list(feed_forward.modules()):
+        return "a feed-forward half has no native router"
+    router = routers[0]
+
+    def probe(n: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        # tells layers, experts and their shares apart
+        return hidden * ((index + 1) * weight).sum(-1, keepdim=True).to(hidden.dtype) + n
+
+    attach(experts, probe)
+    x_TH = torch.randn(6, router.packed.depth, generator=torch.Generator().manual_seed(0)).bfloat16()
+    _, scores, index = router(x_TH)
+    try:
+        got = feed_forward(x_TH[None])
+    except OTHERWISE as error:
+        return f"a trial call of a feed-forward half failed with {type(error).__name__}"
+    expected = probe(number, x_TH, index, scores)[None]
+    if not isinstance(got, Tensor) or got.shape != expected.shape or not torch.equal(got, expected):
+        return "a feed-forward half computes more than a router and experts, such as a shared expert"
+    return JointLayer(block=fitted.block, router=router, attention_layer=fitted.attention_layer)
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: notes what it is handed, returns what is like no other's."""
+
+    def __init__(self, number: int, calls: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
+        super().__init__()
+        self._number = number
+        self._calls = calls
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(self._number)
+        out = torch.randn(hidden_states.shape, generator=generator).to(hidden_states.dtype)
+        self._calls.append((hidden_states, {name: kwargs.get(name) for name in _WHAT_LAYERS_SHARE}, out))
+        return out
+
+
+def _one_after_another(trunk: nn.Module, parent: nn.Module, name: str, count: int) -> bool:
+    """Whether one module that computes what `count` layers do can stand for them."""
+    original = getattr(parent, name)
+    logits = []
+    try:
+        for numbers in (range(count), [count - 1]):
+            calls: list[tuple[Tensor, dict[str, Any], Tensor]] = []
+            setattr(parent, name, nn.ModuleList([_Recorder(n, calls) for n in numbers]))
+            with step_context(ShapeProbe()):
+                out = trunk(
+                    input_ids=torch.arange(3)[None],
+                    position_ids=torch.arange(3)[None],
+                    attention_mask=torch.ones(1, 3, dtype=torch.bool),
+                    use_cache=False,
+                )
+            logits.append(out.logits)
+            if len(calls) != len(numbers):
+                return False
+            (_, shared, before), *later = calls
+            for hidden, theirs, after in later:
+                if hidden is not before or not all(_same(shared[key], theirs[key]) for key in shared):
+                    return False
+                before = after
+        return torch.equal(*logits)
+    except OTHERWISE:
+        return False
+    finally:
+        setattr(parent, name, original)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (not isinstance(one, Tensor) and one == other)

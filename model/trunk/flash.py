@@ -1,0 +1,179 @@
+"""Attention over the paged KV cache by torch's own variable-length FlashAttention, on CUDA in 16 bits.
+
+What the installed torch and its kernels can do is found by trying, since it changes with every release: keys and values
+are read where they lie if the kernels take pages of our size (FlashAttention 2 wants a multiple of 256 tokens), else
+they are gathered first. Sinks are added afterwards, from the logarithm of the softmax's sum. Nothing here makes the
+host wait.
+
+Legend: T tokens of the step, N query heads, G key heads, D head size, R sequences, L keys of all sequences, P blocks,
+B tokens per block.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_moe.model.native.attention import Rules
+from elastic_moe.model.staging import to_device
+from elastic_moe.model.torch_private import varlen
+from elastic_moe.model.trunk.attention_path import KVShape, Way
+
+Piece = tuple[int, int, Sequence[int]]
+"""(start, end, block_ids) of a sequence: its tokens of the step are at positions start .. end - 1."""
+
+
+WAYS = tuple(
+    Way(paged=paged, tell_begins=tell_begins, sums_by_token=sums_by_token)
+    for paged, tell_begins in ((True, False), (True, True), (False, True))
+    for sums_by_token in (False, True)
+)
+"""Best first."""
+
+
+class FlashBatch:
+    """A step's sequences, as the kernels want them told: the same for all layers."""
+
+    def __init__(self, way: Way, pieces: Sequence[Piece], *, block_size: int, device: torch.device) -> None:
+        """Tokens of the pieces follow one another in the step."""
+        self._way = way
+        # grouped heads must be announced to newer versions
+        known = inspect.signature(varlen.varlen_attn).parameters
+        self._options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
+        counts = np.array([end - start for start, end, _ in pieces])
+        ends = np.array([end for _, end, _ in pieces])
+        used = -(-ends // block_size)
+        table_RP = np.zeros((len(pieces), used.max()), dtype=np.int64)
+        for row, (_, _, blocks) in enumerate(pieces):
+            table_RP[row, : used[row]] = blocks[: used[row]]
+        begins = [np.fromiter(accumulate(sizes, initial=0), dtype=np.int64) for sizes in (counts, ends)]
+        # where each token's key goes: block * block size + offset
+        sequence_T = np.arange(len(pieces)).repeat(counts)
+        position_T = np.arange(counts.sum()) - (begins[0][1:] - ends)[sequence_T]
+        write_T = table_RP[sequence_T, position_T // block_size] * block_size + position_T % block_size
+        table, begin_q, begin_k, length, self._write_T = to_device([table_RP, *begins, ends, write_T], device)
+        self._begin_q, self._begin_k, self._length_R = begin_q.int(), begin_k.int(), length.int()
+        self._max_q, self._max_k = int(counts.max()), int(ends.max())
+        if way.paged:
+            self._table_RP = table.int()
+        else:
+            total = int(ends.sum())
+            sequence_L = torch.arange(len(pieces), device=device).repeat_interleave(length, output_size=total)
+            position_L = torch.arange(total, device=device) - begin_k[sequence_L]
+            block_L = table[sequence_L, position_L.div(block_size, rounding_mode="floor")]
+            self._read_L = block_L * block_size + position_L.remainder(block_size)
+
+    def attend(
+        self, caches: tuple[Tensor, Tensor], query_NTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, rules: Rules
+    ) -> Tensor:
+        """Write the step's keys and values to a layer's caches [P, B, G, D], and attend: [T, N, D of values]."""
+        for cache, new_GTD in zip(caches, (key_GTD, value_GTD), strict=True):
+            cache.flatten(0, 1).index_copy_(0, self._write_T, new_GTD.transpose(0, 1))
+        if self._way.paged:
+            keys, values = caches
+            where: dict[str, Any] = {"block_table": self._table_RP, "seqused_k": self._length_R}
+        else:
+            keys, values = (cache.flatten(0, 1).index_select(0, self._read_L) for cache in caches)
+            where = {}
+        size = value_GTD.shape[-1]
+        if not self._way.paged and size < keys.shape[-1]:
+            values = F.pad(values, (0, keys.shape[-1] - size))
+        query_TND = query_NTD.transpose(0, 1)
+        out_TND, sums = varlen.varlen_attn(
+            query_TND if query_TND.stride(-1) == 1 else query_TND.contiguous(),
+            keys,
+            values,
+            self._begin_q,
+            self._begin_k if self._way.tell_begins else None,
+            self._max_q,
+            self._max_k,
+            return_aux=varlen.AuxRequest(lse=True),
+            scale=rules.scale,
+            window_size=(-1, 0) if rules.window is None else (rules.window - 1, 0),
+            **where,
+            **self._options,
+        )
+        if rules.sinks is not None:
+            # a sink takes exp(sink) of a sum that becomes exp(sum) + exp(sink)
+            sums_TN = sums if self._way.sums_by_token else sums.transpose(0, 1)
+            share_TN = torch.sigmoid(sums_TN - rules.sinks.float())
+            out_TND = (out_TND.float() * share_TN[..., None]).to(out_TND.dtype)
+        return out_TND[..., :size]
+
+
+def find_way(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | str:
+    """The best way that gives right results for caches of these shapes; otherwise the reason why there is none."""
+    if device.type != "cuda":
+        return "FlashAttention is for CUDA GPUs"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "FlashAttention computes in 16 bits"
+    return try_ways(shapes, dtype=dtype, device=device, block_size=block_size)
+
+
+def try_ways(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | str:
+    """As `find_way`, on any device."""
+    distinct = set(shapes)
+    if any(shape.softcap for shape in distinct):
+        return "FlashAttention does not bound scores, as this model does"
+    for way in WAYS:
+        try:
+            if all(_is_right(way, shape, dtype, device, block_size) for shape in distinct):
+                return way
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # not in this version, or not for these sizes
+            continue
+    return "no way of calling torch's FlashAttention gave right results on this device"
+
+
+@torch.inference_mode()
+def _is_right(way: Way, shape: KVShape, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
+    """Tries a decode in one sequence and a chunk in the middle of another, with and without window and sinks."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=g).to(device, dtype)
+
+    groups, heads = shape.num_heads, 2 * shape.num_heads
+    first, chunk = block_size + 3, heads + 2
+    pieces: list[Piece] = [(first - 1, first, (3, 1)), (4, 4 + chunk, tuple(range(4, 5 + (4 + chunk) // block_size)))]
+    blocks = 1 + max(block for _, _, table in pieces for block in table)
+    caches = draw(blocks, block_size, groups, shape.key_size), draw(blocks, block_size, groups, shape.value_size)
+    query, key = draw(heads, 1 + chunk, shape.key_size), draw(groups, 1 + chunk, shape.key_size)
+    value = draw(groups, 1 + chunk, shape.value_size)
+    batch = FlashBatch(way, pieces, block_size=block_size, device=device)
+    for window, sinks in ((None, None), (3, None), (None, draw(heads).float())):
+        rules = Rules(scale=shape.key_size**-0.5, window=window, softcap=None, sinks=sinks)
+        got = batch.attend(caches, query, key, value, rules)
+        row = 0
+        for start, end, table in pieces:
+            count = end - start
+            keys, values = (cache[list(table)].flatten(0, 1)[:end].transpose(0, 1) for cache in caches)
+            want = _plain(query[:, row : row + count], keys, values, rules)
+            if not torch.allclose(got[row : row + count].float(), want, atol=0.03, rtol=0.03):
+                return False
+            row += count
+    return True
+
+
+def _plain(query_NQD: Tensor, key_GLD: Tensor, value_GLD: Tensor, rules: Rules) -> Tensor:
+    """One sequence's last Q tokens in float32: [Q, N, D]."""
+    members = len(query_NQD) // len(key_GLD)
+    key_NLD, value_NLD = (t.float().repeat_interleave(members, 0) for t in (key_GLD, value_GLD))
+    scores_NQL = query_NQD.float() @ key_NLD.transpose(1, 2) * rules.scale
+    count, length = scores_NQL.shape[1:]
+    at_Q1, key_L = torch.arange(length - count, length)[:, None], torch.arange(length)
+    hidden_QL = key_L > at_Q1
+    if rules.window is not None:
+        hidden_QL |= key_L <= at_Q1 - rules.window
+    scores_NQL = scores_NQL.masked_fill(hidden_QL.to(scores_NQL.device), float("-inf"))
+    if rules.sinks is not None:
+        sinks_NQ1 = rules.sinks[:, None, None].expand(-1, count, 1)
+        scores_NQL = torch.cat([scores_NQL, sinks_NQ1], -1)
+    weights_NQL = scores_NQL.softmax(-1)[..., :length]
+    return (weights_NQL @ value_NLD).transpose(0, 1)

@@ -1,0 +1,95 @@
+"""The paged KV cache of one worker: tensors of blocks, one pair per attention layer.
+
+Owns the storage; which block belongs to which sequence is the scheduler's business.
+
+Legend: G key heads, D head size (keys and values may differ), P blocks, B tokens per block.
+A layer's keys are [G, P, B, D]: a block of one head is contiguous, so gathering blocks copies long rows and
+the result is laid out as matmul wants it. Where the native library attends, blocks are laid out as it wants them
+(model/native/attention.cpp), and only it reads and writes them. Where FlashAttention does, they are [P, B, G, D]
+(model/trunk/flash.py).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape
+
+
+class KVCache:
+    """Blocks of keys and values for every attention layer."""
+
+    def __init__(
+        self,
+        shapes: Mapping[int, KVShape],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        path: AttentionPath = MATMUL,
+    ) -> None:
+        """path: who attends, for whom the blocks are laid out."""
+        self.path = path
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+
+        def blocks(heads: int, size: int) -> Tensor:
+            # zeros, not empty: masked keys must be finite
+            shape = (heads, num_blocks, block_size, size)
+            if path.way is not None:
+                shape = (num_blocks, block_size, heads, size)
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            return _untouched(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+        self._keys = {layer: blocks(s.num_heads, s.key_size) for layer, s in shapes.items()}
+        self._values = {layer: blocks(s.num_heads, s.value_size) for layer, s in shapes.items()}
+
+    @staticmethod
+    def block_bytes(shapes: Mapping[int, KVShape], *, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers."""
+        return sum(shape.elements for shape in shapes.values()) * block_size * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self._keys.values(), *self._values.values()))
+
+    def write(self, layer: int, positions_T: Tensor, begun: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> None:
+        """Store the step's keys and values; `positions_T` are block * block_size + offset.
+
+        Blocks in `begun` are cleared first: what another sequence left there is masked, but 0 times infinity is not 0.
+        """
+        if len(begun):
+            self._keys[layer].index_fill_(1, begun, 0)
+            self._values[layer].index_fill_(1, begun, 0)
+        self._keys[layer].flatten(1, 2).index_copy_(1, positions_T, key_GTD)
+        self._values[layer].flatten(1, 2).index_copy_(1, positions_T, value_GTD)
+
+    def stores(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All blocks of keys and of values, for the native library or FlashAttention."""
+        return self._keys[layer], self._values[layer]
+
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the blocks [N]: ([G, N*B, D], [G, N*B, D]), copies."""
+        return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
+
+
+def _gather(cache_GPBD: Tensor, blocks_N: Tensor) -> Tensor:
+    heads, _, block_size, head_size = cache_GPBD.shape
+    rows = cache_GPBD.flatten(2, 3).index_select(1, blocks_N)
+    return rows.view(heads, len(blocks_N) * block_size, head_size)
+
+
+def _untouched(nbytes: int) -> Tensor:
+    """Zeros that take memory when they are written: torch would write them all. In huge pages, where there are some."""
+    raw = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        raw.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(raw, dtype=torch.uint8)[:nbytes]

@@ -1,0 +1,116 @@
+"""Linear layers whose weights lie in memory as the CPU wants to read them.
+
+In bfloat16 on CPU, a packed matrix is read at more than twice the speed of a plain one for a few rows (decode), and as
+fast for many: in the native library's layout where it is there, in oneDNN's elsewhere. On other devices, and in
+float32, weights stay as they are. Packing changes no bit of a weight.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_moe.cluster.fit import CodePath, FitNotes, Part
+from elastic_moe.model.native import library
+from elastic_moe.model.native import linear as native
+from elastic_moe.model.native.linear import Packed
+from elastic_moe.model.native.refusals import native_refusal
+from elastic_moe.model.torch_private import onednn_linear, onednn_pack
+
+_ROWS = 32
+"""Rows that oneDNN's layout is made for: the best of 1..512 for a whole server, within 10 % for a few."""
+
+Weight = Tensor | Packed
+"""A matrix [out, in] in any layout."""
+
+
+def pack(weight: Tensor) -> Weight:
+    """A matrix [out, in] in the layout for `linear`; the matrix itself where none is better."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return weight
+    lib = library()
+    if lib is not None and native.can_pack(weight):
+        return native.pack(lib, weight)
+    if not _onednn_packs():
+        return weight
+    return onednn_pack(weight, _ROWS)
+
+
+@cache
+def _onednn_packs() -> bool:
+    """oneDNN refuses bfloat16 on CPUs of AVX2, whose products PyTorch computes from plain matrices."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def unpack(weight: Weight) -> Tensor:
+    """The plain matrix that was packed, bit for bit."""
+    if isinstance(weight, Packed):
+        return native.unpack(weight)
+    return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def nbytes(weight: Weight) -> int:
+    return weight.nbytes if isinstance(weight, Packed) else weight.numel() * weight.dtype.itemsize
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """`F.linear` for a weight that may be packed."""
+    if isinstance(weight, Packed):
+        return native.linear(x, weight, bias)
+    if not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
+    return onednn_linear(x, weight, bias)
+
+
+class PackedLinear(nn.Module):
+    """In place of nn.Linear."""
+
+    def __init__(self, packed: Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        # a buffer cannot hold an opaque tensor through every operation that modules know, a bare attribute can
+        object.__setattr__(self, "packed", packed)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.packed, self.bias)  # type: ignore[arg-type]
+
+
+def pack_linears(model: nn.Module, notes: FitNotes) -> int:
+    """Pack every plain nn.Linear of a model, one at a time. Returns the bytes of the packed weights.
+
+    Layers whose weight somebody else uses too (tied embeddings) or whose class is not nn.Linear itself are left alone.
+    `notes` get every linear layer, packed or not.
+    """
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    total = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear):
+                continue
+            kind = type(child).__name__
+            if type(child) is not nn.Linear:
+                notes.add(Part.LINEARS, kind, CodePath.TRANSFORMERS, "its class may compute more than a linear layer")
+            elif uses[id(child.weight)] > 1:
+                notes.add(Part.LINEARS, kind, CodePath.TORCH, "another module uses its weight too")
+            else:
+                packed = pack(child.weight.data)
+                notes.add(Part.LINEARS, kind, *_layout(packed))
+                if isinstance(packed, Packed) or packed.is_mkldnn:
+                    setattr(parent, name, PackedLinear(packed, child.bias))
+                    total += nbytes(packed)
+    return total
+
+
+def _layout(weight: Weight) -> tuple[CodePath, str | None]:
+    """Which code multiplies by the matrix, and why no faster one does."""
+    if isinstance(weight, Packed):
+        return CodePath.NATIVE, None
+    why = native_refusal(weight.dtype, weight.device) or "the matrix has an odd number of columns"
+    return (CodePath.ONEDNN if weight.is_mkldnn else CodePath.TORCH), (None if weight.device.type == "cuda" else why)

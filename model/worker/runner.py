@@ -1,0 +1,99 @@
+"""Runs one worker's part of a step: packed tokens through transformers' trunk, experts through the dispatcher.
+
+Legend: T tokens of the step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elastic_moe.model.exchange.counter import RoutingCounter
+from elastic_moe.model.exchange.dispatch import Dispatcher
+from elastic_moe.model.experts.store import attach
+from elastic_moe.model.fitting.fit import Fit
+from elastic_moe.model.staging import to_device
+from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, step_context
+from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.rotation import rotate_by_length
+
+
+class ModelRunner:
+    """The trunk of one worker, its KV cache, and the epoch's dispatcher."""
+
+    def __init__(self, trunk: nn.Module, experts: Sequence[nn.Module], fitted: Fit, *, device: torch.device) -> None:
+        """`fitted` says what was found about the trunk. `allocate` and a dispatcher must follow before `run`."""
+        self._trunk = trunk
+        self._device = device
+        self._attention = fitted.attention
+        self.kv_shapes, self.layer_shapes = fitted.shapes.kv, fitted.shapes.layers
+        self._cache: KVCache | None = None
+        self.dispatcher: Dispatcher | None = None
+        self._lengths_T = [torch.empty(0)]
+        """[T] the length that each token's rotary embedding goes by; in a list, to be shared with those modules."""
+        rotate_by_length(trunk, self._lengths_T)
+        attach(experts, self._experts)
+
+    def allocate(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
+        """The KV cache. block_size is the one that the trunk was fitted for."""
+        self._cache = KVCache(
+            self.kv_shapes,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+            device=self._device,
+            path=self._attention,
+        )
+        return self._cache
+
+    @torch.inference_mode()
+    def run(
+        self, slices: Sequence[SequenceSlice], tokens_per_rank: Sequence[int], counter: RoutingCounter | None = None
+    ) -> Tensor:
+        """Logits [n, V] of the last token of the n slices that want them, in order. Blocks on the other workers.
+
+        Raises StepAborted where a peer is gone: nothing of the step counts then, and it may be run again.
+        """
+        assert self.dispatcher is not None
+        assert self._cache is not None
+        self.dispatcher.begin(tokens_per_rank, counter)
+        if not slices:
+            self.dispatcher.idle(self.layer_shapes, self._device)
+            return torch.empty(0, 0, device=self._device)
+        batch = StepBatch.build(slices, self._cache, self._device)
+        batch.dispatcher = self.dispatcher
+        with step_context(batch):
+            return self._forward(slices)
+
+    def _forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
+        tokens = [token for piece in slices for token in piece.token_ids]
+        positions = [p for piece in slices for p in range(piece.start, piece.end)]
+        keep: list[int] = []
+        at = 0
+        for piece in slices:
+            at += len(piece.token_ids)
+            if piece.wants_logits:
+                keep.append(at - 1)
+        lengths = [max(piece.prompt_length, p + 1) for piece in slices for p in range(piece.start, piece.end)]
+        arrays = [np.array(numbers, dtype=np.int64) for numbers in ([tokens], [positions], lengths, keep)]
+        input_ids, position_ids, self._lengths_T[0], kept = to_device(arrays, self._device)
+        out: Any = self._trunk(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            # without one, transformers looks into the positions for packed sequences, and the host waits for the answer
+            attention_mask=torch.ones(input_ids.shape, dtype=torch.bool, device=self._device),
+            use_cache=False,
+            logits_to_keep=kept,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _experts(self, layer: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        assert self.dispatcher is not None
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        out = self.dispatcher.forward(layer, flat, index.reshape(len(flat), -1), weight.reshape(len(flat), -1))
+        return out.view(hidden.shape)

@@ -1,0 +1,390 @@
+"""Chooses the next token of every sequence from one step's logits, on the worker that computed them.
+
+Order and meaning are vLLM's: reported log probabilities are the model's own; then logit_bias, the tokens that may
+not come (allowed_token_ids, bad_words, min_tokens), penalties, temperature, min_p, top_k, top_p. Temperature 0 takes
+the most likely token.
+
+A row's token depends on nothing but its logits, its history and its seed: every operation is row-wise, random numbers
+are a hash of (seed, output index), and probabilities are summed as integers, which no order of summation changes.
+
+Legend: B rows (sequences), R those of them that draw at random, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastic_moe.cluster.messages.requests import SamplingParams, TokenLogprobs
+from elastic_moe.cluster.messages.steps import NewSequence
+from elastic_moe.model.worker.token_counts import TokenCounts
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under it are greedy, as in vLLM."""
+
+_UNIT = float(2**40)
+"""Weight of the most likely token. The sum over any vocabulary stays far under 2**63."""
+
+_CPU_ELEMENTS = 1 << 17
+"""Rows x vocabulary handled at a time on CPU. Larger temporaries are paged in afresh every time: 3 times slower."""
+
+_TOP_K_FEW = 1024
+"""The most of top_k for which a row's other tokens are left out early, on CPU."""
+
+_TOP_P_GUESS = 512
+"""Most likely tokens looked at before a whole row is, on CPU."""
+
+_BIN_SHIFT = 17
+"""Of a float32's bits, what is left after this is the bin of a mass: exponent and 6 bits of the fraction."""
+
+_MASK = (1 << 64) - 1
+
+NO_TOKEN = -1
+"""In place of a token: the row's logits are not numbers, so nothing can be sampled from them."""
+
+LEAST_LOGPROB = -9999.0
+"""Reported for tokens that cannot come, as OpenAI's server does: JSON has no minus infinity."""
+
+
+class SamplingState:
+    """One sequence's tokens, and what sampling must know of them. Belongs to one worker; not thread-safe."""
+
+    __slots__ = ("_allowed", "_bias", "_counts", "_forbidden", "greedy", "num_prompt_tokens", "params", "token_ids")
+
+    def __init__(self, sequence: NewSequence) -> None:
+        params = sequence.params
+        self.params = params
+        self.num_prompt_tokens = sequence.num_prompt_tokens
+        self.token_ids = list(sequence.token_ids)
+        """Prompt, then output."""
+        self.greedy = params.temperature < GREEDY_BELOW
+        self._bias = _columns(params.logit_bias) if params.logit_bias else None
+        stops = (*sequence.eos_token_ids, *params.stop_token_ids)
+        self._forbidden = frozenset(stops) if params.min_tokens else frozenset()
+        """Before `min_tokens`."""
+        allowed = params.allowed_token_ids
+        self._allowed = None if allowed is None else np.unique(np.array(allowed, dtype=np.int64))
+        self._counts: TokenCounts | None = None
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+            self._counts = TokenCounts(self.token_ids, self.num_prompt_tokens)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far: the index of the next one."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append(self, token: int) -> None:
+        """Add an output token."""
+        self.token_ids.append(token)
+        if self._counts is not None:
+            self._counts.add(token)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget every token past the first `num_tokens`, none of them of the prompt: their step runs again."""
+        if num_tokens >= len(self.token_ids):
+            return
+        assert num_tokens >= self.num_prompt_tokens, "a prompt is never cut"
+        if self._counts is not None:
+            for token in self.token_ids[num_tokens:]:
+                self._counts.remove(token)
+        del self.token_ids[num_tokens:]
+
+    @property
+    def _adjusted(self) -> bool:
+        return self._bias is not None or self._counts is not None or self._allowed is not None or self._masked
+
+    @property
+    def _masked(self) -> bool:
+        """Whether some tokens may not come next, besides those outside `allowed_token_ids`."""
+        return bool(self.params.bad_words) or (bool(self._forbidden) and self.num_output < self.params.min_tokens)
+
+    def _banned(self) -> np.ndarray:
+        """Those tokens."""
+        banned = set(self._forbidden) if self.num_output < self.params.min_tokens else set()
+        for *before, last in self.params.bad_words:
+            if len(before) <= self.num_output and self.token_ids[len(self.token_ids) - len(before) :] == before:
+                banned.add(last)
+        return np.array(sorted(banned), dtype=np.int64)
+
+
+def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int, TokenLogprobs | None]]:
+    """The next token of each row, and its log probabilities where they were asked for. Changes nothing.
+
+    logits_BV: [B, V] of any float dtype and device; the arithmetic is in float32. It waits for the device once.
+    A row with a logit that is NaN or infinity, or with no logit above minus infinity, has NO_TOKEN.
+    """
+    assert logits_BV.shape[0] == len(states), (logits_BV.shape, len(states))
+    if not states:
+        return []
+    # the largest is NaN where one is
+    numbers_B = logits_BV.amax(dim=-1).isfinite()
+    if logits_BV.device.type == "cpu" and not numbers_B.all():
+        # what follows computes with indices that it makes of the numbers
+        logits_BV = logits_BV.masked_fill(~numbers_B[:, None], 0.0)
+    adjusted_BV = _adjust(logits_BV, states)
+    rows: dict[Callable[..., Tensor], list[int]] = {}
+    for row, state in enumerate(states):
+        rows.setdefault(_method(state, logits_BV), []).append(row)
+    tokens_B = torch.empty(len(states), dtype=torch.int64, device=logits_BV.device)
+    for method, chosen in rows.items():
+        for part in _parts(chosen, logits_BV):
+            at = _to(np.array(part, dtype=np.int64), logits_BV.device)
+            logits_RV = adjusted_BV if len(part) == len(states) else adjusted_BV[at]
+            # float32 for the most likely token too: bfloat16 has no fast argmax on CPU
+            tokens_B[at] = method(logits_RV.float(), [states[row] for row in part])
+    tables = _logprobs(logits_BV, tokens_B, states)
+    return _fetch(tokens_B.masked_fill(~numbers_B, NO_TOKEN), tables)
+
+
+def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list[tuple[int, TokenLogprobs | None]]:
+    """Everything to the host in one transfer; ids are exact in float64."""
+    numbers = torch.cat([tokens_B.double(), *(table.flatten() for _, table in tables)]).tolist()
+    found: list[TokenLogprobs | None] = [None] * len(tokens_B)
+    begin = len(tokens_B)
+    for rows, table in tables:
+        width = table.shape[1]
+        for row in rows:
+            found[row] = _entry(numbers[begin : begin + width])
+            begin += width
+    chosen = zip(map(int, numbers), found, strict=False)
+    return [(token, None if token == NO_TOKEN else entry) for token, entry in chosen]
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) with 53 random bits, the same for the same arguments everywhere (SplitMix64, two rounds)."""
+    return (_mix(_mix(seed & _MASK) + index * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+# --- Before temperature: changes at single tokens ---------------------------------------------------------------
+
+
+def _adjust(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """[B, V] with bias, min_tokens and penalties; a float32 copy if any row has them, else the logits themselves."""
+    if not any(state._adjusted for state in states):
+        return logits_BV
+    adjusted_BV = logits_BV.to(torch.float32, copy=True)
+    bias = [(row, *state._bias) for row, state in enumerate(states) if state._bias is not None]
+    if bias:
+        at, values = _entries(bias, adjusted_BV)
+        adjusted_BV[at] += values[0]
+    limited = [(row, state._allowed, state._allowed) for row, state in enumerate(states) if state._allowed is not None]
+    if limited:
+        _keep_only(limited, adjusted_BV)
+    masked = [
+        (row, banned, banned) for row, state in enumerate(states) if state._masked and (banned := state._banned()).size
+    ]
+    if masked:
+        at, _ = _entries(masked, adjusted_BV)
+        adjusted_BV[at] = -torch.inf
+    penalised = [(row, *_penalties(state)) for row, state in enumerate(states) if state._counts is not None]
+    if penalised:
+        at, (repetition, subtract) = _entries(penalised, adjusted_BV)
+        seen = adjusted_BV[at]
+        seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+        adjusted_BV[at] = seen - subtract
+    return adjusted_BV
+
+
+def _keep_only(allowed: Sequence[tuple[int, np.ndarray, np.ndarray]], logits_BV: Tensor) -> None:
+    """Every other token of these rows becomes impossible, in place."""
+    at, _ = _entries(allowed, logits_BV)
+    kept = logits_BV[at]
+    rows = _to(np.array([row for row, *_ in allowed], dtype=np.int64), logits_BV.device)
+    logits_BV.index_fill_(0, rows, -torch.inf)
+    logits_BV[at] = kept
+
+
+def _penalties(state: SamplingState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct tokens of a sequence, what to divide (or multiply) their logits by, and then to subtract."""
+    params, counts = state.params, state._counts
+    assert counts is not None
+    ids, in_prompt, output = counts.table()
+    present = output > 0
+    repetition = np.where(in_prompt | present, params.repetition_penalty, 1.0)
+    subtract = params.frequency_penalty * output + params.presence_penalty * present
+    return ids, repetition, subtract
+
+
+def _columns(pairs: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct tokens and their values; the last value of a token counts."""
+    distinct = dict(pairs)
+    return np.array(list(distinct), dtype=np.int64), np.array(list(distinct.values()), dtype=np.float64)
+
+
+def _entries(
+    rows: Sequence[tuple[int, np.ndarray, *tuple[np.ndarray, ...]]], like_BV: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Index of all (row, token) pairs, and their values [columns, pairs], in one transfer each.
+
+    Tokens outside the vocabulary are left out: an index error would fail the step of every request.
+    """
+    ids = np.concatenate([row[1] for row in rows])
+    index = np.stack([np.repeat([row[0] for row in rows], [len(row[1]) for row in rows]), ids])
+    values = np.stack([np.concatenate(column) for column in zip(*(row[2:] for row in rows), strict=True)])
+    inside = (ids >= 0) & (ids < like_BV.shape[1])
+    if not inside.all():
+        index, values = index[:, inside], values[:, inside]
+    row_index, token_index = _to(index, like_BV.device)
+    return (row_index, token_index), _to(values.astype(np.float32), like_BV.device)
+
+
+# --- Random rows ------------------------------------------------------------------------------------------------
+
+
+def _method(state: SamplingState, logits_BV: Tensor) -> Callable[..., Tensor]:
+    """How a row's token is chosen: by the row alone."""
+    if state.greedy:
+        return _most_likely
+    # a top_k of the whole vocabulary is no limit
+    if logits_BV.device.type == "cpu" and 0 < state.params.top_k < min(_TOP_K_FEW + 1, logits_BV.shape[1]):
+        return _draw_of_few
+    return _draw
+
+
+def _most_likely(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
+    return logits_RV.argmax(dim=-1)
+
+
+def _draw_of_few(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
+    """`_draw` from the top_k tokens alone, in token order: the others could not be drawn, and are nearly all."""
+    kept_RV = logits_RV >= _top_k_threshold(logits_RV, [state.params for state in states])
+    counts = kept_RV.sum(dim=-1)
+    row, token = kept_RV.nonzero(as_tuple=True)
+    column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    shape = len(states), int(counts.max())
+    tokens_RC = torch.zeros(shape, dtype=torch.int64)
+    tokens_RC[row, column] = token
+    logits_RC = torch.full(shape, -torch.inf)
+    logits_RC[row, column] = logits_RV[row, token]
+    return tokens_RC.gather(1, _draw(logits_RC, states)[:, None])[:, 0]
+
+
+def _parts(rows: list[int], logits_BV: Tensor) -> Iterator[list[int]]:
+    size = len(rows)
+    if logits_BV.device.type == "cpu":
+        size = max(1, _CPU_ELEMENTS // logits_BV.shape[1])
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _draw(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
+    """[R] tokens, by inverting the cumulative distribution in token order."""
+    params = [state.params for state in states]
+    draws = [uniform(state.params.seed, state.num_output) for state in states]
+    settings = np.array([[p.temperature for p in params], draws, [p.min_p for p in params], [p.top_p for p in params]])
+    temperature, u, min_p, top_p = _to(settings, logits_RV.device)[:, :, None]  # each [R, 1], float64
+    best, best_token = logits_RV.max(dim=-1, keepdim=True)
+    # The largest is taken off before the division: no temperature makes infinities of finite logits.
+    weight_RV = (logits_RV - best).div_(temperature.float()).exp_()
+    if any(p.min_p > 0 for p in params):
+        weight_RV.masked_fill_(weight_RV < min_p, 0.0)
+    if any(0 < p.top_k < logits_RV.shape[1] for p in params):
+        weight_RV.masked_fill_(logits_RV < _top_k_threshold(logits_RV, params), 0.0)
+    mass_RV = weight_RV.mul_(_UNIT).to(torch.int64)
+    if any(p.top_p < 1 for p in params):
+        mass_RV.masked_fill_(mass_RV < _top_p_threshold(mass_RV, top_p), 0)
+    cumulative_RV = mass_RV.cumsum(dim=-1)
+    total = cumulative_RV[:, -1:]
+    target = (u * total).to(torch.int64).minimum(total - 1)
+    token = torch.searchsorted(cumulative_RV, target, right=True)
+    # Penalties can make infinities of finite logits, which leave nothing to draw from: any valid token will do.
+    drawn = best.isfinite() & (total > 0) & (token < logits_RV.shape[1])
+    return torch.where(drawn, token, best_token)[:, 0]
+
+
+def _top_k_threshold(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[R, 1] the k-th largest logit, -inf where there is no limit. Tokens equal to it all stay, as in vLLM."""
+    vocabulary = logits_RV.shape[1]
+    ks = [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params]
+    largest = logits_RV.topk(max(ks), dim=-1).values
+    k_R1 = _to(np.array(ks, dtype=np.int64), logits_RV.device)[:, None]
+    return largest.gather(1, (k_R1 - 1).clamp(min=0)).masked_fill(k_R1 == 0, -torch.inf)
+
+
+def _top_p_threshold(mass_RV: Tensor, top_p: Tensor) -> Tensor:
+    """[R, 1] mass of the last token of the smallest set of most likely ones that reaches top_p of the whole.
+
+    Comparing by mass rather than by sorted position makes ties independent of the sorting algorithm.
+    """
+    unlimited = top_p >= 1
+    goal = (top_p * mass_RV.sum(dim=-1, keepdim=True)).masked_fill_(unlimited, 0.0)
+    if mass_RV.device.type != "cpu" or mass_RV.shape[1] <= _TOP_P_GUESS:
+        threshold = _threshold(mass_RV.sort(dim=-1, descending=True).values, goal)
+    else:
+        largest = mass_RV.topk(_TOP_P_GUESS, dim=-1).values
+        threshold = _threshold(largest, goal)
+        # Some distributions are so flat that the guess does not hold top_p of them.
+        for row in torch.nonzero(largest.sum(dim=-1) < goal[:, 0])[:, 0].tolist():
+            threshold[row] = _threshold_by_bins(mass_RV[row], goal[row])
+    return threshold.masked_fill_(unlimited, 0)
+
+
+def _threshold_by_bins(mass_V: Tensor, goal: Tensor) -> Tensor:
+    """[1] as `_threshold` of all of a row, sorting only those masses that lie in the threshold's bin."""
+    bin_V = (mass_V.float().view(torch.int32) >> _BIN_SHIFT).long()
+    total = torch.zeros(int(bin_V.max()) + 1, dtype=torch.int64).scatter_add_(0, bin_V, mass_V)
+    from_here_up = total.flip(0).cumsum(0).flip(0)
+    # the last bin from which on the goal is reached, or the first of all
+    at = int((from_here_up >= goal).sum().clamp(min=1)) - 1
+    above = from_here_up[at] - total[at]
+    inside = mass_V[bin_V == at].sort(descending=True).values
+    return _threshold(inside[None], goal - above)[0]
+
+
+def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:
+    before_RK = descending_RK.cumsum(dim=-1) - descending_RK
+    kept = (before_RK < goal).sum(dim=-1, keepdim=True)
+    return descending_RK.gather(1, (kept - 1).clamp(min=0))
+
+
+# --- Log probabilities ------------------------------------------------------------------------------------------
+
+
+def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[tuple[list[int], Tensor]]:
+    """Rows that want the model's own log probabilities, some at a time, and a table with a line for each."""
+    groups: dict[int, list[int]] = {}
+    for row, state in enumerate(states):
+        if state.params.logprobs is not None:
+            groups.setdefault(state.params.logprobs, []).append(row)
+    found: list[tuple[list[int], Tensor]] = []
+    # One number of alternatives at a time: which of equals topk returns may depend on how many are asked for.
+    for number, rows in groups.items():
+        for part in _parts(rows, logits_BV):
+            index = _to(np.array(part, dtype=np.int64), logits_BV.device)
+            found.append((part, _logprobs_of(logits_BV[index], tokens_B[index], number)))
+    return found
+
+
+def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
+    """[R, 2 (1 + number)] ids of the chosen token and the most likely ones, then their log probabilities, float64."""
+    # CUDA adds up a row in an order that depends on where it lies in memory. Rounding from float64 hides that.
+    dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
+    logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float().clamp_(min=LEAST_LOGPROB)
+    values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
+    chosen = tokens_R[:, None]
+    return torch.cat([part.double() for part in (chosen, ids, logprobs_RV.gather(1, chosen), values)], dim=1)
+
+
+def _entry(line: Sequence[float]) -> TokenLogprobs:
+    """A line of `_logprobs_of`'s table."""
+    half = len(line) // 2
+    return TokenLogprobs(
+        token_id=int(line[0]),
+        logprob=line[half],
+        top=tuple((int(token), value) for token, value in zip(line[1:half], line[half + 1 :], strict=True)),
+    )
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    # Non-blocking, or CUDA would wait for the model's kernels. The array is copied before this returns.
+    return torch.from_numpy(array).to(device, non_blocking=True)

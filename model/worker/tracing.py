@@ -1,0 +1,81 @@
+"""Records which experts tokens choose, with transformers' own model in this process: no cluster, no server.
+
+Legend: T tokens, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from elastic_moe.cluster.errors import RequestError
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.optimizer.study.traces import Trace
+
+
+def record_trace(
+    path: str | Path,
+    requests: Iterable[Sequence[int]],
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Trace:
+    """The routing of every token of `requests`, each read as one prompt, by the checkpoint in the directory `path`.
+
+    The whole model is loaded as it is stored, on the CPU. `progress` is told how many tokens a request had. Blocks.
+    Raises CheckpointError for a checkpoint that cannot be served, RequestError for a request that is empty or longer
+    than the model allows, and where there is none.
+    """
+    checkpoint = open_checkpoint(path)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=checkpoint.stored_dtype, trust_remote_code=False, local_files_only=True
+        )
+    model.eval()  # type: ignore[no-untyped-call]
+    modules = dict(model.named_modules())
+    recorder = _Recorder([modules[name] for name in checkpoint.shape.expert_modules])
+    lengths: list[int] = []
+    chosen: list[Tensor] = []
+    for request in requests:
+        if not 0 < len(request) <= checkpoint.info.max_model_len:
+            raise RequestError(
+                f"request {len(lengths) + 1}: {len(request)} tokens, the model takes 1 to "
+                f"{checkpoint.info.max_model_len}"
+            )
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([list(request)]), use_cache=False, logits_to_keep=1)
+        chosen.append(recorder.take())
+        lengths.append(len(request))
+        progress(len(request))
+    if not lengths:
+        raise RequestError("no request to record")
+    return Trace(
+        topk_ids=torch.cat(chosen).to(torch.int16).numpy(),
+        request_lengths=np.array(lengths, dtype=np.int64),
+        num_experts=checkpoint.info.num_logical_experts,
+    )
+
+
+class _Recorder:
+    """Sees what the routers hand to the expert modules."""
+
+    def __init__(self, experts: Sequence[nn.Module]) -> None:
+        self._ids: list[Tensor] = []
+        for module in experts:
+            module.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # expert modules take hidden states, indices and weights, by position or by names that differ by family
+        index: Tensor = [*args, *kwargs.values()][1]
+        self._ids.append(index.reshape(-1, index.shape[-1]))
+
+    def take(self) -> Tensor:
+        """[T, L, K] since the last call."""
+        ids, self._ids = torch.stack(self._ids, dim=1), []
+        return ids

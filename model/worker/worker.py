@@ -1,0 +1,376 @@
+"""One worker's model: what an ExpertHost does, without Ray.
+
+Owns weights, KV cache, sequences and the epoch in force. Threads: `load`, `step` and `commit` are called by one thread,
+one at a time; everything else may be called beside them. Weights are kept by (layer, logical expert), so that a copy
+that arrives early harms nothing: it is held beside the placement's experts until a commit makes it one of them. On GPUs
+it lies apart until then, see model/experts/stacked.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+
+from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
+from elastic_moe.cluster.fit import FitReport
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostSpec, RoutingCounts
+from elastic_moe.cluster.messages.requests import RequestId
+from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
+from elastic_moe.cluster.placement import EMPTY
+from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
+from elastic_moe.model.exchange.counter import RoutingCounter
+from elastic_moe.model.exchange.dispatch import Dispatcher
+from elastic_moe.model.exchange.join import Group, join_group, make_dispatcher
+from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.fitting.fit import Fit, fit
+from elastic_moe.model.native.exchange import NativeExchange
+from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.worker.runner import ModelRunner
+from elastic_moe.model.worker.sampling import NO_TOKEN, SamplingState, sample
+
+log = logging.getLogger(__name__)
+
+# copies of experts lie in Ray's shared memory, and are only read
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+_KV_SHARE = 0.3
+"""Of the memory that is free once the weights are loaded, for KV caches of all workers of a CPU node."""
+_KV_SHARE_CUDA = 0.85
+_BORROW_TOKENS = 32
+"""Of a worker in a step, from which on more cores are worth waking."""
+_EXPERT_SHARE = 0.5
+"""Of the memory that is then still free, for experts that come later: those of a worker that is lost or leaves."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    state: SamplingState
+    blocks: list[int]
+
+
+@dataclass(slots=True)
+class _EpochState:
+    spec: EpochSpec
+    rank: int
+    group: Group
+    dispatcher: Dispatcher
+    neighbours: tuple[int, ...] = ()
+    """Ranks of the workers that share the node's cores, this one too; empty where cores are not shared."""
+    failed_step: int | None = None
+    """The step that failed here. Later ones that are on their way already are refused: peers would mix them up."""
+
+
+class Worker:
+    """See the module."""
+
+    def __init__(self, spec: HostSpec) -> None:
+        self.spec = spec
+        self.progress = 0.0
+        """Share of the weights' bytes that are loaded, 0..1."""
+        self._device = torch.device(spec.model.device)
+        self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
+        self._int8 = spec.model.expert_dtype == "int8"
+        self._sequences: dict[RequestId, _Sequence] = {}
+        self._share = max(1, spec.num_threads)
+        """Threads of a step, as long as there is nobody to borrow from."""
+        self._prepared: dict[Epoch, _EpochState] = {}
+        self._epoch: _EpochState | None = None
+        self._checkpoint: Checkpoint
+        self._fit: Fit
+        self.report: FitReport
+        """Which path the model takes here; once it is loaded."""
+        self._store: ExpertStore
+        self._runner: ModelRunner
+        self._cache: KVCache
+        self._counter: RoutingCounter
+
+    # --- Loading ------------------------------------------------------------------------------------------------
+
+    def load(self) -> tuple[int, int]:
+        """Read the trunk and the spec's experts, make the KV cache. Returns (KV blocks, bytes held).
+
+        Raises CheckpointError, and UserError where no KV cache for one sequence of full length fits.
+        """
+        if self.spec.num_threads:
+            torch.set_num_threads(self.spec.num_threads)
+        self._checkpoint = open_checkpoint(self.spec.model.path)
+        trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
+        modules = expert_modules(trunk)
+        self._fit = fit(trunk, modules, block_size=self.spec.block_size, int8=self._int8)
+        self._store = ExpertStore(self._fit.experts)
+        if len(self.spec.experts) != len(modules):
+            raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
+        self._store.reserve([sum(e != EMPTY for e in experts) for experts in self.spec.experts])
+        self._read([(layer, e) for layer, experts in enumerate(self.spec.experts) for e in experts if e != EMPTY])
+        self._runner = ModelRunner(trunk, modules, self._fit, device=self._device)
+        info = self._checkpoint.info
+        self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
+        self._cache = self._runner.allocate(
+            num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
+        )
+        self.report = self._fit.report()
+        weights = sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes + self._store.nbytes
+        return self._cache.num_blocks, weights + self._cache.nbytes
+
+    def _read(self, pairs: Sequence[tuple[int, int]]) -> None:
+        def note(done: int, total: int) -> None:
+            self.progress = done / max(1, total)
+
+        for layer, expert, tensors in iter_experts(
+            self._checkpoint, pairs, dtype=self._dtype, device=self._device, progress=note
+        ):
+            self._store.put(layer, expert, tensors)
+        self.progress = 1.0
+
+    def _kv_blocks(self) -> int:
+        spec = self.spec
+        block = KVCache.block_bytes(self._runner.kv_shapes, block_size=spec.block_size, dtype=self._dtype)
+        per_sequence = -(-spec.model.max_model_len // spec.block_size)
+        if spec.kv_cache_bytes is not None:
+            room = spec.kv_cache_bytes // block
+        elif self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            to_come = max(0, (spec.expert_memory_bytes or 0) - self._store.nbytes)
+            room = max(0, int((free - to_come) * _KV_SHARE_CUDA)) // block
+        else:
+            room = int(psutil.virtual_memory().available * _KV_SHARE / spec.node_workers) // block
+        if room < per_sequence:
+            raise UserError(
+                f"max_model_len {spec.model.max_model_len} needs {per_sequence * block >> 20} MiB of KV cache,"
+                f" {room * block >> 20} MiB are there: lower --max-model-len or raise --kv-cache-memory-bytes"
+            )
+        return min(room, per_sequence * spec.max_num_seqs)
+
+    def expert_capacity(self) -> int:
+        """Experts that fit here over all layers, held ones included."""
+        spec, info = self.spec, self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8)
+        if spec.expert_memory_bytes is not None:
+            return spec.expert_memory_bytes // info.expert_bytes
+        held = sum(len(self._store.held(layer)) for layer in range(self._store.num_layers))
+        if self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+        else:
+            # pages of KV caches are taken when they are first used
+            caches = spec.node_workers * self._cache.nbytes
+            free = max(0, psutil.virtual_memory().available - caches) // spec.node_workers
+        return held + int(free * _EXPERT_SHARE) // max(info.expert_bytes, self._store.nbytes // max(1, held))
+
+    # --- Epochs -------------------------------------------------------------------------------------------------
+
+    def prepare(self, spec: EpochSpec) -> None:
+        """Get ready for an epoch while the present one serves: check the experts, join the group. Blocks on peers.
+
+        Raises PlacementError for an expert that is not held here, StepAborted where a peer does not come.
+        """
+        rank = spec.placement.rank_of(self.spec.worker)
+        for layer in range(spec.placement.num_layers):
+            missing = self._experts_of(spec, layer) - self._store.held(layer)
+            if missing:
+                raise PlacementError(f"{self.spec.worker} does not hold expert {min(missing)} of layer {layer}")
+        current = self._epoch
+        if current is not None and current.spec.group == spec.group and current.rank == rank:
+            group = current.group
+        else:
+            group = join_group(
+                spec,
+                rank,
+                self._runner.layer_shapes,
+                native=self._fit.exchange_refusal() is None,
+                max_tokens=self.spec.max_num_batched_tokens,
+                timeout_s=self.spec.step_timeout_s,
+            )
+        dispatcher = make_dispatcher(spec.placement, rank, self._store, group, self._device)
+        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, group=group, dispatcher=dispatcher)
+
+    def _experts_of(self, spec: EpochSpec, layer: int) -> set[int]:
+        return set(spec.placement.experts_of(self.spec.worker, layer)) - {EMPTY}
+
+    def commit(self, epoch: Epoch) -> None:
+        """Flip to a prepared epoch, at a step boundary; drop the experts that it does not place here.
+
+        A second commit of the same epoch changes nothing. Raises StepAborted where it was not prepared.
+        """
+        if self._epoch is not None and self._epoch.spec.epoch == epoch:
+            return
+        state = self._prepared.pop(epoch, None)
+        if state is None:
+            raise StepAborted(f"epoch {epoch} was not prepared on {self.spec.worker}")
+        previous, self._epoch = self._epoch, state
+        self._share_threads(state)
+        self._prepared.clear()
+        self._runner.dispatcher = state.dispatcher
+        if previous is not None and previous.group is not state.group:
+            previous.group.close()
+        self._keep_placed()
+
+    def _share_threads(self, state: _EpochState) -> None:
+        """The workers of a node share its cores, however many they are. Called by the thread that runs the steps."""
+        if self.spec.node_threads:
+            workers = state.spec.placement.workers
+            node = workers[state.rank].node
+            state.neighbours = tuple(rank for rank, worker in enumerate(workers) if worker.node == node)
+            self._share = max(1, self.spec.node_threads // len(state.neighbours))
+            torch.set_num_threads(self._share)
+            if isinstance(state.group, NativeExchange):
+                state.group.threads = self._share
+
+    def _borrow_threads(self, plan: StepPlan, state: _EpochState) -> None:
+        """A prompt that is alone on its node takes the cores of workers with next to nothing to run, in the trunk.
+
+        Only where the number of threads changes no bit: PyTorch's operators may add up in another order.
+        """
+        if not isinstance(state.group, NativeExchange) or not state.neighbours:
+            return
+        own = plan.tokens_per_rank[state.rank]
+        everybody = sum(plan.tokens_per_rank[rank] for rank in state.neighbours)
+        fair = round(self.spec.node_threads * own / everybody) if own >= _BORROW_TOKENS else 0
+        threads = max(self._share, fair)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+    def abandon(self, epoch: Epoch) -> None:
+        """Forget what was prepared and staged for an epoch that will not come."""
+        state = self._prepared.pop(epoch, None)
+        if state is not None and (self._epoch is None or state.group is not self._epoch.group):
+            state.group.close()
+        self._keep_placed()
+
+    def _keep_placed(self) -> None:
+        if self._epoch is not None:
+            spec = self._epoch.spec
+            self._store.keep_only([self._experts_of(spec, layer) for layer in range(self._store.num_layers)])
+
+    # --- Copies of experts --------------------------------------------------------------------------------------
+
+    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
+        """Raises PlacementError where the expert is not held."""
+        try:
+            tensors = self._store.get(layer, expert)
+        except KeyError:
+            raise PlacementError(f"{self.spec.worker} does not hold expert {expert} of layer {layer}") from None
+        raw = {name: t.contiguous().view(-1).view(torch.uint8).cpu().numpy() for name, t in tensors.items()}
+        return ExpertCopy(
+            layer=layer,
+            expert=expert,
+            tensors=raw,
+            digest=digest(raw),
+            shapes={name: tuple(t.shape) for name, t in tensors.items()},
+            dtypes={name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()},
+        )
+
+    def import_expert(self, copy: ExpertCopy) -> None:
+        """Hold a copy beside the placement's experts. Raises PlacementError where its digest does not match."""
+        if digest(copy.tensors) != copy.digest:
+            raise PlacementError(f"expert {copy.expert} of layer {copy.layer} arrived damaged")
+        tensors = {
+            name: torch.from_numpy(raw).view(getattr(torch, copy.dtypes[name])).view(copy.shapes[name]).to(self._device)
+            for name, raw in copy.tensors.items()
+        }
+        self._store.put(copy.layer, copy.expert, tensors, borrowed=self._device.type == "cpu")
+
+    def read_experts(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Hold experts, as (layer, expert), beside the placement's, read from the checkpoint."""
+        self._read(pairs)
+
+    # --- Steps --------------------------------------------------------------------------------------------------
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Run this worker's part of a step, in lock-step with the others, and sample.
+
+        Raises StepAborted for a plan of another epoch, or where a peer is gone: the step may then be run again. After
+        any error, so does every further step of the epoch.
+        """
+        epoch = self._epoch
+        if epoch is None or plan.epoch != epoch.spec.epoch:
+            have = None if epoch is None else epoch.spec.epoch
+            raise StepAborted(f"a step of epoch {plan.epoch} came to {self.spec.worker}, which is in epoch {have}")
+        if epoch.failed_step is not None:
+            raise StepAborted(f"step {epoch.failed_step} failed on {self.spec.worker}")
+        try:
+            return self._run(plan)
+        except BaseException:
+            epoch.failed_step = plan.step
+            self._counter.discard_step()
+            raise
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        begin = time.perf_counter()
+        assert self._epoch is not None
+        self._borrow_threads(plan, self._epoch)
+        for request_id in plan.finished:
+            self._sequences.pop(request_id, None)
+        for new in plan.new:
+            self._sequences[new.request_id] = _Sequence(state=SamplingState(new), blocks=[])
+        slices = [self._slice(chunk) for chunk in plan.chunks]
+        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
+        sampling = [chunk.request_id for chunk in plan.chunks if chunk.samples]
+        states = [self._sequences[request_id].state for request_id in sampling]
+        with torch.inference_mode():
+            chosen = sample(logits, states)
+        assert self._epoch is not None
+        self._epoch.dispatcher.finish()
+        for state, (token, _) in zip(states, chosen, strict=True):
+            # a step that is on its way already runs whatever token is here, and nobody reads what comes of it
+            state.append(0 if token == NO_TOKEN else token)
+        self._counter.commit_step([chunk.length for chunk in plan.chunks])
+        samples = tuple(
+            Sample(request_id=request_id, token_id=token, logprobs=logprobs)
+            for request_id, (token, logprobs) in zip(sampling, chosen, strict=True)
+            if token != NO_TOKEN
+        )
+        corrupted = tuple(
+            request_id for request_id, (token, _) in zip(sampling, chosen, strict=True) if token == NO_TOKEN
+        )
+        compute_s = time.perf_counter() - begin
+        # workers wait for one another, so one that has a prompt makes it everybody's prefill step
+        decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
+        self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
+        return StepResult(step=plan.step, samples=samples, compute_s=compute_s, corrupted=corrupted)
+
+    def _slice(self, chunk: Chunk) -> SequenceSlice:
+        sequence = self._sequences[chunk.request_id]
+        sequence.state.truncate(chunk.known)
+        sequence.blocks[chunk.block_offset :] = chunk.block_ids
+        end = chunk.start + chunk.length
+        return SequenceSlice(
+            token_ids=sequence.state.token_ids[chunk.start : end],
+            start=chunk.start,
+            block_ids=sequence.blocks,
+            prompt_length=sequence.state.num_prompt_tokens,
+            wants_logits=chunk.samples,
+        )
+
+    def forget_sequences(self) -> None:
+        """A new engine begins: what an earlier one ran here, it will never name as finished."""
+        self._sequences.clear()
+
+    def abort_step(self, epoch: Epoch) -> None:
+        """Wake a step that waits for a dead peer. The group is of no use afterwards; a new epoch must follow."""
+        current = self._epoch
+        if current is not None and current.spec.epoch == epoch:
+            current.group.abort()
+
+    def routing_counts(self) -> RoutingCounts:
+        """Since the last call."""
+        return self._counter.take()
+
+
+def digest(tensors: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]) -> str:
+    """Of an expert as one unit: names, sizes and bytes."""
+    # most of what a copy computes; CPUs have instructions for it, which makes it twice as fast as BLAKE2
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        state.update(f"{name}:{tensors[name].nbytes};".encode())
+        state.update(np.ascontiguousarray(tensors[name]).data)
+    return state.hexdigest()

@@ -1,0 +1,91 @@
+"""The planner `auto`: the best that the deadline allows, and no worse than any other planner.
+
+It walks the path of `local_search` and of `ilp`, which begins with it, with the same random numbers and more time than
+they have (optimizer.planner), then goes on shaking layers, and answers with the cheapest of that, of the quick planners
+and of the current placement. Time only cuts that path short, so whoever comes farther is not behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+
+from elastic_moe.optimizer.baselines.eplb import eplb_table
+from elastic_moe.optimizer.baselines.heuristics import (
+    anticorrelation_table,
+    contiguous_table,
+    greedy_table,
+    random_table,
+    round_robin_table,
+)
+from elastic_moe.optimizer.core.contract import Budget, Draft
+from elastic_moe.optimizer.core.cost import copies, price_table
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
+from elastic_moe.optimizer.core.result import Termination
+from elastic_moe.optimizer.core.solvers import SolverError
+from elastic_moe.optimizer.drift import within_budget
+from elastic_moe.optimizer.search.local_search import JointSearch, local_search_plan
+
+UNLIMITED = 10**9
+
+SEARCH = 0.97
+"""Share of the time after which the search ends: with 58 layers of 256 experts, the quick planners take over a
+second."""
+
+
+def auto_plan(problem: PlacementProblem, budget: Budget) -> Draft:
+    """Never raises SolverError: without a solver it does what needs none, and says so."""
+    if problem.move_budget is not None and problem.current is not None:
+        return within_budget(problem, budget)
+    fresh = copy.deepcopy(budget.rng)
+    draft = _searched(problem, budget.share(SEARCH))
+    best_s = price_table(problem, draft.table).total_s
+    # last: before the search they would take more of a short deadline than `auto` has over the other planners
+    for name, table in _quick_tables(problem, fresh).items():
+        cost_s = price_table(problem, table).total_s
+        if cost_s < best_s * (1 - 1e-12):
+            best_s = cost_s
+            draft = dataclasses.replace(draft, table=table, planner=name, reason=f"{name} is the cheapest")
+    return draft
+
+
+def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
+    draft, planner, note = local_search_plan(problem, budget), "local_search", ""
+    if budget.left_s > 0:
+        # Pyomo, which this imports, takes longer to load than a short deadline allows
+        from elastic_moe.optimizer.ilp.planner import improved
+
+        try:
+            draft, planner = improved(problem, draft, budget), "ilp"
+        except SolverError as error:
+            note = f"; no ILP: {error}"
+    price_s = price_table(problem, draft.table).total_s
+    if draft.bound >= price_s * (1 - 1e-6) or budget.left_s <= 0:
+        return dataclasses.replace(draft, planner=planner, reason=draft.reason + note)
+    search = JointSearch(problem, draft.table)
+    tried, kept = search.shake(budget, UNLIMITED)
+    return Draft(
+        table=search.table,
+        planner=planner,
+        reason=f"{draft.reason}; {kept} of {tried} further shakes kept{note}",
+        termination=Termination.DEADLINE,
+        bound=draft.bound,
+    )
+
+
+def _quick_tables(problem: PlacementProblem, rng: np.random.Generator) -> dict[str, IntArray]:
+    tables = {
+        "random": random_table(problem, rng),  # first, as the planner of that name draws it
+        "contiguous": contiguous_table(problem, rng),
+        "round_robin": round_robin_table(problem, rng),
+        "greedy": greedy_table(problem, rng),
+        "anticorrelation": anticorrelation_table(problem, rng),
+        "eplb": eplb_table(problem, rng),
+    }
+    current = problem.current
+    if current is not None and current.workers == problem.workers:
+        tables["current"] = current.physical_to_logical_map
+        assert copies(problem, tables["current"]) == 0
+    return tables

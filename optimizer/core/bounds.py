@@ -1,0 +1,124 @@
+"""Lower bounds on the cost of every placement of a problem. Cheap, and valid whatever a planner did.
+
+Each item of the cost is bounded by itself, so their sum bounds the total; risk and migration are bounded by 0. A
+worker with c slots keeps together, of one expert's pairs, at most its c - 1 heaviest; where no expert can have a
+replica, eigenvalues say more (Donath and Hoffman 1973 for a layer's pairs; singular values likewise for the flows
+between two layers).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from elastic_moe.optimizer.core.cost import affinity_price, node_membership, port_price, uplink_price
+from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem, Semantics
+
+
+def lower_bound(problem: PlacementProblem) -> float:
+    """Seconds per step that no placement can beat."""
+    traffic = home_bound(problem) if problem.semantics is Semantics.HOME else follow_bound(problem)
+    return float(compute_bound(problem).sum() + traffic.sum()) + affinity_bound(problem)
+
+
+def compute_bound(problem: PlacementProblem) -> FloatArray:
+    """[L] seconds: an even split; or the heaviest expert, in as many replicas as there are slots for, on the fastest
+    worker."""
+    ideal = problem.loads.sum(axis=1) / problem.speed.sum()
+    replicas = min(len(problem.workers), 1 + _spare(problem))
+    heaviest = problem.loads.max(axis=1) / (replicas * problem.speed.max())
+    return np.asarray(problem.token_expert_s * problem.scale * np.maximum(ideal, heaviest))
+
+
+def home_bound(problem: PlacementProblem) -> FloatArray:
+    """[L] seconds of traffic if tokens came back after every layer.
+
+    By Cauchy and Schwarz sum_w S1_w^2 / (S1_w + S2_w) >= S1^2 / (S1 + S2) with S1, S2 the sums; the busiest link
+    carries at least what it would if all were alike.
+    """
+    width = len(problem.workers)
+    if width == 1:
+        return np.zeros(problem.num_layers)
+    first = problem.loads.sum(axis=1) - _saved_by_replicas(problem)
+    together = np.array([most_together(pairs, _sizes(problem), _spare(problem) == 0) for pairs in problem.pairs])
+    arrive = first**2 / np.maximum(first + together, 1e-300)
+    seconds = arrive / width * (1 - 1 / width) * port_price(problem)
+    if problem.node_of.max() > 0:
+        size = node_membership(problem).sum(axis=0) / width
+        seconds = np.maximum(seconds, arrive / (1 / (1 - size)).sum() * uplink_price(problem))
+    return np.asarray(2 * seconds * problem.scale)
+
+
+def follow_bound(problem: PlacementProblem) -> FloatArray:
+    """[L-1] seconds of traffic if tokens stayed where their expert was."""
+    width = len(problem.workers)
+    seconds = _leaving(problem, _sizes(problem)) / width * port_price(problem)
+    if problem.node_of.max() > 0:
+        room = np.asarray(_sizes(problem) @ node_membership(problem))
+        seconds = np.maximum(seconds, _leaving(problem, room) / len(room) * uplink_price(problem))
+    return np.asarray(seconds * problem.scale[:-1])
+
+
+def affinity_bound(problem: PlacementProblem) -> float:
+    """Seconds charged for transitions at the least."""
+    return float((_leaving(problem, _sizes(problem)) * problem.scale[:-1]).sum() * affinity_price(problem))
+
+
+def most_together(pairs: FloatArray, sizes: FloatArray, single: bool) -> float:
+    """Most pairs (sum over e < f) that workers of `sizes` [W] can hold together. `single`: no expert has a replica.
+
+    By rows: an expert shares its worker with at most max(sizes) - 1 others. By eigenvalues: sum_w x_w' C x_w is at most
+    sum_k lambda_k size_k, both descending, for disjoint x_w.
+    """
+    most = int(sizes.max())
+    by_rows = 0.5 * float(np.sort(pairs, axis=1)[:, -(most - 1) :].sum()) if most > 1 else 0.0
+    if not single:
+        return by_rows
+    # a diagonal shift changes every placement's value alike; this one evens out the rows, which sharpens the bound
+    shift = -pairs.sum(axis=1) / len(pairs)
+    values = np.sort(np.linalg.eigvalsh(pairs + np.diag(shift)))[::-1][: len(sizes)]
+    filled = _filled(sizes, len(pairs))
+    worst = float((np.maximum(values, 0) * filled[: len(values)]).sum())
+    return min(by_rows, 0.5 * (worst - float(shift.sum())))
+
+
+def _filled(sizes: FloatArray, experts: int) -> FloatArray:
+    """[W] sizes, descending, that no split of the experts over the workers majorises: the largest filled first."""
+    filled, left = [], experts
+    for size in np.sort(sizes)[::-1]:
+        filled.append(min(float(size), left))
+        left -= int(filled[-1])
+    return np.array(filled)
+
+
+def _leaving(problem: PlacementProblem, sizes: FloatArray) -> FloatArray:
+    """[L-1] transitions (over K) that change worker, or node, at the least, with `sizes` slots each."""
+    most = min(int(sizes.max()), problem.num_experts)
+    left = []
+    for flow in problem.flows:
+        by_rows = np.sort(flow, axis=1)[:, -most:].sum()
+        by_columns = np.sort(flow, axis=0)[-most:, :].sum()
+        stay = min(by_rows, by_columns)
+        if _spare(problem) == 0:
+            values = np.linalg.svd(flow, compute_uv=False)[: len(sizes)]
+            stay = min(stay, float((values * _filled(sizes, problem.num_experts)[: len(values)]).sum()))
+        left.append(max(float(flow.sum() - stay), 0.0))
+    return np.array(left) / problem.top_k
+
+
+def _sizes(problem: PlacementProblem) -> FloatArray:
+    return np.array([min(worker.slots, problem.num_experts) for worker in problem.workers], dtype=np.float64)
+
+
+def _spare(problem: PlacementProblem) -> int:
+    """Slots per layer that are left for replicas."""
+    return int(_sizes(problem).sum()) - problem.num_experts
+
+
+def _saved_by_replicas(problem: PlacementProblem) -> FloatArray:
+    """[L] load that homes keep at most: every replica keeps 1 / (W - 1) of its expert's tokens from travelling."""
+    width = len(problem.workers)
+    heaviest = np.sort(problem.loads, axis=1)[:, ::-1]
+    copies = np.full(problem.num_experts, width - 1)
+    spare = np.minimum(np.cumsum(copies), _spare(problem))
+    used = np.diff(np.concatenate([[0], spare]))
+    return np.asarray((heaviest * used).sum(axis=1) / (width - 1))

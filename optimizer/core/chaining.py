@@ -1,0 +1,46 @@
+"""What workers hold in one layer, passed on to the next: contents are permuted layer by layer so that tokens stay.
+
+The chain is quick and needs no solver; it is where MoETuner's second ILP starts from, and the local search.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from elastic_moe.optimizer.core.assignment import assign
+from elastic_moe.optimizer.core.cost import flow_between_workers, node_membership, port_price, shares, uplink_price
+from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem
+
+
+def chained(problem: PlacementProblem, flows: FloatArray) -> IntArray:
+    """[L, W] worker for each cluster, from the transitions between the clusters of adjacent layers [L-1, W, W]: each
+    layer's clusters are assigned to the workers of the layer before. Cluster k fits worker k."""
+    worker_of = [np.arange(len(problem.workers), dtype=np.int32)]
+    allowed, save = interchangeable(problem), kept(problem)
+    for flow in flows:
+        gain = flow.T @ save[worker_of[-1]]
+        worker_of.append(assign(np.where(allowed > 0, -gain, 1.0 + gain.sum())))
+    return np.stack(worker_of)
+
+
+def lined_up(problem: PlacementProblem, table: IntArray) -> IntArray:
+    """The table [L, S] with each layer's contents of workers exchanged as a whole, so that balance stays as it is."""
+    worker_of = chained(problem, flow_between_workers(problem, shares(problem, table)))
+    new = table.copy()
+    for layer, target in enumerate(worker_of):
+        for cluster, worker in enumerate(target):
+            new[layer, problem.owner == worker] = table[layer, problem.owner == cluster]
+    return new
+
+
+def interchangeable(problem: PlacementProblem) -> FloatArray:
+    """[W, W] 1 where two workers have the same slots and speed, so that either can take the other's experts."""
+    kind = np.array([[worker.slots, speed] for worker, speed in zip(problem.workers, problem.speed, strict=True)])
+    return np.asarray((kind[:, None, :] == kind[None, :, :]).all(axis=2).astype(np.float64))
+
+
+def kept(problem: PlacementProblem) -> FloatArray:
+    """[W, W] seconds that one token saves if it goes from v to w instead of across nodes."""
+    member = node_membership(problem)
+    near = (member @ member.T) * (uplink_price(problem) if member.shape[1] > 1 else 0.0)
+    return np.asarray(near + np.eye(len(problem.workers)) * port_price(problem))

@@ -1,0 +1,77 @@
+"""What every planner takes and hands back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
+from elastic_moe.optimizer.core.result import Termination
+
+Clock = Callable[[], float]
+"""Seconds from some point on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a planner may use."""
+
+    ends: float
+    """Time of `clock` by which it should have returned."""
+    solver: str
+    rng: np.random.Generator
+    clock: Clock = time.monotonic
+
+    @classmethod
+    def of(cls, seconds: float, *, solver: str = "highs", seed: int = 0) -> Budget:
+        return cls(ends=time.monotonic() + seconds, solver=solver, rng=np.random.default_rng(seed))
+
+    @property
+    def left_s(self) -> float:
+        return self.ends - self.clock()
+
+    def share(self, part: float) -> Budget:
+        """A budget of `part` (0..1) of the time that is left."""
+        now = self.clock()
+        return replace(self, ends=now + part * (self.ends - now))
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long models take to formulate, so that none is begun that would outlast the deadline."""
+
+    clock: Clock
+    seconds: float = 0.0
+    variables: int = 0
+
+    @contextmanager
+    def timed(self, variables: int) -> Iterator[None]:
+        begun = self.clock()
+        yield
+        self.seconds += self.clock() - begun
+        self.variables += variables
+
+    def allows(self, variables: int, left_s: float) -> bool:
+        """Whether a model of this size would be there in time, as far as is known."""
+        return self.seconds / max(self.variables, 1) * variables < left_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A placement before it is verified and priced."""
+
+    table: IntArray
+    """[L, S] slot table."""
+    reason: str
+    planner: str = ""
+    """Who made it, where it was not the planner that was asked."""
+    termination: Termination = Termination.COMPLETED
+    bound: float = 0.0
+    """Lower bound on the total cost, where the planner proved one."""
+
+
+Planner = Callable[[PlacementProblem, Budget], Draft]

@@ -1,0 +1,159 @@
+"""What stands in for statistics that were not counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem
+
+FEWEST_PARTS = 3
+"""Stretches of time whose loads say anything of how loads vary."""
+
+LEADING = 3
+"""Factors that all layers have in common: weaker ones say no more than each layer does by itself."""
+
+LAYER_SHARE = 0.7
+"""Weight of what each layer was seen to vary in by itself, beside those factors. Set as `PlacementProblem.caution` was,
+by planning on some requests and measuring on others."""
+
+LEAST_EXPECTED = 0.01
+"""Of an average expert's load in a part: below it, chance would weigh too much in a deviation over its spread."""
+
+
+def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] covariance of a window's loads, from loads of its parts [P, L, E] (requests, or stretches of time).
+
+    Parts are taken as drawn independently, each with the window's mix: the covariance of their sum is the sum of their
+    deviations' outer products. Tokens squared.
+    """
+    return _sum_of_products(_expected_and_deviation(np.asarray(parts, dtype=np.float64))[1])
+
+
+def _sum_of_products(deviation: FloatArray) -> FloatArray:
+    """[L, E, E] of every two experts, from deviations [P, L, E]."""
+    by_layer = deviation.transpose(1, 0, 2)
+    return np.asarray(np.matmul(by_layer.transpose(0, 2, 1), by_layer))
+
+
+def _expected_and_deviation(loads: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """[P, L, E] what each part would show if it had the mix of all, and by how much it differs."""
+    size = loads.sum(axis=2, keepdims=True)
+    expected = size * (loads.sum(axis=0) / np.maximum(size.sum(axis=0), 1e-300))
+    return expected, loads - expected
+
+
+def believable(covariance: FloatArray, parts: int) -> FloatArray:
+    """[L] share of the squared correlations [L, E, E] that sampling does not explain: experts that vary independently
+    show 1/parts on average."""
+    spread = np.sqrt(np.einsum("lee->le", covariance))
+    correlation = covariance / np.maximum(spread[:, :, None] * spread[:, None, :], 1e-300)
+    experts = covariance.shape[1]
+    squared = ((correlation**2).sum(axis=(1, 2)) - (spread > 0).sum(axis=1)) / max(experts * (experts - 1), 1)
+    return np.asarray(np.clip(1 - 1 / (parts * np.maximum(squared, 1e-300)), 0.0, 1.0))
+
+
+def shrunk_covariance(covariance: FloatArray, parts: int) -> FloatArray:
+    """[L, E, E] with what joins two experts reduced to the believable share.
+
+    Few parts leave a covariance of low rank, and a planner would fill workers with what happens not to have varied.
+    Shrinkage towards the diagonal, after Ledoit and Wolf 2004.
+    """
+    share = believable(covariance, parts)[:, None, None]
+    return np.asarray(np.where(np.eye(covariance.shape[1], dtype=bool), covariance, covariance * share))
+
+
+def common_factors(parts: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] covariance along the LEADING directions in which the loads of all layers vary together, from loads of
+    parts [P, L, E]: topics, which later windows hold more or less of.
+
+    A part's scores are found over all layers at once, so a factor is known far better than from one layer's loads: the
+    principal components of correspondence analysis (Benzecri 1973), deviations over the square root of what was
+    expected. Of each its excess over the median component is kept, which is what chance leaves.
+    """
+    loads = np.asarray(parts, dtype=np.float64)
+    expected, deviation = _expected_and_deviation(loads)
+    least = np.maximum(LEAST_EXPECTED * expected.mean(axis=2, keepdims=True), 1e-300)
+    scaled = (deviation / np.sqrt(np.maximum(expected, least))).reshape(len(loads), -1)
+    strength, scores = np.linalg.eigh(scaled @ scaled.T)
+    # deviations sum to next to nothing, so that the weakest component is none
+    chance = np.median(strength[1:]) if len(loads) > 1 else np.inf
+    kept = np.clip(1 - chance / np.maximum(strength[-LEADING:], 1e-300), 0.0, 1.0)
+    return _sum_of_products(np.einsum("pk,ple->kle", scores[:, -LEADING:] * np.sqrt(kept), deviation))
+
+
+def drift_covariance(of_layers: FloatArray, parts: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] how loads may differ in the next window: `of_layers` [L, E, E], what each layer shows by itself, and
+    what all layers have in common, along which windows differ by more than requests drawn at random would."""
+    return LAYER_SHARE * of_layers + common_factors(parts)
+
+
+def covariance_of_window(parts: npt.ArrayLike) -> FloatArray | None:
+    """[L, E, E] from loads of stretches of time [P, L, E]; None for too few to compare."""
+    loads = np.asarray(parts, dtype=np.float64)
+    if len(loads) < FEWEST_PARTS:
+        return None
+    return drift_covariance(shrunk_covariance(covariance_between_parts(loads), len(loads)), loads)
+
+
+def covariance_of_requests(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] from loads of whole requests [P, L, E] and of short runs within them [Q, L, E]."""
+    return drift_covariance(blended_covariance(requests, chunks), requests)
+
+
+def blended_covariance(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
+    """[L, E, E] from loads of few whole requests [P, L, E] and of many short runs within them [Q, L, E].
+
+    Runs say better which experts rise together, but vary less than requests do: both shrunk, the runs' scaled to the
+    variance that whole requests show, and averaged by how far each is to be believed.
+    """
+    loads, runs = np.asarray(requests, dtype=np.float64), np.asarray(chunks, dtype=np.float64)
+    whole, within = covariance_between_parts(loads), covariance_between_parts(runs)
+    variance = np.trace(within, axis1=1, axis2=2)
+    scale = np.trace(whole, axis1=1, axis2=2) / np.where(variance > 0, variance, 1.0)
+    trust = np.stack([believable(whole, len(loads)), believable(within, len(runs))])[:, :, None, None]
+    total = np.maximum(trust.sum(axis=0), 1e-300)
+    blended = (trust[0] ** 2 * whole + trust[1] ** 2 * within * scale[:, None, None]) / total
+    experts = np.arange(whole.shape[1])
+    blended[:, experts, experts] = whole[:, experts, experts]
+    return np.asarray(blended)
+
+
+def independent_pairs(problem: PlacementProblem) -> FloatArray:
+    """[L, E, E] co-activation if a token's K choices were drawn by load, one apart from another."""
+    chance = problem.loads / problem.loads.sum(axis=1, keepdims=True)
+    repeats = problem.top_k * (problem.top_k - 1) * problem.tokens
+    pairs = chance[:, :, None] * chance[:, None, :] * repeats[:, None, None]
+    return _without_diagonal(pairs)
+
+
+def estimate_coactivation(problem: PlacementProblem) -> FloatArray:
+    """[L, E, E] co-activation from transitions: two experts that follow the same experts are chosen together.
+
+    Given the expert before, a token's choices are taken as independent:
+    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e), and layer 0, which nothing precedes, from what follows it.
+    Without transitions the choices are independent altogether.
+    """
+    if problem.transitions is None or problem.num_layers < 2 or problem.top_k < 2:
+        return independent_pairs(problem)
+    share = (problem.top_k - 1) / problem.top_k**2
+    before = problem.transitions / np.maximum(problem.loads[:-1, :, None], 1e-300)
+    later = share * np.matmul(problem.transitions.transpose(0, 2, 1), before)
+    after = problem.transitions[0] / np.maximum(problem.loads[1][None, :], 1e-300)
+    first = share * np.matmul(problem.transitions[0], after.T)
+    return _without_diagonal(np.concatenate([first[None], later]))
+
+
+def estimate_transitions(problem: PlacementProblem) -> FloatArray:
+    """[L-1, E, E] transitions if the choices of adjacent layers were independent."""
+    first, second = problem.loads[:-1], problem.loads[1:]
+    return np.asarray(first[:, :, None] * second[:, None, :] / problem.tokens[:-1, None, None])
+
+
+def _without_diagonal(pairs: FloatArray) -> FloatArray:
+    experts = np.arange(pairs.shape[1])
+    pairs[:, experts, experts] = 0.0
+    return pairs

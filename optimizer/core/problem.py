@@ -1,0 +1,155 @@
+"""A placement problem as one value: what was counted, who may hold experts, and what bytes cost.
+
+Legend: L MoE layers, E logical experts, W workers, S slots over all workers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.cluster.placement import Placement, Worker
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int32]
+
+
+class Semantics(StrEnum):
+    """Where a token is between two MoE layers."""
+
+    HOME = "home"
+    """It returns to the worker of its request after every MoE layer: what our engine does."""
+    FOLLOW = "follow"
+    """It stays where its expert was: the model of MoETuner and ExFlow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """Bandwidths in gigabits per second, each way. The defaults are what exchanges may reach on eight H100 with NVLink
+    (450 GB/s, at some 70 %) and a 400 Gb/s card each."""
+
+    worker_gbps: float = 2500.0
+    """Of a worker's own port: carries all that enters or leaves the worker."""
+    node_gbps: float = 3200.0
+    """Of a node's uplink: shared by its workers, carries what enters or leaves the node."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlacementProblem:
+    """What a planner is given. Verified when made; raises PlacementError, naming the field, in one line.
+
+    Counts may be on any scale (a window of tokens, or shares of it): `top_k` turns them into tokens.
+    """
+
+    loads: FloatArray
+    """[L, E] tokens that chose each expert."""
+    workers: tuple[Worker, ...]
+    top_k: int = 1
+    """K: loads of a layer sum to K times its tokens."""
+    transitions: FloatArray | None = None
+    """[L-1, E, E] tokens that chose e in layer l and f in layer l+1. None: taken as independent."""
+    coactivation: FloatArray | None = None
+    """[L, E, E] tokens that chose both e and f in layer l; symmetric, the diagonal is ignored. None: estimated."""
+    load_covariance: FloatArray | None = None
+    """[L, E, E] covariance of the window's loads from one window to the next, in tokens squared; see
+    `estimate.drift_covariance`. None: loads are taken to stay as they are."""
+    speeds: tuple[float, ...] = ()
+    """[W] relative speed of each worker; empty: all alike."""
+    links: Links = field(default_factory=Links)
+    current: Placement | None = None
+    """The placement to change, if one is in force. Its workers need not be the problem's."""
+    move_budget: int | None = None
+    """Most experts that workers may fetch to get there from `current`; None: what pays, moves."""
+    expert_bytes: int = 0
+    """Of one expert of one layer: what a move copies."""
+    horizon_steps: float = 10_000.0
+    """Steps that the new placement is expected to serve; migration is amortised over them."""
+    semantics: Semantics = Semantics.HOME
+    tokens_per_step: int = 1024
+    """Tokens of a typical step: the scale on which costs are told."""
+    token_bytes: int = 4096
+    """Of one token's hidden state on a link."""
+    token_expert_s: float = 8e-8
+    """Seconds that one token takes in one expert, on a worker of speed 1. The default: an expert of DeepSeek-V2-Lite
+    (17 MB) is read from an H100's memory, at two thirds of 3.35 TB/s, for the hundred tokens of a step that chose
+    it."""
+    affinity: float = 2.5
+    """Price of a transition that changes worker, as a multiple of a token's way there and back through an average port.
+    Under `home` 1 is the most that it costs where requests are homed beside their experts, and 0 is right where homes
+    are chosen without regard to them. The default asks for more, as experts that follow one another are also chosen
+    together: like `caution`, it was set by planning on one part of some requests and measuring on another, here as the
+    least that keeps half as many transitions again on one worker as clustering by load and mapping clusters after."""
+    caution: float = 100.0
+    """Price of load that may shift, in loads per squared relative deviation: the more, the more are experts kept apart
+    whose loads rise together. At 100, deviations of 3 % cost 9 %: the slowest of eight workers is late by 4 % for what
+    the window got wrong, and again for what comes after."""
+
+    def __post_init__(self) -> None:
+        from elastic_moe.optimizer.core.validate import validated_fields
+
+        for name, value in validated_fields(self).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.loads.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.loads.shape[1])
+
+    @property
+    def num_slots(self) -> int:
+        return sum(worker.slots for worker in self.workers)
+
+    @cached_property
+    def owner(self) -> IntArray:
+        """[S] worker of each slot."""
+        return np.repeat(np.arange(len(self.workers), dtype=np.int32), [w.slots for w in self.workers])
+
+    @cached_property
+    def node_of(self) -> IntArray:
+        """[W] node number of each worker, in order of first appearance."""
+        names = list(dict.fromkeys(worker.node for worker in self.workers))
+        return np.array([names.index(worker.node) for worker in self.workers], dtype=np.int32)
+
+    @cached_property
+    def speed(self) -> FloatArray:
+        """[W] relative speeds."""
+        return np.asarray(self.speeds or (1.0,) * len(self.workers), dtype=np.float64)
+
+    @cached_property
+    def tokens(self) -> FloatArray:
+        """[L] tokens behind each layer's loads."""
+        return np.asarray(self.loads.sum(axis=1) / self.top_k)
+
+    @cached_property
+    def pairs(self) -> FloatArray:
+        """[L, E, E] co-activation, zero on the diagonal; where none was counted, an estimate from what was."""
+        from elastic_moe.optimizer.core.estimate import estimate_coactivation
+
+        return estimate_coactivation(self) if self.coactivation is None else self.coactivation
+
+    @cached_property
+    def flows(self) -> FloatArray:
+        """[L-1, E, E] transitions; where none were counted, those of independent choices."""
+        from elastic_moe.optimizer.core.estimate import estimate_transitions
+
+        return estimate_transitions(self) if self.transitions is None else self.transitions
+
+    @property
+    def scale(self) -> FloatArray:
+        """[L] factor from counts to a step of `tokens_per_step` tokens."""
+        return np.asarray(self.tokens_per_step / self.tokens)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Only the fields: what is cached can be made again and would double the pickle."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)

@@ -1,0 +1,54 @@
+"""Slot tables: the form in which planners build placements.
+
+A table is [L, S] int32: the expert in each slot, or EMPTY. A worker's slots are consecutive (cluster.placement).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from elastic_moe.cluster.placement import EMPTY, Placement
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
+
+
+def to_placement(problem: PlacementProblem, table: IntArray) -> Placement:
+    """The verified placement of a table. Raises PlacementError where a planner broke a rule."""
+    return Placement(
+        num_logical_experts=problem.num_experts,
+        workers=problem.workers,
+        physical_to_logical_map=_in_familiar_slots(problem, table),
+    )
+
+
+def row_of(problem: PlacementProblem, held: Sequence[Sequence[int]]) -> IntArray:
+    """[S] one layer's slots from the experts that each worker holds."""
+    row: list[int] = []
+    for worker, experts in zip(problem.workers, held, strict=True):
+        assert len(experts) <= worker.slots
+        row += [*experts, *[EMPTY] * (worker.slots - len(experts))]
+    return np.array(row, dtype=np.int32)
+
+
+def room(problem: PlacementProblem) -> list[int]:
+    """[W] experts of one layer that each worker can make use of: its slots, but no expert twice."""
+    return [min(worker.slots, problem.num_experts) for worker in problem.workers]
+
+
+def _in_familiar_slots(problem: PlacementProblem, table: IntArray) -> IntArray:
+    """The same holdings, with every expert that stays on its worker left in the slot it has now."""
+    current = problem.current
+    if current is None or current.workers != problem.workers:
+        return table
+    old, new = current.physical_to_logical_map, table.copy()
+    start = 0
+    for worker in problem.workers:
+        end = start + worker.slots
+        for was, now in zip(old[:, start:end], new[:, start:end], strict=True):
+            stays = (was != EMPTY) & np.isin(was, now)
+            others = now[~np.isin(now, was[stays])]
+            now[stays] = was[stays]
+            now[~stays] = others
+        start = end
+    return new

@@ -1,0 +1,333 @@
+"""The whole problem as one mixed-integer program, exact for small cases.
+
+Sets        layers l, experts e, workers w, replica counts r
+Variables   u[l, e, r, w] in {0, 1}: e has r replicas in layer l, and w holds one; v[l, e, r] in {0, 1}: e has r
+replicas
+            products p of two u of one layer, and s of two u of adjacent layers, in [0, 1] peak[l], arrive[l, w],
+            link[l] >= 0: time of the slowest worker, tokens that arrive, time of the busiest link
+Objective   the cost model's total (optimizer.core.cost), item by item
+
+With mode m = (e, r) a worker's share of e is u / r, so every item is linear in u, p and s; only arrivals S1^2 / (S1 +
+S2) are convex. They are met from below by tangents 2 t S1 - t^2 (S1 + S2), one for each t in (0, 1], and more are
+added at the incumbent until the model's objective is the true cost. Every solve's bound is a bound on the true cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyomo.environ as pyo
+
+from elastic_moe.optimizer.core.cost import (
+    affinity_price,
+    held_before,
+    move_price,
+    port_price,
+    remote_share,
+    risk_price,
+    uplink_price,
+)
+from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.table import row_of
+
+MICRO = 1e6
+"""Microseconds in a second."""
+
+FIRST_TANGENTS = (0.3, 0.5, 0.7, 0.9, 1.0)
+
+
+class JointModel:
+    """The Pyomo model of a problem, and the way back from its variables to a table.
+
+    Times are in microseconds: solvers' tolerances are absolute, and seconds would drown in them.
+    """
+
+    def __init__(self, problem: PlacementProblem) -> None:
+        self.problem = problem
+        self.modes = modes(problem)
+        self._near = _near_pairs(problem)
+        self.model = pyo.ConcreteModel()
+        self._declare()
+        self._replicas_agree()
+        self._respect_room()
+        self._order_alike_workers()
+        self._products()
+        self._bound_by_peak()
+        if problem.semantics is Semantics.HOME and len(problem.workers) > 1:
+            self._arrivals()
+        if problem.semantics is Semantics.FOLLOW and len(problem.workers) > 1:
+            self._follow_links()
+        self.model.objective = pyo.Objective(expr=self._total())
+
+    def _declare(self) -> None:
+        model, problem = self.model, self.problem
+        model.layers = pyo.RangeSet(0, problem.num_layers - 1)
+        model.w = pyo.RangeSet(0, len(problem.workers) - 1)
+        model.m = pyo.RangeSet(0, len(self.modes) - 1)
+        model.u = pyo.Var(model.layers, model.m, model.w, domain=pyo.Binary)
+        model.v = pyo.Var(model.layers, model.m, domain=pyo.Binary)
+        model.peak = pyo.Var(model.layers, bounds=(0, None))
+        model.link = pyo.Var(model.layers, bounds=(0, None))
+        model.tangents = pyo.ConstraintList()
+        model.links = pyo.ConstraintList()
+
+    def _replicas_agree(self) -> None:
+        """sum_r v[l, e, r] = 1 and sum_w u[l, e, r, w] = r v[l, e, r]."""
+        model, modes = self.model, self.modes
+        model.one_count = pyo.Constraint(
+            model.layers,
+            range(self.problem.num_experts),
+            rule=lambda m, layer, e: sum(m.v[layer, k] for k, mode in enumerate(modes) if mode[0] == e) == 1,
+        )
+        model.all_placed = pyo.Constraint(
+            model.layers,
+            model.m,
+            rule=lambda m, layer, k: sum(m.u[layer, k, w] for w in m.w) == modes[k][1] * m.v[layer, k],
+        )
+
+    def _respect_room(self) -> None:
+        """sum over modes of u[l, m, w] <= slots_w."""
+        self.model.room = pyo.Constraint(
+            self.model.layers,
+            self.model.w,
+            rule=lambda m, layer, w: sum(m.u[layer, k, w] for k in m.m) <= self.problem.workers[w].slots,
+        )
+
+    def _order_alike_workers(self) -> None:
+        """load of w >= load of w + 1 in layer 0, for neighbours that only differ in name: one of all equal
+        relabellings."""
+        problem, model = self.problem, self.model
+        if problem.current is not None:
+            return
+        model.order = pyo.ConstraintList()
+        loads = [
+            sum(float(problem.loads[0, e] / r) * model.u[0, k, w] for k, (e, r) in enumerate(self.modes))
+            for w in model.w
+        ]
+        for w, (one, other) in enumerate(itertools.pairwise(problem.workers)):
+            if (one.slots, one.node, problem.speed[w]) == (other.slots, other.node, problem.speed[w + 1]):
+                model.order.add(loads[w] >= loads[w + 1])
+
+    def _products(self) -> None:
+        """p <= u, p <= u', p >= u + u' - 1 for two modes of one layer on one worker; s alike for two layers, near
+        workers.
+
+        Only where a statistic is not 0; the lower side only where more of the product costs more.
+        """
+        model, problem = self.model, self.problem
+        model.p = pyo.Var(self._pair_index(), bounds=(0, 1))
+        model.s = pyo.Var(self._flow_index(), bounds=(0, 1))
+        model.product = pyo.ConstraintList()
+        for layer, k, j, w in model.p:
+            pair = model.p[layer, k, j, w]
+            model.product.add(pair <= model.u[layer, k, w])
+            model.product.add(pair <= model.u[layer, j, w])
+            if problem.load_covariance is not None:
+                model.product.add(pair >= model.u[layer, k, w] + model.u[layer, j, w] - 1)
+        for layer, k, j, v, w in model.s:
+            model.product.add(model.s[layer, k, j, v, w] <= model.u[layer, k, v])
+            model.product.add(model.s[layer, k, j, v, w] <= model.u[layer + 1, j, w])
+
+    def _pair_index(self) -> list[tuple[int, int, int, int]]:
+        problem, modes = self.problem, self.modes
+        wanted = problem.pairs > 0 if problem.semantics is Semantics.HOME else np.zeros(problem.pairs.shape, dtype=bool)
+        if problem.load_covariance is not None and problem.caution > 0:
+            wanted = wanted | (problem.load_covariance != 0)
+        return [
+            (layer, k, j, w)
+            for layer in range(problem.num_layers)
+            for k, j in itertools.combinations(range(len(modes)), 2)
+            if modes[k][0] != modes[j][0] and wanted[layer, modes[k][0], modes[j][0]]
+            for w in range(len(problem.workers))
+        ]
+
+    def _flow_index(self) -> list[tuple[int, int, int, int, int]]:
+        problem, modes = self.problem, self.modes
+        if problem.semantics is Semantics.HOME and problem.affinity == 0:
+            return []
+        return [
+            (layer, k, j, v, w)
+            for layer in range(problem.num_layers - 1)
+            for k, j in itertools.product(range(len(modes)), repeat=2)
+            if problem.flows[layer, modes[k][0], modes[j][0]] > 0
+            for v, w in self._near
+        ]
+
+    def _bound_by_peak(self) -> None:
+        """token_expert_s sum_m load_e / r u[l, m, w] / speed_w <= peak[l]."""
+        problem = self.problem
+
+        def rule(m: Any, layer: int, w: int) -> Any:
+            price = MICRO * problem.token_expert_s * problem.scale[layer] / problem.speed[w]
+            load = sum(problem.loads[layer, e] / r * m.u[layer, k, w] for k, (e, r) in enumerate(self.modes))
+            return float(price) * load <= m.peak[layer]
+
+        self.model.slowest = pyo.Constraint(self.model.layers, self.model.w, rule=rule)
+
+    def _arrivals(self) -> None:
+        """arrive[l, w] >= its first tangents; every link's seconds <= link[l]."""
+        model, problem = self.model, self.problem
+        model.arrive = pyo.Var(model.layers, model.w, bounds=(0, None))
+        for layer, w in itertools.product(model.layers, model.w):
+            for slope in FIRST_TANGENTS:
+                self.add_tangent(layer, w, slope)
+        width = len(problem.workers)
+        groups = [([w], port_price(problem)) for w in range(width)]
+        groups += [(ranks, uplink_price(problem)) for ranks in _node_ranks(problem)]
+        for layer, (ranks, price) in itertools.product(model.layers, groups):
+            size = len(ranks) / width
+            into = sum(model.arrive[layer, w] for w in ranks) * (1 - size)
+            out = sum(model.arrive[layer, w] for w in model.w if w not in ranks) * size
+            model.links.add(2 * MICRO * price * into <= model.link[layer])
+            model.links.add(2 * MICRO * price * out <= model.link[layer])
+
+    def add_tangent(self, layer: int, w: int, slope: float) -> None:
+        """arrive >= 2 t S1 - t^2 (S1 + S2), in tokens of a step."""
+        problem, model, width = self.problem, self.model, len(self.problem.workers)
+        away = [(1 / r - 1 / width) / (1 - 1 / width) for _, r in self.modes]
+        scale = float(problem.scale[layer])
+        first = sum(
+            scale * problem.loads[layer, e] * away[k] * model.u[layer, k, w] for k, (e, _) in enumerate(self.modes)
+        )
+        second = sum(
+            scale
+            * problem.pairs[layer, self.modes[k][0], self.modes[j][0]]
+            * away[k]
+            * away[j]
+            * model.p[layer, k, j, w]
+            for k, j in itertools.combinations(range(len(self.modes)), 2)
+            if (layer, k, j, w) in model.p
+        )
+        model.tangents.add(model.arrive[layer, w] >= (2 * slope - slope**2) * first - slope**2 * second)
+
+    def _follow_links(self) -> None:
+        """The seconds of every port and uplink, each way, <= link[l], for the flow between l and l + 1."""
+        model, problem = self.model, self.problem
+        groups = [([w], port_price(problem)) for w in range(len(problem.workers))]
+        groups += [(ranks, uplink_price(problem)) for ranks in _node_ranks(problem)]
+        for layer, (ranks, price) in itertools.product(range(problem.num_layers - 1), groups):
+            unit = float(MICRO * price * problem.scale[layer] / problem.top_k)
+            stay = self._flow(layer, [(v, w) for v, w in self._near if v in ranks and w in ranks])
+            rows, columns = problem.flows[layer].sum(axis=1), problem.flows[layer].sum(axis=0)
+            out = sum(rows[e] / r * model.u[layer, k, w] for k, (e, r) in enumerate(self.modes) for w in ranks)
+            into = sum(columns[e] / r * model.u[layer + 1, k, w] for k, (e, r) in enumerate(self.modes) for w in ranks)
+            model.links.add(unit * (out - stay) <= model.link[layer])
+            model.links.add(unit * (into - stay) <= model.link[layer])
+
+    def _flow(self, layer: int, between: Iterable[tuple[int, int]]) -> Any:
+        """Transitions between the given pairs of workers."""
+        model, modes = self.model, self.modes
+        return sum(
+            self.problem.flows[layer, modes[k][0], modes[j][0]]
+            / (modes[k][1] * modes[j][1])
+            * model.s[layer, k, j, v, w]
+            for v, w in between
+            for k, j in itertools.product(range(len(modes)), repeat=2)
+            if (layer, k, j, v, w) in model.s
+        )
+
+    def _total(self) -> Any:
+        model, problem = self.model, self.problem
+        total = sum(model.peak[layer] + model.link[layer] for layer in model.layers) + self._risk() + self._migration()
+        if problem.affinity > 0:
+            same = [(w, w) for w in model.w]
+            for layer in range(problem.num_layers - 1):
+                unit = float(MICRO * affinity_price(problem) * problem.scale[layer] / problem.top_k)
+                total += unit * (float(problem.flows[layer].sum()) - self._flow(layer, same))
+        return total
+
+    def _risk(self) -> Any:
+        problem, model = self.problem, self.model
+        if problem.load_covariance is None or problem.caution == 0:
+            return 0.0
+        price = MICRO * risk_price(problem)[:, None] / problem.speed[None, :] ** 2
+        own = sum(
+            price[layer, w] * problem.load_covariance[layer, e, e] / r**2 * model.u[layer, k, w]
+            for layer, w in itertools.product(model.layers, model.w)
+            for k, (e, r) in enumerate(self.modes)
+        )
+        shared = sum(
+            2.0
+            * price[layer, w]
+            * problem.load_covariance[layer, self.modes[k][0], self.modes[j][0]]
+            / (self.modes[k][1] * self.modes[j][1])
+            * model.p[layer, k, j, w]
+            for layer, k, j, w in model.p
+        )
+        return own + shared
+
+    def _migration(self) -> Any:
+        before = held_before(self.problem)
+        if before is None:
+            return 0.0
+        return (
+            MICRO
+            * move_price(self.problem)
+            * sum(
+                (1.0 - before[layer, e, w]) * self.model.u[layer, k, w]
+                for layer, w in itertools.product(self.model.layers, self.model.w)
+                for k, (e, _) in enumerate(self.modes)
+            )
+        )
+
+    def table(self) -> IntArray:
+        """[L, S] the incumbent."""
+        rows = []
+        for layer in self.model.layers:
+            held = [
+                [e for k, (e, _) in enumerate(self.modes) if self.model.u[layer, k, w].value > 0.5]
+                for w in self.model.w
+            ]
+            rows.append(row_of(self.problem, held))
+        return np.stack(rows)
+
+    def start_from(self, table: IntArray) -> None:
+        """Offer a table as the incumbent: its integer part."""
+        owner = self.problem.owner
+        for layer in self.model.layers:
+            replicas = np.bincount(table[layer][table[layer] >= 0], minlength=self.problem.num_experts)
+            for k, (e, r) in enumerate(self.modes):
+                chosen = int(replicas[e]) == r
+                self.model.v[layer, k].value = float(chosen)
+                for w in self.model.w:
+                    here = chosen and bool((table[layer][owner == w] == e).any())
+                    self.model.u[layer, k, w].value = float(here)
+
+
+def arrival_slopes(problem: PlacementProblem, x: FloatArray) -> FloatArray:
+    """[L, W] t = S1 / (S1 + S2) of every worker, at which a tangent is exact; 1 where nothing arrives."""
+    away = remote_share(x, len(problem.workers))
+    first = np.einsum("le,lew->lw", problem.loads, away)
+    together = 0.5 * np.einsum("lew,lew->lw", np.matmul(problem.pairs, away), away)
+    return np.asarray(np.where(first > 0, first / np.maximum(first + together, 1e-300), 1.0))
+
+
+def modes(problem: PlacementProblem) -> list[tuple[int, int]]:
+    """(expert, replicas) for every number of replicas that the slots allow."""
+    spare = sum(min(worker.slots, problem.num_experts) for worker in problem.workers) - problem.num_experts
+    most = min(len(problem.workers), 1 + spare)
+    return [(e, r) for e in range(problem.num_experts) for r in range(1, most + 1)]
+
+
+def size(problem: PlacementProblem) -> int:
+    """How many products the model would have: what its time grows with."""
+    count, width = len(modes(problem)), len(problem.workers)
+    pairs = problem.num_layers * count * (count - 1) // 2 * width
+    return pairs + (problem.num_layers - 1) * count**2 * len(_near_pairs(problem))
+
+
+def _near_pairs(problem: PlacementProblem) -> list[tuple[int, int]]:
+    """Pairs of workers between which traffic is cheaper: a worker and itself; under `follow` those of one node, too."""
+    width, node = len(problem.workers), problem.node_of
+    if problem.semantics is Semantics.HOME or node.max() == 0:
+        return [(w, w) for w in range(width)]
+    return [(v, w) for v in range(width) for w in range(width) if node[v] == node[w]]
+
+
+def _node_ranks(problem: PlacementProblem) -> list[list[int]]:
+    """Ranks of every node's workers; nothing where there is one node, whose uplink nobody uses."""
+    nodes = int(problem.node_of.max()) + 1
+    return [np.flatnonzero(problem.node_of == n).tolist() for n in range(nodes)] if nodes > 1 else []

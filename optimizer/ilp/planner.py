@@ -1,0 +1,140 @@
+"""The planner `ilp`: ours. Seeded by the local search; exact where the problem is small, improved piecewise where it
+is not.
+
+Small: the joint model, solved again with tangents added at each incumbent until model and true cost agree: a proof.
+Large: a decomposition. Layer by layer the contents of a few workers are dealt anew by an ILP while the rest stays (a
+large neighbourhood that swaps cannot see), and kept where the true cost fell. The bound is then that of
+optimizer.core.bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from elastic_moe.optimizer.core.bounds import lower_bound
+from elastic_moe.optimizer.core.contract import Budget, Draft
+from elastic_moe.optimizer.core.cost import price_table, shares, worker_loads
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.result import Termination
+from elastic_moe.optimizer.core.solvers import solve
+from elastic_moe.optimizer.ilp import joint as joint_ilp
+from elastic_moe.optimizer.ilp.layer import LayerModel
+from elastic_moe.optimizer.search.local_search import JointSearch, local_search_plan
+
+SMALL = 6000
+"""Products of two variables up to which the joint model is tried."""
+
+PROVEN = 1e-7
+"""Relative gap at which model and true cost agree."""
+
+PIECE = 22
+"""Experts that one piece of the decomposition deals anew; its products grow with the square."""
+
+PIECE_S = 2.0
+"""Seconds after which a piece is given up."""
+
+
+def ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
+    """Raises SolverError where the solver cannot be used."""
+    return improved(problem, local_search_plan(problem, budget), budget)
+
+
+def improved(problem: PlacementProblem, seed: Draft, budget: Budget) -> Draft:
+    """Never worse than what the local search found. Raises SolverError where the solver cannot be used."""
+    if joint_ilp.size(problem) <= SMALL and budget.left_s > 0:
+        return _exact(problem, seed.table, budget)
+    if seed.termination is Termination.DEADLINE:
+        return dataclasses.replace(seed, reason=f"{seed.reason}; no time for ILPs")
+    return piecewise(problem, seed.table, budget)
+
+
+def _exact(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
+    best, best_s = start, price_table(problem, start).total_s
+    joint = joint_ilp.JointModel(problem)
+    bound, rounds = lower_bound(problem), 0
+    while budget.left_s > 0 and bound < best_s * (1 - PROVEN):
+        joint.start_from(best)
+        solution = solve(joint.model, solver=budget.solver, time_limit_s=budget.left_s, gap=PROVEN / 4)
+        bound = max(bound, solution.bound * 1e-6)
+        rounds += 1
+        if solution.objective is None:
+            break
+        table = joint.table()
+        found_s = price_table(problem, table).total_s
+        if found_s < best_s:
+            best, best_s = table, found_s
+        if not _add_tangents(problem, joint, table) and not solution.optimal:
+            break
+    proven = bound >= best_s * (1 - 10 * PROVEN)
+    return Draft(
+        table=best,
+        reason=f"one joint model, solved {rounds} times" + (" to proof" if proven else " until the deadline"),
+        termination=Termination.COMPLETED if proven else Termination.DEADLINE,
+        bound=bound,
+    )
+
+
+def _add_tangents(problem: PlacementProblem, joint: joint_ilp.JointModel, table: IntArray) -> bool:
+    """Cut the model's arrivals at a table's own slopes; whether any were added."""
+    if problem.semantics is not Semantics.HOME or len(problem.workers) == 1:
+        return False
+    for layer, slopes in enumerate(joint_ilp.arrival_slopes(problem, shares(problem, table))):
+        for rank, slope in enumerate(slopes):
+            joint.add_tangent(layer, rank, float(slope))
+    return True
+
+
+def piecewise(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
+    """A pass over the layers, each dealt anew in pieces until a piece brings nothing."""
+    search = JointSearch(problem, start)
+    tried = kept = 0
+    for layer in _layers_by_need(problem, search.table):
+        better = True
+        while better and budget.left_s > 0.1:
+            better = _improve(problem, search, layer, budget)
+            tried, kept = tried + 1, kept + better
+    return Draft(
+        table=search.table,
+        reason=f"local search, then {kept} of {tried} pieces of a layer improved by ILP",
+        termination=Termination.DEADLINE if budget.left_s <= 0.1 else Termination.COMPLETED,
+    )
+
+
+def _layers_by_need(problem: PlacementProblem, table: IntArray) -> list[int]:
+    """All layers, those with the most seconds to gain on balance first."""
+    busy = worker_loads(problem, shares(problem, table)) / problem.speed
+    excess = busy.max(axis=1) / (problem.loads.sum(axis=1) / problem.speed.sum())
+    return [int(layer) for layer in np.argsort(-excess)]
+
+
+def _improve(problem: PlacementProblem, search: JointSearch, layer: int, budget: Budget) -> bool:
+    """Deal the busiest worker's contents anew with the idlest and random others; keep what is better."""
+    terms = search.pricer.terms(layer, 7, 4)
+    row, before = search.table[layer].copy(), search.pricer.around_s(layer)
+    model = LayerModel(terms, row, _piece(problem, search, layer, budget.rng))
+    limit_s = min(PIECE_S, budget.left_s)
+    solution = solve(model.model, solver=budget.solver, time_limit_s=limit_s, gap=1e-4)
+    # what the deadline cut short would with more time have come out otherwise
+    if solution.objective is None or (limit_s < PIECE_S and not solution.optimal):
+        return False
+    search.table[layer] = model.chosen_row()
+    search.pricer.update(search.table, layer)
+    if search.pricer.around_s(layer) < before * (1 - 1e-9):
+        return True
+    search.table[layer] = row
+    search.pricer.update(search.table, layer)
+    return False
+
+
+def _piece(problem: PlacementProblem, search: JointSearch, layer: int, rng: np.random.Generator) -> list[int]:
+    """Ranks of a piece: as many as hold PIECE experts, at least two."""
+    busy = (problem.loads[layer] @ search.pricer.x[layer]) / problem.speed
+    held = (search.pricer.x[layer] > 0).sum(axis=0)
+    first, last = int(busy.argmax()), int(busy.argmin())
+    ranks = [first, last] if first != last else [first]
+    for rank in rng.permutation(len(busy)):
+        if rank not in ranks and (held[ranks].sum() + held[rank] <= PIECE or len(ranks) < 2):
+            ranks.append(int(rank))
+    return sorted(ranks)

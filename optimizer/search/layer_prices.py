@@ -1,0 +1,170 @@
+"""The cost model as one layer sees it while the others stay: prices for swaps, and the true cost around a layer.
+
+Legend: E experts, W workers, N nodes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from elastic_moe.optimizer.core.cost import (
+    affinity_price,
+    follow_traffic,
+    held_before,
+    home_traffic,
+    move_price,
+    node_membership,
+    port_price,
+    price_table,
+    remote_share,
+    risk_price,
+    shares,
+    uplink_price,
+)
+from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
+from elastic_moe.optimizer.search.swaps import LayerTerms
+
+
+class LayerPricer:
+    """Keeps the shares x [L, E, W] of a table, which the prices of neighbouring layers are made of."""
+
+    def __init__(self, problem: PlacementProblem, table: IntArray) -> None:
+        self.problem = problem
+        self.x = shares(problem, table)
+        self.typical_s = self.total_s(table) / problem.num_layers
+        self._before = held_before(problem)
+        self._first_slot = np.cumsum([0] + [w.slots for w in problem.workers])[:-1].astype(np.int32)
+        self._arrival_s, self._uplink_s = _arrival_prices(problem)
+        width = len(problem.workers)
+        self._member = node_membership(problem)
+        self._apart = 1.0 - np.eye(width)
+        self._far = 1.0 - self._member @ self._member.T
+        self._risk_price = risk_price(problem)
+
+    def total_s(self, table: IntArray) -> float:
+        """The true cost of the whole table."""
+        return price_table(self.problem, table).total_s
+
+    def update(self, table: IntArray, layer: int) -> None:
+        """Take note that a layer of the table has changed."""
+        x = np.zeros((self.problem.num_experts + 1, len(self.problem.workers)))  # the last row stands for EMPTY
+        x[table[layer], self.problem.owner] = 1.0
+        self.x[layer] = x[:-1] / x[:-1].sum(axis=1, keepdims=True)
+
+    def around_s(self, *layers: int) -> float:
+        """The true cost of some layers and of what joins them to one another and to their neighbours."""
+        boundaries = {b for layer in layers for b in self._boundaries(layer)}
+        return sum(self._layer_s(layer) for layer in layers) + sum(self._boundary_s(b) for b in sorted(boundaries))
+
+    def _layer_s(self, layer: int) -> float:
+        problem, x = self.problem, self.x[layer]
+        scale = problem.scale[layer]
+        load = problem.loads[layer] @ x
+        total = float(problem.token_expert_s * scale * (load / problem.speed).max())
+        if problem.load_covariance is not None:
+            variance = np.einsum("ew,ew->w", problem.load_covariance[layer] @ x, x) / problem.speed**2
+            total += float(variance.sum() * self._risk_price[layer])
+        if problem.semantics is Semantics.HOME:
+            away = remote_share(x, len(problem.workers))
+            first = problem.loads[layer] @ away
+            together = 0.5 * np.einsum("ew,ew->w", problem.pairs[layer] @ away, away)
+            arrive = first**2 / np.maximum(first + together, 1e-300)
+            total += float(home_traffic(problem, arrive) * scale)
+        if self._before is not None:
+            total += move_price(problem) * float(((x > 0) & (self._before[layer] == 0)).sum())
+        return total
+
+    def _boundaries(self, layer: int) -> list[int]:
+        return [b for b in (layer - 1, layer) if 0 <= b < self.problem.num_layers - 1]
+
+    def _flow(self, boundary: int) -> FloatArray:
+        """[W, W] tokens of a step from each worker to each."""
+        problem = self.problem
+        flow = self.x[boundary].T @ (problem.flows[boundary] @ self.x[boundary + 1])
+        return np.asarray(flow * (problem.scale[boundary] / problem.top_k))
+
+    def _boundary_s(self, boundary: int) -> float:
+        flow = self._flow(boundary)
+        affinity_s = float((flow * self._apart).sum()) * affinity_price(self.problem)
+        if self.problem.semantics is Semantics.FOLLOW:
+            return affinity_s + float(follow_traffic(self.problem, flow))
+        return affinity_s
+
+    def terms(self, layer: int, load_power: int, link_power: int, eagerness: float = 1.0) -> LayerTerms:
+        """What swaps within `layer` are judged by. `eagerness` multiplies the prices between layers."""
+        problem, scale = self.problem, self.problem.scale[layer]
+        covariance = None
+        if problem.load_covariance is not None and problem.caution > 0:
+            covariance = problem.load_covariance[layer] * self._risk_price[layer]
+        return LayerTerms(
+            load_s=problem.loads[layer] * (scale * problem.token_expert_s),
+            tokens=problem.loads[layer] * scale,
+            pairs=problem.pairs[layer] * scale,
+            arrival_s=self._arrival_s,
+            uplink_s=self._uplink_s,
+            covariance_s=covariance,
+            place_s=self.place_prices(layer, link_power, eagerness),
+            owner=problem.owner,
+            first_slot=self._first_slot,
+            speed=problem.speed,
+            node=problem.node_of,
+            load_power=load_power,
+            link_power=link_power,
+        )
+
+    def place_prices(self, layer: int, link_power: int, eagerness: float = 1.0) -> FloatArray:
+        """[E, W] seconds for each expert on each worker: transitions to both neighbours, and migration."""
+        problem = self.problem
+        prices = np.zeros((problem.num_experts, len(problem.workers)))
+        for boundary in self._boundaries(layer):
+            toll = self._tolls(boundary, link_power) * (eagerness * problem.scale[boundary] / problem.top_k)
+            if boundary == layer:
+                prices += problem.flows[boundary] @ (self.x[layer + 1] @ toll.T)
+            else:
+                prices += problem.flows[boundary].T @ (self.x[layer - 1] @ toll)
+        if self._before is not None:
+            # swaps scale prices by an item's share of its expert's tokens; a copy costs the same whatever its share
+            replicas = (self.x[layer] > 0).sum(axis=1, keepdims=True)
+            prices += move_price(problem) * (1.0 - self._before[layer]) * replicas
+        return prices
+
+    def _tolls(self, boundary: int, link_power: int) -> FloatArray:
+        """[W, W] seconds for a token from worker v to w: affinity, and under `follow` the slope of the norm of all
+        links."""
+        problem = self.problem
+        affinity = np.asarray(self._apart * affinity_price(problem))
+        if problem.semantics is Semantics.HOME:
+            return affinity
+        flow = self._flow(boundary)
+        away, across = flow * self._apart, flow * self._far
+        ports = [away.sum(axis=1) * port_price(problem), away.sum(axis=0) * port_price(problem)]
+        uplinks = [
+            self._member.T @ across.sum(axis=1) * uplink_price(problem),
+            self._member.T @ across.sum(axis=0) * uplink_price(problem),
+        ]
+        port_out, port_in, up_out, up_in = _norm_slopes([*ports, *uplinks], 2**link_power)
+        toll = affinity + self._apart * (port_out[:, None] + port_in[None, :]) * port_price(problem)
+        toll += self._far * ((self._member @ up_out)[:, None] + (self._member @ up_in)[None, :]) * uplink_price(problem)
+        return np.asarray(toll)
+
+
+def _norm_slopes(links: list[FloatArray], power: int) -> list[FloatArray]:
+    """The slope of the p-norm over all links, by each link's seconds, as if it were the busiest link's: the norm itself
+    is more where many are nearly as busy, and would ask too much for them."""
+    seconds = np.concatenate(links)
+    peak = max(float(seconds.max()), 1e-300)
+    norm = peak * max(float(((seconds / peak) ** power).sum()), 1.0) ** (1 / power)  # 0 where nothing leaves a worker
+    return np.split((peak / norm) * (seconds / norm) ** (power - 1), np.cumsum([len(link) for link in links])[:-1])
+
+
+def _arrival_prices(problem: PlacementProblem) -> tuple[FloatArray, FloatArray]:
+    """([W] on its port, [W] on its uplink) seconds of one token that arrives at a worker and returns; 0 under
+    `follow`."""
+    width = len(problem.workers)
+    if problem.semantics is Semantics.FOLLOW or width == 1:
+        return np.zeros(width), np.zeros(width)
+    port = np.full(width, 2 * (1 - 1 / width) * port_price(problem))
+    if problem.node_of.max() == 0:
+        return port, np.zeros(width)
+    size = node_membership(problem).sum(axis=0) / width
+    return port, np.asarray(2 * uplink_price(problem) * (1 - size)[problem.node_of])

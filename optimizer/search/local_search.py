@@ -1,0 +1,251 @@
+"""Joint local search over all layers: the planner `local_search`, and the seed of the ILP.
+
+Source: ours; iterated local search after Lourenco, Martin and Stuetzle 2003. Anytime. First each layer is descended in
+turn, kept where the true cost fell; then sweeps over all layers, each descended by its best swaps while its neighbours
+stay, with the norm that stands for the maximum sharpened step by step; then layers are shaken and descended again. The
+best table under the true cost is kept throughout. Time cuts this path short and changes nothing else of it: with more
+of it the answer is the same or better, whatever the deadline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from elastic_moe.cluster.placement import EMPTY
+from elastic_moe.optimizer.baselines.heuristics import greedy_table, random_table
+from elastic_moe.optimizer.core.chaining import lined_up
+from elastic_moe.optimizer.core.contract import Budget, Draft
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
+from elastic_moe.optimizer.core.result import Termination
+from elastic_moe.optimizer.search.layer_prices import LayerPricer
+from elastic_moe.optimizer.search.redeals import best_redeals
+from elastic_moe.optimizer.search.swaps import LayerTerms, best_swaps, swap_deltas
+
+SHARPNESS = ((0, 1), (0, 1), (1, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3), (7, 4))
+"""(load, link) exponents, as numbers of squarings, of each round of sweeps: from a soft mean to nearly the maximum."""
+
+EAGERNESS = (8.0, 4.0, 4.0, 3.0, 3.0, 2.0, 1.5, 1.0, 1.0, 1.0)
+"""Factor on the small prices between layers in each round: layers line up while balance is still soft."""
+
+LEAST_GAIN = 1e-6
+"""Share of a layer's cost below which a swap is not worth an evaluation."""
+
+MOST_EVALUATIONS = 400
+"""Per descent of one layer."""
+
+REDEALS = 6
+"""Moves of a replica that are evaluated in full before a descent is at its end."""
+
+LARGE = 10**6
+"""Swaps to look at over all layers, above which layers are finished in turn only, until that brings nothing: joint
+rounds would not end."""
+
+FINISH = ((2, 1), (4, 2), (6, 3), (7, 4))
+"""SHARPNESS for one layer, its neighbours as they are."""
+
+QUICK = 10**4
+"""Swaps over all layers up to which layers are finished whatever the deadline, in some hundredths of a second."""
+
+Rounds = tuple[tuple[int, int], ...]
+
+SHAKEN = ((6, 3), (9, 5))
+"""Rounds of SHARPNESS for one layer after it was disturbed: in the sharpest most of the balance is won."""
+
+PAIRED = 0.25
+"""Share of disturbances that take a layer and the next together."""
+
+SMALL_ROW = 16
+"""Slots of a layer up to which a random layer, descended, often comes out as good as any."""
+
+ANEW = 0.1
+"""Share of disturbances that deal such a layer anew."""
+
+KICKS_PER_LAYER = 20
+"""Disturbances of each layer after which the planner `local_search` stops of itself."""
+
+LEAST_KICKS = 200
+"""The same for problems of few layers, where each takes next to no time."""
+
+FROM_CURRENT = 5
+"""Round of SHARPNESS from which a placement in force is improved: softer rounds would move what need not move."""
+
+
+def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
+    """The best placement found until the deadline: from greedy lined up, and from the current placement if any."""
+    search = JointSearch(problem, lined_up(problem, greedy_table(problem, budget.rng)))
+    search.sweep(budget)
+    if problem.current is not None and problem.current.workers == problem.workers:
+        stay = JointSearch(problem, problem.current.physical_to_logical_map)
+        stay.sweep(budget, FROM_CURRENT)
+        if stay.total_s < search.total_s:
+            search = stay
+    kicks = max(KICKS_PER_LAYER * problem.num_layers, LEAST_KICKS)
+    tried, kept = search.shake(budget, kicks)
+    return Draft(
+        table=search.table,
+        reason=f"swaps over all layers jointly; {kept} of {tried} shaken layers came out better",
+        termination=Termination.COMPLETED if tried == kicks else Termination.DEADLINE,
+    )
+
+
+class JointSearch:
+    """A table [L, S] under improvement."""
+
+    def __init__(self, problem: PlacementProblem, table: IntArray) -> None:
+        self.problem = problem
+        self.table = table.copy()
+        self.pricer = LayerPricer(problem, self.table)
+        self._replicated = problem.num_slots > problem.num_experts
+
+    @property
+    def total_s(self) -> float:
+        """The true cost of the table."""
+        return self.pricer.total_s(self.table)
+
+    def sweep(self, budget: Budget, first_round: int = 0) -> None:
+        """Finish every layer in turn; then, from the start again, since finished layers no longer line up, descend all,
+        back and forth, ever sharper. Keeps the best table."""
+        start = self.table.copy()
+        swaps = self.problem.num_layers * self.problem.num_slots**2
+        better = self._finish_layers(budget if swaps > QUICK else replace(budget, ends=math.inf), first_round)
+        if swaps > LARGE:
+            while better:
+                better = self._finish_layers(budget, first_round)
+            return
+        best, best_s = self.table.copy(), self.total_s
+        self.restore(start)
+        layers = range(self.problem.num_layers)
+        for (load_power, link_power), eager in list(zip(SHARPNESS, EAGERNESS, strict=True))[first_round:]:
+            for layer in [*layers, *reversed(layers)]:
+                self.descend(layer, load_power, link_power, budget, eager)
+            if budget.left_s <= 0:
+                break
+            if (now_s := self.total_s) < best_s:
+                best, best_s = self.table.copy(), now_s
+        self.restore(best)
+
+    def _finish_layers(self, budget: Budget, first_round: int) -> bool:
+        """Descend every layer to its end while the others stay; whether any came out better.
+
+        In random order, as one of many searches in little time each must not always begin with the same layers.
+        """
+        rounds = FINISH if first_round == 0 else FINISH[1:]
+        order = budget.rng.permutation(self.problem.num_layers)
+        return sum(self._try([int(layer)], rounds, budget) for layer in order) > 0
+
+    def _try(self, layers: list[int], rounds: Rounds, budget: Budget, disturb: bool = False) -> bool:
+        """Descend some layers, disturbed first or not; keep what is better and was done in time. Whether any was."""
+        was, was_s = self.table[layers].copy(), self.pricer.around_s(*layers)
+        for each in layers if disturb else ():
+            self._disturb(each, budget.rng)
+        for load_power, link_power in rounds:
+            for each in layers:
+                self.descend(each, load_power, link_power, budget)
+        # what the deadline cut short would with more time have come out otherwise
+        if self.pricer.around_s(*layers) < was_s * (1 - 1e-9) and budget.left_s > 0:
+            return True
+        self.table[layers] = was
+        for each in layers:
+            self.pricer.update(self.table, each)
+        return False
+
+    def shake(self, budget: Budget, most: int) -> tuple[int, int]:
+        """Disturb one layer after another and descend again; keep what is better. (tried, kept), tried <= `most`."""
+        rng, tried, kept = budget.rng, 0, 0
+        layers = self.problem.num_layers
+        order = rng.permutation(layers)
+        while tried < most and budget.left_s > 0:
+            layer = int(order[tried % layers])
+            # what a layer gains by lining up with its neighbour may need both to move
+            shaken = [layer, layer + 1] if layer + 1 < layers and rng.random() < PAIRED else [layer]
+            tried += 1
+            kept += self._try(shaken, SHAKEN, budget, disturb=True)
+        return tried, kept
+
+    def _disturb(self, layer: int, rng: np.random.Generator) -> None:
+        """Give a spare slot to another expert, or trade the contents of a few random slots, where that is allowed; now
+        and then deal a small layer anew."""
+        row, problem = self.table[layer], self.problem
+        if len(row) <= SMALL_ROW and rng.random() < ANEW:
+            row[:] = random_table(problem, rng)[layer]
+            for _ in range(len(row) - problem.num_experts):
+                self._redeal_spare(layer, rng)
+        elif len(row) > problem.num_experts and rng.random() < 0.5:
+            self._redeal_spare(layer, rng)
+        else:
+            for _ in range(int(rng.integers(2, max(3, len(row) // 8)))):
+                i, j = (int(k) for k in rng.integers(len(row), size=2))
+                here, there = problem.owner == problem.owner[i], problem.owner == problem.owner[j]
+                if not here[j] and row[i] not in row[there] and row[j] not in row[here]:
+                    row[i], row[j] = row[j], row[i]
+        self.pricer.update(self.table, layer)
+
+    def _redeal_spare(self, layer: int, rng: np.random.Generator) -> None:
+        """Empty a slot that is EMPTY or one of several replicas, or fill it with an expert that its worker lacks."""
+        row, problem = self.table[layer], self.problem
+        replicas = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
+        spare = np.flatnonzero((row == EMPTY) | (replicas[row] > 1))
+        if not len(spare):
+            return
+        slot = int(rng.choice(spare))
+        lacking = np.setdiff1d(np.arange(problem.num_experts), row[problem.owner == problem.owner[slot]])
+        heat = problem.loads[layer, lacking] / replicas[lacking]
+        if len(lacking) and heat.sum() > 0 and rng.random() < 0.9:
+            row[slot] = rng.choice(lacking, p=heat / heat.sum())
+        else:
+            row[slot] = EMPTY
+
+    def descend(self, layer: int, load_power: int, link_power: int, budget: Budget, eagerness: float = 1.0) -> int:
+        """Do the best swaps of one layer until none gains, then give spare slots to other experts where that gains, and
+        so on; its neighbours stay. Returns how many were done; none where there is no time left."""
+        if budget.left_s <= 0:
+            return 0
+        terms = self.pricer.terms(layer, load_power, link_power, eagerness)
+        row, done = self.table[layer], 0
+        value = terms.objective(row)
+        for _ in range(MOST_EVALUATIONS):
+            swaps = best_swaps(swap_deltas(terms, row), terms.first_slot, LEAST_GAIN * self.pricer.typical_s)
+            kept, value = _do_swaps(terms, row, swaps, value)
+            if not kept and self._replicated:
+                kept, value = _redeal(terms, row, value)
+            done += kept
+            if not kept or budget.left_s <= 0:
+                break
+        if done:
+            self.pricer.update(self.table, layer)
+        return done
+
+    def restore(self, table: IntArray) -> None:
+        self.table[:] = table
+        for layer in range(self.problem.num_layers):
+            self.pricer.update(self.table, layer)
+
+
+def _do_swaps(terms: LayerTerms, row: IntArray, swaps: list[tuple[int, int]], value: float) -> tuple[int, float]:
+    """Do them at once if that gains, else the better half of them, and so on: (how many were done, the objective then).
+
+    Swaps of different workers still meet on an uplink.
+    """
+    while swaps:
+        for i, j in swaps:
+            row[i], row[j] = row[j], row[i]
+        after = terms.objective(row)
+        if after < value:
+            return len(swaps), after
+        for i, j in reversed(swaps):
+            row[i], row[j] = row[j], row[i]
+        swaps = swaps[: len(swaps) // 2]
+    return 0, value
+
+
+def _redeal(terms: LayerTerms, row: IntArray, value: float) -> tuple[int, float]:
+    """Give one spare slot to another expert if that gains: (1 or 0, the objective then)."""
+    for slot, expert in best_redeals(terms, row, REDEALS):
+        was, row[slot] = row[slot], expert
+        after = terms.objective(row)
+        if after < value * (1 - 1e-9):
+            return 1, after
+        row[slot] = was
+    return 0, value

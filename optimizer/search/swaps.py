@@ -1,0 +1,233 @@
+"""What every swap of two slots would change, for one layer, all at once.
+
+Legend: S slots (items), E experts, W workers.
+
+The true cost counts the busiest worker and link only, so almost every swap leaves it as it is, and a search on it is
+lost on a plateau. The search therefore descends a potential: a maximum over z becomes |z|_p / p * sum (z / |z|_p)^p,
+with |z|_p frozen at the present state. Its gradient is that of the p-norm, it is a sum over workers, and so a swap
+changes two terms only. Links between layers, uplinks, affinity and migration enter as prices per (item, worker),
+linear while the other layers stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic_moe.cluster.placement import EMPTY
+from elastic_moe.optimizer.core.problem import FloatArray, IntArray
+
+BARRED = np.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTerms:
+    """One layer's statistics in seconds, with everything outside of the layer frozen."""
+
+    load_s: FloatArray
+    """[E] seconds of each expert's tokens on a worker of speed 1."""
+    tokens: FloatArray
+    """[E] tokens of each expert in a step."""
+    pairs: FloatArray
+    """[E, E] tokens of a step that chose both; only read where arrivals are priced."""
+    arrival_s: FloatArray
+    """[W] seconds that one arriving token takes on each worker's port; all 0 under `follow`."""
+    uplink_s: FloatArray
+    """[W] seconds that one arriving token takes on its node's uplink; all 0 with one node."""
+    covariance_s: FloatArray | None
+    """[E, E] seconds for the covariance of two experts on one worker of speed 1; None: not priced."""
+    place_s: FloatArray
+    """[E, W] seconds for expert e on worker w: transitions to the neighbouring layers, and migration."""
+    owner: IntArray
+    """[S]"""
+    first_slot: IntArray
+    """[W]"""
+    speed: FloatArray
+    """[W]"""
+    node: IntArray
+    """[W]"""
+    load_power: int
+    """The norm's exponent as a number of squarings: 6 is the 64-norm."""
+    link_power: int
+
+    def arrivals(self, row: IntArray) -> FloatArray:
+        """[W] tokens of a step that arrive at each worker if the slots hold `row` [S]."""
+        away = self.by_worker(row, self.remote_shares(row))
+        first = self.tokens @ away
+        second = 0.5 * ((self.pairs @ away) * away).sum(axis=0)
+        return np.asarray(first**2 / np.maximum(first + second, 1e-300))
+
+    def by_worker(self, row: IntArray, share: FloatArray) -> FloatArray:
+        """[E, W] the shares [S] of each expert that each worker has."""
+        x = np.zeros((len(self.load_s) + 1, len(self.speed)))  # the last row stands for EMPTY
+        x[row, self.owner] = share
+        return x[:-1]
+
+    def objective(self, row: IntArray) -> float:
+        """Seconds of the layer, with norms for maxima: what descends with every swap that swap_deltas recommends."""
+        held = row != EMPTY
+        replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
+        share = np.where(held, 1.0 / replicas[row], 0.0)
+        total = potential_norm(np.add.reduceat(self.load_s[row] * share, self.first_slot) / self.speed, self.load_power)
+        total += float((self.place_s[row, self.owner] * share).sum())
+        if self.arrival_s.any():
+            arrive = self.arrivals(row)
+            uplink = np.bincount(self.node, arrive * self.uplink_s)
+            total += potential_norm(np.concatenate([arrive * self.arrival_s, uplink]), self.link_power)
+        if self.covariance_s is not None:
+            x = self.by_worker(row, share)
+            total += float((((self.covariance_s @ x) * x).sum(axis=0) / self.speed**2).sum())
+        return total
+
+    def remote_shares(self, row: IntArray) -> FloatArray:
+        """[S] share of its expert's tokens from other homes that each slot serves; 0 for EMPTY."""
+        held = row != EMPTY
+        replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
+        alone = 1 / len(self.speed)
+        return np.where(held, (1 / replicas[row] - alone) / (1 - alone), 0.0)
+
+
+def swap_deltas(terms: LayerTerms, row: IntArray) -> FloatArray:
+    """[S, S] change of the potential if slots i and j trade their contents; BARRED where they must not. Symmetric."""
+    owner = terms.owner
+    held = row != EMPTY
+    replicas = np.maximum(np.bincount(row[held], minlength=len(terms.load_s)), 1)
+    share = np.where(held, 1.0 / replicas[row], 0.0)
+    half = _load_half(terms, terms.load_s[row] * share)
+    if terms.arrival_s.any():
+        half += _arrival_half(terms, row, terms.remote_shares(row))
+    if terms.covariance_s is not None:
+        half += _risk_half(terms, terms.covariance_s, row, share)
+    place = terms.place_s[row] * share[:, None]
+    half += place[:, owner] - place[np.arange(len(row)), owner][:, None]
+    deltas = half + half.T
+    deltas[owner[:, None] == owner[None, :]] = BARRED
+    if replicas.max() > 1:
+        deltas[_doubles(terms, row, held)] = BARRED
+    return np.asarray(deltas)
+
+
+def _load_half(terms: LayerTerms, load: FloatArray) -> FloatArray:
+    """[S, S] change of worker owner[i]'s compute term if it gives item i for item j."""
+    worker = np.add.reduceat(load, terms.first_slot) / terms.speed
+    norm, now = _potential(worker, terms.load_power)
+    per_token = 1 / (norm * terms.speed[terms.owner])
+    after = np.multiply.outer(per_token, load)
+    after += ((worker / norm)[terms.owner] - per_token * load)[:, None]
+    change = raised(after, terms.load_power)
+    change *= norm / 2**terms.load_power
+    change -= now[terms.owner][:, None]
+    return change
+
+
+def _arrival_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatArray:
+    """[S, S] change of the traffic terms of worker owner[i] (its port, its part of the uplink) if it gives i for j."""
+    owner = terms.owner
+    tokens = terms.tokens[row] * share
+    pairs, with_worker, own = _together(terms, terms.pairs, row, share)
+    first = np.add.reduceat(tokens, terms.first_slot)
+    second = 0.5 * np.add.reduceat(own, terms.first_slot)
+    arrive = first**2 / np.maximum(first + second, 1e-300)
+    port = arrive * terms.arrival_s
+    uplink = np.asarray(np.bincount(terms.node, arrive * terms.uplink_s), dtype=np.float64)
+    power = terms.link_power
+    norm = potential_norm(np.concatenate([port, uplink]), power)
+
+    first_after = (first[owner] - tokens)[:, None] + tokens
+    both_after = _after(second[owner] - own, with_worker, pairs, owner)
+    both_after += first_after
+    after = np.square(first_after, out=first_after)
+    after /= np.maximum(both_after, 1e-300, out=both_after)
+    change = raised(after * (terms.arrival_s[owner][:, None] / norm), power)
+    change -= raised(port / norm, power)[owner][:, None]
+    if len(uplink) > 1:
+        change += _uplink_half(terms, (after - arrive[owner][:, None]) * terms.uplink_s[owner][:, None], uplink, norm)
+    return np.asarray(change * (norm / 2**power))
+
+
+def _uplink_half(terms: LayerTerms, change: FloatArray, uplink: FloatArray, norm: float) -> FloatArray:
+    """[S, S] change of the uplink term of item i's node. Inside one node each of the two workers answers for half."""
+    node = terms.node[terms.owner]
+    inside = node[:, None] == node[None, :]
+    change = np.where(inside, change + change.T, change)
+    now = uplink[node][:, None]
+    after = raised((now + change) / norm, terms.link_power) - raised(now / norm, terms.link_power)
+    return np.where(inside, 0.5 * after, after)
+
+
+def _risk_half(terms: LayerTerms, covariance_s: FloatArray, row: IntArray, share: FloatArray) -> FloatArray:
+    """[S, S] change of worker owner[i]'s variance term if it gives item i for item j."""
+    owner = terms.owner
+    covariance, with_worker, own = _together(terms, covariance_s, row, share)
+    alone = np.diagonal(covariance)
+    change = _after((alone - 2 * own) / 2, with_worker, covariance, owner)
+    change *= 2
+    change += alone
+    change /= (terms.speed**2)[owner][:, None]
+    return change
+
+
+def _together(
+    terms: LayerTerms, of_two: FloatArray, row: IntArray, share: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """([S, S] a statistic [E, E] of every two items; [S, W] of every item with all of a worker; [S] with its own)."""
+    pairs = of_two[row[:, None], row] * (share[:, None] * share)
+    with_worker = (of_two @ terms.by_worker(row, share))[row] * share[:, None]
+    return pairs, with_worker, with_worker[np.arange(len(row)), terms.owner]
+
+
+def _after(before: FloatArray, with_worker: FloatArray, pairs: FloatArray, owner: IntArray) -> FloatArray:
+    """[S, S] before [S] plus what item j has with owner[i]'s items, item i left out."""
+    change = np.ascontiguousarray(with_worker.T)[owner]
+    change -= pairs
+    change += before[:, None]
+    return change
+
+
+def _doubles(terms: LayerTerms, row: IntArray, held: np.ndarray) -> np.ndarray:
+    """[S, S] whether a swap would put two replicas of one expert on one worker."""
+    on = np.zeros((len(terms.load_s) + 1, len(terms.first_slot)), dtype=bool)  # the last row stands for EMPTY
+    on[row[held], terms.owner[held]] = True
+    meets = on[row][:, terms.owner]
+    return np.asarray(meets | meets.T)
+
+
+def _potential(z: FloatArray, power: int) -> tuple[float, FloatArray]:
+    norm = potential_norm(z, power)
+    return norm, np.asarray(raised(z / norm, power) * (norm / 2**power))
+
+
+def potential_norm(z: FloatArray, power: int) -> float:
+    """The 2 ** power norm of z [...]; what stands for its maximum."""
+    peak = max(float(z.max()), 1e-300)
+    # the sum is below 1 only where all is 0: no link is used where every worker holds every expert
+    return float(peak * max(raised(z / peak, power).sum(), 1.0) ** (0.5**power))
+
+
+def raised(z: FloatArray, power: int) -> FloatArray:
+    """z to the power of 2 ** power, by squaring; what would leave the range of floats is far worse than any gain
+    anyway."""
+    z = np.minimum(z, 10.0 ** (250 / 2**power))
+    for _ in range(power):
+        np.multiply(z, z, out=z)
+    return z
+
+
+def best_swaps(deltas: FloatArray, first_slot: IntArray, least: float) -> list[tuple[int, int]]:
+    """The best swaps that gain more than `least`, no worker in two of them: their changes add up, so all are done at
+    once."""
+    by_worker = np.minimum.reduceat(np.minimum.reduceat(deltas, first_slot, axis=0), first_slot, axis=1)
+    ends = np.append(first_slot[1:], len(deltas))
+    first, second = np.nonzero(np.triu(by_worker < -least, 1))
+    taken: set[int] = set()
+    swaps = []
+    for k in np.argsort(by_worker[first, second]):
+        a, b = int(first[k]), int(second[k])
+        if a in taken or b in taken:
+            continue
+        taken |= {a, b}
+        block = deltas[first_slot[a] : ends[a], first_slot[b] : ends[b]]
+        i, j = divmod(int(block.argmin()), block.shape[1])
+        swaps.append((int(first_slot[a]) + i, int(first_slot[b]) + j))
+    return swaps

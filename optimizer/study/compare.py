@@ -1,0 +1,112 @@
+"""Every planner on one problem, judged on tokens that none of them has seen: rows, and their CSV and Markdown.
+
+Figures are in optimizer.study.figures.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_moe.optimizer.core.cost import price
+from elastic_moe.optimizer.core.problem import PlacementProblem
+from elastic_moe.optimizer.core.result import PlanResult
+from elastic_moe.optimizer.planner import plan
+from elastic_moe.optimizer.study.metrics import Metrics, measure
+from elastic_moe.optimizer.study.traces import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One planner's answer. Metrics are of the test tokens, costs of the problem and of the test tokens."""
+
+    planner: str
+    status: str
+    termination: str
+    load_imbalance: float
+    fan_out: float
+    same_worker_transitions: float
+    cross_node_fraction: float
+    step_cost: float
+    """Seconds per step under the problem that was given."""
+    test_step_cost: float
+    """Seconds per step under the test tokens' statistics; without risk, since they have come as they came."""
+    load_imbalance_profiled: float
+    """On the tokens that were profiled."""
+    gap: float
+    moves: int
+    bytes: int
+    seconds: float
+    reason: str
+
+
+def compare(
+    problem: PlacementProblem,
+    test: Trace,
+    test_problem: PlacementProblem,
+    planners: Sequence[str],
+    *,
+    deadline_s: float,
+    solver: str = "highs",
+    seed: int = 0,
+    progress: Callable[[Row], None] | None = None,
+) -> list[tuple[Row, PlanResult]]:
+    """Run the planners one after another. Blocks for up to `deadline_s` each. `test_problem` is `test`, counted."""
+    answers = []
+    for name in planners:
+        result = plan(problem, planner=name, deadline_s=deadline_s, solver=solver, seed=seed)
+        row = _row(name, result, measure(test, result.placement, problem.semantics), test_problem)
+        answers.append((row, result))
+        if progress is not None:
+            progress(row)
+    return answers
+
+
+def _row(name: str, result: PlanResult, metrics: Metrics, test_problem: PlacementProblem) -> Row:
+    return Row(
+        planner=name,
+        status=str(result.status),
+        termination=str(result.termination),
+        step_cost=result.cost.step_s,
+        test_step_cost=price(test_problem, result.placement).realised_s,
+        load_imbalance_profiled=result.imbalance,
+        gap=result.gap,
+        moves=result.moves,
+        bytes=result.bytes,
+        seconds=result.seconds,
+        reason=result.reason,
+        **dataclasses.asdict(metrics),
+    )
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """One line per planner, every field."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("planner", lambda row: row.planner),
+    ("load max/mean", lambda row: f"{row.load_imbalance:.3f}"),
+    ("fan-out", lambda row: f"{row.fan_out:.2f}"),
+    ("same worker", lambda row: f"{row.same_worker_transitions:.3f}"),
+    ("cross node", lambda row: f"{row.cross_node_fraction:.3f}"),
+    ("step, profiled (us)", lambda row: f"{row.step_cost * 1e6:.1f}"),
+    ("step, test (us)", lambda row: f"{row.test_step_cost * 1e6:.1f}"),
+    ("gap", lambda row: f"{row.gap:.1%}"),
+    ("moves", lambda row: str(row.moves)),
+    ("seconds", lambda row: f"{row.seconds:.2f}"),
+    ("status", lambda row: row.status),
+)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """A table; metrics are of the test tokens."""
+    lines = ["| " + " | ".join(name for name, _ in _COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    lines += ["| " + " | ".join(cell(row) for _, cell in _COLUMNS) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,64 @@
+"""From a trace and a description of a cluster to a PlacementProblem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.placement import Placement, Worker, WorkerId
+from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.study.traces import Trace, count
+
+MOST_WORKERS = 100_000
+"""A number beyond it is a mistake, and lists of so many workers take all memory."""
+
+
+def make_workers(number: int, *, nodes: int, num_experts: int, redundant: int = 0) -> tuple[Worker, ...]:
+    """`number` workers spread evenly over `nodes` nodes, with just the slots for all experts and `redundant` replicas.
+
+    Where they do not divide evenly, every so many workers have a slot more; every worker has at least one.
+
+    Raises PlacementError where that cannot be.
+    """
+    if not 1 <= number <= MOST_WORKERS:
+        raise PlacementError(f"workers: expected 1 to {MOST_WORKERS}, got {number}")
+    if not 1 <= nodes <= number:
+        raise PlacementError(f"nodes: expected 1 to {number} (the workers), got {nodes}")
+    most = (number - 1) * num_experts
+    if not 0 <= redundant <= most:
+        raise PlacementError(f"redundant: expected 0 to {most} (every expert on every worker), got {redundant}")
+    total = num_experts + redundant
+    slots = [(rank + 1) * total // number - rank * total // number for rank in range(number)]
+    return tuple(
+        Worker(id=WorkerId(f"w{rank}"), node=f"n{rank * nodes // number}", slots=min(max(slots[rank], 1), num_experts))
+        for rank in range(number)
+    )
+
+
+def problem_from_trace(
+    trace: Trace,
+    workers: Sequence[Worker],
+    *,
+    semantics: Semantics = Semantics.HOME,
+    current: Placement | None = None,
+    links: Links | None = None,
+    expert_bytes: int = 0,
+    horizon_steps: float = 10_000.0,
+    speeds: tuple[float, ...] = (),
+) -> PlacementProblem:
+    """The problem of placing the trace's experts on `workers`."""
+    counted = count(trace)
+    return PlacementProblem(
+        loads=counted.loads,
+        transitions=counted.transitions,
+        coactivation=counted.coactivation,
+        load_covariance=counted.load_covariance,
+        top_k=counted.top_k,
+        workers=tuple(workers),
+        speeds=speeds,
+        links=links or Links(),
+        current=current,
+        expert_bytes=expert_bytes,
+        horizon_steps=horizon_steps,
+        semantics=semantics,
+    )

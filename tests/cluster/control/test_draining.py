@@ -1,0 +1,133 @@
+"""Workers that leave."""
+
+import pytest
+
+from elastic_moe.cluster.control.draining import Draining, drained, leaving
+from elastic_moe.cluster.facts.events import (
+    Commit,
+    Drain,
+    LoadSeen,
+    Prepare,
+    ScaleRequested,
+    StopWorker,
+    Tick,
+    Transfer,
+    WorkerLost,
+)
+from elastic_moe.cluster.facts.facts import Cause, Change, Facts, Outage, Stage
+from elastic_moe.cluster.facts.transfers import Transfers
+from elastic_moe.cluster.messages.views import OperationKind, WorkerState
+from tests.cluster.simulation import info
+from tests.cluster.stories import IDLE, W0, W1, W2, facts_of, member, newest, sent, serving, spec_of
+
+
+def test_scale_down_copies_before_it_stops() -> None:
+    sim = serving(3)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    sim.feed(IDLE)
+    assert sim.state.readiness().ready
+    kinds = []
+    while sim.todo:
+        kinds.append(type(sim.todo[0]))
+        assert not sent(sim, StopWorker)
+        sim.finish(0)
+    assert kinds == [Transfer, Prepare, Commit]
+    assert sent(sim, StopWorker) == [StopWorker(worker=W0, info=info(W0))]
+    assert not any(transfer.reads for transfer in sent(sim, Transfer))
+    assert sim.facts.ranks == (W1, W2)
+
+
+def test_a_worker_that_leaves_gets_no_requests_and_may_finish_those_it_has() -> None:
+    sim = serving(3, drain_timeout_s=20.0)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    assert sim.draining == (W0,)
+    sim.finish(0)
+    for busy in ((W0, W1), (W0,), (W1,)):
+        assert not sent(sim, Prepare)
+        sim.feed(LoadSeen(waiting=0, running=1, kv_usage=0.1, busy=busy))
+    assert len(sent(sim, Prepare)) == 1
+
+
+def test_requests_that_take_too_long_to_finish_are_moved() -> None:
+    sim = serving(3, drain_timeout_s=20.0)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    sim.finish(0)
+    for _ in range(19):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=0, running=1, kv_usage=0.1, busy=(W0,)))
+        assert not sent(sim, Prepare)
+    sim.now += 1.0
+    sim.feed(Tick())
+    assert len(sent(sim, Prepare)) == 1
+    sim.settle()
+    assert sim.state.progress(newest(sim)) == (1.0, True)
+
+
+def test_a_new_engine_is_told_again_whom_to_spare() -> None:
+    sim = serving(3)
+    sim.feed(ScaleRequested(retire=(W0,)))
+    sim.lose_engine()
+    assert sim.draining == ()
+    sim.settle()
+    assert (W0 in sim.facts.ranks, sim.draining) == (False, ())
+
+
+def test_a_worker_that_is_needed_after_all_gets_requests_again() -> None:
+    sim = serving(3)
+    sim.feed(ScaleRequested(workers=2))
+    assert sim.draining == (W2,)
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    sim.settle()
+    assert sim.facts.ranks == (W0, W2)
+    assert sim.draining == ()
+
+
+# --- The decision alone -------------------------------------------------------------------------------------------
+
+
+def leaves(**facts: object) -> Facts:
+    """W1 leaves by the change that is under way, since 10 s."""
+    change = Change(
+        operation_id="scale-1",
+        kind=OperationKind.SCALE,
+        spec=spec_of(W0, epoch=2),
+        forms_group=True,
+        transfers=Transfers(),
+        stage=Stage.DRAINING,
+        stage_since=0.0,
+        urgent=False,
+    )
+    members = [member(W0), member(W1, WorkerState.DRAINING, draining_since=10.0)]
+    return facts_of(members, [W0, W1], **{"change": change, "busy": (W0, W1), **facts})
+
+
+@pytest.mark.parametrize(
+    ("facts", "now", "value", "reason"),
+    [
+        (leaves(), 39.9, False, "w1 may finish its requests first"),
+        (leaves(), 40.0, True, "nobody that leaves"),
+        (leaves(busy=(W0,)), 11.0, True, "nobody that leaves"),
+        (leaves(busy=None), 11.0, False, "w1 may finish"),
+        (leaves(outage=Outage(reason="", cause=Cause.STEP, since=0.0)), 11.0, True, "nothing is served"),
+    ],
+)
+def test_whether_those_that_leave_have_had_their_time(facts: Facts, now: float, value: bool, reason: str) -> None:
+    choice = drained(facts, now)
+    assert choice.value is value
+    assert reason in choice.reason
+
+
+def test_the_engine_is_told_once_and_again_after_it_was_lost() -> None:
+    draining = Draining()
+    assert draining.tell(leaves()) == [Drain(workers=(W1,))]
+    assert draining.tell(leaves()) == []
+    draining.engine_lost()
+    assert draining.tell(leaves(outage=Outage(reason="", cause=Cause.ENGINE, since=0.0))) == []
+    assert draining.tell(leaves()) == [Drain(workers=(W1,))]
+    draining.resume()
+    assert draining.tell(leaves()) == [Drain(workers=(W1,))]
+
+
+def test_where_all_are_to_leave_all_go_on() -> None:
+    assert leaving(facts_of([member(w, WorkerState.DRAINING) for w in (W0, W1)], [W0, W1])) == ()

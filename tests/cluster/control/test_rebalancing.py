@@ -1,0 +1,182 @@
+"""When a planner is asked, and what becomes of its answer."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from elastic_moe.cluster.control.rebalancing import Judgement, judge, room, too_much, worth_a_look
+from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.facts.events import PlaceRequested, PlanReady, RebalanceRequested, Solve, Tick, Unpin
+from elastic_moe.cluster.facts.facts import Choice, Planning
+from elastic_moe.cluster.facts.membership import needs
+from elastic_moe.cluster.messages.views import Phase
+from elastic_moe.cluster.placement import WorkerId
+from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, shuffled
+from tests.cluster.stories import PART, W0, W1, facts_of, member, newest, placement_of, sent, serving, team
+
+
+def answer(sim: Simulation, *, worthwhile: bool, no_worse: bool) -> None:
+    solve = sim.todo.pop()
+    assert isinstance(solve, Solve)
+    assert sim.facts.spec is not None
+    placement = shuffled(sim.facts.spec.placement, sim.rng)
+    sim.feed(
+        PlanReady(ticket=solve.ticket, placement=placement, worthwhile=worthwhile, no_worse=no_worse, reason="gain 1 %")
+    )
+
+
+def test_a_periodic_plan_must_be_worthwhile_a_requested_one_only_no_worse() -> None:
+    sim = serving(2, interval_s=5.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.now += 10
+    sim.feed(Tick())
+    answer(sim, worthwhile=False, no_worse=True)
+    assert sim.facts.change is None
+    assert "placement kept, gain 1 %" in newest(sim).reason
+    assert sim.state.counters.rebalances == {"completed": 0, "failed": 0, "skipped": 1}
+    sim.feed(RebalanceRequested(planner="auto"))
+    answer(sim, worthwhile=False, no_worse=True)
+    assert sim.facts.change is not None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_for_a_lone_worker_nothing_is_planned_unless_asked(workers: int) -> None:
+    sim = serving(workers, interval_s=5.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.now += 10
+    sim.feed(Tick())
+    assert len(sent(sim, Solve)) == workers - 1
+    if workers == 1:
+        sim.feed(RebalanceRequested(planner="auto"))
+        assert sent(sim, Solve)
+
+
+@pytest.mark.parametrize(("planner", "adopted"), [("auto", False), ("round_robin", True)])
+def test_a_planner_that_is_asked_for_by_name_is_obeyed(planner: str, adopted: bool) -> None:
+    sim = serving(2)
+    sim.feed(RebalanceRequested(planner=planner))
+    answer(sim, worthwhile=False, no_worse=False)
+    assert (sim.facts.change is not None) == adopted
+
+
+def test_a_night_of_skipped_plans_is_one_line_of_history() -> None:
+    sim = serving(2, interval_s=5.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    for _ in range(20):
+        sim.now += 10
+        sim.feed(Tick())
+        answer(sim, worthwhile=False, no_worse=True)
+    assert [operation.kind for operation in sim.state.operations.all()] == ["rebalance", "start"]
+    assert sim.state.counters.rebalances["skipped"] == 20
+
+
+def test_nothing_counted_nothing_planned() -> None:
+    sim = serving(2, interval_s=5.0)
+    sim.now += 100
+    sim.feed(Tick())
+    assert not sent(sim, Solve)
+
+
+def test_a_plan_that_needs_more_memory_than_there_is_is_refused() -> None:
+    sim = serving(2, capacity=PART + 1)
+    assert sim.facts.spec is not None
+    placement = sim.facts.spec.placement
+    turned = np.roll(placement.physical_to_logical_map, 4, axis=1)
+    with pytest.raises(PlacementError, match="memory for 13 experts"):
+        sim.feed(PlaceRequested(placement=replace(placement, physical_to_logical_map=turned)))
+    assert room(sim.facts) == 1
+
+
+def test_a_given_placement_is_gone_to_and_pinned() -> None:
+    sim = serving(2, interval_s=3.0)
+    assert sim.facts.spec is not None
+    placement = shuffled(sim.facts.spec.placement, sim.rng)
+    sim.feed(PlaceRequested(placement=placement, pinned=True))
+    assert not sim.facts.pinned
+    sim.settle()
+    assert sim.facts.spec.placement == placement
+    assert sim.facts.pinned
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.log.clear()
+    for _ in range(10):
+        sim.now += 1.0
+        sim.feed(Tick())
+    assert not sent(sim, Solve)
+    sim.feed(PlaceRequested(placement=placement, pinned=None))
+    assert newest(sim).phase is Phase.COMPLETED
+    assert sim.facts.pinned
+    sim.feed(Unpin())
+    sim.now += 3.0
+    sim.feed(Tick())
+    assert sent(sim, Solve)
+
+
+def test_a_given_placement_that_fails_pins_nothing() -> None:
+    sim = serving(2)
+    assert sim.facts.spec is not None
+    before = sim.facts.spec.placement
+    sim.feed(PlaceRequested(placement=shuffled(before, sim.rng), pinned=True))
+    sim.finish(0, fault=True)
+    assert newest(sim).phase is Phase.FAILED
+    assert sim.facts.spec.placement == before
+    assert not sim.facts.pinned
+
+
+def test_a_placement_of_other_workers_is_refused() -> None:
+    sim, other = serving(2), serving(3)
+    assert other.facts.spec is not None
+    with pytest.raises(PlacementError, match="w0 with 4 slots, w1 with 4 slots"):
+        sim.feed(PlaceRequested(placement=other.facts.spec.placement))
+
+
+# --- The decisions alone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "facts", "reason"),
+    [
+        ((W0, W1), {}, None),
+        ((W0, W1), {"load": np.zeros((LAYERS, EXPERTS), dtype=np.int64)}, "nothing was counted"),
+        ((W0, W1), {"pinned": True}, "pinned"),
+        ((W0,), {}, "a lone worker"),
+    ],
+)
+def test_whether_to_ask_a_planner(ranks: tuple[WorkerId, ...], facts: dict[str, object], reason: str | None) -> None:
+    look = worth_a_look(team(*ranks, **{"load": np.ones((LAYERS, EXPERTS), dtype=np.int64), **facts}))
+    assert look.value is (reason is None)
+    assert (reason or "periodic look") in look.reason
+
+
+@pytest.mark.parametrize(
+    ("requested", "forced", "worthwhile", "no_worse", "judgement", "reason"),
+    [
+        (False, False, True, True, Judgement.ADOPTED, "gain 1 %"),
+        (False, False, False, True, Judgement.KEPT, "placement kept, gain 1 %"),
+        (True, False, False, True, Judgement.ADOPTED, "done, although gain 1 %"),
+        (True, False, False, False, Judgement.KEPT, "placement kept, gain 1 %"),
+        (True, True, False, False, Judgement.ADOPTED, "done, although gain 1 %"),
+    ],
+)
+def test_what_becomes_of_a_plan(
+    requested: bool, forced: bool, worthwhile: bool, no_worse: bool, judgement: Judgement, reason: str
+) -> None:
+    facts = team(W0, W1)
+    planning = Planning(ticket=1, operation_id="rebalance-1", since=0.0, requested=requested, forced=forced)
+    placement = shuffled(placement_of(W0, W1), np.random.default_rng(0))
+    plan = PlanReady(ticket=1, placement=placement, worthwhile=worthwhile, no_worse=no_worse, reason="gain 1 %")
+    assert judge(facts, planning, plan) == Choice(judgement, reason)
+    assert judge(facts, planning, replace(plan, placement=placement_of(W0, W1))).value is Judgement.KEPT
+    for useless in (None, placement_of(W0), placement_of(W1, W0)):
+        assert judge(facts, planning, replace(plan, placement=useless)) == Choice(Judgement.REFUSED, "gain 1 %")
+
+
+def test_a_plan_needs_the_memory_for_what_comes_beside_what_is_there() -> None:
+    placement = placement_of(W0, W1)
+    members = [member(w, held=needs(placement, w), capacity=PART + 1) for w in (W0, W1)]
+    facts = facts_of(members, [W0, W1])
+    turned = replace(placement, physical_to_logical_map=np.roll(placement.physical_to_logical_map, 4, axis=1))
+    assert too_much(facts, placement) is None
+    assert "w0 has memory for 13 experts, and while they move it would hold 24" in (too_much(facts, turned) or "")
+    assert room(facts) == 1
+    assert room(team(W0, W1)) is None

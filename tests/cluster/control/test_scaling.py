@@ -1,0 +1,173 @@
+"""How many workers there should be."""
+
+import pytest
+
+from elastic_moe.cluster.control.autoscaling import Sample
+from elastic_moe.cluster.control.scaling import advise, check_memory, check_target, fewest_wanted, surplus
+from elastic_moe.cluster.control.state import ControlState
+from elastic_moe.cluster.errors import ConflictError, PlacementError
+from elastic_moe.cluster.facts.events import LoadSeen, ScaleRequested, Tick, WorkerLost
+from elastic_moe.cluster.facts.facts import ControlSettings
+from elastic_moe.cluster.messages.views import Phase
+from elastic_moe.cluster.placement import WorkerId
+from tests.cluster.simulation import EXPERTS, MODEL, Simulation
+from tests.cluster.stories import PART, W0, W1, W2, facts_of, member, newest, serving
+
+
+def test_more_workers_than_experts_is_refused() -> None:
+    with pytest.raises(PlacementError, match="expected 1 to 8"):
+        Simulation(workers=EXPERTS + 1)
+
+
+@pytest.mark.parametrize(
+    "request_", [ScaleRequested(workers=0), ScaleRequested(workers=9), ScaleRequested(retire=(WorkerId("w7"),))]
+)
+def test_scaling_to_what_cannot_be_is_refused(request_: ScaleRequested) -> None:
+    sim = serving(2)
+    with pytest.raises(PlacementError):
+        sim.feed(request_)
+    assert not sim.log
+
+
+def test_a_death_that_brings_the_wanted_size_about_ends_the_scaling() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=1))
+    scaling = newest(sim).operation_id
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    sim.settle()
+    assert sim.facts.ranks == (W0,)
+    operation = sim.state.operations.get(scaling)
+    assert operation is not None
+    assert operation.phase is Phase.COMPLETED
+
+
+def test_a_join_that_a_recovery_overtakes_is_ended_with_it() -> None:
+    sim = serving(2)
+    sim.kill(W0)
+    sim.feed(WorkerLost(worker=W0, reason="died"))
+    while newest(sim).kind != "scale":
+        sim.finish(0)
+        sim.now += 1
+        sim.feed(Tick())
+    # the replacement is about to join, and the only other worker dies
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    sim.settle()
+    assert sim.state.operations.find_open() is None
+
+
+def test_a_repeated_scaling_is_the_same_operation() -> None:
+    sim = serving(2)
+    wish = ScaleRequested(workers=3, operation_id="mine")
+    sim.feed(wish)
+    sim.feed(wish)
+    sim.settle()
+    sim.feed(wish)
+    assert [op.operation_id for op in sim.state.operations.all()] == ["mine", "start-1"]
+    assert sim.facts.target == 3
+    with pytest.raises(ConflictError, match="another"):
+        sim.feed(ScaleRequested(workers=2, operation_id="mine"))
+    with pytest.raises(ConflictError, match="another"):
+        sim.feed(ScaleRequested(workers=2, operation_id="start-1"))
+
+
+def test_a_scaling_that_waits_for_workers_gives_way_only_when_told_to() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=4, operation_id="first"))
+    with pytest.raises(ConflictError, match="first"):
+        sim.feed(ScaleRequested(workers=3))
+    assert sim.facts.target == 4
+    sim.feed(ScaleRequested(workers=2, replace=True))
+    sim.settle()
+    first = sim.state.operations.get("first")
+    assert first is not None
+    assert (first.phase, first.error) == (Phase.FAILED, "replaced by another request")
+    assert len(sim.facts.ranks) == 2
+
+
+def test_never_below_what_holds_every_expert() -> None:
+    sim = serving(3, capacity=PART)
+    for event in (ScaleRequested(workers=1), ScaleRequested(retire=(W0, W1))):
+        with pytest.raises(PlacementError, match="expected at least 2: a layer has 8 experts"):
+            sim.feed(event)
+    sim.feed(ScaleRequested(workers=2))
+    sim.settle()
+    assert sim.facts.ranks == (W0, W1)
+
+
+def test_a_start_that_cannot_hold_every_expert_is_refused() -> None:
+    with pytest.raises(PlacementError, match="expected at least 2"):
+        ControlState(ControlSettings(workers=1, expert_capacity=PART), MODEL)
+
+
+def test_one_worker_is_replaced_by_another() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=2, retire=(W1,)))
+    sim.settle()
+    assert sim.facts.ranks == (W0, W2)
+    assert sim.state.progress(newest(sim)) == (1.0, True)
+
+
+def test_the_autoscaler_scales_with_its_reason() -> None:
+    assert serving(2).state.view().autoscaler is None
+    sim = serving(2, most=4)
+    sim.feed(LoadSeen(waiting=0, running=0, kv_usage=0.0))
+    assert sim.state.view().autoscaler == "the load has not been seen for 15 s"
+    for _ in range(60):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=200, running=128, kv_usage=0.9))
+    assert "autoscale from 2 to 4 workers: demand" in newest(sim).reason
+    sim.settle()
+    assert len(sim.facts.ranks) == 4
+    for _ in range(20):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=500, running=256, kv_usage=0.9))
+    view = sim.state.view()
+    assert (view.serving, view.target, view.min_workers, view.max_workers) == (4, 4, 1, 4)
+    assert "at most 4 are to serve" in (view.autoscaler or "")
+    with pytest.raises(PlacementError, match="1 to 4"):
+        sim.feed(ScaleRequested(workers=5))
+    for _ in range(200):
+        sim.now += 1.0
+        sim.feed(LoadSeen(waiting=0, running=0, kv_usage=0.0))
+    assert sim.facts.target == 3
+
+
+# --- The decisions alone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "workers", "message"),
+    [
+        ({}, 9, r"expected 1 to 8 \(each needs an expert"),
+        ({"min_workers": 2, "max_workers": 4}, 1, r"expected 2 to 4 \(the limits of the autoscaler"),
+        ({"expert_capacity": PART}, 1, "expected at least 2, got 1"),
+        ({"expert_capacity": 1}, 8, "more than any number"),
+    ],
+)
+def test_numbers_of_workers_that_cannot_be(limits: dict[str, int], workers: int, message: str) -> None:
+    with pytest.raises(PlacementError, match=message):
+        check_target(ControlSettings(workers=1, **limits), MODEL, workers)
+
+
+def test_those_that_load_leave_first_and_then_the_newest() -> None:
+    facts = facts_of([member(W0), member(W1, loaded_at=None), member(W2)], [W0, W2])
+    assert [m.id for m in surplus(facts, 2)] == [W1]
+    assert [m.id for m in surplus(facts, 1)] == [W2, W1]
+    assert [m.id for m in surplus(facts, 1, retire=[W0])] == [W1]
+
+
+def test_those_that_stay_must_hold_every_expert() -> None:
+    facts = facts_of([member(w, capacity=PART) for w in (W0, W1, W2)], [W0, W1, W2])
+    check_memory(facts, 2, [W0])
+    with pytest.raises(PlacementError, match=r"expected at least 2.*have memory for w0 4"):
+        check_memory(facts, 1, [])
+
+
+def test_the_autoscaler_leaves_as_many_as_hold_every_expert() -> None:
+    settings = ControlSettings(workers=2, max_workers=4, autoscale_window_s=1.0)
+    facts = facts_of([member(w, capacity=PART) for w in (W0, W1)], [W0, W1], settings=settings)
+    assert fewest_wanted(facts) == 2
+    quiet = [Sample(at_s=at, waiting=0, running=0, kv_usage=0.0) for at in (0.0, 100.0)]
+    assert advise(facts, quiet, 100.0, 0.0).target == 2

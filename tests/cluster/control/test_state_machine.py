@@ -1,0 +1,150 @@
+"""Random orders of events and faults: the invariants hold after each, and the cluster serves once faults end."""
+
+import contextlib
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementError
+from elastic_moe.cluster.facts.events import (
+    LoadSeen,
+    PlaceRequested,
+    RebalanceRequested,
+    ScaleRequested,
+    StepFailed,
+    Tick,
+    Unpin,
+)
+from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, shuffled
+
+
+class Faults(RuleBasedStateMachine):
+    sim: Simulation
+
+    @initialize(
+        workers=st.integers(1, 4),
+        redundant=st.integers(0, 4),
+        interval_s=st.sampled_from([0.0, 3.0]),
+        seed=st.integers(0, 99),
+        settled=st.booleans(),
+        most=st.sampled_from([None, 5]),
+        capacity=st.sampled_from([None, LAYERS * EXPERTS, LAYERS * EXPERTS // 2]),
+    )
+    def start(
+        self,
+        workers: int,
+        redundant: int,
+        interval_s: float,
+        seed: int,
+        settled: bool,
+        most: int | None,
+        capacity: int | None,
+    ) -> None:
+        if capacity is not None and workers * capacity < LAYERS * EXPERTS:
+            capacity = None
+        self.sim = Simulation(
+            workers=workers,
+            redundant=redundant,
+            interval_s=interval_s,
+            seed=seed,
+            most=most,
+            capacity=capacity,
+        )
+        self.sim.feed(Tick())
+        if settled:
+            self.sim.settle()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.sim.now += seconds
+        self.sim.count(self.sim.rng.integers(0, 50, (LAYERS, EXPERTS)))
+        self.sim.feed(Tick())
+
+    @precondition(lambda self: self.sim.todo)
+    @rule(pick=st.integers(0, 20), fault=st.sampled_from([False, False, False, True]))
+    def something_ends(self, pick: int, fault: bool) -> None:
+        self.sim.finish(pick % len(self.sim.todo), fault=fault)
+
+    @precondition(lambda self: self.sim.todo)
+    @rule()
+    def the_oldest_ends(self) -> None:
+        self.sim.finish(0)
+
+    @precondition(lambda self: any(host.alive for host in self.sim.hosts.values()))
+    @rule(pick=st.integers(0, 20), found=st.booleans())
+    def a_worker_dies(self, pick: int, found: bool) -> None:
+        alive = [worker for worker, host in self.sim.hosts.items() if host.alive]
+        worker = alive[pick % len(alive)]
+        self.sim.kill(worker)
+        if found:
+            self.sim._find_lost([worker])
+
+    @rule(suspects=st.integers(0, 2), stale=st.sampled_from([0, 0, 1]))
+    def a_step_fails(self, suspects: int, stale: int) -> None:
+        facts = self.sim.facts
+        self.sim.feed(StepFailed(epoch=facts.epoch - stale, suspects=facts.ranks[:suspects], reason="aborted"))
+
+    @rule()
+    def the_engine_dies(self) -> None:
+        self.sim.lose_engine()
+
+    @rule(flipped=st.sampled_from([0.0, 0.5, 1.0]))
+    def the_coordinator_is_restarted(self, flipped: float) -> None:
+        self.sim.restart_coordinator(flipped=flipped)
+
+    @rule()
+    def somebody_wants_a_rebalance(self) -> None:
+        with contextlib.suppress(ConflictError, NotReadyError):
+            self.sim.feed(RebalanceRequested(planner="auto"))
+
+    @rule(workers=st.integers(0, 6), name=st.sampled_from([None, "a", "b"]), replace=st.booleans())
+    def somebody_wants_another_size(self, workers: int, name: str | None, replace: bool) -> None:
+        with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
+            self.sim.feed(ScaleRequested(workers=workers, operation_id=name, replace=replace))
+
+    @rule(pinned=st.sampled_from([None, True, False]), same=st.booleans())
+    def somebody_brings_a_placement(self, pinned: bool | None, same: bool) -> None:
+        if self.sim.facts.spec is not None:
+            placement = self.sim.facts.spec.placement
+            placement = placement if same else shuffled(placement, self.sim.rng)
+            with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
+                self.sim.feed(PlaceRequested(placement=placement, pinned=pinned))
+
+    @rule()
+    def somebody_unpins(self) -> None:
+        self.sim.feed(Unpin())
+        assert not self.sim.facts.pinned
+
+    @rule(
+        seconds=st.sampled_from([1, 20, 150]),
+        waiting=st.integers(0, 300),
+        running=st.integers(0, 300),
+        busy=st.integers(0, 3),
+    )
+    def the_engine_tells_its_load(self, seconds: int, waiting: int, running: int, busy: int) -> None:
+        for _ in range(min(seconds, 20)):
+            self.sim.now += seconds / 20
+            workers = self.sim.facts.ranks[:busy]
+            self.sim.feed(LoadSeen(waiting=waiting, running=running, kv_usage=running / 300, busy=workers))
+
+    @rule(pick=st.integers(0, 5))
+    def somebody_wants_a_worker_gone(self, pick: int) -> None:
+        members = list(self.sim.facts.members)
+        if members:
+            with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
+                self.sim.feed(ScaleRequested(retire=(members[pick % len(members)],)))
+
+    def teardown(self) -> None:
+        if hasattr(self, "sim") and not self.sim.facts.fatal:
+            self.sim.settle()
+            assert not self.sim.draining, "a worker that stays gets requests"
+
+
+def test_the_cluster_serves_again_after_random_events_and_faults() -> None:
+    run_state_machine_as_test(
+        Faults,
+        settings=settings(
+            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_moe.cluster.facts.adaptation import adapt, choose_transport, slots_of
+from elastic_moe.cluster.facts.membership import needs
+from elastic_moe.cluster.facts.transfers import plan_transfers
+from elastic_moe.cluster.placement import Worker, WorkerId
+from tests.cluster.simulation import info
+
+NONE = np.zeros((2, 8), dtype=np.int64)
+
+
+def team(count: int, slots: int) -> list[Worker]:
+    return [Worker(id=WorkerId(f"w{i}"), node="n", slots=slots) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("experts", "workers", "redundant", "slots"), [(8, 2, 0, 4), (8, 3, 0, 3), (8, 3, 2, 4), (8, 1, 5, 8), (8, 8, 0, 1)]
+)
+def test_slots(experts: int, workers: int, redundant: int, slots: int) -> None:
+    assert slots_of([experts] * workers, experts, redundant) == (slots,) * workers
+
+
+@pytest.mark.parametrize(
+    ("limits", "redundant", "slots"),
+    [
+        ([4, 4], 0, (4, 4)),
+        ([4, 4], 2, (4, 4)),
+        ([2, 8], 0, (2, 6)),
+        ([3, 6, 6], 4, (3, 5, 5)),
+        ([3, 4], 0, None),
+        ([0, 8], 0, None),
+        ([], 0, None),
+    ],
+)
+def test_slots_where_memory_is_short(limits: list[int], redundant: int, slots: tuple[int, ...] | None) -> None:
+    assert slots_of(limits, 8, redundant) == slots
+
+
+@settings(deadline=None)
+@given(
+    workers=st.integers(1, 5),
+    redundant=st.integers(0, 6),
+    seed=st.integers(0, 1000),
+    density=st.sampled_from([0.0, 0.3, 0.9]),
+)
+def test_adapt_keeps_what_it_can(workers: int, redundant: int, seed: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    slots = slots_of([8] * workers, 8, redundant)
+    assert slots is not None
+    members = team(workers, slots[0])
+    has = {worker.id: rng.random((2, 8)) < density for worker in members}
+    load = rng.integers(0, 9, (2, 8))
+    placement = adapt(members, has, load)  # a Placement is verified when made
+    transfers = plan_transfers(placement, has, has)
+    for worker in members:
+        missing = needs(placement, worker.id) & ~has[worker.id]
+        brought = [m for m in transfers.copies if m.target == worker.id] + [
+            r for r in transfers.reads if r[0] == worker.id
+        ]
+        assert len(brought) == missing.sum()
+    for move in transfers.copies:
+        assert has[move.source][move.layer, move.expert]
+    assert adapt(members, has, load) == placement
+    # where everything fits as it is, nothing moves
+    again = {worker.id: needs(placement, worker.id) for worker in members}
+    assert adapt(members, again, load) == adapt(members, again, NONE)
+    assert not plan_transfers(adapt(members, again, load), again, again)
+
+
+def test_lost_experts_go_heaviest_first_to_the_least_loaded() -> None:
+    members = team(2, 8)
+    has = {members[0].id: np.zeros((1, 8), bool), members[1].id: np.zeros((1, 8), bool)}
+    has[members[0].id][0, :3] = True
+    has[members[1].id][0, 3:6] = True
+    load = np.array([[1, 1, 1, 5, 5, 5, 9, 4]])
+    placement = adapt(members, has, load)
+    assert 6 in placement.experts_of(members[0].id, 0)
+    assert 7 in placement.experts_of(members[0].id, 0)
+
+
+def test_transport() -> None:
+    cpu = [info(WorkerId("w0"), "n0"), info(WorkerId("w1"), "n0")]
+    assert choose_transport(cpu[:1]) == "local"
+    assert choose_transport(cpu) == "shm"
+    assert choose_transport([cpu[0], info(WorkerId("w1"), "n1")]) == "gloo"

@@ -1,0 +1,208 @@
+"""The command line, run as users run it: fast, one line for a mistake, and the right exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.deploy.cli import main as cli
+from elastic_moe.deploy.cli.serve import news
+from tests.model.random_checkpoint import make_random_checkpoint
+from tests.paths import ROOT
+
+HEAVY = ("torch", "ray", "transformers")
+"""Packages that take seconds to import: parsing must do without them. A time would depend on the machine."""
+
+
+def emoe(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    if args[:1] == ("serve",) and "--port" not in args:
+        # whatever listens on the default port must not matter here
+        args = (*args, "--port", str(18000 + os.getpid() % 1000))
+    return subprocess.run(
+        [sys.executable, "-m", "elastic_moe.deploy.cli.main", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
+    )
+
+
+def imported(*args: str) -> set[str]:
+    """Top-level packages that the command imports before it ends."""
+    lines = emoe(*args, PYTHONPROFILEIMPORTTIME="1").stderr.splitlines()
+    return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("emoe: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["serve", "--workers", "many"], "--workers"),
+        (["serve", "--workers", "0"], "workers"),
+        (["serve", "--wokers", "2"], "--wokers"),
+        (["serve", "--port", "70000"], "port"),
+        (["serve", "--device", "tpu"], "--device"),
+        (["serve", "--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
+        (["sevre"], "sevre"),
+        ([], "COMMAND"),
+    ],
+)
+def test_mistakes_are_told_at_once(args: list[str], says: str) -> None:
+    assert says in one_line(emoe(*args))
+
+
+def test_mistakes_and_help_need_no_heavy_import() -> None:
+    for args in (["serve", "--workers", "many"], ["serve", "--help"], ["--version"]):
+        assert not imported(*args) & set(HEAVY)
+        assert "argparse" in imported(*args)
+
+
+def test_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def serve(config: ServeConfig) -> int:
+        seen.append(config.enable_prefix_caching)
+        return 0
+
+    monkeypatch.setattr("elastic_moe.deploy.cli.serve.serve", serve)
+    file = tmp_path / "emoe.yaml"
+    file.write_text("enable-prefix-caching: false\n")
+    for flags in ([], ["--no-enable-prefix-caching"], ["--config", str(file)],
+                  ["--config", str(file), "--enable-prefix-caching"]):  # fmt: skip
+        assert cli.main(["serve", *flags]) == 0
+    assert seen == [True, False, False, True]
+    file.write_text("enable-prefix-caching: 1\n")
+    assert cli.main(["serve", "--config", str(file)]) == 2
+    file.write_text("workers: true\n")
+    assert cli.main(["serve", "--config", str(file)]) == 2
+
+
+def test_help_and_version() -> None:
+    text = emoe("serve", "--help").stdout
+    for field in dataclasses.fields(ServeConfig):
+        assert field.name == "model" or f"--{field.name.replace('_', '-')}" in text
+    assert emoe("--version").stdout.startswith("emoe ")
+
+
+def test_a_missing_model() -> None:
+    assert "/no/such/model" in one_line(emoe("serve", "/no/such/model"))
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in one_line(emoe("serve", str(tmp_path)))
+
+
+def test_more_workers_than_experts(tmp_path: Path) -> None:
+    model = make_random_checkpoint(tmp_path / "tiny", layers=1, experts=4)
+    assert "4 experts" in one_line(emoe("serve", str(model), "--workers", "5"))
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    assert "tokenizer" in one_line(emoe("serve", str(model)))
+
+
+def test_the_example_for_serve_deploy() -> None:
+    with warnings.catch_warnings():
+        # of Ray's own, about pydantic
+        warnings.simplefilter("ignore")
+        from ray.serve.schema import ServeDeploySchema
+    path = Path(cli.__file__).parent / "serve.yaml"
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    application = schema.applications[0]
+    ServeConfig.from_mapping(application.args, source="args")
+    assert application.import_path == "elastic_moe.deploy.launch.serve_app:build_app"
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in one_line(emoe("serve", "--port", str(port)))
+
+
+def config_of(monkeypatch: pytest.MonkeyPatch, *args: str) -> ServeConfig:
+    seen: list[ServeConfig] = []
+    from elastic_moe.deploy.cli import serve as cli_serve
+
+    monkeypatch.setattr(cli_serve, "serve", lambda config: seen.append(config) or 0)
+    assert cli.main(["serve", *args]) == 0
+    return seen[0]
+
+
+def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "emoe.yaml"
+    path.write_text("workers: 3\nmax-num-seqs: 8\nmodel: /from/file\n")
+    config = config_of(monkeypatch, "--config", str(path), "--workers", "4")
+    assert (config.workers, config.max_num_seqs, config.model) == (4, 8, "/from/file")
+    assert config_of(monkeypatch, "/from/flag", "--config", str(path)).model == "/from/flag"
+
+
+def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "emoe.yaml"
+    for text in ("wokers: 3", "workers: x", "- a", "a: [", "workers: 2\nworkers_: 3"):
+        path.write_text(text)
+        assert cli.main(["serve", "--config", str(path)]) == 2
+        captured = capsys.readouterr().err
+        assert str(path) in captured
+        assert captured.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--api-key-file", "/no/such/key"], "api_key_file: /no/such/key"),
+        (["--api-key", "a b"], "api_key"),
+        (["--forwarded-allow-ips", "localhost"], "forwarded_allow_ips"),
+        (["--log-file", "/no/such/log"], "log_file: /no/such/log"),
+    ],
+)
+def test_mistakes_about_keys_addresses_and_logs(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", *flags]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("emoe: error: ")
+    assert says in told
+    assert told.count("\n") == 1
+
+
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EMOE_API_KEY", "sesame")
+    config = config_of(monkeypatch, "--log-file", str(tmp_path / "log"))
+    assert (config.api_key, config.admin_api_key, config.log_file) == ("sesame", None, str(tmp_path / "log"))
+
+
+def test_recoveries_and_scaling_are_told_once() -> None:
+    start = {"operation_id": "start-1", "kind": "start", "phase": "completed", "reason": "start", "error": None}
+    recover = {"operation_id": "recover-2", "kind": "recover", "phase": "preparing", "reason": "w0 lost", "error": None}
+    told: set[str] = set()
+    assert news([recover, start], told) == []
+    ended = recover | {"phase": "completed", "reason": "w0 lost; epoch 2 with 1 workers"}
+    scale = {"operation_id": "mine", "kind": "scale", "phase": "failed", "reason": "to 3", "error": "replaced"}
+    # newest first, as the server tells them
+    assert news([scale, ended, start], told) == [
+        "recover-2 completed: w0 lost; epoch 2 with 1 workers",
+        "mine failed: replaced",
+    ]
+    assert news([scale, ended, start], told) == []
+    for answer in (None, {"error": {"message": "not ready"}}):
+        assert news(answer, told) == []

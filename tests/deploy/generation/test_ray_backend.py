@@ -1,0 +1,436 @@
+"""RayBackend against an engine that dies, hangs, refuses or loses outputs. No Ray: handles are stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.cluster.errors import NotReadyError, RequestError
+from elastic_moe.cluster.messages.requests import (
+    Endpoint,
+    FinishReason,
+    GenerateRequest,
+    RequestId,
+    SamplingParams,
+    TokenOutput,
+)
+from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.deploy.generation import ray_backend
+from elastic_moe.deploy.generation.answer import GenerationFailed
+from elastic_moe.deploy.generation.ray_backend import RayBackend
+
+LENGTH = 20
+ENGINES: list[Engine] = []
+"""Those that listen, to be ended with the test."""
+
+
+class Method:
+    """`handle.method.remote(...)`, as an awaitable; raises what a dead actor or a failed task raises."""
+
+    def __init__(self, actor: Actor, work: Callable[..., Awaitable[Any]]) -> None:
+        self._actor = actor
+        self._work = work
+
+    async def remote(self, *args: Any) -> Any:
+        await asyncio.sleep(0)
+        if self._actor.dead.is_set():
+            raise ActorDiedError
+        task = asyncio.ensure_future(self._work(*args))
+        death = asyncio.ensure_future(self._actor.dead.wait())
+        await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
+        death.cancel()
+        if not task.done():
+            task.cancel()
+            raise ActorDiedError
+        if (error := task.exception()) is not None:
+            raise RayTaskError("method", "traceback", error)
+        return task.result()
+
+
+class Actor:
+    def __init__(self) -> None:
+        self.dead = asyncio.Event()
+
+    def __getattribute__(self, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        remote = asyncio.iscoroutinefunction(value) and not name.startswith("_")
+        return Method(self, value) if remote else value
+
+
+class Engine(Actor):
+    """Token n of an answer is 100 + n. Makes tokens only when `steps` allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: dict[str, tuple[GenerateRequest, int]] = {}
+        self.submitted: list[GenerateRequest] = []
+        self.aborted: list[str] = []
+        self.steps = asyncio.Semaphore(0)
+        self.started = True
+        self.refuses = False
+        self.drops = 0
+        self.clients = Clients(self, submitted=lambda: None)
+        self.address: Endpoint | None = None
+        self.work: asyncio.Task[None] | None = None
+
+    def kill(self) -> None:
+        self.dead.set()
+        self.clients.close()
+
+    def hang(self) -> None:
+        """The connections stay, and nothing is read from them."""
+        for link in self.clients._names:
+            assert link._transport is not None
+            link._transport.pause_reading()
+
+    def end(self) -> None:
+        self.kill()
+        if self.work is not None:
+            self.work.cancel()
+
+    async def endpoint(self) -> Endpoint:
+        if not self.started:
+            raise NotReadyError("the engine has not been started")
+        if self.address is None:
+            self.address = await self.clients.listen("127.0.0.1")
+            ENGINES.append(self)
+            self.work = asyncio.get_running_loop().create_task(self._work())
+        return self.address
+
+    def add(self, request: GenerateRequest) -> TokenOutput | None:
+        if self.refuses:
+            raise RequestError("too long", param="prompt")
+        self.submitted.append(request)
+        self.running[request.request_id] = (request, len(request.output_token_ids))
+        return None
+
+    def abort(self, request_id: str) -> bool:
+        self.aborted.append(request_id)
+        return self.running.pop(request_id, None) is not None
+
+    async def _work(self) -> None:
+        while True:
+            while not self.running:
+                await asyncio.sleep(0)
+            await self.steps.acquire()
+            outputs = [self._next(request_id) for request_id in list(self.running)]
+            if self.drops == 0:
+                self.clients.deliver(outputs)
+            self.drops = max(0, self.drops - 1)
+            await asyncio.sleep(0)
+
+    def _next(self, request_id: str) -> TokenOutput:
+        request, made = self.running[request_id]
+        ends = made + 1 == request.params.max_tokens
+        self.running[request_id] = (request, made + 1)
+        if ends:
+            del self.running[request_id]
+        return TokenOutput(
+            request_id=request.request_id,
+            offset=made,
+            token_ids=(100 + made,),
+            finish_reason=FinishReason.LENGTH if ends else None,
+        )
+
+
+class Coordinator(Actor):
+    def __init__(self, engine: Engine | None) -> None:
+        super().__init__()
+        self.current = engine
+        self.hangs = False
+        self.stalls = False
+        """The whole process stands still for 0.15 s, once, while an answer is under way."""
+
+    async def engine(self) -> Engine | None:
+        return self.current
+
+    async def operations(self) -> list[Any]:
+        return []
+
+    async def readiness(self) -> Readiness:
+        if self.hangs:
+            await asyncio.sleep(3600)
+        if self.stalls:
+            self.stalls = False
+            time.sleep(0.15)
+            for _ in range(4):
+                await asyncio.sleep(0)
+        return Readiness(ready=self.current is not None, reason="serving")
+
+
+def request(name: str = "r1") -> GenerateRequest:
+    params = SamplingParams(max_tokens=LENGTH, seed=3)
+    return GenerateRequest(request_id=RequestId(name), prompt_token_ids=(1, 2), params=params)
+
+
+async def collect(backend: RayBackend, name: str = "r1") -> list[int]:
+    tokens: list[int] = []
+    async for output in backend.generate(request(name)):
+        assert output.offset == len(tokens)
+        tokens += output.token_ids
+    return tokens
+
+
+def release(engine: Engine, steps: int) -> None:
+    for _ in range(steps):
+        engine.steps.release()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def run(
+    scenario: Callable[[RayBackend, Coordinator, Engine], Awaitable[None]], *, recovery_timeout_s: float = 600.0
+) -> None:
+    async def work() -> None:
+        engine = Engine()
+        coordinator = Coordinator(engine)
+        backend = RayBackend(coordinator, plan_deadline_s=1, recovery_timeout_s=recovery_timeout_s)
+        backend.begin()
+        try:
+            async with asyncio.timeout(20):
+                await scenario(backend, coordinator, engine)
+        finally:
+            await backend.end()
+            while ENGINES:
+                ENGINES.pop().end()
+            await asyncio.sleep(0)
+
+    asyncio.run(work())
+
+
+EXPECTED = [100 + n for n in range(LENGTH)]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "RETRY_S", 0.005)
+    monkeypatch.setattr(ray_backend, "READINESS_S", 0.005)
+
+
+def test_several_requests() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        release(engine, 200)
+        answers = await asyncio.gather(*(collect(backend, f"r{n}") for n in range(5)))
+        assert answers == [EXPECTED] * 5
+        assert backend.resumed_requests == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("made", [0, 1, 7, LENGTH - 1])
+def test_a_lost_engine_costs_no_token(made: int) -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        answers = [asyncio.create_task(collect(backend, name)) for name in ("a", "b")]
+        await until(lambda: len(engine.running) == 2)
+        release(engine, made)
+        await until(lambda: all(n == made for _, n in engine.running.values()) and engine.steps.locked())
+        await asyncio.sleep(0.02)
+        engine.kill()
+        await asyncio.sleep(0.02)
+        coordinator.current = successor = Engine()
+        release(successor, 100)
+        assert await asyncio.gather(*answers) == [EXPECTED] * 2
+        assert {len(r.output_token_ids) for r in successor.submitted} == {made}
+        assert backend.resumed_requests == 2
+
+    run(scenario)
+
+
+def test_an_engine_replaced_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "LIFE_S", 0.05)
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        answer = asyncio.create_task(collect(backend))
+        await until(lambda: bool(engine.running))
+        engine.hang()
+        coordinator.current = successor = Engine()
+        release(successor, 100)
+        assert await answer == EXPECTED
+
+    run(scenario)
+
+
+def test_a_request_waits_for_an_engine() -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        coordinator.current = None
+        engine.kill()
+        await asyncio.sleep(0.02)
+        answer = asyncio.create_task(collect(backend))
+        await asyncio.sleep(0.02)
+        assert not answer.done()
+        coordinator.current = successor = Engine()
+        release(successor, 100)
+        assert await answer == EXPECTED
+
+    run(scenario)
+
+
+def test_a_request_that_nobody_comes_back_for_ends() -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        outputs = backend.generate(request())
+        first = asyncio.ensure_future(anext(outputs))
+        await until(lambda: bool(engine.running))
+        release(engine, 1)
+        await first
+        # as long as somebody serves, a request may take its time
+        await asyncio.sleep(0.2)
+        coordinator.current = None
+        begun = time.monotonic()
+        end = await anext(outputs)
+        assert time.monotonic() - begun > 0.05
+        assert end.finish_reason is FinishReason.ERROR
+        assert "nobody could serve this request for 0.1 s" in (end.error or "")
+        await until(lambda: engine.aborted == ["r1"])
+
+    run(scenario, recovery_timeout_s=0.1)
+
+
+def test_a_request_that_was_never_served_may_come_again_later() -> None:
+    """It is told so by its status: NotReadyError is a 503."""
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        assert not backend.can_wait
+        await until(lambda: backend._readiness.ready)
+        coordinator.current = None
+        engine.kill()
+        await until(lambda: not backend._readiness.ready)
+        assert backend.can_wait
+        with pytest.raises(NotReadyError, match=r"nobody could serve this request for 0\.1 s"):
+            await collect(backend)
+        assert not backend.can_wait
+
+    run(scenario, recovery_timeout_s=0.1)
+
+
+def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads least is cut off; the others go on."""
+    monkeypatch.setattr(ray_backend, "MAX_UNREAD", 5)
+    monkeypatch.setattr(ray_backend, "UNREAD_EVERY", 1)
+
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        slow = backend.generate(request("slow"))
+        first = asyncio.ensure_future(anext(slow))
+        quick = asyncio.create_task(collect(backend, "quick"))
+        await until(lambda: len(engine.running) == 2)
+        for made in range(1, LENGTH + 1):
+            release(engine, 1)
+            await until(lambda made=made: engine.running.get("quick", (None, LENGTH))[1] >= made)  # type: ignore[misc]
+        assert await quick == EXPECTED
+        await first
+        assert engine.aborted == ["slow"]
+        with pytest.raises(GenerationFailed, match="reads more slowly"):
+            await anext(slow)
+
+    run(scenario)
+
+
+def test_a_stalled_api_does_not_blame_the_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_backend, "HANG_S", 0.1)
+    ended: list[Any] = []
+    monkeypatch.setattr(ray, "kill", lambda actor, *, no_restart: ended.append(actor))
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, _: Engine) -> None:
+        await until(lambda: backend._readiness.ready)
+        coordinator.stalls = True
+        await until(lambda: not coordinator.stalls)
+        await asyncio.sleep(0.02)
+        assert ended == []
+        assert (await backend.readiness()).ready
+
+    run(scenario)
+
+
+def test_an_engine_that_is_not_started_yet() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        engine.started = False
+        release(engine, 100)
+        answer = asyncio.create_task(collect(backend))
+        await asyncio.sleep(0.02)
+        engine.started = True
+        assert await answer == EXPECTED
+
+    run(scenario)
+
+
+def test_lost_outputs_are_made_again() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        answer = asyncio.create_task(collect(backend))
+        await until(lambda: bool(engine.running))
+        release(engine, 3)
+        await until(lambda: engine.running["r1"][1] == 3)
+        engine.drops = 1
+        release(engine, 100)
+        assert await answer == EXPECTED
+        assert "r1" in engine.aborted
+
+    run(scenario)
+
+
+def test_refusals_reach_the_client() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        await asyncio.sleep(0.02)
+        engine.refuses = True
+        with pytest.raises(RequestError) as refused:
+            await collect(backend)
+        assert refused.value.param == "prompt"
+
+    run(scenario)
+
+
+def test_closing_aborts() -> None:
+    async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
+        await asyncio.sleep(0.02)
+        outputs = backend.generate(request())
+        first = asyncio.ensure_future(anext(outputs))
+        await until(lambda: bool(engine.running))
+        release(engine, 1)
+        await first
+        await outputs.aclose()
+        await until(lambda: engine.aborted == ["r1"])
+
+    run(scenario)
+
+
+def test_a_coordinator_that_hangs_is_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[Any, bool]] = []
+    monkeypatch.setattr(ray_backend, "HANG_S", 0.02)
+    monkeypatch.setattr(ray_backend, "READINESS_S", 0.01)
+    monkeypatch.setattr(ray, "kill", lambda actor, *, no_restart: ended.append((actor, no_restart)))
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, _: Engine) -> None:
+        await until(lambda: backend._readiness.ready)
+        coordinator.hangs = True
+        await until(lambda: bool(ended))
+        await asyncio.sleep(0.1)
+        # its successor may take longer to begin
+        assert ended == [(coordinator, False)]
+        assert (await backend.readiness()).ready
+
+    run(scenario)
+
+
+def test_a_coordinator_that_is_away() -> None:
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        assert await backend.operations() == []
+        await until(lambda: backend._readiness.ready)
+        coordinator.dead.set()
+        with pytest.raises(NotReadyError):
+            await backend.operations()
+        # requests need the engine alone
+        await asyncio.sleep(0.05)
+        assert (await backend.readiness()).ready
+        engine.kill()
+        await until(lambda: not backend._readiness.ready)
+
+    run(scenario)

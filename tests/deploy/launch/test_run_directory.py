@@ -1,0 +1,117 @@
+"""The directory of a server: whose it is, how long its path may be, and what becomes of those left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.cluster.errors import UserError
+from elastic_moe.deploy.launch.local_ray import check_shared_memory
+from elastic_moe.deploy.launch.run_directory import LONGEST_BYTES, RunDirectory
+
+
+@pytest.fixture
+def parent() -> Iterator[Path]:
+    """A short one, as sockets need."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as made:
+        yield Path(made)
+
+
+def abandon(directory: RunDirectory) -> None:
+    """As the kernel does for a process that was killed."""
+    os.close(directory.lock)
+
+
+def test_it_is_for_its_owner_alone_whatever_the_umask(parent: Path) -> None:
+    before = os.umask(0)
+    try:
+        made = RunDirectory.create([str(parent)])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(made.path.stat().st_mode) == 0o700
+    abandon(made)
+
+
+def test_the_longest_path_holds_rays_longest_socket() -> None:
+    session = "session_2026-11-26_00-31-32_123456_4194304"
+    path = f"{'x' * LONGEST_BYTES}/ray/{session}/sockets/plasma_store"
+    with socket.socket(socket.AF_UNIX) as probe, pytest.raises(FileNotFoundError):
+        # too long would be an OSError of its own: "AF_UNIX path too long"
+        probe.bind(path)
+
+
+def test_a_long_tmpdir_is_passed_over(tmp_path: Path, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("0" * 100)
+    long.mkdir()
+    made = RunDirectory.create([str(long), str(parent)])
+    assert made.path.parent == parent
+    made.remove()
+    assert not made.path.exists()
+    monkeypatch.setenv("TMPDIR", str(long))
+    made = RunDirectory.create()
+    assert len(os.fsencode(made.path)) <= LONGEST_BYTES
+    made.remove()
+
+
+def test_a_parent_that_is_not_there_is_passed_over(parent: Path) -> None:
+    made = RunDirectory.create(["/no/such", str(parent)])
+    assert made.path.parent == parent
+    made.remove()
+
+
+def test_a_full_disk_is_passed_over(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(parent)._replace(free=1 << 20)
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if path == "/tmp" else usage(path))
+    made = RunDirectory.create(["/tmp", str(parent)])
+    assert made.path.parent == parent
+    made.remove()
+    abandon(made)
+
+
+def test_full_shared_memory_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_shared_memory("/no/such")
+    check_shared_memory(str(tmp_path))
+    full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(UserError, match="16 MiB of shared memory, and 1 MiB are free"):
+        check_shared_memory(str(tmp_path))
+
+
+def test_without_any_parent_the_error_names_the_setting() -> None:
+    with pytest.raises(UserError, match=r"^TMPDIR: .*/no/such"):
+        RunDirectory.create(["/no/such"])
+
+
+def test_what_a_dead_server_left_is_removed_and_a_living_ones_is_not(parent: Path) -> None:
+    dead, living = RunDirectory.create([str(parent)]), RunDirectory.create([str(parent)])
+    (dead.path / "ray" / "session").mkdir(parents=True)
+    abandon(dead)
+    other = parent / "emoe-other"
+    other.mkdir()
+    link = parent / "emoe-link"
+    link.symlink_to(other)
+    made = RunDirectory.create([str(parent)])
+    assert not dead.path.exists()
+    assert living.path.exists()
+    assert other.exists(), "a directory without a lock is nobody's that we know"
+    assert link.is_symlink()
+    for directory in (living, made):
+        abandon(directory)
+
+
+def test_a_fork_holds_the_lock_too(parent: Path) -> None:
+    made = RunDirectory.create([str(parent)])
+    inherited = os.dup(made.lock)
+    os.close(made.lock)
+    with (made.path / "lock").open("r+") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(inherited)

@@ -1,0 +1,165 @@
+"""Templates and tokenizers of strangers: what loops or grows ends with one line, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError, UserError
+from elastic_moe.deploy.api.service import Service
+from elastic_moe.deploy.text.prompts import BoundedPrompts
+from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
+from tests.deploy.fakes import FakeBackend, make_tokenizer
+
+LOOP = "{% for a in range(90000) %}{% for b in range(90000) %}{{ '' }}{% endfor %}{% endfor %}"
+GROW = "{{ ('x' * 2000000000) | length }}"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'loop' %}" + LOOP + "{% elif m.content == 'grow' %}"
+    "{% set ns = namespace(text='x') %}{% for n in range(40) %}{% set ns.text = ns.text + ns.text %}{% endfor %}"
+    "{% else %}<|im|>{{ m.role }}\n{{ m.content }}\n{% endif %}{% endfor %}"
+)
+EXPLODES = {"type": "Split", "pattern": {"Regex": "(z+z+z+)+q|(z|z)+$"}, "behavior": "Isolated", "invert": False}
+
+
+def user(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@asynccontextmanager
+async def opened(model_dir: Path) -> AsyncGenerator[BoundedPrompts, None]:
+    prompts = await BoundedPrompts.open(str(model_dir), None)
+    try:
+        yield prompts
+    finally:
+        prompts.close()
+
+
+async def refusal(call: Awaitable[object]) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        await call
+    return caught.value
+
+
+def test_prompts_are_as_the_tokenizer_makes_them_and_hostile_ones_end(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, chat_template=TEMPLATE)
+    edit(tmp_path / "tokenizer.json", lambda content: content.update(pre_tokenizer=with_explosion(content)))
+    tokenizer = Tokenizer.load(str(tmp_path))
+    text = "hello 日本 \ud7ff\u2028" * 3000
+
+    async def work() -> None:
+        async with opened(tmp_path) as prompts:
+            assert await prompts.render_chat(user("hi"), template_kwargs={}) == tokenizer.render_chat(user("hi"))
+            for special in (True, False):
+                tokens = await prompts.encode(text, add_special_tokens=special, param="prompt")
+                assert tokens == tokenizer.encode(text, add_special_tokens=special)
+            # what loops takes nothing from what comes beside it
+            looping = asyncio.create_task(refusal(prompts.render_chat(user("loop"))))
+            for _ in range(100):
+                await prompts.encode("hello", add_special_tokens=True, param="prompt")
+            assert not looping.done()
+            for error, param in (
+                (await looping, "messages"),
+                (await refusal(prompts.render_chat(user("grow"))), "messages"),
+                (await refusal(prompts.encode("z" * 60 + "!", add_special_tokens=True, param="prompt")), "prompt"),
+            ):
+                assert error.param == param
+                assert str(error).startswith(f"{param}: the ")
+            refused = await refusal(prompts.render_chat([{"role": "user", "content": None, "tool_calls": 5}]))
+            assert (refused.param, refused.code) == ("messages", "invalid_type")
+            # and all goes on as before
+            assert await prompts.encode("hello", add_special_tokens=True, param="prompt") == tokenizer.encode("hello")
+
+    asyncio.run(work())
+
+
+def with_explosion(content: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": [EXPLODES, content["pre_tokenizer"]]}
+
+
+def test_a_process_that_dies_is_started_again_and_none_is_left(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
+
+    def processes() -> list[psutil.Process]:
+        return [child for child in psutil.Process().children(recursive=True) if child not in before]
+
+    async def work() -> list[psutil.Process]:
+        async with opened(tmp_path) as prompts:
+            first = await prompts.encode("hello", add_special_tokens=True, param="prompt")
+            for process in processes():
+                os.kill(process.pid, signal.SIGKILL)
+            psutil.wait_procs(processes(), timeout=10)
+            await asyncio.sleep(0.05)
+            assert await prompts.encode("hello", add_special_tokens=True, param="prompt") == first
+            return processes()
+
+    children = asyncio.run(work())
+    assert len(children) == 2
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda directory: template(directory, LOOP), "the chat template renders not even a short conversation within"),
+        (lambda directory: template(directory, GROW), "the chat template renders not even a short conversation within"),
+        (lambda directory: splits(directory, "(a|a)+$|((a+)+)+q"), "the tokenizer"),
+        (lambda directory: splits(directory, "(("), "cannot load the tokenizer"),
+    ],
+    ids=["loops", "grows", "explodes", "no-expression"],
+)
+def test_what_cannot_be_used_is_found_before_it_is_served(
+    tmp_path: Path, change: Callable[[Path], None], words: str
+) -> None:
+    make_tokenizer(tmp_path)
+    change(tmp_path)
+    with TokenizerProcess(str(tmp_path), None) as process, pytest.raises(CheckpointError, match=words) as caught:
+        process.wait()
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def template(directory: Path, text: str) -> None:
+    edit(directory / "tokenizer_config.json", lambda content: content.update(chat_template=text))
+
+
+def splits(directory: Path, expression: str) -> None:
+    split = {**EXPLODES, "pattern": {"Regex": expression}}
+    edit(directory / "tokenizer.json", lambda content: content.update(pre_tokenizer=split))
+
+
+def test_a_template_of_the_users_that_is_none(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}\n{{ m.content }")
+    mine = str(tmp_path / "mine.jinja")
+    with TokenizerProcess(str(tmp_path), mine) as process, pytest.raises(ConfigError, match=r"mine\.jinja: line 2"):
+        process.wait()
+
+
+def test_a_service_says_why_it_has_no_tokenizer(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, chat_template=LOOP)
+
+    async def work() -> str | None:
+        service = Service(ServeConfig(), FakeBackend(), str(tmp_path), BoundedPrompts.open)
+        await service.begin()
+        return (await service.readiness()).error
+
+    assert "chat template" in (asyncio.run(work()) or "")
+    assert issubclass(CheckpointError, UserError)

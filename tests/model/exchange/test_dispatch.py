@@ -1,0 +1,137 @@
+"""Tokens reach their experts and come back, whatever the placement: the local dispatcher is the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_moe.cluster.placement import EMPTY, Placement, contiguous
+from elastic_moe.model.exchange.counter import RoutingCounter
+from elastic_moe.model.exchange.dispatch import LayerShape, TransportDispatcher, route_table
+from elastic_moe.model.exchange.transports import LocalTransport
+from tests.model.groups import ToyExperts, make_transports, one_worker, run_group, toy_store, workers
+
+LAYERS, EXPERTS, HIDDEN, WIDTH, TOP_K = 2, 6, 8, 12, 3
+MODULES = [ToyExperts(EXPERTS, HIDDEN, WIDTH, seed) for seed in range(LAYERS)]
+CPU = torch.device("cpu")
+
+
+def choices(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randperm(EXPERTS, generator=g)[:TOP_K] for _ in range(tokens)] or [torch.empty(0)])
+    index = index.long().reshape(tokens, TOP_K)
+    return torch.randn(tokens, HIDDEN, generator=g), index, torch.rand(tokens, TOP_K, generator=g)
+
+
+def oracle(seed: int, tokens: int, layer: int) -> torch.Tensor:
+    placement = one_worker(LAYERS, EXPERTS)
+    local = TransportDispatcher(placement, 0, toy_store(MODULES, placement, 0), LocalTransport(), device=CPU)
+    local.begin([tokens], None)
+    return local.forward(layer, *choices(tokens, seed))
+
+
+def check(placement: Placement, tokens: list[int], kind: str, dense_tokens: int = 0) -> None:
+    size = len(placement.workers)
+    transports = make_transports(kind, size)
+
+    def serve(rank: int) -> list[torch.Tensor]:
+        store = toy_store(MODULES, placement, rank)
+        dispatcher = TransportDispatcher(placement, rank, store, transports[rank], device=CPU, most_dense=dense_tokens)
+        dispatcher.begin(tokens, None)
+        if not tokens[rank]:
+            shape = LayerShape(hidden=HIDDEN, top_k=TOP_K, dtype=torch.float32)
+            dispatcher.idle([shape] * LAYERS, CPU)
+            return [torch.empty(0, HIDDEN)] * LAYERS
+        return [dispatcher.forward(layer, *choices(tokens[rank], rank)) for layer in range(LAYERS)]
+
+    for rank, outputs in enumerate(run_group(size, serve)):
+        for layer, output in enumerate(outputs):
+            if tokens[rank]:
+                torch.testing.assert_close(output, oracle(rank, tokens[rank], layer), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("slots", [(3, 3), (2, 2, 2), (4, 2), (3, 2, 1), (1, 1, 1, 1, 1, 1)])
+def test_any_split_gives_the_same_sums(kind: str, slots: tuple[int, ...]) -> None:
+    tokens = [5, 0, 3, 1, 2, 4][: len(slots)]
+    check(contiguous(LAYERS, EXPERTS, workers(*slots)), tokens, kind)
+
+
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_everything_to_everyone_gives_the_same_sums(kind: str) -> None:
+    check(contiguous(LAYERS, EXPERTS, workers(2, 2, 2)), [3, 0, 2], kind, dense_tokens=100)
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    """Any worker may hold any experts, with replicas and empty slots, as long as every expert is somewhere."""
+    size = draw(st.integers(2, 4))
+    held = [[set(draw(st.sets(st.integers(0, EXPERTS - 1)))) for _ in range(size)] for _ in range(LAYERS)]
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            if not any(expert in experts for experts in held[layer]):
+                held[layer][draw(st.integers(0, size - 1))].add(expert)
+    slots = [max(1, *(len(held[layer][w]) for layer in range(LAYERS))) for w in range(size)]
+    table = [
+        [e for w in range(size) for e in [*sorted(held[layer][w]), *[EMPTY] * (slots[w] - len(held[layer][w]))]]
+        for layer in range(LAYERS)
+    ]
+    return Placement(num_logical_experts=EXPERTS, workers=workers(*slots), physical_to_logical_map=np.array(table))
+
+
+@settings(max_examples=25, deadline=None)
+@given(placements(), st.data())
+def test_any_placement_gives_the_same_sums(placement: Placement, data: st.DataObject) -> None:
+    tokens = [data.draw(st.integers(0, 4)) for _ in placement.workers]
+    check(placement, tokens, "shm", dense_tokens=data.draw(st.sampled_from([0, 100])))
+
+
+@settings(max_examples=100, deadline=None)
+@given(placements())
+def test_routes_lead_to_holders_and_prefer_home(placement: Placement) -> None:
+    tables = [route_table(placement, rank) for rank in range(len(placement.workers))]
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            holders = {placement.rank_of(w) for w in placement.holders(layer, expert)}
+            chosen = [int(table[layer, expert]) for table in tables]
+            assert set(chosen) <= holders
+            assert all(chosen[rank] == rank for rank in holders)
+            # workers without a replica take the replicas in turn
+            away = [rank for rank in range(len(chosen)) if rank not in holders]
+            shares = [sum(chosen[rank] == holder for rank in away) for holder in holders]
+            assert max(shares) - min(shares) <= 1
+
+
+def test_counts_follow_the_choices() -> None:
+    placement = one_worker(LAYERS, EXPERTS)
+    dispatcher = TransportDispatcher(placement, 0, toy_store(MODULES, placement, 0), LocalTransport(), device=CPU)
+    counter = RoutingCounter(LAYERS, EXPERTS)
+    indices = []
+    dispatcher.begin([4], counter)
+    for layer in range(LAYERS):
+        hidden, index, weight = choices(4, layer)
+        indices.append(index)
+        dispatcher.forward(layer, hidden, index, weight)
+    # two sequences that decode around a prompt of two tokens
+    counter.commit_step([1, 2, 1])
+    counter.note_time(0.5, 9, decode=False)
+    dispatcher.begin([4], counter)
+    dispatcher.forward(0, *choices(4, 9))
+    counter.discard_step()
+    counts = counter.take()
+    assert (counts.prefill.tokens, counts.decode.tokens) == (2, 2)
+    assert (counts.prefill.steps_s, counts.prefill.steps_tokens, counts.decode.steps_tokens) == (0.5, 9, 0)
+    for layer in range(LAYERS):
+        decoding = torch.bincount(indices[layer][[0, 3]].flatten(), minlength=EXPERTS)
+        assert counts.decode.load[layer].tolist() == decoding.tolist()
+        assert counts.load[layer].tolist() == torch.bincount(indices[layer].flatten(), minlength=EXPERTS).tolist()
+    expected = np.zeros((EXPERTS, EXPERTS), dtype=np.int64)
+    for token in range(4):
+        for a in indices[0][token].tolist():
+            for b in indices[1][token].tolist():
+                expected[a, b] += 1
+    assert np.array_equal(counts.transitions[0], expected)
+    assert counter.take().tokens == 0

@@ -1,0 +1,57 @@
+"""Lower bounds hold for every placement, and the ILP proves the optimum of tiny problems."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_moe.cluster.placement import contiguous
+from elastic_moe.optimizer import SolutionStatus, plan
+from elastic_moe.optimizer.baselines.heuristics import random_table
+from elastic_moe.optimizer.core.bounds import lower_bound, most_together
+from elastic_moe.optimizer.core.cost import price_table
+from elastic_moe.optimizer.core.problem import Semantics
+from tests.optimizer.cases import every_table, optimum, tiny
+
+SHAPES = [
+    {"workers": 2},
+    {"workers": 2, "slots": (3, 2)},
+    {"workers": 3, "nodes": 3, "slots": (2, 2, 1)},
+    {"workers": 3, "layers": 1, "slots": (2, 2, 2)},
+    {"workers": 4, "nodes": 2, "slots": (1, 1, 1, 1)},
+    {"workers": 2, "experts": 3, "nodes": 2, "slots": (3, 2)},
+]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), shape=st.sampled_from(SHAPES), semantics=st.sampled_from(list(Semantics)))
+def test_no_placement_beats_the_bound(seed: int, shape: dict[str, int], semantics: Semantics) -> None:
+    problem = tiny(seed, semantics=semantics, **shape)
+    bound = lower_bound(problem)
+    rng = np.random.default_rng(seed)
+    tables = list(every_table(problem)) if shape["workers"] == 2 else [random_table(problem, rng) for _ in range(50)]
+    assert bound <= min(price_table(problem, table).total_s for table in tables) * (1 + 1e-12)
+
+
+def test_the_eigenvalue_bound_is_met_by_cliques() -> None:
+    """Two groups of experts that only ever meet one another: all their pairs can be kept together, and no more."""
+    pairs = np.kron(np.eye(2), np.ones((3, 3)) - np.eye(3))
+    assert most_together(pairs, np.array([3.0, 3.0]), single=True) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("semantics", Semantics)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4], SHAPES[5]])
+def test_the_ilp_proves_the_brute_force_optimum(shape: dict[str, int], semantics: Semantics) -> None:
+    problem = tiny(11, semantics=semantics, **shape)
+    result = plan(problem, planner="ilp", deadline_s=15)
+    assert result.cost.total_s == pytest.approx(optimum(problem), rel=1e-6)
+    assert result.status is SolutionStatus.OPTIMAL
+    assert result.gap < 1e-6
+
+
+def test_the_ilp_weighs_moves_speeds_and_nothing_optional() -> None:
+    current = contiguous(2, 4, tiny().workers)
+    problem = tiny(4, current=current, expert_bytes=10**6, horizon_steps=10, covariance=False, speeds=(1.0, 1.7))
+    result = plan(problem, planner="ilp", deadline_s=15)
+    assert result.cost.total_s == pytest.approx(optimum(problem), rel=1e-6)
+    assert result.cost.migration_s > 0 or result.moves == 0
