@@ -31,12 +31,12 @@ def fail() -> None:
 
 
 def log_everything() -> None:
-    logging.getLogger("deploy.x").info("an event")
+    logging.getLogger("elastic_moe.deploy.x").info("an event")
     logging.getLogger("urllib3").info("of no interest")
     try:
         fail()
     except ValueError:
-        logging.getLogger("actors.y").exception("it failed\nbadly")
+        logging.getLogger("elastic_moe.actors.y").exception("it failed\nbadly")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("old", stacklevel=1)
@@ -53,8 +53,8 @@ def test_records_in_text(untouched: None, tmp_path: Path) -> None:
     log_everything()
     heads = [line for line in file.read_text().splitlines() if not line.startswith("  | ")]
     wanted = [
-        r"\S+Z INFO w0\[\d+\] deploy.x: an event",
-        r"\S+Z ERROR w0\[\d+\] actors.y: it failed badly: ValueError: two lines red",
+        r"\S+Z INFO w0\[\d+\] elastic_moe.deploy.x: an event",
+        r"\S+Z ERROR w0\[\d+\] elastic_moe.actors.y: it failed badly: ValueError: two lines red",
         r"\S+Z WARNING w0\[\d+\] py.warnings: .* UserWarning: old.*",
         r"\S+Z CRITICAL w0\[\d+\] elastic_moe.actors.logs: steps failed: ValueError: two lines red",
     ]
@@ -93,7 +93,7 @@ def test_serves_own_tracebacks_are_copied(untouched: None, tmp_path: Path) -> No
 def test_without_a_file(untouched: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for settings in (LogSettings(), LogSettings(file="/no/such/directory/log")):
         set_up("engine", settings)
-        logging.getLogger("deploy.x").warning("to standard error")
+        logging.getLogger("elastic_moe.deploy.x").warning("to standard error")
         assert log_file() is None
         assert "to standard error" in capfd.readouterr().err
 
@@ -115,7 +115,7 @@ import logging, sys
 from elastic_moe.actors.logs import LogSettings, set_up
 set_up(sys.argv[1], LogSettings(file=sys.argv[2]))
 for number in range(200):
-    logging.getLogger("deploy").info("%d %s", number, "x" * 20_000)
+    logging.getLogger("elastic_moe.deploy").info("%d %s", number, "x" * 20_000)
 """
 
 
@@ -126,7 +126,7 @@ def test_processes_do_not_cut_into_one_anothers_lines(tmp_path: Path) -> None:
     assert [writer.wait(60) for writer in writers] == [0, 0]
     lines = file.read_text().splitlines()
     assert len(lines) == 400
-    assert all(re.fullmatch(r"\S+ INFO [ab]\[\d+\] deploy: \d+ x{20000}", line) for line in lines)
+    assert all(re.fullmatch(r"\S+ INFO [ab]\[\d+\] elastic_moe.deploy: \d+ x{20000}", line) for line in lines)
 
 
 def test_where_log_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_the_example_for_serve_deploy() -> None:
         # of Ray's own, about pydantic
         warnings.simplefilter("ignore")
         from ray.serve.schema import ServeDeploySchema
-    path = Path(cli.__file__).parent / "serve.yaml"
+    path = ROOT / "deploy" / "serve.yaml"
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     application = schema.applications[0]
     ServeConfig.from_mapping(application.args, source="args")
