@@ -33,7 +33,7 @@ test: $(VENV)/.installed-dev ## set up and run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: lint ## lint, the pure tests with few examples, and one model family: about a minute
-	@$(BIN)/python -m pytest -m "not ray and not slow" --hypothesis-profile=quick tests/cluster tests/optimizer tests/actors tests/deploy
+	@$(BIN)/python -m pytest -m "not ray" --hypothesis-profile=quick tests/cluster tests/optimizer tests/actors tests/deploy
 	@$(BIN)/python -m pytest tests/model/test_parity.py -k "qwen3_moe"
 
 lint: $(VENV)/.installed-dev ## ruff and mypy --strict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.model.families import tiny_checkpoint
+from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.paths import ROOT
+from tests.properties import QUICK
 
 VENV = Path(sys.executable).parents[1]
 RAN = {
-    *("help", "serve", "test", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "clean"),
+    *("help", "serve", "test", "check", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "clean"),
 }
 """Targets that a test below runs."""
 
@@ -66,6 +68,16 @@ def test_serve() -> None:
 
 def test_test() -> None:
     assert " passed" in make("test", "ARGS=tests/test_layers.py -o addopts=--import-mode=importlib")
+
+
+def test_check_lints_and_then_tests(copy: Path) -> None:
+    """What it tests is looked up only: all of it runs in this suite."""
+    assert "would be reformatted" in make("check", where=copy, expected=2)
+    commands = [shlex.split(line) for line in make("-n", "check").splitlines() if "pytest" in line]
+    assert len(commands) == 2
+    assert all((ROOT / word).exists() for command in commands for word in command if word.startswith("tests/"))
+    assert f"--hypothesis-profile={QUICK}" in commands[0]
+    assert commands[1][-1] in FAMILIES
 
 
 def test_lint_and_format(copy: Path) -> None:

@@ -5,8 +5,9 @@ What happens in this replica is counted here; what the cluster knows is read fro
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter as Tally
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from itertools import accumulate
 from typing import TypeVar
 
@@ -24,11 +25,13 @@ from prometheus_client.registry import Collector
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.counters import BOUNDS_S, ClusterCounters, Distribution
 from elastic_moe.cluster.messages.requests import FinishReason
-from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, WorkerView
+from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, ScaleView, WorkerView
 from elastic_moe.deploy.generation.backend import Backend
 
 Value = TypeVar("Value", bound=str)
 """Of a label: one of an enum."""
+
+Answer = TypeVar("Answer")
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -91,14 +94,17 @@ class Metrics:
         cluster = self._cluster
         cluster.ready = (await backend.readiness()).ready
         cluster.resumed = backend.resumed_requests
-        try:
-            cluster.engine = await backend.engine_status()
-            cluster.workers = await backend.workers()
-            cluster.routing = await backend.routing()
-            cluster.counters = await backend.counters()
-        except NotReadyError:
-            # what was read last would look as if it were still true
-            cluster.engine = cluster.routing = None
+        # each by itself: while there is no engine, the coordinator still knows which workers have died
+        counters: ClusterCounters | None
+        cluster.engine, cluster.workers, cluster.scale, cluster.routing, counters = await asyncio.gather(
+            _unless_away(backend.engine_status()),
+            _unless_away(backend.workers()),
+            _unless_away(backend.scaling()),
+            _unless_away(backend.routing()),
+            _unless_away(backend.counters()),
+        )
+        # totals stay true; anything else that was read last would look as if it were
+        cluster.counters = counters or cluster.counters
         return prometheus_client.generate_latest(self._registry)
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -106,6 +112,13 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, LABELS, registry=self._registry, buckets=buckets).labels(**self._labels)
+
+
+async def _unless_away(question: Awaitable[Answer]) -> Answer | None:
+    try:
+        return await question
+    except NotReadyError:
+        return None
 
 
 class _ClusterCollector(Collector):
@@ -116,7 +129,8 @@ class _ClusterCollector(Collector):
         self.ready = False
         self.resumed = 0
         self.engine: EngineStatus | None = None
-        self.workers: list[WorkerView] = []
+        self.workers: list[WorkerView] | None = None
+        self.scale: ScaleView | None = None
         self.routing: RoutingView | None = None
         self.counters: ClusterCounters | None = None
 
@@ -132,6 +146,10 @@ class _ClusterCollector(Collector):
             yield from self._of_engine(self.engine)
         if self.counters is not None:
             yield from self._of_coordinator(self.counters)
+        if self.workers is not None:
+            yield from self._of_workers(self.workers)
+        if self.scale is not None:
+            yield self._gauge("emoe:workers_target", "Workers that there should be.", self.scale.target)
         if self.routing is not None and self.routing.load_imbalance:
             balanced = sum(1 / ratio for ratio in self.routing.load_imbalance) / len(self.routing.load_imbalance)
             yield self._gauge("emoe:balancedness", "Mean load of workers over the busiest's, mean of layers.", balanced)
@@ -171,20 +189,22 @@ class _ClusterCollector(Collector):
         yield self._durations(
             "emoe:recovery_duration_seconds", "Time without an epoch that serves.", None, {"": counters.recovery_s}
         )
-        workers = GaugeMetricFamily("emoe:workers", "Workers, by state.", labels=[*LABELS, "state"])
-        tally = Tally({"starting": 0, "serving": 0, "draining": 0, "dead": 0})
-        tally.update(worker.state for worker in self.workers)
-        for state, count in tally.items():
-            workers.add_metric([*self._labels.values(), state], count)
-        yield workers
-        yield self._fit()
 
-    def _fit(self) -> GaugeMetricFamily:
+    def _of_workers(self, workers: list[WorkerView]) -> Iterable[Metric]:
+        states = GaugeMetricFamily("emoe:workers", "Workers, by state.", labels=[*LABELS, "state"])
+        tally = Tally({"starting": 0, "serving": 0, "draining": 0, "dead": 0})
+        tally.update(worker.state for worker in workers)
+        for state, count in tally.items():
+            states.add_metric([*self._labels.values(), state], count)
+        yield states
+        yield self._fit(workers)
+
+    def _fit(self, workers: list[WorkerView]) -> GaugeMetricFamily:
         """1 for every path that serves a part of the model on some worker."""
         family = GaugeMetricFamily(
             "emoe:fit_info", "Which code serves which part of the model.", labels=[*LABELS, "part", "path"]
         )
-        fits = [worker.fit for worker in self.workers if worker.fit is not None and worker.state != "dead"]
+        fits = [worker.fit for worker in workers if worker.fit is not None and worker.state != "dead"]
         for part, path in sorted({pair for fit in fits for pair in fit.paths()}):
             family.add_metric([*self._labels.values(), part, path], 1)
         return family

@@ -8,7 +8,14 @@ from itertools import count
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
 from elastic_moe.actors.scheduler.scheduler import Scheduler
@@ -18,6 +25,7 @@ from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest,
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
 from tests.actors.simulated_host import EOS, VOCABULARY, SimulatedHost, alone
+from tests.properties import most
 
 MAX_MODEL_LEN = 40
 MOST_FLIGHTS = 3
@@ -279,10 +287,13 @@ class Batching(RuleBasedStateMachine):
         assert [known for host in self.hosts.values() for known in host.known] == ["last"]
 
 
-TestBatching = Batching.TestCase
-TestBatching.settings = settings(
-    max_examples=100,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
+def test_any_order_of_events_gives_every_request_the_tokens_that_it_gets_alone() -> None:
+    run_state_machine_as_test(
+        Batching,
+        settings=settings(
+            max_examples=most(100),
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+        ),
+    )

@@ -17,6 +17,7 @@ from elastic_moe.cluster.facts.events import (
     Unpin,
 )
 from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, shuffled
+from tests.properties import most
 
 
 class Faults(RuleBasedStateMachine):
@@ -145,6 +146,6 @@ def test_the_cluster_serves_again_after_random_events_and_faults() -> None:
     run_state_machine_as_test(
         Faults,
         settings=settings(
-            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=most(150), stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
@@ -15,7 +16,7 @@ import pytest
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import GenerateRequest, TokenLogprobs, TokenOutput
-from elastic_moe.cluster.messages.views import Phase, Readiness
+from elastic_moe.cluster.messages.views import EngineStatus, Phase, Readiness, WorkerState, WorkerView
 from elastic_moe.deploy.api import http_io
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.completions import CompletionShape
@@ -650,9 +651,39 @@ def test_metrics(model_dir: Path) -> None:
         f"emoe:recovery_duration_seconds_sum{labels} 0.5",
         f"emoe:requests_resumed_total{labels} 0.0",
         f"emoe:bytes_moved_total{labels} 1000.0",
+        f"emoe:workers_target{labels} 2.0",
         "emoe:balancedness" + labels + " 0.9",
     ):
         assert line in text.splitlines()
+
+
+def test_metrics_tell_of_the_dead_while_there_is_no_engine(model_dir: Path) -> None:
+    class Losing(FakeBackend):
+        lost = False
+
+        async def engine_status(self) -> EngineStatus:
+            if self.lost:
+                raise NotReadyError("there is no engine at the moment")
+            return await super().engine_status()
+
+        async def workers(self) -> list[WorkerView]:
+            state = WorkerState.DEAD if self.lost else WorkerState.SERVING
+            return [dataclasses.replace(worker, state=state) for worker in await super().workers()]
+
+    async def work() -> tuple[str, str]:
+        async with client_of(backend := Losing(), model_dir) as client:
+            before = (await client.get("/metrics")).text
+            backend.lost = True
+            return before, (await client.get("/metrics")).text
+
+    before, after = asyncio.run(work())
+    labels = 'engine="0",model_name="tiny-moe"'
+    assert f'emoe:workers{{{labels},state="serving"}} 1.0' in before
+    assert f'emoe:workers{{{labels},state="serving"}} 0.0' in after
+    assert f'emoe:workers{{{labels},state="dead"}} 1.0' in after
+    assert "vllm:num_requests_running" in before
+    assert "vllm:num_requests_running" not in after
+    assert f"emoe:experts_moved_total{{{labels}}} 5.0" in after
 
 
 # --- Scaling and given placements -------------------------------------------------------------------------------

@@ -1,0 +1,183 @@
+"""One look at a server for `emoe top`: what its admin calls and /metrics said, as values, and what follows from two.
+
+Legend: L MoE layers, E logical experts, S slots, W workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from prometheus_client.parser import text_string_to_metric_families
+
+from elastic_moe.cluster.errors import PlacementError, UserError
+from elastic_moe.cluster.messages.views import Operation, Readiness, ScaleView, WorkerState
+from elastic_moe.cluster.placement import EMPTY, Placement, WorkerId
+
+T = TypeVar("T")
+FloatArray = npt.NDArray[np.float64]
+
+READY, WORKERS, PLACEMENT = "/ready", "/admin/workers", "/admin/placement"
+ROUTING, OPERATIONS, SCALE, METRICS = "/admin/routing", "/admin/operations", "/admin/scale", "/metrics"
+PATHS = (READY, WORKERS, PLACEMENT, ROUTING, OPERATIONS, SCALE, METRICS)
+"""What is asked at every look."""
+
+
+class NotAServer(UserError):
+    """What answers is no server that this version of the command understands; the message names the path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenPath:
+    """A row of a worker's report on which code serves the model."""
+
+    part: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenWorker:
+    id: WorkerId
+    state: WorkerState
+    node: str
+    device: str
+    running_requests: int
+    kv_usage: float
+    fit: tuple[SeenPath, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Look:
+    """The answers of one moment. What the server did not know is None or empty."""
+
+    at_s: float
+    ready: Readiness
+    workers: tuple[SeenWorker, ...] = ()
+    operations: tuple[Operation, ...] = ()
+    """The newest first."""
+    scale: ScaleView | None = None
+    placement: Placement | None = None
+    epoch: int | None = None
+    pinned: bool = False
+    load: FloatArray | None = None
+    """[L, E] tokens of the routing window."""
+    model_name: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """By the name of the sample; samples that differ in their labels are added up."""
+
+
+def read_look(answers: Mapping[str, bytes | None], at_s: float) -> Look:
+    """answers: the body of each of PATHS, None where the server cannot answer yet. Raises NotAServer."""
+    placement, load = _placement(answers[PLACEMENT]), _load(answers[ROUTING])
+    if placement is None or load is None or load.shape != (placement.num_layers, placement.num_logical_experts):
+        load = None
+    where = _json(PLACEMENT, answers[PLACEMENT]) or {}
+    model_name, metrics = _metrics(answers[METRICS])
+    return Look(
+        at_s=at_s,
+        ready=_as(Readiness, READY, answers[READY]) or Readiness(ready=False, reason="the server does not say"),
+        workers=_as(tuple[SeenWorker, ...], WORKERS, answers[WORKERS]) or (),
+        operations=_as(tuple[Operation, ...], OPERATIONS, answers[OPERATIONS]) or (),
+        scale=_as(ScaleView, SCALE, answers[SCALE]),
+        placement=placement,
+        epoch=where.get("epoch"),
+        pinned=bool(where.get("pinned")),
+        load=load,
+        model_name=model_name,
+        metrics=metrics,
+    )
+
+
+def _json(path: str, body: bytes | None) -> Any:
+    if body is None:
+        return None
+    try:
+        return json.loads(body)
+    except ValueError:
+        raise NotAServer(f"{path}: expected JSON; is it a server of this project?") from None
+
+
+def _as(kind: type[T], path: str, body: bytes | None) -> T | None:
+    if body is None:
+        return None
+    try:
+        return msgspec.convert(_json(path, body), kind)
+    except msgspec.ValidationError as error:
+        raise NotAServer(f"{path}: not the answer of a server of this version ({error})") from None
+
+
+def _placement(body: bytes | None) -> Placement | None:
+    if body is None:
+        return None
+    try:
+        return Placement.from_dict(_json(PLACEMENT, body))
+    except (PlacementError, TypeError) as error:
+        raise NotAServer(f"{PLACEMENT}: {error}") from None
+
+
+def _load(body: bytes | None) -> FloatArray | None:
+    if body is None:
+        return None
+    try:
+        load: FloatArray = np.array(_json(ROUTING, body)["load"], dtype=np.float64)
+    except (KeyError, TypeError, ValueError):
+        load = np.zeros(0)
+    if load.ndim != 2:
+        raise NotAServer(f"{ROUTING}: expected a number for every layer and expert at 'load'")
+    return load
+
+
+def _metrics(body: bytes | None) -> tuple[str, dict[str, float]]:
+    """The name of the model, and the samples."""
+    sums: dict[str, float] = {}
+    name = ""
+    try:
+        for family in text_string_to_metric_families((body or b"").decode()):
+            for sample in family.samples:
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+                name = sample.labels.get("model_name", name)
+    except ValueError:
+        raise NotAServer(f"{METRICS}: expected the text form of Prometheus") from None
+    return name, sums
+
+
+def relative_load(look: Look) -> FloatArray | None:
+    """[W, L] load of each worker over the mean of its layer, in the order of the placement's workers. An expert's load
+    is split evenly between its replicas. 0 where a layer has no load."""
+    if look.placement is None or look.load is None:
+        return None
+    table, owners = look.placement.physical_to_logical_map, look.placement.slot_to_worker
+    loads: FloatArray = np.zeros((len(look.placement.workers), len(table)))
+    for layer, experts in enumerate(table):
+        held = experts != EMPTY
+        replicas = np.bincount(experts[held], minlength=look.placement.num_logical_experts)
+        np.add.at(loads[:, layer], owners[held], (look.load[layer] / np.maximum(replicas, 1))[experts[held]])
+    mean = loads.mean(axis=0)
+    relative: FloatArray = np.divide(loads, mean, out=np.zeros_like(loads), where=mean > 0)
+    return relative
+
+
+def rate(before: Look | None, now: Look, name: str) -> float | None:
+    """Growth of a total per second; None where it is unknown, or where the server began anew."""
+    grown = growth(before, now, name)
+    if before is None or grown is None or now.at_s <= before.at_s:
+        return None
+    return grown / (now.at_s - before.at_s)
+
+
+def mean_s(before: Look | None, now: Look, name: str) -> float | None:
+    """Mean in seconds of what a histogram saw between two looks; None where it saw nothing."""
+    total, count = growth(before, now, f"{name}_sum"), growth(before, now, f"{name}_count")
+    return total / count if total is not None and count else None
+
+
+def growth(before: Look | None, now: Look, name: str) -> float | None:
+    if before is None or name not in before.metrics or name not in now.metrics:
+        return None
+    grown = now.metrics[name] - before.metrics[name]
+    return grown if grown >= 0 else None
