@@ -1,4 +1,4 @@
-"""The wheel holds what git knows of the five folders, and the server imports nothing that lies in the current directory."""
+"""The wheel holds what git knows of the five folders; the server imports nothing from the current directory."""
 
 from __future__ import annotations
 
