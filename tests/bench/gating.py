@@ -1,6 +1,6 @@
 """Dynamic gating against its rivals on one expert layer (after Huang et al., arXiv 2303.06182, figures 6 and 7).
 
-    python -m tests.bench.gating [--tokens 8,32,128,512,2048] [--workers 1,2] [--policies P,P] [--trace FILE] [--out DIR]
+    python -m tests.bench.gating [--tokens 8,32,128,512,2048] [--workers 1,2] [--policies P,P] [--trace FILE] [--out D]
 
 The rivals are re-implementations of their policies (tests/bench/gating_policies.py) over the same products in bfloat16;
 one row of ours has those products too, and one does without the native library. Workers are processes that share the
