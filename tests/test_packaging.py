@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,8 @@ from tests.rooms import FOLDERS, PACKAGE
 NOT_INSTALLED = ("deploy/Dockerfile", "deploy/*.yaml", "deploy/grafana/*")
 """What operators take from the repository, and the server does not read."""
 BUILD = "import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
+BESIDE = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+"""What a build reads besides the five folders."""
 HOSTILE = ("numpy", "safetensors", "ray", "yaml", "model", "cluster", "optimizer", "actors", "deploy", "tests")
 """Names of modules that lie where the server is started."""
 
@@ -41,7 +44,7 @@ def installed(path: str) -> bool:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tracked files only, linked: a build writes into its source, and must not find what git ignores."""
     source = tmp_path_factory.mktemp("source")
-    for path in [*tracked(), "pyproject.toml", "setup.py", "README.md", "LICENSE"]:
+    for path in [*tracked(), *BESIDE]:
         target = source / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(ROOT / path)
@@ -108,6 +111,19 @@ run_module("elastic_moe.deploy.cli", run_name="__main__")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step cost" in done.stdout
     assert (hostile / "plan.json").exists()
+
+
+def test_the_image_is_built_from_what_the_wheel_is_built_from() -> None:
+    """`.dockerignore` leaves everything out, and names what comes in."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in lines
+    assert {line[1:] for line in lines if line.startswith("!")} == {*FOLDERS, *BESIDE}
+
+
+def test_files_that_contributing_names_are_there() -> None:
+    named = re.findall(r"`((?:tests|{})/[^` ]*)`".format("|".join(FOLDERS)), (ROOT / "CONTRIBUTING.md").read_text())
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("address", [None, "192.0.2.1:6379"])
