@@ -5,7 +5,7 @@ cost        the price of any placement, itemised
 planner     plan(problem) -> PlanResult: the one entry point, with every planner by name
 decision    is a re-placement worth its moves? The rule that production and simulator share
 
-    from optimizer import PlacementProblem, plan
+    from elastic_moe.optimizer import PlacementProblem, plan
 """
 
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics

@@ -97,7 +97,7 @@ def test_clean(copy: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_bench_gating(tmp_path: Path) -> None:
-    small = "--tokens 4 --workers 1 --experts 4 --top-k 2 --hidden 64 --ff 64"
+    small = "--policies adaptive --tokens 4 --workers 1 --experts 4 --top-k 2 --hidden 64 --ff 64"
     assert "elastic-moe, dynamic" in make("bench-gating", f"ARGS={small} --out {tmp_path}")
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
 

@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -81,12 +81,25 @@ class ServerProcesses:
         if self.local:
             cpus = max(os.cpu_count() or 1, self._config.workers + 1)
             place = str(self._directory.ray)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=place, **common)
+            with self._without_modules():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=place, **common)
             return
         try:
-            ray.init(address=self._config.address, **common)
+            with self._without_modules():
+                ray.init(address=self._config.address, **common)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise UserError(f"--address: cannot join {self._config.address}: {' '.join(str(error).split())}") from None
+
+    @contextlib.contextmanager
+    def _without_modules(self) -> Iterator[None]:
+        """Work in an empty directory: Ray puts the current one first in its workers' search path for modules.
+
+        A file numpy.py where `emoe serve` was typed would be imported by every worker.
+        """
+        empty = self._directory.path / "empty"
+        empty.mkdir(exist_ok=True)
+        with contextlib.chdir(empty):
+            yield
 
     def _set_environment(self) -> None:
         """To be called before ray is imported. What the user has set stays, but for proxies."""

@@ -1,6 +1,6 @@
 """Dynamic gating against its rivals on one expert layer (after Huang et al., arXiv 2303.06182, figures 6 and 7).
 
-    python -m tests.bench.gating [--tokens 8,32,128,512,2048] [--workers 1,2] [--trace FILE] [--out DIR]
+    python -m tests.bench.gating [--tokens 8,32,128,512,2048] [--workers 1,2] [--policies P,P] [--trace FILE] [--out D]
 
 The rivals are re-implementations of their policies (tests/bench/gating_policies.py) over the same products in bfloat16;
 one row of ours has those products too, and one does without the native library. Workers are processes that share the
@@ -38,6 +38,9 @@ from tests.bench.gating_policies import OURS, OURS_ALIKE, POLICIES, GatedExperts
 from tests.bench.machine import where_and_when
 from tests.bench.report import markdown
 
+PLAIN = f"{OURS}, PyTorch only"
+"""Ours in processes without the native library."""
+ROWS = (*POLICIES, PLAIN)
 BATCHES = 8
 """Different batches that are run in turn."""
 TURNS = 3
@@ -270,8 +273,10 @@ def merge(results: Sequence[Result]) -> Result:
     )
 
 
-def compare(layer: Layer, choices: np.ndarray, tokens: Sequence[int], workers: int) -> list[Result]:
-    """Every policy with every number of tokens: times, then memory, each in fresh processes."""
+def compare(
+    layer: Layer, choices: np.ndarray, tokens: Sequence[int], workers: int, policies: Sequence[str] = ROWS
+) -> list[Result]:
+    """Each of the policies (names in ROWS) with every number of tokens: times, then memory, each in fresh processes."""
 
     def measured(policies: Sequence[str], environment: Mapping[str, str]) -> list[Result]:
         found: list[list[Result]] = []
@@ -293,11 +298,10 @@ def compare(layer: Layer, choices: np.ndarray, tokens: Sequence[int], workers: i
             found.append(run_group(task, workers, environment | LEAN if memory else environment))
         return [Result(**asdict(timed) | {"peak_bytes": peak.peak_bytes}) for timed, peak in zip(*found, strict=True)]
 
-    plain = [
-        Result(**asdict(result) | {"policy": f"{OURS}, PyTorch only"})
-        for result in measured([OURS], {"EMOE_NATIVE": "0"})
-    ]
-    return measured(list(POLICIES), {}) + plain
+    found = measured([name for name in policies if name != PLAIN], {})
+    if PLAIN in policies:
+        found += [Result(**asdict(result) | {"policy": PLAIN}) for result in measured([OURS], {"EMOE_NATIVE": "0"})]
+    return found
 
 
 def table(results: Sequence[Result]) -> str:
@@ -363,10 +367,28 @@ def routing(args: argparse.Namespace) -> tuple[Layer, np.ndarray]:
     return layer, choices
 
 
+def chosen_policies(text: str) -> list[str]:
+    """Those of ROWS whose names hold one of the parts, which commas separate. OURS is always there, to compare with.
+
+    Raises argparse.ArgumentTypeError for a part that is in no name.
+    """
+    parts = [part.strip().lower() for part in text.split(",")]
+    for part in parts:
+        if not any(part in name.lower() for name in ROWS):
+            raise argparse.ArgumentTypeError(f"no policy's name holds {part!r}; there are: {'; '.join(ROWS)}")
+    return [name for name in ROWS if name == OURS or any(part in name.lower() for part in parts)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="8,32,128,512,2048", help="batch sizes, of all workers together")
     parser.add_argument("--workers", default="1,2")
+    parser.add_argument(
+        "--policies",
+        type=chosen_policies,
+        default=list(ROWS),
+        help="parts of their names, such as adaptive,fastmoe (default: all)",
+    )
     parser.add_argument("--trace", type=Path, help="trace file; a trace is generated if not given")
     parser.add_argument("--experts", type=int, default=32, help="of the generated trace")
     parser.add_argument("--top-k", type=int, default=4, help="of the generated trace")
@@ -385,13 +407,14 @@ def main() -> int:
         "our experts are served by": " ".join(filter(None, experts_path(layer_experts(example)))),
     }
     tokens = [int(n) for n in args.tokens.split(",")]
-    groups = {n: compare(layer, choices, tokens, n) for n in map(int, args.workers.split(","))}
+    groups = {n: compare(layer, choices, tokens, n, args.policies) for n in map(int, args.workers.split(","))}
     parts = ["; ".join(f"{name} {value}" for name, value in about.items()) + "\n"]
     for workers, results in groups.items():
         parts.append(f"{workers} worker{'s' if workers > 1 else ''}, tokens per second:\n\n{table(results)}")
         parts += [
             f"{policy} is not ahead of: {'; '.join(not_ahead(results, policy)) or 'none'}.\n"
             for policy in (OURS, OURS_ALIKE)
+            if policy in args.policies
         ]
     text = "\n".join(parts)
     (args.out / "gating.md").write_text(text)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from tests.bench.client import Measured
-from tests.bench.gating import OURS, Result, merge, not_ahead, table
+from tests.bench.gating import OURS, ROWS, Result, chosen_policies, merge, not_ahead, table
 from tests.bench.machine import Floor, Machine, floor_of
 from tests.bench.processes import MODEL, cpu_between, purpose, share_beside_model
 from tests.bench.report import Run, at, better_peer, floor_table, load, report, save, serving_table
@@ -134,3 +135,10 @@ def test_where_dynamic_gating_is_not_ahead_is_told() -> None:
 
 def test_memory_of_all_workers_is_added_up() -> None:
     assert merge([result(OURS, 8, 1.0, 5), result(OURS, 8, 3.0, 6)]) == result(OURS, 8, 1.0, 11)
+
+
+def test_policies_are_chosen_by_parts_of_their_names() -> None:
+    assert chosen_policies("Adaptive,fastmoe") == ["Tutel, adaptive capacity", "FastMoE, exact rows", OURS]
+    assert chosen_policies("") == list(ROWS)
+    with pytest.raises(argparse.ArgumentTypeError, match="no policy's name holds 'tutle'; there are: GShard"):
+        chosen_policies("tutle")
