@@ -12,14 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from elastic_moe.optimizer.baselines.eplb import eplb_table
-from elastic_moe.optimizer.baselines.heuristics import (
-    anticorrelation_table,
-    contiguous_table,
-    greedy_table,
-    random_table,
-    round_robin_table,
-)
+from elastic_moe.optimizer.baselines.quick import QUICK_PLANNERS
 from elastic_moe.optimizer.core.contract import Budget, Draft
 from elastic_moe.optimizer.core.cost import copies, price_table
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
@@ -76,14 +69,8 @@ def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
 
 
 def _quick_tables(problem: PlacementProblem, rng: np.random.Generator) -> dict[str, IntArray]:
-    tables = {
-        "random": random_table(problem, rng),  # first, as the planner of that name draws it
-        "contiguous": contiguous_table(problem, rng),
-        "round_robin": round_robin_table(problem, rng),
-        "greedy": greedy_table(problem, rng),
-        "anticorrelation": anticorrelation_table(problem, rng),
-        "eplb": eplb_table(problem, rng),
-    }
+    # a copy of the random numbers for each, so that each makes the table that the planner of its name makes
+    tables = {name: quick.make_table(problem, copy.deepcopy(rng)) for name, quick in QUICK_PLANNERS.items()}
     current = problem.current
     if current is not None and current.workers == problem.workers:
         tables["current"] = current.physical_to_logical_map

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from importlib import import_module
 
 import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.optimizer.auto import auto_plan
-from elastic_moe.optimizer.baselines.eplb import eplb_table
-from elastic_moe.optimizer.baselines.heuristics import (
-    anticorrelation_table,
-    contiguous_table,
-    greedy_table,
-    random_table,
-    round_robin_table,
-)
+from elastic_moe.optimizer.baselines.heuristics import greedy_table
+from elastic_moe.optimizer.baselines.quick import QUICK_PLANNERS, QuickPlanner
 from elastic_moe.optimizer.core.bounds import lower_bound
 from elastic_moe.optimizer.core.contract import Budget, Clock, Draft, Planner
 from elastic_moe.optimizer.core.cost import Cost, copies, load_imbalance, price_table, shares
@@ -26,8 +19,6 @@ from elastic_moe.optimizer.core.result import PlanResult, SolutionStatus, Termin
 from elastic_moe.optimizer.core.solvers import SOLVERS, SolverError
 from elastic_moe.optimizer.core.table import to_placement
 from elastic_moe.optimizer.search.local_search import local_search_plan
-
-TableMaker = Callable[[PlacementProblem, np.random.Generator], IntArray]
 
 LEAD = 0.1
 """Of the deadline, that `auto` has over every other planner: it walks the same path and must have come at least as
@@ -40,9 +31,9 @@ OPTIMAL_GAP = 1e-6
 """Relative gap below which a placement counts as proven."""
 
 
-def _heuristic(make_table: TableMaker, reason: str) -> Planner:
+def _in_budget(quick: QuickPlanner) -> Planner:
     def planner(problem: PlacementProblem, budget: Budget) -> Draft:
-        return Draft(table=make_table(problem, budget.rng), reason=reason)
+        return Draft(table=quick.make_table(problem, budget.rng), reason=quick.reason)
 
     return planner
 
@@ -58,12 +49,7 @@ def _formulation(module: str, function: str) -> Planner:
 
 
 _PLANNERS: dict[str, Planner] = {
-    "contiguous": _heuristic(contiguous_table, "experts in order"),
-    "round_robin": _heuristic(round_robin_table, "experts dealt in turn"),
-    "random": _heuristic(random_table, "experts dealt at random"),
-    "greedy": _heuristic(greedy_table, "heaviest expert first, to the worker that ends earliest"),
-    "anticorrelation": _heuristic(anticorrelation_table, "greedy, with experts that peak together kept apart"),
-    "eplb": _heuristic(eplb_table, "spare slots to the heaviest experts, then balanced packing"),
+    **{name: _in_budget(quick) for name, quick in QUICK_PLANNERS.items()},
     "load_ilp": _formulation("elastic_moe.optimizer.baselines.load_planner", "load_ilp_plan"),
     "moetuner": _formulation("elastic_moe.optimizer.baselines.moetuner", "moetuner_plan"),
     "local_search": local_search_plan,

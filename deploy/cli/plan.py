@@ -15,15 +15,13 @@ from typing import Any
 from elastic_moe.deploy.launch.builtin import trace_path
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.solvers import SOLVERS
+from elastic_moe.optimizer.decision import MOVE_SHARE
 from elastic_moe.optimizer.planner import PLANNERS
 from elastic_moe.optimizer.study.simulate import SimulationSettings
 
 PLAN_VERBS, COMPARE = "elastic_moe.deploy.cli.plan_verbs", "elastic_moe.deploy.cli.compare"
 
 DEFAULT_WORKERS = 8
-
-DEFAULT_MOVE_SHARE = 0.18
-"""Of all experts, for --from: about a quarter of what a plan from scratch moves, which gains some four fifths of it."""
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -86,7 +84,7 @@ def _from_arguments(parser: argparse.ArgumentParser) -> None:
         "--move-share",
         type=float,
         metavar="SHARE",
-        help=f"with --from: most experts to move, as a share of all ({DEFAULT_MOVE_SHARE}; 1: no limit)",
+        help=f"with --from: most experts to move, as a share of all ({MOVE_SHARE}; 1: no limit)",
     )
 
 

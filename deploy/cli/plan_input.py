@@ -10,9 +10,10 @@ from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement, Worker
-from elastic_moe.deploy.cli.plan import DEFAULT_MOVE_SHARE, DEFAULT_WORKERS
+from elastic_moe.deploy.cli.plan import DEFAULT_WORKERS
 from elastic_moe.optimizer.core.cost import copies, price
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.decision import MOVE_SHARE
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, load_trace
@@ -71,7 +72,7 @@ def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | No
 
 def move_share(args: argparse.Namespace) -> float | None:
     """Most experts to move, as a share of all; None: no limit."""
-    share = DEFAULT_MOVE_SHARE if args.move_share is None else args.move_share
+    share = MOVE_SHARE if args.move_share is None else args.move_share
     if not 0 <= share <= 1:
         raise ConfigError(f"--move-share: expected 0 to 1, got {share}")
     return None if share == 1 else float(share)

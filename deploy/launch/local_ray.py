@@ -14,7 +14,6 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -23,6 +22,7 @@ from elastic_moe.actors.names import NAMESPACE
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.deploy.launch import ray_private
 from elastic_moe.deploy.launch.console import keep_ray_lines
 from elastic_moe.deploy.launch.haproxy import INSIDE, write_haproxy
 from elastic_moe.deploy.launch.ray_environment import (
@@ -32,11 +32,9 @@ from elastic_moe.deploy.launch.ray_environment import (
     patience,
     without_proxies,
 )
+from elastic_moe.deploy.launch.ray_private import Started
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.model import native
-
-Started = Callable[[str, int], None]
-"""(name, pid) of a process."""
 
 APP_NAME = "emoe"
 LEAST_SHARED_BYTES = 16 << 20
@@ -70,18 +68,18 @@ class ServerProcesses:
             threading.Thread(target=native.library, daemon=True).start()
         import ray
 
-        _silence_ray()
+        ray_private.redirect_worker_output(keep_ray_lines)
         if self.local:
-            _without_onlookers()
-            _patient_ray(self._started)
+            ray_private.without_onlookers()
+            ray_private.lengthen_waits(PATIENCE_S)
+            ray_private.report_processes(self._started)
         self._connected = True
         common: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.ERROR}
         # a Ray of our own needs no help: its processes share a log file with this one
         common["log_to_driver"] = not self.local
         if self.local:
             cpus = max(os.cpu_count() or 1, self._config.workers + 1)
-            place = str(self._directory.ray)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=place, **common)
+            ray_private.connect_locally(str(self._directory.ray), cpus, common)
             return
         try:
             ray.init(address=self._config.address, **common)
@@ -130,14 +128,11 @@ class ServerProcesses:
 
     def _check_http(self) -> None:
         """A joined cluster may have Serve running already, and then it listens where it was told first."""
-        from ray.serve.context import _get_global_client
-
-        client: Any = _get_global_client()
-        there = client.http_config
-        if there.port != self._config.port:
+        port = ray_private.serve_port()
+        if port != self._config.port:
             raise UserError(
-                f"--port: Ray Serve on {self._config.address} listens on port {there.port} already: "
-                f"use --port {there.port}, or end it with `serve shutdown`"
+                f"--port: Ray Serve on {self._config.address} listens on port {port} already: "
+                f"use --port {port}, or end it with `serve shutdown`"
             )
 
     def _check_unused(self) -> None:
@@ -199,70 +194,6 @@ class ServerProcesses:
             serve.delete(APP_NAME)
             if not serve.status().applications:
                 serve.shutdown()  # type: ignore[no-untyped-call]
-
-
-def _silence_ray() -> None:
-    """Ray prints a paragraph here for every process that dies; the coordinator tells it in a line."""
-    from ray._private import worker
-
-    if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = keep_ray_lines
-
-
-def _without_onlookers() -> None:
-    """Leave out the processes that watch Ray for people: each costs half a second to start, and some never rests.
-
-    Logs stay in their files, nobody asks this Ray for nodes, and the application has metrics of its own.
-    """
-    from ray._private.node import Node
-
-    def no_dashboard(node: Any, **_: Any) -> None:
-        node._webui_url = ""
-
-    for name, stand_in in (
-        ("start_log_monitor", lambda _: None),
-        ("start_monitor", lambda _: None),
-        ("start_api_server", no_dashboard),
-    ):
-        if hasattr(Node, name):
-            setattr(Node, name, stand_in)
-
-
-def _patient_ray(started: Started) -> None:
-    """Three of Ray's and Serve's waits have their limit in the code; and their processes are told of as they start."""
-    from ray._private import services
-    from ray.serve._private import api, client
-
-    for module in (api, client):
-        vars(module)["HTTP_PROXY_TIMEOUT"] = PATIENCE_S
-    services.get_node = _patient(services.get_node)
-    for name, function in (("GCS", "start_gcs_server"), ("raylet", "start_raylet")):
-        setattr(services, function, _told(getattr(services, function), f"Ray's {name}", started))
-
-
-def _patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
-    """Ray asks without a pause for a node that is not there yet, and gives up after 30 s."""
-
-    def ask(*args: Any) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return get_node(*args)
-            except RuntimeError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.1)
-
-    return ask
-
-
-def _told(start: Callable[..., Any], name: str, started: Started) -> Callable[..., Any]:
-    def start_and_tell(*args: Any, **kwargs: Any) -> Any:
-        info = start(*args, **kwargs)
-        started(name, info.process.pid)
-        return info
-
-    return start_and_tell
 
 
 def check_port(host: str, port: int) -> None:

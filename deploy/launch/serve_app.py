@@ -28,7 +28,7 @@ from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.generation.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
-from elastic_moe.deploy.launch.loopback import keep_calls_local
+from elastic_moe.deploy.launch.ray_private import keep_grpc_local
 from elastic_moe.deploy.text.prompts import BoundedPrompts
 from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
@@ -49,8 +49,8 @@ class Api:
     def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster) -> None:
         """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
         config = ServeConfig.from_mapping(settings)
-        keep_calls_local()
         set_up("api", LogSettings.of(config))
+        keep_grpc_local()
         self._backend = RayBackend(
             start(config, model_dir),
             plan_deadline_s=config.plan_deadline,

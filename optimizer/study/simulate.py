@@ -18,7 +18,7 @@ from elastic_moe.cluster.placement import Placement, Worker, contiguous
 from elastic_moe.optimizer.core.estimate import covariance_of_window
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult
-from elastic_moe.optimizer.decision import Policy, decide
+from elastic_moe.optimizer.decision import MOVE_SHARE, Policy, decide
 from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.traces import Trace, TraceError
@@ -38,7 +38,7 @@ class SimulationSettings:
     """Virtual seconds that statistics are kept."""
     tokens_per_s: float = 20.0
     """How fast the trace is served."""
-    move_share: float | None = 0.2
+    move_share: float | None = MOVE_SHARE
     """Most experts that one change moves, as a share of all; None: no limit."""
     policy: Policy = field(default_factory=Policy)
     semantics: Semantics = Semantics.HOME

@@ -33,8 +33,6 @@ MOST_PARTS = 64
 CHUNK = 32
 """Tokens of one request that are compared alike: many more samples of which experts rise together."""
 
-
-MOST_EXPERTS = 2**15
 MOST_PAIRS = 2**27
 """Layers times pairs of experts: statistics have several arrays with a number of 8 bytes for each."""
 
