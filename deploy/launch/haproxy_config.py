@@ -1,8 +1,8 @@
-"""What this project changes in the configuration that Ray Serve writes for HAProxy, and the start of HAProxy with it.
+"""Corrects the configuration that Ray Serve writes for HAProxy, and starts HAProxy with it.
 
-Serve runs this file as if it were HAProxy, with an interpreter that knows no packages: standard library only. It
-corrects the configuration and then becomes HAProxy. `corrected` is a function of two texts, so that a test can apply
-it to what the installed Serve really writes.
+Serve runs this file as if it were HAProxy, with an interpreter that sees no packages, so it imports the standard
+library only. `corrected` is a function of the text and of our settings, so that a test can apply it to what the
+installed Serve really writes.
 """
 
 import json
@@ -24,17 +24,18 @@ ERRORS = {
     503: ("the API is not running", "not_ready"),
     504: ("the API did not answer in time", "gateway_timeout"),
 }
-"""Status: message and code of OpenAI's error object, for the answers that HAProxy gives itself.
+"""By status: message and code of OpenAI's error object, for the answers that HAProxy gives itself.
 
-HAProxy has no pages for what it cannot parse at all (no HTTP, more than HEADER_BUFFER_BYTES of headers): it answers
-400 in HTML, from a text in its binary."""
+HAProxy has no page for a request that it cannot parse at all (no HTTP, more than HEADER_BUFFER_BYTES of headers): it
+answers 400 in HTML, with a text from its binary."""
 NO_PAGE = (431,)
-"""HAProxy takes no file for these."""
+"""Statuses for which HAProxy takes no file with a page."""
 HEADER_BYTES = 16 * 2**10
 HEADERS = 100
 HEADER_BUFFER_BYTES = 64 * 2**10
-"""What HAProxy reads of headers. More than it lets through, so that it can say what is wrong."""
+"""Most bytes of headers that HAProxy reads. It reads more than it lets through, so that it can say what is wrong."""
 RETRIED = (429, 502, 503, 504)
+"""Statuses whose answers tell the client when to try again."""
 REASONS = {
     400: "Bad Request",
     403: "Forbidden",
@@ -65,28 +66,28 @@ SERVE_LINES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
-    """What HAProxy is told besides, or instead of, what Serve writes."""
+    """The values that our lines put into the configuration."""
 
     binary: str
     run_dir: str
-    """Where the error pages are."""
+    """The directory of the error pages."""
     host: str
-    """That the server listens on, as the user gave it."""
+    """The address that the server listens on, as the user gave it."""
     peer_header: str
-    """In which the replica is told the client's address."""
+    """The header that carries the client's address to the replica."""
     header_timeout_s: float
-    """Longest time from a request's first byte, or from the connection, to its last header."""
+    """Most seconds from the connection, or from a request's first byte, to its last header."""
     max_connections_per_address: int
     unbounded: tuple[str, ...] = ()
     """Addresses and networks that may open as many connections as they want."""
 
 
 class UnknownConfiguration(Exception):
-    """Serve has written a configuration in which a line that must be changed is missing."""
+    """A line that must be changed is missing from the configuration that Serve has written."""
 
 
 def corrected(config: str, wanted: Corrections) -> str:
-    """`config` with every change of this project. Raises UnknownConfiguration where one finds nothing to change."""
+    """`config` with every change of ours. Raises UnknownConfiguration where a change does not find its line."""
     if config.startswith(MARK):
         return config
     for name, change in _changes(wanted).items():
@@ -99,7 +100,7 @@ def corrected(config: str, wanted: Corrections) -> str:
 
 
 def error_page(status: int) -> str:
-    """A whole HTTP response with OpenAI's error object; only that object where HAProxy makes the head itself."""
+    """A whole HTTP response with OpenAI's error object, or only the object where HAProxy writes the headers itself."""
     message, code = ERRORS[status]
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
@@ -135,7 +136,7 @@ def _changes(wanted: Corrections) -> dict[str, Change]:
 def _defaults(wanted: Corrections) -> list[str]:
     return [
         f"timeout http-request {wanted.header_timeout_s:g}s",
-        # a connection that has sent nothing is closed without an answer, which nobody expects
+        # a connection that has sent nothing is closed without an answer, since its client expects none
         "option http-ignore-probes",
         "option disable-h2-upgrade",
     ]
@@ -160,7 +161,7 @@ def _frontend(wanted: Corrections, port: str) -> list[str]:
             )
         ),
         f"http-request set-header {wanted.peer_header} %[src]",
-        # uvicorn and Serve answer errors of their own in plain text, which the API never does
+        # uvicorn and Serve answer their own errors in plain text; the API never answers in plain text
         *(
             f"http-response return status {status} default-errorfiles if {{ status {status} }} "
             "{ res.hdr(content-type) -m beg text/plain }"
@@ -171,9 +172,9 @@ def _frontend(wanted: Corrections, port: str) -> list[str]:
 
 
 def _listen(host: str, port: str) -> str:
-    """What follows `bind`. IPv6's wildcard takes IPv4 too, whatever the machine's default is.
+    """The address after `bind`. IPv6's wildcard takes IPv4 connections too, whatever the machine's default is.
 
-    The host that Serve writes does not count: it would have replicas listen there too, and it takes `::` for IPv4.
+    The host that Serve writes is not used: Serve would make replicas listen there too, and takes `::` for IPv4.
     """
     return f"[{host}]:{port}{' v4v6' * (host == '::')}" if ":" in host else f"{host}:{port}"
 
@@ -184,7 +185,7 @@ def _block(lines: Sequence[str]) -> str:
 
 def write_pages(run_dir: str) -> None:
     for status in ERRORS:
-        # as bytes, because the line ends are HTTP's
+        # as bytes, because HTTP's line ends must stay as they are
         with open(page_path(run_dir, status), "wb") as file:
             file.write(error_page(status).encode())
 
@@ -195,7 +196,7 @@ def write_options(path: str, wanted: Corrections) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`arguments`: the file of write_options, and then HAProxy's own. Does not return."""
+    """`arguments` are the file of write_options, followed by the arguments for HAProxy. Does not return."""
     with open(arguments[0], encoding="utf-8") as file:
         options = json.load(file)
     wanted = Corrections(**{**options, "unbounded": tuple(options["unbounded"])})
@@ -205,9 +206,9 @@ def main(arguments: Sequence[str]) -> None:
                 text = corrected(file.read(), wanted)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
-    # -dS: `option splice-request` hides from HAProxy that a client has hung up while it waits for the response
+    # -dS turns off splicing, with which HAProxy does not notice a client that hangs up before the response
     command = [wanted.binary, "-dS", *arguments[1:]]
-    # so that HAProxy does not outlive Serve, should everything above it be killed
+    # HAProxy must not outlive Serve, even if everything above it is killed
     os.execvp(*_ending_with_parent(command))
 
 
