@@ -104,7 +104,7 @@ class ServerProcesses:
             used = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH")
             self._behind_haproxy = all(name in haproxy and inherited[name] == haproxy[name] for name in used)
         else:
-            # Without it, ray.init() would turn tokens on and write a file. A cluster with another mode reports an error.
+            # Without it, ray.init() would turn tokens on and write a file. A cluster of another mode reports an error.
             inherited.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.clear()
         os.environ.update(inherited | {"RAY_USAGE_STATS_ENABLED": "0"})

@@ -4,7 +4,6 @@ Time is counted in steps of the planners, since a machine gives two of them uneq
 """
 
 import dataclasses
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -121,12 +120,20 @@ def test_auto_is_not_behind_the_local_search_where_there_is_no_solver(monkeypatc
 
 
 def test_quick_planners_take_no_time_from_the_search_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-4
+        return now
+
     def slow(*_: object) -> Mapping[str, np.ndarray]:
-        time.sleep(1.0)
+        nonlocal now
+        now += 1.0
         return {}
 
     monkeypatch.setattr(auto_planner, "_quick_tables", slow)
-    assert "0 of 0 shaken" not in plan(generated(), deadline_s=1.0).reason
+    assert "0 of 0 shaken" not in plan(generated(), deadline_s=1.0, clock=clock).reason
 
 
 def generated() -> PlacementProblem:
