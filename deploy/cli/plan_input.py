@@ -1,4 +1,4 @@
-"""What the verbs about placements share: from parsed flags to traces, workers and problems, and files out."""
+"""What the verbs about placements share: they make traces, workers and problems of flags, and write files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from elastic_moe.optimizer.study.traces import Trace, load_trace
 
 
 def choose_workers(args: argparse.Namespace, old: Placement | None, num_experts: int) -> tuple[Worker, ...]:
-    """Those of --from, unless --workers asks for others."""
+    """The workers of --from, unless --workers asks for others."""
     if args.workers is None and old is not None:
         return old.workers
     number = DEFAULT_WORKERS if args.workers is None else args.workers
@@ -41,7 +41,7 @@ def load_old(args: argparse.Namespace) -> Placement | None:
 
 
 def read_trace(args: argparse.Namespace, path: Path, *others: Placement | None) -> Trace:
-    """A placement that is given knows the number of experts better than the ids that happen to occur."""
+    """Read a trace. A given placement determines the number of experts, since not every id need occur in the trace."""
     known = next((placement.num_logical_experts for placement in others if placement is not None), None)
     return load_trace(path, known if args.experts is None else args.experts)
 
@@ -63,7 +63,7 @@ def make_problem(
 
 def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | None:
     if args.old is None and args.move_share is not None:
-        raise ConfigError("--move-share: limits moves from a placement, which --from names")
+        raise ConfigError("--move-share: it limits moves from a placement, so --from is needed")
     share = move_share(args)
     if problem.current is None or problem.current.workers != problem.workers or share is None:
         return None
@@ -71,7 +71,7 @@ def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | No
 
 
 def move_share(args: argparse.Namespace) -> float | None:
-    """Most experts to move, as a share of all; None: no limit."""
+    """The largest share of all experts that may move; None sets no limit."""
     share = MOVE_SHARE if args.move_share is None else args.move_share
     if not 0 <= share <= 1:
         raise ConfigError(f"--move-share: expected 0 to 1, got {share}")
