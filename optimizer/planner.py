@@ -1,4 +1,4 @@
-"""plan(): from a problem to a verified, priced placement, by any planner, within a deadline."""
+"""plan() makes a verified and priced placement for a problem, by the planner of a given name, within a deadline."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from elastic_moe.optimizer.core.table import to_placement
 from elastic_moe.optimizer.search.local_search import local_search_plan
 
 LEAD = 0.1
-"""Of the deadline, that `auto` has over every other planner: it walks the same path and must have come at least as
-far."""
+"""Share of the deadline by which every other planner ends before `auto`, which does the same steps and must get at
+least as far."""
 
 LEAST_LEAD_S = 0.1
-"""The same in seconds, up to half of a deadline: what a busy machine takes from a planner does not shrink with it."""
+"""Least lead in seconds, up to half of a deadline: a busy machine delays a planner by a time that does not shrink with
+the deadline."""
 
 OPTIMAL_GAP = 1e-6
-"""Relative gap below which a placement counts as proven."""
+"""Relative gap below which a placement counts as proven optimal."""
 
 
 def _in_budget(quick: QuickPlanner) -> Planner:
@@ -39,7 +40,7 @@ def _in_budget(quick: QuickPlanner) -> Planner:
 
 
 def _formulation(module: str, function: str) -> Planner:
-    """A planner whose module imports Pyomo, which takes as long as a small plan: when it is first asked for."""
+    """A planner whose module is imported when it first runs, because Pyomo takes as long to import as a small plan."""
 
     def planner(problem: PlacementProblem, budget: Budget) -> Draft:
         draft: Draft = getattr(import_module(module), function)(problem, budget)
@@ -71,10 +72,11 @@ def plan(
 ) -> PlanResult:
     """The placement that `planner` (one of PLANNERS) finds within about `deadline_s` seconds. Blocks that long.
 
-    Only `auto` keeps to the problem's move_budget: the others tell what is to be had without. `clock` counts seconds.
+    Only `auto` keeps to the problem's move_budget; the others show what is possible without it. `clock` returns
+    seconds.
 
-    Greedy's placement is returned, and the reason says why, where a solver is missing, refuses the model or breaks.
-    Raises ConfigError for an unknown planner or solver, and for a deadline or seed that is none.
+    Where a solver is missing, refuses the model or breaks, greedy's placement is returned and the reason says why.
+    Raises ConfigError for an unknown planner or solver, and for an invalid deadline or seed.
     """
     if planner not in _PLANNERS:
         raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {planner!r}")
@@ -138,7 +140,7 @@ def _result(
 
 
 def mean_imbalance(problem: PlacementProblem, table: IntArray) -> float:
-    """Mean over layers of the slowest worker's load over an even split."""
+    """Mean over layers of the slowest worker's load divided by its load under an even split."""
     return float(load_imbalance(problem, shares(problem, table)).mean())
 
 

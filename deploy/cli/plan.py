@@ -112,7 +112,9 @@ def _from_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", type=trace_path, metavar="TRACE.npz")
     _cluster_arguments(parser)
-    parser.add_argument("--planner", choices=PLANNERS, default="auto", help="name of the planner (auto)", metavar="NAME")
+    parser.add_argument(
+        "--planner", choices=PLANNERS, default="auto", help="name of the planner (auto)", metavar="NAME"
+    )
     _solving_arguments(parser, 10.0)
     _from_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="NEW.json", help="file for the placement")
@@ -152,7 +154,9 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
         "traces", type=trace_path, nargs="+", metavar="TRACE.npz", help="traces that are served one after another"
     )
     _cluster_arguments(parser)
-    parser.add_argument("--planner", choices=PLANNERS, default="auto", help="name of the planner (auto)", metavar="NAME")
+    parser.add_argument(
+        "--planner", choices=PLANNERS, default="auto", help="name of the planner (auto)", metavar="NAME"
+    )
     _solving_arguments(parser, settings.deadline_s)
     _from_arguments(parser)
     parser.add_argument(
