@@ -24,7 +24,7 @@ ERRORS = {
     503: ("the API is not running", "not_ready"),
     504: ("the API did not answer in time", "gateway_timeout"),
 }
-"""By status: message and code of OpenAI's error object, for the answers that HAProxy gives itself.
+"""Message and code of OpenAI's error object, by status, for the answers that HAProxy gives itself.
 
 HAProxy has no page for a request that it cannot parse at all (no HTTP, more than HEADER_BUFFER_BYTES of headers): it
 answers 400 in HTML, with a text from its binary."""
@@ -117,7 +117,7 @@ def page_path(run_dir: str, status: int) -> str:
 
 
 def _changes(wanted: Corrections) -> dict[str, Change]:
-    """By the name of a line in SERVE_LINES: what takes its place."""
+    """The replacement of each line, by its name in SERVE_LINES."""
     pages = [f"errorfile {status} {page_path(wanted.run_dir, status)}" for status in ERRORS if status not in NO_PAGE]
     sizes = [f"tune.bufsize {HEADER_BUFFER_BYTES}", f"tune.http.maxhdr {10 * HEADERS}"]
     return {

@@ -134,9 +134,10 @@ def independent_pairs(problem: PlacementProblem) -> FloatArray:
 def estimate_coactivation(problem: PlacementProblem) -> FloatArray:
     """[L, E, E] co-activation from transitions: two experts that follow the same experts are chosen together.
 
-    Given the expert before, a token's choices are taken as independent:
-    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e), and layer 0, which nothing precedes, from what follows it.
-    Without transitions the choices are independent altogether.
+    The estimate assumes that a token's choices are independent, given its expert in the layer before:
+    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e).
+    Layer 0 has no layer before, so it is estimated from layer 1 in the same way. Without transitions, all choices are
+    assumed to be independent.
     """
     if problem.transitions is None or problem.num_layers < 2 or problem.top_k < 2:
         return independent_pairs(problem)

@@ -116,7 +116,7 @@ def _improve(problem: PlacementProblem, search: JointSearch, layer: int, budget:
     model = LayerModel(terms, row, _piece(problem, search, layer, budget.rng))
     limit_s = min(PIECE_S, budget.left_s)
     solution = solve(model.model, solver=budget.solver, time_limit_s=limit_s, gap=1e-4)
-    # what the deadline cut short would with more time have come out otherwise
+    # a piece that the deadline has cut short would differ with more time, and is not kept
     if solution.objective is None or (limit_s < PIECE_S and not solution.optimal):
         return False
     search.table[layer] = model.chosen_row()
