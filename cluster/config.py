@@ -1,8 +1,8 @@
 """Every setting of the server: one frozen value, from flags, a YAML file or Serve's `args`.
 
-A field is a flag of `emoe serve` (`max_num_seqs` is `--max-num-seqs`) and a key of the YAML file.
-Unknown keys are errors.
-Its metadata carries the help text and, where the values are few, the choices; the command line is made from it.
+Each field is a flag of `emoe serve` (`max_num_seqs` is `--max-num-seqs`) and a key of the YAML file. Unknown keys are
+errors. A field's metadata carries the help text, the least value and, where the values are few, the choices; the
+command line is made from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from elastic_moe.cluster.peers import Networks
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
-    """A field of ServeConfig: its default, what --help says, and what is allowed."""
+    """A field of ServeConfig: its default, its text in --help, and the values that are allowed."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
 
 
@@ -33,121 +33,170 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least:
 class ServeConfig:
     """Raises ConfigError, naming the field, for a value of the wrong type or outside its range."""
 
-    model: str | None = setting(None, "model directory in Hugging Face layout; the built-in model if not given")
-    served_model_name: str | None = setting(None, "name clients use; the directory's name if not given")
-    workers: int = setting(
-        2, "workers (ExpertHost actors) to start: one GPU each, or a share of the CPU cores", at_least=1
+    model: str | None = setting(
+        None, "directory of the model, in Hugging Face layout; without it, the built-in model is served"
     )
-    min_workers: int | None = setting(None, "fewest workers that the autoscaler leaves; 1 if not given", at_least=1)
+    served_model_name: str | None = setting(
+        None, "name by which clients ask for the model; if not given, it is the name of the model's directory"
+    )
+    workers: int = setting(
+        2, "number of workers to start; each has one GPU, or an equal share of the CPU cores", at_least=1
+    )
+    min_workers: int | None = setting(
+        None, "smallest number of workers that the autoscaler keeps; 1 if not given", at_least=1
+    )
     max_workers: int | None = setting(
-        None, "most workers that the autoscaler asks for; no autoscaler if not given", at_least=1
+        None, "largest number of workers that the autoscaler asks for; if not given, there is no autoscaler", at_least=1
     )
     autoscale_window: float = setting(
         15.0,
-        "seconds of load that the autoscaler goes by; it waits 2 such windows before growing again, 8 to shrink",
+        "seconds over which the autoscaler averages the load; after a change it waits for 2 such windows before it "
+        "adds workers, and for 8 before it removes some",
         at_least=1,
     )
-    host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(8000, "port to listen on", at_least=1)
-    address: str | None = setting(None, "address of a Ray cluster to join; a local one is started if not given")
-    device: str = setting("auto", "where workers compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("auto", "of weights and activations", choices=("auto", "bfloat16", "float16", "float32"))
+    host: str = setting("127.0.0.1", "address that the server listens on")
+    port: int = setting(8000, "port that the server listens on", at_least=1)
+    address: str | None = setting(
+        None, "address of a Ray cluster to join; if not given, the server starts a Ray of its own on this machine"
+    )
+    device: str = setting(
+        "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
+    )
+    dtype: str = setting(
+        "auto",
+        "number format of weights and activations; auto takes the format of the checkpoint",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
     expert_dtype: str = setting(
         "auto",
-        "of experts' weights; int8: rounded to 8 bits with a scale for every 128 (bfloat16 on CPU only)",
+        "number format of the experts' weights; int8 rounds them to 8 bits, with one scale for every 128 weights, and "
+        "works only with bfloat16 on CPUs",
         choices=("auto", "int8"),
     )
     max_model_len: int | None = setting(
-        None, "longest prompt plus answer, in tokens; the model's own if not given", at_least=2
+        None,
+        "largest number of tokens of a prompt and its answer together; if not given, the model's own limit",
+        at_least=2,
     )
-    max_num_seqs: int = setting(64, "most requests that one worker runs at a time", at_least=1)
-    max_num_batched_tokens: int = setting(2048, "most tokens that one worker runs in one step", at_least=1)
+    max_num_seqs: int = setting(64, "largest number of requests that one worker runs at a time", at_least=1)
+    max_num_batched_tokens: int = setting(2048, "largest number of tokens that one worker runs in one step", at_least=1)
     max_num_prefill_tokens: int | None = setting(
         None,
-        "most prompt tokens that one worker runs in a step in which requests wait for their next token; "
-        "if not given, 48 on CPUs, and no limit of its own elsewhere",
+        "largest number of prompt tokens that one worker runs in a step in which other requests wait for their next "
+        "token; if not given, it is 48 on CPUs, and elsewhere only --max-num-batched-tokens limits it",
         at_least=1,
     )
-    block_size: int = setting(16, "tokens in a KV-cache block", at_least=1)
+    block_size: int = setting(16, "number of tokens in one block of the KV cache", at_least=1)
     kv_cache_memory_bytes: int | None = setting(
-        None, "KV cache of each worker; sized from free memory if not given", at_least=1
+        None, "bytes of KV cache on each worker; if not given, they are computed from the free memory", at_least=1
     )
-    enable_prefix_caching: bool = setting(True, "compute a beginning that an earlier request had only once")
+    enable_prefix_caching: bool = setting(
+        True, "reuse the KV cache of an earlier request whose prompt began with the same tokens"
+    )
     expert_memory_bytes: int | None = setting(
-        None, "memory that experts may take on each worker; what is free, after the KV cache, if not given", at_least=1
+        None,
+        "bytes that experts may take on each worker; if not given, the memory that the KV cache leaves free",
+        at_least=1,
     )
-    redundant_experts: int = setting(0, "spare slots per layer over all workers, for replicas", at_least=0)
-    rebalance_interval: float = setting(60.0, "seconds between looks at the placement; 0: only on request", at_least=0)
-    planner: str = setting("auto", "placement planner of the periodic re-placement")
-    solver: str = setting("highs", "ILP solver", choices=("highs", "cbc", "gurobi"))
+    redundant_experts: int = setting(
+        0, "number of additional slots per layer, over all workers, for replicas of experts", at_least=0
+    )
+    rebalance_interval: float = setting(
+        60.0, "seconds between two checks of the placement of experts; 0 re-places experts only on request", at_least=0
+    )
+    planner: str = setting("auto", "planner that the periodic re-placement uses")
+    solver: str = setting(
+        "highs", "solver that the planners use for integer programs", choices=("highs", "cbc", "gurobi")
+    )
     migration_bandwidth: float = setting(
-        0.0, "MB/s that copies of experts between workers may take while requests run; 0: no limit", at_least=0
+        0.0,
+        "largest rate, in MB/s, at which workers copy experts from one another while requests run; 0 sets no limit",
+        at_least=0,
     )
-    plan_deadline: float = setting(10.0, "seconds that a planner may take", at_least=0.1)
+    plan_deadline: float = setting(10.0, "largest number of seconds that a planner may take", at_least=0.1)
     standby: bool = setting(
         True,
-        "keep a process ready for the next worker, with everything but weights; on CPUs, where no cluster is joined",
+        "keep one process ready, with everything but weights, for the next worker that starts; only on CPUs, and only "
+        "where the server has started Ray itself",
     )
     step_timeout: float = setting(
-        60.0, "most seconds that a step may take; less, 10 times the slowest lately, once steps are known", at_least=1
+        60.0,
+        "largest number of seconds that a step may take; once steps were measured, the limit is 10 times the slowest "
+        "recent step, if that is less",
+        at_least=1,
     )
     heartbeat_timeout: float = setting(
-        5.0, "seconds without a sign of life after which a process is taken to hang and is ended", at_least=0.5
+        5.0, "seconds without a sign of life after which a process counts as hung and is killed", at_least=0.5
     )
     recovery_timeout: float = setting(
         600.0,
-        "seconds that requests under way wait while no worker can serve them; then they end with an error",
+        "seconds that running requests wait while no worker can serve them; after that they end with an error",
         at_least=1,
     )
     max_waiting_requests: int = setting(
         2048,
-        "most requests that wait for their first token, every answer of every prompt counted; more are refused with "
-        "status 503. One client gets three quarters of the places that the others leave",
+        "largest number of answers that wait for their first token; further requests are refused with status 503. One "
+        "client may take at most three quarters of the places that the other clients leave",
         at_least=1,
     )
     drain_timeout: float = setting(
-        30.0, "seconds that a worker's requests get to finish before it leaves; then they move", at_least=0
+        30.0,
+        "seconds that a worker's requests have to finish before the worker leaves; the rest moves to other workers",
+        at_least=0,
     )
     max_connections: int | None = setting(
-        None, "most connections that are open at a time; what `ulimit -n` allows, up to 16384, if not given", at_least=1
+        None,
+        "largest number of open connections; if not given, as many as `ulimit -n` allows, and at most 16384",
+        at_least=1,
     )
     max_connections_per_address: int = setting(
         1024,
-        "most connections from one address; this machine's own and those of --forwarded-allow-ips are not counted",
+        "largest number of open connections from one address; connections from this machine and from the addresses of "
+        "--forwarded-allow-ips are not limited",
         at_least=1,
     )
     forwarded_allow_ips: str = setting(
         "127.0.0.1,::1",
-        "addresses and networks of reverse proxies, separated by commas, whose X-Forwarded-For header is believed; "
-        "*: all",
+        "addresses and networks of reverse proxies, separated by commas, whose X-Forwarded-For header the server "
+        "trusts; * trusts everybody",
     )
     allowed_hosts: str | None = setting(
         None,
-        "names, separated by commas, that a server on loopback answers to besides localhost, such as the name "
-        "that a reverse proxy passes on; *: all",
+        "host names, separated by commas, that a server on loopback answers to besides localhost, such as the name "
+        "that a reverse proxy passes on; * allows every name",
     )
     api_key: str | None = setting(
-        None, "key that every call asks for, except /health, /ready, /version, /metrics and /admin; or $EMOE_API_KEY"
+        None,
+        "key that clients must send with every call except /health, /ready, /version, /metrics and /admin; the "
+        "environment variable EMOE_API_KEY sets it too",
     )
-    api_key_file: str | None = setting(None, "file with that key, which then does not show in the list of processes")
+    api_key_file: str | None = setting(
+        None, "file that holds the API key, so that the key does not show in the list of processes"
+    )
     admin_api_key: str | None = setting(
-        None, "key that /admin calls ask for if they change something; or $EMOE_ADMIN_API_KEY"
+        None,
+        "key that clients must send with the /admin calls that change something; the environment variable "
+        "EMOE_ADMIN_API_KEY sets it too",
     )
-    admin_api_key_file: str | None = setting(None, "file with that key")
+    admin_api_key_file: str | None = setting(None, "file that holds the admin API key")
     admin_read_key: str | None = setting(
         None,
-        "key that GET /metrics and GET /admin ask for, besides the admin key; open if not given; "
-        "or $EMOE_ADMIN_READ_KEY",
+        "key that clients must send with GET /metrics and GET /admin, which also take the admin key; if not given, "
+        "these calls need no key; the environment variable EMOE_ADMIN_READ_KEY sets it too",
     )
-    admin_read_key_file: str | None = setting(None, "file with that key")
-    chat_template: str | None = setting(None, "file of a chat template, instead of the tokenizer's")
+    admin_read_key_file: str | None = setting(None, "file that holds the admin read key")
+    chat_template: str | None = setting(None, "file with a chat template, which replaces the one of the tokenizer")
     shutdown_timeout: float = setting(
-        30.0, "seconds that running requests get when the server is told to stop", at_least=0
+        30.0, "seconds that running requests have to finish when the server stops", at_least=0
     )
-    log_level: str = setting("info", "least level of log lines", choices=("debug", "info", "warning", "error"))
-    log_format: str = setting("text", "of log lines; json: one object for each", choices=("text", "json"))
+    log_level: str = setting(
+        "info", "lowest level of the lines that are logged", choices=("debug", "info", "warning", "error")
+    )
+    log_format: str = setting(
+        "text", "format of log lines; json writes one object for each line", choices=("text", "json")
+    )
     log_file: str | None = setting(
-        None, "file for the log lines of every process; one under ~/.local/state/elastic-moe if not given"
+        None, "file for the log lines of every process; if not given, a new file under ~/.local/state/elastic-moe"
     )
 
     def __post_init__(self) -> None:
@@ -208,13 +257,13 @@ class ServeConfig:
 
 
 def cache_directory() -> Path:
-    """Where things that can be made again are kept: elastic-moe under $XDG_CACHE_HOME or ~/.cache."""
+    """The directory of files that can be made again: elastic-moe under $XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "elastic-moe"
 
 
 def native_wanted() -> bool:
-    """Whether workers may use the native library: not where EMOE_NATIVE is 0."""
+    """Whether workers may use the native library. They may not where EMOE_NATIVE is 0."""
     return os.environ.get("EMOE_NATIVE") != "0"
 
 
@@ -230,9 +279,9 @@ def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         return None
     expected = base_type(hint)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        # an integer beyond all floats is infinite, and refused as that
+        # an integer beyond the range of floats becomes infinity, which is refused below
         value = float(value) if abs(value) < 2**1000 else math.inf
-    # few lines of YAML can stand for a value that is gigabytes when it is written out
+    # a few lines of YAML can stand for a value of gigabytes, which must not be written out
     shown = reprlib.repr(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ConfigError(f"{field.name}: expected {expected.__name__}, got {shown}")

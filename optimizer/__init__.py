@@ -1,11 +1,19 @@
-"""Where experts should sit: one cost model, many planners, and a simulator. Needs neither Ray nor torch.
-
-problem     PlacementProblem: what is known when a placement is wanted
-cost        the price of any placement, itemised
-planner     plan(problem) -> PlanResult: the one entry point, with every planner by name
-decision    is a re-placement worth its moves? The rule that production and simulator share
+"""Decides where experts should sit: one cost model, many planners, and a simulator. Needs neither Ray nor torch.
 
     from elastic_moe.optimizer import PlacementProblem, plan
+
+planner     plan(problem) -> PlanResult: the one entry point, with every planner by name
+auto        the planner `auto`, which is no worse than any other
+drift       re-placement from a placement in force, within a budget of moves
+decision    the rule whether a re-placement is worth its moves; production and the simulator share it
+core        the problem, its price, and what planners share
+search      the planner `local_search`
+ilp         the planner `ilp`
+baselines   planners from the literature, and simple rules
+study       traces, comparisons and simulations
+
+The routing statistics are counted elsewhere (cluster/facts/routing.py), and so are placements carried out
+(actors/control).
 """
 
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics

@@ -1,8 +1,9 @@
-"""The planner `auto`: the best that the deadline allows, and no worse than any other planner.
+"""The planner `auto`: it finds the best plan that the deadline allows, and is no worse than any other planner.
 
-It walks the path of `local_search` and of `ilp`, which begins with it, with the same random numbers and more time than
-they have (optimizer.planner), then goes on shaking layers, and answers with the cheapest of that, of the quick planners
-and of the current placement. Time only cuts that path short, so whoever comes farther is not behind.
+It does the steps of `local_search` and then of `ilp`, which begins with the same steps, with the same random numbers
+and more time than they get (optimizer/planner.py). Then it shakes further layers, and answers with the cheapest table
+of that search, of the quick planners, and of the current placement. A deadline only cuts the steps short, so the
+planner with more time is not behind.
 """
 
 from __future__ import annotations
@@ -12,14 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from elastic_moe.optimizer.baselines.eplb import eplb_table
-from elastic_moe.optimizer.baselines.heuristics import (
-    anticorrelation_table,
-    contiguous_table,
-    greedy_table,
-    random_table,
-    round_robin_table,
-)
+from elastic_moe.optimizer.baselines.quick import QUICK_PLANNERS
 from elastic_moe.optimizer.core.contract import Budget, Draft
 from elastic_moe.optimizer.core.cost import copies, price_table
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
@@ -31,18 +25,19 @@ from elastic_moe.optimizer.search.local_search import JointSearch, local_search_
 UNLIMITED = 10**9
 
 SEARCH = 0.97
-"""Share of the time after which the search ends: with 58 layers of 256 experts, the quick planners take over a
-second."""
+"""Share of the time that the search may take. The quick planners need the rest: for 58 layers of 256 experts, more than
+a second."""
 
 
 def auto_plan(problem: PlacementProblem, budget: Budget) -> Draft:
-    """Never raises SolverError: without a solver it does what needs none, and says so."""
+    """Plan within the budget. Without a solver, it does what needs none and the reason says so; it never raises
+    SolverError."""
     if problem.move_budget is not None and problem.current is not None:
         return within_budget(problem, budget)
     fresh = copy.deepcopy(budget.rng)
     draft = _searched(problem, budget.share(SEARCH))
     best_s = price_table(problem, draft.table).total_s
-    # last: before the search they would take more of a short deadline than `auto` has over the other planners
+    # they come last: before the search they would take more of a short deadline than the lead of `auto`
     for name, table in _quick_tables(problem, fresh).items():
         cost_s = price_table(problem, table).total_s
         if cost_s < best_s * (1 - 1e-12):
@@ -54,7 +49,7 @@ def auto_plan(problem: PlacementProblem, budget: Budget) -> Draft:
 def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
     draft, planner, note = local_search_plan(problem, budget), "local_search", ""
     if budget.left_s > 0:
-        # Pyomo, which this imports, takes longer to load than a short deadline allows
+        # this imports Pyomo, which takes longer to load than a short deadline allows
         from elastic_moe.optimizer.ilp.planner import improved
 
         try:
@@ -76,14 +71,8 @@ def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
 
 
 def _quick_tables(problem: PlacementProblem, rng: np.random.Generator) -> dict[str, IntArray]:
-    tables = {
-        "random": random_table(problem, rng),  # first, as the planner of that name draws it
-        "contiguous": contiguous_table(problem, rng),
-        "round_robin": round_robin_table(problem, rng),
-        "greedy": greedy_table(problem, rng),
-        "anticorrelation": anticorrelation_table(problem, rng),
-        "eplb": eplb_table(problem, rng),
-    }
+    # a copy of the random numbers for each, so that each makes the table that the planner of its name makes
+    tables = {name: quick.make_table(problem, copy.deepcopy(rng)) for name, quick in QUICK_PLANNERS.items()}
     current = problem.current
     if current is not None and current.workers == problem.workers:
         tables["current"] = current.physical_to_logical_map

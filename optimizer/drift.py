@@ -1,8 +1,8 @@
-"""Re-placement from a placement in force: what each byte moved is worth, and the best plan within a budget of moves.
+"""Re-placement from a placement in force: the gain of each moved byte, and the best plan within a budget of moves.
 
-The price of a move is raised until little moves and lowered step by step; every price gives one plan, all of them the
-curve of gain against bytes. Swaps that only pay at a low price come late, so the first moves on the curve are the
-ones that matter.
+The price of a move begins so high that little moves, and is lowered step by step. Every price gives one plan, and all
+plans together are the curve of gain against bytes. Swaps that pay only at a low price come late, so the first moves on
+the curve gain most.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from elastic_moe.optimizer.search.layer_prices import LayerPricer
 from elastic_moe.optimizer.search.local_search import FROM_CURRENT, JointSearch
 
 BISECTIONS = 6
-"""Prices that are tried between the last that moved too little and the first that moved too much."""
+"""Number of prices that are tried between the last one that moves too little and the first one that moves too much."""
 
 PRICES = 14
-"""Steps of the price of a move, from the highest that anything moves at down to next to nothing."""
+"""Number of prices of a move, from the highest at which anything moves down to nearly 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,12 +35,12 @@ class FrontierPoint:
     """[L, S]"""
     moves: int
     step_s: float
-    """Seconds per step under it, migration not counted."""
+    """Seconds per step under this plan, without migration."""
 
 
 def frontier(problem: PlacementProblem, budget: Budget, most_moves: int | None = None) -> list[FrontierPoint]:
-    """Plans from the current placement, by ascending moves; the first is to stay. Ends early where `most_moves` is
-    passed.
+    """Plans from the current placement, by ascending moves; the first plan is to stay. It ends where `most_moves` is
+    exceeded.
 
     Raises PlacementError where there is no current placement of the problem's workers.
     """
@@ -67,7 +67,7 @@ def _point(problem: PlacementProblem, table: IntArray) -> FrontierPoint:
 
 
 def _improved(problem: PlacementProblem, start: FrontierPoint, price_s: float, budget: Budget) -> FrontierPoint:
-    """From `start`, what pays where a move costs `price_s` per step."""
+    """The plan that improves `start` where a move costs `price_s` seconds per step."""
     priced = dataclasses.replace(problem, expert_bytes=_bytes_for(problem, price_s))
     search = JointSearch(priced, start.table)
     search.sweep(budget, FROM_CURRENT)
@@ -82,8 +82,10 @@ def _filled(
     most: int,
     budget: Budget,
 ) -> list[FrontierPoint]:
-    """Plans of at most `most` moves between one of fewer and one of more, found at the `prices` of a move: the price
-    is halved in between, and what moves too much is trimmed."""
+    """Plans of at most `most` moves between `under` and `over`, which were found at the two `prices` of a move.
+
+    The prices between are bisected, and a plan that moves too much is trimmed.
+    """
     points, (high, low) = [_trimmed(problem, over, most)], prices
     for k in range(BISECTIONS):
         if budget.left_s <= 0 or under.moves >= most:
@@ -100,7 +102,7 @@ def _filled(
 
 
 def _bytes_for(problem: PlacementProblem, price_s: float) -> int:
-    """Expert bytes that make one move cost `price_s` per step."""
+    """The size of an expert at which one move costs `price_s` seconds per step."""
     unit = dataclasses.replace(problem, expert_bytes=10**9)
     from elastic_moe.optimizer.core.cost import move_price
 
@@ -108,8 +110,8 @@ def _bytes_for(problem: PlacementProblem, price_s: float) -> int:
 
 
 def _trimmed(problem: PlacementProblem, point: FrontierPoint, most: int) -> FrontierPoint:
-    """Take whole layers back to the current placement, those that gain least per move first, until at most `most`
-    move."""
+    """Return whole layers to the current placement, those with the least gain per move first, until at most `most`
+    experts move."""
     assert problem.current is not None
     old, table = problem.current.physical_to_logical_map, point.table.copy()
     unpriced = dataclasses.replace(problem, expert_bytes=0)
@@ -134,7 +136,7 @@ def _moves_of(problem: PlacementProblem, table: IntArray, layer: int) -> int:
 
 
 def _worth(pricer: LayerPricer, table: IntArray, old: IntArray, layer: int) -> float:
-    """Seconds per step that a layer's moves save, the others as they are."""
+    """Seconds per step that the moves of one layer save while the other layers stay."""
     new, with_s = table[layer].copy(), pricer.around_s(layer)
     table[layer] = old[layer]
     pricer.update(table, layer)
@@ -153,6 +155,6 @@ def within_budget(problem: PlacementProblem, budget: Budget) -> Draft:
     return Draft(
         table=best.table,
         planner="local_search",
-        reason=f"{best.moves} of at most {problem.move_budget} moves, those worth most first",
+        reason=f"{best.moves} of at most {problem.move_budget} moves, the most valuable ones first",
         termination=Termination.COMPLETED,
     )

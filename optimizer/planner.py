@@ -1,23 +1,16 @@
-"""plan(): from a problem to a verified, priced placement, by any planner, within a deadline."""
+"""plan() makes a verified and priced placement for a problem, by the planner of a given name, within a deadline."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from importlib import import_module
 
 import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.optimizer.auto import auto_plan
-from elastic_moe.optimizer.baselines.eplb import eplb_table
-from elastic_moe.optimizer.baselines.heuristics import (
-    anticorrelation_table,
-    contiguous_table,
-    greedy_table,
-    random_table,
-    round_robin_table,
-)
+from elastic_moe.optimizer.baselines.heuristics import greedy_table
+from elastic_moe.optimizer.baselines.quick import QUICK_PLANNERS, QuickPlanner
 from elastic_moe.optimizer.core.bounds import lower_bound
 from elastic_moe.optimizer.core.contract import Budget, Clock, Draft, Planner
 from elastic_moe.optimizer.core.cost import Cost, copies, load_imbalance, price_table, shares
@@ -27,28 +20,27 @@ from elastic_moe.optimizer.core.solvers import SOLVERS, SolverError
 from elastic_moe.optimizer.core.table import to_placement
 from elastic_moe.optimizer.search.local_search import local_search_plan
 
-TableMaker = Callable[[PlacementProblem, np.random.Generator], IntArray]
-
 LEAD = 0.1
-"""Of the deadline, that `auto` has over every other planner: it walks the same path and must have come at least as
-far."""
+"""Share of the deadline by which every other planner ends before `auto`, which does the same steps and must get at
+least as far."""
 
 LEAST_LEAD_S = 0.1
-"""The same in seconds, up to half of a deadline: what a busy machine takes from a planner does not shrink with it."""
+"""Least lead in seconds, up to half of a deadline: a busy machine delays a planner by a time that does not shrink with
+the deadline."""
 
 OPTIMAL_GAP = 1e-6
-"""Relative gap below which a placement counts as proven."""
+"""Relative gap below which a placement counts as proven optimal."""
 
 
-def _heuristic(make_table: TableMaker, reason: str) -> Planner:
+def _in_budget(quick: QuickPlanner) -> Planner:
     def planner(problem: PlacementProblem, budget: Budget) -> Draft:
-        return Draft(table=make_table(problem, budget.rng), reason=reason)
+        return Draft(table=quick.make_table(problem, budget.rng), reason=quick.reason)
 
     return planner
 
 
 def _formulation(module: str, function: str) -> Planner:
-    """A planner whose module imports Pyomo, which takes as long as a small plan: when it is first asked for."""
+    """A planner whose module is imported when it first runs, because Pyomo takes as long to import as a small plan."""
 
     def planner(problem: PlacementProblem, budget: Budget) -> Draft:
         draft: Draft = getattr(import_module(module), function)(problem, budget)
@@ -58,12 +50,7 @@ def _formulation(module: str, function: str) -> Planner:
 
 
 _PLANNERS: dict[str, Planner] = {
-    "contiguous": _heuristic(contiguous_table, "experts in order"),
-    "round_robin": _heuristic(round_robin_table, "experts dealt in turn"),
-    "random": _heuristic(random_table, "experts dealt at random"),
-    "greedy": _heuristic(greedy_table, "heaviest expert first, to the worker that ends earliest"),
-    "anticorrelation": _heuristic(anticorrelation_table, "greedy, with experts that peak together kept apart"),
-    "eplb": _heuristic(eplb_table, "spare slots to the heaviest experts, then balanced packing"),
+    **{name: _in_budget(quick) for name, quick in QUICK_PLANNERS.items()},
     "load_ilp": _formulation("elastic_moe.optimizer.baselines.load_planner", "load_ilp_plan"),
     "moetuner": _formulation("elastic_moe.optimizer.baselines.moetuner", "moetuner_plan"),
     "local_search": local_search_plan,
@@ -85,10 +72,11 @@ def plan(
 ) -> PlanResult:
     """The placement that `planner` (one of PLANNERS) finds within about `deadline_s` seconds. Blocks that long.
 
-    Only `auto` keeps to the problem's move_budget: the others tell what is to be had without. `clock` counts seconds.
+    Only `auto` keeps to the problem's move_budget; the others show what is possible without it. `clock` returns
+    seconds.
 
-    Greedy's placement is returned, and the reason says why, where a solver is missing, refuses the model or breaks.
-    Raises ConfigError for an unknown planner or solver, and for a deadline or seed that is none.
+    Where a solver is missing, refuses the model or breaks, greedy's placement is returned and the reason says why.
+    Raises ConfigError for an unknown planner or solver, and for an invalid deadline or seed.
     """
     if planner not in _PLANNERS:
         raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {planner!r}")
@@ -152,7 +140,7 @@ def _result(
 
 
 def mean_imbalance(problem: PlacementProblem, table: IntArray) -> float:
-    """Mean over layers of the slowest worker's load over an even split."""
+    """Mean over layers of the slowest worker's load divided by its load under an even split."""
     return float(load_imbalance(problem, shares(problem, table)).mean())
 
 

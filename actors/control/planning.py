@@ -21,15 +21,12 @@ from elastic_moe.cluster.messages.views import RebalancePreview
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 from elastic_moe.optimizer.core.estimate import covariance_of_window
-from elastic_moe.optimizer.decision import Decision, decide
+from elastic_moe.optimizer.decision import MOVE_SHARE, Decision, decide
 
 Counts = npt.NDArray[np.int64]
 Loads = npt.NDArray[np.float64]
 
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-MOVE_SHARE = 0.18
-"""Of all experts, at most so many move in one change: on real traces it keeps over 80 % of a full re-plan's gain."""
 
 
 def build_problem(

@@ -1,4 +1,4 @@
-"""/admin: what the cluster does and why, and the calls that change it. Values become JSON here."""
+"""/admin: calls that show what the cluster does and why, and calls that change it. Values become JSON here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def admin_router(service: Service) -> APIRouter:
     async def place(request: Request) -> Response:
         data = await service.bodies.read_json(request)
         if not isinstance(data, dict):
-            raise RequestError("the body must be a JSON object, as GET /admin/placement gives it")
+            raise RequestError("the body must be a JSON object in the form of GET /admin/placement")
         pinned = request.query_params.get("pinned", data.get("pinned"))
         pinned = {"true": True, "false": False}.get(pinned, pinned) if isinstance(pinned, str) else pinned
         if not isinstance(pinned, bool | None):
@@ -57,7 +57,7 @@ def admin_router(service: Service) -> APIRouter:
     async def operation(operation_id: str) -> dict[str, Any]:
         found = await backend.operation(operation_id)
         if found is None:
-            raise RequestError(f"no operation {operation_id[:100]!r}", code="operation_not_found", status=404)
+            raise RequestError(f"there is no operation {operation_id[:100]!r}", code="operation_not_found", status=404)
         return operation_json(found)
 
     @router.post("/rebalance")
@@ -91,7 +91,7 @@ def operation_json(operation: Operation) -> dict[str, Any]:
 
 
 def worker_json(worker: WorkerView) -> dict[str, Any]:
-    # rows of the report, not an object around them
+    # the report becomes a list of its rows
     fit = None if worker.fit is None else [dataclasses.asdict(row) for row in worker.fit.rows]
     return dataclasses.asdict(worker) | {"fit": fit}
 

@@ -1,4 +1,4 @@
-"""The FastAPI application: every route, and the layers around them."""
+"""The FastAPI application with all its routes, and the guard around it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from elastic_moe.deploy.bodies.schema import DetokenizeRequest, TokenizeRequest
 from elastic_moe.deploy.generation.metrics import CONTENT_TYPE
 
 TOKENS_AT_ONCE = 4096
-"""Of an answer of /tokenize, before other requests get their turn."""
+"""Tokens of an answer of /tokenize that are written before other requests get their turn."""
 MAX_DETOKENIZED = 2**18
+"""Largest number of tokens that /detokenize takes."""
 
 
 def create_app(service: Service) -> FastAPI:
-    """Routes bound to `service`. The caller runs `service.begin()`."""
+    """Make the application, whose routes use `service`. The caller runs `service.begin()`."""
     app = FastAPI(title="Elastic MoE", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     install_error_handlers(app)
     for router in (
@@ -62,7 +63,7 @@ def _status_router(service: Service) -> APIRouter:
     @router.get("/metrics")
     async def metrics() -> Response:
         text = await service.metrics.scrape(service.backend)
-        # as bytes, because Response would add a second charset
+        # without media_type, for which Response would add a second charset
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     return router
@@ -87,7 +88,7 @@ def _models_router(service: Service) -> APIRouter:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [await card()]}
 
-    # names of models may have slashes
+    # a path, because names of models may contain slashes
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> dict[str, Any]:
         service.check_model(model_id)
@@ -97,7 +98,7 @@ def _models_router(service: Service) -> APIRouter:
 
 
 def _tokenizer_router(service: Service) -> APIRouter:
-    """vLLM's /tokenize and /detokenize."""
+    """/tokenize and /detokenize, as vLLM has them."""
     router = APIRouter()
 
     @router.post("/tokenize")
@@ -130,7 +131,7 @@ def _tokenizer_router(service: Service) -> APIRouter:
 
 
 async def _token_json(tokens: TokenIds, longest: int, name: Callable[[int], str] | None) -> AsyncIterator[bytes]:
-    """The answer of /tokenize, in parts: millions of tokens at once would hold up every stream."""
+    """The answer of /tokenize in parts, because millions of tokens in one part would hold up every stream."""
     yield b'{"count":%d,"max_model_len":%d,"tokens":[' % (len(tokens), longest)
     for begin in range(0, len(tokens), TOKENS_AT_ONCE):
         part = list(tokens[begin : begin + TOKENS_AT_ONCE])

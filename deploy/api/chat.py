@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions: from the request to its prompt, and from deltas to choices."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def chat_router(service: Service) -> APIRouter:
 
 
 async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
-    """Raises RequestError where the template refuses the messages, or they are too long."""
+    """Render and encode the messages. Raises RequestError where the template refuses them, or they are too long."""
     text = await service.render_chat(body.messages, body)
     limits = await service.limits()
-    # Templates write the special tokens themselves.
+    # Without a wish of the client's, no special tokens are added: templates write them themselves.
     token_ids = await service.encode(
         text,
         add_special_tokens=bool(body.add_special_tokens),
@@ -84,7 +84,7 @@ class ChatShape:
         top_logprobs: int | None,
         prompt: Sequence[int] | None = None,
     ) -> None:
-        """name: of a token. prompt: its token ids, where ids were asked for."""
+        """`name` gives a token's name. `prompt` has the prompt's token ids where the client asks for ids."""
         self._tokenizer = tokenizer
         self._name = name
         self._prompt = prompt
@@ -125,7 +125,7 @@ class ChatShape:
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = self._tokenizer.token_bytes(token_id)
-        # JSON has no minus infinity; OpenAI's server says -9999 for a token that cannot come
+        # JSON has no minus infinity; OpenAI's server writes -9999 for a token of probability 0
         return {
             "token": self._name(token_id),
             "logprob": max(logprob, -9999.0),

@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""POST /v1/completions: from the request to its prompts, and from deltas to choices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from elastic_moe.deploy.generation.answer import Delta, ScoredToken
 from elastic_moe.deploy.text.tokenizer import Tokenizer, id_name
 
 DEFAULT_MAX_TOKENS = 16
-"""OpenAI's and vLLM's."""
+"""Tokens of an answer where the request sets no limit; OpenAI and vLLM have the same."""
 
 
 def completions_router(service: Service) -> APIRouter:
@@ -51,7 +51,7 @@ def completions_router(service: Service) -> APIRouter:
 
 
 async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
-    """Raises RequestError where a prompt is empty, too long, or has tokens that the model does not know."""
+    """Encode the prompts. Raises RequestError where one is empty, too long, or has tokens that the model lacks."""
     if body.echo and body.logprobs is not None:
         raise RequestError("echo: not supported together with logprobs", param="echo", code="unsupported_value")
     given = body.prompts
@@ -61,7 +61,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     bad_words = await service.bad_words(body.bad_words)
     prompts: list[Prompt] = []
     for prompt in given:
-        # other requests get their turn between two prompts
+        # let other requests run between two prompts
         await asyncio.sleep(0)
         token_ids: TokenIds
         if isinstance(prompt, str):
@@ -103,7 +103,8 @@ class CompletionShape:
         logprobs: int | None,
         prompts: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """name: of a token. echoes, prompts: for each answer, where they were asked for."""
+        """`name` gives a token's name. `echoes` and `prompts` have an entry for each answer where the client asks for
+        them."""
         self._name = name
         self._echoes = echoes
         self._logprobs = logprobs
@@ -142,9 +143,9 @@ class CompletionShape:
         }
 
     def _alternatives(self, token: TokenLogprobs) -> dict[str, float]:
-        """The most likely tokens, and the chosen one though it may not be among them.
+        """The log probabilities of the most likely tokens, and of the chosen one even if it is not among them.
 
-        Where two have the same name, the chosen one and the more likely keep it.
+        Where two tokens have the same name, the chosen one keeps it, or else the more likely one.
         """
         names = {self._name(token.token_id): token.token_id}
         for token_id, _ in token.top:

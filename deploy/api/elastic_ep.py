@@ -1,6 +1,6 @@
-"""vLLM's and SGLang's calls for scaling, so that what drives those drives this.
+"""The scaling calls of vLLM and SGLang, so that tools which scale those servers can scale this one.
 
-Unlike theirs, nothing is refused while it goes on. What they call the data-parallel or expert-parallel size is the
+Unlike those servers, this one refuses no request while it scales. Their data-parallel or expert-parallel size is our
 number of workers.
 """
 
@@ -48,16 +48,16 @@ def elastic_ep_router(service: Service) -> APIRouter:
 
 
 async def _wait(backend: Backend, operation: Operation, timeout_s: float) -> None:
-    """Until it has ended well. Raises RequestError 408 where it takes longer; it goes on all the same."""
+    """Wait until the operation has succeeded. Raises RequestError 408 after `timeout_s`; the operation goes on then."""
     deadline = time.monotonic() + timeout_s
     name = operation.operation_id
     while operation.phase not in ENDED:
         if time.monotonic() > deadline:
-            raise RequestError(f"not done after {timeout_s:g} s; operation {name} goes on", status=408)
+            raise RequestError(f"operation {name} is not done after {timeout_s:g} s, and goes on", status=408)
         await asyncio.sleep(LOOK_S)
         try:
             operation = await backend.operation(name) or operation
         except NotReadyError:
-            continue  # the coordinator is away, and comes back with its operations
+            continue  # a new coordinator takes over, and knows the operation
     if operation.phase is Phase.FAILED:
         raise RequestError(f"operation {name} failed: {operation.error}", code="scale_failed", status=500)

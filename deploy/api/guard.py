@@ -1,7 +1,7 @@
-"""The outermost layer of the API: who asks, with which key, and a last net for exceptions.
+"""The outermost layer of the API: it checks the caller and the key, and catches every exception.
 
-`access` lists what is open; a route that it does not know asks for `api_key`. Admin calls that change something ask
-for `admin_api_key`; without one they are served only where the server is bound to loopback.
+`access` lists the open routes; a route that it does not know needs `api_key`. Admin calls that change something need
+`admin_api_key`; where no such key is set, they are served only if the server is bound to loopback.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 READING = ("GET", "HEAD", "OPTIONS")
 POLICY_VIOLATION = 1008
-"""Code of a WebSocket's end."""
+"""The code with which a refused WebSocket is closed."""
 
 
 class Access(enum.Enum):
-    """What a request must bring."""
+    """The key that a request needs."""
 
     OPEN = enum.auto()
     API_KEY = enum.auto()
@@ -40,7 +40,7 @@ ADMIN = ("/admin", "/scale_elastic_ep")
 
 
 def access(method: str, path: str) -> Access:
-    """What a call of `path` needs. A route that nobody has thought of here needs `api_key`."""
+    """The key that a call of `path` needs. A route that is not listed here needs `api_key`."""
     if path in OPEN:
         return Access.OPEN
     if path in ADMIN_READ:
@@ -51,7 +51,7 @@ def access(method: str, path: str) -> Access:
 
 
 class Guard:
-    """ASGI middleware. Answers what it refuses, and 500 where the application raises."""
+    """ASGI middleware. It answers the requests that it refuses, and answers 500 where the application raises."""
 
     def __init__(self, app: ASGIApp, *, config: ServeConfig) -> None:
         self._app = app
@@ -81,14 +81,14 @@ class Guard:
             self._check(scope)
             await self._app(self._with_client(scope), receive, watched_send)
         except Exception as error:
-            # no traceback may reach a client
+            # a traceback must not reach a client
             if started:
                 logger.exception("internal error after the response had begun")
             else:
                 await error_response(error)(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        """Raises RequestError 401 or 403."""
+        """Raises RequestError 401 or 403 where the caller may not make this call."""
         headers = Headers(scope=scope)
         if self._local_only:
             self._check_local(scope, headers)
@@ -122,16 +122,16 @@ class Guard:
                 status=403,
             )
         elif "origin" in headers:
-            # Any web page that the user looks at could make their browser post here.
+            # Otherwise any web page could make the user's browser post here.
             raise RequestError("admin calls from web pages need --admin-api-key", code="admin_disabled", status=403)
 
     def _with_client(self, scope: Scope) -> Scope:
-        """`scope` with the client's address as the application should see it, behind HAProxy and reverse proxies."""
+        """`scope` with the address of the client itself, in place of HAProxy's or a reverse proxy's."""
         if not scope.get("client"):
             return scope
         headers = Headers(scope=scope)
         peer, port = scope["client"]
-        # a stranger who reaches the replica itself could write the header
+        # only HAProxy on this machine is trusted: a stranger who reaches the replica could write the header too
         peer = headers.get(PEER_HEADER, peer) if _is_local(scope) else peer
         return {**scope, "client": (client_address(peer, headers.getlist("x-forwarded-for"), self._trusted), port)}
 
@@ -147,8 +147,11 @@ def _check_key(headers: Headers, *keys: str) -> None:
 
 
 def _is_local(scope: Scope) -> bool:
-    """Whether the peer is this machine. Ray Serve may have the replica itself listen on every interface, for its
-    proxies; a connection from the machine to its own address has that address at both ends."""
+    """Whether the peer is on this machine.
+
+    Ray Serve may make the replica listen on every interface, for its proxies. A connection from this machine to one of
+    its own addresses has that address at both ends.
+    """
     client, server = scope.get("client"), scope.get("server")
     if not client or is_loopback(client[0]):
         return True

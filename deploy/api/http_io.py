@@ -1,4 +1,4 @@
-"""HTTP out: errors in OpenAI's form, server-sent events, and hang-ups noticed."""
+"""Writes HTTP responses: errors in OpenAI's form and server-sent events. Notices clients that hang up."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 RETRY_AFTER_S = 2
 SLOW_READER_S = 15.0
-"""A client that lets its connection be full for so long, and at most for twice as long, is cut off."""
+"""Seconds without reading after which a client is cut off; it takes at most twice as long to notice."""
 
 
 class ClientGone(Exception):
-    """The client hung up; nobody is left to answer."""
+    """The client has hung up, so there is nobody to answer."""
 
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -36,7 +36,8 @@ def error_body(message: str, kind: str, *, param: str | None = None, code: str |
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
-    """HTTP status and OpenAI's error object for an exception. What is not ours is logged and not shown."""
+    """HTTP status and OpenAI's error object for an exception. An unexpected one is logged, and its text is not
+    shown."""
     match error:
         case RequestError():
             return error.status, error_body(str(error), _kind(error.status), param=error.param, code=error.code)
@@ -85,14 +86,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def client_name(request: Request) -> str:
-    """Who shares the server with others: an address, since all may have the same key."""
+    """The name by which a client is counted: its address, since all clients may have the same key."""
     return request.client.host if request.client else ""
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up (raises ClientGone then).
+    """The result of `work`. Where the client hangs up, `work` is cancelled and ClientGone is raised.
 
-    The body must have been read: what comes after it on the connection is the hang-up.
+    The body must have been read: the next message on the connection is then the hang-up.
     """
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_hang_up(request.receive))
@@ -106,22 +107,22 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events, each sent at once. Closes `events` when the client hangs up, however long the next one takes.
+    """Server-sent events, each sent at once. `events` is closed as soon as the client hangs up.
 
-    An exception in `events` becomes a last event with the error object: the status has been sent by then.
-    A client that reads nothing for `SLOW_READER_S` is cut off: it takes places in the engine from those who read.
+    An exception in `events` becomes a last event with the error object, because the status was sent already.
+    A client that reads nothing for `SLOW_READER_S` is cut off, because it takes places in the engine from others.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        # Response thinks of an empty body
+        # Response has set it for an empty body
         del self.headers["content-length"]
         self._events = events
         self._sending = False
         self._sent = 0
-        """Events that the connection has taken."""
+        """Number of events that the connection has taken."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.create_task(self._send(send))
@@ -135,14 +136,14 @@ class EventStream(Response):
             raise error
 
     async def _until_over(self, *tasks: asyncio.Task[None]) -> None:
-        """Until one of `tasks` has ended, or the client has read nothing between two looks."""
+        """Wait until one of `tasks` has ended, or the client has read nothing between two looks."""
         seen = -1
         while True:
             done, _ = await asyncio.wait(tasks, timeout=SLOW_READER_S, return_when=asyncio.FIRST_COMPLETED)
             if done:
                 return
             if self._sending and self._sent == seen:
-                logger.warning("a client is cut off: it has read nothing for %g s", SLOW_READER_S)
+                logger.warning("a client is cut off, because it has read nothing for %g s", SLOW_READER_S)
                 return
             seen = self._sent if self._sending else -1
 
@@ -179,7 +180,7 @@ async def _cancel(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def first_then_rest(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """Waits for the first item, so that an error before it can still be an HTTP status, and puts it back."""
+    """`stream`, after its first item has come, so that an error before that can still become an HTTP status."""
     first = await anext(stream, None)
 
     async def again() -> AsyncGenerator[T, None]:

@@ -1,8 +1,8 @@
-"""Places for requests that wait: how many there are, and how many of them one client may take. Pure.
+"""Places for waiting requests: the number of all places, and the number that one client may take. Pure.
 
-A sequence takes a place when it is accepted and gives it back with its first token. A client may have three times as
-many places as are left free then: alone three quarters of all, beside another one three quarters of the rest, and so
-on. So whoever comes next finds room, however much those before have asked for.
+An answer takes a place when it is accepted, and gives it back with its first token. A client may have at most three
+times as many places as then remain free: the first client three quarters of all, the second three quarters of the rest,
+and so on. So a further client finds room, however many places the others have asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections import Counter
 from elastic_moe.cluster.errors import RequestError
 
 SHARE = 3
-"""Places that a client may have for each one that is left."""
+"""Places that a client may have for each place that remains free."""
 
 
 class Places:
-    """Places that are taken, by client."""
+    """The taken places, counted for each client."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -27,7 +27,7 @@ class Places:
         return self._taken.total()
 
     def check(self, client: str, count: int) -> None:
-        """Raises RequestError: 503 where `count` more have no room now, 400 where they never will."""
+        """Raises RequestError: 503 where there is no room for `count` more now, 400 where there never will be."""
         if count > self._most:
             raise RequestError(
                 f"n: at most {self._most} answers may wait at a time (--max-waiting-requests), got {count}", param="n"
@@ -43,7 +43,7 @@ class Places:
             )
 
     def take(self, client: str, count: int) -> Taken:
-        """Raises RequestError as `check` does."""
+        """Take `count` places for `client`. Raises RequestError as `check` does."""
         self.check(client, count)
         self._taken[client] += count
         return Taken(self, client, count)
@@ -56,7 +56,7 @@ class Places:
 
 
 class Taken:
-    """Places of one request."""
+    """The places of one request."""
 
     def __init__(self, places: Places, client: str, count: int) -> None:
         self._places = places
@@ -64,7 +64,7 @@ class Taken:
         self._count = count
 
     def give_back(self, count: int | None = None) -> None:
-        """So many; without a number all that are left."""
+        """Give back `count` places; without a number, all that the request still has."""
         count = self._count if count is None else count
         assert count <= self._count
         self._count -= count

@@ -1,4 +1,4 @@
-"""What completions and chat completions share in running a request and shaping the response."""
+"""What completions and chat completions share: running a request, and writing its response."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from elastic_moe.deploy.bodies.schema import SamplingFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, ScoredToken
 
 TOKENS_AT_ONCE = 64
-"""With log probabilities, that take a few milliseconds to write."""
+"""Tokens with log probabilities that are written before other requests get their turn: a few milliseconds."""
 
 
 class Collected:
-    """One answer, whole."""
+    """Collects one whole answer from its deltas."""
 
     def __init__(self) -> None:
         self.text: list[str] = []
@@ -53,20 +53,20 @@ class Collected:
 
 
 class Shape(Protocol):
-    """How one of the two APIs writes its choices."""
+    """How one of the two APIs writes the choices of a response."""
 
     kind: str
-    """`object` of a response."""
+    """The value of `object` in a response."""
     chunk_kind: str
 
     def whole(self) -> dict[str, Any]:
-        """Fields of the response, or of a stream's first event, that are of no choice."""
+        """Fields of the response, or of a stream's first event, that belong to no choice."""
         ...
 
     def choice(self, answer: Delta) -> dict[str, Any]: ...
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The choice of a chunk before the first of an answer's text, if the API has one."""
+        """The choice of the chunk that precedes an answer's text, if the API has such a chunk."""
         ...
 
     def chunk(self, delta: Delta) -> dict[str, Any]: ...
@@ -90,18 +90,18 @@ class Run:
         }
 
     async def respond(self, request: Request) -> Response:
-        """Raises ClientGone where the client hangs up before there is anything to send."""
+        """The response. Raises ClientGone where the client hangs up before there is anything to send."""
         deltas = self._service.run(self._answers)
         try:
             if not self._body.stream:
                 return Response(await unless_gone(request, self._whole(deltas)), media_type="application/json")
-            # An error before the first token is an HTTP status, not an event.
+            # an error before the first token becomes an HTTP status, not an event
             return EventStream(self._events(await unless_gone(request, first_then_rest(deltas))))
         except RequestError as error:
             raise self._as_asked(error) from None
 
     def _as_asked(self, error: RequestError) -> RequestError:
-        """The engine's refusal, with the name of the field that the client sent."""
+        """The engine's refusal, with the name of the field as the client has sent it."""
         names = {"prompt": self._body.PROMPT, "max_tokens": self._body.token_limit_field}
         message = str(error).replace("max_tokens", self._body.token_limit_field)
         param = names.get(error.param or "", error.param)
@@ -117,7 +117,7 @@ class Run:
         return msgspec.json.encode({**frame, "choices": choices, "usage": self._usage()})
 
     async def _choice(self, answer: Delta) -> msgspec.Raw:
-        """As JSON. Log probabilities of many tokens are written in a thread: they are the larger part of an answer."""
+        """A choice as JSON. Many log probabilities are written in a thread, because they are most of an answer."""
 
         def write() -> msgspec.Raw:
             return msgspec.Raw(msgspec.json.encode(self._shape.choice(answer)))
@@ -147,7 +147,7 @@ class Run:
         return sse(event)
 
     def _usage(self) -> dict[str, Any]:
-        # A prompt counts once, however many answers it gets.
+        # a prompt counts once, however many answers it gets
         firsts = self._answers[:: self._body.num_choices]
         prompt = sum(len(answer.request.prompt_token_ids) for answer in firsts)
         completion = sum(answer.completion_tokens for answer in self._answers)
@@ -164,14 +164,14 @@ def new_id(prefix: str) -> str:
 
 
 def shown_id(prefix: str, own: str, given: str | None) -> str:
-    """The response's id for the client: with the `request_id` that it gave, where it gave one.
+    """The id of the response: it contains the client's `request_id`, if there is one.
 
-    The engine knows the request by `own`: two clients may give the same.
+    The engine knows the request by `own`, because two clients may send the same `request_id`.
     """
     return own if given is None else f"{prefix}-{given}"
 
 
 def ending(delta: Delta) -> dict[str, Any]:
-    """The two fields that say why an answer ended; both None while it goes on."""
+    """The two fields that say why an answer has ended; both are None before that."""
     reason = None if delta.finish_reason is None else delta.finish_reason.value
     return {"finish_reason": reason, "stop_reason": delta.stop_reason}

@@ -1,4 +1,4 @@
-"""From the fields of a request to SamplingParams: the model's defaults, limits, and a seed for every choice."""
+"""Makes SamplingParams from a request's fields, the model's defaults and its limits, with a seed for every choice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from elastic_moe.deploy.bodies.schema import SamplingFields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingDefaults:
-    """What generation_config.json recommends, for fields that a request leaves out."""
+    """The values of generation_config.json, which stand in for fields that a request leaves out."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -29,7 +29,7 @@ class SamplingDefaults:
 
     @classmethod
     def read(cls, model_dir: str) -> SamplingDefaults:
-        """From the model directory. A missing file, or a value of the wrong type, leaves the default."""
+        """Read them from the model directory. A missing file, or a value of the wrong type, leaves the default."""
         try:
             data = json.loads((Path(model_dir) / "generation_config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -57,9 +57,9 @@ def sampling_params(
     fallback_max_tokens: int | None = None,
     bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
-    """Raises RequestError for values that contradict one another or the model. The seed is that of choice 0.
+    """The parameters of choice 0. Raises RequestError for values that contradict one another or the model.
 
-    bad_words: the field's words as tokens.
+    `bad_words` has the field's words as tokens.
     """
     max_tokens = _max_tokens(fields, prompt_tokens, defaults, limits, fallback_max_tokens)
     min_tokens = fields.min_tokens or 0
@@ -78,7 +78,7 @@ def sampling_params(
         top_p=float(_either(fields.top_p, defaults.top_p)),
         top_k=max(0, int(top_k)),
         min_p=float(_either(fields.min_p, defaults.min_p)),
-        # As in vLLM, -1 is no seed at all.
+        # as in vLLM, -1 means that no seed is set
         seed=secrets.randbits(63) if fields.seed in (None, -1) else fields.seed & (2**63 - 1),
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
@@ -100,7 +100,7 @@ def truncated(
     limits: Limits,
     fallback_max_tokens: int | None = None,
 ) -> TokenIds:
-    """The prompt that is left by `truncate_prompt_tokens`. With -1, what leaves room for the answer."""
+    """The prompt after `truncate_prompt_tokens`; -1 keeps as many tokens as leave room for the answer."""
     keep = fields.truncate_prompt_tokens
     if keep is None:
         return token_ids
@@ -114,7 +114,7 @@ def truncated(
 def _allowed(
     fields: SamplingFields, min_tokens: int, limits: Limits, bad_words: tuple[tuple[int, ...], ...]
 ) -> tuple[int, ...] | None:
-    """Raises RequestError where the other fields leave no token to choose."""
+    """The tokens that may be chosen. Raises RequestError where the other fields leave none."""
     if fields.allowed_token_ids is None:
         return None
     allowed = sorted(set(fields.allowed_token_ids))
@@ -132,7 +132,7 @@ def _allowed(
 
 
 def seed_of_choice(seed: int, index: int) -> int:
-    """Choice 0 has the request's seed, so that n=1 and the first of several are the same text."""
+    """The seed of a choice. Choice 0 has the request's own, so that n=1 gives the first of several answers."""
     if index == 0:
         return seed
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
@@ -183,7 +183,7 @@ def _logit_bias(bias: Mapping[str, float] | None, vocab_size: int) -> tuple[tupl
         raise RequestError(f"logit_bias: expected at most {MAX_LOGIT_BIASES} entries", param="logit_bias")
     pairs: list[tuple[int, float]] = []
     for key, value in bias.items():
-        # int() would take " 5", "1_0" and "٣" too
+        # int() would accept " 5", "1_0" and "٣" too
         if not (key.isascii() and key.isdigit() and len(key) < 12):
             raise RequestError(f"logit_bias: the key {key[:20]!r} is no token id", param="logit_bias")
         pairs.append((int(key), max(-100.0, min(100.0, value))))

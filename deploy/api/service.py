@@ -1,4 +1,4 @@
-"""What every handler needs: the backend, the tokenizer, limits and defaults of the model, whether to serve at all."""
+"""What every handler needs: the backend, the tokenizer, the model's limits and defaults, and the server's readiness."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from elastic_moe.deploy.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 OpenPrompts = Callable[[str, str | None], Awaitable[Prompts]]
-"""From the model's directory and a chat template's path. Raises CheckpointError and ConfigError."""
+"""It takes the model's directory and a chat template's path. Raises CheckpointError and ConfigError."""
 
 MAX_SEQUENCES = 1024
-"""Prompts times n of one request."""
+"""Most answers of one request: its prompts times n."""
 LONG_TEXT = 4096
-"""Tokens from which on they are decoded in a thread, so that streams do not stall."""
+"""Number of tokens from which on they are decoded in a thread, so that streams do not stall."""
 LARGE_TEXT = 2**16
-"""Characters from which on a text is encoded beside the API's process, since its tokens come back packed."""
+"""Characters from which on another process encodes a text, since its tokens come back packed."""
 ANSWERS_AT_ONCE = 16
 """Answers that are made before other requests get their turn."""
 RETRY_S = 0.1
@@ -56,18 +56,18 @@ class Prompt:
     token_ids: TokenIds
     params: SamplingParams
     param: str
-    """The field it came from, for error messages."""
+    """The field that the prompt came from, for error messages."""
     text: str = ""
-    """To put before the answer, where the request asks for an echo."""
+    """The text to put before the answer, where the request asks for an echo."""
 
 
 class Service:
-    """One per replica. `begin` loads the tokenizer in the background; until it is there, nothing is ready."""
+    """There is one in a replica. `begin` loads the tokenizer; the server is not ready before that."""
 
     def __init__(
         self, config: ServeConfig, backend: Backend, model_dir: str, open_prompts: OpenPrompts | None = None
     ) -> None:
-        """open_prompts: makes what renders and encodes; without it, the tokenizer does so here."""
+        """`open_prompts` makes the Prompts that render and encode; without it, this process does so."""
         self.config = config
         self.backend = backend
         self.model_dir = model_dir
@@ -75,9 +75,9 @@ class Service:
         self.metrics = Metrics(self.model_name)
         self.created = int(time.time())
         self.draining = False
-        """Told to stop: requests under way go on, new ones are refused."""
+        """Whether the server stops: running requests go on, and new ones are refused."""
         self.active = 0
-        """Requests under way."""
+        """Number of running requests."""
         digest = hashlib.blake2b(f"{version()} {self.model_name} {config.dtype}".encode(), digest_size=5).hexdigest()
         self.fingerprint = f"emoe-{version()}-{digest}"
         self.defaults = SamplingDefaults()
@@ -89,7 +89,7 @@ class Service:
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: str | None = None
         self._has_fast_tokenizer = False
-        """Whether the other process can have the tokenizer too."""
+        """Whether the tokenizer can be given to the other process as JSON."""
         self._info: ModelInfo | None = None
 
     async def begin(self) -> None:
@@ -114,7 +114,7 @@ class Service:
             self._tokenizer_error = "cannot load the tokenizer; the server's log says more"
 
     def close(self) -> None:
-        """End the processes that this one has beside it. Blocks for a moment."""
+        """End the helper processes of this one. Blocks for a moment."""
         self.aside.close()
         if self._prompts is not None:
             self._prompts.close()
@@ -130,9 +130,9 @@ class Service:
         return state
 
     async def check_ready(self) -> None:
-        """Raises NotReadyError, with the reason, where waiting would be in vain, or nobody has served yet.
+        """Raises NotReadyError, with the reason, where no worker has served yet, or none will.
 
-        While workers recover, a request is accepted: it waits as those do that were accepted before.
+        While workers recover, a request is accepted, and waits as those do that were accepted before.
         """
         state = await self.readiness()
         may_wait = self.backend.can_wait and self._tokenizer is not None and not self.draining
@@ -168,7 +168,7 @@ class Service:
         return Limits(max_model_len=longest, vocab_size=info.vocab_size, eos_token_ids=ends)
 
     def check_model(self, name: str | None) -> None:
-        """Raises RequestError 404. A request may leave the name out: there is one model."""
+        """Raises RequestError 404 for another model. A request may leave the name out, since there is one model."""
         if name is not None and name != self.model_name:
             raise RequestError(
                 f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}",
@@ -178,7 +178,7 @@ class Service:
             )
 
     async def render_chat(self, messages: Sequence[Message], fields: TemplateFields) -> str:
-        """Raises RequestError where the template refuses the messages, or does not end."""
+        """The prompt of a chat. Raises RequestError where the template refuses the messages, or does not end."""
         return await self.prompts.render_chat(
             [message.to_template() for message in messages],
             add_generation_prompt=fields.begins_turn,
@@ -187,8 +187,10 @@ class Service:
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str, to_be_cut: bool = False) -> TokenIds:
-        """Tokens of a prompt. Raises RequestError, at once, where it is far longer than the model's length and is not
-        to be cut."""
+        """The tokens of a prompt.
+
+        Raises RequestError, before encoding, where the prompt is far too long for the model and will not be cut.
+        """
         limits = await self.limits()
         fewest = self.tokenizer.fewest_tokens(text)
         if fewest > limits.max_model_len and not to_be_cut:
@@ -200,14 +202,14 @@ class Service:
         return await self.encode_any(text, add_special_tokens=add_special_tokens, param=param)
 
     async def encode_any(self, text: str, *, add_special_tokens: bool, param: str) -> TokenIds:
-        """Tokens of a text of any length."""
+        """The tokens of a text of any length."""
         if len(text) >= LARGE_TEXT and self._has_fast_tokenizer:
             return await self.aside.encode(text, add_special_tokens=add_special_tokens)
         return await self.prompts.encode(text, add_special_tokens=add_special_tokens, param=param)
 
     async def bad_words(self, words: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
-        """Every way, as vLLM knows them, to write these words in tokens: at the beginning of a text, after a space,
-        and as one token."""
+        """The token sequences that vLLM bans for these words: the word at the beginning of a text, after a space, and
+        as one token."""
         ways: dict[tuple[int, ...], None] = {}
         for word in words or ():
             bare = word.lstrip() or word
@@ -231,7 +233,7 @@ class Service:
     async def answers(
         self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str, client: str
     ) -> list[Answer]:
-        """n answers for each prompt, in OpenAI's order of indices."""
+        """Make n answers for each prompt, in OpenAI's order of indices. Raises RequestError."""
         limits = await self.limits()
         if len(prompts) * body.num_choices > MAX_SEQUENCES:
             raise RequestError(f"n: at most {MAX_SEQUENCES} answers may be asked for at once", param="n")
@@ -272,7 +274,7 @@ class Service:
         self.places.check(client, prompts * body.num_choices)
 
     async def run(self, answers: Sequence[Answer]) -> AsyncGenerator[Delta, None]:
-        """Deltas of all `answers`, which are one client's, as they come. Closing it aborts what is left.
+        """The deltas of `answers`, all of one client, as they come. Closing the generator aborts the rest.
 
         Raises RequestError 503 where too many requests wait.
         """

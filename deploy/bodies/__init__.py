@@ -1,0 +1,11 @@
+"""Request bodies: from bytes to validated values, within bounds of size and time.
+
+bodies      reads a body with a limit on its size
+json_text   decodes JSON, with an error in words
+bounds      limits of fields, which are checked before validation
+schema      the fields of every call, as pydantic models
+faults      a validation error in words: which field, what was expected, what came
+aside       another process for large bodies and long texts, so that no stream waits for them
+
+What the values mean, and whether the model can serve them, is decided in deploy/api.
+"""

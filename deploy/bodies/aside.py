@@ -1,9 +1,9 @@
-"""A process of the API's own for what would hold up every stream: large bodies, and texts of many tokens.
+"""Helper processes of the API for work that would hold up every stream: large bodies, and texts of many tokens.
 
-Decoding some MB of JSON, validating it and turning it into tokens hold Python's lock for seconds, and take hundreds of
-MB. They are done here, one after the other: so memory has a bound, and goes back to the system when the process is
-replaced. The process is started when it is first needed, runs at a lower priority, and ends with its parent, whose pipe
-it reads. There are two: one for what is huge.
+To decode some MB of JSON, validate it and turn it into tokens holds Python's lock for seconds, and takes hundreds of
+MB. A helper process does this for one request after another, so memory has a bound, and the system gets it back when
+the process is replaced. The process is started when it is first needed, runs at a lower priority, and ends with its
+parent, whose pipe it reads. There are two such processes, one of them for huge requests.
 
     Aside.call() -> a thread that waits -> pipe -> serve() -> pipe -> the result, or the error that was raised
 """
@@ -34,12 +34,12 @@ T = TypeVar("T")
 
 NICENESS = 10
 MEMORY_BYTES = 4 * 2**30
-"""Of address space. What needs more fails, instead of the machine."""
+"""Limit of the address space. A request that needs more fails, and the machine does not run out of memory."""
 GROWTH_BYTES = 256 * 2**20
-"""A process that has grown by so much is replaced."""
+"""Growth after which a process is replaced."""
 HUGE_BYTES = 2**20
 CALL_S = 120.0
-"""A call that takes longer is ended, with its process."""
+"""Seconds after which a call is ended together with its process."""
 LOOK_S = 0.5
 
 _SIZE = struct.Struct("<Q")
@@ -47,19 +47,19 @@ _START = "import sys; sys.path[:] = sys.argv[1:]; from elastic_moe.deploy.bodies
 
 
 class Aside:
-    """Two such processes, seen from their parent: one for what is large, one for what is huge, so that a client with
-    the hugest texts does not keep the others' waiting. In each, calls run one after the other. Of no event loop."""
+    """The parent's side of the two processes: one for large and one for huge requests, so that a client with huge texts
+    does not hold up the others. Each runs one call after another. It belongs to no event loop."""
 
     def __init__(self) -> None:
         self._large = _Lane()
         self._huge = _Lane()
 
     def use_tokenizer(self, written: Callable[[], str]) -> None:
-        """`written` gives the tokenizer as JSON. Without it, `encode` and `decode` must not be called."""
+        """`written` returns the tokenizer as JSON. Call this before `encode` and `decode`."""
         self._large.tokenizer = self._huge.tokenizer = written
 
     async def parse(self, kind: type[T] | None, body: bytearray) -> T:
-        """The JSON text as a body of `kind`, validated; as plain values for None. Raises RequestError."""
+        """The JSON text as a validated body of `kind`, or as plain values for None. Raises RequestError."""
         parsed: T = await self._lane(len(body)).call("parse", kind, body)
         return parsed
 
@@ -123,7 +123,7 @@ class _Lane:
             watch.cancel()
         if answer is None:
             self._end()
-            logger.warning("the process for large requests has died; another one is started for the next")
+            logger.warning("the process for large requests has died; another one is started for the next request")
             raise RequestError("the request takes too much memory or time to be read", code="request_too_large")
         value, error, last = answer
         if last:
@@ -158,21 +158,21 @@ def main() -> None:
     os.nice(NICENESS)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    # what a library prints must not come between the answers
+    # what a library prints must not mix with the answers
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(sys.stdin.buffer, answers)
 
 
 def _end_with(parent: int) -> None:
-    """A parent that was killed must not leave this process at work."""
+    """End this process when its parent is killed."""
     while os.getppid() == parent:
         time.sleep(LOOK_S)
     os._exit(1)
 
 
 def serve(calls: IO[bytes], answers: IO[bytes]) -> None:
-    """(name, arguments) come in; (value, error, whether this process ends now) go out."""
+    """Read (name, arguments) from `calls`, and write (value, error, whether this process ends now) to `answers`."""
     work = _Work()
     allowed_bytes = _used_bytes() + GROWTH_BYTES
     while (call := _read(calls)) is not None:
@@ -212,7 +212,7 @@ class _Work:
         return data if kind is None else parse(kind, data)
 
     def encode(self, text: str, add_special_tokens: bool) -> array[int]:
-        # "fast" leaves out where each token was in the text, which takes as long as all the rest
+        # "fast" leaves out the position of each token in the text, which takes as long as everything else
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return array("i", encoding.ids)
 
@@ -221,7 +221,7 @@ class _Work:
 
 
 def _used_bytes() -> int:
-    """At the most so far."""
+    """The largest memory use of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -233,7 +233,7 @@ def _write(pipe: IO[bytes], message: object) -> None:
 
 
 def _read(pipe: IO[bytes]) -> Any:
-    """None at the end. What is read comes from our own process, so pickle is safe."""
+    """The next message; None at the end. It comes from our own process, so pickle is safe."""
     head = pipe.read(_SIZE.size)
     if len(head) < _SIZE.size:
         return None

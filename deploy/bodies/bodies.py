@@ -1,7 +1,7 @@
-"""Bodies of requests: read with a limit, decoded and validated without holding up a stream.
+"""Reads the bodies of requests with a limit, and decodes and validates them without holding up a stream.
 
-A small body is decoded at once. A large one goes to another process (deploy/bodies/aside.py), and all that are under
-way together have a limit, so that a burst of them costs a bounded amount of memory.
+A small body is decoded at once. A large one goes to another process (deploy/bodies/aside.py). All large bodies that are
+being read or decoded have a limit together, so that a burst of them takes a bounded amount of memory.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from elastic_moe.deploy.bodies.schema import BodyT, parse
 
 MAX_BODY_BYTES = 8 * 2**20
 DISCARD_BYTES = 8 * MAX_BODY_BYTES
-"""How much more of an oversized body is read, and thrown away, so that a client gets to read why it was refused."""
+"""Most bytes of an oversized body that are read and thrown away, so that the client can read why it was refused."""
 LARGE_BYTES = 2**16
-"""From here on a body is decoded in the other process: less takes a millisecond or two."""
+"""Size from which on another process decodes a body. A smaller one takes a millisecond or two."""
 UNDER_WAY_BYTES = 8 * MAX_BODY_BYTES
-"""Of all large bodies that are being read or wait to be decoded."""
+"""Most bytes of all large bodies that are being read or wait to be decoded."""
 
 
 class Bodies:
-    """All on one event loop."""
+    """Reads bodies, on one event loop."""
 
     def __init__(self, aside: Aside) -> None:
         self._aside = aside
         self._under_way_bytes = 0
 
     async def read(self, request: Request, kind: type[BodyT]) -> BodyT:
-        """Raises RequestError: 413 for more than MAX_BODY_BYTES, 415 for another type than JSON, 503 while too many
-        large bodies are under way, and 400 for what is wrong in the body."""
+        """The validated body. Raises RequestError: 413 for more than MAX_BODY_BYTES, 415 for another type than JSON,
+        503 while too many large bodies are being read, and 400 for a fault in the body."""
         with self._counted() as counted:
             body = await self._read(request, counted)
             if len(body) < LARGE_BYTES:
@@ -79,7 +79,7 @@ class Bodies:
             self._under_way_bytes -= counted.size_bytes
 
     def add(self, size_bytes: int) -> None:
-        """Raises RequestError 503 where this is more than all may have."""
+        """Count `size_bytes` more. Raises RequestError 503 where that exceeds UNDER_WAY_BYTES."""
         if size_bytes > 0 and self._under_way_bytes + size_bytes > UNDER_WAY_BYTES:
             raise RequestError(
                 f"more than {UNDER_WAY_BYTES // 2**20} MB of request bodies are being read; try again soon",
@@ -90,7 +90,7 @@ class Bodies:
 
 
 class _Counted:
-    """One body's part of what is under way. Small bodies do not count."""
+    """The counted size of one body. Small bodies do not count."""
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies

@@ -1,8 +1,8 @@
 """Bounds of a body's fields, checked on decoded JSON before it is validated.
 
 Validation takes time and memory for every value in a list, for each form that a field may have, and for each fault. So
-a field that is far too large is refused before; the form of a prompt is chosen by its first element; and token ids
-are packed, so that a million of them are one object.
+a field that is far too large is refused before it. The first element of a prompt decides its form. Token ids are
+packed, so that a million of them are one object.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from elastic_moe.cluster.errors import RequestError
 from elastic_moe.deploy.bodies.json_text import type_name
 
 TokenIds: TypeAlias = Sequence[int]
-"""Packed: an array of type code "i", which is no list."""
+"""Token ids; packed ones are an array of type code "i", which is not a list."""
 
 MAX_PROMPTS = 256
 MAX_STOPS = 64
 MAX_STOP_CHARS = 4096
-"""Of all stop strings together: the time that looking for them takes per token."""
+"""Most characters of all stop strings together; they determine the time of the search for each token."""
 MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_MESSAGES = 2048
-"""OpenAI's."""
+"""The same as OpenAI's."""
 MAX_VALUES = 2**15
-"""JSON values in one field."""
+"""Most JSON values in one field."""
 MAX_DEPTH = 100
+"""Most levels of lists and objects in one field."""
 
 MOST_ELEMENTS = {
     "messages": MAX_MESSAGES,
@@ -35,15 +36,15 @@ MOST_ELEMENTS = {
     "stop_token_ids": MAX_STOP_TOKENS,
     "logit_bias": MAX_LOGIT_BIASES,
 }
-"""Of a list or an object, by field."""
+"""Most elements of a list or an object, by field."""
 MOST_VALUES = {"allowed_token_ids": 2**18}
-"""For the fields that may have more than MAX_VALUES: a vocabulary's size."""
+"""Most values of the fields that may have more than MAX_VALUES: as many as a vocabulary has tokens."""
 
 PROMPT_FORMS = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
 
 def check_sizes(data: Mapping[str, Any], fields: Sequence[str]) -> None:
-    """Raises RequestError that names the first of `fields` that is too large."""
+    """Raises RequestError, which names the first of `fields` that is too large."""
     for name in fields:
         value = data.get(name)
         if not isinstance(value, list | dict):
@@ -56,7 +57,7 @@ def check_sizes(data: Mapping[str, Any], fields: Sequence[str]) -> None:
 
 
 def pack_prompt(prompt: object) -> str | list[str] | TokenIds | list[TokenIds]:
-    """A prompt of any form, with token ids packed. Raises RequestError that names the first element that is wrong."""
+    """A prompt of any form, with packed token ids. Raises RequestError, which names the first wrong element."""
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list):
@@ -75,7 +76,7 @@ def pack_prompt(prompt: object) -> str | list[str] | TokenIds | list[TokenIds]:
 
 
 def pack_ids(path: str, ids: object) -> TokenIds:
-    """Raises RequestError that names the first element of `ids` that is no token id."""
+    """`ids` as packed token ids. Raises RequestError, which names the first element that is no token id."""
     if not isinstance(ids, list):
         raise _fault(path, f"expected a list of token ids, got {type_name(ids)}")
     _check_types(path, ids, int, "a token id")
@@ -87,7 +88,7 @@ def pack_ids(path: str, ids: object) -> TokenIds:
 
 
 def _check_types(path: str, values: list[Any], kind: type, expected: str) -> None:
-    # a set of types is made at the speed of C; only a fault is worth a loop
+    # a set of types is made at the speed of C; the loop runs only where there is a fault
     if set(map(type, values)) <= {kind}:
         return
     at = next(at for at, value in enumerate(values) if type(value) is not kind)
@@ -103,7 +104,7 @@ def _check_stops(stop: object) -> None:
 
 
 def _check_values(name: str, value: Any, most: int) -> None:
-    """Count the values in `value`, level by level, and stop where there are too many."""
+    """Count the values in `value` level by level. Raises RequestError as soon as there are too many."""
     level, count = [value], 0
     for _ in range(MAX_DEPTH):
         below: list[Any] = []

@@ -1,4 +1,4 @@
-"""What is said of a body that does not fit its form: the field as the client knows it, in this project's words."""
+"""Describes a validation error in our words: the field as the client knows it, what was expected, and what came."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ EXPECTED: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "too_short": lambda c: f"at least {c['min_length']} elements",
     "too_long": lambda c: f"at most {c['max_length']} elements",
 }
-"""By pydantic's kind of fault, what was expected; c is the fault's context."""
+"""What was expected, by pydantic's type of the error; c is the context of the error."""
 
 FORMS = {
     "stop": f"a string or a list of up to {MAX_STOPS} strings",
     "content": "a string or a list of text parts",
 }
-"""Of fields that may have several, by the field's own name."""
+"""What was expected of a field that may have several forms, by the field's name."""
 
 FORM_FAULTS = ("string_type", "list_type", "int_type")
 
 
 def request_error(error: ValidationError) -> RequestError:
-    """The first fault of the first field that has one. Of several forms, that of the one that came furthest."""
+    """The error for the first field that has a fault. Where a field has several forms, the form that fits best
+    counts."""
     faults = error.errors(include_url=False, include_context=True, include_input=True)
     field = _path(faults[0])[0] if faults[0]["loc"] else ""
     faults = [fault for fault in faults if not fault["loc"] or fault["loc"][0] == field]
@@ -66,7 +67,7 @@ def request_error(error: ValidationError) -> RequestError:
 
 
 def _path(fault: ErrorDetails) -> list[str | int]:
-    """The fields on the way to it, without pydantic's names of a union's forms, such as `list[TextPart]`."""
+    """The path of fields to the fault, without pydantic's names of a union's forms, such as `list[TextPart]`."""
     first, *rest = fault["loc"] or ("body",)
     return [first, *(part for part in rest if isinstance(part, int) or not _is_form(part))]
 

@@ -1,4 +1,4 @@
-"""JSON bodies: bytes to values, with an error in words for whatever is no JSON."""
+"""Decodes JSON bodies, with an error in words for a body that is not JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from elastic_moe.cluster.errors import RequestError
 
 
 def decode(body: bytes | bytearray) -> Any:
-    """Raises RequestError that says what is wrong. NaN and infinity are refused, and so is half a surrogate pair."""
+    """The values of a body. Raises RequestError, which says what is wrong, also for NaN, infinity and half a surrogate
+    pair."""
     if not body.strip():
         raise RequestError("the body is empty; expected a JSON object", code="invalid_json")
     try:

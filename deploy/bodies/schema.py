@@ -1,7 +1,7 @@
-"""Bodies of requests: OpenAI's fields, vLLM's additional ones, and what is said to those that are not served.
+"""The fields of request bodies: OpenAI's, the ones that vLLM adds, and those that are refused.
 
-Types are strict: "1" is no number and 1 no boolean. Unknown fields are ignored, as vLLM does, because clients send
-them in good faith. Known fields that would change the answer and are not supported are refused by name.
+Types are strict: "1" is not a number, and 1 is not a boolean. Unknown fields are ignored, as in vLLM, because clients
+send them in good faith. A known field that would change the answer and is not supported is refused by its name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BadWord = Annotated[str, Field(min_length=1, max_length=128)]
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
-"""As OpenAI and vLLM."""
+"""The same as in OpenAI's API and in vLLM."""
 MAX_BAD_WORDS = 128
 MAX_ALLOWED_TOKEN_IDS = 1 << 14
 
@@ -52,9 +52,9 @@ class ResponseFormat(Body):
 
 
 class SamplingFields(Body):
-    """What completions and chat completions have in common."""
+    """The fields that completions and chat completions have in common."""
 
-    # Fields that would change the answer, with the values that ask for nothing.
+    # fields that would change the answer, with the values that leave it as it is
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
@@ -78,7 +78,7 @@ class SamplingFields(Body):
     }
 
     PROMPT: ClassVar[str] = "prompt"
-    """The field that the prompt is in."""
+    """The field that holds the prompt."""
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0)
@@ -103,9 +103,9 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
-    """-1: as many as leave room for the answer."""
+    """Most tokens of the prompt that are kept; -1 keeps as many as leave room for the answer."""
     truncation_side: Literal["left", "right"] | None = None
-    """The end at which tokens of the prompt are cut off; the left one by default."""
+    """The end of the prompt at which tokens are cut off; left by default."""
     allowed_token_ids: TokenIdList | None = Field(None, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)
     bad_words: list[BadWord] | None = Field(None, max_length=MAX_BAD_WORDS)
     spaces_between_special_tokens: bool | None = None
@@ -144,7 +144,7 @@ class SamplingFields(Body):
 
     @property
     def token_limit_field(self) -> str:
-        """The field that `token_limit` is from."""
+        """The name of the field that sets `token_limit`."""
         return "max_tokens"
 
     @property
@@ -171,7 +171,7 @@ class CompletionRequest(SamplingFields):
 
     @property
     def prompts(self) -> list[str] | list[TokenIds]:
-        """One element for each answer that is asked for."""
+        """One element for each prompt of the request."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         return self.prompt if isinstance(self.prompt, list) else [self.prompt]
@@ -189,14 +189,14 @@ class Message(Body):
     content: str | list[TextPart] | None = None
 
     def to_template(self) -> dict[str, Any]:
-        """Plain values; further keys (name, tool_calls, ...) as they came."""
+        """The message as plain values. Further keys (name, tool_calls, ...) stay as they came."""
         content = self.content
         parts = [{"type": part.type, "text": part.text} for part in content] if isinstance(content, list) else content
         return {**(self.model_extra or {}), "role": self.role, "content": parts}
 
 
 class TemplateFields(Body):
-    """What reaches the chat template besides the messages."""
+    """The fields that the chat template gets besides the messages."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -207,14 +207,14 @@ class TemplateFields(Body):
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
-        """Variables of the template. A field of its own counts more than the same name in `chat_template_kwargs`."""
+        """The template's variables. A field of the body overrides the same name in `chat_template_kwargs`."""
         own = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
         return {**(self.chat_template_kwargs or {}), **{name: v for name, v in own.items() if v is not None}}
 
     @property
     def begins_turn(self) -> bool:
-        """Whether the prompt ends with the beginning of an answer. With a message to continue there is no turn to
-        begin, as vLLM's clients would have to say themselves."""
+        """Whether the prompt ends with the beginning of an answer. It does not where the last message is continued,
+        also where the client has not set `add_generation_prompt` to false, which vLLM would require."""
         return self.add_generation_prompt is not False and not self.continue_final_message
 
 
@@ -283,7 +283,7 @@ OperationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,100}$")]
 
 
 class ScaleRequest(Body):
-    """`workers`, `retire`, or both: so many in all, without these."""
+    """`workers` is the number of workers afterwards, `retire` names workers to remove; one or both must be given."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -299,15 +299,15 @@ class ElasticEpRequest(Body):
     new_data_parallel_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     new_ep_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     drain_timeout: Annotated[int, Field(ge=1)] = 120
-    """Seconds to wait for the end."""
+    """Seconds to wait for the end of the operation."""
 
 
 SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
-"""Fields that ask for nothing where another one is "none": tools that the model may not call are plain chat."""
+"""Fields that have no effect where another field is "none": a chat whose tools may not be called is a plain chat."""
 
 
 def parse(kind: type[BodyT], data: object) -> BodyT:
-    """Check `data`, a decoded JSON body. Raises RequestError that names the first field which is wrong."""
+    """Validate `data`, a decoded JSON body. Raises RequestError, which names the first wrong field."""
     if not isinstance(data, dict):
         raise RequestError(f"the body must be a JSON object, got {type_name(data)}")
     data = kind.packed(data)
@@ -320,7 +320,7 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
         value = data.get(name)
         if name in SWITCHES and data.get(SWITCHES[name]) == "none":
             continue
-        # `True == 1` in Python, so the types are compared as well
+        # types are compared as well, because True == 1 in Python
         if value is not None and not any(value == v and type(value) is type(v) for v in harmless):
             raise RequestError(f"{name}: not supported by this server", param=name, code="unsupported_parameter")
     if isinstance(body, SamplingFields):
@@ -329,7 +329,7 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
 
 
 def _check_together(body: SamplingFields) -> None:
-    """Rules about several fields, or about values that are right in form and not served."""
+    """Check the rules about several fields, and about values that are valid and not supported. Raises RequestError."""
     if body.spaces_between_special_tokens is False and body.skip_special_tokens is False:
         raise RequestError(
             "spaces_between_special_tokens: false is not supported where special tokens are shown",

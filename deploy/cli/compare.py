@@ -1,4 +1,4 @@
-"""`emoe compare` and `emoe simulate`: many plans, tables and figures; optimizer/ does the work."""
+"""`emoe compare` and `emoe simulate`: they write tables and figures; optimizer/ makes the plans."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def run_compare(args: argparse.Namespace) -> int:
         test = load_trace(args.test, args.experts or (None if old is None else old.num_logical_experts))
         experts = max(profile.num_experts, test.num_experts)
         if (profile.num_layers, profile.top_k) != (test.num_layers, test.top_k):
-            raise TraceError(f"{args.test} is not of the model of {args.trace}: layers or experts per token differ")
+            raise TraceError(
+                f"{args.test} and {args.trace} are of different models: their layers or experts per token differ"
+            )
         profile, test = (dataclasses.replace(trace, num_experts=experts) for trace in (profile, test))
     workers = choose_workers(args, old, profile.num_experts)
     problem = make_problem(args, profile, workers, old)
@@ -103,7 +105,7 @@ def _draw_comparison(
         figures.pareto(args.out / "pareto.png", rows, problem.semantics)
         figures.solve_times(args.out / "seconds.png", rows)
         if problem.current is not None and problem.current.workers == problem.workers:
-            # what a plan that forgets the placement in force would move and gain
+            # for comparison: a plan that ignores the placement in force
             scratch = plan(dataclasses.replace(problem, current=None), deadline_s=args.deadline, solver=args.solver)
             table = scratch.placement.physical_to_logical_map
             points = frontier(problem, Budget.of(args.deadline, seed=args.seed))
@@ -114,7 +116,8 @@ def _draw_comparison(
 
 
 def _drawn(draw: Callable[[], None]) -> None:
-    """Tables are worth having without figures: a missing matplotlib is told, not fatal."""
+    """Run `draw`. Where matplotlib is missing, print a line and go on, because the tables are useful without
+    figures."""
     try:
         draw()
     except ConfigError as error:
@@ -122,7 +125,7 @@ def _drawn(draw: Callable[[], None]) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """Serve traces on a virtual clock, re-placing experts as the server would."""
+    """Serve traces on a virtual clock, and re-place experts as the server would."""
     old = load_old(args)
     traces = [read_trace(args, path, old) for path in args.traces]
     experts = max(trace.num_experts for trace in traces)

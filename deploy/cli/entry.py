@@ -1,4 +1,4 @@
-"""Where the command `emoe` begins: until its modules are imported, and after it has ended, Ctrl-C is no traceback."""
+"""The entry point of the command `emoe`: Ctrl-C prints no traceback, not even during imports or after the end."""
 
 from __future__ import annotations
 

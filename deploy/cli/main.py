@@ -1,6 +1,7 @@
-"""The command `emoe`: its parser, made from ServeConfig, and its exit codes.
+"""The command `emoe`: its parser, which is made from ServeConfig, and its exit codes.
 
-0 success; 1 the server failed; 2 a mistake of the user's, told in one line. Heavy imports wait until a verb runs.
+The exit code is 0 for success, 1 where the server failed, and 2 for a mistake of the user's, which one line names.
+Heavy imports wait until a verb runs.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from elastic_moe.deploy.launch.console import logged
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; argparse would print the whole usage before it."""
+    """A parser that says in one line what is wrong; argparse would print the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"emoe: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code."""
+    """Run one command. Returns the exit code."""
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args) or 0)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # whoever read our output has gone, as in `emoe ... | head`
+        # the process that read our output has ended, as in `emoe ... | head`
         return 141
 
 
@@ -65,12 +66,12 @@ def _add_serve(verbs: Any) -> None:
         "serve",
         help="serve a model over HTTP",
         description="Serve a Mixture-of-Experts model over an HTTP API like OpenAI's. Every flag is also a key of "
-        "the file given by --config; flags win.",
+        "the file that --config names; a flag overrides the file.",
         allow_abbrev=False,
     )
     serve.set_defaults(run=_serve)
     serve.add_argument("model", nargs="?", metavar="MODEL_DIR", help=_help("model"), default=argparse.SUPPRESS)
-    serve.add_argument("--config", metavar="FILE.yaml", type=Path, help="file with settings")
+    serve.add_argument("--config", metavar="FILE.yaml", type=Path, help="file with settings, one key for each flag")
     hints = typing.get_type_hints(ServeConfig)
     for field in dataclasses.fields(ServeConfig):
         if field.name == "model":
@@ -89,7 +90,7 @@ def _add_serve(verbs: Any) -> None:
             type=kind,
             choices=field.metadata["choices"] or None,
             metavar=None if field.metadata["choices"] else kind.__name__.upper().replace("STR", "TEXT"),
-            # absent rather than None, so that what was not given does not hide the file's value
+            # absent rather than None, so that a flag that was not given does not hide the file's value
             default=argparse.SUPPRESS,
             help=_help(field.name),
         )
@@ -106,7 +107,7 @@ def _serve(args: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(ServeConfig)}
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.config is not None:
-        # The file is checked by itself first, so that messages name it.
+        # The file is checked by itself first, so that error messages name it.
         data = ServeConfig.read_yaml(args.config)
         ServeConfig.from_mapping(data, source=str(args.config))
         flags = {str(key).replace("-", "_"): value for key, value in data.items()} | flags

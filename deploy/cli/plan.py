@@ -1,7 +1,7 @@
-"""The verbs about placements: `emoe plan`, `evaluate`, `compare` and `simulate`. Their flags; what they do waits in
-modules of their own until one of them runs, since planners and numpy take a while to load.
+"""The flags of the verbs about placements: `emoe plan`, `evaluate`, `compare` and `simulate`.
 
-They need neither a cluster nor a model: a routing trace and a description of the workers are enough.
+The verbs themselves are in plan_verbs.py and compare.py, which are imported when one runs. They need neither a cluster
+nor a model, but a routing trace and a description of the workers.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from typing import Any
 from elastic_moe.deploy.launch.builtin import trace_path
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.solvers import SOLVERS
+from elastic_moe.optimizer.decision import MOVE_SHARE
 from elastic_moe.optimizer.planner import PLANNERS
 from elastic_moe.optimizer.study.simulate import SimulationSettings
 
 PLAN_VERBS, COMPARE = "elastic_moe.deploy.cli.plan_verbs", "elastic_moe.deploy.cli.compare"
 
 DEFAULT_WORKERS = 8
-
-DEFAULT_MOVE_SHARE = 0.18
-"""Of all experts, for --from: about a quarter of what a plan from scratch moves, which gains some four fifths of it."""
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -48,52 +46,75 @@ def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
 
 def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
     links, problem = Links(), PlacementProblem.__dataclass_fields__
-    parser.add_argument("--workers", type=int, metavar="N", help=f"workers ({DEFAULT_WORKERS}, or those of --from)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that they are spread over (1)")
     parser.add_argument(
-        "--redundant", type=int, default=0, metavar="N", help="replicas per layer, over all workers (0)"
+        "--workers", type=int, metavar="N", help=f"number of workers ({DEFAULT_WORKERS}, or those of --from)"
     )
-    parser.add_argument("--speeds", metavar="S,S,..", help="relative speed of each worker (all alike)")
-    parser.add_argument("--experts", type=int, metavar="E", help="experts per layer (highest id in the trace + 1)")
     parser.add_argument(
-        "--semantics", choices=[str(s) for s in Semantics], default="home", help="where tokens wait (home)"
+        "--nodes", type=int, default=1, metavar="N", help="number of nodes that the workers are spread over (1)"
     )
-    parser.add_argument("--worker-gbps", type=float, default=links.worker_gbps, metavar="G", help="of a worker's port")
-    parser.add_argument("--node-gbps", type=float, default=links.node_gbps, metavar="G", help="of a node's uplink")
     parser.add_argument(
-        "--expert-bytes", type=int, default=17_301_504, metavar="B", help="of one expert (DeepSeek-V2-Lite's: 17301504)"
+        "--redundant", type=int, default=0, metavar="N", help="number of replicas per layer, over all workers (0)"
+    )
+    parser.add_argument("--speeds", metavar="S,S,..", help="relative speed of each worker (all the same)")
+    parser.add_argument(
+        "--experts", type=int, metavar="E", help="number of experts per layer (highest id in the trace + 1)"
+    )
+    parser.add_argument(
+        "--semantics",
+        choices=[str(s) for s in Semantics],
+        default="home",
+        help="where a token is between two MoE layers: home, or where its expert was (home)",
+    )
+    parser.add_argument(
+        "--worker-gbps", type=float, default=links.worker_gbps, metavar="G", help="bandwidth of a worker's port in Gb/s"
+    )
+    parser.add_argument(
+        "--node-gbps", type=float, default=links.node_gbps, metavar="G", help="bandwidth of a node's uplink in Gb/s"
+    )
+    parser.add_argument(
+        "--expert-bytes",
+        type=int,
+        default=17_301_504,
+        metavar="B",
+        help="size of one expert (17301504, as in DeepSeek-V2-Lite)",
     )
     parser.add_argument(
         "--horizon",
         type=float,
         default=problem["horizon_steps"].default,
         metavar="STEPS",
-        help="steps that a placement serves, over which moves are paid off (10000)",
+        help="number of steps over which the cost of moves is spread (10000)",
     )
 
 
 def _solving_arguments(parser: argparse.ArgumentParser, deadline_s: float) -> None:
     parser.add_argument(
-        "--deadline", type=float, default=deadline_s, metavar="S", help=f"seconds to plan ({deadline_s:g})"
+        "--deadline",
+        type=float,
+        default=deadline_s,
+        metavar="S",
+        help=f"seconds that planning may take ({deadline_s:g})",
     )
-    parser.add_argument("--solver", choices=SOLVERS, default="highs", help="ILP solver (highs)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    parser.add_argument("--solver", choices=SOLVERS, default="highs", help="solver for integer programs (highs)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (0)")
 
 
 def _from_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="old", type=Path, metavar="OLD.json", help="placement in force")
+    parser.add_argument("--from", dest="old", type=Path, metavar="OLD.json", help="file with the placement in force")
     parser.add_argument(
         "--move-share",
         type=float,
         metavar="SHARE",
-        help=f"with --from: most experts to move, as a share of all ({DEFAULT_MOVE_SHARE}; 1: no limit)",
+        help=f"with --from, the largest share of all experts that may move ({MOVE_SHARE}; 1 sets no limit)",
     )
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", type=trace_path, metavar="TRACE.npz")
     _cluster_arguments(parser)
-    parser.add_argument("--planner", choices=PLANNERS, default="auto", help="(auto)", metavar="NAME")
+    parser.add_argument(
+        "--planner", choices=PLANNERS, default="auto", help="name of the planner (auto)", metavar="NAME"
+    )
     _solving_arguments(parser, 10.0)
     _from_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="NEW.json", help="file for the placement")
@@ -111,12 +132,16 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", type=trace_path, metavar="TRACE.npz", help="to profile on")
+    parser.add_argument("trace", type=trace_path, metavar="TRACE.npz", help="trace that the planners see")
     parser.add_argument(
-        "test", type=trace_path, nargs="?", metavar="TEST.npz", help="to measure on; the trace's second half"
+        "test",
+        type=trace_path,
+        nargs="?",
+        metavar="TEST.npz",
+        help="trace to measure on; without it, the planners see the first half and the second half is measured",
     )
     _cluster_arguments(parser)
-    parser.add_argument("--planners", default="all", metavar="A,B,..", help="names, or all (all)")
+    parser.add_argument("--planners", default="all", metavar="A,B,..", help="names of planners, or all (all)")
     _solving_arguments(parser, 10.0)
     _from_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the table and the figures")
@@ -126,18 +151,30 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
     settings = SimulationSettings()
     parser.add_argument(
-        "traces", type=trace_path, nargs="+", metavar="TRACE.npz", help="served one after another: drift"
+        "traces", type=trace_path, nargs="+", metavar="TRACE.npz", help="traces that are served one after another"
     )
     _cluster_arguments(parser)
-    parser.add_argument("--planner", choices=PLANNERS, default="auto", help="(auto)", metavar="NAME")
+    parser.add_argument(
+        "--planner", choices=PLANNERS, default="auto", help="name of the planner (auto)", metavar="NAME"
+    )
     _solving_arguments(parser, settings.deadline_s)
     _from_arguments(parser)
     parser.add_argument(
-        "--interval", type=float, default=settings.interval_s, metavar="S", help="virtual s between looks"
+        "--interval",
+        type=float,
+        default=settings.interval_s,
+        metavar="S",
+        help="virtual seconds between two checks of the placement",
     )
-    parser.add_argument("--window", type=float, default=settings.window_s, metavar="S", help="virtual s of statistics")
     parser.add_argument(
-        "--rate", type=float, default=settings.tokens_per_s, metavar="TOK/S", help="tokens per virtual s"
+        "--window",
+        type=float,
+        default=settings.window_s,
+        metavar="S",
+        help="virtual seconds for which statistics are kept",
+    )
+    parser.add_argument(
+        "--rate", type=float, default=settings.tokens_per_s, metavar="TOK/S", help="tokens per virtual second"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figure and the table")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

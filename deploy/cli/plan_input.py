@@ -1,4 +1,4 @@
-"""What the verbs about placements share: from parsed flags to traces, workers and problems, and files out."""
+"""What the verbs about placements share: they make traces, workers and problems of flags, and write files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement, Worker
-from elastic_moe.deploy.cli.plan import DEFAULT_MOVE_SHARE, DEFAULT_WORKERS
+from elastic_moe.deploy.cli.plan import DEFAULT_WORKERS
 from elastic_moe.optimizer.core.cost import copies, price
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.decision import MOVE_SHARE
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, load_trace
 
 
 def choose_workers(args: argparse.Namespace, old: Placement | None, num_experts: int) -> tuple[Worker, ...]:
-    """Those of --from, unless --workers asks for others."""
+    """The workers of --from, unless --workers asks for others."""
     if args.workers is None and old is not None:
         return old.workers
     number = DEFAULT_WORKERS if args.workers is None else args.workers
@@ -40,7 +41,7 @@ def load_old(args: argparse.Namespace) -> Placement | None:
 
 
 def read_trace(args: argparse.Namespace, path: Path, *others: Placement | None) -> Trace:
-    """A placement that is given knows the number of experts better than the ids that happen to occur."""
+    """Read a trace. A given placement determines the number of experts, since not every id need occur in the trace."""
     known = next((placement.num_logical_experts for placement in others if placement is not None), None)
     return load_trace(path, known if args.experts is None else args.experts)
 
@@ -62,7 +63,7 @@ def make_problem(
 
 def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | None:
     if args.old is None and args.move_share is not None:
-        raise ConfigError("--move-share: limits moves from a placement, which --from names")
+        raise ConfigError("--move-share: it limits moves from a placement, so --from is needed")
     share = move_share(args)
     if problem.current is None or problem.current.workers != problem.workers or share is None:
         return None
@@ -70,8 +71,8 @@ def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | No
 
 
 def move_share(args: argparse.Namespace) -> float | None:
-    """Most experts to move, as a share of all; None: no limit."""
-    share = DEFAULT_MOVE_SHARE if args.move_share is None else args.move_share
+    """The largest share of all experts that may move; None sets no limit."""
+    share = MOVE_SHARE if args.move_share is None else args.move_share
     if not 0 <= share <= 1:
         raise ConfigError(f"--move-share: expected 0 to 1, got {share}")
     return None if share == 1 else float(share)

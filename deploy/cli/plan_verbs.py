@@ -1,4 +1,4 @@
-"""`emoe plan` and `emoe evaluate`: plan and print; optimizer/ does the work."""
+"""`emoe plan` and `emoe evaluate`: they print and write results; optimizer/ makes them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_plan(args: argparse.Namespace) -> int:
         return 0
     print(_plan_text(report, result, args.out))
     if args.out is None:
-        print("the placement is written nowhere: give --out NEW.json to keep it", file=sys.stderr)
+        print("the placement is not written to a file; use --out NEW.json to keep it", file=sys.stderr)
     return 0
 
 
@@ -89,7 +89,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         )
     problem = make_problem(args, trace, placement.workers, old)
     report = describe(trace, problem, placement)
-    # speeds are the problem's, not the trace's, so the metric is told with them only where they were given
+    # the trace's own metric knows no speeds, so it is replaced where the user gives speeds
     if args.speeds:
         x = shares(problem, placement.physical_to_logical_map)
         report["load_imbalance"] = float(load_imbalance(problem, x).mean())

@@ -1,4 +1,4 @@
-"""`emoe serve`: check the model, start Ray and the application, say when it is ready, and clean up."""
+"""`emoe serve`: checks the model, starts Ray and the application, says when the server is ready, and cleans up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from elastic_moe.cluster.gc_pause import no_collection
 from elastic_moe.cluster.keys import authorization
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.deploy.launch.console import close_curtain, told
+from elastic_moe.deploy.launch.console import close_curtain, describe_error
 from elastic_moe.deploy.launch.local_ray import END_TIMEOUT_S, ServerProcesses, check_port, check_shared_memory
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.deploy.launch.supervision import TRY_AGAIN, Phase
@@ -34,23 +34,25 @@ from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+"""Seconds between two questions whether the server is ready."""
 DRAIN_ANSWER_S = 15.0
-"""Beyond --shutdown-timeout: what the API may take to say how many requests are left."""
+"""Seconds, beyond --shutdown-timeout, that the API may take to answer how many requests are left."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Asks the server itself, whatever proxy the environment names."""
+"""It asks the server directly, whatever proxy the environment names."""
 LONG_SILENCE_S = 15.0
-"""An API that has not answered for so long is worth a line."""
+"""Seconds without an answer of the API after which the user gets a line."""
 NATIVE_OUTPUT = "main.err"
+"""The file for what Ray's C++ prints."""
 QUIET_S = 5.0
-"""Without a terminal, the same progress is not said again before this."""
+"""Without a terminal, seconds before the same kind of progress is printed again."""
 
 
 class ServerFailed(EmoeError):
-    """The server cannot come up, or went down; the message says why."""
+    """The server cannot start, or has ended by itself; the message says why."""
 
 
 class StartFailed(ServerFailed):
-    """Ray or Serve did not start. The reason may pass: a machine that was too busy."""
+    """Ray or Serve did not start. The reason may pass, as when the machine was too busy."""
 
 
 class _Stop(BaseException):
@@ -58,7 +60,7 @@ class _Stop(BaseException):
 
 
 def serve(config: ServeConfig) -> int:
-    """Blocks until a signal. Returns 0 after an orderly end; raises UserError."""
+    """Serve until a signal comes. Blocks; returns the exit code, 0 after an orderly end. Raises UserError."""
     check_port(config.host, config.port)
     if config.address is None:
         check_shared_memory()
@@ -73,7 +75,7 @@ def serve(config: ServeConfig) -> int:
 
 
 def _main(config: ServeConfig, directory: RunDirectory, report: Report) -> int:
-    """The server's main process. Returns its exit code; the supervisor ends what it leaves."""
+    """The server's main process. Returns its exit code; the supervisor kills the processes that it leaves."""
     _keep_native_output(directory.path / NATIVE_OUTPUT)
     progress = _Progress(report.stage)
     try:
@@ -105,7 +107,7 @@ def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progres
             print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
             _watch(config)
         except (_Stop, SystemExit):
-            # until `install` is called again, Ray's own handler of SIGTERM exits
+            # Ray installs a handler of SIGTERM that raises SystemExit; it is in force until `install` is called again
             report.phase(Phase.STOPPING)
             progress.clear()
             print("stopping", file=sys.stderr, flush=True)
@@ -120,7 +122,7 @@ def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progres
 
 
 def _keep_native_output(path: Path) -> None:
-    """Ray's C++ writes stacks and warnings straight to standard error; they go to a file, and Python's lines do not."""
+    """Send what Ray's C++ writes to file descriptor 2 into a file, and keep standard error for Python's lines."""
     sys.stderr.flush()
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -132,7 +134,7 @@ def _keep_native_output(path: Path) -> None:
 
 
 def _last_words(path: Path) -> str:
-    """Why Ray ended the main process, from what its C++ has written: its last error, else the last line of all."""
+    """Why Ray ended the main process: the last error that its C++ has written, or else its last line."""
     with contextlib.suppress(OSError):
         text = re.sub(r"\x1b\[[\d;]*m", "", path.read_bytes()[-65536:].decode(errors="replace"))
         if errors := re.findall(r"^\[[^\]]* [CE] \d+ \d+\] (?:\(.*?\) )?\S+:\d+: +(.+)$", text, re.MULTILINE):
@@ -144,7 +146,8 @@ def _last_words(path: Path) -> str:
 def _start(
     processes: ServerProcesses, signals: _Signals, progress: _Progress, model_dir: str, model: ModelInfo
 ) -> None:
-    """Raises StartFailed, in one line, for whatever Ray and Serve raise."""
+    """Start Ray and the application. Raises StartFailed, with a message of one line, for whatever Ray and Serve
+    raise."""
     try:
         progress.show("starting Ray")
         processes.start_ray()
@@ -156,11 +159,11 @@ def _start(
         raise
     except Exception as error:
         logger.warning("cannot start", exc_info=error)
-        raise StartFailed(f"cannot start: {told(error)}") from error
+        raise StartFailed(f"cannot start: {describe_error(error)}") from error
 
 
 def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
-    """The model's directory, and what it is. Raises CheckpointError and ConfigError before anything is started."""
+    """The model's directory and description, checked before anything starts. Raises CheckpointError and ConfigError."""
     if config.model is None:
         from elastic_moe.deploy.launch.builtin import MODEL, MODEL_DIR, NOTICE
 
@@ -171,7 +174,7 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
                 process.wait()
     else:
         model_dir = os.path.abspath(os.path.expanduser(config.model))
-        # in a process beside, while this one imports what a model needs
+        # the tokenizer is checked in another process, while this one imports what a model needs
         with TokenizerProcess(model_dir, config.chat_template) as process:
             with no_collection():
                 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
@@ -191,15 +194,16 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
 
 
 class _Signals:
-    """The supervisor's SIGTERM raises _Stop in the main thread, once. It also counts the user's signals."""
+    """Raises _Stop in the main thread for the first SIGTERM of the supervisor. The supervisor counts the user's
+    signals."""
 
     def __init__(self) -> None:
         self._seen = False
 
     def install(self) -> None:
-        """To be called again after Ray has started: it puts its own handlers in."""
+        """Set the handlers. Call this again after Ray has started, since Ray sets its own."""
         signal.signal(signal.SIGTERM, self._handle)
-        # a handler, not SIG_IGN, which every process that is started from here would inherit
+        # a handler and not SIG_IGN, because child processes would inherit SIG_IGN
         signal.signal(signal.SIGINT, lambda *_: None)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -223,8 +227,8 @@ def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
 
 
 def _watch(config: ServeConfig) -> None:
-    """Blocks while the server runs, and tells of recoveries and scaling. Raises ServerFailed where waiting is vain."""
-    told: set[str] = set()
+    """Print a line for each recovery and scaling while the server runs. Raises ServerFailed where it cannot go on."""
+    reported: set[str] = set()
     silence = Silence(time.monotonic())
     while True:
         time.sleep(2.0)
@@ -233,43 +237,46 @@ def _watch(config: ServeConfig) -> None:
             print(line, file=sys.stderr, flush=True)
         if state is not None and state.error is not None:
             raise ServerFailed(state.error)
-        for line in news(_get(config, "/admin/operations"), told):
+        for line in news(_get(config, "/admin/operations"), reported):
             print(line, file=sys.stderr, flush=True)
 
 
 class Silence:
-    """Tells once that the API does not answer, and once that it answers again."""
+    """Reports once that the API does not answer, and once that it answers again."""
 
     def __init__(self, now: float) -> None:
         self._heard_at = now
-        self._told = False
+        self._reported = False
 
     def news(self, *, answered: bool, now: float) -> str | None:
-        """A line for the user, where there is one."""
+        """A line for the user, or None."""
         silent_s = now - self._heard_at
         if answered:
             self._heard_at = now
-            was_told, self._told = self._told, False
-            return f"the API answers again, after {silent_s:.0f} s" if was_told else None
-        if self._told or silent_s < LONG_SILENCE_S:
+            was_reported, self._reported = self._reported, False
+            return f"the API answers again, after {silent_s:.0f} s" if was_reported else None
+        if self._reported or silent_s < LONG_SILENCE_S:
             return None
-        self._told = True
+        self._reported = True
         return f"the API has not answered for {silent_s:.0f} s"
 
 
-def news(operations: Any, told: set[str]) -> list[str]:
-    """A line for every recovery and scaling of GET /admin/operations that has ended since; their ids go into `told`."""
+def news(operations: Any, reported: set[str]) -> list[str]:
+    """A line for every recovery and scaling in GET /admin/operations that has ended and is not yet in `reported`.
+
+    Their ids are added to `reported`.
+    """
     lines: list[str] = []
     for operation in reversed(operations) if isinstance(operations, list) else ():
         name, phase = operation["operation_id"], operation["phase"]
-        if operation["kind"] in ("recover", "scale") and phase in ENDED and name not in told:
-            told.add(name)
+        if operation["kind"] in ("recover", "scale") and phase in ENDED and name not in reported:
+            reported.add(name)
             lines.append(f"{name} {phase}: {operation['error'] or operation['reason']}")
     return lines
 
 
 def _readiness(config: ServeConfig) -> Readiness | None:
-    """What /ready says, as a client would hear it; None where nobody answers."""
+    """The answer of /ready, as a client gets it; None where nobody answers."""
     body = _get(config, "/ready")
     if not isinstance(body, dict) or "ready" not in body:
         return None
@@ -277,7 +284,7 @@ def _readiness(config: ServeConfig) -> Readiness | None:
 
 
 def _get(config: ServeConfig, path: str) -> Any:
-    """The JSON that is answered, whatever the status; None where there is none."""
+    """The JSON of the answer, whatever its status; None where there is no answer, or no JSON."""
     try:
         request = urllib.request.Request(_url(config) + path, headers=authorization(config))
         with _DIRECT.open(request, timeout=5) as response:
@@ -300,11 +307,11 @@ def _name(config: ServeConfig, model_dir: str) -> str:
 
 
 class _Progress:
-    """One line that is written over on a terminal; elsewhere a line for each change, not too many."""
+    """Shows the progress of a start: on a terminal one line that is written over, elsewhere a line for each change."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        """`tell` is told of what is shown."""
-        self._tell = tell
+    def __init__(self, report: Callable[[str], None]) -> None:
+        """`report` is called with each text that is shown."""
+        self._report = report
         self._terminal = sys.stderr.isatty()
         self._last = ""
         self._said_at = 0.0
@@ -312,7 +319,7 @@ class _Progress:
     def show(self, text: str) -> None:
         if text == self._last:
             return
-        self._tell(text)
+        self._report(text)
         stage_changed = text.split(":")[0].split("(")[0] != self._last.split(":")[0].split("(")[0]
         if self._terminal:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The verb `emoe trace`: records routing traces of text, and lists those of the built-in model."""
+"""The verb `emoe trace`: records routing traces of texts, and lists the traces of the built-in model."""
 
 from __future__ import annotations
 
@@ -31,19 +31,23 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help='*.jsonl: an object with "prompt" per line, each a request; anything else: text, cut into requests',
+        help='a *.jsonl file has one request per line, an object with a "prompt"; another file is cut into requests',
     )
-    record.add_argument("--model", type=Path, default=MODEL_DIR, metavar="MODEL_DIR", help="(the built-in model)")
-    record.add_argument("--out", type=Path, required=True, metavar="TRACE.npz")
-    record.add_argument("--request-tokens", type=int, default=256, metavar="N", help="of a piece of text (256)")
-    record.add_argument("--max-tokens", type=int, metavar="N", help="to record in all (everything)")
+    record.add_argument(
+        "--model", type=Path, default=MODEL_DIR, metavar="MODEL_DIR", help="directory of the model (the built-in model)"
+    )
+    record.add_argument("--out", type=Path, required=True, metavar="TRACE.npz", help="file for the trace")
+    record.add_argument(
+        "--request-tokens", type=int, default=256, metavar="N", help="tokens of a request that is cut from a text (256)"
+    )
+    record.add_argument("--max-tokens", type=int, metavar="N", help="largest number of tokens to record (all)")
     record.set_defaults(run=run_record)
     listing = verbs.add_parser("list", help="list the built-in model's traces", allow_abbrev=False)
     listing.set_defaults(run=run_list)
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """Names that stand for a trace wherever one is asked for, and their files."""
+    """Print the names that every verb takes in place of a trace file, and their files."""
     for name in trace_names():
         print(f"builtin:{name}\t{trace_path(f'builtin:{name}')}")
     return 0
@@ -75,7 +79,7 @@ def run_record(args: argparse.Namespace) -> int:
 
 
 def _first(requests: list[list[int]], tokens: int) -> Iterator[list[int]]:
-    """Requests until there are `tokens`, the last one cut."""
+    """The first requests, up to `tokens` tokens; the last one is cut."""
     for ids in requests:
         if tokens <= 0:
             return

@@ -1,8 +1,8 @@
-"""One answer on its way from the engine to the client: its text, its stop strings, its end.
+"""One answer on its way from the engine to the client: makes its text, and finds its stop strings and its end.
 
     prompt -> GenerateRequest -> backend.generate() -> TokenOutput -> Answer.feed() -> Delta -> a chunk of the response
 
-`Answer` is pure. `answer_deltas` runs one, `merged` several at a time.
+`Answer` is pure. `answer_deltas` runs one answer, `merged` several at a time.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from elastic_moe.deploy.text.tokenizer import Tokenizer
 
 
 class GenerationFailed(EmoeError):
-    """The engine gave a request up, through no fault of the request's."""
+    """The engine has ended a request because of a fault that is not in the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredToken:
     logprobs: TokenLogprobs
     text_offset: int
-    """Characters of the answer before this token."""
+    """Number of characters of the answer before this token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What is new of one answer."""
+    """The new part of one answer."""
 
     index: int
     text: str
     tokens: tuple[ScoredToken, ...] = ()
-    """Where log probabilities were asked for: the new tokens. They may be ahead of the text."""
+    """The new tokens, where the client asks for log probabilities. They may be ahead of the text."""
     token_ids: tuple[int, ...] = ()
-    """Where they were asked for: ids of the new tokens."""
+    """The ids of the new tokens, where the client asks for them."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    """The stop token or stop string that ended it; None for an end-of-sequence token."""
+    """The stop token or stop string that has ended the answer; None for an end-of-sequence token."""
 
     @property
     def empty(self) -> bool:
@@ -52,7 +52,7 @@ class Delta:
 
 
 class Answer:
-    """Makes deltas of token outputs. Outputs after the end are ignored."""
+    """Makes deltas of the engine's outputs. Outputs after the end are ignored."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class Answer:
         self.index = index
         self.request = request
         self.completion_tokens = 0
-        """Tokens up to the end, the stopping one included."""
+        """Number of tokens up to the end, with the one that ended the answer."""
         self.cached_tokens: int | None = None
-        """Prompt tokens that were not computed again; None before the first output."""
+        """Number of prompt tokens that were found in a cache; None before the first output."""
         self.finished = False
         self._include_stop = include_stop
         self._stopping_tokens = {*eos_token_ids, *request.params.stop_token_ids}
@@ -81,11 +81,11 @@ class Answer:
         self._return_token_ids = return_token_ids
 
     def feed(self, output: TokenOutput) -> Delta:
-        """Raises GenerationFailed where the engine reports an error."""
+        """The delta that an output makes. Raises GenerationFailed where the engine reports an error."""
         if output.finish_reason is FinishReason.ERROR:
-            raise GenerationFailed(output.error or "the engine gave this request up")
+            raise GenerationFailed(output.error or "the engine has ended this request because of an error")
         if self.cached_tokens is None:
-            # a request that is resumed after its engine was lost does not report again
+            # after a loss of the engine, the resumed request reports the number again; the first report counts
             self.cached_tokens = output.cached_tokens
         text = ""
         scored: list[ScoredToken] = []
@@ -110,7 +110,7 @@ class Answer:
     def _push(self, text: str) -> str:
         self.completion_tokens += 1
         self._text_chars += len(text)
-        # As in vLLM, stop strings count only after min_tokens.
+        # as in vLLM, stop strings count only after min_tokens
         if self.completion_tokens <= self.request.params.min_tokens:
             return text
         return self._stop_strings.push(text)
@@ -137,7 +137,7 @@ class Answer:
 async def answer_deltas(
     backend: Backend, answer: Answer, metrics: Metrics, *, began: Callable[[], None] = lambda: None
 ) -> AsyncGenerator[Delta, None]:
-    """Runs one answer. Closing the generator, or a stop string, aborts the request in the engine.
+    """The deltas of one answer. The request is aborted in the engine at a stop string, or when the generator is closed.
 
     `began` is called once, with the first output.
     """
@@ -171,7 +171,7 @@ async def answer_deltas(
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """Deltas of several answers as they come. An error in one ends all; closing it closes all."""
+    """The deltas of several answers as they come. An error in one ends all, and closing the generator closes all."""
     if len(streams) == 1:
         async with contextlib.aclosing(streams[0]) as only:
             async for delta in only:
@@ -193,7 +193,7 @@ async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerat
     try:
         for stream in streams:
             tasks.append(asyncio.create_task(forward(stream)))
-            # a thousand long prompts must not be sent in one go
+            # let other requests run: a thousand long prompts must not be sent at once
             await asyncio.sleep(0)
         running = len(tasks)
         while running:

@@ -1,6 +1,6 @@
-"""The seam between HTTP and the cluster: what the API asks for, and nothing about how it is got.
+"""The interface between HTTP and the cluster: the questions of the API, without the ways to answer them.
 
-`RayBackend` (ray_backend.py) is the real one; tests have one of their own that runs in process.
+`RayBackend` (ray_backend.py) implements it on Ray; tests have a backend that runs in one process.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from elastic_moe.cluster.placement import Placement, WorkerId
 
 
 class Backend(Protocol):
-    """Every method raises NotReadyError while there is nothing to ask yet."""
+    """Every method raises NotReadyError while there is no cluster to ask."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
-        """The request's tokens as they come, in order and without repeats; the last has a finish_reason.
+        """The request's tokens as they come, in order and without repeats. The last output has a finish_reason.
 
-        Closing the iterator before that aborts the request. Raises RequestError where the engine refuses it.
+        Closing the iterator before the last output aborts the request. Raises RequestError where the engine refuses it.
         """
         ...
 
     async def engine_status(self) -> EngineStatus: ...
 
     async def readiness(self) -> Readiness:
-        """Answers at once and never raises: /ready is made from it."""
+        """Whether the cluster is ready. Returns at once and never raises, since /ready is made of it."""
         ...
 
     @property
     def can_wait(self) -> bool:
-        """Whether a request that nobody can serve now may wait: somebody has served, not too long ago."""
+        """Whether a request may wait while no worker can serve it: some worker has served, and not too long ago."""
         ...
 
     async def model_info(self) -> ModelInfo: ...
@@ -54,13 +54,13 @@ class Backend(Protocol):
     async def workers(self) -> list[WorkerView]: ...
 
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
-        """Raises ConflictError, with the running operation's id, and UserError for an unknown planner."""
+        """Raises ConflictError, which names the running operation, and UserError for an unknown planner."""
         ...
 
     async def scale(
         self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
     ) -> Operation:
-        """Raises ConflictError, and UserError for a number of workers, or a worker, that cannot be."""
+        """Raises ConflictError, and UserError for an impossible number of workers or an unknown worker."""
         ...
 
     async def scaling(self) -> ScaleView: ...
@@ -79,5 +79,5 @@ class Backend(Protocol):
 
     @property
     def resumed_requests(self) -> int:
-        """Requests that were submitted again since this replica began, because their engine was gone."""
+        """Number of requests that this replica has submitted again because their engine was lost."""
         ...

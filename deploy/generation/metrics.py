@@ -1,6 +1,6 @@
-"""Prometheus metrics: vLLM's names where it has one, so that its dashboards work; ours begin with `emoe:`.
+"""Prometheus metrics. They have vLLM's names where vLLM has one, so that its dashboards work; ours begin with `emoe:`.
 
-What happens in this replica is counted here; what the cluster knows is read from it at each scrape.
+Events of this replica are counted here; figures of the cluster are read from it at each scrape.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, ScaleV
 from elastic_moe.deploy.generation.backend import Backend
 
 Value = TypeVar("Value", bound=str)
-"""Of a label: one of an enum."""
+"""The value of a label: a member of an enum."""
 
 Answer = TypeVar("Answer")
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 LABELS = ("model_name", "engine")
-"""vLLM's labels; `engine` numbers its data-parallel engines, of which there is one here."""
+"""vLLM's labels. `engine` numbers its data-parallel engines; this server has one."""
 
 TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -75,7 +75,7 @@ class Metrics:
         self._prompt_tokens.inc(prompt_tokens)
 
     def tokens_came(self, count: int, elapsed_s: float, *, first: bool) -> None:
-        """`count` tokens, `elapsed_s` after the previous ones, or after the request began."""
+        """Count tokens that came `elapsed_s` after the previous ones, or after the request began."""
         if count < 1:
             return
         self._generation_tokens.inc(count)
@@ -122,7 +122,7 @@ async def _unless_away(question: Awaitable[Answer]) -> Answer | None:
 
 
 class _ClusterCollector(Collector):
-    """Metrics of the last answers that the cluster gave."""
+    """Makes metrics of the last answers of the cluster."""
 
     def __init__(self, labels: dict[str, str]) -> None:
         self._labels = labels
@@ -135,11 +135,11 @@ class _ClusterCollector(Collector):
         self.counters: ClusterCounters | None = None
 
     def collect(self) -> Iterable[Metric]:
-        yield self._gauge("emoe:ready", "1 while requests are served.", float(self.ready))
+        yield self._gauge("emoe:ready", "1 while the server serves requests.", float(self.ready))
         moved = self.counters.requests_moved if self.counters is not None else 0
         yield self._count(
             "emoe:requests_resumed",
-            "Requests that went on elsewhere after their engine or worker was lost, or their worker had to leave.",
+            "Requests that went on elsewhere because their engine or worker was lost or their worker left.",
             self.resumed + moved,
         )
         if self.engine is not None:
@@ -152,7 +152,11 @@ class _ClusterCollector(Collector):
             yield self._gauge("emoe:workers_target", "Workers that there should be.", self.scale.target)
         if self.routing is not None and self.routing.load_imbalance:
             balanced = sum(1 / ratio for ratio in self.routing.load_imbalance) / len(self.routing.load_imbalance)
-            yield self._gauge("emoe:balancedness", "Mean load of workers over the busiest's, mean of layers.", balanced)
+            yield self._gauge(
+                "emoe:balancedness",
+                "Mean load of the workers over the load of the busiest one, as a mean over layers.",
+                balanced,
+            )
 
     def _of_engine(self, engine: EngineStatus) -> Iterable[Metric]:
         usage = max(engine.kv_usage.values(), default=0.0)
@@ -163,14 +167,14 @@ class _ClusterCollector(Collector):
         yield self._count("vllm:num_preemptions", "Cumulative number of preemptions.", engine.preemptions)
         yield self._count(
             "vllm:corrupted_requests",
-            "Requests that were ended because the model's logits were not numbers.",
+            "Requests that ended because the model's logits were not numbers.",
             engine.corrupted_requests,
         )
         yield self._count("emoe:prefix_cache_queries", "Tokens looked up in prefix caches.", engine.prefix_queries)
         yield self._count("emoe:prefix_cache_hits", "Tokens found in prefix caches.", engine.prefix_hits)
         first = SummaryMetricFamily(
             "emoe:engine_time_to_first_token_seconds",
-            "Time to first token in the engine alone, without HTTP and text.",
+            "Time to first token within the engine, without HTTP and tokenizing.",
             labels=LABELS,
         )
         first.add_metric([*self._labels.values()], engine.first_tokens, engine.first_tokens_s)
@@ -185,9 +189,12 @@ class _ClusterCollector(Collector):
         yield self._durations(
             "emoe:rebalance_duration_seconds", "Time of a re-placement, by stage.", "stage", counters.rebalance_s
         )
-        yield self._counts("emoe:recoveries", "Recoveries, by what they were from.", "cause", counters.recoveries)
+        yield self._counts("emoe:recoveries", "Recoveries, by their cause.", "cause", counters.recoveries)
         yield self._durations(
-            "emoe:recovery_duration_seconds", "Time without an epoch that serves.", None, {"": counters.recovery_s}
+            "emoe:recovery_duration_seconds",
+            "Time of recoveries, in which no epoch served.",
+            None,
+            {"": counters.recovery_s},
         )
 
     def _of_workers(self, workers: list[WorkerView]) -> Iterable[Metric]:
@@ -200,7 +207,7 @@ class _ClusterCollector(Collector):
         yield self._fit(workers)
 
     def _fit(self, workers: list[WorkerView]) -> GaugeMetricFamily:
-        """1 for every path that serves a part of the model on some worker."""
+        """A gauge that is 1 for every path by which some worker serves a part of the model."""
         family = GaugeMetricFamily(
             "emoe:fit_info", "Which code serves which part of the model.", labels=[*LABELS, "part", "path"]
         )

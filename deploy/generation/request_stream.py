@@ -1,7 +1,7 @@
-"""A request under way, as the API keeps it: the tokens that it has got, and those that nobody has read yet.
+"""A running request in the API: the tokens that have come, and those that nobody has read yet.
 
-Unread tokens pile up where a client reads slowly. They are kept as one output, and counted, so that whoever keeps all
-requests can bound what they take.
+Unread tokens pile up where a client reads slowly. They are merged into one output, and counted, so that the owner of
+all streams can bound their memory.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest,
 
 
 class RequestStream:
-    """One reader; everything on one event loop."""
+    """The stream of one request, for one reader, on one event loop."""
 
     def __init__(self, request: GenerateRequest) -> None:
         self.request = request
         self.received: list[int] = list(request.output_token_ids)
         self.link: Link | None = None
-        """The connection by which the engine has accepted it; None while there is none."""
+        """The connection to the engine that has accepted the request; None while no engine has."""
         self.unread = 0
-        """Entries in memory: one for a token, one for each of its log probabilities."""
+        """Number of unread entries: one for a token, and one for each of its log probabilities."""
         self._first: TokenOutput | None = None
-        """Unread; then, if there are more: their tokens, and the newest of them."""
+        """The first unread output. If there are more: `_tokens` and `_logprobs` have theirs, `_last` is the newest."""
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._last: TokenOutput | None = None
         self._end: TokenOutput | Exception | None = None
-        """How it failed, once the rest is read."""
+        """The error that ends the stream after its unread tokens."""
         self._came: asyncio.Future[None] | None = None
-        """What the reader waits for."""
+        """The future that the reader waits for."""
 
     @property
     def resumed(self) -> GenerateRequest:
         return dataclasses.replace(self.request, output_token_ids=tuple(self.received))
 
     def take(self, output: TokenOutput) -> bool:
-        """Hand on what is new of `output`. False where tokens before it are missing: they were lost on the way."""
+        """Take the new tokens of `output`. Returns False where earlier tokens are missing, which were lost on the
+        way."""
         repeats = len(self.received) - output.offset
         if repeats < 0:
             return False
@@ -55,7 +56,7 @@ class RequestStream:
         return True
 
     def fail(self, message: str) -> None:
-        """End it with an error, after what is unread."""
+        """End the stream with an error after its unread tokens."""
         self._end = TokenOutput(
             request_id=self.request.request_id,
             offset=len(self.received),
@@ -66,13 +67,13 @@ class RequestStream:
         self._wake()
 
     def refuse(self, error: Exception) -> None:
-        """Raise `error` when the next output is read. What is unread is thrown away."""
+        """Raise `error` when the next output is read. Unread tokens are thrown away."""
         self._read()
         self._end = error
         self._wake()
 
     async def next(self) -> TokenOutput:
-        """All that is unread, as soon as there is any. Raises what `refuse` was given."""
+        """All unread tokens as one output; waits until there is one. Raises the error that `refuse` was given."""
         while self._first is None:
             if isinstance(self._end, Exception):
                 raise self._end
@@ -85,7 +86,7 @@ class RequestStream:
         return output
 
     def _read(self) -> TokenOutput | None:
-        """What is unread, as one output. From now on it is read."""
+        """Take all unread tokens as one output."""
         first, last, tokens, logprobs = self._first, self._last, self._tokens, self._logprobs
         self._first = self._last = None
         self.unread = 0

@@ -1,5 +1,5 @@
-"""The model that is served when none is given, and its routing traces. Both come with the package; its README.md
-says what it is made of."""
+"""The built-in model, which is served when the user names none, and its routing traces. Both come with the package; the
+README.md beside the model says how it was made."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from elastic_moe.cluster.messages.epochs import ModelInfo
 
 NOTICE = "No model directory was given: serving the built-in model, which writes well-formed nonsense."
-"""What a user of the built-in model must be told."""
+"""The line that a user of the built-in model reads at the start."""
 
 MODEL_DIR = Path(__file__).parents[1] / "models" / "emoe-mini"
-"""In Hugging Face layout."""
+"""The directory of the model, in Hugging Face layout."""
 
 MODEL = ModelInfo(
     architecture="Qwen3MoeForCausalLM",
@@ -27,22 +27,25 @@ MODEL = ModelInfo(
     eos_token_ids=(0,),
     dtype="bfloat16",
 )
-"""What opening it tells, which takes five seconds of imports."""
+"""What `open_checkpoint` would return for the model. It stands here because that call takes five seconds of imports."""
 
 _PREFIX = "builtin:"
 
 
 def trace_names() -> tuple[str, ...]:
-    """Subjects of the text that the built-in model's routing was recorded on."""
+    """The subjects of the texts on which the routing of the built-in model was recorded."""
     return tuple(sorted(path.stem for path in (MODEL_DIR / "traces").glob("*.npz")))
 
 
 def trace_path(text: str) -> Path:
-    """A trace as a user names it: a file, or `builtin:SUBJECT`. Raises what argparse wants for an unknown subject."""
+    """The file of a trace that a user names by its path or by `builtin:SUBJECT`.
+
+    Raises argparse.ArgumentTypeError for an unknown subject.
+    """
     if not text.startswith(_PREFIX):
         return Path(text)
     name = text.removeprefix(_PREFIX)
     if name not in trace_names():
         known = ", ".join(_PREFIX + name for name in trace_names())
-        raise argparse.ArgumentTypeError(f"{text}: no such trace, there are {known}")
+        raise argparse.ArgumentTypeError(f"{text}: there is no such trace; the built-in traces are {known}")
     return MODEL_DIR / "traces" / f"{name}.npz"

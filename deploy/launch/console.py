@@ -1,7 +1,7 @@
 """The log file of a server, and the lines of it that `emoe serve` shows while it runs.
 
-Warnings and errors of every process come to standard error at once, one line each, with the name of the file that has
-the tracebacks and everything else.
+Every warning and error of every process appears on standard error at once, as one line with the name of the log file.
+The tracebacks and all other lines are in that file.
 """
 
 from __future__ import annotations
@@ -26,20 +26,26 @@ from elastic_moe.cluster.errors import ConfigError, EmoeError
 from elastic_moe.cluster.lines import ending, single_line
 
 LOOK_S = 0.2
+"""Seconds between two looks at the file."""
 LONGEST_BYTES = 64 * 2**20
-"""A longer file is put aside, as FILE.1, and a new one begun."""
+"""Size above which the file is renamed to FILE.1 and a new one is begun."""
 KEPT_FILES = 10
+"""Number of servers whose log files are kept."""
 SHOWN = ("WARNING", "ERROR", "CRITICAL")
 HEAD = re.compile(r"\S+ (?P<level>[A-Z]+) (?P<process>.+?)\[\d+\] \S+: (?P<message>.*)")
 LAST = "the processes are ended"
-"""After this line, what the log says is the noise of processes whose peers have gone."""
+"""The last line that is shown: later lines come from processes that have lost their peers."""
 LONGEST_LINE = 500
+"""Most characters of a message that are shown."""
 LONGEST_ERROR = 600
+"""Most characters of a Ray error that are shown."""
 
 
 @contextlib.contextmanager
 def logged(config: ServeConfig, environ: Mapping[str, str]) -> Iterator[ServeConfig]:
-    """`config` with the name of a log file; what is written to it is shown meanwhile. Who writes first makes it.
+    """Yield `config` with the name of a log file, and show the lines that processes write to it meanwhile.
+
+    The first process that writes makes the file.
 
     Raises ConfigError where `config.log_file` cannot be written.
     """
@@ -57,16 +63,17 @@ def logged(config: ServeConfig, environ: Mapping[str, str]) -> Iterator[ServeCon
 
 
 def close_curtain() -> None:
-    """To be called, in any process of the server's, when the rest is to be ended: its last words stay in the file."""
+    """Stop showing lines, because the processes are being ended. Any process of the server may call this."""
     logger = logging.getLogger(__name__)
-    # past the level that the user has set, because it is meant for the follower
+    # it passes by the level that the user has set, because it is meant for the follower
     logger.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, LAST, (), None))
 
 
 def keep_ray_lines(data: Any, ignore_prefix: bool = False) -> None:
-    """Put what Ray brings from other processes into the log file; stands in for Ray's `print_to_stdstream`.
+    """Write what Ray brings from other processes into the log file. It replaces Ray's `print_to_stdstream`.
 
-    These are log lines of processes on other nodes, which have no such file, and Ray's own paragraphs about deaths.
+    Ray brings log lines of processes on other nodes, which cannot write to this file, and its own paragraphs about
+    processes that died.
     """
     file = log_file()
     if file is None:
@@ -79,15 +86,15 @@ def keep_ray_lines(data: Any, ignore_prefix: bool = False) -> None:
         sink.write("".join(line + "\n" for line in whole).encode("utf-8", "backslashreplace"))
 
 
-def told(error: BaseException) -> str:
-    """One line for an error of Ray's: its end, where the cause is, and the name of the log file."""
+def describe_error(error: BaseException) -> str:
+    """An error of Ray's in one line: the end of its text, which names the cause, and the name of the log file."""
     text = ending(single_line(str(error)) or type(error).__name__, LONGEST_ERROR)
     file = log_file()
-    return f"{text} (all of it is in {file})" if file else text
+    return f"{text} (the whole error is in {file})" if file else text
 
 
 def shown(line: str, file: Path, *, as_json: bool) -> str | None:
-    """What standard error gets of a line of the log; None for nothing."""
+    """The text that standard error gets for a line of the log; None where it gets nothing."""
     if as_json:
         try:
             record = json.loads(line)
@@ -112,7 +119,10 @@ def _named_file(name: str) -> Path:
 
 
 def _new_file(config: ServeConfig, environ: Mapping[str, str]) -> Path:
-    """A name for this server's log; the oldest files of other servers are deleted. Raises EmoeError."""
+    """Choose a name for this server's log, and delete the oldest logs of other servers.
+
+    Raises EmoeError where no directory can be written.
+    """
     try:
         directory = log_directory(environ.get("XDG_STATE_HOME"), Path(tempfile.gettempdir()) / f"emoe-{os.getuid()}")
     except OSError as error:
@@ -129,7 +139,7 @@ def _aside(file: Path) -> Path:
 
 
 class Follower:
-    """A thread that shows the file's new lines."""
+    """A thread that shows the lines which processes append to the log file."""
 
     def __init__(self, file: Path, *, as_json: bool, longest_bytes: int = LONGEST_BYTES) -> None:
         self._file = file
@@ -145,7 +155,7 @@ class Follower:
         self._thread.start()
 
     def end(self) -> None:
-        """Shows what is there still."""
+        """Show the lines that are left, and end the thread."""
         self._ended.set()
         self._thread.join()
 
@@ -159,7 +169,7 @@ class Follower:
         if self._read_bytes > self._longest_bytes:
             with contextlib.suppress(OSError):
                 os.replace(self._file, _aside(self._file))
-                # what came in between
+                # lines that came before the rename
                 self._show_new(_aside(self._file))
             self._read_bytes = 0
 
@@ -167,7 +177,7 @@ class Follower:
         try:
             with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < self._read_bytes:
-                    # somebody has emptied it, or begun another
+                    # somebody has emptied the file, or begun another
                     self._read_bytes = 0
                 file.seek(self._read_bytes)
                 data = file.read()
@@ -186,7 +196,7 @@ class Follower:
 
 
 def _show(text: str) -> None:
-    # the line of progress, where there is one, is written over
+    # a line of progress may stand there, and is written over
     clear = "\r\033[K" if sys.stderr.isatty() else ""
     with contextlib.suppress(OSError, ValueError):
         print(f"{clear}{text}", file=sys.stderr, flush=True)

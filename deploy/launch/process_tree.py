@@ -1,8 +1,8 @@
-"""The processes below this one: how the kernel keeps them together, and how they are ended.
+"""The processes below this one: keeps them together with the kernel's help, and ends them.
 
 On Linux a process can ask to become the parent of every descendant whose own parent dies. So whatever a server starts
-stays below its supervisor, and "below this process" is exactly what may be killed: nothing is found by its name.
-Elsewhere a descendant whose parent has died is not found.
+stays below its supervisor, which may kill exactly the processes below itself; no process is searched for by its name.
+On other systems, a descendant whose parent has died is not found.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
-    """From now on this process is the parent of each descendant whose parent dies."""
+    """Make this process the parent of every descendant whose own parent dies from now on."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> None:
-    """The kernel kills this process when `parent`, which started it, ends; at once where that has happened already."""
+    """Ask the kernel to kill this process when its parent, whose pid is `parent`, ends; exit if it has ended
+    already."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def end_descendants(timeout_s: float = 10.0) -> list[int]:
-    """Kill everything below this process, and reap it. Returns the pids that are left after `timeout_s`."""
+    """Kill and reap all processes below this one. Returns the pids of those that are left after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while found := _descendants():
         for process in found:
@@ -47,7 +48,7 @@ def end_descendants(timeout_s: float = 10.0) -> list[int]:
 
 
 def reap() -> dict[int, int]:
-    """Wait status of each child that has ended since, by pid. Does not block."""
+    """The wait status, by pid, of each child that has ended since the last call. Does not block."""
     ended: dict[int, int] = {}
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -59,7 +60,7 @@ def reap() -> dict[int, int]:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it still runs: a process that nobody has reaped yet does not."""
+    """Whether the process still runs. A zombie, which nobody has reaped yet, does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

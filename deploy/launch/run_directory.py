@@ -1,8 +1,9 @@
-"""The directory of one server: private, short, and gone with the server.
+"""The private directory of one server, which has a short path and is removed with the server.
 
-Everything that a local server writes lies in it: Ray's session with its sockets and logs, HAProxy's files, temporary
-files of its processes. It is for its owner alone (0700), so that nobody else can replace a socket. The server holds a
-lock on it while it runs; a directory without such a holder was left behind, and the next server removes it.
+Everything that a local server writes lies in it: Ray's session with its sockets and logs, HAProxy's files, and
+temporary files of its processes. Only its owner may enter it (mode 0700), so that nobody else can replace a socket. The
+server holds a lock on it while it runs. A directory whose lock nobody holds was left behind, and the next server
+removes it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from elastic_moe.cluster.errors import UserError
 
 PREFIX = "emoe-"
 LONGEST_BYTES = 36
-"""A socket's path has at most 107 bytes, and Ray appends `/session_DATE_TIME_PID/sockets/plasma_store` to `ray`."""
+"""Most bytes of the path. A socket's path has at most 107 bytes, of which Ray needs the rest: it appends
+`/session_DATE_TIME_PID/sockets/plasma_store` to `ray`."""
 LEAST_FREE_BYTES = 64 << 20
-"""What Ray's and Serve's logs need at least."""
+"""Free space that the logs of Ray and Serve need at least."""
 _LOCK = "lock"
 
 
@@ -30,13 +32,13 @@ _LOCK = "lock"
 class RunDirectory:
     path: Path
     lock: int
-    """Descriptor that holds the lock. Processes that are forked hold it too."""
+    """File descriptor that holds the lock. Forked processes hold the lock too."""
 
     @classmethod
     def create(cls, parents: Sequence[str] | None = None) -> RunDirectory:
-        """A new one in the first of `parents` that is short enough, can be written and has space.
+        """Make a directory in the first of `parents` that is short enough, can be written and has space.
 
-        Those that dead servers have left there are removed.
+        Directories that dead servers have left there are removed.
 
         Raises UserError where no parent will do.
         """
@@ -57,14 +59,14 @@ class RunDirectory:
                 except OSError:
                     shutil.rmtree(path, ignore_errors=True)
         raise UserError(
-            "TMPDIR: a server needs a directory for its sockets and logs, which it can write, with"
-            f" {LEAST_FREE_BYTES >> 20} MiB free, and with a path of at most {LONGEST_BYTES - len(PREFIX) - 9} bytes;"
+            "TMPDIR: a server needs a directory for its sockets and logs that it can write, that has"
+            f" {LEAST_FREE_BYTES >> 20} MiB free, and whose path has at most {LONGEST_BYTES - len(PREFIX) - 9} bytes;"
             f" none of {', '.join(tried)} is one"
         )
 
     @property
     def ray(self) -> Path:
-        """Ray's own root. Ray opens it to everybody; the directory around it stays closed."""
+        """The directory for Ray's sessions. Ray opens it to everybody; the directory around it stays closed."""
         return self.path / "ray"
 
     @property
@@ -72,17 +74,17 @@ class RunDirectory:
         return self.path / "tmp"
 
     def remove(self) -> None:
-        """Remove it and what is in it. To be called when no process of the server is left. Idempotent."""
+        """Remove the directory with its contents. Call this when no process of the server is left. Idempotent."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def remove_stale(parent: str) -> None:
-    """Remove the directories in `parent` that are this user's and whose server is gone."""
+    """Remove the directories in `parent` that belong to this user and whose server has ended."""
     for path in Path(parent).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if path.is_symlink() or path.stat().st_uid != os.geteuid():
                 continue
-            # what has no lock is not ours, or is being made
+            # a directory without a lock file is not ours, or is being made
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +99,7 @@ def _parents() -> list[str]:
 
 
 def _locked(directory: Path) -> int:
-    """The file gets its name when it is locked already, so that nobody can find it free."""
+    """Lock the lock file of `directory`. It gets its name after it is locked, so that nobody can find it unlocked."""
     made = directory / f"{_LOCK}.new"
     lock = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
-"""The Ray Serve application: one ingress deployment, which starts the cluster's actors and takes them down with it.
+"""The Ray Serve application: one deployment, which starts the cluster's actors and ends them with the application.
 
 `emoe serve` runs it, and so does `serve deploy` with `import_path: elastic_moe.deploy.launch.serve_app:build_app` and
-ServeConfig's keys as `args` (see serve.yaml). Lifetime of the cluster: the replica gets or creates the coordinator when
-it starts; when Serve stops the replica because the *application* is being deleted, it stops the coordinator and its
-actors. A replica that crashes, is replaced or moves leaves them alone and finds them again.
+ServeConfig's keys as `args` (see serve.yaml). The replica finds or creates the coordinator when it starts. When Serve
+stops the replica because the *application* is being deleted, the replica stops the coordinator and its actors. A
+replica that crashes, is replaced or moves leaves them alone, and its successor finds them again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.generation.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
-from elastic_moe.deploy.launch.loopback import keep_calls_local
+from elastic_moe.deploy.launch.ray_private import keep_grpc_local
 from elastic_moe.deploy.text.prompts import BoundedPrompts
 from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
@@ -38,19 +38,20 @@ logger = logging.getLogger(__name__)
 StartCluster = Callable[[ServeConfig, str], Any]
 
 MAX_ONGOING_REQUESTS = 10_000
-"""The engine queues; Serve must not."""
+"""More requests than the engine accepts, because requests must queue in the engine and not in Serve."""
 STOP_TIMEOUT_S = 10.0
+"""Seconds that the actors have to end."""
 
 
 @serve.ingress()
 class Api:
-    """One replica: HTTP, the tokenizer, and the requests that it has accepted."""
+    """One replica. It serves HTTP, has the tokenizer, and keeps the requests that it has accepted."""
 
     def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster) -> None:
-        """`start` makes the coordinator, or finds it; a test's stand-in for `start_cluster`."""
+        """`start` finds or makes the coordinator; tests give a function of their own in place of `start_cluster`."""
         config = ServeConfig.from_mapping(settings)
-        keep_calls_local()
         set_up("api", LogSettings.of(config))
+        keep_grpc_local()
         self._backend = RayBackend(
             start(config, model_dir),
             plan_deadline_s=config.plan_deadline,
@@ -70,7 +71,7 @@ class Api:
         await self._service.begin()
 
     async def drain(self) -> int:
-        """Refuse new requests from now on. Returns how many are under way."""
+        """Refuse new requests from now on. Returns the number of running requests."""
         self._service.draining = True
         return self._service.active
 
@@ -83,10 +84,13 @@ class Api:
 
 
 def build_app(args: dict[str, Any]) -> Application:
-    """Raises ConfigError for a key or value that is wrong, CheckpointError for a model that cannot be served."""
+    """Make the application for `serve deploy` from ServeConfig's keys.
+
+    Raises ConfigError for a wrong key or value, and CheckpointError for a model that cannot be served.
+    """
     config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
     model_dir = config.model or str(MODEL_DIR)
-    # here, not above: replicas need no torch for what they do with a model
+    # imported here, because replicas need no torch
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 
     open_checkpoint(model_dir)
@@ -110,7 +114,7 @@ def application(config: ServeConfig, model_dir: str, start: StartCluster = start
 
 
 def _application_is_going() -> bool:
-    """Whether Serve is taking this replica's application down, rather than replacing the replica."""
+    """Whether Serve deletes this replica's application, and does not just replace the replica."""
     try:
         name = serve.get_replica_context().app_name
         status = serve.status().applications.get(name)

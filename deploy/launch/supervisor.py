@@ -1,8 +1,8 @@
-"""Three processes of `emoe serve`: the command, its supervisor, and the server's main process below that.
+"""The three processes of `emoe serve`: the command, its supervisor, and the server's main process below that.
 
-The supervisor is the ancestor of all that a server starts, and knows no Ray: it notices that the command, the main
-process or a part of Ray is gone, and kills what is left. Should the supervisor itself be killed, the command does so,
-and the main process dies with it. So no single `kill -9` leaves anything.
+The supervisor is the ancestor of all processes of a server, and does not import Ray. It notices when the command, the
+main process or a part of Ray has ended, and kills the rest. If the supervisor itself is killed, the main process dies
+with it, and the command kills the rest. So no single `kill -9` leaves a process behind.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from elastic_moe.deploy.launch.process_tree import adopt_orphans, die_with_paren
 from elastic_moe.deploy.launch.supervision import Action, AskToStop, End, Phase, StartAgain, Supervision, Wait
 
 POLL_S = 1.0
-"""How often the parts of Ray are looked at. Signals and the end of the main process wake the supervisor."""
+"""Seconds between two looks at the parts of Ray. Signals and the end of the main process wake the supervisor."""
 
 
 class Report:
-    """What the main process tells its supervisor, a line for each thing."""
+    """The main process's reports to its supervisor: one line through a pipe for each."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -36,19 +36,19 @@ class Report:
         self._tell("phase", phase.name)
 
     def stage(self, text: str) -> None:
-        """What is waited for during the start; the user has been told."""
+        """Report what the start waits for; the user has seen this text."""
         self._tell("stage", text)
 
     def part(self, name: str, pid: int) -> None:
-        """A process whose end is the end of the server."""
+        """Report a process whose end is the end of the server."""
         self._tell("part", f"{pid} {name}")
 
     def failure(self, reason: str) -> None:
-        """Why the start failed. To be told before the exit with TRY_AGAIN."""
+        """Report why the start failed. Call this before the exit with TRY_AGAIN."""
         self._tell("failure", reason)
 
     def _tell(self, kind: str, value: str) -> None:
-        # a supervisor that is gone takes this process with it
+        # if the supervisor has ended, this process ends too
         with contextlib.suppress(OSError):
             os.write(self._descriptor, f"{kind}\t{' '.join(value.split())}\n".encode())
 
@@ -64,13 +64,14 @@ def supervised(
     clean_up: Callable[[], None],
     last_words: Callable[[], str] = str,
 ) -> int:
-    """Run `main` below a supervisor, both in processes of their own. Blocks; returns the exit code of the command.
+    """Run `main` below a supervisor, each in a process of its own. Blocks; returns the exit code of the command.
 
-    SIGINT, SIGTERM and SIGHUP go to the supervisor, and are ignored afterwards. `clean_up` is called when none of the
-    server's processes is left. `last_words` may know why the main process crashed.
+    SIGINT, SIGTERM and SIGHUP are passed to the supervisor; when it has ended, they are ignored. `clean_up` is called
+    when no process of the server is left. `last_words` returns a line that may say why the main process crashed.
     """
     adopt_orphans()
-    # nohup asks that a terminal's end be ignored; a shell's `&` asks the same of Ctrl-C, but not of `kill -INT`
+    # `nohup` sets SIGHUP to be ignored, and that must stay. A shell's `&` does the same with SIGINT, but `kill -INT`
+    # must still end the server
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     taken = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not ignored)
     orders, give = os.pipe()
@@ -79,7 +80,7 @@ def supervised(
     supervisor = _fork()
     if supervisor == 0:
         os.close(give)
-        # out of the terminal's foreground: signals come from the command only, once each
+        # away from the terminal's foreground, so that each signal comes once, from the command
         os.setsid()
         for number in taken:
             signal.signal(number, lambda *_: None)
@@ -95,12 +96,12 @@ def supervised(
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _, status = os.waitpid(supervisor, 0)
-    # the end has begun: one more signal must not change the exit code
+    # the server has ended: another signal must not change the exit code
     for number in taken:
         signal.signal(number, signal.SIG_IGN)
     os.close(give)
     code = os.waitstatus_to_exitcode(status)
-    # nothing is left, unless the supervisor was killed
+    # processes are left only where the supervisor was killed
     end_descendants()
     clean_up()
     if code < 0:
@@ -133,7 +134,7 @@ class _Supervisor:
         self._ended: dict[int, int] = {}
 
     def run(self) -> int:
-        """Returns the exit code, when nothing is left."""
+        """Run until no process of the server is left. Returns the exit code."""
         adopt_orphans()
         self._start()
         while True:
@@ -178,12 +179,12 @@ class _Supervisor:
         os.close(tell)
 
     def _events(self) -> list[Action]:
-        """What is to be done about all that has happened; blocks for POLL_S where nothing has."""
+        """The actions that follow from the events since the last call; waits up to POLL_S for an event."""
         listened = [self._reports] if self._abandoned else [self._orders, self._reports]
         readable, _, _ = select.select(listened, [], [], POLL_S)
         now = time.monotonic()
         actions: list[Action] = []
-        # first: a signal means something else to a server that has said that it serves
+        # reports come first, because a signal means something else to a server that has reported that it serves
         if self._reports in readable:
             self._hear(now)
         if self._orders in readable:
@@ -199,7 +200,7 @@ class _Supervisor:
             status = os.waitstatus_to_exitcode(self._ended[self._server])
             return [*actions, self._rules.main_ended(status, self._last_words())]
         if not _lives(self._server):
-            # it is about to be reaped; what dies with it is not the reason
+            # it is about to be reaped; the parts that die with it are not the reason
             return actions
         for name, (pid, part) in list(self._parts.items()):
             if part is None or not lives(part):
@@ -208,7 +209,7 @@ class _Supervisor:
         return [*actions, self._rules.tick(now, os.getloadavg()[0] / (os.cpu_count() or 1))]
 
     def _hear(self, now: float) -> bool:
-        """Take in what the main process has told. Returns whether there was something."""
+        """Read the reports of the main process. Returns whether there were any."""
         data = os.read(self._reports, 65536) if select.select([self._reports], [], [], 0)[0] else b""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
@@ -239,13 +240,13 @@ def _lives(pid: int) -> bool:
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        # numpy's threads are of no use here, and numpy itself puts them in order after a fork
+        # Python warns of numpy's threads; this process does not use them, and numpy mends them after a fork
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
 
 def _leave(work: Callable[[], int]) -> None:
-    """End this forked process with what `work` returns: the stack below it belongs to the parent."""
+    """End this forked process with the exit code that `work` returns, without unwinding the parent's stack."""
     code = 1
     try:
         code = work()

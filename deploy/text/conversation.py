@@ -1,5 +1,5 @@
-"""A request's messages in the form that the model's chat template takes. Pure: it knows no tokenizer, only a function
-that renders.
+"""Puts a request's messages into the form that the model's chat template takes. Pure: it gets a function that renders,
+and no tokenizer.
 
 Templates differ in three ways that clients cannot know: whether content is a string or a list of parts, whether there
 is a role `developer`, and that the arguments of a tool call are an object, where OpenAI's API has a string of JSON.
@@ -19,24 +19,24 @@ Render = Callable[[Sequence[Message]], str]
 """Raises whatever the template raises."""
 
 MARK = "Zebra7"
-"""A word that comes out of a template if the content does."""
+"""A word that appears in a rendered prompt only if the template writes the content."""
 
 SEPARATOR = "\n"
-"""Between the parts of a content, for templates that take one string. As in vLLM."""
+"""What joins the parts of a content, for templates that take one string. The same as in vLLM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateForms:
-    """What a chat template takes."""
+    """The forms of messages that a chat template takes."""
 
     developer: bool
-    """Whether it knows the role `developer`; for the others such a message is a system message."""
+    """Whether the template knows the role `developer`; otherwise such a message becomes a system message."""
     in_parts: frozenset[str]
-    """Roles whose content it takes only as a list of parts."""
+    """Roles whose content the template takes only as a list of parts."""
 
 
 def template_forms(source: str, render: Render) -> TemplateForms:
-    """Found by trying: a form that the template takes is one with which the content's words come out."""
+    """The forms that the template takes, found by trying each: with the right one, the content's words are rendered."""
     developer = "developer" in source
     in_parts: set[str] = set()
 
@@ -69,7 +69,7 @@ def template_forms(source: str, render: Render) -> TemplateForms:
 
 
 def conversation(messages: Sequence[Mapping[str, Any]], forms: TemplateForms) -> list[Message]:
-    """What to give the template. Raises RequestError, naming the message, for tool calls that are none."""
+    """The messages for the template. Raises RequestError, which names the message, for malformed tool calls."""
     return [_message(message, forms, f"messages.{number}") for number, message in enumerate(messages)]
 
 
@@ -82,14 +82,14 @@ def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:
 
 def _message(message: Mapping[str, Any], forms: TemplateForms, where: str) -> Message:
     made = {key: value for key, value in message.items() if value is not None}
-    # An empty list would make some templates take the turn for one of calls, and drop its content.
+    # with an empty list, some templates take the turn for one of tool calls, and drop its content
     calls = made.pop("tool_calls", None)
     if calls:
         made["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
     if made["role"] == "developer" and not forms.developer:
         made["role"] = "system"
     content = message.get("content")
-    # Next to calls, no content is not the same as an empty one.
+    # beside tool calls, templates distinguish no content from an empty one
     if content is None and calls:
         return {**made, "content": None}
     if made["role"] in forms.in_parts:
@@ -118,7 +118,7 @@ def _tool_calls(calls: object, where: str) -> list[Message]:
 
 
 def _arguments(given: object) -> object:
-    """An object, where they are one. What a model wrote badly stays the string that it is: the template decides."""
+    """The arguments as an object. A string that is no JSON object, as a model may write it, stays a string."""
     if given is None:
         return {}
     if not isinstance(given, str):

@@ -1,7 +1,7 @@
-"""From token ids to text, one token at a time: incremental detokenising and stop strings.
+"""Makes text of token ids, one token at a time, and looks for stop strings.
 
-Pure: it knows a `decode` function, no tokenizer, no engine. Every token is taken by itself, so the text is the same
-however the engine cut its output into chunks.
+Pure: it gets a `decode` function, and knows neither tokenizer nor engine. Each token is processed by itself, so the
+text does not depend on how the engine cuts its output into chunks.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[Sequence[int]], str]
 
 REPLACEMENT = "\ufffd"
-"""What decoders put in place of bytes that are no UTF-8, or not yet."""
+"""The character that decoders write for bytes that are not UTF-8, or not yet complete."""
 
 PROMPT_TAILS = (5, 6, 7, 8, 4, 3, 2, 1)
-"""How many prompt tokens to decode along, in order of preference, so that the first token keeps its leading space."""
+"""Numbers of prompt tokens to decode with the first token, which then keeps its leading space; best ones first."""
 
 MAX_PENDING = 8
-"""Tokens without a finished character after which they are taken for what they are: bytes that are no text."""
+"""Number of tokens without a finished character after which their bytes count as no text."""
 
 MAX_WINDOW = 12
-"""Tokens that are decoded anew with each one that comes, before the older ones are let go."""
+"""Number of tokens that are decoded again with each new token; above it, older ones are dropped."""
 
 MAX_KEPT = 4
-"""Tokens before the newest text that may have to be kept, for it to have a text by itself."""
+"""Most tokens before the newest text that are kept so that the window decodes to a text by itself."""
 
 HARD_WINDOW = 3 * MAX_WINDOW
-"""Tokens beyond which older ones are let go in any case, so that the time per token has a bound."""
+"""Number of tokens above which older ones are dropped in any case, so that the time per token has a bound."""
 
 
 class Detokenizer:
-    """Turns a sequence of tokens into text, never handing out a character that a later token may still change.
+    """Turns a sequence of tokens into text. It never returns a character that a later token may still change.
 
-    It decodes a short window of tokens: what is longer than at the last time is the new text. Decoding tokens one by
-    one would be wrong: a character may be spread over tokens, and decoders treat the first token apart. To let go of
-    the window's older tokens costs a second decoding, so that is done now and then.
-    While the text ends with U+FFFD, a character may be unfinished, and nothing is handed out.
+    It decodes a short window of tokens; what was not in the text before is the new text. Decoding each token by itself
+    would be wrong: a character may be spread over several tokens, and decoders treat the first token differently. To
+    drop the window's older tokens costs a second decoding, so that is done only now and then.
+    While the text ends with U+FFFD, a character may be unfinished, and no text is returned.
     """
 
     def __init__(self, decode: Decode, prompt_token_ids: Sequence[int] = ()) -> None:
         self._decode = decode
         self._window = self._tail(prompt_token_ids)
         self._context = len(self._window)
-        """Tokens at the window's start that are only there for the sake of those after them: their text is out."""
+        """Number of tokens at the window's start whose text was returned; later tokens are decoded with them."""
         self._given = len(decode(self._window))
-        """Characters of the window's text that have been handed out."""
+        """Number of characters of the window's text that were returned."""
 
     def push(self, token_id: int) -> str:
-        """The text that has become certain by this token; often a word, sometimes nothing."""
+        """The text that this token has made certain; often a word, sometimes nothing."""
         self._window.append(token_id)
         text = self._decode(self._window)
         if text.endswith(REPLACEMENT):
@@ -59,14 +59,14 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What is left when no more token comes: a character that was never finished, as U+FFFD."""
+        """The rest of the text after the last token: an unfinished character, as U+FFFD."""
         new = self._decode(self._window)[self._given :]
         self._given += len(new)
         return new
 
     def _tail(self, prompt: Sequence[int]) -> list[int]:
-        """The end of the prompt. It must not begin within a character: some decoders then see no text in what follows
-        either."""
+        """The last tokens of the prompt. They must not begin within a character: some decoders would then find no text
+        in the tokens after them either."""
         for size in PROMPT_TAILS:
             tail = list(prompt[-size:])
             if REPLACEMENT not in self._decode(tail):
@@ -74,9 +74,11 @@ class Detokenizer:
         return list(prompt[-PROMPT_TAILS[0] :])
 
     def _let_go(self, new: str) -> None:
-        """Of all but the tokens of the newest text, or a few more. They must have a text by themselves, or the next
-        word might lose its space, as it does behind a lone space token; a token that has none and adds none, such as a
-        special one that is skipped, is let go instead."""
+        """Drop all tokens but those of the newest text, or a few more.
+
+        The kept tokens must decode to some text by themselves. Otherwise the next word might lose its space, as it does
+        after a single space token. A token without a text, such as a skipped special token, is dropped instead.
+        """
         newest = len(self._window) - self._context
         for size in range(newest, min(newest + MAX_KEPT, len(self._window))):
             if text := self._decode(self._window[-size:]):
@@ -88,14 +90,14 @@ class Detokenizer:
         self._cut()
 
     def _give_up(self, text: str) -> str:
-        """Hand out what does not become text, but for the last tokens: a character may begin there."""
+        """Return bytes that do not become text, except for the last tokens: a character may begin there."""
         for start in range(len(self._window) - 1, self._context, -1):
             left = self._decode(self._window[:start])
             if left + self._decode(self._window[start:]) == text:
                 new, self._given = left[self._given :], 0
                 self._window, self._context = self._window[start:], 0
                 return new
-        # where no character ends with a token, all but the last one are certain
+        # no character ends at the end of a token, so all characters but the last one are certain
         certain = text.rstrip(REPLACEMENT)
         certain = certain if len(certain) > self._given else text
         new, self._given = certain[self._given :], len(certain)
@@ -104,7 +106,7 @@ class Detokenizer:
         return new
 
     def _cut(self, *, unfinished: int = 0) -> None:
-        """Keep the last tokens only, whatever their text, of which the last characters are not handed out yet."""
+        """Keep only the last tokens, whatever their text. The last `unfinished` characters were not returned yet."""
         if len(self._window) > HARD_WINDOW:
             self._window = self._window[-MAX_WINDOW:]
             self._given = len(self._decode(self._window)) - unfinished
@@ -112,7 +114,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Looks for stop strings in a text that comes in pieces, and holds back what may turn out to be a part of one.
+    """Looks for stop strings in a text that comes in pieces, and holds back an end that may begin a stop string.
 
     The stop string that is complete first wins; of several that end at the same character, the longest.
     """
@@ -124,7 +126,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """Text that can be shown now. Once `found` is set, the text has ended."""
+        """The text that can be shown now. Once `found` is set, the text has ended."""
         if not self._stops or self.found is not None:
             return "" if self.found is not None else text
         text = self._held + text
@@ -143,7 +145,7 @@ class StopStrings:
         return held
 
     def _longest_beginning(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
+        """Length of the longest end of `text` that is the beginning of a stop string."""
         longest = 0
         for stop in self._stops:
             for size in range(min(len(text), len(stop) - 1), longest, -1):

@@ -1,8 +1,8 @@
-"""From what a client sends to a prompt: rendering chats, and encoding text.
+"""Makes prompts of what clients send: renders chats and encodes text.
 
-A chat template is a program and a tokenizer's regular expressions nearly one; both come from strangers, and so does
-what they are given. `BoundedPrompts` has them run in processes whose time and memory are limited, so that one that
-loops hurts only its own request. `DirectPrompts` runs them here, for tests and for whoever trusts them.
+A chat template is a program, and a tokenizer's regular expressions are nearly one. Both come from strangers, and so
+does their input. `BoundedPrompts` runs them in processes whose time and memory are limited, so that an endless loop
+hurts only its own request. `DirectPrompts` runs them in this process, for tests.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ logger = logging.getLogger(__name__)
 LONG_TEXT = 4096
 """Characters from which on a text is encoded in a thread, so that streams do not stall."""
 SHORT_BYTES = 1 << 16
+"""Size up to which a prompt counts as short."""
 SHORT_SEATS, LONG_SEATS = 2, 1
-"""Prompts that are made at a time. A long one may take long, and does not hold up the short."""
+"""Number of short and of long prompts that are made at a time. A long one does not hold up the short ones."""
 WALL_S = 120.0
-"""The longest wait for a prompt. Its limit is processor time, which on a busy machine takes many times longer."""
+"""Most seconds to wait for a prompt. The usual limit is processor time, which takes far longer on a busy machine."""
 LARGE_BYTES = 1 << 20
-"""A process that was given more is not used again, as the memory would stay with it."""
+"""Size of input above which a process is not used again, because it would keep the memory."""
 
 
 class Prompts(Protocol):
     async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Raises RequestError, naming `param`."""
+        """The token ids of a text. Raises RequestError, which names `param`."""
         ...
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
-        """As Tokenizer.render_chat."""
+        """The prompt of a chat; see Tokenizer.render_chat."""
         ...
 
     def close(self) -> None: ...
@@ -61,7 +62,7 @@ class DirectPrompts:
 
 
 class BoundedPrompts:
-    """Belongs to the event loop that opened it."""
+    """Renders and encodes in processes with limits. Use it on the event loop that opened it."""
 
     def __init__(self, process: TokenizerProcess) -> None:
         self._process = process
@@ -72,7 +73,8 @@ class BoundedPrompts:
 
     @classmethod
     async def open(cls, model_dir: str, chat_template: str | None) -> BoundedPrompts:
-        """Raises CheckpointError and ConfigError where the tokenizer or the template cannot be used."""
+        """Start the processes. Raises CheckpointError or ConfigError where the tokenizer or the template is
+        unusable."""
         process = TokenizerProcess(model_dir, chat_template)
         try:
             await asyncio.to_thread(process.wait)
@@ -102,8 +104,8 @@ class BoundedPrompts:
             try:
                 answer = await asyncio.wait_for(worker.ask(payload), WALL_S)
             except (OSError, EOFError, TimeoutError):
-                # EOFError: it is gone, by the limit on its processor time as a rule
-                logger.warning("a prompt was given up: %s", limits_in_words(len(payload)))
+                # EOFError: the process has ended, mostly by the limit on its processor time
+                logger.warning("a prompt was given up, because it needs more than %s", limits_in_words(len(payload)))
             finally:
                 if answer is None or len(payload) > LARGE_BYTES:
                     worker.close()
@@ -112,7 +114,7 @@ class BoundedPrompts:
         what = "the chat template" if method == "render_chat" else "the tokenizer"
         if answer is None:
             raise RequestError(
-                f"{param}: {what} does not come to an end of this within {limits_in_words(len(payload))}",
+                f"{param}: {what} does not finish this within {limits_in_words(len(payload))}",
                 param=param,
                 code="prompt_too_expensive",
             )
@@ -135,7 +137,7 @@ class BoundedPrompts:
             try:
                 connection = self._process.worker()
             except OSError:
-                logger.warning("the tokenizer's process is gone and is started again")
+                logger.warning("the tokenizer's process has ended and is started again")
                 self._process.close()
                 self._process = await asyncio.to_thread(self._process.again)
                 connection = self._process.worker()
@@ -154,7 +156,7 @@ class _Worker:
         return not self._reader.at_eof()
 
     async def ask(self, payload: bytes) -> dict[str, Any]:
-        """Raises OSError and EOFError where the process is gone."""
+        """Send one call, and wait for its answer. Raises OSError or EOFError where the process has ended."""
         self._writer.write(HEADER.pack(len(payload)) + payload)
         await self._writer.drain()
         (size,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))

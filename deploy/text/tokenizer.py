@@ -1,4 +1,4 @@
-"""The model's tokenizer as the API uses it: text to ids and back, chat templates, names and bytes of single tokens.
+"""The model's tokenizer for the API: text to ids and back, chat templates, names and bytes of single tokens.
 
 Loading imports transformers and takes seconds; encoding a long text takes long too. Callers do both in a thread.
 """
@@ -18,27 +18,27 @@ from elastic_moe.deploy.text.conversation import TemplateForms, conversation, te
 from elastic_moe.deploy.text.detokenizer import REPLACEMENT, Detokenizer
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "tekken.json", "spiece.model")
-"""Where a vocabulary may be. Without any, transformers makes a tokenizer that knows no word."""
+"""Files that may hold a vocabulary. Without any, transformers makes a tokenizer that knows no word."""
 
 OWN_ARGUMENTS = frozenset(
     {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
     | {"continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"}
     | {"return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "conversations"}
 )
-"""Arguments of transformers' own, which a request's `chat_template_kwargs` may not set."""
+"""Arguments of transformers itself, which a request's `chat_template_kwargs` may not set."""
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""How SentencePiece writes a token that is one byte."""
+"""The name that SentencePiece gives to a token of one byte."""
 
 
 class Tokenizer:
-    """Wraps a transformers tokenizer. Safe to use from several threads."""
+    """A transformers tokenizer that several threads may use at a time."""
 
     def __init__(self, inner: Any, *, chat_template: str | None = None) -> None:
         self._inner = inner
         self._chat_template = chat_template
-        # The Rust tokenizer alone is several times faster than the methods around it, and has no state to fight over
-        # once truncation and padding are off.
+        # The Rust tokenizer alone is several times faster than the methods around it. Without truncation and padding
+        # it has no state, so that threads can share it.
         self._backend = getattr(inner, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()
@@ -50,7 +50,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model_dir: str, chat_template_path: str | None = None) -> Tokenizer:
-        """Raises CheckpointError where the directory has no tokenizer that can be used without running its code."""
+        """Load it. Raises CheckpointError where the directory has no tokenizer that works without code of its own."""
         with no_collection():
             from transformers import AutoTokenizer
 
@@ -61,7 +61,7 @@ class Tokenizer:
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"chat_template: {chat_template_path}: {error}") from None
         if not any(next(Path(model_dir).glob(pattern), None) for pattern in FILES):
-            raise CheckpointError(f"{model_dir}: no tokenizer: expected a file such as tokenizer.json")
+            raise CheckpointError(f"{model_dir}: there is no tokenizer; expected a file such as tokenizer.json")
         try:
             inner = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # noqa: BLE001 - transformers raises whatever its parsers raise
@@ -88,11 +88,11 @@ class Tokenizer:
         return Detokenizer(self._decoder(skip_special_tokens), prompt_token_ids)
 
     def to_json(self) -> str | None:
-        """All of it, as tokenizer.json has it; None where only transformers' code knows how to use it."""
+        """The whole tokenizer in the form of tokenizer.json; None where it needs transformers' own code."""
         return None if self._backend is None else str(self._backend.to_str())
 
     def fewest_tokens(self, text: str) -> int:
-        """A lower bound of the text's length in tokens, at no cost: to refuse what is hopelessly long."""
+        """A lower bound of the text's length in tokens, which costs nothing, to refuse texts that are far too long."""
         return len(text) // self._max_token_chars
 
     def render_chat(
@@ -136,15 +136,15 @@ class Tokenizer:
 
     @cached_property
     def template_forms(self) -> TemplateForms:
-        """What the chat template takes. The first use renders some short conversations."""
+        """The forms of messages that the chat template takes. The first use renders some short conversations."""
         try:
             source = self._inner.get_chat_template(self._chat_template)
-        except ValueError:  # several templates, and none of them the default
+        except ValueError:  # there are several templates, and none is the default
             source = ""
         return template_forms(source, self.render)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **how: Any) -> str:
-        """What the chat template makes of exactly these messages. Raises whatever the template raises."""
+        """The text that the chat template makes of exactly these messages. Raises whatever the template raises."""
         return str(
             self._inner.apply_chat_template(
                 [dict(message) for message in messages],
@@ -159,24 +159,24 @@ class Tokenizer:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end-of-sequence token of the tokenizer itself, if it has one."""
         token, token_id = self._inner.eos_token, self._inner.eos_token_id
-        # One that the vocabulary lacks would be told as the token for unknown words.
+        # for an end token that the vocabulary lacks, transformers returns the token for unknown words
         known = token is not None and token_id is not None and self.token_string(token_id) == token
         return (int(token_id),) if known else ()
 
     def token_string(self, token_id: int) -> str:
-        """The token as the vocabulary writes it."""
+        """The token in the notation of the vocabulary."""
         token = self._inner.convert_ids_to_tokens(token_id)
         return "" if token is None else str(token)
 
     def id_of_piece(self, piece: str) -> int | None:
-        """The token that the vocabulary writes as `piece`, if there is one."""
+        """The id of the token that the vocabulary writes as `piece`, if there is one."""
         token_id = self._inner.convert_tokens_to_ids(piece)
-        # unknown pieces are told as the token for unknown words
+        # for an unknown piece, transformers returns the token for unknown words
         return int(token_id) if token_id is not None and self.token_string(token_id) == piece else None
 
     def _decoder(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
         if self._backend is not None:
-            # for every token that is made: no layer between
+            # this runs for every token, so nothing is between it and the Rust code
             return partial(self._backend.decode, skip_special_tokens=skip_special_tokens)
         return partial(self.decode, skip_special_tokens=skip_special_tokens)
 
@@ -187,21 +187,24 @@ class Tokenizer:
         return _bytes_of_token(self.token_string(token_id)) or text.encode()
 
     def _text_inside(self, token_id: int) -> str:
-        """The token's text after another one: at the beginning of a text, some decoders take its space away."""
+        """The token's text after another token: at the beginning of a text, some decoders remove its space."""
         before, context = self._context
         text = self.decode([*before, token_id])
         return text[len(context) :] if text.startswith(context) else self.decode([token_id])
 
     @cached_property
     def _context(self) -> tuple[list[int], str]:
-        """A token that is a plain letter, and its text; nothing where the vocabulary has none."""
+        """The id and the text of a token that is one plain letter; empty where the vocabulary has none."""
         before = self.encode("a", add_special_tokens=False)[-1:]
         text = self.decode(before)
         return (before, text) if text.strip() == "a" else ([], "")
 
     def _token_name(self, token_id: int) -> str:
-        """The token for a reader: its text; its bytes, as OpenAI writes them, where it is a part of a character or
-        another token is the same text; its id where the vocabulary does not know it."""
+        """The token's name for a reader.
+
+        It is the token's text; or its bytes, as OpenAI writes them, where the token is a part of a character or another
+        token has the same text; or its id where the vocabulary does not have it.
+        """
         piece, raw = self.token_string(token_id), self.token_bytes(token_id)
         if not piece:
             return id_name(token_id)
@@ -214,13 +217,15 @@ class Tokenizer:
         return bytes_name(raw) if _BYTE_PIECE.fullmatch(piece) and piece != text and self._knows(text) else text
 
     def _knows(self, text: str) -> bool:
-        """Whether a token of the vocabulary is this text."""
+        """Whether the vocabulary has a token with this text."""
         return any(self.id_of_piece(form) is not None for form in (text, text.replace(" ", "\u2581")))
 
 
 def without_torch() -> None:
-    """Have transformers do without torch in this process, for good: tokenizers never need it, and importing it takes a
-    second and some 180 MB. For processes that have no model."""
+    """Make transformers work without torch in this process, for good. Call this only in processes without a model.
+
+    Tokenizers never need torch, and its import takes a second and 180 MB.
+    """
     from transformers import utils
     from transformers.utils import import_utils
 
@@ -229,17 +234,17 @@ def without_torch() -> None:
 
 
 def id_name(token_id: int) -> str:
-    """vLLM's name for a token of which only the id is to be told."""
+    """vLLM's name for a token where a client asks for ids instead of texts."""
     return f"token_id:{token_id}"
 
 
 def bytes_name(raw: bytes) -> str:
-    """OpenAI's name for a token that is no text by itself."""
+    """OpenAI's name for a token that is no text by itself, made of its bytes."""
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _bytes_of_token(token: str) -> bytes | None:
-    """Bytes of a token that is no text by itself, in the two notations in use."""
+    """The bytes of a token that is no text by itself. Vocabularies write them in one of two notations."""
     if match := _BYTE_PIECE.fullmatch(token):
         return bytes.fromhex(match[1])
     table = _byte_of_char()
@@ -248,7 +253,7 @@ def _bytes_of_token(token: str) -> bytes | None:
 
 @lru_cache(maxsize=1)
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    """GPT-2's alphabet: printable bytes are written as themselves, the others as characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -3,9 +3,9 @@
     TokenizerProcess (the API)  --control socket-->  main(): loads, tries, then forks a worker for each socket it gets
     BoundedPrompts (the API)    --worker socket-->   a worker: one call at a time, each with its own limits
 
-Limits are the kernel's, so that they hold in the middle of a regular expression: processor time by an interval timer
-whose signal ends the process, memory by a limit on its address space. A worker that has ended is forked anew in
-milliseconds. A process ends when the other side of its socket is closed, so none outlives the API.
+The kernel enforces the limits, so that they hold in the middle of a regular expression: an interval timer limits
+processor time, and its signal ends the process; the size of the address space is limited too. A new worker is forked in
+milliseconds. A process ends when the other side of its socket is closed, so no process outlives the API.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from elastic_moe.deploy.text.conversation import MARK
 from elastic_moe.deploy.text.tokenizer import Tokenizer, without_torch
 
 HEADER = struct.Struct("!Q")
-"""Before every message of a worker socket: its size in bytes."""
+"""The size in bytes, which precedes every message on a worker's socket."""
 
 MIB = 1 << 20
 CALL_S, CALL_S_PER_MIB = 2.0, 2.0
-"""Processor time of one call, and more of it for each MiB that it is given."""
+"""Seconds of processor time for one call, and for each MiB of its input."""
 CALL_BYTES, CALL_BYTES_PER_BYTE = 1024 * MIB, 300
 LOAD_S, LOAD_S_PER_MIB = 3.0, 2.0
-"""Loading, by the size of the tokenizer's files: some are converted, which takes long."""
+"""Seconds of processor time for loading, and for each MiB of the tokenizer's files; converting some takes long."""
 LOAD_BYTES, LOAD_BYTES_PER_BYTE = 2048 * MIB, 60
 
 TRIED_TEXTS = tuple(piece * 200 + "!" for piece in ("a", "A", " ", "1", "\n", "-", "é", "ab ", "a1", " \n", "x.y,"))
-"""What regular expressions that backtrack take for ever on."""
+"""Texts on which a regular expression that backtracks does not end."""
 
 
 class TokenizerProcess:
-    """The API's side. Blocks; to be used from one thread at a time."""
+    """The API's side of the process. Its methods block; use it from one thread at a time."""
 
     def __init__(self, model_dir: str, chat_template: str | None) -> None:
         self._model_dir = model_dir
         self._chat_template = chat_template
         self._control, theirs = socket.socketpair()
         with theirs:
-            # The same modules as here, wherever they come from.
+            # the other process must import the same modules as this one
             code = f"import sys; sys.path[:] = {sys.path!r}; from {main.__module__} import main; main()"
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code, str(theirs.fileno()), model_dir, chat_template or ""],
@@ -62,7 +62,7 @@ class TokenizerProcess:
             )
 
     def wait(self) -> None:
-        """Until it is loaded and has been tried. Raises CheckpointError or ConfigError where it cannot be used."""
+        """Wait until the tokenizer is loaded and tried. Raises CheckpointError or ConfigError where it is unusable."""
         doing, kind = "the tokenizer's process does not start", "CheckpointError"
         with self._control.makefile("rb") as said:
             for line in said:
@@ -75,7 +75,7 @@ class TokenizerProcess:
         raise _ERRORS[kind](f"{self._chat_template if kind == 'ConfigError' else self._model_dir}: {doing}")
 
     def worker(self) -> socket.socket:
-        """A new worker's socket. Raises OSError where the process is gone."""
+        """The socket of a new worker. Raises OSError where the process has ended."""
         if self._process.poll() is not None:
             raise BrokenPipeError
         ours, theirs = socket.socketpair()
@@ -84,7 +84,7 @@ class TokenizerProcess:
         return ours
 
     def again(self) -> TokenizerProcess:
-        """Another one like this, ready."""
+        """Start another process like this one, and wait until it is ready."""
         process = TokenizerProcess(self._model_dir, self._chat_template)
         process.wait()
         return process
@@ -116,11 +116,11 @@ def limits_in_words(payload_bytes: int = 0) -> str:
 def main() -> None:
     fd, model_dir, chat_template = sys.argv[1:]
     control = socket.socket(fileno=int(fd))
-    # A Ctrl-C is for the server, which then closes the sockets.
+    # Ctrl-C is meant for the server, which then closes the sockets
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # nobody listens any more
+    # the API has ended
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         tokenizer = _loaded(control, model_dir, chat_template or None)
         if tokenizer is not None:
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def _loaded(control: socket.socket, model_dir: str, chat_template: str | None) -> Tokenizer | None:
-    """None where it cannot be used; the other side has been told why."""
+    """The tokenizer; None where it cannot be used, after the reason was sent to the other side."""
     try:
         without_torch()
         with _bounds(*_load_limits(model_dir)) as limits:
@@ -151,7 +151,7 @@ def _loaded(control: socket.socket, model_dir: str, chat_template: str | None) -
     except UserError as error:
         _say(control, kind=type(error).__name__, error=str(error))
     except MemoryError:
-        return None  # what was being done has been told
+        return None  # the other side knows what was being tried
     except BaseException as error:  # noqa: BLE001 - what Rust panics with is no Exception
         _say(control, kind="CheckpointError", error=f"{model_dir}: the tokenizer cannot be used: {_one_line(error)}")
     else:
@@ -201,7 +201,7 @@ def _answer(tokenizer: Tokenizer, payload: bytes) -> bytes:
     except RequestError as error:
         answer = {"refused": {"message": str(error), "param": error.param, "code": error.code}}
     except MemoryError:
-        # as if the kernel had ended it: the memory is not given back
+        # this process would keep the memory, so it ends as it does at the limit of processor time
         os._exit(1)
     except BaseException as error:  # noqa: BLE001 - what Rust panics with is no Exception
         answer = {"failed": _one_line(error)}
@@ -210,7 +210,10 @@ def _answer(tokenizer: Tokenizer, payload: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _bounds(seconds: float, memory_bytes: int) -> Iterator[str]:
-    """Limits on what is done inside; the process dies of the first, and has MemoryErrors, or aborts, at the second."""
+    """Limit what the block may use, and yield the limits in words.
+
+    At the limit of time the process dies; at the limit of memory it gets a MemoryError, or aborts.
+    """
     _limit_memory(memory_bytes)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
@@ -221,7 +224,10 @@ def _bounds(seconds: float, memory_bytes: int) -> Iterator[str]:
 
 
 def _limit_memory(more_bytes: int | None) -> None:
-    """No more than now and `more_bytes`; None lifts the limit. No limit where the system does not tell what is used."""
+    """Limit the address space to its present size and `more_bytes`; None lifts the limit.
+
+    Sets no limit where the system does not report the present size.
+    """
     statm = Path("/proc/self/statm")
     if more_bytes is None or not statm.exists():
         limit = resource.RLIM_INFINITY

@@ -1,9 +1,10 @@
-"""DeepSeek's expert-parallel load balancer, from its description (deepseek-ai/EPLB, README), written anew.
+"""DeepSeek's expert-parallel load balancer, written from its description (deepseek-ai/EPLB, README).
 
-Load alone; spare slots become replicas. Hierarchical where the workers are alike, spread evenly over nodes, and the
-experts form groups that nodes can share evenly: groups are packed onto nodes, experts replicated within each node,
-replicas packed onto the node's workers. Global otherwise: all nodes are one. Packing is balanced: every bin takes the
-same number of items, heaviest first, each into the lightest bin with room."""
+It looks at load only, and turns spare slots into replicas. It is hierarchical where the workers are the same, are
+spread evenly over nodes, and the experts form groups that nodes can share evenly: groups are packed onto nodes, experts
+are replicated within each node, and replicas are packed onto the node's workers. Otherwise it treats all nodes as one.
+Packing is balanced: every bin takes the same number of items, heaviest first, each into the lightest bin with room.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from elastic_moe.optimizer.core.table import room, row_of
 
 
 def eplb_table(problem: PlacementProblem, rng: np.random.Generator, groups: int = 0) -> IntArray:
-    """[L, S]. `groups` is the number of expert groups of the router (DeepSeek-V3: 8); 0 takes one per node."""
+    """[L, S] slot table. `groups` is the number of the router's expert groups (DeepSeek-V3: 8); 0 takes one per
+    node."""
     nodes = int(problem.node_of.max()) + 1
     groups = groups or nodes
     hierarchical = nodes > 1 and groups % nodes == 0 and problem.num_experts % groups == 0 and _alike(problem, nodes)
@@ -51,20 +53,20 @@ def _hierarchical_layer(problem: PlacementProblem, load: FloatArray, groups: int
 
 
 def _spread(load: FloatArray, experts: IntArray | np.ndarray, slots: list[int]) -> list[list[int]]:
-    """Replicate, then pack: the experts that each worker gets. Two replicas of one expert never share a worker."""
+    """The experts that each worker gets: replicated, then packed. Two replicas of one expert never share a worker."""
     replicas = replica_counts(load, sum(slots), len(slots))
     while True:
         item = np.repeat(np.arange(len(load)), replicas)
         bins = pack_evenly((load / replicas)[item], slots, item)
         if (bins >= 0).all():
             return [sorted(int(experts[k]) for k in item[bins == rank]) for rank in range(len(slots))]
-        # the last slots lie where a replica already is: one replica fewer
+        # the last free slots are on workers that hold a replica already, so the expert gets one replica fewer
         replicas[item[bins < 0][0]] -= 1
 
 
 def pack_evenly(weights: FloatArray, room_of: list[int], kind: np.ndarray | None = None) -> IntArray:
-    """[I] bin of each item, heaviest first into the lightest bin with room that holds none of its kind; -1 where none
-    is."""
+    """[I] bin of each item; -1 where no bin is possible. The heaviest item comes first, and goes into the lightest bin
+    that has room and holds no item of its kind."""
     weight, left = np.zeros(len(room_of)), np.array(room_of)
     bins = np.full(len(weights), -1, dtype=np.int32)
     inside: list[set[int]] = [set() for _ in room_of]

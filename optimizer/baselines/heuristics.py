@@ -1,4 +1,4 @@
-"""Planners that look at load alone, or at nothing: baselines, seeds and the fallback.
+"""Simple planners that look at load only, or at nothing. They are baselines, seeds of searches, and the fallback.
 
 Each takes a problem (and a random generator) and returns a slot table [L, S].
 """
@@ -14,17 +14,17 @@ from elastic_moe.optimizer.core.table import room, row_of
 
 
 def contiguous_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
-    """Experts in order, as evenly as slots allow: what engines start with."""
+    """Experts in order, as evenly as slots allow, as engines place them at their start."""
     return contiguous(problem.num_layers, problem.num_experts, problem.workers).physical_to_logical_map.copy()
 
 
 def round_robin_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
-    """Expert e to worker e mod W, passing over workers that are full."""
+    """Expert e goes to worker e mod W; full workers are passed over."""
     return _dealt(problem, np.arange(problem.num_experts))
 
 
 def random_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
-    """Every layer dealt in an order of its own."""
+    """The experts of every layer are dealt in a random order of their own."""
     return np.concatenate(
         [_dealt(problem, rng.permutation(problem.num_experts))[:1] for _ in range(problem.num_layers)]
     )
@@ -42,7 +42,7 @@ def _dealt(problem: PlacementProblem, order: np.ndarray) -> IntArray:
 
 
 def greedy_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
-    """Longest processing time first: the heaviest expert to the worker that would end earliest, while it has a slot.
+    """Longest processing time first: the heaviest expert goes to the worker with a free slot that would end earliest.
 
     Source: Huang et al. 2023, "Towards MoE Deployment", section VII, after Graham 1969. Spare slots get replicas of
     the experts that are heaviest per replica.
@@ -51,8 +51,8 @@ def greedy_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArra
 
 
 def pack_layer(problem: PlacementProblem, layer: int) -> IntArray:
-    """[E] worker of each expert of one layer, without replicas: heaviest first, to the worker that would end
-    earliest."""
+    """[E] worker of each expert of one layer, without replicas. The heaviest expert comes first, and goes to the worker
+    that would end earliest."""
     held = _pack(problem, problem.loads[layer], np.ones(problem.num_experts, dtype=np.int32))
     assert held is not None
     worker_of = np.empty(problem.num_experts, dtype=np.int32)
@@ -62,9 +62,9 @@ def pack_layer(problem: PlacementProblem, layer: int) -> IntArray:
 
 
 def _replicated_row(problem: PlacementProblem, layer: int) -> IntArray:
-    """[S] one layer: the replicas, heaviest first, each to the worker that would end earliest.
+    """[S] slots of one layer: each replica, heaviest first, goes to the worker that would end earliest.
 
-    Without replicas where those do harm: a slow worker gets its even share of an expert, too.
+    No replicas are used where they do harm, since a slow worker gets an even share of a replicated expert too.
     """
     replicated = _with_replicas(problem, layer)
     if len(set(problem.speed)) == 1 or (replicated >= 0).sum() == problem.num_experts:
@@ -75,7 +75,7 @@ def _replicated_row(problem: PlacementProblem, layer: int) -> IntArray:
 
 
 def _end_of(problem: PlacementProblem, layer: int, row: IntArray) -> float:
-    """Load over speed of the slowest worker."""
+    """Load divided by speed of the slowest worker."""
     held = row >= 0
     share = problem.loads[layer] / np.maximum(np.bincount(row[held], minlength=problem.num_experts), 1)
     load = np.bincount(problem.owner[held], share[row[held]], len(problem.workers))
@@ -88,7 +88,7 @@ def _with_replicas(problem: PlacementProblem, layer: int) -> IntArray:
         held = _pack(problem, problem.loads[layer], replicas)
         if held is not None:
             return row_of(problem, held)
-        # replicas of one expert need workers apart; where the last slots do not allow it, one replica fewer does
+        # replicas of one expert need different workers; where the last slots do not allow that, one replica is dropped
         assert spare
         replicas[int(np.argmin(np.where(replicas > 1, problem.loads[layer] / replicas, np.inf)))] -= 1
     raise AssertionError("experts without replicas always fit")
@@ -99,7 +99,7 @@ def _pack(problem: PlacementProblem, load: FloatArray, replicas: IntArray) -> li
     weight = (load / replicas)[items]
     free, busy = np.array(room(problem)), np.zeros(len(problem.workers))
     held: list[list[int]] = [[] for _ in problem.workers]
-    # an expert's replicas come one after another, so that each still finds a worker of its own
+    # the replicas of an expert are adjacent in this order, so that each still finds a worker of its own
     for item in np.lexsort((items, -weight)):
         expert = int(items[item])
         barred = (free == 0) | np.array([expert in mine for mine in held])
@@ -114,7 +114,7 @@ def _pack(problem: PlacementProblem, load: FloatArray, replicas: IntArray) -> li
 
 
 def anticorrelation_table(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
-    """Greedy by load, with experts that are active together kept apart, so that peaks do not meet on one worker.
+    """Greedy by load; experts that are active together are kept apart, so that their peaks do not meet on one worker.
 
     Source: Huang et al. 2023, "Towards MoE Deployment", section VII-B: an expert goes to the worker with
     the least load plus (here, in tokens) co-activation with what the worker already holds.

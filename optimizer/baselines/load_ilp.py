@@ -1,4 +1,4 @@
-"""The min-max load ILP of one layer, as a Pyomo model. Used alone, as MoETuner's first step, and as a bound.
+"""The min-max load ILP of one layer as a Pyomo model. The planner `load_ilp` and MoETuner's first step use it.
 
 Sets        items i (an expert, or one replica of it), workers w
 Parameters  weight_i tokens, speed_w, room_w slots

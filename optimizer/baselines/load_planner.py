@@ -1,4 +1,4 @@
-"""The planner `load_ilp`: every layer's min-max load ILP, replicas fixed beforehand, started from greedy."""
+"""The planner `load_ilp`: it solves the min-max load ILP of every layer, from greedy's table and with its replicas."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from elastic_moe.optimizer.core.solvers import solve
 from elastic_moe.optimizer.core.table import room, row_of
 
 LOAD_GAP = 5e-3
-"""Relative gap at which a layer's balance is good enough: traffic moves more than that between two windows."""
+"""Relative gap at which a layer's balance is good enough: loads change by more than that between two windows."""
 
 
 def load_ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
-    """The best-balanced placement, layer by layer; a layer whose turn never comes keeps greedy's.
+    """The best-balanced placement, layer by layer. A layer for which no time is left keeps greedy's slots.
 
     Raises SolverError where the solver cannot be used.
     """

@@ -30,7 +30,7 @@ TOLERANCE = 0.025
 
 
 def moetuner_plan(problem: PlacementProblem, budget: Budget) -> Draft:
-    """ILP 1 for every layer, then ILP 2; what time does not allow stays as greedy, and as mapped layer by layer.
+    """Solve ILP 1 for every layer, then ILP 2. Without time for them, greedy clusters and chaining maps the clusters.
 
     Raises SolverError where the solver cannot be used.
     """
@@ -51,7 +51,7 @@ def moetuner_plan(problem: PlacementProblem, budget: Budget) -> Draft:
 
 
 def _cluster(problem: PlacementProblem, budget: Budget, pace: Pace) -> tuple[IntArray, int]:
-    """([L, E] cluster of each expert, layers proven within the tolerance). Cluster k fits worker k."""
+    """([L, E] cluster of each expert, number of layers proven within the tolerance). Cluster k fits worker k."""
     clusters, proven = [], 0
     size = problem.num_experts * len(problem.workers)
     for layer in range(problem.num_layers):
@@ -74,13 +74,13 @@ def _cluster(problem: PlacementProblem, budget: Budget, pace: Pace) -> tuple[Int
 def _map_clusters(
     problem: PlacementProblem, cluster_of: IntArray, budget: Budget, pace: Pace
 ) -> tuple[IntArray, float | None]:
-    """([L, W] worker of each cluster, gap; None where there was no time for ILP 2)."""
+    """([L, W] worker of each cluster, gap). The gap is None where there was no time for ILP 2."""
     flows = _cluster_flows(problem, cluster_of)
     start = chained(problem, flows)
     width, nodes = len(problem.workers), int(problem.node_of.max()) + 1
     if len(flows) == 0 or width == 1:
         return start, 0.0
-    # four times: its rows are longer than ILP 1's, and the solver's interface reads about as fast as it was built
+    # the factor is 4, because its rows are longer than ILP 1's, and the solver reads a model as slowly as it is built
     if not pace.allows(4 * len(flows) * width**2 * (width + nodes), budget.left_s):
         return start, None
     model = build_mapping_model(problem, flows, start)
@@ -120,7 +120,7 @@ def build_mapping_model(problem: PlacementProblem, flows: FloatArray, start: Int
     model.t = pyo.Var(model.b, model.k, model.k, model.n, bounds=(0, 1))
     _one_to_one(model, interchangeable(problem))
     if nodes == 1 and interchangeable(problem).all():
-        # names of workers mean nothing: one of all equal relabellings
+        # the names of workers do not matter, so one of all equal relabellings is kept
         for k, w in itertools.product(model.k, model.w):
             model.x[0, k, w].fix(float(start[0, k] == w))
     _stay_on_worker(model)

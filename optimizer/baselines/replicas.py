@@ -1,4 +1,4 @@
-"""How many copies of each expert the spare slots should hold."""
+"""Decides how many replicas of each expert the slots hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from elastic_moe.optimizer.core.problem import FloatArray, IntArray
 
 
 def replica_counts(load: FloatArray, slots: int, workers: int) -> IntArray:
-    """[E] replicas for one layer: spare slots go, one by one, to the expert with the most load per replica.
+    """[E] replicas for one layer. Each spare slot goes to the expert with the most load per replica.
 
     Source: DeepSeek's EPLB, README. No expert gets more replicas than there are workers; idle experts get one,
     and slots that would only be filled by idle experts stay empty.

@@ -1,4 +1,4 @@
-"""The assignment problem: every row gets a column of its own at the least total cost."""
+"""Solves the assignment problem: every row gets a column of its own at the least total cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def assign(cost: FloatArray) -> IntArray:
     """
     size = len(cost)
     row_price, column_price = np.zeros(size + 1), np.zeros(size + 1)
-    row_of = np.full(size + 1, -1, dtype=np.int32)  # of each column; the last column is where a path begins
+    row_of = np.full(size + 1, -1, dtype=np.int32)  # row of each column; a path begins at the last column
     for row in range(size):
         row_of[size] = row
         column, slack = size, np.full(size, np.inf)

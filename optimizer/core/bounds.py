@@ -1,9 +1,9 @@
-"""Lower bounds on the cost of every placement of a problem. Cheap, and valid whatever a planner did.
+"""Lower bounds on the cost of every placement of a problem. They are cheap, and do not depend on any planner.
 
-Each item of the cost is bounded by itself, so their sum bounds the total; risk and migration are bounded by 0. A
-worker with c slots keeps together, of one expert's pairs, at most its c - 1 heaviest; where no expert can have a
-replica, eigenvalues say more (Donath and Hoffman 1973 for a layer's pairs; singular values likewise for the flows
-between two layers).
+Each item of the cost is bounded by itself, so the sum of the bounds bounds the total; risk and migration are bounded by
+0. A worker with c slots can hold, of one expert's pairs, at most the c - 1 heaviest. Where no expert can have a
+replica, eigenvalues give a sharper bound (Donath and Hoffman 1973 for the pairs of a layer; singular values in the same
+way for the flows between two layers).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def lower_bound(problem: PlacementProblem) -> float:
 
 
 def compute_bound(problem: PlacementProblem) -> FloatArray:
-    """[L] seconds: an even split; or the heaviest expert, in as many replicas as there are slots for, on the fastest
-    worker."""
+    """[L] seconds: the larger of an even split, and of the heaviest expert, in as many replicas as there are slots for,
+    on the fastest worker."""
     ideal = problem.loads.sum(axis=1) / problem.speed.sum()
     replicas = min(len(problem.workers), 1 + _spare(problem))
     heaviest = problem.loads.max(axis=1) / (replicas * problem.speed.max())
@@ -30,10 +30,10 @@ def compute_bound(problem: PlacementProblem) -> FloatArray:
 
 
 def home_bound(problem: PlacementProblem) -> FloatArray:
-    """[L] seconds of traffic if tokens came back after every layer.
+    """[L] least seconds of traffic where tokens return after every layer (`home`).
 
     By Cauchy and Schwarz sum_w S1_w^2 / (S1_w + S2_w) >= S1^2 / (S1 + S2) with S1, S2 the sums; the busiest link
-    carries at least what it would if all were alike.
+    carries at least as much as it would if all links were the same.
     """
     width = len(problem.workers)
     if width == 1:
@@ -49,7 +49,7 @@ def home_bound(problem: PlacementProblem) -> FloatArray:
 
 
 def follow_bound(problem: PlacementProblem) -> FloatArray:
-    """[L-1] seconds of traffic if tokens stayed where their expert was."""
+    """[L-1] least seconds of traffic where tokens stay at their expert (`follow`)."""
     width = len(problem.workers)
     seconds = _leaving(problem, _sizes(problem)) / width * port_price(problem)
     if problem.node_of.max() > 0:
@@ -59,12 +59,13 @@ def follow_bound(problem: PlacementProblem) -> FloatArray:
 
 
 def affinity_bound(problem: PlacementProblem) -> float:
-    """Seconds charged for transitions at the least."""
+    """Least seconds that are charged for transitions."""
     return float((_leaving(problem, _sizes(problem)) * problem.scale[:-1]).sum() * affinity_price(problem))
 
 
 def most_together(pairs: FloatArray, sizes: FloatArray, single: bool) -> float:
-    """Most pairs (sum over e < f) that workers of `sizes` [W] can hold together. `single`: no expert has a replica.
+    """Most pairs (sum over e < f) that workers with `sizes` [W] slots can hold. `single` says that no expert has a
+    replica.
 
     By rows: an expert shares its worker with at most max(sizes) - 1 others. By eigenvalues: sum_w x_w' C x_w is at most
     sum_k lambda_k size_k, both descending, for disjoint x_w.
@@ -73,7 +74,7 @@ def most_together(pairs: FloatArray, sizes: FloatArray, single: bool) -> float:
     by_rows = 0.5 * float(np.sort(pairs, axis=1)[:, -(most - 1) :].sum()) if most > 1 else 0.0
     if not single:
         return by_rows
-    # a diagonal shift changes every placement's value alike; this one evens out the rows, which sharpens the bound
+    # a diagonal shift changes all placements' values by the same; this one evens out the rows, and sharpens the bound
     shift = -pairs.sum(axis=1) / len(pairs)
     values = np.sort(np.linalg.eigvalsh(pairs + np.diag(shift)))[::-1][: len(sizes)]
     filled = _filled(sizes, len(pairs))
@@ -82,7 +83,8 @@ def most_together(pairs: FloatArray, sizes: FloatArray, single: bool) -> float:
 
 
 def _filled(sizes: FloatArray, experts: int) -> FloatArray:
-    """[W] sizes, descending, that no split of the experts over the workers majorises: the largest filled first."""
+    """[W] descending sizes that no split of the experts over the workers majorises: the largest workers are filled
+    first."""
     filled, left = [], experts
     for size in np.sort(sizes)[::-1]:
         filled.append(min(float(size), left))
@@ -91,7 +93,7 @@ def _filled(sizes: FloatArray, experts: int) -> FloatArray:
 
 
 def _leaving(problem: PlacementProblem, sizes: FloatArray) -> FloatArray:
-    """[L-1] transitions (over K) that change worker, or node, at the least, with `sizes` slots each."""
+    """[L-1] least transitions (divided by K) that change worker, or node, where these have `sizes` slots."""
     most = min(int(sizes.max()), problem.num_experts)
     left = []
     for flow in problem.flows:
@@ -110,12 +112,12 @@ def _sizes(problem: PlacementProblem) -> FloatArray:
 
 
 def _spare(problem: PlacementProblem) -> int:
-    """Slots per layer that are left for replicas."""
+    """Number of slots per layer that remain for replicas."""
     return int(_sizes(problem).sum()) - problem.num_experts
 
 
 def _saved_by_replicas(problem: PlacementProblem) -> FloatArray:
-    """[L] load that homes keep at most: every replica keeps 1 / (W - 1) of its expert's tokens from travelling."""
+    """[L] most load that stays at its home: every replica saves 1 / (W - 1) of its expert's tokens from travelling."""
     width = len(problem.workers)
     heaviest = np.sort(problem.loads, axis=1)[:, ::-1]
     copies = np.full(problem.num_experts, width - 1)

@@ -1,6 +1,6 @@
-"""What workers hold in one layer, passed on to the next: contents are permuted layer by layer so that tokens stay.
+"""Permutes the contents of workers layer by layer so that tokens stay on their worker from one layer to the next.
 
-The chain is quick and needs no solver; it is where MoETuner's second ILP starts from, and the local search.
+The chain is quick and needs no solver. MoETuner's second ILP and the local search start from it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementPr
 
 
 def chained(problem: PlacementProblem, flows: FloatArray) -> IntArray:
-    """[L, W] worker for each cluster, from the transitions between the clusters of adjacent layers [L-1, W, W]: each
-    layer's clusters are assigned to the workers of the layer before. Cluster k fits worker k."""
+    """[L, W] worker of each cluster. `flows` [L-1, W, W] are the transitions between the clusters of adjacent layers.
+
+    Each layer's clusters are assigned to the workers of the layer before. Cluster k fits worker k.
+    """
     worker_of = [np.arange(len(problem.workers), dtype=np.int32)]
     allowed, save = interchangeable(problem), kept(problem)
     for flow in flows:
@@ -24,7 +26,8 @@ def chained(problem: PlacementProblem, flows: FloatArray) -> IntArray:
 
 
 def lined_up(problem: PlacementProblem, table: IntArray) -> IntArray:
-    """The table [L, S] with each layer's contents of workers exchanged as a whole, so that balance stays as it is."""
+    """The table [L, S] after whole contents of workers were exchanged in each layer, which leaves the balance as it
+    is."""
     worker_of = chained(problem, flow_between_workers(problem, shares(problem, table)))
     new = table.copy()
     for layer, target in enumerate(worker_of):
@@ -34,13 +37,13 @@ def lined_up(problem: PlacementProblem, table: IntArray) -> IntArray:
 
 
 def interchangeable(problem: PlacementProblem) -> FloatArray:
-    """[W, W] 1 where two workers have the same slots and speed, so that either can take the other's experts."""
+    """[W, W] 1 where two workers have the same slots and speed, so that each can take the experts of the other."""
     kind = np.array([[worker.slots, speed] for worker, speed in zip(problem.workers, problem.speed, strict=True)])
     return np.asarray((kind[:, None, :] == kind[None, :, :]).all(axis=2).astype(np.float64))
 
 
 def kept(problem: PlacementProblem) -> FloatArray:
-    """[W, W] seconds that one token saves if it goes from v to w instead of across nodes."""
+    """[W, W] seconds that one token saves where it goes from worker v to w and not to another node."""
     member = node_membership(problem)
     near = (member @ member.T) * (uplink_price(problem) if member.shape[1] > 1 else 0.0)
     return np.asarray(near + np.eye(len(problem.workers)) * port_price(problem))

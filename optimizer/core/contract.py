@@ -1,4 +1,4 @@
-"""What every planner takes and hands back."""
+"""What every planner gets and returns: a budget, and a draft of a placement."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import Termination
 
 Clock = Callable[[], float]
-"""Seconds from some point on."""
+"""It returns seconds since some fixed time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a planner may use."""
+    """The time, solver and random numbers that a planner may use."""
 
     ends: float
-    """Time of `clock` by which it should have returned."""
+    """Time of `clock` by which the planner should return."""
     solver: str
     rng: np.random.Generator
     clock: Clock = time.monotonic
@@ -35,14 +35,14 @@ class Budget:
         return self.ends - self.clock()
 
     def share(self, part: float) -> Budget:
-        """A budget of `part` (0..1) of the time that is left."""
+        """A budget with the share `part` (0..1) of the time that is left."""
         now = self.clock()
         return replace(self, ends=now + part * (self.ends - now))
 
 
 @dataclass(slots=True)
 class Pace:
-    """How long models take to formulate, so that none is begun that would outlast the deadline."""
+    """Measures the time to formulate models, so that none is begun that would exceed the deadline."""
 
     clock: Clock
     seconds: float = 0.0
@@ -56,7 +56,7 @@ class Pace:
         self.variables += variables
 
     def allows(self, variables: int, left_s: float) -> bool:
-        """Whether a model of this size would be there in time, as far as is known."""
+        """Whether a model of this size can be formulated in time, judged by the models before it."""
         return self.seconds / max(self.variables, 1) * variables < left_s
 
 
@@ -68,10 +68,10 @@ class Draft:
     """[L, S] slot table."""
     reason: str
     planner: str = ""
-    """Who made it, where it was not the planner that was asked."""
+    """Name of the planner that has made the table, where it is not the one that was asked."""
     termination: Termination = Termination.COMPLETED
     bound: float = 0.0
-    """Lower bound on the total cost, where the planner proved one."""
+    """Lower bound on the total cost that the planner has proved; 0 where it has proved none."""
 
 
 Planner = Callable[[PlacementProblem, Budget], Draft]

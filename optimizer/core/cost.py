@@ -52,17 +52,17 @@ class Cost:
 
     @property
     def step_s(self) -> float:
-        """What every step costs under the placement, whatever it took to get there."""
+        """Seconds of every step under the placement, without the migration to it."""
         return self.compute_s + self.traffic_s + self.risk_s + self.affinity_s
 
     @property
     def realised_s(self) -> float:
-        """step_s without risk: for tokens that have come, whose load is known."""
+        """step_s without risk, for tokens whose load is known because they have come."""
         return self.step_s - self.risk_s
 
     @property
     def total_s(self) -> float:
-        """What planners minimise."""
+        """The sum of all items, which planners minimise."""
         return self.step_s + self.migration_s
 
 
@@ -88,7 +88,7 @@ def price_table(problem: PlacementProblem, table: IntArray) -> Cost:
 def shares(problem: PlacementProblem, table: IntArray) -> FloatArray:
     """[L, E, W] share of each expert's tokens that each worker serves."""
     layers, experts, width = problem.num_layers, problem.num_experts, len(problem.workers)
-    x = np.zeros((layers, experts + 1, width))  # the last row takes what EMPTY (-1) points at
+    x = np.zeros((layers, experts + 1, width))  # the last row stands for EMPTY (-1)
     x[np.arange(layers)[:, None], table, problem.owner[None, :]] = 1.0
     x = x[:, :experts]
     return np.asarray(x / x.sum(axis=2, keepdims=True))
@@ -100,13 +100,13 @@ def worker_loads(problem: PlacementProblem, x: FloatArray) -> FloatArray:
 
 
 def load_imbalance(problem: PlacementProblem, x: FloatArray) -> FloatArray:
-    """[L] time of the slowest worker over that of a perfect split."""
+    """[L] time of the slowest worker divided by the time of a perfect split."""
     ideal = problem.loads.sum(axis=1) / problem.speed.sum()
     return np.asarray((worker_loads(problem, x) / problem.speed).max(axis=1) / ideal)
 
 
 def layer_costs(problem: PlacementProblem, x: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """([L] compute, [L] traffic) seconds. The traffic of `follow` between l and l+1 is told with l; the last is 0."""
+    """([L] compute, [L] traffic) seconds. The traffic of `follow` between l and l+1 stands at l; the last is 0."""
     compute = problem.token_expert_s * problem.scale * (worker_loads(problem, x) / problem.speed).max(axis=1)
     if problem.semantics is Semantics.HOME:
         return compute, home_traffic(problem, arrivals(problem, x)) * problem.scale
@@ -116,7 +116,7 @@ def layer_costs(problem: PlacementProblem, x: FloatArray) -> tuple[FloatArray, F
 
 
 def arrivals(problem: PlacementProblem, x: FloatArray) -> FloatArray:
-    """[L, W] tokens that would reach each worker if none were at home there: those with an expert there."""
+    """[L, W] tokens that have an expert on each worker, as if no token were at home there."""
     away = remote_share(x, len(problem.workers))
     load = worker_loads(problem, away)
     together = 0.5 * np.einsum("lew,lew->lw", np.matmul(problem.pairs, away), away)
@@ -124,14 +124,14 @@ def arrivals(problem: PlacementProblem, x: FloatArray) -> FloatArray:
 
 
 def remote_share(x: FloatArray, workers: int) -> FloatArray:
-    """x where tokens at home on the worker are left out: a worker serves them from its own replica if it has one."""
+    """x without the tokens at home on the worker, which it serves from its own replica if it has one."""
     if workers == 1:
         return np.zeros_like(x)
     return np.asarray(np.where(x > 0, (x - 1 / workers) / (1 - 1 / workers), 0.0))
 
 
 def home_traffic(problem: PlacementProblem, n: FloatArray) -> FloatArray:
-    """[...] seconds of the busiest link, there and back, for arrivals n [..., W]."""
+    """[...] seconds of the busiest link for arrivals n [..., W], both ways."""
     width = len(problem.workers)
     total = n.sum(axis=-1, keepdims=True)
     port = np.maximum(n * (1 - 1 / width), (total - n) / width).max(axis=-1) * port_price(problem)
@@ -145,7 +145,7 @@ def home_traffic(problem: PlacementProblem, n: FloatArray) -> FloatArray:
 
 
 def flow_between_workers(problem: PlacementProblem, x: FloatArray) -> FloatArray:
-    """[L-1, W, W] tokens from each worker to each, between adjacent layers."""
+    """[L-1, W, W] tokens from each worker to each worker between adjacent layers."""
     return np.asarray(np.matmul(x[:-1].transpose(0, 2, 1), np.matmul(problem.flows, x[1:])) / problem.top_k)
 
 
@@ -166,7 +166,7 @@ def _busiest_side(flow: FloatArray) -> FloatArray:
 
 
 def risk_costs(problem: PlacementProblem, x: FloatArray) -> FloatArray:
-    """[L] seconds charged for load that may shift; 0 where no covariance was counted."""
+    """[L] seconds that are charged for load that may shift; 0 where no covariance is known."""
     if problem.load_covariance is None or problem.caution == 0:
         return np.zeros(problem.num_layers)
     variance = np.einsum("lew,lew->lw", np.matmul(problem.load_covariance, x), x)
@@ -174,13 +174,13 @@ def risk_costs(problem: PlacementProblem, x: FloatArray) -> FloatArray:
 
 
 def risk_price(problem: PlacementProblem) -> FloatArray:
-    """[L] seconds for one squared token of variance on a worker of speed 1."""
+    """[L] seconds that are charged for a variance of one squared token on a worker of speed 1."""
     ideal = problem.loads.sum(axis=1) / problem.speed.sum()
     return np.asarray(problem.token_expert_s * problem.caution * problem.scale / (ideal * len(problem.workers)))
 
 
 def affinity_cost(problem: PlacementProblem, x: FloatArray) -> float:
-    """Seconds charged for transitions that change worker."""
+    """Seconds that are charged for all transitions that change worker."""
     if problem.affinity == 0 or problem.num_layers < 2:
         return 0.0
     flow = flow_between_workers(problem, x)
@@ -204,7 +204,7 @@ def uplink_price(problem: PlacementProblem) -> float:
 
 
 def affinity_price(problem: PlacementProblem) -> float:
-    """Seconds charged for one transition that changes worker."""
+    """Seconds that are charged for one transition that changes worker."""
     return 2 * problem.affinity * port_price(problem) / len(problem.workers)
 
 
@@ -228,7 +228,8 @@ def held_before(problem: PlacementProblem) -> FloatArray | None:
 
 
 def copies(problem: PlacementProblem, table: IntArray) -> int:
-    """Experts that a worker must fetch to get from the current placement to `table`; 0 without a current one."""
+    """Number of experts that workers must fetch to get from the current placement to `table`; 0 without a current
+    one."""
     before = held_before(problem)
     if before is None:
         return 0

@@ -1,4 +1,4 @@
-"""What stands in for statistics that were not counted."""
+"""Estimates statistics that were not counted: covariances of loads, co-activation and transitions."""
 
 from __future__ import annotations
 
@@ -11,44 +11,45 @@ if TYPE_CHECKING:
     from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem
 
 FEWEST_PARTS = 3
-"""Stretches of time whose loads say anything of how loads vary."""
+"""Least number of stretches of time from which the variation of loads is estimated."""
 
 LEADING = 3
-"""Factors that all layers have in common: weaker ones say no more than each layer does by itself."""
+"""Number of factors common to all layers that are used. Weaker ones add nothing to what each layer shows by itself."""
 
 LAYER_SHARE = 0.7
-"""Weight of what each layer was seen to vary in by itself, beside those factors. Set as `PlacementProblem.caution` was,
-by planning on some requests and measuring on others."""
+"""Weight of the variation that each layer shows by itself, beside those factors. Like `PlacementProblem.caution`, it
+was set by planning on some requests and measuring on others."""
 
 LEAST_EXPECTED = 0.01
-"""Of an average expert's load in a part: below it, chance would weigh too much in a deviation over its spread."""
+"""Least expected load, as a share of an average expert's load in a part: below it, chance would dominate a deviation
+that is divided by its spread."""
 
 
 def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
     """[L, E, E] covariance of a window's loads, from loads of its parts [P, L, E] (requests, or stretches of time).
 
-    Parts are taken as drawn independently, each with the window's mix: the covariance of their sum is the sum of their
-    deviations' outer products. Tokens squared.
+    The estimate assumes that parts are drawn independently, each with the window's mix. Then the covariance of their
+    sum is the sum of the outer products of their deviations, in tokens squared.
     """
     return _sum_of_products(_expected_and_deviation(np.asarray(parts, dtype=np.float64))[1])
 
 
 def _sum_of_products(deviation: FloatArray) -> FloatArray:
-    """[L, E, E] of every two experts, from deviations [P, L, E]."""
+    """[L, E, E] sum of products of every two experts' deviations [P, L, E]."""
     by_layer = deviation.transpose(1, 0, 2)
     return np.asarray(np.matmul(by_layer.transpose(0, 2, 1), by_layer))
 
 
 def _expected_and_deviation(loads: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """[P, L, E] what each part would show if it had the mix of all, and by how much it differs."""
+    """[P, L, E] the load of each part if it had the mix of all parts, and the difference from that."""
     size = loads.sum(axis=2, keepdims=True)
     expected = size * (loads.sum(axis=0) / np.maximum(size.sum(axis=0), 1e-300))
     return expected, loads - expected
 
 
 def believable(covariance: FloatArray, parts: int) -> FloatArray:
-    """[L] share of the squared correlations [L, E, E] that sampling does not explain: experts that vary independently
-    show 1/parts on average."""
+    """[L] share of the squared correlations [L, E, E] that sampling does not explain. Experts that vary independently
+    have a squared correlation of 1/parts on average."""
     spread = np.sqrt(np.einsum("lee->le", covariance))
     correlation = covariance / np.maximum(spread[:, :, None] * spread[:, None, :], 1e-300)
     experts = covariance.shape[1]
@@ -57,9 +58,9 @@ def believable(covariance: FloatArray, parts: int) -> FloatArray:
 
 
 def shrunk_covariance(covariance: FloatArray, parts: int) -> FloatArray:
-    """[L, E, E] with what joins two experts reduced to the believable share.
+    """[L, E, E] the covariance, with the part between different experts reduced to the believable share.
 
-    Few parts leave a covariance of low rank, and a planner would fill workers with what happens not to have varied.
+    Few parts give a covariance of low rank, and a planner would fill workers with experts that happened not to vary.
     Shrinkage towards the diagonal, after Ledoit and Wolf 2004.
     """
     share = believable(covariance, parts)[:, None, None]
@@ -68,31 +69,31 @@ def shrunk_covariance(covariance: FloatArray, parts: int) -> FloatArray:
 
 def common_factors(parts: npt.ArrayLike) -> FloatArray:
     """[L, E, E] covariance along the LEADING directions in which the loads of all layers vary together, from loads of
-    parts [P, L, E]: topics, which later windows hold more or less of.
+    parts [P, L, E]. These directions are topics, of which later windows hold more or less.
 
     A part's scores are found over all layers at once, so a factor is known far better than from one layer's loads: the
     principal components of correspondence analysis (Benzecri 1973), deviations over the square root of what was
-    expected. Of each its excess over the median component is kept, which is what chance leaves.
+    expected. The excess of each component over the median one is kept, since the median shows the size of chance.
     """
     loads = np.asarray(parts, dtype=np.float64)
     expected, deviation = _expected_and_deviation(loads)
     least = np.maximum(LEAST_EXPECTED * expected.mean(axis=2, keepdims=True), 1e-300)
     scaled = (deviation / np.sqrt(np.maximum(expected, least))).reshape(len(loads), -1)
     strength, scores = np.linalg.eigh(scaled @ scaled.T)
-    # deviations sum to next to nothing, so that the weakest component is none
+    # deviations sum to nearly 0, so the weakest component is left out
     chance = np.median(strength[1:]) if len(loads) > 1 else np.inf
     kept = np.clip(1 - chance / np.maximum(strength[-LEADING:], 1e-300), 0.0, 1.0)
     return _sum_of_products(np.einsum("pk,ple->kle", scores[:, -LEADING:] * np.sqrt(kept), deviation))
 
 
 def drift_covariance(of_layers: FloatArray, parts: npt.ArrayLike) -> FloatArray:
-    """[L, E, E] how loads may differ in the next window: `of_layers` [L, E, E], what each layer shows by itself, and
-    what all layers have in common, along which windows differ by more than requests drawn at random would."""
+    """[L, E, E] covariance of the loads in the next window: `of_layers` [L, E, E], which each layer shows by itself,
+    and the factors common to all layers, along which windows differ by more than randomly drawn requests would."""
     return LAYER_SHARE * of_layers + common_factors(parts)
 
 
 def covariance_of_window(parts: npt.ArrayLike) -> FloatArray | None:
-    """[L, E, E] from loads of stretches of time [P, L, E]; None for too few to compare."""
+    """[L, E, E] covariance from the loads of stretches of time [P, L, E]; None where there are too few to compare."""
     loads = np.asarray(parts, dtype=np.float64)
     if len(loads) < FEWEST_PARTS:
         return None
@@ -100,15 +101,15 @@ def covariance_of_window(parts: npt.ArrayLike) -> FloatArray | None:
 
 
 def covariance_of_requests(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
-    """[L, E, E] from loads of whole requests [P, L, E] and of short runs within them [Q, L, E]."""
+    """[L, E, E] covariance from the loads of whole requests [P, L, E] and of short runs within them [Q, L, E]."""
     return drift_covariance(blended_covariance(requests, chunks), requests)
 
 
 def blended_covariance(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
-    """[L, E, E] from loads of few whole requests [P, L, E] and of many short runs within them [Q, L, E].
+    """[L, E, E] covariance from the loads of few whole requests [P, L, E] and of many short runs within them [Q, L, E].
 
-    Runs say better which experts rise together, but vary less than requests do: both shrunk, the runs' scaled to the
-    variance that whole requests show, and averaged by how far each is to be believed.
+    Runs show better which experts rise together, but vary less than requests do. Both covariances are shrunk, the one
+    of the runs is scaled to the variance of whole requests, and they are averaged by their believable shares.
     """
     loads, runs = np.asarray(requests, dtype=np.float64), np.asarray(chunks, dtype=np.float64)
     whole, within = covariance_between_parts(loads), covariance_between_parts(runs)
@@ -123,7 +124,7 @@ def blended_covariance(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatA
 
 
 def independent_pairs(problem: PlacementProblem) -> FloatArray:
-    """[L, E, E] co-activation if a token's K choices were drawn by load, one apart from another."""
+    """[L, E, E] co-activation if the K choices of a token were drawn by load and independently."""
     chance = problem.loads / problem.loads.sum(axis=1, keepdims=True)
     repeats = problem.top_k * (problem.top_k - 1) * problem.tokens
     pairs = chance[:, :, None] * chance[:, None, :] * repeats[:, None, None]
@@ -133,9 +134,10 @@ def independent_pairs(problem: PlacementProblem) -> FloatArray:
 def estimate_coactivation(problem: PlacementProblem) -> FloatArray:
     """[L, E, E] co-activation from transitions: two experts that follow the same experts are chosen together.
 
-    Given the expert before, a token's choices are taken as independent:
-    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e), and layer 0, which nothing precedes, from what follows it.
-    Without transitions the choices are independent altogether.
+    The estimate assumes that a token's choices are independent, given its expert in the layer before:
+    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e).
+    Layer 0 has no layer before, so it is estimated from layer 1 in the same way. Without transitions, all choices are
+    assumed to be independent.
     """
     if problem.transitions is None or problem.num_layers < 2 or problem.top_k < 2:
         return independent_pairs(problem)

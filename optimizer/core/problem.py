@@ -1,4 +1,4 @@
-"""A placement problem as one value: what was counted, who may hold experts, and what bytes cost.
+"""A placement problem as one value: the counts, the workers that may hold experts, and the prices.
 
 Legend: L MoE layers, E logical experts, W workers, S slots over all workers, K experts per token.
 """
@@ -22,57 +22,58 @@ class Semantics(StrEnum):
     """Where a token is between two MoE layers."""
 
     HOME = "home"
-    """It returns to the worker of its request after every MoE layer: what our engine does."""
+    """The token returns to the worker of its request after every MoE layer, as in our engine."""
     FOLLOW = "follow"
-    """It stays where its expert was: the model of MoETuner and ExFlow."""
+    """The token stays at its expert's worker, as in MoETuner and ExFlow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """Bandwidths in gigabits per second, each way. The defaults are what exchanges may reach on eight H100 with NVLink
-    (450 GB/s, at some 70 %) and a 400 Gb/s card each."""
+    """Bandwidths in gigabits per second, each way. The defaults assume eight H100 with NVLink (450 GB/s each, of which
+    exchanges reach about 70 %) and a 400 Gb/s card each."""
 
     worker_gbps: float = 2500.0
-    """Of a worker's own port: carries all that enters or leaves the worker."""
+    """Bandwidth of a worker's port, which carries all that enters or leaves the worker."""
     node_gbps: float = 3200.0
-    """Of a node's uplink: shared by its workers, carries what enters or leaves the node."""
+    """Bandwidth of a node's uplink, which its workers share and which carries all that enters or leaves the node."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlacementProblem:
-    """What a planner is given. Verified when made; raises PlacementError, naming the field, in one line.
+    """The input of a planner. It is verified when it is made; PlacementError names the wrong field in one line.
 
     Counts may be on any scale (a window of tokens, or shares of it): `top_k` turns them into tokens.
     """
 
     loads: FloatArray
-    """[L, E] tokens that chose each expert."""
+    """[L, E] number of tokens that chose each expert."""
     workers: tuple[Worker, ...]
     top_k: int = 1
-    """K: loads of a layer sum to K times its tokens."""
+    """K, the experts of a token: the loads of a layer sum to K times its tokens."""
     transitions: FloatArray | None = None
-    """[L-1, E, E] tokens that chose e in layer l and f in layer l+1. None: taken as independent."""
+    """[L-1, E, E] tokens that chose e in layer l and f in layer l+1. None: the choices are assumed to be
+    independent."""
     coactivation: FloatArray | None = None
     """[L, E, E] tokens that chose both e and f in layer l; symmetric, the diagonal is ignored. None: estimated."""
     load_covariance: FloatArray | None = None
     """[L, E, E] covariance of the window's loads from one window to the next, in tokens squared; see
-    `estimate.drift_covariance`. None: loads are taken to stay as they are."""
+    `estimate.drift_covariance`. None: loads are assumed to stay as they are."""
     speeds: tuple[float, ...] = ()
-    """[W] relative speed of each worker; empty: all alike."""
+    """[W] relative speed of each worker; empty where all are the same."""
     links: Links = field(default_factory=Links)
     current: Placement | None = None
     """The placement to change, if one is in force. Its workers need not be the problem's."""
     move_budget: int | None = None
-    """Most experts that workers may fetch to get there from `current`; None: what pays, moves."""
+    """Most experts that workers may fetch to get there from `current`; None sets no limit beside the cost."""
     expert_bytes: int = 0
-    """Of one expert of one layer: what a move copies."""
+    """Size of one expert of one layer, which a move copies."""
     horizon_steps: float = 10_000.0
     """Steps that the new placement is expected to serve; migration is amortised over them."""
     semantics: Semantics = Semantics.HOME
     tokens_per_step: int = 1024
-    """Tokens of a typical step: the scale on which costs are told."""
+    """Tokens of a typical step, for which costs are given."""
     token_bytes: int = 4096
-    """Of one token's hidden state on a link."""
+    """Size of one token's hidden state on a link."""
     token_expert_s: float = 8e-8
     """Seconds that one token takes in one expert, on a worker of speed 1. The default: an expert of DeepSeek-V2-Lite
     (17 MB) is read from an H100's memory, at two thirds of 3.35 TB/s, for the hundred tokens of a step that chose
@@ -84,9 +85,9 @@ class PlacementProblem:
     together: like `caution`, it was set by planning on one part of some requests and measuring on another, here as the
     least that keeps half as many transitions again on one worker as clustering by load and mapping clusters after."""
     caution: float = 100.0
-    """Price of load that may shift, in loads per squared relative deviation: the more, the more are experts kept apart
-    whose loads rise together. At 100, deviations of 3 % cost 9 %: the slowest of eight workers is late by 4 % for what
-    the window got wrong, and again for what comes after."""
+    """Price of load that may shift, in loads per squared relative deviation. The higher it is, the more are experts
+    kept apart whose loads rise together. At 100, deviations of 3 % cost 9 %: the slowest of eight workers is late by 4
+    % for what the window got wrong, and again for what comes after."""
 
     def __post_init__(self) -> None:
         from elastic_moe.optimizer.core.validate import validated_fields
@@ -124,19 +125,19 @@ class PlacementProblem:
 
     @cached_property
     def tokens(self) -> FloatArray:
-        """[L] tokens behind each layer's loads."""
+        """[L] number of tokens that were counted in each layer."""
         return np.asarray(self.loads.sum(axis=1) / self.top_k)
 
     @cached_property
     def pairs(self) -> FloatArray:
-        """[L, E, E] co-activation, zero on the diagonal; where none was counted, an estimate from what was."""
+        """[L, E, E] co-activation, zero on the diagonal; an estimate where none was counted."""
         from elastic_moe.optimizer.core.estimate import estimate_coactivation
 
         return estimate_coactivation(self) if self.coactivation is None else self.coactivation
 
     @cached_property
     def flows(self) -> FloatArray:
-        """[L-1, E, E] transitions; where none were counted, those of independent choices."""
+        """[L-1, E, E] transitions; those of independent choices where none were counted."""
         from elastic_moe.optimizer.core.estimate import estimate_transitions
 
         return estimate_transitions(self) if self.transitions is None else self.transitions
@@ -147,7 +148,7 @@ class PlacementProblem:
         return np.asarray(self.tokens_per_step / self.tokens)
 
     def __getstate__(self) -> dict[str, object]:
-        """Only the fields: what is cached can be made again and would double the pickle."""
+        """Only the fields. Cached values can be computed again, and would double the size of the pickle."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def __setstate__(self, state: dict[str, object]) -> None:

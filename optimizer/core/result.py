@@ -1,4 +1,4 @@
-"""What a planner answers."""
+"""The result of a planner: the placement, its cost, and how good it is known to be."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from elastic_moe.optimizer.core.cost import Cost
 
 
 class SolutionStatus(StrEnum):
-    """What is known of the placement, apart from why the planner stopped."""
+    """How good the placement is known to be. Termination says why the planner stopped."""
 
     OPTIMAL = "optimal"
-    """Proven: cost and lower bound agree."""
+    """The placement is proven optimal: its cost equals the lower bound."""
     FEASIBLE = "feasible"
-    """Valid and priced; the gap says how far it may be from the best."""
+    """The placement is valid; the gap says how far it may be from the best one."""
     FALLBACK = "fallback"
-    """Valid, but made by greedy because the wanted planner failed; the reason says why."""
+    """The placement is valid, but greedy has made it because the planner failed; the reason says why."""
 
 
 class Termination(StrEnum):
@@ -26,9 +26,9 @@ class Termination(StrEnum):
     COMPLETED = "completed"
     """The method ran to its end."""
     DEADLINE = "deadline"
-    """Time ran out; the best placement found until then is returned."""
+    """The time ran out; the result is the best placement found until then."""
     SOLVER_FAILED = "solver_failed"
-    """A solver was missing, refused the model, or broke."""
+    """A solver is missing, refused the model, or broke."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,24 +36,25 @@ class PlanResult:
     """A placement, what it is predicted to cost, and how good it is known to be."""
 
     planner: str
-    """Who made it: the planner that was asked for, the best one under `auto`, or greedy as the fallback."""
+    """Name of the planner that has made it: the one that was asked, the best one under `auto`, or greedy as
+    fallback."""
     placement: Placement
     status: SolutionStatus
     termination: Termination
     cost_before: Cost | None
-    """Of the current placement; None without one, or where its workers are not the problem's."""
+    """Cost of the current placement; None without one, or where its workers are not the problem's."""
     cost: Cost
     imbalance_before: float | None
-    """Mean over layers of the slowest worker's load over an even split; None as for `cost_before`."""
+    """Mean over layers of the slowest worker's load divided by an even split; None as for `cost_before`."""
     imbalance: float
     lower_bound: float
     """Seconds per step that no placement of this problem can beat."""
     gap: float
-    """(total cost - lower bound) / total cost; 0 is proven optimal."""
+    """(total cost - lower bound) / total cost; at 0 the placement is proven optimal."""
     seconds: float
     moves: int
-    """Experts that workers must fetch to get there from the current placement; 0 without one."""
+    """Number of experts that workers must fetch to get there from the current placement; 0 without one."""
     bytes: int
-    """Of those moves."""
+    """Bytes that those moves copy."""
     reason: str
-    """One line for people."""
+    """Why the plan is as it is, in one line for people."""

@@ -1,9 +1,9 @@
-"""One way to run a Pyomo model on HiGHS, CBC or Gurobi. Owns no formulation.
+"""Runs a Pyomo model on HiGHS, CBC or Gurobi in one way. It has no formulation of its own.
 
-A time limit with an incumbent is a usable answer; an answer is checked against the model's constraints before it
-counts, because some interfaces hand out values that are no solution (CBC stopped without an incumbent returns zeros).
+A time limit with an incumbent gives a usable answer. Every answer is checked against the model's constraints, because
+some interfaces return values that are no solution (CBC returns zeros where it stops without an incumbent).
 
-Pyomo takes half a second to import, so that it waits here, and in every module with a formulation, for the first model.
+Pyomo takes half a second to import, so this module and the modules with formulations are imported for the first model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SOLVERS = ("highs", "cbc", "gurobi")
 
 GUROBI_FREE_LIMIT = 2000
-"""Variables, and likewise constraints, that gurobipy accepts without a licence."""
+"""Most variables, and most constraints, that gurobipy accepts without a licence."""
 
 GUROBI_TOO_LARGE = 10010
 """Gurobi's error number for a model above that size."""
@@ -35,25 +35,25 @@ _FEASIBILITY = 1e-5
 
 
 class SolverError(EmoeError):
-    """A solver is missing, refused the model, or broke. One line that says what to do."""
+    """A solver is missing, refused the model, or broke. The message says in one line what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """What came of a solve. The model's variables hold the incumbent where `objective` is not None."""
+    """The result of a solve. Where `objective` is not None, the model's variables hold the incumbent."""
 
     objective: float | None
     bound: float
-    """No solution of the model is better (minimisation); -inf where the solver proved nothing."""
+    """No solution of the model costs less; -inf where the solver has proved nothing."""
     optimal: bool
-    """Proven within the gap that was asked for."""
+    """Whether the incumbent is proven optimal within the wanted gap."""
     message: str
 
 
 def solve(model: pyo.ConcreteModel, *, solver: str, time_limit_s: float, gap: float = 1e-4) -> Solution:
     """Minimise `model`, starting from its variables' values where the solver can; blocks for `time_limit_s` at most.
 
-    Raises SolverError where the solver cannot be used on it, ConfigError where there is none of that name.
+    Raises SolverError where the solver cannot run the model, and ConfigError where there is no solver of that name.
     """
     if solver not in _RUNNERS:
         raise ConfigError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
@@ -175,7 +175,7 @@ def _cbc(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
     runner.options["ratioGap"] = gap
     with _quiet("pyomo.core", "pyomo.opt"):
         try:
-            # its own limit is a promise of CBC; Pyomo's kills the process where it is not kept
+            # CBC may exceed its own limit; Pyomo's limit then kills the process
             result = runner.solve(model, load_solutions=False, warmstart=_has_start(model), timelimit=time_limit_s + 5)
         except (ApplicationError, RuntimeError, ValueError, OSError) as error:
             raise SolverError(f"cbc: {' '.join(str(error).split())}") from None
@@ -197,7 +197,7 @@ def _has_start(model: pyo.ConcreteModel) -> bool:
 
 
 class _quiet:
-    """Pyomo logs a warning for every time limit; the Solution says it already."""
+    """Silences Pyomo, which logs a warning for every time limit that the Solution reports already."""
 
     def __init__(self, *names: str) -> None:
         self._loggers = [logging.getLogger(name) for name in names]

@@ -14,7 +14,7 @@ from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 
 
 def to_placement(problem: PlacementProblem, table: IntArray) -> Placement:
-    """The verified placement of a table. Raises PlacementError where a planner broke a rule."""
+    """The verified placement of a table. Raises PlacementError where the table breaks a rule."""
     return Placement(
         num_logical_experts=problem.num_experts,
         workers=problem.workers,
@@ -23,7 +23,7 @@ def to_placement(problem: PlacementProblem, table: IntArray) -> Placement:
 
 
 def row_of(problem: PlacementProblem, held: Sequence[Sequence[int]]) -> IntArray:
-    """[S] one layer's slots from the experts that each worker holds."""
+    """[S] the slots of one layer, made of the experts that each worker holds."""
     row: list[int] = []
     for worker, experts in zip(problem.workers, held, strict=True):
         assert len(experts) <= worker.slots
@@ -32,12 +32,12 @@ def row_of(problem: PlacementProblem, held: Sequence[Sequence[int]]) -> IntArray
 
 
 def room(problem: PlacementProblem) -> list[int]:
-    """[W] experts of one layer that each worker can make use of: its slots, but no expert twice."""
+    """[W] number of experts of one layer that each worker can hold: its slots, but no expert twice."""
     return [min(worker.slots, problem.num_experts) for worker in problem.workers]
 
 
 def _in_familiar_slots(problem: PlacementProblem, table: IntArray) -> IntArray:
-    """The same holdings, with every expert that stays on its worker left in the slot it has now."""
+    """The same table, where every expert that stays on its worker keeps its present slot."""
     current = problem.current
     if current is None or current.workers != problem.workers:
         return table

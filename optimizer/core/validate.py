@@ -1,4 +1,4 @@
-"""The checks of a PlacementProblem, each an error in one line that names the field and the limit that is too tight."""
+"""Checks a PlacementProblem. Each error is one line that names the field and what was expected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def validated_fields(problem: PlacementProblem) -> dict[str, Any]:
-    """The fields that are kept in another form than given (arrays of float64). Raises PlacementError."""
+    """The fields that are stored in another form than they were given (arrays of float64). Raises PlacementError."""
     from elastic_moe.optimizer.core.problem import Semantics
 
     loads = counts("loads", problem.loads, None)
@@ -42,7 +42,7 @@ def validated_fields(problem: PlacementProblem) -> dict[str, Any]:
 
 
 def counts(name: str, array: object, shape: tuple[int, ...] | None) -> FloatArray:
-    """A read-only float64 copy of an array of counts. Raises PlacementError, naming the field."""
+    """A read-only float64 copy of an array of counts. Raises PlacementError, which names the field."""
     try:
         values = np.array(array, dtype=np.float64)
     except (TypeError, ValueError):

@@ -1,0 +1,8 @@
+"""The planner `ilp`: mixed-integer programs with the true cost model.
+
+planner   the planner: exact for small problems, piece by piece for large ones
+joint     the whole problem as one program
+layer     one layer and a few of its workers as a program
+
+The local search that it starts from is in optimizer/search; solvers are run by optimizer/core/solvers.py.
+"""

@@ -1,4 +1,4 @@
-"""The whole problem as one mixed-integer program, exact for small cases.
+"""The whole problem as one mixed-integer program, which is exact. It suits small problems.
 
 Sets        layers l, experts e, workers w, replica counts r
 Variables   u[l, e, r, w] in {0, 1}: e has r replicas in layer l, and w holds one; v[l, e, r] in {0, 1}: e has r
@@ -40,7 +40,7 @@ FIRST_TANGENTS = (0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 class JointModel:
-    """The Pyomo model of a problem, and the way back from its variables to a table.
+    """The Pyomo model of a problem; it can turn its variables back into a table.
 
     Times are in microseconds: solvers' tolerances are absolute, and seconds would drown in them.
     """
@@ -97,8 +97,8 @@ class JointModel:
         )
 
     def _order_alike_workers(self) -> None:
-        """load of w >= load of w + 1 in layer 0, for neighbours that only differ in name: one of all equal
-        relabellings."""
+        """load of w >= load of w + 1 in layer 0, for neighbours that differ only in their names. It keeps one of all
+        equal relabellings."""
         problem, model = self.problem, self.model
         if problem.current is not None:
             return
@@ -274,7 +274,7 @@ class JointModel:
         )
 
     def table(self) -> IntArray:
-        """[L, S] the incumbent."""
+        """[L, S] the table of the incumbent."""
         rows = []
         for layer in self.model.layers:
             held = [
@@ -285,7 +285,7 @@ class JointModel:
         return np.stack(rows)
 
     def start_from(self, table: IntArray) -> None:
-        """Offer a table as the incumbent: its integer part."""
+        """Offer a table as the incumbent, by setting the integer variables."""
         owner = self.problem.owner
         for layer in self.model.layers:
             replicas = np.bincount(table[layer][table[layer] >= 0], minlength=self.problem.num_experts)
@@ -298,7 +298,7 @@ class JointModel:
 
 
 def arrival_slopes(problem: PlacementProblem, x: FloatArray) -> FloatArray:
-    """[L, W] t = S1 / (S1 + S2) of every worker, at which a tangent is exact; 1 where nothing arrives."""
+    """[L, W] the slope t = S1 / (S1 + S2) of every worker at which a tangent is exact; 1 where nothing arrives."""
     away = remote_share(x, len(problem.workers))
     first = np.einsum("le,lew->lw", problem.loads, away)
     together = 0.5 * np.einsum("lew,lew->lw", np.matmul(problem.pairs, away), away)
@@ -313,14 +313,14 @@ def modes(problem: PlacementProblem) -> list[tuple[int, int]]:
 
 
 def size(problem: PlacementProblem) -> int:
-    """How many products the model would have: what its time grows with."""
+    """Number of products that the model would have, with which its time grows."""
     count, width = len(modes(problem)), len(problem.workers)
     pairs = problem.num_layers * count * (count - 1) // 2 * width
     return pairs + (problem.num_layers - 1) * count**2 * len(_near_pairs(problem))
 
 
 def _near_pairs(problem: PlacementProblem) -> list[tuple[int, int]]:
-    """Pairs of workers between which traffic is cheaper: a worker and itself; under `follow` those of one node, too."""
+    """Pairs of workers with cheaper traffic: a worker and itself, and under `follow` also two workers of one node."""
     width, node = len(problem.workers), problem.node_of
     if problem.semantics is Semantics.HOME or node.max() == 0:
         return [(w, w) for w in range(width)]
@@ -328,6 +328,6 @@ def _near_pairs(problem: PlacementProblem) -> list[tuple[int, int]]:
 
 
 def _node_ranks(problem: PlacementProblem) -> list[list[int]]:
-    """Ranks of every node's workers; nothing where there is one node, whose uplink nobody uses."""
+    """Ranks of the workers of every node; empty for a single node, whose uplink carries nothing."""
     nodes = int(problem.node_of.max()) + 1
     return [np.flatnonzero(problem.node_of == n).tolist() for n in range(nodes)] if nodes > 1 else []

@@ -1,6 +1,6 @@
-"""One layer, a few of its workers: the mixed-integer program that the ILP planner improves large problems with.
+"""The mixed-integer program for one layer and a few of its workers, by which the planner `ilp` improves large problems.
 
-The contents of the chosen workers are dealt anew among them; everything else stays.
+It deals the contents of the chosen workers among them again; everything else stays.
 
 Sets        experts e that the chosen workers hold, workers w
 Variables   x[e, w] in {0, 1}: w holds e; p[e, f, w] in [0, 1]: it holds both; peak, link >= 0; arrive[w] >= 0
@@ -47,7 +47,7 @@ class LayerModel:
         self._start()
 
     def _loads(self) -> FloatArray:
-        """[W] seconds of every worker as it is."""
+        """[W] seconds of every worker in the present table."""
         held = self.row != EMPTY
         replicas = np.maximum(np.bincount(self.row[held], minlength=len(self.terms.load_s)), 1)
         load = np.where(held, self.terms.load_s[self.row] / replicas[self.row], 0.0)
@@ -136,7 +136,7 @@ class LayerModel:
                 self.model.x[e, w].value = float(int(self.experts[e]) in held)
 
     def chosen_row(self) -> IntArray:
-        """[S] the incumbent's slots."""
+        """[S] the slots of the incumbent."""
         row = self.row.copy()
         for w in self.ranks:
             slots = np.flatnonzero(self.terms.owner == w)

@@ -1,10 +1,9 @@
-"""The planner `ilp`: ours. Seeded by the local search; exact where the problem is small, improved piecewise where it
-is not.
+"""The planner `ilp`, our own. It starts from the local search.
 
-Small: the joint model, solved again with tangents added at each incumbent until model and true cost agree: a proof.
-Large: a decomposition. Layer by layer the contents of a few workers are dealt anew by an ILP while the rest stays (a
-large neighbourhood that swaps cannot see), and kept where the true cost fell. The bound is then that of
-optimizer.core.bounds.
+A small problem is solved exactly: the joint model is solved again, with tangents added at each incumbent, until the
+model and the true cost agree, which is a proof. A large problem is decomposed: layer by layer, an ILP deals the
+contents of a few workers again while the rest stays (a large neighbourhood, which swaps cannot search), and the result
+is kept where the true cost fell. The bound is then that of optimizer.core.bounds.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from elastic_moe.optimizer.ilp.layer import LayerModel
 from elastic_moe.optimizer.search.local_search import JointSearch, local_search_plan
 
 SMALL = 6000
-"""Products of two variables up to which the joint model is tried."""
+"""Most products of two variables with which the joint model is tried."""
 
 PROVEN = 1e-7
-"""Relative gap at which model and true cost agree."""
+"""Relative gap at which the model and the true cost count as equal."""
 
 PIECE = 22
-"""Experts that one piece of the decomposition deals anew; its products grow with the square."""
+"""Most experts that one piece of the decomposition deals again; its products grow with the square."""
 
 PIECE_S = 2.0
 """Seconds after which a piece is given up."""
 
 
 def ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
-    """Raises SolverError where the solver cannot be used."""
+    """Search locally, then improve by ILPs. Raises SolverError where the solver cannot be used."""
     return improved(problem, local_search_plan(problem, budget), budget)
 
 
 def improved(problem: PlacementProblem, seed: Draft, budget: Budget) -> Draft:
-    """Never worse than what the local search found. Raises SolverError where the solver cannot be used."""
+    """Improve `seed` by ILPs; the result is never worse. Raises SolverError where the solver cannot be used."""
     if joint_ilp.size(problem) <= SMALL and budget.left_s > 0:
         return _exact(problem, seed.table, budget)
     if seed.termination is Termination.DEADLINE:
@@ -77,7 +76,7 @@ def _exact(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
 
 
 def _add_tangents(problem: PlacementProblem, joint: joint_ilp.JointModel, table: IntArray) -> bool:
-    """Cut the model's arrivals at a table's own slopes; whether any were added."""
+    """Add tangents to the model's arrivals at the slopes of a table. Returns whether any were added."""
     if problem.semantics is not Semantics.HOME or len(problem.workers) == 1:
         return False
     for layer, slopes in enumerate(joint_ilp.arrival_slopes(problem, shares(problem, table))):
@@ -87,7 +86,7 @@ def _add_tangents(problem: PlacementProblem, joint: joint_ilp.JointModel, table:
 
 
 def piecewise(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
-    """A pass over the layers, each dealt anew in pieces until a piece brings nothing."""
+    """Pass over the layers; each is dealt again in pieces until a piece gains nothing."""
     search = JointSearch(problem, start)
     tried = kept = 0
     for layer in _layers_by_need(problem, search.table):
@@ -103,20 +102,21 @@ def piecewise(problem: PlacementProblem, start: IntArray, budget: Budget) -> Dra
 
 
 def _layers_by_need(problem: PlacementProblem, table: IntArray) -> list[int]:
-    """All layers, those with the most seconds to gain on balance first."""
+    """All layers; those that can gain most seconds by balance come first."""
     busy = worker_loads(problem, shares(problem, table)) / problem.speed
     excess = busy.max(axis=1) / (problem.loads.sum(axis=1) / problem.speed.sum())
     return [int(layer) for layer in np.argsort(-excess)]
 
 
 def _improve(problem: PlacementProblem, search: JointSearch, layer: int, budget: Budget) -> bool:
-    """Deal the busiest worker's contents anew with the idlest and random others; keep what is better."""
+    """Deal the contents of the busiest, the idlest and random workers again. Keep a better result; return whether it
+    is."""
     terms = search.pricer.terms(layer, 7, 4)
     row, before = search.table[layer].copy(), search.pricer.around_s(layer)
     model = LayerModel(terms, row, _piece(problem, search, layer, budget.rng))
     limit_s = min(PIECE_S, budget.left_s)
     solution = solve(model.model, solver=budget.solver, time_limit_s=limit_s, gap=1e-4)
-    # what the deadline cut short would with more time have come out otherwise
+    # a piece that the deadline has cut short would differ with more time, and is not kept
     if solution.objective is None or (limit_s < PIECE_S and not solution.optimal):
         return False
     search.table[layer] = model.chosen_row()
@@ -129,7 +129,7 @@ def _improve(problem: PlacementProblem, search: JointSearch, layer: int, budget:
 
 
 def _piece(problem: PlacementProblem, search: JointSearch, layer: int, rng: np.random.Generator) -> list[int]:
-    """Ranks of a piece: as many as hold PIECE experts, at least two."""
+    """Ranks of the workers of a piece: at least two, and as many as hold PIECE experts together."""
     busy = (problem.loads[layer] @ search.pricer.x[layer]) / problem.speed
     held = (search.pricer.x[layer] > 0).sum(axis=0)
     first, last = int(busy.argmax()), int(busy.argmin())

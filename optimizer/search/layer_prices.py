@@ -1,4 +1,4 @@
-"""The cost model as one layer sees it while the others stay: prices for swaps, and the true cost around a layer.
+"""The cost model for one layer while the others stay: prices for swaps, and the true cost around a layer.
 
 Legend: E experts, W workers, N nodes.
 """
@@ -26,7 +26,7 @@ from elastic_moe.optimizer.search.swaps import LayerTerms
 
 
 class LayerPricer:
-    """Keeps the shares x [L, E, W] of a table, which the prices of neighbouring layers are made of."""
+    """Keeps the shares x [L, E, W] of a table, from which it computes the prices of a layer."""
 
     def __init__(self, problem: PlacementProblem, table: IntArray) -> None:
         self.problem = problem
@@ -46,13 +46,13 @@ class LayerPricer:
         return price_table(self.problem, table).total_s
 
     def update(self, table: IntArray, layer: int) -> None:
-        """Take note that a layer of the table has changed."""
+        """Update the shares of a layer that has changed in the table."""
         x = np.zeros((self.problem.num_experts + 1, len(self.problem.workers)))  # the last row stands for EMPTY
         x[table[layer], self.problem.owner] = 1.0
         self.x[layer] = x[:-1] / x[:-1].sum(axis=1, keepdims=True)
 
     def around_s(self, *layers: int) -> float:
-        """The true cost of some layers and of what joins them to one another and to their neighbours."""
+        """The true cost of some layers and of the traffic among them and to their neighbours."""
         boundaries = {b for layer in layers for b in self._boundaries(layer)}
         return sum(self._layer_s(layer) for layer in layers) + sum(self._boundary_s(b) for b in sorted(boundaries))
 
@@ -91,7 +91,7 @@ class LayerPricer:
         return affinity_s
 
     def terms(self, layer: int, load_power: int, link_power: int, eagerness: float = 1.0) -> LayerTerms:
-        """What swaps within `layer` are judged by. `eagerness` multiplies the prices between layers."""
+        """The terms that judge swaps within `layer`. `eagerness` multiplies the prices between layers."""
         problem, scale = self.problem, self.problem.scale[layer]
         covariance = None
         if problem.load_covariance is not None and problem.caution > 0:
@@ -123,14 +123,14 @@ class LayerPricer:
             else:
                 prices += problem.flows[boundary].T @ (self.x[layer - 1] @ toll)
         if self._before is not None:
-            # swaps scale prices by an item's share of its expert's tokens; a copy costs the same whatever its share
+            # swaps scale prices by the item's share of its expert's tokens; a copy costs the same for any share
             replicas = (self.x[layer] > 0).sum(axis=1, keepdims=True)
             prices += move_price(problem) * (1.0 - self._before[layer]) * replicas
         return prices
 
     def _tolls(self, boundary: int, link_power: int) -> FloatArray:
-        """[W, W] seconds for a token from worker v to w: affinity, and under `follow` the slope of the norm of all
-        links."""
+        """[W, W] seconds of a token from worker v to w: the price of affinity, and under `follow` the slope of the norm
+        of all links."""
         problem = self.problem
         affinity = np.asarray(self._apart * affinity_price(problem))
         if problem.semantics is Semantics.HOME:
@@ -149,8 +149,10 @@ class LayerPricer:
 
 
 def _norm_slopes(links: list[FloatArray], power: int) -> list[FloatArray]:
-    """The slope of the p-norm over all links, by each link's seconds, as if it were the busiest link's: the norm itself
-    is more where many are nearly as busy, and would ask too much for them."""
+    """The slope of the p-norm of all links by the seconds of each link, scaled to the busiest link.
+
+    The norm itself is larger where many links are nearly as busy, and its slope would price them too high.
+    """
     seconds = np.concatenate(links)
     peak = max(float(seconds.max()), 1e-300)
     norm = peak * max(float(((seconds / peak) ** power).sum()), 1.0) ** (1 / power)  # 0 where nothing leaves a worker
@@ -158,7 +160,7 @@ def _norm_slopes(links: list[FloatArray], power: int) -> list[FloatArray]:
 
 
 def _arrival_prices(problem: PlacementProblem) -> tuple[FloatArray, FloatArray]:
-    """([W] on its port, [W] on its uplink) seconds of one token that arrives at a worker and returns; 0 under
+    """([W] on the port, [W] on the uplink) seconds of one token that arrives at a worker and returns; 0 under
     `follow`."""
     width = len(problem.workers)
     if problem.semantics is Semantics.FOLLOW or width == 1:

@@ -1,10 +1,11 @@
 """Joint local search over all layers: the planner `local_search`, and the seed of the ILP.
 
-Source: ours; iterated local search after Lourenco, Martin and Stuetzle 2003. Anytime. First each layer is descended in
-turn, kept where the true cost fell; then sweeps over all layers, each descended by its best swaps while its neighbours
-stay, with the norm that stands for the maximum sharpened step by step; then layers are shaken and descended again. The
-best table under the true cost is kept throughout. Time cuts this path short and changes nothing else of it: with more
-of it the answer is the same or better, whatever the deadline."""
+Source: ours; iterated local search after Lourenco, Martin and Stuetzle 2003. It has three parts. First each layer is
+descended in turn, and kept where the true cost fell. Then follow sweeps over all layers: each is descended by its best
+swaps while its neighbours stay, and the norm that stands for the maximum is sharpened step by step. Then layers are
+disturbed ("shaken") and descended again. The best table under the true cost is kept. It can be stopped at any time, and
+the deadline only cuts these steps short, so with more time the answer is the same or better.
+"""
 
 from __future__ import annotations
 
@@ -24,56 +25,57 @@ from elastic_moe.optimizer.search.redeals import best_redeals
 from elastic_moe.optimizer.search.swaps import LayerTerms, best_swaps, swap_deltas
 
 SHARPNESS = ((0, 1), (0, 1), (1, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3), (7, 4))
-"""(load, link) exponents, as numbers of squarings, of each round of sweeps: from a soft mean to nearly the maximum."""
+"""(load, link) exponents of each round of sweeps, as numbers of squarings: from a soft mean to nearly the maximum."""
 
 EAGERNESS = (8.0, 4.0, 4.0, 3.0, 3.0, 2.0, 1.5, 1.0, 1.0, 1.0)
-"""Factor on the small prices between layers in each round: layers line up while balance is still soft."""
+"""Factor of the small prices between layers in each round: layers line up while the balance is still soft."""
 
 LEAST_GAIN = 1e-6
-"""Share of a layer's cost below which a swap is not worth an evaluation."""
+"""Least predicted gain of a swap, as a share of the layer's cost, for which the swap is evaluated."""
 
 MOST_EVALUATIONS = 400
-"""Per descent of one layer."""
+"""Most evaluations in one descent of a layer."""
 
 REDEALS = 6
-"""Moves of a replica that are evaluated in full before a descent is at its end."""
+"""Number of moves of replicas that are evaluated in full at the end of a descent."""
 
 LARGE = 10**6
-"""Swaps to look at over all layers, above which layers are finished in turn only, until that brings nothing: joint
-rounds would not end."""
+"""Number of possible swaps over all layers above which layers are only finished in turn, until that gains nothing:
+joint rounds would not end in time."""
 
 FINISH = ((2, 1), (4, 2), (6, 3), (7, 4))
-"""SHARPNESS for one layer, its neighbours as they are."""
+"""The rounds of SHARPNESS for one layer while its neighbours stay."""
 
 QUICK = 10**4
-"""Swaps over all layers up to which layers are finished whatever the deadline, in some hundredths of a second."""
+"""Number of possible swaps over all layers up to which layers are finished at any deadline, which takes hundredths of a
+second."""
 
 Rounds = tuple[tuple[int, int], ...]
 
 SHAKEN = ((6, 3), (9, 5))
-"""Rounds of SHARPNESS for one layer after it was disturbed: in the sharpest most of the balance is won."""
+"""The rounds of SHARPNESS for one layer after it was disturbed; the sharpest round gains most of the balance."""
 
 PAIRED = 0.25
-"""Share of disturbances that take a layer and the next together."""
+"""Share of disturbances that take a layer together with the next one."""
 
 SMALL_ROW = 16
-"""Slots of a layer up to which a random layer, descended, often comes out as good as any."""
+"""Number of slots of a layer up to which a random layer, after a descent, is often as good as any."""
 
 ANEW = 0.1
-"""Share of disturbances that deal such a layer anew."""
+"""Share of disturbances that deal such a layer again at random."""
 
 KICKS_PER_LAYER = 20
-"""Disturbances of each layer after which the planner `local_search` stops of itself."""
+"""Number of disturbances of each layer after which the planner `local_search` stops without a deadline."""
 
 LEAST_KICKS = 200
-"""The same for problems of few layers, where each takes next to no time."""
+"""Least number of disturbances, for problems of few layers, where each takes hardly any time."""
 
 FROM_CURRENT = 5
-"""Round of SHARPNESS from which a placement in force is improved: softer rounds would move what need not move."""
+"""Round of SHARPNESS from which a placement in force is improved: softer rounds would move experts without need."""
 
 
 def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
-    """The best placement found until the deadline: from greedy lined up, and from the current placement if any."""
+    """The best placement found until the deadline, from greedy's lined-up table and from the current placement."""
     search = JointSearch(problem, lined_up(problem, greedy_table(problem, budget.rng)))
     search.sweep(budget)
     if problem.current is not None and problem.current.workers == problem.workers:
@@ -91,7 +93,7 @@ def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
 
 
 class JointSearch:
-    """A table [L, S] under improvement."""
+    """A table [L, S] that is improved step by step."""
 
     def __init__(self, problem: PlacementProblem, table: IntArray) -> None:
         self.problem = problem
@@ -105,8 +107,8 @@ class JointSearch:
         return self.pricer.total_s(self.table)
 
     def sweep(self, budget: Budget, first_round: int = 0) -> None:
-        """Finish every layer in turn; then, from the start again, since finished layers no longer line up, descend all,
-        back and forth, ever sharper. Keeps the best table."""
+        """Finish every layer in turn. Then begin again from the start, because finished layers no longer line up, and
+        descend all layers back and forth with a sharper norm each time. Keeps the best table."""
         start = self.table.copy()
         swaps = self.problem.num_layers * self.problem.num_slots**2
         better = self._finish_layers(budget if swaps > QUICK else replace(budget, ends=math.inf), first_round)
@@ -127,23 +129,24 @@ class JointSearch:
         self.restore(best)
 
     def _finish_layers(self, budget: Budget, first_round: int) -> bool:
-        """Descend every layer to its end while the others stay; whether any came out better.
+        """Descend every layer to its end while the others stay. Returns whether any became better.
 
-        In random order, as one of many searches in little time each must not always begin with the same layers.
+        The order is random: many short searches must not all begin with the same layers.
         """
         rounds = FINISH if first_round == 0 else FINISH[1:]
         order = budget.rng.permutation(self.problem.num_layers)
         return sum(self._try([int(layer)], rounds, budget) for layer in order) > 0
 
     def _try(self, layers: list[int], rounds: Rounds, budget: Budget, disturb: bool = False) -> bool:
-        """Descend some layers, disturbed first or not; keep what is better and was done in time. Whether any was."""
+        """Descend some layers, after a disturbance if wanted. Keep a better result that was ready in time; return
+        whether there was one."""
         was, was_s = self.table[layers].copy(), self.pricer.around_s(*layers)
         for each in layers if disturb else ():
             self._disturb(each, budget.rng)
         for load_power, link_power in rounds:
             for each in layers:
                 self.descend(each, load_power, link_power, budget)
-        # what the deadline cut short would with more time have come out otherwise
+        # a result that the deadline has cut short would differ with more time, and is not kept
         if self.pricer.around_s(*layers) < was_s * (1 - 1e-9) and budget.left_s > 0:
             return True
         self.table[layers] = was
@@ -152,21 +155,22 @@ class JointSearch:
         return False
 
     def shake(self, budget: Budget, most: int) -> tuple[int, int]:
-        """Disturb one layer after another and descend again; keep what is better. (tried, kept), tried <= `most`."""
+        """Disturb and descend one layer after another; keep better results. Returns (tried, kept), with tried <=
+        `most`."""
         rng, tried, kept = budget.rng, 0, 0
         layers = self.problem.num_layers
         order = rng.permutation(layers)
         while tried < most and budget.left_s > 0:
             layer = int(order[tried % layers])
-            # what a layer gains by lining up with its neighbour may need both to move
+            # a gain by lining up two layers may need a change of both
             shaken = [layer, layer + 1] if layer + 1 < layers and rng.random() < PAIRED else [layer]
             tried += 1
             kept += self._try(shaken, SHAKEN, budget, disturb=True)
         return tried, kept
 
     def _disturb(self, layer: int, rng: np.random.Generator) -> None:
-        """Give a spare slot to another expert, or trade the contents of a few random slots, where that is allowed; now
-        and then deal a small layer anew."""
+        """Give a spare slot to another expert, or trade the contents of a few random slots, where that is allowed. Now
+        and then, deal a small layer again at random."""
         row, problem = self.table[layer], self.problem
         if len(row) <= SMALL_ROW and rng.random() < ANEW:
             row[:] = random_table(problem, rng)[layer]
@@ -199,7 +203,7 @@ class JointSearch:
 
     def descend(self, layer: int, load_power: int, link_power: int, budget: Budget, eagerness: float = 1.0) -> int:
         """Do the best swaps of one layer until none gains, then give spare slots to other experts where that gains, and
-        so on; its neighbours stay. Returns how many were done; none where there is no time left."""
+        repeat; its neighbours stay. Returns the number of changes; 0 where no time is left."""
         if budget.left_s <= 0:
             return 0
         terms = self.pricer.terms(layer, load_power, link_power, eagerness)
@@ -224,9 +228,10 @@ class JointSearch:
 
 
 def _do_swaps(terms: LayerTerms, row: IntArray, swaps: list[tuple[int, int]], value: float) -> tuple[int, float]:
-    """Do them at once if that gains, else the better half of them, and so on: (how many were done, the objective then).
+    """Do all swaps if that gains, else the better half of them, and so on. Returns (number of swaps done, objective
+    then).
 
-    Swaps of different workers still meet on an uplink.
+    Swaps of different workers may still meet on one uplink.
     """
     while swaps:
         for i, j in swaps:
@@ -241,7 +246,7 @@ def _do_swaps(terms: LayerTerms, row: IntArray, swaps: list[tuple[int, int]], va
 
 
 def _redeal(terms: LayerTerms, row: IntArray, value: float) -> tuple[int, float]:
-    """Give one spare slot to another expert if that gains: (1 or 0, the objective then)."""
+    """Give one spare slot to another expert if that gains. Returns (1 or 0, the objective then)."""
     for slot, expert in best_redeals(terms, row, REDEALS):
         was, row[slot] = row[slot], expert
         after = terms.objective(row)

@@ -1,10 +1,10 @@
-"""What giving a spare slot to another expert would change, for one layer: which replicas are worth having, and where.
+"""Prices the change of giving a spare slot to another expert, for one layer: which replicas pay, and where.
 
 Legend: E experts, W workers, P slots that are EMPTY or hold one of several replicas, F experts that might get a
 replica.
 
-Swaps keep the number of an expert's replicas; this does not. Moves are ranked by what they do to load and to prices
-between layers, frozen as in optimizer.search.swaps; whoever does them evaluates the few best in full.
+Swaps keep the number of an expert's replicas; these moves do not. Moves are ranked by their change of load and of
+prices between layers, which are frozen as in optimizer.search.swaps. The caller evaluates the few best moves in full.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from elastic_moe.optimizer.core.problem import FloatArray, IntArray
 from elastic_moe.optimizer.search.swaps import LayerTerms, potential_norm, raised
 
 CANDIDATES = 32
-"""Experts with the most load per replica, to which a slot may go."""
+"""Number of experts, those with the most load per replica, that may get a slot."""
 
 
 def best_redeals(terms: LayerTerms, row: IntArray, most: int) -> list[tuple[int, int]]:
@@ -58,8 +58,8 @@ def _taken(terms: LayerTerms, row: IntArray, spare: IntArray, on: np.ndarray) ->
 
 
 def _given(terms: LayerTerms, hot: IntArray, on: np.ndarray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """If expert f gets one replica more: ([F, W] change of its holders' seconds, [F, W] seconds on the worker that
-    gets it, [F, W] change of the prices by that worker)."""
+    """The change where expert f gets one more replica: ([F, W] of its holders' seconds, [F, W] seconds on the worker
+    that gets the replica, [F, W] of the prices by that worker)."""
     count = on[hot].sum(axis=1)[:, None]
     load, place = terms.load_s[hot][:, None], terms.place_s[hot]
     total = np.where(on[hot], place, 0.0).sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What every swap of two slots would change, for one layer, all at once.
+"""Prices the change of every swap of two slots of one layer, all at once.
 
 Legend: S slots (items), E experts, W workers.
 
@@ -23,7 +23,7 @@ BARRED = np.inf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTerms:
-    """One layer's statistics in seconds, with everything outside of the layer frozen."""
+    """The statistics of one layer in seconds; everything outside of the layer is frozen."""
 
     load_s: FloatArray
     """[E] seconds of each expert's tokens on a worker of speed 1."""
@@ -65,7 +65,7 @@ class LayerTerms:
         return x[:-1]
 
     def objective(self, row: IntArray) -> float:
-        """Seconds of the layer, with norms for maxima: what descends with every swap that swap_deltas recommends."""
+        """Seconds of the layer, with norms in place of maxima. Every swap that swap_deltas recommends lowers it."""
         held = row != EMPTY
         replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
         share = np.where(held, 1.0 / replicas[row], 0.0)
@@ -199,9 +199,9 @@ def _potential(z: FloatArray, power: int) -> tuple[float, FloatArray]:
 
 
 def potential_norm(z: FloatArray, power: int) -> float:
-    """The 2 ** power norm of z [...]; what stands for its maximum."""
+    """The 2 ** power norm of z [...], which stands for its maximum."""
     peak = max(float(z.max()), 1e-300)
-    # the sum is below 1 only where all is 0: no link is used where every worker holds every expert
+    # the sum is below 1 only where all links are unused, because every worker holds every expert
     return float(peak * max(raised(z / peak, power).sum(), 1.0) ** (0.5**power))
 
 
@@ -215,8 +215,8 @@ def raised(z: FloatArray, power: int) -> FloatArray:
 
 
 def best_swaps(deltas: FloatArray, first_slot: IntArray, least: float) -> list[tuple[int, int]]:
-    """The best swaps that gain more than `least`, no worker in two of them: their changes add up, so all are done at
-    once."""
+    """The best swaps that gain more than `least`. No worker is in two of them, so their changes add up and all can be
+    done at once."""
     by_worker = np.minimum.reduceat(np.minimum.reduceat(deltas, first_slot, axis=0), first_slot, axis=1)
     ends = np.append(first_slot[1:], len(deltas))
     first, second = np.nonzero(np.triu(by_worker < -least, 1))

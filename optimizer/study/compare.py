@@ -1,4 +1,4 @@
-"""Every planner on one problem, judged on tokens that none of them has seen: rows, and their CSV and Markdown.
+"""Runs every planner on one problem, judges them on tokens that none has seen, and writes CSV and Markdown.
 
 Figures are in optimizer.study.figures.
 """
@@ -21,7 +21,7 @@ from elastic_moe.optimizer.study.traces import Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One planner's answer. Metrics are of the test tokens, costs of the problem and of the test tokens."""
+    """The result of one planner: metrics on the test tokens, and costs on the problem and on the test tokens."""
 
     planner: str
     status: str
@@ -33,9 +33,9 @@ class Row:
     step_cost: float
     """Seconds per step under the problem that was given."""
     test_step_cost: float
-    """Seconds per step under the test tokens' statistics; without risk, since they have come as they came."""
+    """Seconds per step under the test tokens' statistics, without risk, since their load is known."""
     load_imbalance_profiled: float
-    """On the tokens that were profiled."""
+    """Load imbalance on the tokens that the planner has seen."""
     gap: float
     moves: int
     bytes: int
@@ -54,7 +54,8 @@ def compare(
     seed: int = 0,
     progress: Callable[[Row], None] | None = None,
 ) -> list[tuple[Row, PlanResult]]:
-    """Run the planners one after another. Blocks for up to `deadline_s` each. `test_problem` is `test`, counted."""
+    """Run the planners one after another. Blocks for up to `deadline_s` each. `test_problem` has the statistics of
+    `test`."""
     answers = []
     for name in planners:
         result = plan(problem, planner=name, deadline_s=deadline_s, solver=solver, seed=seed)
@@ -83,7 +84,7 @@ def _row(name: str, result: PlanResult, metrics: Metrics, test_problem: Placemen
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """One line per planner, every field."""
+    """Write one line per planner, with every field."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
         writer.writeheader()
@@ -106,7 +107,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """A table; metrics are of the test tokens."""
+    """The rows as a Markdown table; metrics are on the test tokens."""
     lines = ["| " + " | ".join(name for name, _ in _COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     lines += ["| " + " | ".join(cell(row) for _, cell in _COLUMNS) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Figures of comparisons and simulations, as PNG files. Needs matplotlib, which is loaded on first use only."""
+"""Draws figures of comparisons and simulations as PNG files. Matplotlib is imported on first use only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elastic_moe.optimizer.study.compare import Row
 from elastic_moe.optimizer.study.simulate import Look
 
 MOST_PANELS = 6
-"""Planners in the heat map: more would be too small to read."""
+"""Most planners in the heat map; more would be too small to read."""
 
 _PREFERRED = ("contiguous", "greedy", "eplb", "moetuner", "local_search", "ilp", "auto")
 
@@ -26,7 +26,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ConfigError("figures need matplotlib: pip install 'elastic-moe[plots]'") from None
+        raise ConfigError("figures need matplotlib; install it with pip install 'elastic-moe[plots]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

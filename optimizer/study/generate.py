@@ -1,8 +1,8 @@
-"""Traces of models that nobody recorded: routing with the statistics of a real one at any size.
+"""Generates traces of any size, whose routing has the statistics of real models.
 
-What real traces show, and this keeps: tasks load experts unevenly and each in its own way; a token's experts come
+Generated traces keep what real traces show: tasks load experts unevenly, each in its own way; a token's experts come
 from few themes (co-activation); themes persist from layer to layer (mutual information of adjacent layers); requests
-differ in their mix.
+differ in their mix of themes.
 
 The model: every layer has themes, distributions over experts (Dirichlet, few heavy ones). A request has a mix of
 themes (Dirichlet); a token draws two themes from it and keeps them through the layers with probability `persistence`
@@ -16,10 +16,10 @@ import numpy as np
 from elastic_moe.optimizer.study.traces import Trace
 
 THEME_SPREAD = 0.03
-"""Dirichlet parameter of a theme over experts: the smaller, the fewer experts it uses."""
+"""Dirichlet parameter of a theme over experts: the smaller it is, the fewer experts a theme uses."""
 
 WEIGHTS = (0.8, 0.2)
-"""Of a token's first and second theme."""
+"""Weights of a token's first and second theme."""
 
 REQUEST_SPREAD = 0.3
 """Dirichlet parameter of a request over themes."""
@@ -37,7 +37,8 @@ def generate_trace(
     model_seed: int = 0,
     task_seed: int = 0,
 ) -> Trace:
-    """A trace of `num_tokens` tokens. `model_seed` fixes what themes mean, `task_seed` which ones a task is about."""
+    """A trace of `num_tokens` tokens. `model_seed` sets the experts of the themes, `task_seed` the themes of the
+    task."""
     model = np.random.default_rng(model_seed)
     themes = model.dirichlet(np.full(num_experts, THEME_SPREAD), size=(num_layers, num_themes)) + 1e-4
     task = np.random.default_rng([model_seed, task_seed])

@@ -1,4 +1,4 @@
-"""What a placement does to a trace, measured token by token: the figures that `emoe evaluate` and `emoe compare` print.
+"""Measures a placement on a trace, token by token. `emoe evaluate` and `emoe compare` print these figures.
 
 Legend: T tokens, L MoE layers, K experts per token, E logical experts, W workers.
 """
@@ -17,12 +17,12 @@ from elastic_moe.optimizer.study.traces import Trace, TraceError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """Means over layers and tokens."""
+    """Metrics of a placement on a trace, as means over layers and tokens."""
 
     load_imbalance: float
-    """Mean over layers of the busiest worker's load over the mean worker's."""
+    """Mean over layers of the busiest worker's load divided by the mean load of the workers."""
     fan_out: float
-    """Distinct workers per token and layer."""
+    """Number of distinct workers per token and layer."""
     same_worker_transitions: float
     """Share of (expert, expert of the next layer) pairs of one token that sit on one worker."""
     cross_node_fraction: float
@@ -31,8 +31,7 @@ class Metrics:
 
 
 def measure(trace: Trace, placement: Placement, semantics: Semantics = Semantics.HOME) -> Metrics:
-    """Replay the trace. Requests are homed on the workers in turn; a replicated expert is served as our dispatch does
-    it.
+    """Replay the trace. Requests are homed on the workers in turn, and replicas are chosen as by our dispatch.
 
     Raises TraceError where trace and placement are not of one model.
     """
@@ -58,7 +57,7 @@ def measure(trace: Trace, placement: Placement, semantics: Semantics = Semantics
 
 
 def visits(trace: Trace, placement: Placement) -> npt.NDArray[np.uint8]:
-    """[T, L, W] how many of a token's experts each worker serves."""
+    """[T, L, W] number of a token's experts that each worker serves."""
     routes, home = serving_ranks(placement), home_of(trace, placement)
     width = len(placement.workers)
     counts = np.zeros((trace.num_tokens, trace.num_layers, width), dtype=np.uint8)
@@ -70,13 +69,13 @@ def visits(trace: Trace, placement: Placement) -> npt.NDArray[np.uint8]:
 
 
 def home_of(trace: Trace, placement: Placement) -> npt.NDArray[np.int64]:
-    """[T] home worker of each token: requests take turns."""
+    """[T] home worker of each token; requests go to the workers in turn."""
     return np.repeat(np.arange(len(trace.request_lengths)) % len(placement.workers), trace.request_lengths)
 
 
 def serving_ranks(placement: Placement) -> npt.NDArray[np.int32]:
-    """[L, W, E] the worker that serves expert e for tokens at home on worker h: h itself where it has a replica, else
-    the workers that lack one take the replicas in turn. The rule of our dispatch."""
+    """[L, W, E] the worker that serves expert e for tokens at home on worker h, by the rule of our dispatch: h itself
+    where it has a replica; the workers without one are given the replicas in turn."""
     layers, experts, width = placement.num_layers, placement.num_logical_experts, len(placement.workers)
     held = np.zeros((layers, width, experts + 1), dtype=bool)  # the last column stands for EMPTY
     owners = placement.slot_to_worker

@@ -1,4 +1,4 @@
-"""From a trace and a description of a cluster to a PlacementProblem."""
+"""Makes a PlacementProblem of a trace and a description of a cluster."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantic
 from elastic_moe.optimizer.study.traces import Trace, count
 
 MOST_WORKERS = 100_000
-"""A number beyond it is a mistake, and lists of so many workers take all memory."""
+"""Largest number of workers. A larger one is a mistake, and its lists would take all memory."""
 
 
 def make_workers(number: int, *, nodes: int, num_experts: int, redundant: int = 0) -> tuple[Worker, ...]:
     """`number` workers spread evenly over `nodes` nodes, with just the slots for all experts and `redundant` replicas.
 
-    Where they do not divide evenly, every so many workers have a slot more; every worker has at least one.
+    Where the slots do not divide evenly, some workers, evenly spread, have one slot more. Every worker has at least
+    one.
 
-    Raises PlacementError where that cannot be.
+    Raises PlacementError for impossible numbers.
     """
     if not 1 <= number <= MOST_WORKERS:
         raise PlacementError(f"workers: expected 1 to {MOST_WORKERS}, got {number}")

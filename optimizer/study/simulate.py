@@ -1,8 +1,8 @@
-"""Replay a trace through the production code on a virtual clock: what re-placement would have gained.
+"""Replays a trace through the production code on a virtual clock, to see what re-placement would have gained.
 
 The window (cluster.facts.routing.RoutingWindow), the planner (optimizer.plan) and the rule whether to act
-(optimizer.decide) are the server's own; only the clock and the tokens are made up. Planners take no virtual time;
-weights that move take what the links allow, and the new placement serves from the interval after.
+(optimizer.decide) are those of the server; only the clock and the tokens are simulated. Planning takes no virtual time,
+and a new placement serves from the next interval on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elastic_moe.cluster.placement import Placement, Worker, contiguous
 from elastic_moe.optimizer.core.estimate import covariance_of_window
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult
-from elastic_moe.optimizer.decision import Policy, decide
+from elastic_moe.optimizer.decision import MOVE_SHARE, Policy, decide
 from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.traces import Trace, TraceError
@@ -26,20 +26,20 @@ from elastic_moe.optimizer.study.traces import Trace, TraceError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationSettings:
-    """How the server runs, in its own terms."""
+    """The settings of the simulated server."""
 
     planner: str = "auto"
     solver: str = "highs"
     deadline_s: float = 2.0
-    """Of the planner, in real seconds per look."""
+    """Real seconds that the planner may take at each check."""
     interval_s: float = 60.0
-    """Virtual seconds between looks at the placement."""
+    """Virtual seconds between two checks of the placement."""
     window_s: float = 300.0
-    """Virtual seconds that statistics are kept."""
+    """Virtual seconds for which statistics are kept."""
     tokens_per_s: float = 20.0
-    """How fast the trace is served."""
-    move_share: float | None = 0.2
-    """Most experts that one change moves, as a share of all; None: no limit."""
+    """Tokens of the trace that are served in a virtual second."""
+    move_share: float | None = MOVE_SHARE
+    """Largest share of all experts that one change moves; None sets no limit."""
     policy: Policy = field(default_factory=Policy)
     semantics: Semantics = Semantics.HOME
     links: Links = field(default_factory=Links)
@@ -53,18 +53,18 @@ class Look:
     """One interval of the simulation."""
 
     time_s: float
-    """Virtual time at its end."""
+    """Virtual time at the end of the interval."""
     imbalance: float
     """Load imbalance of the interval's tokens under the placement that served them."""
     imbalance_static: float
-    """The same had the first placement stayed."""
+    """Load imbalance of the same tokens under the first placement."""
     fan_out: float
     fan_out_static: float
     changed: bool
     moves: int
     bytes: int
     gain: float
-    """Share of a step's cost that the plan at the end of the interval promised, migration paid."""
+    """Share of a step's cost that the plan at the end of the interval promises to save, after the cost of migration."""
     reason: str
 
 
@@ -76,7 +76,7 @@ def simulate(
     first: Placement | None = None,
     progress: Callable[[Look], None] | None = None,
 ) -> list[Look]:
-    """Serve the trace from `first` (contiguous if not given). Blocks: each look plans in real time.
+    """Serve the trace, beginning with the placement `first` (contiguous if None). Blocks: planning takes real time.
 
     Raises TraceError where the trace is shorter than one interval.
     """
@@ -89,7 +89,7 @@ def simulate(
     for begin in range(0, trace.num_tokens - per_look + 1, per_look):
         now = (begin + per_look) / settings.tokens_per_s
         served = _slice(trace, begin, begin + per_look)
-        # a report arrives just before the look that reads it
+        # a report arrives just before the check that reads it
         window.add(count_routing(served), now - 1e-6)
         result = _plan(window, placement, trace.top_k, settings, now)
         load = window.load(now)
@@ -148,14 +148,14 @@ def _plan(
 
 
 def _slice(trace: Trace, begin: int, end: int) -> Trace:
-    """Tokens begin .. end - 1 with the requests, or parts of requests, that they belong to."""
+    """Tokens begin .. end - 1, with the requests, or parts of requests, that they belong to."""
     ends = np.cumsum(trace.request_lengths)
     inside = np.minimum(ends, end) - np.maximum(ends - trace.request_lengths, begin)
     return Trace(topk_ids=trace.topk_ids[begin:end], request_lengths=inside[inside > 0], num_experts=trace.num_experts)
 
 
 def count_routing(trace: Trace) -> RoutingCounts:
-    """What hosts would report of these tokens."""
+    """The counts that workers would report for these tokens."""
     layers, experts, ids = trace.num_layers, trace.num_experts, trace.topk_ids.astype(np.int64)
     load = np.stack([np.bincount(ids[:, layer].ravel(), minlength=experts) for layer in range(layers)])
     transitions = np.zeros((layers - 1, experts, experts), dtype=np.int64)

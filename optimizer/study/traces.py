@@ -1,4 +1,4 @@
-"""Routing traces: the experts that every token of a recorded run chose. Reading, checking, cutting, counting.
+"""Routing traces, which record the experts that every token chose. Reads, checks, cuts and counts them.
 
 Legend: T tokens, L MoE layers, K experts per token, E logical experts, R requests.
 
@@ -28,30 +28,29 @@ KEYS = ("topk_ids", "request_lengths", "topk_weights", "num_logical_experts")
 MOST_EXPERTS = 2**15
 
 MOST_PARTS = 64
-"""Requests, or groups of them, whose loads are compared to see how loads vary."""
+"""Most requests, or groups of requests, whose loads are compared to estimate how loads vary."""
 
 CHUNK = 32
-"""Tokens of one request that are compared alike: many more samples of which experts rise together."""
+"""Number of tokens in a run of one request. Runs give many more samples than requests of which experts rise
+together."""
 
-
-MOST_EXPERTS = 2**15
 MOST_PAIRS = 2**27
-"""Layers times pairs of experts: statistics have several arrays with a number of 8 bytes for each."""
+"""Most pairs of experts, over all layers: the statistics have several arrays with 8 bytes for each pair."""
 
 _UNREADABLE = (
     *(OSError, ValueError, EOFError, KeyError, MemoryError, OverflowError, SyntaxError, NotImplementedError),
     *(RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
 )
-"""What zipfile and numpy raise for an archive that is damaged, encrypted or of a kind they do not know."""
+"""The errors of zipfile and numpy for an archive that is damaged, encrypted or of an unknown kind."""
 
 
 class TraceError(UserError):
-    """A trace that cannot be used; one line that names the file and the key."""
+    """A trace cannot be used. The message is one line that names the file and the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """What a run's tokens chose."""
+    """The experts that the tokens of a run chose."""
 
     topk_ids: npt.NDArray[np.int16]
     """[T, L, K]"""
@@ -72,7 +71,7 @@ class Trace:
         return int(self.topk_ids.shape[2])
 
     def requests(self, first: int, last: int) -> Trace:
-        """The requests first .. last - 1."""
+        """The part of the trace with the requests first .. last - 1."""
         ends = np.concatenate([[0], np.cumsum(self.request_lengths)])
         return Trace(
             topk_ids=self.topk_ids[ends[first] : ends[last]],
@@ -93,7 +92,7 @@ def concatenate(traces: list[Trace]) -> Trace:
     """One run after another. Raises TraceError where they are not of one model."""
     shapes = {(trace.num_layers, trace.top_k) for trace in traces}
     if len(shapes) != 1:
-        raise TraceError("traces: not of one model, their layers or experts per token differ")
+        raise TraceError("traces: they are of different models, since their layers or experts per token differ")
     return Trace(
         topk_ids=np.concatenate([trace.topk_ids for trace in traces]),
         request_lengths=np.concatenate([trace.request_lengths for trace in traces]),
@@ -126,7 +125,7 @@ def load_trace(path: Path, num_experts: int | None = None) -> Trace:
     if highest >= experts:
         raise TraceError(f"{path}: topk_ids holds expert {highest}, the model has {experts}")
     if ids.shape[2] > experts:
-        raise TraceError(f"{path}: {ids.shape[2]} experts per token of a model of {experts}")
+        raise TraceError(f"{path}: expected at most {experts} experts per token, got {ids.shape[2]}")
     return Trace(topk_ids=ids.astype(np.int16), request_lengths=lengths, num_experts=experts)
 
 
@@ -142,9 +141,9 @@ def save_trace(path: Path | IO[bytes], trace: Trace) -> None:
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
-    """Those of the arrays that the archive has."""
+    """The arrays of these names that the archive has."""
     try:
-        # numpy leaves a file open that it cannot read
+        # opened here, because numpy does not close a file that it cannot read
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
                 raise TraceError(f"{path}: not an .npz archive")
@@ -195,7 +194,7 @@ def _checked_lengths(path: Path, arrays: dict[str, npt.NDArray[Any]], tokens: in
         raise TraceError(f"{path}: the key request_lengths is missing")
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths) or (lengths < 1).any():
         raise TraceError(f"{path}: request_lengths must be positive integers [requests]")
-    # a sum of huge ones may come out right by overflow
+    # each is checked too, because a sum of huge lengths may be right by overflow
     if (lengths > tokens).any() or int(lengths.sum()) != tokens:
         raise TraceError(f"{path}: request_lengths sum to {sum(lengths.tolist())}, topk_ids has {tokens} tokens")
     return lengths.astype(np.int64)
@@ -203,7 +202,7 @@ def _checked_lengths(path: Path, arrays: dict[str, npt.NDArray[Any]], tokens: in
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Statistics:
-    """What planners are told of a trace: the fields of a PlacementProblem."""
+    """The statistics of a trace that planners get, as fields of a PlacementProblem."""
 
     loads: FloatArray
     """[L, E]"""
@@ -217,7 +216,7 @@ class Statistics:
 
 
 def count(trace: Trace) -> Statistics:
-    """Count a trace. Raises TraceError for one without tokens."""
+    """The statistics of a trace. Raises TraceError for a trace without tokens."""
     if trace.num_tokens == 0:
         raise TraceError("trace: the window holds no token")
     layers, experts = trace.num_layers, trace.num_experts
@@ -242,14 +241,14 @@ def count(trace: Trace) -> Statistics:
 
 
 def part_loads(trace: Trace) -> FloatArray:
-    """[P, L, E] loads of consecutive requests, cut into at most MOST_PARTS parts."""
+    """[P, L, E] loads of at most MOST_PARTS groups of consecutive requests."""
     requests = len(trace.request_lengths)
     number = min(requests, MOST_PARTS)
     return _loads_of(trace, np.repeat(np.arange(requests) * number // requests, trace.request_lengths), number)
 
 
 def chunk_loads(trace: Trace) -> FloatArray:
-    """[P, L, E] loads of runs of some CHUNK tokens, none of two requests."""
+    """[P, L, E] loads of runs of at most CHUNK tokens; no run crosses two requests."""
     runs = -(-trace.request_lengths // CHUNK)
     first = np.cumsum(runs) - runs
     begin = np.cumsum(trace.request_lengths) - trace.request_lengths

@@ -179,10 +179,10 @@ def test_mistakes_about_keys_addresses_and_logs(
     flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["serve", *flags]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("emoe: error: ")
-    assert says in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("emoe: error: ")
+    assert says in printed
+    assert printed.count("\n") == 1
 
 
 def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -194,15 +194,15 @@ def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_recoveries_and_scaling_are_told_once() -> None:
     start = {"operation_id": "start-1", "kind": "start", "phase": "completed", "reason": "start", "error": None}
     recover = {"operation_id": "recover-2", "kind": "recover", "phase": "preparing", "reason": "w0 lost", "error": None}
-    told: set[str] = set()
-    assert news([recover, start], told) == []
+    reported: set[str] = set()
+    assert news([recover, start], reported) == []
     ended = recover | {"phase": "completed", "reason": "w0 lost; epoch 2 with 1 workers"}
     scale = {"operation_id": "mine", "kind": "scale", "phase": "failed", "reason": "to 3", "error": "replaced"}
     # newest first, as the server tells them
-    assert news([scale, ended, start], told) == [
+    assert news([scale, ended, start], reported) == [
         "recover-2 completed: w0 lost; epoch 2 with 1 workers",
         "mine failed: replaced",
     ]
-    assert news([scale, ended, start], told) == []
+    assert news([scale, ended, start], reported) == []
     for answer in (None, {"error": {"message": "not ready"}}):
-        assert news(answer, told) == []
+        assert news(answer, reported) == []

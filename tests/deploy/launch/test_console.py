@@ -12,7 +12,15 @@ import pytest
 from elastic_moe.actors.logs import FileLines, TextFormatter
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.deploy.launch.console import KEPT_FILES, Follower, close_curtain, keep_ray_lines, logged, shown, told
+from elastic_moe.deploy.launch.console import (
+    KEPT_FILES,
+    Follower,
+    close_curtain,
+    describe_error,
+    keep_ray_lines,
+    logged,
+    shown,
+)
 
 LOG = Path("/logs/x.log")
 
@@ -54,8 +62,8 @@ def test_warnings_of_other_processes_are_shown(tmp_path: Path, capsys: pytest.Ca
         other.handle(logging.LogRecord("elastic_moe.model.worker.worker", logging.WARNING, "p", 1, "hot", (), None))
         other.handle(logging.LogRecord("elastic_moe.model.worker.worker", logging.INFO, "p", 1, "warm", (), None))
         logging.getLogger("deploy.x").error("here")
-        assert str(file) in told(RuntimeError("\x1b[31mno " + "x " * 1000 + "the cause"))
-        assert "the cause (" in told(RuntimeError("\x1b[31mno " + "x " * 1000 + "the cause"))
+        assert str(file) in describe_error(RuntimeError("\x1b[31mno " + "x " * 1000 + "the cause"))
+        assert "the cause (" in describe_error(RuntimeError("\x1b[31mno " + "x " * 1000 + "the cause"))
     other.close()
     assert capsys.readouterr().err.splitlines() == [f"warning: w1: hot ({file})", f"error: emoe: here ({file})"]
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import urllib.request
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from elastic_moe.cluster.config import ServeConfig, cache_directory
-from elastic_moe.deploy.launch import local_ray
 from elastic_moe.deploy.launch.local_ray import ServerProcesses
-from elastic_moe.deploy.launch.ray_environment import home_settings, local_settings, patience, without_proxies
+from elastic_moe.deploy.launch.ray_environment import home_settings, patience, without_proxies
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 
 PROXY = "http://proxy.example:3128"
@@ -62,21 +60,6 @@ def test_a_joined_cluster_has_its_own_settings(directory: RunDirectory) -> None:
     assert "RAY_AUTH_TOKEN" not in os.environ
 
 
-def test_ray_knows_every_setting(directory: RunDirectory) -> None:
-    """It ignores a name that it does not know, silently."""
-    root = Path(find_spec("ray").origin).parent  # type: ignore[union-attr,arg-type]
-    binaries = ("core/src/ray/raylet/raylet", "core/src/ray/gcs/gcs_server", "_raylet.so")
-    sources = [
-        *(root / "_private").glob("*.py"),
-        *(root / "_common").glob("*.py"),
-        root / "serve/_private/constants.py",
-    ]
-    sources += [root / "dashboard/modules/reporter/reporter_consts.py"]
-    known = b"\0".join(path.read_bytes() for path in [*(root / name for name in binaries), *sources])
-    wanted = {name for name in patience() | local_settings(directory) if name != "TMPDIR"}
-    assert {name for name in wanted if name.removeprefix("RAY_").encode() not in known} == set()
-
-
 def test_a_home_that_cannot_be_written_is_replaced(
     directory: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,16 +71,3 @@ def test_a_home_that_cannot_be_written_is_replaced(
     settings = home_settings(directory)
     monkeypatch.setenv("XDG_CACHE_HOME", settings["XDG_CACHE_HOME"])
     assert cache_directory().is_relative_to(directory.path)
-
-
-def test_a_node_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_ray.time, "sleep", lambda _: None)
-    answers = iter([RuntimeError("not yet"), RuntimeError("not yet"), {"node": 1}])
-
-    def get_node(*_: object) -> object:
-        answer = next(answers)
-        if isinstance(answer, RuntimeError):
-            raise answer
-        return answer
-
-    assert local_ray._patient(get_node)("address", "node") == {"node": 1}

@@ -119,7 +119,7 @@ def test_halves_and_windows() -> None:
         trace.requests(0, 1).halves()
     with pytest.raises(TraceError, match="no token"):
         count(trace.requests(0, 0))
-    with pytest.raises(TraceError, match="not of one model"):
+    with pytest.raises(TraceError, match="different models"):
         concatenate([trace, generate_trace(num_layers=2, num_experts=6, top_k=2, num_tokens=9)])
 
 
