@@ -41,6 +41,8 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
     API              a sign of life of the engine,            LIFE_S                            it looks for another
                      asked for every LIFE_S
     API              a sign of life of the coordinator        HANG_S                            Ray restarts it
+    API              a dry run of a planner                   the planner's time-out            the request has failed
+                                                              + CALL_TIMEOUT_S
     API              any other answer                         CALL_TIMEOUT_S                    the request has failed
 """
 
@@ -72,6 +74,17 @@ COMMIT_MARGIN_S = 30.0
 PLAN_STEPS = 2
 """A planner minds its deadline; a solver that does not is given up."""
 PLAN_MARGIN_S = 30.0
+
+
+def plan_timeout_s(plan_deadline_s: float) -> float:
+    """Seconds after which the coordinator gives a planner up that may take `plan_deadline_s`."""
+    return PLAN_STEPS * plan_deadline_s + PLAN_MARGIN_S
+
+
+def dry_run_timeout_s(plan_deadline_s: float) -> float:
+    """Seconds that the API waits for a dry run: the coordinator, which can say what went wrong, gives up earlier."""
+    return plan_timeout_s(plan_deadline_s) + CALL_TIMEOUT_S
+
 
 # --- Steps ----------------------------------------------------------------------------------------------------------
 

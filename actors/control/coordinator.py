@@ -33,6 +33,8 @@ from elastic_moe.actors.control.views import (
     with_progress,
     worker_view,
 )
+from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.actors.remote.calls import one_line
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
@@ -193,7 +195,7 @@ class Coordinator:
     async def counters(self) -> ClusterCounters:
         return ClusterCounters() if self._parts is None else self._parts.state.counters
 
-    async def engine(self) -> Any:
+    async def engine(self) -> Remote[Engine] | None:
         """The engine's handle; None before the first epoch, and while a lost engine has no successor."""
         if self._parts is None or self._parts.state.facts.spec is None:
             return None
@@ -264,7 +266,7 @@ class Coordinator:
         # only the outcome of a flip is worth waiting for: until then nobody can be told anything
         flipping = facts.change is not None and facts.change.stage is Stage.COMMITTING
         engine_epoch = await processes.engine_epoch() if flipping else None
-        logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(processes.hosts))
+        logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(processes.workers))
         self._take_up(state, spec, processes)
         for event in (Resumed(engine_epoch=engine_epoch), *events):
             self._feed(event)

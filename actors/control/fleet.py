@@ -17,7 +17,11 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_moe.actors import names
+from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.ask import Remote, kill
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.messages.epochs import HostInfo, ModelInfo
@@ -57,8 +61,16 @@ class Fleet(Protocol):
         """What the coordinator had saved before it died, if this is its successor."""
         ...
 
-    def find(self, name: str) -> Any:
-        """The actor of that name; None where it is gone."""
+    def find_worker(self, worker: WorkerId) -> Remote[ExpertHost] | None:
+        """The worker's actor, made by an earlier coordinator; None if it is gone."""
+        ...
+
+    def find_engine(self) -> Remote[Engine] | None:
+        """The engine, as above."""
+        ...
+
+    def find_migrator(self) -> Remote[Migrator] | None:
+        """The migrator, as above."""
         ...
 
     def read_model(self, model_dir: str) -> ModelInfo:
@@ -84,15 +96,15 @@ class Fleet(Protocol):
         """Whether a host may be started before it is needed, since it takes no resources that others could use."""
         ...
 
-    def start_host(self, worker: WorkerId) -> Any: ...
+    def start_worker(self, worker: WorkerId) -> Remote[ExpertHost]: ...
 
-    def start_engine(self) -> Any: ...
+    def start_engine(self) -> Remote[Engine]: ...
 
-    def start_migrator(self, expert_bytes: int) -> Any: ...
+    def start_migrator(self, expert_bytes: int) -> Remote[Migrator]: ...
 
-    def kill(self, actor: Any) -> None: ...
+    def kill(self, actor: Remote[Any]) -> None: ...
 
-    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+    def kill_worker(self, actor: Remote[ExpertHost], info: HostInfo | None) -> None:
         """Like `kill`, and at once even where the process hangs."""
         ...
 
@@ -120,14 +132,14 @@ class RayFleet:
         self._model = model
         self._host_class = host_class
         self._engine_class = engine_class
-        self._coordinator: Any = None
+        self._coordinator: Remote[StepReports] | None = None
         self._resources: dict[str, float] = {}
         self._nodes = 0
         self._logs = LogSettings.of(config)
 
     def attach(self) -> None:
         set_up(names.COORDINATOR, self._logs)
-        self._coordinator = ray.get_runtime_context().current_actor
+        self._coordinator = Remote(ray.get_runtime_context().current_actor)
         self._resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
 
@@ -148,11 +160,14 @@ class RayFleet:
     def _actor_id(self) -> bytes:
         return str(ray.get_runtime_context().get_actor_id()).encode()
 
-    def find(self, name: str) -> Any:
-        try:
-            return ray.get_actor(name, namespace=names.NAMESPACE)
-        except ValueError:
-            return None
+    def find_worker(self, worker: WorkerId) -> Remote[ExpertHost] | None:
+        return _find(names.host_name(worker))
+
+    def find_engine(self) -> Remote[Engine] | None:
+        return _find(names.ENGINE)
+
+    def find_migrator(self) -> Remote[Migrator] | None:
+        return _find(names.MIGRATOR)
 
     def read_model(self, model_dir: str) -> ModelInfo:
         if self._model is None:
@@ -200,12 +215,10 @@ class RayFleet:
     def standby(self) -> bool:
         return self._config.standby and self._alone and self.device() == "cpu"
 
-    def start_host(self, worker: WorkerId) -> Any:
+    def start_worker(self, worker: WorkerId) -> Remote[ExpertHost]:
         host_class = self._host_class
         arguments: tuple[Any, ...] = ()
         if host_class is None:
-            from elastic_moe.actors.worker.host import ExpertHost
-
             host_class, arguments = ExpertHost, (str(worker), self._logs)
         if self.device() == "cuda":
             resources = {"num_gpus": self._gpu_share, "num_cpus": 0}
@@ -215,34 +228,30 @@ class RayFleet:
         groups = {"concurrency_groups": {"io": IO_THREADS, "copies": COPY_THREADS}}
         return self._create(host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups, *arguments)
 
-    def start_engine(self) -> Any:
+    def start_engine(self) -> Remote[Engine]:
         engine_class = self._engine_class
         arguments: tuple[Any, ...] = (self._config, self._coordinator)
         if engine_class is None:
-            from elastic_moe.actors.engine.engine import Engine
-
             engine_class, arguments = Engine, (*arguments, self._logs)
         options = {"max_restarts": 0, "num_cpus": 0, "resources": ON_HEAD}
         return self._create(engine_class, names.ENGINE, options, {}, *arguments)
 
-    def start_migrator(self, expert_bytes: int) -> Any:
-        from elastic_moe.actors.control.migrator import Migrator
-
+    def start_migrator(self, expert_bytes: int) -> Remote[Migrator]:
         options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
         bytes_per_s = self._config.migration_bandwidth * 1e6
         return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, bytes_per_s, self._logs)
 
     def _create(
         self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
-    ) -> Any:
+    ) -> Remote[Any]:
         actor: Any = ray.remote(**decoration)(cls) if decoration else ray.remote(cls)
         named = actor.options(name=name, namespace=names.NAMESPACE, lifetime="detached", **options)
-        return named.remote(*arguments)
+        return Remote(named.remote(*arguments))
 
-    def kill(self, actor: Any) -> None:
-        ray.kill(actor, no_restart=True)
+    def kill(self, actor: Remote[Any]) -> None:
+        kill(actor)
 
-    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+    def kill_worker(self, actor: Remote[ExpertHost], info: HostInfo | None) -> None:
         self.kill(actor)
         # Ray asks a process to end before it kills it, and one that hangs holds the engine up meanwhile
         if info is None:
@@ -259,6 +268,13 @@ class RayFleet:
             problem, planner=planner, deadline_s=deadline_s, solver=solver
         )
         return task
+
+
+def _find(name: str) -> Remote[Any] | None:
+    try:
+        return Remote(ray.get_actor(name, namespace=names.NAMESPACE))
+    except ValueError:
+        return None
 
 
 def _kill_process(pid: int) -> None:

@@ -5,7 +5,6 @@ Whoever does not answer in time, or is gone, becomes an event. Nothing is decide
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -14,7 +13,10 @@ from typing import Any
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life
+from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import Member
@@ -51,19 +53,19 @@ class Poller:
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
         self._asking: set[str] = set()
-        self._watched: Any = None
+        self._watched: Remote[Engine] | None = None
         """The engine whose end is waited for."""
 
     def poll(self, facts: Facts) -> None:
         """Ask everybody who is not being asked already. Returns at once."""
         processes = self._processes
         for member in facts.alive:
-            if member.id in processes.hosts and member.id not in self._asking:
+            if member.id in processes.workers and member.id not in self._asking:
                 self._asking.add(member.id)
-                self._spawn(self._poll_host(member, processes.hosts[member.id]))
+                self._spawn(self._poll_worker(member, processes.workers[member.id]))
         if processes.engine is None or not processes.engine_serves:
             return
-        if processes.engine is not self._watched:
+        if processes.engine != self._watched:
             self._watched = processes.engine
             self._spawn(self._watch_engine(processes.engine))
         if ENGINE not in self._asking:
@@ -86,19 +88,21 @@ class Poller:
         engine = self._processes.engine
         if engine is not None:
             with contextlib.suppress(*CALL_ERRORS):
-                self.status = await asyncio.wait_for(engine.status.remote(), liveness.POLL_S)
+                self.status = await within(ask(engine, Engine.status), liveness.POLL_S)
 
-    async def _poll_host(self, member: Member, host: Any) -> None:
+    async def _poll_worker(self, member: Member, actor: Remote[ExpertHost]) -> None:
         try:
             if member.loaded:
-                await sign_of_life(host.ping, self._timeout_s)
-                await self._fetch_counts(member.id, host)
+                await sign_of_life(lambda: ask(actor, ExpertHost.ping), self._timeout_s)
+                await self._fetch_counts(member.id, actor)
             elif member.id in self._load_progress:
                 patience_s = liveness.LOADING_PATIENCE * self._timeout_s
-                self._load_progress[member.id] = await sign_of_life(host.load_progress, patience_s)
+                self._load_progress[member.id] = await sign_of_life(
+                    lambda: ask(actor, ExpertHost.load_progress), patience_s
+                )
             else:
                 # its process may have to wait for resources
-                self._load_progress[member.id] = await host.load_progress.remote()
+                self._load_progress[member.id] = await ask(actor, ExpertHost.load_progress)
         except CALL_ERRORS as error:
             if is_death(error) or isinstance(error, TimeoutError):
                 self._feed(WorkerLost(worker=member.id, reason=one_line(error)))
@@ -107,29 +111,29 @@ class Poller:
         finally:
             self._asking.discard(member.id)
 
-    async def _fetch_counts(self, worker: WorkerId, host: Any) -> None:
+    async def _fetch_counts(self, worker: WorkerId, actor: Remote[ExpertHost]) -> None:
         now = time.monotonic()
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
-            self._window.add(await host.routing_counts.remote(), time.monotonic())
+            self._window.add(await ask(actor, ExpertHost.routing_counts), time.monotonic())
 
-    async def _poll_engine(self, engine: Any) -> None:
+    async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:
-            self.status = await sign_of_life(engine.status, self._timeout_s)
+            self.status = await sign_of_life(lambda: ask(engine, Engine.status), self._timeout_s)
             self._feed(load_seen(self.status))
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
         finally:
             self._asking.discard(ENGINE)
 
-    async def _watch_engine(self, engine: Any) -> None:
+    async def _watch_engine(self, engine: Remote[Engine]) -> None:
         """Learn at once that it dies, and not by the next poll."""
         try:
-            await engine.stay.remote()
+            await ask(engine, Engine.stay)
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
 
-    def _engine_lost(self, engine: Any, error: BaseException) -> None:
+    def _engine_lost(self, engine: Remote[Engine], error: BaseException) -> None:
         event = self._processes.drop_engine(engine, one_line(error))
         if event is not None:
             self._feed(event)

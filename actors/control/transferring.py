@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.migrator import MigrationReport
+from elastic_moe.actors.control.migrator import MigrationReport, Migrator
 from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.facts.events import ExpertKey, Transfer
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.placement import WorkerId
@@ -39,16 +40,15 @@ class Transferring:
     async def _copy(self, command: Transfer) -> MigrationReport:
         if not command.copies:
             return _none()
-        self._processes.ensure_migrator()
+        migrator = self._processes.ensure_migrator()
         wanted = {move.source for move in command.copies} | {move.target for move in command.copies}
-        hosts = {worker: host for worker, host in self._processes.hosts.items() if worker in wanted}
-        if len(hosts) < len(wanted):
+        workers = self._processes.present(wanted)
+        if len(workers) < len(wanted):
             return _none("a worker is gone")
-        migrator = self._processes.migrator
-        copying = asyncio.ensure_future(migrator.copy.remote(command.copies, hosts, command.urgent))
+        copying = asyncio.ensure_future(ask(migrator, Migrator.copy, command.copies, workers, command.urgent))
         try:
             await self._watch(migrator, copying)
-            report: MigrationReport = copying.result()
+            report = copying.result()
         except CALL_ERRORS as error:
             return _none(f"the migrator failed: {one_line(error)}")
         rate = report.nbytes / max(report.seconds, 1e-9) / 1e6
@@ -56,14 +56,14 @@ class Transferring:
                     report.seconds, rate)  # fmt: skip
         return report
 
-    async def _watch(self, migrator: Any, copying: asyncio.Future[MigrationReport]) -> None:
+    async def _watch(self, migrator: Remote[Migrator], copying: asyncio.Future[MigrationReport]) -> None:
         """Until the copies are made, however long they take. Raises TimeoutError where it hangs, and ends it then."""
         while not copying.done():
             await asyncio.wait([copying], timeout=liveness.PROBE_TIMEOUT_S)
             if copying.done():
                 return
             try:
-                await asyncio.wait_for(migrator.ping.remote(), liveness.PROBE_TIMEOUT_S)
+                await within(ask(migrator, Migrator.ping), liveness.PROBE_TIMEOUT_S)
             except TimeoutError:
                 copying.cancel()
                 self._processes.drop_migrator(migrator)
@@ -82,7 +82,7 @@ class Transferring:
                 part = keys[begin : begin + READ_AT_ONCE]
                 pairs = [(layer, expert) for _, layer, expert in part]
                 try:
-                    await self._processes.hosts[worker].read_experts.remote(pairs)
+                    await ask(self._processes.workers[worker], ExpertHost.read_experts, pairs)
                 except KeyError:
                     errors.append(f"{worker} is gone")
                 except CALL_ERRORS as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -93,14 +93,14 @@ async def wait_within(
     return done, rest
 
 
-async def sign_of_life(method: Any, timeout_s: float) -> Any:
-    """The answer to a call that is always answered at once. Raises TimeoutError where the callee hangs.
+async def sign_of_life(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+    """The answer to a call that every process answers at once unless it hangs. Raises TimeoutError if it hangs.
 
-    Asked twice, as a call may be lost.
+    The call is made twice, each with half of the time, because a call may be lost.
     """
     with contextlib.suppress(TimeoutError):
-        return await within(method.remote(), timeout_s / 2)
-    return await within(method.remote(), timeout_s / 2)
+        return await within(call(), timeout_s / 2)
+    return await within(call(), timeout_s / 2)
 
 
 async def call_all(calls: Mapping[Key, Awaitable[Any]], timeout_s: float) -> dict[Key, BaseException]:
