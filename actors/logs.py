@@ -84,7 +84,7 @@ def _handler(settings: LogSettings) -> logging.Handler:
 
 
 class _Copy(logging.Filter):
-    """Hands errors to another handler. A filter, because Serve takes all handlers away when it is told anew."""
+    """Hands errors to another handler. A filter, because Serve takes all handlers away when it is configured anew."""
 
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__()

@@ -117,11 +117,11 @@ class Coordinator:
         if self._parts is None:
             return Readiness(ready=False, reason="opening the checkpoint")
         readiness = self._parts.state.readiness()
-        loading = [member for member in self._parts.state.facts.alive if not member.loaded]
+        loading = [record for record in self._parts.state.facts.alive if not record.loaded]
         if readiness.ready or readiness.error or not loading:
             return readiness
         now = time.monotonic()
-        shares = ", ".join(f"{member.id} {self._parts.poller.how_far(member, now)}" for member in loading)
+        shares = ", ".join(f"{record.id} {self._parts.poller.how_far(record, now)}" for record in loading)
         return Readiness(ready=False, reason=f"{readiness.reason}; loading: {shares}")
 
     async def model_info(self) -> ModelInfo:
@@ -138,7 +138,7 @@ class Coordinator:
         parts = self._require_parts()
         await parts.poller.refresh_status()
         facts, device = parts.state.facts, self._fleet.device()
-        views = [worker_view(facts, member, parts.poller.status, device) for member in facts.members.values()]
+        views = [worker_view(facts, record, parts.poller.status, device) for record in facts.records.values()]
         standby = parts.processes.standby
         return views if standby is None else [*views, standby_view(*standby, device)]
 

@@ -1,7 +1,7 @@
-"""The actors that the coordinator makes: their handles, and how they are made, found again and ended.
+"""Owns the handles of the actors that the coordinator makes; makes these actors, finds them again and ends them.
 
-Whether and when, others decide. The standby is a host that has imported everything and was not told what to load: it
-becomes the next worker, which then starts some seconds sooner.
+Other modules decide when to do so. The standby is a worker's process that has imported everything and has nothing to
+load yet. It becomes the next worker, which then starts some seconds sooner.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.facts.events import EngineLost, Event, WorkerLost
-from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
 from elastic_moe.cluster.placement import WorkerId
 
@@ -32,25 +32,25 @@ class Processes:
         """Handles of the workers that were started and not stopped."""
         self.engine: Remote[Engine] | None = None
         self.engine_started = False
-        """Whether it was told to begin its first epoch."""
+        """Whether the engine has been asked to begin its first epoch."""
         self.engine_serves = False
-        """Whether it has begun an epoch; before that it may take its time to answer."""
+        """Whether the engine has begun an epoch. Before that, a late answer does not mean that it hangs."""
         self.migrator: Remote[Migrator] | None = None
         self._standby: tuple[WorkerId, Remote[ExpertHost]] | None = None
         self.standby: tuple[WorkerId, int] | None = None
-        """The next worker and its process id, once it is ready."""
+        """The name and process id of the standby, once it is ready."""
 
-    def adopt(self, members: Iterable[Member]) -> list[Event]:
-        """Take over the actors of a coordinator that is gone; the events tell which are gone too."""
+    def adopt(self, members: Iterable[WorkerRecord]) -> list[Event]:
+        """Take over the actors of an earlier coordinator. The events name the actors that are gone too."""
         events: list[Event] = []
-        for member in members:
-            if not member.loaded:
+        for record in members:
+            if not record.loaded:
                 continue
-            worker = self._fleet.find_worker(member.id)
+            worker = self._fleet.find_worker(record.id)
             if worker is None:
-                events.append(WorkerLost(worker=member.id, reason="its process died"))
+                events.append(WorkerLost(worker=record.id, reason="its process died"))
                 continue
-            self.workers[member.id] = worker
+            self.workers[record.id] = worker
         self.migrator = self._fleet.find_migrator()
         self.engine = self._fleet.find_engine()
         self.engine_started = self.engine_serves = True
@@ -61,20 +61,20 @@ class Processes:
     # --- Workers ------------------------------------------------------------------------------------------------
 
     def start_worker(self, worker: WorkerId) -> tuple[Remote[ExpertHost], bool]:
-        """(its host, whether that was the standby): a new one, or the one that a coordinator before this one made."""
+        """The worker's actor, new or made by an earlier coordinator, and whether it was the standby."""
         standby, self._standby, self.standby = self._standby, None, None
         actor = self._find_or_start(worker)
         self.workers[worker] = actor
         return actor, standby == (worker, actor)
 
     def stop_worker(self, worker: WorkerId, info: HostInfo | None) -> None:
-        """info: what it reported when it had loaded, if it had."""
+        """End a worker's process. info: the worker's report; None if it has not loaded."""
         actor = self.workers.pop(worker, None)
         if actor is not None:
             self._fleet.kill_worker(actor, info)
 
     def workers_of(self, spec: EpochSpec) -> dict[WorkerId, Remote[ExpertHost]]:
-        """In rank order. Raises KeyError for one that has been stopped."""
+        """The actors of the epoch's workers, in rank order. Raises KeyError if one of them has been stopped."""
         return {worker.id: self.workers[worker.id] for worker in spec.placement.workers}
 
     def present(self, workers: Iterable[WorkerId]) -> dict[WorkerId, Remote[ExpertHost]]:
@@ -89,14 +89,14 @@ class Processes:
         return self._fleet.standby and self._standby is None
 
     async def start_standby(self, worker: WorkerId) -> None:
-        """Have a process ready that will be `worker`, the next one. Returns once it is, or has died."""
+        """Start the process of `worker`, the next worker, ahead of need. Returns once it is ready or has died."""
         actor = self._find_or_start(worker)
         self._standby = (worker, actor)
         try:
             pid = await within(ask(actor, ExpertHost.warm_up), liveness.STANDBY_TIMEOUT_S)
         except CALL_ERRORS as error:
             if self._standby == (worker, actor):
-                logger.warning("the standby process is given up: %s", one_line(error))
+                logger.warning("the standby process has failed and is ended: %s", one_line(error))
                 self._fleet.kill(actor)
                 self._standby = None
         else:
@@ -112,7 +112,7 @@ class Processes:
         return self.engine
 
     def drop_engine(self, engine: Remote[Engine], reason: str) -> EngineLost | None:
-        """Make sure that it is gone; the next commit starts another. None where that has been done already."""
+        """End the engine's process; the next commit starts another. Returns None if that has been done already."""
         if engine != self.engine:
             return None
         self._fleet.kill(engine)
@@ -120,7 +120,7 @@ class Processes:
         return EngineLost(reason=reason)
 
     async def engine_epoch(self) -> Epoch | None:
-        """The epoch of the engine's last step; None where it does not say."""
+        """The epoch of the engine's last step; None if the engine does not answer."""
         if self.engine is None:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Asks workers whether they live, when there is a reason to: those that do not answer in time are lost."""
+"""Pings workers when there is a reason to doubt them. A worker that does not answer in time is lost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class RollCall:
         self._timeout_s = heartbeat_timeout_s
 
     async def find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
-        """Those that are dead or hang. stepping: the thread that runs the steps has to answer."""
+        """The workers that are dead or hang. stepping: the thread that runs the steps has to answer."""
         ping = ExpertHost.ping_step if stepping else ExpertHost.ping
         return await self._call(workers, lambda actor: ask(actor, ping))
 
     async def find_silent(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
-        """The same with less patience, where there is another sign already that they might hang."""
+        """As `find_lost`, with a shorter time-out, for workers that another sign already makes suspect."""
 
         def ping(actor: Remote[ExpertHost]) -> Awaitable[None]:
             return sign_of_life(lambda: ask(actor, ExpertHost.ping), liveness.SUSPECT_TIMEOUT_S)

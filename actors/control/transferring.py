@@ -1,4 +1,4 @@
-"""Brings experts to where an epoch wants them: copies by the migrator, and reads by the workers themselves."""
+"""Brings experts to the workers that need them: the migrator copies some, and workers read others."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from elastic_moe.cluster.placement import WorkerId
 logger = logging.getLogger(__name__)
 
 READ_AT_ONCE = 16
-"""Experts that a worker reads by one call; between two, it can be told of another change."""
+"""Experts that a worker reads in one call. A newer change takes effect between two calls."""
 
 
 class Transferring:
-    """One transfer at a time: a later one supersedes an earlier one, which stops before its next expert."""
+    """Runs one transfer at a time. A later transfer supersedes an earlier one, which stops before its next expert."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
         self._epoch: Epoch | None = None
 
     def supersede(self, epoch: Epoch) -> None:
-        """From now on only what `epoch` needs is read."""
+        """From now on, read only what `epoch` needs."""
         self._epoch = epoch
 
     async def bring(self, command: Transfer) -> tuple[MigrationReport, list[ExpertKey], list[str]]:
-        """Copies and reads side by side: (what came of the copies, what was read, all errors)."""
+        """Copy and read side by side. Returns the report of the copies, the experts read, and all errors."""
         report, (read, failed) = await asyncio.gather(self._copy(command), self._read(command))
         return report, read, [error for error in (report.error, failed) if error is not None]
 
@@ -57,7 +57,7 @@ class Transferring:
         return report
 
     async def _watch(self, migrator: Remote[Migrator], copying: asyncio.Future[MigrationReport]) -> None:
-        """Until the copies are made, however long they take. Raises TimeoutError where it hangs, and ends it then."""
+        """Wait until the copies are made, however long it takes. Ends a hanging migrator; raises TimeoutError."""
         while not copying.done():
             await asyncio.wait([copying], timeout=liveness.PROBE_TIMEOUT_S)
             if copying.done():
@@ -70,7 +70,7 @@ class Transferring:
                 raise
 
     async def _read(self, command: Transfer) -> tuple[list[ExpertKey], str | None]:
-        """(what was read, the first error). Workers read side by side, each a few experts at a time."""
+        """Returns the experts that were read, and the first error. Workers read side by side."""
         done: list[ExpertKey] = []
         errors: list[str] = []
 
@@ -84,9 +84,9 @@ class Transferring:
                 try:
                     await ask(self._processes.workers[worker], ExpertHost.read_experts, pairs)
                 except KeyError:
-                    errors.append(f"{worker} is gone")
+                    errors.append(f"worker {worker} is gone")
                 except CALL_ERRORS as error:
-                    errors.append(f"{worker} reading {len(part)} experts of the checkpoint: {one_line(error)}")
+                    errors.append(f"worker {worker} could not read {len(part)} experts: {one_line(error)}")
                 else:
                     done.extend(part)
 

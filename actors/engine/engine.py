@@ -1,6 +1,6 @@
 """Engine: the actor around the queue of requests (actors/scheduler/) and the step loop (step_loop.py).
 
-Hosts and API replicas are reached over connections of their own (actors/engine/host_links.py,
+Workers and API replicas are reached over connections of their own (actors/engine/host_links.py,
 actors/engine/clients.py): Ray is for the control plane.
 """
 
@@ -31,7 +31,7 @@ from elastic_moe.cluster.placement import WorkerId
 log = logging.getLogger(__name__)
 
 CPU_PREFILL_TOKENS = 48
-"""Of each worker, in a step that also decodes. More would hardly run faster on a CPU, and everybody waits meanwhile."""
+"""Most prompt tokens of a worker in a step that also decodes. On a CPU more tokens only lengthen the step."""
 
 Workers = dict[WorkerId, Remote[ExpertHost]]
 
@@ -63,7 +63,7 @@ class Engine:
     # --- Called by the coordinator ------------------------------------------------------------------------------
 
     async def start(self, model: ModelInfo, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, HostInfo]) -> int:
-        """Begin to serve with the first epoch. Raises StepAborted, naming the workers, where a host did not commit."""
+        """Begin to serve with the first epoch. Raises StepAborted, naming the workers that did not commit."""
         config = self._config
         scheduler = self._scheduler = Scheduler(
             {},
@@ -104,13 +104,13 @@ class Engine:
         return moved
 
     async def drain(self, workers: Sequence[WorkerId]) -> None:
-        """Exactly these get no new requests from now on."""
+        """Give no new requests to exactly these workers from now on."""
         if self._scheduler is not None and self._loop is not None:
             self._scheduler.drain(workers)
             self._loop.wake()
 
     async def stay(self) -> None:
-        """Does not answer: whoever waits learns at once that this process has died."""
+        """Never answers. A caller that waits notices at once when this process dies."""
         await asyncio.Event().wait()
 
     async def status(self) -> EngineStatus:
@@ -124,7 +124,7 @@ class Engine:
     # --- Called by API replicas ---------------------------------------------------------------------------------
 
     async def endpoint(self) -> Endpoint:
-        """Where they connect. Raises NotReadyError before the engine has been started."""
+        """Where API replicas connect. Raises NotReadyError before the engine has been started."""
         if self._endpoint is None:
             raise NotReadyError("the engine has not been started")
         return self._endpoint
@@ -133,7 +133,7 @@ class Engine:
 
     def _abort(self, epoch: Epoch, workers: Iterable[WorkerId]) -> None:
         for worker in workers:
-            # by Ray: their connections wait for the very step that is to be aborted
+            # by a Ray call, because the connection is read only after the step that is to be aborted
             ask(self._workers[worker], ExpertHost.abort_step, epoch)
 
     def _report(self, epoch: Epoch, suspects: Sequence[WorkerId], reason: str) -> None:
@@ -148,7 +148,7 @@ def _prefill_tokens(infos: dict[WorkerId, HostInfo]) -> int | None:
 
 
 def _die_of(task: asyncio.Task[None]) -> None:
-    """An engine whose loop has ended would hang every request; one that dies is replaced, and they are sent again."""
+    """End this process if its loop has failed: the engine is then replaced, and requests are sent again."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.critical("the step loop failed", exc_info=error)
         os._exit(1)

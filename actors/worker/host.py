@@ -66,7 +66,7 @@ class ExpertHost:
 
     @in_group("io")
     def load(self, spec: HostSpec) -> HostInfo:
-        """Blocks until the weights are there; asked again, it only tells. Raises UserError where they never will be."""
+        """Blocks until the weights are loaded. Later calls return the same. Raises UserError if loading never works."""
         with self._loading:
             if self._info is None:
                 self._info = self._load(spec)
@@ -160,7 +160,7 @@ class ExpertHost:
     @property
     def _ready(self) -> Worker:
         if self._worker is None:
-            raise NotReadyError("the host has not been told what to load")
+            raise NotReadyError("the worker has no model yet: `load` has not been called")
         return self._worker
 
 

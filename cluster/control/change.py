@@ -270,7 +270,7 @@ class Epochs:
         self._failures = 0
 
     def resume(self, now: float) -> None:
-        """The clock is another one."""
+        """Adapt to the clock of a restarted coordinator."""
         self.since, self.retry_at = now, 0.0
         if self.outage is not None:
             self.outage = replace(self.outage, since=now)
