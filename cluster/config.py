@@ -142,7 +142,7 @@ class ServeConfig:
     admin_read_key_file: str | None = setting(None, "file with that key")
     chat_template: str | None = setting(None, "file of a chat template, instead of the tokenizer's")
     shutdown_timeout: float = setting(
-        30.0, "seconds that running requests get when the server is told to stop", at_least=0
+        30.0, "seconds that running requests get when the server is asked to stop", at_least=0
     )
     log_level: str = setting("info", "least level of log lines", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "of log lines; json: one object for each", choices=("text", "json"))

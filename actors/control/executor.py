@@ -167,7 +167,7 @@ class Executor:
         except CALL_ERRORS as error:
             if is_death(error) or isinstance(error, TimeoutError):
                 gone = processes.drop_engine(engine, one_line(error))
-                return [gone or CommitFailed(epoch=spec.epoch, reason="the engine was lost meanwhile")]
+                return [gone or CommitFailed(epoch=spec.epoch, reason="the engine was lost during the commit")]
             # a worker whose step hangs has not begun the epoch, although its process answers
             lost = await self._roll_call.find_lost([worker.id for worker in spec.placement.workers], stepping=True)
             return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]

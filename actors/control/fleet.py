@@ -36,12 +36,12 @@ _KEY = b"coordinator-state"
 
 
 ON_HEAD = {"node:__internal_head__": 0.001}
-"""For actors that need no GPU and had better not be on a machine that comes and goes. Ray Serve's own do the same."""
+"""Resource of the head node, for actors that need no GPU and must not be on a machine that may leave."""
 
 IO_THREADS = 16
-"""Of a host, for the control plane's calls: some may wait for a dead peer, and a sign of life must get through."""
+"""Threads of a worker for the control plane's calls. Some may wait for a dead peer while others answer pings."""
 COPY_THREADS = 2
-"""Of a host: one copy at a time comes or goes, and another may have to come while one hangs."""
+"""Threads of a worker for copies of experts: one copy runs at a time, and one more must run while one hangs."""
 
 
 class Fleet(Protocol):
@@ -50,7 +50,7 @@ class Fleet(Protocol):
         ...
 
     def clear(self) -> None:
-        """End what an earlier coordinator made and saved."""
+        """End the actors that an earlier coordinator made, and delete its saved state."""
         ...
 
     def save(self, state: bytes) -> None:
@@ -58,7 +58,7 @@ class Fleet(Protocol):
         ...
 
     def saved(self) -> bytes | None:
-        """What the coordinator had saved before it died, if this is its successor."""
+        """The state that an earlier incarnation of this coordinator saved; None if there is none."""
         ...
 
     def find_worker(self, worker: WorkerId) -> Remote[ExpertHost] | None:
@@ -74,11 +74,11 @@ class Fleet(Protocol):
         ...
 
     def read_model(self, model_dir: str) -> ModelInfo:
-        """What the checkpoint says of itself, with the sizes of what it is served in. Raises CheckpointError."""
+        """The checkpoint's description of its model, with the sizes in the served dtype. Raises CheckpointError."""
         ...
 
     def device(self) -> str:
-        """cpu or cuda, resolved. Raises ConfigError for a cuda that is not there."""
+        """cpu or cuda. Raises ConfigError if cuda is asked for and there is none."""
         ...
 
     @property
@@ -88,12 +88,12 @@ class Fleet(Protocol):
     def num_nodes(self) -> int: ...
 
     def node_threads(self) -> int:
-        """Cores of a node, for its workers to share."""
+        """Number of cores that the workers of a node share."""
         ...
 
     @property
     def standby(self) -> bool:
-        """Whether a host may be started before it is needed, since it takes no resources that others could use."""
+        """Whether a worker's process may be started before it is needed, because it takes no resources from others."""
         ...
 
     def start_worker(self, worker: WorkerId) -> Remote[ExpertHost]: ...
@@ -181,7 +181,7 @@ class RayFleet:
     def device(self) -> str:
         gpus = self._resources.get("GPU", 0)
         if self._config.device == "cuda" and self._alone and not gpus:
-            raise ConfigError("device: cuda asked for, but Ray sees no GPU on this machine")
+            raise ConfigError("device: expected a GPU for cuda, but Ray sees none on this machine")
         if self._config.device != "auto":
             return self._config.device
         return "cuda" if gpus > 0 else "cpu"
@@ -223,7 +223,7 @@ class RayFleet:
         if self.device() == "cuda":
             resources = {"num_gpus": self._gpu_share, "num_cpus": 0}
         else:
-            # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
+            # workers of one machine share its cores; if each reserved whole cores, some would not start
             resources = {"num_cpus": 0 if self._alone else 1}
         groups = {"concurrency_groups": {"io": IO_THREADS, "copies": COPY_THREADS}}
         return self._create(host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups, *arguments)
@@ -253,7 +253,7 @@ class RayFleet:
 
     def kill_worker(self, actor: Remote[ExpertHost], info: HostInfo | None) -> None:
         self.kill(actor)
-        # Ray asks a process to end before it kills it, and one that hangs holds the engine up meanwhile
+        # Ray first asks a process to end, and a process that hangs would hold the engine up until Ray kills it
         if info is None:
             return
         if info.node == ray.get_runtime_context().get_node_id():
@@ -278,7 +278,7 @@ def _find(name: str) -> Remote[Any] | None:
 
 
 def _kill_process(pid: int) -> None:
-    """End a host that may be gone already, and its number in use again."""
+    """End a worker's process. The process may be gone already and its number in use by another program."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         if "ExpertHost" in " ".join(process.cmdline()):
@@ -286,7 +286,7 @@ def _kill_process(pid: int) -> None:
 
 
 def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
-    """A planner that waits for the cores it finds idle: on a CPU node it runs beside the model."""
+    """Run a planner at the lowest priority, because on a CPU node it runs beside the model."""
     from elastic_moe.optimizer import plan
 
     os.setpriority(os.PRIO_PROCESS, 0, 19)

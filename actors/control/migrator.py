@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 Workers = Mapping[WorkerId, Remote[ExpertHost]]
 
 SUPERSEDED_S = 0.1
-"""How soon a call that waits for bandwidth notices a newer one."""
+"""Seconds after which a call that waits for bandwidth notices a newer call."""
 LONGEST_REST_S = 0.5
-"""A newer call that needs the same workers waits for it."""
+"""Most seconds that two workers rest after a copy. A newer call that needs them waits for the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class MigrationReport:
     nbytes: int
     seconds: float
     error: str | None = None
-    """Of the first copy that failed; no further ones were begun."""
+    """The error of the first copy that failed. No copy was begun after it."""
 
 
 class Migrator:
@@ -64,7 +64,7 @@ class Migrator:
     async def copy(self, moves: Sequence[Move], workers: Workers, urgent: bool = False) -> MigrationReport:
         """Make every copy. Does not raise where one fails: the report says why, and what was done before.
 
-        urgent: without the limit of bandwidth, because nothing is served meanwhile.
+        urgent: ignore the limit of bandwidth, because nothing is served until the copies are made.
         """
         self._generation += 1
         return await self._run(moves, workers, self._generation, urgent)
@@ -141,7 +141,7 @@ class Migrator:
     async def _copy_one(
         self, move: Move, source: Remote[ExpertHost], target: Remote[ExpertHost], *, rest: bool
     ) -> str | None:
-        """None, or why it failed."""
+        """Returns None, or the reason of the failure."""
         begun = time.monotonic()
         try:
             copy = ask(source, ExpertHost.export_expert, move.layer, move.expert)

@@ -199,7 +199,7 @@ class StepLoop:
         if self._flights:
             due = self._due(self._flights[0])
             late = min(self._deadline(self._flights[0]), self._late_at(self._flights[0]))
-            # often enough to tell how long this loop has stood still
+            # often enough to measure how long this loop has stood still
             when = min(late, due if due > self._now() else math.inf, self._now() + STOOD_STILL_S)
             self._timer = asyncio.get_running_loop().call_at(when, self._wake.set)
         return when

@@ -24,24 +24,24 @@ Key = TypeVar("Key")
 T = TypeVar("T")
 
 LOOKS = 10
-"""Parts of a time-out."""
+"""Number of parts that a time-out is cut into."""
 
 LONGEST_CAUSE = 500
 
 CALL_ERRORS = (RayError, EmoeError, TimeoutError, OSError)
-"""What a remote call raises that went wrong over there, or on the way."""
+"""Errors of a remote call that failed in the other process or on the way."""
 
 
 _DEATHS = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether the called actor is gone (or out of reach), rather than unhappy."""
+    """Whether the error means that the called actor is gone or out of reach, and not that its method failed."""
     return isinstance(error, _DEATHS) and not isinstance(error, RayTaskError)
 
 
 def one_line(error: BaseException) -> str:
-    """What people should read of an error: without Ray's traceback, without line breaks."""
+    """The error in one line for people, without Ray's traceback."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
     if isinstance(cause, OutOfMemoryError):
         return "Ray ended its process, since the memory of its machine was nearly full"

@@ -9,7 +9,7 @@ from elastic_moe.cluster.placement import WorkerId
 
 
 def leaving(facts: Facts) -> tuple[WorkerId, ...]:
-    """Members of the epoch that are to leave. Empty if all are to leave, because then somebody has to serve on."""
+    """Members of the epoch that are to leave. Empty if all are to leave: then they have to continue to serve."""
     names = tuple(worker for worker in facts.ranks if facts.records[worker].state is WorkerState.DRAINING)
     return () if len(names) == len(facts.ranks) else names
 
@@ -24,7 +24,7 @@ def drained(facts: Facts, now: float) -> Choice[bool]:
         runs = facts.busy is None or record.id in facts.busy
         if record.alive and runs and now - record.draining_since < facts.settings.drain_timeout_s:
             return Choice(False, f"{record.id} may finish its requests first")
-    return Choice(True, "nobody that leaves has requests to finish")
+    return Choice(True, "no worker that leaves has requests to finish")
 
 
 class Draining:

@@ -1,4 +1,4 @@
-"""What should be, as against what is: which workers to start or keep, and which are to serve with which experts.
+"""Compares the cluster with what it should be: which workers to start or keep, and which serve which experts.
 
 Functions of the facts and the time; each gives its reason. ControlState carries their choices out.
 
@@ -76,7 +76,7 @@ def shares(facts: Facts, missing: int) -> list[BoolArray]:
 
 
 def next_members(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
-    """The members of the epoch to begin now; nobody where nothing is to be begun."""
+    """The members of the epoch to begin now; empty if no epoch is to begin."""
     if facts.change is not None:
         return Choice((), f"epoch {facts.change.spec.epoch} is under way")
     if facts.probing:
@@ -90,7 +90,7 @@ def next_members(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
 
 
 def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
-    """Who should serve now, whether it does or not; nobody: wait."""
+    """The workers that should serve now, whether they do or not; empty: wait."""
     # draining workers serve on only where nobody else can
     wanted = [record for record in facts.loaded if record.state is not WorkerState.DRAINING]
     if not facts.fits(wanted):

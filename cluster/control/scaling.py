@@ -1,4 +1,4 @@
-"""Scaling: how many workers there should be, because somebody asks for it or because the load does."""
+"""Scaling: how many workers there should be, as asked for by a user or by the autoscaler."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class Scaling:
         if self._settings.max_workers is None:
             return []
         if facts.outage is not None or not facts.scaled:
-            # what is seen now tells nothing of the size that is wanted
+            # the load on the present workers says nothing about the wanted number
             self._samples.clear()
             self.verdict = "waits until as many workers serve as are wanted"
             return []

@@ -79,7 +79,7 @@ class Operation:
     progress: float = 0.0
     """0..1, coarse; it steps back where an attempt has to be made again."""
     safe_to_terminate: bool = False
-    """Whether every worker in `retiring` holds nothing and serves nobody: its machine may go."""
+    """Whether every worker in `retiring` holds nothing and serves no request, so that its machine may go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

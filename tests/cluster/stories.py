@@ -82,7 +82,7 @@ def facts_of(members: Sequence[WorkerRecord] = (), ranks: Sequence[WorkerId] = (
         **{
             "settings": settings,
             "model": MODEL,
-            "members": {m.id: m for m in members},
+            "records": {m.id: m for m in members},
             "probing": False,
             "busy": None,
             "spec": spec,

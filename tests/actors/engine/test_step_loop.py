@@ -225,7 +225,7 @@ def run(names: Sequence[str], scenario: Scenario) -> Cluster:
                 await scenario(c, client)
         finally:
             loop.cancel()
-            await c.loop._group.flip(Epoch(0), {}, 1, first=False)
+            await c.loop._links.flip(Epoch(0), {}, 1, first=False)
             c.clients.close()
             for host in c.hosts.values():
                 host.server.close()
