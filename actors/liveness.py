@@ -22,7 +22,7 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
                                                               + COMMIT_MARGIN_S
     coordinator      the migrator, while it copies            PROBE_TIMEOUT_S, twice            the migrator is ended
     coordinator      the engine's epoch, after a restart      PROBE_TIMEOUT_S                   the flip has failed
-    coordinator      workers that are told to drop something  TELL_TIMEOUT_S                    nothing, they are polled
+    coordinator      workers that must drop something  NOTIFY_TIMEOUT_S                  nothing, they are polled
     coordinator      the standby to have imported its model   STANDBY_TIMEOUT_S                 the standby is ended
     coordinator      a planner                                PLAN_STEPS x plan_deadline        the plan is given up
                                                               + PLAN_MARGIN_S
@@ -41,6 +41,8 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
     API              a sign of life of the engine,            LIFE_S                            it looks for another
                      asked for every LIFE_S
     API              a sign of life of the coordinator        HANG_S                            Ray restarts it
+    API              a dry run of a planner                   the planner's time-out            the request has failed
+                                                              + CALL_TIMEOUT_S
     API              any other answer                         CALL_TIMEOUT_S                    the request has failed
 """
 
@@ -61,26 +63,37 @@ WAITING_FOR_RESOURCES_S = 30.0
 
 PROBE_TIMEOUT_S = 5.0
 SUSPECT_TIMEOUT_S = 2.0
-"""For a process about which there is another sign already that it might hang."""
-TELL_TIMEOUT_S = 10.0
+"""Seconds for a process that another sign already makes suspect."""
+NOTIFY_TIMEOUT_S = 10.0
 STANDBY_AFTER_S = 3.0
 """A standby is started once an epoch has served for so many seconds: starting takes some seconds of a core."""
 STANDBY_TIMEOUT_S = 60.0
 COMMIT_STEPS = 2
-"""A step that hangs comes first, then hosts that do."""
+"""Time-outs of a step: a step that hangs has to end first, and then a worker may hang in the commit."""
 COMMIT_MARGIN_S = 30.0
 PLAN_STEPS = 2
-"""A planner minds its deadline; a solver that does not is given up."""
+"""A planner that takes so many times its deadline is given up."""
 PLAN_MARGIN_S = 30.0
+
+
+def plan_timeout_s(plan_deadline_s: float) -> float:
+    """Seconds after which the coordinator gives a planner up that may take `plan_deadline_s`."""
+    return PLAN_STEPS * plan_deadline_s + PLAN_MARGIN_S
+
+
+def dry_run_timeout_s(plan_deadline_s: float) -> float:
+    """Seconds that the API waits for a dry run: the coordinator, which can say what went wrong, gives up earlier."""
+    return plan_timeout_s(plan_deadline_s) + CALL_TIMEOUT_S
+
 
 # --- Steps ----------------------------------------------------------------------------------------------------------
 
 LATE_FACTOR = 10.0
-"""A step may take so many times the slowest one of its size lately."""
+"""A step may take so many times the duration of the slowest recent step of its size."""
 LATE_FLOOR_S = 1.0
-"""To ask who lives costs next to nothing."""
+"""Least seconds before the workers of a step are pinged. A ping costs next to nothing."""
 FLOOR_S = 10.0
-"""To give a step up that would have ended costs a new group."""
+"""Least seconds before a step is given up. Giving up a step that would have ended costs a new process group."""
 SILENT_S = 1.0
 """Seconds that workers get to give a failed step up, before they are asked whether they live."""
 ABORT_S = 5.0
@@ -91,7 +104,7 @@ STEP_PING_S = 30.0
 # --- Copies and connections -----------------------------------------------------------------------------------------
 
 COPY_TIMEOUT_S = 60.0
-"""For one expert."""
+"""Seconds for the copy of one expert."""
 CONNECT_S = 5.0
 TOKEN_S = 2.0
 """An engine that connects to a worker sends its token at once."""
@@ -103,6 +116,6 @@ TCP_KEEP_ALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)
 
 CALL_TIMEOUT_S = 30.0
 LIFE_S = 10.0
-"""An engine that dies hangs up, one that hangs does not."""
+"""Seconds for an engine's sign of life. A dead engine closes its connection; a hanging engine does not."""
 HANG_S = 10.0
-"""A coordinator that gives no sign of life for so long, and did before, hangs."""
+"""Seconds without a sign of life after which a coordinator that answered before is taken to hang."""

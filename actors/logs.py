@@ -50,7 +50,7 @@ def set_up(process: str, settings: LogSettings) -> None:
     threading.excepthook = _thread_failed
     serve = logging.getLogger("ray.serve")
     if not serve.propagate:
-        # it keeps a file of its own, in which nobody would look for a traceback
+        # Ray Serve logs to a file of its own, where a user would not look for a traceback
         serve.addFilter(_Copy(handler))
 
 
@@ -84,7 +84,7 @@ def _handler(settings: LogSettings) -> logging.Handler:
 
 
 class _Copy(logging.Filter):
-    """Hands errors to another handler. A filter, because Serve takes all handlers away when it is told anew."""
+    """Hands errors to another handler. A filter, because Serve takes all handlers away when it is configured anew."""
 
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__()

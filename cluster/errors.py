@@ -8,7 +8,7 @@ EmoeError
 │   └── RequestError        a request that cannot be served; carries OpenAI's `param` and `code`
 ├── ConflictError       another operation is under way
 ├── NotReadyError       the cluster cannot serve yet, or not now
-├── HostError           a host failed at what it was told, through no fault of its peers
+├── HostError           a worker could not do what it was asked, and its peers are not the cause
 └── StepAborted         a lock-step peer is gone; the step must be run again in the next epoch
 """
 
@@ -59,7 +59,7 @@ class NotReadyError(EmoeError):
 
 
 class HostError(EmoeError):
-    """A host failed at what it was told: the model itself, say, on these tokens. The message says how."""
+    """A worker could not do what it was asked; for example, the model failed on these tokens. The message says how."""
 
 
 class StepAborted(EmoeError):

@@ -12,7 +12,7 @@ from elastic_moe.cluster.errors import ConfigError
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PEER_HEADER = "x-emoe-peer"
-"""HAProxy tells the replica the client's address in it; whatever a client writes there is overwritten."""
+"""HAProxy puts the client's address into this header; whatever a client writes there is overwritten."""
 LOOPBACK_NETWORKS: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 EVERYWHERE: tuple[Network, ...] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 

@@ -33,6 +33,8 @@ from elastic_moe.actors.control.views import (
     with_progress,
     worker_view,
 )
+from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.actors.remote.calls import one_line
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
@@ -82,7 +84,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What a coordinator is made of, once the checkpoint has been opened."""
+    """The parts of a coordinator, made once the checkpoint has been opened."""
 
     state: ControlState
     spec: ModelSpec
@@ -95,7 +97,7 @@ class Parts:
 
 
 class Coordinator:
-    """One per cluster. Create it on a running event loop: it begins at once, and `readiness` says how far it is."""
+    """One per cluster. Create it on a running event loop: it begins at once, and `readiness` reports its progress."""
 
     def __init__(self, config: ServeConfig, model_dir: str, fleet: Fleet) -> None:
         self._config = config
@@ -115,11 +117,11 @@ class Coordinator:
         if self._parts is None:
             return Readiness(ready=False, reason="opening the checkpoint")
         readiness = self._parts.state.readiness()
-        loading = [member for member in self._parts.state.facts.alive if not member.loaded]
+        loading = [record for record in self._parts.state.facts.alive if not record.loaded]
         if readiness.ready or readiness.error or not loading:
             return readiness
         now = time.monotonic()
-        shares = ", ".join(f"{member.id} {self._parts.poller.how_far(member, now)}" for member in loading)
+        shares = ", ".join(f"{record.id} {self._parts.poller.how_far(record, now)}" for record in loading)
         return Readiness(ready=False, reason=f"{readiness.reason}; loading: {shares}")
 
     async def model_info(self) -> ModelInfo:
@@ -136,7 +138,7 @@ class Coordinator:
         parts = self._require_parts()
         await parts.poller.refresh_status()
         facts, device = parts.state.facts, self._fleet.device()
-        views = [worker_view(facts, member, parts.poller.status, device) for member in facts.members.values()]
+        views = [worker_view(facts, record, parts.poller.status, device) for record in facts.records.values()]
         standby = parts.processes.standby
         return views if standby is None else [*views, standby_view(*standby, device)]
 
@@ -159,9 +161,9 @@ class Coordinator:
         operation_id: str | None = None,
         replace: bool = False,
     ) -> Operation:
-        """The operation: a new one, or that of `operation_id`, where it was asked for before.
+        """Returns the operation: a new one, or the known one if `operation_id` was used before.
 
-        Raises ConflictError, NotReadyError, and PlacementError for a number or a name that cannot be.
+        Raises ConflictError, NotReadyError, and PlacementError for a number or a name that is not possible.
         """
         state = self._require_parts().state
         self._feed(ScaleRequested(workers=workers, retire=retire, operation_id=operation_id, replace=replace))
@@ -193,14 +195,14 @@ class Coordinator:
     async def counters(self) -> ClusterCounters:
         return ClusterCounters() if self._parts is None else self._parts.state.counters
 
-    async def engine(self) -> Any:
+    async def engine(self) -> Remote[Engine] | None:
         """The engine's handle; None before the first epoch, and while a lost engine has no successor."""
         if self._parts is None or self._parts.state.facts.spec is None:
             return None
         return self._parts.processes.engine
 
     async def report_step_failure(self, epoch: Epoch, suspects: list[WorkerId], reason: str) -> None:
-        """From the engine: its group is of no use any more. Returns at once; a new epoch will follow."""
+        """Called by the engine when a step has failed. Returns at once; a new epoch will follow."""
         # Ray explains a death in a paragraph
         reason = textwrap.shorten(reason.partition(". ")[0], 200, placeholder=" ...")
         await self._opened.wait()
@@ -208,13 +210,13 @@ class Coordinator:
         self._feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
 
     async def report_late_step(self, workers: list[WorkerId]) -> None:
-        """From the engine: these have not finished a step. Nothing is decided by that, but one that hangs is found."""
+        """Called by the engine when these workers are late with a step. They are pinged, and one that hangs is lost."""
         await self._opened.wait()
         for event in await self._require_parts().roll_call.find_silent(workers):
             self._feed(event)
 
     async def shutdown(self) -> None:
-        """End every actor that this one made. What it had saved is forgotten by `stop_cluster`."""
+        """End every actor that this coordinator made. `stop_cluster` deletes the saved state."""
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -245,7 +247,7 @@ class Coordinator:
             await asyncio.sleep(liveness.TICK_S)
 
     async def _open(self) -> None:
-        """Read what the checkpoint says of itself, and begin."""
+        """Read the checkpoint's description of the model, and begin."""
         model = await asyncio.to_thread(self._fleet.read_model, self._model_dir)
         spec = model_spec(self._config, model, self._model_dir, self._fleet.device())
         state = ControlState(control_settings(self._config, model, self._fleet), model)
@@ -254,17 +256,17 @@ class Coordinator:
                     model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip
 
     async def _resume(self, saved: bytes) -> bool:
-        """Go on from what the coordinator before this one had saved. False where there was no epoch yet to keep."""
+        """Continue from the state that an earlier coordinator saved. Returns False if it had no epoch yet."""
         state, spec = pickle.loads(saved)
         facts = state.facts
         if facts.spec is None:
             return False
         processes = self._processes(state.model)
         events = processes.adopt(facts.alive)
-        # only the outcome of a flip is worth waiting for: until then nobody can be told anything
+        # the state cannot take events before the outcome of a flip is known; nothing else is worth waiting for
         flipping = facts.change is not None and facts.change.stage is Stage.COMMITTING
         engine_epoch = await processes.engine_epoch() if flipping else None
-        logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(processes.hosts))
+        logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(processes.workers))
         self._take_up(state, spec, processes)
         for event in (Resumed(engine_epoch=engine_epoch), *events):
             self._feed(event)
@@ -307,7 +309,7 @@ class Coordinator:
         commands = parts.state.handle(event, time.monotonic())
         log_changes(before, parts.state)
         if commands or before != Outline.of(parts.state):
-            # before anything is done, so that a successor knows of whatever may have been
+            # saved before any command is carried out, so that a successor knows what may have been done
             self._fleet.save(pickle.dumps((parts.state, parts.spec)))
         for command in commands:
             self._carry_out(command, parts)

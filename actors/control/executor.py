@@ -1,4 +1,4 @@
-"""Carries out the control plane's commands on the actors; what comes of them goes back as events.
+"""Carries out the control plane's commands on the actors, and returns the outcomes as events.
 
 Every decision is in cluster/control/state.py, and every handle in actors/control/processes.py.
 """
@@ -16,7 +16,10 @@ from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.roll_call import RollCall
 from elastic_moe.actors.control.transferring import Transferring
-from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line
+from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, within
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.facts.events import (
@@ -40,7 +43,7 @@ from elastic_moe.cluster.facts.events import (
     WorkerLoaded,
     WorkerLost,
 )
-from elastic_moe.cluster.messages.epochs import EpochSpec, HostInfo, HostSpec, ModelInfo, ModelSpec
+from elastic_moe.cluster.messages.epochs import EpochSpec, HostSpec, ModelInfo, ModelSpec, TransportKind
 from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -64,19 +67,19 @@ class Executor:
         self._roll_call = roll_call
         self._transferring = Transferring(processes)
         self._abandoning: set[asyncio.Task[Any]] = set()
-        self._telling: set[asyncio.Task[Any]] = set()
+        self._notifying: set[asyncio.Task[Any]] = set()
 
     # --- Workers ------------------------------------------------------------------------------------------------
 
     async def start_worker(self, command: StartWorker) -> list[Event]:
         worker = command.worker
-        host, was_standby = self._processes.start_worker(worker)
+        actor, was_standby = self._processes.start_worker(worker)
         if was_standby and (lost := await self._roll_call.find_silent([worker])):
             return [*lost]
-        # its process takes seconds to start: not when it is needed
+        # the engine's process takes seconds to start, so it starts before it is needed
         self._processes.ensure_engine()
         try:
-            info: HostInfo = await host.load.remote(self._host_spec(command))
+            info = await ask(actor, ExpertHost.load, self._host_spec(command))
         except CALL_ERRORS as error:
             if is_death(error):
                 return [WorkerLost(worker=worker, reason=one_line(error))]
@@ -131,88 +134,91 @@ class Executor:
         spec = command.spec
         await self._settle()
         try:
-            hosts = self._processes.hosts_of(spec)
+            workers = self._processes.workers_of(spec)
             if command.forms_group:
                 spec = await self._open_rendezvous(spec)
-            errors = await call_until_error(
-                {worker: host.prepare.remote(spec) for worker, host in hosts.items()}, self._config.step_timeout
-            )
+            calls = {worker: ask(actor, ExpertHost.prepare, spec) for worker, actor in workers.items()}
+            errors = await call_until_error(calls, self._config.step_timeout)
         except KeyError as error:
-            return [PrepareFailed(epoch=spec.epoch, reason=f"{error} is gone")]
+            return [PrepareFailed(epoch=spec.epoch, reason=f"worker {error} is gone")]
         except CALL_ERRORS as error:
             lost = await self._roll_call.find_lost([worker.id for worker in spec.placement.workers])
             return [*lost, PrepareFailed(epoch=spec.epoch, reason=f"no rendezvous: {one_line(error)}")]
         if not errors:
             return [Prepared(spec=spec)]
-        lost = await self._roll_call.find_lost(hosts)
+        lost = await self._roll_call.find_lost(workers)
         return [*lost, PrepareFailed(epoch=spec.epoch, reason=describe_errors(errors))]
 
     async def _open_rendezvous(self, spec: EpochSpec) -> EpochSpec:
-        """`spec` with the address of a store, where its transport asks for one."""
-        if spec.transport not in ("gloo", "nccl"):
+        """`spec`, with the address of a store if its transport needs one."""
+        if spec.transport not in (TransportKind.GLOO, TransportKind.NCCL):
             return spec
-        first = self._processes.hosts[spec.placement.workers[0].id]
-        address = await asyncio.wait_for(first.rendezvous.remote(), self._config.step_timeout)
+        first = self._processes.workers[spec.placement.workers[0].id]
+        address = await within(ask(first, ExpertHost.rendezvous), self._config.step_timeout)
         return replace(spec, rendezvous=address)
 
     async def commit(self, command: Commit) -> list[Event]:
         spec, processes = command.spec, self._processes
-        processes.ensure_engine()
-        engine = processes.engine
+        engine = processes.ensure_engine()
         try:
             moved_requests = await self._flip(engine, command)
         except KeyError as error:
-            return [CommitFailed(epoch=spec.epoch, reason=f"{error} is gone")]
+            return [CommitFailed(epoch=spec.epoch, reason=f"worker {error} is gone")]
         except CALL_ERRORS as error:
             if is_death(error) or isinstance(error, TimeoutError):
                 gone = processes.drop_engine(engine, one_line(error))
-                return [gone or CommitFailed(epoch=spec.epoch, reason="the engine was lost meanwhile")]
-            # a host whose step hangs has not flipped, although its process answers
+                return [gone or CommitFailed(epoch=spec.epoch, reason="the engine was lost during the commit")]
+            # a worker whose step hangs has not begun the epoch, although its process answers
             lost = await self._roll_call.find_lost([worker.id for worker in spec.placement.workers], stepping=True)
             return [*lost, CommitFailed(epoch=spec.epoch, reason=one_line(error))]
         processes.engine_serves = True
-        # as the engine's, but nobody waits for this one yet
+        # the migrator's process takes seconds to start too, and no transfer waits for it yet
         processes.ensure_migrator()
         return [Committed(epoch=spec.epoch, moved_requests=moved_requests)]
 
-    async def _flip(self, engine: Any, command: Commit) -> int:
-        """Returns how many requests had to leave their worker. Raises KeyError for a worker that has been stopped."""
+    async def _flip(self, engine: Remote[Engine], command: Commit) -> int:
+        """Have the engine begin the epoch. Returns the number of requests that had to leave their worker.
+
+        Raises KeyError if a worker of the epoch has been stopped.
+        """
         processes, spec = self._processes, command.spec
-        hosts = processes.hosts_of(spec)
+        workers, infos = processes.workers_of(spec), dict(command.infos)
         if processes.engine_started:
-            call = engine.change_epoch.remote(spec, hosts, dict(command.infos))
+            call = ask(engine, Engine.change_epoch, spec, workers, infos)
         else:
-            call = engine.start.remote(self._model, spec, hosts, dict(command.infos))
+            call = ask(engine, Engine.start, self._model, spec, workers, infos)
         processes.engine_started = True
         timeout_s = liveness.COMMIT_STEPS * self._config.step_timeout + liveness.COMMIT_MARGIN_S
-        moved: int = await asyncio.wait_for(call, timeout_s)
-        return moved
+        return await within(call, timeout_s)
 
     # --- Without an answer --------------------------------------------------------------------------------------
 
     def abort_steps(self, command: AbortSteps) -> None:
-        hosts = [self._processes.hosts[worker] for worker in command.workers if worker in self._processes.hosts]
-        calls = {(n, epoch): host.abort_step.remote(epoch) for n, host in enumerate(hosts) for epoch in command.epochs}
-        self._tell(calls, self._telling)
+        calls = {
+            (worker, epoch): ask(actor, ExpertHost.abort_step, epoch)
+            for worker, actor in self._processes.present(command.workers).items()
+            for epoch in command.epochs
+        }
+        self._notify(calls, self._notifying)
 
     def drain(self, command: Drain) -> None:
         engine = self._processes.engine
         if engine is not None:
-            # an engine that is gone by then will be told by another command
-            self._tell({"engine": engine.drain.remote(command.workers)}, self._telling)
+            # if this engine is gone by then, its successor gets a command of its own
+            self._notify({"engine": ask(engine, Engine.drain, command.workers)}, self._notifying)
 
     def abandon(self, command: Abandon) -> None:
-        hosts = self._processes.hosts
-        calls = {w: hosts[w].abandon.remote(command.epoch) for w in command.workers if w in hosts}
-        self._tell(calls, self._abandoning)
+        workers = self._processes.present(command.workers)
+        calls = {worker: ask(actor, ExpertHost.abandon, command.epoch) for worker, actor in workers.items()}
+        self._notify(calls, self._abandoning)
 
-    def _tell(self, calls: Mapping[Any, Any], tasks: set[asyncio.Task[Any]]) -> None:
-        task = asyncio.ensure_future(call_all(calls, liveness.TELL_TIMEOUT_S))
+    def _notify(self, calls: Mapping[Any, Any], tasks: set[asyncio.Task[Any]]) -> None:
+        task = asyncio.ensure_future(call_all(calls, liveness.NOTIFY_TIMEOUT_S))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
     async def _settle(self) -> None:
-        """Wait for what was told before: a host that abandons an epoch late would drop what is brought next."""
+        """Wait until earlier epochs are abandoned: a worker that does so late would drop newly brought experts."""
         if self._abandoning:
             await asyncio.gather(*self._abandoning)
 

@@ -17,7 +17,11 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_moe.actors import names
+from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.ask import Remote, kill
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.messages.epochs import HostInfo, ModelInfo
@@ -32,12 +36,12 @@ _KEY = b"coordinator-state"
 
 
 ON_HEAD = {"node:__internal_head__": 0.001}
-"""For actors that need no GPU and had better not be on a machine that comes and goes. Ray Serve's own do the same."""
+"""Resource of the head node, for actors that need no GPU and must not be on a machine that may leave."""
 
 IO_THREADS = 16
-"""Of a host, for the control plane's calls: some may wait for a dead peer, and a sign of life must get through."""
+"""Threads of a worker for the control plane's calls. Some may wait for a dead peer while others answer pings."""
 COPY_THREADS = 2
-"""Of a host: one copy at a time comes or goes, and another may have to come while one hangs."""
+"""Threads of a worker for copies of experts: one copy runs at a time, and one more must run while one hangs."""
 
 
 class Fleet(Protocol):
@@ -46,7 +50,7 @@ class Fleet(Protocol):
         ...
 
     def clear(self) -> None:
-        """End what an earlier coordinator made and saved."""
+        """End the actors that an earlier coordinator made, and delete its saved state."""
         ...
 
     def save(self, state: bytes) -> None:
@@ -54,19 +58,27 @@ class Fleet(Protocol):
         ...
 
     def saved(self) -> bytes | None:
-        """What the coordinator had saved before it died, if this is its successor."""
+        """The state that an earlier incarnation of this coordinator saved; None if there is none."""
         ...
 
-    def find(self, name: str) -> Any:
-        """The actor of that name; None where it is gone."""
+    def find_worker(self, worker: WorkerId) -> Remote[ExpertHost] | None:
+        """The worker's actor, made by an earlier coordinator; None if it is gone."""
+        ...
+
+    def find_engine(self) -> Remote[Engine] | None:
+        """The engine, as above."""
+        ...
+
+    def find_migrator(self) -> Remote[Migrator] | None:
+        """The migrator, as above."""
         ...
 
     def read_model(self, model_dir: str) -> ModelInfo:
-        """What the checkpoint says of itself, with the sizes of what it is served in. Raises CheckpointError."""
+        """The checkpoint's description of its model, with the sizes in the served dtype. Raises CheckpointError."""
         ...
 
     def device(self) -> str:
-        """cpu or cuda, resolved. Raises ConfigError for a cuda that is not there."""
+        """cpu or cuda. Raises ConfigError if cuda is asked for and there is none."""
         ...
 
     @property
@@ -76,23 +88,23 @@ class Fleet(Protocol):
     def num_nodes(self) -> int: ...
 
     def node_threads(self) -> int:
-        """Cores of a node, for its workers to share."""
+        """Number of cores that the workers of a node share."""
         ...
 
     @property
     def standby(self) -> bool:
-        """Whether a host may be started before it is needed, since it takes no resources that others could use."""
+        """Whether a worker's process may be started before it is needed, because it takes no resources from others."""
         ...
 
-    def start_host(self, worker: WorkerId) -> Any: ...
+    def start_worker(self, worker: WorkerId) -> Remote[ExpertHost]: ...
 
-    def start_engine(self) -> Any: ...
+    def start_engine(self) -> Remote[Engine]: ...
 
-    def start_migrator(self, expert_bytes: int) -> Any: ...
+    def start_migrator(self, expert_bytes: int) -> Remote[Migrator]: ...
 
-    def kill(self, actor: Any) -> None: ...
+    def kill(self, actor: Remote[Any]) -> None: ...
 
-    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+    def kill_worker(self, actor: Remote[ExpertHost], info: HostInfo | None) -> None:
         """Like `kill`, and at once even where the process hangs."""
         ...
 
@@ -120,14 +132,14 @@ class RayFleet:
         self._model = model
         self._host_class = host_class
         self._engine_class = engine_class
-        self._coordinator: Any = None
+        self._coordinator: Remote[StepReports] | None = None
         self._resources: dict[str, float] = {}
         self._nodes = 0
         self._logs = LogSettings.of(config)
 
     def attach(self) -> None:
         set_up(names.COORDINATOR, self._logs)
-        self._coordinator = ray.get_runtime_context().current_actor
+        self._coordinator = Remote(ray.get_runtime_context().current_actor)
         self._resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
 
@@ -148,11 +160,14 @@ class RayFleet:
     def _actor_id(self) -> bytes:
         return str(ray.get_runtime_context().get_actor_id()).encode()
 
-    def find(self, name: str) -> Any:
-        try:
-            return ray.get_actor(name, namespace=names.NAMESPACE)
-        except ValueError:
-            return None
+    def find_worker(self, worker: WorkerId) -> Remote[ExpertHost] | None:
+        return _find(names.host_name(worker))
+
+    def find_engine(self) -> Remote[Engine] | None:
+        return _find(names.ENGINE)
+
+    def find_migrator(self) -> Remote[Migrator] | None:
+        return _find(names.MIGRATOR)
 
     def read_model(self, model_dir: str) -> ModelInfo:
         if self._model is None:
@@ -166,7 +181,7 @@ class RayFleet:
     def device(self) -> str:
         gpus = self._resources.get("GPU", 0)
         if self._config.device == "cuda" and self._alone and not gpus:
-            raise ConfigError("device: cuda asked for, but Ray sees no GPU on this machine")
+            raise ConfigError("device: expected a GPU for cuda, but Ray sees none on this machine")
         if self._config.device != "auto":
             return self._config.device
         return "cuda" if gpus > 0 else "cpu"
@@ -200,51 +215,45 @@ class RayFleet:
     def standby(self) -> bool:
         return self._config.standby and self._alone and self.device() == "cpu"
 
-    def start_host(self, worker: WorkerId) -> Any:
+    def start_worker(self, worker: WorkerId) -> Remote[ExpertHost]:
         host_class = self._host_class
         arguments: tuple[Any, ...] = ()
         if host_class is None:
-            from elastic_moe.actors.worker.host import ExpertHost
-
             host_class, arguments = ExpertHost, (str(worker), self._logs)
         if self.device() == "cuda":
             resources = {"num_gpus": self._gpu_share, "num_cpus": 0}
         else:
-            # on one machine the cores are shared by whoever is there: asking for whole ones would keep workers out
+            # workers of one machine share its cores; if each reserved whole cores, some would not start
             resources = {"num_cpus": 0 if self._alone else 1}
         groups = {"concurrency_groups": {"io": IO_THREADS, "copies": COPY_THREADS}}
         return self._create(host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups, *arguments)
 
-    def start_engine(self) -> Any:
+    def start_engine(self) -> Remote[Engine]:
         engine_class = self._engine_class
         arguments: tuple[Any, ...] = (self._config, self._coordinator)
         if engine_class is None:
-            from elastic_moe.actors.engine.engine import Engine
-
             engine_class, arguments = Engine, (*arguments, self._logs)
         options = {"max_restarts": 0, "num_cpus": 0, "resources": ON_HEAD}
         return self._create(engine_class, names.ENGINE, options, {}, *arguments)
 
-    def start_migrator(self, expert_bytes: int) -> Any:
-        from elastic_moe.actors.control.migrator import Migrator
-
+    def start_migrator(self, expert_bytes: int) -> Remote[Migrator]:
         options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
         bytes_per_s = self._config.migration_bandwidth * 1e6
         return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, bytes_per_s, self._logs)
 
     def _create(
         self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
-    ) -> Any:
+    ) -> Remote[Any]:
         actor: Any = ray.remote(**decoration)(cls) if decoration else ray.remote(cls)
         named = actor.options(name=name, namespace=names.NAMESPACE, lifetime="detached", **options)
-        return named.remote(*arguments)
+        return Remote(named.remote(*arguments))
 
-    def kill(self, actor: Any) -> None:
-        ray.kill(actor, no_restart=True)
+    def kill(self, actor: Remote[Any]) -> None:
+        kill(actor)
 
-    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+    def kill_worker(self, actor: Remote[ExpertHost], info: HostInfo | None) -> None:
         self.kill(actor)
-        # Ray asks a process to end before it kills it, and one that hangs holds the engine up meanwhile
+        # Ray first asks a process to end, and a process that hangs would hold the engine up until Ray kills it
         if info is None:
             return
         if info.node == ray.get_runtime_context().get_node_id():
@@ -261,8 +270,15 @@ class RayFleet:
         return task
 
 
+def _find(name: str) -> Remote[Any] | None:
+    try:
+        return Remote(ray.get_actor(name, namespace=names.NAMESPACE))
+    except ValueError:
+        return None
+
+
 def _kill_process(pid: int) -> None:
-    """End a host that may be gone already, and its number in use again."""
+    """End a worker's process. The process may be gone already and its number in use by another program."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         if "ExpertHost" in " ".join(process.cmdline()):
@@ -270,7 +286,7 @@ def _kill_process(pid: int) -> None:
 
 
 def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
-    """A planner that waits for the cores it finds idle: on a CPU node it runs beside the model."""
+    """Run a planner at the lowest priority, because on a CPU node it runs beside the model."""
     from elastic_moe.optimizer import plan
 
     os.setpriority(os.PRIO_PROCESS, 0, 19)

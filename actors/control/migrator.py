@@ -11,20 +11,23 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from elastic_moe.actors import names
 from elastic_moe.actors.liveness import COPY_TIMEOUT_S
 from elastic_moe.actors.logs import LogSettings, set_up
-from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
+from elastic_moe.actors.remote.ask import Remote, ask, forward
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.placement import Move, WorkerId
 
 logger = logging.getLogger(__name__)
 
+Workers = Mapping[WorkerId, Remote[ExpertHost]]
+
 SUPERSEDED_S = 0.1
-"""How soon a call that waits for bandwidth notices a newer one."""
+"""Seconds after which a call that waits for bandwidth notices a newer call."""
 LONGEST_REST_S = 0.5
-"""A newer call that needs the same workers waits for it."""
+"""Most seconds that two workers rest after a copy. A newer call that needs them waits for the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,7 @@ class MigrationReport:
     nbytes: int
     seconds: float
     error: str | None = None
-    """Of the first copy that failed; no further ones were begun."""
+    """The error of the first copy that failed. No copy was begun after it."""
 
 
 class Migrator:
@@ -58,20 +61,18 @@ class Migrator:
         self._busy: set[WorkerId] = set()
         self._freed = asyncio.Event()
 
-    async def copy(self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], urgent: bool = False) -> MigrationReport:
+    async def copy(self, moves: Sequence[Move], workers: Workers, urgent: bool = False) -> MigrationReport:
         """Make every copy. Does not raise where one fails: the report says why, and what was done before.
 
-        urgent: without the limit of bandwidth, because nothing is served meanwhile.
+        urgent: ignore the limit of bandwidth, because nothing is served until the copies are made.
         """
         self._generation += 1
-        return await self._run(moves, hosts, self._generation, urgent)
+        return await self._run(moves, workers, self._generation, urgent)
 
     async def ping(self) -> None:
         """Answers as long as the process lives."""
 
-    async def _run(
-        self, moves: Sequence[Move], hosts: Mapping[WorkerId, Any], generation: int, urgent: bool
-    ) -> MigrationReport:
+    async def _run(self, moves: Sequence[Move], workers: Workers, generation: int, urgent: bool) -> MigrationReport:
         interval_s = 0.0 if urgent else self._interval_s
         begun = time.monotonic()
         queues: dict[tuple[WorkerId, WorkerId], deque[Move]] = {}
@@ -87,7 +88,7 @@ class Migrator:
             # one look at the clock: a pause that ended between two would be neither slept through nor made use of
             now = time.monotonic()
             if error is None:
-                self._start_free(queues, hosts, running, interval_s, now, rest=not urgent)
+                self._start_free(queues, workers, running, interval_s, now, rest=not urgent)
             pause_s = self._next_at - now if interval_s and error is None and any(queues.values()) else 0.0
             if not running:
                 if error is not None or not any(queues.values()):
@@ -118,7 +119,7 @@ class Migrator:
     def _start_free(
         self,
         queues: Mapping[tuple[WorkerId, WorkerId], deque[Move]],
-        hosts: Mapping[WorkerId, Any],
+        workers: Workers,
         running: dict[asyncio.Task[str | None], Move],
         interval_s: float,
         now: float,
@@ -134,15 +135,17 @@ class Migrator:
                     self._next_at = now + interval_s
                 move = queue.popleft()
                 self._busy |= {source, target}
-                copying = self._copy_one(move, hosts[source], hosts[target], rest=rest)
+                copying = self._copy_one(move, workers[source], workers[target], rest=rest)
                 running[asyncio.ensure_future(copying)] = move
 
-    async def _copy_one(self, move: Move, source: Any, target: Any, *, rest: bool) -> str | None:
-        """None, or why it failed."""
+    async def _copy_one(
+        self, move: Move, source: Remote[ExpertHost], target: Remote[ExpertHost], *, rest: bool
+    ) -> str | None:
+        """Returns None, or the reason of the failure."""
         begun = time.monotonic()
         try:
-            copy = source.export_expert.remote(move.layer, move.expert)
-            await asyncio.wait_for(target.import_expert.remote(copy), COPY_TIMEOUT_S)
+            copy = ask(source, ExpertHost.export_expert, move.layer, move.expert)
+            await within(forward(target, ExpertHost.import_expert, copy), COPY_TIMEOUT_S)
             if rest:
                 await asyncio.sleep(min(time.monotonic() - begun, LONGEST_REST_S))
         except CALL_ERRORS as error:

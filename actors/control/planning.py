@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy.typing as npt
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.fleet import Fleet
-from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.rebalancing import room
 from elastic_moe.cluster.facts.events import PlanReady, Solve
@@ -122,7 +121,7 @@ class Planners:
         )
         deadline_s = self._config.plan_deadline
         work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
-        result = await asyncio.wait_for(work, liveness.PLAN_STEPS * deadline_s + liveness.PLAN_MARGIN_S)
+        result = await within(work, liveness.plan_timeout_s(deadline_s))
         since_s = now - facts.epoch_since if facts.epoch > 1 else None
         return result, judge(result, load=prefill.load + decode.load, since_change_s=since_s)
 

@@ -1,11 +1,10 @@
-"""The coordinator's polls: workers and engine are asked for a sign of life and for what they have to report.
+"""The coordinator's polls: asks workers and the engine for a sign of life and for their statistics.
 
-Whoever does not answer in time, or is gone, becomes an event. Nothing is decided here.
+A process that is gone or does not answer in time becomes an event. Nothing is decided here.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -14,10 +13,13 @@ from typing import Any
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life
+from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
-from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
@@ -25,7 +27,7 @@ from elastic_moe.cluster.placement import WorkerId
 logger = logging.getLogger(__name__)
 
 COUNTS_PER_WINDOW = 12
-"""How often routing counts are fetched: they are megabytes for a large model."""
+"""Times that routing counts are fetched per window. They are megabytes for a large model."""
 ENGINE = "engine"
 
 
@@ -39,7 +41,7 @@ class Poller:
         feed: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
-        """`window` takes the routing counts; `feed` takes what is found; `spawn` runs a question beside the others."""
+        """`window` takes the routing counts, `feed` takes events, and `spawn` runs a poll beside the others."""
         self._processes = processes
         self._window = window
         self._timeout_s = heartbeat_timeout_s
@@ -51,19 +53,19 @@ class Poller:
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
         self._asking: set[str] = set()
-        self._watched: Any = None
-        """The engine whose end is waited for."""
+        self._watched: Remote[Engine] | None = None
+        """The engine whose death `_watch_engine` waits for."""
 
     def poll(self, facts: Facts) -> None:
-        """Ask everybody who is not being asked already. Returns at once."""
+        """Poll every worker and the engine, except those with a poll under way. Returns at once."""
         processes = self._processes
-        for member in facts.alive:
-            if member.id in processes.hosts and member.id not in self._asking:
-                self._asking.add(member.id)
-                self._spawn(self._poll_host(member, processes.hosts[member.id]))
+        for record in facts.alive:
+            if record.id in processes.workers and record.id not in self._asking:
+                self._asking.add(record.id)
+                self._spawn(self._poll_worker(record, processes.workers[record.id]))
         if processes.engine is None or not processes.engine_serves:
             return
-        if processes.engine is not self._watched:
+        if processes.engine != self._watched:
             self._watched = processes.engine
             self._spawn(self._watch_engine(processes.engine))
         if ENGINE not in self._asking:
@@ -74,62 +76,64 @@ class Poller:
         self._load_progress.pop(worker, None)
         self._counted_at.pop(worker, None)
 
-    def how_far(self, member: Member, now: float) -> str:
-        """In words, how far a worker has loaded."""
-        if member.id in self._load_progress:
-            return f"{self._load_progress[member.id]:.0%}"
-        waits = now - member.asked_at > liveness.WAITING_FOR_RESOURCES_S
+    def how_far(self, record: WorkerRecord, now: float) -> str:
+        """A few words that say how far the worker has loaded."""
+        if record.id in self._load_progress:
+            return f"{self._load_progress[record.id]:.0%}"
+        waits = now - record.asked_at > liveness.WAITING_FOR_RESOURCES_S
         return "waiting for resources" if waits else "starting its process"
 
     async def refresh_status(self) -> None:
-        """Ask the engine for a report now; keep the last one where it gives none within POLL_S."""
+        """Refresh the engine's status now; keep the last one if the engine does not answer within POLL_S."""
         engine = self._processes.engine
         if engine is not None:
             with contextlib.suppress(*CALL_ERRORS):
-                self.status = await asyncio.wait_for(engine.status.remote(), liveness.POLL_S)
+                self.status = await within(ask(engine, Engine.status), liveness.POLL_S)
 
-    async def _poll_host(self, member: Member, host: Any) -> None:
+    async def _poll_worker(self, record: WorkerRecord, actor: Remote[ExpertHost]) -> None:
         try:
-            if member.loaded:
-                await sign_of_life(host.ping, self._timeout_s)
-                await self._fetch_counts(member.id, host)
-            elif member.id in self._load_progress:
+            if record.loaded:
+                await sign_of_life(lambda: ask(actor, ExpertHost.ping), self._timeout_s)
+                await self._fetch_counts(record.id, actor)
+            elif record.id in self._load_progress:
                 patience_s = liveness.LOADING_PATIENCE * self._timeout_s
-                self._load_progress[member.id] = await sign_of_life(host.load_progress, patience_s)
+                self._load_progress[record.id] = await sign_of_life(
+                    lambda: ask(actor, ExpertHost.load_progress), patience_s
+                )
             else:
-                # its process may have to wait for resources
-                self._load_progress[member.id] = await host.load_progress.remote()
+                # without a time-out: the process may have to wait for resources
+                self._load_progress[record.id] = await ask(actor, ExpertHost.load_progress)
         except CALL_ERRORS as error:
             if is_death(error) or isinstance(error, TimeoutError):
-                self._feed(WorkerLost(worker=member.id, reason=one_line(error)))
+                self._feed(WorkerLost(worker=record.id, reason=one_line(error)))
             else:
-                logger.warning("worker %s: %s", member.id, one_line(error))
+                logger.warning("worker %s: %s", record.id, one_line(error))
         finally:
-            self._asking.discard(member.id)
+            self._asking.discard(record.id)
 
-    async def _fetch_counts(self, worker: WorkerId, host: Any) -> None:
+    async def _fetch_counts(self, worker: WorkerId, actor: Remote[ExpertHost]) -> None:
         now = time.monotonic()
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
-            self._window.add(await host.routing_counts.remote(), time.monotonic())
+            self._window.add(await ask(actor, ExpertHost.routing_counts), time.monotonic())
 
-    async def _poll_engine(self, engine: Any) -> None:
+    async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:
-            self.status = await sign_of_life(engine.status, self._timeout_s)
+            self.status = await sign_of_life(lambda: ask(engine, Engine.status), self._timeout_s)
             self._feed(load_seen(self.status))
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
         finally:
             self._asking.discard(ENGINE)
 
-    async def _watch_engine(self, engine: Any) -> None:
-        """Learn at once that it dies, and not by the next poll."""
+    async def _watch_engine(self, engine: Remote[Engine]) -> None:
+        """Notice the engine's death at once instead of at the next poll."""
         try:
-            await engine.stay.remote()
+            await ask(engine, Engine.stay)
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
 
-    def _engine_lost(self, engine: Any, error: BaseException) -> None:
+    def _engine_lost(self, engine: Remote[Engine], error: BaseException) -> None:
         event = self._processes.drop_engine(engine, one_line(error))
         if event is not None:
             self._feed(event)

@@ -1,59 +1,58 @@
-"""The actors that the coordinator makes: their handles, and how they are made, found again and ended.
+"""Owns the handles of the actors that the coordinator makes; makes these actors, finds them again and ends them.
 
-Whether and when, others decide. The standby is a host that has imported everything and was not told what to load: it
-becomes the next worker, which then starts some seconds sooner.
+Other modules decide when to do so. The standby is a worker's process that has imported everything and has nothing to
+load yet. It becomes the next worker, which then starts some seconds sooner.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from elastic_moe.actors import liveness, names
+from elastic_moe.actors import liveness
 from elastic_moe.actors.control.fleet import Fleet
-from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
+from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.facts.events import EngineLost, Event, WorkerLost
-from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
-from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
-
-Hosts = Mapping[WorkerId, Any]
 
 
 class Processes:
     def __init__(self, fleet: Fleet, expert_bytes: int) -> None:
         self._fleet = fleet
         self._expert_bytes = expert_bytes
-        self.hosts: dict[WorkerId, Any] = {}
+        self.workers: dict[WorkerId, Remote[ExpertHost]] = {}
         """Handles of the workers that were started and not stopped."""
-        self.engine: Any = None
+        self.engine: Remote[Engine] | None = None
         self.engine_started = False
-        """Whether it was told to begin its first epoch."""
+        """Whether the engine has been asked to begin its first epoch."""
         self.engine_serves = False
-        """Whether it has begun an epoch; before that it may take its time to answer."""
-        self.migrator: Any = None
-        self._standby: tuple[WorkerId, Any] | None = None
+        """Whether the engine has begun an epoch. Before that, a late answer does not mean that it hangs."""
+        self.migrator: Remote[Migrator] | None = None
+        self._standby: tuple[WorkerId, Remote[ExpertHost]] | None = None
         self.standby: tuple[WorkerId, int] | None = None
-        """The next worker and its process id, once it is ready."""
+        """The name and process id of the standby, once it is ready."""
 
-    def adopt(self, members: Iterable[Member]) -> list[Event]:
-        """Take over the actors of a coordinator that is gone; the events tell which are gone too."""
+    def adopt(self, members: Iterable[WorkerRecord]) -> list[Event]:
+        """Take over the actors of an earlier coordinator. The events name the actors that are gone too."""
         events: list[Event] = []
-        for member in members:
-            if not member.loaded:
+        for record in members:
+            if not record.loaded:
                 continue
-            host = self._fleet.find(names.host_name(member.id))
-            if host is None:
-                events.append(WorkerLost(worker=member.id, reason="its process died"))
+            worker = self._fleet.find_worker(record.id)
+            if worker is None:
+                events.append(WorkerLost(worker=record.id, reason="its process died"))
                 continue
-            self.hosts[member.id] = host
-        self.migrator = self._fleet.find(names.MIGRATOR)
-        self.engine = self._fleet.find(names.ENGINE)
+            self.workers[record.id] = worker
+        self.migrator = self._fleet.find_migrator()
+        self.engine = self._fleet.find_engine()
         self.engine_started = self.engine_serves = True
         if self.engine is None:
             events.append(EngineLost(reason="its process died"))
@@ -61,83 +60,89 @@ class Processes:
 
     # --- Workers ------------------------------------------------------------------------------------------------
 
-    def start_worker(self, worker: WorkerId) -> tuple[Any, bool]:
-        """(its host, whether that was the standby): a new one, or the one that a coordinator before this one made."""
+    def start_worker(self, worker: WorkerId) -> tuple[Remote[ExpertHost], bool]:
+        """The worker's actor, new or made by an earlier coordinator, and whether it was the standby."""
         standby, self._standby, self.standby = self._standby, None, None
-        host = self._find_or_start(worker)
-        self.hosts[worker] = host
-        return host, standby == (worker, host)
+        actor = self._find_or_start(worker)
+        self.workers[worker] = actor
+        return actor, standby == (worker, actor)
 
     def stop_worker(self, worker: WorkerId, info: HostInfo | None) -> None:
-        """info: what it reported when it had loaded, if it had."""
-        host = self.hosts.pop(worker, None)
-        if host is not None:
-            self._fleet.kill_host(host, info)
+        """End a worker's process. info: the worker's report; None if it has not loaded."""
+        actor = self.workers.pop(worker, None)
+        if actor is not None:
+            self._fleet.kill_worker(actor, info)
 
-    def hosts_of(self, spec: EpochSpec) -> dict[WorkerId, Any]:
-        """In rank order. Raises KeyError for one that has been stopped."""
-        return {worker.id: self.hosts[worker.id] for worker in spec.placement.workers}
+    def workers_of(self, spec: EpochSpec) -> dict[WorkerId, Remote[ExpertHost]]:
+        """The actors of the epoch's workers, in rank order. Raises KeyError if one of them has been stopped."""
+        return {worker.id: self.workers[worker.id] for worker in spec.placement.workers}
 
-    def _find_or_start(self, worker: WorkerId) -> Any:
-        return self._fleet.find(names.host_name(worker)) or self._fleet.start_host(worker)
+    def present(self, workers: Iterable[WorkerId]) -> dict[WorkerId, Remote[ExpertHost]]:
+        """Those of `workers` that have not been stopped."""
+        return {worker: self.workers[worker] for worker in workers if worker in self.workers}
+
+    def _find_or_start(self, worker: WorkerId) -> Remote[ExpertHost]:
+        return self._fleet.find_worker(worker) or self._fleet.start_worker(worker)
 
     @property
     def wants_standby(self) -> bool:
         return self._fleet.standby and self._standby is None
 
     async def start_standby(self, worker: WorkerId) -> None:
-        """Have a process ready that will be `worker`, the next one. Returns once it is, or has died."""
-        host = self._find_or_start(worker)
-        self._standby = (worker, host)
+        """Start the process of `worker`, the next worker, ahead of need. Returns once it is ready or has died."""
+        actor = self._find_or_start(worker)
+        self._standby = (worker, actor)
         try:
-            pid = await asyncio.wait_for(host.warm_up.remote(), liveness.STANDBY_TIMEOUT_S)
+            pid = await within(ask(actor, ExpertHost.warm_up), liveness.STANDBY_TIMEOUT_S)
         except CALL_ERRORS as error:
-            if self._standby == (worker, host):
-                logger.warning("the standby process is given up: %s", one_line(error))
-                self._fleet.kill(host)
+            if self._standby == (worker, actor):
+                logger.warning("the standby process has failed and is ended: %s", one_line(error))
+                self._fleet.kill(actor)
                 self._standby = None
         else:
-            if self._standby == (worker, host):
+            if self._standby == (worker, actor):
                 self.standby = (worker, pid)
 
     # --- Engine and migrator ------------------------------------------------------------------------------------
 
-    def ensure_engine(self) -> None:
+    def ensure_engine(self) -> Remote[Engine]:
         if self.engine is None:
             self.engine = self._fleet.start_engine()
             self.engine_started = self.engine_serves = False
+        return self.engine
 
-    def drop_engine(self, engine: Any, reason: str) -> EngineLost | None:
-        """Make sure that it is gone; the next commit starts another. None where that has been done already."""
-        if engine is not self.engine:
+    def drop_engine(self, engine: Remote[Engine], reason: str) -> EngineLost | None:
+        """End the engine's process; the next commit starts another. Returns None if that has been done already."""
+        if engine != self.engine:
             return None
         self._fleet.kill(engine)
         self.engine = None
         return EngineLost(reason=reason)
 
     async def engine_epoch(self) -> Epoch | None:
-        """The epoch of the engine's last step; None where it does not say."""
+        """The epoch of the engine's last step; None if the engine does not answer."""
         if self.engine is None:
             return None
         try:
-            status: EngineStatus = await asyncio.wait_for(self.engine.status.remote(), liveness.PROBE_TIMEOUT_S)
+            status = await within(ask(self.engine, Engine.status), liveness.PROBE_TIMEOUT_S)
         except CALL_ERRORS:
             return None
         return Epoch(status.epoch)
 
-    def ensure_migrator(self) -> None:
+    def ensure_migrator(self) -> Remote[Migrator]:
         if self.migrator is None:
             self.migrator = self._fleet.start_migrator(self._expert_bytes)
+        return self.migrator
 
-    def drop_migrator(self, migrator: Any) -> None:
+    def drop_migrator(self, migrator: Remote[Migrator]) -> None:
         self._fleet.kill(migrator)
-        if self.migrator is migrator:
+        if self.migrator == migrator:
             self.migrator = None
 
     def kill_all(self) -> None:
         standby = None if self._standby is None else self._standby[1]
-        for actor in (self.engine, self.migrator, standby, *self.hosts.values()):
+        for actor in (self.engine, self.migrator, standby, *self.workers.values()):
             if actor is not None:
                 self._fleet.kill(actor)
         self.engine = self.migrator = self._standby = None
-        self.hosts.clear()
+        self.workers.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -11,15 +10,16 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from elastic_moe.actors import names
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.control.fleet import ON_HEAD, RayFleet, clear
+from elastic_moe.actors.remote.ask import Remote, ask, kill, wait
 from elastic_moe.cluster.config import ServeConfig
 
 
-def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet | None = None) -> Any:
+def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet | None = None) -> Remote[Coordinator]:
     """The coordinator's handle: of the one that runs, or of a new one. Returns at once; ask `readiness()`.
 
     It is detached: it and its workers outlive this process, until `stop_cluster`.
     """
-    return (
+    return Remote(
         ray.remote(Coordinator)
         .options(
             name=names.COORDINATOR,
@@ -40,8 +40,8 @@ def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet | None = 
 def stop_cluster(timeout_s: float) -> None:
     """End the coordinator and all that it made. Harmless where there is none. Blocks up to `timeout_s`."""
     with contextlib.suppress(ValueError):  # there is none
-        coordinator = ray.get_actor(names.COORDINATOR, namespace=names.NAMESPACE)
+        coordinator = Remote[Coordinator](ray.get_actor(names.COORDINATOR, namespace=names.NAMESPACE))
         with contextlib.suppress(GetTimeoutError, RayActorError):
-            ray.get(coordinator.shutdown.remote(), timeout=timeout_s)
-        ray.kill(coordinator, no_restart=True)
+            wait(ask(coordinator, Coordinator.shutdown), timeout_s)
+        kill(coordinator)
     clear()

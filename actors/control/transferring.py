@@ -1,15 +1,16 @@
-"""Brings experts to where an epoch wants them: copies by the migrator, and reads by the workers themselves."""
+"""Brings experts to the workers that need them: the migrator copies some, and workers read others."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.migrator import MigrationReport
+from elastic_moe.actors.control.migrator import MigrationReport, Migrator
 from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.facts.events import ExpertKey, Transfer
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.placement import WorkerId
@@ -17,38 +18,37 @@ from elastic_moe.cluster.placement import WorkerId
 logger = logging.getLogger(__name__)
 
 READ_AT_ONCE = 16
-"""Experts that a worker reads by one call; between two, it can be told of another change."""
+"""Experts that a worker reads in one call. A newer change takes effect between two calls."""
 
 
 class Transferring:
-    """One transfer at a time: a later one supersedes an earlier one, which stops before its next expert."""
+    """Runs one transfer at a time. A later transfer supersedes an earlier one, which stops before its next expert."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
         self._epoch: Epoch | None = None
 
     def supersede(self, epoch: Epoch) -> None:
-        """From now on only what `epoch` needs is read."""
+        """From now on, read only what `epoch` needs."""
         self._epoch = epoch
 
     async def bring(self, command: Transfer) -> tuple[MigrationReport, list[ExpertKey], list[str]]:
-        """Copies and reads side by side: (what came of the copies, what was read, all errors)."""
+        """Copy and read side by side. Returns the report of the copies, the experts read, and all errors."""
         report, (read, failed) = await asyncio.gather(self._copy(command), self._read(command))
         return report, read, [error for error in (report.error, failed) if error is not None]
 
     async def _copy(self, command: Transfer) -> MigrationReport:
         if not command.copies:
             return _none()
-        self._processes.ensure_migrator()
+        migrator = self._processes.ensure_migrator()
         wanted = {move.source for move in command.copies} | {move.target for move in command.copies}
-        hosts = {worker: host for worker, host in self._processes.hosts.items() if worker in wanted}
-        if len(hosts) < len(wanted):
+        workers = self._processes.present(wanted)
+        if len(workers) < len(wanted):
             return _none("a worker is gone")
-        migrator = self._processes.migrator
-        copying = asyncio.ensure_future(migrator.copy.remote(command.copies, hosts, command.urgent))
+        copying = asyncio.ensure_future(ask(migrator, Migrator.copy, command.copies, workers, command.urgent))
         try:
             await self._watch(migrator, copying)
-            report: MigrationReport = copying.result()
+            report = copying.result()
         except CALL_ERRORS as error:
             return _none(f"the migrator failed: {one_line(error)}")
         rate = report.nbytes / max(report.seconds, 1e-9) / 1e6
@@ -56,21 +56,21 @@ class Transferring:
                     report.seconds, rate)  # fmt: skip
         return report
 
-    async def _watch(self, migrator: Any, copying: asyncio.Future[MigrationReport]) -> None:
-        """Until the copies are made, however long they take. Raises TimeoutError where it hangs, and ends it then."""
+    async def _watch(self, migrator: Remote[Migrator], copying: asyncio.Future[MigrationReport]) -> None:
+        """Wait until the copies are made, however long it takes. Ends a hanging migrator; raises TimeoutError."""
         while not copying.done():
             await asyncio.wait([copying], timeout=liveness.PROBE_TIMEOUT_S)
             if copying.done():
                 return
             try:
-                await asyncio.wait_for(migrator.ping.remote(), liveness.PROBE_TIMEOUT_S)
+                await within(ask(migrator, Migrator.ping), liveness.PROBE_TIMEOUT_S)
             except TimeoutError:
                 copying.cancel()
                 self._processes.drop_migrator(migrator)
                 raise
 
     async def _read(self, command: Transfer) -> tuple[list[ExpertKey], str | None]:
-        """(what was read, the first error). Workers read side by side, each a few experts at a time."""
+        """Returns the experts that were read, and the first error. Workers read side by side."""
         done: list[ExpertKey] = []
         errors: list[str] = []
 
@@ -82,11 +82,11 @@ class Transferring:
                 part = keys[begin : begin + READ_AT_ONCE]
                 pairs = [(layer, expert) for _, layer, expert in part]
                 try:
-                    await self._processes.hosts[worker].read_experts.remote(pairs)
+                    await ask(self._processes.workers[worker], ExpertHost.read_experts, pairs)
                 except KeyError:
-                    errors.append(f"{worker} is gone")
+                    errors.append(f"worker {worker} is gone")
                 except CALL_ERRORS as error:
-                    errors.append(f"{worker} reading {len(part)} experts of the checkpoint: {one_line(error)}")
+                    errors.append(f"worker {worker} could not read {len(part)} experts: {one_line(error)}")
                 else:
                     done.extend(part)
 

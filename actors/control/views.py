@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from elastic_moe.cluster.control.state import ControlState, Reasons
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.facts import Facts, Outage
-from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.facts.routing import RoutingWindow, decode_weight, load_imbalance
 from elastic_moe.cluster.messages.epochs import Epoch
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """What of a state is worth a log line when it changes."""
+    """The parts of a state whose changes are worth a log line."""
 
     epoch: Epoch
     outage: Outage | None
@@ -68,18 +68,18 @@ def log_changes(before: Outline, state: ControlState) -> None:
             logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
 
 
-def worker_view(facts: Facts, member: Member, status: EngineStatus, device: str) -> WorkerView:
-    """device: what is told of a worker that has not loaded yet."""
-    info = member.info
+def worker_view(facts: Facts, record: WorkerRecord, status: EngineStatus, device: str) -> WorkerView:
+    """device: the device to show for a worker that has not loaded yet."""
+    info = record.info
     return WorkerView(
-        id=member.id,
-        rank=facts.ranks.index(member.id) if member.alive and member.id in facts.ranks else -1,
-        state=member.state,
+        id=record.id,
+        rank=facts.ranks.index(record.id) if record.alive and record.id in facts.ranks else -1,
+        state=record.state,
         pid=info.pid if info else 0,
         node=info.node if info else "",
         device=info.device if info else device,
-        running_requests=status.running.get(member.id, 0),
-        kv_usage=status.kv_usage.get(member.id, 0.0),
+        running_requests=status.running.get(record.id, 0),
+        kv_usage=status.kv_usage.get(record.id, 0.0),
         fit=info.fit if info else None,
     )
 
@@ -107,13 +107,13 @@ def routing_view(window: RoutingWindow, placement: Placement, now: float) -> Rou
 
 
 def standby_view(worker: WorkerId, pid: int, device: str) -> WorkerView:
-    """Of the process that waits to be the next worker."""
+    """The view of the process that waits to become the next worker."""
     return WorkerView(
         id=worker, rank=-1, state=WorkerState.STANDBY, pid=pid, node="", device=device, running_requests=0, kv_usage=0.0
     )
 
 
 def with_progress(state: ControlState, operation: Operation) -> Operation:
-    """`operation` with how far it is."""
+    """`operation` with its progress."""
     progress = state.progress(operation)
     return replace(operation, progress=progress.share, safe_to_terminate=progress.safe_to_terminate)

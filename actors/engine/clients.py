@@ -1,7 +1,7 @@
-"""The engine's side of API replicas: their requests come in, and what is new goes out, once a step to each.
+"""The engine's side of API replicas: takes their requests, and sends each replica its new outputs once per step.
 
-A replica that loses its connection finds what was made meanwhile when it comes again. One that stays away is gone, and
-its requests are aborted.
+Outputs for a replica without a connection are kept until it connects again. If it stays away for CLIENT_S seconds, its
+requests are aborted.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 class Requests(Protocol):
-    """What becomes of requests: the scheduler, in an engine."""
+    """Takes requests. In an engine this is the scheduler."""
 
     def add(self, request: GenerateRequest) -> TokenOutput | None:
-        """Returns its end where nothing is left to do. Raises RequestError."""
+        """Returns the last output if nothing is left to generate. Raises RequestError."""
         ...
 
     def abort(self, request_id: RequestId) -> bool: ...
@@ -48,7 +48,7 @@ class _Client:
     link: Link | None
     lost_at: float = 0.0
     outputs: list[TokenOutput] = field(default_factory=list)
-    """Not sent yet."""
+    """Outputs that have not been sent yet."""
 
 
 class Clients:
@@ -62,9 +62,9 @@ class Clients:
         self._names: dict[Link, str] = {}
         self._owners: dict[RequestId, str] = {}
         self._waiting: dict[RequestId, float] = {}
-        """When requests came that have no token yet."""
+        """Arrival times of the requests that have no token yet."""
         self.first_tokens = 0
-        """Requests whose first token is there, and (below) how long they waited for it in all."""
+        """Number of requests that got their first token; `first_tokens_s` is the sum of their waits for it."""
         self.first_tokens_s = 0.0
         self._server: asyncio.Server | None = None
 
@@ -73,7 +73,7 @@ class Clients:
         return endpoint
 
     def close(self) -> None:
-        """Hang up on everybody."""
+        """Close all connections."""
         if self._server is not None:
             self._server.close()
         for link in list(self._names):
@@ -84,7 +84,7 @@ class Clients:
         return request_id in self._owners
 
     def deliver(self, outputs: Iterable[TokenOutput]) -> None:
-        """Send what is new to whom it belongs to."""
+        """Send each output to the replica that its request came from."""
         touched: dict[str, _Client] = {}
         for output in outputs:
             owner = self._owners.get(output.request_id)

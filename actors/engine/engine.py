@@ -1,6 +1,6 @@
 """Engine: the actor around the queue of requests (actors/scheduler/) and the step loop (step_loop.py).
 
-Hosts and API replicas are reached over connections of their own (actors/engine/host_links.py,
+Workers and API replicas are reached over connections of their own (actors/engine/host_links.py,
 actors/engine/clients.py): Ray is for the control plane.
 """
 
@@ -11,14 +11,16 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 from elastic_moe.actors import names
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.engine.step_loop import StepLoop
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.scheduler.scheduler import Scheduler
+from elastic_moe.actors.worker.host import ExpertHost
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
@@ -29,22 +31,29 @@ from elastic_moe.cluster.placement import WorkerId
 log = logging.getLogger(__name__)
 
 CPU_PREFILL_TOKENS = 48
-"""Of each worker, in a step that also decodes. More would hardly run faster on a CPU, and everybody waits meanwhile."""
+"""Most prompt tokens of a worker in a step that also decodes. On a CPU more tokens only lengthen the step."""
 
-Hosts = dict[WorkerId, Any]
-"""Ray handles by worker; Any, because Ray's handles are untyped."""
+Workers = dict[WorkerId, Remote[ExpertHost]]
+
+
+class StepReports(Protocol):
+    """What the engine reports to the coordinator, which imports the engine and so cannot be imported here."""
+
+    async def report_step_failure(self, epoch: Epoch, suspects: list[WorkerId], reason: str) -> None: ...
+
+    async def report_late_step(self, workers: list[WorkerId]) -> None: ...
 
 
 class Engine:
     """An async actor: everything runs on its event loop."""
 
-    def __init__(self, config: ServeConfig, coordinator: Any, logs: LogSettings | None = None) -> None:
+    def __init__(self, config: ServeConfig, coordinator: Remote[StepReports], logs: LogSettings | None = None) -> None:
         """`logs`: where this process's log lines go; left as it is if not given."""
         if logs is not None:
             set_up(names.ENGINE, logs)
         self._config = config
         self._coordinator = coordinator
-        self._hosts: Hosts = {}
+        self._workers: Workers = {}
         self._scheduler: Scheduler | None = None
         self._clients: Clients | None = None
         self._loop: StepLoop | None = None
@@ -53,8 +62,8 @@ class Engine:
 
     # --- Called by the coordinator ------------------------------------------------------------------------------
 
-    async def start(self, model: ModelInfo, spec: EpochSpec, hosts: Hosts, infos: dict[WorkerId, HostInfo]) -> int:
-        """Begin to serve with the first epoch. Raises StepAborted, naming the workers, where a host did not commit."""
+    async def start(self, model: ModelInfo, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, HostInfo]) -> int:
+        """Begin to serve with the first epoch. Raises StepAborted, naming the workers that did not commit."""
         config = self._config
         scheduler = self._scheduler = Scheduler(
             {},
@@ -81,27 +90,27 @@ class Engine:
         for task in self._tasks:
             task.add_done_callback(_die_of)
         self._endpoint = await clients.listen(node_address())
-        return await self.change_epoch(spec, hosts, infos)
+        return await self.change_epoch(spec, workers, infos)
 
-    async def change_epoch(self, spec: EpochSpec, hosts: Hosts, infos: dict[WorkerId, HostInfo]) -> int:
+    async def change_epoch(self, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, HostInfo]) -> int:
         """Flip to a prepared epoch at the next step boundary. Returns how many requests had to leave their worker.
 
         Raises StepAborted naming the workers that failed.
         """
         assert self._loop is not None
-        self._hosts = {**self._hosts, **hosts}
+        self._workers = {**self._workers, **workers}
         moved = await self._loop.change_epoch(spec, infos)
-        self._hosts = hosts
+        self._workers = workers
         return moved
 
     async def drain(self, workers: Sequence[WorkerId]) -> None:
-        """Exactly these get no new requests from now on."""
+        """Give no new requests to exactly these workers from now on."""
         if self._scheduler is not None and self._loop is not None:
             self._scheduler.drain(workers)
             self._loop.wake()
 
     async def stay(self) -> None:
-        """Does not answer: whoever waits learns at once that this process has died."""
+        """Never answers. A caller that waits notices at once when this process dies."""
         await asyncio.Event().wait()
 
     async def status(self) -> EngineStatus:
@@ -115,7 +124,7 @@ class Engine:
     # --- Called by API replicas ---------------------------------------------------------------------------------
 
     async def endpoint(self) -> Endpoint:
-        """Where they connect. Raises NotReadyError before the engine has been started."""
+        """Where API replicas connect. Raises NotReadyError before the engine has been started."""
         if self._endpoint is None:
             raise NotReadyError("the engine has not been started")
         return self._endpoint
@@ -124,14 +133,14 @@ class Engine:
 
     def _abort(self, epoch: Epoch, workers: Iterable[WorkerId]) -> None:
         for worker in workers:
-            # by Ray: their connections wait for the very step that is to be aborted
-            self._hosts[worker].abort_step.remote(epoch)
+            # by a Ray call, because the connection is read only after the step that is to be aborted
+            ask(self._workers[worker], ExpertHost.abort_step, epoch)
 
     def _report(self, epoch: Epoch, suspects: Sequence[WorkerId], reason: str) -> None:
-        self._coordinator.report_step_failure.remote(epoch, list(suspects), reason)
+        ask(self._coordinator, StepReports.report_step_failure, epoch, list(suspects), reason)
 
     def _late(self, workers: Sequence[WorkerId]) -> None:
-        self._coordinator.report_late_step.remote(list(workers))
+        ask(self._coordinator, StepReports.report_late_step, list(workers))
 
 
 def _prefill_tokens(infos: dict[WorkerId, HostInfo]) -> int | None:
@@ -139,7 +148,7 @@ def _prefill_tokens(infos: dict[WorkerId, HostInfo]) -> int | None:
 
 
 def _die_of(task: asyncio.Task[None]) -> None:
-    """An engine whose loop has ended would hang every request; one that dies is replaced, and they are sent again."""
+    """End this process if its loop has failed: the engine is then replaced, and requests are sent again."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.critical("the step loop failed", exc_info=error)
         os._exit(1)

@@ -1,4 +1,4 @@
-"""The hosts of the epoch in force, as the engine reaches them: a connection to each."""
+"""The engine's connections to the workers of the epoch in force."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from elastic_moe.cluster.messages.steps import CommitEpoch, ForgetSequences, Ste
 from elastic_moe.cluster.placement import WorkerId
 
 
-class Group:
-    """Members answer in the order in which they are told. None of them is asked twice for the same."""
+class HostLinks:
+    """One link per worker. A worker answers messages in the order in which they are sent; none is sent twice."""
 
     def __init__(self, lost: Callable[[WorkerId], None]) -> None:
-        """`lost` is told at once of a member whose connection ends: its process is gone."""
+        """`lost` is called at once when a worker's connection ends, because its process is then gone."""
         self._lost = lost
         self._links: dict[WorkerId, tuple[Endpoint, Link]] = {}
 
     async def flip(
         self, epoch: Epoch, infos: Mapping[WorkerId, HostInfo], timeout_s: float, *, first: bool
     ) -> dict[WorkerId, BaseException]:
-        """Make those in `infos` the members, and each commit `epoch`. Returns the errors.
+        """Connect to exactly the workers in `infos`, and have each commit `epoch`. Returns the errors by worker.
 
-        `first`: the engine has just begun, and what an earlier one ran there is to be forgotten.
+        `first`: the engine has just begun, so the workers must forget the requests of an earlier engine.
         """
         for worker in self._links.keys() - infos.keys():
             self._links.pop(worker)[1].close()
@@ -55,7 +55,7 @@ class Group:
         return link
 
     def send(self, plans: Mapping[WorkerId, StepPlan]) -> dict[WorkerId, asyncio.Future[StepResult]]:
-        """Their results. StepAborted, HostError or ConnectionError where a member has none."""
+        """Send each worker its plan. A result may be StepAborted, HostError or ConnectionError."""
         return {worker: self._links[worker][1].call(plan) for worker, plan in plans.items()}
 
     def _ended(self, link: Link) -> None:
@@ -65,4 +65,4 @@ class Group:
 
 
 def _unexpected(link: Link, message: Message) -> NoReturn:
-    raise WireError(f"a host sent a {type(message).__name__}")
+    raise WireError(f"expected only answers from a worker, got a {type(message).__name__}")

@@ -1,18 +1,18 @@
-"""How long a step may take, told from how long steps of its size have taken: until those who run it are asked whether
-they live, and until somebody is taken to hang who does."""
+"""How long a step may take, derived from the durations of earlier steps of its size: the seconds until its workers are
+pinged, and the seconds until the step is given up."""
 
 from __future__ import annotations
 
 from elastic_moe.actors.liveness import FLOOR_S, LATE_FACTOR, LATE_FLOOR_S
 
 DECAY = 0.95
-"""Per step: how fast a slow one is forgotten."""
+"""Factor by which the slowest duration shrinks with each step, so that one slow step is forgotten."""
 
 
 class StepDeadline:
-    """Begins at its limit, and comes down for every size of steps as they are seen to be quick.
+    """Starts at the limit, and shrinks for each size of step as steps of that size prove quick.
 
-    Sizes are told apart by the number of binary digits of their tokens: a long prompt among decodes is no hang.
+    Sizes are distinguished by the number of binary digits of their tokens: a long prompt among decodes is no hang.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -30,7 +30,7 @@ class StepDeadline:
         self._slowest_s[tokens.bit_length()] = max(step_s, DECAY * self._slowest(tokens))
 
     def missed(self, tokens: int) -> None:
-        """A step was given up. Should it be slow and not hang, it gets longer the next time."""
+        """A step was given up. The next one of its size gets more time, in case the step was only slow."""
         self._slowest_s[tokens.bit_length()] = self.seconds(tokens)
 
     def _slowest(self, tokens: int) -> float:

@@ -1,10 +1,11 @@
-"""The engine's loop: schedule a step, have all hosts run it, commit what comes back. Without Ray, so that tests can.
+"""The engine's loop: schedules a step, sends it to all workers, and commits their results. It runs without Ray, so that
+tests need none.
 
-The next step is sent shortly before the present one is over, so that no host waits for the engine: as late as that,
-because a request that comes meanwhile has to wait for every step that has been sent.
+The next step is sent shortly before the present one ends, so that no worker waits for the engine. It is not sent
+earlier, because a new request has to wait for every step that has been sent.
 
-With no step in flight, and only then, the epoch may change. A step that fails anywhere counts for nothing: it is rolled
-back with the one after it, the coordinator is told, and the loop waits for the next epoch.
+The epoch may change only while no step is in flight. If a step fails at any worker, the loop rolls it and later steps
+back, reports the failure to the coordinator, and waits for the next epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from elastic_moe.actors.engine.clients import Clients
-from elastic_moe.actors.engine.host_links import Group
+from elastic_moe.actors.engine.host_links import HostLinks
 from elastic_moe.actors.engine.step_deadline import StepDeadline
 from elastic_moe.actors.liveness import ABORT_S, SILENT_S
 from elastic_moe.actors.remote.calls import one_line, wait_within
@@ -32,28 +33,28 @@ from elastic_moe.cluster.placement import WorkerId
 logger = logging.getLogger(__name__)
 
 DEPTH = 2
-"""Steps in flight at most."""
+"""Most steps in flight."""
 LEAD = 0.25
-"""Which part of a step before its end the next one is sent; "shortly before" is no less than `LEAD_S`."""
+"""The next step is sent before the present one ends, by this share of a step's time, but at least `LEAD_S`."""
 LEAD_S = 0.004
 STOOD_STILL_S = 0.25
-"""This loop was held up, by itself or by the machine, if it comes back to its work so much too late."""
+"""If the loop continues so many seconds too late, it or its machine was held up, and workers are not blamed."""
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A step that has been sent."""
+    """A step that has been sent and not committed."""
 
     plans: dict[WorkerId, StepPlan]
     answers: dict[WorkerId, asyncio.Future[StepResult]]
     begun: float = 0.0
-    """When it became the oldest in flight."""
+    """Time at which it became the oldest step in flight."""
     looked_at: float = 0.0
-    """When it was last found to be late; `begun` before that."""
+    """Time at which it was last found late; 0 before that."""
 
     @property
     def tokens(self) -> int:
-        """Of the worker that has most."""
+        """Tokens of the worker that has the most tokens in this step."""
         return max(next(iter(self.plans.values())).tokens_per_rank)
 
     @property
@@ -71,7 +72,7 @@ class _Flight:
 
 @dataclass(slots=True)
 class _Flip:
-    """An epoch that is asked for, until the loop reaches a step boundary."""
+    """A request to begin an epoch, which waits for the loop to reach a step boundary."""
 
     spec: EpochSpec
     infos: dict[WorkerId, HostInfo]
@@ -91,8 +92,8 @@ class StepLoop:
         report: Callable[[Epoch, Sequence[WorkerId], str], None],
         late: Callable[[Sequence[WorkerId]], None],
     ) -> None:
-        """`abort` wakes hosts that wait for a dead peer; `report` tells the coordinator of a step that failed, and
-        `late` of hosts that might hang: whoever gives no sign of life is ended, and then the step fails.
+        """`abort` wakes workers that wait for a dead peer. `report` reports a failed step to the coordinator. `late`
+        reports workers that might hang: the coordinator ends those that give no sign of life, and then the step fails.
         """
         self._scheduler = scheduler
         self._clients = clients
@@ -101,12 +102,12 @@ class StepLoop:
         self._abort = abort
         self._report = report
         self._late = late
-        self._group = Group(self._member_lost)
+        self._links = HostLinks(self._member_lost)
         self._lost: WorkerId | None = None
         self._spec: EpochSpec | None = None
         self._flip: _Flip | None = None
         self._broken = False
-        """The group cannot run a step; only a new epoch helps."""
+        """Whether the workers cannot run another step until a new epoch begins."""
         self._step = 0
         self._flights: deque[_Flight] = deque()
         self._took: dict[int, float] = {}
@@ -115,7 +116,7 @@ class StepLoop:
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
-        """There may be something to do."""
+        """Make the loop look for work."""
         self._wake.set()
 
     async def change_epoch(self, spec: EpochSpec, infos: dict[WorkerId, HostInfo]) -> int:
@@ -130,7 +131,7 @@ class StepLoop:
         return await self._flip.done
 
     async def run(self) -> None:
-        """Never returns. Raises OSError where this process can open no connection to a host: it is of no use then."""
+        """Never returns. Raises OSError if this process can open no connection: then it must be replaced."""
         while True:
             self._wake.clear()
             begun = self._now()
@@ -142,7 +143,7 @@ class StepLoop:
             self._excuse(self._now() - when)
 
     async def _act(self) -> bool:
-        """Do what is next. False: there is nothing to do before something happens."""
+        """Do the next piece of work. Returns False if there is none until an event or a timer."""
         oldest = self._flights[0] if self._flights else None
         if oldest is not None and oldest.failed:
             await self._give_up()
@@ -167,7 +168,7 @@ class StepLoop:
         return True
 
     def _excuse(self, stood_still_s: float) -> None:
-        """Hosts are not late by the time in which this loop did not listen to them."""
+        """Do not count, for workers, the seconds in which this loop did not read their answers."""
         if stood_still_s < STOOD_STILL_S:
             return
         for flight in self._flights:
@@ -184,21 +185,21 @@ class StepLoop:
         return max(flight.begun, flight.looked_at) + self._allowed.late_s(flight.tokens)
 
     def _due(self, oldest: _Flight) -> float:
-        """When to send a step ahead."""
+        """Time at which to send the next step, while `oldest` is still in flight."""
         if len(self._flights) >= DEPTH:
             return math.inf
         took = self._took.get(oldest.tokens.bit_length(), 0.0)
         return oldest.begun + took - max(LEAD_S, LEAD * took)
 
     def _set_timer(self) -> float:
-        """Wake up when there will be something to do. Returns when; infinity where only an event can tell."""
+        """Set the timer for the next work. Returns its time; infinity if only an event can bring work."""
         when = math.inf
         if self._timer is not None:
             self._timer.cancel()
         if self._flights:
             due = self._due(self._flights[0])
             late = min(self._deadline(self._flights[0]), self._late_at(self._flights[0]))
-            # often enough to tell how long this loop has stood still
+            # often enough to measure how long this loop has stood still
             when = min(late, due if due > self._now() else math.inf, self._now() + STOOD_STILL_S)
             self._timer = asyncio.get_running_loop().call_at(when, self._wake.set)
         return when
@@ -208,7 +209,7 @@ class StepLoop:
         plans = self._scheduler.schedule(epoch, self._step)
         if plans is None:
             return False
-        flight = _Flight(plans=plans, answers=self._group.send(plans), begun=self._now())
+        flight = _Flight(plans=plans, answers=self._links.send(plans), begun=self._now())
         for answer in flight.answers.values():
             answer.add_done_callback(self._answered)
         self._flights.append(flight)
@@ -239,7 +240,7 @@ class StepLoop:
         self._report(self._spec.epoch, suspects, reason)
 
     async def _give_up(self) -> None:
-        """A host failed: free the others, find out who it was, and tell the coordinator."""
+        """A worker failed: free the others, find the suspects, and report to the coordinator."""
         assert self._spec is not None
         self._abort(self._spec.epoch, self._flights[0].answers)
         answers = [answer for flight in self._flights for answer in flight.answers.values()]
@@ -253,7 +254,7 @@ class StepLoop:
         reasons: list[str] = []
         suspects: list[WorkerId] = []
         for worker, answer in oldest.answers.items():
-            # a host may have gone after it had done its part
+            # a worker may have died after it had answered the oldest step
             errors = [_error(answer), *(e for f in later if not isinstance(e := _error(f.answers[worker]), HostError))]
             error = next((error for error in errors if error is not None), None)
             if error is None:
@@ -285,15 +286,15 @@ class StepLoop:
     # --- Epochs -------------------------------------------------------------------------------------------------
 
     async def _commit_epoch(self, flip: _Flip) -> None:
-        """Every host flips, then this does. Where one cannot, the group is broken: some may have, others not."""
+        """Have every worker begin the epoch, then begin it here. If one fails, only another new epoch helps."""
         members = {worker.id: flip.infos[worker.id] for worker in flip.spec.placement.workers}
         self._lost = None
-        failed = await self._group.flip(flip.spec.epoch, members, self._step_timeout_s, first=self._spec is None)
+        failed = await self._links.flip(flip.spec.epoch, members, self._step_timeout_s, first=self._spec is None)
         self._flip = None
         if failed:
             exhausted = next((error for error in failed.values() if is_exhausted(error)), None)
             if exhausted is not None:
-                # it is not the hosts that are to blame: with this process's end, another engine begins
+                # the workers are not to blame; this process ends and another engine begins
                 raise exhausted
             self._broken = True
             detail = "; ".join(f"{worker}: {one_line(error)}" for worker, error in failed.items())
@@ -305,6 +306,6 @@ class StepLoop:
 
 
 def _error(answer: asyncio.Future[StepResult]) -> BaseException | None:
-    """What the host is to blame for."""
+    """The error that the worker is to blame for; None if there is none."""
     error = answer.exception() if answer.done() else TimeoutError()
     return None if isinstance(error, StepAborted) else error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -24,24 +24,24 @@ Key = TypeVar("Key")
 T = TypeVar("T")
 
 LOOKS = 10
-"""Parts of a time-out."""
+"""Number of parts that a time-out is cut into."""
 
 LONGEST_CAUSE = 500
 
 CALL_ERRORS = (RayError, EmoeError, TimeoutError, OSError)
-"""What a remote call raises that went wrong over there, or on the way."""
+"""Errors of a remote call that failed in the other process or on the way."""
 
 
 _DEATHS = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether the called actor is gone (or out of reach), rather than unhappy."""
+    """Whether the error means that the called actor is gone or out of reach, and not that its method failed."""
     return isinstance(error, _DEATHS) and not isinstance(error, RayTaskError)
 
 
 def one_line(error: BaseException) -> str:
-    """What people should read of an error: without Ray's traceback, without line breaks."""
+    """The error in one line for people, without Ray's traceback."""
     cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
     if isinstance(cause, OutOfMemoryError):
         return "Ray ended its process, since the memory of its machine was nearly full"
@@ -93,14 +93,14 @@ async def wait_within(
     return done, rest
 
 
-async def sign_of_life(method: Any, timeout_s: float) -> Any:
-    """The answer to a call that is always answered at once. Raises TimeoutError where the callee hangs.
+async def sign_of_life(call: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+    """The answer to a call that every process answers at once unless it hangs. Raises TimeoutError if it hangs.
 
-    Asked twice, as a call may be lost.
+    The call is made twice, each with half of the time, because a call may be lost.
     """
     with contextlib.suppress(TimeoutError):
-        return await within(method.remote(), timeout_s / 2)
-    return await within(method.remote(), timeout_s / 2)
+        return await within(call(), timeout_s / 2)
+    return await within(call(), timeout_s / 2)
 
 
 async def call_all(calls: Mapping[Key, Awaitable[Any]], timeout_s: float) -> dict[Key, BaseException]:

@@ -40,14 +40,14 @@ _DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(kind) f
 _HEAD = struct.Struct("<IB")
 
 TOKEN_BYTES = 32
-"""Sent before the first frame by whoever connects."""
+"""Length of the token that the connecting process sends before the first frame."""
 MAX_BYTES = 1 << 28
-"""Of one frame. A longer one is not ours. Memory is taken as bytes come, whatever length is announced."""
+"""Most bytes of one frame. A longer frame is an error. Memory is taken as bytes arrive, not as announced."""
 _PIECE_BYTES = 1 << 16
 
 
 class WireError(ConnectionError):
-    """What came is no message of ours."""
+    """The received bytes are not one of our messages."""
 
 
 _NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -73,7 +73,7 @@ def encode(message: Message) -> bytes:
 
 def _decode(kind: int, body: bytearray | memoryview) -> Message:
     if kind >= len(_DECODERS):
-        raise WireError(f"a message of unknown kind {kind}")
+        raise WireError(f"expected a message kind below {len(_DECODERS)}, got {kind}")
     try:
         message: Message = _DECODERS[kind].decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -84,18 +84,18 @@ def _decode(kind: int, body: bytearray | memoryview) -> Message:
 def _length(head: bytearray | memoryview) -> tuple[int, int]:
     length, kind = _HEAD.unpack(head)
     if length > MAX_BYTES:
-        raise WireError(f"a message of {length} bytes")
+        raise WireError(f"expected a message of at most {MAX_BYTES} bytes, got one of {length}")
     return length, kind
 
 
 class Frames:
-    """Makes messages of bytes as they come."""
+    """Decodes messages from bytes as they arrive."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that are whole by now. Raises WireError."""
+        """Returns the messages that are complete now. Raises WireError."""
         self._buffer += data
         messages: list[Message] = []
         at = 0
@@ -122,7 +122,7 @@ def receive(connection: socket.socket) -> Message | None:
 
 
 def receive_exactly(connection: socket.socket, size: int) -> bytearray | None:
-    """None where the connection ends before."""
+    """Blocks until `size` bytes have come. None if the connection ends before."""
     data = bytearray()
     while len(data) < size:
         piece = connection.recv(min(size - len(data), _PIECE_BYTES))

@@ -1,4 +1,4 @@
-"""A listener with a thread that lets in who shows the token, however many others connect.
+"""A listener with a thread that admits connections which show the token, however many others connect.
 
 The thread of the steps never waits for strangers, and a process that has no file descriptor left goes on serving.
 """
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 512
 """A connection beyond that is tried again by its side's kernel, a second later."""
 _PAUSE_S = 0.1
-"""How long nobody is let in when the process has no file descriptor left."""
+"""Seconds without accepting connections after the process has run out of file descriptors."""
 
 
 class Door:
@@ -35,7 +35,7 @@ class Door:
         self._handshakes: Handshakes[socket.socket] = Handshakes(self.endpoint.token)
         self._selector = selectors.DefaultSelector()
         self._short = False
-        """Whether the process had no file descriptor left when somebody came last."""
+        """Whether the process had no file descriptor left for the last connection."""
         self._closed = False
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Door:
                 return
 
     def _accept(self) -> bool:
-        """Whether somebody came."""
+        """Accept one connection. Returns whether there was one."""
         try:
             connection, _ = self._listener.accept()
         except OSError as error:
@@ -111,7 +111,7 @@ class Door:
 
 
 def shut(connection: socket.socket) -> None:
-    """Wake whoever reads from `connection` or accepts by it, and end it for the other side."""
+    """Wake the thread that reads from `connection` or accepts on it, and end the connection for the other side."""
     with contextlib.suppress(OSError):  # it is not connected any more
         connection.shutdown(socket.SHUT_RDWR)
 

@@ -37,7 +37,7 @@ class Link(asyncio.Protocol):
         self.closed = False
 
     def send(self, message: Message) -> None:
-        """Into the void where the connection has ended."""
+        """Send `message`. It is dropped if the connection has ended."""
         if self._transport is not None and not self.closed:
             self._transport.write(encode(message))
 
@@ -76,7 +76,7 @@ class Link(asyncio.Protocol):
         if not self._asked:
             raise WireError("an answer came to no question")
         future = self._asked.popleft()
-        # whoever asked may have stopped waiting
+        # the caller may have stopped waiting
         if future.done():
             return
         error = _error(message)
@@ -160,7 +160,7 @@ async def connect(endpoint: Endpoint, received: Callable[[Link, Message], None],
 async def listen(
     address: str, token: str, received: Callable[[Link, Message], None], lost: Callable[[Link], None]
 ) -> tuple[asyncio.Server, Endpoint]:
-    """Take connections from whoever has the token, on a port of the system's choice."""
+    """Accept connections that show the token, on a port that the system chooses."""
     handshakes: Handshakes[_ServerLink] = Handshakes(token)
     server = await asyncio.get_running_loop().create_server(
         lambda: _ServerLink(handshakes, received, lost), address, 0, family=socket.AF_UNSPEC, backlog=BACKLOG

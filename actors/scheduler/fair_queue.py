@@ -1,128 +1,129 @@
 """The queue of requests, in which clients take turns. Pure.
 
-Fair queueing (Demers, Keshav, Shenker, 1989), in tokens: every sequence has a turn, a number, and the lowest is the
-next. The first of a client has the turn that it is now; each further one of that client comes as much later as the one
-before it costs. A sequence that leaves to run moves the present turn on by its cost, divided by the clients that wait.
-So a client that asks for a thousand answers waits for its own, and whoever comes then goes before nearly all of them.
-Nobody starves: the present turn grows with each that is served, so later ones line up behind.
+Fair queueing (Demers, Keshav, Shenker, 1989), in tokens: every request has a number, its turn, and the lowest turn is
+served next. A client's first request gets the present turn. Each further request of the client gets a turn that is
+later by the cost of the request before it. A request that leaves to run advances the present turn by its cost, divided
+by the number of clients that wait. So a client that asks for a thousand answers waits for its own answers, and a client
+that comes later is served before nearly all of them. No request starves: the present turn grows with each request that
+is served, so newcomers get later turns.
 
-A client's turns are shared out among its calls in the same way, one sequence each: a call for 64 answers does not keep
-the next call of the same client waiting. With calls for one answer by one client it is first come, first served.
+A client's turns are shared among its API calls in the same way, one request each: a call for 64 answers does not make
+the next call of the same client wait. If one client sends calls for one answer each, they are served in order.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from elastic_moe.actors.scheduler.sequences import Sequence
+from elastic_moe.actors.scheduler.running_requests import RunningRequest
 
-SEQUENCE_TOKENS = 256
-"""What a sequence costs besides its tokens: those that it will generate are not known yet."""
+REQUEST_TOKENS = 256
+"""Cost of a request besides its known tokens, because the tokens that it will generate are not known yet."""
 SPARE_CLIENTS = 64
-"""Clients that may be remembered though they wait for nothing."""
+"""Number of clients that may be remembered although they wait for nothing."""
 
 
 class FairQueue:
-    """Sequences in order of their turns; of equal ones, by arrival."""
+    """Requests in order of their turns; requests with the same turn in order of arrival."""
 
     __slots__ = ("_lines", "_now", "_upcoming", "items")
 
     def __init__(self) -> None:
-        self.items: list[Sequence] = []
+        self.items: list[RunningRequest] = []
         self._now = 0
         """The present turn."""
         self._lines: dict[str, _Line] = {}
-        """Of clients that have sequences here."""
+        """By client, for clients that have requests here."""
         self._upcoming: dict[str, int] = {}
-        """The turn that a client's next sequence gets, unless that is over."""
+        """By client, the turn of the client's next request, unless the present turn is later."""
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def enter(self, sequence: Sequence) -> None:
-        """A sequence that has just come, or has to line up again."""
-        client = sequence.client
+    def enter(self, request: RunningRequest) -> None:
+        """Add a request that is new, or that has to queue again."""
+        client = request.client
         turn = max(self._now, self._upcoming.get(client, 0))
-        self._upcoming[client] = turn + _cost(sequence)
+        self._upcoming[client] = turn + _cost(request)
         if len(self._upcoming) > len(self.items) + SPARE_CLIENTS:
             self._upcoming = {name: turn for name, turn in self._upcoming.items() if turn > self._now}
-        later = self._lines.setdefault(client, _Line()).enter(sequence)
-        # the client has one turn more; those behind the newcomer in its line move on by one
+        later = self._lines.setdefault(client, _Line()).enter(request)
+        # the client has one more turn; its requests behind the newcomer each take the next turn
         for other in later:
             other.turn, turn = turn, other.turn
-        sequence.turn = turn
+        request.turn = turn
         if later:
             self.items.sort(key=_place)
-        insort(self.items, sequence, key=_place)
+        insort(self.items, request, key=_place)
 
-    def put_back(self, sequence: Sequence) -> None:
-        """One that has left, to the place that it had."""
-        self._lines.setdefault(sequence.client, _Line()).put_back(sequence)
-        insort(self.items, sequence, key=_place)
+    def put_back(self, request: RunningRequest) -> None:
+        """Put a request that had left back to its old place."""
+        self._lines.setdefault(request.client, _Line()).put_back(request)
+        insort(self.items, request, key=_place)
 
-    def remove(self, sequence: Sequence) -> None:
-        at = bisect_left(self.items, _place(sequence), key=_place)
-        assert self.items[at] is sequence
+    def remove(self, request: RunningRequest) -> None:
+        at = bisect_left(self.items, _place(request), key=_place)
+        assert self.items[at] is request
         del self.items[at]
-        line = self._lines[sequence.client]
-        line.remove(sequence)
+        line = self._lines[request.client]
+        line.remove(request)
         if not line.items:
-            del self._lines[sequence.client]
+            del self._lines[request.client]
 
-    def start(self, sequence: Sequence) -> None:
-        """It leaves to run."""
+    def start(self, request: RunningRequest) -> None:
+        """Remove a request because it begins to run."""
         clients = len(self._lines)
-        line = self._lines[sequence.client]
-        line.round = max(line.round, sequence.rank)
-        self.remove(sequence)
-        # one less than its cost: the next of the same client comes behind whoever comes now
-        self._now = max(self._now, sequence.turn) + max(1, (_cost(sequence) - 1) // clients)
+        line = self._lines[request.client]
+        line.round = max(line.round, request.rank)
+        self.remove(request)
+        # one less than the cost, so that the client's next request comes after the requests of a new client
+        self._now = max(self._now, request.turn) + max(1, (_cost(request) - 1) // clients)
 
     def validate(self) -> None:
-        places = [_place(sequence) for sequence in self.items]
+        places = [_place(request) for request in self.items]
         assert places == sorted(set(places)), "the queue is out of order"
         for client, line in self._lines.items():
-            assert line.items == [sequence for sequence in self.items if sequence.client == client]
+            assert line.items == [request for request in self.items if request.client == client]
         assert sum(len(line.items) for line in self._lines.values()) == len(self.items)
 
 
 class _Line:
-    """One client's sequences, in the order in which they get its turns."""
+    """One client's requests, in the order in which they get its turns."""
 
     __slots__ = ("_ranks", "items", "round")
 
     def __init__(self) -> None:
-        self.items: list[Sequence] = []
+        self.items: list[RunningRequest] = []
         self.round = 0
-        """The highest rank that has left to run."""
+        """The highest rank of a request that has begun to run."""
         self._ranks: dict[str, int] = {}
-        """Rank of the next sequence, by call."""
+        """Rank of the next request, by API call."""
 
-    def enter(self, sequence: Sequence) -> list[Sequence]:
-        """Returns those that come after it, last one first."""
-        call = sequence.call
-        sequence.rank = max(self.round, self._ranks.get(call, 0))
-        self._ranks[call] = sequence.rank + 1
+    def enter(self, request: RunningRequest) -> list[RunningRequest]:
+        """Add a request. Returns the requests that come after it, the last one first."""
+        call = request.call
+        request.rank = max(self.round, self._ranks.get(call, 0))
+        self._ranks[call] = request.rank + 1
         if len(self._ranks) > 2 * len(self.items) + SPARE_CLIENTS:
             self._ranks = {name: rank for name, rank in self._ranks.items() if rank > self.round}
         at = len(self.items)
-        while at and self.items[at - 1].rank > sequence.rank:
+        while at and self.items[at - 1].rank > request.rank:
             at -= 1
-        self.items.insert(at, sequence)
+        self.items.insert(at, request)
         return self.items[:at:-1]
 
-    def put_back(self, sequence: Sequence) -> None:
-        insort(self.items, sequence, key=_place)
+    def put_back(self, request: RunningRequest) -> None:
+        insort(self.items, request, key=_place)
 
-    def remove(self, sequence: Sequence) -> None:
-        at = bisect_left(self.items, _place(sequence), key=_place)
-        assert self.items[at] is sequence
+    def remove(self, request: RunningRequest) -> None:
+        at = bisect_left(self.items, _place(request), key=_place)
+        assert self.items[at] is request
         del self.items[at]
 
 
-def _cost(sequence: Sequence) -> int:
-    return len(sequence.tokens) + SEQUENCE_TOKENS
+def _cost(request: RunningRequest) -> int:
+    return len(request.tokens) + REQUEST_TOKENS
 
 
-def _place(sequence: Sequence) -> tuple[int, int]:
-    return sequence.turn, sequence.arrival
+def _place(request: RunningRequest) -> tuple[int, int]:
+    return request.turn, request.arrival

@@ -1,18 +1,19 @@
 """Continuous batching over several workers: who runs what in each lock-step step. Pure: no Ray, no torch, no clock.
 
-The life of a request: `add` puts it in the queue. `schedule` gives it a home worker with KV blocks for all its tokens
-and runs its prompt in chunks, then one token a step. `commit` appends what was sampled and tells when it ends.
-When a worker is out of blocks, its newest request goes back to the queue (to the place it had, so the front) and is
-computed again later, from prompt and output, perhaps elsewhere. So does every request whose worker is gone. What a
-worker's cache still holds of it is not computed again (see actors/scheduler/homes.py).
+The life of a request: `add` puts the request in the queue. `schedule` assigns it to a worker, gives it KV blocks for
+all its tokens and runs its prompt in chunks, then one token in each step. `commit` appends the sampled tokens and
+reports when the request ends. When a worker has no free block left, its newest request returns to its old place in the
+queue, which is the front. It is computed again later from its prompt and output, perhaps at another worker. The same
+happens to every request whose worker is gone. Prefixes that a worker's cache still holds are not computed again (see
+actors/scheduler/worker_caches.py).
 
-Several steps may be in flight, each made as if those before it were done already: a host feeds the token that it has
-just sampled. That a request ends for its length is known ahead; that it ends with a stop token is not, and then the
-step after runs one token too many, which is thrown away. Hosts run steps in order, so that a block that was freed
-meanwhile may be handed out at once.
+Several steps may be in flight. Each step is made as if the steps before it had ended: a worker feeds the token that it
+has just sampled. The scheduler knows ahead when a request ends because of its length. It does not know ahead when a
+stop token ends a request; the next step then runs one token too many, which is thrown away. Workers run steps in order,
+so a block that is freed may be given to another request at once.
 
-A step is a transaction: what `schedule` has made counts when `commit` takes its results, oldest step first, and after
-`rollback` the work of all steps in flight is scheduled again. Requests may be added and aborted at any time.
+A step is a transaction. The result of `schedule` counts when `commit` takes the step's results, oldest step first.
+After `rollback` the work of all steps in flight is scheduled again. Requests may be added and aborted at any time.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from collections.abc import Collection, Mapping
 
 from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
-from elastic_moe.actors.scheduler.homes import Home
 from elastic_moe.actors.scheduler.kv_blocks import blocks_for
-from elastic_moe.actors.scheduler.sequences import Sequence
+from elastic_moe.actors.scheduler.running_requests import RunningRequest
+from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput
@@ -33,8 +34,8 @@ from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
 
 ALONE_TOKENS = 512
-"""Of prompts in a worker's step while nobody decodes: enough for products to run at full speed, and few enough that a
-request which comes meanwhile gets its part of the next step soon, beside the others and on another worker."""
+"""Most prompt tokens in a worker's step while no request decodes. Matrix products run at full speed with so many, and
+the step is short enough that a new request soon gets its part of the next one."""
 
 CORRUPTED = (
     "the model's logits for this request are not numbers (NaN or infinity): its weights may be damaged, "
@@ -43,7 +44,7 @@ CORRUPTED = (
 
 
 class Scheduler:
-    """The queue, and what runs where. Not thread-safe."""
+    """Owns the queue and decides which request runs at which worker. Not thread-safe."""
 
     def __init__(
         self,
@@ -75,9 +76,9 @@ class Scheduler:
         self._enable_prefix_caching = enable_prefix_caching
         self._rope_limits = tuple(rope_limits)
         self._rope_growth_limit = rope_growth_limit
-        self._homes: dict[WorkerId, Home] = {}
+        self._caches: dict[WorkerId, WorkerCache] = {}
         self._waiting = FairQueue()
-        self._sequences: dict[RequestId, Sequence] = {}
+        self._requests: dict[RequestId, RunningRequest] = {}
         self._arrivals = 0
         self._flights: deque[tuple[int, dict[WorkerId, Part]]] = deque()
         """Steps in flight, with every worker's part, oldest first."""
@@ -93,46 +94,46 @@ class Scheduler:
         Raises RequestError, naming the field, where it can never be served.
         """
         self._check(request)
-        sequence = Sequence(
+        running_request = RunningRequest(
             request,
             arrival=self._arrivals,
             max_model_len=self._max_model_len,
             eos=tuple(dict.fromkeys((*self._eos_token_ids, *request.eos_token_ids))),
             variant=self._variant(len(request.prompt_token_ids)),
         )
-        if reason := sequence.finish_reason():
-            return _output(sequence, (), reason)
-        # With no worker at all there is nothing to compare with: it waits for one.
-        if self._homes and not any(home.can_ever_hold(sequence) for home in self._homes.values()):
-            room = self._block_size * max((home.pool.num_blocks for home in self._homes.values()), default=0)
+        if reason := running_request.finish_reason():
+            return _output(running_request, (), reason)
+        # while there are no workers, no size is known, and the request waits
+        if self._caches and not any(cache.can_ever_hold(running_request) for cache in self._caches.values()):
+            room = self._block_size * max((cache.pool.num_blocks for cache in self._caches.values()), default=0)
             raise RequestError(
-                f"the prompt has {sequence.num_prompt_tokens} tokens and max_tokens is {request.params.max_tokens}: "
-                f"no worker's KV cache holds more than {room} tokens",
-                param="prompt" if sequence.num_prompt_tokens > room else "max_tokens",
+                f"the prompt has {running_request.num_prompt_tokens} tokens and max_tokens is "
+                f"{request.params.max_tokens}: no worker's KV cache holds more than {room} tokens",
+                param="prompt" if running_request.num_prompt_tokens > room else "max_tokens",
                 code="context_length_exceeded",
             )
         self._arrivals += 1
-        self._sequences[request.request_id] = sequence
-        self._waiting.enter(sequence)
+        self._requests[request.request_id] = running_request
+        self._waiting.enter(running_request)
         return None
 
     def _variant(self, prompt: int) -> int:
-        """Prompts of this many tokens share keys and values with prompts of the same variant only."""
+        """The variant of a prompt of `prompt` tokens. Only prompts of the same variant share keys and values."""
         if self._rope_growth_limit is not None and prompt > self._rope_growth_limit:
             return len(self._rope_limits) + prompt
         return sum(prompt > limit for limit in self._rope_limits)
 
     def abort(self, request_id: RequestId) -> bool:
-        """Forget a request, whatever it is doing. Returns whether it was there; nothing more is output for it."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
+        """Forget a request, waiting or running. Returns whether it existed. No more output is made for it."""
+        request = self._requests.get(request_id)
+        if request is None:
             return False
-        self._end(sequence)
+        self._end(request)
         return True
 
     def _check(self, request: GenerateRequest) -> None:
         prompt, params = len(request.prompt_token_ids), request.params
-        if request.request_id in self._sequences:
+        if request.request_id in self._requests:
             raise RequestError(f"request {request.request_id!r} is already running", param="request_id", status=409)
         if not prompt:
             raise RequestError("the prompt is empty", param="prompt")
@@ -149,18 +150,18 @@ class Scheduler:
     # --- Steps --------------------------------------------------------------------------------------------------
 
     def schedule(self, epoch: Epoch, step: int) -> dict[WorkerId, StepPlan] | None:
-        """Every worker's plan of the next step, or None when there is nothing to run.
+        """Every worker's plan of the next step, or None if there is nothing to run.
 
-        Decoding sequences come first, then prompts that have begun, then new ones, each in its order. A step
-        lasts as long as its longest part, so while anybody decodes, all workers run few tokens of prompts.
+        Decoding requests come first, then prompts that have begun, then new requests, each group in its order. A step
+        lasts as long as its longest part, so all workers run few prompt tokens while any request decodes.
         """
         self._make_way()
         budget = self._max_num_batched_tokens
-        decoding = any(home.decoding for home in self._homes.values())
+        decoding = any(cache.decoding for cache in self._caches.values())
         prompts = min(
             budget, self._max_num_prefill_tokens if decoding else max(ALONE_TOKENS, self._max_num_prefill_tokens)
         )
-        parts = {worker: Part(home, budget, prompts) for worker, home in self._homes.items()}
+        parts = {worker: Part(cache, budget, prompts) for worker, cache in self._caches.items()}
         for part in parts.values():
             self._continue(part)
         admit(self._waiting, parts.values(), self._max_num_seqs, self._max_num_batched_tokens)
@@ -173,21 +174,22 @@ class Scheduler:
         tokens_per_rank = tuple(self._max_num_batched_tokens - part.budget for part in parts.values())
         plans = {}
         for worker, part in parts.items():
-            part.forget, part.home.forget = tuple(part.home.forget), []
+            part.forget, part.cache.forget = tuple(part.cache.forget), []
             plans[worker] = StepPlan(
                 epoch=epoch,
                 step=step,
                 tokens_per_rank=tokens_per_rank,
-                new=tuple(s.introduction() for s, chunk in part.work if not s.told and s.flight[0] is chunk),
+                new=tuple(s.introduction() for s, chunk in part.work if not s.introduced and s.flight[0] is chunk),
                 chunks=tuple(chunk for _, chunk in part.work),
                 finished=part.forget,
             )
         return plans
 
     def commit(self, results: Mapping[WorkerId, StepResult]) -> list[TokenOutput]:
-        """The oldest step is done: lengths advance, and the sampled tokens are returned in the order of the plans.
+        """Take the results of the oldest step. Returns the sampled tokens in the order of the plans.
 
-        Results that do not answer the plans are a defect of a host: AssertionError, and the step is still in flight.
+        Raises AssertionError if the results do not answer the plans, which is a defect of a worker. The step then
+        stays in flight.
         """
         assert self._flights, "no step is in flight"
         step, parts = self._flights[0]
@@ -203,152 +205,155 @@ class Scheduler:
         self._steps += 1
         outputs: list[TokenOutput] = []
         for worker, part in parts.items():
-            for sequence, chunk in part.work:
-                if not sequence.flies(chunk):
+            for request, chunk in part.work:
+                if not request.in_flight(chunk):
                     continue
-                if sequence.request_id in results[worker].corrupted:
-                    outputs.append(self._give_up(sequence))
+                if request.request_id in results[worker].corrupted:
+                    outputs.append(self._give_up(request))
                     continue
-                part.home.commit(sequence)
+                part.cache.commit(request)
                 if chunk.samples:
-                    outputs.append(self._append(sequence, samples[worker][sequence.request_id]))
+                    outputs.append(self._append(request, samples[worker][request.request_id]))
         return outputs
 
     def rollback(self) -> None:
-        """The oldest step failed somewhere: nothing in flight counts, and all its work is scheduled again."""
+        """The oldest step has failed: drop the work of all steps in flight, so that it is scheduled again."""
         assert self._flights, "no step is in flight"
         while self._flights:
             _, parts = self._flights.pop()
             for part in parts.values():
-                part.home.forget = [*part.forget, *part.home.forget]
-        for home in self._homes.values():
-            for sequence in home.running.items:
-                home.rollback(sequence)
+                part.cache.forget = [*part.forget, *part.cache.forget]
+        for cache in self._caches.values():
+            for request in cache.running.items:
+                cache.rollback(request)
 
     def _continue(self, part: Part) -> None:
-        """Run what is at home here: each decoding sequence one token, then the prompts that have begun."""
-        home = part.home
-        ready = [sequence for sequence in home.running.items if not sequence.exhausted]
-        prefilling = [sequence for sequence in ready if sequence.remaining > 1]
-        decoding = [sequence for sequence in ready if sequence.remaining == 1]
-        for sequence in decoding:
-            # Preempted meanwhile for an older one.
-            if sequence.home is None:
+        """Continue the requests of this worker: one token of each that decodes, then the prompts that have begun."""
+        cache = part.cache
+        ready = [request for request in cache.running.items if not request.exhausted]
+        prefilling = [request for request in ready if request.remaining > 1]
+        decoding = [request for request in ready if request.remaining == 1]
+        for request in decoding:
+            # an older request has preempted this one meanwhile
+            if request.cache is None:
                 continue
             if not part.budget:
                 break
-            if self._grow(part, sequence):
-                part.decode(sequence)
-        for sequence in prefilling:
-            if part.room and sequence.home is not None:
-                part.prefill(sequence)
+            if self._grow(part, request):
+                part.decode(request)
+        for request in prefilling:
+            if part.room and request.cache is not None:
+                part.prefill(request)
 
-    def _grow(self, part: Part, sequence: Sequence) -> bool:
-        """Find a block for its newest token, if need be by preempting the newest here. False: that was itself."""
-        home = part.home
-        while len(sequence.blocks) * self._block_size < sequence.known:
-            if home.pool.num_free:
-                sequence.blocks += home.pool.allocate(1)
+    def _grow(self, part: Part, request: RunningRequest) -> bool:
+        """Get a block for the request's newest token, if necessary by preempting the worker's newest request.
+
+        Returns False if `request` itself was the newest and was preempted.
+        """
+        cache = part.cache
+        while len(request.blocks) * self._block_size < request.known:
+            if cache.pool.num_free:
+                request.blocks += cache.pool.allocate(1)
                 break
-            newest = home.running.items[-1]
+            newest = cache.running.items[-1]
             self._requeue(newest)
             self._preemptions += 1
-            if newest is sequence:
+            if newest is request:
                 return False
         return True
 
-    def _append(self, sequence: Sequence, sample: Sample) -> TokenOutput:
-        sequence.tokens.append(sample.token_id)
+    def _append(self, request: RunningRequest, sample: Sample) -> TokenOutput:
+        request.tokens.append(sample.token_id)
         self._generation_tokens += 1
-        if not sequence.counted:
-            sequence.counted = True
-            self._prompt_tokens += sequence.num_prompt_tokens
-        reason = sequence.finish_reason()
+        if not request.counted:
+            request.counted = True
+            self._prompt_tokens += request.num_prompt_tokens
+        reason = request.finish_reason()
         if reason is not None:
-            self._end(sequence)
-        return _output(sequence, (sample.token_id,), reason, sample)
+            self._end(request)
+        return _output(request, (sample.token_id,), reason, sample)
 
-    def _give_up(self, sequence: Sequence) -> TokenOutput:
-        """End a request whose logits are not numbers; nobody is to begin with what it left in the KV cache."""
-        assert sequence.home is not None
-        sequence.home.pool.forget(sequence.blocks)
+    def _give_up(self, request: RunningRequest) -> TokenOutput:
+        """End a request whose logits are not numbers, and make sure that no request shares its KV-cache blocks."""
+        assert request.cache is not None
+        request.cache.pool.forget(request.blocks)
         self._corrupted += 1
-        self._end(sequence)
+        self._end(request)
         return TokenOutput(
-            request_id=sequence.request_id,
-            offset=sequence.num_output,
+            request_id=request.request_id,
+            offset=request.num_output,
             token_ids=(),
             finish_reason=FinishReason.ERROR,
             error=CORRUPTED,
         )
 
-    def _end(self, sequence: Sequence) -> None:
-        sequence.ended = True
-        del self._sequences[sequence.request_id]
-        if sequence.home is not None:
-            sequence.home.drop(sequence)
+    def _end(self, request: RunningRequest) -> None:
+        request.ended = True
+        del self._requests[request.request_id]
+        if request.cache is not None:
+            request.cache.drop(request)
         else:
-            self._waiting.remove(sequence)
+            self._waiting.remove(request)
 
-    def _requeue(self, sequence: Sequence) -> None:
-        assert sequence.home is not None
-        sequence.home.drop(sequence)
-        self._waiting.put_back(sequence)
+    def _requeue(self, request: RunningRequest) -> None:
+        assert request.cache is not None
+        request.cache.drop(request)
+        self._waiting.put_back(request)
 
     def _make_way(self) -> None:
-        """For the client whose turn it is, where another has all the places. At most one a step, which is soon over."""
+        """Preempt at most one request, if another client has all places, for the client whose turn it is."""
         if not self._waiting.items:
             return
-        victim = in_the_way(self._waiting.items[0], self._homes.values(), self._max_num_seqs)
+        victim = in_the_way(self._waiting.items[0], self._caches.values(), self._max_num_seqs)
         if victim is not None:
-            assert victim.home is not None
-            victim.home.drop(victim)
+            assert victim.cache is not None
+            victim.cache.drop(victim)
             self._waiting.enter(victim)
             self._preemptions += 1
 
     # --- Membership ---------------------------------------------------------------------------------------------
 
     def set_workers(self, workers: Mapping[WorkerId, int]) -> int:
-        """The members from the next step on, with their KV blocks, in rank order.
+        """Set the workers from the next step on, with their numbers of KV blocks, in rank order.
 
-        Requests whose home is gone return to the queue with all their tokens; how many, is returned. A worker that is
-        listed with another number of blocks counts as a new one; so must one that restarted under its old name be left
-        out once first.
+        Requests whose worker is gone return to the queue with all their tokens; the number of these requests is
+        returned. A worker with another number of blocks than before counts as a new worker. A worker that restarted
+        under its old name must be left out of one call first.
         """
         assert not self._flights, "the membership changes between steps"
         requeued = 0
-        for worker, home in self._homes.items():
-            if workers.get(worker) != home.pool.num_blocks:
-                requeued += len(home.running)
-                for sequence in home.running.items.copy():
-                    self._requeue(sequence)
-        old = self._homes
-        self._homes = {}
+        for worker, cache in self._caches.items():
+            if workers.get(worker) != cache.pool.num_blocks:
+                requeued += len(cache.running)
+                for request in cache.running.items.copy():
+                    self._requeue(request)
+        old = self._caches
+        self._caches = {}
         for worker, num_kv_blocks in workers.items():
             kept = old.get(worker)
             if kept is None or kept.pool.num_blocks != num_kv_blocks:
-                kept = Home(worker, num_kv_blocks, self._block_size, prefix_caching=self._enable_prefix_caching)
-            self._homes[worker] = kept
+                kept = WorkerCache(worker, num_kv_blocks, self._block_size, prefix_caching=self._enable_prefix_caching)
+            self._caches[worker] = kept
         return requeued
 
     def drain(self, workers: Collection[WorkerId]) -> None:
-        """From now on give no new requests to exactly these; those that run there go on."""
-        for home in self._homes.values():
-            home.draining = home.worker in workers
+        """Give no new requests to exactly these workers from now on. Requests that run there continue."""
+        for cache in self._caches.values():
+            cache.draining = cache.worker in workers
 
     # --- Views --------------------------------------------------------------------------------------------------
 
     @property
     def num_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self._sequences)
+        return len(self._requests)
 
     def status(self) -> EngineStatus:
         """Totals count from the start; `steps` are committed ones, `prompt_tokens` counts each prompt once."""
         return EngineStatus(
-            running={worker: len(home.running) for worker, home in self._homes.items()},
+            running={worker: len(cache.running) for worker, cache in self._caches.items()},
             waiting=len(self._waiting),
-            kv_usage={worker: home.pool.usage for worker, home in self._homes.items()},
+            kv_usage={worker: cache.pool.usage for worker, cache in self._caches.items()},
             steps=self._steps,
             preemptions=self._preemptions,
             corrupted_requests=self._corrupted,
@@ -361,53 +366,53 @@ class Scheduler:
 
     def validate(self) -> None:
         """Asserts every invariant. For tests: it takes time in proportion to all blocks and tokens."""
-        for home in self._homes.values():
-            home.validate()
-            assert len(home.running) <= self._max_num_seqs
-        homed = {s.request_id: s for home in self._homes.values() for s in home.running.items}
+        for cache in self._caches.values():
+            cache.validate()
+            assert len(cache.running) <= self._max_num_seqs
+        placed = {s.request_id: s for cache in self._caches.values() for s in cache.running.items}
         waiting = {s.request_id: s for s in self._waiting.items}
-        assert len(homed) == sum(len(home.running) for home in self._homes.values()), "a request has two homes"
-        assert not homed.keys() & waiting.keys()
-        assert homed | waiting == self._sequences, "a request is lost"
+        assert len(placed) == sum(len(cache.running) for cache in self._caches.values()), "a request has two workers"
+        assert not placed.keys() & waiting.keys()
+        assert placed | waiting == self._requests, "a request is lost"
         self._waiting.validate()
-        for sequence in self._sequences.values():
-            assert not sequence.ended
-            assert sequence.num_prompt_tokens <= len(sequence.tokens) < sequence.longest <= self._max_model_len
-        for sequence in self._waiting.items:
-            assert sequence.home is None
-            assert not sequence.blocks
-            assert sequence.computed == sequence.told_blocks == 0
-            assert not sequence.flight
+        for request in self._requests.values():
+            assert not request.ended
+            assert request.num_prompt_tokens <= len(request.tokens) < request.longest <= self._max_model_len
+        for request in self._waiting.items:
+            assert request.cache is None
+            assert not request.blocks
+            assert request.computed == request.introduced_blocks == 0
+            assert not request.flight
         flying: dict[RequestId, list[Chunk]] = {}
         for _, parts in self._flights:
             self._validate_flight(parts)
-            for sequence, chunk in (piece for part in parts.values() for piece in part.work):
-                if sequence.flies(chunk):
-                    flying.setdefault(sequence.request_id, []).append(chunk)
-        assert flying == {s.request_id: s.flight for s in self._sequences.values() if s.flight}
+            for request, chunk in (piece for part in parts.values() for piece in part.work):
+                if request.in_flight(chunk):
+                    flying.setdefault(request.request_id, []).append(chunk)
+        assert flying == {s.request_id: s.flight for s in self._requests.values() if s.flight}
 
     def _validate_flight(self, parts: Mapping[WorkerId, Part]) -> None:
         for worker, part in parts.items():
-            assert part.home is self._homes[worker]
+            assert part.cache is self._caches[worker]
             tokens = sum(chunk.length for _, chunk in part.work)
             assert tokens == self._max_num_batched_tokens - part.budget
             assert part.budget >= 0
-            for sequence, chunk in part.work:
+            for request, chunk in part.work:
                 assert chunk.length >= 1
-                assert not sequence.flies(chunk) or sequence.home is part.home
+                assert not request.in_flight(chunk) or request.cache is part.cache
                 covered = chunk.block_offset + len(chunk.block_ids)
                 assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
 
 
 def _output(
-    sequence: Sequence, tokens: tuple[int, ...], reason: FinishReason | None, sample: Sample | None = None
+    request: RunningRequest, tokens: tuple[int, ...], reason: FinishReason | None, sample: Sample | None = None
 ) -> TokenOutput:
     return TokenOutput(
-        request_id=sequence.request_id,
-        offset=sequence.num_output - len(tokens),
+        request_id=request.request_id,
+        offset=request.num_output - len(tokens),
         token_ids=tokens,
-        cached_tokens=sequence.cached_tokens or 0,
+        cached_tokens=request.cached_tokens or 0,
         logprobs=(sample.logprobs,) if sample is not None and sample.logprobs is not None else (),
         finish_reason=reason,
-        stop_token_id=sequence.stop_token_id() if reason is FinishReason.STOP else None,
+        stop_token_id=request.stop_token_id() if reason is FinishReason.STOP else None,
     )

@@ -17,6 +17,7 @@ import ray
 
 from elastic_moe.actors.liveness import STEP_PING_S
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.ask import in_group
 from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
@@ -49,7 +50,7 @@ class ExpertHost:
         self._info: HostInfo | None = None
         self._stores: list[TCPStore] = []
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def warm_up(self) -> int:
         """Import what loading needs, which is most of the time until a small model serves. Returns the process id."""
 
@@ -63,9 +64,9 @@ class ExpertHost:
         importing.join()
         return os.getpid()
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def load(self, spec: HostSpec) -> HostInfo:
-        """Blocks until the weights are there; asked again, it only tells. Raises UserError where they never will be."""
+        """Blocks until the weights are loaded. Later calls return the same. Raises UserError if loading never works."""
         with self._loading:
             if self._info is None:
                 self._info = self._load(spec)
@@ -94,11 +95,11 @@ class ExpertHost:
             fit=worker.report,
         )
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def load_progress(self) -> float:
         return 0.0 if self._worker is None else self._worker.progress
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def rendezvous(self) -> str:
         """host:port of a store for one process group, kept until there are some newer ones."""
         from elastic_moe.model.exchange.transports import open_store
@@ -109,7 +110,7 @@ class ExpertHost:
         del self._stores[:-KEPT_STORES]
         return f"{address}:{self._stores[-1].port}"
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def prepare(self, spec: EpochSpec) -> None:
         try:
             self._ready.prepare(spec)
@@ -120,37 +121,37 @@ class ExpertHost:
                 os._exit(1)
             raise
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def abandon(self, epoch: Epoch) -> None:
         self._ready.abandon(epoch)
 
-    @ray.method(concurrency_group="copies")
+    @in_group("copies")
     def export_expert(self, layer: int, expert: int) -> ExpertCopy:
         _give_way()
         return self._ready.export_expert(layer, expert)
 
-    @ray.method(concurrency_group="copies")
+    @in_group("copies")
     def import_expert(self, copy: ExpertCopy) -> None:
         _give_way()
         self._ready.import_expert(copy)
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def read_experts(self, pairs: list[tuple[int, int]]) -> None:
         self._ready.read_experts(pairs)
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def routing_counts(self) -> RoutingCounts:
         return self._ready.routing_counts()
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def abort_step(self, epoch: Epoch) -> None:
         self._ready.abort_step(epoch)
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def ping(self) -> None:
         """Answers as long as the process lives."""
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def ping_step(self) -> None:
         """Answers as soon as the thread of the steps is free. Raises TimeoutError where it hangs."""
         if self._steps is not None and not self._steps.free.wait(STEP_PING_S):
@@ -159,7 +160,7 @@ class ExpertHost:
     @property
     def _ready(self) -> Worker:
         if self._worker is None:
-            raise NotReadyError("the host has not been told what to load")
+            raise NotReadyError("the worker has no model yet: `load` has not been called")
         return self._worker
 
 

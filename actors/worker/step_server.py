@@ -1,4 +1,4 @@
-"""A host's end of the step channel: a thread that does what the engine says, one message after another.
+"""A worker's end of the step channel: a thread that carries out the engine's messages one after another.
 
 One thread is all it takes. While it computes, the next plan waits in the socket, so that steps that are sent ahead
 follow each other without a pause; and what must get through meanwhile (signs of life, aborts) comes by Ray.
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
-    """Who runs them: model/worker/worker.py."""
+    """Runs the steps: model/worker/worker.py."""
 
     def step(self, plan: StepPlan) -> StepResult: ...
 
@@ -76,7 +76,7 @@ class StepServer:
             self._next.close()
             self._next = None
         if self._current is not None:
-            # closed by the thread of the steps, which is told by this
+            # closed by the thread of the steps, which wakes up by this
             shut(self._current)
 
     def _run(self) -> None:
@@ -110,7 +110,7 @@ class StepServer:
 
     def _obey(self, message: Message) -> Message:
         if not isinstance(message, StepPlan | CommitEpoch | ForgetSequences):
-            raise WireError(f"a host does not take a {type(message).__name__}")
+            raise WireError(f"a worker does not take a {type(message).__name__}")
         try:
             if isinstance(message, StepPlan):
                 return self._worker.step(message)
@@ -118,7 +118,7 @@ class StepServer:
                 self._worker.commit(message.epoch)
             else:
                 self._worker.forget_sequences()
-        except Exception as error:  # noqa: BLE001 - told to the engine, whatever it is
+        except Exception as error:  # noqa: BLE001 - any error is reported to the engine
             return Failed(reason=one_line(error), aborted=isinstance(error, StepAborted))
         return Done()
 
@@ -128,7 +128,7 @@ def _start(name: str, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException:
-            # a host without this thread would hang its group
+            # a worker without this thread would make its peers wait for ever
             logger.critical("the thread %r failed", name, exc_info=True)
             os._exit(1)
 

@@ -29,7 +29,7 @@ class Policy:
     seats_per_worker: int
     """Requests that a worker runs at a time."""
     window_s: float = 15.0
-    """The load must have been seen for so long; reports come about once per second."""
+    """Seconds for which the load must have been seen. Reports come about once per second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,7 @@ class Epochs:
     def counts_on(self, worker: WorkerId) -> bool:
         """Whether the change under way comes to nothing without `worker`."""
         change = self.change
-        # the outcome of a flip is the engine's to tell
+        # the engine reports the outcome of a flip
         if change is None or change.stage is Stage.COMMITTING:
             return False
         is_source = any(move.source == worker for move in change.transfers.copies)
@@ -161,7 +161,7 @@ class Epochs:
         return []
 
     def prepare(self, now: float) -> list[Command]:
-        """Every expert is in its place, and whoever leaves has had its time."""
+        """Every expert is in its place, and the workers that leave have used their time."""
         self._enter(Stage.PREPARING, now)
         assert self.change is not None
         return [Prepare(spec=self.change.spec, forms_group=self.change.forms_group)]
@@ -203,7 +203,7 @@ class Epochs:
     # --- Back ---------------------------------------------------------------------------------------------------
 
     def commit_failed(self, reason: str, now: float, cause: Cause = Cause.FLIP) -> list[Command]:
-        """Some hosts may have flipped. Count only on what a host holds either way; the group is of no use."""
+        """Some workers may have begun the epoch. Count only on experts that a worker holds in either case."""
         assert self.change is not None
         self._membership.doubt(self.change.spec.placement)
         commands: list[Command] = []
@@ -237,7 +237,7 @@ class Epochs:
         return commands
 
     def fail(self, reason: str, cause: Cause, now: float) -> list[Command]:
-        """The epoch in force serves no more. Nothing but a new group will do."""
+        """The epoch in force cannot serve any more, and only a new process group helps."""
         assert self.spec is not None
         self._broken_group = self.spec.group
         # an engine does this as well, unless it died too
@@ -270,7 +270,7 @@ class Epochs:
         self._failures = 0
 
     def resume(self, now: float) -> None:
-        """The clock is another one."""
+        """Adapt to the clock of a restarted coordinator."""
         self.since, self.retry_at = now, 0.0
         if self.outage is not None:
             self.outage = replace(self.outage, since=now)

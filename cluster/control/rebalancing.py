@@ -57,21 +57,21 @@ def judge(facts: Facts, planning: Planning, answer: PlanReady) -> Choice[Judgeme
 
 def room(facts: Facts) -> int | None:
     """Experts that any member could take beside what it holds; None where memory is not limited."""
-    members = [facts.members[worker] for worker in facts.ranks]
-    rooms = [member.capacity - int(member.has.sum()) for member in members if member.capacity is not None]
+    members = [facts.records[worker] for worker in facts.ranks]
+    rooms = [record.capacity - int(record.has.sum()) for record in members if record.capacity is not None]
     return max(0, min(rooms)) if rooms else None
 
 
 def too_much(facts: Facts, placement: Placement) -> str | None:
     """Why a member could not hold what it has beside what `placement` brings, as it must until the flip."""
     for worker in placement.workers:
-        member = facts.members.get(worker.id)
-        if member is None or member.capacity is None:
+        record = facts.records.get(worker.id)
+        if record is None or record.capacity is None:
             continue
-        both = int((member.has | needs(placement, worker.id)).sum())
-        if both > member.capacity:
+        both = int((record.has | needs(placement, worker.id)).sum())
+        if both > record.capacity:
             return (
-                f"{worker.id} has memory for {member.capacity} experts, and while they move it would hold {both}:"
+                f"{worker.id} has memory for {record.capacity} experts, and while they move it would hold {both}:"
                 f" move fewer at a time"
             )
     return None
@@ -199,7 +199,7 @@ class Rebalancing:
             self.planning = None
 
     def resume(self, now: float) -> None:
-        """The clock is another one."""
+        """Adapt to the clock of a restarted coordinator."""
         if self._look_at is not None:
             self._look_at = now + self._interval_s
 

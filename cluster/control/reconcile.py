@@ -1,4 +1,4 @@
-"""What should be, as against what is: which workers to start or keep, and which are to serve with which experts.
+"""Compares the cluster with what it should be: which workers to start or keep, and which serve which experts.
 
 Functions of the facts and the time; each gives its reason. ControlState carries their choices out.
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from elastic_moe.cluster.facts.adaptation import adapt
 from elastic_moe.cluster.facts.facts import Choice, Facts
-from elastic_moe.cluster.facts.membership import BoolArray, Member
+from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId
 
@@ -49,7 +49,7 @@ def recovers_alone(facts: Facts, now: float) -> bool:
     """Whether survivors are about to serve again: until then they need cores and disk more than a newcomer does."""
     if facts.outage is None or now - facts.outage.since >= SURVIVORS_FIRST_S:
         return False
-    survivors = [member for member in facts.alive if member.id in facts.ranks]
+    survivors = [record for record in facts.alive if record.id in facts.ranks]
     return bool(survivors) and facts.fits(survivors)
 
 
@@ -57,8 +57,8 @@ def shares(facts: Facts, missing: int) -> list[BoolArray]:
     """[L, E] for each of `missing` new workers, what it is to load: from the checkpoint, beside those that serve,
     rather than by copies that would take their time. First of all what nobody holds."""
     held = np.zeros(facts.load.shape, dtype=np.bool_)
-    for member in facts.alive:
-        held |= member.has if member.loaded else member.assigned
+    for record in facts.alive:
+        held |= record.has if record.loaded else record.assigned
     team = len(facts.staying) + missing
     found = [np.zeros_like(held) for _ in range(missing)]
     for layer in range(facts.model.num_layers):
@@ -75,8 +75,8 @@ def shares(facts: Facts, missing: int) -> list[BoolArray]:
 # --- Who serves ---------------------------------------------------------------------------------------------------
 
 
-def next_members(facts: Facts, now: float) -> Choice[tuple[Member, ...]]:
-    """The members of the epoch to begin now; nobody where nothing is to be begun."""
+def next_members(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
+    """The members of the epoch to begin now; empty if no epoch is to begin."""
     if facts.change is not None:
         return Choice((), f"epoch {facts.change.spec.epoch} is under way")
     if facts.probing:
@@ -84,20 +84,20 @@ def next_members(facts: Facts, now: float) -> Choice[tuple[Member, ...]]:
     if now < facts.retry_at:
         return Choice((), "the last change failed: the next is begun after a pause")
     choice = _should_serve(facts, now)
-    if facts.outage is None and tuple(member.id for member in choice.value) == facts.ranks:
+    if facts.outage is None and tuple(record.id for record in choice.value) == facts.ranks:
         return Choice((), choice.reason)
     return choice
 
 
-def _should_serve(facts: Facts, now: float) -> Choice[tuple[Member, ...]]:
-    """Who should serve now, whether it does or not; nobody: wait."""
+def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
+    """The workers that should serve now, whether they do or not; empty: wait."""
     # draining workers serve on only where nobody else can
-    wanted = [member for member in facts.loaded if member.state is not WorkerState.DRAINING]
+    wanted = [record for record in facts.loaded if record.state is not WorkerState.DRAINING]
     if not facts.fits(wanted):
         wanted = facts.loaded
     if not facts.fits(wanted):
         return Choice((), "those that have loaded have too little memory for every expert")
-    current = [member for member in wanted if member.id in facts.ranks]
+    current = [record for record in wanted if record.id in facts.ranks]
     if facts.outage is not None and facts.fits(current):
         return Choice(tuple(current), "the survivors serve first")
     if len(wanted) < facts.target and (wait := _waits_for_more(facts, wanted, now)) is not None:
@@ -105,11 +105,13 @@ def _should_serve(facts: Facts, now: float) -> Choice[tuple[Member, ...]]:
     return Choice(tuple(wanted), f"{len(wanted)} workers can serve")
 
 
-def _waits_for_more(facts: Facts, wanted: Sequence[Member], now: float) -> Choice[tuple[Member, ...]] | None:
+def _waits_for_more(
+    facts: Facts, wanted: Sequence[WorkerRecord], now: float
+) -> Choice[tuple[WorkerRecord, ...]] | None:
     """Whether the first that has loaded waits for others, so that they begin together; None: it does not."""
-    current = [member for member in wanted if member.id in facts.ranks]
-    joining = [member for member in wanted if member.id not in facts.ranks]
-    first = min(joining, key=lambda member: member.loaded_at or now, default=None)
+    current = [record for record in wanted if record.id in facts.ranks]
+    joining = [record for record in wanted if record.id not in facts.ranks]
+    first = min(joining, key=lambda record: record.loaded_at or now, default=None)
     loaded_at = now if first is None else first.loaded_at or now
     waited = now - loaded_at
     if not current:
@@ -125,24 +127,24 @@ def _waits_for_more(facts: Facts, wanted: Sequence[Member], now: float) -> Choic
     return None
 
 
-def placement_for(facts: Facts, members: Sequence[Member]) -> Placement:
+def placement_for(facts: Facts, members: Sequence[WorkerRecord]) -> Placement:
     """The placement of `members` that moves as little as possible."""
     slots = facts.slots(members)
     assert slots is not None, "members are chosen so that they hold every expert"
     workers = []
-    for member, count in zip(members, slots, strict=True):
-        assert member.info is not None, f"{member.id} has not loaded"
-        workers.append(Worker(id=member.id, node=member.info.node, slots=count))
-    return adapt(workers, {member.id: member.has for member in members}, facts.load)
+    for record, count in zip(members, slots, strict=True):
+        assert record.info is not None, f"{record.id} has not loaded"
+        workers.append(Worker(id=record.id, node=record.info.node, slots=count))
+    return adapt(workers, {record.id: record.has for record in members}, facts.load)
 
 
-def wish(facts: Facts, members: Sequence[Member]) -> Choice[OperationKind]:
+def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]:
     """What kind of operation an epoch of `members` belongs to."""
     if facts.spec is None:
         kind = OperationKind.START
     else:
         kind = OperationKind.SCALE if facts.outage is None else OperationKind.RECOVER
-    joining = [member.id for member in members if member.id not in facts.ranks]
-    leaving = [worker for worker in facts.ranks if worker not in {member.id for member in members}]
+    joining = [record.id for record in members if record.id not in facts.ranks]
+    leaving = [worker for worker in facts.ranks if worker not in {record.id for record in members}]
     words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]
     return Choice(kind, ", ".join(words) or "a new group")

@@ -1,4 +1,4 @@
-"""Scaling: how many workers there should be, because somebody asks for it or because the load does."""
+"""Scaling: how many workers there should be, as asked for by a user or by the autoscaler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from elastic_moe.cluster.control.autoscaling import Policy, Sample, Verdict, rec
 from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import Command, LoadSeen, ScaleRequested
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
-from elastic_moe.cluster.facts.membership import Member, Membership
+from elastic_moe.cluster.facts.membership import Membership, WorkerRecord
 from elastic_moe.cluster.facts.operations import OperationLog
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import OperationKind, ScaleView, WorkerState
@@ -42,7 +42,7 @@ def check_target(settings: ControlSettings, model: ModelInfo, workers: int) -> N
 
 def check_memory(facts: Facts, target: int, retire: Sequence[WorkerId]) -> None:
     """Raises PlacementError where those that would stay cannot hold every expert."""
-    staying = _oldest_first([member for member in facts.staying if member.id not in retire])[:target]
+    staying = _oldest_first([record for record in facts.staying if record.id not in retire])[:target]
     if target > len(staying) or facts.fits(staying):
         return
     limits = ", ".join(f"{m.id} {limit}" for m, limit in zip(staying, facts.limits(staying), strict=True))
@@ -52,12 +52,12 @@ def check_memory(facts: Facts, target: int, retire: Sequence[WorkerId]) -> None:
     )
 
 
-def surplus(facts: Facts, target: int, retire: Sequence[WorkerId] = ()) -> list[Member]:
+def surplus(facts: Facts, target: int, retire: Sequence[WorkerId] = ()) -> list[WorkerRecord]:
     """Who leaves for the number's sake, besides those in `retire`: those that do not serve yet, then the newest."""
-    return _oldest_first([member for member in facts.staying if member.id not in retire])[target:]
+    return _oldest_first([record for record in facts.staying if record.id not in retire])[target:]
 
 
-def _oldest_first(members: Sequence[Member]) -> list[Member]:
+def _oldest_first(members: Sequence[WorkerRecord]) -> list[WorkerRecord]:
     """In the order in which they are worth keeping."""
     return [*[m for m in members if m.loaded], *[m for m in members if not m.loaded]]
 
@@ -126,7 +126,7 @@ class Scaling:
     def requested(self, facts: Facts, event: ScaleRequested, now: float) -> list[Command]:
         """Raises ConflictError, PlacementError; nothing has changed then."""
         for worker in event.retire:
-            if worker not in facts.members or facts.members[worker].state is not WorkerState.SERVING:
+            if worker not in facts.records or facts.records[worker].state is not WorkerState.SERVING:
                 raise PlacementError(f"retire: {worker!r} is no serving worker")
         target = event.workers if event.workers is not None else self.target - len(set(event.retire))
         check_target(self._settings, self._model, target)
@@ -162,18 +162,18 @@ class Scaling:
             self._membership.drain(worker, now, retired=True)
         leaving = surplus(facts, target, retire)
         commands: list[Command] = []
-        for member in leaving:
-            if member.id in facts.ranks:
-                self._membership.drain(member.id, now)
+        for record in leaving:
+            if record.id in facts.ranks:
+                self._membership.drain(record.id, now)
             else:
-                commands.append(self._membership.stop(member.id))
+                commands.append(self._membership.stop(record.id))
         operation = self._operations.open(
             OperationKind.SCALE,
             facts.next_epoch,
             reason,
             operation_id=operation_id,
             asked=asked,
-            retiring=tuple(dict.fromkeys((*retire, *(member.id for member in leaving)))),
+            retiring=tuple(dict.fromkeys((*retire, *(record.id for record in leaving)))),
         )
         self.operation_id = operation.operation_id
         if len(facts.ranks) == target and not any(
@@ -189,7 +189,7 @@ class Scaling:
         if self._settings.max_workers is None:
             return []
         if facts.outage is not None or not facts.scaled:
-            # what is seen now tells nothing of the size that is wanted
+            # the load on the present workers says nothing about the wanted number
             self._samples.clear()
             self.verdict = "waits until as many workers serve as are wanted"
             return []
@@ -208,7 +208,7 @@ class Scaling:
         return self._scale(facts, verdict.target, (), asked=asked, reason=reason, operation_id=None, now=now)
 
     def resume(self, now: float) -> None:
-        """The clock is another one."""
+        """Adapt to the clock of a restarted coordinator."""
         self._changed_at = now
         self._samples.clear()
 

@@ -1,4 +1,4 @@
-"""Workers that die while they load: when the next may be started, and when there is no point in it any more."""
+"""Workers that die while they load: when the next worker may be started, and when to stop trying."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from elastic_moe.cluster.control.change import MAX_BACKOFF_S
 from elastic_moe.cluster.placement import WorkerId
 
 MAX_START_FAILURES = 3
-"""Before the first epoch, more workers than these dying while they load are a lasting error."""
+"""Before the first epoch, a lasting error is reported if more workers than this die while they load."""
 
 
 class Starts:
-    """Owns the pause before the next start, and the verdict that no first epoch will ever be."""
+    """Owns the pause before the next start, and the verdict that there will never be a first epoch."""
 
     def __init__(self) -> None:
         self.fatal: str | None = None
         self.at = 0.0
-        """No worker is started before."""
+        """No worker is started before this time."""
         self._failures = 0
-        """Workers that died while they loaded, since one did load."""
+        """Number of workers that died while they loaded, since the last one that loaded."""
 
     def failed(self, worker: WorkerId, reason: str, now: float) -> str | None:
-        """A worker died while it loaded. Returns why that is one too many for a first epoch; None where it is not."""
+        """A worker died while it loaded. Returns the lasting error if too many have died, else None."""
         self._failures += 1
         self.at = now + min(MAX_BACKOFF_S, 0.25 * 2.0**self._failures)
         if self._failures <= MAX_START_FAILURES:
@@ -31,9 +31,9 @@ class Starts:
         self._failures = 0
 
     def give_in(self, reason: str) -> None:
-        """The first epoch will never be."""
+        """There will never be a first epoch."""
         self.fatal = reason
 
     def resume(self) -> None:
-        """The clock is another one."""
+        """Adapt to the clock of a restarted coordinator."""
         self.at = 0.0

@@ -6,7 +6,7 @@ compared with what should be (cluster/control/reconcile.py), and a change begins
 time. Each attempt has an epoch number of its own, never used again: answers that carry another are stale.
 
 Each fact has one owner (cluster/facts/facts.py lists them). Here events are passed to the owners that they are about,
-and what one owner has done is told to the others.
+and the effects of one owner's act are passed on to the other owners.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase, 
 from elastic_moe.cluster.placement import Placement, WorkerId
 
 MAX_STRIKES = 3
-"""Failed steps in a row with one suspect, after which it is replaced although it answers."""
+"""Number of failed steps in a row after which their suspect is replaced although it answers pings."""
 
 
 class Reasons(NamedTuple):
@@ -95,12 +95,12 @@ class ControlState:
 
     @property
     def facts(self) -> Facts:
-        """As they are now. A later event makes other facts, and leaves these as they are."""
+        """The facts as they are now. Later events make new facts and do not change these."""
         epochs, membership = self._epochs, self._membership
         return Facts(
             settings=self.settings,
             model=self.model,
-            members=membership.members,
+            records=membership.records,
             probing=membership.probing,
             busy=self._draining.busy,
             spec=epochs.spec,
@@ -144,7 +144,7 @@ class ControlState:
             return commands
         commands += self._go_on(now)
         commands += self._reconcile(now)
-        return commands + self._draining.tell(self.facts)
+        return commands + self._draining.spare(self.facts)
 
     def _take(self, event: Event, now: float) -> list[Command]:
         match event:
@@ -182,7 +182,7 @@ class ControlState:
     def _wished(
         self, event: PlanReady | PlaceRequested | RebalanceRequested | ScaleRequested, now: float
     ) -> list[Command]:
-        """A planner or somebody wants another placement, or another size."""
+        """A planner or a user wants another placement or another number of workers."""
         match event:
             case PlanReady():
                 return self._begin(self._rebalancing.answered(self.facts, event, now), now)
@@ -226,11 +226,11 @@ class ControlState:
         return self._lose(event.worker, event.reason, now)
 
     def _lose(self, worker: WorkerId, reason: str, now: float) -> list[Command]:
-        """A worker is gone: what counted on it is given up, and `_reconcile` goes on without."""
-        member = self._membership.get(worker)
-        if member is None or not member.alive:
+        """A worker is gone: give up the change that needs it. `_reconcile` then continues without the worker."""
+        record = self._membership.get(worker)
+        if record is None or not record.alive:
             return []
-        if not member.loaded:
+        if not record.loaded:
             lasting = self._starts.failed(worker, reason, now)
             if lasting is not None and self._epochs.spec is None:
                 self._give_in(lasting)
@@ -244,7 +244,7 @@ class ControlState:
         return commands
 
     def _give_in(self, reason: str) -> None:
-        """The first epoch will never be."""
+        """There will never be a first epoch."""
         if self._starts.fatal is None:
             self._starts.give_in(reason)
             self.operations.fail_open(reason)
@@ -258,7 +258,7 @@ class ControlState:
         return commands + self._interrupt(f"a step failed: {event.reason}", Cause.STEP, now)
 
     def _suspect(self, suspects: Sequence[WorkerId], now: float) -> list[Command]:
-        """A worker that answers probes, yet is to blame for one failed step after the other, is replaced."""
+        """Replace a worker that answers probes but is a suspect in several failed steps in a row."""
         commands: list[Command] = []
         for worker in suspects:
             strikes = self._membership.strike(worker)
@@ -269,7 +269,7 @@ class ControlState:
     # --- The epoch in force, and the change of it -----------------------------------------------------------------
 
     def _interrupt(self, reason: str, cause: Cause, now: float) -> list[Command]:
-        """The epoch in force is of no use: whatever does not serve to leave it has to wait."""
+        """The epoch in force cannot serve: give up every change that is not a recovery."""
         commands = self._epochs.fail(reason, cause, now)
         self._rebalancing.cancel(reason)
         change = self._epochs.change
@@ -285,7 +285,7 @@ class ControlState:
         return [] if self._epochs.spec is None else self._interrupt(reason, Cause.ENGINE, now)
 
     def _resumed(self, event: Resumed, now: float) -> list[Command]:
-        """This state was saved, and its clock and every answer that was under way are gone."""
+        """Continue from a saved state. The old clock and the answers under way are lost."""
         why = "the coordinator was restarted"
         self.counters.recoveries[Cause.COORDINATOR] += 1
         self._starts.resume()
@@ -326,7 +326,7 @@ class ControlState:
         return commands
 
     def _end_operations(self, change: Change) -> None:
-        """What has come about with the epoch that has begun."""
+        """End the operations that the new epoch completes."""
         facts, operations = self.facts, self.operations
         operation = operations.get(change.operation_id)
         assert operation is not None
@@ -345,7 +345,7 @@ class ControlState:
     # --- What should be -----------------------------------------------------------------------------------------
 
     def _go_on(self, now: float) -> list[Command]:
-        """Prepare the next epoch, once those that leave by it have had their time."""
+        """Prepare the next epoch, once the workers that leave have finished or used up their time."""
         facts = self.facts
         if facts.change is None or facts.change.stage is not Stage.DRAINING:
             return []
@@ -354,7 +354,7 @@ class ControlState:
         return self._epochs.prepare(now) if choice.value else []
 
     def _reconcile(self, now: float) -> list[Command]:
-        """Start workers, and begin a change, where what is differs from what should be."""
+        """Start workers and begin a change if the cluster is not as it should be."""
         if self._starts.fatal:
             return []
         for worker in reconcile.kept(self.facts):

@@ -38,7 +38,7 @@ def readiness(facts: Facts, operation: Operation | None) -> Readiness:
 
 
 def progress(facts: Facts, operation: Operation) -> Progress:
-    gone = all(w not in facts.members or not facts.members[w].alive for w in operation.retiring)
+    gone = all(w not in facts.records or not facts.records[w].alive for w in operation.retiring)
     return Progress(_share(facts, operation), bool(operation.retiring) and gone)
 
 

@@ -1,4 +1,4 @@
-"""What follows from who is there: slots, a placement that moves as little as possible, and a transport.
+"""What a set of workers determines: their slots, the placement that moves the fewest experts, and the transport.
 
 Legend: L MoE layers, E logical experts, W workers.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.facts.membership import BoolArray
-from elastic_moe.cluster.messages.epochs import HostInfo
+from elastic_moe.cluster.messages.epochs import HostInfo, TransportKind
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, WorkerId
 
 
@@ -82,11 +82,11 @@ def _evict_replica(kept: Sequence[list[int]], copies: npt.NDArray[np.int_]) -> N
                 return
 
 
-def choose_transport(infos: Sequence[HostInfo], *, shared_gpus: bool = False) -> str:
-    """How the workers of an epoch exchange tokens: local, shm, gloo or nccl."""
+def choose_transport(infos: Sequence[HostInfo], *, shared_gpus: bool = False) -> TransportKind:
+    """How the workers of an epoch exchange tokens."""
     if len(infos) == 1:
-        return "local"
+        return TransportKind.LOCAL
     if all(info.device != "cpu" for info in infos):
         # NCCL refuses two ranks on one GPU
-        return "gloo" if shared_gpus else "nccl"
-    return "shm" if len({info.node for info in infos}) == 1 else "gloo"
+        return TransportKind.GLOO if shared_gpus else TransportKind.NCCL
+    return TransportKind.SHM if len({info.node for info in infos}) == 1 else TransportKind.GLOO

@@ -13,7 +13,7 @@ BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds of the buckets of every distribution; one more is open-ended."""
 
 TIMED_STAGES = (Stage.PLANNING, Stage.TRANSFERRING, Stage.PREPARING, Stage.COMMITTING)
-"""Of a re-placement. It drains nobody."""
+"""Stages of a re-placement, which drains no worker."""
 
 
 class RebalanceResult(StrEnum):

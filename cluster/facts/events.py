@@ -75,7 +75,7 @@ class TransferFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Every host is ready to flip. `spec` is the command's, with the rendezvous that was opened for it."""
+    """Every worker is ready to begin the epoch. `spec` is the command's, with the rendezvous that was opened for it."""
 
     spec: EpochSpec
 
@@ -90,12 +90,12 @@ class PrepareFailed:
 class Committed:
     epoch: Epoch
     moved_requests: int = 0
-    """Requests whose home is not a member any more: they are computed again elsewhere."""
+    """Requests whose worker is not a member any more: they are computed again elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitFailed:
-    """Some hosts may have flipped, others not."""
+    """Some workers may have begun the epoch, and others not."""
 
     epoch: Epoch
     reason: str
@@ -138,7 +138,7 @@ class PlanReady:
     worthwhile: bool
     """The predicted saving beats what the change costs."""
     no_worse: bool
-    """The predicted step is not longer than today's: enough for a change that somebody asked for."""
+    """The predicted step is not longer than today's: enough for a change that a user asked for."""
     reason: str
 
 
@@ -225,7 +225,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartWorker:
-    """Create a host and have it load the trunk and `experts` ([L] logical experts of each layer)."""
+    """Create a worker and have it load the trunk and `experts` ([L] logical experts of each layer)."""
 
     worker: WorkerId
     experts: tuple[tuple[int, ...], ...]
@@ -233,7 +233,7 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopWorker:
-    """End a host's process, if it still runs."""
+    """End a worker's process, if it still runs."""
 
     worker: WorkerId
     info: HostInfo | None
@@ -242,7 +242,7 @@ class StopWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """Bring experts to where `epoch` wants them: from other hosts, or from the checkpoint."""
+    """Bring experts to where `epoch` wants them: from other workers, or from the checkpoint."""
 
     epoch: Epoch
     copies: tuple[Move, ...]
@@ -253,7 +253,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare:
-    """Call `prepare` on every host of `spec`. Where `forms_group`, open a rendezvous first if its transport asks."""
+    """Call `prepare` on every worker of `spec`. `forms_group`: open a rendezvous first if necessary."""
 
     spec: EpochSpec
     forms_group: bool
@@ -278,7 +278,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortSteps:
-    """Free `workers` from steps of these epochs, which wait for somebody who will not come."""
+    """Free `workers` from steps of these epochs, which wait for a worker that will not answer."""
 
     epochs: tuple[Epoch, ...]
     workers: tuple[WorkerId, ...]

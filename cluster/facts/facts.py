@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.facts.adaptation import slots_of
-from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.facts.transfers import Transfers
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
@@ -35,7 +35,7 @@ class Choice(Generic[T]):
 
 
 class Cause(StrEnum):
-    """What a recovery is from."""
+    """Why a recovery became necessary."""
 
     WORKER = "worker"
     """A worker died or hangs."""
@@ -49,7 +49,7 @@ class Cause(StrEnum):
 
 
 class Stage(StrEnum):
-    """How far a change is."""
+    """The stage that a change has reached."""
 
     PLANNING = "planning"
     """A planner is at work; there is no change yet. Of re-placements alone."""
@@ -103,7 +103,7 @@ class Change:
     stage: Stage
     stage_since: float
     urgent: bool
-    """Nothing is served until it is done."""
+    """Whether nothing is served until the change is done."""
     nbytes: int = 0
     """Bytes of experts that were brought for it."""
 
@@ -128,12 +128,12 @@ class Planning:
 class Facts:
     settings: ControlSettings
     model: ModelInfo
-    members: Mapping[WorkerId, Member]
+    records: Mapping[WorkerId, WorkerRecord]
     """In the order in which they were asked for, which is rank order. Some dead ones are remembered."""
     probing: bool
     """Workers are being asked for a sign of life; no epoch is begun before all have answered or are known lost."""
     busy: tuple[WorkerId, ...] | None
-    """Workers that run requests; None where the engine has not said since it was told which workers leave."""
+    """Workers that run requests; None if the engine has not reported since the last Drain command."""
     spec: EpochSpec | None
     """The epoch in force; None before the first."""
     epoch_since: float
@@ -143,15 +143,15 @@ class Facts:
     next_epoch: Epoch
     planning: Planning | None
     pinned: bool
-    """Periodic re-placement leaves the placement alone."""
+    """Whether periodic re-placement must not change the placement."""
     target: int
-    """Workers that there should be."""
+    """Number of workers that there should be."""
     load: npt.NDArray[np.int64]
     """[L, E] recent tokens per expert, by which lost experts are dealt out."""
     retry_at: float
-    """No change is begun before, because the last attempt failed."""
+    """No change begins before this time, because the last attempt failed."""
     start_at: float
-    """No worker is started before, because the last one died while it loaded."""
+    """No worker is started before this time, because the last one died while it loaded."""
     fatal: str | None
     """Why there will never be a first epoch."""
 
@@ -169,17 +169,17 @@ class Facts:
         return self.spec is not None and self.outage is None
 
     @property
-    def alive(self) -> list[Member]:
-        return [member for member in self.members.values() if member.alive]
+    def alive(self) -> list[WorkerRecord]:
+        return [record for record in self.records.values() if record.alive]
 
     @property
-    def loaded(self) -> list[Member]:
-        return [member for member in self.alive if member.loaded]
+    def loaded(self) -> list[WorkerRecord]:
+        return [record for record in self.alive if record.loaded]
 
     @property
-    def staying(self) -> list[Member]:
+    def staying(self) -> list[WorkerRecord]:
         """Living workers that are not to leave."""
-        return [member for member in self.alive if member.state is not WorkerState.DRAINING]
+        return [record for record in self.alive if record.state is not WorkerState.DRAINING]
 
     @property
     def idle(self) -> bool:
@@ -189,7 +189,7 @@ class Facts:
     @property
     def scaled(self) -> bool:
         """Whether as many workers serve as there should be, and none of them is to leave."""
-        leaving = any(self.members[worker].state is WorkerState.DRAINING for worker in self.ranks)
+        leaving = any(self.records[worker].state is WorkerState.DRAINING for worker in self.ranks)
         return len(self.ranks) == self.target and not leaving
 
     @property
@@ -199,21 +199,21 @@ class Facts:
 
     # --- Memory -------------------------------------------------------------------------------------------------
 
-    def limits(self, members: Sequence[Member]) -> list[int]:
+    def limits(self, members: Sequence[WorkerRecord]) -> list[int]:
         """Experts per layer that each has memory for. One that has not loaded yet is taken to have what others have."""
-        capacities = [member.capacity for member in self.alive if member.capacity is not None]
+        capacities = [record.capacity for record in self.alive if record.capacity is not None]
         usual = min(capacities, default=self.settings.expert_capacity)
         limits = []
-        for member in members:
-            capacity = member.capacity if member.info is not None else usual
+        for record in members:
+            capacity = record.capacity if record.info is not None else usual
             limits.append(self.model.num_logical_experts if capacity is None else capacity // self.model.num_layers)
         return limits
 
-    def slots(self, members: Sequence[Member]) -> tuple[int, ...] | None:
+    def slots(self, members: Sequence[WorkerRecord]) -> tuple[int, ...] | None:
         """Slots per layer of each; None where they have too little memory for every expert."""
         return slots_of(self.limits(members), self.model.num_logical_experts, self.settings.redundant_experts)
 
-    def fits(self, members: Sequence[Member]) -> bool:
+    def fits(self, members: Sequence[WorkerRecord]) -> bool:
         """Whether `members` have memory for every expert."""
         return self.slots(members) is not None
 

@@ -1,4 +1,4 @@
-"""Workers as the control plane knows them. `Membership` owns every fact about them.
+"""The control plane's record of each worker. `Membership` owns these records.
 
 Legend: L MoE layers, E logical experts.
 """
@@ -23,25 +23,28 @@ DEAD_REMEMBERED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Member:
-    """A worker from the moment it is asked for. `held` and `staged` may understate, never overstate."""
+class WorkerRecord:
+    """What is known of a worker, from the command to start it on.
+
+    `held` and `staged` may lack experts that the worker has, but contain none that it has not.
+    """
 
     id: WorkerId
     state: WorkerState
     assigned: BoolArray
-    """[L, E] what it is to load when it starts."""
+    """[L, E] experts that the worker loads when it starts."""
     held: BoolArray
-    """[L, E] what it holds under the epoch in force."""
+    """[L, E] experts that the worker holds under the epoch in force."""
     staged: BoolArray
-    """[L, E] what was brought to it since."""
+    """[L, E] experts that were brought to the worker since the epoch began."""
     asked_at: float
     info: HostInfo | None = None
     loaded_at: float | None = None
     retired: bool = False
-    """It leaves because it was named, and not for the number's sake."""
+    """Whether the worker leaves because a user named it, and not because there are too many."""
     draining_since: float = 0.0
     strikes: int = 0
-    """Steps in a row that failed with it as a suspect."""
+    """Number of failed steps in a row with this worker as a suspect."""
 
     @property
     def alive(self) -> bool:
@@ -68,36 +71,36 @@ class Membership:
         """shape: (L, E)."""
         self._nothing: BoolArray = np.zeros(shape, dtype=np.bool_)
         self._nothing.setflags(write=False)
-        self._members: dict[WorkerId, Member] = {}
+        self._records: dict[WorkerId, WorkerRecord] = {}
         self._asked = 0
         self.probing = False
         """Whether workers are being asked for a sign of life."""
 
     @property
-    def members(self) -> dict[WorkerId, Member]:
+    def records(self) -> dict[WorkerId, WorkerRecord]:
         """A copy, as things are now."""
-        return dict(self._members)
+        return dict(self._records)
 
     @property
-    def alive(self) -> list[Member]:
-        return [member for member in self._members.values() if member.alive]
+    def alive(self) -> list[WorkerRecord]:
+        return [record for record in self._records.values() if record.alive]
 
     @property
     def loaded(self) -> tuple[WorkerId, ...]:
-        return tuple(member.id for member in self.alive if member.loaded)
+        return tuple(record.id for record in self.alive if record.loaded)
 
     @property
     def next_worker(self) -> WorkerId:
         return WorkerId(f"w{self._asked}")
 
-    def get(self, worker: WorkerId) -> Member | None:
-        return self._members.get(worker)
+    def get(self, worker: WorkerId) -> WorkerRecord | None:
+        return self._records.get(worker)
 
-    def __getitem__(self, worker: WorkerId) -> Member:
-        return self._members[worker]
+    def __getitem__(self, worker: WorkerId) -> WorkerRecord:
+        return self._records[worker]
 
     def _set(self, worker: WorkerId, **facts: Any) -> None:
-        self._members[worker] = replace(self._members[worker], **facts)
+        self._records[worker] = replace(self._records[worker], **facts)
 
     # --- Coming and going ---------------------------------------------------------------------------------------
 
@@ -105,7 +108,7 @@ class Membership:
         """Ask for one more worker, which is to load `assigned` ([L, E])."""
         worker = self.next_worker
         self._asked += 1
-        self._members[worker] = Member(
+        self._records[worker] = WorkerRecord(
             id=worker,
             state=WorkerState.STARTING,
             assigned=assigned,
@@ -117,16 +120,16 @@ class Membership:
 
     def loads(self, info: HostInfo, now: float) -> bool:
         """A worker has loaded. False where that is no news of a worker that was waited for."""
-        member = self.get(info.worker)
-        if member is None or not member.alive or member.loaded:
+        record = self.get(info.worker)
+        if record is None or not record.alive or record.loaded:
             return False
-        self._set(info.worker, info=info, loaded_at=now, held=member.assigned)
+        self._set(info.worker, info=info, loaded_at=now, held=record.assigned)
         return True
 
     def drain(self, worker: WorkerId, now: float, *, retired: bool = False) -> None:
         """It is to leave. retired: because it was named."""
-        member = self._members[worker]
-        self._set(worker, state=WorkerState.DRAINING, draining_since=now, retired=member.retired or retired)
+        record = self._records[worker]
+        self._set(worker, state=WorkerState.DRAINING, draining_since=now, retired=record.retired or retired)
 
     def keep(self, worker: WorkerId) -> None:
         """It is not to leave after all."""
@@ -134,13 +137,13 @@ class Membership:
 
     def stop(self, worker: WorkerId) -> StopWorker:
         self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing)
-        return StopWorker(worker=worker, info=self._members[worker].info)
+        return StopWorker(worker=worker, info=self._records[worker].info)
 
     def forget_dead(self, in_use: Collection[WorkerId]) -> None:
         """All but the last few that are members of nothing."""
-        dead = [member.id for member in self._members.values() if not member.alive and member.id not in in_use]
+        dead = [record.id for record in self._records.values() if not record.alive and record.id not in in_use]
         for worker in dead[:-DEAD_REMEMBERED]:
-            del self._members[worker]
+            del self._records[worker]
 
     # --- Experts ------------------------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class Membership:
         """These experts were brought."""
         brought: dict[WorkerId, BoolArray] = {}
         for worker, layer, expert in keys:
-            brought.setdefault(worker, self._members[worker].staged.copy())[layer, expert] = True
+            brought.setdefault(worker, self._records[worker].staged.copy())[layer, expert] = True
         for worker, staged in brought.items():
             self._set(worker, staged=staged)
 
@@ -160,15 +163,15 @@ class Membership:
     def join(self, placement: Placement) -> None:
         """An epoch with `placement` has begun."""
         for worker in placement.workers:
-            member = self._members[worker.id]
-            if member.alive:
-                state = WorkerState.SERVING if member.state is WorkerState.STARTING else member.state
+            record = self._records[worker.id]
+            if record.alive:
+                state = WorkerState.SERVING if record.state is WorkerState.STARTING else record.state
                 self._set(worker.id, held=needs(placement, worker.id), staged=self._nothing, state=state)
 
     def doubt(self, placement: Placement) -> None:
         """Some may have begun an epoch with `placement`, others not: count on what each holds either way."""
         for worker in placement.workers:
-            self._set(worker.id, held=self._members[worker.id].held & needs(placement, worker.id))
+            self._set(worker.id, held=self._records[worker.id].held & needs(placement, worker.id))
 
     # --- Signs of life ------------------------------------------------------------------------------------------
 
@@ -182,25 +185,25 @@ class Membership:
 
     def strike(self, worker: WorkerId) -> int:
         """A step failed with it as a suspect. Returns how many in a row; 0 for one that is not there."""
-        member = self.get(worker)
-        if member is None or not member.alive:
+        record = self.get(worker)
+        if record is None or not record.alive:
             return 0
-        self._set(worker, strikes=member.strikes + 1)
-        return member.strikes + 1
+        self._set(worker, strikes=record.strikes + 1)
+        return record.strikes + 1
 
     def forgive(self) -> None:
-        for member in self.alive:
-            if member.strikes:
-                self._set(member.id, strikes=0)
+        for record in self.alive:
+            if record.strikes:
+                self._set(record.id, strikes=0)
 
     def resume(self, now: float) -> list[StartWorker]:
         """The clock is another one, and answers are lost: those that load are asked again."""
         commands: list[StartWorker] = []
-        for member in self.alive:
-            self._set(member.id, draining_since=now, loaded_at=None if member.loaded_at is None else now)
-            if not member.loaded:
-                self._set(member.id, asked_at=now)
-                commands.append(StartWorker(worker=member.id, experts=expert_lists(member.assigned)))
+        for record in self.alive:
+            self._set(record.id, draining_since=now, loaded_at=None if record.loaded_at is None else now)
+            if not record.loaded:
+                self._set(record.id, asked_at=now)
+                commands.append(StartWorker(worker=record.id, experts=expert_lists(record.assigned)))
         return commands
 
 

@@ -8,6 +8,7 @@ worker -> worker        ExpertCopy
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import NewType
 
 import numpy as np
@@ -54,18 +55,18 @@ class ModelInfo:
     max_model_len: int
     """The longest the checkpoint allows."""
     expert_bytes: int
-    """Of one expert of one layer, in the dtype it is stored in; `served_in` tells of another."""
+    """Bytes of one expert of one layer, in the dtype it is stored in; `served_in` gives those of another dtype."""
     trunk_bytes: int
     eos_token_ids: tuple[int, ...]
     dtype: str
     """The dtype it is stored in."""
     rope_limits: tuple[int, ...] = ()
-    """Prompt lengths beyond which rotary embeddings of the whole prompt are others (longrope)."""
+    """Prompt lengths, in tokens, beyond which the whole prompt gets other rotary embeddings (longrope)."""
     rope_growth_limit: int | None = None
-    """Prompt length beyond which every length has rotary embeddings of its own (dynamic NTK); None: there is none."""
+    """Prompt length beyond which every length has its own rotary embeddings (dynamic NTK); None: no limit."""
 
     def served_in(self, dtype: str, *, int8: bool = False) -> ModelInfo:
-        """With the sizes that it has in another dtype than the one it is stored in, its experts perhaps in 8 bits."""
+        """This model with the sizes that it has in the dtype `dtype`. `int8`: its experts are stored in 8 bits."""
         stored, served = _ITEM_BYTES[self.dtype], _ITEM_BYTES[dtype]
         return replace(
             self,
@@ -76,47 +77,58 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSpec:
-    """What a host needs to load: the model, and the experts it begins with."""
+    """What a worker needs to load: the model, and the experts that it begins with."""
 
     worker: WorkerId
     model: ModelSpec
     experts: tuple[tuple[int, ...], ...]
     """[L] logical experts to hold in each layer."""
     kv_cache_bytes: int | None
-    """None: the host decides from the memory it finds."""
+    """None: the worker decides from the free memory that it finds."""
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
     num_threads: int
-    """Of torch, while it loads; 0 leaves its default."""
+    """Threads of torch while the worker loads; 0 keeps torch's default."""
     node_threads: int = 0
-    """Threads that the workers of its node share in each epoch; 0: it keeps `num_threads`."""
+    """Threads that the workers of one node share in each epoch; 0: each worker keeps `num_threads`."""
     node_workers: int = 1
-    """Workers that may come to share its node's memory."""
+    """Most workers that will share the memory of this worker's node."""
     expert_memory_bytes: int | None = None
-    """Most that experts may take here; None: what is found free."""
+    """Most bytes that experts may take on this worker; None: the free memory that the worker finds."""
     step_timeout_s: float = 60.0
-    """How long a peer may keep the others waiting."""
+    """Seconds that a worker waits for its peers in a step before it gives the step up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostInfo:
-    """What a host reports once it has loaded."""
+    """What a worker reports once it has loaded."""
 
     worker: WorkerId
     node: str
     """Ray's node id."""
     endpoint: Endpoint
-    """Where it takes steps from the engine."""
+    """Where the worker accepts steps from the engine."""
     pid: int
     device: str
     num_kv_blocks: int
     memory_bytes: int
-    """Of weights and KV cache."""
+    """Bytes of weights and KV cache."""
     expert_capacity: int | None = None
-    """Experts that fit here, over all layers, held ones included; None: not limited."""
+    """Number of experts that fit on this worker, over all layers, including those it holds; None: no limit."""
     fit: FitReport | None = None
     """Which code serves the model there."""
+
+
+class TransportKind(StrEnum):
+    """How the workers of an epoch exchange tokens."""
+
+    LOCAL = "local"
+    """One worker keeps all tokens."""
+    SHM = "shm"
+    """Shared memory between the workers of one node."""
+    GLOO = "gloo"
+    NCCL = "nccl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +137,10 @@ class EpochSpec:
 
     epoch: Epoch
     placement: Placement
-    """Its workers, in rank order, are the membership."""
+    """The placement's workers, in rank order, are the members of the epoch."""
     group: str
-    """Name of the process group. Epochs of the same membership share it, and then no new one is formed."""
-    transport: str
-    """local, shm, gloo or nccl."""
+    """Name of the process group. Consecutive epochs with the same members use the same group."""
+    transport: TransportKind
     rendezvous: str
     """host:port of the store for gloo and nccl; empty otherwise."""
 
@@ -142,9 +153,9 @@ class PhaseCounts:
     load: npt.NDArray[np.int64]
     """[L, E] tokens that chose each logical expert."""
     steps_s: float = 0.0
-    """Time of the steps in which this phase had most of the work."""
+    """Seconds of the steps in which this phase had most of the work."""
     steps_tokens: int = 0
-    """All workers' tokens in those steps."""
+    """Tokens of all workers in those steps."""
 
     def __add__(self, other: PhaseCounts) -> PhaseCounts:
         return PhaseCounts(
@@ -157,7 +168,7 @@ class PhaseCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingCounts:
-    """Tokens run by a host's requests since its previous report. Padding and warm-up are not in it."""
+    """Tokens that a worker's requests ran since its previous report. Padding and warm-up are not counted."""
 
     prefill: PhaseCounts
     decode: PhaseCounts
@@ -176,7 +187,7 @@ class RoutingCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCopy:
-    """One expert's tensors on their way between hosts, as one unit with its digest."""
+    """One expert's tensors on their way between workers, as one unit with its digest."""
 
     layer: int
     expert: int
@@ -185,7 +196,7 @@ class ExpertCopy:
     digest: str
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
-    """As torch names them, without its own name."""
+    """Names of the dtypes without the prefix `torch.`."""
 
     @property
     def nbytes(self) -> int:

@@ -64,7 +64,7 @@ class GenerateRequest:
     eos_token_ids: tuple[int, ...] = ()
     """The tokenizer's own, which end the answer as the model's do."""
     client: str = ""
-    """Whose it is: clients take turns in the queue."""
+    """Name of the client that sent the request: clients take turns in the queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOutput:
-    """New tokens of one request. `offset` counts the output tokens before them, so that repeats can be told."""
+    """New tokens of one request. `offset` counts the output tokens before them, so that repeats can be recognized."""
 
     request_id: RequestId
     offset: int
@@ -127,7 +127,7 @@ class AbortRequests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """A RequestError on its way."""
+    """The engine refused requests: the fields of a RequestError."""
 
     message: str
     param: str | None
@@ -137,6 +137,6 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """What is new for one client. Not an answer to anything."""
+    """New outputs for one client, sent without a question."""
 
     outputs: tuple[TokenOutput, ...]

@@ -14,7 +14,7 @@ from elastic_moe.cluster.messages.requests import RequestId, SamplingParams, Tok
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSequence:
-    """A request that a host has not seen, or has forgotten: everything it must know to run and sample it."""
+    """A request that is new to a worker, with everything that the worker must know to run it and sample."""
 
     request_id: RequestId
     token_ids: tuple[int, ...]
@@ -29,8 +29,8 @@ class NewSequence:
 class Chunk:
     """Tokens of one sequence to run in this step: positions start .. start + length - 1.
 
-    A host already knows the tokens (it was told them, or sampled them). Running a chunk again is harmless:
-    the host first forgets every token past `known`, and block ids are written at `block_offset`, not appended.
+    A worker already knows the tokens: they were sent to it, or it sampled them. Running a chunk again is harmless:
+    the worker first forgets every token past `known`, and block ids are written at `block_offset`, not appended.
     """
 
     request_id: RequestId
@@ -74,7 +74,7 @@ class StepResult:
     step: int
     samples: tuple[Sample, ...]
     compute_s: float
-    """Time of the step inside the host, waits for peers included."""
+    """Seconds of the step inside the worker, including waits for peers."""
     corrupted: tuple[RequestId, ...] = ()
     """Requests that have no sample, because their logits were not numbers."""
 
@@ -88,7 +88,7 @@ class CommitEpoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForgetSequences:
-    """A new engine begins."""
+    """Forget all requests, because a new engine begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,7 @@ class WorkerState(StrEnum):
     DRAINING = "draining"
     DEAD = "dead"
     STANDBY = "standby"
-    """Not asked for, but ready to be told what to load."""
+    """A spare process that is ready to load, and that becomes the next worker."""
 
 
 class Phase(StrEnum):
@@ -73,13 +73,13 @@ class Operation:
     """Why it was begun; once ended, what came of it."""
     error: str | None = None
     asked: str = ""
-    """What was asked for, in words: the same id with other words is another wish."""
+    """What was asked for, in words. A second request with the same id must have the same words."""
     retiring: tuple[WorkerId, ...] = ()
-    """Workers that leave by it."""
+    """Workers that leave by this operation."""
     progress: float = 0.0
     """0..1, coarse; it steps back where an attempt has to be made again."""
     safe_to_terminate: bool = False
-    """Whether every worker in `retiring` holds nothing and serves nobody: its machine may go."""
+    """Whether every worker in `retiring` holds nothing and serves no request, so that its machine may go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ class ScaleView:
     max_workers: int
     """By the autoscaler's limits, memory and the number of experts."""
     autoscaler: str | None
-    """What it saw last, and why it does nothing where it does nothing; None where there is none."""
+    """What the autoscaler saw last and why it acted or not; None if there is no autoscaler."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,15 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from typing import Any, TypeVar
 
-import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, LIFE_S
+from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, LIFE_S, dry_run_timeout_s
+from elastic_moe.actors.remote.ask import Remote, ask, kill
 from elastic_moe.actors.remote.calls import within
 from elastic_moe.actors.remote.codec import Message
 from elastic_moe.actors.remote.links import Link, connect
@@ -55,8 +57,8 @@ from elastic_moe.deploy.generation.request_stream import RequestStream
 
 logger = logging.getLogger(__name__)
 
-PLAN_MARGIN_S = 60.0
-"""A dry run answers after `plan_deadline` plus at most this."""
+R = TypeVar("R")
+
 MAX_UNREAD = 2**21
 """Tokens and log probabilities that clients have not read yet, of all requests: some 200 MB."""
 UNREAD_EVERY = 64
@@ -69,17 +71,17 @@ READINESS_S = 0.25
 class RayBackend:
     """Made and used on one event loop. `begin` starts its two tasks; `end` stops them."""
 
-    def __init__(self, coordinator: Any, *, plan_deadline_s: float, recovery_timeout_s: float) -> None:
+    def __init__(self, coordinator: Remote[Coordinator], *, plan_deadline_s: float, recovery_timeout_s: float) -> None:
         """recovery_timeout_s: requests that nobody serves for so long end with an error."""
         self._coordinator = coordinator
-        self._plan_timeout_s = plan_deadline_s + PLAN_MARGIN_S
+        self._dry_run_timeout_s = dry_run_timeout_s(plan_deadline_s)
         self._recovery_timeout_s = recovery_timeout_s
         self._served_at = 0.0
         """When the cluster was last seen to serve."""
         self._has_served = False
         self._client_id = uuid.uuid4().hex
         self._streams: dict[RequestId, RequestStream] = {}
-        self._engine: Any = None
+        self._engine: Remote[Engine] | None = None
         self._link: Link | None = None
         self._readiness = Readiness(ready=False, reason="starting")
         self._resumed = 0
@@ -138,7 +140,7 @@ class RayBackend:
             stream.fail(str(error))
 
     async def _follow_engines(self) -> None:
-        lost: Any = None
+        lost: Remote[Engine] | None = None
         while True:
             engine = await self._find_engine()
             try:
@@ -153,11 +155,11 @@ class RayBackend:
             self._engine = self._link = None
             await asyncio.sleep(RETRY_S)
 
-    async def _follow(self, engine: Any) -> None:
+    async def _follow(self, engine: Remote[Engine]) -> None:
         """Submit what has no engine, or had another one, and see that it lives. Returns only by raising."""
         hello = Hello(client_id=self._client_id)
         ended = asyncio.Event()
-        link = await connect(await _result(engine.endpoint.remote()), self._received, lambda _: ended.set())
+        link = await connect(await _result(ask(engine, Engine.endpoint)), self._received, lambda _: ended.set())
         try:
             await within(link.call(hello), CALL_TIMEOUT_S)
             self._has_served = True
@@ -207,10 +209,10 @@ class RayBackend:
             if slowest.link is not None:
                 slowest.link.send(AbortRequests(request_ids=(slowest.request.request_id,)))
 
-    async def _find_engine(self) -> Any:
+    async def _find_engine(self) -> Remote[Engine]:
         while True:
             try:
-                engine = await self._ask("engine")
+                engine = await self._answer(ask(self._coordinator, Coordinator.engine))
             except NotReadyError:
                 engine = None
             if engine is not None:
@@ -231,61 +233,51 @@ class RayBackend:
         if self._engine is None:
             raise NotReadyError("there is no engine at the moment")
         try:
-            status: EngineStatus = await _result(self._engine.status.remote())
+            return await _result(ask(self._engine, Engine.status))
         except (RayActorError, TimeoutError):
             raise NotReadyError("the engine does not answer") from None
-        return status
 
     async def model_info(self) -> ModelInfo:
-        info: ModelInfo = await self._ask("model_info")
-        return info
+        return await self._answer(ask(self._coordinator, Coordinator.model_info))
 
     async def placement(self) -> PlacementView:
-        view: PlacementView = await self._ask("placement")
-        return view
+        return await self._answer(ask(self._coordinator, Coordinator.placement))
 
     async def routing(self) -> RoutingView:
-        view: RoutingView = await self._ask("routing")
-        return view
+        return await self._answer(ask(self._coordinator, Coordinator.routing))
 
     async def workers(self) -> list[WorkerView]:
-        return list(await self._ask("workers"))
+        return await self._answer(ask(self._coordinator, Coordinator.workers))
 
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
-        outcome: Operation | RebalancePreview = await self._ask(
-            "rebalance", planner, dry_run, timeout_s=self._plan_timeout_s
+        return await self._answer(
+            ask(self._coordinator, Coordinator.rebalance, planner, dry_run), self._dry_run_timeout_s
         )
-        return outcome
 
     async def scale(
         self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
     ) -> Operation:
         # with an id of its own, a call that the coordinator's death cut off can be made again
         name = operation_id or f"scale-{uuid.uuid4().hex[:8]}"
-        operation: Operation = await self._ask("scale", workers, retire, name, replace)
-        return operation
+        return await self._answer(ask(self._coordinator, Coordinator.scale, workers, retire, name, replace))
 
     async def scaling(self) -> ScaleView:
-        view: ScaleView = await self._ask("scaling")
-        return view
+        return await self._answer(ask(self._coordinator, Coordinator.scaling))
 
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:
-        operation: Operation = await self._ask("place", placement, pinned)
-        return operation
+        return await self._answer(ask(self._coordinator, Coordinator.place, placement, pinned))
 
     async def unpin(self) -> None:
-        await self._ask("unpin")
+        await self._answer(ask(self._coordinator, Coordinator.unpin))
 
     async def operations(self) -> list[Operation]:
-        return list(await self._ask("operations"))
+        return await self._answer(ask(self._coordinator, Coordinator.operations))
 
     async def operation(self, operation_id: str) -> Operation | None:
-        operation: Operation | None = await self._ask("operation", operation_id)
-        return operation
+        return await self._answer(ask(self._coordinator, Coordinator.operation, operation_id))
 
     async def counters(self) -> ClusterCounters:
-        counters: ClusterCounters = await self._ask("counters")
-        return counters
+        return await self._answer(ask(self._coordinator, Coordinator.counters))
 
     @property
     def resumed_requests(self) -> int:
@@ -296,13 +288,13 @@ class RayBackend:
         self._served_at = time.monotonic()
         while True:
             try:
-                self._readiness = await _result(self._coordinator.readiness.remote(), HANG_S)
+                self._readiness = await _result(ask(self._coordinator, Coordinator.readiness), HANG_S)
                 answered = True
             except (RayActorError, TimeoutError) as error:
                 if answered and isinstance(error, TimeoutError):
                     # Ray makes it anew, and it goes on from what it has saved; a new one may take its time
                     logger.warning("the coordinator hangs; it is ended")
-                    ray.kill(self._coordinator, no_restart=False)
+                    kill(self._coordinator, restart=True)
                     answered = False
                 # requests need the engine alone
                 if self._engine is None:
@@ -330,23 +322,23 @@ class RayBackend:
             if stream.link is not None:
                 stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))
 
-    async def _ask(self, method: str, *args: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Raises NotReadyError while the coordinator is away, and what it raises itself."""
+    async def _answer(self, answer: Awaitable[R], timeout_s: float = CALL_TIMEOUT_S) -> R:
+        """The coordinator's answer. Raises what the coordinator raises, and NotReadyError while it does not answer."""
         try:
-            return await _result(getattr(self._coordinator, method).remote(*args), timeout_s)
+            return await _result(answer, timeout_s)
         except (RayActorError, TimeoutError):
             raise NotReadyError("the coordinator does not answer") from None
 
-    def _start(self, work: Any) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-async def _result(ref: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+async def _result(answer: Awaitable[R], timeout_s: float = CALL_TIMEOUT_S) -> R:
     """The result of a Ray call. Raises the callee's own exception where it is one of ours, and TimeoutError."""
     try:
-        return await within(ref, timeout_s)
+        return await within(answer, timeout_s)
     except RayTaskError as error:
         if isinstance(error.cause, EmoeError):
             raise error.cause from None

@@ -19,8 +19,10 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.control.start import start_cluster, stop_cluster
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.keys import with_keys
@@ -35,7 +37,7 @@ from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
 
 logger = logging.getLogger(__name__)
 
-StartCluster = Callable[[ServeConfig, str], Any]
+StartCluster = Callable[[ServeConfig, str], Remote[Coordinator]]
 
 MAX_ONGOING_REQUESTS = 10_000
 """More requests than the engine accepts, because requests must queue in the engine and not in Serve."""

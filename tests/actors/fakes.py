@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError
 
 from elastic_moe.actors.control.fleet import RayFleet
 from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.remote.ask import Remote, ask, in_group
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
@@ -57,11 +58,11 @@ class FakeHost:
         self._dir = Path()
         self._id = WorkerId("")
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def warm_up(self) -> int:
         return os.getpid()
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def load(self, spec: HostSpec) -> HostInfo:
         self._dir, self._id = Path(spec.model.path), spec.worker
         self._delay("load")
@@ -79,7 +80,7 @@ class FakeHost:
             fit=FIT,
         )
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def commit(self, epoch: Epoch) -> None:
         if self._epoch == epoch:
             return
@@ -93,39 +94,39 @@ class FakeHost:
         layers = range(spec.placement.num_layers)
         return {(layer, e) for layer in layers for e in spec.placement.experts_of(self._id, layer) if e != EMPTY}
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def load_progress(self) -> float:
         return 0.5
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def prepare(self, spec: EpochSpec) -> None:
         self._delay("prepare")
         if not self._placed(spec) <= self._held:
             raise PlacementError(f"{self._id} does not hold all of {sorted(self._placed(spec))}")
         self._prepared[spec.epoch] = spec
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def abandon(self, epoch: Epoch) -> None:
         self._prepared.pop(epoch, None)
 
-    @ray.method(concurrency_group="copies")
+    @in_group("copies")
     def export_expert(self, layer: int, expert: int) -> ExpertCopy:
         self._delay("export_expert")
         if (layer, expert) not in self._held:
             raise PlacementError(f"{self._id} does not hold expert {expert} of layer {layer}")
         return ExpertCopy(layer=layer, expert=expert, tensors={"w": np.zeros(8, np.uint8)}, digest="d", shapes={})
 
-    @ray.method(concurrency_group="copies")
+    @in_group("copies")
     def import_expert(self, copy: ExpertCopy) -> None:
         if (self._dir / "damage-copies").exists():
             raise PlacementError("arrived damaged")
         self._held.add((copy.layer, copy.expert))
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def read_experts(self, pairs: list[tuple[int, int]]) -> None:
         self._held.update(pairs)
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def routing_counts(self) -> RoutingCounts:
         return RoutingCounts(
             prefill=PhaseCounts(tokens=6, load=LOAD - LOAD // 2, steps_s=0.1, steps_tokens=100),
@@ -133,13 +134,13 @@ class FakeHost:
             transitions=np.ones((1, 8, 8), dtype=np.int64),
         )
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def ping(self) -> None: ...
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def abort_step(self, epoch: Epoch) -> None: ...
 
-    @ray.method(concurrency_group="io")
+    @in_group("io")
     def ping_step(self) -> None: ...
 
     def _delay(self, method: str) -> None:
@@ -154,15 +155,15 @@ class FakeEngine:
         self._epoch = Epoch(0)
         self._started = False
 
-    async def start(self, model: ModelInfo, spec: EpochSpec, hosts: dict[WorkerId, Any], infos: Any) -> int:
+    async def start(self, model: ModelInfo, spec: EpochSpec, hosts: dict[WorkerId, Remote[Any]], infos: Any) -> int:
         assert not self._started
         self._started = True
         return await self.change_epoch(spec, hosts, infos)
 
-    async def change_epoch(self, spec: EpochSpec, hosts: dict[WorkerId, Any], infos: Any) -> int:
+    async def change_epoch(self, spec: EpochSpec, hosts: dict[WorkerId, Remote[Any]], infos: Any) -> int:
         members = [worker.id for worker in spec.placement.workers]
         assert set(members) <= set(hosts)
-        calls = (wrap(hosts[worker].commit.remote(spec.epoch)) for worker in members)
+        calls = (wrap(ask(hosts[worker], FakeHost.commit, spec.epoch)) for worker in members)
         answers = await asyncio.gather(*calls, return_exceptions=True)
         if failed := [w for w, a in zip(members, answers, strict=True) if isinstance(a, BaseException)]:
             raise StepAborted(f"not committed by {failed}")
@@ -210,21 +211,25 @@ class _Method:
         self._handle = handle
         self._name = name
 
-    def remote(self, *arguments: Any) -> Awaitable[Any]:
-        call = asyncio.ensure_future(self._call(*arguments))
+    def remote(self, *arguments: Any, **named: Any) -> Awaitable[Any]:
+        call = asyncio.ensure_future(self._call(*arguments, **named))
         # as with Ray, an error that nobody asks for is nobody's
         call.add_done_callback(lambda done: done.cancelled() or done.exception())
         return call
 
-    async def _call(self, *arguments: Any) -> Any:
+    async def _call(self, *arguments: Any, **named: Any) -> Any:
         await asyncio.sleep(0)
         if self._handle.before is not None:
             await self._handle.before(self._name)
         if self._handle.dead:
             raise ActorDiedError()
         arguments = tuple([await a if isinstance(a, asyncio.Future) else a for a in arguments])
-        result = getattr(self._handle.target, self._name)(*arguments)
+        result = getattr(self._handle.target, self._name)(*arguments, **named)
         return await result if asyncio.iscoroutine(result) else result
+
+
+def alive(handle: Handle | None) -> Remote[Any] | None:
+    return None if handle is None or handle.dead else Remote(handle)
 
 
 class PlainFleet:
@@ -251,12 +256,14 @@ class PlainFleet:
     def saved(self) -> bytes | None:
         return self.last_saved if self.resumes else None
 
-    def find(self, name: str) -> Any:
-        handles = {f"host-{worker}": host for worker, host in self.hosts.items()}
-        if self.engines:
-            handles["engine"] = self.engines[-1]
-        handle = handles.get(name)
-        return None if handle is None or handle.dead else handle
+    def find_worker(self, worker: WorkerId) -> Remote[Any] | None:
+        return alive(self.hosts.get(worker))
+
+    def find_engine(self) -> Remote[Any] | None:
+        return alive(self.engines[-1] if self.engines else None)
+
+    def find_migrator(self) -> Remote[Any] | None:
+        return None
 
     def read_model(self, model_dir: str) -> ModelInfo:
         if self.error is not None:
@@ -271,21 +278,21 @@ class PlainFleet:
     def node_threads(self) -> int:
         return 2
 
-    def start_host(self, worker: WorkerId) -> Any:
+    def start_worker(self, worker: WorkerId) -> Remote[Any]:
         self.hosts[worker] = Handle(FakeHost())
-        return self.hosts[worker]
+        return Remote(self.hosts[worker])
 
-    def start_engine(self) -> Any:
+    def start_engine(self) -> Remote[Any]:
         self.engines.append(Handle(FakeEngine(self.config, None)))
-        return self.engines[-1]
+        return Remote(self.engines[-1])
 
-    def start_migrator(self, expert_bytes: int) -> Any:
-        return Handle(Migrator(expert_bytes))
+    def start_migrator(self, expert_bytes: int) -> Remote[Any]:
+        return Remote(Handle(Migrator(expert_bytes)))
 
-    def kill(self, actor: Any) -> None:
-        actor.dead = True
+    def kill(self, actor: Remote[Any]) -> None:
+        actor.handle.dead = True
 
-    def kill_host(self, actor: Any, info: HostInfo | None) -> None:
+    def kill_worker(self, actor: Remote[Any], info: HostInfo | None) -> None:
         self.kill(actor)
 
     async def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> PlanResult:

@@ -33,15 +33,15 @@ def _check_epochs(facts: Facts) -> None:
 def _check_members(facts: Facts) -> None:
     if facts.serves:
         for worker in facts.ranks:
-            assert facts.members[worker].alive, "an epoch that serves has only living members"
+            assert facts.records[worker].alive, "an epoch that serves has only living members"
     if facts.change is not None and facts.change.stage is not Stage.COMMITTING:
         for worker in facts.change.workers:
-            assert facts.members[worker].loaded, "an epoch is made of living, loaded workers"
+            assert facts.records[worker].loaded, "an epoch is made of living, loaded workers"
     assert len(facts.staying) <= facts.target, "no more workers are started than asked for"
     settings = facts.settings
     most = min(settings.max_workers or facts.model.num_logical_experts, facts.model.num_logical_experts)
     assert (settings.min_workers or 1) <= facts.target <= most, "the wanted size stays within its limits"
-    for member in facts.members.values():
+    for member in facts.records.values():
         if not member.alive:
             assert not member.has.any(), "nothing is counted on at a dead worker"
 
@@ -50,7 +50,7 @@ def _check_experts(facts: Facts) -> None:
     if facts.spec is not None and facts.serves:
         held = np.zeros_like(facts.load, dtype=np.bool_)
         for worker in facts.ranks:
-            member = facts.members[worker]
+            member = facts.records[worker]
             held |= member.held
             needed = needs(facts.spec.placement, worker)
             assert not (needed & ~member.held).any(), "a member of an epoch that serves holds what it is given"
@@ -61,7 +61,7 @@ def _check_experts(facts: Facts) -> None:
     change = facts.change
     if change is not None and change.stage is not Stage.TRANSFERRING:
         for worker in change.workers:
-            member = facts.members[worker]
+            member = facts.records[worker]
             missing = needs(change.spec.placement, worker) & ~member.has
             assert not member.alive or not missing.any(), "no host prepares what it does not hold"
 
@@ -80,7 +80,7 @@ def _check_operations(state: ControlState, facts: Facts) -> None:
         progress, safe = state.progress(operation)
         assert 0.0 <= progress <= 1.0, "progress is a share"
         for worker in operation.retiring if safe else ():
-            member = facts.members.get(worker)
+            member = facts.records.get(worker)
             serves = facts.outage is None and worker in facts.ranks
             assert member is None or not (member.alive or member.has.any() or serves), "safe means out of use"
     if facts.planning is not None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from elastic_moe.cluster.facts.events import Command, LoadSeen, Tick
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
-from elastic_moe.cluster.facts.membership import Member, needs
+from elastic_moe.cluster.facts.membership import WorkerRecord, needs
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.messages.views import Operation, WorkerState
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId, contiguous
@@ -56,10 +56,10 @@ def member(
     loaded_at: float | None = 0.0,
     capacity: int | None = None,
     **facts: Any,
-) -> Member:
+) -> WorkerRecord:
     """loaded_at: None for one that still loads. Unless given, it holds nothing."""
     nothing = np.zeros((LAYERS, EXPERTS), dtype=bool)
-    return Member(
+    return WorkerRecord(
         **{
             "id": worker,
             "state": state,
@@ -74,7 +74,7 @@ def member(
     )
 
 
-def facts_of(members: Sequence[Member] = (), ranks: Sequence[WorkerId] = (), **facts: Any) -> Facts:
+def facts_of(members: Sequence[WorkerRecord] = (), ranks: Sequence[WorkerId] = (), **facts: Any) -> Facts:
     """Facts of a cluster in which nothing is under way. ranks: members of the epoch in force; none before the first."""
     spec = spec_of(*ranks) if ranks else None
     settings = ControlSettings(workers=max(1, len(members)))
@@ -82,7 +82,7 @@ def facts_of(members: Sequence[Member] = (), ranks: Sequence[WorkerId] = (), **f
         **{
             "settings": settings,
             "model": MODEL,
-            "members": {m.id: m for m in members},
+            "records": {m.id: m for m in members},
             "probing": False,
             "busy": None,
             "spec": spec,

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.facts.counters import ClusterCounters
@@ -75,17 +76,18 @@ class FakeCoordinator:
     def __init__(self, step_s: float = 0.01) -> None:
         self._backend = FakeBackend()
         self._step_s = step_s
-        self._engine: Any = None
+        self._engine: Remote[Any] | None = None
 
-    async def engine(self) -> Any:
+    async def engine(self) -> Remote[Any]:
         if self._engine is None:
-            self._engine = ray.remote(FakeEngine).options(num_cpus=0, max_concurrency=1000).remote(self._step_s)
+            actor = ray.remote(FakeEngine).options(num_cpus=0, max_concurrency=1000)
+            self._engine = Remote(actor.remote(self._step_s))
         return self._engine
 
     async def lose_engine(self, successor_after_s: float) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
-            ray.kill(engine)
+            kill(engine)
         await asyncio.sleep(successor_after_s)
 
     async def readiness(self) -> Readiness:
@@ -131,8 +133,8 @@ class FakeCoordinator:
         await self.lose_engine(0)
 
 
-def start_fake_cluster(config: ServeConfig, model_dir: str) -> Any:
-    return (
+def start_fake_cluster(config: ServeConfig, model_dir: str) -> Remote[Any]:
+    return Remote(
         ray.remote(FakeCoordinator)
         .options(
             name="coordinator",

@@ -13,6 +13,7 @@ import ray
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.coordinator import Coordinator, Parts
+from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
 from elastic_moe.cluster.facts.facts import Stage
@@ -88,7 +89,7 @@ def test_start_and_what_it_tells(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             await ready(coordinator)
             assert await coordinator.model_info() == MODEL
             assert (await coordinator.placement()).epoch == 1
-            assert await coordinator.engine() is fleet.engines[0]
+            assert await coordinator.engine() == Remote(fleet.engines[0])
             await asyncio.sleep(0.1)
             workers = await coordinator.workers()
             assert [(w.id, w.rank, w.state, w.running_requests) for w in workers] == [
@@ -269,7 +270,7 @@ def test_a_lost_engine_is_replaced(tmp_path: Path) -> None:
             fleet.engines[0].dead = True
 
             async def another() -> bool:
-                return await coordinator.engine() is fleet.engines[-1] and len(fleet.engines) == 2
+                return await coordinator.engine() == Remote(fleet.engines[-1]) and len(fleet.engines) == 2
 
             await until(another)
             await ready(coordinator)
@@ -318,8 +319,8 @@ def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
             assert processes.drop_engine(old, "died") is not None
             processes.ensure_engine()
             assert processes.drop_engine(old, "died") is None
-            assert processes.engine is fleet.engines[-1]
-            assert not processes.engine.dead
+            assert processes.engine == Remote(fleet.engines[-1])
+            assert not fleet.engines[-1].dead
 
     asyncio.run(story())
 
@@ -360,14 +361,14 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
                 if spare == "hangs" and method != "warm_up":
                     await asyncio.sleep(3600)
 
-            make = fleet.start_host
+            make = fleet.start_worker
 
-            def start_host(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId) -> Any:
                 host = make(worker)
-                host.before = note if worker == W2 else None
+                host.handle.before = note if worker == W2 else None
                 return host
 
-            monkeypatch.setattr(fleet, "start_host", start_host)
+            monkeypatch.setattr(fleet, "start_worker", start_worker)
 
             async def warmed() -> bool:
                 return called == ["warm_up"]
@@ -536,7 +537,7 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
-            migrator = parts(coordinator).processes.migrator
+            migrator = parts(coordinator).processes.migrator.handle
             migrator.before = hang
             operation = await coordinator.rebalance("greedy", False)
             assert isinstance(operation, Operation)
@@ -562,14 +563,14 @@ def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatc
                 if called == "load" or frozen.is_set():
                     await asyncio.sleep(3600)
 
-            make = fleet.start_host
+            make = fleet.start_worker
 
-            def start_host(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId) -> Any:
                 host = make(worker)
-                host.before = hang if worker == W2 else None
+                host.handle.before = hang if worker == W2 else None
                 return host
 
-            monkeypatch.setattr(fleet, "start_host", start_host)
+            monkeypatch.setattr(fleet, "start_worker", start_worker)
             operation = await coordinator.scale(3)
             await asyncio.sleep(0.2)
             assert "loading" not in (await coordinator.readiness()).reason
@@ -613,16 +614,16 @@ def test_a_restarted_coordinator_adopts_a_host_that_still_loads(tmp_path: Path) 
                 if called == "load":
                     await loading.wait()
 
-            make = fleet.start_host
+            make = fleet.start_worker
             made: list[WorkerId] = []
 
-            def start_host(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId) -> Any:
                 made.append(worker)
                 host = make(worker)
-                host.before = slow
+                host.handle.before = slow
                 return host
 
-            fleet.start_host = start_host  # type: ignore[method-assign]
+            fleet.start_worker = start_worker  # type: ignore[method-assign]
             operation = await first.scale(3)
             await asyncio.sleep(0.1)
             for task in first._tasks:

@@ -6,11 +6,13 @@ import asyncio
 import itertools
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from elastic_moe.actors.control import migrator as migrator_module
 from elastic_moe.actors.control.migrator import MigrationReport, Migrator
+from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.placement import Move, WorkerId
 from tests.actors.fakes import Handle
 
@@ -36,15 +38,15 @@ def moves(count: int, *, pairs: int = 1) -> list[Move]:
     ]
 
 
-def hosts(pairs: int = 1) -> dict[WorkerId, Handle]:
-    return {WorkerId(f"{side}{pair}"): Handle(Host()) for side in "st" for pair in range(pairs)}
+def hosts(pairs: int = 1) -> dict[WorkerId, Remote[Any]]:
+    return {WorkerId(f"{side}{pair}"): Remote(Handle(Host())) for side in "st" for pair in range(pairs)}
 
 
 def test_every_expert_arrives_once() -> None:
     there = hosts(2)
     report = asyncio.run(Migrator(BYTES).copy(moves(9, pairs=2), there))
     assert (len(report.done), report.nbytes, report.error) == (9, 9 * BYTES, None)
-    arrived = [copy for host in there.values() for copy in host.target.imported]
+    arrived = [copy for host in there.values() for copy in host.handle.target.imported]
     assert sorted(arrived) == [(0, n) for n in range(9)]
 
 
@@ -64,7 +66,7 @@ def test_workers_rest_between_copies_while_requests_run() -> None:
             time.sleep(0.05)
             super().import_expert(copy)
 
-    there = {WorkerId("s0"): Handle(Host()), WorkerId("t0"): Handle(Slow())}
+    there = {WorkerId("s0"): Remote[Any](Handle(Host())), WorkerId("t0"): Remote[Any](Handle(Slow()))}
     assert asyncio.run(Migrator(BYTES).copy(moves(3), there)).seconds >= 0.3
     assert asyncio.run(Migrator(BYTES).copy(moves(3), there, True)).seconds < 0.3
 

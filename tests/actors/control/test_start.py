@@ -16,6 +16,7 @@ import ray
 
 from elastic_moe.actors import names
 from elastic_moe.actors.control.start import start_cluster, stop_cluster
+from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.messages.views import Operation, Phase, Readiness, WorkerView
 from tests.actors.fakes import FakeRayFleet
@@ -48,11 +49,11 @@ def coordinator(local_ray: None, tmp_path: Path) -> Iterator[Any]:
 
 
 def ask_all_workers() -> list[WorkerView]:
-    return ask(ray.get_actor(names.COORDINATOR, namespace=names.NAMESPACE), "workers")
+    return ask(Remote(ray.get_actor(names.COORDINATOR, namespace=names.NAMESPACE)), "workers")
 
 
 def ask(coordinator: Any, method: str, *arguments: Any) -> Any:
-    return ray.get(getattr(coordinator, method).remote(*arguments), timeout=30)
+    return ray.get(getattr(coordinator.handle, method).remote(*arguments), timeout=30)
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
@@ -131,4 +132,4 @@ def test_kill_9_of_coordinator_and_host_together(coordinator: Any) -> None:
 
 
 def pid_of(actor: Any) -> int:
-    return int(ray._private.state.actors(actor._actor_id.hex())["Pid"])
+    return int(ray._private.state.actors(actor.handle._actor_id.hex())["Pid"])

@@ -42,7 +42,7 @@ MAX_MODEL_LEN = 60
 STEP_S = 0.004
 
 
-class Group:
+class HostLinks:
     """What makes hosts run in lock-step: nobody finishes a step that somebody has not begun."""
 
     def __init__(self, size: int) -> None:
@@ -56,8 +56,8 @@ class Host:
         self.id = WorkerId(name)
         self.simulated = SimulatedHost(BLOCKS, 4, rope_limit=1000)
         self.epoch = Epoch(0)
-        self.prepared: dict[Epoch, tuple[int, Group]] = {}
-        self.group: Group | None = None
+        self.prepared: dict[Epoch, tuple[int, HostLinks]] = {}
+        self.group: HostLinks | None = None
         self.failed = False
         self.steps = 0
         self.before: Callable[[StepPlan], None] = lambda plan: None
@@ -145,7 +145,7 @@ class Cluster:
     async def begin_epoch(self, *names: str) -> None:
         self.epoch = Epoch(self.epoch + 1)
         members = [self.hosts[WorkerId(name)] for name in names]
-        group = Group(len(members))
+        group = HostLinks(len(members))
         for rank, host in enumerate(members):
             host.prepared[self.epoch] = (rank, group)
         workers = tuple(Worker(id=host.id, node="n", slots=4) for host in members)
@@ -225,7 +225,7 @@ def run(names: Sequence[str], scenario: Scenario) -> Cluster:
                 await scenario(c, client)
         finally:
             loop.cancel()
-            await c.loop._group.flip(Epoch(0), {}, 1, first=False)
+            await c.loop._links.flip(Epoch(0), {}, 1, first=False)
             c.clients.close()
             for host in c.hosts.values():
                 host.server.close()

@@ -57,15 +57,10 @@ async def held_up() -> int:
     return 7
 
 
-class Method:
-    def remote(self) -> asyncio.Task[int]:
-        return asyncio.create_task(held_up())
-
-
 def test_an_answer_is_not_late_while_nobody_listened() -> None:
     async def work() -> None:
         assert await within(held_up(), TIMEOUT_S) == 7
-        assert await sign_of_life(Method(), TIMEOUT_S) == 7
+        assert await sign_of_life(held_up, TIMEOUT_S) == 7
         assert await call_all({"a": held_up(), "b": held_up()}, TIMEOUT_S) == {}
         assert await call_until_error({"a": held_up()}, TIMEOUT_S) == {}
 

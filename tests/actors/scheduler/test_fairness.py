@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
+from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.scheduler import Scheduler
-from elastic_moe.actors.scheduler.sequences import Sequence
 from elastic_moe.cluster.messages.requests import GenerateRequest
 from tests.actors.batches import A, B, ids, plan, request, scheduler, step
 
@@ -19,8 +19,8 @@ def of(client: str, name: str, prompt: int = 4, **params: object) -> GenerateReq
     return dataclasses.replace(request(f"{client}{name}", prompt, **params), client=client)
 
 
-def waiting(client: str, arrival: int, prompt: int = 4, *, name: str | None = None) -> Sequence:
-    return Sequence(of(client, name or str(arrival), prompt), arrival=arrival, max_model_len=1000, eos=())
+def waiting(client: str, arrival: int, prompt: int = 4, *, name: str | None = None) -> RunningRequest:
+    return RunningRequest(of(client, name or str(arrival), prompt), arrival=arrival, max_model_len=1000, eos=())
 
 
 def served(queue: FairQueue, count: int) -> list[str]:
@@ -105,7 +105,7 @@ def test_a_call_for_many_answers_takes_turns_with_the_clients_next_call() -> Non
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.booleans()), max_size=60))
 def test_the_queue_stays_in_order(events: list[tuple[str, str, bool]]) -> None:
     queue = FairQueue()
-    left: list[Sequence] = []
+    left: list[RunningRequest] = []
     for arrival, (client, call, leaves) in enumerate(events):
         queue.enter(waiting(client, arrival, arrival % 7, name=f"{call}-{arrival}"))
         if leaves:
@@ -128,7 +128,7 @@ def fill(s: Scheduler, count: int, client: str = "g") -> None:
 
 
 def clients(s: Scheduler) -> Counter[str]:
-    return Counter(q.client for home in s._homes.values() for q in home.running.items)
+    return Counter(q.client for home in s._caches.values() for q in home.running.items)
 
 
 def test_a_newcomer_need_not_wait_for_another_clients_answers() -> None:

@@ -81,7 +81,7 @@ def test_after_a_failed_flip_nothing_is_counted_on_that_may_be_gone() -> None:
     assert not sim.state.readiness().ready
     assert sim.facts.change is None
     for worker in (W0, W1):
-        assert (sim.facts.members[worker].held <= sim.hosts[worker].held).all()
+        assert (sim.facts.records[worker].held <= sim.hosts[worker].held).all()
     sim.settle()
 
 

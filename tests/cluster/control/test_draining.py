@@ -106,8 +106,8 @@ def leaves(**facts: object) -> Facts:
     ("facts", "now", "value", "reason"),
     [
         (leaves(), 39.9, False, "w1 may finish its requests first"),
-        (leaves(), 40.0, True, "nobody that leaves"),
-        (leaves(busy=(W0,)), 11.0, True, "nobody that leaves"),
+        (leaves(), 40.0, True, "no worker that leaves"),
+        (leaves(busy=(W0,)), 11.0, True, "no worker that leaves"),
         (leaves(busy=None), 11.0, False, "w1 may finish"),
         (leaves(outage=Outage(reason="", cause=Cause.STEP, since=0.0)), 11.0, True, "nothing is served"),
     ],
@@ -120,13 +120,13 @@ def test_whether_those_that_leave_have_had_their_time(facts: Facts, now: float, 
 
 def test_the_engine_is_told_once_and_again_after_it_was_lost() -> None:
     draining = Draining()
-    assert draining.tell(leaves()) == [Drain(workers=(W1,))]
-    assert draining.tell(leaves()) == []
+    assert draining.spare(leaves()) == [Drain(workers=(W1,))]
+    assert draining.spare(leaves()) == []
     draining.engine_lost()
-    assert draining.tell(leaves(outage=Outage(reason="", cause=Cause.ENGINE, since=0.0))) == []
-    assert draining.tell(leaves()) == [Drain(workers=(W1,))]
+    assert draining.spare(leaves(outage=Outage(reason="", cause=Cause.ENGINE, since=0.0))) == []
+    assert draining.spare(leaves()) == [Drain(workers=(W1,))]
     draining.resume()
-    assert draining.tell(leaves()) == [Drain(workers=(W1,))]
+    assert draining.spare(leaves()) == [Drain(workers=(W1,))]
 
 
 def test_where_all_are_to_leave_all_go_on() -> None:

@@ -15,7 +15,7 @@ from elastic_moe.cluster.control.reconcile import (
 )
 from elastic_moe.cluster.facts.events import Commit, Prepare, ScaleRequested, StartWorker, Tick, Transfer, WorkerLost
 from elastic_moe.cluster.facts.facts import Cause, Choice, Outage
-from elastic_moe.cluster.facts.membership import Member
+from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.messages.views import OperationKind, Phase, WorkerState
 from elastic_moe.cluster.placement import EMPTY, WorkerId
 from tests.cluster.simulation import EXPERTS, LAYERS, Simulation
@@ -142,7 +142,7 @@ def test_survivors_without_memory_wait_for_a_replacement_which_reads_what_was_lo
 # --- The choices alone --------------------------------------------------------------------------------------------
 
 
-def names(choice: Choice[tuple[Member, ...]]) -> tuple[WorkerId, ...]:
+def names(choice: Choice[tuple[WorkerRecord, ...]]) -> tuple[WorkerId, ...]:
     return tuple(m.id for m in choice.value)
 
 

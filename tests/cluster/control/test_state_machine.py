@@ -131,7 +131,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 5))
     def somebody_wants_a_worker_gone(self, pick: int) -> None:
-        members = list(self.sim.facts.members)
+        members = list(self.sim.facts.records)
         if members:
             with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
                 self.sim.feed(ScaleRequested(retire=(members[pick % len(members)],)))

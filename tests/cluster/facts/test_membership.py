@@ -31,7 +31,7 @@ def test_a_worker_holds_what_it_was_to_load_once_it_has(two: Membership) -> None
 
 
 def test_an_earlier_look_stays_as_it_was(two: Membership) -> None:
-    before = two.members
+    before = two.records
     two.stage([(W0, 0, 1)])
     two.stop(W1)
     assert not before[W0].staged.any()
@@ -66,7 +66,7 @@ def test_some_of_the_dead_are_remembered_and_those_in_use(two: Membership) -> No
         two.stop(two.start(ALL, 0.0).worker)
     two.stop(W1)
     two.forget_dead({W1})
-    dead = [member.id for member in two.members.values() if not member.alive]
+    dead = [member.id for member in two.records.values() if not member.alive]
     assert len(dead) == DEAD_REMEMBERED + 1
     assert W1 in dead
 

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import (
     Endpoint,
@@ -148,8 +149,8 @@ class Coordinator(Actor):
         self.stalls = False
         """The whole process stands still for 0.15 s, once, while an answer is under way."""
 
-    async def engine(self) -> Engine | None:
-        return self.current
+    async def engine(self) -> Remote[Any] | None:
+        return None if self.current is None else Remote(self.current)
 
     async def operations(self) -> list[Any]:
         return []
@@ -195,7 +196,7 @@ def run(
     async def work() -> None:
         engine = Engine()
         coordinator = Coordinator(engine)
-        backend = RayBackend(coordinator, plan_deadline_s=1, recovery_timeout_s=recovery_timeout_s)
+        backend = RayBackend(Remote(coordinator), plan_deadline_s=1, recovery_timeout_s=recovery_timeout_s)
         backend.begin()
         try:
             async with asyncio.timeout(20):

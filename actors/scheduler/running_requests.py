@@ -1,9 +1,9 @@
-"""What batching knows of one request, and queues of them. `actors.scheduler.scheduler` moves it forward."""
+"""What the scheduler knows of one request that has not ended, and a queue of such requests in order of arrival."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence as ReadOnly
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
@@ -12,20 +12,21 @@ from elastic_moe.cluster.messages.steps import Chunk, NewSequence
 from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
-    from elastic_moe.actors.scheduler.homes import Home
+    from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 
 
-class Sequence:
-    """A request that has not ended. It waits while `home` is None, and else runs there.
+class RunningRequest:
+    """A request that has not ended. It waits while `cache` is None; otherwise it runs at that cache's worker.
 
-    `tokens`, `computed`, `told` and `told_blocks` change only when a step is committed, so a step that failed leaves no
-    trace. What the steps in flight will have done is in `flight`.
+    `tokens`, `computed`, `introduced` and `introduced_blocks` change only when a step is committed, so a step that
+    failed leaves no trace. `flight` holds what the steps in flight will have done.
     """
 
     __slots__ = (
         "_keys",
         "arrival",
         "blocks",
+        "cache",
         "cached_tokens",
         "call",
         "claim",
@@ -35,7 +36,8 @@ class Sequence:
         "ended",
         "eos_token_ids",
         "flight",
-        "home",
+        "introduced",
+        "introduced_blocks",
         "longest",
         "num_prompt_tokens",
         "params",
@@ -43,51 +45,49 @@ class Sequence:
         "request_id",
         "stop_token_ids",
         "tokens",
-        "told",
-        "told_blocks",
         "turn",
     )
 
     def __init__(
-        self, request: GenerateRequest, *, arrival: int, max_model_len: int, eos: ReadOnly[int], variant: int = 0
+        self, request: GenerateRequest, *, arrival: int, max_model_len: int, eos: Sequence[int], variant: int = 0
     ) -> None:
-        """`variant` tells apart sequences whose keys and values differ though their tokens are the same."""
+        """`variant` distinguishes requests whose keys and values differ although their tokens are the same."""
         params = request.params
         self.request_id: RequestId = request.request_id
         self.params = params
         self.arrival = arrival
         self.client = request.client
         self.call = request.request_id.rpartition("-")[0]
-        """The call of the API that it is an answer to; one may ask for several."""
+        """Id of the API call that this request answers. One call may ask for several answers."""
         self.rank = 0
         self.turn = 0
-        """With `rank`, its place in the queue (fair_queue.py), which preemption for memory does not lose."""
+        """`turn` and `rank` are the place in the queue (fair_queue.py). A preempted request keeps them."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         """Prompt, then output."""
         self.longest = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
-        """Tokens at which it ends for its length."""
+        """Number of tokens at which the request ends because of its length."""
         self.eos_token_ids = tuple(eos)
         self.stop_token_ids = frozenset(params.stop_token_ids)
         self.computed = 0
-        """Tokens whose keys and values are in the home's KV cache."""
-        self.home: Home | None = None
+        """Number of tokens whose keys and values are in the worker's KV cache."""
+        self.cache: WorkerCache | None = None
         self.claim: WorkerId | None = None
-        """While it waits for memory: the worker that takes no later request until it fits."""
+        """While the request waits for memory: the worker that accepts no later request until this one fits."""
         self.blocks: list[int] = []
         self.cached_tokens: int | None = None
-        """Prompt tokens that the first home had in its cache; None before it has had a home."""
+        """Prompt tokens that the first worker had in its cache; None before the request has run anywhere."""
         self._keys = [root_key(salt=request.cache_salt, variant=variant)]
-        """The root, then the key of each full block, as far as they have been needed."""
-        self.told = False
-        """Whether the home knows its tokens."""
-        self.told_blocks = 0
-        """Blocks that the home knows of."""
+        """The root key, then the keys of full blocks. Keys are computed when they are first needed."""
+        self.introduced = False
+        """Whether the worker has been sent the request's tokens."""
+        self.introduced_blocks = 0
+        """Number of the request's blocks that the worker has been sent."""
         self.counted = False
-        """Whether its prompt is in the statistics."""
+        """Whether the request's prompt has been counted in the statistics."""
         self.ended = False
         self.flight: list[Chunk] = []
-        """Its chunks in the steps in flight, oldest first, but for those that it lost with a former home."""
+        """The request's chunks in the steps in flight, oldest first. Chunks sent to an earlier worker are not in it."""
 
     @property
     def num_output(self) -> int:
@@ -95,12 +95,12 @@ class Sequence:
 
     @property
     def known(self) -> int:
-        """Tokens that it has once the steps in flight are over, unless one of them ends it."""
+        """Number of tokens that the request has after the steps in flight, unless one of these steps ends it."""
         return len(self.tokens) + sum(chunk.samples for chunk in self.flight)
 
     @property
     def started(self) -> int:
-        """Tokens that have been run, or are in flight."""
+        """Number of tokens that have been run or are in flight."""
         return self.computed + sum(chunk.length for chunk in self.flight)
 
     @property
@@ -110,7 +110,7 @@ class Sequence:
 
     @property
     def exhausted(self) -> bool:
-        """Whether its last token is in flight."""
+        """Whether the request's last token is in flight."""
         return self.known >= self.longest
 
     def keys(self, count: int, block_size: int) -> list[bytes]:
@@ -121,7 +121,7 @@ class Sequence:
         return self._keys[1 : count + 1]
 
     def finish_reason(self) -> FinishReason | None:
-        """Whether its last output token ends it. An end-of-sequence or stop token at the limit is a stop."""
+        """Why the last output token ends the request; None: it goes on. A stop token at the limit is a STOP."""
         params = self.params
         if self.num_output and self.num_output >= params.min_tokens:
             last = self.tokens[-1]
@@ -130,7 +130,7 @@ class Sequence:
         return FinishReason.LENGTH if len(self.tokens) >= self.longest else None
 
     def stop_token_id(self) -> int | None:
-        """The stop token that ended it; None where it was an end-of-sequence token."""
+        """The stop token that ended the request; None if an end-of-sequence token ended it."""
         last = self.tokens[-1]
         if last not in self.stop_token_ids or (not self.params.ignore_eos and last in self.eos_token_ids):
             return None
@@ -146,55 +146,55 @@ class Sequence:
         )
 
     def run(self, length: int) -> Chunk:
-        """Its next `length` tokens are in flight."""
-        told = _end(self.flight[-1]) if self.flight else self.told_blocks
+        """Put the next `length` tokens into flight. Returns the chunk to send."""
+        introduced = _end(self.flight[-1]) if self.flight else self.introduced_blocks
         chunk = Chunk(
             request_id=self.request_id,
             start=self.started,
             length=length,
             known=self.known,
-            block_offset=told,
-            block_ids=tuple(self.blocks[told:]) if told < len(self.blocks) else (),
+            block_offset=introduced,
+            block_ids=tuple(self.blocks[introduced:]) if introduced < len(self.blocks) else (),
         )
         self.flight.append(chunk)
         return chunk
 
-    def flies(self, chunk: Chunk) -> bool:
-        """False for a chunk that counts no more, since it has ended or lost its home meanwhile."""
+    def in_flight(self, chunk: Chunk) -> bool:
+        """False if `chunk` no longer counts: the request has ended or has lost its worker since it was sent."""
         return any(own is chunk for own in self.flight)
 
     def land(self) -> None:
-        """The oldest chunk in flight is done."""
+        """Record that the oldest chunk in flight has been run."""
         chunk = self.flight.pop(0)
         self.computed += chunk.length
-        self.told = True
-        self.told_blocks = _end(chunk)
+        self.introduced = True
+        self.introduced_blocks = _end(chunk)
 
 
 def _end(chunk: Chunk) -> int:
-    """Blocks that its home knows of with this chunk."""
+    """Number of the request's blocks that its worker knows after this chunk."""
     return chunk.block_offset + len(chunk.block_ids)
 
 
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+def _arrival(request: RunningRequest) -> int:
+    return request.arrival
 
 
-class Queue:
-    """Sequences in order of arrival."""
+class ArrivalQueue:
+    """Requests in order of arrival."""
 
     __slots__ = ("items",)
 
     def __init__(self) -> None:
-        self.items: list[Sequence] = []
+        self.items: list[RunningRequest] = []
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def add(self, sequence: Sequence) -> None:
-        insort(self.items, sequence, key=_arrival)
+    def add(self, request: RunningRequest) -> None:
+        insort(self.items, request, key=_arrival)
 
-    def remove(self, sequence: Sequence) -> None:
-        at = bisect_left(self.items, sequence.arrival, key=_arrival)
-        assert self.items[at] is sequence
+    def remove(self, request: RunningRequest) -> None:
+        at = bisect_left(self.items, request.arrival, key=_arrival)
+        assert self.items[at] is request
         del self.items[at]

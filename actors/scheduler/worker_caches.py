@@ -1,0 +1,132 @@
+"""What the scheduler knows of one worker: its KV-cache blocks, its requests, and the requests it must still forget.
+
+Prefix caching: a request begins with the longest known prefix of its tokens. It shares the blocks of that prefix and
+never writes to them. Its own full blocks become known when the step that computed them is committed, and not before,
+because a step in flight may fail halfway. The last token is always computed, because its logits are needed. A worker
+that ends takes its cached blocks with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elastic_moe.actors.scheduler.kv_blocks import BlockPool, blocks_for
+from elastic_moe.actors.scheduler.running_requests import ArrivalQueue, RunningRequest
+from elastic_moe.cluster.messages.requests import RequestId
+from elastic_moe.cluster.messages.steps import Chunk
+from elastic_moe.cluster.placement import WorkerId
+
+
+class WorkerCache:
+    """One worker's KV blocks, the requests that run there, and the ended requests that it must still forget."""
+
+    __slots__ = ("backlog", "block_size", "draining", "forget", "pool", "prefix_caching", "running", "worker")
+
+    def __init__(self, worker: WorkerId, num_kv_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        self.worker = worker
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.pool = BlockPool(num_kv_blocks)
+        self.running = ArrivalQueue()
+        self.backlog = 0
+        """Sum of `remaining` over the running requests, in tokens."""
+        self.forget: list[RequestId] = []
+        """Requests that have left the worker, and that no committed plan has told it to forget."""
+        self.draining = False
+
+    @property
+    def decoding(self) -> bool:
+        """Whether a request here is past its prompt and its last token is not in flight yet."""
+        return any(request.remaining == 1 and not request.exhausted for request in self.running.items)
+
+    def can_ever_hold(self, request: RunningRequest) -> bool:
+        """Whether the empty cache has room for the request at its longest. The last token is never run."""
+        return blocks_for(request.longest - 1, self.block_size) <= self.pool.num_blocks
+
+    def cached(self, request: RunningRequest) -> list[int]:
+        """Blocks of the longest prefix of the request's tokens that this worker has cached."""
+        if not self.prefix_caching:
+            return []
+        return self.pool.find(request.keys((len(request.tokens) - 1) // self.block_size, self.block_size))
+
+    def slack(self, request: RunningRequest, cached: Sequence[int]) -> int:
+        """Blocks left over if the request ran here and shared `cached`; negative if it does not fit now.
+
+        Some blocks stay reserved for running requests to grow; otherwise the new request would soon be preempted.
+        """
+        headroom = min(len(self.running), self.pool.num_blocks // 32)
+        free = self.pool.num_free - self.pool.num_idle(cached)
+        return free - headroom - blocks_for(len(request.tokens), self.block_size) + len(cached)
+
+    def take(self, request: RunningRequest, cached: Sequence[int]) -> None:
+        """Run the request here, with blocks for all its tokens: a prefill that has begun never waits for memory."""
+        assert request.cache is None
+        request.cache = self
+        request.claim = None
+        self.pool.hold(cached)
+        own = blocks_for(len(request.tokens), self.block_size) - len(cached)
+        request.blocks = [*cached, *self.pool.allocate(own)]
+        request.computed = len(cached) * self.block_size
+        if request.cached_tokens is None:
+            request.cached_tokens = min(request.computed, request.num_prompt_tokens)
+        self.running.add(request)
+        self.backlog += request.remaining
+
+    def run(self, request: RunningRequest, length: int) -> Chunk:
+        """Put the request's next `length` tokens into flight."""
+        before = request.remaining
+        chunk = request.run(length)
+        self.backlog += request.remaining - before
+        return chunk
+
+    def rollback(self, request: RunningRequest) -> None:
+        """Drop the request's tokens in flight, so that they are run again."""
+        before = request.remaining
+        request.flight.clear()
+        self.backlog += request.remaining - before
+
+    def commit(self, request: RunningRequest) -> None:
+        """Record that the request's oldest chunk is in the KV cache for good. Blocks that are full now become known."""
+        first = request.computed // self.block_size
+        request.land()
+        full = request.computed // self.block_size
+        if self.prefix_caching and full > first:
+            for number, key in enumerate(request.keys(full, self.block_size)[first:], first):
+                self.pool.publish(request.blocks[number], key)
+
+    def drop(self, request: RunningRequest) -> None:
+        """Take the request and its blocks off this worker. The request keeps its tokens and loses what it computed.
+
+        Another request may get the blocks at once, although a step in flight still writes to them: the worker runs
+        that step before any later one, and a block becomes known only through what is written later.
+        """
+        assert request.cache is self
+        self.running.remove(request)
+        self.backlog -= request.remaining
+        self.pool.free(request.blocks)
+        self.forget.append(request.request_id)
+        request.cache = None
+        request.blocks = []
+        request.computed = request.introduced_blocks = 0
+        request.introduced = False
+        request.flight = []
+
+    def validate(self) -> None:
+        """Asserts the invariants of this worker and of what runs on it."""
+        items = self.running.items
+        arrivals = [request.arrival for request in items]
+        assert arrivals == sorted(set(arrivals)), "running sequences are out of order"
+        self.pool.validate(block for request in items for block in request.blocks)
+        assert self.backlog == sum(request.remaining for request in items)
+        for request in items:
+            known = len(request.tokens)
+            assert request.cache is self
+            assert not request.ended
+            assert 0 <= request.computed < known
+            assert request.computed <= request.started < request.known
+            assert request.introduced or request.introduced_blocks == 0
+            assert 0 <= request.introduced_blocks <= len(request.blocks)
+            # The newest token gets its place only when it is scheduled, and keeps it when its step is rolled back.
+            assert blocks_for(known - 1, self.block_size) <= len(request.blocks)
+            assert len(request.blocks) <= blocks_for(request.longest - 1, self.block_size)
+            assert blocks_for(request.started, self.block_size) <= len(request.blocks)

@@ -1,0 +1,62 @@
+"""Typed calls to actors: what they send, and that nothing else calls through Ray's handles."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.actors.remote.ask import Remote, ask, forward
+from tests.actors.fakes import Handle
+from tests.paths import ROOT
+
+
+class Adder:
+    def __init__(self, start: int) -> None:
+        self._start = start
+
+    def add(self, number: int, *, times: int = 1) -> int:
+        return self._start + number * times
+
+    async def add_later(self, number: int) -> int:
+        return self.add(number)
+
+
+def adder(start: int) -> Remote[Adder]:
+    return Remote(Handle(Adder(start)))
+
+
+def test_plain_and_async_methods_are_awaited_alike() -> None:
+    async def story() -> tuple[int, int]:
+        return await ask(adder(1), Adder.add, 2), await ask(adder(10), Adder.add_later, 2)
+
+    assert asyncio.run(story()) == (3, 12)
+
+
+def test_an_answer_is_forwarded() -> None:
+    async def story() -> int:
+        return await forward(adder(100), Adder.add, ask(adder(1), Adder.add, 2))
+
+    assert asyncio.run(story()) == 103
+
+
+def test_handles_of_the_same_actor_are_equal_and_can_be_sent() -> None:
+    actor: Remote[Any] = Remote("the handle")
+    assert pickle.loads(pickle.dumps(actor)) == actor
+    assert Remote("another handle") != actor
+
+
+def files_with(text: str, *folders: str) -> set[str]:
+    sources = [source for folder in folders for source in (ROOT / folder).rglob("*.py")]
+    return {str(source.relative_to(ROOT)) for source in sources if text in Path(source).read_text()}
+
+
+def test_only_one_file_calls_through_handles() -> None:
+    """fleet.py and start.py make actors and tasks; local_ray.py calls an application of Ray Serve."""
+    makers = {"actors/control/fleet.py", "actors/control/start.py", "deploy/launch/local_ray.py"}
+    assert files_with(".remote(", "actors", "deploy") == {"actors/remote/ask.py"} | makers
+
+
+def test_no_time_out_counts_time_in_which_its_own_loop_stood_still() -> None:
+    assert files_with("asyncio.wait_for", "actors") == set()
