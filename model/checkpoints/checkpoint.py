@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.model.checkpoints.conversion import LoadPlan, make_plan
+from elastic_moe.model.checkpoints.conversion import Conversion, find_conversion
 from elastic_moe.model.checkpoints.limits import MOST_POSITIONS, WithinCpuTime, check_counts
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
@@ -48,7 +48,7 @@ class Checkpoint:
     skeleton: PreTrainedModel
     """The model on the meta device: names and shapes. Not to be run or changed."""
     shape: Shape
-    plan: LoadPlan
+    conversion: Conversion
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -94,7 +94,7 @@ def _planned(
     path: Path, config: PretrainedConfig, skeleton: PreTrainedModel, shape: Shape, tensors: dict[str, StoredTensor]
 ) -> Checkpoint:
     """What is to be read of which file, and what the model is besides."""
-    plan = make_plan(skeleton, shape.expert_modules, shape.num_experts, tensors)
+    conversion = find_conversion(skeleton, shape.expert_modules, shape.num_experts, tensors)
     dtype = _stored_dtype(tensors)
     expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
     info = ModelInfo(
@@ -120,7 +120,7 @@ def _planned(
         stored_dtype=dtype,
         skeleton=skeleton,
         shape=shape,
-        plan=plan,
+        conversion=conversion,
     )
 
 

@@ -34,7 +34,7 @@ from elastic_moe.model.transformers_private import (
 
 
 @dataclass(slots=True, kw_only=True)
-class Group:
+class TensorGroup:
     """Stored tensors that are converted together."""
 
     target: str
@@ -55,7 +55,7 @@ class ExpertGroup:
 
     parameter: str
     """Name within the expert module, such as gate_up_proj."""
-    group: Group
+    group: TensorGroup
     fused: bool
     """Whether a stored tensor holds all experts along dimension 0, rather than a tensor for each."""
 
@@ -65,7 +65,7 @@ class ExpertGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadPlan:
+class Conversion:
     """What to read for the trunk, and for each expert."""
 
     trunk: tuple[str, ...]
@@ -74,9 +74,9 @@ class LoadPlan:
     """[L] groups of each MoE layer, one per parameter of its expert module."""
 
 
-def make_plan(
+def find_conversion(
     model: PreTrainedModel, expert_modules: Sequence[str], num_experts: int, tensors: Mapping[str, StoredTensor]
-) -> LoadPlan:
+) -> Conversion:
     """Work out the plan for `model`, which must be on the meta device.
 
     Raises CheckpointError for tensors that are missing or of the wrong shape, and for experts that are stored in a way
@@ -98,10 +98,10 @@ def make_plan(
         parameter = group.target.rpartition(".")[2]
         experts[owners[group.target]].append(check.expert(group, parameter, num_experts))
     _refuse_missing(model, set(wanted) - made, tensors)
-    return LoadPlan(trunk=tuple(trunk), experts=tuple(tuple(parts) for parts in experts))
+    return Conversion(trunk=tuple(trunk), experts=tuple(tuple(parts) for parts in experts))
 
 
-def convert(group: Group, tensors: Mapping[str, Sequence[Tensor]], model: PreTrainedModel) -> dict[str, Tensor]:
+def convert(group: TensorGroup, tensors: Mapping[str, Sequence[Tensor]], model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters that `tensors` (pattern -> tensors in order) make, by full name."""
     if group.converter is None:
         ((only,),) = tensors.values()
@@ -123,14 +123,14 @@ def _parameters(model: PreTrainedModel, module: str) -> list[str]:
     return [name for name, _ in model.get_submodule(module).named_parameters()]
 
 
-def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[str]) -> list[Group]:
+def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[str]) -> list[TensorGroup]:
     """Stored names by the parameter they make. Those that make none, such as extra prediction layers, are left out."""
     transforms = get_model_conversion_mapping(model) + _unpacking(names)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
-    groups: dict[str, Group] = {}
+    groups: dict[str, TensorGroup] = {}
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if target not in wanted and name in wanted:
@@ -138,7 +138,7 @@ def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[s
         if target not in wanted:
             continue
         converter = by_pattern[pattern] if pattern is not None else None
-        group = groups.setdefault(target, Group(target=target, converter=converter))
+        group = groups.setdefault(target, TensorGroup(target=target, converter=converter))
         group.sources.setdefault(pattern or name, []).append(name)
     return list(groups.values())
 
@@ -168,7 +168,7 @@ class _ShapeCheck:
     wanted: Mapping[str, Tensor]
     tensors: Mapping[str, StoredTensor]
 
-    def trunk(self, group: Group) -> set[str]:
+    def trunk(self, group: TensorGroup) -> set[str]:
         """Names of the parameters that the group makes, once their shapes are found right."""
         made = self._convert(group, {pattern: list(map(self._meta, names)) for pattern, names in group.sources.items()})
         for name, value in made.items():
@@ -176,7 +176,7 @@ class _ShapeCheck:
                 raise self._misfit(group, list(value.shape), list(self.wanted[name].shape))
         return set(made)
 
-    def expert(self, group: Group, parameter: str, count: int) -> ExpertGroup:
+    def expert(self, group: TensorGroup, parameter: str, count: int) -> ExpertGroup:
         """The group as one of an expert module, once every expert's part is found right."""
         want = self.wanted[group.target].shape
         fused = all(len(names) == 1 and self._rows(names[0]) == count for names in group.sources.values())
@@ -196,7 +196,7 @@ class _ShapeCheck:
                     raise self._stray(group)
         return result
 
-    def _one_each(self, group: Group, count: int) -> None:
+    def _one_each(self, group: TensorGroup, count: int) -> None:
         if group.converter is None:
             raise self._misfit(group, list(self.tensors[group.names[0]].shape), list(self.wanted[group.target].shape))
         for pattern in group.converter.source_patterns:
@@ -213,20 +213,20 @@ class _ShapeCheck:
         shape = self.tensors[name].shape
         return torch.empty((1, *shape[1:]) if one_row else shape, device="meta")
 
-    def _convert(self, group: Group, tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    def _convert(self, group: TensorGroup, tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         try:
             return convert(group, tensors, self.model)
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
             raise self._stray(group) from error
 
-    def _stray(self, group: Group) -> CheckpointError:
+    def _stray(self, group: TensorGroup) -> CheckpointError:
         name = self._odd_one(group)
         stored = self.tensors[name]
         return CheckpointError(
             f"{stored.file}: {name} has the shape {list(stored.shape)}, which does not fit into {group.target}"
         )
 
-    def _misfit(self, group: Group, found: list[int], want: list[int]) -> CheckpointError:
+    def _misfit(self, group: TensorGroup, found: list[int], want: list[int]) -> CheckpointError:
         name = self._odd_one(group)
         stored = self.tensors[name]
         return CheckpointError(
@@ -234,7 +234,7 @@ class _ShapeCheck:
             f"but config.json asks for {want}"
         )
 
-    def _odd_one(self, group: Group) -> str:
+    def _odd_one(self, group: TensorGroup) -> str:
         """The stored tensor whose shape stands out among its like, else the first."""
         for names in group.sources.values():
             usual = Counter(self.tensors[name].shape for name in names).most_common(1)[0][0]
@@ -243,7 +243,7 @@ class _ShapeCheck:
                     return name
         return group.names[0]
 
-    def _where(self, group: Group) -> str:
+    def _where(self, group: TensorGroup) -> str:
         return str(self.tensors[group.names[0]].file)
 
 

@@ -44,7 +44,7 @@ def load_trunk(
     implementations are names in transformers' registries; attention and experts must be registered by then.
     Blocks while it reads. Raises CheckpointError where a file has become unreadable since it was opened.
     """
-    tensors = {name: checkpoint.tensors[name] for name in checkpoint.plan.trunk}
+    tensors = {name: checkpoint.tensors[name] for name in checkpoint.conversion.trunk}
     reading = _Reading(total=sum(tensor.nbytes for tensor in tensors.values()), progress=progress)
     with quiet_transformers():
         cls: Any = _without_experts(type(checkpoint.skeleton))
@@ -85,7 +85,7 @@ def iter_experts(
     """
     ordered = sorted(set(pairs))
     for layer, expert in ordered:
-        if not (0 <= layer < len(checkpoint.plan.experts) and 0 <= expert < checkpoint.shape.num_experts):
+        if not (0 <= layer < len(checkpoint.conversion.experts) and 0 <= expert < checkpoint.shape.num_experts):
             raise IndexError(f"the model has no expert {expert} in MoE layer {layer}")
     sizes = {layer: expert_stored_bytes(checkpoint, layer) for layer, _ in ordered}
     done, total = 0, sum(sizes[layer] for layer, _ in ordered)
@@ -105,7 +105,7 @@ def expert_stored_bytes(checkpoint: Checkpoint, layer: int) -> int:
     count = checkpoint.shape.num_experts
     return sum(
         checkpoint.tensors[name].nbytes // (count if part.fused else 1)
-        for part in checkpoint.plan.experts[layer]
+        for part in checkpoint.conversion.experts[layer]
         for name in part.sources_of(0).values()
     )
 
@@ -114,7 +114,7 @@ def _load_expert(
     checkpoint: Checkpoint, layer: int, expert: int, *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
-    for part in checkpoint.plan.experts[layer]:
+    for part in checkpoint.conversion.experts[layer]:
         sources = {
             pattern: [_read(checkpoint.tensors[name], expert if part.fused else None, dtype)]
             for pattern, name in part.sources_of(expert).items()

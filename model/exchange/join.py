@@ -16,13 +16,13 @@ from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native import library
 from elastic_moe.model.native.exchange import NativeExchange
 
-Group = Transport | NativeExchange
+Exchange = Transport | NativeExchange
 """Workers that compute in lock-step."""
 
 
-def join_group(
+def join_exchange(
     spec: EpochSpec, rank: int, shapes: Sequence[LayerShape], *, native: bool, max_tokens: int, timeout_s: float
-) -> Group:
+) -> Exchange:
     """Blocks until all members have come. `max_tokens` is the most that a member runs in a step.
 
     native: this member can exchange tokens natively; where all members of a node can, they do.
@@ -57,12 +57,12 @@ def join_group(
 
 
 def make_dispatcher(
-    placement: Placement, rank: int, store: ExpertStore, group: Group, device: torch.device
+    placement: Placement, rank: int, store: ExpertStore, exchange: Exchange, device: torch.device
 ) -> Dispatcher:
     """Of one epoch; a group may outlive it."""
-    if isinstance(group, NativeExchange):
-        return NativeDispatcher(placement, rank, store, group)
-    return TransportDispatcher(placement, rank, store, group, device=device)
+    if isinstance(exchange, NativeExchange):
+        return NativeDispatcher(placement, rank, store, exchange)
+    return TransportDispatcher(placement, rank, store, exchange, device=device)
 
 
 def _all_able(able: bool, *, group: str, rank: int, size: int, timeout_s: float) -> bool:

@@ -35,8 +35,8 @@ from elastic_moe.model.native import attention as native_attention
 from elastic_moe.model.native import library, unavailable
 from elastic_moe.model.native.experts import NativeExperts, find_gate
 from elastic_moe.model.native.refusals import native_refusal
-from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, Way
-from elastic_moe.model.trunk.flash import find_way
+from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
+from elastic_moe.model.trunk.flash import find_variant
 from elastic_moe.model.trunk.linear import pack_linears
 
 
@@ -105,10 +105,10 @@ def attention_path(
         )
     if refusal is None:
         return AttentionPath(lib=library()), None
-    way = find_way(shapes.values(), dtype=dtype, device=device, block_size=block_size)
-    if isinstance(way, Way):
-        return AttentionPath(way=way), None
-    return MATMUL, refusal if device.type == "cpu" else way
+    variant = find_variant(shapes.values(), dtype=dtype, device=device, block_size=block_size)
+    if isinstance(variant, VarlenVariant):
+        return AttentionPath(varlen=variant), None
+    return MATMUL, refusal if device.type == "cpu" else variant
 
 
 def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
@@ -135,7 +135,7 @@ def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
 
 
 def _note_attention(shapes: TrunkShapes, attention: AttentionPath, reason: str | None, notes: FitNotes) -> None:
-    path = CodePath.TORCH if attention.way is None else CodePath.FLASH
+    path = CodePath.TORCH if attention.varlen is None else CodePath.FLASH
     if attention.lib is not None:
         path = CodePath.NATIVE
     for shape in shapes.kv.values():

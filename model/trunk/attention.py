@@ -97,8 +97,8 @@ class StepBatch:
         fused: NativeBatch | FlashBatch | None = None
         if cache.path.lib is not None:
             fused = NativeBatch(cache.path.lib, pieces, block_size=size)
-        elif cache.path.way is not None:
-            fused = FlashBatch(cache.path.way, pieces, block_size=size, device=device)
+        elif cache.path.varlen is not None:
+            fused = FlashBatch(cache.path.varlen, pieces, block_size=size, device=device)
         if fused is not None:
             nothing = torch.empty(0)
             return cls(cache=cache, positions=nothing, begun=nothing, decodes=[], prefills=[], fused=fused)

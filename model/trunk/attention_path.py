@@ -26,12 +26,12 @@ class KVShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class VarlenVariant:
     """How the installed kernels are called."""
 
     paged: bool
     """They read blocks of the cache where they lie."""
-    tell_begins: bool = True
+    passes_begins: bool = True
     """They are told where a sequence's keys begin; some must not be, if they read blocks."""
     sums_by_token: bool = False
     """They return the sums of the softmax as [T, N], as torch's documentation has it, and not as [N, T]."""
@@ -43,7 +43,7 @@ class AttentionPath:
 
     lib: ctypes.CDLL | None = None
     """The native library, where it attends."""
-    way: Way | None = None
+    varlen: VarlenVariant | None = None
     """How FlashAttention attends, where it does."""
 
 

@@ -24,15 +24,15 @@ from torch import Tensor
 from elastic_moe.model.native.attention import Rules
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.torch_private import varlen
-from elastic_moe.model.trunk.attention_path import KVShape, Way
+from elastic_moe.model.trunk.attention_path import KVShape, VarlenVariant
 
 Piece = tuple[int, int, Sequence[int]]
 """(start, end, block_ids) of a sequence: its tokens of the step are at positions start .. end - 1."""
 
 
-WAYS = tuple(
-    Way(paged=paged, tell_begins=tell_begins, sums_by_token=sums_by_token)
-    for paged, tell_begins in ((True, False), (True, True), (False, True))
+VARIANTS = tuple(
+    VarlenVariant(paged=paged, passes_begins=passes_begins, sums_by_token=sums_by_token)
+    for paged, passes_begins in ((True, False), (True, True), (False, True))
     for sums_by_token in (False, True)
 )
 """Best first."""
@@ -41,9 +41,11 @@ WAYS = tuple(
 class FlashBatch:
     """A step's sequences, as the kernels want them told: the same for all layers."""
 
-    def __init__(self, way: Way, pieces: Sequence[Piece], *, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, variant: VarlenVariant, pieces: Sequence[Piece], *, block_size: int, device: torch.device
+    ) -> None:
         """Tokens of the pieces follow one another in the step."""
-        self._way = way
+        self._variant = variant
         # grouped heads must be announced to newer versions
         known = inspect.signature(varlen.varlen_attn).parameters
         self._options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
@@ -61,7 +63,7 @@ class FlashBatch:
         table, begin_q, begin_k, length, self._write_T = to_device([table_RP, *begins, ends, write_T], device)
         self._begin_q, self._begin_k, self._length_R = begin_q.int(), begin_k.int(), length.int()
         self._max_q, self._max_k = int(counts.max()), int(ends.max())
-        if way.paged:
+        if variant.paged:
             self._table_RP = table.int()
         else:
             total = int(ends.sum())
@@ -76,14 +78,14 @@ class FlashBatch:
         """Write the step's keys and values to a layer's caches [P, B, G, D], and attend: [T, N, D of values]."""
         for cache, new_GTD in zip(caches, (key_GTD, value_GTD), strict=True):
             cache.flatten(0, 1).index_copy_(0, self._write_T, new_GTD.transpose(0, 1))
-        if self._way.paged:
+        if self._variant.paged:
             keys, values = caches
             where: dict[str, Any] = {"block_table": self._table_RP, "seqused_k": self._length_R}
         else:
             keys, values = (cache.flatten(0, 1).index_select(0, self._read_L) for cache in caches)
             where = {}
         size = value_GTD.shape[-1]
-        if not self._way.paged and size < keys.shape[-1]:
+        if not self._variant.paged and size < keys.shape[-1]:
             values = F.pad(values, (0, keys.shape[-1] - size))
         query_TND = query_NTD.transpose(0, 1)
         out_TND, sums = varlen.varlen_attn(
@@ -91,7 +93,7 @@ class FlashBatch:
             keys,
             values,
             self._begin_q,
-            self._begin_k if self._way.tell_begins else None,
+            self._begin_k if self._variant.passes_begins else None,
             self._max_q,
             self._max_k,
             return_aux=varlen.AuxRequest(lse=True),
@@ -102,37 +104,43 @@ class FlashBatch:
         )
         if rules.sinks is not None:
             # a sink takes exp(sink) of a sum that becomes exp(sum) + exp(sink)
-            sums_TN = sums if self._way.sums_by_token else sums.transpose(0, 1)
+            sums_TN = sums if self._variant.sums_by_token else sums.transpose(0, 1)
             share_TN = torch.sigmoid(sums_TN - rules.sinks.float())
             out_TND = (out_TND.float() * share_TN[..., None]).to(out_TND.dtype)
         return out_TND[..., :size]
 
 
-def find_way(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | str:
+def find_variant(
+    shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int
+) -> VarlenVariant | str:
     """The best way that gives right results for caches of these shapes; otherwise the reason why there is none."""
     if device.type != "cuda":
         return "FlashAttention is for CUDA GPUs"
     if dtype not in (torch.bfloat16, torch.float16):
         return "FlashAttention computes in 16 bits"
-    return try_ways(shapes, dtype=dtype, device=device, block_size=block_size)
+    return try_variants(shapes, dtype=dtype, device=device, block_size=block_size)
 
 
-def try_ways(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | str:
-    """As `find_way`, on any device."""
+def try_variants(
+    shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int
+) -> VarlenVariant | str:
+    """As `find_variant`, on any device."""
     distinct = set(shapes)
     if any(shape.softcap for shape in distinct):
         return "FlashAttention does not bound scores, as this model does"
-    for way in WAYS:
+    for variant in VARIANTS:
         try:
-            if all(_is_right(way, shape, dtype, device, block_size) for shape in distinct):
-                return way
+            if all(_is_right(variant, shape, dtype, device, block_size) for shape in distinct):
+                return variant
         except (RuntimeError, TypeError, ValueError, AttributeError):  # not in this version, or not for these sizes
             continue
     return "no way of calling torch's FlashAttention gave right results on this device"
 
 
 @torch.inference_mode()
-def _is_right(way: Way, shape: KVShape, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
+def _is_right(
+    variant: VarlenVariant, shape: KVShape, dtype: torch.dtype, device: torch.device, block_size: int
+) -> bool:
     """Tries a decode in one sequence and a chunk in the middle of another, with and without window and sinks."""
     g = torch.Generator().manual_seed(0)
 
@@ -146,7 +154,7 @@ def _is_right(way: Way, shape: KVShape, dtype: torch.dtype, device: torch.device
     caches = draw(blocks, block_size, groups, shape.key_size), draw(blocks, block_size, groups, shape.value_size)
     query, key = draw(heads, 1 + chunk, shape.key_size), draw(groups, 1 + chunk, shape.key_size)
     value = draw(groups, 1 + chunk, shape.value_size)
-    batch = FlashBatch(way, pieces, block_size=block_size, device=device)
+    batch = FlashBatch(variant, pieces, block_size=block_size, device=device)
     for window, sinks in ((None, None), (3, None), (None, draw(heads).float())):
         rules = Rules(scale=shape.key_size**-0.5, window=window, softcap=None, sinks=sinks)
         got = batch.attend(caches, query, key, value, rules)

@@ -43,7 +43,7 @@ class KVCache:
         def blocks(heads: int, size: int) -> Tensor:
             # zeros, not empty: masked keys must be finite
             shape = (heads, num_blocks, block_size, size)
-            if path.way is not None:
+            if path.varlen is not None:
                 shape = (num_blocks, block_size, heads, size)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)

@@ -29,7 +29,7 @@ from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
 from elastic_moe.model.exchange.counter import RoutingCounter
 from elastic_moe.model.exchange.dispatch import Dispatcher
-from elastic_moe.model.exchange.join import Group, join_group, make_dispatcher
+from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispatcher
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import Fit, fit
 from elastic_moe.model.native.exchange import NativeExchange
@@ -62,9 +62,9 @@ class _Sequence:
 class _EpochState:
     spec: EpochSpec
     rank: int
-    group: Group
+    exchange: Exchange
     dispatcher: Dispatcher
-    neighbours: tuple[int, ...] = ()
+    node_ranks: tuple[int, ...] = ()
     """Ranks of the workers that share the node's cores, this one too; empty where cores are not shared."""
     failed_step: int | None = None
     """The step that failed here. Later ones that are on their way already are refused: peers would mix them up."""
@@ -180,9 +180,9 @@ class Worker:
                 raise PlacementError(f"{self.spec.worker} does not hold expert {min(missing)} of layer {layer}")
         current = self._epoch
         if current is not None and current.spec.group == spec.group and current.rank == rank:
-            group = current.group
+            exchange = current.exchange
         else:
-            group = join_group(
+            exchange = join_exchange(
                 spec,
                 rank,
                 self._runner.layer_shapes,
@@ -190,8 +190,8 @@ class Worker:
                 max_tokens=self.spec.max_num_batched_tokens,
                 timeout_s=self.spec.step_timeout_s,
             )
-        dispatcher = make_dispatcher(spec.placement, rank, self._store, group, self._device)
-        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, group=group, dispatcher=dispatcher)
+        dispatcher = make_dispatcher(spec.placement, rank, self._store, exchange, self._device)
+        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, exchange=exchange, dispatcher=dispatcher)
 
     def _experts_of(self, spec: EpochSpec, layer: int) -> set[int]:
         return set(spec.placement.experts_of(self.spec.worker, layer)) - {EMPTY}
@@ -210,8 +210,8 @@ class Worker:
         self._share_threads(state)
         self._prepared.clear()
         self._runner.dispatcher = state.dispatcher
-        if previous is not None and previous.group is not state.group:
-            previous.group.close()
+        if previous is not None and previous.exchange is not state.exchange:
+            previous.exchange.close()
         self._keep_placed()
 
     def _share_threads(self, state: _EpochState) -> None:
@@ -219,21 +219,21 @@ class Worker:
         if self.spec.node_threads:
             workers = state.spec.placement.workers
             node = workers[state.rank].node
-            state.neighbours = tuple(rank for rank, worker in enumerate(workers) if worker.node == node)
-            self._share = max(1, self.spec.node_threads // len(state.neighbours))
+            state.node_ranks = tuple(rank for rank, worker in enumerate(workers) if worker.node == node)
+            self._share = max(1, self.spec.node_threads // len(state.node_ranks))
             torch.set_num_threads(self._share)
-            if isinstance(state.group, NativeExchange):
-                state.group.threads = self._share
+            if isinstance(state.exchange, NativeExchange):
+                state.exchange.threads = self._share
 
     def _borrow_threads(self, plan: StepPlan, state: _EpochState) -> None:
         """A prompt that is alone on its node takes the cores of workers with next to nothing to run, in the trunk.
 
         Only where the number of threads changes no bit: PyTorch's operators may add up in another order.
         """
-        if not isinstance(state.group, NativeExchange) or not state.neighbours:
+        if not isinstance(state.exchange, NativeExchange) or not state.node_ranks:
             return
         own = plan.tokens_per_rank[state.rank]
-        everybody = sum(plan.tokens_per_rank[rank] for rank in state.neighbours)
+        everybody = sum(plan.tokens_per_rank[rank] for rank in state.node_ranks)
         fair = round(self.spec.node_threads * own / everybody) if own >= _BORROW_TOKENS else 0
         threads = max(self._share, fair)
         if threads != torch.get_num_threads():
@@ -242,8 +242,8 @@ class Worker:
     def abandon(self, epoch: Epoch) -> None:
         """Forget what was prepared and staged for an epoch that will not come."""
         state = self._prepared.pop(epoch, None)
-        if state is not None and (self._epoch is None or state.group is not self._epoch.group):
-            state.group.close()
+        if state is not None and (self._epoch is None or state.exchange is not self._epoch.exchange):
+            state.exchange.close()
         self._keep_placed()
 
     def _keep_placed(self) -> None:
@@ -359,7 +359,7 @@ class Worker:
         """Wake a step that waits for a dead peer. The group is of no use afterwards; a new epoch must follow."""
         current = self._epoch
         if current is not None and current.spec.epoch == epoch:
-            current.group.abort()
+            current.exchange.abort()
 
     def routing_counts(self) -> RoutingCounts:
         """Since the last call."""

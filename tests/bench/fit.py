@@ -24,7 +24,7 @@ import torch
 from elastic_moe.cluster.fit import FitReport, Part
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
-from elastic_moe.model.fitting import fit as surgery
+from elastic_moe.model.fitting import fit as fitting
 from elastic_moe.model.worker.worker import Worker
 from tests.bench.report import markdown
 from tests.bench.step import CONTEXT, load_worker, step_s
@@ -37,7 +37,7 @@ BATCHES = (1, 8)
 def report_of(path: Path, dtype: torch.dtype) -> FitReport:
     """Of a checkpoint's trunk, and of experts that have none of their weights yet."""
     trunk = load_trunk(open_checkpoint(str(path)), dtype=dtype, device=torch.device("cpu"))
-    return surgery.fit(trunk, expert_modules(trunk), block_size=BLOCK).report()
+    return fitting.fit(trunk, expert_modules(trunk), block_size=BLOCK).report()
 
 
 def matrix(reports: Mapping[str, FitReport]) -> str:
@@ -61,7 +61,7 @@ class StepTime:
 def decode_pairs(path: Path, threads: int, turns: int, batch: int) -> tuple[StepTime, StepTime]:
     """(joined, layer by layer), of workers that take turns step by step."""
     joined = load_worker(path, threads)
-    with mock.patch.object(surgery, "join_layers", return_value="the benchmark does not want it"):
+    with mock.patch.object(fitting, "join_layers", return_value="the benchmark does not want it"):
         single = load_worker(path, threads)
     times: list[list[tuple[float, float]]] = [[], []]
     loads = []

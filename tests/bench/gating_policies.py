@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
 from elastic_moe.model.exchange.dispatch import LayerShape
-from elastic_moe.model.exchange.join import join_group, make_dispatcher
+from elastic_moe.model.exchange.join import join_exchange, make_dispatcher
 from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.store import ExpertStore
@@ -266,7 +266,7 @@ class Dynamic:
             store.put(0, expert, {"gate_up_proj": module.gate_up[expert], "down_proj": module.down[expert]})
         shape = LayerShape(hidden=module.down.shape[1], top_k=member.top_k, dtype=module.down.dtype)
         rank = member.transport.rank
-        group = join_group(spec, rank, [shape], native=store.native, max_tokens=member.max_tokens, timeout_s=60.0)
+        group = join_exchange(spec, rank, [shape], native=store.native, max_tokens=member.max_tokens, timeout_s=60.0)
         self._dispatcher = make_dispatcher(spec.placement, rank, store, group, torch.device("cpu"))
         self._size = size
         self.computed_rows = self.dropped_rows = 0

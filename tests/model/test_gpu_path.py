@@ -9,7 +9,7 @@ import elastic_moe.model.fitting.fit
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.model.exchange.transports import CollectiveTransport
 from elastic_moe.model.experts.stacked import StackedExperts
-from elastic_moe.model.trunk.flash import try_ways
+from elastic_moe.model.trunk.flash import try_variants
 from tests.model.families import tiny_checkpoint
 from tests.model.kernels import KERNELS
 from tests.model.lockstep import Lockstep, request
@@ -19,7 +19,7 @@ from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 @pytest.fixture(params=list(KERNELS))
 def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
-    monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_way", try_ways)
+    monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_variant", try_variants)
     monkeypatch.setattr(elastic_moe.model.fitting.fit, "layer_experts", lambda module, int8: StackedExperts(module))
 
 
@@ -29,7 +29,7 @@ def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest
     path = tiny_checkpoint(family, tmp_path_factory)
     cluster = Lockstep(path, [4, 4], transport="gloo")
     assert cluster.workers_runner()._cache is not None
-    assert cluster.workers_runner()._cache.path.way is not None
+    assert cluster.workers_runner()._cache.path.varlen is not None
     texts = prompts(path)
     tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts}
     for name, text in zip(tokens, texts, strict=True):

@@ -73,7 +73,7 @@ def test_info(name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     checkpoint = open_checkpoint(tiny_checkpoint(name, tmp_path_factory))
     info = checkpoint.info
     assert (info.num_logical_experts, info.top_k, info.hidden_size) == (8, 2, 64)
-    assert info.num_layers == len(checkpoint.plan.experts) == len(checkpoint.shape.expert_modules)
+    assert info.num_layers == len(checkpoint.conversion.experts) == len(checkpoint.shape.expert_modules)
     assert info.vocab_size == 512
     assert info.eos_token_ids == (0, 2)
     assert info.dtype == "float32"

@@ -24,7 +24,7 @@ from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.placement import Placement, contiguous
 from elastic_moe.model.exchange.dispatch import LayerShape, route_table
-from elastic_moe.model.exchange.join import join_group, make_dispatcher
+from elastic_moe.model.exchange.join import join_exchange, make_dispatcher
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
 from elastic_moe.model.native import library
@@ -159,7 +159,7 @@ def test_all_ranks_take_the_same_path(lib: ctypes.CDLL) -> None:
         def go(rank: int) -> object:
             modules = MODULES if able[rank] else [ToyExperts(EXPERTS, HIDDEN, WIDTH, seed) for seed in range(LAYERS)]
             store = toy_store(modules, placement, rank)
-            group = join_group(spec, rank, [SHAPE] * LAYERS, native=store.native, max_tokens=64, timeout_s=20)
+            group = join_exchange(spec, rank, [SHAPE] * LAYERS, native=store.native, max_tokens=64, timeout_s=20)
             make_dispatcher(placement, rank, store, group, CPU).begin([0, 0], None)
             return group
 

@@ -20,7 +20,7 @@ def lockstep(path: Path, slots: tuple[int, ...]) -> Lockstep:
 
 
 def groups(workers: Lockstep) -> list[object]:
-    return [worker._epoch.group for worker in workers.workers.values() if worker._epoch is not None]
+    return [worker._epoch.exchange for worker in workers.workers.values() if worker._epoch is not None]
 
 
 def first_logits(workers: Lockstep, vocabulary: int) -> torch.Tensor:

@@ -169,7 +169,7 @@ def pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
 
 
 def fitted(lib: ctypes.CDLL, function: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a modelling file's function is after the surgery."""
+    """What a modelling file's function is after the fitting."""
     file: Any = ModuleType("some_modelling_file")
     file.apply_rotary_pos_emb = function
     monkeypatch.setitem(__import__("sys").modules, file.__name__, file)
