@@ -1,9 +1,9 @@
-"""Which stored tensors make which parameters of a model, and by what conversion.
+"""Finds which stored tensors make which parameters of a model, and by what conversion.
 
-Checkpoints name and lay out tensors as their authors did; transformers renames, stacks and joins them while it loads
-(its conversion mapping). Here that mapping is worked out once, over names and shapes alone: that finds missing and
-misshapen tensors before anything is read, tells the trunk from the experts, and lets one expert be made by itself,
-by the same conversion.
+A checkpoint names and lays out tensors as its authors did. transformers renames, stacks and joins them while it loads
+(its conversion mapping). This file applies that mapping once, to names and shapes alone. So it finds missing and
+misshapen tensors before anything is read, separates the trunk from the experts, and can convert one expert by itself in
+the same way.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class TensorGroup:
     """Stored tensors that are converted together."""
 
     target: str
-    """Name of the first parameter that they make."""
+    """Name of the first parameter that the tensors make."""
     converter: WeightConverter | None
-    """None: one tensor that is only renamed."""
+    """None if the group is one tensor that is only renamed."""
     sources: dict[str, list[str]] = field(default_factory=dict)
     """Pattern of the converter -> names of stored tensors, in the order in which they are stacked."""
 
@@ -51,22 +51,22 @@ class TensorGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertGroup:
-    """A group that makes one parameter of an expert module, [E, ...], and how to make one expert's part alone."""
+    """A group that makes one parameter [E, ...] of an expert module, and can make one expert's part of it alone."""
 
     parameter: str
-    """Name within the expert module, such as gate_up_proj."""
+    """Name of the parameter within the expert module, such as gate_up_proj."""
     group: TensorGroup
     fused: bool
-    """Whether a stored tensor holds all experts along dimension 0, rather than a tensor for each."""
+    """True if one stored tensor holds all experts along dimension 0; False if each expert has a tensor of its own."""
 
     def sources_of(self, expert: int) -> dict[str, str]:
-        """Pattern -> stored tensor that holds this expert's part."""
+        """Pattern of the converter -> name of the stored tensor that holds this expert's part."""
         return {pattern: names[0 if self.fused else expert] for pattern, names in self.group.sources.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What to read for the trunk, and for each expert."""
+    """The stored tensors that make the trunk, and those that make each expert."""
 
     trunk: tuple[str, ...]
     """Names of the stored tensors that the trunk is made of."""
@@ -77,10 +77,10 @@ class Conversion:
 def find_conversion(
     model: PreTrainedModel, expert_modules: Sequence[str], num_experts: int, tensors: Mapping[str, StoredTensor]
 ) -> Conversion:
-    """Work out the plan for `model`, which must be on the meta device.
+    """Find the conversion of `tensors` into the parameters of `model`, which must be on the meta device.
 
-    Raises CheckpointError for tensors that are missing or of the wrong shape, and for experts that are stored in a way
-    that does not let one be read alone.
+    Raises CheckpointError if a tensor is missing or has the wrong shape, or if the experts are stored in such a way
+    that one cannot be read alone.
     """
     wanted = model.state_dict()
     groups = _groups(model, wanted, sorted(tensors, key=dot_natural_key))
@@ -102,7 +102,7 @@ def find_conversion(
 
 
 def convert(group: TensorGroup, tensors: Mapping[str, Sequence[Tensor]], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters that `tensors` (pattern -> tensors in order) make, by full name."""
+    """Convert `tensors` (pattern -> tensors in order) into parameters, by full name."""
     if group.converter is None:
         ((only,),) = tensors.values()
         return {group.target: only}
@@ -115,7 +115,7 @@ def convert(group: TensorGroup, tensors: Mapping[str, Sequence[Tensor]], model: 
 
 
 def _ready(tensor: Tensor) -> Callable[[], Tensor]:
-    # A converter calls what it has collected: this is how it reads tensors as late as possible.
+    # a converter calls the functions that it has collected, so that it reads each tensor as late as possible
     return lambda: tensor
 
 
@@ -124,7 +124,9 @@ def _parameters(model: PreTrainedModel, module: str) -> list[str]:
 
 
 def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[str]) -> list[TensorGroup]:
-    """Stored names by the parameter they make. Those that make none, such as extra prediction layers, are left out."""
+    """Group stored tensors by the parameter that they make. Tensors that make none (extra prediction layers) are left
+    out.
+    """
     transforms = get_model_conversion_mapping(model) + _unpacking(names)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -162,14 +164,14 @@ def _unpacking(names: Sequence[str]) -> list[WeightConverter]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ShapeCheck:
-    """Carries out conversions on the meta device to see whether they make what the model wants."""
+    """Runs conversions on the meta device to check that they make parameters of the model's shapes."""
 
     model: PreTrainedModel
     wanted: Mapping[str, Tensor]
     tensors: Mapping[str, StoredTensor]
 
     def trunk(self, group: TensorGroup) -> set[str]:
-        """Names of the parameters that the group makes, once their shapes are found right."""
+        """Check the shapes of the parameters that the group makes, and return the parameters' names."""
         made = self._convert(group, {pattern: list(map(self._meta, names)) for pattern, names in group.sources.items()})
         for name, value in made.items():
             if name in self.wanted and value.shape != self.wanted[name].shape:
@@ -177,7 +179,7 @@ class _ShapeCheck:
         return set(made)
 
     def expert(self, group: TensorGroup, parameter: str, count: int) -> ExpertGroup:
-        """The group as one of an expert module, once every expert's part is found right."""
+        """Check every expert's part of the group, and return the group as one of an expert module."""
         want = self.wanted[group.target].shape
         fused = all(len(names) == 1 and self._rows(names[0]) == count for names in group.sources.values())
         if not fused:
@@ -235,7 +237,7 @@ class _ShapeCheck:
         )
 
     def _odd_one(self, group: TensorGroup) -> str:
-        """The stored tensor whose shape stands out among its like, else the first."""
+        """The stored tensor whose shape differs from the usual shape of its pattern; if all are alike, the first one."""
         for names in group.sources.values():
             usual = Counter(self.tensors[name].shape for name in names).most_common(1)[0][0]
             for name in names:
@@ -248,7 +250,7 @@ class _ShapeCheck:
 
 
 def _refuse_missing(model: PreTrainedModel, missing: set[str], tensors: Mapping[str, StoredTensor]) -> None:
-    """Parameters that no stored tensor makes are an error, unless they are tied to one that is there."""
+    """Raise CheckpointError for parameters that no stored tensor makes, unless they are tied to one that is stored."""
     tied = tied_weights(model)
     twins: dict[str, set[str]] = defaultdict(set)
     for one, other in tied.items():
