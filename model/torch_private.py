@@ -25,7 +25,7 @@ READS_A_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
 def onednn_pack(weight: Tensor, rows: int) -> Tensor:
-    """Pack a bfloat16 matrix [out, in] on CPU in oneDNN's layout for products with about `rows` rows: an opaque tensor."""
+    """Pack a bfloat16 matrix [out, in] on CPU in oneDNN's layout for about `rows` rows. Returns an opaque tensor."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
     return packed
 

@@ -237,7 +237,7 @@ class _ShapeCheck:
         )
 
     def _odd_one(self, group: TensorGroup) -> str:
-        """The stored tensor whose shape differs from the usual shape of its pattern; if all are alike, the first one."""
+        """The stored tensor whose shape differs from the others of its pattern; the first one if all are alike."""
         for names in group.sources.values():
             usual = Counter(self.tensors[name].shape for name in names).most_common(1)[0][0]
             for name in names:

@@ -71,7 +71,7 @@ class _Trace:
 
 
 def dry_run(model: PreTrainedModel) -> Shape:
-    """Find the shape of `model`, which must be on the meta device. Raises NotServable with the reason if it has none."""
+    """Find the shape of `model`, which must be on the meta device. Raises NotServable if it cannot be served."""
     modules = [(name, module) for name, module in model.named_modules() if is_expert_module(module)]
     _check_structure(model, modules)
     trace = _Trace()

@@ -139,7 +139,7 @@ class StackedExperts:
             return sum(t.nbytes for tensors in (self._slots.stacks, *self._beside.values()) for t in tensors.values())
 
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """Compute LayerExperts.forward. A row's sum is in the order of its choices and in float32, whatever the dtype."""
+        """See LayerExperts. A row is summed in the order of its choices and in float32, whatever the dtype."""
         slots = self._slots
         size, (rows, choices) = len(slots.experts), index_RK.shape
         if not slots.stacks or not rows or not size:

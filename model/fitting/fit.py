@@ -60,7 +60,7 @@ class Fit:
         return None if len(set(self.shapes.layers)) == 1 else "the MoE layers differ in their shapes"
 
     def report(self) -> FitReport:
-        """Which path serves each part. Call it when experts are held, since only their sizes show if native code fits."""
+        """Which path serves each part. Call it when experts are held: only their sizes show if native code fits."""
         refusal = self.exchange_refusal()
         notes = FitNotes(self.rows if refusal is None else map(_apart, self.rows))
         for layer in self.experts:
