@@ -73,7 +73,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except CheckpointError:
         raise
     except _BROKEN as error:
-        raise CheckpointError(f"{path / 'config.json'}: makes no sense with the files ({_one_line(error)})") from error
+        raise CheckpointError(
+            f"{path / 'config.json'}: does not fit the stored tensors ({_one_line(error)})"
+        ) from error
 
 
 def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:

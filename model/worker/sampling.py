@@ -155,7 +155,7 @@ def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) with 53 random bits. Equal arguments give the same number everywhere (SplitMix64, two rounds)."""
+    """A number in [0, 1) with 53 random bits, the same on every machine for equal arguments (SplitMix64, two rounds)."""
     return (_mix(_mix(seed & _MASK) + index * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
 
 
@@ -352,7 +352,7 @@ def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:
 
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[tuple[list[int], Tensor]]:
-    """The rows that want the model's log probabilities, some rows at a time, each time with a table of a line per row."""
+    """The rows that want the model's log probabilities, in parts. Each part has a table with a line per row."""
     groups: dict[int, list[int]] = {}
     for row, state in enumerate(states):
         if state.params.logprobs is not None:
@@ -367,7 +367,7 @@ def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingStat
 
 
 def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
-    """[R, 2 (1 + number)] the ids of the chosen and the most likely tokens, then their log probabilities, in float64."""
+    """[R, 2 (1 + number)] the ids of the chosen and the most likely tokens, then their log probabilities (float64)."""
     # CUDA adds up a row in an order that depends on its place in memory; rounding from float64 hides the difference
     dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
     logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float().clamp_(min=LEAST_LOGPROB)

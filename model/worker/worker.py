@@ -359,7 +359,7 @@ class Worker:
         self._sequences.clear()
 
     def abort_step(self, epoch: Epoch) -> None:
-        """Wake a step that waits for a dead peer. The exchange cannot be used afterwards, so a new epoch must follow."""
+        """Wake a step that waits for a dead peer. The exchange cannot be used afterwards; a new epoch must follow."""
         current = self._epoch
         if current is not None and current.spec.epoch == epoch:
             current.exchange.abort()
