@@ -88,7 +88,7 @@ def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
     except CheckpointError:
         raise
     except _BROKEN as error:
-        raise CheckpointError(f"{path / 'config.json'}: no model can be built of it ({_one_line(error)})") from error
+        raise CheckpointError(f"{path / 'config.json'}: no model can be built from it ({_one_line(error)})") from error
     return config, skeleton, shape
 
 
@@ -189,7 +189,7 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
             )
             model.eval()  # type: ignore[no-untyped-call]
     except _BROKEN as error:
-        raise CheckpointError(f"{file}: no model can be built of it ({_one_line(error)})") from error
+        raise CheckpointError(f"{file}: no model can be built from it ({_one_line(error)})") from error
     return model
 
 

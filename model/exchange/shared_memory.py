@@ -83,7 +83,7 @@ class SharedMemoryTransport:
             if self._aborted:
                 raise StepAborted("the exchange was aborted")
             if time.monotonic() > deadline:
-                raise StepAborted(f"no word from a peer for {self._timeout_s:g} s")
+                raise StepAborted(f"a peer has not answered for {self._timeout_s:g} s")
             tries += 1
             if tries < _YIELDS:
                 os.sched_yield()

@@ -124,7 +124,7 @@ class NativeExchange:
         if status == _ABORTED:
             raise StepAborted("the exchange was aborted")
         if status == _SILENT:
-            raise StepAborted(f"no word from a peer for {self._timeout_s:g} s")
+            raise StepAborted(f"a peer has not answered for {self._timeout_s:g} s")
         assert status == _DONE, "the ranks disagree about a step's tokens"
 
 

@@ -62,7 +62,7 @@ def _open(path: Path, num_bytes: int, deadline: float) -> mmap.mmap:
             break
         except FileNotFoundError:
             if time.monotonic() > deadline:
-                raise StepAborted(f"peer {path.name} did not come") from None
+                raise StepAborted(f"peer {path.name} did not join") from None
             time.sleep(0.002)
     try:
         return mmap.mmap(fd, num_bytes)

@@ -155,7 +155,7 @@ def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) with 53 random bits, the same on every machine for equal arguments (SplitMix64, two rounds)."""
+    """A number in [0, 1) with 53 random bits, the same everywhere for equal arguments (SplitMix64, two rounds)."""
     return (_mix(_mix(seed & _MASK) + index * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
 
 
