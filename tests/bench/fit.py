@@ -35,13 +35,13 @@ BATCHES = (1, 8)
 
 
 def report_of(path: Path, dtype: torch.dtype) -> FitReport:
-    """Of a checkpoint's trunk, and of experts that have none of their weights yet."""
+    """The report for a checkpoint's trunk, and for experts without weights."""
     trunk = load_trunk(open_checkpoint(str(path)), dtype=dtype, device=torch.device("cpu"))
     return fitting.fit(trunk, expert_modules(trunk), block_size=BLOCK).report()
 
 
 def matrix(reports: Mapping[str, FitReport]) -> str:
-    """Family by part; families whose paths are the same share a row."""
+    """The path of each part by family. Families with the same paths share a row."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for family, report in reports.items():
         alike.setdefault(tuple(report.shares(part) for part in Part), []).append(family)
@@ -85,7 +85,7 @@ def _medians(times: Sequence[tuple[float, float]]) -> StepTime:
 
 
 def pairs_table(path: Path, threads: int, turns: int) -> str:
-    """What joining takes off the time of a decode step."""
+    """The share of a decode step's time that joining saves."""
     head = ("decode of", "joined ms", "layer by layer ms", "shorter by %", "CPU ms", "layer by layer", "less by %")
     rows = []
     for batch in BATCHES:

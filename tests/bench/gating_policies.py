@@ -52,7 +52,7 @@ class Policy(Protocol):
 
 
 class GatedExperts(nn.Module):
-    """As transformers' expert modules look to ExpertStore, with the weights of all experts: gate, up and down."""
+    """Looks like transformers' expert modules to ExpertStore, and has the weights of all experts: gate, up and down."""
 
     is_transposed = False
     has_gate = True
@@ -176,8 +176,8 @@ class AdaptiveCapacity(StaticCapacity):
 
     def _capacity(self, index_TK: Tensor) -> int:
         busiest = torch.bincount(index_TK.flatten(), minlength=1).max()
-        told = swap(self._transport, [busiest.view(1)] * self._transport.size, [8] * self._transport.size)
-        return max(1, int(torch.cat(told).max()))
+        loads = swap(self._transport, [busiest.view(1)] * self._transport.size, [8] * self._transport.size)
+        return max(1, int(torch.cat(loads).max()))
 
 
 def _places(index_TK: Tensor, experts: int) -> Tensor:
@@ -211,8 +211,8 @@ class ExactRows:
     def _compute(self, rows: list[Tensor], counts_WE: Tensor) -> list[Tensor]:
         """[S, H] for each worker, sorted by its experts, there and back."""
         transport = self._transport
-        told = swap(transport, list(counts_WE), [counts_WE[0].nbytes] * transport.size)
-        received_WE = torch.stack(told)
+        counts = swap(transport, list(counts_WE), [counts_WE[0].nbytes] * transport.size)
+        received_WE = torch.stack(counts)
         sizes = received_WE.sum(1)
         came = swap(transport, rows, (sizes * rows[0].shape[1] * rows[0].dtype.itemsize).tolist())
         # every sender's rows are sorted; over all senders they are not

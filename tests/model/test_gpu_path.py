@@ -1,4 +1,6 @@
-"""The code of GPUs on CPU, in float32: stacked experts, FlashAttention's interface, gloo. Tokens are transformers'."""
+"""Runs the code for GPUs on CPU in float32 (stacked experts, FlashAttention's interface, gloo). Tokens are
+transformers'.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest
 def test_a_step_whose_exchanges_came_to_nothing_counts_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device the step goes on to its end, with whatever numbers there were, before the host hears of an abort."""
+    """On a device, an aborted step runs to its end with wrong numbers before the CPU notices the abort."""
     cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4], transport="gloo", depth=1)
     cluster.scheduler.add(request("one", [5, 6, 7], max_tokens=20))
     for _ in range(4):

@@ -1,6 +1,6 @@
-"""A step on a GPU asks the device nothing until its tokens are there: it runs on the meta device, which cannot answer.
+"""A step on a GPU reads no value from the device before its tokens: it runs on the meta device, which has no values.
 
-Attention is torch's own operator, of which the meta device knows the interface.
+Attention is torch's own operator, whose interface the meta device has.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tests.model.worker.test_sampling import state
 
 META = torch.device("meta")
 WAIT = {"phimoe-longrope": "which factors to take is a question of transformers' own to the positions"}
-"""Families whose modules ask the device themselves."""
+"""Families whose modules read values from the device."""
 
 
 class FarAway:
-    """A transport of two whose other rank sends whatever it is asked for."""
+    """A transport of two ranks. The other rank sends as many bytes as are expected."""
 
     rank = 0
     size = 2

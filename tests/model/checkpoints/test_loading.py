@@ -29,7 +29,7 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much where the machine is busy."""
+    """Tiny tensors gain nothing from threads, and threads make them much slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

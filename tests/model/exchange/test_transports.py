@@ -1,4 +1,4 @@
-"""Every transport delivers what was sent to whom it was sent; a peer that is gone or told to stop wakes the others."""
+"""Every transport delivers each message to its receiver; a peer that dies or aborts wakes the others."""
 
 from __future__ import annotations
 

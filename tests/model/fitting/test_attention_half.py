@@ -1,4 +1,4 @@
-"""Decoder layers joined into one call each: recognised by what they compute, and the same bits as their parts."""
+"""Attention halves of decoder layers are recognised by what they compute; joined ones give the bits of their parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trunk's report says: which path serves what, and a reason wherever it is not the fastest one."""
+"""A trunk's report says which path serves each part, and gives a reason if the path is not the fastest one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All layers of a trunk as one call: only where nothing else lies between them, and the same bits and counts."""
+"""All layers of a trunk become one call only if nothing else lies between them; bits and counts are the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHERS = ["qwen3_moe-mixed", "qwen2_moe", "minimax_m2", "glm4_moe", "gpt_oss"]
 
 
 @pytest.mark.parametrize("family", RUNS + OTHERS)
-def test_which_trunks_become_one_run(lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_which_trunks_become_one_call(lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tiny_checkpoint(family, tmp_path_factory)
     trunk = load_trunk(open_checkpoint(str(path)), dtype=torch.bfloat16, device=torch.device("cpu"))
     fitting.fit(trunk, expert_modules(trunk), block_size=16)

@@ -1,4 +1,4 @@
-"""MoE layers of several workers in native code: PyTorch's arithmetic is the oracle; peers may die at any point."""
+"""MoE layers of several workers in native code: PyTorch's arithmetic is the oracle, and peers may die at any time."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_ranks_that_disagree_about_a_step_raise_an_error(lib: ctypes.CDLL) -> No
 
 
 def _peer(group: str, ready: Connection) -> None:
-    """Rank 1 in a process of its own: layer after layer, for ever."""
+    """Runs rank 1 in a process of its own: it computes layer after layer without end."""
     lib = library()
     assert lib is not None
     ready.send(True)

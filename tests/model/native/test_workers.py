@@ -1,4 +1,4 @@
-"""Whole models in bfloat16 over several workers of a node: what one worker computes, whoever holds the experts."""
+"""Whole models in bfloat16 over several workers of a node compute what one worker computes, for any placement."""
 
 from __future__ import annotations
 

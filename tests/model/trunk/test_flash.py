@@ -1,4 +1,4 @@
-"""Attention by FlashAttention's interface is the formula, whichever version is installed; a wrong one is not used."""
+"""Attention by FlashAttention's interface equals the formula with any version of it; a wrong version is not used."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ GATHER = VarlenVariant(paged=False)
         (kernels.wrong_corner, EVEN, 16, "no way of calling torch's FlashAttention gave right results on this device"),
     ],
 )
-def test_the_way_is_found_by_trying(
+def test_the_variant_is_found_by_trying(
     kernel: Callable[..., Any],
     shape: KVShape,
     block_size: int,
@@ -68,7 +68,7 @@ def test_no_kernel_for_bounded_scores_or_for_cpus(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize("block_size", [4, 256])
 @pytest.mark.parametrize(("window", "sink"), [(None, False), (1, False), (5, False), (None, True), (5, True)])
-def test_every_way_is_as_plain_attention(
+def test_every_variant_equals_plain_attention(
     kernel: str, block_size: int, window: int | None, sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", KERNELS[kernel])
