@@ -1,6 +1,6 @@
 """The data plane in torch, without Ray. The order of the rooms; a room imports only from those above it:
 
-    (this folder)  int8, staging, heap; the private seams of torch and transformers (torch_private, transformers_private)
+    (this folder)  int8, staging, heap; torch_private and transformers_private hold all uses of private functions
     native/        kernels in C++ for bfloat16 on CPU
     trunk/         attention over the paged KV cache, packed linear layers, rotary embeddings
     checkpoints/   opens a model directory, checks that it can be served, loads the trunk or single experts

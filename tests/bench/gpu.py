@@ -49,7 +49,7 @@ class Result:
     concurrency: int
     """0: the prefill load."""
     tokens: int
-    """Tokens of output per second, or of prompts in the prefill load."""
+    """Number of output tokens; in the prefill load, of prompt tokens."""
     seconds: float
 
     @property

@@ -105,7 +105,7 @@ def test_stacks_compute_what_the_loop_does(kind: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_history_of_copies_and_flips(data: st.DataObject) -> None:
-    """Experts arrive at any time and are used from the next flip on; a flip drops the experts that it does not place."""
+    """Experts arrive at any time and are used from the next flip on; a flip drops those that it does not place."""
     module = Experts(**KINDS["transposed, with biases"])
     stacked, oracle = StackedExperts(module), CpuExperts(module)
     experts = st.sets(st.integers(0, EXPERTS - 1))

@@ -1,4 +1,4 @@
-"""Native attention equals the formula. Its bits do not depend on how a prompt is cut or which sequences run beside it."""
+"""Native attention equals the formula. Its bits do not depend on how a prompt is cut or what runs beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models in bfloat16 with the native library are near float32, and give the same bits beside any other sequences."""
+"""Whole models in bfloat16 with the native library are near float32, and give the same bits in any batch."""
 
 from __future__ import annotations
 
