@@ -250,7 +250,7 @@ class Dynamic:
     """This project's dispatcher over its own store of experts, joined as workers of one node join."""
 
     def __init__(self, module: GatedExperts, member: Member, *, native: bool = True) -> None:
-        """native: with the native library's layer, where there is one; else with the products that rivals have."""
+        """`native`: use the native library's layer if it is available; otherwise the products that rivals use."""
         size, each = member.transport.size, module.num_experts // member.transport.size
         workers = tuple(Worker(id=WorkerId(f"w{r}"), node="n", slots=each) for r in range(size))
         spec = EpochSpec(
