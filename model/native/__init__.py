@@ -1,11 +1,17 @@
 """The native library: kernels in C++ for bfloat16 on CPU. Each has a PyTorch path that is its oracle in tests.
 
-    library      compiles the C++ files at first use and loads them       structs   structures that C++ functions read
-    linear       packed matrices (gemm.h, gemm8.h, linear.cpp)            memory    huge pages for packed matrices
-    attention    attention over the KV cache      block    a layer's attention half      router    choices of experts
-    experts      a layer's experts                layers   several decoder layers in one call
-    exchange     MoE layers of the workers of one node (exchange.cpp, moe.cpp)     segments  the memory that they share
-    refusals     why native code does not serve a dtype or device
+    library     compiles the C++ files at first use and loads them
+    structs     the structures that C++ functions read
+    refusals    why native code does not serve a dtype or a device
+    memory      huge pages for packed matrices
+    linear      packed matrices (gemm.h, gemm8.h, linear.cpp)
+    attention   attention over the KV cache
+    block       the attention half of a decoder layer
+    router      the choice of experts
+    experts     the experts of a layer
+    layers      several decoder layers in one call
+    exchange    the MoE layers of the workers of one node (exchange.cpp, moe.cpp)
+    segments    the memory that these workers share
 
 The library is optional at run time. The machine's C++ compiler compiles it at first use (some seconds, once per
 machine). ctypes loads it and releases the interpreter's lock during calls. Its functions take plain pointers and do not
