@@ -57,7 +57,7 @@ class Stage:
 
 
 class Server:
-    """The calls that are needed of it."""
+    """The calls of the server's API that this example needs."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -96,7 +96,7 @@ class Server:
         return np.array(self._call("/admin/routing")["load"])
 
     def rebalance(self) -> str:
-        """Have it done, and tell how it ended; /admin/operations says more."""
+        """Ask for a rebalance and report how it ended; /admin/operations has the details."""
         operation = self._call("/admin/rebalance", {"planner": "auto"})
         while operation["phase"] not in ("completed", "failed"):
             time.sleep(0.2)

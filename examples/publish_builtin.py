@@ -28,7 +28,7 @@ CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\\n') }}"
 """The model only continues text, so a chat is its messages one after another."""
 
 TEMPERATURE, TOP_P = 0.7, 0.9
-"""Of answers, where a request says nothing: a model as small as this wanders off at 1."""
+"""Temperature of answers if a request names none: at 1, such a small model leaves the subject."""
 
 PROMPTS = (
     "In the beginning",
@@ -154,7 +154,7 @@ def corpus_table(report: dict[str, Any]) -> str:
 
 
 def card(report: dict[str, Any], traces: dict[str, Trace], answers: str, note: str) -> str:
-    """The model card. `note` is what the report does not know of the training."""
+    """The model card. `note` holds what the report does not say about the training."""
     recipe = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in report["recipe"].items())
     return f"""# emoe-mini
 

@@ -32,10 +32,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from examples.corpus import Text, load_corpus
 
 END = "<|endoftext|>"
-"""Stands between documents."""
+"""The token between two documents."""
 
 LONGEST_STEP_S = 10.0
-"""A step that took longer was interrupted, and counts for no more than this."""
+"""The most seconds that a step counts for; a longer step was interrupted."""
 
 Tokens = np.ndarray[Any, np.dtype[np.uint16]]
 
@@ -59,7 +59,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 100
     decay_share: float = 0.4
-    """The last part of the time, in which the learning rate falls to nothing."""
+    """The share of the time, at its end, in which the learning rate falls to zero."""
     balance: float = 0.01
     """Coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961, uses the same), over
     whole batches that mix all subjects: no expert dies, and experts may still specialise."""
@@ -247,7 +247,7 @@ class Run:
         draft.replace(self._checkpoint)
 
     def train(self) -> None:
-        """Until the time is over. Every process sees rank 0's clock, so that all stop after the same step."""
+        """Train until the time is over. Every process uses rank 0's clock, so that all stop after the same step."""
         budget_s = self._args.minutes * 60
         before, saved_at, measured_at = time.monotonic(), self._elapsed_s, self._elapsed_s
         bar = tqdm(total=round(budget_s), initial=round(self._elapsed_s), unit="s", disable=self._rank > 0)
@@ -370,7 +370,7 @@ def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def prepare(out: Path, recipe: Recipe) -> None:
-    """Text, tokenizer and tokens, where they are not there yet."""
+    """Make text, tokenizer and tokens if they are missing."""
     if (out / "tokens.npz").exists():
         return
     texts = load_corpus(out / "packages")

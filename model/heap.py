@@ -1,7 +1,8 @@
-"""Gives memory that was freed back to the operating system.
+"""Returns freed memory to the operating system.
 
-Loading allocates what it keeps and what it does not in turns, and glibc's heap keeps the holes: they are just too small
-for the next aligned tensor of the same size, and add up to half of what is kept.
+Loading allocates lasting and temporary tensors in turns. glibc's heap keeps the holes that temporary tensors leave:
+each is just too small for the next aligned tensor of the same size. Together they take half as much memory as the
+model.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ctypes
 from typing import Final
 
 _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""Of glibc; other C libraries have none, and need none."""
+"""A function of glibc. Other C libraries do not have it, and do not need it."""
 
 
 def return_freed_memory() -> None:

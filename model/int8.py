@@ -1,7 +1,7 @@
 """Expert weights in 8 bits: rounded in groups of 128 inputs of each output, with a scale for each group.
 
-Only weights are rounded so: activations keep more bits than bfloat16 has (model/native/gemm8.h). In memory and on its
-way between workers, an expert takes 52 % of what it takes in bfloat16.
+Only weights are rounded to 8 bits; activations keep more bits than bfloat16 has (model/native/gemm8.h). In memory and
+on its way between workers, an expert takes 52 % of the bytes that it takes in bfloat16.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 GROUP = 128
-"""As in gemm8.h."""
+"""Inputs that share one scale, as in gemm8.h."""
 SCALE = "_scale"
-"""Appended to the name of a matrix, it names its scales."""
+"""The scales of a matrix have the matrix's name with this ending."""
 
 
 def quantize(matrix_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix [N, K] to (int8 [N, K], scales in float32 [N, groups]), to nearest.
+    """Round a matrix [N, K] to the nearest 8-bit values: (int8 [N, K], float32 scales [N, groups]).
 
     The largest weight of a group becomes 127 or -127.
     """

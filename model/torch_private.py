@@ -1,7 +1,7 @@
-"""Every use of torch that its documentation does not promise: the one place to look when torch is upgraded.
+"""Holds every use of torch that its documentation does not promise. Look here first when torch is upgraded.
 
-tests/model/test_private_seams.py names each with the signature that is expected of it, so that an upgrade fails a test
-instead of losing a path. Imports nothing of this project.
+tests/model/test_private_seams.py names each of them with its expected signature, so that an upgrade fails a test
+instead of losing a path silently. This file imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["PrefixStore", "TCPStore", "TorchDispatchMode", "varlen"]
 
 READS_A_VALUE = torch.ops.aten._local_scalar_dense.default
-"""The operator by which Python reads a tensor's value, which a tensor on the meta device does not have."""
+"""The operator by which Python reads a tensor's value. A tensor on the meta device has no value."""
 
 
 def onednn_pack(weight: Tensor, rows: int) -> Tensor:
-    """A bfloat16 matrix [out, in] on CPU in oneDNN's layout for products with about so many rows; an opaque tensor."""
+    """Pack a bfloat16 matrix [out, in] on CPU in oneDNN's layout for about `rows` rows. Returns an opaque tensor."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
     return packed
 
 
 def onednn_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` for a matrix of `onednn_pack`."""
+    """Compute `F.linear` with a matrix that `onednn_pack` has packed."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return out
 
 
 def plain_tensors() -> AbstractContextManager[Any]:
-    """Within the block, a subclass of Tensor is handled as a plain tensor."""
+    """Within the block, torch handles a subclass of Tensor as a plain tensor."""
     guard: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return guard
 
 
 def gloo_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, address: str) -> Any:
-    """A process group of its own, unknown to torch.distributed's global state. Its sockets listen at `address` only."""
+    """Make a gloo process group that is not part of torch.distributed's global state. It listens at `address` only."""
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
@@ -51,13 +51,13 @@ def gloo_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, ad
 
 
 def nccl_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, interface: str | None) -> Any:
-    """As `gloo_group`, on GPUs, over the network interface of that name; None leaves the choice to NCCL.
+    """Make an NCCL process group as `gloo_group` does. None as `interface` leaves the choice of a network to NCCL.
 
-    Its watchdog is off: it would end this process, and what it holds, with a dead peer.
+    NCCL's watchdog is switched off: when a peer dies, it would end this process too, and the experts held here with it.
     """
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     if interface is not None:
-        # NCCL reads it once, when the process joins its first group; "=": this very name
+        # NCCL reads the variable once, when the process joins its first group; "=" asks for this exact name
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
@@ -65,5 +65,5 @@ def nccl_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, in
 
 
 def alltoall(group: Any, out: Tensor, payload: Tensor, received: list[int], sent: list[int]) -> None:
-    """Exchange rows of `payload` between all ranks. Waits for gloo; NCCL is ordered on the device's stream."""
+    """Exchange rows of `payload` between all ranks. Blocks with gloo; with NCCL it is queued on the device's stream."""
     group.alltoall_base(out, payload, received, sent, dist.AllToAllOptions()).wait()

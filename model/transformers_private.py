@@ -1,7 +1,7 @@
-"""Every use of transformers that its documentation does not promise: the one place to look when it is upgraded.
+"""Holds every use of transformers that its documentation does not promise. Look here first when it is upgraded.
 
-tests/model/test_private_seams.py names each with the signature that is expected of it, so that an upgrade fails a test
-instead of losing a path. Imports nothing of this project.
+tests/model/test_private_seams.py names each of them with its expected signature, so that an upgrade fails a test
+instead of losing a path silently. This file imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 EXPERT_FLAGS = ("_apply_gate", "is_transposed", "has_bias", "has_gate")
-"""What the decorator of expert modules gives them, and what the experts interface reads."""
+"""Attributes that transformers' decorator gives to expert modules and that its experts interface reads."""
 
 _ROTARY = "apply_rotary_pos_emb"
-"""The function of a modelling file that its attention modules call by this name."""
+"""The name by which the attention modules of a modelling file call its rotary embedding."""
 
 
 def apply_gate(module: nn.Module, gate_up: Tensor) -> Tensor:
-    """The activation of an expert module: [R, 2F] -> [R, F]."""
+    """Apply the activation of an expert module: [R, 2F] -> [R, F]."""
     gated: Tensor = module._apply_gate(gate_up)  # type: ignore[operator]
     return gated
 
@@ -51,7 +51,7 @@ def has_causal_model(config: PretrainedConfig) -> bool:
 
 
 def implementations(config: Any) -> tuple[str, str]:
-    """Names of the attention and of the experts that models of this configuration call."""
+    """The names of the attention function and the experts function that models of this configuration call."""
     return config._attn_implementation, config._experts_implementation
 
 
@@ -60,7 +60,7 @@ def set_implementations(config: Any, attention: str, experts: str) -> None:
 
 
 def tied_weights(model: PreTrainedModel) -> Mapping[str, str]:
-    """Parameter -> parameter whose memory it shares, by full name."""
+    """Full name of a parameter -> full name of the parameter whose memory it shares."""
     tied: Mapping[str, str] = model.all_tied_weights_keys
     return tied
 
@@ -72,11 +72,11 @@ def may_be_missing(model: PreTrainedModel) -> Collection[str]:
 
 
 def rotary_function(file: Any) -> Callable[..., Any] | None:
-    """The rotary embedding of a modelling file (a Python module); None where it has none of the usual name."""
+    """The rotary embedding function of a modelling file (a Python module); None if none has the usual name."""
     function: Callable[..., Any] | None = getattr(file, _ROTARY, None)
     return function
 
 
 def replace_rotary_function(file: Any, function: Callable[..., Any]) -> None:
-    """From now on every model of this modelling file in this process calls `function`."""
+    """Make every model of this modelling file in this process call `function` from now on."""
     setattr(file, _ROTARY, function)

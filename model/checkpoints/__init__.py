@@ -1,0 +1,12 @@
+"""Reads Hugging Face checkpoints: checks everything first, then loads the trunk or single experts.
+
+    checkpoint    opens a model directory; every error of a checkpoint is found here, in one line
+    limits        bounds on the numbers of a configuration
+    stored        finds tensors in safetensors files and reads their bytes
+    servability   a dry run on the meta device, which finds out whether the engine can serve the model
+    conversion    which stored tensors make which parameters, and how
+    loading       loads the trunk, and any experts
+    quiet         switches off transformers' progress bars and log records
+
+The room leaves packing and placing of the loaded tensors to model/fitting/ and model/experts/.
+"""

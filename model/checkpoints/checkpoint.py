@@ -1,6 +1,6 @@
-"""Opens a model directory: what it holds, whether it can be served, and why not. No weight is read.
+"""Opens a model directory: finds what it holds, and whether it can be served. Reads no weight.
 
-Everything that can be wrong with a checkpoint is found here, in a second or two, and told in one line.
+Everything that can be wrong with a checkpoint is found here, in a second or two, and reported in one line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.model.checkpoints.conversion import LoadPlan, make_plan
+from elastic_moe.model.checkpoints.conversion import Conversion, find_conversion
 from elastic_moe.model.checkpoints.limits import MOST_POSITIONS, WithinCpuTime, check_counts
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
@@ -28,7 +28,7 @@ _BROKEN = (
     *(ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, AssertionError),
     *(ImportError, OSError, StrictDataclassError, MemoryError),
 )
-"""What transformers raises when a configuration makes no sense to it."""
+"""Errors that transformers raises when a configuration makes no sense to it."""
 
 _UNPACKED = ("mxfp4",)
 """Quantization methods whose weights are unpacked to the served dtype while they are loaded."""
@@ -40,29 +40,29 @@ class Checkpoint:
 
     path: Path
     config: PretrainedConfig
-    """Of the language model, where the checkpoint's own has more parts."""
+    """The configuration of the language model, also if the checkpoint's configuration has more parts."""
     info: ModelInfo
     tensors: dict[str, StoredTensor]
     stored_dtype: torch.dtype
-    """Of most of its bytes."""
+    """The floating dtype in which most of the bytes are stored."""
     skeleton: PreTrainedModel
-    """The model on the meta device: names and shapes. Not to be run or changed."""
+    """The model on the meta device, which has names and shapes only. Nobody may run or change it."""
     shape: Shape
-    plan: LoadPlan
+    conversion: Conversion
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open the Hugging Face checkpoint in the directory `path`.
 
-    Raises CheckpointError, in one line, where it is missing, damaged, incomplete or not servable.
-    Never runs code of the checkpoint, never unpickles. Blocks for a second or two.
+    Raises CheckpointError, with one line, if the checkpoint is missing, damaged, incomplete or cannot be served.
+    Never runs code of the checkpoint, and never unpickles. Blocks for a second or two.
     """
     path = Path(path)
     raw = _read_raw(path)
     try:
         tensors = stored_tensors(path)
     except CheckpointError as unreadable:
-        # told below, unless something is wrong with the model itself
+        # an error in config.json explains more than this one, so it is looked for first
         check_counts(path / "config.json", raw, None)
         _understand(path)
         raise unreadable
@@ -73,7 +73,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except CheckpointError:
         raise
     except _BROKEN as error:
-        raise CheckpointError(f"{path / 'config.json'}: makes no sense with the files ({_one_line(error)})") from error
+        raise CheckpointError(
+            f"{path / 'config.json'}: does not fit the stored tensors ({_one_line(error)})"
+        ) from error
 
 
 def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
@@ -86,15 +88,15 @@ def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
     except CheckpointError:
         raise
     except _BROKEN as error:
-        raise CheckpointError(f"{path / 'config.json'}: no model can be built of it ({_one_line(error)})") from error
+        raise CheckpointError(f"{path / 'config.json'}: no model can be built from it ({_one_line(error)})") from error
     return config, skeleton, shape
 
 
 def _planned(
     path: Path, config: PretrainedConfig, skeleton: PreTrainedModel, shape: Shape, tensors: dict[str, StoredTensor]
 ) -> Checkpoint:
-    """What is to be read of which file, and what the model is besides."""
-    plan = make_plan(skeleton, shape.expert_modules, shape.num_experts, tensors)
+    """Find which stored tensors make which parameters, and describe the model."""
+    conversion = find_conversion(skeleton, shape.expert_modules, shape.num_experts, tensors)
     dtype = _stored_dtype(tensors)
     expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
     info = ModelInfo(
@@ -120,7 +122,7 @@ def _planned(
         stored_dtype=dtype,
         skeleton=skeleton,
         shape=shape,
-        plan=plan,
+        conversion=conversion,
     )
 
 
@@ -128,7 +130,7 @@ def _planned(
 
 
 def _read_raw(path: Path) -> dict[str, Any]:
-    """The configuration as it is written, once it is of a model that transformers has."""
+    """Read config.json as it is written. Raises CheckpointError unless transformers knows its model type."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     file = path / "config.json"
@@ -154,7 +156,7 @@ def _read_config(path: Path) -> PretrainedConfig:
     except _BROKEN as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
     if hasattr(config, "quantization_config"):
-        # what is loaded is unpacked: transformers must not set up kernels for packed weights
+        # weights are unpacked while they are loaded, so transformers must not set up kernels for packed ones
         del config.quantization_config
     return config
 
@@ -172,7 +174,7 @@ def _refuse_quantized(file: Path, raw: dict[str, Any]) -> None:
 
 
 def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of `config` on the meta device."""
+    """Build the causal language model of `config` on the meta device."""
     file = path / "config.json"
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{file}: {config.model_type} is an encoder-decoder model, which cannot be served")
@@ -187,7 +189,7 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
             )
             model.eval()  # type: ignore[no-untyped-call]
     except _BROKEN as error:
-        raise CheckpointError(f"{file}: no model can be built of it ({_one_line(error)})") from error
+        raise CheckpointError(f"{file}: no model can be built from it ({_one_line(error)})") from error
     return model
 
 
@@ -197,9 +199,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _max_model_len(path: Path, config: PretrainedConfig) -> int:
-    """Longest sequence that the position embeddings allow.
+    """The longest sequence that the position embeddings allow, in tokens.
 
-    YaRN and linear scaling multiply; where the field already says so (DeepSeek, gpt-oss), the product is the same.
+    YaRN and linear scaling multiply the original length. Where max_position_embeddings already is the product
+    (DeepSeek, gpt-oss), the result is the same.
     """
     length = int(config.get_text_config().max_position_embeddings)
     longest = max((_scaled(length, part) for part in _ropes(config)), default=length)
@@ -213,7 +216,7 @@ def _max_model_len(path: Path, config: PretrainedConfig) -> int:
 
 def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    # some families have one for each kind of layer
+    # some families have parameters for each kind of layer
     return [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
 
 
@@ -233,9 +236,10 @@ def _scaled(length: int, rope: dict[str, Any]) -> int:
 
 
 def _eos_token_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """All that generation_config.json and config.json name; where neither names any, the model family's own.
+    """All end tokens that generation_config.json and config.json name; if they name none, those of the model family.
 
-    The API adds the tokenizer's to every request. Fine-tunes change one of the three places and leave the others.
+    The API adds the tokenizer's end token to every request. Fine-tunes change one of these three places and leave the
+    others unchanged, so all three count.
     """
     generation, own = path / "generation_config.json", path / "config.json"
     found = _named_eos(generation, read_json(generation)) if generation.is_file() else []
@@ -260,7 +264,7 @@ def _named_eos(file: Path, content: dict[str, Any]) -> list[int]:
 
 
 def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """The floating dtype that most bytes are stored in."""
+    """The floating dtype in which most bytes are stored."""
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if tensor.dtype.is_floating_point:

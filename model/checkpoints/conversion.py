@@ -1,9 +1,9 @@
-"""Which stored tensors make which parameters of a model, and by what conversion.
+"""Finds which stored tensors make which parameters of a model, and by what conversion.
 
-Checkpoints name and lay out tensors as their authors did; transformers renames, stacks and joins them while it loads
-(its conversion mapping). Here that mapping is worked out once, over names and shapes alone: that finds missing and
-misshapen tensors before anything is read, tells the trunk from the experts, and lets one expert be made by itself,
-by the same conversion.
+A checkpoint names and lays out tensors as its authors did. transformers renames, stacks and joins them while it loads
+(its conversion mapping). This file applies that mapping once, to names and shapes alone. So it finds missing and
+misshapen tensors before anything is read, separates the trunk from the experts, and can convert one expert by itself in
+the same way.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from elastic_moe.model.transformers_private import (
 
 
 @dataclass(slots=True, kw_only=True)
-class Group:
+class TensorGroup:
     """Stored tensors that are converted together."""
 
     target: str
-    """Name of the first parameter that they make."""
+    """Name of the first parameter that the tensors make."""
     converter: WeightConverter | None
-    """None: one tensor that is only renamed."""
+    """None if the group is one tensor that is only renamed."""
     sources: dict[str, list[str]] = field(default_factory=dict)
     """Pattern of the converter -> names of stored tensors, in the order in which they are stacked."""
 
@@ -51,22 +51,22 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertGroup:
-    """A group that makes one parameter of an expert module, [E, ...], and how to make one expert's part alone."""
+    """A group that makes one parameter [E, ...] of an expert module, and can make one expert's part of it alone."""
 
     parameter: str
-    """Name within the expert module, such as gate_up_proj."""
-    group: Group
+    """Name of the parameter within the expert module, such as gate_up_proj."""
+    group: TensorGroup
     fused: bool
-    """Whether a stored tensor holds all experts along dimension 0, rather than a tensor for each."""
+    """True if one stored tensor holds all experts along dimension 0; False if each expert has a tensor of its own."""
 
     def sources_of(self, expert: int) -> dict[str, str]:
-        """Pattern -> stored tensor that holds this expert's part."""
+        """Pattern of the converter -> name of the stored tensor that holds this expert's part."""
         return {pattern: names[0 if self.fused else expert] for pattern, names in self.group.sources.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadPlan:
-    """What to read for the trunk, and for each expert."""
+class Conversion:
+    """The stored tensors that make the trunk, and those that make each expert."""
 
     trunk: tuple[str, ...]
     """Names of the stored tensors that the trunk is made of."""
@@ -74,13 +74,13 @@ class LoadPlan:
     """[L] groups of each MoE layer, one per parameter of its expert module."""
 
 
-def make_plan(
+def find_conversion(
     model: PreTrainedModel, expert_modules: Sequence[str], num_experts: int, tensors: Mapping[str, StoredTensor]
-) -> LoadPlan:
-    """Work out the plan for `model`, which must be on the meta device.
+) -> Conversion:
+    """Find the conversion of `tensors` into the parameters of `model`, which must be on the meta device.
 
-    Raises CheckpointError for tensors that are missing or of the wrong shape, and for experts that are stored in a way
-    that does not let one be read alone.
+    Raises CheckpointError if a tensor is missing or has the wrong shape, or if the experts are stored in such a way
+    that one cannot be read alone.
     """
     wanted = model.state_dict()
     groups = _groups(model, wanted, sorted(tensors, key=dot_natural_key))
@@ -98,11 +98,11 @@ def make_plan(
         parameter = group.target.rpartition(".")[2]
         experts[owners[group.target]].append(check.expert(group, parameter, num_experts))
     _refuse_missing(model, set(wanted) - made, tensors)
-    return LoadPlan(trunk=tuple(trunk), experts=tuple(tuple(parts) for parts in experts))
+    return Conversion(trunk=tuple(trunk), experts=tuple(tuple(parts) for parts in experts))
 
 
-def convert(group: Group, tensors: Mapping[str, Sequence[Tensor]], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters that `tensors` (pattern -> tensors in order) make, by full name."""
+def convert(group: TensorGroup, tensors: Mapping[str, Sequence[Tensor]], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Convert `tensors` (pattern -> tensors in order) into parameters, by full name."""
     if group.converter is None:
         ((only,),) = tensors.values()
         return {group.target: only}
@@ -115,7 +115,7 @@ def convert(group: Group, tensors: Mapping[str, Sequence[Tensor]], model: PreTra
 
 
 def _ready(tensor: Tensor) -> Callable[[], Tensor]:
-    # A converter calls what it has collected: this is how it reads tensors as late as possible.
+    # a converter calls the functions that it has collected, so that it reads each tensor as late as possible
     return lambda: tensor
 
 
@@ -123,14 +123,16 @@ def _parameters(model: PreTrainedModel, module: str) -> list[str]:
     return [name for name, _ in model.get_submodule(module).named_parameters()]
 
 
-def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[str]) -> list[Group]:
-    """Stored names by the parameter they make. Those that make none, such as extra prediction layers, are left out."""
+def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[str]) -> list[TensorGroup]:
+    """Group stored tensors by the parameter that they make. Tensors that make none (extra prediction layers) are left
+    out.
+    """
     transforms = get_model_conversion_mapping(model) + _unpacking(names)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
-    groups: dict[str, Group] = {}
+    groups: dict[str, TensorGroup] = {}
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if target not in wanted and name in wanted:
@@ -138,7 +140,7 @@ def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[s
         if target not in wanted:
             continue
         converter = by_pattern[pattern] if pattern is not None else None
-        group = groups.setdefault(target, Group(target=target, converter=converter))
+        group = groups.setdefault(target, TensorGroup(target=target, converter=converter))
         group.sources.setdefault(pattern or name, []).append(name)
     return list(groups.values())
 
@@ -162,22 +164,22 @@ def _unpacking(names: Sequence[str]) -> list[WeightConverter]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ShapeCheck:
-    """Carries out conversions on the meta device to see whether they make what the model wants."""
+    """Runs conversions on the meta device to check that they make parameters of the model's shapes."""
 
     model: PreTrainedModel
     wanted: Mapping[str, Tensor]
     tensors: Mapping[str, StoredTensor]
 
-    def trunk(self, group: Group) -> set[str]:
-        """Names of the parameters that the group makes, once their shapes are found right."""
+    def trunk(self, group: TensorGroup) -> set[str]:
+        """Check the shapes of the parameters that the group makes, and return the parameters' names."""
         made = self._convert(group, {pattern: list(map(self._meta, names)) for pattern, names in group.sources.items()})
         for name, value in made.items():
             if name in self.wanted and value.shape != self.wanted[name].shape:
                 raise self._misfit(group, list(value.shape), list(self.wanted[name].shape))
         return set(made)
 
-    def expert(self, group: Group, parameter: str, count: int) -> ExpertGroup:
-        """The group as one of an expert module, once every expert's part is found right."""
+    def expert(self, group: TensorGroup, parameter: str, count: int) -> ExpertGroup:
+        """Check every expert's part of the group, and return the group as one of an expert module."""
         want = self.wanted[group.target].shape
         fused = all(len(names) == 1 and self._rows(names[0]) == count for names in group.sources.values())
         if not fused:
@@ -196,7 +198,7 @@ class _ShapeCheck:
                     raise self._stray(group)
         return result
 
-    def _one_each(self, group: Group, count: int) -> None:
+    def _one_each(self, group: TensorGroup, count: int) -> None:
         if group.converter is None:
             raise self._misfit(group, list(self.tensors[group.names[0]].shape), list(self.wanted[group.target].shape))
         for pattern in group.converter.source_patterns:
@@ -213,20 +215,20 @@ class _ShapeCheck:
         shape = self.tensors[name].shape
         return torch.empty((1, *shape[1:]) if one_row else shape, device="meta")
 
-    def _convert(self, group: Group, tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    def _convert(self, group: TensorGroup, tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         try:
             return convert(group, tensors, self.model)
         except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
             raise self._stray(group) from error
 
-    def _stray(self, group: Group) -> CheckpointError:
+    def _stray(self, group: TensorGroup) -> CheckpointError:
         name = self._odd_one(group)
         stored = self.tensors[name]
         return CheckpointError(
             f"{stored.file}: {name} has the shape {list(stored.shape)}, which does not fit into {group.target}"
         )
 
-    def _misfit(self, group: Group, found: list[int], want: list[int]) -> CheckpointError:
+    def _misfit(self, group: TensorGroup, found: list[int], want: list[int]) -> CheckpointError:
         name = self._odd_one(group)
         stored = self.tensors[name]
         return CheckpointError(
@@ -234,8 +236,8 @@ class _ShapeCheck:
             f"but config.json asks for {want}"
         )
 
-    def _odd_one(self, group: Group) -> str:
-        """The stored tensor whose shape stands out among its like, else the first."""
+    def _odd_one(self, group: TensorGroup) -> str:
+        """The stored tensor whose shape differs from the others of its pattern; the first one if all are alike."""
         for names in group.sources.values():
             usual = Counter(self.tensors[name].shape for name in names).most_common(1)[0][0]
             for name in names:
@@ -243,12 +245,12 @@ class _ShapeCheck:
                     return name
         return group.names[0]
 
-    def _where(self, group: Group) -> str:
+    def _where(self, group: TensorGroup) -> str:
         return str(self.tensors[group.names[0]].file)
 
 
 def _refuse_missing(model: PreTrainedModel, missing: set[str], tensors: Mapping[str, StoredTensor]) -> None:
-    """Parameters that no stored tensor makes are an error, unless they are tied to one that is there."""
+    """Raise CheckpointError for parameters that no stored tensor makes, unless they are tied to one that is stored."""
     tied = tied_weights(model)
     twins: dict[str, set[str]] = defaultdict(set)
     for one, other in tied.items():

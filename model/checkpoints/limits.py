@@ -1,4 +1,4 @@
-"""Bounds on what a configuration may describe, so that a wrong number costs one line and not minutes or all memory.
+"""Bounds on the numbers of a configuration, so that a wrong one costs an error line and not minutes or all memory.
 
 transformers makes lists and modules as long as the configuration says, before anybody compares it with the files.
 """
@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from elastic_moe.cluster.errors import CheckpointError
 
 BUILDING_S = 10.0
-"""CPU time that building a model without its weights may take. The largest published ones take about one second."""
+"""Seconds of CPU time that building a model without its weights may take. The largest published models take about one.
+"""
 
 MOST_POSITIONS = 2**31 - 1
 
@@ -27,14 +28,15 @@ _MORE_LAYERS = (
 _SPARE_LAYERS = 16
 _LAYERS_WITHOUT_FILES = 1000
 _MOST_LABELS = 100_000
-"""transformers names each label, though a language model has none."""
+"""transformers makes a name for each label, though a language model has no labels."""
 _NUMBER = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
 
 
 def check_counts(file: Path, raw: Mapping[str, Any], names: Iterable[str] | None) -> None:
-    """Compare the numbers of layers in the configuration `raw` with the `names` of stored tensors, None if unknown.
+    """Compare the numbers of layers in the configuration `raw` with the `names` of stored tensors (None if unknown).
 
-    Raises CheckpointError, naming the field of `file`, where one is not a number of layers or is far beyond the files.
+    Raises CheckpointError, which names the field of `file`, if a number of layers is below 1 or far above that of the
+    stored tensors.
     """
     stored = None if names is None else _stored_layers(names)
     most = _LAYERS_WITHOUT_FILES if stored is None else 2 * stored + _SPARE_LAYERS
@@ -50,7 +52,7 @@ def check_counts(file: Path, raw: Mapping[str, Any], names: Iterable[str] | None
 
 
 def _numbers(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers by dotted name, with those of the parts of a model that has several."""
+    """Yield every number of the configuration with its dotted name, also those of a nested configuration."""
     for key, value in raw.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{key}.")
@@ -59,19 +61,19 @@ def _numbers(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def _stored_layers(names: Iterable[str]) -> int:
-    """One more than the highest layer's number: the first number in a tensor's name."""
+    """One more than the highest layer number. A layer number is the first number in a tensor's name."""
     numbers = (match for name in names if (match := _NUMBER.search(name)))
     return max((int(match[1]) + 1 for match in numbers), default=0)
 
 
 class BuildingTakesTooLong(RuntimeError):
-    """What is being built is far beyond any model."""
+    """The model that is being built is far larger than any published one."""
 
 
 class WithinCpuTime(TorchFunctionMode):
-    """In it, this thread's calls of torch raise BuildingTakesTooLong once it has computed for `seconds`.
+    """Within the block, this thread's calls of torch raise BuildingTakesTooLong after `seconds` of CPU time.
 
-    CPU time of the thread, so that a busy machine makes no difference.
+    The thread's CPU time counts, so that a busy machine makes no difference.
     """
 
     def __init__(self, seconds: float = BUILDING_S, clock: Callable[[], float] = time.thread_time) -> None:

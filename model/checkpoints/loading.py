@@ -1,7 +1,7 @@
-"""Loads a model in parts: the trunk (everything but experts), and whichever experts a worker holds.
+"""Loads a model in parts: the trunk (everything but experts), and the experts that a worker holds.
 
-Both come out bit for bit as transformers' `from_pretrained` would have them. Only the bytes that are needed are read,
-and nothing is held twice: while a worker loads, its memory stays close to what it keeps.
+Both have the same bits as after transformers' `from_pretrained`. Only the bytes that are needed are read, and no tensor
+is held twice: while a worker loads, its memory stays close to the size of the weights that it keeps.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from elastic_moe.model.checkpoints.stored import StoredTensor
 from elastic_moe.model.heap import return_freed_memory
 
 _TRIM_BYTES = 32 << 20
-"""Experts read between two clean-ups of the heap."""
+"""Bytes of experts that are read between two calls of return_freed_memory."""
 
 Progress = Callable[[int, int], None]
-"""Told (done_bytes, total_bytes) now and then."""
+"""A function that is called with (done_bytes, total_bytes) from time to time."""
 
 
 def load_trunk(
@@ -38,13 +38,13 @@ def load_trunk(
     experts_implementation: str = "emoe",
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """The causal language model without expert weights, in evaluation mode and without gradients.
+    """Load the causal language model without expert weights, in evaluation mode and without gradients.
 
-    Its expert modules stay, flags and all, with a buffer of no elements in place of each parameter. The two
-    implementations are names in transformers' registries; attention and experts must be registered by then.
-    Blocks while it reads. Raises CheckpointError where a file has become unreadable since it was opened.
+    Its expert modules keep their flags, and have an empty buffer in place of each parameter. The two implementations
+    are names in transformers' registries; both must be registered before this call. Blocks while it reads. Raises
+    CheckpointError if a file has become unreadable since the checkpoint was opened.
     """
-    tensors = {name: checkpoint.tensors[name] for name in checkpoint.plan.trunk}
+    tensors = {name: checkpoint.tensors[name] for name in checkpoint.conversion.trunk}
     reading = _Reading(total=sum(tensor.nbytes for tensor in tensors.values()), progress=progress)
     with quiet_transformers():
         cls: Any = _without_experts(type(checkpoint.skeleton))
@@ -64,7 +64,7 @@ def load_trunk(
 
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:
-    """The expert modules of a model; the index in the list is the number of the MoE layer."""
+    """The expert modules of a model. A module's index in the list is the number of its MoE layer."""
     return [module for module in model.modules() if is_expert_module(module)]
 
 
@@ -76,16 +76,17 @@ def iter_experts(
     device: torch.device,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """Load many experts, each yielded as (layer, expert, tensors) as soon as it is there.
+    """Load many experts. Each is yielded as (layer, expert, tensors) as soon as it is read.
 
-    `tensors` are by parameter name of the expert module, each its `parameter[expert]`, with no other memory behind it.
-    They come layer by layer, in the order in which they lie on the disk as a rule. One at a time is in memory besides
-    those the caller keeps. Only their bytes are read; `progress` hears of every expert, in bytes as they are stored.
-    Raises IndexError for one that the model does not have, CheckpointError where a file has become unreadable.
+    `tensors` has one tensor for each parameter of the expert module, by name: `parameter[expert]`, in memory of its
+    own. Experts come layer by layer, which is the usual order on the disk. Beside the experts that the caller keeps,
+    only one is in memory. Only the bytes of the wanted experts are read. `progress` is called after every expert, with
+    stored bytes. Raises IndexError for an expert that the model does not have, and CheckpointError if a file has become
+    unreadable.
     """
     ordered = sorted(set(pairs))
     for layer, expert in ordered:
-        if not (0 <= layer < len(checkpoint.plan.experts) and 0 <= expert < checkpoint.shape.num_experts):
+        if not (0 <= layer < len(checkpoint.conversion.experts) and 0 <= expert < checkpoint.shape.num_experts):
             raise IndexError(f"the model has no expert {expert} in MoE layer {layer}")
     sizes = {layer: expert_stored_bytes(checkpoint, layer) for layer, _ in ordered}
     done, total = 0, sum(sizes[layer] for layer, _ in ordered)
@@ -101,11 +102,11 @@ def iter_experts(
 
 
 def expert_stored_bytes(checkpoint: Checkpoint, layer: int) -> int:
-    """Bytes that one expert of this MoE layer takes on the disk."""
+    """The bytes that one expert of this MoE layer takes on the disk."""
     count = checkpoint.shape.num_experts
     return sum(
         checkpoint.tensors[name].nbytes // (count if part.fused else 1)
-        for part in checkpoint.plan.experts[layer]
+        for part in checkpoint.conversion.experts[layer]
         for name in part.sources_of(0).values()
     )
 
@@ -114,7 +115,7 @@ def _load_expert(
     checkpoint: Checkpoint, layer: int, expert: int, *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
-    for part in checkpoint.plan.experts[layer]:
+    for part in checkpoint.conversion.experts[layer]:
         sources = {
             pattern: [_read(checkpoint.tensors[name], expert if part.fused else None, dtype)]
             for pattern, name in part.sources_of(expert).items()
@@ -126,12 +127,12 @@ def _load_expert(
 
 def _read(stored: StoredTensor, row: int | None, dtype: torch.dtype) -> Tensor:
     tensor = stored.read(row)
-    # packed weights are integers until they are converted
+    # packed weights are integers until they are converted, and keep their dtype until then
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _own(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, contiguous, with no more memory behind it than it shows."""
+    """The tensor on the device, contiguous, in memory that holds nothing else."""
     tensor = tensor.to(device).contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -140,22 +141,22 @@ def _own(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _without_experts(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A class that builds `cls` and then drops the parameters of its expert modules."""
+    """Make a class that builds `cls` and then drops the parameters of its expert modules."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **kwargs)
         for module in expert_modules(self):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
-                # not persistent: then transformers neither expects it in the checkpoint nor saves it
+                # transformers neither expects a non-persistent buffer in the checkpoint nor saves it
                 module.register_buffer(name, parameter.new_empty(0), persistent=False)
 
-    # transformers tells its own classes from code of a checkpoint by their module, and finds conversions by their name
+    # transformers recognises its own classes by their module, and finds conversions by the class's name
     return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
 
 
 def _refuse_report(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
-    """What was planned must have happened: a trunk with a weight drawn at random would answer, and answer nonsense."""
+    """Raise CheckpointError if any weight was not loaded: a trunk with a random weight would answer with nonsense."""
     for what in ("missing_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
         if report.get(what):
             raise CheckpointError(f"{checkpoint.path}: loading the trunk left {what}: {sorted(report[what])[0]}")
@@ -163,7 +164,7 @@ def _refuse_report(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
 
 @dataclass(slots=True)
 class _Reading:
-    """Bytes read so far, of those to read."""
+    """Counts the bytes that have been read, out of `total`."""
 
     total: int
     progress: Progress | None
@@ -176,7 +177,7 @@ class _Reading:
 
 
 class _LazyTensor:
-    """Stands in a state dict for a tensor on the disk. transformers reads it by `[...]` when its turn has come."""
+    """Stands for a stored tensor in a state dict. transformers reads the tensor by `[...]` when it needs it."""
 
     def __init__(self, stored: StoredTensor, reading: _Reading) -> None:
         self._stored = stored

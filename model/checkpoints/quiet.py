@@ -1,4 +1,4 @@
-"""Keeps transformers' progress bars and load reports off the terminal. Errors raise, and are logged, as ever."""
+"""Keeps transformers' progress bars and load reports off the terminal. Errors are still raised and logged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _lock = threading.RLock()
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without progress bars and without log records below error, for as long as the block runs.
+    """While the block runs, transformers shows no progress bars and logs errors only.
 
-    One thread at a time: these switches belong to the whole process, and so does what transformers changes while it
-    builds a model (the default dtype, how weights are initialised).
+    Only one thread at a time can be in such a block: these switches belong to the whole process, and so do those that
+    transformers changes while it builds a model (the default dtype, how weights are initialised).
     """
     with _lock:
         bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

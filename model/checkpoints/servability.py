@@ -1,9 +1,10 @@
-"""Finds out whether the engine can serve a model, by one dry run of it on the meta device, before any weight is read.
+"""Finds out whether the engine can serve a model, by one dry run on the meta device, before any weight is read.
 
-The engine owns three things that transformers' modelling code must hand over: experts (through the experts interface),
-attention with its key-value cache (through the attention interface), and masks (it wants them described, not made:
-causal, or causal within a sliding window). The dry run registers probes for the three and looks at what arrives. What
-a model is called does not matter, so new families are served, or refused with a reason, without a list that ages.
+The engine computes three things itself, and transformers' modelling code must leave them to it: experts (through the
+experts interface), attention with its key-value cache (through the attention interface), and masks. A mask is
+described, not made: it is causal, or causal within a sliding window. The dry run registers a probe for each of the
+three and looks at the calls that arrive. The model's name does not matter. So new families are served, or refused with
+a reason, and no list of names must be kept up to date.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ from elastic_moe.model.transformers_private import (
 
 PROBE = "emoe_probe"
 TOKENS = 3
-"""Of the dry run."""
+"""Tokens of the dry run."""
 
 _HONOURED = {"scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"}
-"""Keyword arguments of an attention call that the engine's attention honours, or that change nothing for it."""
+"""Keyword arguments of an attention call that the engine's attention obeys, or that do not change its result."""
 
 
 class NotServable(Exception):
-    """Why a model cannot be served: one line."""
+    """The model cannot be served. The message is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What the dry run has seen of a model."""
+    """What the dry run has found about a model."""
 
     expert_modules: tuple[str, ...]
     """[L] names of the expert modules, in the order in which a token meets them."""
@@ -54,7 +55,7 @@ class Shape:
     hidden_size: int
     vocab_size: int
     kv_numbers: int
-    """Of the keys and values of one token, in all layers."""
+    """Numbers in the keys and values of one token, over all layers."""
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class _Trace:
 
 
 def dry_run(model: PreTrainedModel) -> Shape:
-    """What `model`, which must be on the meta device, is made of. Raises NotServable with the reason otherwise."""
+    """Find the shape of `model`, which must be on the meta device. Raises NotServable if it cannot be served."""
     modules = [(name, module) for name, module in model.named_modules() if is_expert_module(module)]
     _check_structure(model, modules)
     trace = _Trace()
@@ -101,7 +102,7 @@ def dry_run(model: PreTrainedModel) -> Shape:
 
 
 def is_expert_module(module: nn.Module) -> bool:
-    """Whether transformers hands this module's work to the experts interface."""
+    """Whether transformers computes this module through its experts interface."""
     return all(hasattr(module, flag) for flag in EXPERT_FLAGS)
 
 
@@ -143,13 +144,15 @@ def _mentions_experts(model: PreTrainedModel) -> bool:
 
 
 def _family_has_experts(model: PreTrainedModel) -> bool:
-    """Whether experts of this family would go through the interface, in layers that had some."""
+    """Whether this family computes experts through the interface in layers that have experts."""
     classes = vars(sys.modules[type(model).__module__]).values()
     return any(isinstance(kind, type) and hasattr(kind, "_apply_gate") for kind in classes)
 
 
 def _recurrent_state(model: PreTrainedModel) -> str | None:
-    """The part of the model that carries state from token to token other than by keys and values, if there is one."""
+    """The class of a part that keeps other state than keys and values from token to token; None if there is no such
+    part.
+    """
     for module in model.modules():
         if any(hasattr(module, name) for name in ("A_log", "dt_bias", "conv1d", "conv")):
             return type(module).__name__
@@ -164,7 +167,7 @@ _running: ContextVar[_Trace] = ContextVar("dry_run")
 
 
 class _NumbersForMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers 1 where code asks for the value of a meta tensor, as length-dependent rotary embeddings do."""
+    """Returns 1 if code reads the value of a meta tensor, as length-dependent rotary embeddings do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is READS_A_VALUE:
@@ -173,7 +176,7 @@ class _NumbersForMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _forward(model: PreTrainedModel, trace: _Trace) -> Tensor:
-    """Logits of a forward pass in which the probes fill `trace`."""
+    """Run a forward pass in which the probes fill `trace`. Returns the logits."""
     ids = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
     numbers: Any = _NumbersForMeta()  # type: ignore[no-untyped-call]
     with _implementation(model, PROBE), quiet_transformers(), torch.no_grad(), numbers:
@@ -201,7 +204,7 @@ def _forward(model: PreTrainedModel, trace: _Trace) -> Tensor:
 
 @contextmanager
 def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Attention, masks and experts of the model by the implementation `name`, while the block runs."""
+    """While the block runs, the model uses the implementation `name` for attention, masks and experts."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: implementations(config) for key, config in configs.items()}
     for config in configs.values():
@@ -231,7 +234,7 @@ def _probe_mask(
     allow_is_bidirectional_skip: bool = False,
     **__: Any,
 ) -> Tensor:
-    """Stands in for an attention mask, and remembers what it was to be."""
+    """Make a mask that remembers why it cannot be served, if it cannot."""
     mask = torch.zeros(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
     chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
     complaint = (

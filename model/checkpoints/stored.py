@@ -1,7 +1,7 @@
-"""Tensors in safetensors files: where each one lies, and reading just its bytes.
+"""Finds each tensor in safetensors files, and reads just its bytes.
 
-Headers are checked in full, so that a damaged download shows before anything is loaded. Bytes are read into memory of
-their own rather than mapped: what a process has read of a file would otherwise count as its memory until it lets go.
+Headers are checked in full, so that a damaged download is found before anything is loaded. Bytes are read into memory
+of their own and not mapped: the pages of a mapped file count as the process's memory until the file is unmapped.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""The limit that the safetensors format sets."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies: bytes start .. end of `file`, row-major, little-endian."""
+    """A tensor's place: bytes start .. end of `file`, row-major, little-endian."""
 
     file: Path
     dtype: torch.dtype
@@ -56,9 +56,9 @@ class StoredTensor:
         return self.end - self.start
 
     def read(self, first: int | None = None) -> Tensor:
-        """The whole tensor [shape], or with `first` only its row `first` along dimension 0: [1, shape[1:]].
+        """Read the whole tensor [shape]; with `first`, only its row `first` along dimension 0: [1, shape[1:]].
 
-        The result owns its memory. Blocks on the disk. Raises CheckpointError where the file has become unreadable.
+        The result owns its memory. Blocks on the disk. Raises CheckpointError if the file has become unreadable.
         """
         shape, start, nbytes = self.shape, self.start, self.nbytes
         if first is not None:
@@ -85,7 +85,7 @@ def _read_into(path: Path, start: int, out: memoryview) -> None:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by name, from model.safetensors or from the shards its index lists.
+    """Find every tensor of a checkpoint, by name, in model.safetensors or in the shards that its index lists.
 
     Raises CheckpointError for missing, truncated or contradictory files, and for checkpoints of pickles.
     """
@@ -101,9 +101,10 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _from_shards(directory: Path, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """As in transformers, the index says which files there are, and each file what it holds; the last one wins.
+    """Read the headers of all shards. As in transformers, the index names the files, and each file says what it holds.
 
-    What a file lacks of the index shows when the model turns out to need it.
+    If two files hold a tensor of one name, the last file wins. A tensor that the index lists and no file holds is an
+    error only if the model needs it (see conversion.py).
     """
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
@@ -126,7 +127,7 @@ def _nothing_to_read(directory: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError where the file is unreadable or holds something else."""
+    """Read a JSON object. Raises CheckpointError if the file is unreadable or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -141,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises CheckpointError where header and file do not agree."""
+    """Find the tensors of one safetensors file. Raises CheckpointError if header and file do not agree."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,0 +1,11 @@
+"""Carries tokens between workers in lock-step: to the workers of their experts, and partial sums back.
+
+    dispatch          which rows go to which worker, over any transport
+    native_dispatch   the same for workers of one node, in native code
+    transports        all-to-all by gloo or NCCL, and for a single worker
+    shared_memory     all-to-all between processes of one node
+    join              chooses the exchange of an epoch and joins it
+    counter           counts routing decisions
+
+The room leaves the products to model/experts/, and the placement to the control plane.
+"""

@@ -1,7 +1,7 @@
-"""Counts of routing decisions on one worker: load per layer and expert, and transitions between adjacent layers.
+"""Counts routing decisions on one worker: load per layer and expert, and transitions between adjacent layers.
 
-Counting waits until the step is over, when all layers' choices are counted at once; a step that failed counts nothing.
-Prefill and decode are counted apart, with the time that steps of either kind take.
+All layers' choices are counted at once, after the step. A step that failed is not counted. Prefill and decode are
+counted apart, with the time that steps of each kind take.
 
 Legend: P phases (prefill, decode), T tokens, K choices, L MoE layers, E logical experts.
 """
@@ -18,7 +18,7 @@ from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 
 
 class RoutingCounter:
-    """Steps are noted by one thread; `take` may be called from another at any time."""
+    """Collects counts. One thread notes the steps; another thread may call `take` at any time."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._layers = num_layers
@@ -28,26 +28,28 @@ class RoutingCounter:
         self._reset()
 
     def note(self, index_LTK: Tensor) -> None:
-        """The choices of the step's next MoE layers."""
+        """Note the choices [layers, T, K] of the step's next MoE layers."""
         self._step.append(index_LTK)
 
     def discard_step(self) -> None:
         self._step = []
 
     def commit_step(self, chunks: Sequence[int]) -> None:
-        """The step's choices count. chunks: tokens of each of its sequences, in order; one token is decode's."""
+        """Count the step's choices. `chunks` are the tokens of each sequence, in order; one token means decode."""
         if sum(map(len, self._step)) == self._layers and self._step[0].numel():
             self._add_step(torch.cat(self._step).to("cpu", torch.int64), chunks)
         self._step = []
 
     def note_time(self, seconds: float, tokens: int, *, decode: bool) -> None:
-        """A step of all workers' `tokens` took so long; `decode`: no worker had a prompt in it to speak of."""
+        """Note that a step of `tokens` tokens on all workers took `seconds`. `decode`: no worker ran a long prompt in
+        it.
+        """
         with self._lock:
             self._seconds[decode] += seconds
             self._step_tokens[decode] += tokens
 
     def take(self) -> RoutingCounts:
-        """Counts since the last call."""
+        """Return the counts since the last call, and start anew."""
         with self._lock:
             phases = [
                 PhaseCounts(tokens=tokens, load=load.numpy(), steps_s=seconds, steps_tokens=step_tokens)

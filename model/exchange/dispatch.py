@@ -1,9 +1,9 @@
 """Carries tokens to the workers of their experts and back: dynamic gating over any transport.
 
-Sizes are exact: no capacity, no padding, no dropped token. A token goes once to each worker that holds one of its
-experts, however many, and comes back as one partial sum from each (Huang et al., arXiv 2303.06182, section V).
-For few tokens everyone sends everything to everyone instead, and who computes what is told by the receiver: that
-takes fewer operators, and sizes are known from the step's plan, so that no exchange of sizes is needed.
+Sizes are exact: there is no capacity, no padding and no dropped token. A token goes once to each worker that holds some
+of its experts, and each of these workers returns one partial sum (Huang et al., arXiv 2303.06182, section V). In a step
+of few tokens, every worker sends all its tokens to every other worker instead, and the receiver decides which experts
+it computes. That takes fewer operators, and the step's plan gives all sizes, so that no exchange of sizes is needed.
 
 Legend: T tokens of this worker, R rows sent to one worker, H hidden, K experts per token, W workers, E logical experts.
 """
@@ -30,18 +30,19 @@ _DENSE_TOKENS_CPU, _DENSE_TOKENS_GPU = 64, 8192
 
 
 def _dense_tokens(device: torch.device) -> int:
-    """Up to so many tokens in the whole step, everything to everyone is cheaper than choosing rows and telling sizes.
+    """The most tokens of a whole step for which sending all to all is cheaper than choosing rows and exchanging sizes.
 
-    On GPUs choosing makes the host wait twice per layer, and most tokens want an expert on most workers anyway.
+    On GPUs choosing rows makes the CPU wait twice per layer, and most tokens need an expert on most workers anyway.
     """
     return _DENSE_TOKENS_CPU if device.type == "cpu" else _DENSE_TOKENS_GPU
 
 
 def route_table(placement: Placement, rank: int) -> Tensor:
-    """[L, E] the rank whose replica serves the tokens of worker `rank`.
+    """[L, E] the rank whose replica of each expert computes the tokens of worker `rank`.
 
-    A replica on the worker itself, else the workers that lack one take the replicas in turn: traffic is least and
-    the load of a replicated expert is spread. Depends on placement and rank alone, so it is decided once an epoch.
+    A worker that holds a replica uses its own. The workers that hold none take the replicas in turn. So traffic is
+    least, and the load of a replicated expert is spread. The table depends on placement and rank alone, so it is made
+    once per epoch.
     """
     size = len(placement.workers)
     owners = placement.slot_to_worker
@@ -49,7 +50,7 @@ def route_table(placement: Placement, rank: int) -> Tensor:
     for layer in range(placement.num_layers):
         used = placement.physical_to_logical_map[layer] != EMPTY
         held[layer, owners[used], placement.physical_to_logical_map[layer][used]] = True
-    # how many workers before this one lack the expert, too
+    # how many workers before this one lack the expert too
     turn = (~held[:, :rank]).sum(1)
     copies = held.sum(1)
     nth = held.cumsum(1) == (turn % copies + 1)[:, None]
@@ -60,7 +61,7 @@ def route_table(placement: Placement, rank: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """What an empty step must know of a layer: hidden size, choices per token, dtype of the hidden state."""
+    """The shape of a MoE layer's input: hidden size, choices per token, dtype of the hidden state."""
 
     hidden: int
     top_k: int
@@ -73,29 +74,33 @@ class Dispatcher(ABC):
     def __init__(self) -> None:
         self.counter: RoutingCounter | None = None
         self.joint: JointExperts | None = None
-        """The same as `forward`, for native functions that run many layers; then `note` is called for them."""
+        """What native functions that run many layers need in place of `forward`. Their caller calls `note` afterwards.
+        """
 
     @property
     def threads(self) -> int:
-        """Of a layer's experts."""
+        """Threads that compute a layer's experts."""
         return torch.get_num_threads()
 
     def note(self, index_LTK: Tensor) -> None:
-        """Choices of the step's next MoE layers."""
+        """Note the choices of the step's next MoE layers in the counter."""
         if self.counter is not None:
             self.counter.note(index_LTK)
 
     def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
-        """A step begins. `counter` is None for warm-up, which must not count."""
+        """Begin a step. `counter` is None for a warm-up step, which must not be counted."""
         self.counter = counter
 
     def forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """The layer's experts, wherever they are: [T, H]. Blocks on the others; StepAborted where one is gone."""
+        """Compute the layer's experts, on whichever workers they are: [T, H]. Blocks on the other workers.
+
+        Raises StepAborted if one of them is gone.
+        """
         self.note(index_TK[None])
         return self._forward(layer, x_TH, index_TK, weight_TK)
 
     def idle(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
-        """Take part in a step without tokens of one's own: the trunk is not run, the experts are."""
+        """Take part in a step in which this worker has no tokens: only its experts run, for the others' tokens."""
         if self.joint is not None:
             self.joint.idle(self.threads)
             return
@@ -109,7 +114,7 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """A step is over, its results have been read. Raises StepAborted where they are not to be believed."""
+        """End a step whose results have been read. Raises StepAborted if an exchange failed, so that they are wrong."""
 
     @abstractmethod
     def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor: ...
@@ -128,7 +133,7 @@ class TransportDispatcher(Dispatcher):
         device: torch.device,
         most_dense: int | None = None,
     ) -> None:
-        """most_dense: tokens of a step up to which everything goes to everyone, if not as the device wants it."""
+        """`most_dense`: tokens of a step up to which all go to all workers; None takes the number for the device."""
         super().__init__()
         self._store = store
         self._transport = transport
@@ -136,7 +141,7 @@ class TransportDispatcher(Dispatcher):
         routes_WLE = torch.stack([route_table(placement, r) for r in range(transport.size)]).to(device)
         self._routes_LE = routes_WLE[rank]
         experts_E = torch.arange(routes_WLE.shape[2], device=device)
-        # [L, W * E] the expert where tokens of a rank find it here, ABSENT where they find it elsewhere
+        # [L, W * E] for each rank and expert: the expert if this worker computes it for that rank, else ABSENT
         self._mine_LX = torch.where(routes_WLE == rank, experts_E, ABSENT).transpose(0, 1).flatten(1)
         self._most_dense = _dense_tokens(device) if most_dense is None else most_dense
         self._tokens_per_rank: Sequence[int] = ()
@@ -144,7 +149,7 @@ class TransportDispatcher(Dispatcher):
             self.joint = store.joint()
         self._dense = False
         self._source_R = torch.empty(0)
-        """Dense steps: [R] for every rank's tokens, where the rank's row of `_mine_LX` begins."""
+        """In dense steps: [R] for every token of all ranks, where its rank's part of a row of `_mine_LX` begins."""
 
     def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
         super().begin(tokens_per_rank, counter)
@@ -205,7 +210,7 @@ class TransportDispatcher(Dispatcher):
         return out_TH.to(x_TH.dtype)
 
     def _join(self, received: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """All ranks' rows in rank order, so that one pass over them reads an expert's weights once."""
+        """Join all ranks' rows in rank order, so that one pass over them reads each expert's weights once."""
         top_k, hidden = own[0].shape[1], own[2]
         row = row_bytes(hidden.shape[1], top_k, hidden.dtype)
         parts: list[Sequence[Tensor]] = []
@@ -223,10 +228,10 @@ class TransportDispatcher(Dispatcher):
 
 
 def _view(raw: Tensor, like: Tensor) -> Tensor:
-    """Bytes as rows of `like`'s width and dtype."""
+    """View bytes as rows of `like`'s width and dtype."""
     return raw.view(like.dtype).view(-1, like.shape[1])
 
 
 def row_bytes(hidden: int, top_k: int, dtype: torch.dtype) -> int:
-    """Of one token on its way: choices (int32), weights (float32), hidden state."""
+    """The bytes that one token takes in a message: choices (int32), weights (float32), hidden state."""
     return top_k * 8 + hidden * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Joining an epoch's group of workers: which kind it is, and the dispatcher that goes with it."""
+"""Joins the workers of an epoch: chooses how they exchange tokens, and makes the dispatcher for it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native import library
 from elastic_moe.model.native.exchange import NativeExchange
 
-Group = Transport | NativeExchange
-"""Workers that compute in lock-step."""
+Exchange = Transport | NativeExchange
+"""How workers in lock-step exchange tokens: bytes through a transport, or natively within a node."""
 
 
-def join_group(
+def join_exchange(
     spec: EpochSpec, rank: int, shapes: Sequence[LayerShape], *, native: bool, max_tokens: int, timeout_s: float
-) -> Group:
-    """Blocks until all members have come. `max_tokens` is the most that a member runs in a step.
+) -> Exchange:
+    """Join the workers of `spec`. Blocks until all have joined. `max_tokens` is the most that a worker runs in a step.
 
-    native: this member can exchange tokens natively; where all members of a node can, they do.
+    `native` says that this worker can exchange tokens natively. The native exchange is used if all workers can.
 
-    Raises StepAborted where a member does not come within `timeout_s`.
+    Raises StepAborted if a worker does not join within `timeout_s`.
     """
     size = len(spec.placement.workers)
     if spec.transport == "local":
@@ -57,16 +57,16 @@ def join_group(
 
 
 def make_dispatcher(
-    placement: Placement, rank: int, store: ExpertStore, group: Group, device: torch.device
+    placement: Placement, rank: int, store: ExpertStore, exchange: Exchange, device: torch.device
 ) -> Dispatcher:
-    """Of one epoch; a group may outlive it."""
-    if isinstance(group, NativeExchange):
-        return NativeDispatcher(placement, rank, store, group)
-    return TransportDispatcher(placement, rank, store, group, device=device)
+    """Make the dispatcher of one epoch. The exchange may serve several epochs, one after the other."""
+    if isinstance(exchange, NativeExchange):
+        return NativeDispatcher(placement, rank, store, exchange)
+    return TransportDispatcher(placement, rank, store, exchange, device=device)
 
 
 def _all_able(able: bool, *, group: str, rank: int, size: int, timeout_s: float) -> bool:
-    """Whether every rank is `able`: they must all take the same path. Blocks until all have said so."""
+    """Whether every rank is `able`, since all must use the same exchange. Blocks until all ranks have answered."""
     small = SharedMemoryTransport(group=group, rank=rank, size=size, max_bytes=8, timeout_s=timeout_s)
     answer = torch.tensor([able], dtype=torch.uint8)
     said = small.all_to_all([[answer]] * size, [1] * size)

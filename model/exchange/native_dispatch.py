@@ -1,4 +1,4 @@
-"""MoE layers of workers on one node in native code: one call a layer, from a worker's tokens to their sums.
+"""Computes MoE layers of workers on one node in native code: one call per layer, from a worker's tokens to their sums.
 
 Legend: T tokens of this worker, H hidden, K experts per token, L MoE layers, W workers, E logical experts.
 """
@@ -18,7 +18,7 @@ from elastic_moe.model.native.exchange import NativeExchange
 
 
 class NativeDispatcher(Dispatcher):
-    """As TransportDispatcher, whose results are its oracle; partial sums travel in float32."""
+    """The dispatcher of a native exchange. TransportDispatcher is its oracle; partial sums travel in float32 here."""
 
     def __init__(self, placement: Placement, rank: int, store: ExpertStore, exchange: NativeExchange) -> None:
         super().__init__()

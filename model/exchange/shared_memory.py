@@ -1,9 +1,10 @@
 """All-to-all between processes of one node through shared memory: publish, wait, read.
 
-Every rank owns one segment: for each peer a sequence number, and two buffers used in turn. A message is the payload,
-its length, then its sequence number; x86 keeps stores in that order, so whoever sees the number sees the payload.
-Two buffers suffice: a rank writes exchange n+2 after it has read everyone's n+1, which they sent when done with n.
-The native exchange (model/native/exchange.py) joins in the same way (model/native/segments.py).
+Every rank owns one segment. For each peer it has a sequence number and two buffers, which are used in turn. A message
+is written as its payload, its length, and then its sequence number. x86 keeps stores in that order, so a reader that
+sees the number sees the payload. Two buffers suffice: a rank writes exchange n+2 after it has read every peer's
+exchange n+1, and a peer sends that when it has read exchange n. Ranks open their segments as in the native exchange
+(model/native/segments.py).
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.model.native.segments import join
 
 _LINE = 64
-"""Bytes between words that different processes write or read: a cache line."""
+"""Bytes between words that different processes write or read: the size of a cache line."""
 _SPINS = 200
-"""Tries before a wait gives its core to others."""
+"""Tries before a waiting rank yields its core."""
 _YIELDS = 2000
-"""Tries before it sleeps: peers share cores with us, and a sleep costs 60 us."""
+"""Tries with a yield before a waiting rank sleeps. Peers share its cores, and a sleep costs 60 us."""
 
 
 class SharedMemoryTransport:
-    """See the module. Constructing blocks until all ranks have come, StepAborted after `timeout_s`."""
+    """See the module. The constructor blocks until all ranks have joined, and raises StepAborted after `timeout_s`."""
 
     def __init__(self, *, group: str, rank: int, size: int, max_bytes: int, timeout_s: float) -> None:
         """`group` is unique on the node; `max_bytes` bounds one message from one rank to another."""
@@ -43,7 +44,7 @@ class SharedMemoryTransport:
 
         def meet(memories: Sequence[mmap.mmap]) -> None:
             self._segments = [_Segment(memory, size, self._capacity) for memory in memories]
-            # an empty exchange: once it is through, everybody has opened everything
+            # an empty exchange returns when every rank has opened all segments
             self.all_to_all([[] for _ in range(size)], None)
 
         join(group, rank, size, _total(size, self._capacity), timeout_s, meet)
@@ -82,7 +83,7 @@ class SharedMemoryTransport:
             if self._aborted:
                 raise StepAborted("the exchange was aborted")
             if time.monotonic() > deadline:
-                raise StepAborted(f"no word from a peer for {self._timeout_s:g} s")
+                raise StepAborted(f"a peer has not answered for {self._timeout_s:g} s")
             tries += 1
             if tries < _YIELDS:
                 os.sched_yield()
@@ -91,7 +92,7 @@ class SharedMemoryTransport:
 
 
 class _Segment:
-    """One rank's outgoing mail: `sequence` and `length` words per peer, then two buffers per peer."""
+    """One rank's outgoing messages: `sequence` and `length` words for each peer, then two buffers for each peer."""
 
     def __init__(self, memory: mmap.mmap, size: int, capacity: int) -> None:
         words = _LINE // 8

@@ -1,12 +1,12 @@
 """How lock-step workers exchange bytes: one operation, all-to-all, behind one Protocol.
 
-    LocalTransport       one worker: nothing to do
+    LocalTransport         one worker: there is nothing to do
     SharedMemoryTransport  CPU workers of one node: publish, wait for the others, read (shared_memory.py)
-    CollectiveTransport  gloo between nodes, NCCL between GPUs, through torch.distributed's process groups
+    CollectiveTransport    gloo between nodes, NCCL between GPUs, through torch.distributed's process groups
 
-Workers of one node that all have the native library need no bytes exchanged: model/native/exchange.py.
+Workers of one node that all have the native library use model/native/exchange.py instead.
 
-No global process group is used: every epoch's membership has its own, and a dead one is simply let go.
+No global process group is used. Every set of members has a group of its own, and a dead group is dropped.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from elastic_moe.model.torch_private import PrefixStore, TCPStore, alltoall, glo
 
 
 class Transport(Protocol):
-    """A group of workers that exchange bytes in lock-step."""
+    """Exchanges bytes between workers in lock-step."""
 
     rank: int
     size: int
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
-        """Send `send[r]` (its tensors' bytes, one after another) to rank r; get what each rank sent here, as uint8.
+        """Send `send[r]` (its tensors' bytes, one after another) to rank r. Returns each rank's message, as uint8.
 
-        `recv_bytes` [W] says what will come where the caller knows, which saves some transports an exchange of sizes.
-        What is returned may be overwritten by the second call after this one. The entry of one's own rank is ignored
-        and comes back empty. Blocks, unless a device carries it out (see `check`). Raises StepAborted when a peer is
-        gone, or after `abort()`.
+        `recv_bytes` [W] are the sizes of the messages if the caller knows them; then some transports exchange no sizes.
+        The second call after this one may overwrite the result. The entry of the own rank is ignored, and its result is
+        empty. Blocks, unless a device does the exchange (see `check`). Raises StepAborted if a peer is gone, or after
+        `abort()`.
         """
         ...
 
     def check(self) -> None:
-        """Raises StepAborted where exchanges that returned at once have come to nothing: what they brought is void."""
+        """Raises StepAborted if an exchange that did not block has failed. Its result is invalid then."""
         ...
 
     def abort(self) -> None:
-        """Wake a blocked `all_to_all`, from another thread; the transport is of no use afterwards."""
+        """Wake a blocked `all_to_all`. Another thread calls it. The transport cannot be used afterwards."""
         ...
 
     def close(self) -> None: ...
 
 
 class LocalTransport:
-    """The group of one."""
+    """The transport of a single worker."""
 
     rank = 0
     size = 1
@@ -68,11 +68,11 @@ class LocalTransport:
 
 
 class CollectiveTransport:
-    """gloo or NCCL over a store of this group's own.
+    """gloo or NCCL, with a rendezvous store of its own.
 
-    Sizes travel first where the caller does not know them. With gloo, a peer's death closes its sockets, which raises
-    here; workers that share a GPU use it too, and their tensors travel by the host. With NCCL the host goes on at once:
-    a peer's death is noticed by the engine, `abort` ends the waiting kernels, and `check` says so.
+    Sizes travel first if the caller does not know them. With gloo, a peer's death closes its sockets, which raises an
+    error here. Workers that share a GPU use gloo too, and their tensors travel through CPU memory. With NCCL the CPU
+    does not block: the engine notices a peer's death, `abort` ends the waiting kernels, and then `check` raises.
     """
 
     def __init__(self, backend: str, *, rendezvous: str, group: str, rank: int, size: int, timeout_s: float) -> None:
@@ -82,15 +82,15 @@ class CollectiveTransport:
         self._aborted = False
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
         host, port = rendezvous.rsplit(":", 1)
-        # the one address that members are known to be reached by: a machine's own name may be 127.0.1.1 to itself
+        # members reach each other at this address; a machine may resolve its own name to 127.0.1.1
         address = _address_towards(host, int(port))
         timeout = datetime.timedelta(seconds=timeout_s)
         store = PrefixStore(group, TCPStore(host, int(port), is_master=False, timeout=timeout))
         self._group: Any
         if backend == "nccl":
             self._group = nccl_group(store, rank, size, timeout, interface_of(address))
-            # a first word, so that members have met; on a stream of its own, since steps of another group may wait for
-            # one another on this device's
+            # a first exchange, after which all members have joined. It runs on a stream of its own, since steps of
+            # another group may wait for one another on the device's stream
             with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
                 self._sizes([0] * size)
         else:
@@ -112,7 +112,7 @@ class CollectiveTransport:
             self._refuse_if_ended()
             alltoall(self._group, out, payload, received, sent)
         except RuntimeError as error:
-            # the traceback would keep the group, and its sockets, alive
+            # the error's traceback would keep the group and its sockets alive
             message = str(error).splitlines()[0]
             self._group = None
             raise StepAborted(f"exchange failed: {message}") from None
@@ -139,7 +139,7 @@ class CollectiveTransport:
         if self._device.type == "cuda":
             self._end_nccl()
         else:
-            # gloo cannot be woken: a hung peer must be killed, and then its sockets close
+            # gloo cannot be woken. A hung peer must be killed, which closes its sockets
             self._group = None
 
     def close(self) -> None:
@@ -148,26 +148,26 @@ class CollectiveTransport:
         self._group = None
 
     def _end_nccl(self) -> None:
-        """End its kernels, wherever they wait. The group is kept: another thread may be about to use it."""
+        """End the group's waiting kernels. The group itself is kept, since another thread may be about to use it."""
         group = self._group
         if group is not None:
             group.abort()
 
 
 def open_store(address: str) -> TCPStore:
-    """A store for the rendezvous of one process group, on a free port of `address` and nowhere else.
+    """Open a store for the rendezvous of one process group, on a free port of `address` only.
 
-    Anybody who reaches the port can read and write it: the network between nodes has to be a trusted one.
+    Anybody who reaches the port can read and write the store, so the network between nodes must be trusted.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, 0), family=family)
     port = listener.getsockname()[1]
-    # left to itself, a store listens on every address of the machine
+    # without a listener of ours, a store listens on every address of the machine
     return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to `host`. Nothing is sent."""
+    """This machine's address on the route to `host`. Nothing is sent."""
     family, kind, protocol, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(there)
@@ -175,7 +175,7 @@ def _address_towards(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface with this IP address; None where this machine has none."""
+    """The name of the network interface with this IP address; None if this machine has no such interface."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(known.address.split("%")[0] == address for known in addresses):
             return name

@@ -1,9 +1,10 @@
 """The experts of one layer on CPU, each in the layout in which its products read it.
 
-In bfloat16 the native library holds the experts and does the arithmetic (model/native/experts.py), where there is one
-and it knows the layer's gate; elsewhere PyTorch's operators do, expert by expert.
+In bfloat16 the native library holds and computes the experts (model/native/experts.py), if it is available and knows
+the layer's gate. Otherwise PyTorch's operators compute them, expert by expert.
 
-Legend: R rows (tokens sent here), H hidden, F expert width, K experts per token, S sorted (row, choice) pairs.
+Legend: R rows (tokens sent to this worker), H hidden, F expert width, K experts per token, S sorted (row, choice)
+pairs.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from elastic_moe.model.trunk.linear import Weight, linear, nbytes, pack, unpack
 
 
 class CpuExperts:
-    """A LayerExperts."""
+    """A LayerExperts for CPUs."""
 
     def __init__(self, module: nn.Module, native: NativeExperts | str = "it was not asked for") -> None:
-        """`module` is the trunk's expert module, empty of weights: it knows layout and gate.
+        """`module` is the trunk's expert module, without weights; it knows layout and gate.
 
-        native: who holds and computes the experts in the native library, or the reason why nobody there does.
+        `native` holds and computes the experts in the native library, or is the reason why the library cannot.
         """
         self._module = module
         self._weights: dict[int, dict[str, Weight]] = {}
-        """Experts that PyTorch's operators compute; empty where the native library does."""
+        """Experts that PyTorch's operators compute. Empty if the native library computes them."""
         self.native: NativeExperts | None = native if isinstance(native, NativeExperts) else None
         self.reason = native if isinstance(native, str) else None
-        """Why the native library does not compute the experts; None where it does."""
+        """Why the native library does not compute the experts; None if it does."""
 
     def reserve(self, count: int) -> None: ...
 
@@ -42,7 +43,7 @@ class CpuExperts:
         if self.native is not None and not self.native.takes(tensors):
             self._leave_native("a matrix has an odd number of columns")
         if borrowed:
-            # packing is a copy already
+            # packing a matrix copies it anyway
             packs = self.native is not None
             tensors = {name: t if packs and t.dim() == 2 else t.clone() for name, t in tensors.items()}
         if self.native is not None:
@@ -54,7 +55,7 @@ class CpuExperts:
         }
 
     def _leave_native(self, reason: str) -> None:
-        """All experts of a layer have the same shapes, so this is known when the first one comes."""
+        """Compute this layer by PyTorch. All its experts have the same shapes, so the first one decides."""
         assert self.native is not None
         assert not self.native.held()
         if self.native.bits == 8:
@@ -83,8 +84,10 @@ class CpuExperts:
         return sum(nbytes(weight) for tensors in self._weights.values() for weight in tensors.values())
 
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """Rows are sorted by expert; then all gate-ups, one activation, all downs: as fast as a loop over experts and
-        with fewer operators. Sums are in float32 whatever the dtype.
+        """Compute LayerExperts.forward. Sums are in float32, whatever the dtype.
+
+        Rows are sorted by expert; then come all gate-up products, one activation, and all down products. This is as
+        fast as a loop over whole experts and needs fewer operators.
         """
         if self.native is not None:
             return self.native.forward(x_RH, index_RK, weight_RK)
@@ -108,7 +111,7 @@ def no_int8(reason: str) -> UserError:
 
 
 def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping[str, Weight], int]]) -> Tensor:
-    """Rows of `x_SH` in consecutive groups, each through its expert."""
+    """Run rows of `x_SH` through their experts. `groups` are (expert, number of rows), in the order of the rows."""
     transposed = bool(module.is_transposed)
     sizes = [count for _, count in groups]
     first = "gate_up_proj" if module.has_gate else "up_proj"

@@ -1,6 +1,6 @@
-"""What is asked of the experts of one layer, whatever computes them (see model/backends.py for who does).
+"""The interface to the experts of one layer. `layer_experts` in model/fitting/fit.py chooses its implementation.
 
-Legend: R rows (tokens sent here), H hidden, K experts per token.
+Legend: R rows (tokens sent to this worker), H hidden, K experts per token.
 """
 
 from __future__ import annotations
@@ -11,37 +11,42 @@ from typing import Protocol
 from torch import Tensor
 
 ABSENT = -1
-"""In an index of choices: an expert that is computed elsewhere."""
+"""In an index of choices, this number stands for an expert that another worker computes."""
 
 Tensors = dict[str, Tensor]
-"""One expert's tensors by parameter name, each shaped as a row of the stacked parameter."""
+"""One expert's tensors by parameter name. Each has the shape of a row of the stacked parameter."""
 
 
 class LayerExperts(Protocol):
-    """`forward` and the flip (`keep_only`) are called by the thread that runs the steps, the rest by any."""
+    """The experts of one layer that a worker holds.
+
+    The thread that runs the steps calls `forward` and `keep_only`. Any thread may call the other methods.
+    """
 
     def reserve(self, count: int) -> None:
-        """So many experts are about to be put, before any step."""
+        """Make room for `count` experts, which will be put before any step."""
         ...
 
     def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
-        """Hold an expert. Its tensors belong to the layer from now on, and of borrowed ones nothing is kept; no step
-        that runs sees it."""
+        """Hold an expert. A step that is running does not see it.
+
+        The layer owns the tensors from now on. It copies `borrowed` tensors, and keeps none of their memory.
+        """
         ...
 
     def get(self, expert: int) -> Tensors:
-        """The expert's tensors, good for another layer's `put`. Raises KeyError where it is not held."""
+        """The expert's tensors, which another layer's `put` accepts. Raises KeyError if the expert is not held."""
         ...
 
     def held(self) -> frozenset[int]: ...
 
     def keep_only(self, wanted: Set[int]) -> None:
-        """Drop every other expert. What was put since the last call may find its final place now."""
+        """Drop every expert that is not in `wanted`. Experts that were put since the last call may be moved now."""
         ...
 
     @property
     def nbytes(self) -> int: ...
 
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """Weighted sum over each row's experts held here: [R, H]. ABSENT choices count for nothing."""
+        """Weighted sum over those of each row's experts that are held here: [R, H]. ABSENT choices are left out."""
         ...

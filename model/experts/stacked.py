@@ -1,13 +1,13 @@
-"""The experts of one layer in slots of stacked tensors, computed by one grouped product: for GPUs.
+"""The experts of one layer in slots of stacked tensors, for GPUs. One grouped product computes them.
 
-Rows are sorted and counted on the device, so that the host never waits. A copy that comes while steps run lies beside
-the stacks, in tensors of its own; `keep_only`, which runs between two steps, writes it into a slot that has become
-free. So a slot that a step may read is never written, and no spare slots are needed. Where the number of experts
+Rows are sorted and counted on the device, so that the CPU never waits for it. An expert that arrives while steps run
+lies beside the stacks, in tensors of its own. `keep_only`, which runs between two steps, writes it into a slot that has
+become free. So a slot that a step may read is never written, and no spare slots are needed. If the number of experts
 changes, the layer's stacks are made anew, one parameter at a time.
 
-All threads use the device's default stream: what is launched earlier is done earlier, whichever thread launched it.
+All threads use the device's default stream, which runs operations in the order in which they were launched.
 
-Legend: R rows (tokens sent here), H hidden, F expert width, K experts per token, N = R*K (row, choice) pairs,
+Legend: R rows (tokens sent to this worker), H hidden, F expert width, K experts per token, N = R*K (row, choice) pairs,
 S slots, E logical experts, X = E + 1.
 """
 
@@ -28,28 +28,28 @@ from elastic_moe.model.transformers_private import apply_gate
 
 _FREE = -1
 _ALIGNED = 16
-"""Bytes that the rows of a grouped product's matrices must be a multiple of."""
+"""A grouped product needs matrices whose rows are a multiple of this number of bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slots:
-    """What a step reads. Never changed, but for slots that hold nothing."""
+    """What a step reads. It never changes, except in slots that hold no expert."""
 
     stacks: Tensors = field(default_factory=dict)
     """[S, ...] by parameter name."""
     experts: tuple[int, ...] = ()
     """[S] logical expert in each slot, or _FREE."""
     slot_X: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Slot of each logical expert, S where it has none; the last is that of ABSENT."""
+    """Slot of each logical expert, or S if it has no slot. The last entry is for ABSENT and is S."""
     number_S: Tensor = field(default_factory=lambda: torch.empty(0))
     """0, 1, ... S - 1."""
 
 
 class StackedExperts:
-    """A LayerExperts."""
+    """A LayerExperts for GPUs."""
 
     def __init__(self, module: nn.Module) -> None:
-        """`module` is the trunk's expert module, empty of weights: it knows layout and gate."""
+        """`module` is the trunk's expert module, without weights; it knows layout and gate."""
         self._module = module
         self._lock = threading.Lock()
         self._slots = _Slots()
@@ -57,7 +57,7 @@ class StackedExperts:
 
     def reserve(self, count: int) -> None:
         with self._lock:
-            assert not self._slots.stacks, "only an empty layer can be told how many experts come"
+            assert not self._slots.stacks, "reserve() comes before the first put()"
             self._slots = _Slots(experts=(_FREE,) * count)
 
     def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
@@ -82,7 +82,7 @@ class StackedExperts:
             if expert not in self._slots.experts:
                 raise KeyError(expert)
             slot = self._slots.experts.index(expert)
-            # copies, since the slot may get another expert before they are read
+            # tensors are copied, since the slot may get another expert before they are read
             return {name: stack[slot].clone() for name, stack in self._slots.stacks.items()}
 
     def held(self) -> frozenset[int]:
@@ -107,7 +107,7 @@ class StackedExperts:
             self._slots = self._fill(stacks, experts, beside)
 
     def _resize(self, kept: list[int], beside: dict[int, Tensors]) -> Tensors:
-        """Stacks of the kept slots, and of as many free ones as experts lie beside."""
+        """Make stacks of the kept slots and of one free slot for each expert in `beside`."""
         old = self._slots.stacks or {name: t.new_empty(0, *t.shape) for name, t in next(iter(beside.values())).items()}
         new: Tensors = {}
         for name, stack in old.items():
@@ -117,7 +117,7 @@ class StackedExperts:
         return new
 
     def _fill(self, stacks: Tensors, experts: tuple[int, ...], new: dict[int, Tensors]) -> _Slots:
-        """The slots once `new` have been written into free ones."""
+        """Write the experts `new` into free slots. Returns the slots as they are then."""
         filled = list(experts)
         for expert, tensors in new.items():
             slot = filled.index(_FREE)
@@ -139,7 +139,7 @@ class StackedExperts:
             return sum(t.nbytes for tensors in (self._slots.stacks, *self._beside.values()) for t in tensors.values())
 
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """A row's sum is in the order of its choices and in float32, whatever the dtype."""
+        """See LayerExperts. A row is summed in the order of its choices and in float32, whatever the dtype."""
         slots = self._slots
         size, (rows, choices) = len(slots.experts), index_RK.shape
         if not slots.stacks or not rows or not size:
@@ -153,11 +153,11 @@ class StackedExperts:
         place_N[order_N] = torch.arange(rows * choices, device=order_N.device)
         y_RKH = y_NH.index_select(0, place_N).view(rows, choices, -1).float()
         y_RKH = y_RKH * weight_RK[..., None].float()
-        # rows past the last slot were not computed: whatever was in memory is there, numbers or not
+        # rows past the last slot were not computed, so they hold whatever was in memory, even NaN
         return y_RKH.masked_fill_((slot_N == size).view(rows, choices, 1), 0.0).sum(1).to(x_RH.dtype)
 
     def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor, end_S: Tensor) -> Tensor:
-        """Rows that are sorted by slot, each through its expert."""
+        """Run rows, which are sorted by slot, through their experts."""
         module = self._module
 
         def project(x: Tensor, name: str) -> Tensor:
@@ -171,10 +171,10 @@ class StackedExperts:
 
 
 def grouped_product(x_NI: Tensor, weight_SIO: Tensor, end_S: Tensor) -> Tensor:
-    """[N, O]: rows before end_S[0] times the first matrix, those before end_S[1] times the second, and so on.
+    """Multiply rows before end_S[0] by the first matrix, rows before end_S[1] by the second, and so on: [N, O].
 
-    Rows past the last end are left as they are in memory. In bfloat16 on Hopper and later it is one kernel; in other
-    dtypes and on older GPUs PyTorch multiplies slot by slot, for which the host reads the ends.
+    Rows past the last end are not written. In bfloat16 on Hopper and later GPUs it is one kernel. In other dtypes and
+    on older GPUs PyTorch multiplies slot by slot, and the CPU waits for the ends.
     """
     itemsize = x_NI.dtype.itemsize
     if all(size * itemsize % _ALIGNED == 0 for size in weight_SIO.shape[1:]):

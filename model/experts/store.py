@@ -1,9 +1,9 @@
-"""The experts that one worker holds, and how the trunk's MoE layers come to them.
+"""The experts that one worker holds, and the function by which the trunk's MoE layers call them.
 
-Where tokens come from and go to is the dispatcher's business (model/exchange/dispatch.py), how a layer's experts are
-kept and computed that of a LayerExperts (`fit` in model/fitting/fit.py chooses it).
+The dispatcher (model/exchange/dispatch.py) carries tokens between workers. A LayerExperts keeps and computes the
+experts of one layer; `fit` in model/fitting/fit.py chooses it.
 
-Legend: R rows (tokens sent here), H hidden, K experts per token.
+Legend: R rows (tokens sent to this worker), H hidden, K experts per token.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.transformers_private import ALL_EXPERTS_FUNCTIONS
 
 NAME = "emoe"
-"""Of our experts function in transformers' registry."""
+"""The name of our experts function in transformers' registry."""
 
 Forward = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]"""
 
 
 class ExpertStore:
-    """Weights by (layer, logical expert), and the sum of a layer's held experts over rows sent here."""
+    """Holds experts by (layer, logical expert), and computes them over the rows that were sent to this worker."""
 
     def __init__(self, layers: Sequence[LayerExperts]) -> None:
-        """`layers` hold and compute the experts of each MoE layer, in order; they hold none yet."""
+        """`layers` hold and compute the experts of each MoE layer, in order. They hold no expert yet."""
         self._layers = layers
 
     @property
@@ -38,41 +38,44 @@ class ExpertStore:
 
     @property
     def native(self) -> bool:
-        """Whether every layer's arithmetic is native."""
+        """Whether the native library computes every layer."""
         return all(isinstance(layer, CpuExperts) and layer.native is not None for layer in self._layers)
 
     def native_layer(self, layer: int) -> tuple[int | float, ...]:
-        """The layer's experts held here, as native functions take them. Only where `native`."""
+        """The layer's held experts, as arguments of native functions. Call it only if `native` is true."""
         experts = self._layers[layer]
         assert isinstance(experts, CpuExperts)
         assert experts.native is not None
         return experts.native.arguments
 
     def joint(self, *exchange: Any) -> JointExperts:
-        """All layers for native functions, as held now; for `exchange` see JointExperts. Only where `native`."""
+        """All layers with the experts held now, for native functions. Call it only if `native` is true.
+
+        `exchange` are the further arguments of JointExperts.
+        """
         first = self._layers[0]
         assert isinstance(first, CpuExperts)
         assert first.native is not None
         return JointExperts(first.native.lib, [self.native_layer(layer) for layer in range(self.num_layers)], *exchange)
 
     def reserve(self, counts: Sequence[int]) -> None:
-        """So many experts of each layer are about to be put, before any step."""
+        """Make room for `counts` [L] experts of each layer, which will be put before any step."""
         for layer, count in zip(self._layers, counts, strict=True):
             layer.reserve(count)
 
     def put(self, layer: int, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
-        """Hold an expert. Its tensors belong to the store from now on; of borrowed ones nothing is kept."""
+        """Hold an expert. The store owns the tensors from now on; it copies `borrowed` ones."""
         self._layers[layer].put(expert, tensors, borrowed=borrowed)
 
     def get(self, layer: int, expert: int) -> Tensors:
-        """The expert's tensors, good for another store's `put`. Raises KeyError where it is not held."""
+        """The expert's tensors, which another store's `put` accepts. Raises KeyError if the expert is not held."""
         return self._layers[layer].get(expert)
 
     def held(self, layer: int) -> frozenset[int]:
         return self._layers[layer].held()
 
     def keep_only(self, experts: Sequence[Iterable[int]]) -> None:
-        """Drop what is not in `experts` ([L] sets of logical experts). Not while a step runs that reads it."""
+        """Drop all experts that are not in `experts` ([L] sets of logical experts). Call it between two steps only."""
         for layer, wanted in zip(self._layers, experts, strict=True):
             layer.keep_only(frozenset(wanted))
 
@@ -81,14 +84,14 @@ class ExpertStore:
         return sum(layer.nbytes for layer in self._layers)
 
     def forward(self, layer: int, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """Weighted sum over each row's experts held here: [R, H]. ABSENT choices count for nothing."""
+        """Weighted sum over those of each row's experts that are held here: [R, H]. ABSENT choices are left out."""
         return self._layers[layer].forward(x_RH, index_RK, weight_RK)
 
 
 def attach(modules: Sequence[nn.Module], forward: Forward) -> None:
-    """From now on the trunk's expert modules hand their tokens to `forward`, saying which layer they are."""
+    """Make the trunk's expert modules call `forward` from now on, with the number of their layer."""
     for layer, module in enumerate(modules):
-        # bare attributes, not registered ones: they must not turn up in the state dict
+        # these are bare attributes, since registered ones would be in the state dict
         object.__setattr__(module, "emoe_layer", layer)
         object.__setattr__(module, "emoe_forward", forward)
 

@@ -1,0 +1,11 @@
+"""Chooses the code that serves each part of a model on this machine, and puts it in place.
+
+    fit              makes every choice, and reports it with its reasons
+    probe            finds the shapes of a trunk's layers
+    small_ops        norms, routers and rotary embeddings as native calls
+    attention_half   the attention half of a layer as one native call
+    whole_stack      all layers of a trunk as one native call
+
+Modules are recognised by what they compute in a trial and not by their names. The room leaves the code itself to
+model/native/, model/trunk/, model/experts/ and model/exchange/.
+"""

@@ -1,8 +1,8 @@
-"""Decoder layers whose attention half is one native call, with their own feed-forward half behind it.
+"""Joins the attention half of decoder layers into one native call. The feed-forward half keeps its own code.
 
-A layer is recognised by trying: what its parts seem to be is put together, and the result must be the layer's own, bit
-for bit, on random input. What is not recognised stays transformers' own. Where every layer of a trunk is recognised,
-model/fitting/whole_stack.py joins them further.
+A layer is recognised by a trial: a native call is built from the parts that the layer seems to have, and its result
+must equal the layer's own, bit for bit, on random input. A layer that is not recognised keeps transformers' code. If
+every layer of a trunk is recognised, model/fitting/whole_stack.py joins the layers further.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from elastic_moe.model.trunk.linear import PackedLinear
 
 
 class FittedLayer:
-    """A decoder layer's forward."""
+    """The forward of a decoder layer whose attention half is joined. It calls the original for other inputs."""
 
     def __init__(
         self, original: Callable[..., Any], block: AttentionBlock, feed_forward: nn.Module, attention_layer: int
@@ -57,15 +57,15 @@ class FittedLayer:
 
 
 def decoder_layers(trunk: nn.Module) -> list[nn.Module]:
-    """The trunk's decoder layers, by the name that families share for their attention."""
+    """The trunk's decoder layers, found by the name self_attn, which all families share."""
     return [module for module in trunk.modules() if isinstance(getattr(module, "self_attn", None), nn.Module)]
 
 
 def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module], notes: FitNotes) -> list[nn.Module]:
-    """Join the attention halves that are recognised in a trunk that `fit_trunk` has been through.
+    """Join the attention halves that are recognised. Call `fit_trunk` for the trunk before.
 
-    Returns the layers that were joined: their `forward` is a FittedLayer now. `notes` get every decoder layer.
-    `experts` are the trunk's expert modules: their forward is replaced by a probe, so call `attach` again afterwards.
+    Returns the layers that were joined; their `forward` is a FittedLayer now. Every decoder layer is added to `notes`.
+    `experts` are the trunk's expert modules. A probe replaces their forward, so call `attach` again afterwards.
     """
     attach(experts, lambda layer, hidden, index, weight: hidden * weight.sum(-1, keepdim=True).to(hidden.dtype))
     found = []
@@ -84,7 +84,7 @@ def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module],
 
 
 def native_input(batch: Any, hidden: Tensor, mask: Any, embeddings: Any, head_size: int) -> bool:
-    """Whether native functions take what a trunk hands to a layer in a step."""
+    """Whether native functions accept the arguments that a trunk passes to a layer in a step."""
     if not isinstance(batch, StepBatch) or not isinstance(batch.fused, NativeBatch):
         return False
     if not isinstance(mask, Window) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
@@ -98,9 +98,9 @@ def native_input(batch: Any, hidden: Tensor, mask: Any, embeddings: Any, head_si
 
 
 def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
-    """The layer's forward as it may be, if it is made of the parts that most families have, by the names they share.
+    """Build a joined forward from the parts that most families have, found by their usual names.
 
-    Otherwise the reason why it is not.
+    Returns the reason if the layer has other parts. The result must still be tried on random input.
     """
     attention = getattr(layer, "self_attn", None)
     before, after = (getattr(layer, f"{name}_layernorm", None) for name in ("input", "post_attention"))
@@ -125,7 +125,12 @@ def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
             **matrices,  # type: ignore[arg-type]
             **norms,  # type: ignore[arg-type]
         )
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:  # made of other parts after all
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+    ) as error:  # an attribute is missing or of another kind
         return f"its attention is made of other parts: {error}"
     return FittedLayer(layer.forward, block, others[0], int(attention.layer_idx))  # type: ignore[arg-type]
 
@@ -142,7 +147,7 @@ def _norm(module: Any) -> Norm | None:
 
 
 def _tried(lib: ctypes.CDLL, layer: nn.Module, fitted: FittedLayer) -> FittedLayer | str:
-    """The layer's forward once it has been found to agree with the layer; otherwise the reason why it is not taken."""
+    """The joined forward if it agrees with the layer on random input; otherwise the reason why it is not used."""
     try:
         agrees = _same(lib, layer, fitted)
     except OTHERWISE as error:
@@ -151,7 +156,7 @@ def _tried(lib: ctypes.CDLL, layer: nn.Module, fitted: FittedLayer) -> FittedLay
 
 
 def _same(lib: ctypes.CDLL, layer: nn.Module, fitted: Callable[..., Any]) -> bool:
-    """Whether a layer and what may stand for it agree: on a prompt, the token after it, with and without a window."""
+    """Whether a layer and its joined forward agree: on a prompt and the token after it, with and without a window."""
     attention: Any = layer.self_attn
     hidden_size = attention.q_proj.packed.depth
     heads = attention.k_proj.packed.columns // attention.head_dim

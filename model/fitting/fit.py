@@ -1,17 +1,17 @@
-"""Which code serves a model on this machine: every choice of a path is made here, in `fit`.
+"""Chooses the code that serves a model on this machine: every choice of a path is made here, in `fit`.
 
     part             the paths, fastest first
-    layers           all in one native call (layer_runs.py); one after another
-    attention half   of a layer, in one native call (native_layers.py); module by module
-    attention        native (native/attention.py), FlashAttention (flash.py), matrix products (attention.py)
-    router, norms,   native where a module is recognised by what it computes (native/trunk.py), transformers' own
+    layers           all in one native call (whole_stack.py); one after another
+    attention half   a layer's half in one native call (attention_half.py); module by module
+    attention        native (native/attention.py); FlashAttention (trunk/flash.py); matrix products (trunk/attention.py)
+    router, norms,   native if a module is recognised by what it computes (small_ops.py); transformers' own code
     rotary
-    linears          native panels, oneDNN's layout, plain matrices (linear.py)
-    experts          native or PyTorch, expert by expert (cpu_experts.py); on GPUs stacked (stacked_experts.py)
-    exchange         native (native/exchange.py), PyTorch's operators around a transport (dispatch.py)
+    linears          native panels; oneDNN's layout; plain matrices (trunk/linear.py)
+    experts          on CPU native or PyTorch, expert by expert (experts/cpu.py); on GPUs stacked (experts/stacked.py)
+    exchange         native (native/exchange.py); PyTorch's operators around a transport (exchange/dispatch.py)
 
-Each path computes the same. Whoever tries a path returns it, or a sentence that says why it cannot be taken: these make
-up the FitReport (cluster/fit.py).
+All paths of a part compute the same. A function that tries a path returns it, or a sentence that says why the path
+cannot be used. These sentences are the reasons of the FitReport (cluster/fit.py).
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ from elastic_moe.model.native import attention as native_attention
 from elastic_moe.model.native import library, unavailable
 from elastic_moe.model.native.experts import NativeExperts, find_gate
 from elastic_moe.model.native.refusals import native_refusal
-from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, Way
-from elastic_moe.model.trunk.flash import find_way
+from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
+from elastic_moe.model.trunk.flash import find_variant
 from elastic_moe.model.trunk.linear import pack_linears
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """A trunk in the form in which this machine runs it fastest, and who serves what is not the trunk's."""
+    """What `fit` has chosen for a trunk, for its attention and for its experts."""
 
     packed_bytes: int
-    """Of the trunk's packed weights."""
+    """Bytes of the trunk's packed weights."""
     shapes: TrunkShapes
     attention: AttentionPath
     experts: list[LayerExperts]
-    """[L] who holds and computes the experts of each MoE layer; they hold none yet."""
+    """[L] the objects that hold and compute the experts of each MoE layer. They hold no expert at first."""
     rows: tuple[PartFit, ...]
-    """What was found about the trunk and attention."""
+    """The report's rows about the trunk and attention."""
 
     def exchange_refusal(self) -> str | None:
-        """Why this worker cannot exchange tokens natively; None where it can. To be asked once experts are held."""
+        """Why this worker cannot exchange tokens natively; None if it can. Call it when experts are held."""
         if not all(isinstance(layer, CpuExperts) and layer.native is not None for layer in self.experts):
             return "the experts are not native"
         return None if len(set(self.shapes.layers)) == 1 else "the MoE layers differ in their shapes"
 
     def report(self) -> FitReport:
-        """Which path serves each part. To be asked once experts are held: their sizes may turn out not to fit."""
+        """Which path serves each part. Call it when experts are held: only their sizes show if native code fits."""
         refusal = self.exchange_refusal()
         notes = FitNotes(self.rows if refusal is None else map(_apart, self.rows))
         for layer in self.experts:
@@ -70,10 +70,10 @@ class Fit:
 
 
 def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8: bool = False) -> Fit:
-    """Choose who serves a trunk and its experts; pack the trunk's matrices and join its small operators, in place.
+    """Choose the code for a trunk and its experts. Packs the trunk's matrices and joins its small operators, in place.
 
-    `experts` are its expert modules, empty of weights; call `attach` for them afterwards. block_size: tokens of a block
-    of the KV cache. Raises UserError where int8 is asked for and is not to be had.
+    `experts` are its expert modules, without weights; call `attach` for them afterwards. `block_size` is the number of
+    tokens in a block of the KV cache. Raises UserError if int8 is wanted and this machine cannot serve it.
     """
     notes = FitNotes()
     like = next(trunk.parameters())
@@ -97,7 +97,7 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8
 def attention_path(
     shapes: Mapping[int, KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int
 ) -> tuple[AttentionPath, str | None]:
-    """Who attends over caches of these shapes, the same for all of them; and why nobody faster does."""
+    """Which code computes attention over caches of all these shapes, and why no faster code does."""
     refusal = native_refusal(dtype, device)
     for s in set(shapes.values()):
         refusal = refusal or native_attention.refusal(
@@ -105,16 +105,17 @@ def attention_path(
         )
     if refusal is None:
         return AttentionPath(lib=library()), None
-    way = find_way(shapes.values(), dtype=dtype, device=device, block_size=block_size)
-    if isinstance(way, Way):
-        return AttentionPath(way=way), None
-    return MATMUL, refusal if device.type == "cpu" else way
+    variant = find_variant(shapes.values(), dtype=dtype, device=device, block_size=block_size)
+    if isinstance(variant, VarlenVariant):
+        return AttentionPath(varlen=variant), None
+    return MATMUL, refusal if device.type == "cpu" else variant
 
 
 def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
-    """Who holds and computes a layer's experts. `module` is the trunk's expert module, empty of weights.
+    """Make the object that holds and computes a layer's experts. `module` is the trunk's expert module, without
+    weights.
 
-    int8: keep weights in 8 bits (model/int8.py). Raises UserError where they are not to be had.
+    `int8` keeps weights in 8 bits (model/int8.py). Raises UserError if this machine cannot serve such weights.
     """
     like = next(itertools.chain(module.parameters(), module.buffers()))
     if like.device.type != "cpu":
@@ -131,11 +132,11 @@ def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
     return CpuExperts(module, refusal or "no known gate gives the values of theirs")
 
 
-# --- What is told of it -----------------------------------------------------------------------------------------------
+# --- The report -------------------------------------------------------------------------------------------------------
 
 
 def _note_attention(shapes: TrunkShapes, attention: AttentionPath, reason: str | None, notes: FitNotes) -> None:
-    path = CodePath.TORCH if attention.way is None else CodePath.FLASH
+    path = CodePath.TORCH if attention.varlen is None else CodePath.FLASH
     if attention.lib is not None:
         path = CodePath.NATIVE
     for shape in shapes.kv.values():
@@ -143,7 +144,10 @@ def _note_attention(shapes: TrunkShapes, attention: AttentionPath, reason: str |
 
 
 def _note_trunk(trunk: nn.Module, moe_layers: int, refusal: str | None, apart: str | None, notes: FitNotes) -> None:
-    """refusal: why nothing of the trunk is native; apart: why the layers are not one call. None: they are."""
+    """Note router, norms, rotary, attention halves and layers.
+
+    `refusal` says why no part of the trunk is native, and `apart` why the layers are not one call. None means they are.
+    """
     if refusal is not None:
         for part in (Part.ROUTER, Part.NORMS, Part.ROTARY):
             notes.add(part, "all", CodePath.TRANSFORMERS, refusal)
@@ -159,7 +163,7 @@ def _note_trunk(trunk: nn.Module, moe_layers: int, refusal: str | None, apart: s
 
 
 def _apart(row: PartFit) -> PartFit:
-    """The row where experts are not native: layers that were joined run one after another then."""
+    """The row as it is if experts are not native: then even joined layers run one after another."""
     if row.path is not CodePath.JOINED or row.part is not Part.LAYERS:
         return row
     return replace(row, path=CodePath.TRANSFORMERS, reason="the experts are not native")

@@ -1,4 +1,4 @@
-"""Learns the shapes of a trunk's layers from one token."""
+"""Finds the shapes of a trunk's layers by running one token through it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from elastic_moe.model.trunk.attention_path import KVShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkShapes:
-    """What a cache, an exchange and an empty step must know of a trunk."""
+    """The shapes of a trunk that a cache, an exchange and an empty step need."""
 
     kv: dict[int, KVShape]
-    """By attention layer, in order."""
+    """The KV shape of each attention layer, in order."""
     layers: tuple[LayerShape, ...]
-    """[L] of the MoE layers."""
+    """[L] the shape of each MoE layer."""
 
 
 @torch.inference_mode()
 def probe_shapes(trunk: nn.Module, experts: Sequence[nn.Module]) -> TrunkShapes:
-    """Run one token through the trunk. Its expert modules are attached to nobody afterwards."""
+    """Run one token through the trunk. A probe replaces its experts' forward, so call `attach` again afterwards."""
     shapes: dict[int, LayerShape] = {}
 
     def record(layer: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The trunk's small operators in the native library: transformers computes each with several of torch's.
+"""Gives the trunk's small operators native code: transformers computes each of them with several operators of torch.
 
-What a module computes is found by trying it on random input, not by its name: families write the same thing in many
-ways, and a list would age. What is not recognised stays as it is.
+A module is recognised by what it computes on random input and not by its name: families write the same thing in many
+ways, and a list of names would go out of date. A module that is not recognised is not changed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from elastic_moe.model.torch_private import plain_tensors
 from elastic_moe.model.transformers_private import replace_rotary_function, rotary_function
 
 OTHERWISE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
-"""What a module raises that is tried and wants to be called otherwise."""
+"""Errors that a trial call raises if the module expects other arguments."""
 
 
 def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module, notes: FitNotes) -> int:
-    """Give what is recognised in a trunk, which computes in bfloat16 on CPU, its native form.
+    """Give native code to the operators that are recognised in a trunk, which must compute in bfloat16 on CPU.
 
-    Returns the bytes of packed weights. `notes` get every norm, router and rotary embedding, recognised or not.
+    Returns the bytes of packed weights. Every norm, router and rotary embedding is added to `notes`, recognised or not.
     """
     packed_bytes = 0
     for module in trunk.modules():
@@ -51,14 +51,14 @@ def _fit_norm(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> None:
         module.forward = found
         notes.add(Part.NORMS, kind, CodePath.NATIVE)
     elif "norm" in kind.lower():
-        # the name decides what is told of it, not what is done with it
+        # the name decides only whether the report mentions the module
         notes.add(Part.NORMS, kind, CodePath.TRANSFORMERS, found)
 
 
 def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | str:
-    """The module's forward as one call, where it is a root mean square normalisation over the last dimension.
+    """A native forward for the module if it is a root mean square normalisation over the last dimension.
 
-    Otherwise the reason why it is not taken for one.
+    Otherwise the reason why it is not recognised as one.
     """
     parameters = list(module.parameters())
     if len(parameters) != 1 or parameters[0].dim() != 1 or list(module.children()):
@@ -70,7 +70,7 @@ def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | str:
     probe = probe.bfloat16()
     try:
         expected = module(probe)
-    except (RuntimeError, TypeError, ValueError) as error:  # it wants something else than rows
+    except (RuntimeError, TypeError, ValueError) as error:  # it expects something else than rows
         return f"a trial call failed with {type(error).__name__}"
     if not isinstance(expected, Tensor) or expected.dtype != torch.bfloat16 or expected.shape != probe.shape:
         return "it does not make bfloat16 rows of bfloat16 rows"
@@ -83,7 +83,7 @@ def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | str:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, rounds: bool) -> Tensor:
-    """As `emoe_rms_norm`, by torch's operators."""
+    """Compute what `emoe_rms_norm` computes, by torch's operators."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return ((wide.bfloat16().float() if rounds else wide) * weight).bfloat16()
@@ -93,7 +93,7 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, rounds: bool) -> Tensor
 
 
 class _RouterWeight(nn.Parameter):
-    """A matrix that modules multiply by themselves, with F.linear; then its packed form is used."""
+    """A matrix that a module multiplies by F.linear in its own code. The multiplication then uses the packed form."""
 
     packed: Packed
 
@@ -108,7 +108,10 @@ class _RouterWeight(nn.Parameter):
 
 
 def _pack_routers(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> int:
-    """Pack the matrix of a module that is neither a linear layer nor an embedding, for its own use of F.linear."""
+    """Pack the matrix of a module that is neither a linear layer nor an embedding, and calls F.linear in its own code.
+
+    Returns the bytes of the packed matrix, or 0 if there is none.
+    """
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or isinstance(module, nn.Linear | nn.Embedding) or not can_pack(weight):
         return 0
@@ -125,9 +128,9 @@ def _pack_routers(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> int:
 
 
 def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> Router | str:
-    """The module's forward as one call, where it is a router of the usual kind; otherwise the reason why it is not."""
+    """A native forward for the module if it is a router of the usual kind; otherwise the reason why it is not."""
     generator = torch.Generator().manual_seed(0)
-    # of moderate size, so that no probability of interest is zero
+    # values are of moderate size, so that no chosen probability is zero
     probe = torch.randn(64, packed.depth, generator=generator) / packed.depth**0.5
     try:
         expected = module(probe.bfloat16())
@@ -141,7 +144,7 @@ def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> Route
     for normalises in (True, False):
         router = Router(lib=lib, packed=packed, top_k=index.shape[-1], normalises=normalises, dtype=scores.dtype)
         got = router(probe.bfloat16())
-        # which of two experts with equal logits comes first is nobody's promise
+        # experts with equal logits may come in any order, since no code promises one
         same = torch.equal(got[0], logits) and torch.equal(logits.gather(1, got[2]), logits.gather(1, index))
         if same and got[1].shape == scores.shape and torch.allclose(got[1].float(), scores.float(), rtol=2**-7):
             return router
@@ -152,7 +155,7 @@ def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> Route
 
 
 def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
-    """Replace a modelling file's function by one that gives the same bits in one call for each tensor."""
+    """Replace a modelling file's rotary function by one that gives the same bits with one native call per tensor."""
     original = rotary_function(module)
     if original is None:
         return
@@ -175,7 +178,7 @@ def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
 
 
 def _turns_halves(function: Callable[..., Any]) -> bool:
-    """Whether it is x * cos + (-second half, first half) * sin."""
+    """Whether the function computes x * cos + (-second half, first half) * sin."""
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -185,7 +188,7 @@ def _turns_halves(function: Callable[..., Any]) -> bool:
     )
     try:
         got = function(q, k, cos, sin)
-    except RuntimeError:  # its cosines have another shape
+    except RuntimeError:  # the function expects cosines of another shape
         return False
     for x, out in zip((q, k), got, strict=True):
         first, second = x.chunk(2, -1)
@@ -195,7 +198,7 @@ def _turns_halves(function: Callable[..., Any]) -> bool:
 
 
 def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """[1, heads, T, size] with cosines and sines [1, T, size], all bfloat16 on CPU."""
+    """Whether x is [1, heads, T, size] and cosines and sines are [1, T, size], all of them bfloat16 on CPU."""
     return (
         x.dtype == cos.dtype == sin.dtype == torch.bfloat16
         and x.device.type == "cpu"

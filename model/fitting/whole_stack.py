@@ -1,7 +1,7 @@
-"""All decoder layers of a trunk as one, whose forward is one native call a step.
+"""Joins all decoder layers of a trunk into one module, whose forward is one native call per step.
 
-As everywhere, what a trunk computes is found by trying: that a layer's feed-forward half is a router and experts and
-nothing else, and that the trunk hands every layer what the one before has made, and beside it the same to all.
+Trials find out whether a trunk allows it. The feed-forward half of each layer must be a router and experts and nothing
+else. The trunk must pass the output of each layer to the next one, and the same other arguments to all layers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _WHAT_LAYERS_SHARE = ("attention_mask", "position_embeddings")
 
 
 def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence[nn.Module]) -> str | None:
-    """Put one module in the place of all `layers` of a trunk that `fit_layers` has recognised.
+    """Replace all `layers` of a trunk, which `fit_layers` has recognised, by one module.
 
-    Returns None where it is done, otherwise the reason why not; the trunk is unchanged then. `experts` are the trunk's
-    expert modules: their forward is replaced by a probe, so call `attach` again afterwards.
+    Returns None if this was done; otherwise the reason why not, and the trunk is unchanged. `experts` are the trunk's
+    expert modules. A probe replaces their forward, so call `attach` again afterwards.
     """
     count = len(decoder_layers(trunk))
     if len(layers) < count:
@@ -58,7 +58,7 @@ def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence
 
 
 class _LayerRun(nn.Module):
-    """Its layers, one after the other."""
+    """All decoder layers of a trunk. It runs them in one native call, or one after the other for other inputs."""
 
     def __init__(self, layers: Sequence[nn.Module], joint: JointLayers) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _LayerRun(nn.Module):
 
 
 def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) -> JointLayer | str:
-    """The layer's parts, if it has no others; otherwise the reason why it is not made of them."""
+    """The layer's block and router if it has no other parts; otherwise the reason why it cannot be joined."""
     fitted: Any = layer.forward
     assert isinstance(fitted, FittedLayer)
     feed_forward = fitted.feed_forward
@@ -103,7 +103,7 @@ def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) ->
     router = routers[0]
 
     def probe(n: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        # tells layers, experts and their shares apart
+        # the result differs for different layers, experts and weights
         return hidden * ((index + 1) * weight).sum(-1, keepdim=True).to(hidden.dtype) + n
 
     attach(experts, probe)
@@ -120,7 +120,7 @@ def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) ->
 
 
 class _Recorder(nn.Module):
-    """Stands for a layer: notes what it is handed, returns what is like no other's."""
+    """Stands for a layer: records its arguments, and returns a tensor that no other layer returns."""
 
     def __init__(self, number: int, calls: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Recorder(nn.Module):
 
 
 def _one_after_another(trunk: nn.Module, parent: nn.Module, name: str, count: int) -> bool:
-    """Whether one module that computes what `count` layers do can stand for them."""
+    """Whether the trunk passes values through its `count` layers in such a way that one module can replace them."""
     original = getattr(parent, name)
     logits = []
     try:

@@ -1,12 +1,27 @@
-"""The native library: kernels in C++ for bfloat16 on CPU, each with a PyTorch path beside it that is its oracle.
+"""The native library: kernels in C++ for bfloat16 on CPU. Each has a PyTorch path that is its oracle in tests.
 
-Optional at run time. It is compiled at first use (some seconds, once per machine) by the C++ compiler that is there and
-loaded with ctypes, which lets go of the interpreter's lock during calls. Its functions take plain pointers and know
-nothing of torch, so one build serves every torch. Where it cannot be had, one log line says why.
+    library     compiles the C++ files at first use and loads them
+    structs     the structures that C++ functions read
+    refusals    why native code does not serve a dtype or a device
+    memory      huge pages for packed matrices
+    linear      packed matrices (gemm.h, gemm8.h, linear.cpp)
+    attention   attention over the KV cache
+    block       the attention half of a decoder layer
+    router      the choice of experts
+    experts     the experts of a layer
+    layers      several decoder layers in one call
+    exchange    the MoE layers of the workers of one node (exchange.cpp, moe.cpp)
+    segments    the memory that these workers share
 
-To add a function: `extern "C"` in a .cpp file here, its arguments in `library._SIGNATURES`, a wrapper on tensors in a
-module named like the .cpp file, and a test in tests/model/native that takes the fixture `lib`. A structure that Python
-fills is declared in structs.py, and its .cpp file tells its size.
+The library is optional at run time. The machine's C++ compiler compiles it at first use (some seconds, once per
+machine). ctypes loads it and releases the interpreter's lock during calls. Its functions take plain pointers and do not
+use torch, so one build works with every version of torch. If the library is not available, one log line says why.
+
+To add a function, write `extern "C"` in a .cpp file here, its arguments in `library._SIGNATURES`, a wrapper on tensors
+in the module of that name, and a test in tests/model/native that takes the fixture `lib`. A structure that Python fills
+is declared in structs.py, and its .cpp file reports its size.
+
+The room leaves to model/fitting/ which modules of a model use these functions.
 """
 
 from elastic_moe.model.native.library import library, unavailable

@@ -1,12 +1,12 @@
-// Attention over the paged KV cache, where keys and values lie.
+// Attention over the paged KV cache. Keys and values are read where they lie, without a copy.
 //
-// The cache is made of tiles of 16 tokens of one head: keys [D/2][16][2], so that one instruction takes two dimensions of
-// 16 keys, and values [8][D][2], so that one takes two tokens of 16 dimensions. A layer's cache is [blocks][key heads]
-// [tiles of a block], for keys and for values.
+// The cache is made of tiles of 16 tokens of one head. A tile of keys is [D/2][16][2], so that one instruction takes two
+// dimensions of 16 keys. A tile of values is [8][D][2], so that one instruction takes two tokens of 16 dimensions. A
+// layer has two caches, one for keys and one for values, each [blocks][key heads][tiles of a block].
 //
-// Softmax goes over keys in chunks with a running maximum (Milakov and Gimelshein, arXiv 1805.02867; as in flash
-// attention). Chunks begin at multiples of their size in the sequence, and masked keys add exact zeros, so a row's result
-// is the same bit for bit whether it is computed in a prompt, in a part of one or by itself.
+// The softmax takes keys in chunks and keeps a running maximum (Milakov and Gimelshein, arXiv 1805.02867; as in flash
+// attention). Chunks begin at multiples of their size in the sequence, and masked keys add exact zeros. So a row's result
+// is the same, bit for bit, whether the row is computed within a whole prompt, within a part of it, or alone.
 #include "gemm.h"
 #include "vector.h"
 
@@ -29,7 +29,7 @@ struct Strided { // [heads][tokens][size], the last dimension dense
     const bf16* at(int64_t h, int64_t t) const { return data + h * head + t * token; }
 };
 
-struct Sequence { // as Python lays it out
+struct Sequence { // model/native/structs.py mirrors it
     int64_t first_row, start, end, table;
 };
 
@@ -47,7 +47,7 @@ struct Call {
     const float* sinks;
     bf16* out; // [tokens][heads][value_size]
 
-    // Which tile of the cache holds `position` of the sequence for head `g`.
+    // The number of the tile that holds `position` of the sequence for head `g`.
     int64_t tile(const Sequence& sequence, int64_t g, int64_t position) const {
         const int64_t per_block = block_size / kTile, block = tables[sequence.table + position / block_size];
         return (block * key_heads + g) * per_block + position % block_size / kTile;
@@ -56,8 +56,8 @@ struct Call {
     bf16* value_tile(int64_t tile) const { return values + tile * kTile * value_size; }
 };
 
-// Keys and values of a sequence's new tokens into the cache, for head `g`. A tile that begins is cleared first: what
-// another sequence left there must not meet a weight of zero as infinity.
+// Writes keys and values of a sequence's new tokens into the cache, for head `g`. A tile is cleared before its first
+// token is written: another sequence may have left an infinity there, and a weight of zero times infinity is not zero.
 void write(const Call& call, const Sequence& sequence, int64_t g) {
     for (int64_t position = sequence.start; position < sequence.end; ++position) {
         const int64_t tile = call.tile(sequence, g, position), slot = position % kTile;
@@ -108,7 +108,7 @@ void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64
     for (const int64_t end = std::min(first + 64, size); first < end; first += C * kLanes) {
         Register acc[R][C];
         int64_t column[C];
-        for (int c = 0; c < C; ++c) column[c] = std::min(first + c * kLanes, size - kLanes); // past the end: the last ones again
+        for (int c = 0; c < C; ++c) column[c] = std::min(first + c * kLanes, size - kLanes); // past the end, the last columns are computed again
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) acc[r][c] = load_sum(out + r * size + column[c]);
         for (int64_t t = 0; t < count; ++t)
@@ -126,7 +126,8 @@ void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64
     }
 }
 
-// Up to kQueries query rows of one sequence and key head; row i of them is member i % members of token i / members.
+// Up to kQueries query rows of one sequence and key head. Row i is query head i % members of the key head, for token
+// i / members.
 class Rows {
   public:
     Rows(const Call& call, const Sequence& sequence, int64_t g, int64_t first, int64_t count)
@@ -147,7 +148,7 @@ class Rows {
   private:
     int64_t token(int64_t r) const { return (first_ + r) / members_; }
     int64_t head(int64_t r) const { return g_ * members_ + (first_ + r) % members_; }
-    // Keys that row r sees: [begin, last).
+    // Row r sees the keys [begin, last).
     int64_t last(int64_t r) const { return sequence_.start + token(r) + 1; }
     int64_t begin(int64_t r) const { return call_.window == 0 ? 0 : std::max<int64_t>(0, last(r) - call_.window); }
 
@@ -155,7 +156,7 @@ class Rows {
         const int64_t tiles = (count + kTile - 1) / kTile;
         const bf16 *keys[kKeys / kTile], *values[kKeys / kTile];
         for (int64_t t = 0; t < kKeys / kTile; ++t) {
-            // past the end: the last one again, whose scores are not looked at
+            // past the end, the last tile stands in; its scores there are not used
             const int64_t tile = call_.tile(sequence_, g_, first + std::min(t, tiles - 1) * kTile);
             keys[t] = call_.key_tile(tile);
             values[t] = call_.value_tile(tile);
@@ -174,7 +175,8 @@ class Rows {
                 });
     }
 
-    // Scores of a row over keys `first` .. first + count to weights; what is there already is scaled to the new maximum.
+    // Turns the scores of a row over keys `first` .. first + count into weights, and scales the row's sums so far to the
+    // new maximum.
     void soften(int64_t r, int64_t first, int64_t count) {
         float* scores = scores_ + r * kKeys;
         Floats highest = all(maximum_[r]);
@@ -189,7 +191,7 @@ class Rows {
         const float before = maximum_[r];
         maximum_[r] = maximum(highest);
         bf16* weights = weights_ + r * kKeys;
-        if (maximum_[r] == kNone) { // nothing to see here, and nothing before
+        if (maximum_[r] == kNone) { // the row sees no key of this chunk and none of an earlier one
             std::memset(weights, 0, count * sizeof(bf16));
             return;
         }
@@ -254,8 +256,9 @@ struct Task {
 
 using namespace emoe;
 
-// Strides are [head, token] in elements of query, key and value. Sequences are [n][4]: first row, start, end, and where
-// its block numbers begin in `tables`.
+// Writes the step's keys and values to a layer's caches and computes attention: `out` [tokens][heads][value_size].
+// `strides` are [head, token] in elements, for query, key and value in turn. `sequences` are [n][4]: first row, start,
+// end, and where the sequence's block numbers begin in `tables`.
 extern "C" void emoe_attention(const bf16* query, const bf16* key, const bf16* value, const int64_t* strides,
                                int64_t heads, int64_t key_heads, int64_t key_size, int64_t value_size, bf16* keys,
                                bf16* values, int64_t block_size, const void* sequences, int64_t num_sequences,
@@ -284,5 +287,5 @@ extern "C" void emoe_attention(const bf16* query, const bf16* key, const bf16* v
     }
 }
 
-// Bytes of the structures that model/native/structs.py mirrors, in its order.
+// Writes the bytes of the structures that model/native/structs.py mirrors, in its order.
 extern "C" void emoe_attention_sizes(int64_t* sizes) { sizes[0] = sizeof(Sequence); }

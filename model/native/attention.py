@@ -1,4 +1,4 @@
-"""Attention over a KV cache in the native library's layout; see attention.cpp.
+"""Computes attention over a KV cache in the native library's layout; see attention.cpp.
 
 Legend: T tokens of the step, N query heads, G key heads, D head size.
 """
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 TILE = 16
-"""Tokens of a tile of the cache: a block must be whole tiles."""
+"""Tokens in a tile of the cache. A block consists of whole tiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What one layer's attention asks for."""
+    """The settings of one layer's attention."""
 
     scale: float
     window: int | None
-    """Of how many last tokens keys are seen; None: of all."""
+    """The number of last tokens that a token attends to; None if it attends to all earlier ones."""
     softcap: float | None
     sinks: Tensor | None
-    """[N] a logit per head that takes part in the softmax and then counts for nothing."""
+    """[N] a logit for each head that is part of the softmax and has no value."""
 
 
 def refusal(*, block_size: int, key_size: int, value_size: int) -> str | None:
-    """Why the layout does not exist for a bfloat16 cache on CPU; None where it does."""
+    """Why the layout does not exist for a bfloat16 cache on CPU; None if it exists."""
     if block_size % TILE:
         return f"block_size {block_size} is not a multiple of {TILE}"
     if key_size % 2:
@@ -41,10 +41,10 @@ def refusal(*, block_size: int, key_size: int, value_size: int) -> str | None:
 
 
 class NativeBatch:
-    """A step's sequences, as the library wants them told: the same for all layers."""
+    """A step's sequences, in the form of the library's arguments. It is the same for all layers."""
 
     def __init__(self, lib: ctypes.CDLL, pieces: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int) -> None:
-        """`pieces` are (start, end, block_ids) of each sequence, whose tokens follow one another in the step."""
+        """`pieces` are (start, end, block_ids) of each sequence. Their tokens follow one another in the step."""
         self._lib = lib
         used = [-(-end // block_size) for _, end, _ in pieces]
         rows = accumulate((end - start for start, end, _ in pieces), initial=0)
@@ -54,7 +54,7 @@ class NativeBatch:
         flat = [block for (_, _, blocks), n in zip(pieces, used, strict=True) for block in blocks[:n]]
         self._tables = torch.tensor(flat, dtype=torch.int32)
         self.described = (block_size, self._sequences.data_ptr(), len(described), self._tables.data_ptr())
-        """Arguments of native functions: what a block of the cache holds, sequences, how many, block tables."""
+        """Arguments of native functions: tokens of a block, the sequences, their number, their block tables."""
 
     def attend(
         self,
@@ -64,7 +64,7 @@ class NativeBatch:
         value_GTD: Tensor,
         rules: Rules,
     ) -> Tensor:
-        """Write the step's keys and values to a layer's caches, and attend: [T, N, D of values]."""
+        """Write the step's keys and values to a layer's caches, and compute attention: [T, N, D of values]."""
         query_NTD, key_GTD, value_GTD = (
             t if t.stride(2) == 1 else t.contiguous() for t in (query_NTD, key_GTD, value_GTD)
         )

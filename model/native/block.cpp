@@ -1,7 +1,7 @@
 // The attention half of a decoder layer in one call: normalise, project, rotate, attend, project, add, normalise.
 //
-// Decoding steps are short, and what Python and torch take to call its dozen parts was a sixth of a step of one
-// sequence. The parts are those that modules call one by one, in the same order, so the bits are the same.
+// Decoding steps are short: Python and torch took a sixth of a step of one sequence to call these dozen parts. The parts
+// are the same that modules call one by one, in the same order, so the result has the same bits.
 #include "calls.h"
 #include "trunk.h"
 
@@ -11,10 +11,10 @@
 
 namespace emoe {
 
-// As Python lays them out: model/native/structs.py.
+// model/native/structs.py mirrors these structures.
 struct Norm {
-    const float* weight; // null: none
-    int64_t size;        // of the rows that are normalised
+    const float* weight; // null: there is no norm
+    int64_t size;        // numbers in a row that is normalised
     float epsilon;
     int32_t rounds;
 
@@ -47,14 +47,14 @@ bf16* of_size(std::vector<bf16>& scratch, int64_t size) {
 
 using namespace emoe;
 
-// x [T, H] is what comes in: `sum` [T, H] is it plus attention's output, `normed` [T, H] that normalised for what follows.
-// cosines and sines are [T, key_size]; the rest as in emoe_attention.
+// x [T, H] is the layer's input. `sum` [T, H] becomes x plus the output of attention, and `normed` [T, H] becomes `sum`
+// after the norm of the feed-forward half. cosines and sines are [T, key_size]; other arguments are as in emoe_attention.
 extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines,
                            bf16* keys, bf16* values, int64_t block_size, const void* sequences, int64_t num_sequences,
                            const int32_t* tables, int64_t window, bf16* sum, bf16* normed, int threads) {
     const Block& b = *block;
     const int64_t wide = b.heads * b.key_size, narrow = b.key_heads * b.key_size, values_wide = b.key_heads * b.value_size;
-    // kept from call to call: fresh memory costs page faults
+    // this memory is kept from call to call, since fresh memory costs page faults
     thread_local std::vector<bf16> q_scratch, k_scratch, v_scratch, a_scratch;
     bf16 *q = of_size(q_scratch, tokens * wide), *k = of_size(k_scratch, tokens * narrow);
     bf16 *v = of_size(v_scratch, tokens * values_wide), *attended = of_size(a_scratch, tokens * b.heads * b.value_size);
@@ -90,5 +90,5 @@ extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, co
     }
 }
 
-// Bytes of the structures that model/native/structs.py mirrors, in its order.
+// Writes the bytes of the structures that model/native/structs.py mirrors, in its order.
 extern "C" void emoe_block_sizes(int64_t* sizes) { sizes[0] = sizeof(Norm); sizes[1] = sizeof(Matrix); sizes[2] = sizeof(Block); }

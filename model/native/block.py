@@ -1,4 +1,4 @@
-"""The attention half of a decoder layer in one call: see block.cpp.
+"""Computes the attention half of a decoder layer in one call: see block.cpp.
 
 Legend: T tokens of the step, H hidden, D head size.
 """
@@ -22,10 +22,10 @@ class Norm:
 
     lib: ctypes.CDLL
     weight: Tensor
-    """What normalised values are multiplied by, in float32."""
+    """The factors of the normalised values, in float32."""
     epsilon: float
     rounds: bool
-    """The normalised value is rounded to bfloat16 before it is multiplied."""
+    """Whether the normalised value is rounded to bfloat16 before it is multiplied."""
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.contiguous()
@@ -53,7 +53,7 @@ class Matrix:
 
 
 class AttentionBlock:
-    """x + attention(before(x)), and after() of that. It keeps what its parts are made of."""
+    """Computes sum = x + attention(before(x)), and after(sum). It keeps the tensors of its parts alive."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class AttentionBlock:
         query_norm: Norm | None,
         key_norm: Norm | None,
     ) -> None:
-        """Norms of queries and keys go over a head or over all heads of a token, as long as their weights are.
+        """Norms of queries and keys normalise one head, or all heads of a token, as the length of their weights says.
 
-        Raises ValueError where sizes do not fit together.
+        Raises ValueError if sizes do not fit together.
         """
         heads, key_heads = query.packed.columns // head_size, key.packed.columns // head_size
         hidden = query.packed.depth
@@ -107,7 +107,7 @@ class AttentionBlock:
             scale=scale,
         )
         self.address = ctypes.addressof(self._block)
-        """For native functions."""
+        """The address of the block's structure, an argument of native functions."""
         self.head_size = head_size
 
     def __call__(
@@ -119,7 +119,7 @@ class AttentionBlock:
         sines_TD: Tensor,
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """(sum [T, H], normalised sum [T, H]) of dense bfloat16 rows; keys and values go to the layer's caches."""
+        """Returns (sum [T, H], normalised sum [T, H]) for dense bfloat16 rows. Writes keys and values to the caches."""
         sum_TH, normed_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
         self._function(
             self.address,

@@ -1,4 +1,5 @@
-// What the library offers to Python and to its own callers too; see the files of these names.
+// Functions that Python calls and that other files of the library call too. Each is described where it is defined, in
+// the .cpp file of its name.
 #pragma once
 
 #include "vector.h"

@@ -1,4 +1,4 @@
-// Waiting and waking between processes, and what of it ctypes calls. See exchange.h.
+// How processes wait for and wake one another, and the exchange's functions that ctypes calls. See exchange.h.
 #include "exchange.h"
 
 #include <linux/futex.h>
@@ -16,9 +16,9 @@ namespace emoe {
 
 namespace {
 
-constexpr int64_t kSpinNs = 20'000;     // with the core to ourselves
-constexpr int64_t kYieldNs = 2'000'000; // then giving it to whoever asks; then asleep. To be woken takes some 50 us
-constexpr int64_t kLookNs = 5'000'000;  // how often a sleeper looks whether it was told to stop
+constexpr int64_t kSpinNs = 20'000;     // first, a waiting thread keeps its core
+constexpr int64_t kYieldNs = 2'000'000; // then it yields the core; after this it sleeps. Waking it takes some 50 us
+constexpr int64_t kLookNs = 5'000'000;  // a sleeper looks this often whether the exchange was aborted
 
 int64_t now_ns() {
     timespec time;
@@ -44,7 +44,7 @@ void sleep_on(Word& word, uint32_t number) {
 
 void Exchange::publish(Word& word, uint32_t number) {
     word.value.store(number);
-    // both in one order for all: either we see the sleeper, or it sees the number
+    // both operations are sequentially consistent: either we see the sleeper, or the sleeper sees the number
     if (word.sleepers.load()) syscall(SYS_futex, &word.value, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
@@ -81,7 +81,7 @@ extern "C" int64_t emoe_exchange_bytes(int64_t size, int64_t capacity, int64_t h
     return Layout{size, capacity, hidden, top_k}.total();
 }
 
-// `bases` [size]: where each rank's segment is mapped, zeroed by the kernel when it was made.
+// `bases` [size] are the addresses at which the ranks' segments are mapped. The kernel has zeroed them.
 extern "C" Exchange* emoe_exchange_new(int64_t rank, int64_t size, int64_t capacity, int64_t hidden, int64_t top_k,
                                        const int64_t* bases, int64_t timeout_ns) {
     auto* exchange = new Exchange{};
@@ -94,10 +94,10 @@ extern "C" Exchange* emoe_exchange_new(int64_t rank, int64_t size, int64_t capac
 
 extern "C" void emoe_exchange_free(Exchange* exchange) { delete exchange; }
 
-// Wakes a rank that waits, from another thread. The exchange is of no use afterwards.
+// Wakes this rank if it waits. Another thread calls it. The exchange cannot be used afterwards.
 extern "C" void emoe_exchange_abort(Exchange* exchange) { exchange->aborted = true; }
 
-// An empty round: everybody has come once it is through.
+// Runs a round without tokens. It returns when every rank has called it.
 extern "C" int emoe_exchange_meet(Exchange* exchange) {
     ++exchange->round;
     Header& own = exchange->segments[exchange->rank].header();
@@ -111,12 +111,12 @@ extern "C" int emoe_exchange_meet(Exchange* exchange) {
     return kDone;
 }
 
-// `tokens` [size] of each rank in the step that begins.
+// Begins a step in which each rank runs `tokens` [size] tokens.
 extern "C" void emoe_exchange_begin(Exchange* exchange, const int64_t* tokens) {
     exchange->step_tokens.assign(tokens, tokens + exchange->layout.size);
 }
 
-// Nanoseconds spent waiting since the last call, for peers' tokens and for their sums.
+// Writes the nanoseconds that this rank has waited since the last call: for peers' tokens, and for their sums.
 extern "C" void emoe_exchange_waited(Exchange* exchange, int64_t* out) {
     for (int i = 0; i < 2; ++i) {
         out[i] = exchange->waited_ns[i];

@@ -1,11 +1,13 @@
-// Rows to the experts of the workers of one host and back, through shared memory: publish, wait, read in place.
+// Carries rows to the experts of the workers of one node and back, through shared memory: publish, wait, read in place.
 //
-// Every rank owns one segment: two words, then what it publishes in a round. First its tokens (choices, weights, hidden
-// states), which every peer reads where they lie; then the partial sums of all ranks' tokens that have an expert
-// there, in the order of ranks and tokens. Whoever waits for a word sees what was written
-// before it. Each part has one buffer: a rank writes tokens of round n+1 when it has everyone's sums of round n, which
-// they publish when they are done with its tokens; and sums of n+1 when it has everyone's tokens of n+1, which they
-// publish when they are done with its sums of n.
+// Every rank owns one segment: two words, then what the rank publishes in a round. First come its tokens (choices,
+// weights, hidden states), which every peer reads where they lie. Then come the partial sums of all ranks' tokens that
+// have an expert on this rank, in the order of ranks and tokens. A rank that waits for a word sees everything that was
+// written before the word.
+//
+// Each part has one buffer, which suffices. A rank writes its tokens of round n+1 when it has every peer's sums of round
+// n, and a peer publishes these when it has read the rank's tokens of round n. A rank writes its sums of round n+1 when it
+// has every peer's tokens of round n+1, and a peer publishes these when it has read the rank's sums of round n.
 #pragma once
 
 #include <atomic>
@@ -14,23 +16,23 @@
 
 namespace emoe {
 
-constexpr int64_t kLine = 64; // bytes that processes must not both write
+constexpr int64_t kLine = 64; // bytes of a cache line: two processes that write to one line slow each other down
 
-// A count of rounds, in shared memory. It wraps.
+// A count of rounds in shared memory. It wraps around.
 struct alignas(kLine) Word {
     std::atomic<uint32_t> value;
     std::atomic<uint32_t> sleepers;
 };
 
 struct alignas(kLine) Header {
-    Word tokens; // rounds whose tokens are there
-    Word sums;   // rounds whose partial sums are there
-    int64_t count; // of this round's tokens
+    Word tokens; // rounds whose tokens are published
+    Word sums;   // rounds whose partial sums are published
+    int64_t count; // tokens of this round
 };
 
 enum Status : int { kDone = 0, kAborted = 1, kSilent = 2, kDisagree = 3 };
 
-// Where a segment's parts are. One round carries up to `capacity` tokens of each rank.
+// The offsets of a segment's parts, in bytes. One round carries up to `capacity` tokens of each rank.
 struct Layout {
     int64_t size, capacity, hidden, top_k;
 
@@ -43,7 +45,7 @@ struct Layout {
     static int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 };
 
-// One rank's segment as somebody sees it.
+// One rank's segment, mapped into this process.
 struct Segment {
     char* base;
     Layout layout;
@@ -64,8 +66,8 @@ struct Exchange {
     int64_t timeout_ns;
     std::atomic<bool> aborted{false};
     uint32_t round = 0;
-    std::vector<int64_t> step_tokens; // [W] of the whole step
-    int64_t waited_ns[2] = {0, 0};    // for tokens, for sums
+    std::vector<int64_t> step_tokens; // [W] tokens of each rank in the whole step
+    int64_t waited_ns[2] = {0, 0};    // waited for tokens, waited for sums
 
     void publish(Word& word, uint32_t number);
     Status wait(Word& word, uint32_t number, int64_t& waited);

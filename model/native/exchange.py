@@ -1,4 +1,4 @@
-"""Workers of one node that compute their MoE layers together in native code: see exchange.h and moe.cpp."""
+"""Computes the MoE layers of the workers of one node together in native code: see exchange.h and moe.cpp."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.model.native.segments import DIRECTORY, join
 
 _ROUND_TOKENS = 1024
-"""Most tokens of a rank in one round."""
+"""The most tokens of a rank in one round."""
 _SEGMENT_BYTES = 128 << 20
-"""What a rank's segment may take; rounds are smaller where it would take more."""
+"""The most bytes of a rank's segment. Rounds have fewer tokens if a segment would take more."""
 _GROUPS = 2
-"""Whose segments must have room at a time: a group, and the one that takes its place."""
+"""Groups whose segments must have room at the same time: one in use, and the next one."""
 _LEAST_TOKENS = 16
 
 _DONE, _ABORTED, _SILENT = 0, 1, 2
@@ -29,14 +29,14 @@ _DONE, _ABORTED, _SILENT = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waited:
-    """Seconds that a rank waited for its peers: for their tokens, and for their partial sums."""
+    """How long a rank waited for its peers: for their tokens, and for their partial sums."""
 
     tokens_s: float
     sums_s: float
 
 
 class NativeExchange:
-    """A group of workers in lock-step. Constructing blocks until all ranks have come."""
+    """A group of workers in lock-step. The constructor blocks until all ranks have joined."""
 
     def __init__(
         self,
@@ -50,14 +50,16 @@ class NativeExchange:
         max_tokens: int,
         timeout_s: float,
     ) -> None:
-        """`group` is unique on the node, `max_tokens` the most that a rank runs in a step.
+        """`group` is a name that is unique on the node. `max_tokens` is the most that a rank runs in a step.
 
-        Raises StepAborted where a peer does not come within `timeout_s`, or where there is no room.
+        Raises StepAborted if a peer does not join within `timeout_s`, or if /dev/shm has no room.
         """
         self.rank = rank
         self.size = size
         self.threads: int | None = None
-        """Threads of a layer; None: torch's number. The trunk may have borrowed some that peers need for experts."""
+        """Threads that compute a layer's experts; None means torch's number. The trunk may borrow threads that peers
+        need for their experts, so the two numbers differ.
+        """
         self._lib = lib
         self._timeout_s = timeout_s
         room_bytes = _room_bytes(size)
@@ -77,16 +79,16 @@ class NativeExchange:
         join(group, rank, size, lib.emoe_exchange_bytes(size, capacity, hidden, top_k), timeout_s, meet)
 
     def begin(self, tokens_per_rank: Sequence[int]) -> None:
-        """A step begins, in which each rank runs so many tokens."""
+        """Begin a step, in which rank r runs `tokens_per_rank[r]` tokens."""
         self._lib.emoe_exchange_begin(self.handle, (ctypes.c_int64 * self.size)(*tokens_per_rank))
 
     def layer(
         self, experts: Sequence[Any], routes_WE: Tensor, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor
     ) -> Tensor:
-        """The experts of one layer for the tokens of all ranks: [T, H] for ours, in bfloat16.
+        """Compute the experts of one layer for the tokens of all ranks. Returns this rank's sums [T, H] in bfloat16.
 
-        `experts` are the layer's arguments in moe.cpp; `routes_WE` (int16) says who serves which rank's tokens.
-        Blocks on the other ranks. Raises StepAborted when one of them is gone, or after `abort()`.
+        `experts` are the layer's arguments in moe.cpp. `routes_WE` (int16) is the rank that computes expert E for the
+        tokens of rank W. Blocks on the other ranks. Raises StepAborted if one of them is gone, or after `abort()`.
         """
         x_TH, index_TK, weight_TK = x_TH.contiguous(), index_TK.contiguous(), weight_TK.float().contiguous()
         assert x_TH.dtype == torch.bfloat16
@@ -106,7 +108,7 @@ class NativeExchange:
         return out_TH
 
     def take_waited(self) -> Waited:
-        """Since the last call."""
+        """How long this rank has waited since the last call."""
         times = (ctypes.c_int64 * 2)()
         self._lib.emoe_exchange_waited(self.handle, times)
         return Waited(tokens_s=times[0] / 1e9, sums_s=times[1] / 1e9)
@@ -115,21 +117,21 @@ class NativeExchange:
         self._lib.emoe_exchange_abort(self.handle)
 
     def close(self) -> None:
-        """Nothing to do: the memory goes with the object, which a step may still be using."""
+        """Do nothing: the memory is freed with the object, which a step may still use."""
 
     def check(self, status: int) -> None:
-        """Raises StepAborted for what a native function returns, if it says so."""
+        """Raise StepAborted if the status that a native function returned means so."""
         if status == _ABORTED:
             raise StepAborted("the exchange was aborted")
         if status == _SILENT:
-            raise StepAborted(f"no word from a peer for {self._timeout_s:g} s")
+            raise StepAborted(f"a peer has not answered for {self._timeout_s:g} s")
         assert status == _DONE, "the ranks disagree about a step's tokens"
 
 
 def _room_bytes(size: int) -> int:
-    """Of a rank's segment. A container's /dev/shm may have 64 MB in all.
+    """The most bytes of a rank's segment. A container's /dev/shm may have 64 MB in all.
 
-    It depends on what is the same for all ranks, since their rounds must be equal: not on what is free at the moment.
+    All ranks must get the same number, since their rounds must be equal. So it does not depend on the free space.
     """
     there = os.statvfs(DIRECTORY)
     return min(_SEGMENT_BYTES, there.f_frsize * there.f_blocks // (_GROUPS * size))

@@ -9,10 +9,10 @@
 namespace emoe {
 namespace {
 
-// (row, choice) pairs in order of their experts.
+// The (row, choice) pairs, sorted by expert.
 struct Sorted {
     std::vector<int64_t> begin; // [E + 1] where each expert's pairs begin
-    std::vector<int64_t> active; // experts that have pairs
+    std::vector<int64_t> active; // the experts that have pairs
     std::vector<int64_t> row;
     std::vector<float> weight;
 
@@ -50,8 +50,8 @@ Floats bias_of(const bf16* bias, int64_t first, int64_t step, Lanes lanes) {
     return load(values);
 }
 
-// What transformers' gates compute in bfloat16, rounding after every operator as they do. Of two operands of min and max
-// the second is kept if one is not a number.
+// Computes what transformers' gates compute in bfloat16: it rounds after every operator, as they do. `smaller` and
+// `larger` return their second operand if one of the two is not a number, so the activation stays not-a-number.
 Floats gated(const Layer& layer, Floats gate, Floats up) {
     const Floats limit = all(layer.limit);
     gate = smaller(limit, gate);
@@ -62,7 +62,7 @@ Floats gated(const Layer& layer, Floats gate, Floats up) {
     return mul(rounded(add(up, one)), rounded(mul(gate, sigmoid)));
 }
 
-// Weights in bfloat16, and rows as they are multiplied with them.
+// Weights in bfloat16, and the rows that they are multiplied with, also in bfloat16.
 struct Bits16 {
     using Row = const bf16*;
     struct Rows {
@@ -78,7 +78,7 @@ struct Bits16 {
     }
 };
 
-// Weights in 8 bits.
+// Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (gemm8.h).
 struct Bits8 {
     using Row = Row8;
     using Rows = Rows8;
@@ -88,7 +88,7 @@ struct Bits8 {
     }
 };
 
-// Panel `p` of gate and of up for all rows of expert `e`: 64 columns of `hidden` [pairs, width].
+// Multiplies all rows of expert `e` by panel `p` of gate and of up: this makes 64 columns of `hidden` [pairs, width].
 template <class Bits>
 void gate_up(const Layer& layer, const typename Bits::Rows& x, const Sorted& sorted, int64_t e, int64_t p, bf16* hidden) {
     alignas(64) float sums[2][kChunk * kPanel];
@@ -116,7 +116,7 @@ void gate_up(const Layer& layer, const typename Bits::Rows& x, const Sorted& sor
     }
 }
 
-// Panel `p` of down for all rows of expert `e`, added to 64 columns of `out`.
+// Multiplies all rows of expert `e` by panel `p` of down, and adds the products to 64 columns of `out`.
 template <class Bits>
 void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& sorted, int64_t e, int64_t p, float* out) {
     alignas(64) float sums[kChunk * kPanel];
@@ -135,7 +135,7 @@ void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& s
                 const Floats y = rounded(add(load(sums + r * kPanel + c), bias));
                 float* to = out + sorted.row[first + r] * layer.hidden + column;
                 const Floats weight = all(sorted.weight[first + r]);
-                // a product and a sum, not fused: the PyTorch path has two roundings here
+                // product and sum are not fused, since the PyTorch path rounds twice here
                 const Floats sum = add(load(to, lanes), mul(y, weight));
                 store(to, sum, lanes);
             }
@@ -158,7 +158,7 @@ void sum(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t r
         for (int64_t i = 0; i < items; ++i) gate_up<Bits>(layer, x, sorted, sorted.active[i / wide], i % wide, raw);
 #pragma omp for
         for (int64_t i = 0; i < pairs; ++i) hidden.set(i, raw + i * layer.width);
-        // here columns are shared out, so that no two threads add to the same sum
+        // each thread takes columns of its own here, so that no two threads add to the same sum
         const Share mine(panels(layer.hidden), omp_get_thread_num(), omp_get_num_threads());
         for (int64_t e : sorted.active)
             for (int64_t p = mine.begin; p < mine.end; ++p) down<Bits>(layer, hidden, sorted, e, p, out);
@@ -169,7 +169,7 @@ void sum(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t r
 
 void sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choices& choices, float* out, int threads) {
     const Sorted sorted(choices, rows, layer.num_experts);
-    // kept from call to call: fresh memory costs page faults
+    // this memory is kept from call to call, since fresh memory costs page faults
     thread_local std::vector<bf16> scratch;
     thread_local Rows8 x8, hidden8;
     const int64_t needed = int64_t(sorted.row.size()) * layer.width;
@@ -184,7 +184,8 @@ void sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choic
 
 using namespace emoe;
 
-// As sum_of_experts, rounded to bfloat16 at the end. The tables are [4][num_experts]: gate_up, its bias, down, its bias.
+// Calls sum_of_experts and rounds its result to bfloat16. `tables` are [4][num_experts]: gate_up, its bias, down, its
+// bias.
 extern "C" void emoe_experts(const bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,
                              const void* const* tables, int bits, int interleaved, int gate, float alpha, float limit,
                              const void* index, int index_bytes, const void* weight, int weight_bytes, int64_t top_k,

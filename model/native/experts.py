@@ -1,4 +1,4 @@
-"""The experts of one layer in the native library.
+"""Holds and computes the experts of one layer in the native library.
 
 Legend: R rows, H hidden, F expert width, K experts per token, E logical experts.
 """
@@ -22,17 +22,17 @@ from elastic_moe.model.transformers_private import apply_gate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """What is done with gate and up, both clamped by `limit` (the gate from above only)."""
+    """The activation of gate and up. `limit` clamps both first (the gate from above only)."""
 
     kind: int
     """0: silu(gate) * up; 1: gate * sigmoid(alpha * gate) * (up + 1), which is gpt-oss's."""
     interleaved: bool
-    """Gate and up are even and odd columns, instead of the first and the last ones."""
+    """Whether gate and up are the even and the odd columns, and not the first and the second half."""
     limit: float
     alpha: float
 
     def __call__(self, gate_up: Tensor) -> Tensor:
-        """[R, 2F] -> [R, F], by torch's operators."""
+        """Apply the gate by torch's operators: [R, 2F] -> [R, F]."""
         gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if self.interleaved else gate_up.chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
         if self.kind == 0:
@@ -41,12 +41,15 @@ class Gate:
 
 
 def find_gate(module: nn.Module) -> Gate | None:
-    """The gate of an expert module, found by trying: families override it, and a list of names would age."""
+    """Find the gate of an expert module by trials, since families override it and a list of names would go out of date.
+
+    Returns None if no known gate gives the module's values.
+    """
     if not module.has_gate:
         return None
     constants = sorted({float(v) for v in vars(module).values() if isinstance(v, float) and v > 0})
     generator = torch.Generator().manual_seed(0)
-    # from tiny values to ones beyond any limit
+    # values from tiny ones to ones beyond any limit
     probe = torch.randn(64, 64, generator=generator) * torch.logspace(-2, 3, 64)[:, None]
     probe = probe.to(torch.bfloat16)
     expected = apply_gate(module, probe)
@@ -64,31 +67,31 @@ Held = dict[str, Tensor | Packed]
 
 
 class NativeExperts:
-    """One layer's experts that are held here, packed, and the sum of their outputs.
+    """Holds the packed experts of one layer, and computes the weighted sum of their outputs.
 
-    It owns their memory and the table of its addresses that the library reads.
+    It owns their memory, and the table of addresses that the library reads.
     """
 
     def __init__(self, lib: ctypes.CDLL, module: nn.Module, gate: Gate, *, bits: int = 16) -> None:
-        """bits: 16 keeps bfloat16 weights, 8 rounds them (model/int8.py)."""
+        """`bits` 16 keeps bfloat16 weights, 8 rounds them (model/int8.py)."""
         self.lib = lib
         self.bits = bits
         self._gate = gate
         self._transposed = bool(module.is_transposed)
         self._tables_4E = torch.zeros(4, module.num_experts, dtype=torch.int64)  # type: ignore[call-overload]
-        """Addresses of gate_up, its bias, down and its bias by logical expert; 0 where there is none."""
+        """Addresses of gate_up, its bias, down and its bias, by logical expert; 0 if there is no such tensor."""
         self._held: dict[int, Held] = {}
         self._shape: tuple[int, int] | None = None
 
     def takes(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether an expert with these tensors can be computed here. All of a layer have the same shapes."""
+        """Whether the library can compute an expert with these tensors. All experts of a layer have the same shapes."""
         return all(
             tensors[name].dtype == torch.int8 or can_pack(self._turned(tensors[name]))
             for name in ("gate_up_proj", "down_proj")
         )
 
     def put(self, expert: int, tensors: dict[str, Tensor]) -> None:
-        """Packs an expert and holds it until `drop`. Matrices are copied, biases are kept where they are dense."""
+        """Pack an expert and hold it until `drop`. Matrices are copied; dense biases are kept without a copy."""
         held: Held = {
             "gate_up_proj": self._pack(tensors, "gate_up_proj", parts=2, interleaved=self._gate.interleaved),
             "down_proj": self._pack(tensors, "down_proj"),
@@ -101,20 +104,20 @@ class NativeExperts:
             item: Any = held.get(name)
             data = item.data if isinstance(item, Packed) else item
             self._tables_4E[row, expert] = 0 if data is None else data.data_ptr()
-        # what was held before goes only now, when its addresses are no longer told
+        # the expert's old tensors are freed only now, when the table has the new addresses
         self._held[expert] = held
 
     def _pack(self, tensors: dict[str, Tensor], name: str, **order: Any) -> Packed:
         matrix = tensors[name]
         if self.bits == 16:
             return pack(self.lib, self._turned(matrix), **order)
-        # one that comes from another worker has been rounded already
+        # an expert from another worker is rounded already
         rounded = matrix.dtype == torch.int8
         values, scales = (matrix, tensors[name + SCALE]) if rounded else quantize(self._turned(matrix))
         return pack8(self.lib, values, scales, **order)
 
     def get(self, expert: int) -> dict[str, Tensor]:
-        """The tensors as they were put; matrices in 8 bits are [out, in], with their scales, whatever they were.
+        """The tensors as they were put. But matrices in 8 bits are always [out, in], with their scales.
 
         Raises KeyError for an expert that is not held.
         """
@@ -144,7 +147,7 @@ class NativeExperts:
 
     @property
     def arguments(self) -> tuple[int | float, ...]:
-        """Of native functions that compute these experts: what they need beside the rows. Good until the next `put`."""
+        """Arguments of native functions that compute these experts. They are valid until the next `put`."""
         gate = self._gate
         _, width = self._shape or (0, 0)
         tables = self._tables_4E
@@ -160,7 +163,7 @@ class NativeExperts:
         )
 
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """Weighted sum over each row's experts held here: [R, H]. Choices below 0 count for nothing."""
+        """Weighted sum over those of each row's experts that are held here: [R, H]. Choices below 0 are left out."""
         out_RH = torch.empty(x_RH.shape, dtype=torch.bfloat16)
         if self._shape is None:
             return out_RH.zero_()

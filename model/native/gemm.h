@@ -1,9 +1,9 @@
 // Products of bfloat16 rows with a packed matrix, summed in float32.
 //
-// A matrix [N, K] lies in panels of 64 rows of it (columns of the product): [N/64][K/2][64][2], so that one dot-product
-// instruction takes two steps of K for 16 columns. A panel is read once from memory and serves all rows that there are;
-// rows are few registers' worth at a time. Each element of a product is summed over K in ascending order in one
-// accumulator, whatever the other rows are: a row's result does not depend on its company.
+// A matrix [N, K] is stored in panels of 64 of its rows, which are columns of the product: [N/64][K/2][64][2]. So one
+// dot-product instruction takes two steps of K for 16 columns. A panel is read from memory once and is multiplied with
+// all rows, a few rows at a time. Each element of a product is summed over K in ascending order in one accumulator. So a
+// row's result does not depend on the other rows of the call.
 #pragma once
 
 #include "vector.h"
@@ -14,27 +14,28 @@ namespace emoe {
 
 constexpr int64_t kPanel = 64; // columns of a panel
 constexpr int64_t kChunk = 96; // rows whose sums are kept in L1
-// Rows of the register tile. 6 x 4 accumulators leave room for 4 registers of the panel and 1 of the row; 4 x 2 for what
-// comes of pairs without an instruction for them.
+// Rows of the register tile. With 32 registers, 6 x 4 accumulators leave room for 4 registers of the panel and 1 of the
+// row. With 16 registers, 4 x 2 accumulators leave room for the halves of pairs, which AVX2 must take apart.
 constexpr int64_t kRows = kRegisters == 32 ? 6 : 4;
-// Pairs of K at a time. A piece of the panel is read once for every few rows: 256 KB of it, which L2 holds, or, where
-// it is also read once for every few columns, 16 KB, which L1 holds.
+// Pairs of K that are multiplied at a time: a piece of the panel. The piece is read again for every few rows. It is 256 KB
+// with AVX-512, which L2 holds. With AVX2 it is read again for every few columns too, so it is 16 KB, which L1 holds.
 constexpr int64_t kPairs = kRegisters == 32 ? 1024 : 64;
 constexpr int64_t kAhead = 4096; // bytes that a single pass over a panel fetches in advance
 
 inline int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 inline int64_t panel_size(int64_t depth) { return depth * kPanel; }
 
-// Registers of columns in a tile of R rows: few rows leave room for more.
+// Registers of columns in a tile of R rows. Fewer rows leave room for more columns.
 template <int R> constexpr int kColumns = kRegisters == 32 ? 4 : R == 1 ? 8 : R == 2 ? 4 : 2;
 
-// R rows times `pairs` of one panel, added to `sums` [R][64] where `more`. Meanwhile LINES cache lines per pair are
-// fetched from `ahead` on: as far as prefetching goes, memory is read while registers are busy.
+// Multiplies R rows by `pairs` pairs of one panel. The products are added to `sums` [R][64] if `more` is true, else they
+// replace it. Meanwhile LINES cache lines per pair are prefetched from `ahead` on, so that memory is read while the
+// registers are busy.
 template <int R, int LINES>
 void multiply(const bf16* const* rows, int64_t first_pair, int64_t pairs, const bf16* panel, float* sums, bool more,
               const char* ahead) {
     constexpr int C = kColumns<R>;
-    constexpr int kPasses = kPanel / (C * kLanes), kLines = (LINES + kPasses - 1) / kPasses; // a pass has its share
+    constexpr int kPasses = kPanel / (C * kLanes), kLines = (LINES + kPasses - 1) / kPasses; // lines that one pass prefetches
     const int32_t* a[R];
     for (int r = 0; r < R; ++r) a[r] = (const int32_t*)rows[r] + first_pair;
     for (int64_t first = 0; first < kPanel; first += C * kLanes) {
@@ -59,7 +60,7 @@ void multiply(const bf16* const* rows, int64_t first_pair, int64_t pairs, const 
     }
 }
 
-// Calls `run` with the number of rows as a constant; MOST, up to 6, stands for all from there on.
+// Calls `run` with the number of rows as a compile-time constant. Counts above MOST, which is at most 6, become MOST.
 template <int MOST, class Run> void with_rows(int64_t count, Run run) {
     switch (std::min<int64_t>(count, MOST)) {
     case 1: return run(std::integral_constant<int, 1>{});
@@ -79,8 +80,8 @@ void multiply_some(int64_t count, const bf16* const* rows, int64_t first, int64_
     });
 }
 
-// Up to kChunk rows times one panel of a matrix with `depth` columns (even): sums [count][64]. With `fetch`, what lies
-// behind the panel in memory is brought near, on the assumption that it comes next.
+// Multiplies up to kChunk rows by one panel of a matrix with `depth` columns, an even number: sums [count][64]. If `fetch`
+// is true, the memory behind the panel is prefetched, on the assumption that it is multiplied next.
 inline void multiply_chunk(int64_t count, const bf16* const* rows, int64_t depth, const bf16* panel, float* sums,
                            bool fetch) {
     const int64_t blocks = (count + kRows - 1) / kRows;
@@ -88,13 +89,13 @@ inline void multiply_chunk(int64_t count, const bf16* const* rows, int64_t depth
         const int64_t pairs = std::min(kPairs, depth / 2 - first);
         const char* next = (const char*)(panel + (first + pairs) * 2 * kPanel);
         for (int64_t block = 0, at = 0; block < blocks; ++block) {
-            // of about equal size: 4 + 3 rows are faster than 6 + 1
+            // blocks have about equal sizes, since 4 + 3 rows are faster than 6 + 1
             const int64_t here = count / blocks + (block < count % blocks);
             float* to = sums + at * kPanel;
             if (!fetch) multiply_some<0>(here, rows + at, first, pairs, panel, to, next);
-            // one pass over the panel waits for memory all the time: a little ahead of itself
+            // a single pass over the panel waits for memory all the time, so it prefetches a little ahead of itself
             else if (blocks == 1) multiply_some<4>(here, rows, first, pairs, panel, to, kRegisters == 32 ? next - pairs * 256 + kAhead : next);
-            // several passes: each brings its share of the next piece
+            // with several passes, each of them prefetches a share of the next piece
             else if (blocks < 4 && block < 2) multiply_some<2>(here, rows + at, first, pairs, panel, to, next + block * pairs * 128);
             else if (blocks >= 4 && block < 4) multiply_some<1>(here, rows + at, first, pairs, panel, to, next + block * pairs * 64);
             else multiply_some<0>(here, rows + at, first, pairs, panel, to, next);
@@ -103,7 +104,7 @@ inline void multiply_chunk(int64_t count, const bf16* const* rows, int64_t depth
     }
 }
 
-// The share of `count` that thread `index` of `threads` takes: [begin, end).
+// The items [begin, end) of `count` that thread `index` of `threads` computes.
 struct Share {
     int64_t begin, end;
     Share(int64_t count, int index, int threads) : begin(count * index / threads), end(count * (index + 1) / threads) {}

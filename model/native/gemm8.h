@@ -1,9 +1,9 @@
 // Products of rows with a matrix of 8-bit integers.
 //
-// Weights are rounded to 8 bits in groups of 128 steps of K for each column, with a float32 scale for each; rows to 16
-// bits in the same groups. A matrix [N, K] lies in panels of 64 columns; a panel in groups; a group is [64 pairs of
-// K][64][2] and then the scales [64]. Within a group sums are exact; those of the groups are added in ascending order,
-// so that a row's result does not depend on its company.
+// Each column of weights is rounded to 8 bits in groups of 128 steps of K, and each group has a float32 scale. Rows are
+// rounded to 16 bits in the same groups. A matrix [N, K] is stored in panels of 64 columns, and a panel in groups: a group
+// is [64 pairs of K][64][2], followed by the scales [64]. Sums within a group are exact. The groups' sums are added in
+// ascending order, so a row's result does not depend on the other rows of the call.
 #pragma once
 
 #include "gemm.h"
@@ -18,13 +18,13 @@ constexpr int64_t kGroup = 128; // steps of K with one scale
 inline int64_t groups(int64_t depth) { return (depth + kGroup - 1) / kGroup; }
 inline int64_t panel_bytes8(int64_t depth) { return depth * kPanel + groups(depth) * kPanel * sizeof(float); }
 
-// A row in 16 bits.
+// A row of numbers in 16 bits.
 struct Row8 {
     const int16_t* values; // [depth]
     const float* scales;   // [groups]
 };
 
-// Rows [rows, depth] in 16 bits, one after the other.
+// Rows [rows, depth] of numbers in 16 bits, one after the other.
 struct Rows8 {
     int64_t depth = 0;
     std::vector<int16_t> values;
@@ -37,7 +37,8 @@ struct Rows8 {
     }
     Row8 at(int64_t row) const { return {values.data() + row * depth, scales.data() + row * groups(depth)}; }
 
-    // To 14 bits and a sign: 128 products with 8 bits stay below 2^31, and the error below bfloat16's own.
+    // Rounds a row to 14 bits and a sign. So the sum of 128 products with 8-bit weights stays below 2^31, and the rounding
+    // error stays below that of bfloat16.
     void set(int64_t row, const bf16* from) {
         constexpr float kMost = 16383.f;
         int16_t* to = values.data() + row * depth;
@@ -50,7 +51,7 @@ struct Rows8 {
                 broken = fused(value, zero(), broken);
             }
             const float most = maximum(largest);
-            // not a number where a value is none, or infinite: that must show in the product
+            // if a value is infinite or not a number, the scale is not a number, so that the product shows it
             scales[row * groups(depth) + g] = most / kMost + sum(broken);
             const float factor = most > 0 ? kMost / most : 0.f;
             for (int64_t k = first; k < end; ++k) to[k] = int16_t(std::nearbyint(to_float(from[k]) * factor));
@@ -58,7 +59,8 @@ struct Rows8 {
     }
 };
 
-// R rows times one group of `pairs` pairs, added to `sums` [R][64] where `more`.
+// Multiplies R rows by one group of `pairs` pairs. The products are added to `sums` [R][64] if `more` is true, else they
+// replace it.
 template <int R, int LINES>
 void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums, bool more,
                const char* ahead) {
@@ -91,7 +93,7 @@ void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* wei
     }
 }
 
-constexpr int64_t kRows8 = 6; // rows of the register tile, which needs less beside its sums than one of bfloat16
+constexpr int64_t kRows8 = 6; // rows of the register tile, which needs fewer registers beside its sums than bfloat16's
 
 template <int LINES>
 void multiply_some8(int64_t count, const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums,
@@ -101,10 +103,10 @@ void multiply_some8(int64_t count, const Row8* rows, int64_t group, int64_t pair
     });
 }
 
-// As multiply_chunk.
+// Does what multiply_chunk does, for a panel in 8 bits.
 inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
                             bool fetch) {
-    constexpr int64_t kDistance = 2; // groups ahead
+    constexpr int64_t kDistance = 2; // groups that prefetching is ahead
     const int64_t blocks = (count + kRows8 - 1) / kRows8;
     for (int64_t group = 0; group < groups(depth); ++group) {
         const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
@@ -112,7 +114,7 @@ inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, cons
         for (int64_t block = 0, at = 0; block < blocks; ++block) {
             const int64_t here = count / blocks + (block < count % blocks);
             float* to = sums + at * kPanel;
-            // two lines of memory are one pair
+            // one pair of K takes two cache lines
             if (fetch && blocks == 1) multiply_some8<2>(here, rows, group, pairs, panel, to, next);
             else if (fetch && block < 2) multiply_some8<1>(here, rows + at, group, pairs, panel, to, next + block * pairs * 64);
             else multiply_some8<0>(here, rows + at, group, pairs, panel, to, next);

@@ -1,8 +1,9 @@
-// A run of decoder layers in one call: attention's half, router, experts wherever they are, sum; layer after layer.
+// Runs several decoder layers in one call: for each layer the attention half, the router, the experts on whichever worker
+// they are, and the sum.
 //
-// Between its native parts, a step of few tokens spent a tenth of its time in Python and torch: their code and objects
-// have left the caches whenever weights have streamed through them, and all workers are there at the same time, so that
-// meanwhile nobody reads weights. The parts are those that Python calls layer by layer: the bits are the same.
+// A step of few tokens spent a tenth of its time in Python and torch between its native parts. Weights that stream through
+// the caches push Python's code and objects out of them, and all workers are in Python at the same time, so that nobody
+// reads weights meanwhile. The parts are the same that Python calls layer by layer, so the result has the same bits.
 #include "calls.h"
 
 #include <vector>
@@ -11,12 +12,12 @@ using namespace emoe;
 
 namespace {
 
-// As Python lays them out: model/native/structs.py.
+// model/native/structs.py mirrors these structures.
 struct Layer {
     const Block* block;
-    const bf16* router; // packed
+    const bf16* router; // its packed matrix
     int64_t num_experts, top_k;
-    int32_t normalise, rounds; // scores add up to 1; they are bfloat16 to the trunk
+    int32_t normalise, rounds; // whether the scores add up to 1; whether they are rounded to bfloat16, as in the trunk
     bf16 *keys, *values;
 };
 
@@ -40,14 +41,14 @@ int run_experts(const Experts& e, Exchange* exchange, const bf16* x, int64_t tok
 
 } // namespace
 
-// x [T, hidden] becomes what `count` layers make of it. `exchange` is null where all experts are here. `index`
-// [count, T, top_k] tells which experts tokens went to. The rest as in emoe_block. Returns a Status, of the first layer
-// that was not done.
+// Replaces x [T, hidden] by the output of `count` layers. `exchange` is null if this worker holds all experts. `index`
+// [count, T, top_k] gets the experts that the tokens chose. Other arguments are as in emoe_block. Returns a Status: that
+// of the first layer that failed, or 0.
 extern "C" int emoe_layers(const Layer* layers, const Experts* experts, int64_t count, Exchange* exchange, int64_t hidden,
                            bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines, int64_t block_size,
                            const void* sequences, int64_t num_sequences, const int32_t* tables, int64_t window,
                            int64_t* index, int trunk_threads, int expert_threads) {
-    // kept from call to call: fresh memory costs page faults
+    // this memory is kept from call to call, since fresh memory costs page faults
     thread_local std::vector<bf16> sum, normed, logits, out;
     thread_local std::vector<float> scores;
     if (int64_t(sum.size()) < tokens * hidden)
@@ -76,7 +77,7 @@ extern "C" int emoe_layers(const Layer* layers, const Experts* experts, int64_t 
     return 0;
 }
 
-// Serves the others' tokens in as many layers, without any of one's own.
+// Computes the experts of `count` layers for the other workers' tokens, on a worker that has no tokens in this step.
 extern "C" int emoe_layers_idle(const Experts* experts, int64_t count, Exchange* exchange, int threads) {
     for (const Experts* layer = experts; layer < experts + count; ++layer)
         if (const int status = run_experts(*layer, exchange, nullptr, 0, 0, 0, nullptr, nullptr, nullptr, threads))
@@ -84,5 +85,5 @@ extern "C" int emoe_layers_idle(const Experts* experts, int64_t count, Exchange*
     return 0;
 }
 
-// Bytes of the structures that model/native/structs.py mirrors, in its order.
+// Writes the bytes of the structures that model/native/structs.py mirrors, in its order.
 extern "C" void emoe_layers_sizes(int64_t* sizes) { sizes[0] = sizeof(Layer); sizes[1] = sizeof(Experts); }

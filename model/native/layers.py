@@ -1,4 +1,4 @@
-"""A run of decoder layers in one call: see layers.cpp.
+"""Runs several decoder layers in one call: see layers.cpp.
 
 Legend: L layers, T tokens of the step, H hidden, D head size, K experts per token.
 """
@@ -20,7 +20,7 @@ from elastic_moe.model.native.structs import Experts, Layer
 
 
 class JointExperts:
-    """All layers' experts in one epoch, wherever they are."""
+    """The experts of all layers in one epoch, on whichever workers they are."""
 
     def __init__(
         self,
@@ -30,8 +30,10 @@ class JointExperts:
         exchange: int | None = None,
         check: Callable[[int], None] = lambda status: None,
     ) -> None:
-        """`layers` are arguments of native functions, good for the whole epoch; `exchange` and `routes_LWE` (int16)
-        lead to the other workers. `check` raises StepAborted for what a native function returns.
+        """`layers` are arguments of native functions, which must be valid for the whole epoch.
+
+        `exchange` is the address of the native exchange with the other workers, and `routes_LWE` (int16) the rank that
+        computes an expert for the tokens of a rank. `check` raises StepAborted for a bad status of a native function.
         """
         self.lib = lib
         self.exchange = exchange
@@ -41,22 +43,25 @@ class JointExperts:
         self.layers = (Experts * len(layers))(*(Experts(*a, r) for a, r in zip(layers, routes, strict=True)))
 
     def idle(self, threads: int) -> None:
-        """Serve the others' tokens in all layers of a step. Blocks on them; raises StepAborted where one is gone."""
+        """Compute the other workers' tokens in all layers of a step. Blocks on them.
+
+        Raises StepAborted if one of them is gone.
+        """
         self.check(self.lib.emoe_layers_idle(self.layers, len(self.layers), self.exchange, threads))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JointLayer:
-    """A decoder layer of nothing but attention, a router and experts."""
+    """A decoder layer that consists of attention, a router and experts, and nothing else."""
 
     block: AttentionBlock
     router: Router
     attention_layer: int
-    """Of the KV cache."""
+    """The layer's number in the KV cache."""
 
 
 class JointLayers:
-    """Decoder layers that follow one another."""
+    """Decoder layers that follow one another and run in one native call."""
 
     def __init__(self, layers: Sequence[JointLayer]) -> None:
         self._kept = layers
@@ -89,9 +94,9 @@ class JointLayers:
         window: int | None,
         expert_threads: int,
     ) -> tuple[Tensor, Tensor]:
-        """(what the layers make of x [T, H], experts chosen [L, T, K]). Blocks on the other workers.
+        """Run the layers on x [T, H]. Returns (output [T, H], chosen experts [L, T, K]). Blocks on the other workers.
 
-        `cache` is the KVCache. Raises StepAborted where a worker is gone.
+        `cache` is the KVCache. Raises StepAborted if a worker is gone.
         """
         if cache is not self._cache:
             for row, layer in zip(self._layers, self._kept, strict=True):

@@ -1,4 +1,4 @@
-"""Compiles the native library where it is wanted and possible, and loads it: once per process."""
+"""Compiles the native library if it is wanted and possible, and loads it once per process."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _FLAGS = (
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
-    # a product and a sum are two roundings wherever the PyTorch path has two
+    # without contraction, a product and a sum round twice, as in the PyTorch path
     "-ffp-contract=off",
     "-fopenmp",
     "-fPIC",
     "-shared",
 )
 _NEEDED = ("avx2", "fma")
-"""Of the CPU, as /proc/cpuinfo names them. With avx512_bf16 another half of vector.h is compiled."""
+"""CPU features that the library needs, by their names in /proc/cpuinfo. With avx512_bf16, vector.h uses AVX-512."""
 _COMPILE_TIMEOUT_S = 300
 
 _SIGNATURES = {
@@ -61,17 +61,17 @@ _SIGNATURES = {
     "emoe_block_sizes": "p",
     "emoe_layers_sizes": "p",
 }
-"""Arguments of each function: p pointer, i int64, f float, t int; behind `>` what it returns, if anything."""
+"""The arguments of each function: p pointer, i int64, f float, t int. A type after `>` is that of the result."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
 
 
 def library() -> ctypes.CDLL | None:
-    """The library, or None where there is none. The first call may take as long as compiling does."""
+    """The library, or None if it is not available. The first call may compile the library, which takes some seconds."""
     return _load()[0]
 
 
 def unavailable() -> str | None:
-    """Why there is no library; None where there is one."""
+    """Why the library is not available; None if it is."""
     return _load()[1]
 
 
@@ -96,11 +96,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 class _Unavailable(Exception):
-    """Why the library cannot be had here."""
+    """The library is not available. The message says why."""
 
 
 def _built() -> Path:
-    """The compiled library, compiled now if nobody has yet. Several processes may ask at once; one compiles."""
+    """The compiled library, which is compiled now if it is missing. If several processes call at once, one compiles."""
     if not native_wanted():
         raise _Unavailable("EMOE_NATIVE=0")
     cpu = _cpu_flags()
@@ -112,7 +112,7 @@ def _built() -> Path:
         raise _Unavailable("no C++ compiler on the PATH")
     files = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
-    # what -march=native means is told by the CPU's flags: a cache that machines share has one build for each
+    # -march=native depends on the CPU's flags, so a cache that several machines share has a build for each CPU
     parts = [version, " ".join(sorted(cpu)).encode(), " ".join(_FLAGS).encode()]
     parts += [path.name.encode() + b"\0" + path.read_bytes() for path in files]
     key = hashlib.blake2b(b"\0".join(parts), digest_size=10).hexdigest()
@@ -128,7 +128,7 @@ def _built() -> Path:
 
 
 def _compile(compiler: str, sources: list[Path], target: Path) -> None:
-    """Each source by a process of its own, at once; then the link. `target` appears complete or not at all."""
+    """Compile all sources at once, each in a process of its own, and link them. `target` is never seen incomplete."""
     with tempfile.TemporaryDirectory(dir=target.parent) as made:
         objects = [Path(made) / f"{source.stem}.o" for source in sources]
         jobs = [

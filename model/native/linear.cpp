@@ -1,4 +1,4 @@
-// Packing of matrices, and a linear layer.
+// Packs matrices into panels, unpacks them, and computes a linear layer.
 #include "gemm8.h"
 
 #include <omp.h>
@@ -9,8 +9,9 @@ using namespace emoe;
 
 namespace {
 
-// The row of the matrix that column `c` of panel `p` is, or -1 past the end. With two parts (gate and up), panels of
-// one and of the other take turns, and the parts are halves of the rows or, interleaved, even and odd ones.
+// Returns the row of the matrix that becomes column `c` of panel `p`, or -1 past the end. A matrix may have two parts,
+// gate and up. Then the panels of the two take turns. The parts are the two halves of the matrix's rows or, if
+// `interleaved`, its even and odd rows.
 int64_t source(int64_t p, int64_t c, int64_t columns, int64_t parts, int interleaved) {
     const int64_t each = columns / parts, n = p / parts * kPanel + c, part = p % parts;
     if (n >= each) return -1;
@@ -19,11 +20,11 @@ int64_t source(int64_t p, int64_t c, int64_t columns, int64_t parts, int interle
 
 } // namespace
 
-// [N, K] -> panels; columns past the end are zero. K is even, and N a multiple of `parts`.
+// Packs a matrix [N, K] into panels. Columns past the end are zero. K is even, and N is a multiple of `parts`.
 extern "C" void emoe_pack(const uint32_t* matrix, int64_t columns, int64_t depth, int64_t parts, int interleaved,
                           uint32_t* packed) {
     const int64_t pairs = depth / 2, each = panels(columns / parts);
-    constexpr int64_t kPiece = 16; // pairs at a time: a cache line of each row
+    constexpr int64_t kPiece = 16; // pairs that are copied at a time: a cache line of each row
     for (int64_t p = 0; p < each * parts; ++p, packed += pairs * kPanel)
         for (int64_t first = 0; first < pairs; first += kPiece)
             for (int64_t c = 0; c < kPanel; ++c) {
@@ -43,7 +44,8 @@ extern "C" void emoe_unpack(const uint32_t* packed, int64_t columns, int64_t dep
         }
 }
 
-// int8 [N, K] with scales [N, groups of K] -> panels as in gemm8.h; columns past the end are zero. K is even.
+// Packs an int8 matrix [N, K] with scales [N, groups of K] into the panels of gemm8.h. Columns past the end are zero. K is
+// even.
 extern "C" void emoe_pack8(const int8_t* matrix, const float* scales, int64_t columns, int64_t depth, int64_t parts,
                            int interleaved, int8_t* packed) {
     for (int64_t p = 0; p < panels(columns / parts) * parts; ++p)
@@ -77,7 +79,8 @@ extern "C" void emoe_unpack8(const int8_t* packed, int64_t columns, int64_t dept
         }
 }
 
-// out [rows, columns] = x [rows, depth] (rows `stride` elements apart) times the packed matrix, plus bias if there is one.
+// out [rows, columns] = x [rows, depth] times the packed matrix, plus the bias unless it is null. Rows of x lie `stride`
+// elements apart.
 extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
                             int64_t columns, const bf16* bias, bf16* out, int threads) {
     std::vector<const bf16*> at(rows);

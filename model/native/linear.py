@@ -1,4 +1,4 @@
-"""Matrices packed for the native library, and a linear layer."""
+"""Packs matrices for the native library, and computes a linear layer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from elastic_moe.model.int8 import GROUP
 from elastic_moe.model.native.memory import allocate
 
 _PANEL = 64
-"""Columns of a panel, as in gemm.h."""
+"""Columns in a panel, as in gemm.h."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Packed:
-    """A matrix [columns, depth] (as nn.Linear has it) in panels; see gemm.h, and gemm8.h for 8 bits.
+    """A matrix [columns, depth] (as in nn.Linear) in panels; see gemm.h, and gemm8.h for 8 bits.
 
-    Its memory is used again when the object is gone.
+    Its memory is released when the object is garbage.
     """
 
     lib: ctypes.CDLL
@@ -28,14 +28,14 @@ class Packed:
     columns: int
     depth: int
     parts: int = 1
-    """2: halves of the columns, gate and up; their panels take turns."""
+    """2 if the columns are those of gate and of up, whose panels take turns."""
     interleaved: bool = False
-    """With 2 parts: gate and up are even and odd columns, instead of the first and the last ones."""
+    """With 2 parts: whether gate and up are the even and the odd columns, and not the first and the second half."""
     bits: int = 16
 
     @property
     def nbytes(self) -> int:
-        """Of the matrix itself, without the padding of its last panel."""
+        """Bytes of the matrix itself, without the padding of its last panel."""
         return self.columns * _column_bytes(self.depth, self.bits)
 
 
@@ -54,7 +54,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack(lib: ctypes.CDLL, weight: Tensor, *, parts: int = 1, interleaved: bool = False) -> Packed:
-    """A matrix [N, K] for which `can_pack` holds, in panels. A copy."""
+    """Copy a matrix [N, K], for which `can_pack` is true, into panels."""
     weight = weight.contiguous()
     packed = _allocate(lib, weight, parts, interleaved, 16)
     lib.emoe_pack(weight.data_ptr(), *_shape(packed), packed.data.data_ptr())
@@ -62,7 +62,7 @@ def pack(lib: ctypes.CDLL, weight: Tensor, *, parts: int = 1, interleaved: bool 
 
 
 def pack8(lib: ctypes.CDLL, values: Tensor, scales: Tensor, *, parts: int = 1, interleaved: bool = False) -> Packed:
-    """A matrix as `quantize` has made it, in panels; K is even. A copy."""
+    """Copy a matrix that `quantize` has rounded into panels. K must be even."""
     values, scales = values.contiguous(), scales.contiguous()
     packed = _allocate(lib, values, parts, interleaved, 8)
     lib.emoe_pack8(values.data_ptr(), scales.data_ptr(), *_shape(packed), packed.data.data_ptr())
@@ -83,14 +83,14 @@ def _shape(packed: Packed) -> tuple[int, int, int, bool]:
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The bfloat16 matrix that was packed, bit for bit. A copy."""
+    """Copy the bfloat16 matrix out of its panels. It has the bits that were packed."""
     weight = torch.empty(packed.columns, packed.depth, dtype=torch.bfloat16)
     packed.lib.emoe_unpack(packed.data.data_ptr(), *_shape(packed), weight.data_ptr())
     return weight
 
 
 def unpack8(packed: Packed) -> tuple[Tensor, Tensor]:
-    """What was packed by `pack8`, bit for bit. Copies."""
+    """Copy the values and scales out of the panels of `pack8`. They have the bits that were packed."""
     values = torch.empty(packed.columns, packed.depth, dtype=torch.int8)
     scales = torch.empty(packed.columns, -(-packed.depth // GROUP), dtype=torch.float32)
     packed.lib.emoe_unpack8(packed.data.data_ptr(), *_shape(packed), values.data_ptr(), scales.data_ptr())
@@ -98,7 +98,7 @@ def unpack8(packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    """`F.linear` in bfloat16, with torch's number of threads: [..., K] -> [..., N]. Sums are in float32."""
+    """Compute `F.linear` in bfloat16, with torch's number of threads: [..., K] -> [..., N]. Sums are in float32."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     rows = x if x.dim() == 2 else x.reshape(-1, weight.depth)

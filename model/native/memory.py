@@ -1,9 +1,9 @@
-"""Memory in huge pages, for what every step reads from beginning to end: packed weights.
+"""Allocates memory in huge pages for packed weights, which every step reads from beginning to end.
 
-With pages of 4 KB, a core reads weights at some three quarters of the bandwidth that it reaches with pages of 2 MB, and
-most matrices are too small for a huge page of their own. So blocks of one size are cut from slabs. A slab is address
-space: its pages become memory when they are written. A released block serves the next one of its size, and a slab
-with none in use goes back to the system.
+With pages of 4 KB, a core reads weights at about three quarters of the bandwidth that it reaches with pages of 2 MB.
+Most matrices are too small for a huge page of their own, so blocks of one size are cut from slabs. A slab is address
+space: its pages become memory when they are written. A released block is used for the next allocation of its size. A
+slab without a block in use is returned to the system.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 _HUGE = 2 << 20
 _SLAB = 64 << 20
 _SMALL = 128 << 10
-"""Below this, a matrix is not worth a slab of its size."""
+"""A matrix of fewer bytes gets ordinary memory."""
 
 
 class _Slab:
@@ -27,11 +27,11 @@ class _Slab:
         self._block = block
         count = -(-_SLAB // block)
         self._bytes = mmap.mmap(-1, count * block + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without them
+        with suppress(OSError):  # this kernel has no huge pages
             self._bytes.madvise(mmap.MADV_HUGEPAGE)
         self._begin = -torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr() % _HUGE
         self.count = count
-        # the lowest first, so that neighbours share their pages
+        # the lowest blocks are used first, so that blocks in use share pages
         self.free = list(range(count))[::-1]
 
     def take(self) -> tuple[int, Tensor]:
@@ -45,7 +45,7 @@ _lock = Lock()
 
 
 def allocate(nbytes: int) -> tuple[Tensor, Callable[[], None]]:
-    """Bytes that nobody else uses, not initialised, and what to call when they are not used any more."""
+    """Allocate bytes, which are not initialised. Returns them and a function that releases them."""
     if nbytes < _SMALL:
         return torch.empty(nbytes, dtype=torch.uint8), lambda: None
     block = -(-nbytes // 64) * 64

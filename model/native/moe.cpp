@@ -1,4 +1,4 @@
-// One MoE layer over the workers of one host: tokens out, experts, partial sums back.
+// Computes one MoE layer over the workers of one node: tokens go out, experts are computed, partial sums come back.
 #include "exchange.h"
 #include "experts.h"
 
@@ -11,10 +11,10 @@ namespace {
 
 constexpr int32_t kAbsent = -1;
 
-// What this worker computes in a round: rows of all ranks in rank order.
+// The rows that this worker computes in a round, those of all ranks in rank order.
 struct Work {
     std::vector<bf16> rows;
-    std::vector<int32_t> choices; // [R, K], kAbsent where computed elsewhere
+    std::vector<int32_t> choices; // [R, K] experts; kAbsent where another worker computes the choice
     std::vector<float> weights;   // [R, K]
     std::vector<int64_t> begins;  // [W] each rank's first row
 
@@ -23,7 +23,7 @@ struct Work {
 
 struct Round {
     Exchange& exchange;
-    const int16_t* routes; // [W, E] who serves expert E's tokens of rank W
+    const int16_t* routes; // [W, E] the rank that computes expert E for the tokens of rank W
     int64_t num_experts;
     std::vector<int64_t> counts; // [W] tokens of this round
 
@@ -33,8 +33,8 @@ struct Round {
         return false;
     }
 
-    // Our tokens into our segment, for all to read.
-    void tell(const bf16* x, const int64_t* choices, const float* weights) const {
+    // Publishes this rank's tokens in its segment.
+    void publish_tokens(const bf16* x, const int64_t* choices, const float* weights) const {
         Segment& own = exchange.segments[exchange.rank];
         const int64_t top_k = exchange.layout.top_k, count = counts[exchange.rank];
         for (int64_t i = 0; i < count * top_k; ++i) own.choices()[i] = int32_t(choices[i]);
@@ -44,7 +44,7 @@ struct Round {
         exchange.publish(own.header().tokens, exchange.round);
     }
 
-    // The tokens of `source` that have an expert here. Returns how many.
+    // Adds the tokens of rank `source` that chose an expert of this worker to `work`. Returns the number of these tokens.
     int64_t take(Work& work, int64_t source) const {
         const Segment& from = exchange.segments[source];
         const int64_t top_k = exchange.layout.top_k, hidden = exchange.layout.hidden;
@@ -63,7 +63,8 @@ struct Round {
         return taken;
     }
 
-    // The partial sums of our tokens, added in the order of the ranks: the same sum on every run.
+    // Adds up the partial sums of this rank's tokens. The order is that of the ranks, so that the sum has the same bits on
+    // every run.
     void combine(bf16* out) const {
         const int64_t hidden = exchange.layout.hidden, size = exchange.layout.size;
         const Segment& own = exchange.segments[exchange.rank];
@@ -98,7 +99,7 @@ Status run_round(const Layer& layer, const Round& round, Work& work, int threads
         work.begins.push_back(taken);
         taken += round.take(work, r);
     }
-    // not before: a peer whose tokens have not come may still be reading the sums of the round before
+    // this must not be done earlier: a peer that has not published its tokens may still read the sums of the last round
     std::copy(work.begins.begin(), work.begins.end(), own.sums_begin());
     const Choices choices{work.choices.data(), 4, work.weights.data(), 4, exchange.layout.top_k};
     sum_of_experts(layer, work.rows.data(), taken, choices, own.all_sums(), threads);
@@ -114,10 +115,11 @@ Status run_round(const Layer& layer, const Round& round, Work& work, int threads
 
 using namespace emoe;
 
-// A layer's experts for the tokens of all workers: out [T, H] for our x [T, H], choices [T, K], weights [T, K]. Every
-// rank calls it for every layer of a step, with the tokens that `emoe_exchange_begin` was told, in rounds of what a
-// segment holds. `routes` [W, E]: who serves the tokens of a rank that chose an expert. `tables` and what is around it
-// are as in `emoe_experts`. Returns a Status.
+// Computes a layer's experts for the tokens of all workers. For this rank's x [T, H], choices [T, K] and weights [T, K],
+// out [T, H] gets the weighted sums. Every rank calls this function for every layer of a step, with as many tokens as it
+// gave to `emoe_exchange_begin`. Tokens travel in rounds of what a segment holds. `routes` [W, E] is the rank that computes
+// expert E for the tokens of rank W. width, num_experts, tables and the arguments from bits to limit are as in
+// `emoe_experts`. Returns a Status.
 extern "C" int emoe_exchange_layer(Exchange* exchange, int64_t width, int64_t num_experts, const void* const* tables,
                                    int bits, int interleaved, int gate, float alpha, float limit, const int16_t* routes,
                                    const bf16* x, const int64_t* choices, const float* weights, bf16* out,
@@ -129,13 +131,13 @@ extern "C" int emoe_exchange_layer(Exchange* exchange, int64_t width, int64_t nu
     const int64_t most = *std::max_element(tokens.begin(), tokens.end());
     const int64_t rounds = std::max<int64_t>(1, (most + exchange->layout.capacity - 1) / exchange->layout.capacity);
     Round round{*exchange, routes, num_experts, {}};
-    thread_local Work work; // kept from call to call: fresh memory costs page faults
+    thread_local Work work; // kept from call to call, since fresh memory costs page faults
     for (int64_t n = 0; n < rounds; ++n) {
         round.counts.clear();
         for (int64_t all : tokens) round.counts.push_back(all * (n + 1) / rounds - all * n / rounds);
         const int64_t first = tokens[rank] * n / rounds;
         ++exchange->round;
-        round.tell(x + first * hidden, choices + first * top_k, weights + first * top_k);
+        round.publish_tokens(x + first * hidden, choices + first * top_k, weights + first * top_k);
         if (const Status status = run_round(layer, round, work, threads)) return status;
         round.combine(out + first * hidden);
     }

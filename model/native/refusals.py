@@ -1,4 +1,4 @@
-"""What the native library does not serve, and why."""
+"""Says why the native library does not serve a dtype or a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from elastic_moe.model.native.library import unavailable
 
 
 def native_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the native library computes nothing of this dtype on this device; None where it does."""
+    """Why the native library does not compute in this dtype on this device; None if it does."""
     if device.type != "cpu":
         return "the native library is for CPUs"
     if dtype != torch.bfloat16:

@@ -1,4 +1,4 @@
-// Which experts a token goes to: scores of all, the best few, their shares.
+// Chooses the experts of each token: computes the scores of all experts, takes the best few, and normalises their scores.
 #include "calls.h"
 #include "vector.h"
 
@@ -11,7 +11,7 @@ using namespace emoe;
 
 namespace {
 
-// Probabilities of a row's experts, in place of their logits.
+// Replaces the logits of a row's experts by their probabilities.
 void soften(float* row, int64_t experts) {
     const Floats shift = all(*std::max_element(row, row + experts));
     Floats total = zero();
@@ -28,7 +28,7 @@ void soften(float* row, int64_t experts) {
     }
 }
 
-// The `top_k` largest of a row, largest first; of equal ones the first. They are taken out of it.
+// Takes the `top_k` largest scores out of a row, largest first. Of equal scores, the first expert comes first.
 void choose(float* row, int64_t experts, int64_t top_k, bool normalise, float* scores, int64_t* index) {
     float total = 0.f;
     for (int64_t k = 0; k < top_k; ++k) {
@@ -45,8 +45,8 @@ void choose(float* row, int64_t experts, int64_t top_k, bool normalise, float* s
 
 } // namespace
 
-// Logits [rows, experts] of rows [rows, depth], and of the softmax over them the `top_k` largest, with their
-// experts: scores and index [rows, top_k]. `normalise`: the scores of a row add up to 1.
+// Computes the logits [rows, experts] of x [rows, depth], and a softmax over them. `scores` and `index` [rows, top_k] get
+// its `top_k` largest values and their experts. If `normalise`, the scores of a row are scaled to add up to 1.
 extern "C" void emoe_route(const bf16* x, int64_t rows, int64_t depth, const bf16* packed, int64_t experts, int64_t top_k,
                            int normalise, bf16* logits, float* scores, int64_t* index, int threads) {
     emoe_linear(x, rows, depth, depth, packed, experts, nullptr, logits, threads);

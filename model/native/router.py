@@ -1,4 +1,4 @@
-"""Which experts a token goes to, in one call: see router.cpp.
+"""Chooses the experts of each token in one call: see router.cpp.
 
 Legend: T tokens of the step, E experts, K experts per token.
 """
@@ -16,22 +16,24 @@ from elastic_moe.model.native.linear import Packed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """Softmax over a row's experts and the `top_k` largest, in one call; of equal ones, the first."""
+    """Takes a softmax over a row's experts and its `top_k` largest values. Of equal values, the first expert comes
+    first.
+    """
 
     lib: ctypes.CDLL
     packed: Packed
     top_k: int
     normalises: bool
-    """The scores that are kept add up to 1."""
+    """Whether the chosen scores are scaled to add up to 1."""
     dtype: torch.dtype
-    """Of the scores."""
+    """The dtype of the scores."""
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As transformers' routers: (logits [T, E], scores [T, K], experts [T, K])."""
+        """Returns what transformers' routers return: (logits [T, E], scores [T, K], experts [T, K])."""
         x = hidden_states.reshape(-1, self.packed.depth).contiguous()
         rows = len(x)
         logits = torch.empty(rows, self.packed.columns, dtype=torch.bfloat16)
-        # the default dtype is the process's, and loading a model elsewhere in it changes it for a while
+        # the dtype is given, since another thread that loads a model changes the process's default dtype for a while
         scores = torch.empty(rows, self.top_k, dtype=torch.float32)
         index = torch.empty(rows, self.top_k, dtype=torch.int64)
         self.lib.emoe_route(

@@ -1,6 +1,6 @@
-"""Segments of memory that the processes of a node share: each rank makes one, and opens those of the others.
+"""Memory segments that the processes of a node share. Each rank makes one, and opens those of the other ranks.
 
-Names are removed as soon as every rank has opened them: the kernel frees the memory when the last process is gone.
+A segment's name is removed when every rank has opened it. The kernel frees the memory when the last process has ended.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def join(
     timeout_s: float,
     meet: Callable[[Sequence[mmap.mmap]], None],
 ) -> None:
-    """Make this rank's segment, open the others', and hand all to `meet`, which must return when everybody has opened.
+    """Make this rank's segment, open those of the others, and call `meet` with all of them.
 
-    Raises StepAborted where a peer does not come within `timeout_s`, or where there is no room.
+    `meet` must return when every rank has opened all segments. Raises StepAborted if a peer does not join within
+    `timeout_s`, or if /dev/shm has no room.
     """
     paths = [DIRECTORY / f"{group}-{r}" for r in range(size)]
     own = _create(paths[rank], num_bytes)
@@ -38,11 +39,11 @@ def join(
 
 
 def _create(path: Path, num_bytes: int) -> mmap.mmap:
-    # under another name until it is whole: peers open it as soon as they see it
+    # the file has another name until it is complete, since peers open it as soon as they see it
     building = path.with_name(path.name + "-new")
     fd = os.open(building, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        # reserved now: a full /dev/shm is an error here and not a SIGBUS in the middle of a step
+        # the memory is reserved now, so that a full /dev/shm is an error here and not a SIGBUS within a step
         os.posix_fallocate(fd, 0, num_bytes)
         memory = mmap.mmap(fd, num_bytes)
     except OSError as error:
@@ -61,7 +62,7 @@ def _open(path: Path, num_bytes: int, deadline: float) -> mmap.mmap:
             break
         except FileNotFoundError:
             if time.monotonic() > deadline:
-                raise StepAborted(f"peer {path.name} did not come") from None
+                raise StepAborted(f"peer {path.name} did not join") from None
             time.sleep(0.002)
     try:
         return mmap.mmap(fd, num_bytes)

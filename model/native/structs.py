@@ -1,4 +1,4 @@
-"""Structures that native functions read, as their .cpp files declare them. Their sizes are compared at load."""
+"""Mirrors the structures that native functions read, as their .cpp files declare them. Loading compares their sizes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Experts(ctypes.Structure):
 
 
 class SequenceRow(ctypes.Structure):
-    """See attention.cpp. A row of NativeBatch's tensor of int64 numbers."""
+    """See attention.cpp. It is a row of NativeBatch's tensor of int64 numbers."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in ("row", "start", "end", "table"))
 
@@ -71,7 +71,7 @@ MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
 
 
 def mismatch(library: ctypes.CDLL, mirrored: dict[str, tuple[type[ctypes.Structure], ...]]) -> str | None:
-    """Which structure the library declares otherwise than `mirrored` does; None where they agree."""
+    """Says which structure has another size in the library than in `mirrored`; None if all agree."""
     for function, structures in mirrored.items():
         sizes = (ctypes.c_int64 * len(structures))()
         getattr(library, function)(sizes)

@@ -1,19 +1,19 @@
-// Small operators of the trunk, each in one pass over its rows.
+// Small operators of the trunk. Each makes one pass over its rows.
 #include "trunk.h"
 
 #include <omp.h>
 
 using namespace emoe;
 
-// See norm_row; rows [rows, size].
+// Calls norm_row for each row of x [rows, size].
 extern "C" void emoe_rms_norm(const bf16* x, int64_t rows, int64_t size, const float* weight, float epsilon, int rounds,
                               bf16* out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 16)
     for (int64_t r = 0; r < rows; ++r) norm_row(x + r * size, size, weight, epsilon, rounds, out + r * size);
 }
 
-// Rotary embedding of `heads` heads of every token; x has strides [head, token], cosines and sines are [tokens, size],
-// out is [tokens, heads, size].
+// Applies the rotary embedding to `heads` heads of every token. Heads of x lie `head_stride` elements apart, and tokens
+// `token_stride`. cosines and sines are [tokens, size], out is [tokens, heads, size].
 extern "C" void emoe_rotate(const bf16* x, int64_t head_stride, int64_t token_stride, int64_t tokens, int64_t heads,
                             int64_t size, const bf16* cosines, const bf16* sines, bf16* out) {
     for (int64_t t = 0; t < tokens; ++t)

@@ -1,4 +1,4 @@
-// Row by row: what of a trunk lies between products.
+// What a trunk computes between its matrix products, for one row.
 #pragma once
 
 #include "vector.h"
@@ -7,7 +7,7 @@
 
 namespace emoe {
 
-// Root mean square normalisation. `rounds`: the normalised value is rounded to bfloat16 before it is multiplied by the
+// Root mean square normalisation. If `rounds`, the normalised value is rounded to bfloat16 before it is multiplied by the
 // weight. `to` may be `from`.
 inline void norm_row(const bf16* from, int64_t size, const float* weight, float epsilon, bool rounds, bf16* to) {
     Floats squares = zero();
@@ -24,12 +24,13 @@ inline void norm_row(const bf16* from, int64_t size, const float* weight, float 
     }
 }
 
-// 16 columns of x * cos + turned * sin, rounded after every operator.
+// Computes 16 columns of x * cos + turned * sin, and rounds after every operator.
 inline Floats turn(Floats x, Floats turned, const bf16* cosine, const bf16* sine, Lanes lanes) {
     return add(rounded(mul(x, load(cosine, lanes))), rounded(mul(turned, load(sine, lanes))));
 }
 
-// Rotary embedding of one head of one token, halves turned against each other. `out` may be `x`.
+// Applies the rotary embedding to one head of one token. It rotates the head's two halves against each other. `out` may
+// be `x`.
 inline void rotate_row(const bf16* x, const bf16* cosine, const bf16* sine, int64_t size, bf16* out) {
     const int64_t half = size / 2;
     for (int64_t c = 0; c < half; c += 16) {

@@ -1,7 +1,8 @@
-// 16 floats at a time, in the registers that the CPU has: AVX-512 with bfloat16, or else AVX2.
+// Operations on 16 floats at a time, in the registers that the CPU has: AVX-512 with bfloat16, or else AVX2.
 //
-// Lanes are bits, lane 0 the lowest. Loads and stores take the first lanes only, `lanes_before`. Both ways round alike,
-// but sums of products differ in the last bits: AVX-512's instruction for bfloat16 keeps no denormal numbers.
+// `Lanes` is a bit mask, and lane 0 is the lowest bit. Loads and stores may take the first lanes only; `lanes_before` makes
+// that mask. Both instruction sets round alike. But sums of products differ in the last bits, since AVX-512's instruction
+// for bfloat16 treats denormal numbers as zero.
 #pragma once
 
 #include <immintrin.h>
@@ -22,7 +23,7 @@ inline float to_float(bf16 value) {
     return out;
 }
 
-// Of 16 columns from `first` on, those before `end`.
+// The mask of those of the 16 columns from `first` on that lie before `end`.
 inline Lanes lanes_before(int64_t first, int64_t end) {
     return end - first >= 16 ? 0xffff : Lanes((1u << std::max<int64_t>(end - first, 0)) - 1);
 }
@@ -34,7 +35,7 @@ using Register = __m512;
 using Pairs = __m512bh; // a register of pairs of bfloat16
 
 constexpr int kLanes = 16;     // floats of a register
-constexpr int kRegisters = 32; // that there are
+constexpr int kRegisters = 32; // vector registers of the CPU
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats all(float value) { return _mm512_set1_ps(value); }
@@ -44,7 +45,7 @@ inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }          // a * b + c
 inline Floats fused_negated(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); } // c - a * b
-// Of two operands the second is kept if one is not a number.
+// If one of the two operands is not a number, the result is the second operand.
 inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
@@ -66,19 +67,19 @@ inline void store(bf16* to, Floats value, Lanes lanes = 0xffff) { _mm256_mask_st
 
 inline Pairs load_pairs(const bf16* from) { return (Pairs)_mm512_loadu_si512(from); }
 inline Pairs all_pairs(int32_t pair) { return (Pairs)_mm512_set1_epi32(pair); }
-// The sum so far plus both products of each pair.
+// Adds both products of each pair to `so_far`.
 inline Register dot(Register so_far, Pairs a, Pairs b) { return _mm512_dpbf16_ps(so_far, a, b); }
 inline Register no_sum() { return _mm512_setzero_ps(); }
 inline Register load_sum(const float* from) { return _mm512_loadu_ps(from); }
 inline void store_sum(float* to, Register value) { _mm512_storeu_ps(to, value); }
 
-using Integers = __m512i; // of 32 bits, or pairs of 16
+using Integers = __m512i; // 32-bit integers, or pairs of 16-bit integers
 inline Integers no_integers() { return _mm512_setzero_si512(); }
 inline Integers all_integers(int32_t value) { return _mm512_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
 inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm512_dpwssd_epi32(so_far, a, b); }
 inline Register scaled(Register a, float by) { return _mm512_mul_ps(a, _mm512_set1_ps(by)); }
-inline Register product(Integers a, Register b, Register so_far) { // and what there is so far
+inline Register product(Integers a, Register b, Register so_far) { // a * b + so_far
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), b, so_far);
 }
 
@@ -123,7 +124,7 @@ inline Floats nearest(Floats a) {
     constexpr int kHow = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(a.low, kHow), _mm256_round_ps(a.high, kHow)};
 }
-// In two steps, since 2^whole need not be a normal number where the product is one.
+// Multiplies in two steps, since 2^whole may be too large or too small for a normal number where the product is not.
 inline __m256 times_power_of_2(__m256 a, __m256 whole) {
     const __m256i power = _mm256_cvtps_epi32(whole), half = _mm256_srai_epi32(power, 1), bias = _mm256_set1_epi32(127);
     const __m256i rest = _mm256_sub_epi32(power, half);
@@ -137,7 +138,7 @@ inline Lanes differ(Floats a, Floats b) {
     return Lanes(_mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_NEQ_UQ)) |
                  _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_NEQ_UQ)) << 8);
 }
-inline __m256i mask_of(Lanes lanes, int first) { // all ones in each of 8 lanes that is chosen
+inline __m256i mask_of(Lanes lanes, int first) { // all bits of a lane are 1 if `lanes` has it; 8 lanes from `first` on
     const __m256i bits = _mm256_slli_epi32(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), first);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(lanes), bits), bits);
 }
@@ -165,11 +166,11 @@ inline Floats widened(__m256i raw) {
     const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(raw, 1));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
 }
-inline __m256i narrowed(__m256 value) { // to the low halves of 8 lanes
+inline __m256i narrowed(__m256 value) { // bfloat16, in the low halves of 8 lanes
     const __m256i bits = _mm256_castps_si256(value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i even = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    // adding could make another number of what is none
+    // rounding by addition could turn a not-a-number into a number, so those keep their bits
     const __m256i none = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     return _mm256_srli_epi32(_mm256_blendv_epi8(even, quiet, none), 16);
@@ -217,11 +218,11 @@ inline Register product(Integers a, Register b, Register so_far) {
 
 #endif
 
-// To nearest, ties to even, as torch rounds; a not-a-number stays one.
+// Rounds to the nearest bfloat16, ties to even, as torch does. A not-a-number stays one.
 inline Floats rounded(Floats value) { return widened(narrowed(value)); }
 
-// e^x to about 1 unit in the last place; 0 far below, infinity above 89, not-a-number as it is. Reduction to
-// [-ln 2 / 2, ln 2 / 2] and a polynomial of degree 6 (Taylor's, whose error there is below 2^-26).
+// e^x with an error of about 1 unit in the last place. It is 0 for very negative x and infinite above 89; a not-a-number
+// stays one. x is reduced to [-ln 2 / 2, ln 2 / 2], where Taylor's polynomial of degree 6 has an error below 2^-26.
 inline Floats exponential(Floats x) {
     x = smaller(all(89.f), larger(all(-104.f), x));
     const Floats n = nearest(mul(x, all(1.44269504089f)));

@@ -1,9 +1,9 @@
 """Attention of a packed step over the paged KV cache, behind transformers' attention interface.
 
-The trunk hands q, k, v of all tokens of the step as one row [1, heads, T, D]; the `StepBatch` in force says which
-tokens belong to which sequence and where its keys lie. Sliding windows, sinks and soft-caps are honoured. In
-bfloat16 on CPU the native library does it, where there is one, and in 16 bits on CUDA FlashAttention
-(model/trunk/flash.py).
+The trunk passes q, k, v of all tokens of the step as one row [1, heads, T, D]. The `StepBatch` in force says which
+tokens belong to which sequence and where the sequence's keys lie. Sliding windows, sinks and soft-caps are supported.
+The native library computes attention in bfloat16 on CPU if it is available, and FlashAttention (model/trunk/flash.py)
+in 16 bits on CUDA. Otherwise this file computes it by matrix products.
 
 Legend: T tokens of the step, R sequences decoded together, Q query rows of a tile, L keys, N query heads,
 G key heads, M = N/G query heads per key head, D head size.
@@ -28,22 +28,22 @@ from elastic_moe.model.trunk.flash import FlashBatch
 from elastic_moe.model.trunk.kv_cache import KVCache
 
 NAME = "emoe"
-"""Of our attention function in transformers' registry."""
+"""The name of our attention function in transformers' registry."""
 
 _TILE = 128
-"""Query rows of a prefill that are computed at a time: bounds the memory of the scores."""
+"""Query rows of a prefill that are computed at a time, which bounds the memory of the scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSlice:
-    """Tokens of one sequence in a step: positions start .. start + len(token_ids) - 1."""
+    """The tokens of one sequence in a step, at positions start .. start + len(token_ids) - 1."""
 
     token_ids: Sequence[int]
     start: int
     block_ids: Sequence[int]
-    """The sequence's whole block table, up to its last token of this step at least."""
+    """The sequence's block table from its first block up to at least its last token of this step."""
     prompt_length: int
-    """Tokens of the sequence's prompt, by which length-dependent rotary embeddings go."""
+    """Tokens of the sequence's prompt. Length-dependent rotary embeddings depend on it."""
     wants_logits: bool = True
     """Whether logits of the last token are needed."""
 
@@ -54,14 +54,16 @@ class SequenceSlice:
 
 @dataclass(slots=True)
 class _DecodeGroup:
-    """Sequences with one query row each and about equally many blocks, computed together."""
+    """Sequences with one query row each and about equally many blocks, which are computed together."""
 
     rows: Tensor
-    """[R] index of each one's token in the step."""
+    """[R] index of each sequence's token in the step."""
     tables: Tensor
-    """[R * blocks] block ids, padded with a sequence's own last one: in others', masked keys may be no numbers."""
+    """[R * blocks] block ids, padded with the sequence's own last block: a block of another sequence may hold
+    infinities, which a mask does not remove.
+    """
     lengths: Tensor
-    """[R] keys of each."""
+    """[R] keys of each sequence."""
 
 
 @dataclass(slots=True)
@@ -78,17 +80,18 @@ class StepBatch:
 
     cache: KVCache
     positions: Tensor
-    """[T] where each token's key goes in the cache."""
+    """[T] the place of each token's key in the cache: block * block_size + offset."""
     begun: Tensor
-    """Blocks that get their first token, and do not become full: what is left in them is somebody else's."""
+    """Blocks that get their first token in this step and do not become full: they still hold another sequence's keys.
+    """
     decodes: list[_DecodeGroup]
     prefills: list[_Prefill]
     fused: NativeBatch | FlashBatch | None = None
-    """In place of all the others, where one call attends: the cache is laid out for it."""
+    """If set, one call computes attention for all sequences, and the fields above are empty."""
     dispatcher: Any = None
-    """Of the step, for layers that are run together (model/fitting/whole_stack.py)."""
+    """The dispatcher of the step, for layers that run in one call (model/fitting/whole_stack.py)."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    """Additive masks of decode groups, by (group, window): the same for every layer."""
+    """Additive masks of decode groups, by (group, window). They are the same for every layer."""
 
     @classmethod
     def build(cls, slices: Sequence[SequenceSlice], cache: KVCache, device: torch.device) -> StepBatch:
@@ -97,8 +100,8 @@ class StepBatch:
         fused: NativeBatch | FlashBatch | None = None
         if cache.path.lib is not None:
             fused = NativeBatch(cache.path.lib, pieces, block_size=size)
-        elif cache.path.way is not None:
-            fused = FlashBatch(cache.path.way, pieces, block_size=size, device=device)
+        elif cache.path.varlen is not None:
+            fused = FlashBatch(cache.path.varlen, pieces, block_size=size, device=device)
         if fused is not None:
             nothing = torch.empty(0)
             return cls(cache=cache, positions=nothing, begun=nothing, decodes=[], prefills=[], fused=fused)
@@ -109,7 +112,7 @@ class StepBatch:
         for piece in slices:
             used = -(-piece.end // size)
             if len(piece.token_ids) == 1:
-                # groups by powers of two: padding never more than doubles the keys that are read
+                # sequences are grouped by powers of two, so that padding at most doubles the keys that are read
                 decodes.append(((used - 1).bit_length(), len(positions), piece))
             else:
                 blocks = torch.tensor(piece.block_ids[:used], device=device)
@@ -160,13 +163,13 @@ _current: ContextVar[StepBatch | ShapeProbe] = ContextVar("step_batch")
 
 
 def current_batch() -> StepBatch | ShapeProbe:
-    """What this thread's attention calls belong to. Raises LookupError outside of a step."""
+    """The batch that this thread's attention calls belong to. Raises LookupError outside of a step."""
     return _current.get()
 
 
 @contextmanager
 def step_context(batch: StepBatch | ShapeProbe) -> Iterator[None]:
-    """The batch that attention calls of this thread belong to, while the block runs."""
+    """While the block runs, attention calls of this thread belong to `batch`."""
     token = _current.set(batch)
     try:
         yield
@@ -175,7 +178,7 @@ def step_context(batch: StepBatch | ShapeProbe) -> Iterator[None]:
 
 
 class ShapeProbe:
-    """Stands in for a batch to learn each layer's KV shape from one forward pass."""
+    """Stands for a batch in one forward pass, and records each layer's KV shape."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
@@ -188,16 +191,16 @@ class ShapeProbe:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """In place of a mask: a layer attends to the last `size` tokens, or to all where it is None."""
+    """Stands for a mask: a layer attends to the last `size` tokens, or to all earlier tokens if `size` is None."""
 
     size: int | None
 
 
 def describe_mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> Window:
-    """transformers' mask interface. What a layer may attend to is in the mask it is given and, for some families,
-    nowhere else; so we have the mask's description handed down instead of its numbers.
+    """Describe a mask instead of making it; this is transformers' mask interface.
 
-    Raises NotImplementedError for a model that adds rules of its own to the causal mask.
+    For some families, only the mask that a layer gets says what the layer may attend to. So the description takes the
+    mask's place. Raises NotImplementedError for a model that adds rules of its own to the causal mask.
     """
     if use_vmap:
         raise NotImplementedError("attention with a mask that is neither causal nor a sliding window")
@@ -216,7 +219,7 @@ def paged_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, N, T, D], key and value [1, G, T, D] -> [1, T, N, D]."""
+    """Compute attention for transformers' interface: query [1, N, T, D], key and value [1, G, T, D] -> [1, T, N, D]."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     batch = _current.get()
     if isinstance(batch, ShapeProbe):
@@ -238,7 +241,7 @@ def paged_attention(
 
 
 def _decode(batch: StepBatch, index: int, layer: int, query_NTD: Tensor, rules: Rules) -> Tensor:
-    """One query row of each sequence in the group: [R, N, D]."""
+    """Compute attention for the one query row of each sequence in a decode group: [R, N, D]."""
     group = batch.decodes[index]
     key_GLD, value_GLD = batch.cache.gather(layer, group.tables)
     heads, num = key_GLD.shape[0], len(group.rows)
@@ -254,7 +257,7 @@ def _decode(batch: StepBatch, index: int, layer: int, query_NTD: Tensor, rules: 
 
 
 def _prefill(batch: StepBatch, part: _Prefill, layer: int, query_NTD: Tensor, rules: Rules, out_TND: Tensor) -> None:
-    """Query rows of one sequence, tile by tile, each over just the keys that it can see."""
+    """Compute attention for the query rows of one sequence. A tile of rows reads only the keys that it can see."""
     key_GLD, value_GLD = batch.cache.gather(layer, part.blocks)
     heads = key_GLD.shape[0]
     for first in range(part.start, part.end, _TILE):
@@ -281,9 +284,10 @@ def _prefill(batch: StepBatch, part: _Prefill, layer: int, query_NTD: Tensor, ru
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: Rules) -> Tensor:
-    """Softmax attention of [G, R, rows, D] over [G, R, L, D]; rows hold the M query heads of a key head in turn.
+    """Compute softmax attention of [G, R, rows, D] over [G, R, L, D]. Rows hold the M query heads of a key head in
+    turn.
 
-    Scores in float32, as transformers' own eager attention has them.
+    Scores are in float32, as in transformers' own eager attention.
     """
     scores = torch.matmul(query, key.transpose(-1, -2)).float().mul_(rules.scale)
     if rules.softcap is not None:

@@ -1,7 +1,7 @@
-"""Who attends over a KV cache, and the shapes that decide it: values only. `fit` in model/fitting/fit.py chooses.
+"""Which code computes attention over a KV cache, and the shapes that decide it. `fit` in model/fitting/fit.py chooses.
 
-The cache (model/trunk/kv_cache.py) is laid out for whoever attends: the native library (model/native/attention.py),
-FlashAttention (model/trunk/flash.py) or matrix products (model/trunk/attention.py).
+The cache (model/trunk/kv_cache.py) is laid out for the code that computes attention: the native library
+(model/native/attention.py), FlashAttention (model/trunk/flash.py) or matrix products (model/trunk/attention.py).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
-    """Of one attention layer's cache, per token."""
+    """What the cache of one attention layer holds for each token."""
 
     num_heads: int
     key_size: int
     value_size: int
     softcap: bool = False
-    """Whether the layer bounds its scores, which not all kernels do."""
+    """Whether the layer bounds its scores by a soft-cap, which not all kernels can do."""
 
     @property
     def elements(self) -> int:
@@ -26,26 +26,26 @@ class KVShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How the installed kernels are called."""
+class VarlenVariant:
+    """How the installed variable-length kernels are called."""
 
     paged: bool
-    """They read blocks of the cache where they lie."""
-    tell_begins: bool = True
-    """They are told where a sequence's keys begin; some must not be, if they read blocks."""
+    """The kernels read blocks of the cache where they lie."""
+    passes_begins: bool = True
+    """The call says where each sequence's keys begin. Some kernels that read blocks refuse this argument."""
     sums_by_token: bool = False
-    """They return the sums of the softmax as [T, N], as torch's documentation has it, and not as [N, T]."""
+    """The kernels return the sums of the softmax as [T, N], as torch documents it, and not as [N, T]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPath:
-    """At most one of both; without either, matrix products."""
+    """Which code computes attention. At most one of both fields is set; without either, matrix products do it."""
 
     lib: ctypes.CDLL | None = None
-    """The native library, where it attends."""
-    way: Way | None = None
-    """How FlashAttention attends, where it does."""
+    """The native library, if it computes attention."""
+    varlen: VarlenVariant | None = None
+    """How FlashAttention is called, if it computes attention."""
 
 
 MATMUL = AttentionPath()
-"""Attention by matrix products, which serves any device, dtype and shape."""
+"""Attention by matrix products, which works for any device, dtype and shape."""

@@ -1,9 +1,9 @@
 """Attention over the paged KV cache by torch's own variable-length FlashAttention, on CUDA in 16 bits.
 
-What the installed torch and its kernels can do is found by trying, since it changes with every release: keys and values
-are read where they lie if the kernels take pages of our size (FlashAttention 2 wants a multiple of 256 tokens), else
-they are gathered first. Sinks are added afterwards, from the logarithm of the softmax's sum. Nothing here makes the
-host wait.
+The abilities of torch and its kernels change with every release, so they are found by trial calls. If the kernels
+accept pages of our size, they read keys and values where these lie (FlashAttention 2 needs a multiple of 256 tokens).
+Otherwise keys and values are gathered first. Sinks are added afterwards, from the logarithm of the softmax's sum.
+Nothing here makes the CPU wait for the GPU.
 
 Legend: T tokens of the step, N query heads, G key heads, D head size, R sequences, L keys of all sequences, P blocks,
 B tokens per block.
@@ -24,27 +24,29 @@ from torch import Tensor
 from elastic_moe.model.native.attention import Rules
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.torch_private import varlen
-from elastic_moe.model.trunk.attention_path import KVShape, Way
+from elastic_moe.model.trunk.attention_path import KVShape, VarlenVariant
 
 Piece = tuple[int, int, Sequence[int]]
-"""(start, end, block_ids) of a sequence: its tokens of the step are at positions start .. end - 1."""
+"""(start, end, block_ids) of a sequence, whose tokens of the step are at positions start .. end - 1."""
 
 
-WAYS = tuple(
-    Way(paged=paged, tell_begins=tell_begins, sums_by_token=sums_by_token)
-    for paged, tell_begins in ((True, False), (True, True), (False, True))
+VARIANTS = tuple(
+    VarlenVariant(paged=paged, passes_begins=passes_begins, sums_by_token=sums_by_token)
+    for paged, passes_begins in ((True, False), (True, True), (False, True))
     for sums_by_token in (False, True)
 )
-"""Best first."""
+"""All ways of calling the kernels, best first."""
 
 
 class FlashBatch:
-    """A step's sequences, as the kernels want them told: the same for all layers."""
+    """A step's sequences, in the form of the kernels' arguments. It is the same for all layers."""
 
-    def __init__(self, way: Way, pieces: Sequence[Piece], *, block_size: int, device: torch.device) -> None:
-        """Tokens of the pieces follow one another in the step."""
-        self._way = way
-        # grouped heads must be announced to newer versions
+    def __init__(
+        self, variant: VarlenVariant, pieces: Sequence[Piece], *, block_size: int, device: torch.device
+    ) -> None:
+        """The tokens of the pieces follow one another in the step."""
+        self._variant = variant
+        # newer versions of torch need this argument for grouped heads
         known = inspect.signature(varlen.varlen_attn).parameters
         self._options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
         counts = np.array([end - start for start, end, _ in pieces])
@@ -54,14 +56,14 @@ class FlashBatch:
         for row, (_, _, blocks) in enumerate(pieces):
             table_RP[row, : used[row]] = blocks[: used[row]]
         begins = [np.fromiter(accumulate(sizes, initial=0), dtype=np.int64) for sizes in (counts, ends)]
-        # where each token's key goes: block * block size + offset
+        # the place of each token's key: block * block size + offset
         sequence_T = np.arange(len(pieces)).repeat(counts)
         position_T = np.arange(counts.sum()) - (begins[0][1:] - ends)[sequence_T]
         write_T = table_RP[sequence_T, position_T // block_size] * block_size + position_T % block_size
         table, begin_q, begin_k, length, self._write_T = to_device([table_RP, *begins, ends, write_T], device)
         self._begin_q, self._begin_k, self._length_R = begin_q.int(), begin_k.int(), length.int()
         self._max_q, self._max_k = int(counts.max()), int(ends.max())
-        if way.paged:
+        if variant.paged:
             self._table_RP = table.int()
         else:
             total = int(ends.sum())
@@ -76,14 +78,14 @@ class FlashBatch:
         """Write the step's keys and values to a layer's caches [P, B, G, D], and attend: [T, N, D of values]."""
         for cache, new_GTD in zip(caches, (key_GTD, value_GTD), strict=True):
             cache.flatten(0, 1).index_copy_(0, self._write_T, new_GTD.transpose(0, 1))
-        if self._way.paged:
+        if self._variant.paged:
             keys, values = caches
             where: dict[str, Any] = {"block_table": self._table_RP, "seqused_k": self._length_R}
         else:
             keys, values = (cache.flatten(0, 1).index_select(0, self._read_L) for cache in caches)
             where = {}
         size = value_GTD.shape[-1]
-        if not self._way.paged and size < keys.shape[-1]:
+        if not self._variant.paged and size < keys.shape[-1]:
             values = F.pad(values, (0, keys.shape[-1] - size))
         query_TND = query_NTD.transpose(0, 1)
         out_TND, sums = varlen.varlen_attn(
@@ -91,7 +93,7 @@ class FlashBatch:
             keys,
             values,
             self._begin_q,
-            self._begin_k if self._way.tell_begins else None,
+            self._begin_k if self._variant.passes_begins else None,
             self._max_q,
             self._max_k,
             return_aux=varlen.AuxRequest(lse=True),
@@ -101,39 +103,45 @@ class FlashBatch:
             **self._options,
         )
         if rules.sinks is not None:
-            # a sink takes exp(sink) of a sum that becomes exp(sum) + exp(sink)
-            sums_TN = sums if self._way.sums_by_token else sums.transpose(0, 1)
+            # a sink adds exp(sink) to the softmax's sum, so it scales the output by exp(sum) / (exp(sum) + exp(sink))
+            sums_TN = sums if self._variant.sums_by_token else sums.transpose(0, 1)
             share_TN = torch.sigmoid(sums_TN - rules.sinks.float())
             out_TND = (out_TND.float() * share_TN[..., None]).to(out_TND.dtype)
         return out_TND[..., :size]
 
 
-def find_way(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | str:
-    """The best way that gives right results for caches of these shapes; otherwise the reason why there is none."""
+def find_variant(
+    shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int
+) -> VarlenVariant | str:
+    """The best variant that gives right results for caches of these shapes; otherwise the reason why none does."""
     if device.type != "cuda":
         return "FlashAttention is for CUDA GPUs"
     if dtype not in (torch.bfloat16, torch.float16):
         return "FlashAttention computes in 16 bits"
-    return try_ways(shapes, dtype=dtype, device=device, block_size=block_size)
+    return try_variants(shapes, dtype=dtype, device=device, block_size=block_size)
 
 
-def try_ways(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> Way | str:
-    """As `find_way`, on any device."""
+def try_variants(
+    shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int
+) -> VarlenVariant | str:
+    """Try the variants as `find_variant` does, on any device and in any dtype."""
     distinct = set(shapes)
     if any(shape.softcap for shape in distinct):
         return "FlashAttention does not bound scores, as this model does"
-    for way in WAYS:
+    for variant in VARIANTS:
         try:
-            if all(_is_right(way, shape, dtype, device, block_size) for shape in distinct):
-                return way
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # not in this version, or not for these sizes
+            if all(_is_right(variant, shape, dtype, device, block_size) for shape in distinct):
+                return variant
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # this torch lacks it, or it refuses these sizes
             continue
     return "no way of calling torch's FlashAttention gave right results on this device"
 
 
 @torch.inference_mode()
-def _is_right(way: Way, shape: KVShape, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
-    """Tries a decode in one sequence and a chunk in the middle of another, with and without window and sinks."""
+def _is_right(
+    variant: VarlenVariant, shape: KVShape, dtype: torch.dtype, device: torch.device, block_size: int
+) -> bool:
+    """Try a decode in one sequence and a chunk in the middle of another, with and without window and sinks."""
     g = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
@@ -146,7 +154,7 @@ def _is_right(way: Way, shape: KVShape, dtype: torch.dtype, device: torch.device
     caches = draw(blocks, block_size, groups, shape.key_size), draw(blocks, block_size, groups, shape.value_size)
     query, key = draw(heads, 1 + chunk, shape.key_size), draw(groups, 1 + chunk, shape.key_size)
     value = draw(groups, 1 + chunk, shape.value_size)
-    batch = FlashBatch(way, pieces, block_size=block_size, device=device)
+    batch = FlashBatch(variant, pieces, block_size=block_size, device=device)
     for window, sinks in ((None, None), (3, None), (None, draw(heads).float())):
         rules = Rules(scale=shape.key_size**-0.5, window=window, softcap=None, sinks=sinks)
         got = batch.attend(caches, query, key, value, rules)
@@ -162,7 +170,7 @@ def _is_right(way: Way, shape: KVShape, dtype: torch.dtype, device: torch.device
 
 
 def _plain(query_NQD: Tensor, key_GLD: Tensor, value_GLD: Tensor, rules: Rules) -> Tensor:
-    """One sequence's last Q tokens in float32: [Q, N, D]."""
+    """Compute attention of one sequence's last Q tokens in float32: [Q, N, D]."""
     members = len(query_NQD) // len(key_GLD)
     key_NLD, value_NLD = (t.float().repeat_interleave(members, 0) for t in (key_GLD, value_GLD))
     scores_NQL = query_NQD.float() @ key_NLD.transpose(1, 2) * rules.scale

@@ -1,12 +1,12 @@
 """The paged KV cache of one worker: tensors of blocks, one pair per attention layer.
 
-Owns the storage; which block belongs to which sequence is the scheduler's business.
+This file owns the storage. The scheduler decides which block belongs to which sequence.
 
 Legend: G key heads, D head size (keys and values may differ), P blocks, B tokens per block.
-A layer's keys are [G, P, B, D]: a block of one head is contiguous, so gathering blocks copies long rows and
-the result is laid out as matmul wants it. Where the native library attends, blocks are laid out as it wants them
-(model/native/attention.cpp), and only it reads and writes them. Where FlashAttention does, they are [P, B, G, D]
-(model/trunk/flash.py).
+A layer's keys are [G, P, B, D]. A block of one head is contiguous, so gathering blocks copies long rows, and the result
+has the layout that matmul needs. If the native library computes attention, blocks have its layout
+(model/native/attention.cpp), and only the library reads and writes them. If FlashAttention computes it, they are
+[P, B, G, D] (model/trunk/flash.py).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class KVCache:
         device: torch.device,
         path: AttentionPath = MATMUL,
     ) -> None:
-        """path: who attends, for whom the blocks are laid out."""
+        """`path` says which code computes attention. The blocks have the layout for that code."""
         self.path = path
         self.num_blocks = num_blocks
         self.block_size = block_size
 
         def blocks(heads: int, size: int) -> Tensor:
-            # zeros, not empty: masked keys must be finite
+            # memory is zeroed, since masked keys must be finite
             shape = (heads, num_blocks, block_size, size)
-            if path.way is not None:
+            if path.varlen is not None:
                 shape = (num_blocks, block_size, heads, size)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
@@ -54,7 +54,7 @@ class KVCache:
 
     @staticmethod
     def block_bytes(shapes: Mapping[int, KVShape], *, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block over all layers."""
+        """The bytes of one block over all layers."""
         return sum(shape.elements for shape in shapes.values()) * block_size * dtype.itemsize
 
     @property
@@ -64,7 +64,8 @@ class KVCache:
     def write(self, layer: int, positions_T: Tensor, begun: Tensor, key_GTD: Tensor, value_GTD: Tensor) -> None:
         """Store the step's keys and values; `positions_T` are block * block_size + offset.
 
-        Blocks in `begun` are cleared first: what another sequence left there is masked, but 0 times infinity is not 0.
+        Blocks in `begun` are cleared first. Another sequence's values there get a weight of 0, but 0 times infinity is
+        not 0.
         """
         if len(begun):
             self._keys[layer].index_fill_(1, begun, 0)
@@ -73,11 +74,11 @@ class KVCache:
         self._values[layer].flatten(1, 2).index_copy_(1, positions_T, value_GTD)
 
     def stores(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All blocks of keys and of values, for the native library or FlashAttention."""
+        """All blocks of keys and all blocks of values of a layer, for the native library or FlashAttention."""
         return self._keys[layer], self._values[layer]
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the blocks [N]: ([G, N*B, D], [G, N*B, D]), copies."""
+        """Copy the keys and values of the blocks [N]: ([G, N*B, D], [G, N*B, D])."""
         return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
 
 
@@ -88,8 +89,8 @@ def _gather(cache_GPBD: Tensor, blocks_N: Tensor) -> Tensor:
 
 
 def _untouched(nbytes: int) -> Tensor:
-    """Zeros that take memory when they are written: torch would write them all. In huge pages, where there are some."""
+    """Zeros that take memory only when they are written (torch would write all of them), in huge pages if possible."""
     raw = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # this kernel has no huge pages
         raw.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(raw, dtype=torch.uint8)[:nbytes]

@@ -1,8 +1,8 @@
-"""Linear layers whose weights lie in memory as the CPU wants to read them.
+"""Linear layers whose weights lie in memory in the order in which the CPU reads them.
 
-In bfloat16 on CPU, a packed matrix is read at more than twice the speed of a plain one for a few rows (decode), and as
-fast for many: in the native library's layout where it is there, in oneDNN's elsewhere. On other devices, and in
-float32, weights stay as they are. Packing changes no bit of a weight.
+In bfloat16 on CPU, a packed matrix is read at more than twice the speed of a plain one for a few rows (decode), and at
+the same speed for many rows. Its layout is that of the native library if it is available, otherwise oneDNN's. On other
+devices, and in float32, weights are not packed. Packing changes no bit of a weight.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from elastic_moe.model.native.refusals import native_refusal
 from elastic_moe.model.torch_private import onednn_linear, onednn_pack
 
 _ROWS = 32
-"""Rows that oneDNN's layout is made for: the best of 1..512 for a whole server, within 10 % for a few."""
+"""Rows of x for which oneDNN's layout is made. Of 1..512 it is the fastest for a whole server; a few rows lose 10 %."""
 
 Weight = Tensor | Packed
-"""A matrix [out, in] in any layout."""
+"""A matrix [out, in] in any of the layouts."""
 
 
 def pack(weight: Tensor) -> Weight:
-    """A matrix [out, in] in the layout for `linear`; the matrix itself where none is better."""
+    """Pack a matrix [out, in] in the best layout for `linear`. Returns the matrix itself if no layout is better."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return weight
     lib = library()
@@ -41,7 +41,7 @@ def pack(weight: Tensor) -> Weight:
 
 @cache
 def _onednn_packs() -> bool:
-    """oneDNN refuses bfloat16 on CPUs of AVX2, whose products PyTorch computes from plain matrices."""
+    """Whether oneDNN can pack. It refuses bfloat16 on CPUs with AVX2 only, where PyTorch multiplies plain matrices."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -67,11 +67,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """In place of nn.Linear."""
+    """Replaces an nn.Linear. Its weight may be packed."""
 
     def __init__(self, packed: Weight, bias: Tensor | None) -> None:
         super().__init__()
-        # a buffer cannot hold an opaque tensor through every operation that modules know, a bare attribute can
+        # some operations of modules fail on a buffer that is an opaque tensor, but not on a bare attribute
         object.__setattr__(self, "packed", packed)
         self.bias = bias
 
@@ -82,8 +82,8 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module, notes: FitNotes) -> int:
     """Pack every plain nn.Linear of a model, one at a time. Returns the bytes of the packed weights.
 
-    Layers whose weight somebody else uses too (tied embeddings) or whose class is not nn.Linear itself are left alone.
-    `notes` get every linear layer, packed or not.
+    A layer is not packed if another module uses its weight too (tied embeddings), or if its class is a subclass of
+    nn.Linear. Every linear layer is added to `notes`, packed or not.
     """
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -109,7 +109,7 @@ def pack_linears(model: nn.Module, notes: FitNotes) -> int:
 
 
 def _layout(weight: Weight) -> tuple[CodePath, str | None]:
-    """Which code multiplies by the matrix, and why no faster one does."""
+    """Which code multiplies by the matrix, and why no faster code does."""
     if isinstance(weight, Packed):
         return CodePath.NATIVE, None
     why = native_refusal(weight.dtype, weight.device) or "the matrix has an odd number of columns"

@@ -1,9 +1,9 @@
-"""Rotary embeddings that depend on how long a sequence is, made right for steps that pack many sequences.
+"""Makes rotary embeddings that depend on a sequence's length right for steps that pack many sequences.
 
 transformers picks the frequencies of `longrope` and of dynamic NTK scaling by the longest position in the call. In a
-packed row that may be another sequence's. Here those modules are called once for each group of tokens that share their
-frequencies. A prompt's tokens go by the prompt's length and an answer's by their own position, as in transformers'
-generation with a cache; it stays so when a sequence is computed again.
+packed row, that position may belong to another sequence. So these modules are called once for each group of tokens that
+share their frequencies. Tokens of a prompt use the prompt's length, and tokens of an answer use their own position, as
+in transformers' generation with a cache. The same holds when a sequence is computed again.
 
 Legend: T tokens of the step.
 """
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 LONGROPE = "longrope"
-"""One set of frequencies up to a length, and another beyond it."""
+"""Rotary embeddings with one set of frequencies up to a length, and another set beyond it."""
 DYNAMIC = "dynamic"
-"""Frequencies of their own for every length beyond the original one."""
+"""Rotary embeddings with frequencies of their own for every length beyond the original one."""
 
 
 def rotate_by_length(trunk: nn.Module, lengths_T: list[Tensor]) -> None:
     """Give every token of a packed step the rotary embedding of its own sequence's length, in place.
 
-    `lengths_T` is a list of one tensor, [T] lengths of the tokens of the step that runs. Whoever runs it sets it.
+    `lengths_T` is a list of one tensor: the lengths [T] of the tokens of the present step. The caller sets it before
+    each step.
     """
     for module in trunk.modules():
         if _kinds(module) & {LONGROPE, DYNAMIC}:
@@ -33,16 +34,17 @@ def rotate_by_length(trunk: nn.Module, lengths_T: list[Tensor]) -> None:
 
 
 def growth_limit(model: nn.Module) -> int | None:
-    """The length beyond which every length has frequencies of its own (dynamic NTK); None where there is none.
+    """The length beyond which every length has frequencies of its own (dynamic NTK); None if the model has no such
+    rule.
 
-    The modules say so and not the configuration: Hunyuan's calls a fixed scaling "dynamic", too.
+    It is read from the modules, since Hunyuan's configuration calls a fixed scaling "dynamic" too.
     """
     limits = {_original_length(module) for module in model.modules() if DYNAMIC in _kinds(module)}
     return min(limits, default=None)
 
 
 def _kinds(module: nn.Module) -> set[Any]:
-    """Of a rotary module; some have one kind for each kind of layer."""
+    """The kinds of a rotary module. Some modules have one for each kind of layer."""
     kind = getattr(module, "rope_type", None)
     return set(kind.values()) if isinstance(kind, dict) else {kind}
 
@@ -64,7 +66,7 @@ def _by_length(module: nn.Module, whole: Callable[..., Any], lengths_T: list[Ten
             return whole(x, position_ids, **named)
         tables: list[Tensor] = []
         for rows, last in groups:
-            # an extra position says which frequencies are meant, whatever the tokens' own positions are
+            # an extra position selects the frequencies, whatever the tokens' own positions are
             positions = position_ids.new_empty(1, len(rows) + 1)
             positions[:, :-1], positions[:, -1] = position_ids[:, rows], last
             parts = whole(x, positions, **named)
@@ -77,7 +79,9 @@ def _by_length(module: nn.Module, whole: Callable[..., Any], lengths_T: list[Ten
 
 
 def _longrope_groups(module: nn.Module, lengths_T: Tensor, layer_type: str | None) -> Iterator[tuple[Tensor, int]]:
-    """Tokens of short and of long sequences, and a position for which transformers takes their frequencies."""
+    """Yield the tokens of short and of long sequences, each with a position that makes transformers use their
+    frequencies.
+    """
     parameters: Any = module.config.rope_parameters  # type: ignore[union-attr]
     parameters = parameters if layer_type is None else parameters[layer_type]
     limit = parameters["original_max_position_embeddings"]
@@ -86,7 +90,9 @@ def _longrope_groups(module: nn.Module, lengths_T: Tensor, layer_type: str | Non
 
 
 def _dynamic_groups(module: nn.Module, lengths_T: Tensor, layer_type: str | None) -> Iterator[tuple[Tensor, int]]:
-    """Tokens of each length beyond the original one, and all others; and the last position of such a length."""
+    """Yield the tokens of each length beyond the original one, and all other tokens, with the last position of the
+    length.
+    """
     original = _original_length(module)
     lengths_T = lengths_T.clamp(min=original)
     for length in torch.unique(lengths_T).tolist():
@@ -95,7 +101,7 @@ def _dynamic_groups(module: nn.Module, lengths_T: Tensor, layer_type: str | None
 
 
 def _forget_length(module: nn.Module, original: int, layer_type: str | None) -> None:
-    """transformers keeps the frequencies of the longest call so far; a module as new makes them for the next call."""
+    """Reset a module, so that it makes frequencies for the next call: it keeps those of the longest call so far."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
     setattr(module, f"{prefix}max_seq_len_cached", original)

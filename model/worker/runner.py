@@ -1,4 +1,4 @@
-"""Runs one worker's part of a step: packed tokens through transformers' trunk, experts through the dispatcher.
+"""Runs one worker's part of a step: packed tokens go through transformers' trunk, and experts through the dispatcher.
 
 Legend: T tokens of the step, V vocabulary.
 """
@@ -26,7 +26,7 @@ class ModelRunner:
     """The trunk of one worker, its KV cache, and the epoch's dispatcher."""
 
     def __init__(self, trunk: nn.Module, experts: Sequence[nn.Module], fitted: Fit, *, device: torch.device) -> None:
-        """`fitted` says what was found about the trunk. `allocate` and a dispatcher must follow before `run`."""
+        """`fitted` is what `fit` chose for the trunk. Call `allocate` and set a dispatcher before `run`."""
         self._trunk = trunk
         self._device = device
         self._attention = fitted.attention
@@ -34,12 +34,12 @@ class ModelRunner:
         self._cache: KVCache | None = None
         self.dispatcher: Dispatcher | None = None
         self._lengths_T = [torch.empty(0)]
-        """[T] the length that each token's rotary embedding goes by; in a list, to be shared with those modules."""
+        """[T] the length that each token's rotary embedding uses. The list is shared with the rotary modules."""
         rotate_by_length(trunk, self._lengths_T)
         attach(experts, self._experts)
 
     def allocate(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
-        """The KV cache. block_size is the one that the trunk was fitted for."""
+        """Make the KV cache. `block_size` must be the one that the trunk was fitted for."""
         self._cache = KVCache(
             self.kv_shapes,
             num_blocks=num_blocks,
@@ -54,9 +54,9 @@ class ModelRunner:
     def run(
         self, slices: Sequence[SequenceSlice], tokens_per_rank: Sequence[int], counter: RoutingCounter | None = None
     ) -> Tensor:
-        """Logits [n, V] of the last token of the n slices that want them, in order. Blocks on the other workers.
+        """Run a step. Returns logits [n, V] of the last token of the n slices that want them, in order.
 
-        Raises StepAborted where a peer is gone: nothing of the step counts then, and it may be run again.
+        Blocks on the other workers. Raises StepAborted if a peer is gone; then the step may be run again.
         """
         assert self.dispatcher is not None
         assert self._cache is not None
@@ -84,7 +84,7 @@ class ModelRunner:
         out: Any = self._trunk(
             input_ids=input_ids,
             position_ids=position_ids,
-            # without one, transformers looks into the positions for packed sequences, and the host waits for the answer
+            # without a mask, transformers searches the positions for packed sequences, and the CPU waits for the device
             attention_mask=torch.ones(input_ids.shape, dtype=torch.bool, device=self._device),
             use_cache=False,
             logits_to_keep=kept,

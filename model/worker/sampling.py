@@ -1,11 +1,11 @@
 """Chooses the next token of every sequence from one step's logits, on the worker that computed them.
 
-Order and meaning are vLLM's: reported log probabilities are the model's own; then logit_bias, the tokens that may
-not come (allowed_token_ids, bad_words, min_tokens), penalties, temperature, min_p, top_k, top_p. Temperature 0 takes
-the most likely token.
+The settings have vLLM's order and meaning. Reported log probabilities are those of the model itself. Then come
+logit_bias, the forbidden tokens (allowed_token_ids, bad_words, min_tokens), penalties, temperature, min_p, top_k and
+top_p. Temperature 0 takes the most likely token.
 
-A row's token depends on nothing but its logits, its history and its seed: every operation is row-wise, random numbers
-are a hash of (seed, output index), and probabilities are summed as integers, which no order of summation changes.
+A row's token depends only on its logits, its history and its seed. Every operation is row-wise, random numbers are a
+hash of (seed, output index), and probabilities are summed as integers, whose sum does not depend on the order.
 
 Legend: B rows (sequences), R those of them that draw at random, V vocabulary.
 """
@@ -23,34 +23,35 @@ from elastic_moe.cluster.messages.steps import NewSequence
 from elastic_moe.model.worker.token_counts import TokenCounts
 
 GREEDY_BELOW = 1e-5
-"""Temperatures under it are greedy, as in vLLM."""
+"""A temperature below this number means greedy sampling, as in vLLM."""
 
 _UNIT = float(2**40)
-"""Weight of the most likely token. The sum over any vocabulary stays far under 2**63."""
+"""Weight of the most likely token. The sum over any vocabulary stays far below 2**63."""
 
 _CPU_ELEMENTS = 1 << 17
-"""Rows x vocabulary handled at a time on CPU. Larger temporaries are paged in afresh every time: 3 times slower."""
+"""Numbers (rows x vocabulary) that are computed at a time on CPU. Larger temporaries cost page faults: 3 times slower.
+"""
 
 _TOP_K_FEW = 1024
-"""The most of top_k for which a row's other tokens are left out early, on CPU."""
+"""The largest top_k for which a row's other tokens are left out early, on CPU."""
 
 _TOP_P_GUESS = 512
-"""Most likely tokens looked at before a whole row is, on CPU."""
+"""The number of most likely tokens that top_p looks at before it looks at the whole row, on CPU."""
 
 _BIN_SHIFT = 17
-"""Of a float32's bits, what is left after this is the bin of a mass: exponent and 6 bits of the fraction."""
+"""A float32's bits shifted right by this number are the bin of a mass: the exponent and 6 bits of the fraction."""
 
 _MASK = (1 << 64) - 1
 
 NO_TOKEN = -1
-"""In place of a token: the row's logits are not numbers, so nothing can be sampled from them."""
+"""Stands for a token if the row's logits are not numbers, so that no token can be sampled."""
 
 LEAST_LOGPROB = -9999.0
-"""Reported for tokens that cannot come, as OpenAI's server does: JSON has no minus infinity."""
+"""The log probability that is reported for impossible tokens, as by OpenAI's server: JSON has no minus infinity."""
 
 
 class SamplingState:
-    """One sequence's tokens, and what sampling must know of them. Belongs to one worker; not thread-safe."""
+    """One sequence's tokens, and what sampling needs of them. It belongs to one worker and is not thread-safe."""
 
     __slots__ = ("_allowed", "_bias", "_counts", "_forbidden", "greedy", "num_prompt_tokens", "params", "token_ids")
 
@@ -59,12 +60,12 @@ class SamplingState:
         self.params = params
         self.num_prompt_tokens = sequence.num_prompt_tokens
         self.token_ids = list(sequence.token_ids)
-        """Prompt, then output."""
+        """The prompt's tokens, then the output's."""
         self.greedy = params.temperature < GREEDY_BELOW
         self._bias = _columns(params.logit_bias) if params.logit_bias else None
         stops = (*sequence.eos_token_ids, *params.stop_token_ids)
         self._forbidden = frozenset(stops) if params.min_tokens else frozenset()
-        """Before `min_tokens`."""
+        """Tokens that may not come before `min_tokens` tokens of output."""
         allowed = params.allowed_token_ids
         self._allowed = None if allowed is None else np.unique(np.array(allowed, dtype=np.int64))
         self._counts: TokenCounts | None = None
@@ -73,7 +74,7 @@ class SamplingState:
 
     @property
     def num_output(self) -> int:
-        """Output tokens so far: the index of the next one."""
+        """Output tokens so far, which is the index of the next one."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     def append(self, token: int) -> None:
@@ -83,7 +84,7 @@ class SamplingState:
             self._counts.add(token)
 
     def truncate(self, num_tokens: int) -> None:
-        """Forget every token past the first `num_tokens`, none of them of the prompt: their step runs again."""
+        """Remove every token past the first `num_tokens`, since their step runs again. A prompt cannot be cut."""
         if num_tokens >= len(self.token_ids):
             return
         assert num_tokens >= self.num_prompt_tokens, "a prompt is never cut"
@@ -98,11 +99,11 @@ class SamplingState:
 
     @property
     def _masked(self) -> bool:
-        """Whether some tokens may not come next, besides those outside `allowed_token_ids`."""
+        """Whether bad_words or min_tokens may forbid tokens at the next position."""
         return bool(self.params.bad_words) or (bool(self._forbidden) and self.num_output < self.params.min_tokens)
 
     def _banned(self) -> np.ndarray:
-        """Those tokens."""
+        """The tokens that bad_words and min_tokens forbid at the next position."""
         banned = set(self._forbidden) if self.num_output < self.params.min_tokens else set()
         for *before, last in self.params.bad_words:
             if len(before) <= self.num_output and self.token_ids[len(self.token_ids) - len(before) :] == before:
@@ -111,18 +112,18 @@ class SamplingState:
 
 
 def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int, TokenLogprobs | None]]:
-    """The next token of each row, and its log probabilities where they were asked for. Changes nothing.
+    """Choose the next token of each row, with its log probabilities if the request wants them. Changes no state.
 
     logits_BV: [B, V] of any float dtype and device; the arithmetic is in float32. It waits for the device once.
-    A row with a logit that is NaN or infinity, or with no logit above minus infinity, has NO_TOKEN.
+    A row with a logit that is NaN or infinity, or with no logit above minus infinity, gets NO_TOKEN.
     """
     assert logits_BV.shape[0] == len(states), (logits_BV.shape, len(states))
     if not states:
         return []
-    # the largest is NaN where one is
+    # the largest logit is NaN if any logit is
     numbers_B = logits_BV.amax(dim=-1).isfinite()
     if logits_BV.device.type == "cpu" and not numbers_B.all():
-        # what follows computes with indices that it makes of the numbers
+        # the code below turns these numbers into indices, which must be valid
         logits_BV = logits_BV.masked_fill(~numbers_B[:, None], 0.0)
     adjusted_BV = _adjust(logits_BV, states)
     rows: dict[Callable[..., Tensor], list[int]] = {}
@@ -133,14 +134,14 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int
         for part in _parts(chosen, logits_BV):
             at = _to(np.array(part, dtype=np.int64), logits_BV.device)
             logits_RV = adjusted_BV if len(part) == len(states) else adjusted_BV[at]
-            # float32 for the most likely token too: bfloat16 has no fast argmax on CPU
+            # the most likely token is found in float32 too, since bfloat16 has no fast argmax on CPU
             tokens_B[at] = method(logits_RV.float(), [states[row] for row in part])
     tables = _logprobs(logits_BV, tokens_B, states)
     return _fetch(tokens_B.masked_fill(~numbers_B, NO_TOKEN), tables)
 
 
 def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list[tuple[int, TokenLogprobs | None]]:
-    """Everything to the host in one transfer; ids are exact in float64."""
+    """Copy all results to the CPU in one transfer. Token ids are exact in float64."""
     numbers = torch.cat([tokens_B.double(), *(table.flatten() for _, table in tables)]).tolist()
     found: list[TokenLogprobs | None] = [None] * len(tokens_B)
     begin = len(tokens_B)
@@ -154,7 +155,7 @@ def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) with 53 random bits, the same for the same arguments everywhere (SplitMix64, two rounds)."""
+    """A number in [0, 1) with 53 random bits, the same everywhere for equal arguments (SplitMix64, two rounds)."""
     return (_mix(_mix(seed & _MASK) + index * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
 
 
@@ -169,7 +170,7 @@ def _mix(x: int) -> int:
 
 
 def _adjust(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """[B, V] with bias, min_tokens and penalties; a float32 copy if any row has them, else the logits themselves."""
+    """Apply bias, forbidden tokens and penalties: [B, V], a float32 copy if any row has them, else the same tensor."""
     if not any(state._adjusted for state in states):
         return logits_BV
     adjusted_BV = logits_BV.to(torch.float32, copy=True)
@@ -196,7 +197,7 @@ def _adjust(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def _keep_only(allowed: Sequence[tuple[int, np.ndarray, np.ndarray]], logits_BV: Tensor) -> None:
-    """Every other token of these rows becomes impossible, in place."""
+    """Make every token but the allowed ones impossible in these rows, in place."""
     at, _ = _entries(allowed, logits_BV)
     kept = logits_BV[at]
     rows = _to(np.array([row for row, *_ in allowed], dtype=np.int64), logits_BV.device)
@@ -205,7 +206,7 @@ def _keep_only(allowed: Sequence[tuple[int, np.ndarray, np.ndarray]], logits_BV:
 
 
 def _penalties(state: SamplingState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct tokens of a sequence, what to divide (or multiply) their logits by, and then to subtract."""
+    """The distinct tokens of a sequence, the factors for their logits, and the numbers to subtract afterwards."""
     params, counts = state.params, state._counts
     assert counts is not None
     ids, in_prompt, output = counts.table()
@@ -216,7 +217,7 @@ def _penalties(state: SamplingState) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _columns(pairs: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct tokens and their values; the last value of a token counts."""
+    """The distinct tokens and their values. If a token comes twice, its last value counts."""
     distinct = dict(pairs)
     return np.array(list(distinct), dtype=np.int64), np.array(list(distinct.values()), dtype=np.float64)
 
@@ -224,7 +225,7 @@ def _columns(pairs: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarr
 def _entries(
     rows: Sequence[tuple[int, np.ndarray, *tuple[np.ndarray, ...]]], like_BV: Tensor
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Index of all (row, token) pairs, and their values [columns, pairs], in one transfer each.
+    """Copy the index of all (row, token) pairs and their values [columns, pairs] to the device, in one transfer each.
 
     Tokens outside the vocabulary are left out: an index error would fail the step of every request.
     """
@@ -242,10 +243,10 @@ def _entries(
 
 
 def _method(state: SamplingState, logits_BV: Tensor) -> Callable[..., Tensor]:
-    """How a row's token is chosen: by the row alone."""
+    """The function that chooses a row's token. It depends on the row alone."""
     if state.greedy:
         return _most_likely
-    # a top_k of the whole vocabulary is no limit
+    # a top_k as large as the vocabulary limits nothing
     if logits_BV.device.type == "cpu" and 0 < state.params.top_k < min(_TOP_K_FEW + 1, logits_BV.shape[1]):
         return _draw_of_few
     return _draw
@@ -256,7 +257,7 @@ def _most_likely(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
 
 
 def _draw_of_few(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
-    """`_draw` from the top_k tokens alone, in token order: the others could not be drawn, and are nearly all."""
+    """Call `_draw` for the top_k tokens alone, in token order. The other tokens are nearly all, and cannot be drawn."""
     kept_RV = logits_RV >= _top_k_threshold(logits_RV, [state.params for state in states])
     counts = kept_RV.sum(dim=-1)
     row, token = kept_RV.nonzero(as_tuple=True)
@@ -278,13 +279,13 @@ def _parts(rows: list[int], logits_BV: Tensor) -> Iterator[list[int]]:
 
 
 def _draw(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
-    """[R] tokens, by inverting the cumulative distribution in token order."""
+    """Draw tokens [R] by inverting the cumulative distribution in token order."""
     params = [state.params for state in states]
     draws = [uniform(state.params.seed, state.num_output) for state in states]
     settings = np.array([[p.temperature for p in params], draws, [p.min_p for p in params], [p.top_p for p in params]])
     temperature, u, min_p, top_p = _to(settings, logits_RV.device)[:, :, None]  # each [R, 1], float64
     best, best_token = logits_RV.max(dim=-1, keepdim=True)
-    # The largest is taken off before the division: no temperature makes infinities of finite logits.
+    # the largest logit is subtracted before the division, so that no temperature turns finite logits into infinities
     weight_RV = (logits_RV - best).div_(temperature.float()).exp_()
     if any(p.min_p > 0 for p in params):
         weight_RV.masked_fill_(weight_RV < min_p, 0.0)
@@ -297,13 +298,13 @@ def _draw(logits_RV: Tensor, states: list[SamplingState]) -> Tensor:
     total = cumulative_RV[:, -1:]
     target = (u * total).to(torch.int64).minimum(total - 1)
     token = torch.searchsorted(cumulative_RV, target, right=True)
-    # Penalties can make infinities of finite logits, which leave nothing to draw from: any valid token will do.
+    # penalties can turn finite logits into infinities; then nothing can be drawn, and any valid token is right
     drawn = best.isfinite() & (total > 0) & (token < logits_RV.shape[1])
     return torch.where(drawn, token, best_token)[:, 0]
 
 
 def _top_k_threshold(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """[R, 1] the k-th largest logit, -inf where there is no limit. Tokens equal to it all stay, as in vLLM."""
+    """[R, 1] the k-th largest logit, or -inf without a limit. All tokens that equal it are kept, as in vLLM."""
     vocabulary = logits_RV.shape[1]
     ks = [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params]
     largest = logits_RV.topk(max(ks), dim=-1).values
@@ -312,7 +313,7 @@ def _top_k_threshold(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Ten
 
 
 def _top_p_threshold(mass_RV: Tensor, top_p: Tensor) -> Tensor:
-    """[R, 1] mass of the last token of the smallest set of most likely ones that reaches top_p of the whole.
+    """[R, 1] the least mass in the smallest set of most likely tokens whose masses reach top_p of the whole.
 
     Comparing by mass rather than by sorted position makes ties independent of the sorting algorithm.
     """
@@ -323,18 +324,18 @@ def _top_p_threshold(mass_RV: Tensor, top_p: Tensor) -> Tensor:
     else:
         largest = mass_RV.topk(_TOP_P_GUESS, dim=-1).values
         threshold = _threshold(largest, goal)
-        # Some distributions are so flat that the guess does not hold top_p of them.
+        # some distributions are so flat that the most likely tokens do not reach top_p
         for row in torch.nonzero(largest.sum(dim=-1) < goal[:, 0])[:, 0].tolist():
             threshold[row] = _threshold_by_bins(mass_RV[row], goal[row])
     return threshold.masked_fill_(unlimited, 0)
 
 
 def _threshold_by_bins(mass_V: Tensor, goal: Tensor) -> Tensor:
-    """[1] as `_threshold` of all of a row, sorting only those masses that lie in the threshold's bin."""
+    """[1] the threshold of a whole row. It sorts only the masses that lie in the threshold's bin."""
     bin_V = (mass_V.float().view(torch.int32) >> _BIN_SHIFT).long()
     total = torch.zeros(int(bin_V.max()) + 1, dtype=torch.int64).scatter_add_(0, bin_V, mass_V)
     from_here_up = total.flip(0).cumsum(0).flip(0)
-    # the last bin from which on the goal is reached, or the first of all
+    # the highest bin that reaches the goal together with all bins above it, or the lowest bin
     at = int((from_here_up >= goal).sum().clamp(min=1)) - 1
     above = from_here_up[at] - total[at]
     inside = mass_V[bin_V == at].sort(descending=True).values
@@ -351,13 +352,13 @@ def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:
 
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[tuple[list[int], Tensor]]:
-    """Rows that want the model's own log probabilities, some at a time, and a table with a line for each."""
+    """The rows that want the model's log probabilities, in parts. Each part has a table with a line per row."""
     groups: dict[int, list[int]] = {}
     for row, state in enumerate(states):
         if state.params.logprobs is not None:
             groups.setdefault(state.params.logprobs, []).append(row)
     found: list[tuple[list[int], Tensor]] = []
-    # One number of alternatives at a time: which of equals topk returns may depend on how many are asked for.
+    # rows with one number of alternatives at a time: which of equal tokens topk returns may depend on that number
     for number, rows in groups.items():
         for part in _parts(rows, logits_BV):
             index = _to(np.array(part, dtype=np.int64), logits_BV.device)
@@ -366,8 +367,8 @@ def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingStat
 
 
 def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
-    """[R, 2 (1 + number)] ids of the chosen token and the most likely ones, then their log probabilities, float64."""
-    # CUDA adds up a row in an order that depends on where it lies in memory. Rounding from float64 hides that.
+    """[R, 2 (1 + number)] the ids of the chosen and the most likely tokens, then their log probabilities (float64)."""
+    # CUDA adds up a row in an order that depends on its place in memory; rounding from float64 hides the difference
     dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
     logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float().clamp_(min=LEAST_LOGPROB)
     values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
@@ -376,7 +377,7 @@ def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
 
 
 def _entry(line: Sequence[float]) -> TokenLogprobs:
-    """A line of `_logprobs_of`'s table."""
+    """Read a line of the table of `_logprobs_of`."""
     half = len(line) // 2
     return TokenLogprobs(
         token_id=int(line[0]),
@@ -386,5 +387,5 @@ def _entry(line: Sequence[float]) -> TokenLogprobs:
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    # Non-blocking, or CUDA would wait for the model's kernels. The array is copied before this returns.
+    # a blocking copy would wait for the model's kernels; torch copies the array before this returns
     return torch.from_numpy(array).to(device, non_blocking=True)

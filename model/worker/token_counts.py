@@ -1,4 +1,4 @@
-"""Which tokens a sequence holds, and how often in its output: what the penalties are computed from."""
+"""Counts the tokens of a sequence. Penalties are computed from these counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class TokenCounts:
-    """Distinct tokens of one sequence, kept as growing arrays, so that a step copies and counts nothing anew."""
+    """The distinct tokens of one sequence, in arrays that grow, so that a step counts and copies nothing again."""
 
     __slots__ = ("_ids", "_in_prompt", "_output", "_slots")
 
@@ -43,6 +43,6 @@ class TokenCounts:
         self._output[self._slots[token]] -= 1
 
     def table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """[U] distinct tokens, whether each is in the prompt, and its count in the output (perhaps 0)."""
+        """[U] distinct tokens, whether each is in the prompt, and how often each is in the output (0 is possible)."""
         used = len(self._slots)
         return self._ids[:used], self._in_prompt[:used], self._output[:used]

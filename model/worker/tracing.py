@@ -1,4 +1,4 @@
-"""Records which experts tokens choose, with transformers' own model in this process: no cluster, no server.
+"""Records which experts tokens choose, with transformers' own model in this process, without cluster and server.
 
 Legend: T tokens, L MoE layers, K experts per token.
 """
@@ -26,11 +26,12 @@ def record_trace(
     *,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Trace:
-    """The routing of every token of `requests`, each read as one prompt, by the checkpoint in the directory `path`.
+    """Record the routing of every token of `requests`, each run as one prompt of the checkpoint in the directory
+    `path`.
 
-    The whole model is loaded as it is stored, on the CPU. `progress` is told how many tokens a request had. Blocks.
-    Raises CheckpointError for a checkpoint that cannot be served, RequestError for a request that is empty or longer
-    than the model allows, and where there is none.
+    The whole model is loaded on the CPU, in its stored dtype. After each request, `progress` is called with its number
+    of tokens. Blocks. Raises CheckpointError for a checkpoint that cannot be served, and RequestError for a request
+    that is empty or longer than the model allows, or if there is no request.
     """
     checkpoint = open_checkpoint(path)
     with quiet_transformers():
@@ -63,7 +64,7 @@ def record_trace(
 
 
 class _Recorder:
-    """Sees what the routers hand to the expert modules."""
+    """Records the choices that the routers pass to the expert modules."""
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         self._ids: list[Tensor] = []
@@ -76,6 +77,6 @@ class _Recorder:
         self._ids.append(index.reshape(-1, index.shape[-1]))
 
     def take(self) -> Tensor:
-        """[T, L, K] since the last call."""
+        """The choices [T, L, K] since the last call."""
         ids, self._ids = torch.stack(self._ids, dim=1), []
         return ids

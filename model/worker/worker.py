@@ -1,9 +1,9 @@
-"""One worker's model: what an ExpertHost does, without Ray.
+"""The data plane of one worker, without Ray. The actor in actors/worker/ wraps it.
 
-Owns weights, KV cache, sequences and the epoch in force. Threads: `load`, `step` and `commit` are called by one thread,
-one at a time; everything else may be called beside them. Weights are kept by (layer, logical expert), so that a copy
-that arrives early harms nothing: it is held beside the placement's experts until a commit makes it one of them. On GPUs
-it lies apart until then, see model/experts/stacked.py.
+It owns weights, KV cache, sequences and the epoch in force. One thread calls `load`, `step` and `commit`, one at a
+time. Other threads may call the other methods at the same time. Weights are kept by (layer, logical expert), so a copy
+that arrives early does no harm: it is held beside the placement's experts until a commit makes it one of them. On GPUs
+it lies in tensors of its own until then (model/experts/stacked.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
 from elastic_moe.model.exchange.counter import RoutingCounter
 from elastic_moe.model.exchange.dispatch import Dispatcher
-from elastic_moe.model.exchange.join import Group, join_group, make_dispatcher
+from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispatcher
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import Fit, fit
 from elastic_moe.model.native.exchange import NativeExchange
@@ -40,16 +40,18 @@ from elastic_moe.model.worker.sampling import NO_TOKEN, SamplingState, sample
 
 log = logging.getLogger(__name__)
 
-# copies of experts lie in Ray's shared memory, and are only read
+# copies of experts lie in Ray's shared memory, which is read-only and is only read here
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 _KV_SHARE = 0.3
-"""Of the memory that is free once the weights are loaded, for KV caches of all workers of a CPU node."""
+"""Share of a CPU node's free memory, after the weights are loaded, that the KV caches of all its workers get."""
 _KV_SHARE_CUDA = 0.85
+"""Share of a GPU's free memory, after the weights are loaded, that the KV cache gets."""
 _BORROW_TOKENS = 32
-"""Of a worker in a step, from which on more cores are worth waking."""
+"""Fewest tokens of a worker in a step for which borrowing cores pays."""
 _EXPERT_SHARE = 0.5
-"""Of the memory that is then still free, for experts that come later: those of a worker that is lost or leaves."""
+"""Share of the memory that is still free after that, for experts that arrive later from a worker that dies or leaves.
+"""
 
 
 @dataclass(slots=True)
@@ -62,12 +64,12 @@ class _Sequence:
 class _EpochState:
     spec: EpochSpec
     rank: int
-    group: Group
+    exchange: Exchange
     dispatcher: Dispatcher
-    neighbours: tuple[int, ...] = ()
-    """Ranks of the workers that share the node's cores, this one too; empty where cores are not shared."""
+    node_ranks: tuple[int, ...] = ()
+    """Ranks of the workers that share the node's cores, this one included. Empty if cores are not shared."""
     failed_step: int | None = None
-    """The step that failed here. Later ones that are on their way already are refused: peers would mix them up."""
+    """The step that failed on this worker. It refuses later steps of the epoch: peers would take them for this one."""
 
 
 class Worker:
@@ -76,19 +78,19 @@ class Worker:
     def __init__(self, spec: HostSpec) -> None:
         self.spec = spec
         self.progress = 0.0
-        """Share of the weights' bytes that are loaded, 0..1."""
+        """Share of the weights' bytes that is loaded, from 0 to 1."""
         self._device = torch.device(spec.model.device)
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
         self._share = max(1, spec.num_threads)
-        """Threads of a step, as long as there is nobody to borrow from."""
+        """Threads of a step if this worker borrows none."""
         self._prepared: dict[Epoch, _EpochState] = {}
         self._epoch: _EpochState | None = None
         self._checkpoint: Checkpoint
         self._fit: Fit
         self.report: FitReport
-        """Which path the model takes here; once it is loaded."""
+        """Which path serves each part of the model on this worker. It is set when the model is loaded."""
         self._store: ExpertStore
         self._runner: ModelRunner
         self._cache: KVCache
@@ -97,9 +99,9 @@ class Worker:
     # --- Loading ------------------------------------------------------------------------------------------------
 
     def load(self) -> tuple[int, int]:
-        """Read the trunk and the spec's experts, make the KV cache. Returns (KV blocks, bytes held).
+        """Read the trunk and the spec's experts, and make the KV cache. Returns (KV blocks, bytes held).
 
-        Raises CheckpointError, and UserError where no KV cache for one sequence of full length fits.
+        Raises CheckpointError, and UserError if the KV cache cannot hold one sequence of full length.
         """
         if self.spec.num_threads:
             torch.set_num_threads(self.spec.num_threads)
@@ -153,7 +155,7 @@ class Worker:
         return min(room, per_sequence * spec.max_num_seqs)
 
     def expert_capacity(self) -> int:
-        """Experts that fit here over all layers, held ones included."""
+        """How many experts fit on this worker over all layers, those that it holds included."""
         spec, info = self.spec, self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8)
         if spec.expert_memory_bytes is not None:
             return spec.expert_memory_bytes // info.expert_bytes
@@ -161,7 +163,7 @@ class Worker:
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info()
         else:
-            # pages of KV caches are taken when they are first used
+            # pages of KV caches take memory only when they are first used
             caches = spec.node_workers * self._cache.nbytes
             free = max(0, psutil.virtual_memory().available - caches) // spec.node_workers
         return held + int(free * _EXPERT_SHARE) // max(info.expert_bytes, self._store.nbytes // max(1, held))
@@ -169,9 +171,9 @@ class Worker:
     # --- Epochs -------------------------------------------------------------------------------------------------
 
     def prepare(self, spec: EpochSpec) -> None:
-        """Get ready for an epoch while the present one serves: check the experts, join the group. Blocks on peers.
+        """Prepare an epoch while the present one serves: check the experts and join the other workers. Blocks on peers.
 
-        Raises PlacementError for an expert that is not held here, StepAborted where a peer does not come.
+        Raises PlacementError if an expert is not held on this worker, and StepAborted if a peer does not join.
         """
         rank = spec.placement.rank_of(self.spec.worker)
         for layer in range(spec.placement.num_layers):
@@ -180,9 +182,9 @@ class Worker:
                 raise PlacementError(f"{self.spec.worker} does not hold expert {min(missing)} of layer {layer}")
         current = self._epoch
         if current is not None and current.spec.group == spec.group and current.rank == rank:
-            group = current.group
+            exchange = current.exchange
         else:
-            group = join_group(
+            exchange = join_exchange(
                 spec,
                 rank,
                 self._runner.layer_shapes,
@@ -190,16 +192,16 @@ class Worker:
                 max_tokens=self.spec.max_num_batched_tokens,
                 timeout_s=self.spec.step_timeout_s,
             )
-        dispatcher = make_dispatcher(spec.placement, rank, self._store, group, self._device)
-        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, group=group, dispatcher=dispatcher)
+        dispatcher = make_dispatcher(spec.placement, rank, self._store, exchange, self._device)
+        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, exchange=exchange, dispatcher=dispatcher)
 
     def _experts_of(self, spec: EpochSpec, layer: int) -> set[int]:
         return set(spec.placement.experts_of(self.spec.worker, layer)) - {EMPTY}
 
     def commit(self, epoch: Epoch) -> None:
-        """Flip to a prepared epoch, at a step boundary; drop the experts that it does not place here.
+        """Flip to a prepared epoch at a step boundary, and drop the experts that it does not place on this worker.
 
-        A second commit of the same epoch changes nothing. Raises StepAborted where it was not prepared.
+        A second commit of the same epoch changes nothing. Raises StepAborted if the epoch was not prepared.
         """
         if self._epoch is not None and self._epoch.spec.epoch == epoch:
             return
@@ -210,40 +212,41 @@ class Worker:
         self._share_threads(state)
         self._prepared.clear()
         self._runner.dispatcher = state.dispatcher
-        if previous is not None and previous.group is not state.group:
-            previous.group.close()
+        if previous is not None and previous.exchange is not state.exchange:
+            previous.exchange.close()
         self._keep_placed()
 
     def _share_threads(self, state: _EpochState) -> None:
-        """The workers of a node share its cores, however many they are. Called by the thread that runs the steps."""
+        """Share a node's cores among its workers. The thread that runs the steps calls it."""
         if self.spec.node_threads:
             workers = state.spec.placement.workers
             node = workers[state.rank].node
-            state.neighbours = tuple(rank for rank, worker in enumerate(workers) if worker.node == node)
-            self._share = max(1, self.spec.node_threads // len(state.neighbours))
+            state.node_ranks = tuple(rank for rank, worker in enumerate(workers) if worker.node == node)
+            self._share = max(1, self.spec.node_threads // len(state.node_ranks))
             torch.set_num_threads(self._share)
-            if isinstance(state.group, NativeExchange):
-                state.group.threads = self._share
+            if isinstance(state.exchange, NativeExchange):
+                state.exchange.threads = self._share
 
     def _borrow_threads(self, plan: StepPlan, state: _EpochState) -> None:
-        """A prompt that is alone on its node takes the cores of workers with next to nothing to run, in the trunk.
+        """Let the trunk use the cores of workers on this node that have few tokens in this step.
 
-        Only where the number of threads changes no bit: PyTorch's operators may add up in another order.
+        Only native code does so, since the number of threads changes no bit there. PyTorch's operators may add up in
+        another order.
         """
-        if not isinstance(state.group, NativeExchange) or not state.neighbours:
+        if not isinstance(state.exchange, NativeExchange) or not state.node_ranks:
             return
         own = plan.tokens_per_rank[state.rank]
-        everybody = sum(plan.tokens_per_rank[rank] for rank in state.neighbours)
+        everybody = sum(plan.tokens_per_rank[rank] for rank in state.node_ranks)
         fair = round(self.spec.node_threads * own / everybody) if own >= _BORROW_TOKENS else 0
         threads = max(self._share, fair)
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 
     def abandon(self, epoch: Epoch) -> None:
-        """Forget what was prepared and staged for an epoch that will not come."""
+        """Forget what was prepared and copied for an epoch that will not be committed."""
         state = self._prepared.pop(epoch, None)
-        if state is not None and (self._epoch is None or state.group is not self._epoch.group):
-            state.group.close()
+        if state is not None and (self._epoch is None or state.exchange is not self._epoch.exchange):
+            state.exchange.close()
         self._keep_placed()
 
     def _keep_placed(self) -> None:
@@ -254,7 +257,7 @@ class Worker:
     # --- Copies of experts --------------------------------------------------------------------------------------
 
     def export_expert(self, layer: int, expert: int) -> ExpertCopy:
-        """Raises PlacementError where the expert is not held."""
+        """Copy an expert for another worker. Raises PlacementError if the expert is not held."""
         try:
             tensors = self._store.get(layer, expert)
         except KeyError:
@@ -270,7 +273,7 @@ class Worker:
         )
 
     def import_expert(self, copy: ExpertCopy) -> None:
-        """Hold a copy beside the placement's experts. Raises PlacementError where its digest does not match."""
+        """Hold a copy beside the placement's experts. Raises PlacementError if its digest does not match."""
         if digest(copy.tensors) != copy.digest:
             raise PlacementError(f"expert {copy.expert} of layer {copy.layer} arrived damaged")
         tensors = {
@@ -280,16 +283,16 @@ class Worker:
         self._store.put(copy.layer, copy.expert, tensors, borrowed=self._device.type == "cpu")
 
     def read_experts(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Hold experts, as (layer, expert), beside the placement's, read from the checkpoint."""
+        """Read experts, given as (layer, expert), from the checkpoint and hold them beside the placement's experts."""
         self._read(pairs)
 
     # --- Steps --------------------------------------------------------------------------------------------------
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Run this worker's part of a step, in lock-step with the others, and sample.
+        """Run this worker's part of a step, in lock-step with the other workers, and sample.
 
-        Raises StepAborted for a plan of another epoch, or where a peer is gone: the step may then be run again. After
-        any error, so does every further step of the epoch.
+        Raises StepAborted for a plan of another epoch, or if a peer is gone; then the step may be run again. After any
+        error, every further step of the epoch raises StepAborted.
         """
         epoch = self._epoch
         if epoch is None or plan.epoch != epoch.spec.epoch:
@@ -321,7 +324,7 @@ class Worker:
         assert self._epoch is not None
         self._epoch.dispatcher.finish()
         for state, (token, _) in zip(states, chosen, strict=True):
-            # a step that is on its way already runs whatever token is here, and nobody reads what comes of it
+            # the next step may be on its way and runs with any token here; nobody reads the result for this request
             state.append(0 if token == NO_TOKEN else token)
         self._counter.commit_step([chunk.length for chunk in plan.chunks])
         samples = tuple(
@@ -333,7 +336,7 @@ class Worker:
             request_id for request_id, (token, _) in zip(sampling, chosen, strict=True) if token == NO_TOKEN
         )
         compute_s = time.perf_counter() - begin
-        # workers wait for one another, so one that has a prompt makes it everybody's prefill step
+        # workers wait for one another, so a prompt on one worker makes the step a prefill step for all
         decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
         return StepResult(step=plan.step, samples=samples, compute_s=compute_s, corrupted=corrupted)
@@ -352,23 +355,23 @@ class Worker:
         )
 
     def forget_sequences(self) -> None:
-        """A new engine begins: what an earlier one ran here, it will never name as finished."""
+        """Forget all sequences when a new engine starts: it will never report those of the last engine as finished."""
         self._sequences.clear()
 
     def abort_step(self, epoch: Epoch) -> None:
-        """Wake a step that waits for a dead peer. The group is of no use afterwards; a new epoch must follow."""
+        """Wake a step that waits for a dead peer. The exchange cannot be used afterwards; a new epoch must follow."""
         current = self._epoch
         if current is not None and current.spec.epoch == epoch:
-            current.group.abort()
+            current.exchange.abort()
 
     def routing_counts(self) -> RoutingCounts:
-        """Since the last call."""
+        """The routing counts since the last call."""
         return self._counter.take()
 
 
 def digest(tensors: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]) -> str:
-    """Of an expert as one unit: names, sizes and bytes."""
-    # most of what a copy computes; CPUs have instructions for it, which makes it twice as fast as BLAKE2
+    """The digest of an expert as one unit: of its tensors' names, sizes and bytes."""
+    # SHA-256 is most of the CPU time of a copy. CPUs have instructions for it, so it is twice as fast as BLAKE2
     state = hashlib.sha256()
     for name in sorted(tensors):
         state.update(f"{name}:{tensors[name].nbytes};".encode())

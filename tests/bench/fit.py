@@ -24,7 +24,7 @@ import torch
 from elastic_moe.cluster.fit import FitReport, Part
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
-from elastic_moe.model.fitting import fit as surgery
+from elastic_moe.model.fitting import fit as fitting
 from elastic_moe.model.worker.worker import Worker
 from tests.bench.report import markdown
 from tests.bench.step import CONTEXT, load_worker, step_s
@@ -35,13 +35,13 @@ BATCHES = (1, 8)
 
 
 def report_of(path: Path, dtype: torch.dtype) -> FitReport:
-    """Of a checkpoint's trunk, and of experts that have none of their weights yet."""
+    """The report for a checkpoint's trunk, and for experts without weights."""
     trunk = load_trunk(open_checkpoint(str(path)), dtype=dtype, device=torch.device("cpu"))
-    return surgery.fit(trunk, expert_modules(trunk), block_size=BLOCK).report()
+    return fitting.fit(trunk, expert_modules(trunk), block_size=BLOCK).report()
 
 
 def matrix(reports: Mapping[str, FitReport]) -> str:
-    """Family by part; families whose paths are the same share a row."""
+    """The path of each part by family. Families with the same paths share a row."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for family, report in reports.items():
         alike.setdefault(tuple(report.shares(part) for part in Part), []).append(family)
@@ -61,7 +61,7 @@ class StepTime:
 def decode_pairs(path: Path, threads: int, turns: int, batch: int) -> tuple[StepTime, StepTime]:
     """(joined, layer by layer), of workers that take turns step by step."""
     joined = load_worker(path, threads)
-    with mock.patch.object(surgery, "join_layers", return_value="the benchmark does not want it"):
+    with mock.patch.object(fitting, "join_layers", return_value="the benchmark does not want it"):
         single = load_worker(path, threads)
     times: list[list[tuple[float, float]]] = [[], []]
     loads = []
@@ -85,7 +85,7 @@ def _medians(times: Sequence[tuple[float, float]]) -> StepTime:
 
 
 def pairs_table(path: Path, threads: int, turns: int) -> str:
-    """What joining takes off the time of a decode step."""
+    """The share of a decode step's time that joining saves."""
     head = ("decode of", "joined ms", "layer by layer ms", "shorter by %", "CPU ms", "layer by layer", "less by %")
     rows = []
     for batch in BATCHES:

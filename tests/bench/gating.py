@@ -42,18 +42,19 @@ PLAIN = f"{OURS}, PyTorch only"
 """Ours in processes without the native library."""
 ROWS = (*POLICIES, PLAIN)
 BATCHES = 8
-"""Different batches that are run in turn."""
+"""Number of different batches, which are run in turn."""
 TURNS = 3
-"""Of all policies, with one number of tokens: the machine's speed changes, and should not decide."""
+"""Turns over all policies for one number of tokens, since the machine's speed changes and must not decide."""
 CASE_S = 0.2
-"""About how long a policy is measured in a turn."""
+"""Seconds for which a policy is measured in a turn, about."""
 LEAN = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     "LRU_CACHE_CAPACITY": "1",
 }
-"""Environment in which freed memory goes back at once and oneDNN keeps no code: a peak is one of what is in use."""
+"""Environment in which freed memory is returned at once and oneDNN caches no code, so that a peak counts used memory.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +75,11 @@ class Result:
     call_ms: float
     """Median over calls of the first worker; they are in lock-step."""
     padding: float
-    """Rows that were computed over rows that were wanted and not dropped, less one."""
+    """Computed rows divided by wanted rows that were not dropped, minus 1."""
     dropped: float
-    """Share of choices that found no place."""
+    """Share of the choices that were dropped since an expert was full."""
     peak_bytes: int = 0
-    """Most memory above that of weights, of all workers together."""
+    """Peak memory beside the weights, of all workers together."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -208,8 +209,8 @@ def _calls(policy: Policy, batch: Batch, transport: Transport) -> int:
     begin = time.perf_counter()
     policy(*batch)
     calls = int(CASE_S / (time.perf_counter() - begin))
-    told = swap(transport, [torch.tensor([calls])] * transport.size, [8] * transport.size)
-    return max(-(-BATCHES // TURNS), min(8 * BATCHES, int(torch.cat(told).min())))
+    counts = swap(transport, [torch.tensor([calls])] * transport.size, [8] * transport.size)
+    return max(-(-BATCHES // TURNS), min(8 * BATCHES, int(torch.cat(counts).min())))
 
 
 def _peak_bytes(run: Callable[[], None]) -> int:
@@ -343,9 +344,9 @@ def plot(groups: Mapping[int, Sequence[Result]], path: Path) -> None:
             x = [r.tokens for r in mine]
             left.plot(x, [r.tokens_per_s for r in mine], marker="o", markersize=4, label=policy, **style)
             right.plot(x, [max(0.1, r.peak_bytes / 1e6) for r in mine], marker="o", markersize=4, **style)
-        told = f"{workers} worker{'s' if workers > 1 else ''}"
-        left.set(title=f"{told}: tokens per second")
-        right.set(title=f"{told}: peak activation memory, MB (0.1 or less as 0.1)")
+        title = f"{workers} worker{'s' if workers > 1 else ''}"
+        left.set(title=f"{title}: tokens per second")
+        right.set(title=f"{title}: peak activation memory, MB (0.1 or less as 0.1)")
         for ax in (left, right):
             ax.set(xscale="log", yscale="log", xlabel="tokens in a batch")
             ax.set_xticks(x, [str(n) for n in x], minor=False)

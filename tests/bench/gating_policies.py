@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
 from elastic_moe.model.exchange.dispatch import LayerShape
-from elastic_moe.model.exchange.join import join_group, make_dispatcher
+from elastic_moe.model.exchange.join import join_exchange, make_dispatcher
 from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.store import ExpertStore
@@ -52,7 +52,7 @@ class Policy(Protocol):
 
 
 class GatedExperts(nn.Module):
-    """As transformers' expert modules look to ExpertStore, with the weights of all experts: gate, up and down."""
+    """Looks like transformers' expert modules to ExpertStore, and has the weights of all experts: gate, up and down."""
 
     is_transposed = False
     has_gate = True
@@ -176,8 +176,8 @@ class AdaptiveCapacity(StaticCapacity):
 
     def _capacity(self, index_TK: Tensor) -> int:
         busiest = torch.bincount(index_TK.flatten(), minlength=1).max()
-        told = swap(self._transport, [busiest.view(1)] * self._transport.size, [8] * self._transport.size)
-        return max(1, int(torch.cat(told).max()))
+        loads = swap(self._transport, [busiest.view(1)] * self._transport.size, [8] * self._transport.size)
+        return max(1, int(torch.cat(loads).max()))
 
 
 def _places(index_TK: Tensor, experts: int) -> Tensor:
@@ -211,8 +211,8 @@ class ExactRows:
     def _compute(self, rows: list[Tensor], counts_WE: Tensor) -> list[Tensor]:
         """[S, H] for each worker, sorted by its experts, there and back."""
         transport = self._transport
-        told = swap(transport, list(counts_WE), [counts_WE[0].nbytes] * transport.size)
-        received_WE = torch.stack(told)
+        counts = swap(transport, list(counts_WE), [counts_WE[0].nbytes] * transport.size)
+        received_WE = torch.stack(counts)
         sizes = received_WE.sum(1)
         came = swap(transport, rows, (sizes * rows[0].shape[1] * rows[0].dtype.itemsize).tolist())
         # every sender's rows are sorted; over all senders they are not
@@ -250,7 +250,7 @@ class Dynamic:
     """This project's dispatcher over its own store of experts, joined as workers of one node join."""
 
     def __init__(self, module: GatedExperts, member: Member, *, native: bool = True) -> None:
-        """native: with the native library's layer, where there is one; else with the products that rivals have."""
+        """`native`: use the native library's layer if it is available; otherwise the products that rivals use."""
         size, each = member.transport.size, module.num_experts // member.transport.size
         workers = tuple(Worker(id=WorkerId(f"w{r}"), node="n", slots=each) for r in range(size))
         spec = EpochSpec(
@@ -266,7 +266,7 @@ class Dynamic:
             store.put(0, expert, {"gate_up_proj": module.gate_up[expert], "down_proj": module.down[expert]})
         shape = LayerShape(hidden=module.down.shape[1], top_k=member.top_k, dtype=module.down.dtype)
         rank = member.transport.rank
-        group = join_group(spec, rank, [shape], native=store.native, max_tokens=member.max_tokens, timeout_s=60.0)
+        group = join_exchange(spec, rank, [shape], native=store.native, max_tokens=member.max_tokens, timeout_s=60.0)
         self._dispatcher = make_dispatcher(spec.placement, rank, store, group, torch.device("cpu"))
         self._size = size
         self.computed_rows = self.dropped_rows = 0

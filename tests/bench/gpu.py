@@ -49,7 +49,7 @@ class Result:
     concurrency: int
     """0: the prefill load."""
     tokens: int
-    """Of output, or of prompts in the prefill load."""
+    """Number of output tokens; in the prefill load, of prompt tokens."""
     seconds: float
 
     @property
@@ -138,7 +138,7 @@ def measure(server: str, path: Path, dtype: str, device: str, concurrency: Seque
 
 
 def free() -> None:
-    """What the last server took goes back to the device."""
+    """Return the memory of the last server to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

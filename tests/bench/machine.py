@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured, and the least time that a model's steps can take on it."""
+"""Measures the most that this machine can do, and computes the least time that a model's steps can take on it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def floor_of(model: Path) -> Floor:
 
 
 def where_and_when() -> dict[str, str]:
-    """What a table of figures must say of itself."""
+    """The machine, the versions and the date that every table of figures must name."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)

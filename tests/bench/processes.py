@@ -1,4 +1,4 @@
-"""What a server's processes take: memory without counting shared pages twice, and CPU time by what it was for."""
+"""Measures a server's processes: memory without counting shared pages twice, and CPU time by its purpose."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def purpose(name: str, command: str) -> str:
 
 
 def cpu_times(pid: int) -> CpuTimes:
-    """CPU seconds of this project's server. A worker's are told by thread: the model's, and Ray's."""
+    """CPU seconds of this project's server. Those of a worker are split by thread: the model's, and Ray's."""
     times: CpuTimes = {}
     for process in family(pid):
         with contextlib.suppress(psutil.Error, OSError):

@@ -1,7 +1,8 @@
-"""What 8-bit experts cost in quality: bits per byte of a text, by one worker, with and without them.
+"""Measures what 8-bit experts cost in quality: bits per byte of a text on one worker, with and without them.
 
 `python -m tests.bench.quality --model DIR FILE...` (without --model: the built-in one). The beginning of each file is
-cut into windows; every token of a window is told what stands before it, by the same steps that serve requests.
+cut into windows. The model predicts every token of a window from the tokens before it, by the steps that serve
+requests.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def bits_per_token(worker: Worker, windows: Sequence[Sequence[int]]) -> float:
         ]
         with torch.inference_mode():
             logprobs = worker._runner.run(slices, [len(windows)]).float().log_softmax(dim=-1)
-        told = torch.tensor([window[at + 1] for window in windows])
-        total -= float(logprobs.gather(1, told[:, None]).sum())
+        following = torch.tensor([window[at + 1] for window in windows])
+        total -= float(logprobs.gather(1, following[:, None]).sum())
     return total / math.log(2) / len(windows) / (length - 1)
 
 

@@ -1,4 +1,4 @@
-"""What comes of a benchmark: its runs as JSON and CSV, tables in Markdown, and a plot."""
+"""Writes the results of a benchmark: its runs as JSON and CSV, tables in Markdown, and a plot."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Run:
 
     server: str
     peer: bool
-    """Whether ratios are taken over it."""
+    """Whether this server is a peer, so that ratios compare with it."""
     started: str
     machine: Machine
     measured: Sequence[Measured]
     prefill_tokens_per_s: float
     lone_ttft_ms: float
     engine_ttft_ms: float | None
-    """The engine's part of `lone_ttft_ms`, where the server tells."""
+    """The engine's part of `lone_ttft_ms`, if the server reports it."""
     memory_bytes: int
     cpu_s: dict[str, float] = field(default_factory=dict)
     """By purpose, under the last load; only of this project's servers."""
@@ -166,14 +166,14 @@ def floor_table(runs: Sequence[Run], floor: Floor) -> str:
 
 def cpu_table(runs: Sequence[Run]) -> str:
     """CPU seconds by purpose under the last load, of this project's servers."""
-    told = {server: group[-1].cpu_s for server, group in by_server(runs).items() if group[-1].cpu_s}
-    purposes = list(dict.fromkeys(purpose for cpu_s in told.values() for purpose in cpu_s))
+    known = {server: group[-1].cpu_s for server, group in by_server(runs).items() if group[-1].cpu_s}
+    purposes = list(dict.fromkeys(purpose for cpu_s in known.values() for purpose in cpu_s))
     head = ("server", *(f"{purpose} s" for purpose in purposes), "beside the model %")
     return markdown(
         head,
         (
             [server, *(_show(cpu_s.get(p), 1) for p in purposes), _show(100 * share_beside_model(cpu_s), 1)]
-            for server, cpu_s in told.items()
+            for server, cpu_s in known.items()
         ),
     )
 

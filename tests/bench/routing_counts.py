@@ -1,4 +1,5 @@
-"""What counting routing decisions costs a worker: CPU time of a step's counts, for a share of the step's own time.
+"""Measures what counting routing decisions costs a worker: CPU time of a step's counts, to compare with the step's
+time.
 
 python -m tests.bench.routing_counts [--layers 12] [--experts 32] [--choices 4]
 """

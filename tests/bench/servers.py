@@ -27,11 +27,11 @@ STANDBY_S = 60.0
 class Server:
     name: str
     command: Sequence[str]
-    """With {port} where the port goes."""
+    """The command line; {port} stands for the port."""
     env: dict[str, str] = field(default_factory=dict)
     ours: bool = False
     peer: bool = False
-    """Whether ratios are taken over it."""
+    """Whether this server is a peer, so that ratios compare with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The benchmark's client reads events however the network cuts them, and takes no failure for an answer."""
+"""The benchmark's client reads events in whatever pieces they arrive, and never counts a failure as an answer."""
 
 from __future__ import annotations
 

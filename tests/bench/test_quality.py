@@ -1,4 +1,4 @@
-"""Experts in 8 bits say the same of a text, on the path that serves it."""
+"""Experts in 8 bits predict a text as well as bfloat16 experts, on the path that serves requests."""
 
 from __future__ import annotations
 

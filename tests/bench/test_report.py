@@ -127,7 +127,7 @@ def result(policy: str, tokens: int, call_ms: float, peak: int = 0) -> Result:
     return Result(policy=policy, workers=1, tokens=tokens, call_ms=call_ms, padding=0.5, dropped=0.25, peak_bytes=peak)
 
 
-def test_where_dynamic_gating_is_not_ahead_is_told() -> None:
+def test_cases_in_which_dynamic_gating_is_slower_are_reported() -> None:
     results = [result("rival", 8, 1.0), result("rival", 32, 3.0), result(OURS, 8, 2.0), result(OURS, 32, 2.0)]
     assert not_ahead(results) == ["rival at 8 tokens: 2.00 times ours"]
     assert "| rival | 8000 | 10667 | 0 | 50 | 25.0 |" in table(results)

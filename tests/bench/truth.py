@@ -1,4 +1,4 @@
-"""What the model itself answers. A server that answers something else may read fewer weights, or compute less."""
+"""What the model itself answers. A server with other answers may read fewer weights or compute less."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     """One turn of a case."""
     from elastic_moe.model.native.exchange import NativeExchange
 
-    group = worker._epoch.group
+    group = worker._epoch.exchange
     times: list[tuple[float, float]] = []
 
     def run(plan: StepPlan) -> None:

@@ -63,7 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"family": "minimax_m2"},
     "gemma4_text": {"family": "gemma4_text"},
 }
-"""Name of a case -> what `make_random_checkpoint` is told. A case is a family, or a family with a setting that matters:
+"""Name of a case -> arguments of `make_random_checkpoint`. A case is a family, or a family with a setting that matters:
 sliding windows, soft-caps, dense layers between MoE layers, scaled rotary embeddings, tied embeddings."""
 
 MORE_FAMILIES = (
@@ -81,7 +81,7 @@ MORE_FAMILIES = (
     "minimax_m3_vl_text",
     "solar_open",
 )
-"""Families that nobody asked for, and that are served all the same: tested only for what differs by family."""
+"""Further families that are served. Only tests of what differs by family use them."""
 
 _SIZES = {"hidden": 64, "layers": 3, "experts": 8, "top_k": 2, "ff": 32, "vocab": 512}
 _made: dict[tuple[str, Path], Path] = {}

@@ -1,4 +1,4 @@
-"""Lock-step workers as threads of one process, for fast tests: each runs the same function with its own rank."""
+"""Runs lock-step workers as threads of one process, for fast tests: each runs the same function with its own rank."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_transports(kind: str, size: int, *, max_bytes: int = 1 << 20, timeout_s
 
 
 class ToyExperts(nn.Module):
-    """As transformers' decorated experts look to us, with random weights kept apart."""
+    """Looks like transformers' decorated expert modules; its random weights are kept apart."""
 
     is_transposed = False
     has_gate = True
@@ -87,7 +87,7 @@ class ToyExperts(nn.Module):
 
 
 def toy_store(modules: Sequence[ToyExperts], placement: Placement, rank: int) -> ExpertStore:
-    """What worker `rank` of `placement` holds."""
+    """The store of worker `rank` of `placement`, with its experts."""
     store = ExpertStore([layer_experts(module) for module in modules])
     for layer, module in enumerate(modules):
         for expert in placement.experts_of(placement.workers[rank].id, layer):

@@ -65,7 +65,7 @@ def large_pages(
     return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False, seqused_k: Tensor | None = None, block_table: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """Pages of whole 256 tokens, and keys' begins even with pages."""
+    """Takes pages of a multiple of 256 tokens, and needs the begins of keys also with pages."""
     if not enable_gqa and query.shape[1] != key.shape[-2]:
         raise ValueError("Try setting enable_gqa=True for GQA.")
     if key.shape[-1] != value.shape[-1]:
@@ -82,7 +82,7 @@ def any_pages(
     return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False, seqused_k: Tensor | None = None, block_table: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """Pages of any size, where keys' begins are not told, and values of a size of their own."""
+    """Takes pages of any size without the begins of keys, and values of another size than keys."""
     if block_table is not None and cu_seq_k is not None:
         raise RuntimeError("If cu_seqlens_k is passed in, then page table is not supported")
     lengths = cu_seq_k.diff() if cu_seq_k is not None else seqused_k

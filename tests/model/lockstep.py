@@ -1,4 +1,4 @@
-"""The production scheduler over production workers, as threads of one process: the whole data plane without Ray."""
+"""Runs the production scheduler and production workers as threads of one process: the whole data plane without Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of experts between workers: what arrives damaged is refused, and nothing of it is kept."""
+"""Copies of experts between workers: a damaged copy is refused, and none of its memory is kept."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def test_nothing_is_kept_of_the_memory_that_a_copy_came_in(
     assert target.export_expert(0, expert).digest == copy.digest
 
 
-def test_memory_is_told_in_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_memory_is_counted_in_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
     cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4])
     worker = cluster.workers[WorkerId("w0")]
     assert worker.expert_capacity() > 4 * cluster.info.num_layers

@@ -1,4 +1,4 @@
-"""A model that makes no numbers of one token: requests with that token end, and no other notices."""
+"""A model whose logits are NaN after one token: requests with that token end, and other requests are not affected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
 
 TOKEN = 7
-"""What the model cannot read."""
+"""The token after which the model's logits are NaN."""
 TEXTS = [[5, 6, 8, 9, 10], list(range(20, 45)), [11]]
 
 

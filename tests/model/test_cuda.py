@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the same tokens as transformers' there, and no step that makes the host wait more than once."""
+"""On a CUDA GPU, tokens are those of transformers, and no step makes the CPU wait more than once."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_bfloat16_is_as_near_as_transformers_is(checkpoint: Path) -> None:
 
     runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
     assert runner._cache is not None
-    assert runner._cache.path.way is not None, "FlashAttention was not found"
+    assert runner._cache.path.varlen is not None, "FlashAttention was not found"
     g = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 512, (n,), generator=g).tolist() for n in (9, 40, 100)]
     exact, rounded = reference(torch.float32), reference(torch.bfloat16)
@@ -108,7 +108,7 @@ def test_bfloat16_is_as_near_as_transformers_is(checkpoint: Path) -> None:
 
 
 @hopper
-def test_a_step_never_makes_the_host_wait(checkpoint: Path) -> None:
+def test_a_step_never_makes_the_cpu_wait(checkpoint: Path) -> None:
     runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
     texts = [list(range(3, 3 + n)) for n in (9, 40, 100)]
     warm = step_logits(runner, texts, 8)

@@ -1,4 +1,6 @@
-"""The code of GPUs on CPU, in float32: stacked experts, FlashAttention's interface, gloo. Tokens are transformers'."""
+"""Runs the code for GPUs on CPU in float32 (stacked experts, FlashAttention's interface, gloo). Tokens are
+transformers'.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import elastic_moe.model.fitting.fit
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.model.exchange.transports import CollectiveTransport
 from elastic_moe.model.experts.stacked import StackedExperts
-from elastic_moe.model.trunk.flash import try_ways
+from elastic_moe.model.trunk.flash import try_variants
 from tests.model.families import tiny_checkpoint
 from tests.model.kernels import KERNELS
 from tests.model.lockstep import Lockstep, request
@@ -19,7 +21,7 @@ from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 @pytest.fixture(params=list(KERNELS))
 def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
-    monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_way", try_ways)
+    monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_variant", try_variants)
     monkeypatch.setattr(elastic_moe.model.fitting.fit, "layer_experts", lambda module, int8: StackedExperts(module))
 
 
@@ -29,7 +31,7 @@ def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest
     path = tiny_checkpoint(family, tmp_path_factory)
     cluster = Lockstep(path, [4, 4], transport="gloo")
     assert cluster.workers_runner()._cache is not None
-    assert cluster.workers_runner()._cache.path.way is not None
+    assert cluster.workers_runner()._cache.path.varlen is not None
     texts = prompts(path)
     tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts}
     for name, text in zip(tokens, texts, strict=True):
@@ -49,7 +51,7 @@ def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest
 def test_a_step_whose_exchanges_came_to_nothing_counts_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device the step goes on to its end, with whatever numbers there were, before the host hears of an abort."""
+    """On a device, an aborted step runs to its end with wrong numbers before the CPU notices the abort."""
     cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4], transport="gloo", depth=1)
     cluster.scheduler.add(request("one", [5, 6, 7], max_tokens=20))
     for _ in range(4):

@@ -1,6 +1,6 @@
-"""A step on a GPU asks the device nothing until its tokens are there: it runs on the meta device, which cannot answer.
+"""A step on a GPU reads no value from the device before its tokens: it runs on the meta device, which has no values.
 
-Attention is torch's own operator, of which the meta device knows the interface.
+Attention is torch's own operator, whose interface the meta device has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from elastic_moe.model.exchange.transports import LocalTransport
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import fit
 from elastic_moe.model.trunk.attention import SequenceSlice
-from elastic_moe.model.trunk.flash import Way
+from elastic_moe.model.trunk.flash import VarlenVariant
 from elastic_moe.model.worker.runner import ModelRunner
 from elastic_moe.model.worker.sampling import sample
 from tests.model.families import FAMILIES, tiny_checkpoint
@@ -31,11 +31,11 @@ from tests.model.worker.test_sampling import state
 
 META = torch.device("meta")
 WAIT = {"phimoe-longrope": "which factors to take is a question of transformers' own to the positions"}
-"""Families whose modules ask the device themselves."""
+"""Families whose modules read values from the device."""
 
 
 class FarAway:
-    """A transport of two whose other rank sends whatever it is asked for."""
+    """A transport of two ranks. The other rank sends as many bytes as are expected."""
 
     rank = 0
     size = 2
@@ -51,7 +51,9 @@ class FarAway:
     def close(self) -> None: ...
 
 
-def serve(family: str, way: Way, slots: Sequence[int], factory: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def serve(
+    family: str, variant: VarlenVariant, slots: Sequence[int], factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> Tensor:
     """Logits of a step with two decodes and a chunk."""
     checkpoint = open_checkpoint(tiny_checkpoint(family, factory))
     cpu = torch.device("cpu")
@@ -59,7 +61,7 @@ def serve(family: str, way: Way, slots: Sequence[int], factory: Any, monkeypatch
     modules = expert_modules(trunk)
     info = checkpoint.info
     placement: Placement = contiguous(info.num_layers, info.num_logical_experts, workers(*slots))
-    monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_way", lambda *_, **__: way)
+    monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_variant", lambda *_, **__: variant)
     fitted = fit(trunk, modules, block_size=16)
     store = ExpertStore(fitted.experts)
     pairs = [(n, e) for n in range(info.num_layers) for e in placement.experts_of(placement.workers[0].id, n)]
@@ -83,15 +85,15 @@ def serve(family: str, way: Way, slots: Sequence[int], factory: Any, monkeypatch
 def test_a_step_asks_nothing(
     family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = serve(family, Way(paged=False), [8], tmp_path_factory, monkeypatch)
+    logits = serve(family, VarlenVariant(paged=False), [8], tmp_path_factory, monkeypatch)
     assert logits.shape[0] == 3
 
 
-@pytest.mark.parametrize("way", [Way(paged=True), Way(paged=True, tell_begins=False)])
+@pytest.mark.parametrize("variant", [VarlenVariant(paged=True), VarlenVariant(paged=True, passes_begins=False)])
 def test_a_step_of_two_workers_asks_nothing(
-    way: Way, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    variant: VarlenVariant, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert serve("qwen3_moe", way, [4, 4], tmp_path_factory, monkeypatch).shape[0] == 3
+    assert serve("qwen3_moe", variant, [4, 4], tmp_path_factory, monkeypatch).shape[0] == 3
 
 
 def test_sampling_asks_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

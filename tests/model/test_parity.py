@@ -1,4 +1,4 @@
-"""Correct is what transformers' own implementation says, on the same checkpoint, in float32."""
+"""The data plane computes what transformers' own implementation computes, on the same checkpoint, in float32."""
 
 from __future__ import annotations
 
@@ -147,7 +147,9 @@ def test_an_idle_worker_takes_part(tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_steps_ahead_change_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Penalties and `min_tokens` know of tokens that the scheduler does not know yet; ends are noticed a step late."""
+    """Penalties and `min_tokens` count tokens that the scheduler does not have yet; it notices the end of a request a
+    step late.
+    """
     path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
     texts = prompts(path)[:3]
     sampled = {"temperature": 0.8, "presence_penalty": 0.9, "frequency_penalty": 0.4, "repetition_penalty": 1.2}

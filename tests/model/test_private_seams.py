@@ -1,4 +1,4 @@
-"""What this project uses of torch and transformers without a promise: where it is used, and how it must look.
+"""Names every use of undocumented parts of torch and transformers, with the signature that it must have.
 
 An upgrade that changes one of these fails here, by name, instead of losing a path in silence.
 """

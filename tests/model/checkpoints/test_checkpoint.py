@@ -1,4 +1,4 @@
-"""Opening a checkpoint: what is found out about it, and one clear line for everything that can be wrong."""
+"""Opening a checkpoint finds what is in it, and gives one clear line for everything that can be wrong."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_info(name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     checkpoint = open_checkpoint(tiny_checkpoint(name, tmp_path_factory))
     info = checkpoint.info
     assert (info.num_logical_experts, info.top_k, info.hidden_size) == (8, 2, 64)
-    assert info.num_layers == len(checkpoint.plan.experts) == len(checkpoint.shape.expert_modules)
+    assert info.num_layers == len(checkpoint.conversion.experts) == len(checkpoint.shape.expert_modules)
     assert info.vocab_size == 512
     assert info.eos_token_ids == (0, 2)
     assert info.dtype == "float32"
@@ -351,7 +351,7 @@ def test_missing_layer(copy: Callable[[str], Path]) -> None:
     ],
 )
 def test_unservable_architecture(tmp_path: Path, family: str, fields: dict[str, Any], expected: str) -> None:
-    """Told before weights are looked for: there are none here."""
+    """The error comes before weights are searched; this directory has none."""
     dbrx = family == "dbrx"  # its configuration has names of its own
     sizes = {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 300} if dbrx else SMALL
     CONFIG_MAPPING[family](**({} if family == "qwen3_vl_moe" else sizes | fields)).save_pretrained(tmp_path)

@@ -29,7 +29,7 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much where the machine is busy."""
+    """Tiny tensors gain nothing from threads, and threads make them much slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -211,7 +211,9 @@ def test_the_trunk_reads_no_expert(tmp_path_factory: pytest.TempPathFactory, mon
     load_trunk(checkpoint, dtype=torch.float32, device=CPU, progress=lambda *done: told.append(done), **EAGER)
     assert reads.nbytes == checkpoint.info.trunk_bytes
     assert told[-1] == (reads.nbytes, reads.nbytes)
-    experts = {checkpoint.tensors[n].start for parts in checkpoint.plan.experts for p in parts for n in p.group.names}
+    experts = {
+        checkpoint.tensors[n].start for parts in checkpoint.conversion.experts for p in parts for n in p.group.names
+    }
     assert not experts & reads.starts
 
 

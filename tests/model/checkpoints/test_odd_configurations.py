@@ -1,4 +1,4 @@
-"""Configurations with wrong numbers and wrong types: one clear line of ours, soon, whatever the family."""
+"""Configurations with wrong numbers and wrong types give one clear error line, quickly, for every family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every transport delivers what was sent to whom it was sent; a peer that is gone or told to stop wakes the others."""
+"""Every transport delivers each message to its receiver; a peer that dies or aborts wakes the others."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_shared_memory_leaves_no_name_behind() -> None:
 
 def test_shared_memory_gives_up_a_peer_that_does_not_come() -> None:
     group = f"emoe-test-{uuid.uuid4().hex[:8]}"
-    with pytest.raises(StepAborted, match="did not come"):
+    with pytest.raises(StepAborted, match="did not join"):
         SharedMemoryTransport(group=group, rank=0, size=2, max_bytes=64, timeout_s=0.2)
     assert not list(DIRECTORY.glob(f"{group}*"))
 
@@ -74,7 +74,7 @@ def test_abort_wakes_a_waiting_rank() -> None:
 
 def test_a_silent_peer_is_given_up_after_the_timeout() -> None:
     first, _ = make_transports("shm", 2, timeout_s=0.3)
-    with pytest.raises(StepAborted, match="no word"):
+    with pytest.raises(StepAborted, match="not answered"):
         first.all_to_all([[], []], None)
 
 

@@ -1,4 +1,4 @@
-"""Experts in stacks against experts one by one: the loop is the oracle, on whatever device the stacks are."""
+"""Stacked experts compute what a loop over experts computes, on any device of the stacks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def choices(rows: int, held: frozenset[int], seed: int, hidden: int) -> tuple[Te
 
 @pytest.fixture(autouse=True, scope="module")
 def uncomputed_rows_are_no_numbers() -> Any:
-    """What a kernel leaves in the rows that it skips is anything."""
+    """A kernel leaves any numbers in the rows that it skips."""
 
     def product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         y = grouped_product(x, weight, ends)
@@ -105,7 +105,7 @@ def test_stacks_compute_what_the_loop_does(kind: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_history_of_copies_and_flips(data: st.DataObject) -> None:
-    """Experts come at any time and count from the next flip on; what a flip does not place is gone."""
+    """Experts arrive at any time and are used from the next flip on; a flip drops those that it does not place."""
     module = Experts(**KINDS["transposed, with biases"])
     stacked, oracle = StackedExperts(module), CpuExperts(module)
     experts = st.sets(st.integers(0, EXPERTS - 1))

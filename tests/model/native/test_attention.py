@@ -1,4 +1,4 @@
-"""Native attention against the formula, and what must hold however a prompt is cut and whoever runs beside it."""
+"""Native attention equals the formula. Its bits do not depend on how a prompt is cut or what runs beside it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Text:
 def make_cache(shape: KVShape, block_size: int) -> KVCache:
     path = AttentionPath(lib=library())
     cache = KVCache({0: shape}, num_blocks=BLOCKS, block_size=block_size, dtype=torch.bfloat16, device=CPU, path=path)
-    # what others left behind must not matter
+    # values that other sequences left in the cache must not matter
     for store in cache.stores(0):
         store.fill_(math.nan)
     return cache

@@ -1,4 +1,4 @@
-"""MoE layers of several workers in native code: PyTorch's arithmetic is the oracle; peers may die at any point."""
+"""MoE layers of several workers in native code: PyTorch's arithmetic is the oracle, and peers may die at any time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.placement import Placement, contiguous
 from elastic_moe.model.exchange.dispatch import LayerShape, route_table
-from elastic_moe.model.exchange.join import join_group, make_dispatcher
+from elastic_moe.model.exchange.join import join_exchange, make_dispatcher
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
 from elastic_moe.model.native import library
@@ -79,7 +79,7 @@ def exchange(
 
 
 def serve(placement: Placement, tokens: list[int], exchanges: list[NativeExchange]) -> list[list[torch.Tensor]]:
-    """Outputs of every rank and layer; tokens are told apart by their rank."""
+    """Outputs of every rank and layer; the tokens of each rank are different."""
 
     def run(rank: int) -> list[torch.Tensor]:
         dispatcher = NativeDispatcher(placement, rank, toy_store(MODULES, placement, rank), exchanges[rank])
@@ -114,7 +114,7 @@ def test_steps_larger_than_a_round_go_in_several(lib: ctypes.CDLL, tokens: list[
 
 
 def test_segments_fit_into_a_small_directory(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's /dev/shm has 64 MB unless it is told otherwise, and then rounds are smaller."""
+    """A container has a /dev/shm of 64 MB by default; rounds are smaller there."""
     tokens, ample = [300, 1, 40], join(lib, 3)
     total = 3 * ample[0]._views[0].numel()
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_frsize=4096, f_blocks=total // 4096))
@@ -159,7 +159,7 @@ def test_all_ranks_take_the_same_path(lib: ctypes.CDLL) -> None:
         def go(rank: int) -> object:
             modules = MODULES if able[rank] else [ToyExperts(EXPERTS, HIDDEN, WIDTH, seed) for seed in range(LAYERS)]
             store = toy_store(modules, placement, rank)
-            group = join_group(spec, rank, [SHAPE] * LAYERS, native=store.native, max_tokens=64, timeout_s=20)
+            group = join_exchange(spec, rank, [SHAPE] * LAYERS, native=store.native, max_tokens=64, timeout_s=20)
             make_dispatcher(placement, rank, store, group, CPU).begin([0, 0], None)
             return group
 
@@ -184,7 +184,7 @@ def test_no_name_stays_behind_and_memory_goes_with_the_group(lib: ctypes.CDLL) -
 
 def test_a_peer_that_does_not_come_is_given_up(lib: ctypes.CDLL) -> None:
     group = f"emoe-test-{uuid.uuid4().hex[:8]}"
-    with pytest.raises(StepAborted, match="did not come"):
+    with pytest.raises(StepAborted, match="did not join"):
         exchange(lib, group, 0, 2, timeout_s=0.2)
     assert not list(DIRECTORY.glob(f"{group}*"))
 
@@ -196,7 +196,7 @@ def layer_of(exchange: NativeExchange, rank: int, tokens: int) -> torch.Tensor:
     return exchange.layer(store.native_layer(0), routes, *choices(tokens, rank))
 
 
-def test_ranks_that_disagree_about_a_step_are_told(lib: ctypes.CDLL) -> None:
+def test_ranks_that_disagree_about_a_step_raise_an_error(lib: ctypes.CDLL) -> None:
     exchanges = join(lib, 2)
 
     def go(rank: int) -> str:
@@ -212,7 +212,7 @@ def test_ranks_that_disagree_about_a_step_are_told(lib: ctypes.CDLL) -> None:
 
 
 def _peer(group: str, ready: Connection) -> None:
-    """Rank 1 in a process of its own: layer after layer, for ever."""
+    """Runs rank 1 in a process of its own: it computes layer after layer without end."""
     lib = library()
     assert lib is not None
     ready.send(True)
@@ -227,9 +227,9 @@ def run_for_ever(exchange: NativeExchange, rank: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("told", [True, False], ids=["aborted", "deadline"])
+@pytest.mark.parametrize("aborted", [True, False], ids=["aborted", "deadline"])
 def test_a_peer_that_dies_or_hangs_in_the_middle_frees_the_others(
-    lib: ctypes.CDLL, number: signal.Signals, told: bool
+    lib: ctypes.CDLL, number: signal.Signals, aborted: bool
 ) -> None:
     group = f"emoe-test-{uuid.uuid4().hex[:8]}"
     context = multiprocessing.get_context("spawn")
@@ -238,14 +238,14 @@ def test_a_peer_that_dies_or_hangs_in_the_middle_frees_the_others(
     peer.start()
     try:
         assert ours.recv()
-        mine = exchange(lib, group, 0, 2, timeout_s=60.0 if told else 5.0)
+        mine = exchange(lib, group, 0, 2, timeout_s=60.0 if aborted else 5.0)
         mine.begin([2, 3])
         assert peer.pid is not None
         after(0.2, lambda: os.kill(peer.pid or 0, number))
-        if told:
+        if aborted:
             after(0.4, mine.abort)
         begin = time.monotonic()
-        with pytest.raises(StepAborted, match="aborted" if told else "no word"):
+        with pytest.raises(StepAborted, match="aborted" if aborted else "not answered"):
             run_for_ever(mine, 0, 2)
         assert time.monotonic() - begin < 40
     finally:

@@ -1,4 +1,4 @@
-"""The native experts against the PyTorch path, and what must hold whatever the rows are."""
+"""The native experts compute what the PyTorch path computes, and a row does not depend on other rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GATES = {
 
 
 def module(gate: Gate | None, experts: int, *, transposed: bool = False, **constants: float) -> Any:
-    """As much of an expert module as is asked for."""
+    """A module with those parts of an expert module that a test needs."""
     made: Any = nn.Module()
     made.has_gate, made.is_transposed, made.num_experts = True, transposed, experts
     made._apply_gate = gate

@@ -1,4 +1,4 @@
-"""Compiling the native library: several processes at once, and reasons where it cannot be had."""
+"""Compiling the native library: several processes may ask at once, and there is a reason if it is not available."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_processes_that_ask_at_once_get_one_build(lib: ctypes.CDLL, tmp_path: Pa
     ("environment", "reason"),
     [({"EMOE_NATIVE": "0"}, "EMOE_NATIVE=0"), ({"PATH": "/nonexistent"}, "no C++ compiler on the PATH")],
 )
-def test_reasons_are_told(lib: ctypes.CDLL, environment: dict[str, str], reason: str) -> None:
+def test_the_reason_is_reported(lib: ctypes.CDLL, environment: dict[str, str], reason: str) -> None:
     assert start(**environment).communicate(timeout=60)[0] == f"False {reason}\n"
 
 

@@ -1,4 +1,4 @@
-"""The native linear layer: packing loses nothing, products are right, a row does not depend on its company."""
+"""The native linear layer: packing loses no bit, products are right, and a row does not depend on other rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models in bfloat16 with the native library: near the truth, and the same bits in any company."""
+"""Whole models in bfloat16 with the native library are near float32, and give the same bits in any batch."""
 
 from __future__ import annotations
 

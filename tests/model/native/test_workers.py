@@ -1,4 +1,4 @@
-"""Whole models in bfloat16 over several workers of a node: what one worker computes, whoever holds the experts."""
+"""Whole models in bfloat16 over several workers of a node compute what one worker computes, for any placement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lockstep(path: Path, slots: tuple[int, ...]) -> Lockstep:
 
 
 def groups(workers: Lockstep) -> list[object]:
-    return [worker._epoch.group for worker in workers.workers.values() if worker._epoch is not None]
+    return [worker._epoch.exchange for worker in workers.workers.values() if worker._epoch is not None]
 
 
 def first_logits(workers: Lockstep, vocabulary: int) -> torch.Tensor:

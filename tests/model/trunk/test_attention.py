@@ -1,4 +1,4 @@
-"""Paged attention against the formula: windows, sinks and soft-caps, prompts in chunks and single tokens together."""
+"""Paged attention equals the formula, with windows, sinks and soft-caps, for prompts in chunks beside single tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling: against transformers' logits processors, against counted frequencies, and by invariants."""
+"""Sampling agrees with transformers' logits processors and with counted frequencies, and keeps its invariants."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_short_cuts_change_no_token(monkeypatch: pytest.MonkeyPatch, scale: floa
     ],
 )
 def test_logits_that_are_no_numbers_have_no_token(params: dict[str, Any], vocabulary: int, device: str) -> None:
-    """And the rows beside them have the tokens that they have without them."""
+    """The rows beside them get the same tokens as without them."""
     good = random_logits(2, vocabulary, 5, scale=0.1).to(device)
     bad = good[:1].repeat(4, 1)
     bad[0], bad[1], bad[2, 1], bad[3, 1] = -torch.inf, torch.nan, torch.nan, torch.inf

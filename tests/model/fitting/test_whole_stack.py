@@ -1,4 +1,4 @@
-"""All layers of a trunk as one call: only where nothing else lies between them, and the same bits and counts."""
+"""All layers of a trunk become one call only if nothing else lies between them; bits and counts are the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
-from elastic_moe.model.fitting import fit as surgery
+from elastic_moe.model.fitting import fit as fitting
 from elastic_moe.model.fitting.whole_stack import _LayerRun, _one_after_another
 from tests.model.families import tiny_checkpoint
 from tests.model.lockstep import request
@@ -26,10 +26,10 @@ OTHERS = ["qwen3_moe-mixed", "qwen2_moe", "minimax_m2", "glm4_moe", "gpt_oss"]
 
 
 @pytest.mark.parametrize("family", RUNS + OTHERS)
-def test_which_trunks_become_one_run(lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_which_trunks_become_one_call(lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tiny_checkpoint(family, tmp_path_factory)
     trunk = load_trunk(open_checkpoint(str(path)), dtype=torch.bfloat16, device=torch.device("cpu"))
-    surgery.fit(trunk, expert_modules(trunk), block_size=16)
+    fitting.fit(trunk, expert_modules(trunk), block_size=16)
     runs = [module for module in trunk.modules() if isinstance(module, _LayerRun)]
     assert len(runs) == (family in RUNS)
 
@@ -45,7 +45,7 @@ def test_the_same_bits_and_counts_as_layer_by_layer(
 ) -> None:
     path = tiny_checkpoint(family, tmp_path_factory)
     joined = lockstep(path, slots)
-    monkeypatch.setattr(surgery, "join_layers", lambda *_: "not wanted")
+    monkeypatch.setattr(fitting, "join_layers", lambda *_: "not wanted")
     single = lockstep(path, slots)
     assert torch.equal(first_logits(joined, 512), first_logits(single, 512))
     # steps of the scheduler: prompts beside decodes, workers with and without tokens, choices counted

@@ -1,4 +1,4 @@
-"""Decoder layers joined into one call each: recognised by what they compute, and the same bits as their parts."""
+"""Attention halves of decoder layers are recognised by what they compute; joined ones give the bits of their parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
-from elastic_moe.model.fitting import fit as surgery
+from elastic_moe.model.fitting import fit as fitting
 from elastic_moe.model.fitting.attention_half import fit_layers
 from tests.model.families import tiny_checkpoint
 from tests.model.native.test_models import logits, runner_of, texts
@@ -32,10 +32,10 @@ def test_which_layers_are_joined(
         found.append(len(layers))
         return layers
 
-    monkeypatch.setattr(surgery, "fit_layers", noted)
+    monkeypatch.setattr(fitting, "fit_layers", noted)
     path = tiny_checkpoint(family, tmp_path_factory)
     trunk = load_trunk(open_checkpoint(str(path)), dtype=torch.bfloat16, device=torch.device("cpu"))
-    surgery.fit(trunk, expert_modules(trunk), block_size=16)
+    fitting.fit(trunk, expert_modules(trunk), block_size=16)
     layers = sum("self_attn" in dict(module.named_children()) for module in trunk.modules())
     assert layers > 0
     assert found == [layers if family in JOINED else 0]
@@ -47,7 +47,7 @@ def test_the_same_bits_as_the_parts(
 ) -> None:
     path = tiny_checkpoint(family, tmp_path_factory)
     joined = runner_of(path)
-    monkeypatch.setattr(surgery, "fit_layers", lambda *_: [])
+    monkeypatch.setattr(fitting, "fit_layers", lambda *_: [])
     parts = runner_of(path)
     every = [(2 * i, text, 0, len(text)) for i, text in enumerate(texts(512))]
     assert torch.equal(logits(joined, every), logits(parts, every))

@@ -1,4 +1,4 @@
-"""What the native library does for a trunk: modules are recognised by what they compute, and compute it still."""
+"""Small operators of a trunk are recognised by what they compute, and compute the same after fitting."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 
 
 def pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Another embedding: neighbours are turned against each other."""
+    """Another rotary embedding: it rotates the even against the odd numbers of a head."""
 
     def turned(x: Tensor) -> Tensor:
         return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
@@ -169,7 +169,7 @@ def pairs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
 
 
 def fitted(lib: ctypes.CDLL, function: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a modelling file's function is after the surgery."""
+    """The rotary function of a modelling file after fitting."""
     file: Any = ModuleType("some_modelling_file")
     file.apply_rotary_pos_emb = function
     monkeypatch.setitem(__import__("sys").modules, file.__name__, file)
@@ -186,7 +186,7 @@ def test_rotary_embedding_gives_the_same_bits(lib: ctypes.CDLL, size: int, monke
     assert fit is not rotary
     for got, expected in zip(fit(q, k, cos, sin), rotary(q, k, cos, sin), strict=True):
         assert torch.equal(got, expected)
-    # what it is not made for goes the old way
+    # other inputs are passed to the original function
     for args in ((q.float(), k.float(), cos, sin), (q[..., :4], k[..., :4], cos[..., :4], sin[..., :4])):
         for got, expected in zip(fit(*args), rotary(*args), strict=True):
             assert torch.equal(got, expected)

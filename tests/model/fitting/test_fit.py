@@ -1,4 +1,4 @@
-"""What a trunk's report says: which path serves what, and a reason wherever it is not the fastest one."""
+"""A trunk's report says which path serves each part, and gives a reason if the path is not the fastest one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from elastic_moe.cluster.fit import CodePath, FitReport, Part
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
-from elastic_moe.model.fitting import fit as surgery
+from elastic_moe.model.fitting import fit as fitting
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.lockstep import Lockstep
 
@@ -45,7 +45,7 @@ WHY_NO_HALF = {
 
 def report_of(path: Path, dtype: torch.dtype = torch.bfloat16, block_size: int = 16) -> FitReport:
     trunk = load_trunk(open_checkpoint(str(path)), dtype=dtype, device=torch.device("cpu"))
-    return surgery.fit(trunk, expert_modules(trunk), block_size=block_size).report()
+    return fitting.fit(trunk, expert_modules(trunk), block_size=block_size).report()
 
 
 def reasons(report: FitReport, part: Part) -> list[str | None]:
