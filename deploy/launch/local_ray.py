@@ -7,6 +7,7 @@ the environment is set first, and ray is imported inside functions.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import secrets
@@ -39,6 +40,8 @@ Started = Callable[[str, int], None]
 """(name, pid) of a process."""
 
 APP_NAME = "emoe"
+AGENTS_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+"""Ray's names of the ports on which a node's agents listen, and of the files that tell them."""
 LEAST_SHARED_BYTES = 16 << 20
 END_TIMEOUT_S = 5.0
 """How long processes get to end by themselves."""
@@ -236,6 +239,7 @@ def _patient_ray(started: Started) -> None:
     for module in (api, client):
         vars(module)["HTTP_PROXY_TIMEOUT"] = PATIENCE_S
     services.get_node = _patient(services.get_node)
+    services.start_raylet = _with_agents_ports(services.start_raylet)
     for name, function in (("GCS", "start_gcs_server"), ("raylet", "start_raylet")):
         setattr(services, function, _told(getattr(services, function), f"Ray's {name}", started))
 
@@ -254,6 +258,22 @@ def _patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
             time.sleep(0.1)
 
     return ask
+
+
+def _with_agents_ports(start_raylet: Callable[..., Any]) -> Callable[..., Any]:
+    """A raylet waits for files in which its agents write their ports, and dies after a time that cannot be set: on a
+    busy machine before they are up. So the ports are chosen here, and the files are there when it looks."""
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        from ray._raylet import persist_port
+
+        call = inspect.signature(start_raylet).bind(*args, **kwargs)
+        for name in AGENTS_PORTS:
+            call.arguments[name] = port = call.arguments.get(name) or free_port()
+            persist_port(call.arguments["session_dir"], call.arguments["node_id"], name, port)
+        return start_raylet(*call.args, **call.kwargs)
+
+    return start
 
 
 def _told(start: Callable[..., Any], name: str, started: Started) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import urllib.request
 from importlib.util import find_spec
@@ -101,3 +102,42 @@ def test_a_node_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPa
         return answer
 
     assert local_ray._patient(get_node)("address", "node") == {"node": 1}
+
+
+def test_a_raylet_need_not_wait_for_its_agents_ports(tmp_path: Path) -> None:
+    """It gives up after a time that cannot be set, which a busy machine exceeds."""
+    from ray import _raylet
+    from ray._private import services
+
+    told: dict[str, int] = {}
+
+    def start_raylet(
+        node_id: str,
+        session_dir: str,
+        metrics_agent_port: int | None = None,
+        metrics_export_port: int | None = None,
+        dashboard_agent_listen_port: int | None = None,
+        runtime_env_agent_port: int | None = None,
+    ) -> str:
+        told.update(
+            metrics_agent_port=metrics_agent_port or 0,
+            metrics_export_port=metrics_export_port or 0,
+            dashboard_agent_listen_port=dashboard_agent_listen_port or 0,
+            runtime_env_agent_port=runtime_env_agent_port or 0,
+        )
+        return "started"
+
+    node = "ab" * 28
+    assert local_ray._with_agents_ports(start_raylet)(node, str(tmp_path), metrics_agent_port=0) == "started"
+    assert len(set(told.values())) == 4
+    for name in local_ray.AGENTS_PORTS:
+        assert _raylet.wait_for_persisted_port(str(tmp_path), node, name, 1, 1) == told[name] > 0
+    # Ray's own function takes them by these names
+    names = {"node_id", "session_dir", *local_ray.AGENTS_PORTS}
+    assert names <= set(inspect.signature(services.start_raylet).parameters)
+    assert set(local_ray.AGENTS_PORTS) == {
+        _raylet.METRICS_AGENT_PORT_NAME,
+        _raylet.METRICS_EXPORT_PORT_NAME,
+        _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME,
+        _raylet.RUNTIME_ENV_AGENT_PORT_NAME,
+    }
