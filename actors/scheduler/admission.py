@@ -7,7 +7,7 @@ follows its cached prefix, unless that home has more queued than the prefix save
 workers are in lock-step, and a step lasts as long as its longest part.
 
 No request starves: clients take turns in the queue (actors/scheduler/fair_queue.py), and `in_the_way` takes a place
-from a client that has two more running than the one whose turn it is. One that does not fit anywhere yet claims a
+from a client that has two more running than the one that has fewest. One that does not fit anywhere yet claims a
 worker, which then takes no later one until it fits, while later ones may go to the other workers.
 """
 
@@ -99,6 +99,16 @@ def admit(waiting: FairQueue, parts: Collection[Part], max_num_seqs: int, max_nu
             # Looking only so far ahead keeps a step quick however long the queue is.
             passed += 1
         at += 1
+
+
+def shortest_served(waiting: FairQueue, homes: Iterable[Home]) -> Sequence:
+    """The waiting sequence whose client, and then whose call, has fewest running; of equal ones the next in turn.
+
+    Turns move on only when a sequence starts. Where all places are taken for long, they do not tell who is short.
+    """
+    running = [sequence for home in homes for sequence in home.running.items]
+    clients, calls = Counter(map(_client, running)), Counter(map(_call, running))
+    return min(waiting.firsts(), key=lambda s: (clients[s.client], calls[s.call], s.turn, s.arrival))
 
 
 def in_the_way(sequence: Sequence, homes: Collection[Home], max_num_seqs: int) -> Sequence | None:

@@ -18,6 +18,8 @@ from elastic_moe.actors.scheduler.sequences import Sequence
 
 SEQUENCE_TOKENS = 256
 """What a sequence costs besides its tokens: those that it will generate are not known yet."""
+LOOK_AHEAD = 128
+"""Of a client's sequences, where the first of each of its calls is looked for."""
 SPARE_CLIENTS = 64
 """Clients that may be remembered though they wait for nothing."""
 
@@ -77,6 +79,25 @@ class FairQueue:
         self.remove(sequence)
         # one less than its cost: the next of the same client comes behind whoever comes now
         self._now = max(self._now, sequence.turn) + max(1, (_cost(sequence) - 1) // clients)
+
+    def firsts(self) -> list[Sequence]:
+        """The next of every client, and of every call of it whose next is not far behind."""
+        found: dict[tuple[str, str], Sequence] = {}
+        for client, line in self._lines.items():
+            for sequence in line.items[:LOOK_AHEAD]:
+                found.setdefault((client, sequence.call), sequence)
+        return list(found.values())
+
+    def put_first(self, sequence: Sequence) -> None:
+        """Before all others. It keeps what its client's later ones cost."""
+        first = self.items[0]
+        if sequence is first:
+            return
+        line = self._lines[sequence.client]
+        rank = line.items[0].rank
+        self.remove(sequence)
+        sequence.turn, sequence.rank = first.turn - 1, min(sequence.rank, rank)
+        self.put_back(sequence)
 
     def validate(self) -> None:
         places = [_place(sequence) for sequence in self.items]

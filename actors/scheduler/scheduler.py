@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Mapping
 
-from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way
+from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shortest_served
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
 from elastic_moe.actors.scheduler.homes import Home
 from elastic_moe.actors.scheduler.kv_blocks import blocks_for
@@ -296,13 +296,16 @@ class Scheduler:
         self._waiting.put_back(sequence)
 
     def _make_way(self) -> None:
-        """For the client whose turn it is, where another has all the places. At most one a step, which is soon over."""
+        """For the client that has fewest running, where another has all the places. At most one a step, which is soon
+        over."""
         if not self._waiting.items:
             return
-        victim = in_the_way(self._waiting.items[0], self._homes.values(), self._max_num_seqs)
+        sequence = shortest_served(self._waiting, self._homes.values())
+        victim = in_the_way(sequence, self._homes.values(), self._max_num_seqs)
         if victim is not None:
             assert victim.home is not None
             victim.home.drop(victim)
+            self._waiting.put_first(sequence)
             self._waiting.enter(victim)
             self._preemptions += 1
 
