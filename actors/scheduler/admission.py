@@ -7,7 +7,7 @@ cached prefixes, running requests and queued prompts are spread evenly, because 
 lasts as long as its longest part.
 
 No request starves. Clients take turns in the queue (actors/scheduler/fair_queue.py), and `in_the_way` takes a place
-from a client that has at least two more running requests than the client whose turn it is. A request that fits at no
+from a client that has at least two more running requests than the client that has the fewest. A request that fits at no
 worker yet claims one: that worker accepts no later request until this one fits, and the other workers do.
 """
 
@@ -101,8 +101,18 @@ def admit(waiting: FairQueue, parts: Collection[Part], max_num_seqs: int, max_nu
         at += 1
 
 
+def shortest_served(waiting: FairQueue, caches: Iterable[WorkerCache]) -> RunningRequest:
+    """The waiting request whose client, and then whose call, has the fewest running; of equals, the next in turn.
+
+    Turns move on only when a request starts. While all places are taken, turns do not tell who is short of them.
+    """
+    running = [request for cache in caches for request in cache.running.items]
+    clients, calls = Counter(map(_client, running)), Counter(map(_call, running))
+    return min(waiting.firsts(), key=lambda r: (clients[r.client], calls[r.call], r.turn, r.arrival))
+
+
 def in_the_way(request: RunningRequest, caches: Collection[WorkerCache], max_num_seqs: int) -> RunningRequest | None:
-    """The running sequence that has to make way for `request`, whose turn it is. None while there is room anyway.
+    """The running request that has to make way for `request`. None while there is room anyway.
 
     It is the newest of the client that has most running, if that is at least two more than the client of `request`
     has; or else, of calls of that same client. Each preemption brings the two numbers closer, so requests never

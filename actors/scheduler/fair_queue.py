@@ -19,6 +19,8 @@ from elastic_moe.actors.scheduler.running_requests import RunningRequest
 
 REQUEST_TOKENS = 256
 """Cost of a request besides its known tokens, because the tokens that it will generate are not known yet."""
+LOOK_AHEAD = 128
+"""Number of a client's requests among which the first one of each of its calls is looked for."""
 SPARE_CLIENTS = 64
 """Number of clients that may be remembered although they wait for nothing."""
 
@@ -78,6 +80,25 @@ class FairQueue:
         self.remove(request)
         # one less than the cost, so that the client's next request comes after the requests of a new client
         self._now = max(self._now, request.turn) + max(1, (_cost(request) - 1) // clients)
+
+    def firsts(self) -> list[RunningRequest]:
+        """The next request of every client, and of each of a client's calls whose next is not far behind."""
+        found: dict[tuple[str, str], RunningRequest] = {}
+        for client, line in self._lines.items():
+            for request in line.items[:LOOK_AHEAD]:
+                found.setdefault((client, request.call), request)
+        return list(found.values())
+
+    def put_first(self, request: RunningRequest) -> None:
+        """Put a waiting request before all others. The cost of its client's later requests stays as it is."""
+        first = self.items[0]
+        if request is first:
+            return
+        line = self._lines[request.client]
+        rank = line.items[0].rank
+        self.remove(request)
+        request.turn, request.rank = first.turn - 1, min(request.rank, rank)
+        self.put_back(request)
 
     def validate(self) -> None:
         places = [_place(request) for request in self.items]

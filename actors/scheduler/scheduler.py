@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Mapping
 
-from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way
+from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shortest_served
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
 from elastic_moe.actors.scheduler.kv_blocks import blocks_for
 from elastic_moe.actors.scheduler.running_requests import RunningRequest
@@ -301,13 +301,15 @@ class Scheduler:
         self._waiting.put_back(request)
 
     def _make_way(self) -> None:
-        """Preempt at most one request, if another client has all places, for the client whose turn it is."""
+        """Preempt at most one request, if one client has all places, for the client that has the fewest running."""
         if not self._waiting.items:
             return
-        victim = in_the_way(self._waiting.items[0], self._caches.values(), self._max_num_seqs)
+        request = shortest_served(self._waiting, self._caches.values())
+        victim = in_the_way(request, self._caches.values(), self._max_num_seqs)
         if victim is not None:
             assert victim.cache is not None
             victim.cache.drop(victim)
+            self._waiting.put_first(request)
             self._waiting.enter(victim)
             self._preemptions += 1
 

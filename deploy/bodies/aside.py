@@ -41,8 +41,13 @@ HUGE_BYTES = 2**20
 CALL_S = 120.0
 """Seconds after which a call is ended together with its process."""
 LOOK_S = 0.5
+PIECE_BYTES = 2**17
+"""Of token ids, which are read piece by piece: to copy millions at once holds Python's lock for long."""
 
+_HEAD = struct.Struct("<QQ")
+"""Before a message: its size in bytes, and how many buffers come after it."""
 _SIZE = struct.Struct("<Q")
+"""Before a buffer."""
 _START = "import sys; sys.path[:] = sys.argv[1:]; from elastic_moe.deploy.bodies.aside import main; main()"
 
 
@@ -117,7 +122,8 @@ class _Lane:
         try:
             _write(process.stdin, (name, *args))
             answer = _read(process.stdout)
-        except OSError:
+        except (OSError, EOFError, struct.error, pickle.UnpicklingError):
+            # it may end in the middle of an answer
             answer = None
         finally:
             watch.cancel()
@@ -211,10 +217,10 @@ class _Work:
         data = json_text.decode(body)
         return data if kind is None else parse(kind, data)
 
-    def encode(self, text: str, add_special_tokens: bool) -> array[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> pickle.PickleBuffer:
         # "fast" leaves out the position of each token in the text, which takes as long as everything else
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return array("i", encoding.ids)
+        return pickle.PickleBuffer(array("i", encoding.ids))
 
     def decode(self, token_ids: array[int]) -> str:
         return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False))
@@ -226,16 +232,36 @@ def _used_bytes() -> int:
 
 
 def _write(pipe: IO[bytes], message: object) -> None:
-    data = pickle.dumps(message, protocol=5)
-    pipe.write(_SIZE.pack(len(data)))
+    """The pickled message, and after it the token ids that it holds as PickleBuffers."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    pipe.write(_HEAD.pack(len(data), len(buffers)))
     pipe.write(data)
+    for buffer in buffers:
+        with buffer.raw() as raw:
+            pipe.write(_SIZE.pack(raw.nbytes))
+            pipe.write(raw)
     pipe.flush()
 
 
 def _read(pipe: IO[bytes]) -> Any:
     """The next message; None at the end. It comes from our own process, so pickle is safe."""
-    head = pipe.read(_SIZE.size)
-    if len(head) < _SIZE.size:
+    head = pipe.read(_HEAD.size)
+    if len(head) < _HEAD.size:
         return None
-    data = pipe.read(_SIZE.unpack(head)[0])
-    return pickle.loads(data)
+    size, buffers = _HEAD.unpack(head)
+    data = pipe.read(size)
+    return pickle.loads(data, buffers=[_read_ids(pipe) for _ in range(buffers)])
+
+
+def _read_ids(pipe: IO[bytes]) -> array[int]:
+    """Raises EOFError where the pipe ends too early."""
+    (left,) = _SIZE.unpack(pipe.read(_SIZE.size))
+    ids = array("i")
+    while left:
+        piece = pipe.read(min(left, PIECE_BYTES))
+        if not piece:
+            raise EOFError
+        ids.frombytes(piece)
+        left -= len(piece)
+    return ids

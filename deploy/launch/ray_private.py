@@ -10,6 +10,7 @@ Ray reads its environment when it is imported, so every function here imports Ra
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -147,6 +148,34 @@ def asking_with_pauses(get_node: Function, patience_s: float) -> Function:
             time.sleep(0.1)
 
     return ask
+
+
+AGENTS_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+"""Ray's names of the ports on which the agents of a node listen, and of the files in which it finds the ports."""
+
+
+def choose_agents_ports(free_port: Callable[[], int]) -> None:
+    """Choose the ports of the node's agents, and write the files in which a raylet looks for them, before it starts.
+
+    Left to itself, a raylet waits until its agents have written these files, and dies after a time that no setting
+    changes: on a busy machine, before the agents are up.
+    """
+    from ray._private import services
+
+    _replace(services, "start_raylet", lambda start_raylet: with_agents_ports(start_raylet, free_port))
+
+
+def with_agents_ports(start_raylet: Function, free_port: Callable[[], int]) -> Function:
+    def start(*args: Any, **kwargs: Any) -> Any:
+        from ray._raylet import persist_port
+
+        call = inspect.signature(start_raylet).bind(*args, **kwargs)
+        for name in AGENTS_PORTS:
+            call.arguments[name] = port = call.arguments.get(name) or free_port()
+            persist_port(call.arguments["session_dir"], call.arguments["node_id"], name, port)
+        return start_raylet(*call.args, **call.kwargs)
+
+    return start
 
 
 def report_processes(started: Started) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -195,3 +196,21 @@ def test_every_request_ends_with_all_its_tokens() -> None:
             made[output.request_id] += len(output.token_ids)
     assert set(made.values()) == {9}
     assert len(made) == 12
+
+
+@pytest.mark.parametrize("client", ["new", "greedy"])
+def test_each_of_many_small_requests_gets_a_place_soon(client: str) -> None:
+    """And not only the first: turns stand still while all places are taken."""
+    s = scheduler({A: 400, B: 400}, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=1024)
+    for call in range(4):
+        for choice in range(16):
+            s.add(of("greedy", f"{call}-{choice}", max_tokens=900))
+    for _ in range(20):
+        step(s)
+    for number in range(5):
+        small = of(client, f"small{number}-0", max_tokens=5)
+        s.add(small)
+        ended = False
+        for _ in range(12):
+            ended = ended or any(output.request_id == small.request_id and output.finish_reason for output in step(s))
+        assert ended, number

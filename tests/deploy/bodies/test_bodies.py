@@ -6,7 +6,9 @@ import asyncio
 import io
 import json
 import os
+import pickle
 import signal
+from array import array
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,39 @@ def test_a_process_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) -
     value, error, last = aside._read(answers)
     assert (value, type(error), last) == (None, RequestError, True)
     assert aside._read(answers) is None
+
+
+class _Pipe(io.BytesIO):
+    """Notes how much is read at once."""
+
+    most = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        assert size is not None
+        assert size >= 0
+        self.most = max(self.most, size)
+        return super().read(size)
+
+
+def test_token_ids_are_read_piece_by_piece() -> None:
+    """A copy of millions at once holds Python's lock, and so every stream, for tens of milliseconds."""
+    pipe = _Pipe()
+    ids = array("i", range(500_000))
+    aside._write(pipe, (pickle.PickleBuffer(ids), None, False))
+    aside._write(pipe, ("next", None, True))
+    pipe.seek(0)
+    assert aside._read(pipe) == (ids, None, False)
+    assert pipe.most <= aside.PIECE_BYTES
+    assert aside._read(pipe) == ("next", None, True)
+
+
+def test_a_process_that_dies_in_the_middle_of_token_ids() -> None:
+    pipe = _Pipe()
+    aside._write(pipe, pickle.PickleBuffer(array("i", range(100))))
+    pipe.truncate(len(pipe.getvalue()) - 4)
+    pipe.seek(0)
+    with pytest.raises(EOFError):
+        aside._read(pipe)
 
 
 def test_bodies_under_way_are_bounded_together(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

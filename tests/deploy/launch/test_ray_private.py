@@ -22,6 +22,7 @@ import pytest
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.deploy.launch import haproxy, ray_private
 from elastic_moe.deploy.launch.haproxy_config import SERVE_LINES
+from elastic_moe.deploy.launch.local_ray import free_port
 from elastic_moe.deploy.launch.ray_environment import local_settings, patience
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from tests.deploy.proxied import serves_configuration
@@ -142,6 +143,46 @@ def test_a_node_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPa
         return answer
 
     assert ray_private.asking_with_pauses(get_node, 60.0)("address", "node") == {"node": 1}
+
+
+def test_a_raylet_need_not_wait_for_its_agents_ports(tmp_path: Path) -> None:
+    """It gives up after a time that cannot be set, which a busy machine exceeds."""
+    from ray import _raylet
+    from ray._private import services
+
+    given: dict[str, int] = {}
+
+    def start_raylet(
+        node_id: str,
+        session_dir: str,
+        metrics_agent_port: int | None = None,
+        metrics_export_port: int | None = None,
+        dashboard_agent_listen_port: int | None = None,
+        runtime_env_agent_port: int | None = None,
+    ) -> str:
+        given.update(
+            metrics_agent_port=metrics_agent_port or 0,
+            metrics_export_port=metrics_export_port or 0,
+            dashboard_agent_listen_port=dashboard_agent_listen_port or 0,
+            runtime_env_agent_port=runtime_env_agent_port or 0,
+        )
+        return "started"
+
+    node = "ab" * 28
+    start = ray_private.with_agents_ports(start_raylet, free_port)
+    assert start(node, str(tmp_path), metrics_agent_port=0) == "started"
+    assert len(set(given.values())) == 4
+    for name in ray_private.AGENTS_PORTS:
+        assert _raylet.wait_for_persisted_port(str(tmp_path), node, name, 1, 1) == given[name] > 0
+    # Ray's own function takes them by these names
+    names = {"node_id", "session_dir", *ray_private.AGENTS_PORTS}
+    assert names <= set(inspect.signature(services.start_raylet).parameters)
+    assert set(ray_private.AGENTS_PORTS) == {
+        _raylet.METRICS_AGENT_PORT_NAME,
+        _raylet.METRICS_EXPORT_PORT_NAME,
+        _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME,
+        _raylet.RUNTIME_ENV_AGENT_PORT_NAME,
+    }
 
 
 def test_each_process_is_reported_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
