@@ -167,7 +167,7 @@ def choose_agents_ports(free_port: Callable[[], int]) -> None:
 
 def with_agents_ports(start_raylet: Function, free_port: Callable[[], int]) -> Function:
     def start(*args: Any, **kwargs: Any) -> Any:
-        from ray._raylet import persist_port
+        from ray._raylet import persist_port  # type: ignore[attr-defined]
 
         call = inspect.signature(start_raylet).bind(*args, **kwargs)
         for name in AGENTS_PORTS:
