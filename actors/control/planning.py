@@ -92,6 +92,7 @@ def preview(result: PlanResult, decision: Decision) -> RebalancePreview:
         solver_status=str(result.status),
         gap=result.gap,
         seconds=result.seconds,
+        placement=result.placement,
     )
 
 

@@ -89,7 +89,8 @@ def placement_view(state: ControlState) -> PlacementView:
     facts = state.facts
     if facts.spec is None:
         raise NotReadyError(state.readiness().reason)
-    return PlacementView(epoch=facts.epoch, placement=facts.spec.placement, pinned=facts.pinned)
+    moves = () if facts.change is None else facts.change.transfers.copies
+    return PlacementView(epoch=facts.epoch, placement=facts.spec.placement, pinned=facts.pinned, moves=tuple(moves))
 
 
 def routing_view(window: RoutingWindow, placement: Placement, now: float) -> RoutingView:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, PhaseCounts
-from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.placement import Move, Placement, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +97,8 @@ class PlacementView:
     placement: Placement
     pinned: bool = False
     """Periodic re-placement leaves it alone."""
+    moves: tuple[Move, ...] = ()
+    """Copies of the change under way, done or not; empty where nothing changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,3 +163,5 @@ class RebalancePreview:
     solver_status: str
     gap: float | None
     seconds: float
+    placement: Placement | None = None
+    """What would be made so."""

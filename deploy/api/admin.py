@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.messages.views import Operation, RoutingView, WorkerView
+from elastic_moe.cluster.messages.views import Operation, RebalancePreview, RoutingView, WorkerView
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.bodies.schema import RebalanceRequest, ScaleRequest
@@ -68,7 +68,7 @@ def admin_router(service: Service) -> APIRouter:
         outcome = await backend.rebalance(body.planner, body.dry_run)
         if isinstance(outcome, Operation):
             return JSONResponse(operation_json(outcome), 202)
-        return JSONResponse(dataclasses.asdict(outcome))
+        return JSONResponse(preview_json(outcome))
 
     @router.get("/scale")
     async def scaling() -> dict[str, Any]:
@@ -88,6 +88,12 @@ def admin_router(service: Service) -> APIRouter:
 
 def operation_json(operation: Operation) -> dict[str, Any]:
     return {**dataclasses.asdict(operation), "phase": operation.phase.value}
+
+
+def preview_json(preview: RebalancePreview) -> dict[str, Any]:
+    fields = {field.name: getattr(preview, field.name) for field in dataclasses.fields(preview)}
+    placement = preview.placement
+    return fields | {"placement": None if placement is None else placement.to_dict()}
 
 
 def worker_json(worker: WorkerView) -> dict[str, Any]:

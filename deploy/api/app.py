@@ -15,6 +15,7 @@ from elastic_moe.deploy.api.admin import admin_router
 from elastic_moe.deploy.api.chat import chat_router
 from elastic_moe.deploy.api.completions import completions_router
 from elastic_moe.deploy.api.elastic_ep import elastic_ep_router
+from elastic_moe.deploy.api.events import events_router
 from elastic_moe.deploy.api.guard import Guard
 from elastic_moe.deploy.api.http_io import RETRY_AFTER_S, install_error_handlers
 from elastic_moe.deploy.api.sampling import check_token_ids
@@ -22,6 +23,7 @@ from elastic_moe.deploy.api.service import Service, version
 from elastic_moe.deploy.bodies.bounds import TokenIds
 from elastic_moe.deploy.bodies.schema import DetokenizeRequest, TokenizeRequest
 from elastic_moe.deploy.generation.metrics import CONTENT_TYPE
+from elastic_moe.deploy.page.files import page_router
 
 TOKENS_AT_ONCE = 4096
 """Tokens of an answer of /tokenize that are written before other requests get their turn."""
@@ -35,9 +37,10 @@ def create_app(service: Service) -> FastAPI:
     install_error_handlers(app)
     for router in (
         *(_status_router, _models_router, _tokenizer_router),
-        *(completions_router, chat_router, admin_router, elastic_ep_router),
+        *(completions_router, chat_router, admin_router, elastic_ep_router, events_router),
     ):
         app.include_router(router(service))
+    app.include_router(page_router())
     app.add_middleware(Guard, config=service.config)
     return app
 

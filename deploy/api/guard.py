@@ -34,14 +34,16 @@ class Access(enum.Enum):
     ADMIN_KEY = enum.auto()
 
 
-OPEN = ("/health", "/ready", "/version")
+OPEN = ("/health", "/ready", "/version", "/")
+PAGE = "/page/"
+"""The page's own files: text that everybody may read in the repository."""
 ADMIN_READ = ("/metrics", "/is_scaling_elastic_ep")
 ADMIN = ("/admin", "/scale_elastic_ep")
 
 
 def access(method: str, path: str) -> Access:
     """The key that a call of `path` needs. A route that is not listed here needs `api_key`."""
-    if path in OPEN:
+    if path in OPEN or path.startswith(PAGE):
         return Access.OPEN
     if path in ADMIN_READ:
         return Access.ADMIN_READ_KEY
@@ -121,8 +123,9 @@ class Guard:
                 code="admin_disabled",
                 status=403,
             )
-        elif "origin" in headers:
-            # Otherwise any web page could make the user's browser post here.
+        elif "origin" in headers and not _is_own_origin(headers):
+            # Otherwise any web page could make the user's browser post here. Our own page may: the name in Host has
+            # been checked, so a stranger's page cannot pass as ours by a name that points to this machine.
             raise RequestError("admin calls from web pages need --admin-api-key", code="admin_disabled", status=403)
 
     def _with_client(self, scope: Scope) -> Scope:
@@ -144,6 +147,12 @@ def _check_key(headers: Headers, *keys: str) -> None:
     right = [secrets.compare_digest(given.strip().encode(), key.encode()) for key in keys]
     if not any(right):
         raise RequestError("the API key is wrong", code="invalid_api_key", status=401)
+
+
+def _is_own_origin(headers: Headers) -> bool:
+    """Whether the page that asks came from the host and port that it asks."""
+    scheme, _, host = headers["origin"].lower().partition("://")
+    return scheme in ("http", "https") and host == headers.get("host", "").lower()
 
 
 def _is_local(scope: Scope) -> bool:

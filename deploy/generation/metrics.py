@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter as Tally
 from collections.abc import Awaitable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
@@ -51,9 +52,20 @@ LATENCY_BUCKETS = (
 )
 
 
+@dataclass(slots=True, kw_only=True)
+class LatencyTotals:
+    """Tokens that this replica sent, and the sums of the waits for them."""
+
+    first_tokens: int = 0
+    first_tokens_s: float = 0.0
+    next_tokens: int = 0
+    next_tokens_s: float = 0.0
+
+
 class Metrics:
     def __init__(self, model_name: str) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
+        self.latency = LatencyTotals()
         self._registry = CollectorRegistry()
         self._cluster = _ClusterCollector(self._labels)
         self._registry.register(self._cluster)
@@ -81,7 +93,11 @@ class Metrics:
         self._generation_tokens.inc(count)
         if first:
             self._ttft.observe(elapsed_s)
+            self.latency.first_tokens += 1
+            self.latency.first_tokens_s += elapsed_s
             return
+        self.latency.next_tokens += count
+        self.latency.next_tokens_s += elapsed_s
         for _ in range(count):
             self._itl.observe(elapsed_s / count)
 

@@ -58,7 +58,7 @@ def test_every_route_has_been_thought_of(model_dir: Path) -> None:
     app = create_app(Service(ServeConfig(), FakeBackend(), str(model_dir)))
     routes = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods}
     by_access = {kind: {path for method, path in routes if access(method, path) is kind} for kind in Access}
-    assert by_access[Access.OPEN] == {"/health", "/ready", "/version"}
+    assert by_access[Access.OPEN] == {"/health", "/ready", "/version", "/", "/page/{name}"}
     assert by_access[Access.API_KEY] >= {"/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/models"}
     assert all(path.startswith("/admin") or path in ("/metrics", "/is_scaling_elastic_ep")
                for path in by_access[Access.ADMIN_READ_KEY])  # fmt: skip
@@ -66,7 +66,8 @@ def test_every_route_has_been_thought_of(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/new", "/v2/completions", "/administration", "/health/x", "//health", "/HEALTH"]
+    "path",
+    ["//", "/page", "/pages/x", "/new", "/v2/completions", "/administration", "/health/x", "//health", "/HEALTH"],
 )
 def test_an_unknown_route_asks_for_the_key(path: str) -> None:
     assert access("GET", path) is Access.API_KEY

@@ -1,0 +1,136 @@
+"""What the page is fed with: the state of the cluster as JSON in two levels, and what changes in it. Pure.
+
+A state is {section: {key: value}}. A change is of the same form: it has the keys that are new or different, and null
+for those that are gone (RFC 7396 for two levels). So a page keeps the state with four lines of code, and a change is
+as small as what has happened. Legend: L MoE layers, E logical experts, S slots.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.cluster.messages.views import EngineStatus, Operation, PlacementView, WorkerView
+from elastic_moe.cluster.placement import Placement
+
+Section = dict[str, Any]
+State = dict[str, Section]
+
+LOAD_STEPS = 16
+"""An expert whose load is its layer's mean is sent as this number; a byte goes up to 16 times the mean."""
+MAX_MOVES = 2000
+"""Copies under way that are listed one by one."""
+
+
+def change(before: State, after: State) -> State:
+    """The sections and keys of `after` that differ from `before`; None for a key that is gone."""
+    changes: State = {}
+    for name in before.keys() | after.keys():
+        old, new = before.get(name, {}), after.get(name, {})
+        keys: Section = {key: value for key, value in new.items() if key not in old or old[key] != value}
+        keys |= dict.fromkeys(old.keys() - new.keys())
+        if keys:
+            changes[name] = keys
+    return changes
+
+
+def apply(state: State, changes: State) -> State:
+    """Inverse of `change`, as the page does it."""
+    result = {name: dict(section) for name, section in state.items()}
+    for name, keys in changes.items():
+        section = result.setdefault(name, {})
+        section |= {key: value for key, value in keys.items() if value is not None}
+        for key in [key for key, value in keys.items() if value is None]:
+            section.pop(key, None)
+    return {name: section for name, section in result.items() if section}
+
+
+def load_rows(load: npt.NDArray[np.int64]) -> Section:
+    """load: [L, E] tokens. One string for each layer: base64 of E bytes, LOAD_STEPS for the layer's mean."""
+    mean = load.mean(axis=1, keepdims=True)
+    ratio = np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
+    steps = np.minimum(np.rint(ratio * LOAD_STEPS), 255).astype(np.uint8)
+    return {str(layer): base64.b64encode(row.tobytes()).decode("ascii") for layer, row in enumerate(steps)}
+
+
+def placement_sections(view: PlacementView) -> State:
+    moves = [[move.layer, move.expert, move.source, move.target] for move in view.moves[:MAX_MOVES]]
+    return {
+        "placement": {"epoch": view.epoch, "pinned": view.pinned},
+        "moves": {"list": moves, "count": len(view.moves)} if moves else {},
+        **map_sections(view.placement),
+    }
+
+
+def map_sections(placement: Placement) -> State:
+    """Members in the order of ranks, and the expert (or -1) of every slot, layer by layer."""
+    members = [{"id": worker.id, "node": worker.node, "slots": worker.slots} for worker in placement.workers]
+    rows = {str(layer): row for layer, row in enumerate(placement.physical_to_logical_map.tolist())}
+    return {"members": {"list": members, "experts": placement.num_logical_experts}, "map": rows}
+
+
+def worker_rows(workers: Sequence[WorkerView]) -> Section:
+    rows: Section = {}
+    for worker in workers:
+        # dataclasses.asdict() of 64 workers takes a percent of a core, once a second
+        row = msgspec.to_builtins(worker)
+        fit = None if worker.fit is None else row["fit"]["rows"]
+        rows[worker.id] = row | {"fit": fit, "kv_usage": round(worker.kv_usage, 3)}
+    return rows
+
+
+def operation_rows(operations: Sequence[Operation]) -> Section:
+    return {operation.operation_id: msgspec.to_builtins(operation) for operation in operations}
+
+
+def marks(before: State, after: State) -> list[list[str]]:
+    """[kind, reason] of every operation that has begun between two looks, the first of which saw any."""
+    if "operations" not in before:
+        return []
+    known = before["operations"]
+    return [[row["kind"], row["reason"]] for name, row in after.get("operations", {}).items() if name not in known]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What has been counted until a moment. Of a successor of the engine they begin at zero again."""
+
+    at_s: float
+    """Seconds of a clock that never steps back."""
+    generation_tokens: int
+    prompt_tokens: int
+    steps: int
+    first_tokens: int
+    """First tokens that this API sent, and (below) the sum of the waits for them."""
+    first_tokens_s: float
+    next_tokens: int
+    """Tokens after the first, and (below) the sum of the waits for them."""
+    next_tokens_s: float
+
+
+def sample(before: Totals | None, after: Totals, status: EngineStatus, unix_s: float) -> Section:
+    """One point of every curve: rates and mean waits between two moments. A key is left out where nothing was seen."""
+    point: Section = {
+        "time_s": round(unix_s, 1),
+        "running": sum(status.running.values()),
+        "waiting": status.waiting,
+        "kv": round(max(status.kv_usage.values(), default=0.0), 4),
+    }
+    if before is None or after.at_s <= before.at_s:
+        return point
+    elapsed_s = after.at_s - before.at_s
+    for name in ("generation_tokens", "prompt_tokens", "steps"):
+        count = max(0, getattr(after, name) - getattr(before, name))
+        point[f"{name}_per_s"] = round(count / elapsed_s, 1)
+    for name, key in (("first_tokens", "ttft_s"), ("next_tokens", "itl_s")):
+        count = getattr(after, name) - getattr(before, name)
+        if count > 0:
+            waited_s = getattr(after, f"{name}_s") - getattr(before, f"{name}_s")
+            point[key] = round(max(0.0, waited_s) / count, 5)
+    return point

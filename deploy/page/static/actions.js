@@ -1,0 +1,147 @@
+// Hands on: dry run and re-placement, workers that come and go, pins. Each shows its operation until it ends.
+
+import { ClusterMap } from "./clustermap.js";
+import { byId, h, setText } from "./dom.js";
+import { bytes, count, number, seconds, times } from "./format.js";
+import { call } from "./keys.js";
+import { operationRow } from "./tables.js";
+import { arrivals, imbalanceOf, withPlacement } from "./view.js";
+
+const PLANNERS = ["auto", "greedy", "local_search", "ilp", "load_ilp", "eplb", "anticorrelation", "moetuner", "contiguous", "round_robin", "random"];
+
+export class Actions {
+  #state = {};
+  #view = null;
+  #followed = null;
+  #busy = false;
+
+  constructor() {
+    this.outcome = byId("outcome");
+    this.planner = h("select", { id: "planner" }, PLANNERS.map((name) => h("option", { value: name }, name)));
+    this.worker = h("select", { id: "retire-which" });
+    const button = (id, text, onclick, props = {}) => h("button", { type: "button", id, onclick, ...props }, text);
+    this.pin = button("pin", "Pin", () => this.#pin());
+    byId("actions").replaceChildren(
+      h("div", { class: "action" }, h("label", { htmlFor: "planner" }, "Planner"), this.planner,
+        button("dry-run", "Dry run", () => this.#dryRun()), button("rebalance", "Re-place now", () => this.#rebalance())),
+      h("div", { class: "action" }, h("label", { htmlFor: "retire-which" }, "Worker"), this.worker,
+        button("retire", "Retire", () => this.retire(this.worker.value)), button("add", "Add a worker", () => this.#add())),
+      h("div", { class: "action" }, h("span", { class: "label" }, "Placement"), this.pin));
+    this.buttons = [...byId("actions").querySelectorAll("button")];
+  }
+
+  set(state, view) {
+    this.#state = state;
+    this.#view = view;
+    const pinned = Boolean(state.placement?.pinned);
+    setText(this.pin, pinned ? "Unpin" : "Pin");
+    this.pin.title = pinned ? "Periodic re-placement may change it again" : "Periodic re-placement leaves it alone";
+    this.#names(Object.values(state.workers ?? {}).filter((worker) => worker.state === "serving").map((worker) => worker.id));
+    const s = state.scale;
+    setText(byId("scale"), s ? `${number(s.serving)} serve, ${number(s.target)} wanted, ${number(s.min_workers)} to ${number(s.max_workers)} possible` + (s.autoscaler ? `; ${s.autoscaler}` : "") + (pinned ? "; the placement is pinned" : "") : "");
+    this.#follow();
+  }
+
+  retire(worker) {
+    return this.#begin("admin/scale", "POST", { retire: [worker] });
+  }
+
+  #names(names) {
+    const known = [...this.worker.options].map((option) => option.value);
+    if (known.join() === names.join()) return;
+    const chosen = this.worker.value;
+    this.worker.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
+    if (names.includes(chosen)) this.worker.value = chosen;
+  }
+
+  #add() {
+    return this.#begin("admin/scale", "POST", { workers: (this.#state.scale?.target ?? this.#view?.members.length ?? 0) + 1 });
+  }
+
+  #rebalance() {
+    return this.#begin("admin/rebalance", "POST", { planner: this.planner.value });
+  }
+
+  async #pin() {
+    if (this.#state.placement?.pinned) {
+      await this.#do(async () => {
+        await call("admin/placement/pin", { method: "DELETE" });
+        this.#say("Unpinned.");
+      });
+      return;
+    }
+    await this.#do(async () => {
+      const placement = await (await call("admin/placement")).json();
+      this.#show(await (await call("admin/placement?pinned=true", { method: "PUT", json: placement })).json());
+    });
+  }
+
+  async #dryRun() {
+    await this.#do(async () => {
+      this.#say("Planning …");
+      const response = await call("admin/rebalance", { method: "POST", json: { planner: this.planner.value, dry_run: true } });
+      this.#compare(await response.json());
+    });
+  }
+
+  /** Before and after side by side, and a button that makes exactly this placement so. */
+  #compare(preview) {
+    if (!this.#view || !preview.placement) return this.#say(preview.reason);
+    const after = withPlacement(this.#view, preview.placement);
+    const [left, right] = [h("div", { class: "canvas" }), h("div", { class: "canvas" })];
+    const side = (title, host, view, imbalance, cost) =>
+      h("figure", {}, h("figcaption", {}, h("b", {}, title), ` busiest ${times(imbalance)} the mean, ${seconds(cost)} a step predicted`), host);
+    this.#followed = null;
+    this.outcome.replaceChildren(
+      h("p", {}, h("b", {}, preview.worthwhile ? "Worthwhile" : "Not worthwhile"), `: ${preview.reason}`),
+      h("div", { class: "sides" },
+        side("Before", left, this.#view, preview.load_imbalance_before, preview.cost_before),
+        side("After", right, after, preview.load_imbalance_after, preview.cost_after)),
+      h("p", { class: "muted" }, `${count(preview.moves, "move")} (${bytes(preview.bytes)}), by ${preview.planner} in ${seconds(preview.seconds)}; now ${times(imbalanceOf(this.#view))}, then ${times(imbalanceOf(after))} over the window shown above.`),
+      h("div", { class: "row" },
+        h("button", { type: "button", class: "primary", id: "do-it", onclick: () => this.#begin("admin/placement", "PUT", preview.placement) }, "Do it"),
+        h("button", { type: "button", onclick: () => this.#say("") }, "Leave it")));
+    new ClusterMap(left, { compact: true, label: `Before: busiest worker ${times(preview.load_imbalance_before)} the mean` }).set(this.#view);
+    new ClusterMap(right, { compact: true, label: `After: busiest worker ${times(preview.load_imbalance_after)} the mean` }).set(after, { arrived: arrivals(this.#view, after) });
+    this.outcome.scrollIntoView({ block: "nearest" });
+  }
+
+  #begin(path, method, json) {
+    return this.#do(async () => this.#show(await (await call(path, { method, json })).json()));
+  }
+
+  async #do(work) {
+    if (this.#busy) return;
+    this.#busy = true;
+    for (const button of this.buttons) button.disabled = true;
+    try {
+      await work();
+    } catch (error) {
+      this.#followed = null;
+      this.outcome.replaceChildren(h("p", { class: "bad" }, error.message));
+    } finally {
+      this.#busy = false;
+      for (const button of this.buttons) button.disabled = false;
+    }
+  }
+
+  #show(operation) {
+    this.#followed = operation.operation_id;
+    this.#draw(operation);
+    this.outcome.scrollIntoView({ block: "nearest" });
+  }
+
+  #follow() {
+    const operation = this.#followed && this.#state.operations?.[this.#followed];
+    if (operation) this.#draw(operation);
+  }
+
+  #draw(operation) {
+    this.outcome.replaceChildren(h("ol", { class: "operations followed" }, operationRow(operation)));
+  }
+
+  #say(text) {
+    this.#followed = null;
+    this.outcome.replaceChildren(...(text ? [h("p", { class: "muted" }, text)] : []));
+  }
+}
