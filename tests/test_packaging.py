@@ -143,8 +143,14 @@ def test_workers_do_not_import_from_the_current_directory(
     directory = RunDirectory.create()
     try:
         with monkeypatch.context() as patched:
-            for name in ("_silence_ray", "_without_onlookers", "_patient_ray"):
-                patched.setattr(f"elastic_moe.deploy.launch.local_ray.{name}", lambda *_: None)
+            for name in (
+                "redirect_worker_output",
+                "without_onlookers",
+                "lengthen_waits",
+                "choose_agents_ports",
+                "report_processes",
+            ):
+                patched.setattr(f"elastic_moe.deploy.launch.ray_private.{name}", lambda *_: None)
             ServerProcesses(ServeConfig(address=address), directory).start_ray()
     finally:
         directory.remove()

@@ -100,9 +100,8 @@ class Look:
         epoch = engine.epoch if engine is not None else None
         state |= await self._placement(state, seldom, epoch)
         if "layers" not in state["model"] and (info := await _answer(self._service.info)) is not None:
-            limits = await self._service.limits()
             shape = {"layers": info.num_layers, "experts": info.num_logical_experts, "top_k": info.top_k}
-            more = {"architecture": info.architecture, "max_model_len": limits.max_model_len}
+            more = {"architecture": info.architecture, "max_model_len": await self._service.max_model_len()}
             state["model"] = {**state["model"], **shape, **more}
         state["status"] = {"ready": ready.ready, "reason": ready.error or ready.reason}
         self._round += 1

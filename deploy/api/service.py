@@ -161,9 +161,13 @@ class Service:
                 await asyncio.sleep(RETRY_S)
         return self._info
 
+    async def max_model_len(self) -> int:
+        """The most tokens that a request may have, prompt and answer together."""
+        longest = (await self.info()).max_model_len
+        return min(self.config.max_model_len or longest, longest)
+
     async def limits(self) -> Limits:
-        info = await self.info()
-        longest = min(self.config.max_model_len or info.max_model_len, info.max_model_len)
+        info, longest = await self.info(), await self.max_model_len()
         ends = tuple(dict.fromkeys((*info.eos_token_ids, *self.tokenizer.eos_token_ids)))
         return Limits(max_model_len=longest, vocab_size=info.vocab_size, eos_token_ids=ends)
 
