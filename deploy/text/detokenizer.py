@@ -81,7 +81,9 @@ class Detokenizer:
         """
         newest = len(self._window) - self._context
         for size in range(newest, min(newest + MAX_KEPT, len(self._window))):
-            if text := self._decode(self._window[-size:]):
+            text = self._decode(self._window[-size:])
+            # tokens that begin within a character may decode to U+FFFD throughout, whatever comes after them
+            if text and REPLACEMENT not in text:
                 self._window, self._given = self._window[-size:], len(text)
                 return
             if not new:

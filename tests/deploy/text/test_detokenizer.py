@@ -71,6 +71,13 @@ def test_spaces_and_bytes_of_sentencepiece_models(
     assert not any(REPLACEMENT in piece for piece in pieces)
 
 
+def test_the_window_never_begins_within_a_character(byte_fallback: RustTokenizer) -> None:
+    """The thirteenth token is a space, which is no text by itself; before it are bytes of one character."""
+    decode = decoder(byte_fallback)
+    tokens = [257, 257, *(byte + 1 for byte in "\x80\u0800\U00010000 0".encode())]
+    assert decode([257]) + "".join(stream(decode, tokens, [257])) == decode([257, *tokens])
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=20))
 def test_no_piece_of_a_character_is_shown(byte_level: RustTokenizer, text: str) -> None:
