@@ -37,8 +37,8 @@ check: lint ## lint, the pure tests with few examples, and one model family: abo
 	@$(BIN)/python -m pytest tests/model/test_parity.py -k "qwen3_moe"
 
 lint: $(VENV)/.installed-dev ## ruff and mypy --strict
-	@mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/elastic_moe
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && MYPYPATH=$(VENV)/types $(BIN)/mypy
+	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/elastic_moe
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -56,4 +56,4 @@ bench-gpu: $(VENV)/.installed-dev ## compare with transformers' continuous batch
 	@$(BIN)/python -m tests.bench.gpu $(ARGS)
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build/types .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

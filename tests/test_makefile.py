@@ -37,7 +37,7 @@ def make(*words: str, where: Path = ROOT, venv: Path = VENV, expected: int = 0) 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A folder with the Makefile and a badly formatted source."""
-    for name in ("Makefile", "pyproject.toml"):
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "odd.py").write_text("x = [ 1,2 ]\n")
     return tmp_path
