@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tests.paths import ROOT
@@ -21,9 +22,14 @@ def sources() -> list[Path]:
     return sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
-def imports_of(source: Path) -> Iterator[str]:
+@cache
+def imports_of(source: Path) -> tuple[str, ...]:
     """Dotted names that `source` imports; for `from a import b` both `a` and `a.b`, of which either may be a module."""
-    for node in ast.walk(ast.parse((ROOT / source).read_text())):
+    return tuple(_imports(ast.parse((ROOT / source).read_text())))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
