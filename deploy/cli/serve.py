@@ -22,6 +22,7 @@ from elastic_moe.cluster.errors import ConfigError, EmoeError, UserError
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.gc_pause import no_collection
 from elastic_moe.cluster.keys import authorization
+from elastic_moe.cluster.lines import ESCAPES
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.launch.console import close_curtain, describe_error
@@ -136,7 +137,7 @@ def _keep_native_output(path: Path) -> None:
 def _last_words(path: Path) -> str:
     """Why Ray ended the main process: the last error that its C++ has written, or else its last line."""
     with contextlib.suppress(OSError):
-        text = re.sub(r"\x1b\[[\d;]*m", "", path.read_bytes()[-65536:].decode(errors="replace"))
+        text = ESCAPES.sub("", path.read_bytes()[-65536:].decode(errors="replace"))
         if errors := re.findall(r"^\[[^\]]* [CE] \d+ \d+\] (?:\(.*?\) )?\S+:\d+: +(.+)$", text, re.MULTILINE):
             return str(errors[-1])
         return next((line for line in reversed(text.splitlines()) if line.strip()), "")
