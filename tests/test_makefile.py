@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -23,11 +24,21 @@ RAN = {
 """Targets that a test below runs."""
 
 
+ALONE = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+"""The environment without what `make test` hands on: an inner make would tell which folders it enters and leaves."""
+
+
 def make(*words: str, where: Path = ROOT, venv: Path = VENV, expected: int = 0) -> str:
     """Run make; the environment counts as set up. Returns what it printed."""
     ready = [part for stamp in (".installed", ".installed-dev") for part in ("-o", str(venv / stamp))]
     done = subprocess.run(
-        ["make", f"VENV={venv}", *ready, *words], cwd=where, capture_output=True, text=True, check=False, timeout=240
+        ["make", f"VENV={venv}", *ready, *words],
+        cwd=where,
+        env=ALONE,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
     output = done.stdout + done.stderr
     assert done.returncode == expected, output[-3000:]
@@ -56,7 +67,7 @@ def test_help_lists_every_target() -> None:
 
 def test_a_fresh_checkout_is_set_up_first(copy: Path) -> None:
     """What would be done is printed: it takes minutes, and the network."""
-    done = subprocess.run(["make", "-n", "bench"], cwd=copy, capture_output=True, text=True, check=True)
+    done = subprocess.run(["make", "-n", "bench"], cwd=copy, env=ALONE, capture_output=True, text=True, check=True)
     steps = done.stdout.splitlines()
     order = [next(n for n, step in enumerate(steps) if what in step) for what in ("-m venv", '".[dev]"', "tests.bench")]
     assert order == sorted(order)
