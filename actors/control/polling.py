@@ -16,7 +16,7 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life, within
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord
@@ -90,19 +90,19 @@ class Poller:
             with contextlib.suppress(*CALL_ERRORS):
                 self.status = await within(ask(engine, Engine.status), liveness.POLL_S)
 
-    async def _poll_worker(self, record: WorkerRecord, actor: Remote[ExpertHost]) -> None:
+    async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor]) -> None:
         try:
             if record.loaded:
-                await sign_of_life(lambda: ask(actor, ExpertHost.ping), self._timeout_s)
+                await sign_of_life(lambda: ask(actor, WorkerActor.ping), self._timeout_s)
                 await self._fetch_counts(record.id, actor)
             elif record.id in self._load_progress:
                 patience_s = liveness.LOADING_PATIENCE * self._timeout_s
                 self._load_progress[record.id] = await sign_of_life(
-                    lambda: ask(actor, ExpertHost.load_progress), patience_s
+                    lambda: ask(actor, WorkerActor.load_progress), patience_s
                 )
             else:
                 # without a time-out: the process may have to wait for resources
-                self._load_progress[record.id] = await ask(actor, ExpertHost.load_progress)
+                self._load_progress[record.id] = await ask(actor, WorkerActor.load_progress)
         except CALL_ERRORS as error:
             if is_death(error) or isinstance(error, TimeoutError):
                 self._feed(WorkerLost(worker=record.id, reason=one_line(error)))
@@ -111,11 +111,11 @@ class Poller:
         finally:
             self._asking.discard(record.id)
 
-    async def _fetch_counts(self, worker: WorkerId, actor: Remote[ExpertHost]) -> None:
+    async def _fetch_counts(self, worker: WorkerId, actor: Remote[WorkerActor]) -> None:
         now = time.monotonic()
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
-            self._window.add(await ask(actor, ExpertHost.routing_counts), time.monotonic())
+            self._window.add(await ask(actor, WorkerActor.routing_counts), time.monotonic())
 
     async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:

@@ -8,7 +8,7 @@ from elastic_moe.actors import liveness
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import call_all, one_line, sign_of_life
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.facts.events import WorkerLost
 from elastic_moe.cluster.placement import WorkerId
 
@@ -20,19 +20,19 @@ class RollCall:
 
     async def find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
         """The workers that are dead or hang. stepping: the thread that runs the steps has to answer."""
-        ping = ExpertHost.ping_step if stepping else ExpertHost.ping
+        ping = WorkerActor.ping_step if stepping else WorkerActor.ping
         return await self._call(workers, lambda actor: ask(actor, ping))
 
     async def find_silent(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
         """As `find_lost`, with a shorter time-out, for workers that another sign already makes suspect."""
 
-        def ping(actor: Remote[ExpertHost]) -> Awaitable[None]:
-            return sign_of_life(lambda: ask(actor, ExpertHost.ping), liveness.SUSPECT_TIMEOUT_S)
+        def ping(actor: Remote[WorkerActor]) -> Awaitable[None]:
+            return sign_of_life(lambda: ask(actor, WorkerActor.ping), liveness.SUSPECT_TIMEOUT_S)
 
         return await self._call(workers, ping)
 
     async def _call(
-        self, workers: Iterable[WorkerId], ping: Callable[[Remote[ExpertHost]], Awaitable[None]]
+        self, workers: Iterable[WorkerId], ping: Callable[[Remote[WorkerActor]], Awaitable[None]]
     ) -> list[WorkerLost]:
         calls = {worker: ping(actor) for worker, actor in self._processes.present(workers).items()}
         errors = await call_all(calls, self._timeout_s)

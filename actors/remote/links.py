@@ -12,7 +12,7 @@ from typing import Any, cast
 from elastic_moe.actors.liveness import CONNECT_S
 from elastic_moe.actors.remote.codec import Frames, Message, WireError, encode, keep_alive
 from elastic_moe.actors.remote.handshakes import BACKLOG, TOKEN_S, Handshakes
-from elastic_moe.cluster.errors import HostError, RequestError, StepAborted
+from elastic_moe.cluster.errors import RequestError, StepAborted, WorkerError
 from elastic_moe.cluster.messages.requests import Endpoint, Refused
 from elastic_moe.cluster.messages.steps import Done, Failed, StepResult
 
@@ -142,7 +142,7 @@ class _ServerLink(Link):
 
 def _error(message: Message) -> Exception | None:
     if isinstance(message, Failed):
-        return StepAborted(message.reason) if message.aborted else HostError(message.reason)
+        return StepAborted(message.reason) if message.aborted else WorkerError(message.reason)
     if isinstance(message, Refused):
         return RequestError(message.message, param=message.param, code=message.code, status=message.status)
     return None

@@ -1,4 +1,4 @@
-"""The life of a change: transfer what is missing, drain, prepare every host, commit through the engine; or back.
+"""The life of a change: transfer what is missing, drain, prepare every worker, commit through the engine; or back.
 
 `Epochs` owns the epoch in force, an outage of it, and the one change that makes the next, from its beginning to its
 end. What to change, and when, is decided elsewhere (cluster/control/reconcile.py, cluster/control/rebalancing.py).
@@ -26,7 +26,7 @@ from elastic_moe.cluster.facts.facts import Cause, Change, ControlSettings, Outa
 from elastic_moe.cluster.facts.membership import Membership
 from elastic_moe.cluster.facts.operations import OperationLog
 from elastic_moe.cluster.facts.transfers import plan_transfers
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase, WorkerState
 from elastic_moe.cluster.placement import Placement, WorkerId
 
@@ -130,7 +130,7 @@ class Epochs:
             rendezvous="",
         )
 
-    def _info(self, worker: WorkerId) -> HostInfo:
+    def _info(self, worker: WorkerId) -> WorkerInfo:
         info = self._membership[worker].info
         assert info is not None, f"{worker} has not loaded"
         return info
@@ -152,7 +152,7 @@ class Epochs:
         self.change = change = replace(change, nbytes=change.nbytes + event.nbytes)
         if isinstance(event, TransferFailed):
             self._membership.stage(event.staged)
-            # the checkpoint is the truth: no second try with bytes from a host
+            # the checkpoint is the truth: no second try with bytes from a worker
             self._read_all = change.kind is not OperationKind.REBALANCE
             return self.give_up(event.reason, now)
         self._membership.stage((move.target, move.layer, move.expert) for move in change.transfers.copies)

@@ -294,7 +294,7 @@ class ControlState:
         self._rebalancing.resume(now)
         self._rebalancing.cancel(why)
         self._epochs.resume(now)
-        # a host that is asked again loads no second time
+        # a worker that is asked again loads no second time
         commands: list[Command] = [*self._membership.resume(now)]
         change = self._epochs.change
         if change is not None and change.stage is not Stage.COMMITTING:

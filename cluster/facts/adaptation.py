@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.facts.membership import BoolArray
-from elastic_moe.cluster.messages.epochs import HostInfo, TransportKind
+from elastic_moe.cluster.messages.epochs import TransportKind, WorkerInfo
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, WorkerId
 
 
@@ -82,7 +82,7 @@ def _evict_replica(kept: Sequence[list[int]], copies: npt.NDArray[np.int_]) -> N
                 return
 
 
-def choose_transport(infos: Sequence[HostInfo], *, shared_gpus: bool = False) -> TransportKind:
+def choose_transport(infos: Sequence[WorkerInfo], *, shared_gpus: bool = False) -> TransportKind:
     """How the workers of an epoch exchange tokens."""
     if len(infos) == 1:
         return TransportKind.LOCAL

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.placement import Move, Placement, WorkerId
 
 ExpertKey = tuple[WorkerId, int, int]
@@ -37,7 +37,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoaded:
-    info: HostInfo
+    info: WorkerInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +236,7 @@ class StopWorker:
     """End a worker's process, if it still runs."""
 
     worker: WorkerId
-    info: HostInfo | None
+    info: WorkerInfo | None
     """None where it has not loaded."""
 
 
@@ -264,7 +264,7 @@ class Commit:
     """Flip to `spec` through the engine, at a step boundary."""
 
     spec: EpochSpec
-    infos: Mapping[WorkerId, HostInfo]
+    infos: Mapping[WorkerId, WorkerInfo]
     """Of its members, by which the engine reaches them."""
 
 

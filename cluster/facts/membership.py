@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.facts.events import ExpertKey, Probe, StartWorker, StopWorker
-from elastic_moe.cluster.messages.epochs import HostInfo
+from elastic_moe.cluster.messages.epochs import WorkerInfo
 from elastic_moe.cluster.messages.views import WorkerState
 from elastic_moe.cluster.placement import EMPTY, Placement, WorkerId
 
@@ -38,7 +38,7 @@ class WorkerRecord:
     staged: BoolArray
     """[L, E] experts that were brought to the worker since the epoch began."""
     asked_at: float
-    info: HostInfo | None = None
+    info: WorkerInfo | None = None
     loaded_at: float | None = None
     retired: bool = False
     """Whether the worker leaves because a user named it, and not because there are too many."""
@@ -118,7 +118,7 @@ class Membership:
         )
         return StartWorker(worker=worker, experts=expert_lists(assigned))
 
-    def loads(self, info: HostInfo, now: float) -> bool:
+    def loads(self, info: WorkerInfo, now: float) -> bool:
         """A worker has loaded. False where that is no news of a worker that was waited for."""
         record = self.get(info.worker)
         if record is None or not record.alive or record.loaded:

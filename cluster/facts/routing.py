@@ -30,7 +30,7 @@ class _Bucket:
 
 
 class RoutingWindow:
-    """Sums of the hosts' reports over the last `window_s` seconds.
+    """Sums of the workers' reports over the last `window_s` seconds.
 
     Memory is bounded by `buckets`, whatever the number of reports: time is cut into `buckets` stretches and each keeps
     one sum, so the window's edge moves in steps of window_s / buckets. Transitions are kept in 32 bits: they are the
@@ -47,7 +47,7 @@ class RoutingWindow:
         self._buckets: list[_Bucket] = []
 
     def add(self, counts: RoutingCounts, now: float) -> None:
-        """Take one host's report of what it ran since its previous one."""
+        """Take one worker's report of what it ran since its previous one."""
         assert counts.load.shape == self._shape, f"load is {counts.load.shape}, expected {self._shape}"
         self._drop_old(now)
         if counts.tokens == 0:

@@ -1,4 +1,4 @@
-"""What must be brought where before an epoch can begin: copies between hosts, and reads from the checkpoint."""
+"""What must be brought where before an epoch can begin: copies between workers, and reads from the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Coordinator and workers: what a worker loads, which epoch it takes part in, and what it reports.
 
-coordinator -> worker   HostSpec when the worker is made, EpochSpec when an epoch begins
-worker -> coordinator   HostInfo once it has loaded, RoutingCounts as it runs
+coordinator -> worker   WorkerSpec when the worker is made, EpochSpec when an epoch begins
+worker -> coordinator   WorkerInfo once it has loaded, RoutingCounts as it runs
 worker -> worker        ExpertCopy
 """
 
@@ -76,7 +76,7 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostSpec:
+class WorkerSpec:
     """What a worker needs to load: the model, and the experts that it begins with."""
 
     worker: WorkerId
@@ -101,7 +101,7 @@ class HostSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostInfo:
+class WorkerInfo:
     """What a worker reports once it has loaded."""
 
     worker: WorkerId

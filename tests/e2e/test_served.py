@@ -146,7 +146,7 @@ def test_it_listens_on_loopback_only(server: Server) -> None:
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     ]
-    # of every host and of the engine, among others
+    # of every worker and of the engine, among others
     assert len(listening) > 4
     assert [where for where in listening if where[0].removeprefix("::ffff:") != "127.0.0.1"] == []
 

@@ -44,7 +44,7 @@ async def running(path: Path, **settings: Any) -> AsyncIterator[tuple[Coordinato
     coordinator = Coordinator(config, str(path), fleet)
     yield coordinator, fleet
     await coordinator.shutdown()
-    assert all(host.dead for host in fleet.hosts.values())
+    assert all(actor.dead for actor in fleet.workers.values())
     await asyncio.sleep(0.01)
 
 
@@ -186,7 +186,7 @@ def test_periodic_rebalance(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["export_expert", "import_expert", "prepare", "commit"])
 @pytest.mark.parametrize("victim", [W0, W1])
-def test_a_host_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim: WorkerId) -> None:
+def test_a_worker_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim: WorkerId) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
@@ -194,9 +194,9 @@ def test_a_host_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim
 
             async def die(called: str) -> None:
                 if called == method:
-                    fleet.hosts[victim].dead = True
+                    fleet.workers[victim].dead = True
 
-            fleet.hosts[victim].before = die
+            fleet.workers[victim].before = die
             operation = await coordinator.rebalance("greedy", False)
             assert isinstance(operation, Operation)
             assert (await ended(coordinator, operation.operation_id)).phase is Phase.FAILED
@@ -234,7 +234,7 @@ def test_the_engine_reports_a_failed_step(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
-            fleet.hosts[W0].dead = True
+            fleet.workers[W0].dead = True
             epoch = (await coordinator.placement()).epoch
             await coordinator.report_step_failure(epoch, [W0], "w0: ActorDiedError: The actor is dead. Because.")
             assert not (await coordinator.readiness()).ready
@@ -244,7 +244,7 @@ def test_the_engine_reports_a_failed_step(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_a_host_that_hangs_is_ended(tmp_path: Path) -> None:
+def test_a_worker_that_hangs_is_ended(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
@@ -252,10 +252,10 @@ def test_a_host_that_hangs_is_ended(tmp_path: Path) -> None:
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
-            fleet.hosts[W0].before = hang
+            fleet.workers[W0].before = hang
 
             async def gone() -> bool:
-                return fleet.hosts[W0].dead
+                return fleet.workers[W0].dead
 
             await until(gone)
             await ready(coordinator)
@@ -338,9 +338,9 @@ def test_who_is_late_is_asked_for_a_sign_of_life(tmp_path: Path, monkeypatch: py
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
-            fleet.hosts[W1].before = hang
+            fleet.workers[W1].before = hang
             await coordinator.report_late_step([W0, W1])
-            assert fleet.hosts[W1].dead
+            assert fleet.workers[W1].dead
             await ready(coordinator)
 
     asyncio.run(story())
@@ -364,9 +364,9 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
             make = fleet.start_worker
 
             def start_worker(worker: WorkerId) -> Any:
-                host = make(worker)
-                host.handle.before = note if worker == W2 else None
-                return host
+                actor = make(worker)
+                actor.handle.before = note if worker == W2 else None
+                return actor
 
             monkeypatch.setattr(fleet, "start_worker", start_worker)
 
@@ -379,9 +379,9 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
                 return [(w.id, w.state) for w in await coordinator.workers()][2:] == [(W2, "standby")]
 
             await until(stands_by)
-            process = fleet.hosts[W2]
+            process = fleet.workers[W2]
             process.dead = spare == "dead"
-            fleet.hosts[W0].dead = True
+            fleet.workers[W0].dead = True
 
             async def replaced() -> bool:
                 serving = [w.id for w in await coordinator.workers() if w.state == "serving"]
@@ -390,7 +390,7 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
             await until(replaced)
             ids = [worker.id for worker in (await coordinator.placement()).placement.workers]
             assert ids == [W1, WorkerId("w3") if spare == "hangs" else W2]
-            assert (fleet.hosts[W2] is process) is (spare != "dead")
+            assert (fleet.workers[W2] is process) is (spare != "dead")
             assert process.dead is (spare != "there")
 
     asyncio.run(story())
@@ -406,7 +406,7 @@ def test_scale_up_and_down(tmp_path: Path) -> None:
             operation = await coordinator.scale(retire=(W0, W1))
             await ended(coordinator, operation.operation_id)
             assert [w.id for w in (await coordinator.placement()).placement.workers] == [W2, WorkerId("w3")]
-            assert fleet.hosts[W0].dead
+            assert fleet.workers[W0].dead
 
     asyncio.run(story())
 
@@ -419,7 +419,7 @@ def test_a_restarted_coordinator_goes_on_with_what_is_there(tmp_path: Path, dead
             for task in first._tasks:
                 task.cancel()
             for name in dead:
-                (fleet.engines[0] if name == "engine" else fleet.hosts[WorkerId(name)]).dead = True
+                (fleet.engines[0] if name == "engine" else fleet.workers[WorkerId(name)]).dead = True
             fleet.resumes = True
             second = Coordinator(fleet.config, str(tmp_path), fleet)
             await asyncio.wait_for(second._opened.wait(), 5)
@@ -447,7 +447,7 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
                 if called == "prepare":
                     await asyncio.sleep(3600)
 
-            fleet.hosts[W1].before = stall
+            fleet.workers[W1].before = stall
             operation = await first.rebalance("greedy", False)
             assert isinstance(operation, Operation)
 
@@ -458,7 +458,7 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
             await until(preparing)
             for task in first._tasks:
                 task.cancel()
-            fleet.hosts[W1].before = None
+            fleet.workers[W1].before = None
             fleet.resumes = True
             second = Coordinator(fleet.config, str(tmp_path), fleet)
             await asyncio.wait_for(second._opened.wait(), 5)
@@ -551,7 +551,7 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
     asyncio.run(story())
 
 
-def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "LOADING_PATIENCE", 0.5)
 
     async def story() -> None:
@@ -566,9 +566,9 @@ def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatc
             make = fleet.start_worker
 
             def start_worker(worker: WorkerId) -> Any:
-                host = make(worker)
-                host.handle.before = hang if worker == W2 else None
-                return host
+                actor = make(worker)
+                actor.handle.before = hang if worker == W2 else None
+                return actor
 
             monkeypatch.setattr(fleet, "start_worker", start_worker)
             operation = await coordinator.scale(3)
@@ -576,12 +576,12 @@ def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatc
             assert "loading" not in (await coordinator.readiness()).reason
             frozen.set()
             assert (await ended(coordinator, operation.operation_id)).phase is Phase.COMPLETED
-            assert fleet.hosts[W2].dead
+            assert fleet.workers[W2].dead
 
     asyncio.run(story())
 
 
-def test_a_host_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) -> None:
+def test_a_worker_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
@@ -592,11 +592,11 @@ def test_a_host_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) ->
                 if called == "ping_step":
                     await asyncio.sleep(3600)
 
-            fleet.hosts[W1].before = hang
+            fleet.workers[W1].before = hang
             await coordinator.report_step_failure((await coordinator.placement()).epoch, [W1], "w1: no answer in time")
 
             async def gone() -> bool:
-                return fleet.hosts[W1].dead
+                return fleet.workers[W1].dead
 
             await until(gone)
             await ready(coordinator)
@@ -604,7 +604,7 @@ def test_a_host_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) ->
     asyncio.run(story())
 
 
-def test_a_restarted_coordinator_adopts_a_host_that_still_loads(tmp_path: Path) -> None:
+def test_a_restarted_coordinator_adopts_a_worker_that_still_loads(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (first, fleet):
             await ready(first)
@@ -619,9 +619,9 @@ def test_a_restarted_coordinator_adopts_a_host_that_still_loads(tmp_path: Path) 
 
             def start_worker(worker: WorkerId) -> Any:
                 made.append(worker)
-                host = make(worker)
-                host.handle.before = slow
-                return host
+                actor = make(worker)
+                actor.handle.before = slow
+                return actor
 
             fleet.start_worker = start_worker  # type: ignore[method-assign]
             operation = await first.scale(3)

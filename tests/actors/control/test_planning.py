@@ -24,7 +24,7 @@ def test_planners_learn_how_loads_vary_and_what_follows_what() -> None:
     assert problem.load_covariance is not None
     assert problem.load_covariance[0, 0, 1] > 0
     assert problem.transitions is not None
-    # hosts count no co-activation: what shares successors counts as chosen together
+    # workers count no co-activation: what shares successors counts as chosen together
     assert np.array_equal(problem.pairs, estimate_coactivation(problem))
 
 

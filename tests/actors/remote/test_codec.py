@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from elastic_moe.actors.remote.codec import Frames, Message, WireError, encode, new_token, receive
 from elastic_moe.actors.remote.handshakes import MOST
 from elastic_moe.actors.remote.links import Link, connect, listen
-from elastic_moe.cluster.errors import HostError, RequestError, StepAborted
+from elastic_moe.cluster.errors import RequestError, StepAborted, WorkerError
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
@@ -200,7 +200,7 @@ def test_answers_come_in_order() -> None:
     ("answer", "error"),
     [
         (Failed(reason="gone", aborted=True), StepAborted),
-        (Failed(reason="broken", aborted=False), HostError),
+        (Failed(reason="broken", aborted=False), WorkerError),
         (Refused(message="long", param="prompt", code="c", status=409), RequestError),
     ],
 )

@@ -102,7 +102,7 @@ def test_only_the_second_is_run_again_where_the_first_is_done() -> None:
     s.rollback()
     s.validate()
     again = plan(s, 3)
-    # with the block that its host may never have been told
+    # with the block that its worker may never have been told
     assert chunk(again, "r") == chunk(second, "r")
     assert not again[A].new
 

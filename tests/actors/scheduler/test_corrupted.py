@@ -15,7 +15,7 @@ BAD = RequestId("bad")
 
 
 def broken(result: StepResult) -> StepResult:
-    """As a host says it."""
+    """As a worker says it."""
     samples = tuple(sample for sample in result.samples if sample.request_id != BAD)
     corrupted = (BAD,) if len(samples) < len(result.samples) else ()
     return dataclasses.replace(result, samples=samples, corrupted=corrupted)

@@ -252,7 +252,7 @@ def test_few_tokens_a_step_still_serve_everybody() -> None:
     assert s.num_requests == 0
 
 
-def test_a_host_forgets_with_the_next_plan() -> None:
+def test_a_worker_forgets_with_the_next_plan() -> None:
     s = scheduler({A: 30})
     s.add(request("r", max_tokens=1))
     step(s)

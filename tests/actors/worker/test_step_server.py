@@ -1,4 +1,4 @@
-"""A host's listener: strangers, silence and damage end the connection that they come by, and nothing else."""
+"""A worker's listener: strangers, silence and damage end the connection that they come by, and nothing else."""
 
 from __future__ import annotations
 
