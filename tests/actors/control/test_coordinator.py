@@ -78,7 +78,7 @@ async def ended(coordinator: Coordinator, operation_id: str) -> Operation:
     return await until(operation)
 
 
-def test_start_and_what_it_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_views_during_and_after_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
 
     async def story() -> None:
@@ -279,7 +279,7 @@ def test_a_lost_engine_is_replaced(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_an_engine_that_dies_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_death_of_an_engine_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             watched, dying = asyncio.Event(), asyncio.Event()
@@ -308,7 +308,7 @@ def test_an_engine_that_dies_is_noticed_at_once(tmp_path: Path, monkeypatch: pyt
     asyncio.run(story())
 
 
-def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
+def test_the_loss_of_an_engine_is_reported_once(tmp_path: Path) -> None:
     """By the poll, or by a commit that it cut off: the second to notice must not end the successor."""
 
     async def story() -> None:
@@ -325,7 +325,7 @@ def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_who_is_late_is_asked_for_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_with_a_late_step_are_pinged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "SUSPECT_TIMEOUT_S", 0.1)
 
     async def story() -> None:

@@ -71,7 +71,7 @@ def test_workers_rest_between_copies_while_requests_run() -> None:
     assert asyncio.run(Migrator(BYTES).copy(moves(3), there, True)).seconds < 0.3
 
 
-def test_a_pause_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pause_may_end_between_two_reads_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock moves on between any two looks at it, and so past the end of the pause."""
     looks = itertools.count()
     monkeypatch.setattr(migrator_module, "time", SimpleNamespace(monotonic=lambda: next(looks) * 0.01))
@@ -81,7 +81,7 @@ def test_a_pause_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(report.done) == 5
 
 
-def test_what_is_urgent_knows_no_limit() -> None:
+def test_urgent_copies_are_not_limited() -> None:
     migrator = Migrator(BYTES, bytes_per_s=BYTES)
     report = asyncio.run(migrator.copy(moves(10), workers(), True))
     assert len(report.done) == 10

@@ -110,7 +110,7 @@ def test_kill_9_of_all_workers(coordinator: Any) -> None:
     assert [worker.id for worker in serving(coordinator)] == ["w2", "w3"]
 
 
-def test_kill_9_of_the_coordinator_disturbs_nobody(coordinator: Any) -> None:
+def test_kill_9_of_the_coordinator_disturbs_no_request(coordinator: Any) -> None:
     wait_ready(coordinator)
     before = serving(coordinator)
     os.kill(pid_of(coordinator), signal.SIGKILL)

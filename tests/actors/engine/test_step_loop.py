@@ -50,7 +50,7 @@ class Lockstep:
 
 
 class ConnectedWorker:
-    """A simulated worker that an engine connects to: it keeps epochs, aborts steps, and refuses steps after a failure."""
+    """A simulated worker that an engine connects to: it has epochs, aborts steps, and refuses steps after a failure."""
 
     def __init__(self, name: str) -> None:
         self.id = WorkerId(name)
@@ -373,7 +373,7 @@ def test_a_worker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     run(["a", "b"], scenario)
 
 
-def test_the_engines_own_stall_is_no_workers_fault() -> None:
+def test_a_stall_of_the_engine_is_not_blamed_on_a_worker() -> None:
     held, goes_on = threading.Event(), threading.Event()
 
     async def scenario(cluster: Cluster, client: Client) -> None:
@@ -445,7 +445,7 @@ def test_an_engine_that_can_open_no_connection_ends(monkeypatch: pytest.MonkeyPa
         run(["a", "b"], scenario)
 
 
-def test_a_replica_that_comes_back_misses_nothing() -> None:
+def test_a_replica_that_reconnects_gets_every_output() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
         await client.submit(request("r", max_tokens=20), request("gone"))
         await client.until(lambda: len(client.tokens[RequestId("r")]) > 3)

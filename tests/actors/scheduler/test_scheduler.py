@@ -241,7 +241,7 @@ def test_no_more_than_max_num_seqs_run_on_a_worker() -> None:
     assert status.waiting == 2
 
 
-def test_few_tokens_a_step_still_serve_everybody() -> None:
+def test_few_tokens_a_step_still_serve_every_request() -> None:
     s = scheduler({A: 30}, max_num_batched_tokens=2)
     for i in range(4):
         s.add(request(f"r{i}", prompt=3, max_tokens=4))

@@ -214,7 +214,7 @@ def test_the_page_and_its_files(call: Call) -> None:
         assert call("GET", f"/page/{name}").status_code == 404
 
 
-def test_the_page_is_open_and_what_it_shows_is_not(call: Call) -> None:
+def test_the_page_needs_no_key_and_its_data_does(call: Call) -> None:
     config = {"api_key": "a", "admin_api_key": "k", "admin_read_key": "r"}
     assert call("GET", "/", config=config).status_code == 200
     assert call("GET", "/page/main.js", config=config).status_code == 200
@@ -235,7 +235,7 @@ def test_our_own_page_may_change_the_cluster_without_a_key(call: Call, origin: s
     assert call("POST", "/admin/rebalance", json={}, headers={"origin": origin}).status_code == status
 
 
-def test_a_dry_run_tells_the_placement_which_can_be_put(call: Call) -> None:
+def test_a_dry_run_returns_a_placement_that_can_be_put(call: Call) -> None:
     backend = MovingCluster()
     preview = call("POST", "/admin/rebalance", json={"dry_run": True}, backend=backend).json()
     assert preview["placement"]["physical_to_logical_map"] == backend.swapped().physical_to_logical_map.tolist()

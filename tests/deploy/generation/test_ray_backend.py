@@ -277,7 +277,7 @@ def test_a_request_waits_for_an_engine() -> None:
     run(scenario)
 
 
-def test_a_request_that_nobody_comes_back_for_ends() -> None:
+def test_a_request_whose_client_does_not_come_back_ends() -> None:
     async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
         outputs = backend.generate(request())
         first = asyncio.ensure_future(anext(outputs))
@@ -314,7 +314,7 @@ def test_a_request_that_was_never_served_may_come_again_later() -> None:
     run(scenario, recovery_timeout_s=0.1)
 
 
-def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_outputs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads least is cut off; the others go on."""
     monkeypatch.setattr(ray_backend, "MAX_UNREAD", 5)
     monkeypatch.setattr(ray_backend, "UNREAD_EVERY", 1)
