@@ -70,8 +70,8 @@ def test_one_busy_moment_keeps_the_workers_and_adds_none() -> None:
 
 def test_limits_hold_at_once() -> None:
     tight = Policy(min_workers=3, max_workers=4, seats_per_worker=10)
-    assert after([], 2, since=0, policy=tight) == Verdict(target=3, reason="at least 3 are to serve")
-    assert after([], 6, since=0, policy=tight) == Verdict(target=4, reason="at most 4 are to serve")
+    assert after([], 2, since=0, policy=tight) == Verdict(target=3, reason="at least 3 workers must serve")
+    assert after([], 6, since=0, policy=tight) == Verdict(target=4, reason="at most 4 workers may serve")
 
 
 samples_strategy = st.lists(

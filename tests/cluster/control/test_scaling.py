@@ -125,7 +125,7 @@ def test_the_autoscaler_scales_with_its_reason() -> None:
         sim.feed(LoadSeen(waiting=500, running=256, kv_usage=0.9))
     view = sim.state.view()
     assert (view.serving, view.target, view.min_workers, view.max_workers) == (4, 4, 1, 4)
-    assert "at most 4 are to serve" in (view.autoscaler or "")
+    assert "at most 4 workers may serve" in (view.autoscaler or "")
     with pytest.raises(PlacementError, match="1 to 4"):
         sim.feed(ScaleRequested(workers=5))
     for _ in range(200):
