@@ -115,7 +115,7 @@ class RayBackend:
                 stream.link.send(AbortRequests(request_ids=(request.request_id,)))
 
     async def _submit(self, link: Link | None, stream: RequestStream) -> None:
-        """Submit a request. Raises RequestError if the engine refuses it. If the engine is gone, the next one gets it."""
+        """Raises RequestError if the engine refuses it. The next engine gets it if this one is gone."""
         if link is None:
             return
         stream.link = link
@@ -316,7 +316,8 @@ class RayBackend:
         if now - self._served_at < self._recovery_timeout_s:
             return
         for stream in self._streams.values():
-            message = f"the cluster could not serve this request for {self._recovery_timeout_s:g} s: {self._readiness.reason}"
+            waited = f"{self._recovery_timeout_s:g} s"
+            message = f"the cluster could not serve this request for {waited}: {self._readiness.reason}"
             if stream.received:
                 stream.fail(message)
             else:

@@ -384,7 +384,7 @@ def test_a_request_waits_while_workers_recover(call: Call, path: str) -> None:
 def test_waiting_in_vain_is_a_503_and_not_a_500(call: Call) -> None:
     class Gone(FakeBackend):
         async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-            raise NotReadyError("nobody could serve this request for 600 s")
+            raise NotReadyError("the cluster could not serve this request for 600 s")
             yield
 
     for stream in (False, True):

@@ -291,7 +291,7 @@ def test_a_request_whose_client_does_not_come_back_ends() -> None:
         end = await anext(outputs)
         assert time.monotonic() - begun > 0.05
         assert end.finish_reason is FinishReason.ERROR
-        assert "nobody could serve this request for 0.1 s" in (end.error or "")
+        assert "the cluster could not serve this request for 0.1 s" in (end.error or "")
         await until(lambda: engine.aborted == ["r1"])
 
     run(scenario, recovery_timeout_s=0.1)
@@ -307,7 +307,7 @@ def test_a_request_that_was_never_served_may_come_again_later() -> None:
         engine.kill()
         await until(lambda: not backend._readiness.ready)
         assert backend.can_wait
-        with pytest.raises(NotReadyError, match=r"nobody could serve this request for 0\.1 s"):
+        with pytest.raises(NotReadyError, match=r"the cluster could not serve this request for 0\.1 s"):
             await collect(backend)
         assert not backend.can_wait
 
