@@ -13,8 +13,8 @@ from typing import Any
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.fleet import Fleet
+from elastic_moe.actors.control.polling import RollCall
 from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.control.roll_call import RollCall
 from elastic_moe.actors.control.transferring import Transferring
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask

@@ -1,6 +1,7 @@
-"""The coordinator's polls: asks workers and the engine for a sign of life and for their statistics.
+"""Asks workers and the engine for a sign of life: once a second, and when there is a reason to doubt a worker.
 
-A process that is gone or does not answer in time becomes an event. Nothing is decided here.
+A process that is gone or does not answer in time becomes an event. The polls fetch statistics too. Nothing is decided
+here.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
-from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
@@ -31,7 +32,37 @@ COUNTS_PER_WINDOW = 12
 ENGINE = "engine"
 
 
+class RollCall:
+    """Pings workers when there is a reason to doubt them. A worker that does not answer in time is lost."""
+
+    def __init__(self, processes: Processes, heartbeat_timeout_s: float) -> None:
+        self._processes = processes
+        self._timeout_s = heartbeat_timeout_s
+
+    async def find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
+        """The workers that are dead or hang. stepping: the thread that runs the steps has to answer."""
+        ping = WorkerActor.ping_step if stepping else WorkerActor.ping
+        return await self._call(workers, lambda actor: ask(actor, ping))
+
+    async def find_silent(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
+        """As `find_lost`, with a shorter time-out, for workers that another sign already makes suspect."""
+
+        def ping(actor: Remote[WorkerActor]) -> Awaitable[None]:
+            return sign_of_life(lambda: ask(actor, WorkerActor.ping), liveness.SUSPECT_TIMEOUT_S)
+
+        return await self._call(workers, ping)
+
+    async def _call(
+        self, workers: Iterable[WorkerId], ping: Callable[[Remote[WorkerActor]], Awaitable[None]]
+    ) -> list[WorkerLost]:
+        calls = {worker: ping(actor) for worker, actor in self._processes.present(workers).items()}
+        errors = await call_all(calls, self._timeout_s)
+        return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
+
+
 class Poller:
+    """Polls every worker and the engine, and keeps the engine's last status."""
+
     def __init__(
         self,
         processes: Processes,

@@ -12,7 +12,8 @@ import pytest
 import ray
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.coordinator import Coordinator, Parts
+from elastic_moe.actors.control.control_loop import ControlLoop
+from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
@@ -48,9 +49,9 @@ async def running(path: Path, **settings: Any) -> AsyncIterator[tuple[Coordinato
     await asyncio.sleep(0.01)
 
 
-def parts(coordinator: Coordinator) -> Parts:
-    assert coordinator._parts is not None
-    return coordinator._parts
+def control_loop(coordinator: Coordinator) -> ControlLoop:
+    assert coordinator._loop is not None
+    return coordinator._loop
 
 
 async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 5.0) -> Any:
@@ -294,7 +295,7 @@ def test_the_death_of_an_engine_is_noticed_at_once(tmp_path: Path, monkeypatch: 
 
             engine.before = die
             # of an engine that is not watched yet
-            parts(coordinator).poller._watched = None
+            control_loop(coordinator).poller._watched = None
             await watched.wait()
             monkeypatch.setattr(liveness, "POLL_S", 3600)
             dying.set()
@@ -314,7 +315,7 @@ def test_the_loss_of_an_engine_is_reported_once(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
-            processes = parts(coordinator).processes
+            processes = control_loop(coordinator).processes
             old = processes.engine
             assert processes.drop_engine(old, "died") is not None
             processes.ensure_engine()
@@ -452,7 +453,7 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
             assert isinstance(operation, Operation)
 
             async def preparing() -> bool:
-                change = parts(first).state.facts.change
+                change = control_loop(first).state.facts.change
                 return change is not None and change.stage is Stage.PREPARING
 
             await until(preparing)
@@ -537,7 +538,7 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
-            migrator = parts(coordinator).processes.migrator.handle
+            migrator = control_loop(coordinator).processes.migrator.handle
             migrator.before = hang
             operation = await coordinator.rebalance("greedy", False)
             assert isinstance(operation, Operation)
