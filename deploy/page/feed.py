@@ -1,4 +1,4 @@
-"""What the page is fed with: the state of the cluster as JSON in two levels, and what changes in it. Pure.
+"""What the page shows: the state of the cluster as JSON of two levels, and the changes of it. Pure.
 
 A state is {section: {key: value}}. A change is of the same form: it has the keys that are new or different, and null
 for those that are gone (RFC 7396 for two levels). So a page keeps the state with four lines of code, and a change is
@@ -23,9 +23,9 @@ Section = dict[str, Any]
 State = dict[str, Section]
 
 LOAD_STEPS = 16
-"""An expert whose load is its layer's mean is sent as this number; a byte goes up to 16 times the mean."""
+"""The byte that stands for the mean load of a layer's experts. So a byte can express up to 16 times the mean."""
 MAX_MOVES = 2000
-"""Copies under way that are listed one by one."""
+"""Most copies under way that are listed one by one."""
 
 
 def change(before: State, after: State) -> State:
@@ -41,7 +41,7 @@ def change(before: State, after: State) -> State:
 
 
 def apply(state: State, changes: State) -> State:
-    """Inverse of `change`, as the page does it."""
+    """The state after `changes`, which the page computes in the same way."""
     result = {name: dict(section) for name, section in state.items()}
     for name, keys in changes.items():
         section = result.setdefault(name, {})
@@ -69,7 +69,7 @@ def placement_sections(view: PlacementView) -> State:
 
 
 def map_sections(placement: Placement) -> State:
-    """Members in the order of ranks, and the expert (or -1) of every slot, layer by layer."""
+    """The members in rank order, and the expert (or -1) of every slot, layer by layer."""
     members = [{"id": worker.id, "node": worker.node, "slots": worker.slots} for worker in placement.workers]
     rows = {str(layer): row for layer, row in enumerate(placement.physical_to_logical_map.tolist())}
     return {"members": {"list": members, "experts": placement.num_logical_experts}, "map": rows}
@@ -78,7 +78,7 @@ def map_sections(placement: Placement) -> State:
 def worker_rows(workers: Sequence[WorkerView]) -> Section:
     rows: Section = {}
     for worker in workers:
-        # dataclasses.asdict() of 64 workers takes a percent of a core, once a second
+        # dataclasses.asdict() of 64 workers, called once a second, would take a percent of a core
         row = msgspec.to_builtins(worker)
         fit = None if worker.fit is None else row["fit"]["rows"]
         rows[worker.id] = row | {"fit": fit, "kv_usage": round(worker.kv_usage, 3)}
@@ -99,23 +99,23 @@ def marks(before: State, after: State) -> list[list[str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What has been counted until a moment. Of a successor of the engine they begin at zero again."""
+    """Counters at one moment. Those of an engine begin at zero again with the next engine."""
 
     at_s: float
-    """Seconds of a clock that never steps back."""
+    """Seconds of a monotonic clock."""
     generation_tokens: int
     prompt_tokens: int
     steps: int
     first_tokens: int
-    """First tokens that this API sent, and (below) the sum of the waits for them."""
+    """First tokens of answers that this API sent. The next field is the sum of the waits for them, in seconds."""
     first_tokens_s: float
     next_tokens: int
-    """Tokens after the first, and (below) the sum of the waits for them."""
+    """Later tokens of answers. The next field is the sum of the waits for them, in seconds."""
     next_tokens_s: float
 
 
 def sample(before: Totals | None, after: Totals, status: EngineStatus, unix_s: float) -> Section:
-    """One point of every curve: rates and mean waits between two moments. A key is left out where nothing was seen."""
+    """One point of every curve: rates and mean waits between two moments. A key without a value is left out."""
     point: Section = {
         "time_s": round(unix_s, 1),
         "running": sum(status.running.values()),
