@@ -19,7 +19,14 @@ from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.control.opening import control_settings, model_spec
 from elastic_moe.actors.control.planning import preview
 from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.control.views import placement_view, routing_view, standby_view, with_progress, worker_view
+from elastic_moe.actors.control.views import (
+    cluster_view,
+    operation_views,
+    placement_view,
+    routing_view,
+    with_progress,
+    worker_views,
+)
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.actors.remote.calls import one_line
@@ -38,10 +45,12 @@ from elastic_moe.cluster.facts.events import (
 from elastic_moe.cluster.facts.facts import Stage
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, ModelSpec
 from elastic_moe.cluster.messages.views import (
+    ClusterView,
     Operation,
     PlacementView,
     Readiness,
     RebalancePreview,
+    Revision,
     RoutingView,
     ScaleView,
     WorkerView,
@@ -93,10 +102,22 @@ class Coordinator:
     async def workers(self) -> list[WorkerView]:
         loop = self._require_loop()
         await loop.poller.refresh_status()
-        facts, device = loop.state.facts, self._fleet.device()
-        views = [worker_view(facts, record, loop.poller.status, device) for record in facts.records.values()]
-        standby = loop.processes.standby
-        return views if standby is None else [*views, standby_view(*standby, device)]
+        return self._worker_views(loop)
+
+    def _worker_views(self, loop: ControlLoop) -> list[WorkerView]:
+        return worker_views(loop.state, loop.poller.status, loop.processes.standby, self._fleet.device())
+
+    async def cluster(self, known: Revision) -> ClusterView:
+        """Everything that an open page shows, in one call. `known`: the revision of the caller's last answer.
+
+        The engine's status is that of the last poll, which takes no call to the engine.
+        """
+        loop = self._require_loop()
+        poller, processes = loop.poller, loop.processes
+        serves = processes.engine is not None and processes.engine_serves
+        status = poller.status if serves else None
+        workers = self._worker_views(loop)
+        return cluster_view(loop.state, loop.window, workers, status, poller.status_at, known, time.monotonic())
 
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
         """Raises ConflictError, NotReadyError, and ConfigError for an unknown planner."""
@@ -124,7 +145,7 @@ class Coordinator:
         loop = self._require_loop()
         loop.feed(ScaleRequested(workers=workers, retire=retire, operation_id=operation_id, replace=replace))
         known = loop.state.operations.get(operation_id) if operation_id is not None else None
-        return _newest(loop.state) if known is None else with_progress(loop.state, known)
+        return _newest(loop.state) if known is None else with_progress(loop.state.facts, known)
 
     async def scaling(self) -> ScaleView:
         return self._require_loop().state.view()
@@ -140,13 +161,12 @@ class Coordinator:
 
     async def operations(self) -> list[Operation]:
         """Newest first."""
-        state = None if self._loop is None else self._loop.state
-        return [] if state is None else [with_progress(state, operation) for operation in state.operations.all()]
+        return [] if self._loop is None else operation_views(self._loop.state)
 
     async def operation(self, operation_id: str) -> Operation | None:
         state = None if self._loop is None else self._loop.state
         operation = None if state is None else state.operations.get(operation_id)
-        return None if state is None or operation is None else with_progress(state, operation)
+        return None if state is None or operation is None else with_progress(state.facts, operation)
 
     async def counters(self) -> ClusterCounters:
         return ClusterCounters() if self._loop is None else self._loop.state.counters
@@ -246,4 +266,4 @@ class Coordinator:
 
 
 def _newest(state: ControlState) -> Operation:
-    return with_progress(state, state.operations.all()[0])
+    return with_progress(state.facts, state.operations.all()[0])

@@ -80,6 +80,8 @@ class Poller:
         self._spawn = spawn
         self.status = EngineStatus()
         """The engine's last report."""
+        self.status_at = 0.0
+        """When the last report came."""
         self._load_progress: dict[WorkerId, float] = {}
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
@@ -119,7 +121,7 @@ class Poller:
         engine = self._processes.engine
         if engine is not None:
             with contextlib.suppress(*CALL_ERRORS):
-                self.status = await within(ask(engine, Engine.status), liveness.POLL_S)
+                self._seen(await within(ask(engine, Engine.status), liveness.POLL_S))
 
     async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor]) -> None:
         try:
@@ -150,12 +152,15 @@ class Poller:
 
     async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:
-            self.status = await sign_of_life(lambda: ask(engine, Engine.status), self._timeout_s)
+            self._seen(await sign_of_life(lambda: ask(engine, Engine.status), self._timeout_s))
             self._feed(load_seen(self.status))
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
         finally:
             self._asking.discard(ENGINE)
+
+    def _seen(self, status: EngineStatus) -> None:
+        self.status, self.status_at = status, time.monotonic()
 
     async def _watch_engine(self, engine: Remote[Engine]) -> None:
         """Notice the engine's death at once instead of at the next poll."""

@@ -111,6 +111,7 @@ class Scaling:
             target=self.target,
             min_workers=fewest_wanted(facts),
             max_workers=limits_of_target(self._settings, self._model)[1],
+            next_worker=self._membership.next_worker,
             autoscaler=None if self._settings.max_workers is None else self.verdict,
         )
 

@@ -45,12 +45,15 @@ class RoutingWindow:
         self._shape = (num_layers, num_experts)
         self._bucket_s = window_s / buckets
         self._count = buckets
+        self.reports = 0
+        """Number of reports that the window has taken."""
         self._buckets: list[_Bucket] = []
 
     def add(self, counts: RoutingCounts, now: float) -> None:
         """Add one worker's report, which counts what it ran since its previous report."""
         assert counts.load.shape == self._shape, f"load is {counts.load.shape}, expected {self._shape}"
         self._drop_old(now)
+        self.reports += 1
         if counts.tokens == 0:
             return
         bucket = self._bucket_of(now)

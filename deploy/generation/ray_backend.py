@@ -42,11 +42,13 @@ from elastic_moe.cluster.messages.requests import (
     TokenOutput,
 )
 from elastic_moe.cluster.messages.views import (
+    ClusterView,
     EngineStatus,
     Operation,
     PlacementView,
     Readiness,
     RebalancePreview,
+    Revision,
     RoutingView,
     ScaleView,
     WorkerView,
@@ -248,6 +250,9 @@ class RayBackend:
 
     async def workers(self) -> list[WorkerView]:
         return await self._answer(ask(self._coordinator, Coordinator.workers))
+
+    async def cluster(self, known: Revision) -> ClusterView:
+        return await self._answer(ask(self._coordinator, Coordinator.cluster, known))
 
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
         return await self._answer(

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.messages.views import EngineStatus, Operation, PlacementView, WorkerView
+from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Operation, PlacementView, WorkerView
 from elastic_moe.cluster.placement import Placement
 
 Section = dict[str, Any]
@@ -33,6 +33,9 @@ def change(before: State, after: State) -> State:
     changes: State = {}
     for name in before.keys() | after.keys():
         old, new = before.get(name, {}), after.get(name, {})
+        if old is new:
+            # sections that were not made anew; large ones would take long to compare
+            continue
         keys: Section = {key: value for key, value in new.items() if key not in old or old[key] != value}
         keys |= dict.fromkeys(old.keys() - new.keys())
         if keys:
@@ -51,7 +54,7 @@ def apply(state: State, changes: State) -> State:
     return {name: section for name, section in result.items() if section}
 
 
-def load_rows(load: npt.NDArray[np.int64]) -> Section:
+def load_rows(load: npt.NDArray[np.number[Any]]) -> Section:
     """load: [L, E] tokens. One string for each layer: base64 of E bytes, LOAD_STEPS for the layer's mean."""
     mean = load.mean(axis=1, keepdims=True)
     ratio = np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
@@ -90,7 +93,7 @@ def operation_rows(operations: Sequence[Operation]) -> Section:
 
 
 def marks(before: State, after: State) -> list[list[str]]:
-    """[kind, reason] of every operation that has begun between two looks, the first of which saw any."""
+    """[kind, reason] of every operation that has begun between two states, if the first one has operations at all."""
     if "operations" not in before:
         return []
     known = before["operations"]
@@ -112,6 +115,28 @@ class Totals:
     next_tokens: int
     """Later tokens of answers. The next field is the sum of the waits for them, in seconds."""
     next_tokens_s: float
+
+
+def sections(view: ClusterView) -> State:
+    """The sections that an answer of the cluster makes new; the others stay as they are."""
+    state: State = {
+        "workers": worker_rows(view.workers),
+        "operations": operation_rows(view.operations),
+        "order": {"operations": [operation.operation_id for operation in view.operations]},
+        "scale": {name: value for name, value in msgspec.to_builtins(view.scale).items() if value is not None},
+        "counters": {
+            "recoveries": view.recoveries,
+            "experts_moved": view.experts_moved,
+            "bytes_moved": view.bytes_moved,
+            "requests_moved": view.requests_moved,
+        },
+    }
+    if view.placement is not None:
+        state |= placement_sections(view.placement)
+    if view.load is not None:
+        state["load"] = load_rows(view.load.load)
+        state["window"] = {"tokens": view.load.tokens, "window_s": view.load.window_s}
+    return state
 
 
 def sample(before: Totals | None, after: Totals, status: EngineStatus, unix_s: float) -> Section:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -18,7 +19,7 @@ from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
 from elastic_moe.cluster.facts.facts import Stage
-from elastic_moe.cluster.messages.views import Operation, Phase, RebalancePreview
+from elastic_moe.cluster.messages.views import Operation, Phase, RebalancePreview, Revision
 from elastic_moe.cluster.placement import WorkerId
 from tests.actors.fakes import FIT, MODEL, PlainFleet
 
@@ -103,6 +104,16 @@ def test_views_during_and_after_the_start(tmp_path: Path, caplog: pytest.LogCapt
             assert routing.load_imbalance[0] > 1.5
             (operation,) = await coordinator.operations()
             assert (operation.kind, operation.phase) == ("start", Phase.COMPLETED)
+            view = await coordinator.cluster(Revision())
+            assert (view.workers, view.operations) == (workers, [operation])
+            assert view.placement == await coordinator.placement()
+            assert view.load is not None
+            assert (view.load.load == routing.load).all()
+            assert view.load.load_imbalance == pytest.approx(np.mean(routing.load_imbalance))
+            assert view.status is not None
+            assert (view.status.running, view.scale.next_worker) == ({W0: 3, W1: 0}, "w2")
+            again = await coordinator.cluster(view.revision)
+            assert (again.placement, again.load, again.revision) == (None, None, view.revision)
 
     asyncio.run(story())
     served = [line for line in caplog.messages if "is served by" in line]

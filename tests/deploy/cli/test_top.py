@@ -76,7 +76,9 @@ def look(at_s: float = 0.0, *, layers: int = 4, workers: Sequence[SeenWorker] = 
     given: dict[str, Any] = {
         "ready": Readiness(ready=True, reason="serving"),
         "workers": workers,
-        "scale": ScaleView(serving=2, target=2, min_workers=1, max_workers=8, autoscaler=None),
+        "scale": ScaleView(
+            serving=2, target=2, min_workers=1, max_workers=8, next_worker=WorkerId("w2"), autoscaler=None
+        ),
         "placement": contiguous(layers, 2 * len(workers), members),
         "epoch": 7,
         "load": load,
