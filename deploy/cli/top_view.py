@@ -186,7 +186,7 @@ def _operations(operations: Sequence[Operation]) -> RenderableType:
         return Text("no operation yet", "bright_black")
     shown = operations[:OPERATIONS_SHOWN]
     table = Table(box=None, padding=(0, 1), header_style="bright_black", pad_edge=False, expand=True)
-    # a long reason would otherwise take the room of the others
+    # without a width, a long reason would take the room of the other columns
     name = min(24, max(len("operation"), *(len(operation.operation_id) for operation in shown)))
     table.add_column("operation", no_wrap=True, min_width=name, max_width=name)
     table.add_column("kind", no_wrap=True, min_width=9)

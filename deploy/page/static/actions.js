@@ -1,4 +1,4 @@
-// Hands on: dry run and re-placement, workers that come and go, pins. Each shows its operation until it ends.
+// Changes of the cluster: dry run and re-placement, more or fewer workers, pins. Each shows its operation until it ends.
 
 import { ClusterMap } from "./clustermap.js";
 import { byId, h, setText } from "./dom.js";
@@ -92,7 +92,7 @@ export class Actions {
     });
   }
 
-  /** Before and after side by side, and a button that makes exactly this placement so. */
+  /** Show the placements before and after side by side, with a button that applies exactly this one. */
   #compare(preview) {
     if (!this.#view || !preview.placement) return this.#say(preview.reason);
     const after = withPlacement(this.#view, preview.placement);
@@ -154,7 +154,7 @@ export class Actions {
   }
 }
 
-/** Offer these values, and keep the chosen one where it is still among them. */
+/** Offer these values, and keep the chosen one if it is still among them. */
 function options(select, names) {
   const known = [...select.options].map((option) => option.value);
   if (known.join() === names.join()) return;

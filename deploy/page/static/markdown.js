@@ -191,7 +191,7 @@ function link(text, at, put, depth, find) {
   return put(h("a", { href: address, target: "_blank", rel: "noopener noreferrer nofollow", title: address }, words), close + 1);
 }
 
-/** The address, where it is one of the web; null for javascript:, data:, and names of this server. */
+/** The address if it is one of the web; null for javascript:, data:, and names of this server. */
 function safe(target) {
   if (!/^https?:\/\//i.test(target)) return null;
   try {
