@@ -95,6 +95,7 @@ def test_what_the_page_has_is_not_asked_for_again(model_dir: Path) -> None:
         backend.swap()
         while "map" not in event["state"]:
             _, event = decoded(await anext(stream))
+        await anext(stream)
         await stream.aclose()
 
     run(work)
