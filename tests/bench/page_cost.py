@@ -27,9 +27,6 @@ from tempfile import TemporaryDirectory
 import httpx
 import psutil
 
-from tests.deploy.fakes import make_tokenizer
-from tests.deploy.moving_cluster import MovingCluster, served
-
 PAGES = (0, 1, 100)
 SETTLE_S = 3.0
 """Seconds after the pages have connected, in which they get their snapshots."""
@@ -150,6 +147,10 @@ def measure(url: str, pids: Sequence[int], pages: int, seconds: float, streams: 
 
 
 def _serve(large: bool, pipe: multiprocessing.connection.Connection) -> None:
+    # imported here, because the process of the pages needs none of it
+    from tests.deploy.fakes import make_tokenizer
+    from tests.deploy.moving_cluster import MovingCluster, served
+
     with TemporaryDirectory() as folder:
         model = Path(folder) / "tiny-moe"
         make_tokenizer(model)
@@ -183,11 +184,12 @@ def main() -> None:
     turns = {pages: Turn() for pages in PAGES}
 
     def run(url: str, pids: Sequence[int]) -> None:
-        for _ in range(args.turns):
+        for done in range(1, args.turns + 1):
             for pages, turn in turns.items():
                 measure(url, pids, pages, args.seconds, args.streams, turn)
-        for pages, turn in turns.items():
-            print(json.dumps(turn.row(pages)), flush=True)
+            print(f"after {done} of {args.turns} turns:")
+            for pages, turn in turns.items():
+                print(json.dumps(turn.row(pages)), flush=True)
 
     if args.url is not None:
         run(args.url, args.pid)
