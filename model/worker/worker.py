@@ -23,7 +23,7 @@ from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAbor
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostSpec, RoutingCounts
 from elastic_moe.cluster.messages.requests import RequestId
-from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
+from elastic_moe.cluster.messages.steps import Chunk, Sample, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
@@ -37,6 +37,7 @@ from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.worker.runner import ModelRunner
 from elastic_moe.model.worker.sampling import NO_TOKEN, SamplingState, sample
+from elastic_moe.model.worker.scoring import Scoring, score
 
 log = logging.getLogger(__name__)
 
@@ -316,7 +317,9 @@ class Worker:
         for new in plan.new:
             self._sequences[new.request_id] = _Sequence(state=SamplingState(new), blocks=[])
         slices = [self._slice(chunk) for chunk in plan.chunks]
-        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
+        scoring = self._scoring(plan)
+        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter, keep=bool(scoring))
+        scored = score(scoring, self._runner.logits, self._runner.vocabulary)
         sampling = [chunk.request_id for chunk in plan.chunks if chunk.samples]
         states = [self._sequences[request_id].state for request_id in sampling]
         with torch.inference_mode():
@@ -327,19 +330,35 @@ class Worker:
             # the next step may be on its way and runs with any token here; nobody reads the result for this request
             state.append(0 if token == NO_TOKEN else token)
         self._counter.commit_step([chunk.length for chunk in plan.chunks])
+        tokens = zip(sampling, chosen, strict=True)
+        corrupted = {request_id for request_id, (token, _) in tokens if token == NO_TOKEN}
+        corrupted |= {one for one in scored if not isinstance(one, ScoredPrompt)}
         samples = tuple(
             Sample(request_id=request_id, token_id=token, logprobs=logprobs)
             for request_id, (token, logprobs) in zip(sampling, chosen, strict=True)
-            if token != NO_TOKEN
-        )
-        corrupted = tuple(
-            request_id for request_id, (token, _) in zip(sampling, chosen, strict=True) if token == NO_TOKEN
+            if request_id not in corrupted
         )
         compute_s = time.perf_counter() - begin
         # workers wait for one another, so a prompt on one worker makes the step a prefill step for all
         decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
-        return StepResult(step=plan.step, samples=samples, compute_s=compute_s, corrupted=corrupted)
+        return StepResult(
+            step=plan.step,
+            samples=samples,
+            compute_s=compute_s,
+            corrupted=tuple(corrupted),
+            scored=tuple(s for s in scored if isinstance(s, ScoredPrompt) and s.request_id not in corrupted),
+        )
+
+    def _scoring(self, plan: StepPlan) -> list[Scoring]:
+        wanted: list[Scoring] = []
+        row = 0
+        for chunk in plan.chunks:
+            one = Scoring.of(chunk, row, self._sequences[chunk.request_id].state)
+            if one is not None:
+                wanted.append(one)
+            row += chunk.length
+        return wanted
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]
