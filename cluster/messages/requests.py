@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
+from elastic_moe.cluster.messages.grammars import Grammar
+
 RequestId = NewType("RequestId", str)
 
 
@@ -48,6 +50,11 @@ class SamplingParams:
     """The only tokens that may be chosen; None allows all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that the output must not contain: the last token of one is not chosen after the others."""
+    grammar: Grammar | None = None
+    """What the output must look like. None allows everything."""
+    grammar_after: tuple[int, ...] | None = None
+    """The output may begin with anything, and the grammar with the token after the first place where these tokens stand
+    in the output in a row, such as the end of the reasoning. None: the grammar begins with the output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
