@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
+from elastic_moe.cluster.messages.grammars import Grammar
+
 from elastic_moe.cluster.messages.scores import PromptScores
 
+||||||| 53d93eb
 RequestId = NewType("RequestId", str)
 
 
@@ -55,6 +58,11 @@ class SamplingParams:
     """The only tokens that may be chosen; None allows all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that the output must not contain: the last token of one is not chosen after the others."""
+    grammar: Grammar | None = None
+    """What the output must look like. None allows everything."""
+    grammar_after: tuple[int, ...] | None = None
+    """The output may begin with anything, and the grammar with the token after the first place where these tokens stand
+    in the output in a row, such as the end of the reasoning. None: the grammar begins with the output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

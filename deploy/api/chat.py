@@ -66,6 +66,7 @@ async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
         prompt_tokens=len(token_ids),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         bad_words=await service.bad_words(body.bad_words),
+        grammar=await service.grammar(body),
     )
     last = body.messages[-1]
     echo = text_of(last.to_template()["content"]) if body.echo and last.role == ROLE else ""

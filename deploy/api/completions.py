@@ -59,6 +59,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
         raise RequestError(f"prompt: expected 1 to {MAX_PROMPTS} prompts, got {len(given)}", param="prompt")
     limits = await service.limits()
     bad_words = await service.bad_words(body.bad_words)
+    grammar = await service.grammar(body)
     prompts: list[Prompt] = []
     for prompt in given:
         # let other requests run between two prompts
@@ -81,6 +82,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
             logprobs=body.logprobs,
             fallback_max_tokens=DEFAULT_MAX_TOKENS,
             bad_words=bad_words,
+            grammar=grammar,
         )
         text = await _echo(service, body, prompt)
         prompts.append(Prompt(token_ids=token_ids, params=params, param="prompt", text=text))

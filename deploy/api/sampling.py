@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import SamplingParams
 from elastic_moe.deploy.bodies.bounds import MAX_LOGIT_BIASES, TokenIds
 from elastic_moe.deploy.bodies.schema import SamplingFields
@@ -56,10 +57,13 @@ def sampling_params(
     logprobs: int | None,
     fallback_max_tokens: int | None = None,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    grammar: Grammar | None = None,
+    grammar_after: tuple[int, ...] | None = None,
 ) -> SamplingParams:
     """The parameters of choice 0. Raises RequestError for values that contradict one another or the model.
 
-    `bad_words` has the field's words as tokens.
+    `bad_words` has the field's words as tokens. `grammar` has been checked (Service.grammar); `grammar_after` are the
+    tokens after which it begins, as in SamplingParams.
     """
     max_tokens = _max_tokens(fields, prompt_tokens, defaults, limits, fallback_max_tokens)
     min_tokens = fields.min_tokens or 0
@@ -89,6 +93,8 @@ def sampling_params(
         ignore_eos=bool(fields.ignore_eos),
         allowed_token_ids=_allowed(fields, min_tokens, limits, bad_words),
         bad_words=bad_words,
+        grammar=grammar,
+        grammar_after=grammar_after,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.api.places import Places
@@ -25,9 +26,11 @@ from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
 from elastic_moe.deploy.bodies.bounds import TokenIds
 from elastic_moe.deploy.bodies.schema import Message, SamplingFields, TemplateFields
+from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.structured.requested import requested_grammar
 from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 
@@ -225,6 +228,17 @@ class Service:
             if (single := self.tokenizer.id_of_piece(bare)) is not None:
                 ways[(single,)] = None
         return tuple(way for way in ways if way)
+
+    async def grammar(self, fields: StructuredFields) -> Grammar | None:
+        """The grammar that the fields ask for, after it has been compiled once. Raises RequestError, naming the field."""
+        requested = requested_grammar(fields)
+        if requested is None:
+            return None
+        return await self.checked_grammar(requested.grammar, param=requested.param)
+
+    async def checked_grammar(self, grammar: Grammar, *, param: str) -> Grammar:
+        """`grammar`, after it has been compiled once. Raises RequestError, which names `param`, where it cannot be."""
+        return grammar
 
     async def decode(self, token_ids: TokenIds) -> str:
         """The text of any number of tokens."""

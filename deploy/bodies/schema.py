@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
+from pydantic import ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.bodies.base import Body
 from elastic_moe.deploy.bodies.bounds import MAX_STOPS, TokenIds, check_sizes, pack_ids, pack_prompt
 from elastic_moe.deploy.bodies.faults import request_error
 from elastic_moe.deploy.bodies.json_text import type_name
+from elastic_moe.deploy.bodies.structured import StructuredFields
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -31,27 +33,12 @@ MAX_ALLOWED_TOKEN_IDS = 1 << 14
 BodyT = TypeVar("BodyT", bound="Body")
 
 
-class Body(BaseModel):
-    """Base of all bodies."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-    @classmethod
-    def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """`data` with its lists of token ids checked and packed. Raises RequestError."""
-        return data
-
-
 class StreamOptions(Body):
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
 
-class ResponseFormat(Body):
-    type: str
-
-
-class SamplingFields(Body):
+class SamplingFields(StructuredFields):
     """The fields that completions and chat completions have in common."""
 
     # fields that would change the answer, with the values that leave it as it is
@@ -62,13 +49,6 @@ class SamplingFields(Body):
         "prompt_logprobs": (),
         "logprob_token_ids": ([],),
         "logits_processors": ([],),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "guided_whitespace_pattern": (),
-        "structured_outputs": (),
-        "structural_tag": (),
         "thinking_token_budget": (),
         "repetition_detection": (),
         "vllm_xargs": ({},),
@@ -101,7 +81,6 @@ class SamplingFields(Body):
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     """Most tokens of the prompt that are kept; -1 keeps as many as leave room for the answer."""
     truncation_side: Literal["left", "right"] | None = None
@@ -334,12 +313,6 @@ def _check_together(body: SamplingFields) -> None:
         raise RequestError(
             "spaces_between_special_tokens: false is not supported where special tokens are shown",
             param="spaces_between_special_tokens",
-            code="unsupported_value",
-        )
-    if body.response_format is not None and body.response_format.type != "text":
-        raise RequestError(
-            f"response_format: only the type 'text' is supported, got {body.response_format.type!r}",
-            param="response_format",
             code="unsupported_value",
         )
     if body.best_of is not None and body.best_of != body.num_choices:
