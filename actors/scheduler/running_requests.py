@@ -41,7 +41,9 @@ class RunningRequest:
         "longest",
         "num_prompt_tokens",
         "num_to_score",
+        "overtaken",
         "params",
+        "priority",
         "rank",
         "request_id",
         "scored",
@@ -64,6 +66,9 @@ class RunningRequest:
         self.rank = 0
         self.turn = 0
         """`turn` and `rank` are the place in the queue (fair_queue.py). A preempted request keeps them."""
+        self.priority = request.priority
+        self.overtaken = 0
+        """Number of later requests of a lower priority number that have been let past in the queue."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         """Prompt, then output."""

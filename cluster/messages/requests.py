@@ -11,10 +11,8 @@ from enum import StrEnum
 from typing import NewType
 
 from elastic_moe.cluster.messages.grammars import Grammar
-
 from elastic_moe.cluster.messages.scores import PromptScores
 
-||||||| 53d93eb
 RequestId = NewType("RequestId", str)
 
 

@@ -1,10 +1,12 @@
-"""Log probabilities of prompt tokens, packed: a prompt may have a hundred thousand tokens, with twenty alternatives each.
+"""Log probabilities of prompt tokens, packed, since a prompt may have a hundred thousand tokens with twenty
+alternatives each.
 
 Legend: C scored tokens, A alternatives to each.
 """
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -74,7 +76,7 @@ def joined(pieces: Sequence[PromptScores]) -> PromptScores | None:
     """Consecutive pieces as one; None where there is no piece."""
     if len(pieces) <= 1:
         return pieces[0] if pieces else None
-    assert all(before.end == after.start for before, after in zip(pieces, pieces[1:], strict=False))
+    assert all(before.end == after.start for before, after in itertools.pairwise(pieces))
     return PromptScores(
         start=pieces[0].start,
         width=pieces[0].width,
