@@ -276,10 +276,12 @@ class Scheduler:
         if not request.counted:
             request.counted = True
             self._prompt_tokens += request.num_prompt_tokens
+        request.tokens.append(sample.token_id)
         if not request.params.max_tokens:
             self._end(request)
+            # nobody gets the token that has ended it
+            del request.tokens[-1]
             return _output(request, (), FinishReason.LENGTH, scores=scores)
-        request.tokens.append(sample.token_id)
         self._generation_tokens += 1
         reason = request.finish_reason()
         if reason is not None:

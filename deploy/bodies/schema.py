@@ -58,8 +58,13 @@ class SamplingFields(StructuredFields):
         "logits_processors": ([],),
         "thinking_token_budget": (),
         "repetition_detection": (),
+        "max_repetition_pattern_size": (0,),
+        "min_repetition_pattern_size": (0,),
+        "repetition_min_count": (0,),
+        "watermarking": (False,),
         "vllm_xargs": ({},),
         "kv_transfer_params": (),
+        "ec_transfer_params": (),
         "prompt_embeds": (),
     }
 

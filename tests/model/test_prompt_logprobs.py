@@ -78,6 +78,6 @@ def test_families_that_scale_or_cap_logits(family: str, tmp_path_factory: pytest
 
 def test_the_builtin_model_on_text() -> None:
     prompt = Tokenizer.load(str(MODEL_DIR)).encode(TEXT)
-    cluster = Lockstep(MODEL_DIR, (4, 4))
+    cluster = Lockstep(MODEL_DIR, (8, 8))
     found = scored(cluster, [request("text", prompt, max_tokens=0, prompt_logprobs=ALTERNATIVES)])
     assert_scores(found["text"], prompt, reference(MODEL_DIR, prompt))

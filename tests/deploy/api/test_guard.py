@@ -45,6 +45,7 @@ def status_of(
         "type": "http",
         "method": method,
         "path": path,
+        "scheme": "http",
         "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
         "client": (peer, 5),
         "server": (server, 8000),
