@@ -9,10 +9,11 @@ import hashlib
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
@@ -30,9 +31,12 @@ from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.parsing.formats import AnswerForm
+from elastic_moe.deploy.parsing.parser import AnswerParser
 from elastic_moe.deploy.structured.requested import requested_grammar
 from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
 from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.deploy.tools.form import answer_form
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,8 @@ class Prompt:
     """The field that the prompt came from, for error messages."""
     text: str = ""
     """The text to put before the answer, where the request asks for an echo."""
+    new_parser: Callable[[], AnswerParser] | None = None
+    """Makes the parser of an answer, where reasoning or tool calls are looked for."""
 
 
 class Service:
@@ -94,6 +100,10 @@ class Service:
         self._has_fast_tokenizer = False
         """Whether the tokenizer can be given to the other process as JSON."""
         self._info: ModelInfo | None = None
+        self.form = AnswerForm()
+        """How the model writes reasoning and tool calls."""
+        self.markers: Mapping[int, str] = {}
+        """The special tokens that are a part of it."""
 
     async def begin(self) -> None:
         try:
@@ -109,6 +119,10 @@ class Service:
             self._has_fast_tokenizer = written is not None
             if written is not None:
                 self.aside.use_tokenizer(lambda: written)
+            self.form = await asyncio.to_thread(answer_form, tokenizer, self.model_dir, self.config)
+            self.markers = {
+                token_id: text for token_id, text in tokenizer.special_tokens.items() if self.form.needs(text)
+            }
             self._tokenizer = tokenizer
         except UserError as error:
             self._tokenizer_error = str(error)
@@ -184,13 +198,16 @@ class Service:
                 status=404,
             )
 
-    async def render_chat(self, messages: Sequence[Message], fields: TemplateFields) -> str:
+    async def render_chat(
+        self, messages: Sequence[Message], fields: TemplateFields, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The prompt of a chat. Raises RequestError where the template refuses the messages, or does not end."""
         return await self.prompts.render_chat(
             [message.to_template() for message in messages],
             add_generation_prompt=fields.begins_turn,
             continue_final_message=bool(fields.continue_final_message),
             template_kwargs=fields.template_kwargs,
+            tools=list(tools),
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str, to_be_cut: bool = False) -> TokenIds:
@@ -283,6 +300,8 @@ class Service:
                         skip_special_tokens=body.skip_special_tokens is not False,
                         eos_token_ids=limits.eos_token_ids,
                         return_token_ids=bool(body.return_token_ids),
+                        parser=prompt.new_parser() if prompt.new_parser is not None else None,
+                        markers=self.markers,
                     )
                 )
         return answers

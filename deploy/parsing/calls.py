@@ -88,7 +88,9 @@ class NamedCall:
         events, self._begin = self._begin, []
         if not self._span.begun:
             text = text.lstrip()
-        self._span.feed(text)
+        used = self._span.feed(text)
+        # what follows an object is none of its arguments, such as the marker of an answer that is cut off
+        text = text[:used] if self._span.bracketed else text
         kept = text.rstrip()
         if kept:
             events += self._log.arguments("".join(self._spaces) + kept)

@@ -81,15 +81,17 @@ class AnswerForm:
     opens: bool = False
     """Whether an answer is reasoning from its beginning on, without a mark."""
     own: Mapping[str, Any] | None = None
-    """The checkpoint's own response template, which then stands for both families."""
+    """The checkpoint's own response template, by which answers are parsed instead of by the families'."""
 
     @property
     def has_reasoning(self) -> bool:
-        return self.reasoning is not None or (self.own is not None and bool(REASONING_FIELDS & set(self.own["fields"])))
+        if self.own is not None:
+            return bool(REASONING_FIELDS & set(self.own["fields"]))
+        return self.reasoning is not None
 
     @property
     def has_tools(self) -> bool:
-        return self.tools is not None or (self.own is not None and CALLS in self.own["fields"])
+        return self.tools is not None if self.own is None else CALLS in self.own["fields"]
 
     def spec(self, *, tools: bool) -> dict[str, Any] | None:
         """The response template, with the field of calls or without; None where nothing is to be parsed."""
@@ -145,8 +147,6 @@ def chosen_form(
 ) -> AnswerForm:
     """The form of a checkpoint: by the names that the user gives, by its own response template, by the marks in its
     chat template, and by its type, in this order. Raises ConfigError for an unknown name."""
-    if own is not None and tool_parser is None and reasoning_parser is None:
-        return AnswerForm(own=own)
     tools = [family for family in families() if family.tool_parsers]
     thinkers = [family for family in families() if family.reasoning_parsers]
     if tool_parser is not None:
@@ -159,14 +159,8 @@ def chosen_form(
         tools=_marked(tools, chat_template, model_type, sure=tool_parser is not None),
         reasoning=_marked(thinkers, chat_template, model_type, sure=reasoning_parser is not None),
         opens=any(reasoning_parser in family.opened_by for family in thinkers),
+        own=own if tool_parser is None and reasoning_parser is None else None,
     )
-
-
-def parser_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that --tool-call-parser and --reasoning-parser take."""
-    tools = {name for family in families() for name in family.tool_parsers}
-    reasoning = {name for family in families() for name in family.reasoning_parsers}
-    return (*sorted(tools), NO_PARSER), (*sorted(reasoning), NO_PARSER)
 
 
 def _named(candidates: list[Family], name: str, setting: str, names: Any) -> list[Family]:

@@ -1,6 +1,6 @@
 """The parser of one answer: pieces of text go in, and events come out.
 
-    parser = AnswerParser(form, prompt=prompt, tools=tools)
+    parser = AnswerParser(form, begun=begun_answer(form, prompt), tools=tools)
     for text in pieces:
         for event in parser.push(text): ...
     for event in parser.end(): ...
@@ -31,12 +31,12 @@ class AnswerParser:
         self,
         form: AnswerForm,
         *,
-        prompt: str = "",
+        begun: str = "",
         tools: Sequence[Mapping[str, Any]] = (),
         max_calls: int | None = None,
         new_id: Callable[[], str] | None = None,
     ) -> None:
-        """`prompt` is the text before the answer, since the chat template may have begun the answer already.
+        """`begun` is the beginning of the answer that the chat template has written already, if it has.
 
         Calls are looked for only where there are `tools`, in OpenAI's form. After `max_calls` of them the answer has
         `finished`.
@@ -53,7 +53,7 @@ class AnswerParser:
         self._raw: list[str] = []
         """The text of a region that may turn out to be no call."""
         self._opening = _Opening("")
-        self._begin(form, prompt)
+        self._begin(form, begun)
 
     @property
     def in_reasoning(self) -> bool:
@@ -79,9 +79,9 @@ class AnswerParser:
             events += self._close_call(marker="", marked=False)
         return events + _pieces(TextKind.CONTENT, "" if self.finished else self._content.flush())
 
-    def _begin(self, form: AnswerForm, prompt: str) -> None:
-        """Read the part of the answer that is in the prompt; nothing of it is an event."""
-        self._read(self._regions.feed(_begun(self._template, prompt)))
+    def _begin(self, form: AnswerForm, begun: str) -> None:
+        """Read what is in the prompt already; nothing of it is an event."""
+        self._read(self._regions.feed(begun))
         self._read(self._regions.settle())
         self._reader = None
         self._content.forget()
@@ -222,14 +222,22 @@ def id_maker(form: AnswerForm) -> Callable[[], str]:
     return lambda: "".join(secrets.choice(alphabet) for _ in range(chars))
 
 
-def _begun(template: Any, prompt: str) -> str:
-    """The part of the answer at the end of the prompt.
+def begun_answer(form: AnswerForm, prompt: str) -> str:
+    """The part of the answer that is at the end of the prompt, such as a <think> that the chat template writes.
 
-    Where the prompt has no beginning of an answer that the template knows, it is at most the mark of reasoning.
+    Where the prompt has no beginning of an answer that the form knows, it is at most the mark of reasoning.
     """
-    ends = [match.end() for match in template.start_anchor_re.finditer(prompt)]
+    template = form.template(tools=form.has_tools)
+    if template is None:
+        return ""
+    literals = template.start_anchor_literals
+    if literals is not None:
+        # the last one counts, and to search from the end takes no time in a long prompt
+        ends = [at + len(text) for text in literals if (at := prompt.rfind(text)) >= 0]
+    else:
+        ends = [match.end() for match in template.start_anchor_re.finditer(prompt)]
     if ends:
-        return prompt[ends[-1] :]
+        return prompt[max(ends) :]
     for name, field in template.fields.items():
         for opener in field.open_literals or ():
             if name in REASONING_FIELDS and prompt.rstrip().endswith(opener.rstrip()):

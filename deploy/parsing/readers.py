@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastic_moe.deploy.parsing.calls import (
-    Cast,
     CallLog,
     CallReader,
+    Cast,
     EnvelopeCall,
     NamedCall,
     TaggedCall,

@@ -1,7 +1,8 @@
 """Finds the regions of a response template, such as reasoning and tool calls, in a text that comes in pieces.
 
-The same as transformers' ResponseParser does, with two differences: only the end of the text is kept, so time and
-memory are in proportion to the text; and a possible marker that goes on for too long is no marker.
+The same as transformers' ResponseParser does, with three differences: only the end of the text is kept, so time and
+memory are in proportion to the text; a possible marker that goes on for too long is no marker; and neither is one that
+the end of the text may have cut off.
 """
 
 from __future__ import annotations
@@ -105,6 +106,9 @@ class Regions:
                 continue
             if not last and (found.match.partial or found.may_grow(end)):
                 held_from = min(held_from, found.start())
+            elif last and opens and found.may_grow(end):
+                # such as the name of a tool that is cut off
+                continue
             elif best is None or found.rank < best.rank:
                 best = found
         if end - held_from > MAX_HELD:

@@ -105,10 +105,10 @@ def _gemma4(calls: Sequence[Call]) -> str:
     def value(given: Any) -> str:
         return f'<|"|>{given}<|"|>' if isinstance(given, str) else json.dumps(given)
 
-    return "".join(
-        f"<|tool_call>call:{name}{{{','.join(f'{key}:{value(given)}' for key, given in arguments.items())}}}<tool_call|>"
-        for name, arguments in calls
-    )
+    def pairs(arguments: Mapping[str, Any]) -> str:
+        return ",".join(f"{key}:{value(given)}" for key, given in arguments.items())
+
+    return "".join(f"<|tool_call>call:{name}{{{pairs(arguments)}}}<tool_call|>" for name, arguments in calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
