@@ -33,6 +33,7 @@ from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.parsing.formats import AnswerForm
 from elastic_moe.deploy.parsing.parser import AnswerParser
+from elastic_moe.deploy.structured.checks import GrammarChecks
 from elastic_moe.deploy.structured.requested import requested_grammar
 from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
 from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -97,6 +98,7 @@ class Service:
         self.bodies = Bodies(self.aside)
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: str | None = None
+        self._grammars = GrammarChecks()
         self._has_fast_tokenizer = False
         """Whether the tokenizer can be given to the other process as JSON."""
         self._info: ModelInfo | None = None
@@ -247,7 +249,7 @@ class Service:
         return tuple(way for way in ways if way)
 
     async def grammar(self, fields: StructuredFields) -> Grammar | None:
-        """The grammar that the fields ask for, after it has been compiled once. Raises RequestError, naming the field."""
+        """The grammar that the fields ask for, if any, checked. Raises RequestError, which names the field."""
         requested = requested_grammar(fields)
         if requested is None:
             return None
@@ -255,6 +257,7 @@ class Service:
 
     async def checked_grammar(self, grammar: Grammar, *, param: str) -> Grammar:
         """`grammar`, after it has been compiled once. Raises RequestError, which names `param`, where it cannot be."""
+        await self._grammars.check(self.prompts, grammar, param=param)
         return grammar
 
     async def decode(self, token_ids: TokenIds) -> str:
