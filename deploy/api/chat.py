@@ -82,7 +82,14 @@ async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
     )
     last = body.messages[-1]
     echo = text_of(last.to_template()["content"]) if body.echo and last.role == ROLE else ""
-    return Prompt(token_ids=token_ids, params=params, param="messages", text=echo, new_parser=plan.new_parser)
+    return Prompt(
+        token_ids=token_ids,
+        params=params,
+        param="messages",
+        text=echo,
+        new_parser=plan.new_parser,
+        markers=plan.markers,
+    )
 
 
 class ChatShape:

@@ -69,6 +69,8 @@ class Prompt:
     """The text to put before the answer, where the request asks for an echo."""
     new_parser: Callable[[], AnswerParser] | None = None
     """Makes the parser of an answer, where reasoning or tool calls are looked for."""
+    markers: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """The special tokens that the parser must see, with their texts."""
 
 
 class Service:
@@ -104,8 +106,6 @@ class Service:
         self._info: ModelInfo | None = None
         self.form = AnswerForm()
         """How the model writes reasoning and tool calls."""
-        self.markers: Mapping[int, str] = {}
-        """The special tokens that are a part of it."""
 
     async def begin(self) -> None:
         try:
@@ -122,9 +122,6 @@ class Service:
             if written is not None:
                 self.aside.use_tokenizer(lambda: written)
             self.form = await asyncio.to_thread(answer_form, tokenizer, self.model_dir, self.config)
-            self.markers = {
-                token_id: text for token_id, text in tokenizer.special_tokens.items() if self.form.needs(text)
-            }
             self._tokenizer = tokenizer
         except UserError as error:
             self._tokenizer_error = str(error)
@@ -304,7 +301,7 @@ class Service:
                         eos_token_ids=limits.eos_token_ids,
                         return_token_ids=bool(body.return_token_ids),
                         parser=prompt.new_parser() if prompt.new_parser is not None else None,
-                        markers=self.markers,
+                        markers=prompt.markers,
                     )
                 )
         return answers

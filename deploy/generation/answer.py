@@ -84,6 +84,7 @@ class Answer:
         """Number of prompt tokens that were found in a cache; None before the first output."""
         self.reasoning_tokens = 0
         """Number of tokens of the reasoning."""
+        self._undecided_tokens = 0
         self.parser = parser
         self._markers = markers if markers and skip_special_tokens else {}
         self._events: list[Event] = []
@@ -135,8 +136,11 @@ class Answer:
             return text
         reasoned = self.parser.in_reasoning
         content = self._parsed(text)
-        # the tokens of the marks themselves do not count
-        self.reasoning_tokens += reasoned and self.parser.in_reasoning
+        # the tokens of the marks themselves do not count, and while text is held back, it may be a mark
+        self._undecided_tokens = self._undecided_tokens + 1 if reasoned and self.parser.in_reasoning else 0
+        if not self.parser.holds_back:
+            self.reasoning_tokens += self._undecided_tokens
+            self._undecided_tokens = 0
         return content
 
     def _parsed(self, text: str, *, last: bool = False) -> str:

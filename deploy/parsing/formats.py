@@ -114,13 +114,13 @@ class AnswerForm:
     def _without_tools(self) -> Any:
         return loaded(self.spec(tools=False))
 
-    def needs(self, token: str) -> bool:
-        """Whether a special token of this text is a part of a marker, so that the parser must see it."""
-        return token in self._markers
+    def markers(self, special: Mapping[int, str], *, tools: bool) -> dict[int, str]:
+        """Those of the special tokens that are a part of a marker, so that the parser must see them."""
+        texts = self._marker_texts(tools=tools)
+        return {token_id: text for token_id, text in special.items() if text and text in texts}
 
-    @cached_property
-    def _markers(self) -> str:
-        spec = self.spec(tools=True) or {"fields": {}}
+    def _marker_texts(self, *, tools: bool) -> str:
+        spec = self.spec(tools=tools) or {"fields": {}}
         texts: list[str] = []
         for field in spec["fields"].values():
             for key in _MARKERS:

@@ -60,6 +60,11 @@ class AnswerParser:
         return self._regions.current in REASONING_FIELDS
 
     @property
+    def holds_back(self) -> bool:
+        """Whether the end of the text may be the beginning of a marker."""
+        return self._regions.holds_back
+
+    @property
     def finished(self) -> bool:
         """Whether all calls were made that may be. What the model writes after them is not looked at."""
         return self._log.full

@@ -58,6 +58,10 @@ class Regions:
         self._empty = 0
         self.current: str | None = template.implicit
 
+    @property
+    def holds_back(self) -> bool:
+        return self._at < len(self._buffer)
+
     def feed(self, text: str, *, last: bool = False) -> Iterator[RegionEvent]:
         """The events that more text makes certain. `last`: the text ends here, and nothing is held back."""
         self._buffer += text

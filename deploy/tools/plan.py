@@ -27,6 +27,8 @@ class Check(Protocol):
 class ToolPlan:
     new_parser: Callable[[], AnswerParser] | None
     """Makes the parser of an answer. None: there is nothing to parse."""
+    markers: Mapping[int, str]
+    """The special tokens that the parser must see, with their texts."""
     grammar: Grammar | None = None
     grammar_after: tuple[int, ...] | None = None
     """Both as in SamplingParams."""
@@ -51,8 +53,9 @@ async def tool_plan(
     one_call = fields.parallel_tool_calls is False or fields.named_tool is not None
     begun = begun_answer(form, prompt)
     new_parser = _parsers(form, begun, tools, 1 if one_call else None)
+    plan = ToolPlan(new_parser=new_parser, markers=form.markers(tokenizer.special_tokens, tools=bool(tools)))
     if asked is None and not fields.must_call:
-        return ToolPlan(new_parser=new_parser)
+        return plan
     in_reasoning = new_parser is not None and new_parser().in_reasoning
     thinking = thinking_of(form, begun, in_reasoning=in_reasoning)
     after = None
@@ -60,7 +63,7 @@ async def tool_plan(
         tools = tools if writes_calls(form) else ()
         after = _end_of_reasoning(tokenizer, thinking)
         if not tools and (thinking is None or (thinking.open and after is not None)):
-            return ToolPlan(new_parser=new_parser, grammar=asked, grammar_after=after)
+            return dataclasses.replace(plan, grammar=asked, grammar_after=after)
     special = {text: token_id for token_id, text in tokenizer.special_tokens.items() if text}
     grammar = answer_grammar(
         form,
@@ -71,9 +74,8 @@ async def tool_plan(
         thinking=thinking,
     )
     if grammar is None:
-        return ToolPlan(new_parser=new_parser, grammar=asked, grammar_after=after)
-    grammar = await checked(grammar, param=_param(fields, tools))
-    return ToolPlan(new_parser=new_parser, grammar=grammar)
+        return dataclasses.replace(plan, grammar=asked, grammar_after=after)
+    return dataclasses.replace(plan, grammar=await checked(grammar, param=_param(fields, tools)))
 
 
 def _parsers(form: AnswerForm, begun: str, tools: Tools, max_calls: int | None) -> Callable[[], AnswerParser] | None:
