@@ -214,14 +214,14 @@ class Scheduler:
                 if request.request_id in results[worker].corrupted:
                     outputs.append(self._give_up(request))
                     continue
-                if request.request_id in results[worker].unready:
-                    part.cache.commit_but_last(request)
-                    continue
-                part.cache.commit(request)
                 if reason := results[worker].reason_of_end(request.request_id):
                     self._end(request)
                     outputs.append(_failure(request, reason))
                     continue
+                if request.request_id in results[worker].unready:
+                    part.cache.commit_but_last(request)
+                    continue
+                part.cache.commit(request)
                 if chunk.samples:
                     outputs.append(self._append(request, samples[worker][request.request_id]))
         return outputs

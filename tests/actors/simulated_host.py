@@ -56,7 +56,7 @@ class _Known:
 
 
 class SimulatedHost:
-    """A mask of a request with a grammar is late in one of three steps."""
+    """The mask of a request with a grammar is late in some steps."""
 
     def __init__(self, num_blocks: int, block_size: int, rope_limit: int) -> None:
         self.block_size = block_size
@@ -95,7 +95,7 @@ class SimulatedHost:
                 self.cache[sequence.blocks[block]][offset] = (self._variant(sequence), sequence.tokens[position])
             if not chunk.samples:
                 continue
-            late = sequence.request.params.grammar is not None and plan.step % 3 == 0
+            late = sequence.request.params.grammar is not None and next_token((plan.step,), 0) < VOCABULARY // 3
             if late or sequence.spoilt is not None:
                 unready.append(chunk.request_id)
                 if sequence.spoilt is None:
