@@ -14,6 +14,9 @@ so a block that is freed may be given to another request at once.
 
 A step is a transaction. The result of `schedule` counts when `commit` takes the step's results, oldest step first.
 After `rollback` the work of all steps in flight is scheduled again. Requests may be added and aborted at any time.
+
+A worker may answer that it does not know yet what a request's grammar allows next. The request's last token is then run
+again in the next step that is made, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -202,11 +205,12 @@ class Scheduler:
             sampled, scored = samples[worker].keys(), scores[worker].keys()
             to_sample = {chunk.request_id for _, chunk in part.work if chunk.samples}
             to_score = {chunk.request_id for _, chunk in part.work if chunk.score_from is not None}
-            corrupted = set(results[worker].corrupted)
-            assert corrupted <= to_sample | to_score, f"{worker} gives up what it was not asked for"
-            assert sampled | corrupted & to_sample == to_sample, f"{worker} has not sampled what it was asked to"
+            corrupted, without = set(results[worker].corrupted), results[worker].without_sample
+            assert without <= to_sample | corrupted & to_score, f"{worker} gives up what it was not asked for"
+            assert sampled | without & to_sample == to_sample, f"{worker} has not sampled what it was asked to"
+            assert not sampled & without, f"{worker} has sampled what it says it could not"
             assert scored | corrupted & to_score == to_score, f"{worker} has not scored what it was asked to"
-            assert not (sampled | scored) & corrupted, f"{worker} has made what it says it could not"
+            assert not scored & corrupted, f"{worker} has scored what it says it could not"
         self._flights.popleft()
         self._steps += 1
         outputs: list[TokenOutput] = []
@@ -217,10 +221,18 @@ class Scheduler:
                 if request.request_id in results[worker].corrupted:
                     outputs.append(self._give_up(request))
                     continue
-                part.cache.commit(request)
+                if reason := results[worker].reason_of_end(request.request_id):
+                    self._end(request)
+                    outputs.append(_failure(request, reason))
+                    continue
+                unready = request.request_id in results[worker].unready
+                if unready:
+                    part.cache.commit_but_last(request)
+                else:
+                    part.cache.commit(request)
                 found = scores[worker].get(request.request_id) if chunk.score_from is not None else None
                 assert found is None or found.end == request.scored + 1, f"{worker} has scored other tokens"
-                if chunk.samples:
+                if chunk.samples and not unready:
                     outputs.append(self._append(request, samples[worker][request.request_id], found))
                 elif found is not None:
                     outputs.append(_output(request, (), None, scores=found))
@@ -294,13 +306,7 @@ class Scheduler:
         request.cache.pool.forget(request.blocks)
         self._corrupted += 1
         self._end(request)
-        return TokenOutput(
-            request_id=request.request_id,
-            offset=request.num_output,
-            token_ids=(),
-            finish_reason=FinishReason.ERROR,
-            error=CORRUPTED,
-        )
+        return _failure(request, CORRUPTED)
 
     def _end(self, request: RunningRequest) -> None:
         request.ended = True
@@ -421,6 +427,16 @@ class Scheduler:
                 assert not request.in_flight(chunk) or request.cache is part.cache
                 covered = chunk.block_offset + len(chunk.block_ids)
                 assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
+
+
+def _failure(request: RunningRequest, error: str) -> TokenOutput:
+    return TokenOutput(
+        request_id=request.request_id,
+        offset=request.num_output,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=error,
+    )
 
 
 def _output(

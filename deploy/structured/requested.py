@@ -9,9 +9,18 @@ from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
-from elastic_moe.deploy.bodies.structured import ResponseFormat, StructuredFields, StructuredOutputs
+from elastic_moe.deploy.bodies.bounds import check_sizes
+from elastic_moe.deploy.bodies.json_text import type_name
+from elastic_moe.deploy.bodies.structured import (
+    MAX_GRAMMAR_CHARS,
+    ResponseFormat,
+    StructuredFields,
+    StructuredOutputs,
+)
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""Between the elements of JSON. A bound, since models that have nothing to say write spaces up to their last token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +33,11 @@ class RequestedGrammar:
 def requested_grammar(fields: StructuredFields) -> RequestedGrammar | None:
     """The grammar that the fields ask for, if any. Raises RequestError where they ask for two."""
     found = [*_of_format(fields.response_format), *_of_outputs(fields.structured_outputs), *_of_old_names(fields)]
+    for one in found:
+        if len(one.grammar.text) > MAX_GRAMMAR_CHARS:
+            raise _fault(one.param, f"expected at most {MAX_GRAMMAR_CHARS} characters")
     if len(found) > 1:
-        raise RequestError(
-            f"{found[1].param}: cannot be given together with {found[0].param}",
-            param=found[1].param,
-            code="invalid_value",
-        )
+        raise _fault(found[1].param, f"cannot be given together with {found[0].param}")
     return found[0] if found else None
 
 
@@ -38,15 +46,15 @@ def json_grammar(
 ) -> Grammar:
     """A grammar of a JSON schema.
 
-    `whitespace` allows any between the elements, and `whitespace_pattern` says which. `closed` allows in an object only
-    the properties that its schema names, unless the schema says otherwise itself.
+    `whitespace` allows spaces and line feeds between the elements, and `whitespace_pattern` says which. `closed` allows
+    in an object only the properties that its schema names, unless the schema says otherwise itself.
     """
     schema = _closed(schema) if closed else schema
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    options: dict[str, Any] = {"whitespace_flexible": whitespace and whitespace_pattern is None}
-    if whitespace_pattern is not None:
-        options["whitespace_pattern"] = whitespace_pattern
+    options: dict[str, Any] = {"whitespace_flexible": False}
+    if whitespace_pattern is not None or whitespace:
+        options["whitespace_pattern"] = WHITESPACE if whitespace_pattern is None else whitespace_pattern
     if isinstance(schema, dict):
         schema = {**schema, "x-guidance": options}
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
@@ -87,11 +95,7 @@ def _of_outputs(wanted: StructuredOutputs | None) -> Iterator[RequestedGrammar]:
         count += 1
         yield one
     if not count:
-        raise RequestError(
-            f"{name}: expected one of json, regex, choice, grammar, json_object and structural_tag",
-            param=name,
-            code="invalid_value",
-        )
+        raise _fault(name, "expected one of json, regex, choice, grammar, json_object and structural_tag")
 
 
 def _of_old_names(fields: StructuredFields) -> Iterator[RequestedGrammar]:
@@ -122,10 +126,16 @@ def _json(schema: str | dict[str, Any], param: str, how: dict[str, Any]) -> Requ
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"{param}: expected a JSON schema: {error}", param=param, code="invalid_value") from None
+            raise _fault(param, f"expected a JSON schema: {error}") from None
+        # a text has not been checked with the body
+        check_sizes({param: schema}, (param,))
     if not isinstance(schema, dict | bool):
-        raise RequestError(f"{param}: expected a JSON schema, an object", param=param, code="invalid_value")
+        raise _fault(param, f"expected a JSON schema, which is an object, got {type_name(schema)}")
     return RequestedGrammar(grammar=json_grammar(schema, **how), param=param)
+
+
+def _fault(param: str, message: str) -> RequestError:
+    return RequestError(f"{param}: {message}", param=param, code="invalid_value")
 
 
 def _closed(schema: Any) -> Any:

@@ -31,6 +31,8 @@ def alone(request: GenerateRequest, max_model_len: int) -> tuple[int, ...]:
         history = (*request.prompt_token_ids, *output)
         token = masked_token(history, len(output), request)
         output.append(token)
+        if params.grammar is not None and token == EOS:
+            break
         if len(output) >= params.min_tokens and (
             (token == EOS and not params.ignore_eos) or token in params.stop_token_ids
         ):
@@ -58,9 +60,13 @@ class _Known:
     tokens: list[int]
     request: GenerateRequest
     blocks: list[int] = field(default_factory=list)
+    spoilt: int | None = None
+    """Place of the first token that stands for one that was not sampled."""
 
 
 class SimulatedHost:
+    """The mask of a request with a grammar is late in some steps."""
+
     def __init__(self, num_blocks: int, block_size: int, rope_limit: int) -> None:
         self.block_size = block_size
         self.rope_limit = rope_limit
@@ -84,9 +90,12 @@ class SimulatedHost:
         ids = [chunk.request_id for chunk in plan.chunks]
         assert len(ids) == len(set(ids))
         samples, scored = [], []
+        unready = []
         for chunk in plan.chunks:
             sequence = self.known[chunk.request_id]
             del sequence.tokens[chunk.known :]
+            if sequence.spoilt is not None and sequence.spoilt >= chunk.known:
+                sequence.spoilt = None
             assert len(sequence.tokens) == chunk.known
             assert chunk.block_offset <= len(sequence.blocks)
             sequence.blocks[chunk.block_offset : chunk.block_offset + len(chunk.block_ids)] = chunk.block_ids
@@ -95,9 +104,19 @@ class SimulatedHost:
                 self.cache[sequence.blocks[block]][offset] = (self._variant(sequence), sequence.tokens[position])
             if chunk.score_from is not None:
                 scored.append(self._score(sequence, chunk))
-            if chunk.samples:
+            if not chunk.samples:
+                continue
+            late = sequence.request.params.grammar is not None and next_token((plan.step,), 0) < VOCABULARY // 3
+            if late or sequence.spoilt is not None:
+                unready.append(chunk.request_id)
+                if sequence.spoilt is None:
+                    sequence.spoilt = len(sequence.tokens)
+                sequence.tokens.append(VOCABULARY)
+            else:
                 samples.append(self._sample(sequence))
-        return StepResult(step=plan.step, samples=tuple(samples), compute_s=0.0, scored=tuple(scored))
+        return StepResult(
+            step=plan.step, samples=tuple(samples), compute_s=0.0, unready=tuple(unready), scored=tuple(scored)
+        )
 
     def _score(self, sequence: _Known, chunk: Chunk) -> ScoredPrompt:
         prompt = sequence.request.prompt_token_ids
