@@ -27,6 +27,7 @@ from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Revisi
 from elastic_moe.deploy.api.http_io import EventStream
 from elastic_moe.deploy.api.service import Service, version
 from elastic_moe.deploy.page.feed import Section, State, Totals, change, marks, sample, sections
+from elastic_moe.deploy.web.openapi import described, text_answer
 from elastic_moe.optimizer import PLANNERS
 
 logger = logging.getLogger(__name__)
@@ -240,7 +241,7 @@ def events_router(service: Service) -> APIRouter:
     router = APIRouter()
     hub = Hub(service)
 
-    @router.get("/admin/events")
+    @router.get("/admin/events", **described(answers={200: text_answer("Server-sent events.", "text/event-stream")}))
     async def events() -> Response:
         return hub.listen()
 

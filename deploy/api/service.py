@@ -9,14 +9,16 @@ import hashlib
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.api.places import Places
@@ -25,11 +27,17 @@ from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
 from elastic_moe.deploy.bodies.bounds import TokenIds
 from elastic_moe.deploy.bodies.schema import Message, SamplingFields, TemplateFields
+from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.parsing.formats import AnswerForm
+from elastic_moe.deploy.parsing.parser import AnswerParser
+from elastic_moe.deploy.structured.checks import GrammarChecks
+from elastic_moe.deploy.structured.requested import requested_grammar
 from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
 from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.deploy.tools.form import answer_form
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +67,10 @@ class Prompt:
     """The field that the prompt came from, for error messages."""
     text: str = ""
     """The text to put before the answer, where the request asks for an echo."""
+    new_parser: Callable[[], AnswerParser] | None = None
+    """Makes the parser of an answer, where reasoning or tool calls are looked for."""
+    markers: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """The special tokens that the parser must see, with their texts."""
 
 
 class Service:
@@ -88,9 +100,12 @@ class Service:
         self.bodies = Bodies(self.aside)
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: str | None = None
+        self._grammars = GrammarChecks()
         self._has_fast_tokenizer = False
         """Whether the tokenizer can be given to the other process as JSON."""
         self._info: ModelInfo | None = None
+        self.form = AnswerForm()
+        """How the model writes reasoning and tool calls."""
 
     async def begin(self) -> None:
         try:
@@ -106,6 +121,7 @@ class Service:
             self._has_fast_tokenizer = written is not None
             if written is not None:
                 self.aside.use_tokenizer(lambda: written)
+            self.form = await asyncio.to_thread(answer_form, tokenizer, self.model_dir, self.config)
             self._tokenizer = tokenizer
         except UserError as error:
             self._tokenizer_error = str(error)
@@ -181,13 +197,16 @@ class Service:
                 status=404,
             )
 
-    async def render_chat(self, messages: Sequence[Message], fields: TemplateFields) -> str:
+    async def render_chat(
+        self, messages: Sequence[Message], fields: TemplateFields, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The prompt of a chat. Raises RequestError where the template refuses the messages, or does not end."""
         return await self.prompts.render_chat(
             [message.to_template() for message in messages],
             add_generation_prompt=fields.begins_turn,
             continue_final_message=bool(fields.continue_final_message),
             template_kwargs=fields.template_kwargs,
+            tools=list(tools),
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str, to_be_cut: bool = False) -> TokenIds:
@@ -226,6 +245,18 @@ class Service:
                 ways[(single,)] = None
         return tuple(way for way in ways if way)
 
+    async def grammar(self, fields: StructuredFields) -> Grammar | None:
+        """The grammar that the fields ask for, if any, checked. Raises RequestError, which names the field."""
+        requested = requested_grammar(fields)
+        if requested is None:
+            return None
+        return await self.checked_grammar(requested.grammar, param=requested.param)
+
+    async def checked_grammar(self, grammar: Grammar, *, param: str) -> Grammar:
+        """`grammar`, after it has been compiled once. Raises RequestError, which names `param`, where it cannot be."""
+        await self._grammars.check(self.prompts, grammar, param=param)
+        return grammar
+
     async def decode(self, token_ids: TokenIds) -> str:
         """The text of any number of tokens."""
         if len(token_ids) < LONG_TEXT:
@@ -256,6 +287,7 @@ class Service:
                     cache_salt=body.cache_salt or "",
                     eos_token_ids=self.tokenizer.eos_token_ids,
                     client=client,
+                    priority=body.priority or 0,
                 )
                 if len(answers) % ANSWERS_AT_ONCE == 0:
                     await asyncio.sleep(0)
@@ -269,6 +301,8 @@ class Service:
                         skip_special_tokens=body.skip_special_tokens is not False,
                         eos_token_ids=limits.eos_token_ids,
                         return_token_ids=bool(body.return_token_ids),
+                        parser=prompt.new_parser() if prompt.new_parser is not None else None,
+                        markers=prompt.markers,
                     )
                 )
         return answers
