@@ -18,11 +18,11 @@ from concurrent.futures import Future
 
 import numpy as np
 import torch
-from llguidance import LLMatcher
 from torch import Tensor
 
 from elastic_moe.cluster.messages.requests import SamplingParams, TokenLogprobs
 from elastic_moe.cluster.messages.steps import NewSequence
+from elastic_moe.model.grammars.compiling import Compiled
 from elastic_moe.model.grammars.progress import Mask, Progress
 from elastic_moe.model.worker.token_counts import TokenCounts
 
@@ -74,7 +74,7 @@ class SamplingState:
         "token_ids",
     )
 
-    def __init__(self, sequence: NewSequence, compiled: Future[LLMatcher] | None = None) -> None:
+    def __init__(self, sequence: NewSequence, compiled: Future[Compiled] | None = None) -> None:
         """`compiled` is of the sequence's grammar, if it has one; it may be under way."""
         params = sequence.params
         self.params = params

@@ -175,7 +175,7 @@ def test_answers_follow_their_grammar_and_nothing_that_happens_changes_them(chec
     assert len(text["after"]) > 3
     assert text["after"][-3:].isdigit()
     assert text["choice"] in ("red", "green")
-    cluster = Lockstep(checkpoint, (2, 2), kv_blocks=30)
+    cluster = Lockstep(checkpoint, (2, 2), kv_blocks=23)
     assert run(cluster, answers(NAMES, after)) == alone
     assert cluster.scheduler.status().preemptions
 
