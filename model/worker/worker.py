@@ -88,7 +88,7 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
-        self._grammars = Compiler(self._read_vocabulary)
+        self._grammars: Compiler
         self._masks = MaskThreads()
         self._share = max(1, spec.num_threads)
         """Threads of a step if this worker borrows none."""
@@ -127,6 +127,8 @@ class Worker:
         self._cache = self._runner.allocate(
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
         )
+        # now, because no step could run meanwhile
+        self._grammars = Compiler(self._vocabulary())
         self.report = self._fit.report()
         weights = sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes + self._store.nbytes
         return self._cache.num_blocks, weights + self._cache.nbytes
@@ -140,6 +142,13 @@ class Worker:
         ):
             self._store.put(layer, expert, tensors)
         self.progress = 1.0
+
+    def _vocabulary(self) -> Vocabulary | CheckpointError:
+        info = self._checkpoint.info
+        try:
+            return read_vocabulary(self.spec.model.path, width=info.vocab_size, eos_token_ids=info.eos_token_ids)
+        except CheckpointError as error:
+            return error
 
     def _kv_blocks(self) -> int:
         spec = self.spec
@@ -365,11 +374,7 @@ class Worker:
 
     def _state(self, new: NewSequence) -> SamplingState:
         grammar = new.params.grammar
-        return SamplingState(new, None if grammar is None else self._grammars.get(grammar, new.eos_token_ids))
-
-    def _read_vocabulary(self, eos_token_ids: tuple[int, ...]) -> Vocabulary:
-        width = self._checkpoint.info.vocab_size
-        return read_vocabulary(self.spec.model.path, width=width, eos_token_ids=eos_token_ids)
+        return SamplingState(new, None if grammar is None else self._grammars.get(grammar))
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]
