@@ -123,7 +123,7 @@ class Bubble {
     this.message = message;
     this.plain = message.role === "user" || mode === "completion";
     this.body = h("div", { class: this.plain ? "text plain-text" : "text" });
-    this.reasoning = h("div", { class: "text plain-text" });
+    this.reasoning = h("div", { class: "plain-text" });
     this.thoughts = h("details", { class: "muted", hidden: true }, h("summary", {}, "Reasoning"), this.reasoning);
     this.foot = h("p", { class: "foot" });
     this.element = h("article", { class: `message ${message.role}`, "aria-label": message.role === "user" ? "You" : "Model" }, this.thoughts, this.body, this.foot);
