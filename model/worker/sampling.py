@@ -440,25 +440,32 @@ def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[tuple[list[int], Tensor]]:
     """The rows that want the model's log probabilities, in parts. Each part has a table with a line per row."""
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for row, state in enumerate(states):
         if state.params.logprobs is not None:
-            groups.setdefault(state.params.logprobs, []).append(row)
+            groups.setdefault((state.params.logprobs, state.params.logprob_token_ids), []).append(row)
     found: list[tuple[list[int], Tensor]] = []
     # rows with one number of alternatives at a time: which of equal tokens topk returns may depend on that number
-    for number, rows in groups.items():
+    for (number, named), rows in groups.items():
         for part in _parts(rows, logits_BV):
             index = _to(np.array(part, dtype=np.int64), logits_BV.device)
-            found.append((part, _logprobs_of(logits_BV[index], tokens_B[index], number)))
+            found.append((part, _logprobs_of(logits_BV[index], tokens_B[index], number, named)))
     return found
 
 
-def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
-    """[R, 2 (1 + number)] the ids of the chosen and the most likely tokens, then their log probabilities (float64)."""
+def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int, named: Sequence[int]) -> Tensor:
+    """[R, 2 (1 + A)] the ids of the chosen token and of A others, then their log probabilities (float64).
+
+    The others are the tokens `named`, or else the `number` most likely ones.
+    """
     # CUDA adds up a row in an order that depends on its place in memory; rounding from float64 hides the difference
     dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
     logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float().clamp_(min=LEAST_LOGPROB)
-    values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
+    if named:
+        ids = _to(np.array(named, dtype=np.int64), logits_RV.device).expand(len(tokens_R), -1)
+        values = logprobs_RV.gather(1, ids)
+    else:
+        values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
     chosen = tokens_R[:, None]
     return torch.cat([part.double() for part in (chosen, ids, logprobs_RV.gather(1, chosen), values)], dim=1)
 
