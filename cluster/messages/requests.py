@@ -26,6 +26,17 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingBudget:
+    """Most tokens of an answer's reasoning, and the tokens around it."""
+
+    tokens: int
+    end: tuple[int, ...]
+    """They follow when the tokens are used up. There is at least one."""
+    start: tuple[int, ...] = ()
+    """The reasoning begins after them; without any, the answer begins within the reasoning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens. Checked where it is made (the API); the names and meanings are vLLM's."""
 
@@ -56,6 +67,8 @@ class SamplingParams:
     """The only tokens that may be chosen; None allows all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that the output must not contain: the last token of one is not chosen after the others."""
+    thinking: ThinkingBudget | None = None
+    """None: the model reasons for as long as it wants."""
     grammar: Grammar | None = None
     """What the output must look like. None allows everything."""
     grammar_after: tuple[int, ...] | None = None

@@ -24,6 +24,7 @@ from elastic_moe.cluster.messages.requests import SamplingParams, TokenLogprobs
 from elastic_moe.cluster.messages.steps import NewSequence
 from elastic_moe.model.grammars.compiling import Compiled
 from elastic_moe.model.grammars.progress import Mask, Progress
+from elastic_moe.model.worker.thinking import Thinking
 from elastic_moe.model.worker.token_counts import TokenCounts
 
 GREEDY_BELOW = 1e-5
@@ -71,6 +72,7 @@ class SamplingState:
         "num_prompt_tokens",
         "params",
         "progress",
+        "thinking",
         "token_ids",
     )
 
@@ -91,6 +93,7 @@ class SamplingState:
         self._counts: TokenCounts | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             self._counts = TokenCounts(self.token_ids, self.num_prompt_tokens)
+        self.thinking = None if params.thinking is None else Thinking(params.thinking, self.num_prompt_tokens)
         self.progress: Progress | None = None
         """The place in the grammar, if the sequence has one."""
         if compiled is not None:
@@ -125,6 +128,10 @@ class SamplingState:
         if self.progress is not None:
             self.progress.cut()
 
+    def forced(self) -> int | None:
+        """The token that must come next, since the reasoning has used up its tokens; None where there is none."""
+        return None if self.thinking is None else self.thinking.forced(self.token_ids)
+
     @property
     def _adjusted(self) -> bool:
         return (
@@ -132,6 +139,7 @@ class SamplingState:
             or self._counts is not None
             or self._allowed is not None
             or self.mask is not None
+            or self.thinking is not None
             or self._masked
         )
 
@@ -264,7 +272,19 @@ def _adjust(logits_BV: Tensor, rows: Sequence[int], states: Sequence[SamplingSta
         seen = adjusted_RV[at]
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
         adjusted_RV[at] = seen - subtract
+    forced = [(row, token) for row, state in enumerate(own) if (token := state.forced()) is not None]
+    if forced:
+        _force(forced, adjusted_RV)
+        if blocked_R is not None:
+            blocked_R[[row for row, _ in forced]] = False
     return adjusted_RV, blocked_R
+
+
+def _force(forced: Sequence[tuple[int, int]], logits_RV: Tensor) -> None:
+    """Make one token the only possible one of each of these rows, whatever forbids it, in place."""
+    rows, tokens = _to(np.array(forced, dtype=np.int64).T.copy(), logits_RV.device)
+    logits_RV.index_fill_(0, rows, -torch.inf)
+    logits_RV[rows, tokens] = 0.0
 
 
 def _keep_masked(masks: Sequence[tuple[int, Mask]], logits_RV: Tensor) -> None:
