@@ -38,6 +38,8 @@ QUEUE = 16
 HISTORY = 300
 """Points of the curves that a new listener gets."""
 MAX_LISTENERS = 512
+DEFAULT_PLANNER = "auto"
+"""The page offers it first."""
 
 
 class Look:
@@ -52,7 +54,7 @@ class Look:
         """Marks of the next point. There are no points while no engine serves."""
         self.state: State = {
             "model": {"name": service.model_name, "version": version()},
-            "planners": {"list": list(PLANNERS)},
+            "planners": {"list": sorted(PLANNERS, key=lambda name: name != DEFAULT_PLANNER)},
         }
 
     async def again(self) -> Section | None:
