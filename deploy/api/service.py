@@ -14,22 +14,27 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from elastic_moe.actors.remote.key_value import KeyValue, LocalKeyValue
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.deploy.api.places import Places
+from elastic_moe.deploy.generation.places import Places
 from elastic_moe.deploy.api.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
 from elastic_moe.deploy.bodies.bounds import TokenIds
-from elastic_moe.deploy.bodies.schema import Message, SamplingFields, TemplateFields
+from elastic_moe.deploy.bodies.schema import ChatCompletionRequest, Message, SamplingFields, TemplateFields, parse
 from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.responses.following import Following
+from elastic_moe.deploy.responses.record import Record
+from elastic_moe.deploy.responses.rendering import Rendering
+from elastic_moe.deploy.responses.store import Bounds, Store
 from elastic_moe.deploy.structured.requested import requested_grammar
 from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
 from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -68,22 +73,36 @@ class Service:
     """There is one in a replica. `begin` loads the tokenizer; the server is not ready before that."""
 
     def __init__(
-        self, config: ServeConfig, backend: Backend, model_dir: str, open_prompts: OpenPrompts | None = None
+        self,
+        config: ServeConfig,
+        backend: Backend,
+        model_dir: str,
+        open_prompts: OpenPrompts | None = None,
+        values: KeyValue | None = None,
     ) -> None:
-        """`open_prompts` makes the Prompts that render and encode; without it, this process does so."""
+        """`open_prompts` makes the Prompts that render and encode; without it, this process does so. `values` is what
+        all replicas share; without it, this one shares nothing."""
         self.config = config
         self.backend = backend
         self.model_dir = model_dir
         self.model_name = config.served_model_name or Path(model_dir).resolve().name
-        self.metrics = Metrics(self.model_name)
+        values = values or LocalKeyValue()
+        self.metrics = Metrics(self.model_name, values)
         self.created = int(time.time())
         self.draining = False
         """Whether the server stops: running requests go on, and new ones are refused."""
         self.active = 0
-        """Number of running requests."""
+        """Number of running requests that end with their connections."""
         digest = hashlib.blake2b(f"{version()} {self.model_name} {config.dtype}".encode(), digest_size=5).hexdigest()
         self.fingerprint = f"emoe-{version()}-{digest}"
         self.defaults = SamplingDefaults()
+        bounds = Bounds(
+            most=config.max_stored_responses,
+            most_bytes=config.stored_responses_memory_bytes,
+            oldest_s=config.stored_responses_ttl,
+        )
+        self.store = Store(values, bounds)
+        self.following = Following(backend, self.store, self.metrics, self._open_rendering)
         self._open_prompts = open_prompts
         self._prompts: Prompts | None = None
         self.places = Places(config.max_waiting_requests)
@@ -118,9 +137,15 @@ class Service:
 
     def close(self) -> None:
         """End the helper processes of this one. Blocks for a moment."""
+        self.following.close()
         self.aside.close()
         if self._prompts is not None:
             self._prompts.close()
+
+    @property
+    def running(self) -> int:
+        """Number of all running requests."""
+        return self.active + len(self.following)
 
     async def readiness(self) -> Readiness:
         if self._tokenizer_error is not None:
@@ -273,19 +298,25 @@ class Service:
                 )
                 if len(answers) % ANSWERS_AT_ONCE == 0:
                     await asyncio.sleep(0)
-                answers.append(
-                    Answer(
-                        index=len(answers),
-                        request=request,
-                        tokenizer=self.tokenizer,
-                        stops=body.stops,
-                        include_stop=bool(body.include_stop_str_in_output),
-                        skip_special_tokens=body.skip_special_tokens is not False,
-                        eos_token_ids=limits.eos_token_ids,
-                        return_token_ids=bool(body.return_token_ids),
-                    )
-                )
+                answers.append(await self.answer(body, request, index=len(answers)))
         return answers
+
+    async def answer(self, body: SamplingFields, request: GenerateRequest, *, index: int = 0) -> Answer:
+        """The answer to a request that was made of `body`."""
+        return Answer(
+            index=index,
+            request=request,
+            tokenizer=self.tokenizer,
+            stops=body.stops,
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
+            eos_token_ids=(await self.limits()).eos_token_ids,
+            return_token_ids=bool(body.return_token_ids),
+        )
+
+    async def _open_rendering(self, record: Record) -> Rendering:
+        chat = parse(ChatCompletionRequest, {**record.chat, "messages": [{"role": "user", "content": ""}]})
+        return Rendering(record, await self.answer(chat, record.request), self.tokenizer)
 
     def check_room(self, client: str, body: SamplingFields, prompts: int = 1) -> None:
         """Raises RequestError 503 where so many requests wait that `run` would refuse this one."""

@@ -21,6 +21,8 @@ class RequestStream:
         self.received: list[int] = list(request.output_token_ids)
         self.link: Link | None = None
         """The connection to the engine that has accepted the request; None while no engine has."""
+        self.cancelled = False
+        """Whether the engine is to end the request, as soon as it has it."""
         self.unread = 0
         """Number of unread entries: one for a token, and one for each of its log probabilities."""
         self._first: TokenOutput | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -18,7 +18,7 @@ from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
-from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.views import (
     EngineStatus,
     Operation,
@@ -110,17 +110,24 @@ class FakeBackend:
     placed: tuple[Placement, bool | None] | None = None
     resumed_requests: int = 0
     can_wait: bool = False
+    running: set[str] = field(default_factory=set)
+    cancelled: set[str] = field(default_factory=set)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if self.refuse:
             raise self.refuse
         self.requests.append(request)
+        self.running.add(request.request_id)
         done = False
         try:
             tokens = [*self.script(request), EOS][: request.params.max_tokens]
             for start in range(0, len(tokens), self.chunk):
                 await asyncio.sleep(self.delay_s)
                 part = tuple(tokens[start : start + self.chunk])
+                if request.request_id in self.cancelled:
+                    done = True
+                    yield self._output(request, start, (), FinishReason.ABORT)
+                    return
                 if self.fail_after is not None and start >= self.fail_after:
                     yield self._output(request, start, (), FinishReason.ERROR, "worker w1 is lost")
                     return
@@ -130,8 +137,20 @@ class FakeBackend:
                     done = True
                 yield self._output(request, start, part, reason)
         finally:
+            self.running.discard(request.request_id)
             if not done:
                 self.aborted.append(request.request_id)
+
+    def cancel(self, request_id: RequestId) -> None:
+        if request_id not in self.running:
+            raise KeyError(request_id)
+        self.cancelled.add(request_id)
+
+    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
+        return tuple(request_id for request_id in request_ids if request_id not in self.running)
+
+    def forget(self, request_id: RequestId) -> None:
+        pass
 
     def _output(
         self,

@@ -127,6 +127,11 @@ class Reference:
             )
         return list(out[0, len(prompt) :].tolist())
 
+    def chat(self, text: str) -> list[int]:
+        """The prompt of a chat of one turn."""
+        turn = [{"role": "user", "content": text}]
+        return list(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+
     def text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
