@@ -38,9 +38,7 @@ class Crew:
 
     def left(self, now: float) -> int:
         """Number of requests that run while the server stops. A replica that does not know it yet counts as busy."""
-        return sum(
-            replica.running if replica.refuses else max(1, replica.running) for replica in self._present(now)
-        )
+        return sum(replica.running if replica.refuses else max(1, replica.running) for replica in self._present(now))
 
     def _present(self, now: float) -> list[_Replica]:
         self._replicas = {n: replica for n, replica in self._replicas.items() if now - replica.seen_at < AWAY_S}

@@ -33,8 +33,7 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
                                                               step_timeout at most
     engine           workers to give a failed step up         SILENT_S, then ABORT_S in all     they are suspects
     engine           an API replica that has hung up          CLIENT_S                          its requests are aborted
-    engine           a replica to fetch the end of a lasting  KEPT_S                            it is forgotten, and made
-                     request                                                                    again when asked for
+    engine           a replica to store a lasting request     KEPT_S                            its answer is forgotten
     worker           the thread of its steps, when asked      STEP_PING_S                       it says a step hangs
     migrator         a copy of one expert                     COPY_TIMEOUT_S                    the transfer has failed
     whoever listens  the token of a new connection            TOKEN_S (worker), CONNECT_S       it hangs up

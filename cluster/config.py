@@ -136,7 +136,8 @@ class ServeConfig:
     max_waiting_requests: int = setting(
         2048,
         "largest number of answers that wait for their first token; further requests are refused with status 503. One "
-        "client may take at most three quarters of the places that the other clients leave. Each API replica has so many",
+        "client may take at most three quarters of the places that the other clients leave. Each API replica counts "
+        "its own",
         at_least=1,
     )
     api_replicas: int = setting(

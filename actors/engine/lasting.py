@@ -47,7 +47,7 @@ class Lasting:
         self._kept[request.request_id] = _Kept(tokens=list(request.output_token_ids), followers={follower})
 
     def follow(self, request: GenerateRequest, follower: str) -> TokenOutput | None:
-        """Send `follower` every output from now on. Returns what it lacks beyond the tokens in `request`, if anything."""
+        """Send `follower` every output from now on. Returns what it lacks beyond the tokens in `request`, or None."""
         kept = self._kept[request.request_id]
         kept.followers.add(follower)
         have = min(len(request.output_token_ids), len(kept.tokens))

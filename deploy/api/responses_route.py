@@ -245,7 +245,11 @@ class _Direct:
         if not self._stored or rendering.ending is None:
             return
         outcome = Outcome(
-            token_ids=(), ending=rendering.ending, cached_tokens=0, ended_at_s=time.time(), response=rendering.response()
+            token_ids=(),
+            ending=rendering.ending,
+            cached_tokens=0,
+            ended_at_s=time.time(),
+            response=rendering.response(),
         )
         # the prompt is in the items; its tokens are needed only to render again
         request = dataclasses.replace(self._record.request, prompt_token_ids=())

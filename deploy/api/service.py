@@ -21,7 +21,6 @@ from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.deploy.generation.places import Places
 from elastic_moe.deploy.api.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
@@ -31,6 +30,7 @@ from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.generation.places import Places
 from elastic_moe.deploy.responses.following import Following
 from elastic_moe.deploy.responses.record import Record
 from elastic_moe.deploy.responses.rendering import Rendering

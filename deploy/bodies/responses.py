@@ -20,8 +20,10 @@ REASONING = "reasoning.encrypted_content"
 """Its text is in the reasoning's `content`, unencrypted, so there is nothing to add."""
 
 MAX_METADATA = 16
-OWN = ("messages", "max_tokens", "max_completion_tokens", "response_format", "logprobs", "n", "best_of", "functions",
-       "function_call", "echo", "add_generation_prompt", "continue_final_message", "reasoning_effort", "verbosity")  # fmt: skip
+OWN = (
+    *("messages", "max_tokens", "max_completion_tokens", "response_format", "logprobs", "n", "best_of", "functions"),
+    *("function_call", "echo", "add_generation_prompt", "continue_final_message", "reasoning_effort", "verbosity"),
+)
 """Fields of a chat that a response does not have, or has under another name."""
 
 FROM_CHAT = {
@@ -31,6 +33,9 @@ FROM_CHAT = {
     "reasoning_effort": "reasoning.effort",
     "verbosity": "text.verbosity",
     "messages": "input",
+    # the engine's names
+    "max_tokens": "max_output_tokens",
+    "prompt": "input",
     "tool_choice.function": "tool_choice",
 }
 """What a response calls the fields of a chat, longer names first."""

@@ -36,8 +36,10 @@ class Backend(Protocol):
         ...
 
     def cancel(self, request_id: RequestId) -> None:
-        """End a lasting request: its last output will have the reason ABORT. Raises KeyError where this replica does not
-        generate it."""
+        """End a lasting request: its last output will have the reason ABORT.
+
+        Raises KeyError where this replica does not generate it.
+        """
         ...
 
     async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:

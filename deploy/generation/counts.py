@@ -65,7 +65,8 @@ class AddedUp(Collector):
         for metric in self._own.collect():
             if metric.type in COUNTED:
                 metric.samples = [
-                    sample._replace(value=sample.value + self.others.get(_key(sample), 0.0)) for sample in metric.samples
+                    sample._replace(value=sample.value + self.others.get(_key(sample), 0.0))
+                    for sample in metric.samples
                 ]
             yield metric
 

@@ -172,8 +172,10 @@ class ServerProcesses:
         )
 
     def drain(self, timeout_s: float) -> None:
-        """Have all replicas refuse new requests, and wait for the running ones, at most `timeout_s`. Does nothing before
-        the API has started."""
+        """Have all replicas refuse new requests, and wait for the running ones, at most `timeout_s`.
+
+        Does nothing before the API has started.
+        """
         if not self._owns_app:
             return
         deadline = time.monotonic() + timeout_s

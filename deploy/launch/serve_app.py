@@ -1,9 +1,10 @@
-"""The Ray Serve application: one deployment of --api-replicas replicas, which starts the cluster's actors and ends them with the application.
+"""The Ray Serve application: one deployment, which starts the cluster's actors and ends them with the application.
 
-`emoe serve` runs it, and so does `serve deploy` with `import_path: elastic_moe.deploy.launch.serve_app:build_app` and
-ServeConfig's keys as `args` (see serve.yaml). A replica finds or creates the coordinator when it starts. When Serve
-stops the replicas because the *application* is being deleted, the last one stops the coordinator and its actors. A
-replica that crashes, is replaced or moves leaves them alone, and its successor finds them again.
+It has --api-replicas replicas. `emoe serve` runs it, and so does `serve deploy` with ServeConfig's keys as `args` and
+`import_path: elastic_moe.deploy.launch.serve_app:build_app` (see serve.yaml). A replica finds or creates the
+coordinator when it starts. When Serve stops the replicas because the *application* is being deleted, the last one stops
+the coordinator and its actors. A replica that crashes, is replaced or moves leaves them alone, and its successor finds
+them again.
 """
 
 from __future__ import annotations
@@ -74,7 +75,12 @@ class Api:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self._backend.begin()
         # in the background, so that /health and /ready answer meanwhile
-        work = (self._load(), self._service.following.watch(), self._service.metrics.share(self._backend), self._check_in())
+        work = (
+            self._load(),
+            self._service.following.watch(),
+            self._service.metrics.share(self._backend),
+            self._check_in(),
+        )
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
         return create_app(self._service)
 

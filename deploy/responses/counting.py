@@ -9,16 +9,20 @@ from elastic_moe.deploy.generation.metrics import Metrics
 
 
 class Counting:
-    def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
+    def __init__(self, metrics: Metrics, prompt_tokens: int, *, adopted: bool = False) -> None:
+        """`adopted`: a replica that is gone has accepted it, and has counted what came before."""
         self._metrics = metrics
         self._began = self._last = time.perf_counter()
         self._tokens = 0
-        metrics.request_began(prompt_tokens)
+        self._adopted = adopted
+        if not adopted:
+            metrics.request_began(prompt_tokens)
 
     def came(self, tokens: int) -> None:
         """`tokens` is the number of tokens so far."""
         now = time.perf_counter()
-        self._metrics.tokens_came(tokens - self._tokens, now - self._last, first=self._tokens == 0)
+        if self._tokens or not self._adopted:
+            self._metrics.tokens_came(tokens - self._tokens, now - self._last, first=self._tokens == 0)
         self._last, self._tokens = now, tokens
 
     def ended(self, reason: FinishReason) -> None:

@@ -109,9 +109,7 @@ class Following:
             raise NotReadyError("the response cannot be stored at the moment") from None
         return self.follow(record, began, Counting(self._metrics, len(record.request.prompt_token_ids)))
 
-    def follow(
-        self, record: Record, began: Began = lambda: None, counting: Counting | None = None
-    ) -> Followed:
+    def follow(self, record: Record, began: Began = lambda: None, counting: Counting | None = None) -> Followed:
         """Follow a response in progress, unless this replica does so already."""
         followed = self._followed.get(record.id)
         if followed is None:
@@ -160,11 +158,13 @@ class Following:
             return
         orphans = set(await self._backend.orphans([record.request.request_id for record in records]))
         for record in records:
+            if record.request.request_id not in orphans:
+                continue
             # it may have ended, and been stored, since it was read
-            if record.request.request_id in orphans and (now := await self._store.find(record.id)) is not None:
-                if now.outcome is None:
-                    logger.warning("response %s is followed from here, because its replica is gone", record.id)
-                    self.follow(now)
+            now = await self._store.find(record.id)
+            if now is not None and now.outcome is None:
+                logger.warning("response %s is followed from here, because its replica is gone", record.id)
+                self.follow(now, counting=Counting(self._metrics, 0, adopted=True))
 
     def close(self) -> None:
         for task in self._tasks:
@@ -263,9 +263,7 @@ class Following:
 
 def failed(request_id: RequestId, error: str) -> TokenOutput:
     """The last output of a request that has failed outside the engine."""
-    return TokenOutput(
-        request_id=request_id, offset=0, token_ids=(), finish_reason=FinishReason.ERROR, error=error
-    )
+    return TokenOutput(request_id=request_id, offset=0, token_ids=(), finish_reason=FinishReason.ERROR, error=error)
 
 
 async def _stored(record: Record) -> AsyncGenerator[TokenOutput, None]:

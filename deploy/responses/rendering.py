@@ -170,7 +170,8 @@ def outputs_of(record: Record) -> Iterator[TokenOutput]:
 
 def sse(event: Event) -> bytes:
     """A server-sent event, as OpenAI's API writes it."""
-    return b"event: " + event["type"].encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+    kind: str = event["type"]
+    return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
 
 
 def tokens_of(output: TokenOutput) -> Iterator[TokenOutput]:

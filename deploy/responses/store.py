@@ -5,7 +5,7 @@
     index/TIME/ID/SIZE   one for each of those, with the time of its end in ms (16 hex digits) and its size in bytes
     gone/ID              one that was deleted: whoever still follows it must not put it back
 
-What has ended is bounded in number, bytes and age; what is in progress is bounded by the requests that the engine takes.
+What has ended is bounded in number, bytes and age; what is in progress by the requests that the engine takes.
 """
 
 from __future__ import annotations

@@ -281,9 +281,10 @@ class Background:
             query = {"stream": "true"} | ({"starting_after": str(len(events) - 1)} if events else {})
             try:
                 with self._client.stream("GET", f"/v1/responses/{name}", params=query) as response:
-                    for line in response.iter_lines():
-                        if line.startswith("data: {") and response.status_code == 200:
-                            events.append(json.loads(line.removeprefix("data: ")))
+                    lines = response.iter_lines() if response.status_code == 200 else ()
+                    for line in lines:
+                        # one by one: those before a cut count
+                        events += [json.loads(line.removeprefix("data: "))] if line.startswith("data: {") else []
             except httpx.HTTPError:
                 time.sleep(0.05)
             if [event["sequence_number"] for event in events] != list(range(len(events))):

@@ -12,9 +12,10 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import NotReadyError, RequestError
+from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.requests import Endpoint, FinishReason, GenerateRequest, TokenOutput
-from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.cluster.messages.views import EngineStatus, Readiness, RoutingView, ScaleView, WorkerView
 from tests.deploy.fakes import FakeBackend
 
 ENGINES: list[Engine] = []
@@ -70,6 +71,7 @@ class Engine(Actor):
         self.drops = 0
         self.clients = Clients(self, submitted=lambda: None)
         self.address: Endpoint | None = None
+        self.opening = asyncio.Lock()
         self.work: asyncio.Task[None] | None = None
 
     def kill(self) -> None:
@@ -90,11 +92,15 @@ class Engine(Actor):
     async def endpoint(self) -> Endpoint:
         if not self.started:
             raise NotReadyError("the engine has not been started")
-        if self.address is None:
-            self.address = await self.clients.listen("127.0.0.1")
-            ENGINES.append(self)
-            self.work = asyncio.get_running_loop().create_task(self._work())
+        async with self.opening:
+            if self.address is None:
+                self.address = await self.clients.listen("127.0.0.1")
+                ENGINES.append(self)
+                self.work = asyncio.get_running_loop().create_task(self._work())
         return self.address
+
+    async def status(self) -> EngineStatus:
+        return EngineStatus()
 
     def add(self, request: GenerateRequest) -> TokenOutput | None:
         if self.refuses:
@@ -110,7 +116,7 @@ class Engine(Actor):
     async def _work(self) -> None:
         while True:
             while not self.running:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             await self.steps.acquire()
             outputs = [self._next(request_id) for request_id in list(self.running)]
             if self.drops == 0:
@@ -148,6 +154,18 @@ class Coordinator(Actor):
 
     async def model_info(self) -> ModelInfo:
         return await FakeBackend().model_info()
+
+    async def workers(self) -> list[WorkerView]:
+        return await FakeBackend().workers()
+
+    async def scaling(self) -> ScaleView:
+        return await FakeBackend().scaling()
+
+    async def routing(self) -> RoutingView:
+        return await FakeBackend().routing()
+
+    async def counters(self) -> ClusterCounters:
+        return await FakeBackend().counters()
 
     async def readiness(self) -> Readiness:
         if self.hangs:

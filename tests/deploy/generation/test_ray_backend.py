@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +13,6 @@ import ray
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams
-from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.generation import ray_backend
 from elastic_moe.deploy.generation.answer import GenerationFailed
 from elastic_moe.deploy.generation.ray_backend import RayBackend

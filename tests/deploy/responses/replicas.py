@@ -77,9 +77,9 @@ class Scene:
 
     async def add(self) -> Replica:
         backend = RayBackend(Remote(self.coordinator), plan_deadline_s=1, recovery_timeout_s=600)
-        backend.begin()
         service = Service(ServeConfig(**self.settings), backend, str(self.model_dir), values=self.values)
         await service.begin()
+        backend.begin()
         client = httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://localhost")
         watching = asyncio.create_task(service.following.watch())
         replica = Replica(backend=backend, service=service, client=client, watching=watching)

@@ -13,6 +13,8 @@ from elastic_moe.deploy.responses.store import Bounds, Entry, Store, superfluous
 
 BOUNDS = Bounds(most=3, most_bytes=100, oldest_s=50.0)
 
+ROOMY = Bounds(most=3, most_bytes=10_000, oldest_s=50.0)
+
 
 def record(name: str, ended_at_s: float | None = None) -> Record:
     outcome = None
@@ -57,7 +59,7 @@ def test_a_response_is_found_while_it_runs_and_afterwards_until_it_is_old() -> N
 
     async def work() -> None:
         nonlocal now
-        store = Store(LocalKeyValue(), BOUNDS, clock=lambda: now)
+        store = Store(LocalKeyValue(), ROOMY, clock=lambda: now)
         await store.begin(record("a"))
         assert await store.unfinished() == ["a"]
         assert await store.find("a") == record("a")
@@ -80,7 +82,7 @@ def test_deleting_leaves_nothing_and_marks_are_dropped_with_time() -> None:
     async def work() -> None:
         nonlocal now
         values = LocalKeyValue()
-        store = Store(values, BOUNDS, clock=lambda: now)
+        store = Store(values, ROOMY, clock=lambda: now)
         await store.begin(record("a"))
         await store.delete("a")
         await store.finish(record("a", ended_at_s=1.0))
