@@ -205,6 +205,16 @@ class ServeConfig:
     )
     admin_read_key_file: str | None = setting(None, "file that holds the admin read key")
     chat_template: str | None = setting(None, "file with a chat template, which replaces the one of the tokenizer")
+    tool_call_parser: str | None = setting(
+        None,
+        "form in which the model writes tool calls, by vLLM's name, such as hermes, deepseek_v3 or openai; none looks "
+        "for no calls; if not given, it is found in the checkpoint",
+    )
+    reasoning_parser: str | None = setting(
+        None,
+        "form in which the model writes its reasoning, by vLLM's name, such as qwen3, deepseek_r1 or openai_gptoss; "
+        "none leaves the reasoning in the answer; if not given, it is found in the checkpoint",
+    )
     shutdown_timeout: float = setting(
         30.0, "seconds that running requests have to finish when the server stops", at_least=0
     )

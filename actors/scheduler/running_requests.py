@@ -123,9 +123,11 @@ class RunningRequest:
     def finish_reason(self) -> FinishReason | None:
         """Why the last output token ends the request; None: it goes on. A stop token at the limit is a STOP."""
         params = self.params
-        if self.num_output and self.num_output >= params.min_tokens:
-            last = self.tokens[-1]
-            if (not params.ignore_eos and last in self.eos_token_ids) or last in self.stop_token_ids:
+        if self.num_output:
+            last, early = self.tokens[-1], self.num_output < params.min_tokens
+            # a grammar yields an end-of-sequence token only where nothing else can follow, or the answer may end
+            ends = last in self.eos_token_ids and (params.grammar is not None or not (params.ignore_eos or early))
+            if ends or (last in self.stop_token_ids and not early):
                 return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.longest else None
 
@@ -163,10 +165,10 @@ class RunningRequest:
         """False if `chunk` no longer counts: the request has ended or has lost its worker since it was sent."""
         return any(own is chunk for own in self.flight)
 
-    def land(self) -> None:
-        """Record that the oldest chunk in flight has been run."""
+    def land(self, *, short: int = 0) -> None:
+        """Record that the oldest chunk in flight has been run, but for its last `short` tokens."""
         chunk = self.flight.pop(0)
-        self.computed += chunk.length
+        self.computed += chunk.length - short
         self.introduced = True
         self.introduced_blocks = _end(chunk)
 

@@ -14,6 +14,9 @@ so a block that is freed may be given to another request at once.
 
 A step is a transaction. The result of `schedule` counts when `commit` takes the step's results, oldest step first.
 After `rollback` the work of all steps in flight is scheduled again. Requests may be added and aborted at any time.
+
+A worker may answer that it does not know yet what a request's grammar allows next. The request's last token is then run
+again in the next step that is made, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -198,9 +201,9 @@ class Scheduler:
         samples = {worker: {sample.request_id: sample for sample in results[worker].samples} for worker in parts}
         for worker, part in parts.items():
             expected = {chunk.request_id for _, chunk in part.work if chunk.samples}
-            corrupted = set(results[worker].corrupted)
-            assert samples[worker].keys() | corrupted == expected, f"{worker} has not sampled what it was asked to"
-            assert not samples[worker].keys() & corrupted, f"{worker} has sampled what it says it could not"
+            without = results[worker].without_sample
+            assert samples[worker].keys() | without == expected, f"{worker} has not sampled what it was asked to"
+            assert not samples[worker].keys() & without, f"{worker} has sampled what it says it could not"
         self._flights.popleft()
         self._steps += 1
         outputs: list[TokenOutput] = []
@@ -211,7 +214,14 @@ class Scheduler:
                 if request.request_id in results[worker].corrupted:
                     outputs.append(self._give_up(request))
                     continue
+                if request.request_id in results[worker].unready:
+                    part.cache.commit_but_last(request)
+                    continue
                 part.cache.commit(request)
+                if reason := results[worker].reason_of_end(request.request_id):
+                    self._end(request)
+                    outputs.append(_failure(request, reason))
+                    continue
                 if chunk.samples:
                     outputs.append(self._append(request, samples[worker][request.request_id]))
         return outputs
@@ -279,13 +289,7 @@ class Scheduler:
         request.cache.pool.forget(request.blocks)
         self._corrupted += 1
         self._end(request)
-        return TokenOutput(
-            request_id=request.request_id,
-            offset=request.num_output,
-            token_ids=(),
-            finish_reason=FinishReason.ERROR,
-            error=CORRUPTED,
-        )
+        return _failure(request, CORRUPTED)
 
     def _end(self, request: RunningRequest) -> None:
         request.ended = True
@@ -404,6 +408,16 @@ class Scheduler:
                 assert not request.in_flight(chunk) or request.cache is part.cache
                 covered = chunk.block_offset + len(chunk.block_ids)
                 assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
+
+
+def _failure(request: RunningRequest, error: str) -> TokenOutput:
+    return TokenOutput(
+        request_id=request.request_id,
+        offset=request.num_output,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=error,
+    )
 
 
 def _output(

@@ -85,10 +85,21 @@ class WorkerCache:
         request.flight.clear()
         self.backlog += request.remaining - before
 
+    def commit_but_last(self, request: RunningRequest) -> None:
+        """Record the request's oldest chunk but for its last token, which has to run again, since no token was sampled
+        after it. What was scheduled after it has run with a wrong token."""
+        before = request.remaining
+        self._land(request, short=1)
+        request.flight.clear()
+        self.backlog += request.remaining - before
+
     def commit(self, request: RunningRequest) -> None:
         """Record that the request's oldest chunk is in the KV cache for good. Blocks that are full now become known."""
+        self._land(request)
+
+    def _land(self, request: RunningRequest, *, short: int = 0) -> None:
         first = request.computed // self.block_size
-        request.land()
+        request.land(short=short)
         full = request.computed // self.block_size
         if self.prefix_caching and full > first:
             for number, key in enumerate(request.keys(full, self.block_size)[first:], first):

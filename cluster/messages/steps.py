@@ -70,6 +70,14 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stuck:
+    """A request whose grammar cannot go on, with one line that says why."""
+
+    request_id: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     step: int
     samples: tuple[Sample, ...]
@@ -77,6 +85,19 @@ class StepResult:
     """Seconds of the step inside the worker, including waits for peers."""
     corrupted: tuple[RequestId, ...] = ()
     """Requests that have no sample, because their logits were not numbers."""
+    unready: tuple[RequestId, ...] = ()
+    """Requests that have no sample yet, because their grammar's next tokens were not known in time. The last token of
+    the chunk has to run again."""
+    stuck: tuple[Stuck, ...] = ()
+    """Requests that have no sample and never will."""
+
+    @property
+    def without_sample(self) -> set[RequestId]:
+        return {*self.corrupted, *self.unready, *(one.request_id for one in self.stuck)}
+
+    def reason_of_end(self, request_id: RequestId) -> str | None:
+        """Why a request has no sample and never will; None if it is not stuck."""
+        return next((one.reason for one in self.stuck if one.request_id == request_id), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from elastic_moe.deploy.api.http_io import DONE, EventStream, first_then_rest, s
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.bodies.schema import SamplingFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, ScoredToken
+from elastic_moe.deploy.parsing.events import Event
 
 TOKENS_AT_ONCE = 64
 """Tokens with log probabilities that are written before other requests get their turn: a few milliseconds."""
@@ -29,6 +30,8 @@ class Collected:
 
     def __init__(self) -> None:
         self.text: list[str] = []
+        self.events: list[Event] = []
+        self.called = False
         self.tokens: list[ScoredToken] = []
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -36,6 +39,8 @@ class Collected:
 
     def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
+        self.events += delta.events
+        self.called |= delta.called
         self.tokens += delta.tokens
         self.token_ids += delta.token_ids
         if delta.finish_reason is not None:
@@ -45,6 +50,8 @@ class Collected:
         return Delta(
             index=index,
             text="".join(self.text),
+            events=tuple(self.events),
+            called=self.called,
             tokens=tuple(self.tokens),
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
@@ -151,12 +158,16 @@ class Run:
         firsts = self._answers[:: self._body.num_choices]
         prompt = sum(len(answer.request.prompt_token_ids) for answer in firsts)
         completion = sum(answer.completion_tokens for answer in self._answers)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens or 0 for answer in firsts)},
         }
+        if any(answer.parser is not None for answer in self._answers):
+            reasoning = sum(answer.reasoning_tokens for answer in self._answers)
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return usage
 
 
 def new_id(prefix: str) -> str:

@@ -20,7 +20,6 @@ from elastic_moe.deploy.api.chat import chat_prompt
 from elastic_moe.deploy.api.http_io import EventStream, client_name, first_then_rest, unless_gone
 from elastic_moe.deploy.api.service import Service, logger
 from elastic_moe.deploy.bodies.responses import ResponsesRequest, renamed
-from elastic_moe.deploy.bodies.schema import ChatCompletionRequest
 from elastic_moe.deploy.generation.answer import GenerationFailed
 from elastic_moe.deploy.responses.counting import Counting
 from elastic_moe.deploy.responses.events import Event, Item
@@ -45,10 +44,10 @@ def responses_router(service: Service) -> APIRouter:
         await service.check_ready()
         if body.background and not service.store.bounds.most:
             raise RequestError("background: this server stores no responses", param="background")
-        record, chat = await _new_record(service, body, client_name(request))
+        record = await _new_record(service, body, client_name(request))
         if body.background:
             return await _in_background(service, record, stream=bool(body.stream))
-        return await _Direct(service, record, chat, stored=body.stored).respond(request, stream=bool(body.stream))
+        return await _Direct(service, record, stored=body.stored).respond(request, stream=bool(body.stream))
 
     @router.get("/{response_id}")
     async def retrieve(response_id: str, request: Request) -> Response:
@@ -91,7 +90,7 @@ def responses_router(service: Service) -> APIRouter:
 # --- A new response -------------------------------------------------------------------------------------------------
 
 
-async def _new_record(service: Service, body: ResponsesRequest, client: str) -> tuple[Record, ChatCompletionRequest]:
+async def _new_record(service: Service, body: ResponsesRequest, client: str) -> Record:
     """Raises RequestError for a fault in the body, in the names of a response's fields."""
     response_id = new_response_id()
     own = input_items(body.input, suffix_of(response_id))
@@ -104,7 +103,7 @@ async def _new_record(service: Service, body: ResponsesRequest, client: str) -> 
     except RequestError as error:
         raise renamed(error) from None
     request = dataclasses.replace(answers[0].request, lasting=bool(body.background))
-    record = Record(
+    return Record(
         id=response_id,
         created_at_s=int(time.time()),
         background=bool(body.background),
@@ -114,7 +113,6 @@ async def _new_record(service: Service, body: ResponsesRequest, client: str) -> 
         chat=chat.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"messages"}),
         request=request,
     )
-    return record, chat
 
 
 async def _history(service: Service, previous: str | None) -> list[Item]:
@@ -182,16 +180,14 @@ async def _in_background(service: Service, record: Record, *, stream: bool) -> R
 class _Direct:
     """A response that ends with its connection, as a chat completion does."""
 
-    def __init__(self, service: Service, record: Record, chat: ChatCompletionRequest, *, stored: bool) -> None:
+    def __init__(self, service: Service, record: Record, *, stored: bool) -> None:
         self._service = service
         self._record = record
-        self._chat = chat
         self._stored = stored and service.store.bounds.most > 0
 
     async def respond(self, request: Request, *, stream: bool) -> Response:
         """Raises ClientGone where the client hangs up before there is anything to send."""
-        answer = await self._service.answer(self._chat, self._record.request)
-        rendering = Rendering(self._record, answer, self._service.tokenizer)
+        rendering = await self._service.rendering(self._record)
         events = self._run(rendering)
         try:
             if stream:

@@ -182,6 +182,7 @@ class ResponsesRequest(Body):
 
     def _chat_fields(self) -> dict[str, Any]:
         choice = self.tool_choice
+        named = {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedTool) else None
         return {
             "model": self.model,
             "temperature": self.temperature,
@@ -190,12 +191,8 @@ class ResponsesRequest(Body):
             "logprobs": self.wants_logprobs or None,
             "top_logprobs": self.top_logprobs if self.wants_logprobs else None,
             "tools": [_chat_tool(tool) for tool in self.tools] if self.tools else None,
-            "tool_choice": (
-                {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedTool) else choice
-            )
-            if self.tools
-            else None,
-            "parallel_tool_calls": self.parallel_tool_calls if self.tools else None,
+            "tool_choice": named if isinstance(choice, NamedTool) else choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": _chat_format(self.text.format) if self.text and self.text.format else None,
             "verbosity": self.text.verbosity if self.text else None,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,

@@ -16,6 +16,7 @@ from elastic_moe.deploy.bodies.bounds import MAX_STOPS, TokenIds, check_sizes, p
 from elastic_moe.deploy.bodies.faults import request_error
 from elastic_moe.deploy.bodies.json_text import type_name
 from elastic_moe.deploy.bodies.structured import StructuredFields
+from elastic_moe.deploy.bodies.tools import ToolFields, check_choice, check_history
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -197,19 +198,16 @@ class TemplateFields(Body):
         return self.add_generation_prompt is not False and not self.continue_final_message
 
 
-class ChatCompletionRequest(SamplingFields, TemplateFields):
+class ChatCompletionRequest(SamplingFields, TemplateFields, ToolFields):
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         **SamplingFields.UNSUPPORTED,
-        "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"),
         "audio": (),
         "modalities": (["text"],),
         "web_search_options": (),
         "chat_template": (),
         "documents": ([],),
-        "include_reasoning": (True,),
         "verbosity": ("medium",),
     }
 
@@ -220,6 +218,11 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
+    include_reasoning: bool | None = None
+
+    @property
+    def hides_reasoning(self) -> bool:
+        return self.include_reasoning is False
 
     @property
     def token_limit(self) -> int | None:
@@ -281,8 +284,8 @@ class ElasticEpRequest(Body):
     """Seconds to wait for the end of the operation."""
 
 
-SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
-"""Fields that have no effect where another field is "none": a chat whose tools may not be called is a plain chat."""
+SWITCHES = {"functions": "function_call"}
+"""Fields that have no effect where another field is "none": functions that may not be called."""
 
 
 def parse(kind: type[BodyT], data: object) -> BodyT:
@@ -320,6 +323,8 @@ def _check_together(body: SamplingFields) -> None:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: allowed only when stream is true", param="stream_options")
     if isinstance(body, ChatCompletionRequest):
+        check_choice(body)
+        check_history(body.messages)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs: logprobs must be true to use it", param="top_logprobs")
         if body.continue_final_message and body.add_generation_prompt:

@@ -39,9 +39,9 @@ class Output:
         item["content"][0]["text"] += delta
         return [*events, self._event("reasoning_text.delta", {"content_index": 0, "delta": delta})]
 
-    def call(self, name: str) -> list[Event]:
+    def call(self, name: str, call_id: str) -> list[Event]:
         """A function call begins."""
-        return [*self.close(), *self._begin("function_call", name=name)]
+        return [*self.close(), *self._begin("function_call", name=name, call_id=call_id)]
 
     def arguments(self, delta: str) -> list[Event]:
         """More of the arguments of the call that has begun last."""
@@ -71,7 +71,7 @@ class Output:
 
     # --- Inside -------------------------------------------------------------------------------------------------
 
-    def _begin(self, kind: str, name: str = "") -> list[Event]:
+    def _begin(self, kind: str, name: str = "", call_id: str = "") -> list[Event]:
         """Begin an item of this kind, unless one is under way."""
         if self._open is not None and self._open["type"] == kind:
             return []
@@ -86,7 +86,7 @@ class Output:
                 item = {"id": f"rs_{number}", "type": kind, "status": "in_progress", "summary": []}
                 part = {"type": "reasoning_text", "text": ""}
             case _:
-                item = {"id": f"fc_{number}", "type": kind, "status": "in_progress", "call_id": f"call_{number}"}
+                item = {"id": f"fc_{number}", "type": kind, "status": "in_progress", "call_id": call_id}
                 item |= {"name": name, "arguments": ""}
                 part = {}
         self._open = item

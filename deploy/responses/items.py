@@ -31,19 +31,17 @@ def input_items(given: str | Sequence[Mapping[str, Any]], suffix: str) -> list[I
 def messages(items: Sequence[Item], instructions: str | None) -> list[Message]:
     """The messages of a conversation. Raises RequestError for an output that belongs to no call."""
     made: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
-    calls: set[str] = set()
     thought: list[str] = []
     for number, item in enumerate(items):
         match item["type"]:
             case "reasoning":
                 thought.append(_reasoning_text(item))
             case "function_call":
-                calls.add(item["call_id"])
                 _assistant(made, thought)["tool_calls"].append(_call(item))
             case "function_call_output":
-                if item["call_id"] not in calls:
+                if item["call_id"] not in _open_calls(made):
                     raise RequestError(
-                        f"input: no function_call with the call_id {item['call_id'][:100]!r} stands before its output",
+                        f"input: the output of call {item['call_id'][:100]!r} does not follow a function_call with this id",
                         param="input",
                         code="invalid_value",
                     )
@@ -79,6 +77,12 @@ def _assistant(made: list[Message], thought: Sequence[str]) -> Message:
         made.append(last)
     last.setdefault("tool_calls", [])
     return last
+
+
+def _open_calls(made: Sequence[Message]) -> list[str]:
+    """The ids of the calls in the assistant's last turn, where nothing but outputs of calls follows it."""
+    turn = next((message for message in reversed(made) if message["role"] != "tool"), {})
+    return [call["id"] for call in turn.get("tool_calls", [])]
 
 
 def _call(item: Item) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -101,3 +104,14 @@ def suffix_of(response_id: str) -> str:
 
 def request_id(response_id: str) -> RequestId:
     return RequestId(response_id)
+
+
+def call_ids(response_id: str, chars: int | None) -> Callable[[], str]:
+    """Makes the ids of a response's calls, one after the other. `chars`: their length, where the template insists."""
+    numbers = itertools.count()
+
+    def new_id() -> str:
+        digest = hashlib.blake2b(f"{response_id}/{next(numbers)}".encode(), digest_size=16).hexdigest()
+        return f"call_{digest[:24]}" if chars is None else digest[:chars]
+
+    return new_id

@@ -12,6 +12,8 @@ import msgspec
 
 from elastic_moe.cluster.messages.requests import FinishReason, TokenOutput
 from elastic_moe.deploy.generation.answer import Answer, Delta, ScoredToken
+from elastic_moe.deploy.parsing.events import CallArguments, CallBegin, CallEnd, TextKind, TextPiece
+from elastic_moe.deploy.parsing.events import Event as ParsedEvent
 from elastic_moe.deploy.responses.events import Event, Logprob, Output, snapshot
 from elastic_moe.deploy.responses.record import STATUS_OF, Ending, Record, Status, suffix_of
 from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -40,7 +42,6 @@ class Rendering:
         self._logprobs: list[Logprob] = []
         """Those of tokens whose text has not come yet."""
         self._events = 0
-        self._reasoning_tokens = 0
         self.ending: Ending | None = None
 
     @property
@@ -86,10 +87,28 @@ class Rendering:
 
     def _pieces(self, delta: Delta) -> list[Event]:
         self._logprobs += [self._scored(token) for token in delta.tokens]
-        if not delta.text:
+        if self._answer.parser is None:
+            return self._text(delta.text)
+        return [event for piece in delta.events for event in self._piece(piece)]
+
+    def _piece(self, piece: ParsedEvent) -> list[Event]:
+        match piece:
+            case TextPiece(kind=TextKind.CONTENT):
+                return self._text(piece.text)
+            case TextPiece():
+                return self._output.reasoning(piece.text)
+            case CallBegin():
+                return self._output.call(piece.name, piece.call_id)
+            case CallArguments():
+                return self._output.arguments(piece.text)
+            case CallEnd():
+                return self._output.close(complete=piece.complete)
+
+    def _text(self, text: str) -> list[Event]:
+        if not text:
             return []
         logprobs, self._logprobs = self._logprobs, []
-        return self._output.text(delta.text, logprobs)
+        return self._output.text(text, logprobs)
 
     def _end(self, ending: Ending) -> list[Event]:
         events: list[Event] = []
@@ -115,7 +134,7 @@ class Rendering:
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": self._answer.cached_tokens or 0, "cache_write_tokens": 0},
             "output_tokens": made,
-            "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": self._answer.reasoning_tokens},
             "total_tokens": prompt + made,
         }
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
-from elastic_moe.deploy.bodies.structured import ResponseFormat, StructuredFields, StructuredOutputs
+from elastic_moe.deploy.bodies.bounds import check_sizes
+from elastic_moe.deploy.bodies.json_text import type_name
+from elastic_moe.deploy.bodies.structured import (
+    MAX_GRAMMAR_CHARS,
+    ResponseFormat,
+    StructuredFields,
+    StructuredOutputs,
+)
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -24,12 +31,11 @@ class RequestedGrammar:
 def requested_grammar(fields: StructuredFields) -> RequestedGrammar | None:
     """The grammar that the fields ask for, if any. Raises RequestError where they ask for two."""
     found = [*_of_format(fields.response_format), *_of_outputs(fields.structured_outputs), *_of_old_names(fields)]
+    for one in found:
+        if len(one.grammar.text) > MAX_GRAMMAR_CHARS:
+            raise _fault(one.param, f"expected at most {MAX_GRAMMAR_CHARS} characters")
     if len(found) > 1:
-        raise RequestError(
-            f"{found[1].param}: cannot be given together with {found[0].param}",
-            param=found[1].param,
-            code="invalid_value",
-        )
+        raise _fault(found[1].param, f"cannot be given together with {found[0].param}")
     return found[0] if found else None
 
 
@@ -87,11 +93,7 @@ def _of_outputs(wanted: StructuredOutputs | None) -> Iterator[RequestedGrammar]:
         count += 1
         yield one
     if not count:
-        raise RequestError(
-            f"{name}: expected one of json, regex, choice, grammar, json_object and structural_tag",
-            param=name,
-            code="invalid_value",
-        )
+        raise _fault(name, "expected one of json, regex, choice, grammar, json_object and structural_tag")
 
 
 def _of_old_names(fields: StructuredFields) -> Iterator[RequestedGrammar]:
@@ -122,10 +124,16 @@ def _json(schema: str | dict[str, Any], param: str, how: dict[str, Any]) -> Requ
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"{param}: expected a JSON schema: {error}", param=param, code="invalid_value") from None
+            raise _fault(param, f"expected a JSON schema: {error}") from None
+        # a text has not been checked with the body
+        check_sizes({param: schema}, (param,))
     if not isinstance(schema, dict | bool):
-        raise RequestError(f"{param}: expected a JSON schema, an object", param=param, code="invalid_value")
+        raise _fault(param, f"expected a JSON schema, which is an object, got {type_name(schema)}")
     return RequestedGrammar(grammar=json_grammar(schema, **how), param=param)
+
+
+def _fault(param: str, message: str) -> RequestError:
+    return RequestError(f"{param}: {message}", param=param, code="invalid_value")
 
 
 def _closed(schema: Any) -> Any:

@@ -23,7 +23,7 @@ from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAbor
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostSpec, RoutingCounts
 from elastic_moe.cluster.messages.requests import RequestId
-from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
@@ -32,11 +32,15 @@ from elastic_moe.model.exchange.dispatch import Dispatcher
 from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispatcher
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import Fit, fit
+from elastic_moe.model.grammars.compiling import Compiler
+from elastic_moe.model.grammars.masks import MaskThreads
+from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.worker.next_tokens import choose
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.sampling import NO_TOKEN, SamplingState, sample
+from elastic_moe.model.worker.sampling import SamplingState
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +87,8 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._grammars = Compiler(self._read_vocabulary)
+        self._masks = MaskThreads()
         self._share = max(1, spec.num_threads)
         """Threads of a step if this worker borrows none."""
         self._prepared: dict[Epoch, _EpochState] = {}
@@ -314,32 +320,40 @@ class Worker:
         for request_id in plan.finished:
             self._sequences.pop(request_id, None)
         for new in plan.new:
-            self._sequences[new.request_id] = _Sequence(state=SamplingState(new), blocks=[])
+            self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[])
         slices = [self._slice(chunk) for chunk in plan.chunks]
+        sampling = {chunk.request_id: self._sequences[chunk.request_id].state for chunk in plan.chunks if chunk.samples}
+        constrained = [state.progress for state in sampling.values() if state.progress is not None]
+        if constrained:
+            self._masks.begin(constrained)
         logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
-        sampling = [chunk.request_id for chunk in plan.chunks if chunk.samples]
-        states = [self._sequences[request_id].state for request_id in sampling]
+        if constrained:
+            self._masks.finish(constrained)
         with torch.inference_mode():
-            chosen = sample(logits, states)
+            chosen = choose(logits, sampling)
         assert self._epoch is not None
         self._epoch.dispatcher.finish()
-        for state, (token, _) in zip(states, chosen, strict=True):
-            # the next step may be on its way and runs with any token here; nobody reads the result for this request
-            state.append(0 if token == NO_TOKEN else token)
         self._counter.commit_step([chunk.length for chunk in plan.chunks])
-        samples = tuple(
-            Sample(request_id=request_id, token_id=token, logprobs=logprobs)
-            for request_id, (token, logprobs) in zip(sampling, chosen, strict=True)
-            if token != NO_TOKEN
-        )
-        corrupted = tuple(
-            request_id for request_id, (token, _) in zip(sampling, chosen, strict=True) if token == NO_TOKEN
-        )
         compute_s = time.perf_counter() - begin
         # workers wait for one another, so a prompt on one worker makes the step a prefill step for all
         decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
-        return StepResult(step=plan.step, samples=samples, compute_s=compute_s, corrupted=corrupted)
+        return StepResult(
+            step=plan.step,
+            samples=chosen.samples,
+            compute_s=compute_s,
+            corrupted=chosen.corrupted,
+            unready=chosen.unready,
+            stuck=chosen.stuck,
+        )
+
+    def _state(self, new: NewSequence) -> SamplingState:
+        grammar = new.params.grammar
+        return SamplingState(new, None if grammar is None else self._grammars.get(grammar, new.eos_token_ids))
+
+    def _read_vocabulary(self, eos_token_ids: tuple[int, ...]) -> Vocabulary:
+        width = self._checkpoint.info.vocab_size
+        return read_vocabulary(self.spec.model.path, width=width, eos_token_ids=eos_token_ids)
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]

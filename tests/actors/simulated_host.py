@@ -29,6 +29,8 @@ def alone(request: GenerateRequest, max_model_len: int) -> tuple[int, ...]:
         history = (*request.prompt_token_ids, *output)
         token = masked_token(history, len(output), request)
         output.append(token)
+        if params.grammar is not None and token == EOS:
+            break
         if len(output) >= params.min_tokens and (
             (token == EOS and not params.ignore_eos) or token in params.stop_token_ids
         ):
@@ -49,9 +51,13 @@ class _Known:
     tokens: list[int]
     request: GenerateRequest
     blocks: list[int] = field(default_factory=list)
+    spoilt: int | None = None
+    """Place of the first token that stands for one that was not sampled."""
 
 
 class SimulatedHost:
+    """A mask of a request with a grammar is late in one of three steps."""
+
     def __init__(self, num_blocks: int, block_size: int, rope_limit: int) -> None:
         self.block_size = block_size
         self.rope_limit = rope_limit
@@ -75,18 +81,29 @@ class SimulatedHost:
         ids = [chunk.request_id for chunk in plan.chunks]
         assert len(ids) == len(set(ids))
         samples = []
+        unready = []
         for chunk in plan.chunks:
             sequence = self.known[chunk.request_id]
             del sequence.tokens[chunk.known :]
+            if sequence.spoilt is not None and sequence.spoilt >= chunk.known:
+                sequence.spoilt = None
             assert len(sequence.tokens) == chunk.known
             assert chunk.block_offset <= len(sequence.blocks)
             sequence.blocks[chunk.block_offset : chunk.block_offset + len(chunk.block_ids)] = chunk.block_ids
             for position in range(chunk.start, chunk.start + chunk.length):
                 block, offset = divmod(position, self.block_size)
                 self.cache[sequence.blocks[block]][offset] = (self._variant(sequence), sequence.tokens[position])
-            if chunk.samples:
+            if not chunk.samples:
+                continue
+            late = sequence.request.params.grammar is not None and plan.step % 3 == 0
+            if late or sequence.spoilt is not None:
+                unready.append(chunk.request_id)
+                if sequence.spoilt is None:
+                    sequence.spoilt = len(sequence.tokens)
+                sequence.tokens.append(VOCABULARY)
+            else:
                 samples.append(self._sample(sequence))
-        return StepResult(step=plan.step, samples=tuple(samples), compute_s=0.0)
+        return StepResult(step=plan.step, samples=tuple(samples), compute_s=0.0, unready=tuple(unready))
 
     def _variant(self, sequence: _Known) -> int:
         return int(len(sequence.request.prompt_token_ids) > self.rope_limit)

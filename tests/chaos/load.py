@@ -7,12 +7,15 @@ import random
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import httpx
+import jsonschema
 
+from elastic_moe.deploy.structured.requested import json_grammar
 from tests.e2e.conftest import MODEL, Reference, Server
 
 LONG_PROMPT = [(37 * n) % 400 + 3 for n in range(280)]
@@ -20,6 +23,19 @@ LONG_PROMPT = [(37 * n) % 400 + 3 for n in range(280)]
 PROMPTS = ([17, 42, 99, 7, 250], [5, 300, 12], [401, 33, 8, 90, 211, 77, 6], [64], LONG_PROMPT)
 TEXTS = ("Where is the expert?", "What moves?", "Who dies next?")
 """Of background responses, which are chats."""
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["tree", "bush"]},
+        "size": {"type": "integer", "minimum": 1, "maximum": 300},
+        "names": {"type": "array", "items": {"type": "string", "maxLength": 6}, "maxItems": 3},
+    },
+    "required": ["kind", "size", "names"],
+    "additionalProperties": False,
+}
+"""What structured answers look like."""
+STRUCTURED = 0.2
+"""Share of the requests whose answers must follow SCHEMA."""
 ANSWER_S = 90.0
 """A stream that is silent for so long is lost."""
 
@@ -34,12 +50,18 @@ class Expected:
         self._tokens = [reference.greedy(list(prompt), longest) for prompt in PROMPTS] if reference else []
         chats = [reference.chat(text) for text in TEXTS] if reference else []
         self._chats = [reference.greedy(prompt, longest) for prompt in chats] if reference else []
+        grammar = json_grammar(SCHEMA, whitespace=False)
+        self._structured = [reference.structured(list(p), longest, grammar) for p in PROMPTS] if reference else []
 
     def agrees(self, answer: str, prompt: int, tokens: int) -> bool:
         return self._reference is None or answer == self._reference.text(self._tokens[prompt][:tokens])
 
     def agrees_in_chat(self, answer: str, chat: int, tokens: int) -> bool:
         return self._reference is None or answer == self._reference.text(self._chats[chat][:tokens])
+
+    def agrees_structured(self, answer: Sequence[int], prompt: int, tokens: int) -> bool:
+        """Whether these are the tokens of an answer that follows SCHEMA."""
+        return self._reference is None or list(answer) == self._structured[prompt][:tokens]
 
 
 @dataclass(slots=True)
@@ -162,16 +184,22 @@ class Load:
                 prompt = len(PROMPTS) - 1 if rng.random() < self.prefill else short
                 tokens = rng.randint(min(20, self._expected.longest), self._expected.longest)
                 stream = rng.random() < streams
+                structured = rng.random() < STRUCTURED
                 try:
-                    answer = self._ask(client, prompt, tokens, stream=stream)
-                except (httpx.HTTPError, ValueError, KeyError) as error:
+                    if structured:
+                        ids = self._ask_structured(client, prompt, tokens, stream=stream)
+                        answer, good = str(ids), self._expected.agrees_structured(ids, prompt, tokens)
+                    else:
+                        answer = self._ask(client, prompt, tokens, stream=stream)
+                        good = self._expected.agrees(answer, prompt, tokens)
+                except (httpx.HTTPError, ValueError, KeyError, jsonschema.ValidationError) as error:
                     if self.forgives:
                         self._cut()
                     else:
                         self._count(f"lost: {type(error).__name__}: {error}")
                     continue
-                if not self._expected.agrees(answer, prompt, tokens):
-                    kind = "stream" if stream else "plain answer"
+                if not good:
+                    kind = f"{'structured ' if structured else ''}{'stream' if stream else 'plain answer'}"
                     self._count(f"other tokens: {kind} of {tokens} tokens to prompt {prompt}: {answer[:80]!r}")
                 else:
                     self._count(None)
@@ -202,6 +230,25 @@ class Load:
         if answer["usage"]["completion_tokens"] != tokens:
             raise ValueError(f"{answer['usage']['completion_tokens']} of {tokens} tokens came")
         return text
+
+    def _ask_structured(self, client: httpx.Client, prompt: int, tokens: int, *, stream: bool) -> list[int]:
+        """The tokens of an answer that follows SCHEMA. Raises ValueError for an error object, and for other JSON."""
+        body = {"model": MODEL, "prompt": PROMPTS[prompt], "max_tokens": tokens, "temperature": 0, "stream": stream}
+        body |= {"return_token_ids": True, "structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}
+        ids: list[int] = []
+        text, reason = "", None
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            if stream and response.status_code == 200:
+                lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+            else:
+                lines = [response.read().decode()]
+        for answer in map(json.loads, lines):
+            text += _text(answer)
+            ids += answer["choices"][0].get("token_ids") or []
+            reason = answer["choices"][0]["finish_reason"] or reason
+        if reason == "stop":
+            jsonschema.validate(json.loads(text), SCHEMA)
+        return ids
 
     def _read_stream(self, response: httpx.Response, tokens: int) -> str:
         text, last, count = "", 0.0, 0

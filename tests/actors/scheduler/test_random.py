@@ -21,6 +21,7 @@ from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
@@ -47,6 +48,7 @@ requests = st.builds(
         ignore_eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (5,)]),
         logprobs=st.sampled_from([None, 0]),
+        grammar=st.sampled_from([None, None, Grammar(kind=GrammarKind.REGEX, text=".*")]),
     ),
     st.integers(0, 4),
     st.sampled_from(["", "", "salt"]),
