@@ -41,7 +41,7 @@ def messages(items: Sequence[Item], instructions: str | None) -> list[Message]:
             case "function_call_output":
                 if item["call_id"] not in _open_calls(made):
                     raise RequestError(
-                        f"input: the output of call {item['call_id'][:100]!r} does not follow a function_call with this id",
+                        f"input: the output of call {item['call_id'][:100]!r} does not follow its function_call",
                         param="input",
                         code="invalid_value",
                     )
