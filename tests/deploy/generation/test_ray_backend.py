@@ -224,7 +224,7 @@ def test_lost_outputs_are_made_again() -> None:
 
 def test_refusals_reach_the_client() -> None:
     async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
-        await asyncio.sleep(0.02)
+        await until(lambda: backend._link is not None)
         engine.refuses = True
         with pytest.raises(RequestError) as refused:
             await collect(backend)
