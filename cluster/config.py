@@ -144,8 +144,27 @@ class ServeConfig:
     max_waiting_requests: int = setting(
         2048,
         "largest number of answers that wait for their first token; further requests are refused with status 503. One "
-        "client may take at most three quarters of the places that the other clients leave",
+        "client may take at most three quarters of the places that the other clients leave. Each API replica counts "
+        "its own",
         at_least=1,
+    )
+    api_replicas: int = setting(
+        1,
+        "number of API processes behind the proxy; a connection stays with one of them, and if that one dies, only its "
+        "connections end",
+        at_least=1,
+    )
+    max_stored_responses: int = setting(
+        1000,
+        "largest number of answers of /v1/responses that are kept after their end; the oldest go first, and 0 keeps "
+        "none",
+        at_least=0,
+    )
+    stored_responses_memory_bytes: int = setting(
+        256 << 20, "bytes that those answers may take together, with their conversations", at_least=1
+    )
+    stored_responses_ttl: float = setting(
+        86400.0, "seconds after their end for which those answers are kept", at_least=1
     )
     drain_timeout: float = setting(
         30.0,

@@ -39,7 +39,7 @@ def chat_router(service: Service) -> APIRouter:
         await service.check_ready()
         client = client_name(request)
         service.check_room(client, body)
-        prompt = await _prompt(service, body)
+        prompt = await chat_prompt(service, body)
         response_id = new_id("chatcmpl")
         answers = await service.answers(body, [prompt], response_id=response_id, client=client)
         check_scores(body, [len(prompt.token_ids)])
@@ -59,7 +59,7 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
+async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
     """Render and encode the messages. Raises RequestError where the template refuses them, or they are too long."""
     tools = body.callable_tools
     text = await service.render_chat(body.messages, body, tools)

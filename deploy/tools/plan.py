@@ -25,9 +25,15 @@ class Check(Protocol):
         ...
 
 
+class NewParser(Protocol):
+    def __call__(self, new_id: Callable[[], str] | None = None) -> AnswerParser:
+        """A parser of one answer. `new_id` makes the ids of its calls where the model writes none."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolPlan:
-    new_parser: Callable[[], AnswerParser] | None
+    new_parser: NewParser | None
     """Makes the parser of an answer. None: there is nothing to parse."""
     markers: Mapping[int, str]
     """The special tokens that the parser must see, with their texts."""
@@ -108,10 +114,14 @@ def _tokens(tokenizer: Tokenizer, mark: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(mark, add_special_tokens=False)) if token_id is None else (token_id,)
 
 
-def _parsers(form: AnswerForm, begun: str, tools: Tools, max_calls: int | None) -> Callable[[], AnswerParser] | None:
+def _parsers(form: AnswerForm, begun: str, tools: Tools, max_calls: int | None) -> NewParser | None:
     if form.template(tools=bool(tools)) is None:
         return None
-    return lambda: AnswerParser(form, begun=begun, tools=tools, max_calls=max_calls)
+
+    def new_parser(new_id: Callable[[], str] | None = None) -> AnswerParser:
+        return AnswerParser(form, begun=begun, tools=tools, max_calls=max_calls, new_id=new_id)
+
+    return new_parser
 
 
 def _end_of_reasoning(tokenizer: Tokenizer, thinking: Thinking | None) -> tuple[int, ...] | None:

@@ -7,7 +7,10 @@ import dataclasses
 import json
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -21,8 +24,12 @@ from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
-from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.requests import FinishReason
+from elastic_moe.cluster.messages.requests import GenerateRequest
+from elastic_moe.cluster.messages.requests import TokenLogprobs
+from elastic_moe.cluster.messages.requests import TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores
+from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.views import (
     ClusterView,
     EngineStatus,
@@ -137,11 +144,14 @@ class FakeBackend:
     """How often `cluster` was called."""
     looks_per_report: int = 2
     can_wait: bool = False
+    running: set[str] = field(default_factory=set)
+    cancelled: set[str] = field(default_factory=set)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if self.refuse:
             raise self.refuse
         self.requests.append(request)
+        self.running.add(request.request_id)
         done = False
         try:
             for scores in fake_scores(request, self.chunk):
@@ -153,6 +163,10 @@ class FakeBackend:
             for start in range(0, len(tokens), self.chunk):
                 await asyncio.sleep(self.delay_s)
                 part = tuple(tokens[start : start + self.chunk])
+                if request.request_id in self.cancelled:
+                    done = True
+                    yield self._output(request, start, (), FinishReason.ABORT)
+                    return
                 if self.fail_after is not None and start >= self.fail_after:
                     yield self._output(request, start, (), FinishReason.ERROR, "worker w1 is lost")
                     return
@@ -162,8 +176,20 @@ class FakeBackend:
                     done = True
                 yield self._output(request, start, part, reason)
         finally:
+            self.running.discard(request.request_id)
             if not done:
                 self.aborted.append(request.request_id)
+
+    def cancel(self, request_id: RequestId) -> None:
+        if request_id not in self.running:
+            raise KeyError(request_id)
+        self.cancelled.add(request_id)
+
+    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
+        return tuple(request_id for request_id in request_ids if request_id not in self.running)
+
+    def forget(self, request_id: RequestId) -> None:
+        pass
 
     def _output(
         self,
