@@ -7,10 +7,7 @@ import dataclasses
 import json
 import time
 from array import array
-from collections.abc import AsyncGenerator
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -24,12 +21,8 @@ from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
-from elastic_moe.cluster.messages.requests import FinishReason
-from elastic_moe.cluster.messages.requests import GenerateRequest
-from elastic_moe.cluster.messages.requests import TokenLogprobs
-from elastic_moe.cluster.messages.requests import TokenOutput
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores
-from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.views import (
     ClusterView,
     EngineStatus,
