@@ -13,7 +13,7 @@ from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.operations import OperationLog
 from elastic_moe.cluster.facts.tiering import assign_tiers, fits_in
 from elastic_moe.cluster.messages.views import Operation, OperationKind
-from elastic_moe.cluster.placement import Placement, Tier
+from elastic_moe.cluster.placement import Placement
 
 # --- Decisions ----------------------------------------------------------------------------------------------------
 
@@ -94,13 +94,13 @@ def _crowded(facts: Facts, placement: Placement) -> str | None:
         return None
     rooms = facts.rooms([facts.records[worker] for worker in facts.ranks])
     for worker, room in rooms.items():
-        if room is not None and not fits_in(placement, worker, room):
-            most = room.device - 1
-            return f"the device of {worker} has room for {most} experts of each layer, besides a slot for the others"
-        pinned = (placement.tiers == Tier.HOST) & (placement.slot_to_worker == placement.rank_of(worker))
-        most = 0 if room is None else room.host
-        if pinned.sum(axis=1).max(initial=0) > most:
-            return f"{worker} has pinned memory for {most} experts of each layer"
+        if room is None:
+            return f"{worker} keeps all its experts in its device"
+        if not fits_in(placement, worker, room):
+            return (
+                f"{worker} has room for {room.device} experts in its device, of which one in each layer that does not"
+                f" fit is for the others, and for {room.host} in pinned memory"
+            )
     return None
 
 

@@ -247,11 +247,8 @@ class Facts:
             if info is None or info.disk_bytes_per_s is None or info.expert_capacity is None:
                 rooms[record.id] = None
                 continue
-            layers = self.model.num_layers
             rooms[record.id] = Room(
-                device=info.expert_capacity // layers,
-                host=info.host_capacity // layers,
-                disk_bytes_per_s=info.disk_bytes_per_s,
+                device=info.expert_capacity, host=info.host_capacity, disk_bytes_per_s=info.disk_bytes_per_s
             )
         return rooms
 

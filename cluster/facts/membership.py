@@ -15,7 +15,7 @@ import numpy.typing as npt
 from elastic_moe.cluster.facts.events import ExpertKey, Probe, StartWorker, StopWorker
 from elastic_moe.cluster.messages.epochs import HostInfo
 from elastic_moe.cluster.messages.views import WorkerState
-from elastic_moe.cluster.placement import EMPTY, Placement, WorkerId
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier, WorkerId
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -215,16 +215,22 @@ class Membership:
 
 def needs(placement: Placement, worker: WorkerId) -> BoolArray:
     """[L, E] the experts that `placement` puts into the device of `worker`, which must be there before it begins."""
-    return mask_of([placement.resident(worker, layer) for layer in range(placement.num_layers)], _shape(placement))
+    return _mask_of_slots(placement, worker, placement.tiers == Tier.DEVICE)
 
 
 def serves(placement: Placement, worker: WorkerId) -> BoolArray:
     """[L, E] the experts that `placement` gives to `worker`, in whichever tier."""
-    return mask_of([placement.experts_of(worker, layer) for layer in range(placement.num_layers)], _shape(placement))
+    return _mask_of_slots(placement, worker, np.ones_like(placement.tiers, dtype=np.bool_))
 
 
-def _shape(placement: Placement) -> tuple[int, int]:
-    return placement.num_layers, placement.num_logical_experts
+def _mask_of_slots(placement: Placement, worker: WorkerId, chosen: BoolArray) -> BoolArray:
+    """[L, E] the experts in those slots of `worker` that are `chosen` ([L, S])."""
+    table = placement.physical_to_logical_map
+    mine = placement.slot_to_worker == placement.rank_of(worker)
+    layers, slots = np.nonzero(chosen & mine & (table != EMPTY))
+    mask = np.zeros((placement.num_layers, placement.num_logical_experts), dtype=np.bool_)
+    mask[layers, table[layers, slots]] = True
+    return mask
 
 
 def mask_of(experts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> BoolArray:

@@ -39,7 +39,7 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
 from elastic_moe.cluster.facts.membership import mask_of, needs, serves
-from elastic_moe.cluster.facts.tiering import pins_of
+from elastic_moe.cluster.facts.tiering import memory_of, pins_of
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Placement, WorkerId
@@ -219,9 +219,8 @@ class Simulation:
         """Beside what lies in the device there is a slot for the other experts of each layer, if there are others."""
         host = self.hosts[worker]
         if self.capacity is not None and self.disk is not None:
-            others = host.held if host.serves is None else host.held | host.serves
-            room = self.capacity // LAYERS - (others.sum(axis=1) > self.capacity // LAYERS)
-            assert (host.held.sum(axis=1) <= room).all(), f"{worker} was given more than its device holds"
+            served = host.held if host.serves is None else host.serves
+            assert memory_of(host.held, served) <= self.capacity, f"{worker} was given more than its device holds"
 
     def _prepare(self, command: Prepare, fault: bool) -> None:
         members = [w.id for w in command.spec.placement.workers]
