@@ -57,11 +57,12 @@ def judge(facts: Facts, planning: Planning, answer: PlanReady) -> Choice[Judgeme
 
 
 def room(facts: Facts) -> int | None:
-    """Experts that any member could take beside what it holds; None where memory does not limit that, as a member with
-    a disk tier leaves there what does not fit until there is room."""
-    members = [facts.records[worker] for worker in facts.ranks if not facts.records[worker].tiered]
+    """Experts that any member could take beside what it holds; None where memory does not limit that. If there is no
+    room, members with a disk tier serve from there what comes until they have dropped what goes."""
+    members = [facts.records[worker] for worker in facts.ranks]
     rooms = [record.capacity - int(record.has.sum()) for record in members if record.capacity is not None]
-    return max(0, min(rooms)) if rooms else None
+    least = max(0, min(rooms)) if rooms else None
+    return None if least == 0 and facts.tiered(members) else least
 
 
 def too_much(facts: Facts, placement: Placement) -> str | None:

@@ -104,6 +104,8 @@ class Look:
             more = {"architecture": info.architecture, "max_model_len": await self._service.max_model_len()}
             state["model"] = {**state["model"], **shape, **more}
         state["status"] = {"ready": ready.ready, "reason": ready.error or ready.reason}
+        if ready.resident < 1:
+            state["status"]["resident"] = ready.resident
         self._round += 1
         self._marks += marks(self.state, state)
         self.state = state
