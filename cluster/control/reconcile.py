@@ -178,7 +178,10 @@ def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
         rooms,
         {record.id: record.has for record in members},
         facts.load,
-        most_new={w: room and room.affordable(budget_s, facts.model.expert_bytes) for w, room in rooms.items()},
+        most_new={
+            worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes)
+            for worker, room in rooms.items()
+        },
     )
 
 

@@ -154,7 +154,7 @@ def _slots_of(placement: Placement, worker: WorkerId, experts: BoolArray) -> Boo
     table = placement.physical_to_logical_map
     mine = placement.slot_to_worker == placement.rank_of(worker)
     chosen = np.take_along_axis(experts, np.maximum(table, 0).astype(np.int64), axis=1)
-    return chosen & (table != EMPTY) & mine
+    return np.asarray(chosen & (table != EMPTY) & mine)
 
 
 # --- What it costs ------------------------------------------------------------------------------------------------
