@@ -258,7 +258,7 @@ class ServeConfig:
 
     @classmethod
     def read_yaml(cls, path: Path) -> dict[str, Any]:
-        """The mapping in a YAML file, unchecked. Raises ConfigError where it cannot be read or is no mapping."""
+        """The mapping in a YAML file, unchecked. Raises ConfigError if it cannot be read or is no mapping."""
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
@@ -280,7 +280,7 @@ def cache_directory() -> Path:
 
 
 def native_wanted() -> bool:
-    """Whether workers may use the native library. They may not where EMOE_NATIVE is 0."""
+    """Whether workers may use the native library: not if the environment variable EMOE_NATIVE is 0."""
     return os.environ.get("EMOE_NATIVE") != "0"
 
 

@@ -1,4 +1,4 @@
-"""Between the control plane and the planners: the problem as the cluster sees it, and what to make of an answer."""
+"""From the control plane to the planners and back: makes a problem of the cluster's state, and an event of a plan."""
 
 from __future__ import annotations
 
@@ -38,14 +38,13 @@ def build_problem(
     parts: Counts | None = None,
     room: int | None = None,
 ) -> PlacementProblem:
-    """load: [L, E], transitions: [L-1, E, E] of the window. A layer that counted nothing is taken as even.
+    """The problem of placing `model`'s experts on the workers of `placement`.
 
-    load may weigh tokens by what they cost; it is on the scale of tokens all the same.
-
-    parts: [P, L, E] loads of stretches of the window, which tell how they vary. Co-activation is not counted: the
-    problem estimates it from the transitions.
-
-    room: experts that any worker could hold besides its own, which is how they all arrive; None: not limited.
+    load: [L, E] tokens of the window for each expert, which may be weighted by their cost. A layer without any token
+    counts as evenly loaded.
+    transitions: [L-1, E, E] of the window. The problem estimates co-activation from them, since it is not counted.
+    parts: [P, L, E] loads of P parts of the window, from which their variation is estimated; None: no variation.
+    room: experts that each worker has memory for beside its own, while experts move; None: not limited.
     """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
     return PlacementProblem(
@@ -62,7 +61,7 @@ def build_problem(
 
 
 def judge(result: PlanResult, *, load: Counts, since_change_s: float | None) -> Decision:
-    # at least one: with nothing counted the gain that is asked for is large, not infinite
+    # at least 1.0: if nothing was counted, the gain that `decide` requires is large, but finite
     return decide(result, tokens_per_expert=max(1.0, float(load.mean())), since_change_s=since_change_s)
 
 
@@ -97,7 +96,7 @@ def preview(result: PlanResult, decision: Decision) -> RebalancePreview:
 
 
 class Planners:
-    """Asks planners what they make of the window of routing statistics. They run beside the server, at low priority."""
+    """Asks planners for a placement that suits the window of routing statistics. They run at the lowest priority."""
 
     def __init__(self, fleet: Fleet, config: ServeConfig, model: ModelInfo, dtype: str, window: RoutingWindow) -> None:
         self._fleet = fleet
@@ -107,7 +106,7 @@ class Planners:
         self._window = window
 
     async def solve(self, planner: str, facts: Facts) -> tuple[PlanResult, Decision]:
-        """A plan for the placement in force, and whether it is worthwhile. Raises CALL_ERRORS."""
+        """Returns a plan for the workers in force, and whether it is worthwhile. Raises CALL_ERRORS."""
         assert facts.spec is not None
         now = time.monotonic()
         prefill, decode = self._window.phases(now)
@@ -127,7 +126,7 @@ class Planners:
         return result, judge(result, load=prefill.load + decode.load, since_change_s=since_s)
 
     async def answer(self, command: Solve, facts: Facts) -> list[PlanReady]:
-        """What becomes of a command to ask a planner."""
+        """Carry out the command to ask a planner. Returns one event, also if the planner failed."""
         try:
             result, decision = await self.solve(command.planner or self._config.planner, facts)
         except CALL_ERRORS as error:

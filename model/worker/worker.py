@@ -21,7 +21,7 @@ import torch
 
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
 from elastic_moe.cluster.fit import FitReport
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostSpec, RoutingCounts
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
@@ -75,7 +75,7 @@ class _EpochState:
 class Worker:
     """See the module."""
 
-    def __init__(self, spec: HostSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self.progress = 0.0
         """Share of the weights' bytes that is loaded, from 0 to 1."""

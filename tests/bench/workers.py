@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from elastic_moe.cluster import placement as placements
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan
 from elastic_moe.cluster.placement import Worker as Member
@@ -158,7 +158,7 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     )
     placement = placements.contiguous(info.num_layers, experts, members)
     worker = Worker(
-        HostSpec(
+        WorkerSpec(
             worker=members[rank].id,
             model=ModelSpec(path=path, dtype=info.dtype, device="cpu", max_model_len=LONGEST),
             experts=tuple(placement.experts_of(members[rank].id, layer) for layer in range(info.num_layers)),

@@ -15,7 +15,7 @@ TOLD = dataclasses.replace(MODEL, num_layers=LAYERS, num_logical_experts=EXPERTS
 PLACEMENT = contiguous(LAYERS, EXPERTS, tuple(Worker(id=WorkerId(f"w{i}"), node="n", slots=3) for i in range(2)))
 
 
-def test_planners_learn_how_loads_vary_and_what_follows_what() -> None:
+def test_problems_carry_how_loads_vary_and_the_transitions() -> None:
     rng = np.random.default_rng(0)
     parts = rng.integers(1, 50, size=(5, LAYERS, EXPERTS))
     parts[:, :, 1] = parts[:, :, 0]
@@ -24,12 +24,12 @@ def test_planners_learn_how_loads_vary_and_what_follows_what() -> None:
     assert problem.load_covariance is not None
     assert problem.load_covariance[0, 0, 1] > 0
     assert problem.transitions is not None
-    # hosts count no co-activation: what shares successors counts as chosen together
+    # workers count no co-activation: what shares successors counts as chosen together
     assert np.array_equal(problem.pairs, estimate_coactivation(problem))
 
 
 @pytest.mark.parametrize("parts", [None, np.ones((2, LAYERS, EXPERTS), dtype=np.int64)])
-def test_too_few_parts_say_nothing_of_variation(parts: np.ndarray | None) -> None:
+def test_too_few_parts_give_no_variation(parts: np.ndarray | None) -> None:
     nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS), dtype=np.int64)
     problem = build_problem(TOLD, PLACEMENT, np.zeros((LAYERS, EXPERTS)), nothing, dtype="bfloat16", parts=parts)
     assert problem.load_covariance is None

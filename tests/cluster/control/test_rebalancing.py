@@ -60,7 +60,7 @@ def test_a_planner_that_is_asked_for_by_name_is_obeyed(planner: str, adopted: bo
     assert (sim.facts.change is not None) == adopted
 
 
-def test_a_night_of_skipped_plans_is_one_line_of_history() -> None:
+def test_repeated_skipped_plans_are_one_line_of_history() -> None:
     sim = serving(2, interval_s=5.0)
     sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
     for _ in range(20):
@@ -71,7 +71,7 @@ def test_a_night_of_skipped_plans_is_one_line_of_history() -> None:
     assert sim.state.counters.rebalances["skipped"] == 20
 
 
-def test_nothing_counted_nothing_planned() -> None:
+def test_nothing_is_planned_without_counts() -> None:
     sim = serving(2, interval_s=5.0)
     sim.now += 100
     sim.feed(Tick())
@@ -88,7 +88,7 @@ def test_a_plan_that_needs_more_memory_than_there_is_is_refused() -> None:
     assert room(sim.facts) == 1
 
 
-def test_a_given_placement_is_gone_to_and_pinned() -> None:
+def test_a_given_placement_is_applied_and_pinned() -> None:
     sim = serving(2, interval_s=3.0)
     assert sim.facts.spec is not None
     placement = shuffled(sim.facts.spec.placement, sim.rng)
