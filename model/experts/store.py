@@ -41,7 +41,7 @@ class ExpertStore:
         """Whether the native library computes every layer."""
         return all(isinstance(layer, CpuExperts) and layer.native is not None for layer in self._layers)
 
-    def native_layer(self, layer: int) -> tuple[int | float, ...]:
+    def native_layer(self, layer: int) -> tuple[int | float | None, ...]:
         """The layer's held experts, as arguments of native functions. Call it only if `native` is true."""
         experts = self._layers[layer]
         assert isinstance(experts, CpuExperts)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.errors import StepAborted
+from elastic_moe.model.native.experts import check_available
 from elastic_moe.model.native.segments import DIRECTORY, join
 
 _ROUND_TOKENS = 1024
@@ -125,6 +126,7 @@ class NativeExchange:
             raise StepAborted("the exchange was aborted")
         if status == _SILENT:
             raise StepAborted(f"a peer has not answered for {self._timeout_s:g} s")
+        check_available(status)
         assert status == _DONE, "the ranks disagree about a step's tokens"
 
 
