@@ -85,6 +85,9 @@ def test_any_yaml(tmp_path: Path, text: list[str]) -> None:
         ({"workers": [{"id": "a", "node": "n", "slots": float("inf")}]}, "not of the expected form"),
         ({"workers": [{"id": "a", "node": "n", "slots": 10**30}]}, "the map is"),
         ({"physical_to_logical_map": [[0, 1, 10**30]]}, "physical_to_logical_map must be"),
+        ({"tiers": [["device", "tape", "disk"]]}, "tiers: expected one of device, host, disk, got 'tape'"),
+        ({"tiers": [["device", "disk"]]}, "tiers must have a word for each slot"),
+        ({"tiers": "disk"}, "tiers must be a list of lists"),
     ],
 )
 def test_placement(changes: dict[str, Any], message: str) -> None:
