@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elastic_moe.model.experts.cpu import CpuExperts
-from elastic_moe.model.experts.interface import LayerExperts, Tensors
+from elastic_moe.model.experts.interface import LayerExperts, SlottedExperts, Tensors
 from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.transformers_private import ALL_EXPERTS_FUNCTIONS
 
@@ -31,6 +31,12 @@ class ExpertStore:
     def __init__(self, layers: Sequence[LayerExperts]) -> None:
         """`layers` hold and compute the experts of each MoE layer, in order. They hold no expert yet."""
         self._layers = layers
+
+    @property
+    def slotted(self) -> list[SlottedExperts] | None:
+        """The layers, if all of them can compute experts from slots of a cache; otherwise None."""
+        found: list[SlottedExperts] = [layer for layer in self._layers if isinstance(layer, CpuExperts)]
+        return found if len(found) == len(self._layers) else None
 
     @property
     def num_layers(self) -> int:

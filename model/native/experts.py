@@ -9,7 +9,7 @@ import ctypes
 import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,12 @@ UNAVAILABLE = 4
 
 _LOG = 4096
 """Numbers of a supply's log. A step of many rounds may log more; then the rest is not counted."""
+
+
+def _addresses(held: Held) -> list[int]:
+    items = (held.get(name) for name in _TABLES)
+    data = (item.data if isinstance(item, Packed) else item for item in items)
+    return [0 if tensor is None else tensor.data_ptr() for tensor in data]
 
 
 class ExpertUnavailable(EmoeError):
@@ -173,8 +179,8 @@ class NativeExperts:
         with self._lock:
             # the expert's old tensors are freed only after the table has the new addresses
             before = self._held.get(expert)
+            self._write(expert, _addresses(held))
             self._held[expert] = held
-            self._point(expert)
         del before
 
     def _packed(self, tensors: dict[str, Tensor], into: dict[str, Tensor] | None = None) -> Held:
@@ -189,19 +195,18 @@ class NativeExperts:
         biases = ("gate_up_proj_bias", "down_proj_bias")
         return held | {name: tensors[name].contiguous() for name in biases if name in tensors}
 
-    def _point(self, expert: int) -> None:
-        """Write the addresses of an expert's tensors into the table."""
-        self._addresses_E4[expert] = self._addresses(expert)
+    def _write(self, expert: int, addresses: Sequence[int]) -> None:
+        """Write an expert's row of the table. A step that sees its first address sees the others too."""
+        first, *others = addresses
+        self._addresses_E4[expert, 1:] = others
+        self._addresses_E4[expert, 0] = first
 
-    def _addresses(self, expert: int) -> list[int]:
-        if (held := self._held.get(expert)) is not None:
-            items = (held.get(name) for name in _TABLES)
-            data = (item.data if isinstance(item, Packed) else item for item in items)
-            return [0 if tensor is None else tensor.data_ptr() for tensor in data]
-        if (slot := self._in_slots.get(expert)) is not None:
-            begin = slot.data_ptr()
-            return [begin + offset if offset is not None else 0 for offset in self._offsets]
-        return [0] * len(_TABLES)
+    def _slot_addresses(self, expert: int) -> list[int]:
+        slot = self._in_slots.get(expert)
+        if slot is None:
+            return [0] * len(_TABLES)
+        begin = slot.data_ptr()
+        return [begin + offset if offset is not None else 0 for offset in self._offsets]
 
     def _pack(self, tensors: dict[str, Tensor], name: str, **order: Any) -> Packed:
         matrix = tensors[name]
@@ -252,12 +257,14 @@ class NativeExperts:
         """Compute an expert from the slot that it lies in, until `unbind`. Call it between two products."""
         with self._lock:
             self._in_slots[expert] = slot
-            self._point(expert)
+            if expert not in self._held:
+                self._write(expert, self._slot_addresses(expert))
 
     def unbind(self, expert: int) -> None:
         with self._lock:
             del self._in_slots[expert]
-            self._point(expert)
+            if expert not in self._held:
+                self._write(expert, self._slot_addresses(expert))
 
     def get(self, expert: int) -> dict[str, Tensor]:
         """The tensors as they were put. But matrices in 8 bits are always [out, in], with their scales.
@@ -280,7 +287,7 @@ class NativeExperts:
     def drop(self, expert: int) -> None:
         with self._lock:
             held = self._held.pop(expert)
-            self._point(expert)
+            self._write(expert, self._slot_addresses(expert))
         del held
 
     def held(self) -> frozenset[int]:
