@@ -138,7 +138,11 @@ class Coordinator:
         parts = self._require_parts()
         await parts.poller.refresh_status()
         facts, device = parts.state.facts, self._fleet.device()
-        views = [worker_view(facts, record, parts.poller.status, device) for record in facts.records.values()]
+        poller = parts.poller
+        views = [
+            worker_view(facts, record, poller.status, device, poller.resident.get(record.id))
+            for record in facts.records.values()
+        ]
         standby = parts.processes.standby
         return views if standby is None else [*views, standby_view(*standby, device)]
 
@@ -289,7 +293,12 @@ class Coordinator:
             roll_call=roll_call,
             executor=Executor(fleet, config, model, spec, processes, roll_call),
             poller=Poller(
-                processes, window, heartbeat_timeout_s=heartbeat_timeout_s, feed=self._feed, spawn=self._spawn
+                processes,
+                window,
+                state.counters,
+                heartbeat_timeout_s=heartbeat_timeout_s,
+                feed=self._feed,
+                spawn=self._spawn,
             ),
             planners=Planners(fleet, config, model, spec.dtype, window),
         )

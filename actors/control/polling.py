@@ -17,6 +17,7 @@ from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life, within
 from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord
@@ -36,19 +37,24 @@ class Poller:
         self,
         processes: Processes,
         window: RoutingWindow,
+        counters: ClusterCounters,
         *,
         heartbeat_timeout_s: float,
         feed: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
-        """`window` takes the routing counts, `feed` takes events, and `spawn` runs a poll beside the others."""
+        """`window` takes the routing counts, `counters` the tiers' counts and `feed` events. `spawn` runs a poll beside
+        the others."""
         self._processes = processes
         self._window = window
+        self._counters = counters
         self._timeout_s = heartbeat_timeout_s
         self._feed = feed
         self._spawn = spawn
         self.status = EngineStatus()
         """The engine's last report."""
+        self.resident: dict[WorkerId, int] = {}
+        """Experts that lay in the device of each worker when it last reported."""
         self._load_progress: dict[WorkerId, float] = {}
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
@@ -75,6 +81,7 @@ class Poller:
     def forget(self, worker: WorkerId) -> None:
         self._load_progress.pop(worker, None)
         self._counted_at.pop(worker, None)
+        self.resident.pop(worker, None)
 
     def how_far(self, record: WorkerRecord, now: float) -> str:
         """A few words that say how far the worker has loaded."""
@@ -116,6 +123,9 @@ class Poller:
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
             self._window.add(await ask(actor, ExpertHost.routing_counts), time.monotonic())
+            tiers = await ask(actor, ExpertHost.tier_counts)
+            self._counters.add_tiers(tiers)
+            self.resident[worker] = tiers.resident
 
     async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:

@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass, field, replace
 
 from elastic_moe.cluster.control.state import ControlState, Reasons
+from elastic_moe.cluster.control.status import serving
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.facts import Facts, Outage
-from elastic_moe.cluster.facts.membership import WorkerRecord
+from elastic_moe.cluster.facts.membership import WorkerRecord, serves
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.facts.routing import RoutingWindow, decode_weight, load_imbalance
 from elastic_moe.cluster.messages.epochs import Epoch
@@ -54,6 +55,8 @@ def log_changes(before: Outline, state: ControlState) -> None:
         logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
     if facts.epoch != before.epoch and facts.spec is not None:
         logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
+        if not facts.spec.placement.all_resident:
+            logger.info("epoch %d is %s", facts.epoch, serving(facts).reason)
     for what, old_reason, reason in zip(Reasons._fields, before.reasons, state.reasons, strict=True):
         if reason != old_reason:
             logger.debug("decided on %s: %s", what, reason)
@@ -68,12 +71,17 @@ def log_changes(before: Outline, state: ControlState) -> None:
             logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
 
 
-def worker_view(facts: Facts, record: WorkerRecord, status: EngineStatus, device: str) -> WorkerView:
-    """device: the device to show for a worker that has not loaded yet."""
+def worker_view(
+    facts: Facts, record: WorkerRecord, status: EngineStatus, device: str, resident: int | None
+) -> WorkerView:
+    """device: the device to show for a worker that has not loaded yet. resident: experts in its device, as it has
+    reported; None if it has not."""
     info = record.info
+    member = record.alive and facts.spec is not None and record.id in facts.ranks
+    served = serves(facts.spec.placement, record.id) if member and facts.spec is not None else record.held
     return WorkerView(
         id=record.id,
-        rank=facts.ranks.index(record.id) if record.alive and record.id in facts.ranks else -1,
+        rank=facts.ranks.index(record.id) if member else -1,
         state=record.state,
         pid=info.pid if info else 0,
         node=info.node if info else "",
@@ -81,6 +89,8 @@ def worker_view(facts: Facts, record: WorkerRecord, status: EngineStatus, device
         running_requests=status.running.get(record.id, 0),
         kv_usage=status.kv_usage.get(record.id, 0.0),
         fit=info.fit if info else None,
+        experts_served=int(served.sum()),
+        experts_resident=resident or int(record.held.sum()),
     )
 
 

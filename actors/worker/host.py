@@ -22,7 +22,15 @@ from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.gc_pause import no_collection
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
+from elastic_moe.cluster.messages.epochs import (
+    Epoch,
+    EpochSpec,
+    ExpertCopy,
+    HostInfo,
+    HostSpec,
+    RoutingCounts,
+    TierCounts,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -142,6 +150,10 @@ class ExpertHost:
     @in_group("io")
     def routing_counts(self) -> RoutingCounts:
         return self._ready.routing_counts()
+
+    @in_group("io")
+    def tier_counts(self) -> TierCounts:
+        return self._ready.tier_counts()
 
     @in_group("io")
     def abort_step(self, epoch: Epoch) -> None:

@@ -11,8 +11,9 @@ from elastic_moe.cluster.facts.events import Command, PlaceRequested, PlanReady,
 from elastic_moe.cluster.facts.facts import Change, Choice, ControlSettings, Facts, Planning, Stage
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.operations import OperationLog
+from elastic_moe.cluster.facts.tiering import assign_tiers, fits_in
 from elastic_moe.cluster.messages.views import Operation, OperationKind
-from elastic_moe.cluster.placement import Placement
+from elastic_moe.cluster.placement import Placement, Tier
 
 # --- Decisions ----------------------------------------------------------------------------------------------------
 
@@ -50,14 +51,15 @@ def judge(facts: Facts, planning: Planning, answer: PlanReady) -> Choice[Judgeme
     if tuple(worker.id for worker in placement.workers) != facts.ranks:
         return Choice(Judgement.REFUSED, answer.reason)
     wanted = answer.worthwhile or planning.forced or (planning.requested and answer.no_worse)
-    if placement == facts.spec.placement or not wanted:
+    if with_tiers(facts, placement) == facts.goal or not wanted:
         return Choice(Judgement.KEPT, f"placement kept, {answer.reason}")
     return Choice(Judgement.ADOPTED, answer.reason if answer.worthwhile else f"done, although {answer.reason}")
 
 
 def room(facts: Facts) -> int | None:
-    """Experts that any member could take beside what it holds; None where memory is not limited."""
-    members = [facts.records[worker] for worker in facts.ranks]
+    """Experts that any member could take beside what it holds; None where memory does not limit that, as a member with
+    a disk tier leaves there what does not fit until there is room."""
+    members = [facts.records[worker] for worker in facts.ranks if not facts.records[worker].tiered]
     rooms = [record.capacity - int(record.has.sum()) for record in members if record.capacity is not None]
     return max(0, min(rooms)) if rooms else None
 
@@ -66,7 +68,7 @@ def too_much(facts: Facts, placement: Placement) -> str | None:
     """Why a member could not hold what it has beside what `placement` brings, as it must until the flip."""
     for worker in placement.workers:
         record = facts.records.get(worker.id)
-        if record is None or record.capacity is None:
+        if record is None or record.capacity is None or record.tiered:
             continue
         both = int((record.has | needs(placement, worker.id)).sum())
         if both > record.capacity:
@@ -77,8 +79,34 @@ def too_much(facts: Facts, placement: Placement) -> str | None:
     return None
 
 
+def with_tiers(facts: Facts, placement: Placement) -> Placement:
+    """`placement` as it is if its tiers fit the members' devices, else with the heaviest experts in them."""
+    members = [facts.records[worker] for worker in facts.ranks]
+    rooms = facts.rooms(members)
+    if all(room is None or fits_in(placement, worker, room) for worker, room in rooms.items()):
+        return placement
+    return assign_tiers(placement, rooms, {record.id: record.has for record in members}, facts.load)
+
+
+def _crowded(facts: Facts, placement: Placement) -> str | None:
+    """Why the tiers that `placement` gives do not fit; None where they do, or where it gives none."""
+    if placement.all_resident:
+        return None
+    rooms = facts.rooms([facts.records[worker] for worker in facts.ranks])
+    for worker, room in rooms.items():
+        if room is not None and not fits_in(placement, worker, room):
+            most = room.device - 1
+            return f"the device of {worker} has room for {most} experts of each layer, besides a slot for the others"
+        pinned = (placement.tiers == Tier.HOST) & (placement.slot_to_worker == placement.rank_of(worker))
+        most = 0 if room is None else room.host
+        if pinned.sum(axis=1).max(initial=0) > most:
+            return f"{worker} has pinned memory for {most} experts of each layer"
+    return None
+
+
 def of_members(facts: Facts, placement: Placement) -> Placement:
-    """`placement` on today's nodes. Raises PlacementError where it is not for these workers and this model."""
+    """`placement` on today's nodes, with tiers where it gives none and not everything fits. Raises PlacementError where
+    it is not for these workers and this model."""
     assert facts.spec is not None
     current = facts.spec.placement
     for what, asked, there in (
@@ -92,7 +120,9 @@ def of_members(facts: Facts, placement: Placement) -> Placement:
     placement = replace(placement, workers=current.workers)
     if (short := too_much(facts, placement)) is not None:
         raise PlacementError(f"placement: {short}")
-    return placement
+    if (short := _crowded(facts, placement)) is not None:
+        raise PlacementError(f"placement: tiers: {short}")
+    return with_tiers(facts, placement)
 
 
 def _slots(placement: Placement) -> str:
@@ -160,7 +190,7 @@ class Rebalancing:
         else:
             assert event.placement is not None
             self._operations.advance(operation.operation_id, reason=reason)
-            return operation, event.placement
+            return operation, with_tiers(facts, event.placement)
         return None
 
     def place(self, facts: Facts, event: PlaceRequested) -> tuple[Operation, Placement] | None:
@@ -172,7 +202,7 @@ class Rebalancing:
         placement = of_members(facts, event.placement)
         self.pinned = self.pinned and event.pinned is not False
         operation = self._operations.open(OperationKind.REBALANCE, facts.next_epoch, "requested, a given placement")
-        if placement != facts.spec.placement:
+        if placement != facts.goal:
             self._pins = operation.operation_id if event.pinned else None
             return operation, placement
         self.pinned = self.pinned or event.pinned is True

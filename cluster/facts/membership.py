@@ -5,7 +5,7 @@ Legend: L MoE layers, E logical experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class WorkerRecord:
     assigned: BoolArray
     """[L, E] experts that the worker loads when it starts."""
     held: BoolArray
-    """[L, E] experts that the worker holds under the epoch in force."""
+    """[L, E] experts that the worker holds in its device under the epoch in force."""
     staged: BoolArray
     """[L, E] experts that were brought to the worker since the epoch began."""
     asked_at: float
@@ -60,8 +60,13 @@ class WorkerRecord:
 
     @property
     def capacity(self) -> int | None:
-        """Experts that it has memory for, over all layers; None where that is not limited, or not known yet."""
+        """Experts that its device has memory for, over all layers; None where that is not limited, or not known yet."""
         return None if self.info is None else self.info.expert_capacity
+
+    @property
+    def tiered(self) -> bool:
+        """Whether it can serve experts that do not lie in its device."""
+        return self.info is not None and self.info.disk_bytes_per_s is not None
 
 
 class Membership:
@@ -123,7 +128,8 @@ class Membership:
         record = self.get(info.worker)
         if record is None or not record.alive or record.loaded:
             return False
-        self._set(info.worker, info=info, loaded_at=now, held=record.assigned)
+        held = record.assigned if info.held is None else mask_of(info.held, record.assigned.shape)
+        self._set(info.worker, info=info, loaded_at=now, held=held)
         return True
 
     def drain(self, worker: WorkerId, now: float, *, retired: bool = False) -> None:
@@ -208,11 +214,25 @@ class Membership:
 
 
 def needs(placement: Placement, worker: WorkerId) -> BoolArray:
-    """[L, E] the experts that `placement` gives to `worker`."""
-    wanted = np.zeros((placement.num_layers, placement.num_logical_experts), dtype=np.bool_)
-    for layer in range(placement.num_layers):
-        wanted[layer, [e for e in placement.experts_of(worker, layer) if e != EMPTY]] = True
-    return wanted
+    """[L, E] the experts that `placement` puts into the device of `worker`, which must be there before it begins."""
+    return mask_of([placement.resident(worker, layer) for layer in range(placement.num_layers)], _shape(placement))
+
+
+def serves(placement: Placement, worker: WorkerId) -> BoolArray:
+    """[L, E] the experts that `placement` gives to `worker`, in whichever tier."""
+    return mask_of([placement.experts_of(worker, layer) for layer in range(placement.num_layers)], _shape(placement))
+
+
+def _shape(placement: Placement) -> tuple[int, int]:
+    return placement.num_layers, placement.num_logical_experts
+
+
+def mask_of(experts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> BoolArray:
+    """[L] lists of experts, in which EMPTY counts for nothing, to an [L, E] mask."""
+    mask = np.zeros(shape, dtype=np.bool_)
+    for layer, row in enumerate(experts):
+        mask[layer, [e for e in row if e != EMPTY]] = True
+    return mask
 
 
 def expert_lists(wanted: BoolArray) -> tuple[tuple[int, ...], ...]:

@@ -41,6 +41,8 @@ class OperationKind(StrEnum):
     REBALANCE = "rebalance"
     SCALE = "scale"
     RECOVER = "recover"
+    PROMOTE = "promote"
+    """Experts that are served from disk are brought into devices, beside the serving."""
 
 
 class WorkerState(StrEnum):
@@ -86,9 +88,11 @@ class Operation:
 class Readiness:
     ready: bool
     reason: str
-    """One line: what is being waited for, with progress; "serving" when ready."""
+    """One line: what is being waited for, with progress; "serving" when ready, or "degraded" and why."""
     error: str | None = None
     """Set where waiting is in vain, such as a checkpoint that cannot be served: one line."""
+    resident: float = 1.0
+    """Share of the experts that lie in the devices of the workers that serve them, 0..1; the others lie on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +134,10 @@ class WorkerView:
     kv_usage: float
     fit: FitReport | None = None
     """Which code serves the model there, and why no faster code does; None while it loads."""
+    experts_served: int = 0
+    """Over all layers."""
+    experts_resident: int = 0
+    """Of those, the ones in its device now, its cache area included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

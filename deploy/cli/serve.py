@@ -102,9 +102,11 @@ def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progres
         try:
             model_dir, model = _checked_model(config)
             _start(processes, signals, progress, model_dir, model)
-            _wait_until_ready(config, progress)
+            ready = _wait_until_ready(config, progress)
             report.phase(Phase.SERVING)
             progress.clear()
+            if ready.resident < 1:
+                print(ready.reason, file=sys.stderr, flush=True)
             print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
             _watch(config)
         except (_Stop, SystemExit):
@@ -213,7 +215,7 @@ class _Signals:
             raise _Stop
 
 
-def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
+def _wait_until_ready(config: ServeConfig, progress: _Progress) -> Readiness:
     while True:
         state = _readiness(config)
         if state is None:
@@ -221,7 +223,7 @@ def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
         elif state.error is not None:
             raise ServerFailed(state.error)
         elif state.ready:
-            return
+            return state
         else:
             progress.show(state.reason)
         time.sleep(POLL_S)
@@ -281,7 +283,12 @@ def _readiness(config: ServeConfig) -> Readiness | None:
     body = _get(config, "/ready")
     if not isinstance(body, dict) or "ready" not in body:
         return None
-    return Readiness(ready=bool(body["ready"]), reason=str(body.get("reason")), error=body.get("error"))
+    return Readiness(
+        ready=bool(body["ready"]),
+        reason=str(body.get("reason")),
+        error=body.get("error"),
+        resident=float(body.get("resident", 1.0)),
+    )
 
 
 def _get(config: ServeConfig, path: str) -> Any:

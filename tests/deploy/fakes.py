@@ -17,7 +17,7 @@ from elastic_moe.cluster.errors import ConflictError, PlacementError, RequestErr
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
-from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
+from elastic_moe.cluster.messages.epochs import Epoch, FetchSource, ModelInfo, PhaseCounts, StallCause, TierCounts
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.views import (
     EngineStatus,
@@ -220,6 +220,8 @@ class FakeBackend:
                 running_requests=0,
                 kv_usage=0.0,
                 fit=FIT,
+                experts_served=8,
+                experts_resident=4,
             )
         ]
 
@@ -287,4 +289,9 @@ class FakeBackend:
         counters.rebalance_s[Stage.PLANNING].add(0.2)
         counters.recoveries[Cause.WORKER] += 1
         counters.recovery_s.add(0.5)
+        counters.add_tiers(
+            TierCounts(
+                accesses=(7, 0, 3), fetched_bytes={FetchSource.DISK: 300}, stall_s={StallCause.MISS: 0.25}, resident=4
+            )
+        )
         return counters
