@@ -73,6 +73,9 @@ class _Layer:
 class Area:
     """See the module."""
 
+    READ_AHEAD = False
+    """Whether experts that the next layer will surely need are read before it begins."""
+
     def __init__(
         self,
         memory: Memory,
@@ -81,13 +84,13 @@ class Area:
         num_experts: int,
         policy: Callable[[], Policy],
         slot_bytes: int,
-        read_ahead: bool = False,
+        read_ahead: bool | None = None,
     ) -> None:
-        """`policy` makes the policy of a layer. `read_ahead`: read what the next layer will surely need."""
+        """`policy` makes the policy of a layer. `read_ahead` takes the place of READ_AHEAD."""
         self._memory = memory
         self._layers = [_Layer(policy(), num_experts) for _ in range(layers)]
         self._slot_bytes = slot_bytes
-        self.read_ahead = read_ahead
+        self.read_ahead = self.READ_AHEAD if read_ahead is None else read_ahead
         self._size = 0
         self._made = 0
         """Slots that exist; never more than `_size` once experts on their way have arrived."""

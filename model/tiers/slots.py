@@ -16,11 +16,13 @@ class Slot:
 
     def __init__(self, nbytes: int) -> None:
         assert nbytes % PAGE == 0
-        raw, self._release = allocate(nbytes)
-        if raw.data_ptr() % PAGE:
-            raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-            begin = -raw.data_ptr() % PAGE
-            raw = raw[begin : begin + nbytes]
+        # steps make slots, and readers write into them
+        with torch.inference_mode(False):
+            raw, self._release = allocate(nbytes)
+            if raw.data_ptr() % PAGE:
+                raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+                begin = -raw.data_ptr() % PAGE
+                raw = raw[begin : begin + nbytes]
         self.data: Tensor = raw
         """[nbytes] of uint8."""
 

@@ -34,7 +34,6 @@ class Tiers:
         directory: Path,
         policy: str,
         capacity: int,
-        read_ahead: bool = False,
     ) -> None:
         """`load(layer, expert)` reads an expert from the checkpoint. `capacity` is the number of experts of all layers
         that may be in memory. Reads one expert of each layer, to know its layout.
@@ -52,7 +51,6 @@ class Tiers:
             num_experts=self._num_experts,
             policy=lambda: make_policy(policy, self._num_experts),
             slot_bytes=self._slot_bytes,
-            read_ahead=read_ahead,
         )
         self._placed: Sequence[Collection[int]] = [() for _ in layers]
         self._counted = TierCounts()

@@ -24,7 +24,9 @@ EXPERTS = 8
 class FakeMemory:
     """Reads arrive in an order that `rng` draws, some of them only when somebody waits."""
 
-    def __init__(self, layers: int, held: Collection[int], rng: random.Random) -> None:
+    def __init__(self, layers: int, held: Collection[int], rng: random.Random, *, late: float = 0.5) -> None:
+        """`late`: share of the looks at which nothing has arrived."""
+        self._late = late
         self.layers_held = [set(held) for _ in range(layers)]
         self.bound: dict[tuple[int, int], Slot] = {}
         self.reading: list[tuple[int, int, Slot]] = []
@@ -53,7 +55,7 @@ class FakeMemory:
         if not self.reading:
             assert not wait, "nothing is on its way"
             return None
-        if not wait and self._rng.random() < 0.5:
+        if not wait and self._rng.random() < self._late:
             return None
         layer, expert, slot = self.reading.pop(self._rng.randrange(len(self.reading)))
         if expert in self.fails:
@@ -129,7 +131,7 @@ def test_every_active_expert_is_computed_once_within_the_budget(
 
 
 def test_what_is_in_memory_is_computed_while_the_rest_is_read_in_the_order_of_its_tokens() -> None:
-    memory = FakeMemory(1, {0, 1}, random.Random(0))
+    memory = FakeMemory(1, {0, 1}, random.Random(0), late=1)
     area = make(memory, 3)
     ready = area.next(0, [0, 1, 2, 3, 4], [1, 1, 1, 9, 5])
     assert ready == [0, 1]
@@ -137,7 +139,7 @@ def test_what_is_in_memory_is_computed_while_the_rest_is_read_in_the_order_of_it
 
 
 def test_a_share_stays_from_step_to_step_and_is_computed_first() -> None:
-    memory = FakeMemory(1, {0}, random.Random(1))
+    memory = FakeMemory(1, {0}, random.Random(1), late=1)
     area = make(memory, 4, policy="lru")
     run(area, memory, 0, dict.fromkeys(range(EXPERTS), 1))
     kept = {expert for _, expert in memory.bound}
