@@ -99,7 +99,9 @@ class WorkerActor:
             device=torch.cuda.get_device_name() if spec.model.device == "cuda" else "cpu",
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
-            expert_capacity=worker.expert_capacity(),
+            expert_capacity=worker.capacity,
+            held=worker.held(),
+            disk_bytes_per_s=worker.disk_bytes_per_s,
             fit=worker.report,
         )
 

@@ -240,6 +240,7 @@ class ControlState:
         if isinstance(event, WorkerLoaded):
             if self._membership.loads(event.info, now):
                 self._starts.succeeded()
+                self._check_memory()
             return []
         if isinstance(event, WorkerFailed) and event.fatal and self._epochs.spec is None:
             self._give_in(event.reason)
@@ -262,6 +263,16 @@ class ControlState:
             commands += self._epochs.give_up(f"worker {worker} lost: {reason}", now, at_once=True)
         self._membership.forget_dead(self._epochs.in_use)
         return commands
+
+    def _check_memory(self) -> None:
+        """Before the first epoch: give in if all workers have loaded and cannot serve every expert."""
+        facts = self.facts
+        if facts.spec is None and len(facts.loaded) == facts.target and not facts.fits(facts.loaded):
+            limits, experts = ", ".join(map(str, facts.limits(facts.loaded))), facts.model.num_logical_experts
+            self._give_in(
+                f"a layer has {experts} experts, and the workers, which cannot serve experts from disk, have memory for"
+                f" {limits}: raise --workers or --expert-memory-bytes"
+            )
 
     def _give_in(self, reason: str) -> None:
         """There will never be a first epoch."""

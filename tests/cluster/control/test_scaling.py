@@ -102,6 +102,13 @@ def test_a_start_without_memory_for_one_expert_of_each_layer_is_refused() -> Non
         ControlState(ControlSettings(workers=1, expert_capacity=LAYERS - 1), MODEL)
 
 
+def test_a_start_without_memory_for_every_expert_fails_where_there_is_no_disk_tier() -> None:
+    sim = Simulation(workers=2, capacity=PART - LAYERS)
+    sim.feed(Tick())
+    sim.settle()
+    assert "have memory for 3, 3: raise --workers" in (sim.state.readiness().error or "")
+
+
 def test_one_worker_is_replaced_by_another() -> None:
     sim = serving(2)
     sim.feed(ScaleRequested(workers=2, retire=(W1,)))

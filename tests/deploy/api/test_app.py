@@ -598,7 +598,8 @@ def test_admin_views(call: Call) -> None:
     assert routing["load_imbalance"] == [1.0, 1.25]
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
-    assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    fields = {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    assert set(worker) == fields | {"experts_served", "experts_resident"}
     assert worker["fit"] == [
         {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
         {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
