@@ -227,7 +227,9 @@ class Epochs:
         commands: list[Command] = []
         # what was brought for a start or a recovery will be wanted by the next attempt too
         elective = change.kind in (OperationKind.REBALANCE, OperationKind.PROMOTE)
-        if elective or change.stage in (Stage.PREPARING, Stage.COMMITTING):
+        # unless it takes memory that a disk tier makes do with: then a new attempt begins with what is counted on
+        tiered = any(self._membership[worker].tiered for worker in change.workers)
+        if elective or tiered or change.stage in (Stage.PREPARING, Stage.COMMITTING):
             workers = tuple(worker for worker in change.workers if self._membership[worker].alive)
             self._membership.unstage(workers)
             commands.append(Abandon(epoch=change.spec.epoch, workers=workers))

@@ -180,6 +180,7 @@ def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
         None if facts.spec is None else facts.spec.placement,
         rooms,
         {record.id: record.has for record in members},
+        {record.id: record.has | record.perhaps for record in members},
         facts.load,
         most_new={
             worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes)

@@ -37,6 +37,8 @@ class WorkerRecord:
     """[L, E] experts that the worker holds in its device under the epoch in force."""
     staged: BoolArray
     """[L, E] experts that were brought to the worker since the epoch began."""
+    perhaps: BoolArray
+    """[L, E] experts that may lie in its device besides, since the outcome of a flip is not known. They take memory."""
     asked_at: float
     info: WorkerInfo | None = None
     loaded_at: float | None = None
@@ -119,6 +121,7 @@ class Membership:
             assigned=assigned,
             held=self._nothing,
             staged=self._nothing,
+            perhaps=self._nothing,
             asked_at=now,
         )
         return StartWorker(worker=worker, experts=expert_lists(assigned))
@@ -142,7 +145,7 @@ class Membership:
         self._set(worker, state=WorkerState.SERVING)
 
     def stop(self, worker: WorkerId) -> StopWorker:
-        self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing)
+        self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing, perhaps=self._nothing)
         return StopWorker(worker=worker, info=self._records[worker].info)
 
     def forget_dead(self, in_use: Collection[WorkerId]) -> None:
@@ -172,12 +175,15 @@ class Membership:
             record = self._records[worker.id]
             if record.alive:
                 state = WorkerState.SERVING if record.state is WorkerState.STARTING else record.state
-                self._set(worker.id, held=needs(placement, worker.id), staged=self._nothing, state=state)
+                held = needs(placement, worker.id)
+                self._set(worker.id, held=held, staged=self._nothing, perhaps=self._nothing, state=state)
 
     def doubt(self, placement: Placement) -> None:
         """A worker may have begun an epoch with `placement` or not, so it holds only what it holds in both cases."""
         for worker in placement.workers:
-            self._set(worker.id, held=self._records[worker.id].held & needs(placement, worker.id))
+            record, wanted = self._records[worker.id], needs(placement, worker.id)
+            if record.alive:
+                self._set(worker.id, held=record.held & wanted, perhaps=record.perhaps | record.has | wanted)
 
     # --- Signs of life ------------------------------------------------------------------------------------------
 

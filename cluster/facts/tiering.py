@@ -104,14 +104,16 @@ def next_step(
     current: Placement | None,
     rooms: Mapping[WorkerId, Room | None],
     has: Mapping[WorkerId, BoolArray],
+    occupied: Mapping[WorkerId, BoolArray],
     load: IntCounts,
     *,
     most_new: Mapping[WorkerId, int | None],
 ) -> Placement:
     """The nearest placement to `goal` that can be reached by one change: some experts of devices still lie on disk.
 
-    current: the placement in force. has: [L, E] per worker, what lies in its device until the change is made; what is
-    new must fit beside it, and beside a slot for each layer in which the worker serves more than that, now or then.
+    current: the placement in force. has: [L, E] per worker, what lies in its device. occupied: the same with whatever
+    else may lie there until the change is made; what is new must fit beside that, and beside a slot for each layer in
+    which the worker serves more than it has, now or then.
     most_new: experts that each worker may bring, over all layers; None: no limit. The heaviest come first.
     """
     tiers = goal.tiers.copy()
@@ -124,19 +126,19 @@ def next_step(
         if current is not None and any(member.id == worker.id for member in current.workers):
             served = served | serves(current, worker.id)
         new = needs(goal, worker.id) & ~held
-        late = new & ~_first_of(new, held, served, room.device, load, most_new[worker.id])
+        free = room.device - memory_of(held, served) - int((occupied[worker.id] & ~held).sum())
+        outside = (served & ~held).sum(axis=1)
+        late = new & ~_first_of(new, outside, free, load, most_new[worker.id])
         tiers[_slots_of(goal, worker.id, late)] = Tier.DISK
     return replace(goal, tiers=tiers)
 
 
-def _first_of(
-    new: BoolArray, held: BoolArray, served: BoolArray, device: int, load: IntCounts, most: int | None
-) -> BoolArray:
-    """[L, E] the heaviest of `new`, up to `most`, that fit into a device beside `held`, if `served` may be needed."""
+def _first_of(new: BoolArray, outside: npt.NDArray[np.int_], free: int, load: IntCounts, most: int | None) -> BoolArray:
+    """[L, E] the heaviest of `new`, up to `most`, for which a device has `free` room. outside: [L] experts that the
+    worker serves and does not have."""
     layers, experts = np.nonzero(new)
     first = np.zeros_like(new)
-    outside = (served & ~held).sum(axis=1)
-    free = device - memory_of(held, served)
+    outside = outside.copy()
     left = len(layers) if most is None else most
     for at in np.lexsort((experts, layers, -load[layers, experts])):
         # the last one of a layer takes the slot that was left for it

@@ -187,15 +187,18 @@ class Simulation:
 
     def _transfer(self, command: Transfer, fault: bool) -> None:
         staged = []
+        change = self.facts.change
+        if change is None or change.spec.epoch != command.epoch:
+            # a transfer that was given up stops before its next expert
+            self.feed(TransferFailed(epoch=command.epoch, reason="superseded"))
+            return
         failed = fault
         for move in command.copies:
             source, target = self.workers[move.source], self.workers[move.target]
             if not (source.alive and target.alive) or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
-            change = self.facts.change
-            if change is not None and change.spec.epoch == command.epoch:
-                assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
+            assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
             target.held[move.layer, move.expert] = True
             staged.append((move.target, move.layer, move.expert))
         for worker, layer, expert in command.reads:
@@ -204,10 +207,8 @@ class Simulation:
                 continue
             self.workers[worker].held[layer, expert] = True
             staged.append((worker, layer, expert))
-        change = self.facts.change
-        if change is not None and change.spec.epoch == command.epoch:
-            for worker, _, _ in staged:
-                self._check_memory(worker)
+        for worker, _, _ in staged:
+            self._check_memory(worker)
         if failed:
             touched = {m.source for m in command.copies} | {m.target for m in command.copies}
             self._find_lost(sorted(touched | {w for w, _, _ in command.reads}))

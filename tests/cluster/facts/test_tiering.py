@@ -71,18 +71,28 @@ def test_a_step_brings_only_what_fits_beside_what_is_there() -> None:
     goal = assign_tiers(ALONE, {A: Room(device=4 * LAYERS)}, NOTHING, RISING)
     has = {A: np.zeros((LAYERS, EXPERTS), dtype=bool)}
     has[A][:, :2] = True
-    step = next_step(goal, None, {A: Room(device=4 * LAYERS)}, has, RISING, most_new={A: None})
+    step = next_step(goal, None, {A: Room(device=4 * LAYERS)}, has, has, RISING, most_new={A: None})
     assert step.resident(A, 0) == (7,), "two lie there and one slot is for the cache"
     after = {A: needs(step, A)}
-    assert next_step(goal, step, {A: Room(device=4 * LAYERS)}, after, RISING, most_new={A: None}) == goal
+    assert next_step(goal, step, {A: Room(device=4 * LAYERS)}, after, after, RISING, most_new={A: None}) == goal
 
 
 def test_a_step_brings_no_more_than_it_has_time_for_and_the_heaviest_first() -> None:
     goal = assign_tiers(ALONE, {A: Room(device=8 * LAYERS)}, NOTHING, RISING)
-    step = next_step(goal, None, {A: Room(device=8 * LAYERS)}, NOTHING, RISING, most_new={A: 3})
+    step = next_step(goal, None, {A: Room(device=8 * LAYERS)}, NOTHING, NOTHING, RISING, most_new={A: 3})
     assert (step.resident(A, 0), step.resident(A, 1)) == ((6, 7), (7,))
     assert Room(device=8 * LAYERS, disk_bytes_per_s=4000.0).affordable(0.5, 1000) == 2
     assert Room(device=8 * LAYERS).affordable(None, 1000) is None
+
+
+def test_what_may_still_lie_in_a_device_takes_room() -> None:
+    """After a flip of unknown outcome."""
+    goal, room = assign_tiers(ALONE, {A: Room(device=8 * LAYERS)}, NOTHING, RISING), {A: Room(device=8 * LAYERS)}
+    perhaps = {A: np.zeros((LAYERS, EXPERTS), dtype=bool)}
+    perhaps[A][:, :6] = True
+    step = next_step(goal, None, room, NOTHING, perhaps, RISING, most_new={A: None})
+    assert (step.resident(A, 0), step.resident(A, 1)) == ((7,), (7,))
+    assert next_step(goal, None, room, NOTHING, NOTHING, RISING, most_new={A: None}) == goal
 
 
 @settings(deadline=None)
@@ -104,7 +114,7 @@ def test_every_goal_is_reached_within_memory(workers: int, limit: int, most: int
     goal = assign_tiers(adapt(members, has, load), rooms, has, load)
     step: Placement | None = None
     for _ in range(3 + 2 * LAYERS * EXPERTS):
-        step = next_step(goal, step, rooms, has, load, most_new=dict.fromkeys(has, most))
+        step = next_step(goal, step, rooms, has, has, load, most_new=dict.fromkeys(has, most))
         for worker in members:
             both = has[worker.id] | needs(step, worker.id)
             if (needs(step, worker.id) & ~has[worker.id]).any():
