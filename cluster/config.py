@@ -223,6 +223,9 @@ class ServeConfig:
         if self.port > 65535:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
         Networks.parse(self.forwarded_allow_ips)
+        if self.expert_cache_dir is not None:
+            # workers have other working directories
+            object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
         self._check_limits()
 
     def _check_limits(self) -> None:
