@@ -126,6 +126,7 @@ class JointSearch:
                 break
             if (now_s := self.total_s) < best_s:
                 best, best_s = self.table.copy(), now_s
+            self.pricer.settle(self.table)
         self.restore(best)
 
     def _finish_layers(self, budget: Budget, first_round: int) -> bool:
@@ -223,6 +224,7 @@ class JointSearch:
 
     def restore(self, table: IntArray) -> None:
         self.table[:] = table
+        self.pricer.settle(self.table)
         for layer in range(self.problem.num_layers):
             self.pricer.update(self.table, layer)
 

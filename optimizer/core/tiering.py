@@ -1,0 +1,159 @@
+"""The tiers of a placement problem: which experts the workers keep in fast memory, and how long they wait for the rest.
+
+Legend: L MoE layers, E logical experts, W workers, S slots, B tokens of a step.
+
+An expert has tokens in a step with the chance a = 1 - (1 - p x)^B, where p is the chance that a token chooses it and x
+the worker's share of it. Found in the device it costs nothing more. Fetched from disk it costs a disk_fetch_s; from the
+host's memory the less of a host_fetch_s and of p x B host_token_s. F_w is the sum over what worker w serves. Workers
+wait for one another, and at few misses in a step the slowest is far from the mean, so a layer waits for
+
+  G_w = (1 - straggling) F_w + straggling sum_v F_v        (optimizer.residency.activity)
+
+of its slowest worker. Experts that are there are computed in the meantime; `stall` is what G exceeds them by.
+
+The tiers follow from the table: a worker keeps those experts in its device that save most. One slot of each layer that
+does not fit stays free for what passes through; a larger cache area is counted as if it held the best experts that are
+not pinned, which recency and frequency come near to (optimizer.buffering.lfru).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier, TierArray
+from elastic_moe.optimizer.residency.activity import activity, straggling
+from elastic_moe.optimizer.residency.choice import in_device, in_host
+
+if TYPE_CHECKING:
+    from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem
+
+BoolArray = npt.NDArray[np.bool_]
+
+LevelArray = npt.NDArray[np.int8]
+"""[L, E, W] the tier in which each worker finds an expert, or NOT_HELD."""
+
+NOT_HELD = -1
+"""Marks the levels of experts that a worker does not serve."""
+
+
+def is_tiered(problem: PlacementProblem) -> bool:
+    """Whether some worker may be given more experts than its device holds."""
+    return any(
+        problem.num_layers * min(worker.slots, problem.num_experts) > memory.device_experts
+        for worker, memory in zip(problem.workers, problem.memory, strict=False)
+    )
+
+
+class Tiering:
+    """The prices and rooms of a problem whose experts do not all fit."""
+
+    def __init__(self, problem: PlacementProblem) -> None:
+        self._layers, self._experts = problem.loads.shape
+        self._width = len(problem.workers)
+        self.tokens = float(problem.tokens_per_step)
+        self.chance = np.asarray(problem.loads / problem.tokens[:, None])
+        """[L, E] chance that a token chooses each expert."""
+        memory = problem.memory
+        self.device = np.array([m.device_experts for m in memory])
+        self.host = np.array([m.host_experts for m in memory])
+        self.cache = np.array([m.cache_slots for m in memory])
+        self.disk_s = np.array([m.disk_fetch_s for m in memory])
+        self.host_s = np.array([m.host_fetch_s if m.host_experts else m.disk_fetch_s for m in memory])
+        # not infinite where hosts do not compute, because that times 0 tokens would not be a number
+        self.token_s = np.array([1e9 if m.host_token_s is None else m.host_token_s for m in memory])
+        self.straggling = np.array([self._straggling(chance) for chance in self.chance])
+        """[L]"""
+        self.weight = self.straggling + (1 - self.straggling) / self._width
+        """[L] seconds that a layer waits for each second of fetching, where workers are even."""
+
+    def _straggling(self, chance: FloatArray) -> float:
+        """For the experts that even rooms leave out."""
+        inside = int((np.maximum(self.device // self._layers - 1, 0) + self.host // self._layers).sum())
+        return straggling(np.sort(activity(chance, self.tokens))[::-1][inside:], self._width)
+
+    def fetch_prices(self, share: FloatArray, layer: int | slice = slice(None)) -> tuple[FloatArray, FloatArray]:
+        """([..., E, W] from disk, [..., E, W] from host) seconds per step, for shares [..., E, W]."""
+        load = self.chance[layer][..., None] * share
+        active = activity(load, self.tokens)
+        from_host = np.minimum(active * self.host_s, load * self.tokens * self.token_s)
+        return np.asarray(active * self.disk_s), np.asarray(from_host)
+
+    def levels(self, x: FloatArray, placed: LevelArray | None = None, barred: BoolArray | None = None) -> LevelArray:
+        """[L, E, W] the tier in which each share [L, E, W] is found, or NOT_HELD. What is `placed` in a device or in a
+        host's memory comes first there; what is `barred` [L, E, W] comes into no device."""
+        disk, host = self.fetch_prices(x)
+        found = np.where(x > 0, np.int8(Tier.DISK), np.int8(NOT_HELD))
+        for rank in range(self._width):
+            layer, expert = np.nonzero(x[:, :, rank] > 0)
+            weight = self.weight[layer]
+            out = np.zeros(len(layer), dtype=bool) if barred is None else barred[layer, expert, rank]
+            at = np.full(len(layer), NOT_HELD) if placed is None else placed[layer, expert, rank]
+            value = weight * disk[layer, expert, rank]
+            inside = in_device(value, layer, self._layers, int(self.device[rank]), at == Tier.DEVICE, out)
+            saving = value - weight * host[layer, expert, rank]
+            hosted = in_host(saving, ~inside, int(self.host[rank]), at == Tier.HOST)
+            found[layer[inside], expert[inside], rank] = Tier.DEVICE
+            found[layer[hosted], expert[hosted], rank] = Tier.HOST
+        return np.asarray(found, dtype=np.int8)
+
+    def levels_within(self, x: FloatArray, before: FloatArray, most: int) -> LevelArray:
+        """As `levels`, where at most `most` experts come into a device that does not have them `before` [L, E, W]."""
+        levels = self.levels(x)
+        new = (self.marks(x, levels, before) == Tier.DEVICE) & (before == 0)
+        if int(new.sum()) <= most:
+            return levels
+        disk, _ = self.fetch_prices(x)
+        value = np.where(new, disk * self.weight[:, None, None], -1.0).ravel()
+        kept = np.zeros(value.size, dtype=bool)
+        kept[np.argsort(-value, kind="stable")[:most]] = True
+        return self.levels(x, barred=(before == 0) & ~kept.reshape(x.shape))
+
+    def seconds(self, x: FloatArray, levels: LevelArray) -> FloatArray:
+        """[L, W] seconds per step that each worker fetches."""
+        disk, host = self.fetch_prices(x)
+        price = np.where(levels == Tier.DISK, disk, np.where(levels == Tier.HOST, host, 0.0))
+        return np.asarray(price.sum(axis=1))
+
+    def waits(self, fetch_s: FloatArray) -> FloatArray:
+        """[L] or scalar: seconds that a layer waits for its slowest worker, for fetch seconds [L, W] of all layers."""
+        apart = self.straggling
+        return np.asarray((1 - apart) * fetch_s.max(axis=-1) + apart * fetch_s.sum(axis=-1))
+
+    def rooms(self, levels: LevelArray) -> tuple[IntArray, IntArray]:
+        """([L, W] experts in the device, the slot for those that pass included; [L, W] experts in the host)."""
+        device = (levels == Tier.DEVICE).sum(axis=1)
+        outside = (levels > Tier.DEVICE).any(axis=1)
+        return (device + outside).astype(np.int32), (levels == Tier.HOST).sum(axis=1).astype(np.int32)
+
+    def marks(self, x: FloatArray, levels: LevelArray, before: FloatArray | None = None) -> LevelArray:
+        """[L, E, W] the tiers of a placement: `levels`, but the cache area of a layer that does not fit has its slots
+        to itself: those experts are found there by the policy, and not pinned, that are not in the device `before`
+        [L, E, W], and of the others the least active ones."""
+        disk, _ = self.fetch_prices(x)
+        first = np.zeros(x.shape) if before is None else before
+        marked = levels.copy()
+        for layer, rank in zip(*np.nonzero((levels > Tier.DEVICE).any(axis=1)), strict=True):
+            inside = np.flatnonzero(levels[layer, :, rank] == Tier.DEVICE)
+            order = np.lexsort((disk[layer, inside, rank], first[layer, inside, rank]))
+            marked[layer, inside[order][: self.cache[rank] - 1], rank] = Tier.DISK
+        return marked
+
+
+def tiers_of_table(problem: PlacementProblem, table: IntArray, marks: LevelArray) -> TierArray:
+    """[L, S] the tiers of a table's slots; EMPTY ones are DEVICE."""
+    found = marks[np.arange(problem.num_layers)[:, None], np.maximum(table, 0), problem.owner[None, :]]
+    return np.asarray(np.where(table == EMPTY, Tier.DEVICE, found), dtype=np.int8)
+
+
+def placed_by(problem: PlacementProblem, placement: Placement) -> LevelArray | None:
+    """[L, E, W] the tier in which the placement has each expert, or NOT_HELD; None where it says nothing about tiers."""
+    if placement.all_resident:
+        return None
+    placed = np.full((problem.num_layers, problem.num_experts, len(problem.workers)), NOT_HELD, dtype=np.int8)
+    layer, slot = np.nonzero(placement.physical_to_logical_map != EMPTY)
+    expert = placement.physical_to_logical_map[layer, slot]
+    placed[layer, expert, problem.owner[slot]] = placement.tiers[layer, slot]
+    return placed

@@ -1,0 +1,88 @@
+"""What one layer's workers wait for experts that are not in their devices, and how a swap of two slots changes it.
+
+Legend: E experts, W workers, S slots (items).
+
+Each worker keeps the most active of its experts in the device, so what it fetches is the tail of its sorted items. With
+a room of r, and h more in the host's memory, it is host_s tail(r) + (disk_s - host_s) tail(r + h). A swap moves one
+item over the edge of a tail at most, so its change is known from the two items beside the edge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic_moe.optimizer.core.problem import FloatArray, IntArray
+from elastic_moe.optimizer.residency.activity import activity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFetch:
+    """The tiers of one layer while its rooms stay."""
+
+    chance: FloatArray
+    """[E] chance that a token chooses each expert."""
+    tokens: float
+    disk_s: FloatArray
+    """[W] seconds to bring an expert from each worker's disk."""
+    host_s: FloatArray
+    """[W] from its host's memory."""
+    token_s: FloatArray
+    """[W] seconds of one token in an expert that the host computes."""
+    room: IntArray
+    """[W] experts in the device; where more are held, one of the slots is for those that pass."""
+    host_room: IntArray
+    """[W]"""
+    straggling: float
+
+    def seconds(self, x: FloatArray) -> FloatArray:
+        """[W] seconds per step that each worker fetches for shares x [E, W]."""
+        load = self.chance[:, None] * x
+        active = activity(load, self.tokens)
+        disk = np.sort(active * self.disk_s, axis=0)[::-1]
+        inside = self.inside((x > 0).sum(axis=0))
+        outside = np.arange(len(x))[:, None] >= inside
+        total = np.where(outside, disk, 0.0).sum(axis=0)
+        if self.host_room.any():
+            order = np.argsort(-active * self.disk_s, axis=0, kind="stable")
+            host = np.minimum(active * self.host_s, load * self.tokens * self.token_s)
+            saved = np.where(outside, disk - np.take_along_axis(host, order, axis=0), 0.0)
+            saved = np.sort(np.maximum(saved, 0.0), axis=0)[::-1]
+            total = total - np.where(np.arange(len(x))[:, None] < self.host_room, saved, 0.0).sum(axis=0)
+        return np.asarray(total)
+
+    def inside(self, held: IntArray) -> IntArray:
+        """[W] experts that are found in the device, of `held` [W] ones."""
+        return np.asarray(np.where(held <= self.room, held, np.maximum(self.room - 1, 0)))
+
+    def waits(self, fetch_s: FloatArray) -> FloatArray:
+        """[W] seconds for which each worker makes the layer wait; the largest counts."""
+        return np.asarray((1 - self.straggling) * fetch_s + self.straggling * fetch_s.sum())
+
+    def swap_changes(self, load: FloatArray, held: IntArray, owner: IntArray, first_slot: IntArray) -> FloatArray:
+        """[S, S] change of what worker owner[i] fetches if it gives item i for item j; `load` [S] are the items'
+        chances, `held` [W] the experts of each worker."""
+        active = activity(load, self.tokens)
+        inside = self.inside(held)
+        change = _tail_changes(active, inside, owner, first_slot)
+        if not self.host_room.any():
+            return np.asarray(self.disk_s[owner][:, None] * change)
+        near = np.where(self.host_room > 0, self.host_s, 0.0)
+        further = _tail_changes(active, np.minimum(inside + self.host_room, np.bincount(owner)), owner, first_slot)
+        return np.asarray(near[owner][:, None] * change + (self.disk_s - near)[owner][:, None] * further)
+
+
+def _tail_changes(active: FloatArray, inside: IntArray, owner: IntArray, first_slot: IntArray) -> FloatArray:
+    """[S, S] change of the sum of all but the `inside` [W] largest items of worker owner[i], if item j comes for i."""
+    order = np.lexsort((-active, owner))
+    place = np.empty(len(owner), dtype=np.intp)
+    place[order] = np.arange(len(owner)) - first_slot[owner[order]]
+    slots = np.bincount(owner)
+    ordered = np.append(active[order], 0.0)
+    first_outside = ordered[np.where(inside < slots, first_slot + inside, len(owner))]
+    last_inside = np.where(inside > 0, ordered[first_slot + np.maximum(inside - 1, 0)], 0.0)
+    within = place < inside[owner]
+    edge = np.where(within, first_outside[owner], last_inside[owner])
+    gone = np.where(within, first_outside[owner], active)
+    return np.asarray(np.minimum(active[None, :], edge[:, None]) - gone[:, None])
