@@ -165,8 +165,8 @@ def within_budget(problem: PlacementProblem, budget: Budget) -> Draft:
 
 def _within_tiers(problem: PlacementProblem, tiering: Tiering, budget: Budget) -> Draft:
     """The best plan that brings at most `problem.move_budget` experts into devices. An expert that another worker
-    serves from its disk needs no move, so every table on the curve is possible, with the tiers that the budget allows."""
-    assert problem.move_budget is not None and problem.current is not None
+    serves from its disk needs no move, so every table on the curve is possible, with tiers that keep to the budget."""
+    assert problem.move_budget is not None
     before = held_before(problem)
     assert before is not None
     drafts = []

@@ -37,7 +37,7 @@ def lined_up(problem: PlacementProblem, table: IntArray) -> IntArray:
 
 
 def interchangeable(problem: PlacementProblem) -> FloatArray:
-    """[W, W] 1 where two workers have the same slots, speed and memory, so that each can take the experts of the other."""
+    """[W, W] 1 where two workers have the same slots, speed and memory: each can take the experts of the other."""
     memories = [problem.memory.index(memory) for memory in problem.memory] or [0] * len(problem.workers)
     kind = np.array(
         [[w.slots, speed, memory] for w, speed, memory in zip(problem.workers, problem.speed, memories, strict=True)]

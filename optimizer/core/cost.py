@@ -39,6 +39,7 @@ import numpy as np
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.tiering import LevelArray, placed_by
+from elastic_moe.optimizer.residency.activity import activity
 
 BITS = 8.0
 GIGA = 1e9
@@ -81,7 +82,7 @@ def price(problem: PlacementProblem, placement: Placement) -> Cost:
 
 
 def price_table(problem: PlacementProblem, table: IntArray, levels: LevelArray | None = None) -> Cost:
-    """The cost of a slot table [L, S]. `levels` [L, E, W] say in which tier experts are found; the best if not given."""
+    """The cost of a slot table [L, S]. `levels` [L, E, W] are the tiers of experts; the best if not given."""
     x = shares(problem, table)
     if problem.tiering is not None and levels is None:
         levels = problem.tiering.levels(x)
@@ -93,6 +94,33 @@ def price_table(problem: PlacementProblem, table: IntArray, levels: LevelArray |
         affinity_s=affinity_cost(problem, x),
         migration_s=copies(problem, table, levels) * move_price(problem),
         stall_s=stall_cost(problem, x, levels, per_layer[0]),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetches:
+    """What workers are expected to fetch in a step."""
+
+    resident_share: float
+    """Share of the served experts that lie in a device, 0..1; those of the cache areas included."""
+    experts: float
+    """Experts that all workers fetch in a step, over all layers."""
+    misses: float
+    """Share of the experts with tokens in a step that do not lie in a device, 0..1."""
+
+
+def expected_fetches(problem: PlacementProblem, placement: Placement) -> Fetches:
+    """The fetches of a step of `tokens_per_step` tokens; none where every expert fits."""
+    x = shares(problem, placement.physical_to_logical_map)
+    if problem.tiering is None:
+        return Fetches(resident_share=1.0, experts=0.0, misses=0.0)
+    levels = problem.tiering.levels(x, placed_by(problem, placement))
+    active = activity(problem.tiering.chance[:, :, None] * x, problem.tiering.tokens)
+    outside = float(active[levels > Tier.DEVICE].sum())
+    return Fetches(
+        resident_share=float((levels == Tier.DEVICE).sum() / (x > 0).sum()),
+        experts=outside,
+        misses=outside / float(active.sum()),
     )
 
 

@@ -20,6 +20,9 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
 
 
+DEFAULT_STEP_TOKENS = 1024
+
+
 class Semantics(StrEnum):
     """Where a token is between two MoE layers."""
 
@@ -75,7 +78,7 @@ class PlacementProblem:
     horizon_steps: float = 10_000.0
     """Steps that the new placement is expected to serve; migration is amortised over them."""
     semantics: Semantics = Semantics.HOME
-    tokens_per_step: int = 1024
+    tokens_per_step: int = DEFAULT_STEP_TOKENS
     """Tokens of a typical step of the whole cluster, for which costs are given. Where experts do not all fit, it also
     says how many of them have tokens in a step."""
     token_bytes: int = 4096

@@ -17,8 +17,8 @@ from elastic_moe.optimizer.core.tiering import LevelArray, tiers_of_table
 
 
 def to_placement(problem: PlacementProblem, table: IntArray, levels: LevelArray | None = None) -> Placement:
-    """The verified placement of a table, with the tiers that `levels` say, or the best ones. Raises PlacementError where
-    the table breaks a rule."""
+    """The verified placement of a table, with the tiers that `levels` say, or the best ones. Raises PlacementError
+    where the table breaks a rule."""
     familiar = _in_familiar_slots(problem, table)
     placement = Placement(
         num_logical_experts=problem.num_experts, workers=problem.workers, physical_to_logical_map=familiar

@@ -149,7 +149,7 @@ def tiers_of_table(problem: PlacementProblem, table: IntArray, marks: LevelArray
 
 
 def placed_by(problem: PlacementProblem, placement: Placement) -> LevelArray | None:
-    """[L, E, W] the tier in which the placement has each expert, or NOT_HELD; None where it says nothing about tiers."""
+    """[L, E, W] the tier of each expert under the placement, or NOT_HELD; None where it says nothing about tiers."""
     if placement.all_resident:
         return None
     placed = np.full((problem.num_layers, problem.num_experts, len(problem.workers)), NOT_HELD, dtype=np.int8)

@@ -130,7 +130,7 @@ def _check_memory(memory: tuple[WorkerMemory, ...], workers: int, layers: int) -
     for each in memory:
         if each.device_experts < layers:
             raise PlacementError(
-                f"memory.device_experts: expected at least {layers}, one expert of each layer, got {each.device_experts}"
+                f"memory.device_experts: expected at least {layers}, one for each layer, got {each.device_experts}"
             )
         for name, least in (("host_experts", 0), ("cache_slots", 1)):
             if getattr(each, name) < least:

@@ -78,7 +78,7 @@ class LayerModel:
         )
 
     def _wait_for_experts(self, fetch: LayerFetch) -> None:
-        """(1 - straggling) F_w + straggling sum_v F_v <= peak, with the other workers as they are; the devices' room."""
+        """(1 - straggling) F_w + straggling sum_v F_v <= peak, with the other workers as they are; the rooms."""
         model, share = self.model, self._share[:, None]
         load = fetch.chance[self.experts][:, None] * share
         active = activity(load, fetch.tokens)
@@ -86,9 +86,7 @@ class LayerModel:
         host = MICRO * np.minimum(active * fetch.host_s, load * fetch.tokens * fetch.token_s)
         self._items = {
             w: [
-                Served(
-                    key=(e, w), served=model.x[e, w], passing=(w,), disk=float(disk[e, w]), host=float(host[e, w])
-                )
+                Served(key=(e, w), served=model.x[e, w], passing=(w,), disk=float(disk[e, w]), host=float(host[e, w]))
                 for e in model.e
             ]
             for w in self.ranks

@@ -1,4 +1,4 @@
-"""The tiers in the integer programs: which experts lie in a device or a host's memory, and what fetching the rest takes.
+"""The tiers in the integer programs: which experts lie in fast memory, and what fetching the others takes.
 
 Variables   inside[i] in {0, 1}: an expert lies in the device of the worker that serves it; hosted[i] alike, in the
             host's memory; passing[j] in {0, 1}: one slot of a layer of a worker is for experts that pass through

@@ -88,9 +88,7 @@ def _fewest_misses(steps: list[list[int]], slots: int) -> int:
             ends = {
                 after
                 for one in ends
-                for after in (
-                    [one | {expert}] if len(one) < slots else [(one - {victim}) | {expert} for victim in one]
-                )
+                for after in ([one | {expert}] if len(one) < slots else [(one - {victim}) | {expert} for victim in one])
             }
         return len(missing) + min(serve(step + 1, end) for end in ends)
 
@@ -112,7 +110,7 @@ def test_replay_counts_accesses_hits_and_misses_of_each_step() -> None:
     counts = replay(steps, Lru(3), 2)
     assert (counts.accesses, counts.hits, counts.misses_by_step) == (6, 2, (2, 0, 1, 1))
     later = replay(steps, Lru(3), 2, skip=1)
-    assert (later.accesses, later.hits) == (4, 2) and later.miss_rate == 0.5
+    assert (later.accesses, later.hits, later.miss_rate) == (4, 2, 0.5)
 
 
 def test_pinned_experts_never_miss_and_never_leave() -> None:
