@@ -12,8 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.deploy.cli.tier_flags import tier_arguments
 from elastic_moe.deploy.launch.builtin import trace_path
+from elastic_moe.deploy.tiers.flags import tier_arguments
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.solvers import SOLVERS
 from elastic_moe.optimizer.decision import MOVE_SHARE

@@ -11,7 +11,7 @@ from typing import Any
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.cli.plan import DEFAULT_WORKERS
-from elastic_moe.deploy.cli.tier_flags import memories, step_tokens
+from elastic_moe.deploy.tiers.flags import memories, step_tokens
 from elastic_moe.optimizer.core.cost import copies, expected_fetches, price
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.decision import MOVE_SHARE
