@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier, TierArray
 from elastic_moe.optimizer.residency.activity import activity, straggling
-from elastic_moe.optimizer.residency.choice import in_device, in_host
+from elastic_moe.optimizer.residency.choice import NEVER_S, dealt
 
 if TYPE_CHECKING:
     from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem
@@ -66,6 +66,8 @@ class Tiering:
         self.token_s = np.array([1e9 if m.host_token_s is None else m.host_token_s for m in memory])
         self.straggling = np.array([self._straggling(chance) for chance in self.chance])
         """[L]"""
+        self._busy = self.chance * (self.tokens * problem.token_expert_s)
+        self._speed = problem.speed
         self.weight = self.straggling + (1 - self.straggling) / self._width
         """[L] seconds that a layer waits for each second of fetching, where workers are even."""
 
@@ -85,19 +87,47 @@ class Tiering:
         """[L, E, W] the tier in which each share [L, E, W] is found, or NOT_HELD. What is `placed` in a device or in a
         host's memory comes first there; what is `barred` [L, E, W] comes into no device."""
         disk, host = self.fetch_prices(x)
-        found = np.where(x > 0, np.int8(Tier.DISK), np.int8(NOT_HELD))
-        for rank in range(self._width):
-            layer, expert = np.nonzero(x[:, :, rank] > 0)
-            weight = self.weight[layer]
-            out = np.zeros(len(layer), dtype=bool) if barred is None else barred[layer, expert, rank]
-            at = np.full(len(layer), NOT_HELD) if placed is None else placed[layer, expert, rank]
-            value = weight * disk[layer, expert, rank]
-            inside = in_device(value, layer, self._layers, int(self.device[rank]), at == Tier.DEVICE, out)
-            saving = value - weight * host[layer, expert, rank]
-            hosted = in_host(saving, ~inside, int(self.host[rank]), at == Tier.HOST)
-            found[layer[inside], expert[inside], rank] = Tier.DEVICE
-            found[layer[hosted], expert[hosted], rank] = Tier.HOST
+        held = x > 0
+        at = np.full(x.shape, NOT_HELD, dtype=np.int8) if placed is None else placed
+        out = np.zeros(x.shape, dtype=bool) if barred is None else barred
+        busy = (self._busy[:, :, None] * x).sum(axis=1) / self._speed
+        found = np.where(held, np.int8(Tier.DISK), np.int8(NOT_HELD))
+        order = np.lexsort((-disk, at != Tier.DEVICE, out, ~held), axis=1)
+        rooms = self._device_rooms(held, disk, at == Tier.DEVICE, out & held, order, busy.max(axis=1))
+        place = np.argsort(order, axis=1)
+        found[place < rooms[:, None, :]] = Tier.DEVICE
+        if self.host.any():
+            saving = np.where(found == Tier.DISK, disk - host, -1.0) * self.weight[:, None, None]
+            for rank in np.flatnonzero(self.host):
+                mine = saving[:, :, rank].ravel()
+                best = np.lexsort((-mine, at[:, :, rank].ravel() != Tier.HOST, mine <= 0))[: self.host[rank]]
+                layer, expert = np.divmod(best[mine[best] > 0], self._experts)
+                found[layer, expert, rank] = Tier.HOST
         return np.asarray(found, dtype=np.int8)
+
+    def _device_rooms(
+        self, held: BoolArray, disk: FloatArray, at: BoolArray, out: BoolArray, order: IntArray, busy: FloatArray
+    ) -> IntArray:
+        """[L, W] how many of a worker's experts, in their order [L, E, W], are found in its device."""
+        count = held.sum(axis=1)
+        if not out.any() and (count.sum(axis=0) <= self.device).all():
+            return np.asarray(count)
+        allowed = (held & ~out).sum(axis=1)
+        ordered = np.take_along_axis(disk, order, axis=1)
+        tails = np.concatenate([np.zeros_like(ordered[:, :1]), np.cumsum(ordered[:, ::-1], axis=1)], axis=1)[:, ::-1]
+        least = at.sum(axis=1)
+        least = least + (least < count)
+        outside = []
+        for rank in range(self._width):
+            most = int(count[:, rank].max())
+            slots = np.arange(most + 1)[None, :]
+            n, usable = count[:, rank, None], allowed[:, rank, None]
+            inside = np.where((slots >= n) & (usable == n), n, np.minimum(slots - 1, usable))
+            curve = np.take_along_axis(tails[:, :, rank], np.maximum(inside, 0), axis=1)
+            keeps = least[:, rank, None] if least[:, rank].sum() <= self.device[rank] else np.minimum(n, 1)
+            outside.append(np.where(slots < keeps, NEVER_S, curve))
+        slots = dealt(outside, self.device, busy, self.straggling)
+        return np.asarray(np.where((slots >= count) & (allowed == count), count, np.minimum(slots - 1, allowed)))
 
     def levels_within(self, x: FloatArray, before: FloatArray, most: int) -> LevelArray:
         """As `levels`, where at most `most` experts come into a device that does not have them `before` [L, E, W]."""

@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.placement import EMPTY, Placement
-from elastic_moe.optimizer.buffering.belady import Belady
-from elastic_moe.optimizer.buffering.interface import Policy
+from elastic_moe.optimizer.buffering.belady import fewest_misses
 from elastic_moe.optimizer.buffering.policies import POLICIES, make_policy
 from elastic_moe.optimizer.buffering.simulate import CacheCounts, Step, replay
 from elastic_moe.optimizer.buffering.static import Static
@@ -103,13 +102,7 @@ def cache_row(seen: WorkerSteps, name: str, policy: str, share: float, times: Ca
     for layer, workers in enumerate(seen.layers):
         sizes = [max(1, round(share * len(held))) for held, _ in workers]
         slots += sizes
-        made = [_policy(policy, seen, layer, steps) for _, steps in workers]
-        runs.append(
-            [
-                replay(steps, each, size, skip=seen.skip)
-                for each, size, (_, steps) in zip(made, sizes, workers, strict=True)
-            ]
-        )
+        runs.append([_run(policy, seen, layer, steps, size) for size, (_, steps) in zip(sizes, workers, strict=True)])
     flat = [run for layer_runs in runs for run in layer_runs]
     misses = np.array([[run.misses_by_step for run in layer_runs] for layer_runs in runs])
     slowest: npt.NDArray[np.int64] = misses.max(axis=1)
@@ -127,12 +120,12 @@ def cache_row(seen: WorkerSteps, name: str, policy: str, share: float, times: Ca
     )
 
 
-def _policy(name: str, seen: WorkerSteps, layer: int, steps: Sequence[Step]) -> Policy:
-    if name == "static":
-        return Static(seen.weights[layer].tolist())
+def _run(name: str, seen: WorkerSteps, layer: int, steps: Sequence[Step], slots: int) -> CacheCounts:
     if name == "min":
-        return Belady(seen.num_experts, steps)
-    return make_policy(name, seen.num_experts)
+        return fewest_misses(steps, slots, skip=seen.skip)
+    static = name == "static"
+    policy = Static(seen.weights[layer].tolist()) if static else make_policy(name, seen.num_experts)
+    return replay(steps, policy, slots, skip=seen.skip)
 
 
 def write_rows(path: Path, rows: Iterable[CacheRow]) -> None:
