@@ -128,7 +128,7 @@ def stall_cost(problem: PlacementProblem, x: FloatArray, levels: LevelArray | No
     """Seconds per step that layers wait for experts, beyond the time [L] in which they compute."""
     if problem.tiering is None or levels is None:
         return 0.0
-    waits = problem.tiering.waits(problem.tiering.seconds(x, levels))
+    waits = problem.tiering.waits(x, levels)
     return float(np.maximum(waits - compute_s, 0.0).sum())
 
 

@@ -4,12 +4,18 @@ Legend: L MoE layers, E logical experts, W workers, S slots, B tokens of a step.
 
 An expert has tokens in a step with the chance a = 1 - (1 - p x)^B, where p is the chance that a token chooses it and x
 the worker's share of it. Found in the device it costs nothing more. Fetched from disk it costs a disk_fetch_s; from the
-host's memory the less of a host_fetch_s and of p x B host_token_s. F_w is the sum over what worker w serves. Workers
-wait for one another, and at few misses in a step the slowest is far from the mean, so a layer waits for
+host's memory the less of a host_fetch_s and of p x B host_token_s. F_w is the sum over what worker w serves.
 
-  G_w = (1 - straggling) F_w + straggling sum_v F_v        (optimizer.residency.activity)
+Workers wait for one another, and the one with the most misses in a step is not the one with the most on average. The
+largest of W numbers is about their mean and e_W times the standard deviation s by which they differ (e_W: the expected
+largest of W standard normal numbers). s is made linear at s0, its value for independent experts in even rooms, where
+F0 is fetched in all, so a layer waits for
 
-of its slowest worker. Experts that are there are computed in the meantime; `stall` is what G exceeds them by.
+  G = max_w F_w + e_W (s^2 / 2 s0 + s0 / 2 sum_w F_w / F0),    s^2 = (sum_w u_w' V u_w - u' V u / W) / (W - 1)
+
+with u_w[e] the seconds of fetching e if it is active, u their sum over the workers, and V the covariance of activity:
+experts that are active in the same steps should be fetched by different workers. Experts that are in the devices are
+computed in the meantime; `stall` is what G exceeds them by.
 
 The tiers follow from the table: a worker keeps those experts in its device that save most. One slot of each layer that
 does not fit stays free for what passes through; a larger cache area is counted as if it held the best experts that are
@@ -24,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier, TierArray
-from elastic_moe.optimizer.residency.activity import activity, straggling
+from elastic_moe.optimizer.residency.activity import activity, activity_covariance, expected_largest
 from elastic_moe.optimizer.residency.choice import NEVER_S, dealt
 
 if TYPE_CHECKING:
@@ -64,17 +70,34 @@ class Tiering:
         self.host_s = np.array([m.host_fetch_s if m.host_experts else m.disk_fetch_s for m in memory])
         # not infinite where hosts do not compute, because that times 0 tokens would not be a number
         self.token_s = np.array([1e9 if m.host_token_s is None else m.host_token_s for m in memory])
-        self.straggling = np.array([self._straggling(chance) for chance in self.chance])
-        """[L]"""
+        self.active = activity(self.chance, self.tokens)
+        """[L, E]"""
+        self.slope, self.steep = self._spread()
+        """([L] seconds that a layer waits for each second of fetching, because workers differ in a step, [L] and for
+        each squared second of their variance)"""
+        self.covariance = self._covariance(problem)
+        """[L, E, E] of activity"""
         self._busy = self.chance * (self.tokens * problem.token_expert_s)
         self._speed = problem.speed
-        self.weight = self.straggling + (1 - self.straggling) / self._width
+        self.weight = self.slope + 1 / self._width
         """[L] seconds that a layer waits for each second of fetching, where workers are even."""
 
-    def _straggling(self, chance: FloatArray) -> float:
-        """For the experts that even rooms leave out."""
+    def _spread(self) -> tuple[FloatArray, FloatArray]:
         inside = int((np.maximum(self.device // self._layers - 1, 0) + self.host // self._layers).sum())
-        return straggling(np.sort(activity(chance, self.tokens))[::-1][inside:], self._width)
+        outside = np.sort(self.active, axis=1)[:, ::-1][:, inside:]
+        unit_s = float(self.disk_s.mean())
+        fetched = unit_s * outside.sum(axis=1)
+        spread = unit_s * np.sqrt((outside * (1 - outside)).sum(axis=1) / self._width)
+        largest = expected_largest(self._width)
+        differ = spread > 1e-6 * fetched
+        slope = np.where(differ, largest * spread / 2 / np.maximum(fetched, 1e-300), 0.0)
+        steep = np.where(differ, largest / (2 * np.maximum(spread, 1e-300) * max(self._width - 1, 1)), 0.0)
+        return slope, steep
+
+    def _covariance(self, problem: PlacementProblem) -> FloatArray:
+        together = problem.pairs / problem.tokens[:, None, None]
+        pairs = zip(self.chance, together, strict=True)
+        return np.stack([activity_covariance(chance, both, self.tokens) for chance, both in pairs])
 
     def fetch_prices(self, share: FloatArray, layer: int | slice = slice(None)) -> tuple[FloatArray, FloatArray]:
         """([..., E, W] from disk, [..., E, W] from host) seconds per step, for shares [..., E, W]."""
@@ -126,7 +149,7 @@ class Tiering:
             curve = np.take_along_axis(tails[:, :, rank], np.maximum(inside, 0), axis=1)
             keeps = least[:, rank, None] if least[:, rank].sum() <= self.device[rank] else np.minimum(n, 1)
             outside.append(np.where(slots < keeps, NEVER_S, curve))
-        slots = dealt(outside, self.device, busy, self.straggling)
+        slots = dealt(outside, self.device, busy, 2 * self.slope)
         return np.asarray(np.where((slots >= count) & (allowed == count), count, np.minimum(slots - 1, allowed)))
 
     def levels_within(self, x: FloatArray, before: FloatArray, most: int) -> LevelArray:
@@ -141,16 +164,17 @@ class Tiering:
         kept[np.argsort(-value, kind="stable")[:most]] = True
         return self.levels(x, barred=(before == 0) & ~kept.reshape(x.shape))
 
-    def seconds(self, x: FloatArray, levels: LevelArray) -> FloatArray:
-        """[L, W] seconds per step that each worker fetches."""
+    def prices(self, x: FloatArray, levels: LevelArray) -> FloatArray:
+        """[L, E, W] seconds per step that each worker fetches each expert."""
         disk, host = self.fetch_prices(x)
-        price = np.where(levels == Tier.DISK, disk, np.where(levels == Tier.HOST, host, 0.0))
-        return np.asarray(price.sum(axis=1))
+        return np.where(levels == Tier.DISK, disk, np.where(levels == Tier.HOST, host, 0.0))
 
-    def waits(self, fetch_s: FloatArray) -> FloatArray:
-        """[L] or scalar: seconds that a layer waits for its slowest worker, for fetch seconds [L, W] of all layers."""
-        apart = self.straggling
-        return np.asarray((1 - apart) * fetch_s.max(axis=-1) + apart * fetch_s.sum(axis=-1))
+    def waits(self, x: FloatArray, levels: LevelArray) -> FloatArray:
+        """[L] seconds that each layer waits for its slowest worker."""
+        prices = self.prices(x, levels)
+        fetch_s = prices.sum(axis=1)
+        unit = prices / np.maximum(self.active, 1e-300)[:, :, None]
+        return np.asarray(fetch_s.max(axis=1) + spread_s(self.covariance, self.slope, self.steep, fetch_s, unit))
 
     def rooms(self, levels: LevelArray) -> tuple[IntArray, IntArray]:
         """([L, W] experts in the device, the slot for those that pass included; [L, W] experts in the host)."""
@@ -170,6 +194,18 @@ class Tiering:
             order = np.lexsort((disk[layer, inside, rank], first[layer, inside, rank]))
             marked[layer, inside[order][: self.cache[rank] - 1], rank] = Tier.DISK
         return marked
+
+
+def spread_s(
+    covariance: FloatArray, slope: FloatArray | float, steep: FloatArray | float, fetch_s: FloatArray, unit: FloatArray
+) -> FloatArray:
+    """[...] seconds for which the slowest worker exceeds the mean, for covariances [..., E, E], what workers fetch
+    [..., W], and the seconds of fetching each expert if it is active [..., E, W]."""
+    width = unit.shape[-1]
+    total = unit.sum(axis=-1, keepdims=True)
+    own = (np.matmul(covariance, unit) * unit).sum(axis=(-2, -1))
+    shared = (np.matmul(covariance, total) * total).sum(axis=(-2, -1)) / width
+    return np.asarray(slope * fetch_s.sum(axis=-1) + steep * (own - shared))
 
 
 def tiers_of_table(problem: PlacementProblem, table: IntArray, marks: LevelArray) -> TierArray:

@@ -34,7 +34,7 @@ from elastic_moe.optimizer.core.cost import (
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.table import row_of
 from elastic_moe.optimizer.core.tiering import NOT_HELD, LevelArray, Tiering
-from elastic_moe.optimizer.ilp.tiers import Served, add_tiers, fetched, fit, start_tiers
+from elastic_moe.optimizer.ilp.tiers import Served, add_tiers, both, fetched, fit, on_disk, start_tiers
 
 MICRO = 1e6
 """Microseconds in a second."""
@@ -174,7 +174,7 @@ class JointModel:
         self.model.slowest = pyo.Constraint(self.model.layers, self.model.w, rule=rule)
 
     def _wait_for_experts(self, tiering: Tiering) -> None:
-        """(1 - straggling) F[l, w] + straggling sum_v F[l, v] <= peak[l], F what w fetches; the devices' room."""
+        """F[l, w] + slope sum_v F[l, v] + steep s2[l] <= peak[l], F what w fetches, s2 its variance; the rooms."""
         problem, model = self.problem, self.model
         width = len(problem.workers)
         prices = {r: tiering.fetch_prices(np.full((*problem.loads.shape, width), 1 / r)) for _, r in self.modes}
@@ -196,10 +196,34 @@ class JointModel:
             mine = [item for layer in model.layers for item in self._items[layer, w]]
             fit(model, mine, [(layer, w) for layer in model.layers], int(tiering.device[w]), int(tiering.host[w]))
         for layer in model.layers:
-            apart = float(tiering.straggling[layer])
             seconds = [fetched(model, self._items[layer, w]) for w in model.w]
+            spread = float(tiering.slope[layer]) * sum(seconds)
+            spread += float(tiering.steep[layer]) * self._variance(tiering, layer)
             for each in seconds:
-                model.tiers.add((1 - apart) * each + apart * sum(seconds) <= model.peak[layer])
+                model.tiers.add(each + spread <= model.peak[layer])
+
+    def _variance(self, tiering: Tiering, layer: int) -> Any:
+        """MICRO (sum_w u_w' V u_w - u' V u / W): products of two experts that are fetched, by any two workers."""
+        model, width = self.model, len(self.problem.workers)
+        if width == 1 or not tiering.steep[layer]:
+            return 0.0
+        experts = [(e, w) for w in model.w for e, _ in self.modes]
+        items = [item for w in model.w for item in self._items[layer, w]]
+        active = np.maximum(tiering.active[layer], 1e-300)
+        host = bool(tiering.host.any())
+        outside = [
+            (e, w, price / MICRO / float(active[e]), kind)
+            for (e, w), item in zip(experts, items, strict=True)
+            for price, kind in ([(item.disk, on_disk(model, item))] + [(item.host, model.hosted[item.key])] * host)
+        ]
+        total = 0.0
+        for (e, v, unit, one), (f, w, other, two) in itertools.combinations_with_replacement(outside, 2):
+            weight = float(tiering.covariance[layer, e, f]) * unit * other * ((v == w) - 1 / width) * MICRO
+            if one is two:
+                total += weight * one
+            elif weight and (e != f or v != w):
+                total += 2 * weight * both(model, one, two)
+        return total
 
     def _arrivals(self) -> None:
         """arrive[l, w] >= its first tangents; every link's seconds <= link[l]."""
@@ -371,7 +395,11 @@ def size(problem: PlacementProblem) -> int:
     """Number of products that the model would have, with which its time grows."""
     count, width = len(modes(problem)), len(problem.workers)
     pairs = problem.num_layers * count * (count - 1) // 2 * width
-    return pairs + (problem.num_layers - 1) * count**2 * len(_near_pairs(problem))
+    fetched = 0
+    if problem.tiering is not None:
+        outside = count * width * (2 if problem.tiering.host.any() else 1)
+        fetched = problem.num_layers * outside * (outside - 1) // 2
+    return pairs + fetched + (problem.num_layers - 1) * count**2 * len(_near_pairs(problem))
 
 
 def _near_pairs(problem: PlacementProblem) -> list[tuple[int, int]]:

@@ -78,7 +78,7 @@ class LayerModel:
         )
 
     def _wait_for_experts(self, fetch: LayerFetch) -> None:
-        """(1 - straggling) F_w + straggling sum_v F_v <= peak, with the other workers as they are; the rooms."""
+        """F_w + slope sum_v F_v + (what variance adds now) <= peak, with the other workers as they are; the rooms."""
         model, share = self.model, self._share[:, None]
         load = fetch.chance[self.experts][:, None] * share
         active = activity(load, fetch.tokens)
@@ -96,12 +96,14 @@ class LayerModel:
             fit(model, self._items[w], [(w,)], int(fetch.room[w]), int(fetch.host_room[w]))
         held = self.row != EMPTY
         replicas = np.maximum(np.bincount(self.row[held], minlength=len(fetch.chance)), 1)
-        now = fetch.seconds(self.terms.by_worker(self.row, np.where(held, 1.0 / replicas[self.row], 0.0)))
+        x = self.terms.by_worker(self.row, np.where(held, 1.0 / replicas[self.row], 0.0))
+        now = fetch.prices(x).sum(axis=0)
+        varies = MICRO * float((fetch.waits(x) - now)[0] - fetch.slope * now.sum())
         others = MICRO * np.delete(now, self.ranks)
         seconds = [fetched(model, self._items[w]) for w in self.ranks]
-        apart, total = fetch.straggling, sum(seconds) + float(others.sum())
+        spread = fetch.slope * (sum(seconds) + float(others.sum())) + varies
         for each in [*seconds, *([float(others.max())] if len(others) else [])]:
-            model.tiers.add((1 - apart) * each + apart * total <= model.peak)
+            model.tiers.add(each + spread <= model.peak)
 
     def _products(self) -> None:
         """p <= x, p <= x', and p >= x + x' - 1 where sharing a worker costs."""

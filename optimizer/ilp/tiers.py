@@ -38,6 +38,7 @@ def add_tiers(model: pyo.ConcreteModel, items: Sequence[Served], passing: Sequen
     model.hosted = pyo.Var(keys, domain=pyo.Binary)
     model.passing = pyo.Var(passing, domain=pyo.Binary)
     model.tiers = pyo.ConstraintList()
+    model.both = pyo.VarList(bounds=(0, 1))
     for item in items:
         model.tiers.add(model.inside[item.key] + model.hosted[item.key] <= item.served)
         model.tiers.add(item.served - model.inside[item.key] <= model.passing[item.passing])
@@ -49,6 +50,20 @@ def fetched(model: pyo.ConcreteModel, items: Sequence[Served]) -> Any:
         item.disk * (item.served - model.inside[item.key]) - (item.disk - item.host) * model.hosted[item.key]
         for item in items
     )
+
+
+def on_disk(model: pyo.ConcreteModel, item: Served) -> Any:
+    """1 where the worker serves the expert and has it in no memory."""
+    return item.served - model.inside[item.key] - model.hosted[item.key]
+
+
+def both(model: pyo.ConcreteModel, one: Any, two: Any) -> Any:
+    """A new variable that is the product of two expressions of 0 or 1."""
+    product = model.both.add()
+    model.tiers.add(product <= one)
+    model.tiers.add(product <= two)
+    model.tiers.add(product >= one + two - 1)
+    return product
 
 
 def fit(

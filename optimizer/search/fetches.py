@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray
+from elastic_moe.optimizer.core.tiering import spread_s
 from elastic_moe.optimizer.residency.activity import activity
 
 
@@ -34,31 +35,42 @@ class LayerFetch:
     """[W] experts in the device; where more are held, one of the slots is for those that pass."""
     host_room: IntArray
     """[W]"""
-    straggling: float
+    active: FloatArray
+    """[E] share of steps in which each expert has tokens."""
+    covariance: FloatArray
+    """[E, E] of having tokens."""
+    slope: float
+    """Seconds that the layer waits for each second of fetching, because workers differ in a step."""
+    steep: float
+    """And for each squared second of the variance."""
 
-    def seconds(self, x: FloatArray) -> FloatArray:
-        """[W] seconds per step that each worker fetches for shares x [E, W]."""
+    def waits(self, x: FloatArray) -> FloatArray:
+        """[W] seconds for which each worker makes the layer wait for shares x [E, W]; the largest counts."""
+        prices = self.prices(x)
+        fetch_s = prices.sum(axis=0)
+        unit = prices / np.maximum(self.active, 1e-300)[:, None]
+        return np.asarray(fetch_s + spread_s(self.covariance, self.slope, self.steep, fetch_s, unit))
+
+    def prices(self, x: FloatArray) -> FloatArray:
+        """[E, W] seconds per step that each worker fetches each expert."""
         load = self.chance[:, None] * x
         active = activity(load, self.tokens)
-        disk = np.sort(active * self.disk_s, axis=0)[::-1]
-        inside = self.inside((x > 0).sum(axis=0))
-        outside = np.arange(len(x))[:, None] >= inside
-        total = np.where(outside, disk, 0.0).sum(axis=0)
-        if self.host_room.any():
-            order = np.argsort(-active * self.disk_s, axis=0, kind="stable")
-            host = np.minimum(active * self.host_s, load * self.tokens * self.token_s)
-            saved = np.where(outside, disk - np.take_along_axis(host, order, axis=0), 0.0)
-            saved = np.sort(np.maximum(saved, 0.0), axis=0)[::-1]
-            total = total - np.where(np.arange(len(x))[:, None] < self.host_room, saved, 0.0).sum(axis=0)
-        return np.asarray(total)
+        order = np.argsort(-active, axis=0, kind="stable")
+        place = np.empty_like(order)
+        np.put_along_axis(place, order, np.arange(len(x))[:, None], axis=0)
+        outside = (place >= self.inside((x > 0).sum(axis=0))) & (x > 0)
+        disk = active * self.disk_s
+        if not self.host_room.any():
+            return np.where(outside, disk, 0.0)
+        host = np.minimum(active * self.host_s, load * self.tokens * self.token_s)
+        saved = np.where(outside, np.maximum(disk - host, 0.0), 0.0)
+        order = np.argsort(-saved, axis=0, kind="stable")
+        np.put_along_axis(place, order, np.arange(len(x))[:, None], axis=0)
+        return np.where(outside, disk, 0.0) - np.where(place < self.host_room, saved, 0.0)
 
     def inside(self, held: IntArray) -> IntArray:
         """[W] experts that are found in the device, of `held` [W] ones."""
         return np.asarray(np.where(held <= self.room, held, np.maximum(self.room - 1, 0)))
-
-    def waits(self, fetch_s: FloatArray) -> FloatArray:
-        """[W] seconds for which each worker makes the layer wait; the largest counts."""
-        return np.asarray((1 - self.straggling) * fetch_s + self.straggling * fetch_s.sum())
 
     def swap_changes(self, load: FloatArray, held: IntArray, owner: IntArray, first_slot: IntArray) -> FloatArray:
         """[S, S] change of what worker owner[i] fetches if it gives item i for item j; `load` [S] are the items'
@@ -71,6 +83,25 @@ class LayerFetch:
         near = np.where(self.host_room > 0, self.host_s, 0.0)
         further = _tail_changes(active, np.minimum(inside + self.host_room, np.bincount(owner)), owner, first_slot)
         return np.asarray(near[owner][:, None] * change + (self.disk_s - near)[owner][:, None] * further)
+
+    def variance_changes(self, unit: FloatArray, row: IntArray, owner: IntArray) -> FloatArray:
+        """[S, S] change of u' V u of worker owner[i] if it fetches item j for item i, where it fetches both kinds.
+
+        `unit` [E, W] are the seconds of fetching each expert if it is active; `row` [S]. A swap with what lies in the
+        device changes the sums only where it moves an item over the edge, and is left to the full evaluation.
+        """
+        item_s = np.append(unit, np.zeros((1, unit.shape[1])), axis=0)[row, owner]  # the last row stands for EMPTY
+        of_two = self.covariance[row[:, None], row]
+        with_worker = (self.covariance @ unit)[row]
+        own = np.diagonal(of_two)
+        # item j comes to worker a = owner[i] at a's price, and item i leaves it
+        rate = np.maximum(self.disk_s[owner], 1e-300)
+        seconds = rate[:, None] * (item_s / rate)[None, :]
+        together = with_worker.T[owner] - of_two * item_s[:, None]
+        change = seconds * (2 * together + own[None, :] * seconds)
+        leaving = item_s * (2 * with_worker[np.arange(len(row)), owner] - own * item_s)
+        both = (item_s[:, None] > 0) & (item_s[None, :] > 0)
+        return np.where(both, change - leaving[:, None], 0.0)
 
 
 def _tail_changes(active: FloatArray, inside: IntArray, owner: IntArray, first_slot: IntArray) -> FloatArray:

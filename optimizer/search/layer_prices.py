@@ -63,7 +63,10 @@ class LayerPricer:
             token_s=tiering.token_s,
             room=self._room[0][layer],
             host_room=self._room[1][layer],
-            straggling=float(tiering.straggling[layer]),
+            active=tiering.active[layer],
+            covariance=tiering.covariance[layer],
+            slope=float(tiering.slope[layer]),
+            steep=float(tiering.steep[layer]),
         )
 
     def total_s(self, table: IntArray) -> float:
@@ -88,7 +91,7 @@ class LayerPricer:
         total = float(problem.token_expert_s * scale * (load / problem.speed).max())
         fetch = self._fetch(layer)
         if fetch is not None:
-            total = max(total, float(fetch.waits(fetch.seconds(x)).max()))
+            total = max(total, float(fetch.waits(x).max()))
         if problem.load_covariance is not None:
             variance = np.einsum("ew,ew->w", problem.load_covariance[layer] @ x, x) / problem.speed**2
             total += float(variance.sum() * self._risk_price[layer])

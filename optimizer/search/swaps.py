@@ -74,7 +74,7 @@ class LayerTerms:
         share = np.where(held, 1.0 / replicas[row], 0.0)
         busy = np.add.reduceat(self.load_s[row] * share, self.first_slot) / self.speed
         if self.fetch is not None:
-            busy = np.concatenate([busy, self.fetch.waits(self.fetch.seconds(self.by_worker(row, share)))])
+            busy = np.concatenate([busy, self.fetch.waits(self.by_worker(row, share))])
         total = potential_norm(busy, self.load_power)
         total += float((self.place_s[row, self.owner] * share).sum())
         if self.arrival_s.any():
@@ -119,20 +119,21 @@ def _busy_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatArra
     load = terms.load_s[row] * share
     if terms.fetch is None:
         return _load_half(terms, load)
-    fetch_s = terms.fetch.seconds(terms.by_worker(row, share))
-    waits = terms.fetch.waits(fetch_s)
+    fetch, owner = terms.fetch, terms.owner
+    x = terms.by_worker(row, share)
+    prices, waits = fetch.prices(x), fetch.waits(x)
     worker = np.add.reduceat(load, terms.first_slot) / terms.speed
     norm = potential_norm(np.concatenate([worker, waits]), terms.load_power)
     held = np.add.reduceat((row != EMPTY).astype(np.int32), terms.first_slot)
     # EMPTY has no tokens, since its share is 0
-    fetched = terms.fetch.swap_changes(terms.fetch.chance[row] * share, held, terms.owner, terms.first_slot)
-    apart = terms.fetch.straggling
-    after = (waits[terms.owner][:, None] + (1 - apart) * fetched) / norm
-    change = raised(np.maximum(after, 0.0), terms.load_power)
-    change -= raised(waits / norm, terms.load_power)[terms.owner][:, None]
+    fetched = fetch.swap_changes(fetch.chance[row] * share, held, owner, terms.first_slot)
+    change = raised(np.maximum(waits[owner][:, None] + fetched, 0.0) / norm, terms.load_power)
+    change -= raised(waits / norm, terms.load_power)[owner][:, None]
     change *= norm / 2**terms.load_power
-    steep = float(((waits / norm) ** (2**terms.load_power - 1)).sum())
-    return np.asarray(_load_half(terms, load, norm) + change + (apart * steep) * fetched)
+    unit = prices / np.maximum(fetch.active, 1e-300)[:, None]
+    spread = fetch.slope * fetched + fetch.steep * fetch.variance_changes(unit, row, owner)
+    steepness = float(((waits / norm) ** (2**terms.load_power - 1)).sum())
+    return np.asarray(_load_half(terms, load, norm) + change + steepness * spread)
 
 
 def _load_half(terms: LayerTerms, load: FloatArray, norm: float | None = None) -> FloatArray:
