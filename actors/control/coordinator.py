@@ -17,7 +17,6 @@ from typing import Any
 from elastic_moe.actors.control.control_loop import ControlLoop
 from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.control.opening import control_settings, model_spec
-from elastic_moe.actors.control.planning import preview
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import (
     cluster_view,
@@ -128,7 +127,7 @@ class Coordinator:
         if dry_run:
             # raises NotReadyError before there is anything to plan for
             placement_view(loop.state)
-            return preview(*await loop.planners.solve(planner, loop.state.facts))
+            return await loop.planners.preview(planner, loop.state.facts)
         loop.feed(RebalanceRequested(planner=planner))
         return _newest(loop.state)
 

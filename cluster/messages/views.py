@@ -215,6 +215,11 @@ class RebalancePreview:
     """Predicted seconds per step under the cost model."""
     moves: int
     bytes: int
+    misses_before: float
+    """Predicted experts that all workers fetch in a step, because they lie in no device; and (below) their bytes."""
+    misses_after: float
+    fetch_bytes_before: float
+    fetch_bytes_after: float
     solver_status: str
     gap: float | None
     seconds: float
