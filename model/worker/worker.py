@@ -204,7 +204,9 @@ class Worker:
         else:
             available = psutil.virtual_memory().available / spec.node_workers
             # where experts fill the memory, the KV cache has what they have left to it
-            room = max(int(available * _KV_SHARE), min(int(available * _USABLE), self._least_kv_blocks() * block)) // block
+            room = (
+                max(int(available * _KV_SHARE), min(int(available * _USABLE), self._least_kv_blocks() * block)) // block
+            )
         if room < per_sequence:
             raise UserError(
                 f"max_model_len {spec.model.max_model_len} needs {per_sequence * block >> 20} MiB of KV cache,"
@@ -478,7 +480,6 @@ class Worker:
     def routing_counts(self) -> RoutingCounts:
         """The routing counts since the last call."""
         return self._counter.take()
-
 
     def held(self) -> tuple[tuple[int, ...], ...]:
         """[L] logical experts in the device beside the cache area."""

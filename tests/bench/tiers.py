@@ -95,7 +95,9 @@ def _tier_metrics(running: Running) -> str:
     )
 
 
-def run_llama_cpp(server: Server, group: MemoryGroup, mapped_bytes: int, vocab: int, args: argparse.Namespace) -> Result:
+def run_llama_cpp(
+    server: Server, group: MemoryGroup, mapped_bytes: int, vocab: int, args: argparse.Namespace
+) -> Result:
     """`mapped_bytes` of its file may stay in memory."""
     with serving(replace(server, command=[*group.prefix, *server.command]), args.out / "llama.log") as running:
         # every buffer has been touched then, and the limit can be what they take and the share of the file
@@ -108,7 +110,10 @@ def run_llama_cpp(server: Server, group: MemoryGroup, mapped_bytes: int, vocab: 
 
 def report(results: Sequence[Result], about: dict[str, str]) -> str:
     lines = [", ".join(f"{key} {value}" for key, value in about.items()), ""]
-    lines += ["| server | memory GB | concurrency | tokens/s | median ms between tokens | GB read |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| server | memory GB | concurrency | tokens/s | median ms between tokens | GB read |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in results:
         lines += [
             f"| {result.server} | {result.memory_bytes / 1e9:.2f} | {m.concurrency} | {m.output_tokens_per_s:.1f} |"

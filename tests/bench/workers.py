@@ -110,6 +110,8 @@ class Times:
     step_s: float
     waited_s: float
     """Of the step, waiting for peers (native exchange only)."""
+    cpu_s: float
+    """CPU time of a step, of all threads, on average."""
     read_bytes: float = 0.0
     """Read of experts in a step, on average."""
     stall_s: float = 0.0
@@ -125,6 +127,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     group = worker._epoch.exchange
     times: list[tuple[float, float]] = []
     worker.tier_counts()
+    begin_cpu_s = time.process_time()
 
     def run(plan: StepPlan) -> None:
         begin = time.perf_counter()
@@ -138,6 +141,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     if case.steps:
         times.clear()
         worker.tier_counts()
+        begin_cpu_s = time.process_time()
         for _ in range(case.steps):
             run(load.decode())
     step_s, waited_s = (statistics.median(column) for column in zip(*times, strict=True))
@@ -145,6 +149,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     return Times(
         step_s=step_s,
         waited_s=waited_s,
+        cpu_s=(time.process_time() - begin_cpu_s) / len(times),
         read_bytes=sum(counts.fetched_bytes.values()) / len(times),
         stall_s=sum(counts.stall_s.values()) / len(times),
         missed=counts.accesses[Tier.DISK] / max(1, sum(counts.accesses)),
@@ -257,7 +262,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="decode steps of one turn")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--prefill", type=int, default=8, help="prompts in the prefill's step; 0: no prefill")
-    parser.add_argument("--device-experts", type=int, nargs="+", default=[0], help="experts per layer and worker; 0: all")
+    parser.add_argument(
+        "--device-experts", type=int, nargs="+", default=[0], help="experts per layer and worker; 0: all"
+    )
     parser.add_argument("--read-ahead", action="store_true", help="measure with and without reading ahead")
     parser.add_argument("--cache-dir", help="directory of the records; the default is the server's")
     parser.add_argument("--pin", action="store_true", help="measure every set pinned to cores as well")
@@ -301,12 +308,13 @@ def main() -> None:
             step, waited = (
                 1000 * statistics.median(getattr(turn, name) for turn in seen) for name in ("step_s", "waited_s")
             )
-            read, stall, missed = (
-                statistics.mean(getattr(turn, name) for turn in seen) for name in ("read_bytes", "stall_s", "missed")
+            cpu, read, stall, missed = (
+                statistics.mean(getattr(turn, name) for turn in seen)
+                for name in ("cpu_s", "read_bytes", "stall_s", "missed")
             )
             ratio = statistics.median(a.step_s / b.step_s for a, b in zip(first, seen, strict=True))
             kind = f"decode {case.requests:3}" if case.steps else f"prefill {case.requests * case.context}"
-            tiers = f"  {missed:4.0%} missed, {read / 1e6:6.1f} MB read, {1e3 * stall:6.2f} ms stalled"
+            tiers = f"  {missed:4.0%} missed, {read / 1e6:6.1f} MB read, {1e3 * stall:6.2f} ms stalled, {1e3 * cpu:6.2f} ms CPU"
             told = tiers if setup.device_experts else ""
             print(f"{kind:13} {setup!s:22} {step:8.2f} ({waited:6.2f})  {ratio:5.2f}{told}")
 
