@@ -30,7 +30,7 @@ serve: $(VENV)/.installed ## set up and serve the built-in model on http://127.0
 	@exec $(BIN)/emoe serve --workers 2 $(ARGS)
 
 test: $(VENV)/.installed-dev ## set up and run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: lint ## lint, the pure tests with few examples, and one model family: about a minute
 	@$(BIN)/python -m pytest -m "not ray" --hypothesis-profile=quick tests/cluster tests/optimizer tests/actors tests/deploy

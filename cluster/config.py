@@ -223,6 +223,9 @@ class ServeConfig:
         if self.port > 65535:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
         Networks.parse(self.forwarded_allow_ips)
+        if self.expert_cache_dir is not None:
+            # workers have other working directories
+            object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
         self._check_limits()
 
     def _check_limits(self) -> None:
@@ -258,7 +261,7 @@ class ServeConfig:
 
     @classmethod
     def read_yaml(cls, path: Path) -> dict[str, Any]:
-        """The mapping in a YAML file, unchecked. Raises ConfigError where it cannot be read or is no mapping."""
+        """The mapping in a YAML file, unchecked. Raises ConfigError if it cannot be read or is no mapping."""
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
@@ -280,7 +283,7 @@ def cache_directory() -> Path:
 
 
 def native_wanted() -> bool:
-    """Whether workers may use the native library. They may not where EMOE_NATIVE is 0."""
+    """Whether workers may use the native library: not if the environment variable EMOE_NATIVE is 0."""
     return os.environ.get("EMOE_NATIVE") != "0"
 
 

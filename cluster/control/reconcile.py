@@ -1,6 +1,6 @@
 """Compares the cluster with what it should be: which workers to start or keep, and which serve which experts.
 
-Functions of the facts and the time; each gives its reason. ControlState carries their choices out.
+Each function takes the facts and the time, and returns a choice with its reason. ControlState carries the choices out.
 
 Legend: L MoE layers, E logical experts.
 """
@@ -21,7 +21,7 @@ from elastic_moe.cluster.placement import Placement, Worker, WorkerId
 JOIN_PATIENCE_S = 5.0
 """Seconds that a loaded worker waits for others that are starting, so that they join in one epoch."""
 RESTART_PATIENCE_S = 60.0
-"""The same after all workers were lost, at most: others get as long again as the first one took."""
+"""Longest such wait in seconds after all workers were lost. Within it, the wait is as long as the first one loaded."""
 SURVIVORS_FIRST_S = 5.0
 """Seconds that survivors get to serve again before others are started."""
 READ_FIRST_S = 0.5
@@ -35,13 +35,13 @@ PROMOTION_PATIENCE_S = 5.0
 
 
 def kept(facts: Facts) -> tuple[WorkerId, ...]:
-    """Workers that were to leave only because there were too many, and are not too many any more."""
+    """Surplus workers that were to leave, and are needed again because others were lost."""
     surplus = [m.id for m in facts.alive if m.state is WorkerState.DRAINING and not m.retired]
     return tuple(surplus[: max(0, facts.target - len(facts.staying))])
 
 
 def starts(facts: Facts, now: float) -> Choice[list[BoolArray]]:
-    """What each worker that is to be started now has to load ([L, E])."""
+    """For each worker to start now, the experts that it loads ([L, E])."""
     present = len(facts.staying)
     if present >= facts.target:
         return Choice([], "there are as many workers as there should be")
@@ -53,7 +53,7 @@ def starts(facts: Facts, now: float) -> Choice[list[BoolArray]]:
 
 
 def recovers_alone(facts: Facts, now: float) -> bool:
-    """Whether survivors are about to serve again: until then they need cores and disk more than a newcomer does."""
+    """Whether the survivors recover first. Meanwhile a worker that loads would take cores and disk from them."""
     if facts.outage is None or now - facts.outage.since >= SURVIVORS_FIRST_S:
         return False
     survivors = [record for record in facts.alive if record.id in facts.ranks]
@@ -61,8 +61,11 @@ def recovers_alone(facts: Facts, now: float) -> bool:
 
 
 def shares(facts: Facts, missing: int) -> list[BoolArray]:
-    """[L, E] for each of `missing` new workers, what it is to load: from the checkpoint, beside those that serve,
-    rather than by copies that would take their time. First of all what nobody holds."""
+    """For each of `missing` new workers, the experts that it loads from the checkpoint ([L, E]).
+
+    They are first of all those that no worker holds, and then an even share of the others. New workers get no copies
+    from workers that serve, because copying would slow their steps.
+    """
     held = np.zeros(facts.load.shape, dtype=np.bool_)
     for record in facts.alive:
         held |= record.has if record.loaded else record.assigned
@@ -110,13 +113,13 @@ def next_members(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
 
 
 def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
-    """The workers that should serve now, whether they do or not; empty: wait."""
-    # draining workers serve on only where nobody else can
+    """The workers that should serve now, whether they do or not; empty: no worker serves yet."""
+    # draining workers continue to serve only if the others cannot hold every expert
     wanted = [record for record in facts.loaded if record.state is not WorkerState.DRAINING]
     if not facts.fits(wanted):
         wanted = facts.loaded
     if not facts.fits(wanted):
-        return Choice((), "those that have loaded have too little memory for every expert")
+        return Choice((), "the workers that have loaded have too little memory for every expert")
     current = [record for record in wanted if record.id in facts.ranks]
     if facts.outage is not None and facts.fits(current):
         return Choice(tuple(current), "the survivors serve first")
@@ -128,7 +131,7 @@ def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
 def _waits_for_more(
     facts: Facts, wanted: Sequence[WorkerRecord], now: float
 ) -> Choice[tuple[WorkerRecord, ...]] | None:
-    """Whether the first that has loaded waits for others, so that they begin together; None: it does not."""
+    """The choice to wait, so that workers that are starting join in the same epoch; None: do not wait."""
     current = [record for record in wanted if record.id in facts.ranks]
     joining = [record for record in wanted if record.id not in facts.ranks]
     first = min(joining, key=lambda record: record.loaded_at or now, default=None)
@@ -139,11 +142,11 @@ def _waits_for_more(
         if facts.spec is None:
             return Choice((), f"{len(wanted)} of {facts.target} workers have loaded")
         if waited < min(took, RESTART_PATIENCE_S):
-            return Choice((), "the first that has loaded waits for the others as long again as it took")
+            return Choice((), "workers that have loaded wait for others, as long as the first one took to load")
     elif facts.outage is None and waited < JOIN_PATIENCE_S:
-        # without the worker that joins, those that stay may have too little memory
+        # without the joining worker, the others may have too little memory
         stay = current if facts.fits(current) else ()
-        return Choice(tuple(stay), "those that have loaded wait for others that are starting")
+        return Choice(tuple(stay), "workers that have loaded wait for others that are starting")
     return None
 
 
@@ -177,8 +180,12 @@ def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
         None if facts.spec is None else facts.spec.placement,
         rooms,
         {record.id: record.has for record in members},
+        {record.id: record.has | record.perhaps for record in members},
         facts.load,
-        most_new={w: room and room.affordable(budget_s, facts.model.expert_bytes) for w, room in rooms.items()},
+        most_new={
+            worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes)
+            for worker, room in rooms.items()
+        },
     )
 
 
@@ -203,7 +210,7 @@ def promotion(facts: Facts, now: float) -> Choice[Placement | None]:
 
 
 def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]:
-    """What kind of operation an epoch of `members` belongs to."""
+    """The kind of operation that an epoch of `members` belongs to, with the workers that join and leave."""
     if facts.spec is None:
         kind = OperationKind.START
     else:

@@ -1,9 +1,9 @@
 """ControlState: the decisions of the control plane. Events in, commands out; no Ray, no torch, no clock.
 
-There is one mechanism. Whatever happens (start, re-placement, scaling, a death), the next epoch is made from the
-workers that are there and a placement (cluster/control/change.py carries it out). After every event, what is is
-compared with what should be (cluster/control/reconcile.py), and a change begins where they differ; only one runs at a
-time. Each attempt has an epoch number of its own, never used again: answers that carry another are stale.
+There is one mechanism for a start, a re-placement, scaling and a death: the next epoch is made from the workers that
+are there and a placement (cluster/control/change.py carries it out). After every event, the state of the cluster is
+compared with the wanted state (cluster/control/reconcile.py), and if they differ, a change begins. Only one change runs
+at a time. Each attempt has its own epoch number, and an answer with another number is stale.
 
 Each fact has one owner (cluster/facts/facts.py lists them). Here events are passed to the owners that they are about,
 and the effects of one owner's act are passed on to the other owners.
@@ -62,10 +62,10 @@ MAX_STRIKES = 3
 
 
 class Reasons(NamedTuple):
-    """Why things are as they are, by what was decided last: for whoever reads the log."""
+    """The reasons of the last decisions, for the log."""
 
     starts: str = ""
-    """Why so many workers are started."""
+    """Why workers are started, or none."""
     members: str = ""
     """Why an epoch is begun, or none."""
     drained: str = ""
@@ -240,6 +240,7 @@ class ControlState:
         if isinstance(event, WorkerLoaded):
             if self._membership.loads(event.info, now):
                 self._starts.succeeded()
+                self._check_memory()
             return []
         if isinstance(event, WorkerFailed) and event.fatal and self._epochs.spec is None:
             self._give_in(event.reason)
@@ -262,6 +263,16 @@ class ControlState:
             commands += self._epochs.give_up(f"worker {worker} lost: {reason}", now, at_once=True)
         self._membership.forget_dead(self._epochs.in_use)
         return commands
+
+    def _check_memory(self) -> None:
+        """Before the first epoch: give in if all workers have loaded and cannot serve every expert."""
+        facts = self.facts
+        if facts.spec is None and len(facts.loaded) == facts.target and not facts.fits(facts.loaded):
+            limits, experts = ", ".join(map(str, facts.limits(facts.loaded))), facts.model.num_logical_experts
+            self._give_in(
+                f"a layer has {experts} experts, and the workers, which cannot serve experts from disk, have memory for"
+                f" {limits}: raise --workers or --expert-memory-bytes"
+            )
 
     def _give_in(self, reason: str) -> None:
         """There will never be a first epoch."""
@@ -314,7 +325,7 @@ class ControlState:
         self._rebalancing.resume(now)
         self._rebalancing.cancel(why)
         self._epochs.resume(now)
-        # a host that is asked again loads no second time
+        # a worker that is asked again loads no second time
         commands: list[Command] = [*self._membership.resume(now)]
         change = self._epochs.change
         if change is not None and change.stage is not Stage.COMMITTING:

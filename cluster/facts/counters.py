@@ -1,5 +1,4 @@
-"""Totals of the control plane for /metrics. They live in its state, so that neither scaling nor a restarted
-coordinator resets them."""
+"""Totals of the control plane for /metrics. They are part of the saved state, so a restarted coordinator keeps them."""
 
 from __future__ import annotations
 

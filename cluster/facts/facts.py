@@ -36,7 +36,7 @@ class Choice(Generic[T]):
 
 
 class Cause(StrEnum):
-    """Why a recovery became necessary."""
+    """The cause of a recovery."""
 
     WORKER = "worker"
     """A worker died or hangs."""
@@ -53,7 +53,7 @@ class Stage(StrEnum):
     """The stage that a change has reached."""
 
     PLANNING = "planning"
-    """A planner is at work; there is no change yet. Of re-placements alone."""
+    """A planner is at work, and there is no change yet. Only a re-placement has this stage."""
     TRANSFERRING = "transferring"
     DRAINING = "draining"
     """Every expert is in its place; workers that leave may finish what they run."""
@@ -66,19 +66,19 @@ class ControlSettings:
     workers: int
     redundant_experts: int = 0
     rebalance_interval_s: float = 60.0
-    """0: only on request."""
+    """Seconds between two periodic looks at the placement; 0: only on request."""
     shared_gpus: bool = False
     """Workers share GPUs, which NCCL cannot do."""
     min_workers: int | None = None
     max_workers: int | None = None
-    """The autoscaler's limits, which hold for whoever asks for a size. None: no autoscaler."""
+    """The autoscaler's limits. Requests of users must keep to them too. None: there is no autoscaler."""
     autoscale_window_s: float = 15.0
     seats_per_worker: int = 64
     """Requests that a worker runs at a time."""
     drain_timeout_s: float = 30.0
     """Seconds that the requests of a worker that leaves may take; then they move."""
     expert_capacity: int | None = None
-    """Experts that a worker has memory for, over all layers; None: as each reports."""
+    """Experts that every worker has memory for, over all layers; None: each worker reports its own."""
     cluster_id: str = "emoe"
     """Part of every process group's name, so that two clusters on one machine do not meet."""
 
@@ -129,7 +129,7 @@ class Planning:
     since: float
     requested: bool
     forced: bool
-    """A planner was asked for by name: its answer is carried out, whatever it is predicted to gain."""
+    """Whether a user named the planner: then its plan is carried out, even if no gain is predicted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -157,7 +157,7 @@ class Facts:
     target: int
     """Number of workers that there should be."""
     load: npt.NDArray[np.int64]
-    """[L, E] recent tokens per expert, by which lost experts are dealt out."""
+    """[L, E] recent tokens per expert. Lost experts are placed by them."""
     retry_at: float
     """No change begins before this time, because the last attempt failed."""
     start_at: float
@@ -247,11 +247,8 @@ class Facts:
             if info is None or info.disk_bytes_per_s is None or info.expert_capacity is None:
                 rooms[record.id] = None
                 continue
-            layers = self.model.num_layers
             rooms[record.id] = Room(
-                device=info.expert_capacity // layers,
-                host=info.host_capacity // layers,
-                disk_bytes_per_s=info.disk_bytes_per_s,
+                device=info.expert_capacity, host=info.host_capacity, disk_bytes_per_s=info.disk_bytes_per_s
             )
         return rooms
 

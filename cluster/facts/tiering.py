@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from elastic_moe.cluster.facts.membership import BoolArray, needs, serves
 from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.placement import Placement, Tier, WorkerId
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier, WorkerId
 
 CACHE_PART = 4
 """One slot of so many is the cache area, where a device is too small for all experts of its worker."""
@@ -32,9 +32,9 @@ class Room:
     """What a worker with a disk tier has for experts."""
 
     device: int
-    """Experts per layer that fit in its device, the cache area included."""
+    """Experts over all layers that fit in its device, those of the cache area included."""
     host: int = 0
-    """Experts per layer that fit in pinned memory."""
+    """Experts over all layers that fit in pinned memory."""
     disk_bytes_per_s: float = 1e9
 
     def affordable(self, budget_s: float | None, expert_bytes: int) -> int | None:
@@ -43,17 +43,20 @@ class Room:
 
 
 def pins_of(device: int) -> int:
-    """Experts per layer that stay in a device with room for `device`, where its worker serves more than that."""
+    """Experts per layer that stay in a device with room for `device` of each, where its worker serves more of them."""
     return device - max(1, device // CACHE_PART)
 
 
+def memory_of(inside: BoolArray, served: BoolArray) -> int:
+    """Experts that a device must have room for, if `inside` ([L, E]) lie there and `served` may be needed: each layer
+    in which some expert lies elsewhere needs at least one slot for those."""
+    return int(inside.sum()) + int((served & ~inside).any(axis=1).sum())
+
+
 def fits_in(placement: Placement, worker: WorkerId, room: Room) -> bool:
-    """Whether the experts that `placement` puts into the device of `worker` fit there, beside a cache area if the
-    worker serves more than its device holds."""
-    pinned = needs(placement, worker).sum(axis=1)
-    served = serves(placement, worker).sum(axis=1)
-    most = np.where(served > room.device, room.device - 1, room.device)
-    return bool((pinned <= most).all())
+    """Whether the experts that `placement` puts into the device and the pinned memory of `worker` fit there."""
+    hosted = (placement.tiers == Tier.HOST) & (placement.slot_to_worker == placement.rank_of(worker))
+    return memory_of(needs(placement, worker), serves(placement, worker)) <= room.device and hosted.sum() <= room.host
 
 
 def assign_tiers(
@@ -70,24 +73,29 @@ def assign_tiers(
         room = rooms.get(worker.id)
         if room is None:
             continue
+        if memory_of(served := serves(placement, worker.id), served) <= room.device:
+            continue
         weight = (load + 1.0) * np.where(has[worker.id], KEEP_BONUS, 1.0)
         slots = slice(placement.first_slot[rank], placement.first_slot[rank] + worker.slots)
+        device, host = room.device // placement.num_layers, room.host // placement.num_layers
         for layer in range(placement.num_layers):
             experts = placement.physical_to_logical_map[layer, slots]
-            tiers[layer, slots] = _tiers_of_layer(experts, weight[layer], room)
+            tiers[layer, slots] = _tiers_of_layer(experts, weight[layer], device, host)
     return replace(placement, tiers=tiers)
 
 
-def _tiers_of_layer(experts: npt.NDArray[np.int32], weight: npt.NDArray[np.float64], room: Room) -> list[int]:
-    """[slots] tier of each slot that holds `experts` ([slots], or EMPTY)."""
-    served = np.flatnonzero(experts >= 0)
+def _tiers_of_layer(
+    experts: npt.NDArray[np.int32], weight: npt.NDArray[np.float64], device: int, host: int
+) -> list[int]:
+    """[slots] tier of each slot that holds `experts` ([slots], or EMPTY). device, host: experts that fit there."""
+    served = np.flatnonzero(experts != EMPTY)
     tiers = np.full(len(experts), Tier.DEVICE)
-    if len(served) > room.device:
+    if len(served) > device:
         # ties go to the lower number: equal inputs give equal placements
         order = served[np.lexsort((experts[served], -weight[experts[served]]))]
-        pins = pins_of(room.device)
+        pins = pins_of(device)
         tiers[order[pins:]] = Tier.HOST
-        tiers[order[pins + room.host :]] = Tier.DISK
+        tiers[order[pins + host :]] = Tier.DISK
     return [int(tier) for tier in tiers]
 
 
@@ -96,15 +104,16 @@ def next_step(
     current: Placement | None,
     rooms: Mapping[WorkerId, Room | None],
     has: Mapping[WorkerId, BoolArray],
+    occupied: Mapping[WorkerId, BoolArray],
     load: IntCounts,
     *,
     most_new: Mapping[WorkerId, int | None],
 ) -> Placement:
     """The nearest placement to `goal` that can be reached by one change: some experts of devices still lie on disk.
 
-    current: the placement in force. has: [L, E] per worker, what lies in its device until the change is made; what is
-    new must fit beside it, and beside one slot of cache area per layer where the worker serves more than its device
-    holds, now or then.
+    current: the placement in force. has: [L, E] per worker, what lies in its device. occupied: the same with whatever
+    else may lie there until the change is made; what is new must fit beside that, and beside a slot for each layer in
+    which the worker serves more than it has, now or then.
     most_new: experts that each worker may bring, over all layers; None: no limit. The heaviest come first.
     """
     tiers = goal.tiers.copy()
@@ -113,27 +122,33 @@ def next_step(
         if room is None:
             continue
         held = has[worker.id]
-        involved = held | serves(goal, worker.id)
+        served = held | serves(goal, worker.id)
         if current is not None and any(member.id == worker.id for member in current.workers):
-            involved = involved | serves(current, worker.id)
-        most = np.where(involved.sum(axis=1) > room.device, room.device - 1, room.device)
-        late = _too_many(needs(goal, worker.id) & ~held, most - held.sum(axis=1), load, most_new[worker.id])
+            served = served | serves(current, worker.id)
+        new = needs(goal, worker.id) & ~held
+        free = room.device - memory_of(held, served) - int((occupied[worker.id] & ~held).sum())
+        outside = (served & ~held).sum(axis=1)
+        late = new & ~_first_of(new, outside, free, load, most_new[worker.id])
         tiers[_slots_of(goal, worker.id, late)] = Tier.DISK
     return replace(goal, tiers=tiers)
 
 
-def _too_many(new: BoolArray, room: npt.NDArray[np.int_], load: IntCounts, most: int | None) -> BoolArray:
-    """[L, E] those of `new` that must wait: all but the heaviest `room` ([L]) of each layer, and `most` of all."""
-    late = new.copy()
+def _first_of(new: BoolArray, outside: npt.NDArray[np.int_], free: int, load: IntCounts, most: int | None) -> BoolArray:
+    """[L, E] the heaviest of `new`, up to `most`, for which a device has `free` room. outside: [L] experts that the
+    worker serves and does not have."""
     layers, experts = np.nonzero(new)
-    free = room.copy()
+    first = np.zeros_like(new)
+    outside = outside.copy()
     left = len(layers) if most is None else most
     for at in np.lexsort((experts, layers, -load[layers, experts])):
-        if left > 0 and free[layers[at]] > 0:
-            late[layers[at], experts[at]] = False
-            free[layers[at]] -= 1
+        # the last one of a layer takes the slot that was left for it
+        takes = int(outside[layers[at]] > 1)
+        if left > 0 and takes <= free:
+            first[layers[at], experts[at]] = True
+            outside[layers[at]] -= 1
+            free -= takes
             left -= 1
-    return late
+    return first
 
 
 def _slots_of(placement: Placement, worker: WorkerId, experts: BoolArray) -> BoolArray:
@@ -141,7 +156,7 @@ def _slots_of(placement: Placement, worker: WorkerId, experts: BoolArray) -> Boo
     table = placement.physical_to_logical_map
     mine = placement.slot_to_worker == placement.rank_of(worker)
     chosen = np.take_along_axis(experts, np.maximum(table, 0).astype(np.int64), axis=1)
-    return chosen & (table >= 0) & mine
+    return np.asarray(chosen & (table != EMPTY) & mine)
 
 
 # --- What it costs ------------------------------------------------------------------------------------------------

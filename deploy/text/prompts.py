@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from elastic_moe.actors.remote.calls import within
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 from elastic_moe.deploy.text.tokenizer_process import HEADER, TokenizerProcess, limits_in_words
@@ -102,7 +103,7 @@ class BoundedPrompts:
             worker = await self._worker()
             answer = None
             try:
-                answer = await asyncio.wait_for(worker.ask(payload), WALL_S)
+                answer = await within(worker.ask(payload), WALL_S)
             except (OSError, EOFError, TimeoutError):
                 # EOFError: the process has ended, mostly by the limit on its processor time
                 logger.warning("a prompt was given up, because it needs more than %s", limits_in_words(len(payload)))

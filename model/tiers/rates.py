@@ -16,6 +16,10 @@ _MOST_S = 0.25
 _PIECE = 4 << 20
 
 
+ASSUMED_BYTES_PER_S = 1e9
+"""Where no file can be read past the page cache, such as in a file system in memory."""
+
+
 def read_rate(files: Sequence[Path]) -> float | None:
     """Bytes per second of direct reads from the largest of these files. It reads some 48 MB, for a quarter of a second
     at most. None if no file can be read past the page cache.

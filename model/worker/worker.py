@@ -23,7 +23,7 @@ import torch
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostSpec, RoutingCounts, TierCounts
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
@@ -38,7 +38,7 @@ from elastic_moe.model.fitting.fit import Fit, fit
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.experts import ExpertUnavailable
 from elastic_moe.model.tiers.disk import default_directory
-from elastic_moe.model.tiers.rates import read_rate
+from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, read_rate
 from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
@@ -84,7 +84,7 @@ class _EpochState:
 class Worker:
     """See the module."""
 
-    def __init__(self, spec: HostSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self.progress = 0.0
         """Share of the weights' bytes that is loaded, from 0 to 1."""
@@ -139,7 +139,8 @@ class Worker:
         self.report = self._fit.report()
         self._capacity = self.expert_capacity()
         if self._store.slotted is not None:
-            self.disk_bytes_per_s = read_rate([tensor.file for tensor in self._checkpoint.tensors.values()])
+            files = [tensor.file for tensor in self._checkpoint.tensors.values()]
+            self.disk_bytes_per_s = read_rate(files) or ASSUMED_BYTES_PER_S
         weights = sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes + self._store.nbytes
         return self._cache.num_blocks, weights + self._cache.nbytes
 
@@ -213,6 +214,11 @@ class Worker:
                 f" {room * block >> 20} MiB are there: lower --max-model-len or raise --kv-cache-memory-bytes"
             )
         return min(room, per_sequence * spec.max_num_seqs)
+
+    @property
+    def capacity(self) -> int:
+        """How many experts fit on this worker over all layers, as it was found when the model was loaded."""
+        return self._capacity
 
     def expert_capacity(self) -> int:
         """How many experts fit on this worker over all layers, those that it holds included."""

@@ -6,7 +6,7 @@ lru         the expert that was used least recently
 lfu         the expert that was used in the fewest steps
 lfru        recency and frequency together: the default
 static      the expert that was used least in a profile; such a cache hardly changes
-belady      the expert whose next use is the farthest: offline only, the optimum for comparison
+belady      the fewest misses that any policy can have: offline only, for comparison
 simulate    a policy on the steps of a trace: accesses and hits
 
 The caches that hold weights are in model/tiers; they ask the same policies.

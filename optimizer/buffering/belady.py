@@ -1,29 +1,30 @@
-"""The expert leaves whose next use is the farthest (Belady 1966, MIN). No policy misses less; it knows the future."""
+"""The fewest misses that any policy can have, which takes knowing the future (Belady 1966, MIN)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from elastic_moe.optimizer.buffering.interface import first_of_least
+from elastic_moe.optimizer.buffering.simulate import CacheCounts, Step, counted
 
 
-class Belady:
-    """MIN for the steps that will be noted: `steps` holds the active experts of each, in their order."""
+def fewest_misses(steps: Sequence[Step], slots: int, *, skip: int = 0) -> CacheCounts:
+    """What a cache of `slots` slots counts that keeps, after every step, the experts which are used again soonest.
 
-    def __init__(self, num_experts: int, steps: Sequence[Sequence[int]]) -> None:
-        never = len(steps)
-        self._after: list[list[int]] = []
-        upcoming = [never] * num_experts
-        for step in range(never - 1, -1, -1):
-            self._after.append(upcoming)
-            upcoming = upcoming.copy()
-            for expert in steps[step]:
-                upcoming[expert] = step
-        # popped from the end, so that what follows the first step comes first
-        self._soon: list[int] = []
-
-    def note(self, active: Sequence[int]) -> None:
-        self._soon = [-step for step in self._after.pop()]
-
-    def victim(self, candidates: Sequence[int], needed: Collection[int]) -> int:
-        return first_of_least(candidates, needed, self._soon)
+    It may keep any of those that it held or that had tokens. A real cache must keep the last one that it fetched, so
+    this is a bound, which real caches of several slots come near to. Steps before `skip` are not counted.
+    """
+    never = len(steps)
+    uses: dict[int, list[int]] = {}
+    for step in range(never - 1, -1, -1):
+        for expert in steps[step]:
+            uses.setdefault(expert, []).append(step)  # the next use comes last
+    held: set[int] = set()
+    misses = []
+    for active in steps:
+        misses.append(sum(expert not in held for expert in active))
+        for expert in active:
+            uses[expert].pop()
+        held |= set(active)
+        soonest = sorted(held, key=lambda expert: uses[expert][-1] if uses[expert] else never)
+        held = set(soonest[:slots])
+    return counted(steps, misses, skip)

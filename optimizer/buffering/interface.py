@@ -1,4 +1,4 @@
-"""What a cache of experts asks its policy. A policy belongs to one layer of one worker; it knows neither weights nor time.
+"""What a cache of experts asks its policy. A policy belongs to one layer of one worker; it knows no weights, no time.
 
 A step goes thus: the cache calls `note` with the experts that have tokens, computes those that it holds, and then
 fetches the missing ones one after another. Where no slot is free, it asks `victim` which expert leaves.

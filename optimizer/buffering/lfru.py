@@ -14,10 +14,10 @@ import numpy as np
 
 from elastic_moe.optimizer.buffering.interface import first_of_least
 
-FAST = 0.15
+FAST = 0.3
 """Share of the newest step in the fast average."""
 
-SLOW = 0.004
+SLOW = 0.01
 """Share of the newest step in the slow average."""
 
 SLOW_WEIGHT = 3.0

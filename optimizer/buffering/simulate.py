@@ -57,6 +57,10 @@ def replay(
 ) -> CacheCounts:
     """Serve all steps from an empty area, and count those after the first `skip`. Raises ValueError for no slot."""
     cache = Cache(policy, area, pinned)
-    misses = [cache.step(step) for step in steps][skip:]
+    return counted(steps, [cache.step(step) for step in steps], skip)
+
+
+def counted(steps: Sequence[Step], misses: Sequence[int], skip: int) -> CacheCounts:
+    """The counts of all steps after the first `skip`."""
     accesses = sum(len(step) for step in steps[skip:])
-    return CacheCounts(accesses=accesses, hits=accesses - sum(misses), misses_by_step=tuple(misses))
+    return CacheCounts(accesses=accesses, hits=accesses - sum(misses[skip:]), misses_by_step=tuple(misses[skip:]))

@@ -24,12 +24,11 @@ from typing import Any
 
 from elastic_moe.cluster import placement as placements
 from elastic_moe.cluster.facts.tiering import pins_of
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan
-from elastic_moe.cluster.placement import Tier
+from elastic_moe.cluster.placement import Tier, WorkerId
 from elastic_moe.cluster.placement import Worker as Member
-from elastic_moe.cluster.placement import WorkerId
 
 BLOCK = 16
 LONGEST = 512
@@ -196,7 +195,7 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
         budget = setup.device_experts * info.num_layers * info.expert_bytes
         Area.READ_AHEAD = setup.read_ahead
     worker = Worker(
-        HostSpec(
+        WorkerSpec(
             worker=members[rank].id,
             model=ModelSpec(path=path, dtype=info.dtype, device="cpu", max_model_len=LONGEST),
             experts=tuple(placement.resident(members[rank].id, layer) for layer in range(info.num_layers)),

@@ -73,7 +73,7 @@ def _check_experts(facts: Facts) -> None:
         for worker in change.workers:
             member = facts.records[worker]
             missing = needs(change.spec.placement, worker) & ~member.has
-            assert not member.alive or not missing.any(), "no host prepares what it does not hold"
+            assert not member.alive or not missing.any(), "no worker prepares what it does not hold"
 
 
 def _check_operations(state: ControlState, facts: Facts) -> None:

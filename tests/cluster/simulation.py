@@ -1,4 +1,4 @@
-"""A cluster that only pretends: ControlState's commands, carried out by models of hosts, in any order."""
+"""A cluster that only pretends: ControlState's commands, carried out by simulated workers, in any order."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
 from elastic_moe.cluster.facts.membership import mask_of, needs, serves
-from elastic_moe.cluster.facts.tiering import pins_of
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from elastic_moe.cluster.facts.tiering import memory_of, pins_of
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Placement, WorkerId
 from tests.cluster.invariants import validate
@@ -63,8 +63,8 @@ MODEL = ModelInfo(
 
 
 @dataclass
-class Host:
-    """What a host really holds, which the state may understate but never overstate."""
+class SimulatedWorker:
+    """What a worker really holds, which the state may understate but never overstate."""
 
     held: np.ndarray
     alive: bool = True
@@ -103,7 +103,7 @@ class Simulation:
         )
         self.capacity, self.disk = capacity, disk
         self.draining: tuple[WorkerId, ...] = ()
-        self.hosts: dict[WorkerId, Host] = {}
+        self.workers: dict[WorkerId, SimulatedWorker] = {}
         self.todo: list[Command] = []
         self.log: list[Command] = []
         self.engine_epoch = 0
@@ -127,30 +127,30 @@ class Simulation:
         match command:
             case StartWorker():
                 # one that is asked again after a restart of the coordinator goes on loading
-                if command.worker not in self.hosts or not self.hosts[command.worker].alive:
-                    self.hosts[command.worker] = Host(mask_of(self._loads(command), (LAYERS, EXPERTS)))
+                if command.worker not in self.workers or not self.workers[command.worker].alive:
+                    self.workers[command.worker] = SimulatedWorker(mask_of(self._loads(command), (LAYERS, EXPERTS)))
                 self.todo.append(command)
             case AbortSteps():
                 pass
             case Drain():
                 self.draining = command.workers
             case StopWorker():
-                self.hosts[command.worker].alive = False
+                self.workers[command.worker].alive = False
             case Abandon():
                 for worker in command.workers:
-                    host = self.hosts[worker]
-                    host.prepared.pop(command.epoch, None)
-                    if host.placed is not None:
-                        host.held &= host.placed
+                    simulated = self.workers[worker]
+                    simulated.prepared.pop(command.epoch, None)
+                    if simulated.placed is not None:
+                        simulated.held &= simulated.placed
             case _:
                 self.todo.append(command)
 
     def kill(self, worker: WorkerId) -> None:
         """Nobody is told."""
-        self.hosts[worker].alive = False
+        self.workers[worker].alive = False
 
     def finish(self, index: int, *, fault: bool = False) -> None:
-        """Carry out one of the commands that are under way; `fault`: it goes wrong for no reason of a host's."""
+        """Carry out one of the commands that are under way; `fault`: it goes wrong for no reason of a worker's."""
         command = self.todo.pop(index)
         match command:
             case StartWorker():
@@ -162,7 +162,7 @@ class Simulation:
             case Commit():
                 self._commit(command, fault)
             case Probe():
-                self.feed(Probed(lost=tuple((w, "no answer") for w in command.workers if not self.hosts[w].alive)))
+                self.feed(Probed(lost=tuple((w, "no answer") for w in command.workers if not self.workers[w].alive)))
             case Solve():
                 self._solve(command, fault)
 
@@ -172,7 +172,7 @@ class Simulation:
         return [experts if len(experts) <= limit else experts[: pins_of(limit)] for experts in command.experts]
 
     def _load(self, command: StartWorker, fault: bool) -> None:
-        if not self.hosts[command.worker].alive:
+        if not self.workers[command.worker].alive:
             self.feed(WorkerLost(worker=command.worker, reason="died"))
         elif fault:
             self.feed(WorkerFailed(worker=command.worker, reason="out of memory"))
@@ -182,32 +182,33 @@ class Simulation:
 
     def _find_lost(self, workers: list[WorkerId]) -> None:
         for worker in workers:
-            if not self.hosts[worker].alive:
+            if not self.workers[worker].alive:
                 self.feed(WorkerLost(worker=worker, reason="died"))
 
     def _transfer(self, command: Transfer, fault: bool) -> None:
         staged = []
+        change = self.facts.change
+        if change is None or change.spec.epoch != command.epoch:
+            # a transfer that was given up stops before its next expert
+            self.feed(TransferFailed(epoch=command.epoch, reason="superseded"))
+            return
         failed = fault
         for move in command.copies:
-            source, target = self.hosts[move.source], self.hosts[move.target]
+            source, target = self.workers[move.source], self.workers[move.target]
             if not (source.alive and target.alive) or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
-            change = self.facts.change
-            if change is not None and change.spec.epoch == command.epoch:
-                assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
+            assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
             target.held[move.layer, move.expert] = True
             staged.append((move.target, move.layer, move.expert))
         for worker, layer, expert in command.reads:
-            if not self.hosts[worker].alive or (fault and self.rng.random() < 0.5):
+            if not self.workers[worker].alive or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
-            self.hosts[worker].held[layer, expert] = True
+            self.workers[worker].held[layer, expert] = True
             staged.append((worker, layer, expert))
-        change = self.facts.change
-        if change is not None and change.spec.epoch == command.epoch:
-            for worker, _, _ in staged:
-                self._check_memory(worker)
+        for worker, _, _ in staged:
+            self._check_memory(worker)
         if failed:
             touched = {m.source for m in command.copies} | {m.target for m in command.copies}
             self._find_lost(sorted(touched | {w for w, _, _ in command.reads}))
@@ -217,41 +218,40 @@ class Simulation:
 
     def _check_memory(self, worker: WorkerId) -> None:
         """Beside what lies in the device there is a slot for the other experts of each layer, if there are others."""
-        host = self.hosts[worker]
+        host = self.workers[worker]
         if self.capacity is not None and self.disk is not None:
-            others = host.held if host.serves is None else host.held | host.serves
-            room = self.capacity // LAYERS - (others.sum(axis=1) > self.capacity // LAYERS)
-            assert (host.held.sum(axis=1) <= room).all(), f"{worker} was given more than its device holds"
+            served = host.held if host.serves is None else host.serves
+            assert memory_of(host.held, served) <= self.capacity, f"{worker} was given more than its device holds"
 
     def _prepare(self, command: Prepare, fault: bool) -> None:
         members = [w.id for w in command.spec.placement.workers]
         change = self.facts.change
         stale = change is None or change.spec.epoch != command.spec.epoch
         for worker in members:
-            host = self.hosts[worker]
-            if host.alive and not stale:
-                missing = needs(command.spec.placement, worker) & ~host.held
+            simulated = self.workers[worker]
+            if simulated.alive and not stale:
+                missing = needs(command.spec.placement, worker) & ~simulated.held
                 assert not missing.any(), f"{worker} was told to prepare what it does not hold"
-                host.prepared[command.spec.epoch] = command.spec
-        if fault or not all(self.hosts[w].alive for w in members):
+                simulated.prepared[command.spec.epoch] = command.spec
+        if fault or not all(self.workers[w].alive for w in members):
             self._find_lost(members)
             self.feed(PrepareFailed(epoch=command.spec.epoch, reason="a peer did not come"))
         else:
             self.feed(Prepared(spec=command.spec))
 
     def _commit(self, command: Commit, fault: bool) -> None:
-        """A fault leaves some hosts in the new epoch and others in the old one."""
+        """A fault leaves some workers in the new epoch and others in the old one."""
         members = [w.id for w in command.spec.placement.workers]
         failed = fault
         for worker in members:
-            host = self.hosts[worker]
-            if not host.alive or (fault and self.rng.random() < 0.5):
+            simulated = self.workers[worker]
+            if not simulated.alive or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
             self._flip(worker, command.spec)
         if failed:
             self._find_lost(members)
-            self.feed(CommitFailed(epoch=command.spec.epoch, reason="not every host flipped"))
+            self.feed(CommitFailed(epoch=command.spec.epoch, reason="not every worker flipped"))
         else:
             self.engine_epoch = command.spec.epoch
             self.feed(Committed(epoch=command.spec.epoch))
@@ -275,14 +275,14 @@ class Simulation:
                 reached = members[: round(flipped * len(members))]
                 for worker in reached:
                     self._flip(worker, command.spec)
-                if len(reached) == len(members) and all(self.hosts[w].alive for w in members):
+                if len(reached) == len(members) and all(self.workers[w].alive for w in members):
                     self.engine_epoch = command.spec.epoch
         self.todo.clear()
         self.state = pickle.loads(pickle.dumps(self.state))
         self.feed(Resumed(engine_epoch=Epoch(self.engine_epoch)))
 
     def _flip(self, worker: WorkerId, spec: EpochSpec) -> None:
-        host = self.hosts[worker]
+        host = self.workers[worker]
         host.epoch = spec.epoch
         host.placed = needs(spec.placement, worker)
         host.serves = serves(spec.placement, worker)
@@ -317,8 +317,8 @@ def info(
     capacity: int | None = None,
     disk: float | None = None,
     held: tuple[tuple[int, ...], ...] | None = None,
-) -> HostInfo:
-    return HostInfo(
+) -> WorkerInfo:
+    return WorkerInfo(
         worker=worker,
         node=node,
         endpoint=Endpoint(address="127.0.0.1", port=1, token=""),

@@ -67,6 +67,7 @@ def member(
             "assigned": nothing,
             "held": nothing,
             "staged": nothing,
+            "perhaps": nothing,
             "asked_at": 0.0,
             "loaded_at": loaded_at,
             "info": None if loaded_at is None else info(worker, capacity=capacity, disk=disk),

@@ -16,7 +16,7 @@ from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster import placement as placements
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.transfers import plan_transfers
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostSpec, ModelSpec
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, WorkerSpec
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepResult
 from elastic_moe.cluster.placement import Placement, Tier, TierArray, WorkerId
@@ -83,7 +83,7 @@ class Lockstep:
         self.pool = ThreadPoolExecutor(len(slots))
         self.workers: dict[WorkerId, Worker] = {}
         for member in members:
-            spec = HostSpec(
+            spec = WorkerSpec(
                 worker=member.id,
                 model=ModelSpec(
                     path=str(path), dtype=dtype, device=device, max_model_len=max_model_len, expert_dtype=expert_dtype

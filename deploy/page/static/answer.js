@@ -1,4 +1,4 @@
-// One request for an answer, streamed: what came, how fast, and how likely each token was.
+// One streamed request: its text, its speed, and the probability of each token.
 
 import { call } from "./keys.js";
 import { eventsOf } from "./sse.js";
@@ -44,7 +44,7 @@ function take(message, event, mode, elapsed_s) {
   if (choice.finish_reason) message.reason = choice.finish_reason;
 }
 
-/** [{text, logprob, top: [[text, logprob]]}] of either API's form. */
+/** [{text, logprob, top: [[text, logprob]]}] from the form of either API. */
 function scored(logprobs, mode) {
   if (!logprobs) return [];
   if (mode === "chat") {

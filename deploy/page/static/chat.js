@@ -109,7 +109,7 @@ export class Chat {
     byId("send").textContent = "Send";
   }
 
-  /** To the newest text, unless the reader has gone back to older text. */
+  /** Scroll to the newest text, unless the reader has scrolled back. */
   #scroll(always = false) {
     const { list } = this;
     if (always || list.scrollHeight - list.scrollTop - list.clientHeight < 120) list.scrollTop = list.scrollHeight;
@@ -128,7 +128,7 @@ class Bubble {
     this.finish();
   }
 
-  /** Text comes token by token, and is shown frame by frame. */
+  /** Show the text that came since the last frame. */
   changed(then) {
     if (this.#due) return;
     this.#due = true;

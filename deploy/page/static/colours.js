@@ -22,7 +22,7 @@ function table() {
   );
 }
 
-/** Of a load relative to the mean; `factor` times the mean is the warmest, its inverse the coolest. */
+/** The colour of a load relative to the mean: the warmest at `factor` times the mean, the coolest at its inverse. */
 export function loadColour(ratio, factor) {
   scales ??= table();
   const share = ratio > 0 ? Math.log(ratio) / Math.log(factor) : -1;

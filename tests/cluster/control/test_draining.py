@@ -63,7 +63,7 @@ def test_requests_that_take_too_long_to_finish_are_moved() -> None:
     assert sim.state.progress(newest(sim)) == (1.0, True)
 
 
-def test_a_new_engine_is_told_again_whom_to_spare() -> None:
+def test_a_worker_that_leaves_still_leaves_with_a_new_engine() -> None:
     sim = serving(3)
     sim.feed(ScaleRequested(retire=(W0,)))
     sim.lose_engine()
@@ -113,13 +113,13 @@ def leaves(**facts: object) -> Facts:
         (leaves(outage=Outage(reason="", cause=Cause.STEP, since=0.0)), 11.0, True, "nothing is served"),
     ],
 )
-def test_whether_those_that_leave_have_had_their_time(facts: Facts, now: float, value: bool, reason: str) -> None:
+def test_when_leaving_workers_have_had_their_time(facts: Facts, now: float, value: bool, reason: str) -> None:
     choice = drained(facts, now)
     assert choice.value is value
     assert reason in choice.reason
 
 
-def test_the_engine_is_told_once_and_again_after_it_was_lost() -> None:
+def test_the_engine_gets_the_draining_workers_once_and_again_after_a_loss() -> None:
     draining = Draining()
     assert draining.spare(leaves()) == [Drain(workers=(W1,))]
     assert draining.spare(leaves()) == []

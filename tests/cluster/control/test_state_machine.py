@@ -75,10 +75,10 @@ class Faults(RuleBasedStateMachine):
     def the_oldest_ends(self) -> None:
         self.sim.finish(0)
 
-    @precondition(lambda self: any(host.alive for host in self.sim.hosts.values()))
+    @precondition(lambda self: any(simulated.alive for simulated in self.sim.workers.values()))
     @rule(pick=st.integers(0, 20), found=st.booleans())
     def a_worker_dies(self, pick: int, found: bool) -> None:
-        alive = [worker for worker, host in self.sim.hosts.items() if host.alive]
+        alive = [worker for worker, simulated in self.sim.workers.items() if simulated.alive]
         worker = alive[pick % len(alive)]
         self.sim.kill(worker)
         if found:

@@ -103,7 +103,7 @@ def test_streams_equal_plain_answers(call: Call) -> None:
             assert parts[-1]["stop_reason"] == "ij"
 
 
-def test_cached_tokens_are_told(call: Call) -> None:
+def test_usage_has_the_cached_tokens(call: Call) -> None:
     """Of a prompt with several answers, as of its tokens: once."""
     json = {"prompt": ["hello", "hello x"], "n": 2, "max_tokens": 3, "stream": True, "cache_salt": "mine"}
     json["stream_options"] = {"include_usage": True}
@@ -215,7 +215,7 @@ def test_names_and_offsets_make_up_the_text(tmp_path: Path) -> None:
     assert said.decode() == chat["message"]["content"] == text
 
 
-def test_names_that_clash_are_told_by_ids() -> None:
+def test_tokens_of_the_same_text_are_named_by_ids() -> None:
     """The chosen token and the more likely keep theirs."""
     shape = CompletionShape(lambda token_id: "same" if token_id < 3 else str(token_id), None, 3)
     logprobs = TokenLogprobs(token_id=2, logprob=-2.0, top=((1, -1.0), (2, -2.0), (7, -3.0)))
@@ -394,7 +394,7 @@ def test_a_request_waits_while_workers_recover(call: Call, path: str) -> None:
 def test_waiting_in_vain_is_a_503_and_not_a_500(call: Call) -> None:
     class Gone(FakeBackend):
         async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-            raise NotReadyError("nobody could serve this request for 600 s")
+            raise NotReadyError("the cluster could not serve this request for 600 s")
             yield
 
     for stream in (False, True):
@@ -514,7 +514,7 @@ def test_draining_refuses_new_requests(model_dir: Path) -> None:
     assert asyncio.run(work()) == 503
 
 
-def test_a_missing_tokenizer_is_told_by_ready(tmp_path: Path) -> None:
+def test_readiness_names_a_missing_tokenizer(tmp_path: Path) -> None:
     async def work() -> httpx.Response:
         async with client_of(FakeBackend(), tmp_path) as client:
             return await client.get("/ready")
@@ -598,7 +598,8 @@ def test_admin_views(call: Call) -> None:
     assert routing["load_imbalance"] == [1.0, 1.25]
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
-    assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    fields = {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    assert set(worker) == fields | {"experts_served", "experts_resident"}
     assert worker["fit"] == [
         {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
         {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
@@ -672,7 +673,7 @@ def test_metrics(model_dir: Path) -> None:
         assert line in text.splitlines()
 
 
-def test_metrics_tell_of_the_dead_while_there_is_no_engine(model_dir: Path) -> None:
+def test_metrics_show_dead_workers_while_there_is_no_engine(model_dir: Path) -> None:
     class Losing(FakeBackend):
         lost = False
 

@@ -53,7 +53,7 @@ def status_of(
     return sent[0]["status"], seen[0] if seen else None
 
 
-def test_every_route_has_been_thought_of(model_dir: Path) -> None:
+def test_every_route_has_its_key(model_dir: Path) -> None:
     """What is open is listed here a second time: a new route that is to be open must be written down twice."""
     app = create_app(Service(ServeConfig(), FakeBackend(), str(model_dir)))
     routes = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods}
