@@ -4,8 +4,8 @@
 batch sizes (of all workers together), and of a prefill. All sets of workers are loaded at once and measured in turns,
 so that a machine whose speed changes does not decide. Every process makes the plans of its own requests.
 
-`--device-experts N...` gives every worker memory for N experts per layer, its cache area included; the others lie on the
-disk, and their records are read past the page cache. Then it prints what was read as well. 0 stands for all.
+`--device-experts N...` gives every worker memory for N experts per layer, its cache area included; the others lie on
+the disk, and their records are read past the page cache. Then it prints what was read as well. 0 stands for all.
 """
 
 from __future__ import annotations
@@ -313,8 +313,8 @@ def main() -> None:
             )
             ratio = statistics.median(a.step_s / b.step_s for a, b in zip(first, seen, strict=True))
             kind = f"decode {case.requests:3}" if case.steps else f"prefill {case.requests * case.context}"
-            tiers = f"  {missed:4.0%} missed, {read / 1e6:6.1f} MB read, {1e3 * stall:6.2f} ms stalled, {1e3 * cpu:6.2f} ms CPU"
-            told = tiers if setup.device_experts else ""
+            tiers = f", {missed:.0%} missed, {read / 1e6:.1f} MB read, {1e3 * stall:.2f} ms stalled"
+            told = f"  {1e3 * cpu:.2f} ms CPU" + (tiers if setup.device_experts else "")
             print(f"{kind:13} {setup!s:22} {step:8.2f} ({waited:6.2f})  {ratio:5.2f}{told}")
 
 
