@@ -114,7 +114,7 @@ class Supply:
     def _call(self, layer: int, count: int, experts: Any, rows: Any, ready: Any) -> int:
         try:
             found = self._next(experts[:count], rows[:count] if rows else None)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - no error passes through native code
             self.error = error
             return -1
         for n, expert in enumerate(found):

@@ -1,11 +1,11 @@
 """The cache area of one worker: which experts lie in its slots, which are on their way, and which leave.
 
-All slots are alike, so any slot can take any expert of any layer. A layer keeps a share of them from step to step. A few
-more are for what comes and goes within a step: they let the disk read ahead of the products.
+All slots are alike, so any slot can take any expert of any layer. A layer keeps a share of them from step to step. A
+few more are for what comes and goes within a step: they let the disk read ahead of the products.
 
-In a step, the experts of the area that have tokens are computed first, since their slots are then free for others; then
-those that are always in memory, while others are read; then those that arrive, in waves if they are many. An expert
-that the step still needs never leaves. At the end of a layer its share is kept, and the policy chooses of what.
+In a step, the experts of the area that have tokens are computed first, since their slots are then free for others;
+then those that are always in memory, while others are read; then those that arrive, in waves if they are many. An
+expert that the step still needs never leaves. At the end of a layer its share is kept, and the policy chooses of what.
 
 This class decides and counts; the readers read (model/tiers/readers.py). Only the thread that runs the steps calls it.
 """

@@ -99,7 +99,7 @@ class Disk:
     def _give_up_writing(self, error: OSError) -> None:
         self._writable = False
         log.warning(
-            "experts are read from the checkpoint, since no records of them can be written to --expert-cache-dir %s: %s",
+            "experts are read from the checkpoint: no records of them can be written to --expert-cache-dir %s: %s",
             self.directory,
             error.strerror or error,
         )

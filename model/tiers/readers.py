@@ -82,7 +82,7 @@ class Readers:
             source, error = None, None
             try:
                 source = self._read(job.layer, job.expert, job.slot)
-            except Exception as failure:  # the thread that runs the steps raises it
+            except Exception as failure:  # noqa: BLE001 - the thread that runs the steps raises it
                 error = failure
             self.arrivals.put(
                 Arrival(

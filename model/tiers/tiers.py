@@ -1,7 +1,7 @@
 """The tiers of one worker: its experts that are not always in memory, and how they come.
 
-It is made when an epoch first places an expert of this worker on the disk. From then on the layers call it in steps that
-need an expert which is not in memory.
+It is made when an epoch first places an expert of this worker on the disk. From then on the layers call it in steps
+that need an expert which is not in memory.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def vllm(venv: Path, model: Path) -> Server:
 
 
 def llama_cpp(source: Path, model: Path, out: Path, kind: str, *, sequence: int = MAX_MODEL_LEN) -> Server:
-    """`source` is llama.cpp's source tree, built in its folder build. Writes `out`/NAME-KIND.gguf once. `sequence` is the
-    number of tokens of its longest sequence.
+    """`source` is llama.cpp's source tree, built in its folder build. Writes `out`/NAME-KIND.gguf once.
+
+    `sequence` is the number of tokens of its longest sequence.
 
     `kind` is a type of its converter, such as bf16 or q8_0. Only bf16 is a peer: the same numbers as ours.
     """

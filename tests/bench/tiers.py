@@ -4,8 +4,8 @@
 
 Our workers get memory for a share of the experts (`--share`), and the rest lies in records that are read past the page
 cache. llama.cpp maps its file, and a cgroup limits its memory: to what it holds without a file behind it, and the
-trunk's bytes, and the same share of the experts' bytes. So both have the same memory for experts, and the disk is a disk
-for both. Needs the right to make a cgroup (memory_limit.py). Prints tokens per second, and what was read.
+trunk's bytes, and the same share of the experts' bytes. So both have the same memory for experts, and the disk is a
+disk for both. Needs the right to make a cgroup (memory_limit.py). Prints tokens per second, and what was read.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 batch sizes (of all workers together), and of a prefill. All sets of workers are loaded at once and measured in turns,
 so that a machine whose speed changes does not decide. Every process makes the plans of its own requests.
 
-`--device-experts N...` gives every worker memory for N experts per layer, its cache area included; the others lie on the
-disk, and their records are read past the page cache. Then it prints what was read as well. 0 stands for all.
+`--device-experts N...` gives every worker memory for N experts per layer, its cache area included; the others lie on
+the disk, and their records are read past the page cache. Then it prints what was read as well. 0 stands for all.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ class Times:
     step_s: float
     waited_s: float
     """Of the step, waiting for peers (native exchange only)."""
+    cpu_s: float
+    """CPU time of a step, of all threads, on average."""
     read_bytes: float = 0.0
     """Read of experts in a step, on average."""
     stall_s: float = 0.0
@@ -124,6 +126,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     group = worker._epoch.exchange
     times: list[tuple[float, float]] = []
     worker.tier_counts()
+    begin_cpu_s = time.process_time()
 
     def run(plan: StepPlan) -> None:
         begin = time.perf_counter()
@@ -137,6 +140,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     if case.steps:
         times.clear()
         worker.tier_counts()
+        begin_cpu_s = time.process_time()
         for _ in range(case.steps):
             run(load.decode())
     step_s, waited_s = (statistics.median(column) for column in zip(*times, strict=True))
@@ -144,6 +148,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     return Times(
         step_s=step_s,
         waited_s=waited_s,
+        cpu_s=(time.process_time() - begin_cpu_s) / len(times),
         read_bytes=sum(counts.fetched_bytes.values()) / len(times),
         stall_s=sum(counts.stall_s.values()) / len(times),
         missed=counts.accesses[Tier.DISK] / max(1, sum(counts.accesses)),
@@ -302,13 +307,14 @@ def main() -> None:
             step, waited = (
                 1000 * statistics.median(getattr(turn, name) for turn in seen) for name in ("step_s", "waited_s")
             )
-            read, stall, missed = (
-                statistics.mean(getattr(turn, name) for turn in seen) for name in ("read_bytes", "stall_s", "missed")
+            cpu, read, stall, missed = (
+                statistics.mean(getattr(turn, name) for turn in seen)
+                for name in ("cpu_s", "read_bytes", "stall_s", "missed")
             )
             ratio = statistics.median(a.step_s / b.step_s for a, b in zip(first, seen, strict=True))
             kind = f"decode {case.requests:3}" if case.steps else f"prefill {case.requests * case.context}"
-            tiers = f"  {missed:4.0%} missed, {read / 1e6:6.1f} MB read, {1e3 * stall:6.2f} ms stalled"
-            told = tiers if setup.device_experts else ""
+            tiers = f", {missed:.0%} missed, {read / 1e6:.1f} MB read, {1e3 * stall:.2f} ms stalled"
+            told = f"  {1e3 * cpu:.2f} ms CPU" + (tiers if setup.device_experts else "")
             print(f"{kind:13} {setup!s:22} {step:8.2f} ({waited:6.2f})  {ratio:5.2f}{told}")
 
 
