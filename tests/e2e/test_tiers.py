@@ -1,5 +1,5 @@
-"""A real server with too little memory for its model: the same tokens with fewer experts in memory, through scaling and
-kill -9, down to one worker with one slot per layer."""
+"""A real server with too little memory for its model: the same tokens with fewer experts in memory, through scaling
+and kill -9, down to one worker with memory for a quarter of them."""
 
 from __future__ import annotations
 
