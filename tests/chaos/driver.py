@@ -1,6 +1,6 @@
 """Runs scenarios one after the other on one server under load, and says what became of every request.
 
-python -m tests.chaos.driver --seed 0 [--only "kill worker"] [--model DIR] [--dtype bfloat16] [--cycles 20] [--drift]
+python -m tests.chaos.driver --seed 0 [--only "kill worker"] [--model DIR] [--dtype bfloat16] [--resident 0.5] [--drift]
 """
 
 from __future__ import annotations
