@@ -7,6 +7,7 @@ It opens the checkpoint, or continues from the state of an earlier coordinator, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import pickle
 import textwrap
@@ -26,6 +27,7 @@ from elastic_moe.actors.control.views import (
     with_progress,
     worker_views,
 )
+from elastic_moe.actors.crew import Crew
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.actors.remote.calls import one_line
@@ -71,6 +73,9 @@ class Coordinator:
         self._loop: ControlLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
+        self._crew = Crew()
+        self._stopping = asyncio.Event()
+        """Set when the API replicas are to refuse new requests."""
         self._spawn(self._run())
 
     # --- What others may call -----------------------------------------------------------------------------------
@@ -176,6 +181,28 @@ class Coordinator:
         if self._loop is None or self._loop.state.facts.spec is None:
             return None
         return self._loop.processes.engine
+
+    async def check_in(self, replica: str, running: int) -> bool:
+        """Called by every API replica, again and again, with the number of requests that it runs.
+
+        Returns whether it must refuse new ones: at once if so, and else after CHECK_IN_S.
+        """
+        self._crew.check_in(replica, running, time.monotonic())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(liveness.CHECK_IN_S):
+                await self._stopping.wait()
+        if self._stopping.is_set():
+            self._crew.told(replica)
+        return self._stopping.is_set()
+
+    async def check_out(self, replica: str) -> int:
+        """Called by an API replica that ends. Returns how many others there are."""
+        return self._crew.check_out(replica, time.monotonic())
+
+    async def stop_requests(self) -> int:
+        """Have all API replicas refuse new requests. Returns the number of requests that still run."""
+        self._stopping.set()
+        return self._crew.left(time.monotonic())
 
     async def report_step_failure(self, epoch: Epoch, suspects: list[WorkerId], reason: str) -> None:
         """Called by the engine when a step has failed. Returns at once; a new epoch will follow."""

@@ -27,6 +27,7 @@ from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Revisi
 from elastic_moe.deploy.api.http_io import EventStream
 from elastic_moe.deploy.api.service import Service, version
 from elastic_moe.deploy.page.feed import Section, State, Totals, change, marks, sample, sections
+from elastic_moe.deploy.web.openapi import described, text_answer
 from elastic_moe.optimizer import PLANNERS
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ QUEUE = 16
 HISTORY = 300
 """Points of the curves that a new listener gets."""
 MAX_LISTENERS = 512
+DEFAULT_PLANNER = "auto"
+"""The page offers it first."""
 
 
 class Look:
@@ -51,7 +54,7 @@ class Look:
         """Marks of the next point. There are no points while no engine serves."""
         self.state: State = {
             "model": {"name": service.model_name, "version": version()},
-            "planners": {"list": list(PLANNERS)},
+            "planners": {"list": sorted(PLANNERS, key=lambda name: name != DEFAULT_PLANNER)},
         }
 
     async def again(self) -> Section | None:
@@ -242,7 +245,7 @@ def events_router(service: Service) -> APIRouter:
     router = APIRouter()
     hub = Hub(service)
 
-    @router.get("/admin/events")
+    @router.get("/admin/events", **described(answers={200: text_answer("Server-sent events.", "text/event-stream")}))
     async def events() -> Response:
         return hub.listen()
 

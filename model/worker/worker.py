@@ -25,7 +25,7 @@ from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId
-from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
@@ -35,6 +35,9 @@ from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispat
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import Fit, fit
+from elastic_moe.model.grammars.compiling import Compiler
+from elastic_moe.model.grammars.masks import MaskThreads
+from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.experts import ExpertUnavailable
 from elastic_moe.model.tiers.disk import default_directory
@@ -42,8 +45,10 @@ from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, read_rate
 from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.worker.next_tokens import choose
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.sampling import NO_TOKEN, SamplingState, sample
+from elastic_moe.model.worker.sampling import SamplingState
+from elastic_moe.model.worker.scoring import Scoring, score
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +97,8 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._grammars: Compiler
+        self._masks = MaskThreads()
         self._share = max(1, spec.num_threads)
         """Threads of a step if this worker borrows none."""
         self._prepared: dict[Epoch, _EpochState] = {}
@@ -136,6 +143,8 @@ class Worker:
         self._cache = self._runner.allocate(
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
         )
+        # now, because no step could run meanwhile
+        self._grammars = Compiler(self._vocabulary())
         self.report = self._fit.report()
         self._capacity = self.expert_capacity()
         if self._store.slotted is not None:
@@ -190,6 +199,13 @@ class Worker:
     def _least_kv_blocks(self) -> int:
         """Blocks of one sequence of full length, and one for every further sequence that may run."""
         return -(-self.spec.model.max_model_len // self.spec.block_size) + self.spec.max_num_seqs - 1
+
+    def _vocabulary(self) -> Vocabulary | CheckpointError:
+        info = self._checkpoint.info
+        try:
+            return read_vocabulary(self.spec.model.path, width=info.vocab_size, eos_token_ids=info.eos_token_ids)
+        except CheckpointError as error:
+            return error
 
     def _kv_blocks(self) -> int:
         spec = self.spec
@@ -431,34 +447,53 @@ class Worker:
         for request_id in plan.finished:
             self._sequences.pop(request_id, None)
         for new in plan.new:
-            self._sequences[new.request_id] = _Sequence(state=SamplingState(new), blocks=[])
+            self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[])
         slices = [self._slice(chunk) for chunk in plan.chunks]
-        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
-        sampling = [chunk.request_id for chunk in plan.chunks if chunk.samples]
-        states = [self._sequences[request_id].state for request_id in sampling]
+        scoring = self._scoring(plan)
+        sampling = {chunk.request_id: self._sequences[chunk.request_id].state for chunk in plan.chunks if chunk.samples}
+        constrained = [state.progress for state in sampling.values() if state.progress is not None]
+        if constrained:
+            self._masks.begin(constrained)
+        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter, keep=bool(scoring))
+        if constrained:
+            self._masks.finish(constrained)
+        scored = score(scoring, self._runner.logits, self._runner.vocabulary)
         with torch.inference_mode():
-            chosen = sample(logits, states)
+            chosen = choose(logits, sampling)
         assert self._epoch is not None
         self._epoch.dispatcher.finish()
-        for state, (token, _) in zip(states, chosen, strict=True):
-            # the next step may be on its way and runs with any token here; nobody reads the result for this request
-            state.append(0 if token == NO_TOKEN else token)
         self._counter.commit_step([chunk.length for chunk in plan.chunks])
         if self._tiers is not None:
             self._tiers.settle()
-        samples = tuple(
-            Sample(request_id=request_id, token_id=token, logprobs=logprobs)
-            for request_id, (token, logprobs) in zip(sampling, chosen, strict=True)
-            if token != NO_TOKEN
-        )
-        corrupted = tuple(
-            request_id for request_id, (token, _) in zip(sampling, chosen, strict=True) if token == NO_TOKEN
-        )
         compute_s = time.perf_counter() - begin
         # workers wait for one another, so a prompt on one worker makes the step a prefill step for all
         decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
-        return StepResult(step=plan.step, samples=samples, compute_s=compute_s, corrupted=corrupted)
+        broken = {one for one in scored if not isinstance(one, ScoredPrompt)}
+        corrupted = {*chosen.corrupted, *broken}
+        return StepResult(
+            step=plan.step,
+            samples=tuple(one for one in chosen.samples if one.request_id not in broken),
+            compute_s=compute_s,
+            corrupted=tuple(corrupted),
+            unready=tuple(request_id for request_id in chosen.unready if request_id not in broken),
+            stuck=tuple(one for one in chosen.stuck if one.request_id not in broken),
+            scored=tuple(s for s in scored if isinstance(s, ScoredPrompt) and s.request_id not in corrupted),
+        )
+
+    def _scoring(self, plan: StepPlan) -> list[Scoring]:
+        wanted: list[Scoring] = []
+        row = 0
+        for chunk in plan.chunks:
+            one = Scoring.of(chunk, row, self._sequences[chunk.request_id].state)
+            if one is not None:
+                wanted.append(one)
+            row += chunk.length
+        return wanted
+
+    def _state(self, new: NewSequence) -> SamplingState:
+        grammar = new.params.grammar
+        return SamplingState(new, None if grammar is None else self._grammars.get(grammar))
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]

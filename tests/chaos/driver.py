@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-from tests.chaos.bench import Bench, wait_for_spare
+from tests.chaos.bench import API_REPLICAS, Bench, wait_for_spare
 from tests.chaos.drift import drift
 from tests.chaos.leaks import scale_cycles
 from tests.chaos.load import Expected, Load
@@ -54,7 +54,8 @@ class Row:
 def start_server(checkpoint: Path, log: Path, *flags: str) -> Server:
     """With `flags` besides those that all scenarios have."""
     common = ["--workers", str(WORKERS), "--dtype", "float32", "--max-model-len", "512", "--served-model-name", MODEL]
-    common += ["--kv-cache-memory-bytes", "50000000", "--drain-timeout", "5", *flags]
+    common += ["--kv-cache-memory-bytes", "50000000", "--drain-timeout", "5", "--api-replicas", str(API_REPLICAS)]
+    common += flags
     server = start([str(checkpoint), *common], log)
     try:
         server.wait("readiness", server.ready, READY_S)
@@ -98,7 +99,7 @@ def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, 
     troubles: list[str] = []
     figures: Mapping[str, str] = {}
     # where nothing fails, what clients feel is measured: on streams, and without prompts that hold everybody up
-    mix = {"streams": 1.0, "prefill": 0.0} if name in CALM else {}
+    mix = {"streams": 1.0, "prefill": 0.0, "background": 0.0} if name in CALM else {}
     wait_for_spare(server)
     with Load(server, expected, threads=THREADS, seed=seed, **mix) as load:
         bench = Bench(server=server, load=load, rng=random.Random(f"{seed}/{name}"), workers=WORKERS)
