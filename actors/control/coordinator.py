@@ -19,7 +19,6 @@ from elastic_moe.actors import liveness
 from elastic_moe.actors.control.control_loop import ControlLoop
 from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.control.opening import control_settings, model_spec
-from elastic_moe.actors.control.planning import preview
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import (
     cluster_view,
@@ -111,7 +110,8 @@ class Coordinator:
         return self._worker_views(loop)
 
     def _worker_views(self, loop: ControlLoop) -> list[WorkerView]:
-        return worker_views(loop.state, loop.poller.status, loop.processes.standby, self._fleet.device())
+        poller = loop.poller
+        return worker_views(loop.state, poller.status, poller.resident, loop.processes.standby, self._fleet.device())
 
     async def cluster(self, known: Revision) -> ClusterView:
         """Everything that an open page shows, in one call. `known`: the revision of the caller's last answer.
@@ -133,7 +133,7 @@ class Coordinator:
         if dry_run:
             # raises NotReadyError before there is anything to plan for
             placement_view(loop.state)
-            return preview(*await loop.planners.solve(planner, loop.state.facts))
+            return await loop.planners.preview(planner, loop.state.facts)
         loop.feed(RebalanceRequested(planner=planner))
         return _newest(loop.state)
 

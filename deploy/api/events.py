@@ -69,6 +69,8 @@ class Look:
             state["model"] = state["model"] | await self._shape()
         ready = await self._service.readiness()
         state["status"] = {"ready": ready.ready, "reason": ready.error or ready.reason}
+        if ready.resident < 1:
+            state["status"]["resident"] = ready.resident
         self._marks += marks(self.state, state)
         self.state = state
         return None if view is None or view.status is None else self._point(view.status, view.status_at_s)

@@ -11,8 +11,9 @@ from typing import Any
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.cli.plan import DEFAULT_WORKERS
-from elastic_moe.optimizer.core.cost import copies, price
-from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.deploy.tiers.flags import memories, step_tokens
+from elastic_moe.optimizer.core.cost import copies, expected_fetches, price
+from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.decision import MOVE_SHARE
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
@@ -58,6 +59,8 @@ def make_problem(
         expert_bytes=args.expert_bytes,
         horizon_steps=args.horizon,
         speeds=_speeds(args),
+        memory=memories(args, len(workers), trace.num_layers),
+        tokens_per_step=step_tokens(args, DEFAULT_STEP_TOKENS),
     )
 
 
@@ -88,6 +91,19 @@ def describe(trace: Trace, problem: PlacementProblem, placement: Placement) -> d
         "cost": dataclasses.asdict(cost),
         "moves": moves,
         "bytes": moves * problem.expert_bytes,
+        **_tiers(problem, placement),
+    }
+
+
+def _tiers(problem: PlacementProblem, placement: Placement) -> dict[str, Any]:
+    """What does not fit; nothing where all experts do."""
+    if problem.tiering is None:
+        return {}
+    misses = expected_fetches(problem, placement)
+    return {
+        "resident_share": misses.resident_share,
+        "fetches": misses.experts,
+        "fetch_bytes": misses.experts * problem.expert_bytes,
     }
 
 

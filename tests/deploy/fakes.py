@@ -20,8 +20,17 @@ from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementEr
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
-from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
-from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.epochs import PhaseCounts
+from elastic_moe.cluster.messages.requests import FinishReason
+from elastic_moe.cluster.messages.requests import GenerateRequest
+from elastic_moe.cluster.messages.requests import RequestId
+from elastic_moe.cluster.messages.requests import TokenLogprobs
+from elastic_moe.cluster.messages.requests import TokenOutput
+from elastic_moe.cluster.messages.epochs import FetchSource
+from elastic_moe.cluster.messages.epochs import StallCause
+from elastic_moe.cluster.messages.epochs import TierCounts
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.views import (
     ClusterView,
@@ -271,6 +280,8 @@ class FakeBackend:
                 running_requests=0,
                 kv_usage=0.0,
                 fit=FIT,
+                experts_served=8,
+                experts_resident=4,
             )
         ]
 
@@ -289,6 +300,10 @@ class FakeBackend:
                 cost_before=0.02,
                 cost_after=0.01,
                 moves=3,
+                misses_before=2.0,
+                misses_after=1.5,
+                fetch_bytes_before=200.0,
+                fetch_bytes_after=150.0,
                 bytes=300,
                 solver_status="optimal",
                 gap=0.0,
@@ -383,4 +398,9 @@ class FakeBackend:
         counters.rebalance_s[Stage.PLANNING].add(0.2)
         counters.recoveries[Cause.WORKER] += 1
         counters.recovery_s.add(0.5)
+        counters.add_tiers(
+            TierCounts(
+                accesses=(7, 0, 3), fetched_bytes={FetchSource.DISK: 300}, stall_s={StallCause.MISS: 0.25}, resident=4
+            )
+        )
         return counters
