@@ -78,7 +78,11 @@ def _plan_text(report: dict[str, Any], result: PlanResult, out: Path | None) -> 
 
 def _tiers(report: dict[str, Any]) -> str:
     fetched = f"{report['fetches']:.1f} experts ({report['fetch_bytes'] / 1e9:.2f} GB)"
-    return f"{report['resident_share']:.0%} of the experts resident, {fetched} fetched in a step"
+    return (
+        f"{report['resident_share']:.0%} of the experts resident, {fetched} fetched in a step; "
+        f"replayed: {report['replayed_miss_rate']:.1%} of accesses miss, a step waits for "
+        f"{report['replayed_waits']:.1f} fetches one after another"
+    )
 
 
 def _items(cost: dict[str, float]) -> str:

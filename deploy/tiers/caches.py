@@ -39,7 +39,8 @@ def run_cache(
         expert_bytes=args.expert_bytes * trace.num_layers,
     )
     rows: list[CacheRow] = []
-    for name in PLACEMENTS:
+    # on one worker every placement is the same
+    for name in PLACEMENTS if len(workers) > 1 else PLACEMENTS[:1]:
         seen = WorkerSteps(test, profile, _placement(problem, name), batch)
         for share in SHARES:
             for policy in CURVES:

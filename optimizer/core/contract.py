@@ -69,6 +69,8 @@ class Draft:
     """[L, S] slot table."""
     levels: LevelArray | None = None
     """[L, E, W] the tiers that the planner has chosen; None: the best ones for the table."""
+    pin_all: bool = False
+    """Whether all that is found in a device is pinned there, but for the slot through which the others pass."""
     reason: str
     planner: str = ""
     """Name of the planner that has made the table, where it is not the one that was asked."""

@@ -276,6 +276,17 @@ def held_before(problem: PlacementProblem) -> FloatArray | None:
     return held[:, : problem.num_experts]
 
 
+def moves_to(problem: PlacementProblem, placement: Placement) -> int:
+    """Number of experts that workers must fetch to get from the current placement to `placement`."""
+    before = held_before(problem)
+    if before is None or problem.tiering is None:
+        return copies(problem, placement.physical_to_logical_map)
+    placed = placed_by(problem, placement)
+    if placed is None:
+        return copies(problem, placement.physical_to_logical_map)
+    return int(((placed == Tier.DEVICE) & (before == 0)).sum())
+
+
 def copies(problem: PlacementProblem, table: IntArray, levels: LevelArray | None = None) -> int:
     """Number of experts that workers must fetch to get from the current placement to `table`; 0 without a current
     one. What does not lie in a device under `levels` [L, E, W] (the best if not given) is not fetched."""

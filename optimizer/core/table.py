@@ -16,9 +16,11 @@ from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.tiering import LevelArray, tiers_of_table
 
 
-def to_placement(problem: PlacementProblem, table: IntArray, levels: LevelArray | None = None) -> Placement:
-    """The verified placement of a table, with the tiers that `levels` say, or the best ones. Raises PlacementError
-    where the table breaks a rule."""
+def to_placement(
+    problem: PlacementProblem, table: IntArray, levels: LevelArray | None = None, *, pin_all: bool = False
+) -> Placement:
+    """The verified placement of a table, with the tiers that `levels` say, or the best ones. With `pin_all` it has
+    no cache area beyond the slot for those that pass. Raises PlacementError where the table breaks a rule."""
     familiar = _in_familiar_slots(problem, table)
     placement = Placement(
         num_logical_experts=problem.num_experts, workers=problem.workers, physical_to_logical_map=familiar
@@ -27,9 +29,8 @@ def to_placement(problem: PlacementProblem, table: IntArray, levels: LevelArray 
         return placement
     x = shares(problem, familiar)
     found = problem.tiering.levels(x) if levels is None else levels
-    return replace(
-        placement, tiers=tiers_of_table(problem, familiar, problem.tiering.marks(x, found, held_before(problem)))
-    )
+    marks = found if pin_all else problem.tiering.marks(x, found, held_before(problem))
+    return replace(placement, tiers=tiers_of_table(problem, familiar, marks))
 
 
 def row_of(problem: PlacementProblem, held: Sequence[Sequence[int]]) -> IntArray:

@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from elastic_moe.cluster.placement import EMPTY, Placement
 from elastic_moe.optimizer.buffering.belady import fewest_misses
-from elastic_moe.optimizer.buffering.policies import POLICIES, make_policy
+from elastic_moe.optimizer.buffering.policies import DEFAULT_POLICY, POLICIES, make_policy
 from elastic_moe.optimizer.buffering.simulate import CacheCounts, Step, replay
 from elastic_moe.optimizer.buffering.static import Static
+from elastic_moe.optimizer.core.problem import PlacementProblem
 from elastic_moe.optimizer.study.steps import active_experts, decoding_steps
 from elastic_moe.optimizer.study.traces import Trace
 
@@ -134,3 +135,58 @@ def write_rows(path: Path, rows: Iterable[CacheRow]) -> None:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(CacheRow)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """What the tiers of a placement made of a trace."""
+
+    miss_rate: float
+    """Share of accesses to experts that were in no device."""
+    fetches: float
+    """Experts that the slowest worker fetches, summed over the layers of a step; mean over steps."""
+
+
+def replay_problem(trace: Trace, problem: PlacementProblem, placement: Placement) -> Replayed:
+    """The tiers of `placement` on a trace, as many requests at once as the problem's steps have tokens, and as the
+    trace has requests, under the default policy."""
+    batch = min(problem.tokens_per_step, len(trace.request_lengths))
+    device = [memory.device_experts for memory in problem.memory]
+    return replay_placement(trace, placement, device, batch, DEFAULT_POLICY)
+
+
+def replay_placement(
+    trace: Trace, placement: Placement, device_experts: Sequence[int], batch: int, policy: str
+) -> Replayed:
+    """Run the steps of `batch` requests: the experts that the placement has in devices are pinned, and what they leave
+    of each worker's `device_experts` (over all layers) is dealt evenly to the layers as cache areas under `policy`."""
+    steps = decoding_steps(trace, batch, MOST_STEPS)
+    skip = int(WARM_UP * len(steps))
+    pins = [[placement.resident(w.id, layer) for w in placement.workers] for layer in range(trace.num_layers)]
+    parts = [_by_worker(active_experts(trace, steps, layer), placement, layer) for layer in range(trace.num_layers)]
+    runs = []
+    areas = [_areas(pins, parts, rank, experts) for rank, experts in enumerate(device_experts)]
+    for layer, workers in enumerate(parts):
+        runs.append(
+            [
+                replay(served, make_policy(policy, trace.num_experts), areas[rank][layer], pinned=pin, skip=skip)
+                for rank, ((_, served), pin) in enumerate(zip(workers, pins[layer], strict=True))
+            ]
+        )
+    flat = [run for layer_runs in runs for run in layer_runs]
+    misses = np.array([[run.misses_by_step for run in layer_runs] for layer_runs in runs])
+    return Replayed(
+        miss_rate=sum(run.accesses - run.hits for run in flat) / max(sum(run.accesses for run in flat), 1),
+        fetches=float(misses.max(axis=1).sum(axis=0).mean()),
+    )
+
+
+def _areas(
+    pins: list[list[tuple[int, ...]]], parts: list[list[tuple[list[int], list[Step]]]], rank: int, experts: int
+) -> list[int]:
+    """[L] slots of the cache area of each layer of a worker."""
+    whole = [len(parts[layer][rank][0]) <= len(pins[layer][rank]) for layer in range(len(pins))]
+    spare = experts - sum(len(layer[rank]) for layer in pins)
+    passing = max(whole.count(False), 1)
+    turn = iter(range(passing))
+    return [1 if full else max(1, (spare + passing - 1 - next(turn)) // passing) for full in whole]
