@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from elastic_moe.cluster.errors import EmoeError, NotReadyError
+from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
@@ -81,7 +81,10 @@ class Answer:
         self._return_token_ids = return_token_ids
 
     def feed(self, output: TokenOutput) -> Delta:
-        """The delta that an output makes. Raises GenerationFailed where the engine reports an error."""
+        """The delta that an output makes. Raises GenerationFailed where the engine reports an error, and RequestError
+        where the request is to blame for it."""
+        if output.refused:
+            raise RequestError(output.error or "the request cannot be served", code="grammar_failed")
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.error or "the engine has ended this request because of an error")
         if self.cached_tokens is None:
@@ -163,7 +166,7 @@ async def answer_deltas(
                 if answer.finished:
                     return
             raise GenerationFailed("the engine ended this request without an answer")
-    except (GenerationFailed, NotReadyError):
+    except (GenerationFailed, NotReadyError, RequestError):
         reason = FinishReason.ERROR
         raise
     finally:
