@@ -110,10 +110,9 @@ def _plain(
 ) -> Iterator[RequestedGrammar]:
     old = name == "guided"
     prefix = f"{name}_" if old else f"{name}."
-    choices = None if choice is None else json.dumps(choice, ensure_ascii=False)
     texts = {
         GrammarKind.REGEX: (regex, f"{prefix}regex"),
-        GrammarKind.CHOICE: (choices, f"{prefix}choice"),
+        GrammarKind.CHOICE: (None if choice is None else json.dumps(choice, ensure_ascii=False), f"{prefix}choice"),
         GrammarKind.EBNF: (grammar, f"{prefix}grammar"),
         GrammarKind.STRUCTURAL_TAG: (tag, "structural_tag" if old else f"{prefix}structural_tag"),
     }

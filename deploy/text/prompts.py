@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from elastic_moe.actors.remote.calls import within
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.deploy.text.grammar_check import GRAMMAR_S, GrammarCheck
@@ -139,7 +140,7 @@ class BoundedPrompts:
             worker = await self._worker()
             answer = None
             try:
-                answer = await asyncio.wait_for(worker.ask(payload), WALL_S)
+                answer = await within(worker.ask(payload), WALL_S)
             except (OSError, EOFError, TimeoutError):
                 pass  # EOFError: the process has ended, mostly by the limit on its processor time
             finally:

@@ -94,7 +94,7 @@ def with_explosion(content: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [EXPLODES, content["pre_tokenizer"]]}
 
 
-def test_a_process_that_dies_is_started_again_and_none_is_left(tmp_path: Path) -> None:
+def test_a_dead_process_is_replaced_and_none_is_left_at_the_end(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
     before = set(psutil.Process().children(recursive=True))
 

@@ -1,0 +1,192 @@
+"""WorkerActor: the actor around one worker's model. Only what Ray and the node add is here; see model/worker/worker.py.
+
+Ray's calls are for the control plane; they run side by side in the concurrency group "io", and copies of experts in one
+of their own, whose threads have a low priority. Steps and epochs come from the engine, in order, over a connection of
+its own (actors/worker/step_server.py). torch is imported when a worker loads its model: processes that only call the
+actor import this file too, and should not wait seconds for torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import ray
+
+from elastic_moe.actors.liveness import STEP_PING_S
+from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.ask import in_group
+from elastic_moe.actors.remote.calls import node_address
+from elastic_moe.actors.remote.codec import is_exhausted
+from elastic_moe.cluster.errors import NotReadyError
+from elastic_moe.cluster.gc_pause import no_collection
+from elastic_moe.cluster.messages.epochs import (
+    Epoch,
+    EpochSpec,
+    ExpertCopy,
+    RoutingCounts,
+    TierCounts,
+    WorkerInfo,
+    WorkerSpec,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from elastic_moe.actors.worker.step_server import StepServer
+    from elastic_moe.model.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+COPY_NICENESS = 10
+WARM_UP_NICENESS = 5
+KEPT_STORES = 8
+
+
+class WorkerActor:
+    """One GPU, or a share of a node's cores: the trunk, some experts, and the KV cache of the requests homed here."""
+
+    def __init__(self, name: str = "worker", logs: LogSettings | None = None) -> None:
+        """`logs`: where this process's log lines go, under `name`; left as it is if not given."""
+        if logs is not None:
+            set_up(name, logs)
+        self._worker: Worker | None = None
+        self._steps: StepServer | None = None
+        self._loading = threading.Lock()
+        self._info: WorkerInfo | None = None
+        self._stores: list[TCPStore] = []
+
+    @in_group("io")
+    def warm_up(self) -> int:
+        """Import what loading needs, which is most of the time until a small model serves. Returns the process id."""
+
+        def give_way_and_import() -> None:
+            _give_way(WARM_UP_NICENESS)
+            _import_model()
+
+        # a thread that will do nothing else
+        importing = threading.Thread(target=give_way_and_import)
+        importing.start()
+        importing.join()
+        return os.getpid()
+
+    @in_group("io")
+    def load(self, spec: WorkerSpec) -> WorkerInfo:
+        """Blocks until the weights are loaded. Later calls return the same. Raises UserError if loading never works."""
+        with self._loading:
+            if self._info is None:
+                self._info = self._load(spec)
+            return self._info
+
+    def _load(self, spec: WorkerSpec) -> WorkerInfo:
+        _import_model()
+        import torch
+
+        from elastic_moe.actors.worker.step_server import StepServer
+        from elastic_moe.model.worker.worker import Worker
+
+        worker = Worker(spec)
+        self._worker = worker
+        blocks, held_bytes = worker.load()
+        self._steps = StepServer(worker, node_address())
+        return WorkerInfo(
+            worker=spec.worker,
+            node=ray.get_runtime_context().get_node_id(),
+            endpoint=self._steps.endpoint,
+            pid=os.getpid(),
+            device=torch.cuda.get_device_name() if spec.model.device == "cuda" else "cpu",
+            num_kv_blocks=blocks,
+            memory_bytes=held_bytes,
+            expert_capacity=worker.capacity,
+            held=worker.held(),
+            disk_bytes_per_s=worker.disk_bytes_per_s,
+            fit=worker.report,
+        )
+
+    @in_group("io")
+    def load_progress(self) -> float:
+        return 0.0 if self._worker is None else self._worker.progress
+
+    @in_group("io")
+    def rendezvous(self) -> str:
+        """host:port of a store for one process group, kept until there are some newer ones."""
+        from elastic_moe.model.exchange.transports import open_store
+
+        address = node_address()
+        self._stores.append(open_store(address))
+        # of the group in force and of attempts at the next; older groups are gone
+        del self._stores[:-KEPT_STORES]
+        return f"{address}:{self._stores[-1].port}"
+
+    @in_group("io")
+    def prepare(self, spec: EpochSpec) -> None:
+        try:
+            self._ready.prepare(spec)
+        except OSError as error:
+            if is_exhausted(error):
+                # nothing frees them but the end of the process, and another takes its place
+                logger.critical("a group cannot be joined, this process ends: %s", error)
+                os._exit(1)
+            raise
+
+    @in_group("io")
+    def abandon(self, epoch: Epoch) -> None:
+        self._ready.abandon(epoch)
+
+    @in_group("copies")
+    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
+        _give_way()
+        return self._ready.export_expert(layer, expert)
+
+    @in_group("copies")
+    def import_expert(self, copy: ExpertCopy) -> None:
+        _give_way()
+        self._ready.import_expert(copy)
+
+    @in_group("io")
+    def read_experts(self, pairs: list[tuple[int, int]]) -> None:
+        self._ready.read_experts(pairs)
+
+    @in_group("io")
+    def routing_counts(self) -> RoutingCounts:
+        return self._ready.routing_counts()
+
+    @in_group("io")
+    def tier_counts(self) -> TierCounts:
+        return self._ready.tier_counts()
+
+    @in_group("io")
+    def abort_step(self, epoch: Epoch) -> None:
+        self._ready.abort_step(epoch)
+
+    @in_group("io")
+    def ping(self) -> None:
+        """Answers as long as the process lives."""
+
+    @in_group("io")
+    def ping_step(self) -> None:
+        """Answers as soon as the thread of the steps is free. Raises TimeoutError where it hangs."""
+        if self._steps is not None and not self._steps.free.wait(STEP_PING_S):
+            raise TimeoutError("a step hangs")
+
+    @property
+    def _ready(self) -> Worker:
+        if self._worker is None:
+            raise NotReadyError("the worker has no model yet: `load` has not been called")
+        return self._worker
+
+
+def _import_model() -> None:
+    # before OpenMP is loaded, with torch: threads that wait for the next parallel region leave their core to the node's
+    # other workers soon (about 0.1 ms), instead of after some milliseconds
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    with no_collection():
+        import elastic_moe.model.worker.worker  # noqa: F401
+
+
+def _give_way(niceness: int = COPY_NICENESS) -> None:
+    """From now on this thread takes a core only where the steps leave one: they run in lock-step, so a step that loses
+    its core for a while holds up every worker."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
