@@ -103,8 +103,25 @@ class ServeConfig:
     )
     expert_memory_bytes: int | None = setting(
         None,
-        "bytes that experts may take on each worker; if not given, the memory that the KV cache leaves free",
+        "bytes that experts may take in the device of each worker, which is a GPU's memory or a CPU worker's; experts "
+        "beyond it are read from disk when they are needed; if not given, the memory that the KV cache leaves free",
         at_least=1,
+    )
+    host_expert_memory_bytes: int | None = setting(
+        None,
+        "bytes of pinned memory that each GPU worker may use for experts that do not fit in its GPU; 0 uses none; if "
+        "not given, a share of the node's free memory",
+        at_least=0,
+    )
+    expert_cache_dir: str | None = setting(
+        None,
+        "directory of each node in which experts are kept as they are computed with, for fast reading; if not given, "
+        "~/.cache/elastic-moe/experts",
+    )
+    expert_cache_policy: str = setting(
+        "lfru",
+        "policy that chooses which expert leaves the cache area of a layer: lfru weighs recent use and frequency",
+        choices=("lfru", "lru", "lfu", "lifo"),
     )
     redundant_experts: int = setting(
         0, "number of additional slots per layer, over all workers, for replicas of experts", at_least=0
@@ -144,8 +161,27 @@ class ServeConfig:
     max_waiting_requests: int = setting(
         2048,
         "largest number of answers that wait for their first token; further requests are refused with status 503. One "
-        "client may take at most three quarters of the places that the other clients leave",
+        "client may take at most three quarters of the places that the other clients leave. Each API replica counts "
+        "its own",
         at_least=1,
+    )
+    api_replicas: int = setting(
+        1,
+        "number of API processes behind the proxy; a connection stays with one of them, and if that one dies, only its "
+        "connections end",
+        at_least=1,
+    )
+    max_stored_responses: int = setting(
+        1000,
+        "largest number of answers of /v1/responses that are kept after their end; the oldest go first, and 0 keeps "
+        "none",
+        at_least=0,
+    )
+    stored_responses_memory_bytes: int = setting(
+        256 << 20, "bytes that those answers may take together, with their conversations", at_least=1
+    )
+    stored_responses_ttl: float = setting(
+        86400.0, "seconds after their end for which those answers are kept", at_least=1
     )
     drain_timeout: float = setting(
         30.0,
@@ -236,6 +272,9 @@ class ServeConfig:
         if self.port > 65535:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
         Networks.parse(self.forwarded_allow_ips)
+        if self.expert_cache_dir is not None:
+            # workers have other working directories
+            object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
         self._check_limits()
         self._check_web()
 

@@ -18,6 +18,7 @@ from elastic_moe.deploy.api.elastic_ep import elastic_ep_router
 from elastic_moe.deploy.api.events import events_router
 from elastic_moe.deploy.api.guard import Guard
 from elastic_moe.deploy.api.http_io import RETRY_AFTER_S, install_error_handlers
+from elastic_moe.deploy.api.responses_route import responses_router
 from elastic_moe.deploy.api.sampling import check_token_ids
 from elastic_moe.deploy.api.service import Service, version
 from elastic_moe.deploy.bodies.bounds import TokenIds
@@ -48,7 +49,7 @@ def create_app(service: Service) -> FastAPI:
     install_error_handlers(app)
     for router in (
         *(_status_router, _models_router, _tokenizer_router),
-        *(completions_router, chat_router, admin_router, elastic_ep_router, events_router),
+        *(completions_router, chat_router, responses_router, admin_router, elastic_ep_router, events_router),
     ):
         app.include_router(router(service))
     app.include_router(page_router())
@@ -84,7 +85,13 @@ def _status_router(service: Service) -> APIRouter:
     @router.get("/ready", **described(answers={200: ready, 503: ready}))
     async def readiness() -> Response:
         state = await service.readiness()
-        body = {"ready": state.ready, "reason": state.reason, "error": state.error}
+        body = {
+            "ready": state.ready,
+            "reason": state.reason,
+            "error": state.error,
+            "degraded": state.ready and state.resident < 1,
+            "resident": state.resident,
+        }
         headers = None if state.ready else {"Retry-After": str(RETRY_AFTER_S)}
         return JSONResponse(body, 200 if state.ready else 503, headers)
 

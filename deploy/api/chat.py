@@ -20,7 +20,7 @@ from elastic_moe.deploy.generation.prompt_logprobs import Scored, check_scores
 from elastic_moe.deploy.parsing.events import CallArguments, CallBegin, Event, TextKind, TextPiece
 from elastic_moe.deploy.text.conversation import text_of
 from elastic_moe.deploy.text.tokenizer import Tokenizer
-from elastic_moe.deploy.tools.plan import tool_plan
+from elastic_moe.deploy.tools.plan import thinking_budget, tool_plan
 from elastic_moe.deploy.web.openapi import described
 
 ROLE = "assistant"
@@ -39,7 +39,7 @@ def chat_router(service: Service) -> APIRouter:
         await service.check_ready()
         client = client_name(request)
         service.check_room(client, body)
-        prompt = await _prompt(service, body)
+        prompt = await chat_prompt(service, body)
         response_id = new_id("chatcmpl")
         answers = await service.answers(body, [prompt], response_id=response_id, client=client)
         check_scores(body, [len(prompt.token_ids)])
@@ -59,7 +59,7 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
+async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
     """Render and encode the messages. Raises RequestError where the template refuses them, or they are too long."""
     tools = body.callable_tools
     text = await service.render_chat(body.messages, body, tools)
@@ -74,6 +74,7 @@ async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
         to_be_cut=body.truncate_prompt_tokens is not None,
     )
     token_ids = truncated(token_ids, body, defaults=service.defaults, limits=limits)
+    thinking = thinking_budget(service.form, service.tokenizer, text, body.thinking_token_budget)
     params = sampling_params(
         body,
         defaults=service.defaults,
@@ -83,6 +84,7 @@ async def _prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
         bad_words=await service.bad_words(body.bad_words),
         grammar=plan.grammar,
         grammar_after=plan.grammar_after,
+        thinking=thinking,
     )
     last = body.messages[-1]
     echo = text_of(last.to_template()["content"]) if body.echo and last.role == ROLE else ""

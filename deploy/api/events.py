@@ -38,6 +38,8 @@ QUEUE = 16
 HISTORY = 300
 """Points of the curves that a new listener gets."""
 MAX_LISTENERS = 512
+DEFAULT_PLANNER = "auto"
+"""The page offers it first."""
 
 
 class Look:
@@ -52,7 +54,7 @@ class Look:
         """Marks of the next point. There are no points while no engine serves."""
         self.state: State = {
             "model": {"name": service.model_name, "version": version()},
-            "planners": {"list": list(PLANNERS)},
+            "planners": {"list": sorted(PLANNERS, key=lambda name: name != DEFAULT_PLANNER)},
         }
 
     async def again(self) -> Section | None:
@@ -67,6 +69,8 @@ class Look:
             state["model"] = state["model"] | await self._shape()
         ready = await self._service.readiness()
         state["status"] = {"ready": ready.ready, "reason": ready.error or ready.reason}
+        if ready.resident < 1:
+            state["status"]["resident"] = ready.resident
         self._marks += marks(self.state, state)
         self.state = state
         return None if view is None or view.status is None else self._point(view.status, view.status_at_s)

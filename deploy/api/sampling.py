@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.grammars import Grammar
-from elastic_moe.cluster.messages.requests import SamplingParams
+from elastic_moe.cluster.messages.requests import SamplingParams, ThinkingBudget
 from elastic_moe.deploy.bodies.bounds import MAX_LOGIT_BIASES, TokenIds
 from elastic_moe.deploy.bodies.schema import SamplingFields
 
@@ -59,6 +59,7 @@ def sampling_params(
     bad_words: tuple[tuple[int, ...], ...] = (),
     grammar: Grammar | None = None,
     grammar_after: tuple[int, ...] | None = None,
+    thinking: ThinkingBudget | None = None,
 ) -> SamplingParams:
     """The parameters of choice 0. Raises RequestError for values that contradict one another or the model.
 
@@ -95,6 +96,7 @@ def sampling_params(
         ignore_eos=bool(fields.ignore_eos),
         allowed_token_ids=_allowed(fields, min_tokens, limits, bad_words),
         bad_words=bad_words,
+        thinking=thinking,
         grammar=grammar,
         grammar_after=grammar_after,
     )

@@ -57,7 +57,6 @@ class SamplingFields(StructuredFields):
         "length_penalty": (1, 1.0),
         "early_stopping": (False,),
         "logits_processors": ([],),
-        "thinking_token_budget": (),
         "repetition_detection": (),
         "max_repetition_pattern_size": (0,),
         "min_repetition_pattern_size": (0,),
@@ -159,7 +158,11 @@ class SamplingFields(StructuredFields):
 
 
 class CompletionRequest(SamplingFields):
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingFields.UNSUPPORTED, "suffix": ("",)}
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **SamplingFields.UNSUPPORTED,
+        "suffix": ("",),
+        "thinking_token_budget": (),
+    }
 
     prompt: SkipValidation[str | list[str] | TokenIds | list[TokenIds]]
     """`packed` has checked it."""
@@ -245,6 +248,8 @@ class ChatCompletionRequest(SamplingFields, TemplateFields, ToolFields):
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: Int | None = Field(None, ge=1)
+    thinking_token_budget: Int | None = Field(None, ge=0, lt=2**31)
+    """Most tokens of the reasoning, which is then ended."""
     logprobs: bool | None = None
     top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None

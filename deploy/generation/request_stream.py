@@ -24,6 +24,8 @@ class RequestStream:
         """Number of prompt tokens whose scores have come."""
         self.link: Link | None = None
         """The connection to the engine that has accepted the request; None while no engine has."""
+        self.cancelled = False
+        """Whether the engine is to end the request, as soon as it has it."""
         self.unread = 0
         """Number of unread entries: one for a token, and one for each log probability."""
         self._first: TokenOutput | None = None

@@ -18,12 +18,13 @@ from concurrent.futures import Future
 
 import numpy as np
 import torch
-from llguidance import LLMatcher
 from torch import Tensor
 
 from elastic_moe.cluster.messages.requests import SamplingParams, TokenLogprobs
 from elastic_moe.cluster.messages.steps import NewSequence
+from elastic_moe.model.grammars.compiling import Compiled
 from elastic_moe.model.grammars.progress import Mask, Progress
+from elastic_moe.model.worker.thinking import Thinking
 from elastic_moe.model.worker.token_counts import TokenCounts
 
 GREEDY_BELOW = 1e-5
@@ -71,10 +72,11 @@ class SamplingState:
         "num_prompt_tokens",
         "params",
         "progress",
+        "thinking",
         "token_ids",
     )
 
-    def __init__(self, sequence: NewSequence, compiled: Future[LLMatcher] | None = None) -> None:
+    def __init__(self, sequence: NewSequence, compiled: Future[Compiled] | None = None) -> None:
         """`compiled` is of the sequence's grammar, if it has one; it may be under way."""
         params = sequence.params
         self.params = params
@@ -91,6 +93,7 @@ class SamplingState:
         self._counts: TokenCounts | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             self._counts = TokenCounts(self.token_ids, self.num_prompt_tokens)
+        self.thinking = None if params.thinking is None else Thinking(params.thinking, self.num_prompt_tokens)
         self.progress: Progress | None = None
         """The place in the grammar, if the sequence has one."""
         if compiled is not None:
@@ -125,6 +128,10 @@ class SamplingState:
         if self.progress is not None:
             self.progress.cut()
 
+    def forced(self) -> int | None:
+        """The token that must come next, since the reasoning has used up its tokens; None where there is none."""
+        return None if self.thinking is None else self.thinking.forced(self.token_ids)
+
     @property
     def _adjusted(self) -> bool:
         return (
@@ -132,6 +139,7 @@ class SamplingState:
             or self._counts is not None
             or self._allowed is not None
             or self.mask is not None
+            or self.thinking is not None
             or self._masked
         )
 
@@ -264,7 +272,19 @@ def _adjust(logits_BV: Tensor, rows: Sequence[int], states: Sequence[SamplingSta
         seen = adjusted_RV[at]
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
         adjusted_RV[at] = seen - subtract
+    forced = [(row, token) for row, state in enumerate(own) if (token := state.forced()) is not None]
+    if forced:
+        _force(forced, adjusted_RV)
+        if blocked_R is not None:
+            blocked_R[[row for row, _ in forced]] = False
     return adjusted_RV, blocked_R
+
+
+def _force(forced: Sequence[tuple[int, int]], logits_RV: Tensor) -> None:
+    """Make one token the only possible one of each of these rows, whatever forbids it, in place."""
+    rows, tokens = _to(np.array(forced, dtype=np.int64).T.copy(), logits_RV.device)
+    logits_RV.index_fill_(0, rows, -torch.inf)
+    logits_RV[rows, tokens] = 0.0
 
 
 def _keep_masked(masks: Sequence[tuple[int, Mask]], logits_RV: Tensor) -> None:
@@ -276,11 +296,15 @@ def _keep_masked(masks: Sequence[tuple[int, Mask]], logits_RV: Tensor) -> None:
             logits_RV[row].masked_fill_(torch.from_numpy(forbidden_V), -torch.inf)
         return
     # a bit for each token is an eighth of what would be copied otherwise
-    bytes_GX = _to(np.stack([mask[: -(-width // 8)] for _, mask in masks]), logits_RV.device)
-    bits_GX8 = bytes_GX[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=bytes_GX.device)) & 1
-    forbidden_GV = bits_GX8.flatten(1)[:, :width] == 0
+    bits_GX = _to(np.stack([mask[: -(-width // 8)] for _, mask in masks]), logits_RV.device)
     rows = _to(np.array([row for row, _ in masks], dtype=np.int64), logits_RV.device)
-    logits_RV[rows] = logits_RV[rows].masked_fill(forbidden_GV, -torch.inf)
+    logits_RV[rows] = logits_RV[rows].masked_fill(~_unpacked(bits_GX)[:, :width], -torch.inf)
+
+
+def _unpacked(bits_GX: Tensor) -> Tensor:
+    """[G, 8 X] bool: the bits of bytes, lowest first."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits_GX.device)
+    return ((bits_GX[:, :, None] >> places) & 1).flatten(1).bool()
 
 
 def _keep_only(allowed: Sequence[tuple[int, np.ndarray, np.ndarray]], logits_BV: Tensor) -> None:

@@ -133,6 +133,11 @@ class Reference:
             )
         return list(out[0, len(prompt) :].tolist())
 
+    def chat(self, text: str) -> list[int]:
+        """The prompt of a chat of one turn."""
+        turn = [{"role": "user", "content": text}]
+        return list(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+
     def structured(self, prompt: list[int], tokens: int, grammar: Grammar) -> list[int]:
         """Greedy tokens of an answer that follows a grammar, up to its end or so many."""
         info = open_checkpoint(self.checkpoint).info

@@ -31,5 +31,5 @@ export function loadColour(ratio, factor) {
 
 export const EXPERT_FACTOR = 4;
 export const WORKER_FACTOR = 1.5;
-// of one layer, where loads differ more than over all
+// larger for the workers of one layer, whose loads differ more than those over all layers
 export const WORKER_LAYER_FACTOR = 2;

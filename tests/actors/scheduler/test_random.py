@@ -25,8 +25,7 @@ from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
-from tests.actors.simulated_host import scores_of
-from tests.actors.simulated_worker import EOS, VOCABULARY, SimulatedWorker, alone
+from tests.actors.simulated_worker import EOS, VOCABULARY, SimulatedWorker, alone, scores_of
 from tests.properties import most
 
 MAX_MODEL_LEN = 40

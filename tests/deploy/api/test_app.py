@@ -370,6 +370,16 @@ def test_not_ready(call: Call) -> None:
     assert call("GET", "/ready").status_code == 200
 
 
+def test_a_cluster_with_too_little_memory_is_ready_and_says_that_it_is_degraded(call: Call) -> None:
+    told = call("GET", "/ready").json()
+    assert (told["degraded"], told["resident"]) == (False, 1.0)
+    backend = FakeBackend(state=Readiness(ready=True, reason="degraded: 40% of the experts", resident=0.4))
+    ready = call("GET", "/ready", backend=backend)
+    assert ready.status_code == 200
+    assert (ready.json()["degraded"], ready.json()["resident"]) == (True, 0.4)
+    assert call("POST", "/v1/completions", json=COMPLETION, backend=backend).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_request_waits_while_workers_recover(call: Call, path: str) -> None:
     json = {**COMPLETION, **CHAT}
@@ -588,7 +598,8 @@ def test_admin_views(call: Call) -> None:
     assert routing["load_imbalance"] == [1.0, 1.25]
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
-    assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    fields = {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    assert set(worker) == fields | {"experts_served", "experts_resident"}
     assert worker["fit"] == [
         {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
         {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
@@ -652,6 +663,11 @@ def test_metrics(model_dir: Path) -> None:
         f"emoe:requests_resumed_total{labels} 0.0",
         f"emoe:bytes_moved_total{labels} 1000.0",
         f"emoe:workers_target{labels} 2.0",
+        f"emoe:experts_resident{labels} 4.0",
+        'emoe:expert_accesses_total{engine="0",model_name="tiny-moe",tier="device"} 7.0',
+        'emoe:expert_accesses_total{engine="0",model_name="tiny-moe",tier="disk"} 3.0',
+        'emoe:expert_fetch_bytes_total{engine="0",from="disk",model_name="tiny-moe"} 300.0',
+        'emoe:expert_stall_seconds_total{cause="miss",engine="0",model_name="tiny-moe"} 0.25',
         "emoe:balancedness" + labels + " 0.9",
     ):
         assert line in text.splitlines()
