@@ -15,6 +15,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from elastic_moe.actors import liveness
 from elastic_moe.actors.control.control_loop import ControlLoop
 from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.control.opening import control_settings, model_spec
