@@ -69,10 +69,10 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Placement:
-    """Slots of every worker in every layer. Verified when made: an instance is always usable.
+    """What each slot of each worker holds, in every layer. It is checked when it is made, so it is always valid.
 
-    Raises PlacementError, naming the rule, where a map does not fit its workers, an id is out of range,
-    an expert has no slot, or a worker holds one expert of a layer twice.
+    Raises PlacementError, which names the rule, if the map does not fit the workers, an id is out of range, an expert
+    has no slot, or a worker holds an expert of a layer twice.
     """
 
     num_logical_experts: int
@@ -112,7 +112,7 @@ class Placement:
         return tuple(int(n) for n in np.cumsum([0] + [worker.slots for worker in self.workers])[:-1])
 
     def rank_of(self, worker: WorkerId) -> int:
-        """Index of `worker` in `workers`. Raises PlacementError where it is not a member."""
+        """Index of `worker` in `workers`. Raises PlacementError if it is not there."""
         for rank, member in enumerate(self.workers):
             if member.id == worker:
                 return rank
@@ -280,9 +280,9 @@ def _tiers_of_words(words: Any, shape: tuple[int, ...]) -> TierArray:
 
 
 def contiguous(num_layers: int, num_logical_experts: int, workers: Sequence[Worker]) -> Placement:
-    """Experts in order, as evenly as the slots allow: how every cluster starts, before anything is known.
+    """The experts in order, spread over the workers as evenly as their slots allow. It needs no loads.
 
-    Raises PlacementError where all slots together are fewer than the experts.
+    Raises PlacementError if the workers have fewer slots than there are experts.
     """
     room = sum(worker.slots for worker in workers)
     if room < num_logical_experts:

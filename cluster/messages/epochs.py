@@ -1,7 +1,7 @@
 """Coordinator and workers: what a worker loads, which epoch it takes part in, and what it reports.
 
-coordinator -> worker   HostSpec when the worker is made, EpochSpec when an epoch begins
-worker -> coordinator   HostInfo once it has loaded, RoutingCounts and TierCounts as it runs
+coordinator -> worker   WorkerSpec when the worker is made, EpochSpec when an epoch begins
+worker -> coordinator   WorkerInfo once it has loaded, RoutingCounts and TierCounts as it runs
 worker -> worker        ExpertCopy
 """
 
@@ -24,20 +24,20 @@ Epoch = NewType("Epoch", int)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What is served, as every process must see it."""
+    """The model and the choices about it that every process must share."""
 
     path: str
     dtype: str
-    """float32, bfloat16 or float16: resolved, never 'auto'."""
+    """float32, bfloat16 or float16; 'auto' has been resolved."""
     device: str
-    """cpu or cuda: resolved, never 'auto'."""
+    """cpu or cuda; 'auto' has been resolved."""
     max_model_len: int
     expert_dtype: str = "auto"
-    """int8, or auto: as `dtype`."""
+    """int8, or 'auto' for the same as `dtype`."""
 
 
 _INT8_BYTES = 1 + 4 / 128
-"""Of a weight in 8 bits, with its share of a scale for every 128 (model/int8.py)."""
+"""Bytes of a weight in 8 bits, with its share of the scale of 128 weights (model/int8.py)."""
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
@@ -54,13 +54,13 @@ class ModelInfo:
     hidden_size: int
     vocab_size: int
     max_model_len: int
-    """The longest the checkpoint allows."""
+    """Longest sequence that the checkpoint allows, in tokens."""
     expert_bytes: int
-    """Bytes of one expert of one layer, in the dtype it is stored in; `served_in` gives those of another dtype."""
+    """Bytes of one expert of one layer in the stored dtype. `served_in` computes them for another dtype."""
     trunk_bytes: int
     eos_token_ids: tuple[int, ...]
     dtype: str
-    """The dtype it is stored in."""
+    """The dtype in which the checkpoint stores the model."""
     rope_limits: tuple[int, ...] = ()
     """Prompt lengths, in tokens, beyond which the whole prompt gets other rotary embeddings (longrope)."""
     rope_growth_limit: int | None = None
@@ -77,14 +77,14 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostSpec:
+class WorkerSpec:
     """What a worker needs to load: the model, and the experts that it begins with."""
 
     worker: WorkerId
     model: ModelSpec
     experts: tuple[tuple[int, ...], ...]
     """[L] logical experts to hold in the device, the most important first. A worker whose memory is too small for all
-    of them holds the first ones (`HostInfo.held`)."""
+    of them holds the first ones (`WorkerInfo.held`)."""
     kv_cache_bytes: int | None
     """None: the worker decides from the free memory that it finds."""
     block_size: int
@@ -109,7 +109,7 @@ class HostSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostInfo:
+class WorkerInfo:
     """What a worker reports once it has loaded."""
 
     worker: WorkerId

@@ -17,11 +17,13 @@ from tests.chaos.load import Load
 from tests.e2e.conftest import Server
 
 TITLES = {
-    "host": "ray::ExpertHost",
+    "worker": "ray::WorkerActor",
     "engine": "ray::Engine",
     "coordinator": "ray::Coordinator",
     "migrator": "ray::Migrator",
+    "api": "ray::ServeReplica:emoe:api",
 }
+API_REPLICAS = 2
 WHOLE_S = 120.0
 ENDED = ("completed", "failed")
 
@@ -64,17 +66,17 @@ class Bench:
 
     def _targets(self, role: str, taken: list[psutil.Process]) -> list[psutil.Process]:
         there = [process for process in self.processes(role) if process not in taken]
-        if role == "host":
+        if role == "worker":
             spares = self._spares(there)
             there = [process for process in there if process.pid not in spares]
         return sorted(there, key=lambda process: process.pid)
 
-    def _spares(self, hosts: list[psutil.Process]) -> set[int]:
+    def _spares(self, workers: list[psutil.Process]) -> set[int]:
         """The process that waits to be the next worker: one that is nobody's, while none is on its way."""
-        workers = [w for w in self.ask("/admin/workers") or [] if w["state"] not in ("dead", "standby")]
-        if not workers or any(w["state"] == "starting" for w in workers):
+        members = [w for w in self.ask("/admin/workers") or [] if w["state"] not in ("dead", "standby")]
+        if not members or any(w["state"] == "starting" for w in members):
             return set()
-        return {process.pid for process in hosts} - {w["pid"] for w in workers}
+        return {process.pid for process in workers} - {w["pid"] for w in members}
 
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 
@@ -151,6 +153,8 @@ class Bench:
 
     def _is_whole(self) -> bool:
         if not self.server.ready():
+            return False
+        if len(self.processes("api")) != API_REPLICAS:
             return False
         members = self.ask("/admin/placement").get("workers", [])
         operations = self.ask("/admin/operations") or [{"phase": "unknown"}]

@@ -51,6 +51,13 @@ def test_yaml(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_directory_of_experts_does_not_depend_on_where_a_worker_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert ServeConfig(expert_cache_dir="experts").expert_cache_dir == str(tmp_path / "experts")
+    assert ServeConfig(expert_cache_dir="~/experts").expert_cache_dir == "/home/me/experts"
+
+
 PIECES = (
     *("port", ": ", "- ", "\n", "  ", "[", "]", "{", "}", "!!int ", "!!binary ", "&a ", "*a", "<<"),
     *("1", "2001-", ".inf", "0x", "'", '"', "? ", "|", "%", "\t"),

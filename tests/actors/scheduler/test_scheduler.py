@@ -19,7 +19,7 @@ from tests.actors.batches import EOS, A, B, answers, ids, plan, request, schedul
     [
         (request("r", prompt=0), "prompt", "empty"),
         (request("r", prompt=64), "prompt", "64 tokens"),
-        (request("r", max_tokens=0), "max_tokens", "at least 1"),
+        (request("r", max_tokens=-1), "max_tokens", "at least 0"),
         (request("r", prompt=30, max_tokens=30), "max_tokens", "no worker's KV cache holds more than 40"),
         (request("r", prompt=50, max_tokens=1), "prompt", "no worker's KV cache holds more than 40"),
     ],
@@ -241,7 +241,7 @@ def test_no_more_than_max_num_seqs_run_on_a_worker() -> None:
     assert status.waiting == 2
 
 
-def test_few_tokens_a_step_still_serve_everybody() -> None:
+def test_few_tokens_a_step_still_serve_every_request() -> None:
     s = scheduler({A: 30}, max_num_batched_tokens=2)
     for i in range(4):
         s.add(request(f"r{i}", prompt=3, max_tokens=4))
@@ -252,7 +252,7 @@ def test_few_tokens_a_step_still_serve_everybody() -> None:
     assert s.num_requests == 0
 
 
-def test_a_host_forgets_with_the_next_plan() -> None:
+def test_a_worker_forgets_with_the_next_plan() -> None:
     s = scheduler({A: 30})
     s.add(request("r", max_tokens=1))
     step(s)
