@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint format chaos bench bench-gating bench-gpu clean
+.PHONY: help serve test check lint format test-lm-eval test-schema chaos bench bench-gating bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,12 @@ lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+test-lm-eval: $(VENV)/.installed-dev ## compare lm-evaluation-harness over the server with its transformers model
+	@$(BIN)/python -m tests.evals.driver $(ARGS)
+
+test-schema: $(VENV)/.installed-dev ## let schemathesis try every call that openapi.json describes
+	@$(BIN)/python -m tests.evals.schema $(ARGS)
 
 chaos: $(VENV)/.installed-dev ## kill and stop every process of a server under load, and 20 scale cycles (some 15 minutes)
 	@$(BIN)/python -m tests.chaos.driver $(ARGS)

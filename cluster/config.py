@@ -8,8 +8,10 @@ command line is made from it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import re
 import reprlib
 import types
 import typing
@@ -27,6 +29,12 @@ from elastic_moe.cluster.peers import Networks
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
     """A field of ServeConfig: its default, its text in --help, and the values that are allowed."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+OWN_PATHS = ("v1", "admin", "page")
+"""First parts of paths that have further parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +192,18 @@ class ServeConfig:
         "host names, separated by commas, that a server on loopback answers to besides localhost, such as the name "
         "that a reverse proxy passes on; * allows every name",
     )
+    allowed_origins: str | None = setting(
+        None,
+        "origins, such as https://chat.example.org, separated by commas or as a JSON list, whose web pages may call "
+        "the server from a browser (CORS); * allows every page; calls under /admin need --admin-api-key besides",
+    )
+    allowed_methods: str = setting("*", "methods that pages of --allowed-origins may use; * is all of them")
+    allowed_headers: str = setting("*", "headers that pages of --allowed-origins may send; * is all of them")
+    allow_credentials: bool = setting(False, "let pages of --allowed-origins send cookies and client certificates")
+    root_path: str = setting(
+        "",
+        "path under which a reverse proxy serves this server, such as /llm; the proxy may remove it or pass it on",
+    )
     api_key: str | None = setting(
         None,
         "key that clients must send with every call except /health, /ready, /version, /metrics and /admin; the "
@@ -236,6 +256,7 @@ class ServeConfig:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
         Networks.parse(self.forwarded_allow_ips)
         self._check_limits()
+        self._check_web()
 
     def _check_limits(self) -> None:
         if self.max_workers is None:
@@ -246,6 +267,29 @@ class ServeConfig:
         if not least <= self.workers <= self.max_workers:
             raise ConfigError(f"workers: expected {least} to {self.max_workers}, the limits of the autoscaler, "
                               f"got {self.workers}")  # fmt: skip
+
+    def _check_web(self) -> None:
+        for origin in self.origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allowed_origins: expected origins such as https://chat.example.org, or *, got {origin!r}"
+                )
+        if self.root_path and not ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"root_path: expected a path such as /llm, got {self.root_path!r}")
+        if self.root_path.split("/")[1:2] in ([name] for name in OWN_PATHS):
+            raise ConfigError(f"root_path: {self.root_path} is the beginning of this server's own paths; use another")
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return _names("allowed_origins", self.allowed_origins or "")
+
+    @property
+    def cors_methods(self) -> tuple[str, ...]:
+        return _names("allowed_methods", self.allowed_methods)
+
+    @property
+    def cors_headers(self) -> tuple[str, ...]:
+        return _names("allowed_headers", self.allowed_headers)
 
     @property
     def most_workers(self) -> int:
@@ -283,6 +327,19 @@ class ServeConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
         return data
+
+
+def _names(field: str, text: str) -> tuple[str, ...]:
+    """The names in a text, separated by commas or in a JSON list. Raises ConfigError."""
+    if not text.lstrip().startswith("["):
+        return tuple(filter(None, (part.strip() for part in text.split(","))))
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{field}: expected names separated by commas, or a JSON list of them, got {text[:80]!r}")
+    return tuple(names)
 
 
 def cache_directory() -> Path:

@@ -96,7 +96,8 @@ class Clients:
             readers = self._readers(output, now)
             if readers is None:
                 continue
-            came = self._waiting.pop(output.request_id, None)
+            first = bool(output.token_ids) or output.finish_reason is not None
+            came = self._waiting.pop(output.request_id, None) if first else None
             if came is not None and output.token_ids:
                 self.first_tokens += 1
                 self.first_tokens_s += now - came

@@ -47,7 +47,7 @@ class WorkerCache:
         """Blocks of the longest prefix of the request's tokens that this worker has cached."""
         if not self.prefix_caching:
             return []
-        return self.pool.find(request.keys((len(request.tokens) - 1) // self.block_size, self.block_size))
+        return self.pool.find(request.keys(request.cacheable(self.block_size), self.block_size))
 
     def slack(self, request: RunningRequest, cached: Sequence[int]) -> int:
         """Blocks left over if the request ran here and shared `cached`; negative if it does not fit now.

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import NewType
 
 from elastic_moe.cluster.messages.grammars import Grammar
+from elastic_moe.cluster.messages.scores import PromptScores
 
 RequestId = NewType("RequestId", str)
 
@@ -25,10 +26,22 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingBudget:
+    """Most tokens of an answer's reasoning, and the tokens around it."""
+
+    tokens: int
+    end: tuple[int, ...]
+    """They follow when the tokens are used up. There is at least one."""
+    start: tuple[int, ...] = ()
+    """The reasoning begins after them; without any, the answer begins within the reasoning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens. Checked where it is made (the API); the names and meanings are vLLM's."""
 
     max_tokens: int
+    """0 makes no token: the request ends when its prompt has been run."""
     min_tokens: int = 0
     temperature: float = 1.0
     """0 is greedy."""
@@ -44,12 +57,18 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     """How many alternatives to report with every token; None reports nothing."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """If there are any, these tokens are reported with every token, in place of the most likely ones."""
+    prompt_logprobs: int | None = None
+    """How many alternatives to report with every token of the prompt but the first; None reports nothing."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     allowed_token_ids: tuple[int, ...] | None = None
     """The only tokens that may be chosen; None allows all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that the output must not contain: the last token of one is not chosen after the others."""
+    thinking: ThinkingBudget | None = None
+    """None: the model reasons for as long as it wants."""
     grammar: Grammar | None = None
     """What the output must look like. None allows everything."""
     grammar_after: tuple[int, ...] | None = None
@@ -75,6 +94,10 @@ class GenerateRequest:
     lasting: bool = False
     """Whether it outlives the API replica that it came from. Any replica may follow it, and only CancelRequests ends
     it before its end."""
+    priority: int = 0
+    """Among the requests of one client, a lower number is served earlier."""
+    num_scored: int = 0
+    """Number of prompt tokens whose scores the client already has, when a request is resumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +120,8 @@ class TokenOutput:
     """Prompt tokens that were in the prefix cache when the request first ran."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token of `token_ids` where the request asked for them, else empty."""
+    scores: PromptScores | None = None
+    """Log probabilities of prompt tokens, where the request asked for them. All have come with the first token."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The `stop_token_ids` member that ended it, if one did (an end-of-sequence token leaves None)."""

@@ -9,17 +9,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from elastic_moe.cluster.messages.requests import FinishReason
-from elastic_moe.deploy.api.completions import token_names
+from elastic_moe.deploy.api.completions import ANSWER, token_names
 from elastic_moe.deploy.api.http_io import client_name
 from elastic_moe.deploy.api.responses import Run, ending, new_id, shown_id
 from elastic_moe.deploy.api.sampling import sampling_params, truncated
 from elastic_moe.deploy.api.service import Prompt, Service
 from elastic_moe.deploy.bodies.schema import ChatCompletionRequest
 from elastic_moe.deploy.generation.answer import Delta, ScoredToken
+from elastic_moe.deploy.generation.prompt_logprobs import Scored, check_scores
 from elastic_moe.deploy.parsing.events import CallArguments, CallBegin, Event, TextKind, TextPiece
 from elastic_moe.deploy.text.conversation import text_of
 from elastic_moe.deploy.text.tokenizer import Tokenizer
-from elastic_moe.deploy.tools.plan import tool_plan
+from elastic_moe.deploy.tools.plan import thinking_budget, tool_plan
+from elastic_moe.deploy.web.openapi import described
 
 ROLE = "assistant"
 CALLED = "tool_calls"
@@ -30,7 +32,7 @@ API."""
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", **described(body=ChatCompletionRequest, answers={200: ANSWER}, errors=(404,)))
     async def create(request: Request) -> Response:
         body = await service.bodies.read(request, ChatCompletionRequest)
         service.check_model(body.model)
@@ -40,12 +42,14 @@ def chat_router(service: Service) -> APIRouter:
         prompt = await chat_prompt(service, body)
         response_id = new_id("chatcmpl")
         answers = await service.answers(body, [prompt], response_id=response_id, client=client)
+        check_scores(body, [len(prompt.token_ids)])
         shape = ChatShape(
             service.tokenizer,
             token_names(service.tokenizer, body),
             prompt.text,
-            body.top_logprobs or 0 if body.logprobs else None,
+            (len(body.logprob_token_ids or ()) or body.top_logprobs or 0) if body.logprobs else None,
             prompt.token_ids if body.return_token_ids else None,
+            scored=Scored(service.tokenizer, answers, body) if body.prompt_logprobs is not None else None,
             hides_reasoning=body.hides_reasoning and prompt.new_parser is not None,
             named_tool=body.named_tool is not None,
         )
@@ -70,6 +74,7 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
         to_be_cut=body.truncate_prompt_tokens is not None,
     )
     token_ids = truncated(token_ids, body, defaults=service.defaults, limits=limits)
+    thinking = thinking_budget(service.form, service.tokenizer, text, body.thinking_token_budget)
     params = sampling_params(
         body,
         defaults=service.defaults,
@@ -79,6 +84,7 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
         bad_words=await service.bad_words(body.bad_words),
         grammar=plan.grammar,
         grammar_after=plan.grammar_after,
+        thinking=thinking,
     )
     last = body.messages[-1]
     echo = text_of(last.to_template()["content"]) if body.echo and last.role == ROLE else ""
@@ -106,13 +112,16 @@ class ChatShape:
         *,
         hides_reasoning: bool = False,
         named_tool: bool = False,
+        scored: Scored | None = None,
     ) -> None:
-        """`name` gives a token's name. `prompt` has the prompt's token ids where the client asks for ids.
+        """`name` gives a token's name. `prompt` has the prompt's token ids where the client asks for ids, and `scored`
+        the prompt's log probabilities.
 
         `named_tool`: the request has named the tool to be called, and knows that it is called.
         """
         self._hides_reasoning = hides_reasoning
         self._named_tool = named_tool
+        self._scored_prompt = scored
         self._tokenizer = tokenizer
         self._name = name
         self._prompt = prompt
@@ -120,7 +129,12 @@ class ChatShape:
         self._top_logprobs = top_logprobs
 
     def whole(self) -> dict[str, Any]:
-        return {} if self._prompt is None else {"prompt_token_ids": list(self._prompt)}
+        ids = {} if self._prompt is None else {"prompt_token_ids": list(self._prompt)}
+        scored = self._scored_prompt
+        return ids if scored is None else {**ids, "prompt_logprobs": scored.prompt_logprobs(0, self._name)}
+
+    def scored_tokens(self, index: int) -> int:
+        return 0 if self._scored_prompt is None else self._scored_prompt.size(index)
 
     def choice(self, answer: Delta) -> dict[str, Any]:
         message = {"role": ROLE, "content": self._echo + answer.text, "refusal": None}

@@ -38,6 +38,7 @@ from elastic_moe.deploy.page.feed import (
     sample,
     worker_rows,
 )
+from elastic_moe.deploy.web.openapi import described, text_answer
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ def events_router(service: Service) -> APIRouter:
     router = APIRouter()
     hub = Hub(service)
 
-    @router.get("/admin/events")
+    @router.get("/admin/events", **described(answers={200: text_answer("Server-sent events.", "text/event-stream")}))
     async def events() -> Response:
         return hub.listen()
 

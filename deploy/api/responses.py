@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -20,6 +20,8 @@ from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.bodies.schema import SamplingFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, ScoredToken
 from elastic_moe.deploy.parsing.events import Event
+
+T = TypeVar("T")
 
 TOKENS_AT_ONCE = 64
 """Tokens with log probabilities that are written before other requests get their turn: a few milliseconds."""
@@ -68,6 +70,10 @@ class Shape(Protocol):
 
     def whole(self) -> dict[str, Any]:
         """Fields of the response, or of a stream's first event, that belong to no choice."""
+        ...
+
+    def scored_tokens(self, index: int) -> int:
+        """Number of the prompt's tokens that are written with log probabilities."""
         ...
 
     def choice(self, answer: Delta) -> dict[str, Any]: ...
@@ -120,7 +126,8 @@ class Run:
             async for delta in deltas:
                 collected[delta.index].add(delta)
         choices = [await self._choice(parts.whole(index)) for index, parts in enumerate(collected)]
-        frame = {**self._frame, **self._shape.whole(), "object": self._shape.kind}
+        more = await self._written(self._shape.whole, self._shape.scored_tokens(0))
+        frame = {**self._frame, **more, "object": self._shape.kind}
         return msgspec.json.encode({**frame, "choices": choices, "usage": self._usage()})
 
     async def _choice(self, answer: Delta) -> msgspec.Raw:
@@ -129,10 +136,12 @@ class Run:
         def write() -> msgspec.Raw:
             return msgspec.Raw(msgspec.json.encode(self._shape.choice(answer)))
 
-        if len(answer.tokens) > TOKENS_AT_ONCE:
-            return await asyncio.to_thread(write)
         await asyncio.sleep(0)
-        return write()
+        return await self._written(write, len(answer.tokens) + self._shape.scored_tokens(answer.index))
+
+    async def _written(self, write: Callable[[], T], tokens: int) -> T:
+        """The result of `write`, which runs in a thread where it writes log probabilities of many tokens."""
+        return await asyncio.to_thread(write) if tokens > TOKENS_AT_ONCE else write()
 
     async def _events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         begun: set[int] = set()
@@ -140,12 +149,19 @@ class Run:
             async for delta in deltas:
                 if delta.index not in begun:
                     begun.add(delta.index)
-                    if (opening := self._shape.opening(delta.index)) is not None:
-                        yield self._event([opening], **self._shape.whole())
+                    if (event := await self._opening(delta.index)) is not None:
+                        yield event
                 yield self._event([self._shape.chunk(delta)])
         if self._body.include_usage:
             yield self._event([], usage=True)
         yield DONE
+
+    async def _opening(self, index: int) -> bytes | None:
+        def write() -> bytes | None:
+            opening = self._shape.opening(index)
+            return None if opening is None else self._event([opening], **self._shape.whole())
+
+        return await self._written(write, self._shape.scored_tokens(index))
 
     def _event(self, choices: list[dict[str, Any]], *, usage: bool = False, **more: object) -> bytes:
         event = {**self._frame, **more, "object": self._shape.chunk_kind, "choices": choices}

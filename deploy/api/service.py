@@ -315,6 +315,7 @@ class Service:
                     cache_salt=body.cache_salt or "",
                     eos_token_ids=self.tokenizer.eos_token_ids,
                     client=client,
+                    priority=body.priority or 0,
                 )
                 if len(answers) % ANSWERS_AT_ONCE == 0:
                     await asyncio.sleep(0)

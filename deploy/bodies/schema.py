@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
 
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.deploy.bodies.base import Body
@@ -18,7 +18,14 @@ from elastic_moe.deploy.bodies.json_text import type_name
 from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.bodies.tools import ToolFields, check_choice, check_history
 
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+def _whole(value: object) -> object:
+    """JavaScript and JSON libraries write 2 as 2.0, and other servers take it as an integer."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Int64 = Annotated[Int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 TokenIdList = list[Int32]
 
@@ -27,6 +34,8 @@ BadWord = Annotated[str, Field(min_length=1, max_length=128)]
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 """The same as in OpenAI's API and in vLLM."""
+MAX_LOGPROB_TOKEN_IDS = 128
+"""The same as in vLLM."""
 MAX_BAD_WORDS = 128
 MAX_ALLOWED_TOKEN_IDS = 1 << 14
 
@@ -47,14 +56,15 @@ class SamplingFields(StructuredFields):
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
         "early_stopping": (False,),
-        "prompt_logprobs": (),
-        "logprob_token_ids": ([],),
         "logits_processors": ([],),
-        "thinking_token_budget": (),
         "repetition_detection": (),
+        "max_repetition_pattern_size": (0,),
+        "min_repetition_pattern_size": (0,),
+        "repetition_min_count": (0,),
+        "watermarking": (False,),
         "vllm_xargs": ({},),
-        "priority": (0,),
         "kv_transfer_params": (),
+        "ec_transfer_params": (),
         "prompt_embeds": (),
     }
 
@@ -64,13 +74,13 @@ class SamplingFields(StructuredFields):
     model: str | None = None
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31)
+    top_k: Int | None = Field(None, ge=-1, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: Int64 | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    best_of: int | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0)
+    n: Int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: Int | None = None
+    max_tokens: Int | None = Field(None, ge=1)
+    min_tokens: Int | None = Field(None, ge=0)
     stop: str | list[str] | None = None
     stop_token_ids: TokenIdList | None = None
     include_stop_str_in_output: bool | None = None
@@ -79,10 +89,14 @@ class SamplingFields(StructuredFields):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0)
     logit_bias: dict[str, float] | None = None
+    prompt_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Alternatives to each token of the prompt that are reported with their log probabilities."""
+    logprob_token_ids: TokenIdList | None = Field(None, max_length=MAX_LOGPROB_TOKEN_IDS)
+    """Tokens whose log probabilities are reported in place of those of the most likely ones."""
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    truncate_prompt_tokens: Int | None = Field(None, ge=-1)
     """Most tokens of the prompt that are kept; -1 keeps as many as leave room for the answer."""
     truncation_side: Literal["left", "right"] | None = None
     """The end of the prompt at which tokens are cut off; left by default."""
@@ -93,6 +107,8 @@ class SamplingFields(StructuredFields):
     return_tokens_as_token_ids: bool | None = None
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+    priority: Int64 | None = None
+    """Among the waiting requests of one client, a lower number is served earlier."""
 
     @field_validator("stop")
     @classmethod
@@ -119,6 +135,11 @@ class SamplingFields(StructuredFields):
         return self.n or 1
 
     @property
+    def scored_alternatives(self) -> int | None:
+        """Alternatives to report with each token of the prompt; None where its log probabilities are not needed."""
+        return self.prompt_logprobs
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_tokens
 
@@ -137,13 +158,25 @@ class SamplingFields(StructuredFields):
 
 
 class CompletionRequest(SamplingFields):
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingFields.UNSUPPORTED, "suffix": ("",)}
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **SamplingFields.UNSUPPORTED,
+        "suffix": ("",),
+        "thinking_token_budget": (),
+    }
 
     prompt: SkipValidation[str | list[str] | TokenIds | list[TokenIds]]
     """`packed` has checked it."""
+    max_tokens: Int | None = Field(None, ge=0)
+    """0 makes no token, for the log probabilities of a prompt alone."""
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool | None = None
+
+    @property
+    def scored_alternatives(self) -> int | None:
+        """With an echo, `logprobs` asks for those of the prompt too."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
 
     @classmethod
     def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -214,9 +247,11 @@ class ChatCompletionRequest(SamplingFields, TemplateFields, ToolFields):
     PROMPT: ClassVar[str] = "messages"
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Int | None = Field(None, ge=1)
+    thinking_token_budget: Int | None = Field(None, ge=0, lt=2**31)
+    """Most tokens of the reasoning, which is then ended."""
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     include_reasoning: bool | None = None
 
@@ -322,6 +357,14 @@ def _check_together(body: SamplingFields) -> None:
         raise RequestError("best_of: supported only where it equals n", param="best_of", code="unsupported_value")
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: allowed only when stream is true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise RequestError(
+            "prompt_logprobs: not available in a stream; echo with logprobs is, for completions",
+            param="prompt_logprobs",
+            code="unsupported_value",
+        )
+    if body.logprob_token_ids and not _wants_logprobs(body):
+        raise RequestError("logprob_token_ids: logprobs must be set to use it", param="logprob_token_ids")
     if isinstance(body, ChatCompletionRequest):
         check_choice(body)
         check_history(body.messages)
@@ -332,3 +375,7 @@ def _check_together(body: SamplingFields) -> None:
                 "continue_final_message: cannot be true together with add_generation_prompt",
                 param="continue_final_message",
             )
+
+
+def _wants_logprobs(body: SamplingFields) -> bool:
+    return getattr(body, "logprobs", None) not in (None, False)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.scores import PromptScores, joined
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.parsing.events import Event, TextKind, TextPiece
@@ -96,6 +97,13 @@ class Answer:
         self._stop_strings = StopStrings(stops, include=include_stop)
         self._text_chars = 0
         self._return_token_ids = return_token_ids
+        self._scores: list[PromptScores] = []
+
+    @property
+    def scores(self) -> PromptScores | None:
+        """The log probabilities of the prompt's tokens, where the client asks for them. They are whole with the first
+        delta; None for a prompt of one token."""
+        return joined(self._scores)
 
     def feed(self, output: TokenOutput) -> Delta:
         """The delta that an output makes. Raises GenerationFailed where the engine reports an error."""
@@ -104,6 +112,8 @@ class Answer:
         if self.cached_tokens is None:
             # after a loss of the engine, the resumed request reports the number again; the first report counts
             self.cached_tokens = output.cached_tokens
+        if output.scores is not None:
+            self._scores.append(output.scores)
         text = ""
         scored: list[ScoredToken] = []
         made: list[int] = []
@@ -207,8 +217,9 @@ async def answer_deltas(
                     began()
                 delta = answer.feed(output)
                 now = time.perf_counter()
-                metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
-                last, tokens = now, answer.completion_tokens
+                if answer.completion_tokens > tokens:
+                    metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
+                    last, tokens = now, answer.completion_tokens
                 if delta.finish_reason is not None:
                     reason = delta.finish_reason
                 if not delta.empty:

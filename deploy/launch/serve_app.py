@@ -39,6 +39,7 @@ from elastic_moe.deploy.launch.ray_private import keep_grpc_local
 from elastic_moe.deploy.text.prompts import BoundedPrompts
 from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
+from elastic_moe.deploy.web.old_http import serve_old_http
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Api:
         config = ServeConfig.from_mapping(settings)
         set_up("api", LogSettings.of(config))
         keep_grpc_local()
+        serve_old_http()
         self._coordinator = start(config, model_dir)
         self._name = uuid.uuid4().hex
         """As the coordinator knows this replica."""

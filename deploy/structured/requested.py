@@ -19,6 +19,8 @@ from elastic_moe.deploy.bodies.structured import (
 )
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""Between the elements of JSON. A bound, since models that have nothing to say write spaces up to their last token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +46,15 @@ def json_grammar(
 ) -> Grammar:
     """A grammar of a JSON schema.
 
-    `whitespace` allows any between the elements, and `whitespace_pattern` says which. `closed` allows in an object only
-    the properties that its schema names, unless the schema says otherwise itself.
+    `whitespace` allows spaces and line feeds between the elements, and `whitespace_pattern` says which. `closed` allows
+    in an object only the properties that its schema names, unless the schema says otherwise itself.
     """
     schema = _closed(schema) if closed else schema
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    options: dict[str, Any] = {"whitespace_flexible": whitespace and whitespace_pattern is None}
-    if whitespace_pattern is not None:
-        options["whitespace_pattern"] = whitespace_pattern
+    options: dict[str, Any] = {"whitespace_flexible": False}
+    if whitespace_pattern is not None or whitespace:
+        options["whitespace_pattern"] = WHITESPACE if whitespace_pattern is None else whitespace_pattern
     if isinstance(schema, dict):
         schema = {**schema, "x-guidance": options}
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))

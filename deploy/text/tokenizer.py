@@ -182,6 +182,22 @@ class Tokenizer:
             )
         )
 
+    def info(self) -> dict[str, Any]:
+        """The tokenizer's settings, as vLLM's /tokenizer_info has them: what is JSON in tokenizer_config.json, the
+        special tokens, and the chat template in force."""
+        settings = {
+            name: str(value) if type(value).__name__ == "AddedToken" else value
+            for name, value in self._inner.init_kwargs.items()
+            if not name.endswith("_file") and name != "name_or_path"
+        }
+        tokens = {f"{name}_token": getattr(self._inner, f"{name}_token", None) for name in ("bos", "eos", "pad", "unk")}
+        known = {name: value for name, value in settings.items() if _is_json(value)}
+        return known | {
+            **tokens,
+            "tokenizer_class": type(self._inner).__name__,
+            "chat_template": self._chat_template or self._inner.chat_template,
+        }
+
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end-of-sequence token of the tokenizer itself, if it has one."""
@@ -258,6 +274,14 @@ def without_torch() -> None:
 
     for module in (utils, import_utils):
         vars(module)["is_torch_available"] = lambda: False
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def id_name(token_id: int) -> str:

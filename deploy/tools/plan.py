@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.grammars import Grammar
+from elastic_moe.cluster.messages.requests import ThinkingBudget
 from elastic_moe.deploy.bodies.tools import ToolFields
 from elastic_moe.deploy.parsing.formats import LIST_OF_CALLS, AnswerForm, family_called
 from elastic_moe.deploy.parsing.grammars import Thinking, answer_grammar, thinking_of, writes_calls
@@ -82,6 +84,34 @@ async def tool_plan(
     if grammar is None:
         return dataclasses.replace(plan, grammar=asked, grammar_after=after)
     return dataclasses.replace(plan, grammar=await checked(grammar, param=_param(fields, tools)))
+
+
+def thinking_budget(form: AnswerForm, tokenizer: Tokenizer, prompt: str, tokens: int | None) -> ThinkingBudget | None:
+    """The bound of the reasoning after `prompt`; None where there is none to bound.
+
+    Raises RequestError where a bound is asked for, and the model's reasoning cannot be told apart.
+    """
+    if tokens is None:
+        return None
+    if not form.has_reasoning or form.template(tools=False) is None:
+        raise RequestError(
+            "thinking_token_budget: this server does not know how the model marks its reasoning; start it with "
+            "--reasoning-parser",
+            param="thinking_token_budget",
+            code="unsupported_parameter",
+        )
+    begun = begun_answer(form, prompt)
+    parser = AnswerParser(form, begun=begun, tools=(), max_calls=None)
+    thinking = thinking_of(form, begun, in_reasoning=parser.in_reasoning)
+    if thinking is None:
+        return None
+    start, end = (_tokens(tokenizer, mark) for mark in thinking.marks)
+    return ThinkingBudget(tokens=tokens, end=end, start=() if thinking.open else start)
+
+
+def _tokens(tokenizer: Tokenizer, mark: str) -> tuple[int, ...]:
+    token_id = tokenizer.id_of_piece(mark)
+    return tuple(tokenizer.encode(mark, add_special_tokens=False)) if token_id is None else (token_id,)
 
 
 def _parsers(form: AnswerForm, begun: str, tools: Tools, max_calls: int | None) -> NewParser | None:

@@ -57,7 +57,7 @@ def check_grammar(grammar: Grammar, vocabulary: Vocabulary) -> None:
     matcher = compile_grammar(grammar, vocabulary)
     mask = matcher.compute_bitmask()
     if matcher.is_error():
-        reason = matcher.stop_reason()
+        reason = one_line(matcher.get_error())
         raise GrammarError("no text matches it" if reason.startswith("NoExtension") else f"too complex: {reason}")
     if not any(mask):
         raise GrammarError("the model's tokens cannot write any text that matches it")

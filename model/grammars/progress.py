@@ -64,7 +64,7 @@ class Progress:
         self._edits = 0
         """How often such tokens have been removed."""
         self._spoilt: int | None = None
-        """Place of the first token that stands for one that could not be sampled."""
+        """Place of the first token that no grammar goes on after."""
         self._job: MaskJob | None = None
         self._job_at = (-1, 0)
 
@@ -80,7 +80,9 @@ class Progress:
 
     def grown(self, *, spoilt: bool = False) -> None:
         """A token was added. `spoilt`: it only stands for one that could not be sampled."""
-        if spoilt and self._spoilt is None:
+        # the answer ends with an end-of-sequence token, and what follows is one token too many
+        ends = self._begin is not None and self._tokens[-1] in self._eos
+        if (spoilt or ends) and self._spoilt is None:
             self._spoilt = len(self._tokens) - 1
         size = len(self._after)
         if self._begin is None and self._tokens[max(self._prompt, len(self._tokens) - size) :] == self._after:
@@ -206,7 +208,7 @@ class _Matching:
             raise GrammarError("the output does not follow the grammar")
         bits = matcher.compute_bitmask()
         if matcher.is_error():
-            raise GrammarError(f"the grammar is too complex at this place: {matcher.stop_reason()}")
+            raise GrammarError(one_line(f"the grammar is too complex at this place: {matcher.get_error()}"))
         self.last_s = time.perf_counter() - began
         return np.frombuffer(bits, dtype=np.uint8)
 

@@ -42,9 +42,8 @@ def make_vocabulary(text: str, *, width: int | None = None, eos_token_ids: Seque
     `width` is the number of logits; by default the number of tokens. The tokens `eos_token_ids` end an answer; without
     any, one that llguidance finds. Raises CheckpointError where llguidance cannot use the tokenizer.
     """
-    ends = [token_id for token_id in eos_token_ids if width is None or token_id < width]
     try:
-        tokenizer = _load(text, width, ends)
+        tokenizer = _load(text, width, list(eos_token_ids))
     except Exception as error:  # noqa: BLE001 - llguidance raises whatever its parsers raise
         message = " ".join(str(error).split())[:300]
         raise CheckpointError(f"structured output cannot use this model's {FILE}: {message}") from None
@@ -55,7 +54,8 @@ def _load(text: str, width: int | None, ends: list[int]) -> LLTokenizer:
     try:
         return LLTokenizer(text, n_vocab=width, eos_token=ends or None)
     except ValueError:
-        if width is None:
-            raise
-        # some tokenizers have more tokens than their model has logits
-        return LLTokenizer(text, eos_token=ends or None)
+        # some tokenizers have more tokens than their model has logits, and some models end with tokens that the
+        # tokenizer does not have
+        size = LLTokenizer(text).vocab_size
+        ends = [token_id for token_id in ends if token_id < size]
+        return LLTokenizer(text, n_vocab=max(size, width or 0), eos_token=ends or None)

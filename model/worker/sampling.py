@@ -24,6 +24,7 @@ from torch import Tensor
 from elastic_moe.cluster.messages.requests import SamplingParams, TokenLogprobs
 from elastic_moe.cluster.messages.steps import NewSequence
 from elastic_moe.model.grammars.progress import Mask, Progress
+from elastic_moe.model.worker.thinking import Thinking
 from elastic_moe.model.worker.token_counts import TokenCounts
 
 GREEDY_BELOW = 1e-5
@@ -71,6 +72,7 @@ class SamplingState:
         "num_prompt_tokens",
         "params",
         "progress",
+        "thinking",
         "token_ids",
     )
 
@@ -91,6 +93,7 @@ class SamplingState:
         self._counts: TokenCounts | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             self._counts = TokenCounts(self.token_ids, self.num_prompt_tokens)
+        self.thinking = None if params.thinking is None else Thinking(params.thinking, self.num_prompt_tokens)
         self.progress: Progress | None = None
         """The place in the grammar, if the sequence has one."""
         if compiled is not None:
@@ -125,6 +128,10 @@ class SamplingState:
         if self.progress is not None:
             self.progress.cut()
 
+    def forced(self) -> int | None:
+        """The token that must come next, since the reasoning has used up its tokens; None where there is none."""
+        return None if self.thinking is None else self.thinking.forced(self.token_ids)
+
     @property
     def _adjusted(self) -> bool:
         return (
@@ -132,6 +139,7 @@ class SamplingState:
             or self._counts is not None
             or self._allowed is not None
             or self.mask is not None
+            or self.thinking is not None
             or self._masked
         )
 
@@ -264,7 +272,19 @@ def _adjust(logits_BV: Tensor, rows: Sequence[int], states: Sequence[SamplingSta
         seen = adjusted_RV[at]
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
         adjusted_RV[at] = seen - subtract
+    forced = [(row, token) for row, state in enumerate(own) if (token := state.forced()) is not None]
+    if forced:
+        _force(forced, adjusted_RV)
+        if blocked_R is not None:
+            blocked_R[[row for row, _ in forced]] = False
     return adjusted_RV, blocked_R
+
+
+def _force(forced: Sequence[tuple[int, int]], logits_RV: Tensor) -> None:
+    """Make one token the only possible one of each of these rows, whatever forbids it, in place."""
+    rows, tokens = _to(np.array(forced, dtype=np.int64).T.copy(), logits_RV.device)
+    logits_RV.index_fill_(0, rows, -torch.inf)
+    logits_RV[rows, tokens] = 0.0
 
 
 def _keep_masked(masks: Sequence[tuple[int, Mask]], logits_RV: Tensor) -> None:
@@ -440,25 +460,32 @@ def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[tuple[list[int], Tensor]]:
     """The rows that want the model's log probabilities, in parts. Each part has a table with a line per row."""
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for row, state in enumerate(states):
         if state.params.logprobs is not None:
-            groups.setdefault(state.params.logprobs, []).append(row)
+            groups.setdefault((state.params.logprobs, state.params.logprob_token_ids), []).append(row)
     found: list[tuple[list[int], Tensor]] = []
     # rows with one number of alternatives at a time: which of equal tokens topk returns may depend on that number
-    for number, rows in groups.items():
+    for (number, named), rows in groups.items():
         for part in _parts(rows, logits_BV):
             index = _to(np.array(part, dtype=np.int64), logits_BV.device)
-            found.append((part, _logprobs_of(logits_BV[index], tokens_B[index], number)))
+            found.append((part, _logprobs_of(logits_BV[index], tokens_B[index], number, named)))
     return found
 
 
-def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
-    """[R, 2 (1 + number)] the ids of the chosen and the most likely tokens, then their log probabilities (float64)."""
+def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int, named: Sequence[int]) -> Tensor:
+    """[R, 2 (1 + A)] the ids of the chosen token and of A others, then their log probabilities (float64).
+
+    The others are the tokens `named`, or else the `number` most likely ones.
+    """
     # CUDA adds up a row in an order that depends on its place in memory; rounding from float64 hides the difference
     dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
     logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float().clamp_(min=LEAST_LOGPROB)
-    values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
+    if named:
+        ids = _to(np.array(named, dtype=np.int64), logits_RV.device).expand(len(tokens_R), -1)
+        values = logprobs_RV.gather(1, ids)
+    else:
+        values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
     chosen = tokens_R[:, None]
     return torch.cat([part.double() for part in (chosen, ids, logprobs_RV.gather(1, chosen), values)], dim=1)
 

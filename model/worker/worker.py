@@ -23,7 +23,7 @@ from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAbor
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostSpec, RoutingCounts
 from elastic_moe.cluster.messages.requests import RequestId
-from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan, StepResult
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
@@ -41,6 +41,7 @@ from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.worker.next_tokens import choose
 from elastic_moe.model.worker.runner import ModelRunner
 from elastic_moe.model.worker.sampling import SamplingState
+from elastic_moe.model.worker.scoring import Scoring, score
 
 log = logging.getLogger(__name__)
 
@@ -322,13 +323,15 @@ class Worker:
         for new in plan.new:
             self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[])
         slices = [self._slice(chunk) for chunk in plan.chunks]
+        scoring = self._scoring(plan)
         sampling = {chunk.request_id: self._sequences[chunk.request_id].state for chunk in plan.chunks if chunk.samples}
         constrained = [state.progress for state in sampling.values() if state.progress is not None]
         if constrained:
             self._masks.begin(constrained)
-        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
+        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter, keep=bool(scoring))
         if constrained:
             self._masks.finish(constrained)
+        scored = score(scoring, self._runner.logits, self._runner.vocabulary)
         with torch.inference_mode():
             chosen = choose(logits, sampling)
         assert self._epoch is not None
@@ -338,14 +341,27 @@ class Worker:
         # workers wait for one another, so a prompt on one worker makes the step a prefill step for all
         decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
+        broken = {one for one in scored if not isinstance(one, ScoredPrompt)}
+        corrupted = {*chosen.corrupted, *broken}
         return StepResult(
             step=plan.step,
-            samples=chosen.samples,
+            samples=tuple(one for one in chosen.samples if one.request_id not in broken),
             compute_s=compute_s,
-            corrupted=chosen.corrupted,
-            unready=chosen.unready,
-            stuck=chosen.stuck,
+            corrupted=tuple(corrupted),
+            unready=tuple(request_id for request_id in chosen.unready if request_id not in broken),
+            stuck=tuple(one for one in chosen.stuck if one.request_id not in broken),
+            scored=tuple(s for s in scored if isinstance(s, ScoredPrompt) and s.request_id not in corrupted),
         )
+
+    def _scoring(self, plan: StepPlan) -> list[Scoring]:
+        wanted: list[Scoring] = []
+        row = 0
+        for chunk in plan.chunks:
+            one = Scoring.of(chunk, row, self._sequences[chunk.request_id].state)
+            if one is not None:
+                wanted.append(one)
+            row += chunk.length
+        return wanted
 
     def _state(self, new: NewSequence) -> SamplingState:
         grammar = new.params.grammar

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -19,6 +21,7 @@ from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.views import (
     EngineStatus,
     Operation,
@@ -89,6 +92,23 @@ def make_sentencepiece_tokenizer(directory: Path, *, chat_template: str = TEMPLA
     (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chat_template}))
 
 
+def fake_scores(request: GenerateRequest, chunk: int) -> Iterator[PromptScores]:
+    """The log probability of the token at place n is -n, and it is n alternatives behind the most likely one."""
+    prompt, alternatives = request.prompt_token_ids, request.params.prompt_logprobs
+    if alternatives is None:
+        return
+    for start in range(request.num_scored + 1, len(prompt), chunk):
+        places = range(start, min(start + chunk, len(prompt)))
+        top = range(alternatives)
+        yield PromptScores(
+            start=start,
+            width=1 + alternatives,
+            ids=array("i", [i for at in places for i in (prompt[at], *(prompt[at] + n for n in top))]).tobytes(),
+            logprobs=array("f", [v for at in places for v in (-at, *(-at - 0.5 * n for n in top))]).tobytes(),
+            ranks=array("i", [1 + at for at in places]).tobytes(),
+        )
+
+
 @dataclass
 class FakeBackend:
     """Answers with the tokens of `script`, in chunks of `chunk`; an end-of-sequence token where the script ends."""
@@ -120,6 +140,11 @@ class FakeBackend:
         self.running.add(request.request_id)
         done = False
         try:
+            for scores in fake_scores(request, self.chunk):
+                yield dataclasses.replace(self._output(request, 0, (), None), scores=scores)
+            if not request.params.max_tokens:
+                done = True
+                yield self._output(request, 0, (), FinishReason.LENGTH)
             tokens = [*self.script(request), EOS][: request.params.max_tokens]
             for start in range(0, len(tokens), self.chunk):
                 await asyncio.sleep(self.delay_s)

@@ -30,8 +30,8 @@ LIMITS = Limits(max_model_len=100, vocab_size=50)
         ("top_p", 1.5),
         ("top_k", 1.5),
         ("min_p", 2),
-        ("max_tokens", 0),
         ("max_tokens", -1),
+        ("max_tokens", 2.5),
         ("max_tokens", 1.5),
         ("max_tokens", "10"),
         ("max_tokens", True),
@@ -53,7 +53,7 @@ LIMITS = Limits(max_model_len=100, vocab_size=50)
         ("best_of", 3),
         ("suffix", "x"),
         ("use_beam_search", True),
-        ("prompt_logprobs", 1),
+        ("prompt_logprobs", 21),
         ("response_format", {"type": "yaml"}),
         ("guided_regex", ["a*"]),
         ("guided_choice", []),
@@ -71,7 +71,10 @@ LIMITS = Limits(max_model_len=100, vocab_size=50)
         ("logprob_token_ids", [1]),
         ("length_penalty", 0.5),
         ("early_stopping", True),
-        ("priority", 1),
+        ("priority", 2**63),
+        ("watermarking", True),
+        ("max_repetition_pattern_size", 4),
+        ("ec_transfer_params", {"a": 1}),
         ("thinking_token_budget", 5),
         ("repetition_detection", {"max_pattern_size": 4}),
         ("return_token_ids", 1),
@@ -171,6 +174,16 @@ def test_special_tokens_without_spaces_between_them_are_not_shown() -> None:
     parse(CompletionRequest, fields)
     with pytest.raises(RequestError, match="spaces_between_special_tokens"):
         parse(CompletionRequest, {**fields, "skip_special_tokens": False})
+
+
+def test_whole_numbers_may_be_written_as_floats() -> None:
+    """JavaScript and some JSON libraries do so, and other servers take them."""
+    fields = {"max_tokens": 2.0, "n": 1.0, "top_k": 5.0, "seed": 7.0, "logprobs": 3.0, "min_tokens": 0.0}
+    body = parse(CompletionRequest, {"prompt": "a", **fields})
+    for name, value in fields.items():
+        assert getattr(body, name) == value
+        assert type(getattr(body, name)) is int
+    assert parse(ChatCompletionRequest, {"messages": USER, "max_completion_tokens": 2.0}).token_limit == 2
 
 
 def test_harmless_and_unknown_fields_are_accepted() -> None:

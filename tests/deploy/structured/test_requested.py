@@ -10,10 +10,10 @@ import pytest
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.grammars import GrammarKind
 from elastic_moe.deploy.bodies.schema import CompletionRequest, parse
-from elastic_moe.deploy.structured.requested import RequestedGrammar, requested_grammar
+from elastic_moe.deploy.structured.requested import WHITESPACE, RequestedGrammar, requested_grammar
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-FLEXIBLE = {"x-guidance": {"whitespace_flexible": True}}
+FLEXIBLE = {"x-guidance": {"whitespace_flexible": False, "whitespace_pattern": WHITESPACE}}
 OPEN = json.dumps({**SCHEMA, **FLEXIBLE}, separators=(",", ":"))
 OBJECT = json.dumps({"type": "object", **FLEXIBLE}, separators=(",", ":"))
 JSON, REGEX, CHOICE = GrammarKind.JSON_SCHEMA, GrammarKind.REGEX, GrammarKind.CHOICE
@@ -77,7 +77,7 @@ def test_options_of_json() -> None:
         assert found is not None
         return json.loads(found.grammar.text)
 
-    assert schema()["x-guidance"] == {"whitespace_flexible": True}, "a client cannot weaken its own schema"
+    assert schema()["x-guidance"] == FLEXIBLE["x-guidance"], "a client cannot weaken its own schema"
     assert schema(disable_any_whitespace=True)["x-guidance"] == {"whitespace_flexible": False}
     pattern = {"whitespace_flexible": False, "whitespace_pattern": " ?"}
     assert schema(whitespace_pattern=" ?")["x-guidance"] == pattern
