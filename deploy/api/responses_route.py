@@ -177,7 +177,7 @@ async def _in_background(service: Service, record: Record, *, stream: bool) -> R
     taken = service.places.take(record.request.client, 1)
     try:
         await service.following.accept(record, began=taken.give_back)
-    except NotReadyError:
+    except BaseException:
         taken.give_back()
         raise
     if stream:
