@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint format test-lm-eval test-schema chaos bench bench-gating bench-gpu clean
+.PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos bench bench-gating bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,7 +30,10 @@ serve: $(VENV)/.installed ## set up and serve the built-in model on http://127.0
 	@exec $(BIN)/emoe serve --workers 2 $(ARGS)
 
 test: $(VENV)/.installed-dev ## set up and run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+test-clients: $(VENV)/.installed-dev ## third-party clients against a real server, each in its own environment
+	@$(BIN)/python -m tests.clients.driver $(ARGS)
 
 check: lint ## lint, the pure tests with few examples, and one model family: about a minute
 	@$(BIN)/python -m pytest -m "not ray" --hypothesis-profile=quick tests/cluster tests/optimizer tests/actors tests/deploy

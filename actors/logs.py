@@ -1,7 +1,8 @@
-"""Log lines of every process: where they go, and what they look like.
+"""The log lines of every process: where they go, and their format.
 
-On the machine of `emoe serve`, all processes append to one file, which `emoe serve` follows (deploy/console.py).
-Elsewhere, or where that file cannot be written, lines go to standard error, which Ray keeps in a file for each process.
+On the machine of `emoe serve`, all processes append to one file, and `emoe serve` shows what is appended
+(deploy/launch/console.py). On other machines, or if that file cannot be written, lines go to standard error, which Ray
+writes to a file for each process.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.lines import single_line
 
 OURS = "elastic_moe"
-"""The logger with our level; of other packages, warnings are logged."""
+"""The logger of this project, which gets the configured level. Other packages log warnings and errors only."""
 MORE = "  | "
-"""Begins the lines of a traceback, which follow the line that they belong to."""
+"""Prefix of the lines of a traceback. They follow the line of the error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class LogSettings:
     level: str = "info"
     json: bool = False
     file: str | None = None
-    """None: standard error."""
+    """Path of the log file. None: standard error."""
 
     @classmethod
     def of(cls, config: ServeConfig) -> LogSettings:
@@ -41,7 +42,7 @@ class LogSettings:
 
 
 def set_up(process: str, settings: LogSettings) -> None:
-    """Send this process's log lines, warnings and the tracebacks of its threads where `settings` say."""
+    """Log this process's lines, warnings and uncaught errors of threads as `settings` say."""
     handler = _handler(settings)
     handler.setFormatter((JsonFormatter if settings.json else TextFormatter)(process))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -55,7 +56,7 @@ def set_up(process: str, settings: LogSettings) -> None:
 
 
 def as_before() -> Callable[[], None]:
-    """A function that undoes what `set_up` will change from now on."""
+    """Returns a function that restores the logging of now, after a later `set_up`."""
     handlers, level, hook = logging.root.handlers[:], logging.root.level, threading.excepthook
     own = logging.getLogger(OURS).level
 
@@ -70,7 +71,7 @@ def as_before() -> Callable[[], None]:
 
 
 def log_file() -> str | None:
-    """The file that this process logs to, if it does so."""
+    """Path of the file that this process logs to; None if it logs to standard error."""
     return next((handler.path for handler in logging.root.handlers if isinstance(handler, FileLines)), None)
 
 
@@ -84,7 +85,7 @@ def _handler(settings: LogSettings) -> logging.Handler:
 
 
 class _Copy(logging.Filter):
-    """Hands errors to another handler. A filter, because Serve takes all handlers away when it is configured anew."""
+    """Passes errors to another handler. It is a filter, because Serve removes handlers when it is configured again."""
 
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 class FileLines(logging.Handler):
-    """Appends records to a file that other processes append to as well, each record by one call of the system."""
+    """Appends records to a file that several processes share. Each record is one system call, so that none is cut."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class FileLines(logging.Handler):
         self._file = -1
 
     def usable(self) -> bool:
-        """The file is made by the first record, so that a server which does not come up leaves none."""
+        """Whether the file can be written. The first record creates it, so that a failed start leaves no empty file."""
         return os.access(self.path if os.path.exists(self.path) else os.path.dirname(self.path), os.W_OK)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -124,7 +125,7 @@ class FileLines(logging.Handler):
             self.handleError(record)
 
     def _moved(self) -> bool:
-        """Whether the file has been put aside because it was long."""
+        """Whether the file was renamed, as `emoe serve` does with a long one."""
         try:
             return not os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except OSError:
@@ -143,7 +144,7 @@ class FileLines(logging.Handler):
 
 
 class TextFormatter(logging.Formatter):
-    """`TIME LEVEL PROCESS[PID] LOGGER: MESSAGE: ERROR` in one line, and a traceback's lines after it."""
+    """`TIME LEVEL PROCESS[PID] LOGGER: MESSAGE: ERROR` in one line, followed by the lines of a traceback."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -155,7 +156,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """An object in one line."""
+    """One JSON object in one line."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -192,8 +193,11 @@ def _traceback(record: logging.LogRecord) -> str:
 
 
 def log_directory(state_home: str | None, fallback: Path) -> Path:
-    """Where log files are kept, made if need be: elastic-moe under $XDG_STATE_HOME, given as `state_home`, or under
-    ~/.local/state; `fallback` where neither can be written."""
+    """The directory for log files, created if it is missing.
+
+    It is `elastic-moe` under `state_home` ($XDG_STATE_HOME), by default under ~/.local/state, or else `fallback`.
+    Raises PermissionError if none of them can be written.
+    """
     for choice in (_state_directory(state_home), fallback):
         if choice is None:
             continue
@@ -201,11 +205,11 @@ def log_directory(state_home: str | None, fallback: Path) -> Path:
             choice.mkdir(mode=0o700, parents=True, exist_ok=True)
             if os.access(choice, os.W_OK | os.X_OK):
                 return choice
-    raise PermissionError(f"no directory for log files: {fallback} cannot be written either")
+    raise PermissionError(f"log files: cannot write to {_state_directory(state_home)} or to {fallback}")
 
 
 def _state_directory(state_home: str | None) -> Path | None:
     try:
         return (Path(state_home) if state_home else Path.home() / ".local" / "state") / "elastic-moe"
-    except RuntimeError:  # no home
+    except RuntimeError:  # the user has no home directory
         return None

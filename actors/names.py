@@ -6,13 +6,13 @@ NAMESPACE = "emoe"
 COORDINATOR = "coordinator"
 ENGINE = "engine"
 MIGRATOR = "migrator"
-HOST_PREFIX = "host-"
+WORKER_PREFIX = "worker-"
 
 
-def host_name(worker: WorkerId) -> str:
-    return f"{HOST_PREFIX}{worker}"
+def actor_name(worker: WorkerId) -> str:
+    return f"{WORKER_PREFIX}{worker}"
 
 
 def is_ours(name: str) -> bool:
     """Whether an actor of NAMESPACE is one that a coordinator made."""
-    return name in (ENGINE, MIGRATOR) or name.startswith(HOST_PREFIX)
+    return name in (ENGINE, MIGRATOR) or name.startswith(WORKER_PREFIX)

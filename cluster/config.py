@@ -103,8 +103,25 @@ class ServeConfig:
     )
     expert_memory_bytes: int | None = setting(
         None,
-        "bytes that experts may take on each worker; if not given, the memory that the KV cache leaves free",
+        "bytes that experts may take in the device of each worker, which is a GPU's memory or a CPU worker's; experts "
+        "beyond it are read from disk when they are needed; if not given, the memory that the KV cache leaves free",
         at_least=1,
+    )
+    host_expert_memory_bytes: int | None = setting(
+        None,
+        "bytes of pinned memory that each GPU worker may use for experts that do not fit in its GPU; 0 uses none; if "
+        "not given, a share of the node's free memory",
+        at_least=0,
+    )
+    expert_cache_dir: str | None = setting(
+        None,
+        "directory of each node in which experts are kept as they are computed with, for fast reading; if not given, "
+        "~/.cache/elastic-moe/experts",
+    )
+    expert_cache_policy: str = setting(
+        "lfru",
+        "policy that chooses which expert leaves the cache area of a layer: lfru weighs recent use and frequency",
+        choices=("lfru", "lru", "lfu", "lifo"),
     )
     redundant_experts: int = setting(
         0, "number of additional slots per layer, over all workers, for replicas of experts", at_least=0
@@ -255,6 +272,9 @@ class ServeConfig:
         if self.port > 65535:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
         Networks.parse(self.forwarded_allow_ips)
+        if self.expert_cache_dir is not None:
+            # workers have other working directories
+            object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
         self._check_limits()
         self._check_web()
 
@@ -314,7 +334,7 @@ class ServeConfig:
 
     @classmethod
     def read_yaml(cls, path: Path) -> dict[str, Any]:
-        """The mapping in a YAML file, unchecked. Raises ConfigError where it cannot be read or is no mapping."""
+        """The mapping in a YAML file, unchecked. Raises ConfigError if it cannot be read or is no mapping."""
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
@@ -349,7 +369,7 @@ def cache_directory() -> Path:
 
 
 def native_wanted() -> bool:
-    """Whether workers may use the native library. They may not where EMOE_NATIVE is 0."""
+    """Whether workers may use the native library: not if the environment variable EMOE_NATIVE is 0."""
     return os.environ.get("EMOE_NATIVE") != "0"
 
 

@@ -8,7 +8,7 @@ EmoeError
 │   └── RequestError        a request that cannot be served; carries OpenAI's `param` and `code`
 ├── ConflictError       another operation is under way
 ├── NotReadyError       the cluster cannot serve yet, or not now
-├── HostError           a worker could not do what it was asked, and its peers are not the cause
+├── WorkerError         a worker could not do what it was asked, and its peers are not the cause
 └── StepAborted         a lock-step peer is gone; the step must be run again in the next epoch
 """
 
@@ -58,7 +58,7 @@ class NotReadyError(EmoeError):
     """The cluster cannot serve yet, or not now."""
 
 
-class HostError(EmoeError):
+class WorkerError(EmoeError):
     """A worker could not do what it was asked; for example, the model failed on these tokens. The message says how."""
 
 

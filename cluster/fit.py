@@ -13,22 +13,22 @@ from enum import StrEnum
 
 
 class Part(StrEnum):
-    """What of a model can be served in several ways."""
+    """A part of a model that different code can serve."""
 
     LAYERS = "layers"
-    """All decoder layers. Joined ones run one after another where workers exchange tokens by PyTorch."""
+    """All decoder layers. Layers that are joined still run one by one if workers exchange tokens through PyTorch."""
     ATTENTION_HALF = "attention_half"
-    """Of a decoder layer: everything up to its feed-forward half."""
+    """A decoder layer up to its feed-forward half."""
     ATTENTION = "attention"
-    """Of queries over the KV cache."""
+    """Attention of queries over the KV cache."""
     ROUTER = "router"
     EXPERTS = "experts"
     NORMS = "norms"
     ROTARY = "rotary"
     LINEARS = "linears"
     EXCHANGE = "exchange"
-    """Of tokens and sums between the workers of one node: native where every one of them says so. Between nodes and on
-    GPUs it is always PyTorch's."""
+    """The exchange of tokens and sums between workers. It is native if all workers are on one node and can use it;
+    between nodes and on GPUs it is always PyTorch's."""
 
 
 class CodePath(StrEnum):
@@ -58,11 +58,11 @@ class PartFit:
 
     part: Part
     modules: str
-    """What they are: the name of their class, or a description."""
+    """Name of the modules' class, or a description."""
     count: int
     path: CodePath
     reason: str | None = None
-    """Why no faster path serves them; None where this is the fastest one."""
+    """Why no faster path serves them; None if this is the fastest one."""
 
     def __str__(self) -> str:
         why = "" if self.reason is None else f" ({self.reason})"
@@ -98,25 +98,25 @@ class FitReport:
         return " + ".join(f"{path} {count}/{total}" for path, count in counts.most_common())
 
     def text(self) -> str:
-        """The summary, and below it each row that a faster path could not serve."""
+        """The summary, and below it a line for each row that no faster path could serve."""
         return "\n  ".join((self.summary(), *self.reasons()))
 
     def reasons(self) -> tuple[str, ...]:
-        """A sentence for each row that a faster path could not serve."""
+        """A sentence for each row that no faster path could serve."""
         return tuple(str(row) for row in self.rows if row.reason is not None)
 
 
 class FitNotes:
-    """Collects what is found about single modules, for a report."""
+    """Collects notes about single modules, for a report."""
 
     def __init__(self, rows: Iterable[PartFit] = ()) -> None:
-        """rows: what has been found already."""
+        """rows: notes that have been collected already."""
         self._counts: Counter[tuple[Part, str, CodePath, str | None]] = Counter()
         for row in rows:
             self.add(row.part, row.modules, row.path, row.reason, count=row.count)
 
     def add(self, part: Part, modules: str, path: CodePath, reason: str | None = None, *, count: int = 1) -> None:
-        """`count` modules of this kind are served by `path`; reason: why not by a faster one."""
+        """Note that `path` serves `count` modules of this kind. reason: why no faster path does."""
         self._counts[part, modules, path, reason] += count
 
     def count(self, part: Part) -> int:
@@ -124,7 +124,7 @@ class FitNotes:
         return sum(count for (noted, *_), count in self._counts.items() if noted is part)
 
     def rows(self) -> tuple[PartFit, ...]:
-        """In the order of `Part`, then as they came."""
+        """The rows in the order of `Part`; rows of one part in the order in which they were noted."""
         return tuple(
             PartFit(part=part, modules=modules, count=count, path=path, reason=reason)
             for wanted in Part

@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from what it does for nothing."""
+"""Pauses Python's garbage collector while many lasting objects are made."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """While much is made that stays, such as imports: the collector would look through it again and again.
+    """Turn the collector off within the block, for imports and the like: it would look at the new objects repeatedly.
 
-    What is there at the end is not looked at any more. Importing what a model needs takes 4.2 s so, rather than 5.1.
+    Afterwards the collector ignores all objects that exist then. Importing what a model needs takes 4.2 s with this,
+    and 5.1 s without.
     """
     gc.disable()
     try:

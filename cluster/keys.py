@@ -14,14 +14,14 @@ VARIABLES = {
     "admin_api_key": "EMOE_ADMIN_API_KEY",
     "admin_read_key": "EMOE_ADMIN_READ_KEY",
 }
-"""Setting: the environment variable that stands in for it."""
+"""Setting -> the environment variable that is used if neither the setting nor its file is given."""
 
 
 def with_keys(config: ServeConfig, environ: Mapping[str, str]) -> ServeConfig:
-    """`config` with every key that a file or `environ` holds, and without the files' names.
+    """`config` with the keys from files and from `environ` filled in, and without the names of the files.
 
-    A setting wins over the variable. Raises ConfigError where a key is given twice, a file cannot be read, or a key
-    is none that a client could send.
+    A setting is preferred to its variable. Raises ConfigError if a key is given both as a setting and as a file, a
+    file cannot be read, or a key has characters that no client can send.
     """
     found: dict[str, str | None] = {}
     for name, variable in VARIABLES.items():
@@ -47,11 +47,11 @@ def _read(name: str, file: str) -> str:
 
 
 def _check(source: str, key: str) -> None:
-    """The message must not show the key."""
+    """Raises ConfigError, without the key in its message."""
     if not key or not all("!" <= letter <= "~" for letter in key):
         raise ConfigError(f"{source}: expected a key of one or more ASCII letters, digits and signs, without spaces")
 
 
 def authorization(config: ServeConfig) -> dict[str, str]:
-    """The header with which this project's own processes ask GET /admin and /metrics; empty where that is open."""
+    """The header that our own processes send with GET /admin and /metrics; empty if these need no key."""
     return {} if config.admin_read_key is None else {"Authorization": f"Bearer {config.admin_read_key}"}

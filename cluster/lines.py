@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-"""ANSI: colours and movements of the cursor, titles of windows, and the short ones."""
+"""ANSI escape sequences: for colours, cursor movements, window titles, and the two-character ones."""
 
 
 def single_line(text: str) -> str:
@@ -15,7 +15,7 @@ def single_line(text: str) -> str:
 
 
 def ending(text: str, most: int) -> str:
-    """The last `most` characters of a line, from a whole word on: programs name the cause of an error last."""
+    """The last `most` characters of a line, from a whole word on. Programs usually name the cause of an error last."""
     if len(text) <= most:
         return text
     kept = text[-most:]

@@ -1,4 +1,4 @@
-"""Who is at the other end of a request: addresses, networks that are trusted, and the names in a Host header."""
+"""Who sent a request, and to which name: client addresses, trusted proxies, and the Host header."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from elastic_moe.cluster.errors import ConfigError
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PEER_HEADER = "x-emoe-peer"
-"""HAProxy puts the client's address into this header; whatever a client writes there is overwritten."""
+"""HAProxy writes the client's address into this header, and replaces what the client wrote there."""
 LOOPBACK_NETWORKS: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 EVERYWHERE: tuple[Network, ...] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """Addresses that may say on whose behalf they ask."""
+    """Addresses of proxies whose X-Forwarded-For header is believed."""
 
     networks: tuple[Network, ...]
 
     @classmethod
     def parse(cls, text: str) -> Networks:
-        """Addresses and networks separated by commas; `*` is all of them. Raises ConfigError for anything else."""
+        """Read addresses and networks separated by commas; `*` means all. Raises ConfigError for other text."""
         found: list[Network] = []
         for part in filter(None, (part.strip() for part in text.split(","))):
             try:
@@ -44,7 +44,7 @@ class Networks:
 
 
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """None where `text` is no address. An IPv4 address in IPv6's clothes (::ffff:1.2.3.4) is that IPv4 address."""
+    """The address in `text`, None if it is none. An IPv4 address in IPv6 form (::ffff:1.2.3.4) becomes IPv4."""
     try:
         address = ipaddress.ip_address(text.strip().strip("[]"))
     except ValueError:
@@ -60,10 +60,11 @@ def is_loopback(host: str) -> bool:
 
 
 def client_address(peer: str, forwarded_for: Sequence[str], trusted: Networks) -> str:
-    """The address that a request comes from.
+    """The address of the client that sent a request.
 
-    `forwarded_for`: the X-Forwarded-For headers, in their order. Each proxy appends the address that it was called
-    from, so they are believed from the right, as long as the one that says so is trusted.
+    peer: the address that the connection comes from.
+    forwarded_for: the X-Forwarded-For headers, in their order. Each proxy appends the address that called it. So they
+    are read from the right, as long as the proxy that appended an address is trusted.
     """
     if peer not in trusted:
         return peer
@@ -87,9 +88,10 @@ def host_name(header: str) -> str:
 
 
 def is_allowed_host(header: str, allowed: Sequence[str]) -> bool:
-    """Whether a server on loopback may answer to this name.
+    """Whether a server on loopback answers a request with this Host header.
 
-    A web page can make its own name point to 127.0.0.1 (DNS rebinding) and then read what is answered to it.
+    It refuses other names, because a web page can make its own name point to 127.0.0.1 (DNS rebinding) and then read
+    the answers.
     """
     name = host_name(header)
     return is_loopback(name) or name.endswith(".localhost") or name in allowed or "*" in allowed

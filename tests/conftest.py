@@ -17,3 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
             limit(item.obj)
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))  # one Ray cluster at a time, whatever -n says
+    # the group is the longest piece of work, so it begins first
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)

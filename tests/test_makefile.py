@@ -20,7 +20,7 @@ from tests.properties import QUICK
 VENV = Path(sys.executable).parents[1]
 RAN = {
     *("help", "serve", "test", "check", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "clean"),
-    *("test-lm-eval", "test-schema"),
+    *("test-clients", "test-lm-eval", "test-schema"),
 }
 """Targets that a test below runs."""
 
@@ -128,6 +128,11 @@ def test_bench(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None
     assert "Share of the machine's floor" in text
     assert "first tokens are transformers'" in text
     assert (tmp_path / "results.json").exists()
+
+
+def test_clients() -> None:
+    """That it starts: the clients come from the network."""
+    assert "--no-install" in make("test-clients", "ARGS=--help")
 
 
 def test_chaos() -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.fleet import Fleet
+from elastic_moe.actors.control.polling import RollCall
 from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.control.roll_call import RollCall
 from elastic_moe.actors.control.transferring import Transferring
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, within
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.facts.events import (
@@ -43,7 +43,7 @@ from elastic_moe.cluster.facts.events import (
     WorkerLoaded,
     WorkerLost,
 )
-from elastic_moe.cluster.messages.epochs import EpochSpec, HostSpec, ModelInfo, ModelSpec, TransportKind
+from elastic_moe.cluster.messages.epochs import EpochSpec, ModelInfo, ModelSpec, TransportKind, WorkerSpec
 from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Executor:
         # the engine's process takes seconds to start, so it starts before it is needed
         self._processes.ensure_engine()
         try:
-            info = await ask(actor, ExpertHost.load, self._host_spec(command))
+            info = await ask(actor, WorkerActor.load, self._worker_spec(command))
         except CALL_ERRORS as error:
             if is_death(error):
                 return [WorkerLost(worker=worker, reason=one_line(error))]
@@ -88,9 +88,9 @@ class Executor:
             logger.info("%s is served by %s", info.worker, info.fit.text())
         return [WorkerLoaded(info=info)]
 
-    def _host_spec(self, command: StartWorker) -> HostSpec:
+    def _worker_spec(self, command: StartWorker) -> WorkerSpec:
         config = self._config
-        return HostSpec(
+        return WorkerSpec(
             worker=command.worker,
             model=self._spec,
             experts=command.experts,
@@ -101,6 +101,9 @@ class Executor:
             **self._threads(),
             node_workers=-(-config.most_workers // self._fleet.num_nodes),
             expert_memory_bytes=config.expert_memory_bytes,
+            host_expert_memory_bytes=config.host_expert_memory_bytes,
+            expert_cache_dir=config.expert_cache_dir,
+            expert_cache_policy=config.expert_cache_policy,
             step_timeout_s=config.step_timeout,
         )
 
@@ -137,7 +140,7 @@ class Executor:
             workers = self._processes.workers_of(spec)
             if command.forms_group:
                 spec = await self._open_rendezvous(spec)
-            calls = {worker: ask(actor, ExpertHost.prepare, spec) for worker, actor in workers.items()}
+            calls = {worker: ask(actor, WorkerActor.prepare, spec) for worker, actor in workers.items()}
             errors = await call_until_error(calls, self._config.step_timeout)
         except KeyError as error:
             return [PrepareFailed(epoch=spec.epoch, reason=f"worker {error} is gone")]
@@ -154,7 +157,7 @@ class Executor:
         if spec.transport not in (TransportKind.GLOO, TransportKind.NCCL):
             return spec
         first = self._processes.workers[spec.placement.workers[0].id]
-        address = await within(ask(first, ExpertHost.rendezvous), self._config.step_timeout)
+        address = await within(ask(first, WorkerActor.rendezvous), self._config.step_timeout)
         return replace(spec, rendezvous=address)
 
     async def commit(self, command: Commit) -> list[Event]:
@@ -195,7 +198,7 @@ class Executor:
 
     def abort_steps(self, command: AbortSteps) -> None:
         calls = {
-            (worker, epoch): ask(actor, ExpertHost.abort_step, epoch)
+            (worker, epoch): ask(actor, WorkerActor.abort_step, epoch)
             for worker, actor in self._processes.present(command.workers).items()
             for epoch in command.epochs
         }
@@ -209,7 +212,7 @@ class Executor:
 
     def abandon(self, command: Abandon) -> None:
         workers = self._processes.present(command.workers)
-        calls = {worker: ask(actor, ExpertHost.abandon, command.epoch) for worker, actor in workers.items()}
+        calls = {worker: ask(actor, WorkerActor.abandon, command.epoch) for worker, actor in workers.items()}
         self._notify(calls, self._abandoning)
 
     def _notify(self, calls: Mapping[Any, Any], tasks: set[asyncio.Task[Any]]) -> None:

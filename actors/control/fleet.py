@@ -22,10 +22,10 @@ from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import key_value
 from elastic_moe.actors.remote.ask import Remote, kill
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.cluster.messages.epochs import HostInfo, ModelInfo
+from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerInfo
 from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 
@@ -62,7 +62,7 @@ class Fleet(Protocol):
         """The state that an earlier incarnation of this coordinator saved; None if there is none."""
         ...
 
-    def find_worker(self, worker: WorkerId) -> Remote[ExpertHost] | None:
+    def find_worker(self, worker: WorkerId) -> Remote[WorkerActor] | None:
         """The worker's actor, made by an earlier coordinator; None if it is gone."""
         ...
 
@@ -97,7 +97,7 @@ class Fleet(Protocol):
         """Whether a worker's process may be started before it is needed, because it takes no resources from others."""
         ...
 
-    def start_worker(self, worker: WorkerId) -> Remote[ExpertHost]: ...
+    def start_worker(self, worker: WorkerId) -> Remote[WorkerActor]: ...
 
     def start_engine(self) -> Remote[Engine]: ...
 
@@ -105,7 +105,7 @@ class Fleet(Protocol):
 
     def kill(self, actor: Remote[Any]) -> None: ...
 
-    def kill_worker(self, actor: Remote[ExpertHost], info: HostInfo | None) -> None:
+    def kill_worker(self, actor: Remote[WorkerActor], info: WorkerInfo | None) -> None:
         """Like `kill`, and at once even where the process hangs."""
         ...
 
@@ -117,7 +117,7 @@ class Fleet(Protocol):
 class RayFleet:
     """Real actors. All are detached and named, so that they can be found should the coordinator be gone.
 
-    host_class and engine_class are there for tests with actors that only pretend.
+    worker_class and engine_class are there for tests with actors that only pretend.
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class RayFleet:
         config: ServeConfig,
         *,
         model: ModelInfo | None = None,
-        host_class: type | None = None,
+        worker_class: type | None = None,
         engine_class: type | None = None,
     ) -> None:
         """`model`, where it is known already, saves the coordinator some five seconds of imports."""
         self._config = config
         self._model = model
-        self._host_class = host_class
+        self._worker_class = worker_class
         self._engine_class = engine_class
         self._coordinator: Remote[StepReports] | None = None
         self._resources: dict[str, float] = {}
@@ -161,8 +161,8 @@ class RayFleet:
     def _actor_id(self) -> bytes:
         return str(ray.get_runtime_context().get_actor_id()).encode()
 
-    def find_worker(self, worker: WorkerId) -> Remote[ExpertHost] | None:
-        return _find(names.host_name(worker))
+    def find_worker(self, worker: WorkerId) -> Remote[WorkerActor] | None:
+        return _find(names.actor_name(worker))
 
     def find_engine(self) -> Remote[Engine] | None:
         return _find(names.ENGINE)
@@ -216,18 +216,20 @@ class RayFleet:
     def standby(self) -> bool:
         return self._config.standby and self._alone and self.device() == "cpu"
 
-    def start_worker(self, worker: WorkerId) -> Remote[ExpertHost]:
-        host_class = self._host_class
+    def start_worker(self, worker: WorkerId) -> Remote[WorkerActor]:
+        worker_class = self._worker_class
         arguments: tuple[Any, ...] = ()
-        if host_class is None:
-            host_class, arguments = ExpertHost, (str(worker), self._logs)
+        if worker_class is None:
+            worker_class, arguments = WorkerActor, (str(worker), self._logs)
         if self.device() == "cuda":
             resources = {"num_gpus": self._gpu_share, "num_cpus": 0}
         else:
             # workers of one machine share its cores; if each reserved whole cores, some would not start
             resources = {"num_cpus": 0 if self._alone else 1}
         groups = {"concurrency_groups": {"io": IO_THREADS, "copies": COPY_THREADS}}
-        return self._create(host_class, names.host_name(worker), {"max_restarts": 0, **resources}, groups, *arguments)
+        return self._create(
+            worker_class, names.actor_name(worker), {"max_restarts": 0, **resources}, groups, *arguments
+        )
 
     def start_engine(self) -> Remote[Engine]:
         engine_class = self._engine_class
@@ -252,7 +254,7 @@ class RayFleet:
     def kill(self, actor: Remote[Any]) -> None:
         kill(actor)
 
-    def kill_worker(self, actor: Remote[ExpertHost], info: HostInfo | None) -> None:
+    def kill_worker(self, actor: Remote[WorkerActor], info: WorkerInfo | None) -> None:
         self.kill(actor)
         # Ray first asks a process to end, and a process that hangs would hold the engine up until Ray kills it
         if info is None:
@@ -282,7 +284,7 @@ def _kill_process(pid: int) -> None:
     """End a worker's process. The process may be gone already and its number in use by another program."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        if "ExpertHost" in " ".join(process.cmdline()):
+        if "WorkerActor" in " ".join(process.cmdline()):
             process.kill()
 
 

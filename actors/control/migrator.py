@@ -17,12 +17,12 @@ from elastic_moe.actors.liveness import COPY_TIMEOUT_S
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote.ask import Remote, ask, forward
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.placement import Move, WorkerId
 
 logger = logging.getLogger(__name__)
 
-Workers = Mapping[WorkerId, Remote[ExpertHost]]
+Workers = Mapping[WorkerId, Remote[WorkerActor]]
 
 SUPERSEDED_S = 0.1
 """Seconds after which a call that waits for bandwidth notices a newer call."""
@@ -139,13 +139,13 @@ class Migrator:
                 running[asyncio.ensure_future(copying)] = move
 
     async def _copy_one(
-        self, move: Move, source: Remote[ExpertHost], target: Remote[ExpertHost], *, rest: bool
+        self, move: Move, source: Remote[WorkerActor], target: Remote[WorkerActor], *, rest: bool
     ) -> str | None:
         """Returns None, or the reason of the failure."""
         begun = time.monotonic()
         try:
-            copy = ask(source, ExpertHost.export_expert, move.layer, move.expert)
-            await within(forward(target, ExpertHost.import_expert, copy), COPY_TIMEOUT_S)
+            copy = ask(source, WorkerActor.export_expert, move.layer, move.expert)
+            await within(forward(target, WorkerActor.import_expert, copy), COPY_TIMEOUT_S)
             if rest:
                 await asyncio.sleep(min(time.monotonic() - begun, LONGEST_REST_S))
         except CALL_ERRORS as error:

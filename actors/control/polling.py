@@ -1,6 +1,7 @@
-"""The coordinator's polls: asks workers and the engine for a sign of life and for their statistics.
+"""Asks workers and the engine for a sign of life: once a second, and when there is a reason to doubt a worker.
 
-A process that is gone or does not answer in time becomes an event. Nothing is decided here.
+A process that is gone or does not answer in time becomes an event. The polls fetch statistics too. Nothing is decided
+here.
 """
 
 from __future__ import annotations
@@ -8,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
-from elastic_moe.actors.remote.calls import CALL_ERRORS, is_death, one_line, sign_of_life, within
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.worker.worker_actor import WorkerActor
+from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord
@@ -31,24 +33,61 @@ COUNTS_PER_WINDOW = 12
 ENGINE = "engine"
 
 
+class RollCall:
+    """Pings workers when there is a reason to doubt them. A worker that does not answer in time is lost."""
+
+    def __init__(self, processes: Processes, heartbeat_timeout_s: float) -> None:
+        self._processes = processes
+        self._timeout_s = heartbeat_timeout_s
+
+    async def find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
+        """The workers that are dead or hang. stepping: the thread that runs the steps has to answer."""
+        ping = WorkerActor.ping_step if stepping else WorkerActor.ping
+        return await self._call(workers, lambda actor: ask(actor, ping))
+
+    async def find_silent(self, workers: Iterable[WorkerId]) -> list[WorkerLost]:
+        """As `find_lost`, with a shorter time-out, for workers that another sign already makes suspect."""
+
+        def ping(actor: Remote[WorkerActor]) -> Awaitable[None]:
+            return sign_of_life(lambda: ask(actor, WorkerActor.ping), liveness.SUSPECT_TIMEOUT_S)
+
+        return await self._call(workers, ping)
+
+    async def _call(
+        self, workers: Iterable[WorkerId], ping: Callable[[Remote[WorkerActor]], Awaitable[None]]
+    ) -> list[WorkerLost]:
+        calls = {worker: ping(actor) for worker, actor in self._processes.present(workers).items()}
+        errors = await call_all(calls, self._timeout_s)
+        return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
+
+
 class Poller:
+    """Polls every worker and the engine, and keeps the engine's last status."""
+
     def __init__(
         self,
         processes: Processes,
         window: RoutingWindow,
+        counters: ClusterCounters,
         *,
         heartbeat_timeout_s: float,
         feed: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
-        """`window` takes the routing counts, `feed` takes events, and `spawn` runs a poll beside the others."""
+        """`window` takes the routing counts, `counters` the tiers' counts and `feed` events. `spawn` runs a poll beside
+        the others."""
         self._processes = processes
         self._window = window
+        self._counters = counters
         self._timeout_s = heartbeat_timeout_s
         self._feed = feed
         self._spawn = spawn
         self.status = EngineStatus()
         """The engine's last report."""
+        self.resident: dict[WorkerId, int] = {}
+        """Experts that lay in the device of each worker when it last reported."""
+        self.status_at = 0.0
+        """When the last report came."""
         self._load_progress: dict[WorkerId, float] = {}
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
@@ -75,6 +114,7 @@ class Poller:
     def forget(self, worker: WorkerId) -> None:
         self._load_progress.pop(worker, None)
         self._counted_at.pop(worker, None)
+        self.resident.pop(worker, None)
 
     def how_far(self, record: WorkerRecord, now: float) -> str:
         """A few words that say how far the worker has loaded."""
@@ -88,21 +128,21 @@ class Poller:
         engine = self._processes.engine
         if engine is not None:
             with contextlib.suppress(*CALL_ERRORS):
-                self.status = await within(ask(engine, Engine.status), liveness.POLL_S)
+                self._seen(await within(ask(engine, Engine.status), liveness.POLL_S))
 
-    async def _poll_worker(self, record: WorkerRecord, actor: Remote[ExpertHost]) -> None:
+    async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor]) -> None:
         try:
             if record.loaded:
-                await sign_of_life(lambda: ask(actor, ExpertHost.ping), self._timeout_s)
+                await sign_of_life(lambda: ask(actor, WorkerActor.ping), self._timeout_s)
                 await self._fetch_counts(record.id, actor)
             elif record.id in self._load_progress:
                 patience_s = liveness.LOADING_PATIENCE * self._timeout_s
                 self._load_progress[record.id] = await sign_of_life(
-                    lambda: ask(actor, ExpertHost.load_progress), patience_s
+                    lambda: ask(actor, WorkerActor.load_progress), patience_s
                 )
             else:
                 # without a time-out: the process may have to wait for resources
-                self._load_progress[record.id] = await ask(actor, ExpertHost.load_progress)
+                self._load_progress[record.id] = await ask(actor, WorkerActor.load_progress)
         except CALL_ERRORS as error:
             if is_death(error) or isinstance(error, TimeoutError):
                 self._feed(WorkerLost(worker=record.id, reason=one_line(error)))
@@ -111,20 +151,26 @@ class Poller:
         finally:
             self._asking.discard(record.id)
 
-    async def _fetch_counts(self, worker: WorkerId, actor: Remote[ExpertHost]) -> None:
+    async def _fetch_counts(self, worker: WorkerId, actor: Remote[WorkerActor]) -> None:
         now = time.monotonic()
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
-            self._window.add(await ask(actor, ExpertHost.routing_counts), time.monotonic())
+            self._window.add(await ask(actor, WorkerActor.routing_counts), time.monotonic())
+            tiers = await ask(actor, WorkerActor.tier_counts)
+            self._counters.add_tiers(tiers)
+            self.resident[worker] = tiers.resident
 
     async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:
-            self.status = await sign_of_life(lambda: ask(engine, Engine.status), self._timeout_s)
+            self._seen(await sign_of_life(lambda: ask(engine, Engine.status), self._timeout_s))
             self._feed(load_seen(self.status))
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
         finally:
             self._asking.discard(ENGINE)
+
+    def _seen(self, status: EngineStatus) -> None:
+        self.status, self.status_at = status, time.monotonic()
 
     async def _watch_engine(self, engine: Remote[Engine]) -> None:
         """Notice the engine's death at once instead of at the next poll."""

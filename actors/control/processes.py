@@ -15,10 +15,10 @@ from elastic_moe.actors.control.migrator import Migrator
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.facts.events import EngineLost, Event, WorkerLost
 from elastic_moe.cluster.facts.membership import WorkerRecord
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Processes:
     def __init__(self, fleet: Fleet, expert_bytes: int) -> None:
         self._fleet = fleet
         self._expert_bytes = expert_bytes
-        self.workers: dict[WorkerId, Remote[ExpertHost]] = {}
+        self.workers: dict[WorkerId, Remote[WorkerActor]] = {}
         """Handles of the workers that were started and not stopped."""
         self.engine: Remote[Engine] | None = None
         self.engine_started = False
@@ -36,7 +36,7 @@ class Processes:
         self.engine_serves = False
         """Whether the engine has begun an epoch. Before that, a late answer does not mean that it hangs."""
         self.migrator: Remote[Migrator] | None = None
-        self._standby: tuple[WorkerId, Remote[ExpertHost]] | None = None
+        self._standby: tuple[WorkerId, Remote[WorkerActor]] | None = None
         self.standby: tuple[WorkerId, int] | None = None
         """The name and process id of the standby, once it is ready."""
 
@@ -60,28 +60,28 @@ class Processes:
 
     # --- Workers ------------------------------------------------------------------------------------------------
 
-    def start_worker(self, worker: WorkerId) -> tuple[Remote[ExpertHost], bool]:
+    def start_worker(self, worker: WorkerId) -> tuple[Remote[WorkerActor], bool]:
         """The worker's actor, new or made by an earlier coordinator, and whether it was the standby."""
         standby, self._standby, self.standby = self._standby, None, None
         actor = self._find_or_start(worker)
         self.workers[worker] = actor
         return actor, standby == (worker, actor)
 
-    def stop_worker(self, worker: WorkerId, info: HostInfo | None) -> None:
+    def stop_worker(self, worker: WorkerId, info: WorkerInfo | None) -> None:
         """End a worker's process. info: the worker's report; None if it has not loaded."""
         actor = self.workers.pop(worker, None)
         if actor is not None:
             self._fleet.kill_worker(actor, info)
 
-    def workers_of(self, spec: EpochSpec) -> dict[WorkerId, Remote[ExpertHost]]:
+    def workers_of(self, spec: EpochSpec) -> dict[WorkerId, Remote[WorkerActor]]:
         """The actors of the epoch's workers, in rank order. Raises KeyError if one of them has been stopped."""
         return {worker.id: self.workers[worker.id] for worker in spec.placement.workers}
 
-    def present(self, workers: Iterable[WorkerId]) -> dict[WorkerId, Remote[ExpertHost]]:
+    def present(self, workers: Iterable[WorkerId]) -> dict[WorkerId, Remote[WorkerActor]]:
         """Those of `workers` that have not been stopped."""
         return {worker: self.workers[worker] for worker in workers if worker in self.workers}
 
-    def _find_or_start(self, worker: WorkerId) -> Remote[ExpertHost]:
+    def _find_or_start(self, worker: WorkerId) -> Remote[WorkerActor]:
         return self._fleet.find_worker(worker) or self._fleet.start_worker(worker)
 
     @property
@@ -93,7 +93,7 @@ class Processes:
         actor = self._find_or_start(worker)
         self._standby = (worker, actor)
         try:
-            pid = await within(ask(actor, ExpertHost.warm_up), liveness.STANDBY_TIMEOUT_S)
+            pid = await within(ask(actor, WorkerActor.warm_up), liveness.STANDBY_TIMEOUT_S)
         except CALL_ERRORS as error:
             if self._standby == (worker, actor):
                 logger.warning("the standby process has failed and is ended: %s", one_line(error))

@@ -10,7 +10,7 @@ from elastic_moe.actors.control.migrator import MigrationReport, Migrator
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.facts.events import ExpertKey, Transfer
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.placement import WorkerId
@@ -82,7 +82,7 @@ class Transferring:
                 part = keys[begin : begin + READ_AT_ONCE]
                 pairs = [(layer, expert) for _, layer, expert in part]
                 try:
-                    await ask(self._processes.workers[worker], ExpertHost.read_experts, pairs)
+                    await ask(self._processes.workers[worker], WorkerActor.read_experts, pairs)
                 except KeyError:
                     errors.append(f"worker {worker} is gone")
                 except CALL_ERRORS as error:

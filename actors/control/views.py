@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from elastic_moe.cluster.control import status as cluster_status
 from elastic_moe.cluster.control.state import ControlState, Reasons
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.facts import Facts, Outage
-from elastic_moe.cluster.facts.membership import WorkerRecord
+from elastic_moe.cluster.facts.membership import WorkerRecord, serves
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.facts.routing import RoutingWindow, decode_weight, load_imbalance
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.views import (
+    ClusterView,
     EngineStatus,
+    LoadView,
     Operation,
     PlacementView,
+    Revision,
     RoutingView,
     WorkerState,
     WorkerView,
@@ -54,6 +61,8 @@ def log_changes(before: Outline, state: ControlState) -> None:
         logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
     if facts.epoch != before.epoch and facts.spec is not None:
         logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
+        if not facts.spec.placement.all_resident:
+            logger.info("epoch %d is %s", facts.epoch, cluster_status.serving(facts).reason)
     for what, old_reason, reason in zip(Reasons._fields, before.reasons, state.reasons, strict=True):
         if reason != old_reason:
             logger.debug("decided on %s: %s", what, reason)
@@ -68,12 +77,17 @@ def log_changes(before: Outline, state: ControlState) -> None:
             logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
 
 
-def worker_view(facts: Facts, record: WorkerRecord, status: EngineStatus, device: str) -> WorkerView:
-    """device: the device to show for a worker that has not loaded yet."""
+def worker_view(
+    facts: Facts, record: WorkerRecord, status: EngineStatus, device: str, resident: int | None
+) -> WorkerView:
+    """device: the device to show for a worker that has not loaded yet. resident: experts in its device, as it has
+    reported; None if it has not."""
     info = record.info
+    member = record.alive and facts.spec is not None and record.id in facts.ranks
+    served = serves(facts.spec.placement, record.id) if member and facts.spec is not None else record.held
     return WorkerView(
         id=record.id,
-        rank=facts.ranks.index(record.id) if record.alive and record.id in facts.ranks else -1,
+        rank=facts.ranks.index(record.id) if member else -1,
         state=record.state,
         pid=info.pid if info else 0,
         node=info.node if info else "",
@@ -81,7 +95,28 @@ def worker_view(facts: Facts, record: WorkerRecord, status: EngineStatus, device
         running_requests=status.running.get(record.id, 0),
         kv_usage=status.kv_usage.get(record.id, 0.0),
         fit=info.fit if info else None,
+        experts_served=int(served.sum()),
+        experts_resident=resident or int(record.held.sum()),
     )
+
+
+def worker_views(
+    state: ControlState,
+    status: EngineStatus,
+    resident: Mapping[WorkerId, int],
+    standby: tuple[WorkerId, int] | None,
+    device: str,
+) -> list[WorkerView]:
+    """Every worker, and the standby (name and process id) if there is one. resident: experts in devices, as told."""
+    facts = state.facts
+    views = [worker_view(facts, record, status, device, resident.get(record.id)) for record in facts.records.values()]
+    return views if standby is None else [*views, standby_view(*standby, device)]
+
+
+def operation_views(state: ControlState) -> list[Operation]:
+    """Every operation with its progress, the newest first."""
+    facts = state.facts
+    return [with_progress(facts, operation) for operation in state.operations.all()]
 
 
 def placement_view(state: ControlState) -> PlacementView:
@@ -114,7 +149,47 @@ def standby_view(worker: WorkerId, pid: int, device: str) -> WorkerView:
     )
 
 
-def with_progress(state: ControlState, operation: Operation) -> Operation:
+def cluster_view(
+    state: ControlState,
+    window: RoutingWindow,
+    workers: list[WorkerView],
+    status: EngineStatus | None,
+    status_at_s: float,
+    known: Revision,
+    now: float,
+) -> ClusterView:
+    """What an open page shows, without the placement and the loads that it has by `known`."""
+    facts, counters = state.facts, state.counters
+    under_way = None if facts.change is None else facts.change.spec.epoch
+    revision = Revision(placement=(facts.epoch, facts.pinned, under_way), load=(facts.epoch, window.reports))
+    view = None if facts.spec is None else placement_view(state)
+    return ClusterView(
+        revision=revision,
+        status=status,
+        status_at_s=status_at_s,
+        workers=workers,
+        operations=operation_views(state),
+        scale=state.view(),
+        recoveries=sum(counters.recoveries.values()),
+        experts_moved=counters.experts_moved,
+        bytes_moved=counters.bytes_moved,
+        requests_moved=counters.requests_moved,
+        placement=None if revision.placement == known.placement else view,
+        load=None if view is None or revision.load == known.load else load_view(window, view.placement, now),
+    )
+
+
+def load_view(window: RoutingWindow, placement: Placement, now: float) -> LoadView:
+    load = window.load(now)
+    return LoadView(
+        tokens=window.tokens(now),
+        window_s=window.window_s,
+        load=load.astype(np.float32),
+        load_imbalance=float(load_imbalance(load, placement).mean()) if len(load) else 1.0,
+    )
+
+
+def with_progress(facts: Facts, operation: Operation) -> Operation:
     """`operation` with its progress."""
-    progress = state.progress(operation)
+    progress = cluster_status.progress(facts, operation)
     return replace(operation, progress=progress.share, safe_to_terminate=progress.safe_to_terminate)

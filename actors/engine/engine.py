@@ -1,6 +1,6 @@
 """Engine: the actor around the queue of requests (actors/scheduler/) and the step loop (step_loop.py).
 
-Workers and API replicas are reached over connections of their own (actors/engine/host_links.py,
+Workers and API replicas are reached over connections of their own (actors/engine/worker_links.py,
 actors/engine/clients.py): Ray is for the control plane.
 """
 
@@ -20,10 +20,10 @@ from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.scheduler.scheduler import Scheduler
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CPU_PREFILL_TOKENS = 48
 """Most prompt tokens of a worker in a step that also decodes. On a CPU more tokens only lengthen the step."""
 
-Workers = dict[WorkerId, Remote[ExpertHost]]
+Workers = dict[WorkerId, Remote[WorkerActor]]
 
 
 class StepReports(Protocol):
@@ -62,7 +62,9 @@ class Engine:
 
     # --- Called by the coordinator ------------------------------------------------------------------------------
 
-    async def start(self, model: ModelInfo, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, HostInfo]) -> int:
+    async def start(
+        self, model: ModelInfo, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, WorkerInfo]
+    ) -> int:
         """Begin to serve with the first epoch. Raises StepAborted, naming the workers that did not commit."""
         config = self._config
         scheduler = self._scheduler = Scheduler(
@@ -92,7 +94,7 @@ class Engine:
         self._endpoint = await clients.listen(node_address())
         return await self.change_epoch(spec, workers, infos)
 
-    async def change_epoch(self, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, HostInfo]) -> int:
+    async def change_epoch(self, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, WorkerInfo]) -> int:
         """Flip to a prepared epoch at the next step boundary. Returns how many requests had to leave their worker.
 
         Raises StepAborted naming the workers that failed.
@@ -134,7 +136,7 @@ class Engine:
     def _abort(self, epoch: Epoch, workers: Iterable[WorkerId]) -> None:
         for worker in workers:
             # by a Ray call, because the connection is read only after the step that is to be aborted
-            ask(self._workers[worker], ExpertHost.abort_step, epoch)
+            ask(self._workers[worker], WorkerActor.abort_step, epoch)
 
     def _report(self, epoch: Epoch, suspects: Sequence[WorkerId], reason: str) -> None:
         ask(self._coordinator, StepReports.report_step_failure, epoch, list(suspects), reason)
@@ -143,7 +145,7 @@ class Engine:
         ask(self._coordinator, StepReports.report_late_step, list(workers))
 
 
-def _prefill_tokens(infos: dict[WorkerId, HostInfo]) -> int | None:
+def _prefill_tokens(infos: dict[WorkerId, WorkerInfo]) -> int | None:
     return CPU_PREFILL_TOKENS if any(info.device == "cpu" for info in infos.values()) else None
 
 

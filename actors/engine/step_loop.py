@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from elastic_moe.actors.engine.clients import Clients
-from elastic_moe.actors.engine.host_links import HostLinks
 from elastic_moe.actors.engine.step_deadline import StepDeadline
+from elastic_moe.actors.engine.worker_links import WorkerLinks
 from elastic_moe.actors.liveness import ABORT_S, SILENT_S
 from elastic_moe.actors.remote.calls import one_line, wait_within
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.actors.scheduler.scheduler import Scheduler
-from elastic_moe.cluster.errors import HostError, StepAborted
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.errors import StepAborted, WorkerError
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
@@ -75,7 +75,7 @@ class _Flip:
     """A request to begin an epoch, which waits for the loop to reach a step boundary."""
 
     spec: EpochSpec
-    infos: dict[WorkerId, HostInfo]
+    infos: dict[WorkerId, WorkerInfo]
     done: asyncio.Future[int]
 
 
@@ -102,7 +102,7 @@ class StepLoop:
         self._abort = abort
         self._report = report
         self._late = late
-        self._links = HostLinks(self._member_lost)
+        self._links = WorkerLinks(self._member_lost)
         self._lost: WorkerId | None = None
         self._spec: EpochSpec | None = None
         self._flip: _Flip | None = None
@@ -119,7 +119,7 @@ class StepLoop:
         """Make the loop look for work."""
         self._wake.set()
 
-    async def change_epoch(self, spec: EpochSpec, infos: dict[WorkerId, HostInfo]) -> int:
+    async def change_epoch(self, spec: EpochSpec, infos: dict[WorkerId, WorkerInfo]) -> int:
         """Flip to a prepared epoch at the next step boundary. Returns how many requests had to leave their worker.
 
         Raises StepAborted naming the workers that failed.
@@ -255,12 +255,15 @@ class StepLoop:
         suspects: list[WorkerId] = []
         for worker, answer in oldest.answers.items():
             # a worker may have died after it had answered the oldest step
-            errors = [_error(answer), *(e for f in later if not isinstance(e := _error(f.answers[worker]), HostError))]
+            errors = [
+                _error(answer),
+                *(e for f in later if not isinstance(e := _error(f.answers[worker]), WorkerError)),
+            ]
             error = next((error for error in errors if error is not None), None)
             if error is None:
                 continue
             reasons.append(f"{worker}: {one_line(error)}")
-            if isinstance(error, HostError):
+            if isinstance(error, WorkerError):
                 # the model itself failed on these tokens; to run them again would fail again
                 self._fail([chunk.request_id for chunk in oldest.plans[worker].chunks], error)
             else:

@@ -1,0 +1,9 @@
+"""How processes talk to one another.
+
+ask          typed calls to Ray actors, the only place that uses their handles
+calls        time-outs and errors of such calls
+codec        the bytes of messages on our own connections
+links        the end of a connection that an event loop serves
+door         a listener, with a thread of its own, for connections that another thread serves
+handshakes   connections that have not shown their token yet
+"""

@@ -1,9 +1,9 @@
 """Typed calls to actors: a handle that knows the actor's class, and the only place that calls through Ray's handles.
 
-    info = await ask(worker, ExpertHost.load, spec)
+    info = await ask(worker, WorkerActor.load, spec)
 
-mypy checks the arguments against `ExpertHost.load` and knows the type of the answer. Only the method's name travels, so
-an actor of another class that has the same methods (a test's stand-in) can be behind the handle.
+mypy checks the arguments against `WorkerActor.load` and knows the type of the answer. Only the method's name travels,
+so the handle may belong to an actor of another class that has the same methods (a fake in a test).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Messages on sockets: frames of a length, a kind and a dataclass of cluster/messages in msgpack.
 
-For what is too frequent for Ray calls: a frame costs some 30 us where a call costs a millisecond on either side.
-Nothing that is read can run code, and nothing is decoded before the other side has shown its token.
+They are used where Ray calls would cost too much: a frame takes some 30 us, a call a millisecond on either side.
+Reading a message cannot run code, and nothing is decoded before the other side has shown its token.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def receive(connection: socket.socket) -> Message | None:
 
 
 def receive_exactly(connection: socket.socket, size: int) -> bytearray | None:
-    """Blocks until `size` bytes have come. None if the connection ends before."""
+    """Blocks until `size` bytes have come. Returns None if the connection ends before."""
     data = bytearray()
     while len(data) < size:
         piece = connection.recv(min(size - len(data), _PIECE_BYTES))
@@ -145,7 +145,7 @@ def receive_exactly(connection: socket.socket, size: int) -> bytearray | None:
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Find out within half a minute that the other machine is gone, and send at once what there is to send."""
+    """Have the kernel notice within half a minute that the other machine is gone, and send every message at once."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in TCP_KEEP_ALIVE:

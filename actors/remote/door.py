@@ -1,6 +1,6 @@
-"""A listener with a thread that admits connections which show the token, however many others connect.
+"""A listener whose thread admits connections that show the token, no matter how many strangers connect.
 
-The thread of the steps never waits for strangers, and a process that has no file descriptor left goes on serving.
+So the thread of the steps never waits for a stranger, and a process without free file descriptors continues to serve.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from elastic_moe.cluster.messages.requests import Endpoint
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
-"""A connection beyond that is tried again by its side's kernel, a second later."""
+"""Connections that the kernel queues. The kernel of a further client tries again a second later."""
 _PAUSE_S = 0.1
 """Seconds without accepting connections after the process has run out of file descriptors."""
 
 
 class Door:
-    """Accepts connections and hands those on that have shown the token, as blocking sockets."""
+    """Accepts connections, and calls `admit` with a blocking socket for each that has shown the token."""
 
     def __init__(self, address: str, admit: Callable[[socket.socket], None]) -> None:
         self._admit = admit
@@ -44,12 +44,12 @@ class Door:
         shut(self._listener)
 
     def run(self) -> None:
-        """Returns once it is closed."""
+        """Accept connections until `close` is called."""
         with self._listener, self._selector:
             self._selector.register(self._listener, selectors.EVENT_READ)
             while not self._closed:
                 ready = self._selector.select(self._handshakes.wait_s(time.monotonic()))
-                # the listener last: who came before is heard before it has to make room
+                # the listener comes last, so that newcomers are read before later ones can push them out
                 for connection in sorted((key.fileobj for key, _ in ready), key=lambda end: end is self._listener):
                     assert isinstance(connection, socket.socket)
                     if connection is self._listener:
@@ -60,7 +60,7 @@ class Door:
             self._drop(self._handshakes.clear())
 
     def _accept_some(self) -> None:
-        """Not so many that they would push one another out before they are heard."""
+        """Accept a limited number of connections, so that they do not push one another out before they are read."""
         for _ in range(BACKLOG):
             if not self._accept():
                 return

@@ -1,8 +1,8 @@
-"""Connections that have still to show the token: a limited number of them, each for a limited time.
+"""Connections that have not shown the token yet: their number and their time are limited.
 
-Whoever listens (actors/remote/links.py, actors/remote/door.py) keeps its newcomers here. Strangers who connect and say
-nothing, or a byte now and then, only get into one another's way: a newcomer too many ends the oldest, and whoever has
-the token sends it at once.
+Each listener (actors/remote/links.py, actors/remote/door.py) keeps its newcomers here. A stranger that connects and
+sends nothing, or one byte now and then, cannot block a client that has the token: when there are too many newcomers,
+the oldest is closed, and a client sends its token at once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from elastic_moe.actors.remote.codec import TOKEN_BYTES, WireError, opens
 Connection = TypeVar("Connection", bound=Hashable)
 
 TOKEN_S = 5.0
-"""Seconds that a connection gets for its whole token."""
+"""Seconds within which a connection must send its whole token."""
 MOST = 256
-"""Connections without a token that are kept at a time."""
+"""Largest number of newcomers at a time."""
 BACKLOG = 64
-"""Connections that the kernel keeps for a listener. An event loop may accept them all twice over before it reads from
+"""Connections that the kernel queues for a listener. An event loop may accept a full queue twice before it reads from
 one of them, so this is well below `MOST`."""
 
 
@@ -31,20 +31,20 @@ class _Newcomer:
 
 
 class Handshakes(Generic[Connection]):
-    """Says which connections are let in and which are to be closed. Does no input or output itself."""
+    """Decides which connections are let in and which must be closed. It does no input or output itself."""
 
     def __init__(self, token: str, *, most: int = MOST, token_s: float = TOKEN_S) -> None:
         self._token = token
         self._most = most
         self._token_s = token_s
         self._newcomers: dict[Connection, _Newcomer] = {}
-        """In the order in which they came, which is the order of their deadlines."""
+        """In order of arrival, which is also the order of their deadlines."""
 
     def __len__(self) -> int:
         return len(self._newcomers)
 
     def begin(self, connection: Connection, now: float) -> Connection | None:
-        """Expect the token from `connection`. Returns the connection that has to be closed for it, if any."""
+        """Add a newcomer. Returns the oldest newcomer, to be closed, if there are too many."""
         self._newcomers[connection] = _Newcomer(until=now + self._token_s)
         if len(self._newcomers) <= self._most:
             return None
@@ -53,13 +53,13 @@ class Handshakes(Generic[Connection]):
         return oldest
 
     def missing(self, connection: Connection) -> int:
-        """How many bytes of its token have not come yet."""
+        """Number of bytes of its token that have not arrived."""
         return TOKEN_BYTES - len(self._newcomers[connection].shown)
 
     def show(self, connection: Connection, data: bytes) -> bytes | None:
-        """Take what came from `connection`. Returns what follows the token, None while the token is not complete.
+        """Take bytes that a newcomer sent. Returns the bytes after the token, or None if the token is not complete.
 
-        The connection is a newcomer no longer once the token is complete. Raises WireError where it is wrong.
+        With the complete token the connection stops being a newcomer. Raises WireError if the token is wrong.
         """
         newcomer = self._newcomers[connection]
         newcomer.shown += data
@@ -71,23 +71,23 @@ class Handshakes(Generic[Connection]):
         return newcomer.shown[TOKEN_BYTES:]
 
     def end(self, connection: Connection) -> None:
-        """It has been closed. Harmless where it is no newcomer."""
+        """Remove a connection that was closed. Does nothing if it is no newcomer."""
         self._newcomers.pop(connection, None)
 
     def overdue(self, now: float) -> list[Connection]:
-        """Those whose time is up. They are newcomers no longer, and have to be closed."""
+        """Remove and return the newcomers whose time is over. The caller closes them."""
         late = [connection for connection, newcomer in self._newcomers.items() if newcomer.until <= now]
         for connection in late:
             del self._newcomers[connection]
         return late
 
     def wait_s(self, now: float) -> float | None:
-        """Seconds until the next one is overdue; None where there are no newcomers."""
+        """Seconds until the next newcomer is overdue; None if there are no newcomers."""
         oldest = next(iter(self._newcomers.values()), None)
         return None if oldest is None else max(0.0, oldest.until - now)
 
     def clear(self) -> list[Connection]:
-        """All of them, to be closed."""
+        """Remove and return all newcomers. The caller closes them."""
         connections = list(self._newcomers)
         self._newcomers.clear()
         return connections

@@ -12,7 +12,7 @@ from typing import Any, cast
 from elastic_moe.actors.liveness import CONNECT_S
 from elastic_moe.actors.remote.codec import Frames, Message, WireError, encode, keep_alive
 from elastic_moe.actors.remote.handshakes import BACKLOG, TOKEN_S, Handshakes
-from elastic_moe.cluster.errors import HostError, RequestError, StepAborted
+from elastic_moe.cluster.errors import RequestError, StepAborted, WorkerError
 from elastic_moe.cluster.messages.requests import Adopted, Endpoint, Refused
 from elastic_moe.cluster.messages.steps import Done, Failed, StepResult
 
@@ -22,12 +22,12 @@ _ANSWERS = (Done, Failed, Refused, StepResult, Adopted)
 
 
 class Link(asyncio.Protocol):
-    """One end of a connection. `call` asks and awaits the answer, in order; anything else goes to `received`."""
+    """One end of a connection. Answers belong to calls, in the order of the calls; other messages go to `received`."""
 
     def __init__(self, received: Callable[[Link, Message], None], lost: Callable[[Link], None]) -> None:
-        """`received` raises WireError for a message that has no place here: it ends the connection.
+        """`received` raises WireError for an unexpected message, which ends the connection.
 
-        `lost` is called once, when the connection has ended for whatever reason.
+        `lost` is called once, when the connection has ended for any reason.
         """
         self._received = received
         self._lost = lost
@@ -42,7 +42,7 @@ class Link(asyncio.Protocol):
             self._transport.write(encode(message))
 
     def call(self, message: Message) -> asyncio.Future[Any]:
-        """The answer, in the order of calls. Raises what the answer says, ConnectionError where none can come."""
+        """Returns a future of the answer. It raises the answer's error, or ConnectionError if the connection ends."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self.closed:
             future.set_exception(ConnectionError("the connection has ended"))
@@ -95,7 +95,7 @@ class Link(asyncio.Protocol):
 
 
 class _ServerLink(Link):
-    """The end that is connected to: says nothing and decodes nothing until it has seen the token."""
+    """The accepting end. It sends nothing and decodes nothing before it has seen the token."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class _ServerLink(Link):
         received: Callable[[Link, Message], None],
         lost: Callable[[Link], None],
     ) -> None:
-        """`handshakes` are those of all connections of one listener."""
+        """`handshakes` is shared by all connections of one listener."""
         super().__init__(received, lost)
         self._handshakes = handshakes
         self._admitted = False
@@ -142,14 +142,14 @@ class _ServerLink(Link):
 
 def _error(message: Message) -> Exception | None:
     if isinstance(message, Failed):
-        return StepAborted(message.reason) if message.aborted else HostError(message.reason)
+        return StepAborted(message.reason) if message.aborted else WorkerError(message.reason)
     if isinstance(message, Refused):
         return RequestError(message.message, param=message.param, code=message.code, status=message.status)
     return None
 
 
 async def connect(endpoint: Endpoint, received: Callable[[Link, Message], None], lost: Callable[[Link], None]) -> Link:
-    """Raises OSError, of which TimeoutError is one."""
+    """Connect and show the token. Raises OSError; TimeoutError is one."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(CONNECT_S):
         transport, link = await loop.create_connection(lambda: Link(received, lost), endpoint.address, endpoint.port)

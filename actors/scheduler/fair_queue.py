@@ -17,9 +17,7 @@ does not starve either.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
+from elastic_moe.actors.scheduler.running_requests import OrderedRequests, RunningRequest
 
 REQUEST_TOKENS = 256
 """Cost of a request besides its known tokens, because the tokens that it will generate are not known yet."""
@@ -31,22 +29,19 @@ SPARE_CLIENTS = 64
 """Number of clients that may be remembered although they wait for nothing."""
 
 
-class FairQueue:
+class FairQueue(OrderedRequests):
     """Requests in order of their turns; requests with the same turn in order of arrival."""
 
-    __slots__ = ("_lines", "_now", "_upcoming", "items")
+    __slots__ = ("_lines", "_now", "_upcoming")
 
     def __init__(self) -> None:
-        self.items: list[RunningRequest] = []
+        super().__init__(_place)
         self._now = 0
         """The present turn."""
         self._lines: dict[str, _Line] = {}
         """By client, for clients that have requests here."""
         self._upcoming: dict[str, int] = {}
         """By client, the turn of the client's next request, unless the present turn is later."""
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def enter(self, request: RunningRequest) -> None:
         """Add a request that is new, or that has to queue again."""
@@ -62,17 +57,15 @@ class FairQueue:
         request.turn = turn
         if later:
             self.items.sort(key=_place)
-        insort(self.items, request, key=_place)
+        self.add(request)
 
     def put_back(self, request: RunningRequest) -> None:
         """Put a request that had left back to its old place."""
-        self._lines.setdefault(request.client, _Line()).put_back(request)
-        insort(self.items, request, key=_place)
+        self._lines.setdefault(request.client, _Line()).add(request)
+        self.add(request)
 
     def remove(self, request: RunningRequest) -> None:
-        at = bisect_left(self.items, _place(request), key=_place)
-        assert self.items[at] is request
-        del self.items[at]
+        super().remove(request)
         line = self._lines[request.client]
         line.remove(request)
         if not line.items:
@@ -114,13 +107,13 @@ class FairQueue:
         assert sum(len(line.items) for line in self._lines.values()) == len(self.items)
 
 
-class _Line:
+class _Line(OrderedRequests):
     """One client's requests, in the order in which they get its turns."""
 
-    __slots__ = ("_ranks", "items", "round")
+    __slots__ = ("_ranks", "round")
 
     def __init__(self) -> None:
-        self.items: list[RunningRequest] = []
+        super().__init__(_place)
         self.round = 0
         """The highest rank of a request that has begun to run."""
         self._ranks: dict[str, int] = {}
@@ -140,14 +133,6 @@ class _Line:
         for other in self.items[at + 1 :]:
             other.overtaken += other.priority > request.priority
         return self.items[:at:-1]
-
-    def put_back(self, request: RunningRequest) -> None:
-        insort(self.items, request, key=_place)
-
-    def remove(self, request: RunningRequest) -> None:
-        at = bisect_left(self.items, _place(request), key=_place)
-        assert self.items[at] is request
-        del self.items[at]
 
 
 def _passes(request: RunningRequest, other: RunningRequest) -> bool:

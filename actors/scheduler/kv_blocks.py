@@ -1,8 +1,8 @@
-"""Which KV-cache blocks of one worker are free, and which full ones hold a known text. The worker itself only obeys the
-block ids it is given.
+"""The KV-cache blocks of one worker: which are free, and which full ones can be found by the tokens that they hold.
 
-A full block is known by a key: a hash chained over the blocks before it (`next_key`), so that equal keys mean equal
-tokens from the sequence's very beginning. This is vLLM's automatic prefix caching.
+The scheduler keeps this record; the worker only writes to the block ids that it is given. A full block has a key: a
+hash over its tokens and the key of the block before it (`next_key`). So equal keys mean equal tokens from the
+beginning of the sequence. This is vLLM's automatic prefix caching.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 _KEY_BYTES = 32
-"""No two texts that anybody can find have the same key: one request must never be given another's keys and values."""
+"""So long that nobody can make two texts with the same key: a request must never read another's keys and values."""
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold `num_tokens` tokens."""
+    """Number of blocks that `num_tokens` tokens need."""
     return -(-num_tokens // block_size)
 
 
 def root_key(*, salt: str, variant: int) -> bytes:
-    """What a chain begins with: sequences share blocks only where `salt` and `variant` are the same."""
+    """The key before a sequence's first block. Sequences share blocks only if `salt` and `variant` are the same."""
     return blake2b(f"{variant}:{salt}".encode(), digest_size=_KEY_BYTES).digest()
 
 
 def next_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a full block of `token_ids` that follows the block known by `parent`."""
+    """The key of a full block of `token_ids`, if the block before it has the key `parent`."""
     return blake2b(parent + array("q", token_ids).tobytes(), digest_size=_KEY_BYTES).digest()
 
 
 class BlockPool:
-    """Blocks 0 .. num_blocks - 1, counted by references.
+    """Blocks 0 to num_blocks - 1, with the number of requests that refer to each.
 
-    A block that is known outlives its last reference: it is *idle* then, and may be taken up again by its key. Idle
-    ones are overwritten only when no blank one is left, the least recently used first.
+    A block without references is free. It is *blank*, or it is *idle*: then it has a key, and a request with the same
+    tokens can use it again. An idle block is overwritten only if no blank one is left, the least recently used first.
     """
 
     __slots__ = ("_blank", "_blocks", "_idle", "_keys", "_references", "num_blocks")
@@ -43,9 +43,9 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._blank = list(range(num_blocks - 1, -1, -1))
-        """The one that became blank last is handed out first: it is likeliest to be in a processor's cache."""
+        """A stack: the block that became blank last is allocated first, as a processor's cache may still hold it."""
         self._idle: dict[int, None] = {}
-        """In the order in which they became idle."""
+        """A set in the order in which the blocks became idle."""
         self._references = [0] * num_blocks
         self._keys: dict[int, bytes] = {}
         self._blocks: dict[bytes, int] = {}
@@ -56,11 +56,11 @@ class BlockPool:
 
     @property
     def usage(self) -> float:
-        """Share of blocks in use, 0..1. Idle ones are free."""
+        """Share of blocks that requests refer to, 0..1."""
         return (self.num_blocks - self.num_free) / self.num_blocks if self.num_blocks else 0.0
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks to write to. The caller has made sure that as many are free."""
+        """Take `count` blocks to write to. The caller has checked that so many are free."""
         assert 0 <= count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
         taken = [self._blank.pop() if self._blank else self._overwrite() for _ in range(count)]
         for block in taken:
@@ -74,21 +74,21 @@ class BlockPool:
         return block
 
     def publish(self, block: int, key: bytes) -> None:
-        """A block in use is full, and known from now on. Of two with the same content the first stays known."""
+        """Give a block in use its key, now that it is full. If another block has this key, only that one keeps it."""
         assert self._references[block], "a block that nobody holds may be overwritten at any time"
         if key not in self._blocks:
             self._blocks[key] = block
             self._keys[block] = key
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """What these blocks in use hold is not to be found any more. They go on being used."""
+        """Take the keys away from these blocks in use, so that no other request finds them."""
         for block in blocks:
             assert self._references[block], "a block that nobody holds may be overwritten at any time"
             if block in self._keys:
                 del self._blocks[self._keys.pop(block)]
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks known by `keys`, up to the first that is unknown."""
+        """The blocks with these keys, up to the first key that no block has."""
         found: list[int] = []
         for key in keys:
             block = self._blocks.get(key)
@@ -101,13 +101,16 @@ class BlockPool:
         return sum(block in self._idle for block in blocks)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """One more reference to each of these known blocks, which are not to be written to."""
+        """Add a reference to each of these blocks, which have keys and must not be written to."""
         for block in blocks:
             self._references[block] += 1
             self._idle.pop(block, None)
 
     def free(self, blocks: Sequence[int]) -> None:
-        """One reference less to each. A sequence's end is overwritten before its beginning, which more may share."""
+        """Remove a reference from each of a sequence's blocks.
+
+        The end of the sequence is overwritten before its beginning, which more requests may share.
+        """
         for block in reversed(blocks):
             self._references[block] -= 1
             if not self._references[block]:
@@ -117,7 +120,7 @@ class BlockPool:
                     self._blank.append(block)
 
     def validate(self, used: Iterable[int]) -> None:
-        """Asserts that every block is in `used` as often as it is referred to, else blank, or idle and known."""
+        """Assert that `used` has each block as often as it has references, and that the others are blank or idle."""
         counts = Counter(used)
         assert self._references == [counts[block] for block in range(self.num_blocks)], "a KV block is leaked"
         assert sorted([*self._blank, *self._idle, *counts]) == list(range(self.num_blocks)), "a free KV block is in use"

@@ -1,10 +1,10 @@
-"""What the scheduler knows of one request that has not ended, and a queue of such requests in order of arrival."""
+"""What the scheduler knows of one request that has not ended, and a list of such requests in the order of a key."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId
@@ -201,25 +201,23 @@ def _end(chunk: Chunk) -> int:
     return chunk.block_offset + len(chunk.block_ids)
 
 
-def _arrival(request: RunningRequest) -> int:
-    return request.arrival
+class OrderedRequests:
+    """Requests in the order of a key, which must not change while a request is here."""
 
+    __slots__ = ("_key", "items")
 
-class ArrivalQueue:
-    """Requests in order of arrival."""
-
-    __slots__ = ("items",)
-
-    def __init__(self) -> None:
+    def __init__(self, key: Callable[[RunningRequest], Any]) -> None:
+        """key: two requests never have the same one."""
+        self._key = key
         self.items: list[RunningRequest] = []
 
     def __len__(self) -> int:
         return len(self.items)
 
     def add(self, request: RunningRequest) -> None:
-        insort(self.items, request, key=_arrival)
+        insort(self.items, request, key=self._key)
 
     def remove(self, request: RunningRequest) -> None:
-        at = bisect_left(self.items, request.arrival, key=_arrival)
+        at = bisect_left(self.items, self._key(request), key=self._key)
         assert self.items[at] is request
         del self.items[at]

@@ -9,9 +9,10 @@ that ends takes its cached blocks with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from elastic_moe.actors.scheduler.kv_blocks import BlockPool, blocks_for
-from elastic_moe.actors.scheduler.running_requests import ArrivalQueue, RunningRequest
+from elastic_moe.actors.scheduler.running_requests import OrderedRequests, RunningRequest
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk
 from elastic_moe.cluster.placement import WorkerId
@@ -27,11 +28,11 @@ class WorkerCache:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.pool = BlockPool(num_kv_blocks)
-        self.running = ArrivalQueue()
+        self.running = OrderedRequests(attrgetter("arrival"))
         self.backlog = 0
         """Sum of `remaining` over the running requests, in tokens."""
         self.forget: list[RequestId] = []
-        """Requests that have left the worker, and that no committed plan has told it to forget."""
+        """Requests that have left the worker, and that no committed plan has named for it to forget."""
         self.draining = False
 
     @property

@@ -1,10 +1,10 @@
 """A worker's end of the step channel: a thread that carries out the engine's messages one after another.
 
-One thread is all it takes. While it computes, the next plan waits in the socket, so that steps that are sent ahead
-follow each other without a pause; and what must get through meanwhile (signs of life, aborts) comes by Ray.
+While the thread computes, the next plan waits in the socket, so that steps which are sent ahead follow each other
+without a pause. Signs of life and aborts must not wait, so they come as Ray calls.
 
-A second thread sleeps unless somebody connects (actors/remote/door.py). An engine that is let in takes the place of the
-one before, which may hang.
+A second thread lets engines in (actors/remote/door.py), and sleeps otherwise. A new engine takes the place of the one
+before it, which may hang.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
-    """Runs the steps: model/worker/worker.py."""
+    """The methods of model/worker/worker.py that the engine's messages call."""
 
     def step(self, plan: StepPlan) -> StepResult: ...
 
@@ -37,17 +37,17 @@ class Steps(Protocol):
 
 
 class StepServer:
-    """Listens from its making on; serves one engine at a time, the one that came last."""
+    """Listens from its creation on, and serves one engine at a time: the one that connected last."""
 
     def __init__(self, worker: Steps, address: str) -> None:
         self._worker = worker
         self.free = threading.Event()
-        """Whether nothing is being done at this moment."""
+        """Set while the thread of the steps has nothing to do."""
         self.free.set()
         self._door = Door(address, self._admit)
         self.endpoint = self._door.endpoint
         self._changed = threading.Condition()
-        """Guards what follows."""
+        """Guards the three fields below."""
         self._next: socket.socket | None = None
         self._current: socket.socket | None = None
         self._closed = False
@@ -55,7 +55,7 @@ class StepServer:
         _start("step door", self._door.run)
 
     def close(self) -> None:
-        """Hang up, and take no more engines."""
+        """End the engine's connection, and accept no other."""
         with self._changed:
             self._closed = True
             self._hang_up()
@@ -76,7 +76,7 @@ class StepServer:
             self._next.close()
             self._next = None
         if self._current is not None:
-            # closed by the thread of the steps, which wakes up by this
+            # this wakes the thread of the steps, which closes the connection
             shut(self._current)
 
     def _run(self) -> None:
@@ -91,7 +91,7 @@ class StepServer:
                     connection.close()
 
     def _take(self) -> socket.socket | None:
-        """The next engine's connection. Blocks. None once this is closed."""
+        """Blocks until an engine has connected. Returns its connection; None after `close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._next is not None)
             self._current, self._next = self._next, None

@@ -1,7 +1,7 @@
-"""The life of a change: transfer what is missing, drain, prepare every host, commit through the engine; or back.
+"""The life of a change: transfer missing experts, drain workers that leave, prepare every worker, commit; or roll back.
 
-`Epochs` owns the epoch in force, an outage of it, and the one change that makes the next, from its beginning to its
-end. What to change, and when, is decided elsewhere (cluster/control/reconcile.py, cluster/control/rebalancing.py).
+`Epochs` owns the epoch in force, an outage of it, and the one change that makes the next epoch, from its beginning to
+its end. Other modules decide what to change, and when (cluster/control/reconcile.py, cluster/control/rebalancing.py).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from elastic_moe.cluster.facts.facts import Cause, Change, ControlSettings, Outa
 from elastic_moe.cluster.facts.membership import Membership
 from elastic_moe.cluster.facts.operations import OperationLog
 from elastic_moe.cluster.facts.transfers import plan_transfers
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase, WorkerState
 from elastic_moe.cluster.placement import Placement, WorkerId
 
 MAX_BACKOFF_S = 30.0
-"""Longest pause after a change that failed. Each failure in a row doubles it, from 0.2 s on."""
+"""Longest pause in seconds after a change that failed. The first pause is 0.2 s; each failure in a row doubles it."""
 STABLE_S = 30.0
-"""An epoch that serves for so many seconds clears what was held against its workers, and the pause."""
+"""Seconds that an epoch must serve before its workers' strikes and the failures before it are forgotten."""
 
 
 class Epochs:
@@ -46,20 +46,22 @@ class Epochs:
         self._counters = counters
         self.spec: EpochSpec | None = None
         """The epoch in force; None before the first."""
+        self.goal: Placement | None = None
+        """What its placement is to become once all its experts have been brought into devices."""
         self.since = 0.0
-        """When it began."""
+        """When the epoch in force began."""
         self.outage: Outage | None = None
-        """Why it cannot serve; None while it can."""
+        """Why the epoch in force cannot serve; None while it can."""
         self.change: Change | None = None
         self.next_epoch = Epoch(1)
-        """Each attempt has a number of its own, never used again."""
+        """Number of the next attempt. No number is used twice."""
         self.retry_at = 0.0
         self._failures = 0
-        """Changes in a row that failed."""
+        """Number of changes that failed since the last one that served."""
         self._next_group = 1
         self._broken_group: str | None = None
         self._read_all = False
-        """Copies have failed: the next attempt reads everything from the checkpoint."""
+        """Whether the next attempt reads every missing expert from the checkpoint, because copies have failed."""
 
     @property
     def ranks(self) -> tuple[WorkerId, ...]:
@@ -71,13 +73,13 @@ class Epochs:
         return {*self.ranks, *(self.change.workers if self.change else ())}
 
     def is_current(self, epoch: Epoch, stage: Stage) -> bool:
-        """Whether an answer about `epoch` is to the question that `stage` has asked."""
+        """Whether the change under way has this epoch and is in this stage. Other answers are stale."""
         return self.change is not None and self.change.spec.epoch == epoch and self.change.stage is stage
 
     def counts_on(self, worker: WorkerId) -> bool:
-        """Whether the change under way comes to nothing without `worker`."""
+        """Whether the change under way must be given up if `worker` is lost."""
         change = self.change
-        # the engine reports the outcome of a flip
+        # during a flip the engine's answer is awaited
         if change is None or change.stage is Stage.COMMITTING:
             return False
         is_source = any(move.source == worker for move in change.transfers.copies)
@@ -85,8 +87,10 @@ class Epochs:
 
     # --- Forwards -----------------------------------------------------------------------------------------------
 
-    def begin(self, operation: Operation, placement: Placement, now: float) -> list[Command]:
-        """The next epoch will be `placement`'s workers and slots."""
+    def begin(
+        self, operation: Operation, placement: Placement, now: float, *, goal: Placement | None = None
+    ) -> list[Command]:
+        """The next epoch will be `placement`'s workers and slots. goal: what it is to become; itself if not given."""
         assert self.change is None
         members = self._membership
         transfers = plan_transfers(
@@ -101,6 +105,7 @@ class Epochs:
             operation_id=operation.operation_id,
             kind=operation.kind,
             spec=spec,
+            goal=placement if goal is None else goal,
             forms_group=self._needs_group(placement),
             transfers=transfers,
             stage=Stage.TRANSFERRING,
@@ -130,7 +135,7 @@ class Epochs:
             rendezvous="",
         )
 
-    def _info(self, worker: WorkerId) -> HostInfo:
+    def _info(self, worker: WorkerId) -> WorkerInfo:
         info = self._membership[worker].info
         assert info is not None, f"{worker} has not loaded"
         return info
@@ -145,14 +150,14 @@ class Epochs:
             self._counters.rebalance_s[change.stage].add(now - change.stage_since)
 
     def transferred(self, event: TransferDone | TransferFailed, now: float) -> list[Command]:
-        """Every expert is in its place, or some are not."""
+        """The transfer of the change has ended."""
         change = self.change
         if change is None or not self.is_current(event.epoch, Stage.TRANSFERRING):
             return []
         self.change = change = replace(change, nbytes=change.nbytes + event.nbytes)
         if isinstance(event, TransferFailed):
             self._membership.stage(event.staged)
-            # the checkpoint is the truth: no second try with bytes from a host
+            # a worker's copy may be damaged, and the checkpoint is not
             self._read_all = change.kind is not OperationKind.REBALANCE
             return self.give_up(event.reason, now)
         self._membership.stage((move.target, move.layer, move.expert) for move in change.transfers.copies)
@@ -161,7 +166,7 @@ class Epochs:
         return []
 
     def prepare(self, now: float) -> list[Command]:
-        """Every expert is in its place, and the workers that leave have used their time."""
+        """Every expert is in its place, and the workers that leave have finished or used up their time."""
         self._enter(Stage.PREPARING, now)
         assert self.change is not None
         return [Prepare(spec=self.change.spec, forms_group=self.change.forms_group)]
@@ -174,7 +179,7 @@ class Epochs:
         return [Commit(spec=event.spec, infos={worker: self._info(worker) for worker in self.change.workers})]
 
     def flip(self, now: float, moved_requests: int = 0) -> tuple[Change, list[Command]]:
-        """The change's epoch has begun. Returns what has been changed; its operation is the caller's to end."""
+        """The change's epoch has begun. Returns the change, whose operation the caller ends."""
         change, self.change = self.change, None
         assert change is not None
         self._time_stage(change, now)
@@ -184,14 +189,14 @@ class Epochs:
         self._counters.requests_moved += moved_requests
         self._counters.experts_moved += len(change.transfers.copies) + len(change.transfers.reads)
         self._counters.bytes_moved += change.nbytes
-        self.spec, self.since, self.outage = change.spec, now, None
+        self.spec, self.goal, self.since, self.outage = change.spec, change.goal, now, None
         self.retry_at, self._read_all = 0.0, False
         self._membership.join(change.spec.placement)
         left = [m.id for m in self._membership.alive if m.state is WorkerState.DRAINING and m.id not in self.ranks]
         return change, [self._membership.stop(worker) for worker in left]
 
     def look_back(self, now: float) -> list[Command]:
-        """What failed while the flip was under way: the new epoch may be as broken as the old one."""
+        """Report what failed while the flip was under way, because the new epoch may be broken too."""
         assert self.spec is not None
         dead = [worker for worker in self.ranks if not self._membership[worker].alive]
         if dead:
@@ -203,7 +208,7 @@ class Epochs:
     # --- Back ---------------------------------------------------------------------------------------------------
 
     def commit_failed(self, reason: str, now: float, cause: Cause = Cause.FLIP) -> list[Command]:
-        """Some workers may have begun the epoch. Count only on experts that a worker holds in either case."""
+        """Some workers may have begun the epoch. From now on a worker holds only what it holds in both epochs."""
         assert self.change is not None
         self._membership.doubt(self.change.spec.placement)
         commands: list[Command] = []
@@ -212,21 +217,25 @@ class Epochs:
         return commands + self.give_up(reason, now)
 
     def give_up(self, reason: str, now: float, *, at_once: bool = False) -> list[Command]:
-        """Roll the change back. A re-placement has then failed; anything else is tried again, from what is there.
+        """Roll the change back. A re-placement or promotion has then failed; anything else is tried again, from what is
+        there.
 
-        at_once: the cause is known and dealt with; there is no need to wait before the next attempt.
+        at_once: the next attempt may begin without a pause, because the cause is known and dealt with.
         """
         change, self.change = self.change, None
         assert change is not None
         commands: list[Command] = []
         # what was brought for a start or a recovery will be wanted by the next attempt too
-        if change.kind is OperationKind.REBALANCE or change.stage in (Stage.PREPARING, Stage.COMMITTING):
+        elective = change.kind in (OperationKind.REBALANCE, OperationKind.PROMOTE)
+        # unless it takes memory that a disk tier makes do with: then a new attempt begins with what is counted on
+        tiered = any(self._membership[worker].tiered for worker in change.workers)
+        if elective or tiered or change.stage in (Stage.PREPARING, Stage.COMMITTING):
             workers = tuple(worker for worker in change.workers if self._membership[worker].alive)
             self._membership.unstage(workers)
             commands.append(Abandon(epoch=change.spec.epoch, workers=workers))
-        if change.kind is OperationKind.REBALANCE:
+        if elective:
             self._operations.fail(change.operation_id, reason)
-            self._counters.rebalances[RebalanceResult.FAILED] += 1
+            self._counters.rebalances[RebalanceResult.FAILED] += change.kind is OperationKind.REBALANCE
         else:
             self._operations.advance(change.operation_id, phase=Phase.PREPARING)
             self._operations.note_error(change.operation_id, reason)
@@ -237,10 +246,10 @@ class Epochs:
         return commands
 
     def fail(self, reason: str, cause: Cause, now: float) -> list[Command]:
-        """The epoch in force cannot serve any more, and only a new process group helps."""
+        """The epoch in force cannot serve any more. The next one needs a new process group."""
         assert self.spec is not None
         self._broken_group = self.spec.group
-        # an engine does this as well, unless it died too
+        # the engine aborts steps as well, unless it is dead too
         epochs = [self.spec.epoch]
         if self.change is not None and self.change.stage is Stage.COMMITTING:
             epochs.append(self.change.spec.epoch)
@@ -248,13 +257,13 @@ class Epochs:
         if self.outage is None:
             self.outage = Outage(reason=reason, cause=cause, since=now)
         elif (self.outage.cause, cause) == (Cause.STEP, Cause.WORKER):
-            # which is why the step failed
+            # the step failed because a worker died
             self.outage = replace(self.outage, cause=cause)
         self._open_recovery()
         return [abort]
 
     def _open_recovery(self) -> None:
-        # while a change is under way its outcome decides whether there is anything left to recover from
+        # while a change is under way, its outcome decides whether a recovery is needed
         if self.outage is None or self.change is not None:
             return
         if self._operations.find_open(OperationKind.RECOVER) is None:
@@ -263,14 +272,14 @@ class Epochs:
     # --- Time ---------------------------------------------------------------------------------------------------
 
     def is_stable(self, now: float) -> bool:
-        """Whether the epoch in force has served so long that earlier failures say nothing any more."""
+        """Whether the epoch in force has served for STABLE_S, so that earlier failures can be forgotten."""
         return self.spec is not None and self.outage is None and now - self.since >= STABLE_S
 
     def forgive(self) -> None:
         self._failures = 0
 
     def resume(self, now: float) -> None:
-        """Adapt to the clock of a restarted coordinator."""
+        """Set all times by the clock of a restarted coordinator."""
         self.since, self.retry_at = now, 0.0
         if self.outage is not None:
             self.outage = replace(self.outage, since=now)

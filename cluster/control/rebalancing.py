@@ -1,4 +1,4 @@
-"""Re-placement: when a planner is asked, and what becomes of its answer."""
+"""Re-placement: decides when to ask a planner, and whether to carry out its plan."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from elastic_moe.cluster.facts.events import Command, PlaceRequested, PlanReady,
 from elastic_moe.cluster.facts.facts import Change, Choice, ControlSettings, Facts, Planning, Stage
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.operations import OperationLog
+from elastic_moe.cluster.facts.tiering import assign_tiers, fits_in
 from elastic_moe.cluster.messages.views import Operation, OperationKind
 from elastic_moe.cluster.placement import Placement
 
@@ -18,23 +19,23 @@ from elastic_moe.cluster.placement import Placement
 
 
 class Judgement(StrEnum):
-    """Of a planner's answer."""
+    """What to do with a planner's answer."""
 
     ADOPTED = "adopted"
     KEPT = "kept"
     """The placement in force stays."""
     REFUSED = "refused"
-    """It is no placement of those that serve."""
+    """The answer has no placement that the present workers can take."""
 
 
 def worth_a_look(facts: Facts) -> Choice[bool]:
-    """Whether to ask a planner for a better placement, where nobody has asked for one."""
+    """Whether the periodic look asks a planner for a better placement."""
     if not facts.load.any():
         return Choice(False, "nothing was counted yet")
     if facts.pinned:
         return Choice(False, "the placement is pinned")
     if len(facts.ranks) < 2:
-        # and a planner's process takes two seconds of a core
+        # a planner's process takes two seconds of a core
         return Choice(False, "a lone worker holds all experts wherever they are")
     return Choice(True, "periodic look at the placement")
 
@@ -50,23 +51,25 @@ def judge(facts: Facts, planning: Planning, answer: PlanReady) -> Choice[Judgeme
     if tuple(worker.id for worker in placement.workers) != facts.ranks:
         return Choice(Judgement.REFUSED, answer.reason)
     wanted = answer.worthwhile or planning.forced or (planning.requested and answer.no_worse)
-    if placement == facts.spec.placement or not wanted:
+    if with_tiers(facts, placement) == facts.goal or not wanted:
         return Choice(Judgement.KEPT, f"placement kept, {answer.reason}")
     return Choice(Judgement.ADOPTED, answer.reason if answer.worthwhile else f"done, although {answer.reason}")
 
 
 def room(facts: Facts) -> int | None:
-    """Experts that any member could take beside what it holds; None where memory is not limited."""
+    """Experts that any member could take beside what it holds; None where memory does not limit that. If there is no
+    room, members with a disk tier serve from there what comes until they have dropped what goes."""
     members = [facts.records[worker] for worker in facts.ranks]
     rooms = [record.capacity - int(record.has.sum()) for record in members if record.capacity is not None]
-    return max(0, min(rooms)) if rooms else None
+    least = max(0, min(rooms)) if rooms else None
+    return None if least == 0 and facts.tiered(members) else least
 
 
 def too_much(facts: Facts, placement: Placement) -> str | None:
-    """Why a member could not hold what it has beside what `placement` brings, as it must until the flip."""
+    """Returns an error if a member lacks memory for its old and new experts together, which it holds until the flip."""
     for worker in placement.workers:
         record = facts.records.get(worker.id)
-        if record is None or record.capacity is None:
+        if record is None or record.capacity is None or record.tiered:
             continue
         both = int((record.has | needs(placement, worker.id)).sum())
         if both > record.capacity:
@@ -77,8 +80,34 @@ def too_much(facts: Facts, placement: Placement) -> str | None:
     return None
 
 
+def with_tiers(facts: Facts, placement: Placement) -> Placement:
+    """`placement` as it is if its tiers fit the members' devices, else with the heaviest experts in them."""
+    members = [facts.records[worker] for worker in facts.ranks]
+    rooms = facts.rooms(members)
+    if all(room is None or fits_in(placement, worker, room) for worker, room in rooms.items()):
+        return placement
+    return assign_tiers(placement, rooms, {record.id: record.has for record in members}, facts.load)
+
+
+def _crowded(facts: Facts, placement: Placement) -> str | None:
+    """Why the tiers that `placement` gives do not fit; None where they do, or where it gives none."""
+    if placement.all_resident:
+        return None
+    rooms = facts.rooms([facts.records[worker] for worker in facts.ranks])
+    for worker, room in rooms.items():
+        if room is None:
+            return f"{worker} keeps all its experts in its device"
+        if not fits_in(placement, worker, room):
+            return (
+                f"{worker} has room for {room.device} experts in its device, of which one in each layer that does not"
+                f" fit is for the others, and for {room.host} in pinned memory"
+            )
+    return None
+
+
 def of_members(facts: Facts, placement: Placement) -> Placement:
-    """`placement` on today's nodes. Raises PlacementError where it is not for these workers and this model."""
+    """`placement` on today's nodes, with tiers where it gives none and not everything fits. Raises PlacementError where
+    it is not for these workers and this model."""
     assert facts.spec is not None
     current = facts.spec.placement
     for what, asked, there in (
@@ -87,12 +116,14 @@ def of_members(facts: Facts, placement: Placement) -> Placement:
         ("num_layers", placement.num_layers, current.num_layers),
     ):
         if asked != there:
-            raise PlacementError(f"placement: {what} must be {there}, as those that serve, got {asked}")
+            raise PlacementError(f"placement: {what} must be {there}, as at present, got {asked}")
     # a saved placement may be from before a restart, when nodes had other ids
     placement = replace(placement, workers=current.workers)
     if (short := too_much(facts, placement)) is not None:
         raise PlacementError(f"placement: {short}")
-    return placement
+    if (short := _crowded(facts, placement)) is not None:
+        raise PlacementError(f"placement: tiers: {short}")
+    return with_tiers(facts, placement)
 
 
 def _slots(placement: Placement) -> str:
@@ -103,7 +134,7 @@ def _slots(placement: Placement) -> str:
 
 
 class Rebalancing:
-    """Owns the planner at work, the pin, and the time of the next look."""
+    """Owns the planner at work, the pin, and the time of the next periodic look."""
 
     def __init__(self, settings: ControlSettings, operations: OperationLog, counters: ClusterCounters) -> None:
         self._interval_s = settings.rebalance_interval_s
@@ -111,11 +142,11 @@ class Rebalancing:
         self._counters = counters
         self.planning: Planning | None = None
         self.pinned = False
-        """Periodic re-placement leaves the placement alone."""
+        """Whether periodic re-placement must not change the placement."""
         self._pins: str | None = None
-        """The operation whose end pins what it has made."""
+        """Id of the operation that pins the placement when it completes."""
         self._look_at: float | None = None
-        """When to look at the placement; None before the first epoch, or where that is done only on request."""
+        """Time of the next periodic look; None before the first epoch, and if re-placement is only done on request."""
         self._next_ticket = 1
         self._last_skipped: str | None = None
 
@@ -143,7 +174,7 @@ class Rebalancing:
         return [Solve(ticket=self.planning.ticket, planner=planner)]
 
     def answered(self, facts: Facts, event: PlanReady, now: float) -> tuple[Operation, Placement] | None:
-        """A planner has answered. Returns the change to begin, if one is to be made of it."""
+        """A planner has answered. Returns the change to begin, if its plan is adopted."""
         planning = self.planning
         if planning is None or event.ticket != planning.ticket:
             return None
@@ -160,19 +191,19 @@ class Rebalancing:
         else:
             assert event.placement is not None
             self._operations.advance(operation.operation_id, reason=reason)
-            return operation, event.placement
+            return operation, with_tiers(facts, event.placement)
         return None
 
     def place(self, facts: Facts, event: PlaceRequested) -> tuple[Operation, Placement] | None:
-        """To a given placement. Returns the change to begin, if there is anything to change.
+        """Change to a given placement. Returns the change to begin; None if the placement is in force already.
 
-        Raises PlacementError; nothing has changed then.
+        Raises PlacementError before anything is changed.
         """
         assert facts.spec is not None
         placement = of_members(facts, event.placement)
         self.pinned = self.pinned and event.pinned is not False
         operation = self._operations.open(OperationKind.REBALANCE, facts.next_epoch, "requested, a given placement")
-        if placement != facts.spec.placement:
+        if placement != facts.goal:
             self._pins = operation.operation_id if event.pinned else None
             return operation, placement
         self.pinned = self.pinned or event.pinned is True
@@ -184,7 +215,7 @@ class Rebalancing:
         self.pinned = False
 
     def changed(self, change: Change, now: float) -> None:
-        """An epoch has begun."""
+        """A change has been made: its epoch has begun."""
         if self._interval_s > 0:
             self._look_at = now + self._interval_s
         if change.kind is OperationKind.REBALANCE:
@@ -193,13 +224,13 @@ class Rebalancing:
                 self.pinned, self._pins = True, None
 
     def cancel(self, reason: str) -> None:
-        """Whatever a planner answers now is of no use."""
+        """Fail the operation of the planner at work. Its answer will be ignored."""
         if self.planning is not None:
             self._fail(self.planning.operation_id, reason)
             self.planning = None
 
     def resume(self, now: float) -> None:
-        """Adapt to the clock of a restarted coordinator."""
+        """Set all times by the clock of a restarted coordinator."""
         if self._look_at is not None:
             self._look_at = now + self._interval_s
 
@@ -211,7 +242,7 @@ class Rebalancing:
         self._operations.complete(operation_id, reason)
         self._counters.rebalances[RebalanceResult.SKIPPED] += 1
         if not requested:
-            # one line for a night of them, or they would push the history out
+            # of skipped plans in a row only the last is kept, or a night of them would fill the history
             if self._last_skipped is not None and self._operations.get(self._last_skipped):
                 self._operations.forget(self._last_skipped)
             self._last_skipped = operation_id

@@ -1,6 +1,6 @@
 """Compares the cluster with what it should be: which workers to start or keep, and which serve which experts.
 
-Functions of the facts and the time; each gives its reason. ControlState carries their choices out.
+Each function takes the facts and the time, and returns a choice with its reason. ControlState carries the choices out.
 
 Legend: L MoE layers, E logical experts.
 """
@@ -13,28 +13,35 @@ import numpy as np
 
 from elastic_moe.cluster.facts.adaptation import adapt
 from elastic_moe.cluster.facts.facts import Choice, Facts
-from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord
+from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord, serves
+from elastic_moe.cluster.facts.tiering import assign_tiers, next_step, pins_of
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId
 
 JOIN_PATIENCE_S = 5.0
 """Seconds that a loaded worker waits for others that are starting, so that they join in one epoch."""
 RESTART_PATIENCE_S = 60.0
-"""The same after all workers were lost, at most: others get as long again as the first one took."""
+"""Longest such wait in seconds after all workers were lost. Within it, the wait is as long as the first one loaded."""
 SURVIVORS_FIRST_S = 5.0
 """Seconds that survivors get to serve again before others are started."""
+READ_FIRST_S = 0.5
+"""Seconds that survivors may read lost experts before they serve again. The rest is served from disk at first."""
+PROMOTION_S = 10.0
+"""Seconds that one promotion may read. What it brings is kept from then on, and a longer one could be lost longer."""
+PROMOTION_PATIENCE_S = 5.0
+"""Seconds that a new epoch serves without promotions while workers are starting, which read from disk too."""
 
 # --- How many workers ---------------------------------------------------------------------------------------------
 
 
 def kept(facts: Facts) -> tuple[WorkerId, ...]:
-    """Workers that were to leave only because there were too many, and are not too many any more."""
+    """Surplus workers that were to leave, and are needed again because others were lost."""
     surplus = [m.id for m in facts.alive if m.state is WorkerState.DRAINING and not m.retired]
     return tuple(surplus[: max(0, facts.target - len(facts.staying))])
 
 
 def starts(facts: Facts, now: float) -> Choice[list[BoolArray]]:
-    """What each worker that is to be started now has to load ([L, E])."""
+    """For each worker to start now, the experts that it loads ([L, E])."""
     present = len(facts.staying)
     if present >= facts.target:
         return Choice([], "there are as many workers as there should be")
@@ -46,7 +53,7 @@ def starts(facts: Facts, now: float) -> Choice[list[BoolArray]]:
 
 
 def recovers_alone(facts: Facts, now: float) -> bool:
-    """Whether survivors are about to serve again: until then they need cores and disk more than a newcomer does."""
+    """Whether the survivors recover first. Meanwhile a worker that loads would take cores and disk from them."""
     if facts.outage is None or now - facts.outage.since >= SURVIVORS_FIRST_S:
         return False
     survivors = [record for record in facts.alive if record.id in facts.ranks]
@@ -54,30 +61,46 @@ def recovers_alone(facts: Facts, now: float) -> bool:
 
 
 def shares(facts: Facts, missing: int) -> list[BoolArray]:
-    """[L, E] for each of `missing` new workers, what it is to load: from the checkpoint, beside those that serve,
-    rather than by copies that would take their time. First of all what nobody holds."""
+    """For each of `missing` new workers, the experts that it loads from the checkpoint ([L, E]).
+
+    They are first of all those that no worker holds, and then an even share of the others. New workers get no copies
+    from workers that serve, because copying would slow their steps.
+    """
     held = np.zeros(facts.load.shape, dtype=np.bool_)
     for record in facts.alive:
         held |= record.has if record.loaded else record.assigned
     team = len(facts.staying) + missing
+    most = _most_pins(facts, team)
     found = [np.zeros_like(held) for _ in range(missing)]
     for layer in range(facts.model.num_layers):
         experts = np.lexsort((-facts.load[layer], held[layer]))
         lost = experts[: int((~held[layer]).sum())]
+        # the heaviest of them, dealt out, where they do not all fit
+        parts = np.array_split(np.sort(lost), missing) if most is None else [lost[n::missing] for n in range(missing)]
         for part, share in enumerate(found):
-            share[layer, np.array_split(np.sort(lost), missing)[part]] = True
+            share[layer, parts[part][:most]] = True
             # heavy and light ones, as many as an even share has
-            room = facts.model.num_logical_experts // team - int(share[layer].sum())
+            even = facts.model.num_logical_experts // team
+            room = (even if most is None else min(even, most)) - int(share[layer].sum())
             share[layer, experts[len(lost) :][part::team][: max(0, room)]] = True
     return found
+
+
+def _most_pins(facts: Facts, team: int) -> int | None:
+    """Experts per layer that the device of a new worker keeps, if an even share does not fit; None: a share does, as
+    far as is known."""
+    capacity, experts = facts.usual_capacity, facts.model.num_logical_experts
+    if capacity is None or not facts.usually_tiered or -(-experts // team) <= capacity // facts.model.num_layers:
+        return None
+    return pins_of(capacity // facts.model.num_layers)
 
 
 # --- Who serves ---------------------------------------------------------------------------------------------------
 
 
 def next_members(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
-    """The members of the epoch to begin now; empty if no epoch is to begin."""
-    if facts.change is not None:
+    """The members of the epoch to begin now; empty if no epoch is to begin. A promotion under way gives way to it."""
+    if facts.change is not None and not facts.change.yields:
         return Choice((), f"epoch {facts.change.spec.epoch} is under way")
     if facts.probing:
         return Choice((), "workers are being asked for a sign of life")
@@ -90,13 +113,13 @@ def next_members(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
 
 
 def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
-    """The workers that should serve now, whether they do or not; empty: wait."""
-    # draining workers serve on only where nobody else can
+    """The workers that should serve now, whether they do or not; empty: no worker serves yet."""
+    # draining workers continue to serve only if the others cannot hold every expert
     wanted = [record for record in facts.loaded if record.state is not WorkerState.DRAINING]
     if not facts.fits(wanted):
         wanted = facts.loaded
     if not facts.fits(wanted):
-        return Choice((), "those that have loaded have too little memory for every expert")
+        return Choice((), "the workers that have loaded have too little memory for every expert")
     current = [record for record in wanted if record.id in facts.ranks]
     if facts.outage is not None and facts.fits(current):
         return Choice(tuple(current), "the survivors serve first")
@@ -108,7 +131,7 @@ def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
 def _waits_for_more(
     facts: Facts, wanted: Sequence[WorkerRecord], now: float
 ) -> Choice[tuple[WorkerRecord, ...]] | None:
-    """Whether the first that has loaded waits for others, so that they begin together; None: it does not."""
+    """The choice to wait, so that workers that are starting join in the same epoch; None: do not wait."""
     current = [record for record in wanted if record.id in facts.ranks]
     joining = [record for record in wanted if record.id not in facts.ranks]
     first = min(joining, key=lambda record: record.loaded_at or now, default=None)
@@ -119,27 +142,75 @@ def _waits_for_more(
         if facts.spec is None:
             return Choice((), f"{len(wanted)} of {facts.target} workers have loaded")
         if waited < min(took, RESTART_PATIENCE_S):
-            return Choice((), "the first that has loaded waits for the others as long again as it took")
+            return Choice((), "workers that have loaded wait for others, as long as the first one took to load")
     elif facts.outage is None and waited < JOIN_PATIENCE_S:
-        # without the worker that joins, those that stay may have too little memory
+        # without the joining worker, the others may have too little memory
         stay = current if facts.fits(current) else ()
-        return Choice(tuple(stay), "those that have loaded wait for others that are starting")
+        return Choice(tuple(stay), "workers that have loaded wait for others that are starting")
     return None
 
 
 def placement_for(facts: Facts, members: Sequence[WorkerRecord]) -> Placement:
-    """The placement of `members` that moves as little as possible."""
+    """The placement that `members` are to have in the end: it moves as little as possible, and puts the heaviest
+    experts into devices that are too small for all."""
     slots = facts.slots(members)
-    assert slots is not None, "members are chosen so that they hold every expert"
+    assert slots is not None, "members are chosen so that they can serve every expert"
     workers = []
     for record, count in zip(members, slots, strict=True):
         assert record.info is not None, f"{record.id} has not loaded"
         workers.append(Worker(id=record.id, node=record.info.node, slots=count))
-    return adapt(workers, {record.id: record.has for record in members}, facts.load)
+    has = {record.id: record.has for record in members}
+    placement = adapt(workers, has, facts.load, {record.id: _served(facts, record.id) for record in members})
+    return assign_tiers(placement, facts.rooms(members), has, facts.load)
+
+
+def _served(facts: Facts, worker: WorkerId) -> BoolArray:
+    if facts.spec is None or worker not in facts.ranks:
+        return np.zeros(facts.load.shape, dtype=np.bool_)
+    return serves(facts.spec.placement, worker)
+
+
+def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
+    """The next placement on the way to `goal`. budget_s: seconds for which each of its members may read experts for it;
+    None: as long as it takes."""
+    members = [facts.records[worker.id] for worker in goal.workers]
+    rooms = facts.rooms(members)
+    return next_step(
+        goal,
+        None if facts.spec is None else facts.spec.placement,
+        rooms,
+        {record.id: record.has for record in members},
+        {record.id: record.has | record.perhaps for record in members},
+        facts.load,
+        most_new={
+            worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes)
+            for worker, room in rooms.items()
+        },
+    )
+
+
+def promotion(facts: Facts, now: float) -> Choice[Placement | None]:
+    """The next placement on the way to the one in force's goal, if it is time to bring experts into devices."""
+    if not (facts.idle and facts.serves):
+        return Choice(None, "something else is under way")
+    assert facts.spec is not None
+    assert facts.goal is not None
+    if facts.goal == facts.spec.placement:
+        return Choice(None, "every expert lies in its tier")
+    if now < facts.retry_at:
+        return Choice(None, "the last change failed: the next is begun after a pause")
+    coming = any(record.state is WorkerState.STARTING for record in facts.alive)
+    if coming and now - facts.epoch_since < PROMOTION_PATIENCE_S:
+        return Choice(None, "workers that are starting may take experts over")
+    step = step_to(facts, facts.goal, PROMOTION_S)
+    if step == facts.spec.placement:
+        return Choice(None, "no device has room for another expert")
+    missing = facts.goal.resident_share - facts.spec.placement.resident_share
+    return Choice(step, f"another {missing:.0%} of the experts fit in devices")
 
 
 def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]:
-    """What kind of operation an epoch of `members` belongs to."""
+    """The kind of operation that an epoch of `members` belongs to, with the workers that join and leave."""
     if facts.spec is None:
         kind = OperationKind.START
     else:

@@ -24,46 +24,43 @@ def limits_of_target(settings: ControlSettings, model: ModelInfo) -> tuple[int, 
 
 
 def check_target(settings: ControlSettings, model: ModelInfo, workers: int) -> None:
-    """Raises PlacementError, with what was expected, for a number of workers that cannot be."""
+    """Raises PlacementError, with what was expected, for an impossible number of workers."""
     experts = model.num_logical_experts
     least, most = limits_of_target(settings, model)
     if not least <= workers <= most:
         why = "each needs an expert of the model's" if most == experts else "the limits of the autoscaler"
         raise PlacementError(f"workers: expected {least} to {most} ({why}), got {workers}")
-    if settings.expert_capacity is not None:
-        per_layer = settings.expert_capacity // model.num_layers
-        if workers * per_layer < experts:
-            fewest = str(-(-experts // per_layer)) if per_layer else "more than any number"
-            raise PlacementError(
-                f"workers: expected at least {fewest}, got {workers}: a layer has {experts} experts, and"
-                f" expert_memory_bytes is room for {per_layer} of every layer"
-            )
+    if settings.expert_capacity is not None and settings.expert_capacity < model.num_layers:
+        raise PlacementError(
+            f"expert_memory_bytes: expected at least {model.num_layers * model.expert_bytes}, room for one expert of"
+            f" each of the {model.num_layers} layers; it is room for {settings.expert_capacity} experts"
+        )
 
 
 def check_memory(facts: Facts, target: int, retire: Sequence[WorkerId]) -> None:
-    """Raises PlacementError where those that would stay cannot hold every expert."""
+    """Raises PlacementError if the workers that would stay cannot hold every expert."""
     staying = _oldest_first([record for record in facts.staying if record.id not in retire])[:target]
     if target > len(staying) or facts.fits(staying):
         return
     limits = ", ".join(f"{m.id} {limit}" for m, limit in zip(staying, facts.limits(staying), strict=True))
     raise PlacementError(
-        f"workers: expected at least {facts.fewest}: a layer has {facts.model.num_logical_experts} experts, and those"
-        f" that would stay have memory for {limits}"
+        f"workers: expected at least {facts.fewest}: a layer has {facts.model.num_logical_experts} experts, and the"
+        f" workers that would stay have memory for {limits}"
     )
 
 
 def surplus(facts: Facts, target: int, retire: Sequence[WorkerId] = ()) -> list[WorkerRecord]:
-    """Who leaves for the number's sake, besides those in `retire`: those that do not serve yet, then the newest."""
+    """The workers beyond `target`, apart from those in `retire`: first those that do not serve yet, then the newest."""
     return _oldest_first([record for record in facts.staying if record.id not in retire])[target:]
 
 
 def _oldest_first(members: Sequence[WorkerRecord]) -> list[WorkerRecord]:
-    """In the order in which they are worth keeping."""
+    """Loaded workers before those that still load; each group in the order in which they were started."""
     return [*[m for m in members if m.loaded], *[m for m in members if not m.loaded]]
 
 
 def advise(facts: Facts, samples: Sequence[Sample], now: float, changed_at: float) -> Verdict:
-    """The autoscaler's, for the size that there is."""
+    """The autoscaler's verdict for the present number of workers."""
     settings = facts.settings
     assert settings.max_workers is not None
     policy = Policy(
@@ -76,7 +73,7 @@ def advise(facts: Facts, samples: Sequence[Sample], now: float, changed_at: floa
 
 
 def fewest_wanted(facts: Facts) -> int:
-    """Fewest workers by the autoscaler's limits and by today's memory, but not more than there should be now."""
+    """Fewest workers by the autoscaler's limits and by memory, but not more than there should be now."""
     return max(facts.settings.min_workers or 1, min(facts.fewest, facts.target))
 
 
@@ -84,7 +81,7 @@ def fewest_wanted(facts: Facts) -> int:
 
 
 class Scaling:
-    """Owns the number of workers that there should be, the wish that it is from, and what the autoscaler has seen.
+    """Owns the number of workers that there should be, the operation that set it, and the autoscaler's samples.
 
     Raises PlacementError for more workers than experts.
     """
@@ -99,11 +96,11 @@ class Scaling:
         self._operations = operations
         self.target = settings.workers
         self.operation_id: str | None = None
-        """The operation that the last wish for another size began."""
+        """Id of the last operation that changed the number of workers."""
         self._samples: list[Sample] = []
         self._changed_at = 0.0
         self.verdict = "the load has not been seen yet"
-        """The autoscaler's last reason."""
+        """The reason of the autoscaler's last verdict."""
 
     def view(self, facts: Facts) -> ScaleView:
         return ScaleView(
@@ -111,20 +108,21 @@ class Scaling:
             target=self.target,
             min_workers=fewest_wanted(facts),
             max_workers=limits_of_target(self._settings, self._model)[1],
+            next_worker=self._membership.next_worker,
             autoscaler=None if self._settings.max_workers is None else self.verdict,
         )
 
     # --- Wishes -------------------------------------------------------------------------------------------------
 
     def is_repeated(self, event: ScaleRequested) -> bool:
-        """Whether this was asked for before. Raises ConflictError where its id stands for something else."""
+        """Whether this request was made before. Raises ConflictError if its id belongs to another request."""
         known = None if event.operation_id is None else self._operations.get(event.operation_id)
         if known is not None and (known.kind, known.asked) != (OperationKind.SCALE, _in_words(event)):
-            raise ConflictError(f"operation {event.operation_id} is another one: {known.kind} {known.asked}")
+            raise ConflictError(f"operation {event.operation_id} exists and is another one: {known.kind} {known.asked}")
         return known is not None
 
     def requested(self, facts: Facts, event: ScaleRequested, now: float) -> list[Command]:
-        """Raises ConflictError, PlacementError; nothing has changed then."""
+        """Raises ConflictError or PlacementError before anything is changed."""
         for worker in event.retire:
             if worker not in facts.records or facts.records[worker].state is not WorkerState.SERVING:
                 raise PlacementError(f"retire: {worker!r} is no serving worker")
@@ -143,7 +141,7 @@ class Scaling:
             return
         if not allowed:
             raise ConflictError(f"operation {pending.operation_id} is under way; replace: true would take its place")
-        # it waits for workers that may never come
+        # the pending operation waits for workers that may never start
         self._operations.fail(pending.operation_id, "replaced by another request")
 
     def _scale(
@@ -185,7 +183,7 @@ class Scaling:
     # --- Load ---------------------------------------------------------------------------------------------------
 
     def load_seen(self, facts: Facts, event: LoadSeen, now: float) -> list[Command]:
-        """The autoscaler's look, once for every report of the engine's."""
+        """Add the engine's report to the samples, and scale if the autoscaler's verdict is another number."""
         if self._settings.max_workers is None:
             return []
         if facts.outage is not None or not facts.scaled:
@@ -196,7 +194,7 @@ class Scaling:
         seen = Sample(at_s=now, waiting=event.waiting, running=event.running, kv_usage=event.kv_usage)
         window_s = self._settings.autoscale_window_s
         self._samples = [s for s in self._samples if now - s.at_s <= 2 * window_s] + [seen]
-        if not facts.idle or self._operations.find_open(OperationKind.SCALE) is not None:
+        if not facts.interruptible or self._operations.find_open(OperationKind.SCALE) is not None:
             return []
         verdict = advise(facts, self._samples, now, self._changed_at)
         self.verdict = verdict.reason
@@ -208,7 +206,7 @@ class Scaling:
         return self._scale(facts, verdict.target, (), asked=asked, reason=reason, operation_id=None, now=now)
 
     def resume(self, now: float) -> None:
-        """Adapt to the clock of a restarted coordinator."""
+        """Set all times by the clock of a restarted coordinator."""
         self._changed_at = now
         self._samples.clear()
 

@@ -35,5 +35,5 @@ class Starts:
         self.fatal = reason
 
     def resume(self) -> None:
-        """Adapt to the clock of a restarted coordinator."""
+        """Set all times by the clock of a restarted coordinator."""
         self.at = 0.0

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.placement import Move, Placement, WorkerId
 
 ExpertKey = tuple[WorkerId, int, int]
@@ -37,12 +37,12 @@ class Tick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoaded:
-    info: HostInfo
+    info: WorkerInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFailed:
-    """A worker could not load. `fatal`: it never will, nor will another (a checkpoint that cannot be served)."""
+    """A worker could not load. `fatal`: no other worker can load either (a checkpoint that cannot be served)."""
 
     worker: WorkerId
     reason: str
@@ -51,7 +51,7 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLost:
-    """A worker's process is gone, or answers no more."""
+    """A worker's process is gone, or does not answer any more."""
 
     worker: WorkerId
     reason: str
@@ -65,7 +65,7 @@ class TransferDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferFailed:
-    """`staged` arrived all the same, and need not be sent again."""
+    """Some transfers failed. The experts in `staged` arrived, and need not be brought again."""
 
     epoch: Epoch
     reason: str
@@ -90,7 +90,7 @@ class PrepareFailed:
 class Committed:
     epoch: Epoch
     moved_requests: int = 0
-    """Requests whose worker is not a member any more: they are computed again elsewhere."""
+    """Number of requests whose worker is no member any more. They are computed again on another worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class CommitFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFailed:
-    """The engine could not finish a step: its group is of no use any more."""
+    """The engine could not finish a step. The process group cannot be used any more."""
 
     epoch: Epoch
     suspects: tuple[WorkerId, ...]
@@ -124,14 +124,14 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """A new coordinator goes on with a saved state. `engine_epoch` is the engine's; None where that is not known."""
+    """A new coordinator continues from a saved state. `engine_epoch` is the engine's epoch; None if it is not known."""
 
     engine_epoch: Epoch | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReady:
-    """A planner's answer. `placement` is None where there is none; `reason` says what it weighed."""
+    """A planner's answer. `placement` is None if the planner failed; `reason` explains the answer."""
 
     ticket: int
     placement: Placement | None
@@ -144,30 +144,36 @@ class PlanReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceRequested:
-    """Raises ConflictError, NotReadyError from `handle`."""
+    """A user asks for a re-placement. `handle` raises ConflictError or NotReadyError if it is refused."""
 
     planner: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleRequested:
-    """To `workers` in all, or without those in `retire`. Raises ConflictError, NotReadyError, PlacementError."""
+    """A user asks for `workers` workers, or for the workers without those in `retire`.
+
+    `handle` raises ConflictError, NotReadyError or PlacementError if it is refused.
+    """
 
     workers: int | None = None
     retire: tuple[WorkerId, ...] = ()
     operation_id: str | None = None
-    """The caller's own. Asking again with the same one changes nothing."""
+    """An id of the caller's. A second request with the same id changes nothing."""
     replace: bool = False
-    """Take the place of a scaling that still waits for workers."""
+    """Whether to replace a scaling that still waits for workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceRequested:
-    """To exactly this placement of today's workers. Raises ConflictError, NotReadyError, PlacementError."""
+    """A user asks for exactly this placement of the present workers.
+
+    `handle` raises ConflictError, NotReadyError or PlacementError if it is refused.
+    """
 
     placement: Placement
     pinned: bool | None = None
-    """None: as it is."""
+    """Whether to pin the placement; None: leave it as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +183,7 @@ class Unpin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSeen:
-    """How busy the engine is: what the autoscaler goes by."""
+    """The engine's load, on which the autoscaler decides."""
 
     waiting: int
     running: int
@@ -189,7 +195,7 @@ class LoadSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RoutingCounted:
-    """How the window of routing statistics looks now. It is noted, and nothing is begun because of it."""
+    """The present sums of the routing window. They are stored; they do not begin a change."""
 
     load: npt.NDArray[np.int64]
     """[L, E] tokens per logical expert."""
@@ -236,19 +242,19 @@ class StopWorker:
     """End a worker's process, if it still runs."""
 
     worker: WorkerId
-    info: HostInfo | None
-    """None where it has not loaded."""
+    info: WorkerInfo | None
+    """None if it has not loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """Bring experts to where `epoch` wants them: from other workers, or from the checkpoint."""
+    """Bring experts to the workers that hold them in `epoch`, from other workers or from the checkpoint."""
 
     epoch: Epoch
     copies: tuple[Move, ...]
     reads: tuple[ExpertKey, ...]
     urgent: bool = False
-    """Nothing is served until it is done: no limit of bandwidth."""
+    """Whether to ignore the limit of bandwidth, because nothing is served until the transfer is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,13 +270,13 @@ class Commit:
     """Flip to `spec` through the engine, at a step boundary."""
 
     spec: EpochSpec
-    infos: Mapping[WorkerId, HostInfo]
-    """Of its members, by which the engine reaches them."""
+    infos: Mapping[WorkerId, WorkerInfo]
+    """The members' addresses and properties, for the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandon:
-    """Tell `workers` that `epoch` will not come: they free its group and what was staged for it."""
+    """Have `workers` free the group and the staged experts of `epoch`, which was given up."""
 
     epoch: Epoch
     workers: tuple[WorkerId, ...]
@@ -278,7 +284,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortSteps:
-    """Free `workers` from steps of these epochs, which wait for a worker that will not answer."""
+    """Have `workers` abort their steps of these epochs, which wait for a worker that will not answer."""
 
     epochs: tuple[Epoch, ...]
     workers: tuple[WorkerId, ...]
@@ -304,7 +310,7 @@ class Solve:
 
     ticket: int
     planner: str | None
-    """None: the one of the periodic re-placement."""
+    """None: the planner of the periodic re-placement."""
 
 
 Command = StartWorker | StopWorker | Transfer | Prepare | Commit | Abandon | AbortSteps | Drain | Probe | Solve

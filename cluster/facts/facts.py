@@ -16,12 +16,13 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.facts.adaptation import slots_of
+from elastic_moe.cluster.facts.adaptation import slots_of, tiered_slots_of
 from elastic_moe.cluster.facts.membership import WorkerRecord
+from elastic_moe.cluster.facts.tiering import Room
 from elastic_moe.cluster.facts.transfers import Transfers
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
-from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.cluster.placement import Placement, WorkerId
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ class Choice(Generic[T]):
 
 
 class Cause(StrEnum):
-    """Why a recovery became necessary."""
+    """The cause of a recovery."""
 
     WORKER = "worker"
     """A worker died or hangs."""
@@ -52,7 +53,7 @@ class Stage(StrEnum):
     """The stage that a change has reached."""
 
     PLANNING = "planning"
-    """A planner is at work; there is no change yet. Of re-placements alone."""
+    """A planner is at work, and there is no change yet. Only a re-placement has this stage."""
     TRANSFERRING = "transferring"
     DRAINING = "draining"
     """Every expert is in its place; workers that leave may finish what they run."""
@@ -65,19 +66,19 @@ class ControlSettings:
     workers: int
     redundant_experts: int = 0
     rebalance_interval_s: float = 60.0
-    """0: only on request."""
+    """Seconds between two periodic looks at the placement; 0: only on request."""
     shared_gpus: bool = False
     """Workers share GPUs, which NCCL cannot do."""
     min_workers: int | None = None
     max_workers: int | None = None
-    """The autoscaler's limits, which hold for whoever asks for a size. None: no autoscaler."""
+    """The autoscaler's limits. Requests of users must keep to them too. None: there is no autoscaler."""
     autoscale_window_s: float = 15.0
     seats_per_worker: int = 64
     """Requests that a worker runs at a time."""
     drain_timeout_s: float = 30.0
     """Seconds that the requests of a worker that leaves may take; then they move."""
     expert_capacity: int | None = None
-    """Experts that a worker has memory for, over all layers; None: as each reports."""
+    """Experts that every worker has memory for, over all layers; None: each worker reports its own."""
     cluster_id: str = "emoe"
     """Part of every process group's name, so that two clusters on one machine do not meet."""
 
@@ -98,6 +99,8 @@ class Change:
     operation_id: str
     kind: OperationKind
     spec: EpochSpec
+    goal: Placement
+    """The placement to be reached in the end: it serves as `spec` does, with more experts in devices."""
     forms_group: bool
     transfers: Transfers
     stage: Stage
@@ -111,6 +114,11 @@ class Change:
     def workers(self) -> tuple[WorkerId, ...]:
         return tuple(worker.id for worker in self.spec.placement.workers)
 
+    @property
+    def yields(self) -> bool:
+        """Whether any other change may take its place, because it only brings experts into devices."""
+        return self.kind is OperationKind.PROMOTE and self.stage in (Stage.TRANSFERRING, Stage.DRAINING)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
@@ -121,7 +129,7 @@ class Planning:
     since: float
     requested: bool
     forced: bool
-    """A planner was asked for by name: its answer is carried out, whatever it is predicted to gain."""
+    """Whether a user named the planner: then its plan is carried out, even if no gain is predicted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -136,6 +144,8 @@ class Facts:
     """Workers that run requests; None if the engine has not reported since the last Drain command."""
     spec: EpochSpec | None
     """The epoch in force; None before the first."""
+    goal: Placement | None
+    """What the placement in force is to become once all its experts have been brought into devices."""
     epoch_since: float
     outage: Outage | None
     """None while the epoch in force serves."""
@@ -147,7 +157,7 @@ class Facts:
     target: int
     """Number of workers that there should be."""
     load: npt.NDArray[np.int64]
-    """[L, E] recent tokens per expert, by which lost experts are dealt out."""
+    """[L, E] recent tokens per expert. Lost experts are placed by them."""
     retry_at: float
     """No change begins before this time, because the last attempt failed."""
     start_at: float
@@ -187,6 +197,11 @@ class Facts:
         return self.spec is not None and self.change is None and self.planning is None and not self.probing
 
     @property
+    def interruptible(self) -> bool:
+        """Whether nothing is under way that does not give way to other changes."""
+        return self.idle or (self.change is not None and self.change.yields and not self.probing)
+
+    @property
     def scaled(self) -> bool:
         """Whether as many workers serve as there should be, and none of them is to leave."""
         leaving = any(self.records[worker].state is WorkerState.DRAINING for worker in self.ranks)
@@ -200,25 +215,55 @@ class Facts:
     # --- Memory -------------------------------------------------------------------------------------------------
 
     def limits(self, members: Sequence[WorkerRecord]) -> list[int]:
-        """Experts per layer that each has memory for. One that has not loaded yet is taken to have what others have."""
-        capacities = [record.capacity for record in self.alive if record.capacity is not None]
-        usual = min(capacities, default=self.settings.expert_capacity)
+        """Experts per layer that fit in the device of each. One that has not loaded yet is taken to have what others
+        have."""
+        usual = self.usual_capacity
         limits = []
         for record in members:
             capacity = record.capacity if record.info is not None else usual
             limits.append(self.model.num_logical_experts if capacity is None else capacity // self.model.num_layers)
         return limits
 
+    @property
+    def usual_capacity(self) -> int | None:
+        """Experts, over all layers, that a worker which has not loaded yet is taken to have memory for."""
+        capacities = [record.capacity for record in self.alive if record.capacity is not None]
+        return min(capacities, default=self.settings.expert_capacity)
+
+    @property
+    def usually_tiered(self) -> bool:
+        """Whether a worker which has not loaded yet is taken to serve experts from disk, too."""
+        return not self.loaded or any(record.tiered for record in self.loaded)
+
+    def tiered(self, members: Sequence[WorkerRecord]) -> bool:
+        """Whether each can serve experts from disk."""
+        return all(record.tiered if record.info is not None else self.usually_tiered for record in members)
+
+    def rooms(self, members: Sequence[WorkerRecord]) -> dict[WorkerId, Room | None]:
+        """What each has for experts; None for one without a disk tier, or with memory for everything."""
+        rooms: dict[WorkerId, Room | None] = {}
+        for record in members:
+            info = record.info
+            if info is None or info.disk_bytes_per_s is None or info.expert_capacity is None:
+                rooms[record.id] = None
+                continue
+            rooms[record.id] = Room(
+                device=info.expert_capacity, host=info.host_capacity, disk_bytes_per_s=info.disk_bytes_per_s
+            )
+        return rooms
+
     def slots(self, members: Sequence[WorkerRecord]) -> tuple[int, ...] | None:
-        """Slots per layer of each; None where they have too little memory for every expert."""
-        return slots_of(self.limits(members), self.model.num_logical_experts, self.settings.redundant_experts)
+        """Slots per layer of each; None where they have too little memory and cannot serve from disk."""
+        limits, experts = self.limits(members), self.model.num_logical_experts
+        found = slots_of(limits, experts, self.settings.redundant_experts)
+        return tiered_slots_of(limits, experts) if found is None and self.tiered(members) else found
 
     def fits(self, members: Sequence[WorkerRecord]) -> bool:
-        """Whether `members` have memory for every expert."""
+        """Whether `members` can serve every expert."""
         return self.slots(members) is not None
 
     @property
     def fewest(self) -> int:
-        """The least number of today's workers that have memory for every expert."""
-        experts, limits = self.model.num_logical_experts, sorted(self.limits(self.alive), reverse=True)
-        return next((n for n in range(1, len(limits)) if slots_of(limits[:n], experts, 0)), max(1, len(limits)))
+        """The least number of today's workers that can serve every expert."""
+        best = sorted(self.alive, key=lambda record: -self.limits([record])[0])
+        return next((n for n in range(1, len(best)) if self.slots(best[:n]) is not None), max(1, len(best)))

@@ -5,7 +5,7 @@ Legend: L MoE layers, E logical experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.facts.events import ExpertKey, Probe, StartWorker, StopWorker
-from elastic_moe.cluster.messages.epochs import HostInfo
+from elastic_moe.cluster.messages.epochs import WorkerInfo
 from elastic_moe.cluster.messages.views import WorkerState
-from elastic_moe.cluster.placement import EMPTY, Placement, WorkerId
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier, WorkerId
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -24,7 +24,7 @@ DEAD_REMEMBERED = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WorkerRecord:
-    """What is known of a worker, from the command to start it on.
+    """What is known of a worker, from the command that starts it.
 
     `held` and `staged` may lack experts that the worker has, but contain none that it has not.
     """
@@ -34,11 +34,13 @@ class WorkerRecord:
     assigned: BoolArray
     """[L, E] experts that the worker loads when it starts."""
     held: BoolArray
-    """[L, E] experts that the worker holds under the epoch in force."""
+    """[L, E] experts that the worker holds in its device under the epoch in force."""
     staged: BoolArray
     """[L, E] experts that were brought to the worker since the epoch began."""
+    perhaps: BoolArray
+    """[L, E] experts that may lie in its device besides, since the outcome of a flip is not known. They take memory."""
     asked_at: float
-    info: HostInfo | None = None
+    info: WorkerInfo | None = None
     loaded_at: float | None = None
     retired: bool = False
     """Whether the worker leaves because a user named it, and not because there are too many."""
@@ -60,8 +62,13 @@ class WorkerRecord:
 
     @property
     def capacity(self) -> int | None:
-        """Experts that it has memory for, over all layers; None where that is not limited, or not known yet."""
+        """Experts that its device has memory for, over all layers; None where that is not limited, or not known yet."""
         return None if self.info is None else self.info.expert_capacity
+
+    @property
+    def tiered(self) -> bool:
+        """Whether it can serve experts that do not lie in its device."""
+        return self.info is not None and self.info.disk_bytes_per_s is not None
 
 
 class Membership:
@@ -114,33 +121,35 @@ class Membership:
             assigned=assigned,
             held=self._nothing,
             staged=self._nothing,
+            perhaps=self._nothing,
             asked_at=now,
         )
         return StartWorker(worker=worker, experts=expert_lists(assigned))
 
-    def loads(self, info: HostInfo, now: float) -> bool:
-        """A worker has loaded. False where that is no news of a worker that was waited for."""
+    def loads(self, info: WorkerInfo, now: float) -> bool:
+        """A worker has loaded. Returns False if it was known to be loaded, or is dead."""
         record = self.get(info.worker)
         if record is None or not record.alive or record.loaded:
             return False
-        self._set(info.worker, info=info, loaded_at=now, held=record.assigned)
+        held = record.assigned if info.held is None else mask_of(info.held, record.assigned.shape)
+        self._set(info.worker, info=info, loaded_at=now, held=held)
         return True
 
     def drain(self, worker: WorkerId, now: float, *, retired: bool = False) -> None:
-        """It is to leave. retired: because it was named."""
+        """The worker must leave. retired: a user named it."""
         record = self._records[worker]
         self._set(worker, state=WorkerState.DRAINING, draining_since=now, retired=record.retired or retired)
 
     def keep(self, worker: WorkerId) -> None:
-        """It is not to leave after all."""
+        """A worker that was to leave stays."""
         self._set(worker, state=WorkerState.SERVING)
 
     def stop(self, worker: WorkerId) -> StopWorker:
-        self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing)
+        self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing, perhaps=self._nothing)
         return StopWorker(worker=worker, info=self._records[worker].info)
 
     def forget_dead(self, in_use: Collection[WorkerId]) -> None:
-        """All but the last few that are members of nothing."""
+        """Forget dead workers that are not in use, except the last few."""
         dead = [record.id for record in self._records.values() if not record.alive and record.id not in in_use]
         for worker in dead[:-DEAD_REMEMBERED]:
             del self._records[worker]
@@ -148,7 +157,7 @@ class Membership:
     # --- Experts ------------------------------------------------------------------------------------------------
 
     def stage(self, keys: Iterable[ExpertKey]) -> None:
-        """These experts were brought."""
+        """These experts were brought to these workers."""
         brought: dict[WorkerId, BoolArray] = {}
         for worker, layer, expert in keys:
             brought.setdefault(worker, self._records[worker].staged.copy())[layer, expert] = True
@@ -156,7 +165,7 @@ class Membership:
             self._set(worker, staged=staged)
 
     def unstage(self, workers: Iterable[WorkerId]) -> None:
-        """What was brought to them is dropped again."""
+        """These workers drop the experts that were brought to them."""
         for worker in workers:
             self._set(worker, staged=self._nothing)
 
@@ -166,12 +175,15 @@ class Membership:
             record = self._records[worker.id]
             if record.alive:
                 state = WorkerState.SERVING if record.state is WorkerState.STARTING else record.state
-                self._set(worker.id, held=needs(placement, worker.id), staged=self._nothing, state=state)
+                held = needs(placement, worker.id)
+                self._set(worker.id, held=held, staged=self._nothing, perhaps=self._nothing, state=state)
 
     def doubt(self, placement: Placement) -> None:
-        """Some may have begun an epoch with `placement`, others not: count on what each holds either way."""
+        """A worker may have begun an epoch with `placement` or not, so it holds only what it holds in both cases."""
         for worker in placement.workers:
-            self._set(worker.id, held=self._records[worker.id].held & needs(placement, worker.id))
+            record, wanted = self._records[worker.id], needs(placement, worker.id)
+            if record.alive:
+                self._set(worker.id, held=record.held & wanted, perhaps=record.perhaps | record.has | wanted)
 
     # --- Signs of life ------------------------------------------------------------------------------------------
 
@@ -180,11 +192,11 @@ class Membership:
         return Probe(workers=self.loaded)
 
     def probed(self) -> None:
-        """All have answered, or are known to be lost."""
+        """All probed workers have answered, or are known to be lost."""
         self.probing = False
 
     def strike(self, worker: WorkerId) -> int:
-        """A step failed with it as a suspect. Returns how many in a row; 0 for one that is not there."""
+        """A step failed, and the worker is a suspect. Returns how many times in a row; 0 if the worker is gone."""
         record = self.get(worker)
         if record is None or not record.alive:
             return 0
@@ -197,7 +209,7 @@ class Membership:
                 self._set(record.id, strikes=0)
 
     def resume(self, now: float) -> list[StartWorker]:
-        """The clock is another one, and answers are lost: those that load are asked again."""
+        """Set all times by the clock of a restarted coordinator, and ask the workers that load once more."""
         commands: list[StartWorker] = []
         for record in self.alive:
             self._set(record.id, draining_since=now, loaded_at=None if record.loaded_at is None else now)
@@ -208,11 +220,31 @@ class Membership:
 
 
 def needs(placement: Placement, worker: WorkerId) -> BoolArray:
-    """[L, E] the experts that `placement` gives to `worker`."""
-    wanted = np.zeros((placement.num_layers, placement.num_logical_experts), dtype=np.bool_)
-    for layer in range(placement.num_layers):
-        wanted[layer, [e for e in placement.experts_of(worker, layer) if e != EMPTY]] = True
-    return wanted
+    """[L, E] the experts that `placement` puts into the device of `worker`, which must be there before it begins."""
+    return _mask_of_slots(placement, worker, placement.tiers == Tier.DEVICE)
+
+
+def serves(placement: Placement, worker: WorkerId) -> BoolArray:
+    """[L, E] the experts that `placement` gives to `worker`, in whichever tier."""
+    return _mask_of_slots(placement, worker, np.ones_like(placement.tiers, dtype=np.bool_))
+
+
+def _mask_of_slots(placement: Placement, worker: WorkerId, chosen: BoolArray) -> BoolArray:
+    """[L, E] the experts in those slots of `worker` that are `chosen` ([L, S])."""
+    table = placement.physical_to_logical_map
+    mine = placement.slot_to_worker == placement.rank_of(worker)
+    layers, slots = np.nonzero(chosen & mine & (table != EMPTY))
+    mask = np.zeros((placement.num_layers, placement.num_logical_experts), dtype=np.bool_)
+    mask[layers, table[layers, slots]] = True
+    return mask
+
+
+def mask_of(experts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> BoolArray:
+    """[L] lists of experts, in which EMPTY counts for nothing, to an [L, E] mask."""
+    mask = np.zeros(shape, dtype=np.bool_)
+    for layer, row in enumerate(experts):
+        mask[layer, [e for e in row if e != EMPTY]] = True
+    return mask
 
 
 def expert_lists(wanted: BoolArray) -> tuple[tuple[int, ...], ...]:

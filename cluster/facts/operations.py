@@ -10,7 +10,7 @@ from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.cluster.placement import WorkerId
 
 HISTORY = 100
-"""Operations that are remembered, so that a server of months has a bounded one."""
+"""Number of operations that are kept, so that memory does not grow over months."""
 
 ENDED = (Phase.COMPLETED, Phase.FAILED)
 
@@ -32,7 +32,7 @@ class OperationLog:
         asked: str = "",
         retiring: tuple[WorkerId, ...] = (),
     ) -> Operation:
-        """operation_id: the caller's own, which must be new; else one is made up."""
+        """Begin an operation. operation_id: an id of the caller's, which must be new; None: one is made."""
         assert operation_id not in self._operations, f"{operation_id} is taken"
         operation = Operation(
             operation_id=operation_id or self._new_id(kind),
@@ -56,7 +56,7 @@ class OperationLog:
     def advance(
         self, operation_id: str, *, phase: Phase | None = None, epoch: Epoch | None = None, reason: str | None = None
     ) -> None:
-        """Change what is given of an open operation."""
+        """Change the given fields of an open operation."""
         operation = self._operations[operation_id]
         assert operation.phase not in ENDED, f"{operation_id} has ended"
         self._operations[operation_id] = replace(
@@ -67,12 +67,12 @@ class OperationLog:
         )
 
     def note_error(self, operation_id: str, error: str) -> None:
-        """An open operation met an obstacle, and goes on."""
+        """An attempt failed with this error, and the operation continues."""
         self._operations[operation_id] = replace(self._operations[operation_id], error=error)
 
     def complete(self, operation_id: str, reason: str) -> None:
         self.advance(operation_id, phase=Phase.COMPLETED, reason=reason)
-        # what was overcome is no error of the whole
+        # errors of earlier attempts are not the operation's error
         self._operations[operation_id] = replace(self._operations[operation_id], error=None)
 
     def fail(self, operation_id: str, error: str) -> None:
@@ -80,20 +80,20 @@ class OperationLog:
         self.note_error(operation_id, error)
 
     def fail_open(self, error: str) -> None:
-        """Fail whatever has not ended."""
+        """Fail every open operation."""
         for operation in self._operations.copy().values():
             if operation.phase not in ENDED:
                 self.fail(operation.operation_id, error)
 
     def forget(self, operation_id: str) -> None:
-        """Drop one that ended and is not worth a line of its own."""
+        """Remove an operation that ended and is not worth a line of its own."""
         del self._operations[operation_id]
 
     def get(self, operation_id: str) -> Operation | None:
         return self._operations.get(operation_id)
 
     def find_open(self, kind: OperationKind | None = None) -> Operation | None:
-        """The oldest open operation (of `kind`)."""
+        """The oldest open operation, of `kind` if given."""
         for operation in self._operations.values():
             if operation.phase not in ENDED and kind in (None, operation.kind):
                 return operation

@@ -17,11 +17,12 @@ IntCounts = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 MAX_DECODE_WEIGHT = 32.0
+"""Upper limit of `decode_weight`."""
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """Counts of one stretch of time."""
+    """Sums of one part of the window."""
 
     number: int
     prefill: PhaseCounts
@@ -30,11 +31,11 @@ class _Bucket:
 
 
 class RoutingWindow:
-    """Sums of the hosts' reports over the last `window_s` seconds.
+    """Sums of the workers' reports over the last `window_s` seconds.
 
-    Memory is bounded by `buckets`, whatever the number of reports: time is cut into `buckets` stretches and each keeps
-    one sum, so the window's edge moves in steps of window_s / buckets. Transitions are kept in 32 bits: they are the
-    bulk (58 layers of 256 experts: 15 MB a bucket).
+    The window is cut into `buckets` parts, and each keeps one sum. So memory does not grow with the number of reports,
+    and the window's beginning moves in steps of window_s / buckets. Transitions have 32 bits, because they need most
+    of the memory (58 layers of 256 experts: 15 MB for each bucket).
     """
 
     def __init__(self, num_layers: int, num_experts: int, *, window_s: float, buckets: int = 6) -> None:
@@ -44,12 +45,15 @@ class RoutingWindow:
         self._shape = (num_layers, num_experts)
         self._bucket_s = window_s / buckets
         self._count = buckets
+        self.reports = 0
+        """Number of reports that the window has taken."""
         self._buckets: list[_Bucket] = []
 
     def add(self, counts: RoutingCounts, now: float) -> None:
-        """Take one host's report of what it ran since its previous one."""
+        """Add one worker's report, which counts what it ran since its previous report."""
         assert counts.load.shape == self._shape, f"load is {counts.load.shape}, expected {self._shape}"
         self._drop_old(now)
+        self.reports += 1
         if counts.tokens == 0:
             return
         bucket = self._bucket_of(now)
@@ -66,13 +70,13 @@ class RoutingWindow:
         return prefill.load + decode.load
 
     def load_parts(self, now: float) -> IntCounts:
-        """[P, L, E] the same in each stretch of time that counted anything, the oldest first."""
+        """[P, L, E] tokens that chose each expert, in each part of the window that has any, the oldest first."""
         self._drop_old(now)
         parts = [bucket.prefill.load + bucket.decode.load for bucket in self._buckets]
         return np.array(parts, dtype=np.int64).reshape(-1, *self._shape)
 
     def phases(self, now: float) -> tuple[PhaseCounts, PhaseCounts]:
-        """Prefill and decode."""
+        """The sums over the window: of prefill steps, and of decode steps."""
         self._drop_old(now)
         nothing = PhaseCounts(tokens=0, load=np.zeros(self._shape, dtype=np.int64))
         prefill = sum((bucket.prefill for bucket in self._buckets), nothing)
@@ -104,10 +108,10 @@ class RoutingWindow:
 
 
 def decode_weight(prefill: PhaseCounts, decode: PhaseCounts) -> float:
-    """How much longer a token takes in decode than in prefill, as steps of either kind were measured.
+    """Time of a token in a decode step, relative to that of a token in a prefill step, as measured.
 
-    A decode step reads an expert's weights for a few tokens, a prefill step for hundreds. 1.0 where one kind was not
-    seen; never outside 1 to MAX_DECODE_WEIGHT, since a handful of steps may say anything.
+    A decode step reads an expert's weights for a few tokens, a prefill step for hundreds. The weight is 1.0 if the
+    window lacks one kind of step. It is kept within 1 and MAX_DECODE_WEIGHT, since a few steps are a poor measure.
     """
     if not (prefill.steps_tokens and decode.steps_tokens and prefill.steps_s > 0):
         return 1.0
@@ -116,7 +120,7 @@ def decode_weight(prefill: PhaseCounts, decode: PhaseCounts) -> float:
 
 
 def weighted_load(prefill: PhaseCounts, decode: PhaseCounts) -> FloatArray:
-    """[L, E] tokens that chose each expert, each weighed by the time it takes, on the scale of all tokens."""
+    """[L, E] tokens that chose each expert, weighted by their time, and scaled so that the sum stays the same."""
     weight = decode_weight(prefill, decode)
     weighted = prefill.load + weight * decode.load
     total = weighted.sum()

@@ -1,4 +1,4 @@
-"""What must be brought where before an epoch can begin: copies between hosts, and reads from the checkpoint."""
+"""The experts to bring to workers before an epoch can begin: copies between workers, and reads from the checkpoint."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def plan_transfers(
     *,
     read_all: bool = False,
 ) -> Transfers:
-    """Everything that `placement` wants at a worker which does not have it.
+    """Every expert that `placement` gives to a worker that does not have it.
 
-    has: [L, E] per member of `placement`, what it holds or has staged.
-    sources: [L, E] per living worker, what it holds and can export; it need not be a member (a draining one).
-    read_all: take everything from the checkpoint, after copies have failed.
-    An expert's copies come from the holder that has given least so far, so that no worker becomes the bottleneck.
+    has: [L, E] experts that each member of `placement` holds or has staged.
+    sources: [L, E] experts that each living worker can export; it may be a worker that leaves.
+    read_all: read every expert from the checkpoint, because copies have failed.
+    An expert is copied from the holder with the fewest copies so far, so that no worker becomes the bottleneck.
     """
     copies: list[Move] = []
     reads: list[ExpertKey] = []

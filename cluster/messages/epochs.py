@@ -1,12 +1,13 @@
 """Coordinator and workers: what a worker loads, which epoch it takes part in, and what it reports.
 
-coordinator -> worker   HostSpec when the worker is made, EpochSpec when an epoch begins
-worker -> coordinator   HostInfo once it has loaded, RoutingCounts as it runs
+coordinator -> worker   WorkerSpec when the worker is made, EpochSpec when an epoch begins
+worker -> coordinator   WorkerInfo once it has loaded, RoutingCounts and TierCounts as it runs
 worker -> worker        ExpertCopy
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
@@ -23,20 +24,20 @@ Epoch = NewType("Epoch", int)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What is served, as every process must see it."""
+    """The model and the choices about it that every process must share."""
 
     path: str
     dtype: str
-    """float32, bfloat16 or float16: resolved, never 'auto'."""
+    """float32, bfloat16 or float16; 'auto' has been resolved."""
     device: str
-    """cpu or cuda: resolved, never 'auto'."""
+    """cpu or cuda; 'auto' has been resolved."""
     max_model_len: int
     expert_dtype: str = "auto"
-    """int8, or auto: as `dtype`."""
+    """int8, or 'auto' for the same as `dtype`."""
 
 
 _INT8_BYTES = 1 + 4 / 128
-"""Of a weight in 8 bits, with its share of a scale for every 128 (model/int8.py)."""
+"""Bytes of a weight in 8 bits, with its share of the scale of 128 weights (model/int8.py)."""
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
@@ -53,13 +54,13 @@ class ModelInfo:
     hidden_size: int
     vocab_size: int
     max_model_len: int
-    """The longest the checkpoint allows."""
+    """Longest sequence that the checkpoint allows, in tokens."""
     expert_bytes: int
-    """Bytes of one expert of one layer, in the dtype it is stored in; `served_in` gives those of another dtype."""
+    """Bytes of one expert of one layer in the stored dtype. `served_in` computes them for another dtype."""
     trunk_bytes: int
     eos_token_ids: tuple[int, ...]
     dtype: str
-    """The dtype it is stored in."""
+    """The dtype in which the checkpoint stores the model."""
     rope_limits: tuple[int, ...] = ()
     """Prompt lengths, in tokens, beyond which the whole prompt gets other rotary embeddings (longrope)."""
     rope_growth_limit: int | None = None
@@ -76,13 +77,14 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostSpec:
+class WorkerSpec:
     """What a worker needs to load: the model, and the experts that it begins with."""
 
     worker: WorkerId
     model: ModelSpec
     experts: tuple[tuple[int, ...], ...]
-    """[L] logical experts to hold in each layer."""
+    """[L] logical experts to hold in the device, the most important first. A worker whose memory is too small for all
+    of them holds the first ones (`WorkerInfo.held`)."""
     kv_cache_bytes: int | None
     """None: the worker decides from the free memory that it finds."""
     block_size: int
@@ -95,13 +97,19 @@ class HostSpec:
     node_workers: int = 1
     """Most workers that will share the memory of this worker's node."""
     expert_memory_bytes: int | None = None
-    """Most bytes that experts may take on this worker; None: the free memory that the worker finds."""
+    """Most bytes that experts may take in this worker's device; None: the free memory that the worker finds."""
+    host_expert_memory_bytes: int | None = None
+    """Most bytes of pinned memory that experts may take beside a GPU; None: the free memory that the worker finds."""
+    expert_cache_dir: str | None = None
+    """Directory of the experts' records; None: a directory of the user's cache."""
+    expert_cache_policy: str = "lfru"
+    """Name of the policy by which experts leave the cache area (optimizer/buffering/)."""
     step_timeout_s: float = 60.0
     """Seconds that a worker waits for its peers in a step before it gives the step up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostInfo:
+class WorkerInfo:
     """What a worker reports once it has loaded."""
 
     worker: WorkerId
@@ -115,7 +123,16 @@ class HostInfo:
     memory_bytes: int
     """Bytes of weights and KV cache."""
     expert_capacity: int | None = None
-    """Number of experts that fit on this worker, over all layers, including those it holds; None: no limit."""
+    """Number of experts that fit in this worker's device, over all layers, including those it holds and the cache area;
+    None: no limit."""
+    held: tuple[tuple[int, ...], ...] | None = None
+    """[L] logical experts that the worker holds in its device; None: all that its spec names."""
+    host_capacity: int = 0
+    """Number of experts that fit in pinned memory beside a GPU, over all layers."""
+    disk_bytes_per_s: float | None = None
+    """Rate at which experts are read from the disk tier, as measured; None: the worker serves from its device alone."""
+    host_bytes_per_s: float | None = None
+    """Rate at which experts come from the host tier, as measured; None where there is none."""
     fit: FitReport | None = None
     """Which code serves the model there."""
 
@@ -183,6 +200,39 @@ class RoutingCounts:
     def load(self) -> npt.NDArray[np.int64]:
         """[L, E] of both phases."""
         return self.prefill.load + self.decode.load
+
+
+class FetchSource(StrEnum):
+    """Where an expert is fetched from into a device."""
+
+    HOST = "host"
+    DISK = "disk"
+    """A record in the expert cache directory."""
+    CHECKPOINT = "checkpoint"
+
+
+class StallCause(StrEnum):
+    """Why a step waited for an expert."""
+
+    MISS = "miss"
+    """The expert was not resident, and nothing was left to compute until it came."""
+    CAPACITY = "capacity"
+    """The step needs more experts of a layer than the cache area holds: they are brought in one wave after the other.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierCounts:
+    """What became of the experts' tiers on a worker since its previous report. All zeros where all is resident."""
+
+    accesses: tuple[int, int, int] = (0, 0, 0)
+    """Active experts, summed over steps and layers, by the Tier in which they lay when a step needed them. An expert in
+    the cache area counts as DEVICE."""
+    fetched_bytes: Mapping[FetchSource, int] = field(default_factory=dict)
+    stall_s: Mapping[StallCause, float] = field(default_factory=dict)
+    """Seconds that steps waited for experts."""
+    resident: int = 0
+    """Experts in the device now, over all layers, those of the cache area included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

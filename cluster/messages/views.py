@@ -28,10 +28,10 @@ class EngineStatus:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prefix_queries: int = 0
-    """Tokens looked up in prefix caches, and (below) found there."""
+    """Tokens that were looked up in prefix caches. The next field counts those that were found."""
     prefix_hits: int = 0
     first_tokens: int = 0
-    """Requests that got their first token, and (below) the sum of their waits for it in the engine."""
+    """Requests that got their first token. The next field is the sum of their waits for it in the engine."""
     first_tokens_s: float = 0.0
     epoch: int = 0
 
@@ -41,11 +41,13 @@ class OperationKind(StrEnum):
     REBALANCE = "rebalance"
     SCALE = "scale"
     RECOVER = "recover"
+    PROMOTE = "promote"
+    """Experts that are served from disk are brought into devices, beside the serving."""
 
 
 class WorkerState(StrEnum):
     STARTING = "starting"
-    """Created or loading, or loaded and not yet a member."""
+    """Its process starts or loads, or it has loaded and is no member yet."""
     SERVING = "serving"
     DRAINING = "draining"
     DEAD = "dead"
@@ -62,22 +64,22 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One change of the cluster, from request to end."""
+    """One change of the cluster, from the request to the end."""
 
     operation_id: str
     kind: OperationKind
     phase: Phase
     epoch: Epoch
-    """The epoch that it makes, or would have made."""
+    """The epoch that the operation makes, or would have made."""
     reason: str
-    """Why it was begun; once ended, what came of it."""
+    """Why the operation was begun; after its end, its outcome."""
     error: str | None = None
     asked: str = ""
-    """What was asked for, in words. A second request with the same id must have the same words."""
+    """What the request asked for, in words. A second request with the same id must have the same words."""
     retiring: tuple[WorkerId, ...] = ()
-    """Workers that leave by this operation."""
+    """Workers that leave in this operation."""
     progress: float = 0.0
-    """0..1, coarse; it steps back where an attempt has to be made again."""
+    """0..1, coarse. It steps back when an attempt failed and is made again."""
     safe_to_terminate: bool = False
     """Whether every worker in `retiring` holds nothing and serves no request, so that its machine may go."""
 
@@ -86,9 +88,11 @@ class Operation:
 class Readiness:
     ready: bool
     reason: str
-    """One line: what is being waited for, with progress; "serving" when ready."""
+    """One line: what is being waited for, with progress; "serving" when ready, or "degraded" and why."""
     error: str | None = None
     """Set where waiting is in vain, such as a checkpoint that cannot be served: one line."""
+    resident: float = 1.0
+    """Share of the experts that lie in the devices of the workers that serve them, 0..1; the others lie on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,32 +100,32 @@ class PlacementView:
     epoch: Epoch
     placement: Placement
     pinned: bool = False
-    """Periodic re-placement leaves it alone."""
+    """Whether periodic re-placement must not change the placement."""
     moves: tuple[Move, ...] = ()
-    """Copies of the change under way, done or not; empty where nothing changes."""
+    """Copies of the change under way, done or not; empty if there is no change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingView:
-    """The statistics window."""
+    """The sums of the routing window."""
 
     tokens: int
     window_s: float
     load: npt.NDArray[np.int64]
     """[L, E] tokens per logical expert."""
     load_imbalance: tuple[float, ...]
-    """[L] busiest worker's load over the mean, under the current placement; 1.0 where nothing was counted."""
+    """[L] busiest worker's load over the mean, under the placement in force; 1.0 for a layer without tokens."""
     prefill: PhaseCounts
     decode: PhaseCounts
     decode_weight: float
-    """Time of a token in decode over that of one in prefill, as planners weigh them."""
+    """Time of a token in a decode step, relative to one in a prefill step. Planners weight tokens by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
     id: WorkerId
     rank: int
-    """-1 while it is not a member of the current epoch."""
+    """-1 if it is no member of the epoch in force."""
     state: WorkerState
     pid: int
     node: str
@@ -130,6 +134,10 @@ class WorkerView:
     kv_usage: float
     fit: FitReport | None = None
     """Which code serves the model there, and why no faster code does; None while it loads."""
+    experts_served: int = 0
+    """Over all layers."""
+    experts_resident: int = 0
+    """Of those, the ones in its device now, its cache area included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +148,56 @@ class ScaleView:
     target: int
     min_workers: int
     max_workers: int
-    """By the autoscaler's limits, memory and the number of experts."""
+    """Limits by the autoscaler's settings, memory and the number of experts."""
+    next_worker: WorkerId
+    """Name that the next worker will get."""
     autoscaler: str | None
-    """What the autoscaler saw last and why it acted or not; None if there is no autoscaler."""
+    """The reason of the autoscaler's last verdict; None if there is no autoscaler."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadView:
+    """The sums of the routing window, for a page."""
+
+    tokens: int
+    window_s: float
+    load: npt.NDArray[np.float32]
+    """[L, E] tokens per logical expert."""
+    load_imbalance: float
+    """Mean over layers of the busiest worker's load over the mean."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """Identifies a placement and the sums of a routing window, so that nobody gets again what they have."""
+
+    placement: tuple[Epoch, bool, Epoch | None] | None = None
+    """The epoch in force, whether it is pinned, and the epoch of the change under way."""
+    load: tuple[Epoch, int] | None = None
+    """The epoch in force, and the number of reports that the window has taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """Everything that an open page shows of the cluster."""
+
+    revision: Revision
+    status: EngineStatus | None
+    """The engine's last report; None while there is no engine that serves."""
+    status_at_s: float
+    """When the report came, by the coordinator's monotonic clock."""
+    workers: list[WorkerView]
+    operations: list[Operation]
+    """The newest first."""
+    scale: ScaleView
+    recoveries: int
+    experts_moved: int
+    bytes_moved: int
+    requests_moved: int
+    placement: PlacementView | None
+    """None before the first epoch, and if the asker has it already."""
+    load: LoadView | None
+    """None before the first epoch, and if the asker has it already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +215,13 @@ class RebalancePreview:
     """Predicted seconds per step under the cost model."""
     moves: int
     bytes: int
+    misses_before: float
+    """Predicted experts that all workers fetch in a step, because they lie in no device; and (below) their bytes."""
+    misses_after: float
+    fetch_bytes_before: float
+    fetch_bytes_after: float
     solver_status: str
     gap: float | None
     seconds: float
     placement: Placement | None = None
-    """What would be made so."""
+    """The placement that the re-placement would make."""

@@ -85,7 +85,13 @@ def _status_router(service: Service) -> APIRouter:
     @router.get("/ready", **described(answers={200: ready, 503: ready}))
     async def readiness() -> Response:
         state = await service.readiness()
-        body = {"ready": state.ready, "reason": state.reason, "error": state.error}
+        body = {
+            "ready": state.ready,
+            "reason": state.reason,
+            "error": state.error,
+            "degraded": state.ready and state.resident < 1,
+            "resident": state.resident,
+        }
         headers = None if state.ready else {"Retry-After": str(RETRY_AFTER_S)}
         return JSONResponse(body, 200 if state.ready else 503, headers)
 

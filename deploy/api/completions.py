@@ -159,7 +159,12 @@ class CompletionShape:
         if self._echoes and self._logprobs is not None:
             first, tokens = scored.echo(index, self._echoes[index], self._logprobs)
             # OpenAI has null for the first token, which comes after nothing
-            none = {"tokens": [self._name(first)], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
+            none: dict[str, list[Any]] = {
+                "tokens": [self._name(first)],
+                "token_logprobs": [None],
+                "top_logprobs": [None],
+                "text_offset": [0],
+            }
             echo, answer = self._table(tokens), choice["logprobs"]
             choice["logprobs"] = {key: [*none[key], *echo[key], *answer[key]] for key in none}
         return choice

@@ -1,7 +1,8 @@
-"""GET /admin/events: one look at the cluster for all pages that are open, and its changes as server-sent events.
+"""GET /admin/events: the state of the cluster as server-sent events, for all pages that are open.
 
-Nobody looks while nobody listens. With listeners, the cluster is asked once in POLL_S, however many they are, and each
-change is encoded once. A listener that does not read is cut after QUEUE events; it connects again and gets a snapshot.
+While no page listens, nothing is asked. Otherwise the cluster is asked once in POLL_S, by one call, for all listeners
+together, and each change is encoded once. A listener that does not read is cut off after QUEUE events; the page then
+connects again and gets a snapshot.
 """
 
 from __future__ import annotations
@@ -12,122 +13,102 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Any
 
 import msgspec
-import numpy as np
 from fastapi import APIRouter
 from ray.exceptions import RayError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
-from elastic_moe.cluster.messages.views import EngineStatus
+from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Revision
 from elastic_moe.deploy.api.http_io import EventStream
 from elastic_moe.deploy.api.service import Service, version
-from elastic_moe.deploy.page.feed import (
-    Section,
-    State,
-    Totals,
-    change,
-    load_rows,
-    marks,
-    operation_rows,
-    placement_sections,
-    sample,
-    worker_rows,
-)
+from elastic_moe.deploy.page.feed import Section, State, Totals, change, marks, sample, sections
 from elastic_moe.deploy.web.openapi import described, text_answer
+from elastic_moe.optimizer import PLANNERS
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 POLL_S = 1.0
-ROUTING_ROUNDS = 2
-"""Rounds between two looks at the routing, and (below) at what changes seldom or costs little to see late."""
-SELDOM_ROUNDS = 5
 QUEUE = 16
+"""Events that may wait for a listener."""
 HISTORY = 300
+"""Points of the curves that a new listener gets."""
 MAX_LISTENERS = 512
-ENDED = ("completed", "failed")
+DEFAULT_PLANNER = "auto"
+"""The page offers it first."""
 
 
 class Look:
-    """What was seen of the cluster last. `again` asks for what is due; what gives no answer stays as it was."""
+    """The state of the cluster that was seen last. `again` asks the cluster, once, and updates the state."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._round = 0
+        self._known = Revision()
         self._totals: Totals | None = None
         self._imbalance: float | None = None
         self._marks: list[list[str]] = []
-        """Of the next point: while there is no engine there are no points."""
-        self.state: State = {"model": {"name": service.model_name, "version": version()}}
+        """Marks of the next point. There are no points while no engine serves."""
+        self.state: State = {
+            "model": {"name": service.model_name, "version": version()},
+            "planners": {"list": sorted(PLANNERS, key=lambda name: name != DEFAULT_PLANNER)},
+        }
 
     async def again(self) -> Section | None:
-        """One round. Returns the new point of the curves; None where there is no engine to ask."""
-        backend, state = self._service.backend, dict(self.state)
+        """Ask the cluster. Returns the new point of the curves; None if the engine has not reported since the last."""
+        state, view = dict(self.state), await self._ask()
+        if view is not None:
+            state |= sections(view)
+            self._known = view.revision
+            if view.load is not None:
+                self._imbalance = view.load.load_imbalance
+        if "layers" not in state["model"]:
+            state["model"] = state["model"] | await self._shape()
         ready = await self._service.readiness()
-        seldom = self._round % SELDOM_ROUNDS == 0
-        changing = any(row["phase"] not in ENDED for row in state.get("operations", {}).values())
-        engine, workers, operations, routing, scaling, counters = await asyncio.gather(
-            _answer(backend.engine_status),
-            _answer(backend.workers),
-            _answer(backend.operations),
-            _answer(backend.routing, self._round % ROUTING_ROUNDS == 0),
-            _answer(backend.scaling, seldom),
-            _answer(backend.counters, seldom or changing),
-        )
-        if workers is not None:
-            state["workers"] = worker_rows(workers)
-        if operations is not None:
-            state["operations"] = operation_rows(operations)
-            state["order"] = {"operations": [row.operation_id for row in operations]}
-        if routing is not None:
-            state["load"] = load_rows(routing.load)
-            self._imbalance = float(np.mean(routing.load_imbalance)) if routing.load_imbalance else None
-            state["window"] = {"tokens": routing.tokens, "window_s": routing.window_s}
-        if scaling is not None:
-            state["scale"] = {k: v for k, v in dataclasses.asdict(scaling).items() if v is not None}
-        if counters is not None:
-            state["counters"] = {
-                "recoveries": sum(counters.recoveries.values()),
-                "experts_moved": counters.experts_moved,
-                "bytes_moved": counters.bytes_moved,
-                "requests_moved": counters.requests_moved,
-            }
-        epoch = engine.epoch if engine is not None else None
-        state |= await self._placement(state, seldom, epoch)
-        if "layers" not in state["model"] and (info := await _answer(self._service.info)) is not None:
-            shape = {"layers": info.num_layers, "experts": info.num_logical_experts, "top_k": info.top_k}
-            more = {"architecture": info.architecture, "max_model_len": await self._service.max_model_len()}
-            state["model"] = {**state["model"], **shape, **more}
         state["status"] = {"ready": ready.ready, "reason": ready.error or ready.reason}
-        self._round += 1
+        if ready.resident < 1:
+            state["status"]["resident"] = ready.resident
         self._marks += marks(self.state, state)
         self.state = state
-        return None if engine is None else self._point(engine)
+        return None if view is None or view.status is None else self._point(view.status, view.status_at_s)
 
-    async def _placement(self, state: State, seldom: bool, epoch: int | None) -> State:
-        known = state.get("placement", {}).get("epoch")
-        changing = any(row["phase"] not in ENDED for row in state.get("operations", {}).values())
-        due = seldom or changing or bool(state.get("moves")) or (epoch is not None and epoch != known)
-        view = await _answer(self._service.backend.placement, due)
-        return {} if view is None else placement_sections(view)
+    async def _ask(self) -> ClusterView | None:
+        """None while nobody can answer."""
+        try:
+            return await self._service.backend.cluster(self._known)
+        except NotReadyError:
+            return None
 
-    def _point(self, engine: EngineStatus) -> Section:
-        latency = self._service.metrics.latency
-        totals = Totals(
-            at_s=time.monotonic(),
+    async def _shape(self) -> Section:
+        """The model's size; empty while it is not known."""
+        try:
+            info = await self._service.info()
+            longest = await self._service.max_model_len()
+        except NotReadyError:
+            return {}
+        return {
+            "layers": info.num_layers,
+            "experts": info.num_logical_experts,
+            "top_k": info.top_k,
+            "architecture": info.architecture,
+            "max_model_len": longest,
+        }
+
+    def _point(self, engine: EngineStatus, at_s: float) -> Section | None:
+        before = self._totals
+        if before is not None and before.at_s == at_s:
+            return None
+        self._totals = Totals(
+            at_s=at_s,
             generation_tokens=engine.generation_tokens,
             prompt_tokens=engine.prompt_tokens,
             steps=engine.steps,
-            **dataclasses.asdict(latency),
+            **dataclasses.asdict(self._service.metrics.latency),
         )
-        before, self._totals = self._totals, totals
-        point = sample(before, totals, engine, time.time())
+        point = sample(before, self._totals, engine, time.time())
         if self._imbalance is not None:
             point["imbalance"] = round(self._imbalance, 3)
         if self._marks:
@@ -136,11 +117,11 @@ class Look:
 
 
 class Listener:
-    """One open page: the events that wait for it, and whether it was cut."""
+    """One open page: the events that wait for it, and whether it was cut off."""
 
     def __init__(self) -> None:
         self.events: asyncio.Queue[bytes | None] = asyncio.Queue(QUEUE)
-        """None is the end."""
+        """None ends the stream."""
         self.cut = asyncio.Event()
 
     def send(self, event: bytes | None) -> None:
@@ -151,7 +132,7 @@ class Listener:
 
 
 class Hub:
-    """Every listener of one replica, and the one task that looks for all of them."""
+    """The listeners of one replica, and the task that asks the cluster for all of them."""
 
     def __init__(self, service: Service, poll_s: float = POLL_S) -> None:
         self._service = service
@@ -166,7 +147,7 @@ class Hub:
         return self._looking is not None
 
     def listen(self) -> Response:
-        """The stream of one more page. Raises RequestError 503 where MAX_LISTENERS have one or the server stops."""
+        """A stream for one more page. Raises NotReadyError if the server stops, RequestError 503 for too many."""
         if self._service.draining:
             raise NotReadyError("the server is shutting down")
         if len(self._listeners) >= MAX_LISTENERS:
@@ -180,7 +161,7 @@ class Hub:
         self._listeners.add(listener)
         try:
             if self._looking is None:
-                # what was seen before the pause is no longer true
+                # the state from before the pause is out of date
                 self._look = Look(self._service)
                 self._looking = asyncio.create_task(self._keep_looking())
                 self._looking.add_done_callback(self._stopped)
@@ -209,7 +190,7 @@ class Hub:
                 self._tell(_event("change", {"state": changes, "point": point}))
             first = False
             if self._service.draining:
-                # Serve waits for requests under way, and these would never end
+                # Serve waits for the requests under way, and these would never end
                 self._tell(None)
             await asyncio.sleep(max(self._poll_s / 2, self._poll_s - (time.monotonic() - began)))
 
@@ -217,7 +198,7 @@ class Hub:
         try:
             return await self._look.again()
         except (RayError, EmoeError):
-            logger.exception("looking at the cluster for the page failed")
+            logger.exception("the page's question to the cluster failed")
             return None
 
     def _tell(self, event: bytes | None) -> None:
@@ -230,7 +211,7 @@ class Hub:
     def _stopped(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
             return
-        logger.error("the look at the cluster for the page has ended", exc_info=task.exception())
+        logger.error("the task that asks the cluster for the page has failed", exc_info=task.exception())
         if self._looking is task:
             self._looking = None
             for listener in self._listeners:
@@ -238,7 +219,7 @@ class Hub:
 
 
 class ListenerStream(EventStream):
-    """Ends when its listener is cut, even where the page reads nothing and a send would wait for ever."""
+    """Ends when its listener is cut off, even if the page reads nothing and a send would wait for ever."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], listener: Listener) -> None:
         super().__init__(events)
@@ -254,16 +235,6 @@ class ListenerStream(EventStream):
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await stream
-
-
-async def _answer(question: Callable[[], Awaitable[T]], due: bool = True) -> T | None:
-    """None where it is not due, or nobody can say at the moment."""
-    if not due:
-        return None
-    try:
-        return await question()
-    except NotReadyError:
-        return None
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from elastic_moe.deploy.cli.top_view import View
 
 TIMEOUT_S = 5.0
-"""For the answer to one question."""
+"""Seconds to wait for one answer of the server."""
 MOST_BYTES = 64 << 20
-"""Of an answer: 64 workers of 58 layers with 256 experts make less than a megabyte."""
+"""Most bytes of an answer that are read. 64 workers of 58 layers with 256 experts make less than a megabyte."""
 
 
 class NoAnswer(UserError):
-    """Nobody answers at the URL, or not in time."""
+    """No server answers at the URL, or not in time."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def run_top(args: argparse.Namespace) -> int:
-    """Draw until Ctrl-C. Raises UserError where the server cannot be asked at all."""
+    """Draw until Ctrl-C. Raises UserError if the server cannot be asked at all."""
     parts = urlsplit(args.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--url: expected http://HOST:PORT, got {args.url!r}")
@@ -71,7 +71,7 @@ def run_top(args: argparse.Namespace) -> int:
 
 
 def draw(console: Console, look: Callable[[], View], view: View, interval_s: float) -> None:
-    """Draw `view`, and then what `look` says, until it raises something else than NoAnswer."""
+    """Draw the views that `look` returns, until it raises another error than NoAnswer."""
     from rich.live import Live
 
     from elastic_moe.deploy.cli.top_view import render
@@ -88,7 +88,7 @@ def draw(console: Console, look: Callable[[], View], view: View, interval_s: flo
 
 
 class _Watch:
-    """Remembers the last look, and how many tokens per second there were at each."""
+    """Remembers the last look, and the tokens per second at each look."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
         from elastic_moe.deploy.cli.top_view import TREND_SHOWN
@@ -99,7 +99,7 @@ class _Watch:
         self._trend: deque[float] = deque(maxlen=TREND_SHOWN)
 
     def look(self) -> View:
-        """Raises NoAnswer, and UserError where what answers is no server or asks for another key."""
+        """Ask the server. Raises NoAnswer, and UserError if another program answers or the key is refused."""
         from elastic_moe.deploy.cli.top_look import PATHS, rate, read_look
         from elastic_moe.deploy.cli.top_view import View
 
@@ -112,7 +112,7 @@ class _Watch:
 
 
 def ask(url: str, api_key: str | None) -> bytes | None:
-    """The body that is answered; None where the server is there and cannot answer yet. Raises UserError."""
+    """The body of the answer; None if the server is there but cannot answer yet. Raises UserError."""
     request = urllib.request.Request(url)
     if api_key is not None:
         # a redirect to another host must not carry it there

@@ -1,4 +1,4 @@
-"""One look at a server for `emoe top`: what its admin calls and /metrics said, as values, and what follows from two.
+"""One look at a server for `emoe top`: the answers of its admin calls and of /metrics as values, and rates between two.
 
 Legend: L MoE layers, E logical experts, S slots, W workers.
 """
@@ -25,11 +25,11 @@ FloatArray = npt.NDArray[np.float64]
 READY, WORKERS, PLACEMENT = "/ready", "/admin/workers", "/admin/placement"
 ROUTING, OPERATIONS, SCALE, METRICS = "/admin/routing", "/admin/operations", "/admin/scale", "/metrics"
 PATHS = (READY, WORKERS, PLACEMENT, ROUTING, OPERATIONS, SCALE, METRICS)
-"""What is asked at every look."""
+"""The paths that are asked at every look."""
 
 
 class NotAServer(UserError):
-    """What answers is no server that this version of the command understands; the message names the path."""
+    """The answer is not one of a server that this version of the command knows. The message names the path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +53,13 @@ class SeenWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Look:
-    """The answers of one moment. What the server did not know is None or empty."""
+    """The answers of one moment. A field is None or empty if the server did not know it."""
 
     at_s: float
     ready: Readiness
     workers: tuple[SeenWorker, ...] = ()
     operations: tuple[Operation, ...] = ()
-    """The newest first."""
+    """Operations, the newest first."""
     scale: ScaleView | None = None
     placement: Placement | None = None
     epoch: int | None = None
@@ -68,11 +68,11 @@ class Look:
     """[L, E] tokens of the routing window."""
     model_name: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """By the name of the sample; samples that differ in their labels are added up."""
+    """Name of a sample -> its value. Samples that differ only in their labels are added up."""
 
 
 def read_look(answers: Mapping[str, bytes | None], at_s: float) -> Look:
-    """answers: the body of each of PATHS, None where the server cannot answer yet. Raises NotAServer."""
+    """Read the bodies of all PATHS; None is a body that the server cannot make yet. Raises NotAServer."""
     placement, load = _placement(answers[PLACEMENT]), _load(answers[ROUTING])
     if placement is None or load is None or load.shape != (placement.num_layers, placement.num_logical_experts):
         load = None
@@ -163,7 +163,7 @@ def relative_load(look: Look) -> FloatArray | None:
 
 
 def rate(before: Look | None, now: Look, name: str) -> float | None:
-    """Growth of a total per second; None where it is unknown, or where the server began anew."""
+    """Growth of a counter per second; None if it is unknown, or if the server was restarted between the looks."""
     grown = growth(before, now, name)
     if before is None or grown is None or now.at_s <= before.at_s:
         return None
@@ -171,7 +171,7 @@ def rate(before: Look | None, now: Look, name: str) -> float | None:
 
 
 def mean_s(before: Look | None, now: Look, name: str) -> float | None:
-    """Mean in seconds of what a histogram saw between two looks; None where it saw nothing."""
+    """Mean in seconds of a histogram's values between two looks; None if there were none."""
     total, count = growth(before, now, f"{name}_sum"), growth(before, now, f"{name}_count")
     return total / count if total is not None and count else None
 

@@ -1,4 +1,4 @@
-"""What `emoe top` draws: a function from looks at a server to text of a given size. It asks nobody anything."""
+"""What `emoe top` draws: a pure function from looks at a server to text of a given size."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ COLOURS = {
 }
 OPERATIONS_SHOWN = 6
 TREND_SHOWN = 30
-"""Looks whose tokens per second are drawn."""
+"""Number of looks whose tokens per second are drawn."""
 WIDE = 110
-"""Columns of a terminal from which on every column of the table of workers is drawn."""
+"""Fewest columns of a terminal for which the whole table of workers is drawn."""
 BESIDE_WORKERS = 17
-"""Lines that everything but the workers takes, with OPERATIONS_SHOWN operations."""
+"""Lines of everything apart from the workers, with OPERATIONS_SHOWN operations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """What is known when a picture is drawn."""
+    """Everything that a picture is drawn from."""
 
     url: str
     now: Look
     before: Look | None = None
-    """The look before."""
+    """The look before `now`."""
     trend: Sequence[float] = field(default_factory=tuple)
-    """Tokens per second at each look so far, the latest last."""
+    """Tokens per second at each look, the latest last."""
     away: str | None = None
-    """Why the server does not answer; `now` is then what it said last."""
+    """Why the server does not answer; `now` is then its last answer. None if it answers."""
 
 
 def render(view: View, *, width: int, height: int) -> RenderableType:
@@ -61,6 +61,8 @@ def render(view: View, *, width: int, height: int) -> RenderableType:
 def _head(view: View) -> Text:
     now = view.now
     state, colour = ("serves", "green") if now.ready.ready else (now.ready.error or now.ready.reason, "red")
+    if now.ready.ready and now.ready.resident < 1:
+        state, colour = f"serves with {int(100 * now.ready.resident)}% of the experts in memory", "yellow"
     if view.away is not None:
         state, colour = f"no answer: {view.away}", "red"
     head = Text.assemble(
@@ -121,10 +123,10 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> Text:
 class _Column:
     name: str
     width: int
-    """That its text takes at most, in columns of the terminal."""
+    """Most columns of the terminal that its text takes."""
     right: bool = False
     wide: bool = False
-    """Left out where the terminal is narrow."""
+    """Whether a narrow terminal does without this column."""
 
 
 _COLUMNS = (
@@ -150,7 +152,7 @@ def _workers(look: Look, *, width: int, most: int) -> RenderableType:
     relative, ranks = relative_load(look), {}
     if look.placement is not None:
         ranks = {worker.id: rank for rank, worker in enumerate(look.placement.workers)}
-    # the dead stay listed for a while, and must not push others out
+    # dead workers stay listed for a while, and must not push others out of the picture
     for worker in sorted(look.workers, key=lambda worker: worker.state is WorkerState.DEAD)[:most]:
         rank = ranks.get(worker.id)
         mine = None if relative is None or rank is None else relative[rank]
@@ -163,7 +165,7 @@ def _workers(look: Look, *, width: int, most: int) -> RenderableType:
 
 
 def _worker(worker: SeenWorker, slots: str, load: FloatArray | None) -> dict[str, Text]:
-    """What stands in each column."""
+    """The text of each column."""
     paths = sorted({row.path for row in worker.fit or () if row.part == "experts"})
     cells = {
         "worker": Text(printable(worker.id)),
@@ -186,7 +188,7 @@ def _operations(operations: Sequence[Operation]) -> RenderableType:
         return Text("no operation yet", "bright_black")
     shown = operations[:OPERATIONS_SHOWN]
     table = Table(box=None, padding=(0, 1), header_style="bright_black", pad_edge=False, expand=True)
-    # a long reason would otherwise take the room of the others
+    # without a width, a long reason would take the room of the other columns
     name = min(24, max(len("operation"), *(len(operation.operation_id) for operation in shown)))
     table.add_column("operation", no_wrap=True, min_width=name, max_width=name)
     table.add_column("kind", no_wrap=True, min_width=9)
@@ -224,14 +226,14 @@ def heat(load: FloatArray, most: int) -> Text:
 
 
 def colour_of(load: float) -> str:
-    """Of a load over the mean, 0 to 2."""
+    """The colour of a load relative to the mean, 0 to 2."""
     off = min(abs(load - 1.0) * 2, 1.0)
     strong, weak = int(150 + 90 * off), int(150 - 90 * off)
     return f"rgb({strong},{weak},{weak})" if load > 1 else f"rgb({weak},{weak},{strong})"
 
 
 def trend(values: Sequence[float]) -> str:
-    """A bar for each value, the highest as high as a line."""
+    """A bar for each value; the highest value fills the line."""
     top = max(values) or 1.0
     return "".join(BARS[min(int(value / top * len(BARS)), len(BARS) - 1)] for value in values)
 
@@ -261,5 +263,5 @@ def size(value: float | None) -> str:
 
 
 def printable(text: str) -> str:
-    """A server's text without what would steer the terminal, such as escape sequences."""
+    """A server's text without characters that control a terminal, such as escape sequences."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -235,23 +235,26 @@ async def answer_deltas(
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """The deltas of several answers as they come. An error in one ends all, and closing the generator closes all."""
+    """The deltas of several answers as they come. An error in one ends all, and closing the generator closes all.
+
+    If nobody reads, the answers wait, and their tokens count as unread where the backend bounds them.
+    """
     if len(streams) == 1:
         async with contextlib.aclosing(streams[0]) as only:
             async for delta in only:
                 yield delta
         return
-    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(len(streams))
 
     async def forward(stream: AsyncGenerator[Delta, None]) -> None:
         try:
             async with contextlib.aclosing(stream):
                 async for delta in stream:
-                    queue.put_nowait(delta)
+                    await queue.put(delta)
         except Exception as error:  # noqa: BLE001 - raised again by the reader
-            queue.put_nowait(error)
+            await queue.put(error)
         else:
-            queue.put_nowait(None)
+            await queue.put(None)
 
     tasks: list[asyncio.Task[None]] = []
     try:

@@ -12,11 +12,13 @@ from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.cluster.messages.views import (
+    ClusterView,
     EngineStatus,
     Operation,
     PlacementView,
     Readiness,
     RebalancePreview,
+    Revision,
     RoutingView,
     ScaleView,
     WorkerView,
@@ -68,6 +70,10 @@ class Backend(Protocol):
     async def routing(self) -> RoutingView: ...
 
     async def workers(self) -> list[WorkerView]: ...
+
+    async def cluster(self, known: Revision) -> ClusterView:
+        """Everything that an open page shows. `known` is the revision of the last answer, to leave out what it had."""
+        ...
 
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
         """Raises ConflictError, which names the running operation, and UserError for an unknown planner."""

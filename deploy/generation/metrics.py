@@ -252,6 +252,21 @@ class _ClusterCollector(Collector):
             None,
             {"": counters.recovery_s},
         )
+        yield from self._of_tiers(counters)
+
+    def _of_tiers(self, counters: ClusterCounters) -> Iterable[Metric]:
+        yield self._counts(
+            "emoe:expert_accesses",
+            "Experts that steps used, by the tier in which they lay, while some lay in another one than the device.",
+            "tier",
+            {tier.word: accesses for tier, accesses in counters.expert_accesses.items()},
+        )
+        yield self._counts(
+            "emoe:expert_fetch_bytes", "Bytes of experts fetched into devices.", "from", counters.fetched_bytes
+        )
+        yield self._counts(
+            "emoe:expert_stall_seconds", "Time that steps waited for experts, by cause.", "cause", counters.stall_s
+        )
 
     def _of_workers(self, workers: list[WorkerView]) -> Iterable[Metric]:
         states = GaugeMetricFamily("emoe:workers", "Workers, by state.", labels=[*LABELS, "state"])
@@ -260,6 +275,8 @@ class _ClusterCollector(Collector):
         for state, count in tally.items():
             states.add_metric([*self._labels.values(), state], count)
         yield states
+        resident = sum(worker.experts_resident for worker in workers if worker.state != "dead")
+        yield self._gauge("emoe:experts_resident", "Experts in the devices of all workers, over all layers.", resident)
         yield self._fit(workers)
 
     def _fit(self, workers: list[WorkerView]) -> GaugeMetricFamily:
@@ -272,7 +289,7 @@ class _ClusterCollector(Collector):
             family.add_metric([*self._labels.values(), part, path], 1)
         return family
 
-    def _counts(self, name: str, text: str, label: str, counts: Mapping[Value, int]) -> CounterMetricFamily:
+    def _counts(self, name: str, text: str, label: str, counts: Mapping[Value, float]) -> CounterMetricFamily:
         family = CounterMetricFamily(name, text, labels=[*LABELS, label])
         for value, count in counts.items():
             family.add_metric([*self._labels.values(), value], count)

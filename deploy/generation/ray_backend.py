@@ -1,9 +1,9 @@
 """The real Backend: the coordinator and the engine as Ray actors.
 
-Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or nobody serves
-for `recovery_timeout_s`. Kept here: the tokens that each request has got; when the engine is lost, every unfinished
-request is submitted to its successor together with them, and `offset` tells which tokens of the new engine are repeats.
-Meanwhile its stream just pauses.
+Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or the cluster
+does not serve for `recovery_timeout_s`. The tokens that each request has got are kept here. When the engine is lost,
+every unfinished request is submitted to the next engine together with its tokens, and `offset` says which tokens of the
+new engine are repeats. Meanwhile the request's stream pauses.
 
     generate() -> Submit to the engine          Outputs from the engine -> the requests' queues -> generate()
 
@@ -47,11 +47,13 @@ from elastic_moe.cluster.messages.requests import (
     TokenOutput,
 )
 from elastic_moe.cluster.messages.views import (
+    ClusterView,
     EngineStatus,
     Operation,
     PlacementView,
     Readiness,
     RebalancePreview,
+    Revision,
     RoutingView,
     ScaleView,
     WorkerView,
@@ -65,19 +67,19 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 MAX_UNREAD = 2**21
-"""Tokens and log probabilities that clients have not read yet, of all requests: some 200 MB."""
+"""Most tokens and log probabilities of all requests that clients have not read yet: some 200 MB."""
 UNREAD_EVERY = 64
-"""Messages of outputs between two looks at what is unread."""
+"""Number of messages from the engine between two checks of `MAX_UNREAD`."""
 RETRY_S = 0.1
 READINESS_S = 0.25
-"""How often the coordinator is asked whether requests can be served, until they can; then four times as seldom."""
+"""Seconds between two questions whether the cluster is ready, until it is; then four times as many."""
 
 
 class RayBackend:
     """Made and used on one event loop. `begin` starts its two tasks; `end` stops them."""
 
     def __init__(self, coordinator: Remote[Coordinator], *, plan_deadline_s: float, recovery_timeout_s: float) -> None:
-        """recovery_timeout_s: requests that nobody serves for so long end with an error."""
+        """recovery_timeout_s: seconds without a serving cluster after which requests end with an error."""
         self._coordinator = coordinator
         self._dry_run_timeout_s = dry_run_timeout_s(plan_deadline_s)
         self._recovery_timeout_s = recovery_timeout_s
@@ -140,7 +142,7 @@ class RayBackend:
             self._link.send(AbortRequests(request_ids=(request_id,)))
 
     async def _submit(self, link: Link | None, stream: RequestStream) -> None:
-        """Raises RequestError where the engine refuses. Where it is gone, its successor will be asked again."""
+        """Raises RequestError if the engine refuses it. The next engine gets it if this one is gone."""
         if link is None:
             return
         stream.link = link
@@ -154,7 +156,7 @@ class RayBackend:
             self._start(self._submit_later(stream))
 
     async def _submit_later(self, stream: RequestStream) -> None:
-        """A new engine is given all that it finds; this is for an engine that is known already."""
+        """Submit again to the same engine. A new engine gets all requests in `_follow`."""
         await asyncio.sleep(RETRY_S)
         if stream.link is not None or self._streams.get(stream.request.request_id) is not stream:
             return
@@ -173,7 +175,7 @@ class RayBackend:
             try:
                 await self._follow(engine)
             except (RayActorError, NotReadyError, OSError) as error:
-                # The coordinator may name the old one for a while.
+                # the coordinator may return the old engine for a while
                 level = logging.DEBUG if engine == lost else logging.WARNING
                 logger.log(level, "the engine is lost (%s); asking for another", type(error).__name__)
                 lost = engine
@@ -183,14 +185,14 @@ class RayBackend:
             await asyncio.sleep(RETRY_S)
 
     async def _follow(self, engine: Remote[Engine]) -> None:
-        """Submit what has no engine, or had another one, and see that it lives. Returns only by raising."""
+        """Submit all requests that `engine` does not have, and watch the engine. Ends by raising, when it is lost."""
         hello = Hello(client_id=self._client_id)
         ended = asyncio.Event()
         link = await connect(await _result(ask(engine, Engine.endpoint)), self._received, lambda _: ended.set())
         try:
             await within(link.call(hello), CALL_TIMEOUT_S)
             self._has_served = True
-            # Before the look at the streams: one that begins after it is submitted by its own generate().
+            # set before the loop: a stream that begins later is submitted by its own generate()
             self._engine, self._link = engine, link
             for stream in [s for s in self._streams.values() if s.link is not link]:
                 had_engine = stream.link is not None or bool(stream.received)
@@ -222,11 +224,11 @@ class RayBackend:
         if self._messages % UNREAD_EVERY == 0:
             self._bound_unread()
         if unknown:
-            # Lost ones, and those whose clients hung up while they were being submitted.
+            # requests that lost tokens, and requests whose clients hung up while they were being submitted
             link.send(AbortRequests(request_ids=tuple(unknown)))
 
     def _bound_unread(self) -> None:
-        """Cut off the slowest reader while all together have read too little."""
+        """End the requests of the slowest readers until `MAX_UNREAD` is kept."""
         unread = sum(stream.unread for stream in self._streams.values())
         while unread > MAX_UNREAD:
             slowest = max(self._streams.values(), key=lambda stream: stream.unread)
@@ -276,6 +278,9 @@ class RayBackend:
     async def workers(self) -> list[WorkerView]:
         return await self._answer(ask(self._coordinator, Coordinator.workers))
 
+    async def cluster(self, known: Revision) -> ClusterView:
+        return await self._answer(ask(self._coordinator, Coordinator.cluster, known))
+
     async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
         return await self._answer(
             ask(self._coordinator, Coordinator.rebalance, planner, dry_run), self._dry_run_timeout_s
@@ -284,7 +289,7 @@ class RayBackend:
     async def scale(
         self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
     ) -> Operation:
-        # with an id of its own, a call that the coordinator's death cut off can be made again
+        # the id lets a call be repeated if the coordinator dies during it
         name = operation_id or f"scale-{uuid.uuid4().hex[:8]}"
         return await self._answer(ask(self._coordinator, Coordinator.scale, workers, retire, name, replace))
 
@@ -319,7 +324,7 @@ class RayBackend:
                 answered = True
             except (RayActorError, TimeoutError) as error:
                 if answered and isinstance(error, TimeoutError):
-                    # Ray makes it anew, and it goes on from what it has saved; a new one may take its time
+                    # Ray restarts it, and it continues from its saved state; the start may take its time
                     logger.warning("the coordinator hangs; it is ended")
                     kill(self._coordinator, restart=True)
                     answered = False
@@ -333,18 +338,22 @@ class RayBackend:
             await asyncio.sleep(READINESS_S * (4 if self._readiness.ready else 1))
 
     def _give_up_in_vain(self, now: float) -> None:
-        """A client that waits for ever is told nothing."""
+        """End every request with an error, if the cluster has not served for `recovery_timeout_s`.
+
+        Without this a client would wait for ever, and learn nothing.
+        """
         if self._readiness.ready:
             self._served_at = now
             self._has_served = True
         if now - self._served_at < self._recovery_timeout_s:
             return
         for stream in self._streams.values():
-            message = f"nobody could serve this request for {self._recovery_timeout_s:g} s: {self._readiness.reason}"
+            waited = f"{self._recovery_timeout_s:g} s"
+            message = f"the cluster could not serve this request for {waited}: {self._readiness.reason}"
             if stream.received:
                 stream.fail(message)
             else:
-                # nothing was sent, so it can still be a status that says: try again later
+                # nothing was sent yet, so the client can get a status that says: try again later
                 stream.refuse(NotReadyError(message))
             if stream.link is not None:
                 stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))

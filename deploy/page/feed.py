@@ -1,4 +1,4 @@
-"""What the page is fed with: the state of the cluster as JSON in two levels, and what changes in it. Pure.
+"""What the page shows: the state of the cluster as JSON of two levels, and the changes of it. Pure.
 
 A state is {section: {key: value}}. A change is of the same form: it has the keys that are new or different, and null
 for those that are gone (RFC 7396 for two levels). So a page keeps the state with four lines of code, and a change is
@@ -16,16 +16,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.messages.views import EngineStatus, Operation, PlacementView, WorkerView
+from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Operation, PlacementView, WorkerView
 from elastic_moe.cluster.placement import Placement
 
 Section = dict[str, Any]
 State = dict[str, Section]
 
 LOAD_STEPS = 16
-"""An expert whose load is its layer's mean is sent as this number; a byte goes up to 16 times the mean."""
+"""The byte that stands for the mean load of a layer's experts. So a byte can express up to 16 times the mean."""
 MAX_MOVES = 2000
-"""Copies under way that are listed one by one."""
+"""Most copies under way that are listed one by one."""
 
 
 def change(before: State, after: State) -> State:
@@ -33,6 +33,9 @@ def change(before: State, after: State) -> State:
     changes: State = {}
     for name in before.keys() | after.keys():
         old, new = before.get(name, {}), after.get(name, {})
+        if old is new:
+            # sections that were not made anew; large ones would take long to compare
+            continue
         keys: Section = {key: value for key, value in new.items() if key not in old or old[key] != value}
         keys |= dict.fromkeys(old.keys() - new.keys())
         if keys:
@@ -41,7 +44,7 @@ def change(before: State, after: State) -> State:
 
 
 def apply(state: State, changes: State) -> State:
-    """Inverse of `change`, as the page does it."""
+    """The state after `changes`, which the page computes in the same way."""
     result = {name: dict(section) for name, section in state.items()}
     for name, keys in changes.items():
         section = result.setdefault(name, {})
@@ -51,7 +54,7 @@ def apply(state: State, changes: State) -> State:
     return {name: section for name, section in result.items() if section}
 
 
-def load_rows(load: npt.NDArray[np.int64]) -> Section:
+def load_rows(load: npt.NDArray[np.number[Any]]) -> Section:
     """load: [L, E] tokens. One string for each layer: base64 of E bytes, LOAD_STEPS for the layer's mean."""
     mean = load.mean(axis=1, keepdims=True)
     ratio = np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
@@ -69,7 +72,7 @@ def placement_sections(view: PlacementView) -> State:
 
 
 def map_sections(placement: Placement) -> State:
-    """Members in the order of ranks, and the expert (or -1) of every slot, layer by layer."""
+    """The members in rank order, and the expert (or -1) of every slot, layer by layer."""
     members = [{"id": worker.id, "node": worker.node, "slots": worker.slots} for worker in placement.workers]
     rows = {str(layer): row for layer, row in enumerate(placement.physical_to_logical_map.tolist())}
     return {"members": {"list": members, "experts": placement.num_logical_experts}, "map": rows}
@@ -78,7 +81,7 @@ def map_sections(placement: Placement) -> State:
 def worker_rows(workers: Sequence[WorkerView]) -> Section:
     rows: Section = {}
     for worker in workers:
-        # dataclasses.asdict() of 64 workers takes a percent of a core, once a second
+        # dataclasses.asdict() of 64 workers, called once a second, would take a percent of a core
         row = msgspec.to_builtins(worker)
         fit = None if worker.fit is None else row["fit"]["rows"]
         rows[worker.id] = row | {"fit": fit, "kv_usage": round(worker.kv_usage, 3)}
@@ -90,7 +93,7 @@ def operation_rows(operations: Sequence[Operation]) -> Section:
 
 
 def marks(before: State, after: State) -> list[list[str]]:
-    """[kind, reason] of every operation that has begun between two looks, the first of which saw any."""
+    """[kind, reason] of every operation that has begun between two states, if the first one has operations at all."""
     if "operations" not in before:
         return []
     known = before["operations"]
@@ -99,23 +102,45 @@ def marks(before: State, after: State) -> list[list[str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What has been counted until a moment. Of a successor of the engine they begin at zero again."""
+    """Counters at one moment. Those of an engine begin at zero again with the next engine."""
 
     at_s: float
-    """Seconds of a clock that never steps back."""
+    """Seconds of a monotonic clock."""
     generation_tokens: int
     prompt_tokens: int
     steps: int
     first_tokens: int
-    """First tokens that this API sent, and (below) the sum of the waits for them."""
+    """First tokens of answers that this API sent. The next field is the sum of the waits for them, in seconds."""
     first_tokens_s: float
     next_tokens: int
-    """Tokens after the first, and (below) the sum of the waits for them."""
+    """Later tokens of answers. The next field is the sum of the waits for them, in seconds."""
     next_tokens_s: float
 
 
+def sections(view: ClusterView) -> State:
+    """The sections that an answer of the cluster makes new; the others stay as they are."""
+    state: State = {
+        "workers": worker_rows(view.workers),
+        "operations": operation_rows(view.operations),
+        "order": {"operations": [operation.operation_id for operation in view.operations]},
+        "scale": {name: value for name, value in msgspec.to_builtins(view.scale).items() if value is not None},
+        "counters": {
+            "recoveries": view.recoveries,
+            "experts_moved": view.experts_moved,
+            "bytes_moved": view.bytes_moved,
+            "requests_moved": view.requests_moved,
+        },
+    }
+    if view.placement is not None:
+        state |= placement_sections(view.placement)
+    if view.load is not None:
+        state["load"] = load_rows(view.load.load)
+        state["window"] = {"tokens": view.load.tokens, "window_s": view.load.window_s}
+    return state
+
+
 def sample(before: Totals | None, after: Totals, status: EngineStatus, unix_s: float) -> Section:
-    """One point of every curve: rates and mean waits between two moments. A key is left out where nothing was seen."""
+    """One point of every curve: rates and mean waits between two moments. A key without a value is left out."""
     point: Section = {
         "time_s": round(unix_s, 1),
         "running": sum(status.running.values()),

@@ -112,7 +112,7 @@ def _plain(
     prefix = f"{name}_" if old else f"{name}."
     texts = {
         GrammarKind.REGEX: (regex, f"{prefix}regex"),
-        GrammarKind.CHOICE: (choice and json.dumps(choice, ensure_ascii=False), f"{prefix}choice"),
+        GrammarKind.CHOICE: (None if choice is None else json.dumps(choice, ensure_ascii=False), f"{prefix}choice"),
         GrammarKind.EBNF: (grammar, f"{prefix}grammar"),
         GrammarKind.STRUCTURAL_TAG: (tag, "structural_tag" if old else f"{prefix}structural_tag"),
     }

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from elastic_moe.actors.remote.calls import within
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.deploy.text.grammar_check import GRAMMAR_S, GrammarCheck
@@ -111,6 +112,7 @@ class BoundedPrompts:
         payload = msgspec.json.encode(["fault_of_grammar", {"kind": grammar.kind, "text": grammar.text}])
         answer = await self._ask(payload, self._grammars)
         if answer is None:
+            logger.warning("a grammar was given up: it is not compiled within %.0f s of processor time", GRAMMAR_S)
             return f"it is not compiled within {GRAMMAR_S:.0f} s of processor time; make it simpler"
         fault = answer.get("failed") or answer["value"]
         return None if fault is None else str(fault)
@@ -120,6 +122,7 @@ class BoundedPrompts:
         answer = await self._ask(payload, self._short if len(payload) <= SHORT_BYTES else self._long)
         what = "the chat template" if method == "render_chat" else "the tokenizer"
         if answer is None:
+            logger.warning("a prompt was given up, because it needs more than %s", limits_in_words(len(payload)))
             raise RequestError(
                 f"{param}: {what} does not finish this within {limits_in_words(len(payload))}",
                 param=param,
@@ -137,10 +140,9 @@ class BoundedPrompts:
             worker = await self._worker()
             answer = None
             try:
-                answer = await asyncio.wait_for(worker.ask(payload), WALL_S)
+                answer = await within(worker.ask(payload), WALL_S)
             except (OSError, EOFError, TimeoutError):
-                # EOFError: the process has ended, mostly by the limit on its processor time
-                logger.warning("a prompt was given up, because it needs more than %s", limits_in_words(len(payload)))
+                pass  # EOFError: the process has ended, mostly by the limit on its processor time
             finally:
                 if answer is None or len(payload) > LARGE_BYTES:
                     worker.close()

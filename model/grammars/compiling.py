@@ -11,11 +11,12 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLParserLimits
 
+from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.model.grammars.finite import check_finite
 from elastic_moe.model.grammars.sources import GrammarError, one_line, source
@@ -63,26 +64,32 @@ def check_grammar(grammar: Grammar, vocabulary: Vocabulary) -> None:
         raise GrammarError("the model's tokens cannot write any text that matches it")
 
 
-class Compiler:
-    """A worker's compiled grammars. One thread with a low priority reads the vocabulary and compiles; `get` does not
-    wait. Use it from one thread."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A compiled grammar: take a deep copy of the matcher, and change nothing."""
 
-    def __init__(self, read: Callable[[tuple[int, ...]], Vocabulary]) -> None:
-        """`read` makes the vocabulary for some end-of-sequence tokens; it may raise CheckpointError."""
-        self._read = read
-        self._vocabularies: dict[tuple[int, ...], Vocabulary] = {}
-        self._compiled: OrderedDict[tuple[Grammar, tuple[int, ...]], Future[LLMatcher]] = OrderedDict()
+    matcher: LLMatcher
+    end: int
+    """As in Vocabulary."""
+
+
+class Compiler:
+    """The compiled grammars of a worker. Use it from one thread: another one, with a low priority, compiles."""
+
+    def __init__(self, vocabulary: Vocabulary | CheckpointError) -> None:
+        """Or why the model has none: then no grammar compiles."""
+        self._vocabulary = vocabulary
+        self._compiled: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None
 
-    def get(self, grammar: Grammar, eos_token_ids: tuple[int, ...]) -> Future[LLMatcher]:
-        """The compiled grammar: take a deep copy of it, and change nothing. All who ask for an equal one share it."""
-        key = grammar, eos_token_ids
-        found = self._compiled.get(key)
+    def get(self, grammar: Grammar) -> Future[Compiled]:
+        """The compiled grammar, or a GrammarError. All who ask for an equal one share it."""
+        found = self._compiled.get(grammar)
         if found is None:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars", initializer=_give_way)
-            found = self._compiled[key] = self._thread.submit(self._compile, grammar, eos_token_ids)
-        self._compiled.move_to_end(key)
+            found = self._compiled[grammar] = self._thread.submit(self._compile, grammar)
+        self._compiled.move_to_end(grammar)
         self._shrink()
         return found
 
@@ -90,16 +97,15 @@ class Compiler:
         return len(self._compiled)
 
     def _shrink(self) -> None:
-        chars = sum(len(grammar.text) for grammar, _ in self._compiled)
+        chars = sum(len(grammar.text) for grammar in self._compiled)
         while len(self._compiled) > 1 and (len(self._compiled) > MAX_GRAMMARS or chars > MAX_CHARS):
-            (grammar, _), _ = self._compiled.popitem(last=False)
+            grammar, _ = self._compiled.popitem(last=False)
             chars -= len(grammar.text)
 
-    def _compile(self, grammar: Grammar, eos_token_ids: tuple[int, ...]) -> LLMatcher:
-        if eos_token_ids not in self._vocabularies:
-            # every request of a server names the same tokens
-            self._vocabularies = {eos_token_ids: self._read(eos_token_ids)}
-        return compile_grammar(grammar, self._vocabularies[eos_token_ids])
+    def _compile(self, grammar: Grammar) -> Compiled:
+        if isinstance(self._vocabulary, CheckpointError):
+            raise GrammarError(str(self._vocabulary))
+        return Compiled(matcher=compile_grammar(grammar, self._vocabulary), end=self._vocabulary.end)
 
 
 def _give_way() -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from llguidance import LLMatcher
-
+from elastic_moe.model.grammars.compiling import Compiled
 from elastic_moe.model.grammars.progress import MaskJob, Progress
 
 WAIT_S = 0.002
@@ -39,12 +38,12 @@ class MaskThreads:
             if progress.slow:
                 self._begin_slow(progress.compiled, job)
 
-    def _begin_slow(self, compiled: Future[LLMatcher], job: MaskJob) -> None:
+    def _begin_slow(self, compiled: Future[Compiled], job: MaskJob) -> None:
         if self._slow is None:
             self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="slow masks")
         threads = self._slow
 
-        def run(_: Future[LLMatcher]) -> None:
+        def run(_: Future[Compiled]) -> None:
             threads.submit(job.run)
 
         compiled.add_done_callback(run)

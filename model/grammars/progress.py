@@ -15,6 +15,7 @@ import numpy as np
 from llguidance import LLMatcher
 
 from elastic_moe.cluster.messages.requests import SamplingParams
+from elastic_moe.model.grammars.compiling import Compiled
 from elastic_moe.model.grammars.sources import GrammarError, one_line
 
 Mask = np.ndarray[tuple[int], np.dtype[np.uint8]]
@@ -42,7 +43,7 @@ class Progress:
 
     def __init__(
         self,
-        compiled: Future[LLMatcher],
+        compiled: Future[Compiled],
         tokens: list[int],
         num_prompt_tokens: int,
         params: SamplingParams,
@@ -111,6 +112,7 @@ class Progress:
         new = self._tokens[self._begin + self._kept :]
         self._job = MaskJob(
             self._matching, self.compiled, told=self._kept + len(new), drop=told - self._kept, new=new,
+            eos=self._eos,
             held_back=self._held_back,
         )  # fmt: skip
         self._kept += len(new)
@@ -158,21 +160,23 @@ SLOW_S = 0.002
 class MaskJob:
     """Makes one mask: takes tokens back first, then consumes new ones."""
 
-    __slots__ = ("_compiled", "_drop", "_held_back", "_matching", "_new", "future", "told")
+    __slots__ = ("_compiled", "_drop", "_eos", "_held_back", "_matching", "_new", "future", "told")
 
     def __init__(
         self,
         matching: _Matching,
-        compiled: Future[LLMatcher],
+        compiled: Future[Compiled],
         *,
         told: int,
         drop: int,
         new: Sequence[int],
+        eos: Sequence[int],
         held_back: Sequence[int],
     ) -> None:
         """`told`: tokens of the grammar's part that the mask comes after. `held_back`: see Progress._held_back."""
         self._matching, self._compiled = matching, compiled
-        self._drop, self._new, self._held_back = drop, new, held_back
+        self._drop, self._new = drop, new
+        self._eos, self._held_back = eos, held_back
         self.told = told
         self.future: Future[Mask] = Future()
         """The mask, or a GrammarError."""
@@ -180,8 +184,9 @@ class MaskJob:
     def run(self) -> None:
         """Call it once, from any thread, after the grammar has been compiled."""
         try:
-            mask = self._matching.mask(self._compiled.result(), self._drop, self._new)
-            self.future.set_result(_without(mask, self._held_back))
+            compiled = self._compiled.result()
+            mask = self._matching.mask(compiled.matcher, self._drop, self._new)
+            self.future.set_result(_without(_with_ends(mask, compiled.end, self._eos), self._held_back))
         except GrammarError as error:
             self.future.set_exception(error)
         except BaseException as error:  # noqa: BLE001 - what Rust panics with is no Exception
@@ -197,10 +202,10 @@ class _Matching:
         self._matcher: LLMatcher | None = None
         self.last_s = float("inf")
 
-    def mask(self, compiled: LLMatcher, drop: int, new: Sequence[int]) -> Mask:
+    def mask(self, base: LLMatcher, drop: int, new: Sequence[int]) -> Mask:
         began = time.perf_counter()
         if self._matcher is None:
-            self._matcher = compiled.deep_copy()
+            self._matcher = base.deep_copy()
         matcher = self._matcher
         if drop and not matcher.rollback(drop):
             raise GrammarError(one_line(f"cannot go back in the grammar: {matcher.get_error()}"))
@@ -211,6 +216,18 @@ class _Matching:
             raise GrammarError(one_line(f"the grammar is too complex at this place: {matcher.get_error()}"))
         self.last_s = time.perf_counter() - began
         return np.frombuffer(bits, dtype=np.uint8)
+
+
+def _with_ends(mask: Mask, end: int, eos: Sequence[int]) -> Mask:
+    """The mask with all end-of-sequence tokens where `end` is allowed, which stands for the end of the answer."""
+    if not mask[end >> 3] >> (end & 7) & 1 or tuple(eos) == (end,):
+        return mask
+    ended = mask.copy()
+    ended[end >> 3] &= ~(1 << (end & 7)) & 0xFF
+    for token in eos:
+        if token < 8 * len(ended):
+            ended[token >> 3] |= 1 << (token & 7)
+    return ended
 
 
 def _without(mask: Mask, tokens: Sequence[int]) -> Mask:

@@ -35,4 +35,4 @@ def source(grammar: Grammar, tokenizer: LLTokenizer) -> str:
 
 def one_line(text: str) -> str:
     # llguidance's errors may go on with the state of its parser
-    return " ".join(text.partition("<state>")[0].split())[:300]
+    return " ".join(text.partition("<state>")[0].partition("<non-verbose/>")[0].split())[:300]

@@ -1,4 +1,4 @@
-"""The model's tokens, as llguidance needs them: their bytes, and which of them are special or end an answer."""
+"""The model's tokens, as llguidance needs them: their bytes, and which of them are special."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FILE = "tokenizer.json"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     tokenizer: LLTokenizer
-    width: int
-    """Number of logits. Ids from the tokenizer's number of tokens on are padding, which no grammar allows."""
+    end: int
+    """The token that stands for the end of an answer in masks."""
 
 
 def read_vocabulary(model_dir: str, *, width: int | None = None, eos_token_ids: Sequence[int] = ()) -> Vocabulary:
@@ -37,25 +37,27 @@ def tokenizer_json(model_dir: str) -> str | None:
 
 
 def make_vocabulary(text: str, *, width: int | None = None, eos_token_ids: Sequence[int] = ()) -> Vocabulary:
-    """Make it of the content of tokenizer.json. It takes up to a second for a large one.
+    """Make it of the content of tokenizer.json. For 100,000 tokens it takes a second, in which no other thread runs.
 
-    `width` is the number of logits; by default the number of tokens. The tokens `eos_token_ids` end an answer; without
-    any, one that llguidance finds. Raises CheckpointError where llguidance cannot use the tokenizer.
+    `width` is the number of logits; by default the number of tokens. Masks have at least so many bits, and those of
+    padding are never set. Raises CheckpointError where llguidance cannot use the tokenizer.
     """
     try:
-        tokenizer = _load(text, width, list(eos_token_ids))
+        tokenizer = _load(text, width, eos_token_ids)
     except Exception as error:  # noqa: BLE001 - llguidance raises whatever its parsers raise
         message = " ".join(str(error).split())[:300]
         raise CheckpointError(f"structured output cannot use this model's {FILE}: {message}") from None
-    return Vocabulary(tokenizer=tokenizer, width=tokenizer.vocab_size if width is None else width)
+    return Vocabulary(tokenizer=tokenizer, end=tokenizer.eos_token)
 
 
-def _load(text: str, width: int | None, ends: list[int]) -> LLTokenizer:
-    try:
-        return LLTokenizer(text, n_vocab=width, eos_token=ends or None)
-    except ValueError:
-        # some tokenizers have more tokens than their model has logits, and some models end with tokens that the
-        # tokenizer does not have
-        size = LLTokenizer(text).vocab_size
-        ends = [token_id for token_id in ends if token_id < size]
-        return LLTokenizer(text, n_vocab=max(size, width or 0), eos_token=ends or None)
+def _load(text: str, width: int | None, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    # without a token that ends answers in the file, any one can stand for it
+    ends: list[int | None] = [*eos_token_ids[:1], None, 0]
+    for end in ends[:-1]:
+        for size in dict.fromkeys([width, None]):
+            try:
+                return LLTokenizer(text, n_vocab=size, eos_token=end)
+            except ValueError:
+                # some tokenizers have more tokens than their model has logits; some models end with an unknown token
+                continue
+    return LLTokenizer(text, eos_token=ends[-1])

@@ -18,11 +18,11 @@ from concurrent.futures import Future
 
 import numpy as np
 import torch
-from llguidance import LLMatcher
 from torch import Tensor
 
 from elastic_moe.cluster.messages.requests import SamplingParams, TokenLogprobs
 from elastic_moe.cluster.messages.steps import NewSequence
+from elastic_moe.model.grammars.compiling import Compiled
 from elastic_moe.model.grammars.progress import Mask, Progress
 from elastic_moe.model.worker.thinking import Thinking
 from elastic_moe.model.worker.token_counts import TokenCounts
@@ -76,7 +76,7 @@ class SamplingState:
         "token_ids",
     )
 
-    def __init__(self, sequence: NewSequence, compiled: Future[LLMatcher] | None = None) -> None:
+    def __init__(self, sequence: NewSequence, compiled: Future[Compiled] | None = None) -> None:
         """`compiled` is of the sequence's grammar, if it has one; it may be under way."""
         params = sequence.params
         self.params = params
@@ -296,11 +296,15 @@ def _keep_masked(masks: Sequence[tuple[int, Mask]], logits_RV: Tensor) -> None:
             logits_RV[row].masked_fill_(torch.from_numpy(forbidden_V), -torch.inf)
         return
     # a bit for each token is an eighth of what would be copied otherwise
-    bytes_GX = _to(np.stack([mask[: -(-width // 8)] for _, mask in masks]), logits_RV.device)
-    bits_GX8 = bytes_GX[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=bytes_GX.device)) & 1
-    forbidden_GV = bits_GX8.flatten(1)[:, :width] == 0
+    bits_GX = _to(np.stack([mask[: -(-width // 8)] for _, mask in masks]), logits_RV.device)
     rows = _to(np.array([row for row, _ in masks], dtype=np.int64), logits_RV.device)
-    logits_RV[rows] = logits_RV[rows].masked_fill(forbidden_GV, -torch.inf)
+    logits_RV[rows] = logits_RV[rows].masked_fill(~_unpacked(bits_GX)[:, :width], -torch.inf)
+
+
+def _unpacked(bits_GX: Tensor) -> Tensor:
+    """[G, 8 X] bool: the bits of bytes, lowest first."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits_GX.device)
+    return ((bits_GX[:, :, None] >> places) & 1).flatten(1).bool()
 
 
 def _keep_only(allowed: Sequence[tuple[int, np.ndarray, np.ndarray]], logits_BV: Tensor) -> None:

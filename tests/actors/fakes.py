@@ -1,4 +1,4 @@
-"""Hosts and an engine that only pretend, as plain classes: called directly, or as real Ray actors."""
+"""Workers and an engine that only pretend, as plain classes: called directly, or as real Ray actors."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ from elastic_moe.cluster.messages.epochs import (
     Epoch,
     EpochSpec,
     ExpertCopy,
-    HostInfo,
-    HostSpec,
+    FetchSource,
     ModelInfo,
     PhaseCounts,
     RoutingCounts,
+    StallCause,
+    TierCounts,
+    WorkerInfo,
+    WorkerSpec,
 )
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
-from elastic_moe.cluster.placement import EMPTY, WorkerId
+from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
 from tests.cluster.simulation import MODEL as SIMULATED
 
@@ -45,8 +48,8 @@ LOAD = np.array([[90, 80, 70, 60, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8]], dtype=
 """Uneven under the first placement, so that any planner finds a better one."""
 
 
-class FakeHost:
-    """Keeps the contract of an ExpertHost: refuses to prepare what it does not hold, drops what is not placed.
+class FakeWorker:
+    """Keeps the contract of an WorkerActor: refuses to prepare what it does not hold, drops what is not placed.
 
     A file `slow-<method>` in the model's directory makes that method take two seconds.
     """
@@ -63,13 +66,13 @@ class FakeHost:
         return os.getpid()
 
     @in_group("io")
-    def load(self, spec: HostSpec) -> HostInfo:
+    def load(self, spec: WorkerSpec) -> WorkerInfo:
         self._dir, self._id = Path(spec.model.path), spec.worker
         self._delay("load")
         if (self._dir / "damaged").exists():
             raise CheckpointError("shard 3 is damaged")
         self._held = {(layer, e) for layer, experts in enumerate(spec.experts) for e in experts}
-        return HostInfo(
+        return WorkerInfo(
             worker=spec.worker,
             node=ray.get_runtime_context().get_node_id() if ray.is_initialized() else "n0",
             endpoint=Endpoint(address="127.0.0.1", port=1, token=""),
@@ -92,7 +95,7 @@ class FakeHost:
 
     def _placed(self, spec: EpochSpec) -> set[tuple[int, int]]:
         layers = range(spec.placement.num_layers)
-        return {(layer, e) for layer in layers for e in spec.placement.experts_of(self._id, layer) if e != EMPTY}
+        return {(layer, e) for layer in layers for e in spec.placement.resident(self._id, layer)}
 
     @in_group("io")
     def load_progress(self) -> float:
@@ -135,6 +138,15 @@ class FakeHost:
         )
 
     @in_group("io")
+    def tier_counts(self) -> TierCounts:
+        return TierCounts(
+            accesses=(8, 0, 2),
+            fetched_bytes={FetchSource.DISK: 100},
+            stall_s={StallCause.MISS: 0.5},
+            resident=len(self._held),
+        )
+
+    @in_group("io")
     def ping(self) -> None: ...
 
     @in_group("io")
@@ -155,15 +167,15 @@ class FakeEngine:
         self._epoch = Epoch(0)
         self._started = False
 
-    async def start(self, model: ModelInfo, spec: EpochSpec, hosts: dict[WorkerId, Remote[Any]], infos: Any) -> int:
+    async def start(self, model: ModelInfo, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any) -> int:
         assert not self._started
         self._started = True
-        return await self.change_epoch(spec, hosts, infos)
+        return await self.change_epoch(spec, workers, infos)
 
-    async def change_epoch(self, spec: EpochSpec, hosts: dict[WorkerId, Remote[Any]], infos: Any) -> int:
+    async def change_epoch(self, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any) -> int:
         members = [worker.id for worker in spec.placement.workers]
-        assert set(members) <= set(hosts)
-        calls = (wrap(ask(hosts[worker], FakeHost.commit, spec.epoch)) for worker in members)
+        assert set(members) <= set(workers)
+        calls = (wrap(ask(workers[worker], FakeWorker.commit, spec.epoch)) for worker in members)
         answers = await asyncio.gather(*calls, return_exceptions=True)
         if failed := [w for w, a in zip(members, answers, strict=True) if isinstance(a, BaseException)]:
             raise StepAborted(f"not committed by {failed}")
@@ -187,7 +199,7 @@ class FakeRayFleet(RayFleet):
     """Real actors of the fake classes; no checkpoint is read."""
 
     def __init__(self, config: ServeConfig) -> None:
-        super().__init__(config, host_class=FakeHost, engine_class=FakeEngine)
+        super().__init__(config, worker_class=FakeWorker, engine_class=FakeEngine)
 
     def read_model(self, model_dir: str) -> ModelInfo:
         return MODEL
@@ -240,7 +252,7 @@ class PlainFleet:
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
         self.standby = False
-        self.hosts: dict[WorkerId, Handle] = {}
+        self.workers: dict[WorkerId, Handle] = {}
         self.engines: list[Handle] = []
         self.error: Exception | None = None
         self.last_saved: bytes | None = None
@@ -257,7 +269,7 @@ class PlainFleet:
         return self.last_saved if self.resumes else None
 
     def find_worker(self, worker: WorkerId) -> Remote[Any] | None:
-        return alive(self.hosts.get(worker))
+        return alive(self.workers.get(worker))
 
     def find_engine(self) -> Remote[Any] | None:
         return alive(self.engines[-1] if self.engines else None)
@@ -279,8 +291,8 @@ class PlainFleet:
         return 2
 
     def start_worker(self, worker: WorkerId) -> Remote[Any]:
-        self.hosts[worker] = Handle(FakeHost())
-        return Remote(self.hosts[worker])
+        self.workers[worker] = Handle(FakeWorker())
+        return Remote(self.workers[worker])
 
     def start_engine(self) -> Remote[Any]:
         self.engines.append(Handle(FakeEngine(self.config, None)))
@@ -292,7 +304,7 @@ class PlainFleet:
     def kill(self, actor: Remote[Any]) -> None:
         actor.handle.dead = True
 
-    def kill_worker(self, actor: Remote[Any], info: HostInfo | None) -> None:
+    def kill_worker(self, actor: Remote[Any], info: WorkerInfo | None) -> None:
         self.kill(actor)
 
     async def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> PlanResult:

@@ -98,7 +98,7 @@ def test_without_a_file(untouched: None, tmp_path: Path, capfd: pytest.CaptureFi
         assert "to standard error" in capfd.readouterr().err
 
 
-def test_a_file_that_was_put_aside(tmp_path: Path) -> None:
+def test_a_log_file_that_was_renamed_is_opened_anew(tmp_path: Path) -> None:
     file = tmp_path / "log"
     handler = FileLines(str(file))
     handler.setFormatter(TextFormatter("w0"))
@@ -119,7 +119,7 @@ for number in range(200):
 """
 
 
-def test_processes_do_not_cut_into_one_anothers_lines(tmp_path: Path) -> None:
+def test_lines_of_several_processes_are_not_mixed(tmp_path: Path) -> None:
     file = tmp_path / "log"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, name, str(file)], cwd=ROOT)
                for name in ("a", "b")]  # fmt: skip

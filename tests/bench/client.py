@@ -63,9 +63,9 @@ class Client:
         self._vocab = vocab
         self._rng = random.Random(seed)
 
-    def measure(self, concurrency: int) -> Measured:
-        """PER_SLOT requests of PROMPT_TOKENS for each of `concurrency` slots, OUTPUT_TOKENS each."""
-        prompts = self._prompts(PER_SLOT * concurrency, PROMPT_TOKENS)
+    def measure(self, concurrency: int, *, per_slot: int = PER_SLOT) -> Measured:
+        """`per_slot` requests of PROMPT_TOKENS for each of `concurrency` slots, OUTPUT_TOKENS each."""
+        prompts = self._prompts(per_slot * concurrency, PROMPT_TOKENS)
         answers, elapsed = asyncio.run(self._run(prompts, OUTPUT_TOKENS, concurrency))
         gaps = sorted(gap for answer in answers for gap in answer.gaps_s)
         return Measured(

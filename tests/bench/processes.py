@@ -18,7 +18,7 @@ _TITLES = (
     ("ray::ProxyActor", "Ray Serve"),
     ("ray::HAProxyManager", "Ray Serve"),
 )
-_WORKER = "ray::ExpertHost"
+_WORKER = "ray::WorkerActor"
 
 CpuTimes = dict[tuple[int, int], tuple[str, float]]
 """(process, thread or 0) -> what it is for, and its CPU seconds so far."""

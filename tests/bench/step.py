@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from elastic_moe.cluster import placement as placements
-from elastic_moe.cluster.messages.epochs import EpochSpec, HostSpec, ModelSpec
+from elastic_moe.cluster.messages.epochs import EpochSpec, ModelSpec, WorkerSpec
 from elastic_moe.cluster.messages.steps import StepPlan
 from elastic_moe.cluster.placement import Worker as Member
 from elastic_moe.cluster.placement import WorkerId
@@ -36,7 +36,7 @@ def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dt
     member = Member(id=WorkerId("w0"), node="n", slots=info.num_logical_experts)
     placement = placements.contiguous(info.num_layers, info.num_logical_experts, (member,))
     worker = Worker(
-        HostSpec(
+        WorkerSpec(
             worker=member.id,
             model=ModelSpec(
                 path=str(path),

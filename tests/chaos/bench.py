@@ -17,7 +17,7 @@ from tests.chaos.load import Load
 from tests.e2e.conftest import Server
 
 TITLES = {
-    "host": "ray::ExpertHost",
+    "worker": "ray::WorkerActor",
     "engine": "ray::Engine",
     "coordinator": "ray::Coordinator",
     "migrator": "ray::Migrator",
@@ -66,17 +66,17 @@ class Bench:
 
     def _targets(self, role: str, taken: list[psutil.Process]) -> list[psutil.Process]:
         there = [process for process in self.processes(role) if process not in taken]
-        if role == "host":
+        if role == "worker":
             spares = self._spares(there)
             there = [process for process in there if process.pid not in spares]
         return sorted(there, key=lambda process: process.pid)
 
-    def _spares(self, hosts: list[psutil.Process]) -> set[int]:
+    def _spares(self, workers: list[psutil.Process]) -> set[int]:
         """The process that waits to be the next worker: one that is nobody's, while none is on its way."""
-        workers = [w for w in self.ask("/admin/workers") or [] if w["state"] not in ("dead", "standby")]
-        if not workers or any(w["state"] == "starting" for w in workers):
+        members = [w for w in self.ask("/admin/workers") or [] if w["state"] not in ("dead", "standby")]
+        if not members or any(w["state"] == "starting" for w in members):
             return set()
-        return {process.pid for process in hosts} - {w["pid"] for w in workers}
+        return {process.pid for process in workers} - {w["pid"] for w in members}
 
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Runs scenarios one after the other on one server under load, and says what became of every request.
 
-python -m tests.chaos.driver --seed 0 [--only "kill host"] [--model DIR] [--dtype bfloat16] [--cycles 20] [--drift]
+python -m tests.chaos.driver --seed 0 [--only "kill worker"] [--model DIR] [--dtype bfloat16] [--resident 0.5] [--drift]
 """
 
 from __future__ import annotations
@@ -72,6 +72,13 @@ def tiny_flags(checkpoint: Path) -> list[str]:
     return ["--max-num-batched-tokens", "64", "--migration-bandwidth", str(all_mb / COPIES_S)]
 
 
+def resident_flags(checkpoint: Path, share: float) -> list[str]:
+    """Memory of all workers for this share of the experts; the others are read from disk."""
+    info = open_checkpoint(checkpoint).info.served_in("float32")
+    per_layer = max(1, int(info.num_logical_experts * share / WORKERS))
+    return ["--expert-memory-bytes", str(per_layer * info.num_layers * info.expert_bytes)]
+
+
 def run(
     server: Server, expected: Expected, scenarios: Mapping[str, Scenario], *, seed: int, tell: bool = False
 ) -> list[Row]:
@@ -139,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected = Expected(reference, LONGEST if tiny else LONGEST_OF_OTHERS)
         log = Path(options.log or Path(directory) / "log")
         flags = ["--rebalance-interval", "0", "--dtype", options.dtype, *(tiny_flags(checkpoint) if tiny else [])]
+        if options.resident < 1:
+            flags += [*resident_flags(checkpoint, options.resident), "--expert-cache-dir", f"{directory}/experts"]
         server = start_server(checkpoint, log, *flags, *options.flag)
         try:
             print(f"seed {options.seed}, {WORKERS} workers, {THREADS} clients\n{HEADER}", flush=True)
@@ -160,6 +169,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of the model; tokens are compared in float32 alone")
     parser.add_argument("--cycles", type=int, default=20, help=f"of '{LEAKS}', more than {SETTLED_CYCLES}")
     parser.add_argument("--drift", action="store_true", help="only: how soon re-placement follows a drift of traffic")
+    parser.add_argument("--resident", type=float, default=1.0, help="share of experts that fit in memory")
     parser.add_argument("--log", help="where the server's output goes, to be kept")
     parser.add_argument(
         "--flag", action="append", default=[], help="a further flag of emoe serve, such as --flag=--x=y"

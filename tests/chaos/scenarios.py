@@ -52,7 +52,7 @@ def strike_while_planning(bench: Bench, *roles: str) -> None:
 
 
 def strike_in_flip(bench: Bench, *roles: str) -> None:
-    """As soon as all copies have been made: hosts prepare, or flip."""
+    """As soon as all copies have been made: workers prepare, or flip."""
     operation = bench.move_everything()
 
     def flips() -> bool:
@@ -119,37 +119,37 @@ def _named(scenario: Callable[..., None], *roles: str, **settings: bool) -> Scen
 
 
 FAULTS: dict[str, Scenario] = {
-    "kill host": _named(strike, "host"),
-    "kill host in prefill": _named(strike_in_prefill, "host"),
-    "kill host, idle": _named(strike_while_idle, "host"),
+    "kill worker": _named(strike, "worker"),
+    "kill worker in prefill": _named(strike_in_prefill, "worker"),
+    "kill worker, idle": _named(strike_while_idle, "worker"),
     "kill engine": _named(strike, "engine"),
     "kill coordinator": _named(strike, "coordinator"),
     "kill migrator": _named(strike, "migrator"),
     "kill API replica": strike_api,
     "kill API replica and engine": _named(strike_api, "engine"),
-    "kill API replica and host": _named(strike_api, "host"),
-    "stop host": _named(strike, "host", hang=True),
-    "stop host, idle": _named(strike_while_idle, "host", hang=True),
+    "kill API replica and worker": _named(strike_api, "worker"),
+    "stop worker": _named(strike, "worker", hang=True),
+    "stop worker, idle": _named(strike_while_idle, "worker", hang=True),
     "stop engine": _named(strike, "engine", hang=True),
     "stop coordinator": _named(strike, "coordinator", hang=True),
-    "kill 2 hosts": _named(strike, "host", "host"),
-    "kill host and engine": _named(strike, "host", "engine"),
-    "kill host and coordinator": _named(strike, "host", "coordinator"),
+    "kill 2 workers": _named(strike, "worker", "worker"),
+    "kill worker and engine": _named(strike, "worker", "engine"),
+    "kill worker and coordinator": _named(strike, "worker", "coordinator"),
     "kill engine and coordinator": _named(strike, "engine", "coordinator"),
-    "kill host, then host in recovery": _named(strike_twice, "host", "host"),
-    "kill host, then engine in recovery": _named(strike_twice, "host", "engine"),
-    "kill host, then coordinator": _named(strike_twice, "host", "coordinator"),
-    "kill host while planning": _named(strike_while_planning, "host"),
-    "kill host in re-placement": _named(strike_while_moving, "host"),
-    "stop host in re-placement": _named(strike_while_moving, "host", hang=True),
+    "kill worker, then worker in recovery": _named(strike_twice, "worker", "worker"),
+    "kill worker, then engine in recovery": _named(strike_twice, "worker", "engine"),
+    "kill worker, then coordinator": _named(strike_twice, "worker", "coordinator"),
+    "kill worker while planning": _named(strike_while_planning, "worker"),
+    "kill worker in re-placement": _named(strike_while_moving, "worker"),
+    "stop worker in re-placement": _named(strike_while_moving, "worker", hang=True),
     "kill engine in re-placement": _named(strike_while_moving, "engine"),
     "kill coordinator in re-placement": _named(strike_while_moving, "coordinator"),
     "kill migrator in re-placement": _named(strike_while_moving, "migrator"),
     "stop migrator in re-placement": _named(strike_while_moving, "migrator", hang=True),
-    "kill host in the flip": _named(strike_in_flip, "host"),
+    "kill worker in the flip": _named(strike_in_flip, "worker"),
     "kill engine in the flip": _named(strike_in_flip, "engine"),
     "kill coordinator in the flip": _named(strike_in_flip, "coordinator"),
-    "kill host while scaling up": _named(strike_while_scaling, "host"),
+    "kill worker while scaling up": _named(strike_while_scaling, "worker"),
     "kill coordinator while scaling up": _named(strike_while_scaling, "coordinator"),
-    "kill the host that leaves": strike_who_leaves,
+    "kill the worker that leaves": strike_who_leaves,
 }

@@ -1,4 +1,4 @@
-"""A cluster that only pretends: ControlState's commands, carried out by models of hosts, in any order."""
+"""A cluster that only pretends: ControlState's commands, carried out by simulated workers, in any order."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ from elastic_moe.cluster.facts.events import (
     WorkerLost,
 )
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
-from elastic_moe.cluster.facts.membership import needs
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo, ModelInfo
+from elastic_moe.cluster.facts.membership import mask_of, needs, serves
+from elastic_moe.cluster.facts.tiering import memory_of, pins_of
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Placement, WorkerId
 from tests.cluster.invariants import validate
@@ -62,12 +63,14 @@ MODEL = ModelInfo(
 
 
 @dataclass
-class Host:
-    """What a host really holds, which the state may understate but never overstate."""
+class SimulatedWorker:
+    """What a worker really holds, which the state may understate but never overstate."""
 
     held: np.ndarray
     alive: bool = True
     placed: np.ndarray | None = None
+    """What lies in its device under the epoch in force, and (below) what it serves."""
+    serves: np.ndarray | None = None
     epoch: int = 0
     prepared: dict[int, EpochSpec] = field(default_factory=dict)
 
@@ -82,9 +85,10 @@ class Simulation:
         seed: int = 0,
         most: int | None = None,
         capacity: int | None = None,
+        disk: float | None = None,
         drain_timeout_s: float = 30.0,
     ) -> None:
-        """capacity: experts that each host has memory for, over all layers."""
+        """capacity: experts that each host has memory for, over all layers. disk: bytes/s of its disk tier, if any."""
         self.now = 0.0
         self.rng = np.random.default_rng(seed)
         self.state = ControlState(
@@ -97,9 +101,9 @@ class Simulation:
             ),
             MODEL,
         )
-        self.capacity = capacity
+        self.capacity, self.disk = capacity, disk
         self.draining: tuple[WorkerId, ...] = ()
-        self.hosts: dict[WorkerId, Host] = {}
+        self.workers: dict[WorkerId, SimulatedWorker] = {}
         self.todo: list[Command] = []
         self.log: list[Command] = []
         self.engine_epoch = 0
@@ -123,33 +127,30 @@ class Simulation:
         match command:
             case StartWorker():
                 # one that is asked again after a restart of the coordinator goes on loading
-                if command.worker not in self.hosts or not self.hosts[command.worker].alive:
-                    held = np.zeros((LAYERS, EXPERTS), dtype=bool)
-                    for layer, experts in enumerate(command.experts):
-                        held[layer, list(experts)] = True
-                    self.hosts[command.worker] = Host(held)
+                if command.worker not in self.workers or not self.workers[command.worker].alive:
+                    self.workers[command.worker] = SimulatedWorker(mask_of(self._loads(command), (LAYERS, EXPERTS)))
                 self.todo.append(command)
             case AbortSteps():
                 pass
             case Drain():
                 self.draining = command.workers
             case StopWorker():
-                self.hosts[command.worker].alive = False
+                self.workers[command.worker].alive = False
             case Abandon():
                 for worker in command.workers:
-                    host = self.hosts[worker]
-                    host.prepared.pop(command.epoch, None)
-                    if host.placed is not None:
-                        host.held &= host.placed
+                    simulated = self.workers[worker]
+                    simulated.prepared.pop(command.epoch, None)
+                    if simulated.placed is not None:
+                        simulated.held &= simulated.placed
             case _:
                 self.todo.append(command)
 
     def kill(self, worker: WorkerId) -> None:
         """Nobody is told."""
-        self.hosts[worker].alive = False
+        self.workers[worker].alive = False
 
     def finish(self, index: int, *, fault: bool = False) -> None:
-        """Carry out one of the commands that are under way; `fault`: it goes wrong for no reason of a host's."""
+        """Carry out one of the commands that are under way; `fault`: it goes wrong for no reason of a worker's."""
         command = self.todo.pop(index)
         match command:
             case StartWorker():
@@ -161,42 +162,53 @@ class Simulation:
             case Commit():
                 self._commit(command, fault)
             case Probe():
-                self.feed(Probed(lost=tuple((w, "no answer") for w in command.workers if not self.hosts[w].alive)))
+                self.feed(Probed(lost=tuple((w, "no answer") for w in command.workers if not self.workers[w].alive)))
             case Solve():
                 self._solve(command, fault)
 
+    def _loads(self, command: StartWorker) -> list[tuple[int, ...]]:
+        """What a host holds of the experts that it is asked to load."""
+        limit = EXPERTS if self.disk is None or self.capacity is None else self.capacity // LAYERS
+        return [experts if len(experts) <= limit else experts[: pins_of(limit)] for experts in command.experts]
+
     def _load(self, command: StartWorker, fault: bool) -> None:
-        if not self.hosts[command.worker].alive:
+        if not self.workers[command.worker].alive:
             self.feed(WorkerLost(worker=command.worker, reason="died"))
         elif fault:
             self.feed(WorkerFailed(worker=command.worker, reason="out of memory"))
         else:
-            self.feed(WorkerLoaded(info=info(command.worker, capacity=self.capacity)))
+            held = None if self.disk is None else tuple(self._loads(command))
+            self.feed(WorkerLoaded(info=info(command.worker, capacity=self.capacity, disk=self.disk, held=held)))
 
     def _find_lost(self, workers: list[WorkerId]) -> None:
         for worker in workers:
-            if not self.hosts[worker].alive:
+            if not self.workers[worker].alive:
                 self.feed(WorkerLost(worker=worker, reason="died"))
 
     def _transfer(self, command: Transfer, fault: bool) -> None:
         staged = []
+        change = self.facts.change
+        if change is None or change.spec.epoch != command.epoch:
+            # a transfer that was given up stops before its next expert
+            self.feed(TransferFailed(epoch=command.epoch, reason="superseded"))
+            return
         failed = fault
         for move in command.copies:
-            source, target = self.hosts[move.source], self.hosts[move.target]
+            source, target = self.workers[move.source], self.workers[move.target]
             if not (source.alive and target.alive) or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
-            change = self.facts.change
-            if change is not None and change.spec.epoch == command.epoch:
-                assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
+            assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
             target.held[move.layer, move.expert] = True
             staged.append((move.target, move.layer, move.expert))
         for worker, layer, expert in command.reads:
-            if not self.hosts[worker].alive or (fault and self.rng.random() < 0.5):
+            if not self.workers[worker].alive or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
-            self.hosts[worker].held[layer, expert] = True
+            self.workers[worker].held[layer, expert] = True
             staged.append((worker, layer, expert))
+        for worker, _, _ in staged:
+            self._check_memory(worker)
         if failed:
             touched = {m.source for m in command.copies} | {m.target for m in command.copies}
             self._find_lost(sorted(touched | {w for w, _, _ in command.reads}))
@@ -204,35 +216,42 @@ class Simulation:
         else:
             self.feed(TransferDone(epoch=command.epoch, nbytes=1000 * len(staged)))
 
+    def _check_memory(self, worker: WorkerId) -> None:
+        """Beside what lies in the device there is a slot for the other experts of each layer, if there are others."""
+        host = self.workers[worker]
+        if self.capacity is not None and self.disk is not None:
+            served = host.held if host.serves is None else host.serves
+            assert memory_of(host.held, served) <= self.capacity, f"{worker} was given more than its device holds"
+
     def _prepare(self, command: Prepare, fault: bool) -> None:
         members = [w.id for w in command.spec.placement.workers]
         change = self.facts.change
         stale = change is None or change.spec.epoch != command.spec.epoch
         for worker in members:
-            host = self.hosts[worker]
-            if host.alive and not stale:
-                missing = needs(command.spec.placement, worker) & ~host.held
+            simulated = self.workers[worker]
+            if simulated.alive and not stale:
+                missing = needs(command.spec.placement, worker) & ~simulated.held
                 assert not missing.any(), f"{worker} was told to prepare what it does not hold"
-                host.prepared[command.spec.epoch] = command.spec
-        if fault or not all(self.hosts[w].alive for w in members):
+                simulated.prepared[command.spec.epoch] = command.spec
+        if fault or not all(self.workers[w].alive for w in members):
             self._find_lost(members)
             self.feed(PrepareFailed(epoch=command.spec.epoch, reason="a peer did not come"))
         else:
             self.feed(Prepared(spec=command.spec))
 
     def _commit(self, command: Commit, fault: bool) -> None:
-        """A fault leaves some hosts in the new epoch and others in the old one."""
+        """A fault leaves some workers in the new epoch and others in the old one."""
         members = [w.id for w in command.spec.placement.workers]
         failed = fault
         for worker in members:
-            host = self.hosts[worker]
-            if not host.alive or (fault and self.rng.random() < 0.5):
+            simulated = self.workers[worker]
+            if not simulated.alive or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
             self._flip(worker, command.spec)
         if failed:
             self._find_lost(members)
-            self.feed(CommitFailed(epoch=command.spec.epoch, reason="not every host flipped"))
+            self.feed(CommitFailed(epoch=command.spec.epoch, reason="not every worker flipped"))
         else:
             self.engine_epoch = command.spec.epoch
             self.feed(Committed(epoch=command.spec.epoch))
@@ -256,18 +275,21 @@ class Simulation:
                 reached = members[: round(flipped * len(members))]
                 for worker in reached:
                     self._flip(worker, command.spec)
-                if len(reached) == len(members) and all(self.hosts[w].alive for w in members):
+                if len(reached) == len(members) and all(self.workers[w].alive for w in members):
                     self.engine_epoch = command.spec.epoch
         self.todo.clear()
         self.state = pickle.loads(pickle.dumps(self.state))
         self.feed(Resumed(engine_epoch=Epoch(self.engine_epoch)))
 
     def _flip(self, worker: WorkerId, spec: EpochSpec) -> None:
-        host = self.hosts[worker]
+        host = self.workers[worker]
         host.epoch = spec.epoch
         host.placed = needs(spec.placement, worker)
+        host.serves = serves(spec.placement, worker)
         host.held = host.held & host.placed
         host.prepared.clear()
+        if host.alive:
+            self._check_memory(worker)
 
     def settle(self, *, rounds: int = 200) -> None:
         """No more faults: everything under way ends, time passes, the dead are found."""
@@ -285,11 +307,18 @@ class Simulation:
     def settled(self) -> bool:
         facts = self.facts
         serves = facts.serves and len(facts.ranks) == facts.target
-        return serves and facts.change is None and self.state.operations.find_open() is None
+        reached = facts.spec is not None and facts.goal == facts.spec.placement
+        return serves and reached and facts.change is None and self.state.operations.find_open() is None
 
 
-def info(worker: WorkerId, node: str = "n0", capacity: int | None = None) -> HostInfo:
-    return HostInfo(
+def info(
+    worker: WorkerId,
+    node: str = "n0",
+    capacity: int | None = None,
+    disk: float | None = None,
+    held: tuple[tuple[int, ...], ...] | None = None,
+) -> WorkerInfo:
+    return WorkerInfo(
         worker=worker,
         node=node,
         endpoint=Endpoint(address="127.0.0.1", port=1, token=""),
@@ -298,6 +327,8 @@ def info(worker: WorkerId, node: str = "n0", capacity: int | None = None) -> Hos
         num_kv_blocks=10,
         memory_bytes=1,
         expert_capacity=capacity,
+        disk_bytes_per_s=disk,
+        held=held,
     )
 
 

@@ -74,7 +74,7 @@ def test_loopback(host: str, loopback: bool) -> None:
 
 
 @given(st.text(max_size=60), st.lists(st.text(max_size=40), max_size=3))
-def test_whatever_strangers_write(host: str, forwarded: list[str]) -> None:
+def test_any_header_is_parsed(host: str, forwarded: list[str]) -> None:
     """Any text is taken; a name that is no address of this machine's stays a stranger's."""
     trusted = Networks.parse("127.0.0.1")
     client = client_address("127.0.0.1", forwarded, trusted)

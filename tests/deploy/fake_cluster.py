@@ -14,7 +14,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.messages.requests import Endpoint, FinishReason, GenerateRequest, RequestId, TokenOutput
-from elastic_moe.cluster.messages.views import EngineStatus, Readiness
+from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Readiness, Revision
 from tests.deploy.fakes import FakeBackend
 
 
@@ -104,6 +104,9 @@ class FakeCoordinator:
 
     async def workers(self) -> Any:
         return await self._backend.workers()
+
+    async def cluster(self, known: Revision) -> ClusterView:
+        return await self._backend.cluster(known)
 
     async def rebalance(self, planner: str, dry_run: bool) -> Any:
         return await self._backend.rebalance(planner, dry_run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import time
 from array import array
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,21 +16,24 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from elastic_moe.cluster.errors import ConflictError, PlacementError, RequestError, UserError
+from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementError, RequestError, UserError
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
-from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
+from elastic_moe.cluster.messages.epochs import Epoch, FetchSource, ModelInfo, PhaseCounts, StallCause, TierCounts
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.views import (
+    ClusterView,
     EngineStatus,
+    LoadView,
     Operation,
     OperationKind,
     Phase,
     PlacementView,
     Readiness,
     RebalancePreview,
+    Revision,
     RoutingView,
     ScaleView,
     WorkerState,
@@ -129,6 +133,9 @@ class FakeBackend:
     scale_ends: Phase = Phase.COMPLETED
     placed: tuple[Placement, bool | None] | None = None
     resumed_requests: int = 0
+    looks: int = 0
+    """How often `cluster` was called."""
+    looks_per_report: int = 2
     can_wait: bool = False
     running: set[str] = field(default_factory=set)
     cancelled: set[str] = field(default_factory=set)
@@ -264,6 +271,8 @@ class FakeBackend:
                 running_requests=0,
                 kv_usage=0.0,
                 fit=FIT,
+                experts_served=8,
+                experts_resident=4,
             )
         ]
 
@@ -282,6 +291,10 @@ class FakeBackend:
                 cost_before=0.02,
                 cost_after=0.01,
                 moves=3,
+                misses_before=2.0,
+                misses_after=1.5,
+                fetch_bytes_before=200.0,
+                fetch_bytes_after=150.0,
                 bytes=300,
                 solver_status="optimal",
                 gap=0.0,
@@ -309,7 +322,52 @@ class FakeBackend:
         return await self._operation("op-1")
 
     async def scaling(self) -> ScaleView:
-        return ScaleView(serving=2, target=2, min_workers=1, max_workers=8, autoscaler="demand 60% of capacity")
+        return ScaleView(
+            serving=2,
+            target=2,
+            min_workers=1,
+            max_workers=8,
+            next_worker=WorkerId("w2"),
+            autoscaler="demand 60% of capacity",
+        )
+
+    async def cluster(self, known: Revision) -> ClusterView:
+        """The answers to the other questions in one. Each `looks_per_report` calls see a new report of routing."""
+        engine, counters, placement = await self._engine(), await self.counters(), await self.placement()
+        self.looks += 1
+        revision = Revision(
+            placement=(placement.epoch, placement.pinned, Epoch(len(placement.moves)) if placement.moves else None),
+            load=(placement.epoch, self.looks // self.looks_per_report),
+        )
+        return ClusterView(
+            revision=revision,
+            status=engine,
+            status_at_s=time.monotonic(),
+            workers=await self.workers(),
+            operations=await self.operations(),
+            scale=await self.scaling(),
+            recoveries=sum(counters.recoveries.values()),
+            experts_moved=counters.experts_moved,
+            bytes_moved=counters.bytes_moved,
+            requests_moved=counters.requests_moved,
+            placement=None if revision.placement == known.placement else placement,
+            load=None if revision.load == known.load else await self._load(),
+        )
+
+    async def _engine(self) -> EngineStatus | None:
+        try:
+            return await self.engine_status()
+        except NotReadyError:
+            return None
+
+    async def _load(self) -> LoadView:
+        routing = await self.routing()
+        return LoadView(
+            tokens=routing.tokens,
+            window_s=routing.window_s,
+            load=routing.load.astype(np.float32),
+            load_imbalance=float(np.mean(routing.load_imbalance)),
+        )
 
     async def unpin(self) -> None:
         self.placed = None
@@ -331,4 +389,9 @@ class FakeBackend:
         counters.rebalance_s[Stage.PLANNING].add(0.2)
         counters.recoveries[Cause.WORKER] += 1
         counters.recovery_s.add(0.5)
+        counters.add_tiers(
+            TierCounts(
+                accesses=(7, 0, 3), fetched_bytes={FetchSource.DISK: 300}, stall_s={StallCause.MISS: 0.25}, resident=4
+            )
+        )
         return counters

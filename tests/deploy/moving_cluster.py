@@ -52,8 +52,6 @@ class MovingCluster(FakeBackend):
     dead: set[str] = field(default_factory=set)
     done: list[Operation] = field(default_factory=list)
     moves: tuple[Move, ...] = ()
-    calls: dict[str, int] = field(default_factory=dict)
-    """How often the page's questions came."""
     tokens: int = 0
     drifts: bool = False
     """Whether every look at the routing finds other loads."""
@@ -96,7 +94,6 @@ class MovingCluster(FakeBackend):
         return replace(info, num_layers=self.layers, num_logical_experts=self.experts)
 
     async def engine_status(self) -> EngineStatus:
-        self.calls["engine_status"] = self.calls.get("engine_status", 0) + 1
         self.tokens += 180 + 40 * (self.tokens % 3)
         names = [worker.id for worker in self.current.workers]
         return EngineStatus(

@@ -15,6 +15,7 @@ from elastic_moe.cluster.messages.requests import GenerateRequest
 from elastic_moe.cluster.messages.views import OperationKind
 from elastic_moe.cluster.placement import Move, WorkerId
 from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.optimizer import PLANNERS
 from tests.browser import Browser, Tab, chromium, find_chromium
 from tests.deploy.moving_cluster import MovingCluster, served
 
@@ -137,18 +138,41 @@ def test_stop_and_probabilities(browser: Browser, model_dir: Path) -> None:
         assert backend.requests[0].params.logprobs == 5
 
 
+COUNT_WORK = """
+globalThis.work = 0;
+const counted = (owner, name, cost) => {
+  const plain = owner[name];
+  owner[name] = function (...given) {
+    const result = plain.apply(this, given);
+    globalThis.work += cost(this, result, given);
+    return result;
+  };
+};
+for (const name of ["exec", "test"]) counted(RegExp.prototype, name, (self, result, [text]) => text.length);
+for (const name of ["split", "replace", "replaceAll", "trim", "includes"])
+  counted(String.prototype, name, (self) => self.length);
+for (const name of ["slice", "at"]) counted(String.prototype, name, (self, result) => (result ?? "").length);
+counted(String.prototype, "indexOf", (self, result, [, from = 0]) => (result < 0 ? self.length : result) - from + 1);
+counted(String.prototype, "startsWith", (self, result, [mark]) => mark.length);
+"""
+WORK_PER_LETTER = 150
+
+
 @pytest.mark.timeout(120)
-def test_markdown_of_anything_ends_soon(browser: Browser, model_dir: Path) -> None:
-    """Text that makes naive parsers take quadratic or exponential time, or nest without end."""
+def test_markdown_takes_work_in_proportion_to_its_length(browser: Browser, model_dir: Path) -> None:
+    """Texts that make naive parsers take quadratic or exponential time, or nest without end. Letters that are looked
+    at are counted, and no time is measured."""
     with page_of(browser, MovingCluster(), model_dir) as tab:
         texts = ["*" * 20_000, "[" * 20_000, "`" * 20_001, "> " * 5_000, "**a " * 5_000, "_a*" * 6_000, "```\n" * 2_001]
-        texts += ["| a " * 5_000 + "\n|-|-|\n", "- a\n  " * 2_000]
+        texts += ["| a " * 5_000 + "\n|-|-|\n", "- a\n  " * 2_000, "a|\n" + "-|" * 5_000 + "x", "[" * 20_000 + "](x"]
+        texts += ["*a" + " *" * 10_000, "[a](" * 5_000, "# " + "#" * 20_000 + "x", "- " * 10_000 + "x"]
+        tab.js(f"(() => {{{COUNT_WORK}}})()")
         for text in texts:
-            spent_ms = tab.js(
-                "import('/page/markdown.js').then(({render}) => { const begun = performance.now();"
-                f" render(document.createElement('div'), {json.dumps(text)}); return performance.now() - begun; }})"
+            work = tab.js(
+                "import('/page/markdown.js').then(({render}) => { globalThis.work = 0;"
+                f" render(document.createElement('div'), {json.dumps(text)}); return globalThis.work; }})"
             )
-            assert spent_ms < 5000, text[:10]
+            assert 0 < work < WORK_PER_LETTER * len(text), text[:10]
 
 
 @pytest.mark.timeout(120)
@@ -182,8 +206,10 @@ def test_experts_move_and_a_worker_dies(browser: Browser, model_dir: Path) -> No
 def test_dry_run_do_it_pin_and_scale(browser: Browser, model_dir: Path) -> None:
     backend = MovingCluster()
     wanted = backend.swapped()
+    others = [name for name in PLANNERS if name != "auto"]
     with page_of(browser, backend, model_dir) as tab:
         shown(tab)
+        assert tab.js("[...document.querySelector('#planner').options].map(o => o.value)") == ["auto", *others]
         tab.click("#dry-run")
         tab.wait("document.querySelectorAll('#outcome figure canvas').length === 2")
         assert "1.50× the mean" in tab.text("#outcome")
@@ -204,9 +230,14 @@ def test_dry_run_do_it_pin_and_scale(browser: Browser, model_dir: Path) -> None:
         # four are the most of this backend
         backend.size = 4
         tab.wait("!document.querySelector('#add').disabled")
+        assert tab.text("#add") == "Add w2"
         tab.click("#add")
         tab.wait("document.querySelectorAll('#outcome .operation').length === 1")
         assert backend.scaled[-1] == (3, ())
+        tab.wait("!document.querySelector('#set-count').disabled")
+        tab.js("document.querySelector('#how-many').value = 4; document.querySelector('#set-count').click()")
+        tab.wait("!document.querySelector('#set-count').disabled")
+        assert backend.scaled[-1] == (4, ())
 
 
 @pytest.mark.timeout(120)

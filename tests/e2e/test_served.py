@@ -37,7 +37,7 @@ def test_chat(server: Server, reference: Reference) -> None:
     assert answer.choices[0].message.content == reference.text(reference.greedy(list(prompt), 16))
 
 
-def test_many_at_once_do_not_disturb_one_another(server: Server, reference: Reference) -> None:
+def test_concurrent_requests_do_not_change_one_another(server: Server, reference: Reference) -> None:
     prompts = [[(i * 37 + j * 11) % 400 + 5 for j in range(1 + i * 3)] for i in range(12)]
 
     def ask(prompt: list[int]) -> str:
@@ -111,7 +111,7 @@ def test_a_client_that_hangs_up_frees_its_place(server: Server) -> None:
     server.wait("an idle cluster", lambda: all(w["running_requests"] == 0 for w in server.get("/admin/workers")), 10)
 
 
-def test_bad_requests_harm_nobody(server: Server, reference: Reference) -> None:
+def test_bad_requests_harm_no_other_request(server: Server, reference: Reference) -> None:
     stream = Stream(server, 200)
     stream.wait_for_pieces(5)
     completions = f"{server.url}/v1/completions"
@@ -146,7 +146,7 @@ def test_it_listens_on_loopback_only(server: Server) -> None:
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     ]
-    # of every host and of the engine, among others
+    # of every worker and of the engine, among others
     assert len(listening) > 4
     assert [where for where in listening if where[0].removeprefix("::ffff:") != "127.0.0.1"] == []
 

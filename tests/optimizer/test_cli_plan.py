@@ -72,7 +72,7 @@ def test_plan_then_evaluate_then_plan_from_it(
     assert "same_worker_transitions" in capsys.readouterr().out
 
 
-def test_plan_tells_people_what_it_did(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_what_it_did(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert emoe("plan", trace, "--workers", 2, "--planner", "greedy", "--semantics", "follow") == 0
     said = capsys.readouterr()
     assert "greedy" in said.out
@@ -108,7 +108,9 @@ def test_compare_goes_without_figures_where_matplotlib_is_missing(
     assert (out / "table.md").exists()
 
 
-def test_simulate_tells_and_draws(trace: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_prints_and_draws(
+    trace: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("--workers", 4, "--deadline", 0.1, "--interval", 10, "--rate", 40, "--out", tmp_path / "sim")
     assert emoe("simulate", trace, other, *words, "--json") == 0
     summary = printed(capsys)
@@ -144,7 +146,7 @@ def test_simulate_tells_and_draws(trace: Path, other: Path, tmp_path: Path, caps
         (("simulate", "TRACE", "--interval", "1e9"), "less than one interval"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_one_line(
     trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

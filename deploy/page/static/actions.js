@@ -1,4 +1,4 @@
-// Hands on: dry run and re-placement, workers that come and go, pins. Each shows its operation until it ends.
+// Changes of the cluster: dry run and re-placement, more or fewer workers, pins. Each shows its operation until it ends.
 
 import { ClusterMap } from "./clustermap.js";
 import { byId, h, setText } from "./dom.js";
@@ -6,8 +6,6 @@ import { bytes, count, number, seconds, times } from "./format.js";
 import { call } from "./keys.js";
 import { operationRow } from "./tables.js";
 import { arrivals, imbalanceOf, withPlacement } from "./view.js";
-
-const PLANNERS = ["auto", "greedy", "local_search", "ilp", "load_ilp", "eplb", "anticorrelation", "moetuner", "contiguous", "round_robin", "random"];
 
 export class Actions {
   #state = {};
@@ -17,15 +15,19 @@ export class Actions {
 
   constructor() {
     this.outcome = byId("outcome");
-    this.planner = h("select", { id: "planner" }, PLANNERS.map((name) => h("option", { value: name }, name)));
+    this.planner = h("select", { id: "planner" });
     this.worker = h("select", { id: "retire-which" });
+    this.count = h("input", { id: "how-many", type: "number", min: 1, inputMode: "numeric", required: true });
     const button = (id, text, onclick, props = {}) => h("button", { type: "button", id, onclick, ...props }, text);
     this.pin = button("pin", "Pin", () => this.#pin());
+    this.add = button("add", "Add a worker", () => this.#scaleTo(this.#wanted + 1));
     byId("actions").replaceChildren(
       h("div", { class: "action" }, h("label", { htmlFor: "planner" }, "Planner"), this.planner,
         button("dry-run", "Dry run", () => this.#dryRun()), button("rebalance", "Re-place now", () => this.#rebalance())),
       h("div", { class: "action" }, h("label", { htmlFor: "retire-which" }, "Worker"), this.worker,
-        button("retire", "Retire", () => this.retire(this.worker.value)), button("add", "Add a worker", () => this.#add())),
+        button("retire", "Retire", () => this.retire(this.worker.value)), this.add),
+      h("form", { class: "action", onsubmit: (event) => this.#scale(event) }, h("label", { htmlFor: "how-many" }, "Workers"), this.count,
+        h("button", { id: "set-count" }, "Scale")),
       h("div", { class: "action" }, h("span", { class: "label" }, "Placement"), this.pin));
     this.buttons = [...byId("actions").querySelectorAll("button")];
   }
@@ -36,8 +38,13 @@ export class Actions {
     const pinned = Boolean(state.placement?.pinned);
     setText(this.pin, pinned ? "Unpin" : "Pin");
     this.pin.title = pinned ? "Periodic re-placement may change it again" : "Periodic re-placement leaves it alone";
-    this.#names(Object.values(state.workers ?? {}).filter((worker) => worker.state === "serving").map((worker) => worker.id));
+    options(this.planner, state.planners?.list ?? []);
+    options(this.worker, Object.values(state.workers ?? {}).filter((worker) => worker.state === "serving").map((worker) => worker.id));
     const s = state.scale;
+    setText(this.add, s?.next_worker ? `Add ${s.next_worker}` : "Add a worker");
+    this.count.min = s?.min_workers ?? 1;
+    this.count.max = s?.max_workers ?? "";
+    if (!this.count.value && s) this.count.value = s.target;
     setText(byId("scale"), s ? `${number(s.serving)} serve, ${number(s.target)} wanted, ${number(s.min_workers)} to ${number(s.max_workers)} possible` + (s.autoscaler ? `; ${s.autoscaler}` : "") + (pinned ? "; the placement is pinned" : "") : "");
     this.#follow();
   }
@@ -46,16 +53,17 @@ export class Actions {
     return this.#begin("admin/scale", "POST", { retire: [worker] });
   }
 
-  #names(names) {
-    const known = [...this.worker.options].map((option) => option.value);
-    if (known.join() === names.join()) return;
-    const chosen = this.worker.value;
-    this.worker.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
-    if (names.includes(chosen)) this.worker.value = chosen;
+  get #wanted() {
+    return this.#state.scale?.target ?? this.#view?.members.length ?? 0;
   }
 
-  #add() {
-    return this.#begin("admin/scale", "POST", { workers: (this.#state.scale?.target ?? this.#view?.members.length ?? 0) + 1 });
+  #scale(event) {
+    event.preventDefault();
+    return this.#scaleTo(this.count.valueAsNumber);
+  }
+
+  #scaleTo(workers) {
+    return this.#begin("admin/scale", "POST", { workers });
   }
 
   #rebalance() {
@@ -84,7 +92,7 @@ export class Actions {
     });
   }
 
-  /** Before and after side by side, and a button that makes exactly this placement so. */
+  /** Show the placements before and after side by side, with a button that applies exactly this one. */
   #compare(preview) {
     if (!this.#view || !preview.placement) return this.#say(preview.reason);
     const after = withPlacement(this.#view, preview.placement);
@@ -144,4 +152,13 @@ export class Actions {
     this.#followed = null;
     this.outcome.replaceChildren(...(text ? [h("p", { class: "muted" }, text)] : []));
   }
+}
+
+/** Offer these values, and keep the chosen one if it is still among them. */
+function options(select, names) {
+  const known = [...select.options].map((option) => option.value);
+  if (known.join() === names.join()) return;
+  const chosen = select.value;
+  select.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
+  if (names.includes(chosen)) select.value = chosen;
 }

@@ -1,5 +1,5 @@
 // The map: layers are rows, workers are columns, and a worker's experts are cells. Above it, each worker's load.
-// Where a cell would be too narrow to see, a worker's experts of a layer become one cell with their sum.
+// If cells would be too narrow to see, a worker's experts of a layer become one cell with their sum.
 
 import { EXPERT_FACTOR, WORKER_FACTOR, WORKER_LAYER_FACTOR, colour, loadColour } from "./colours.js";
 import { h } from "./dom.js";
@@ -105,7 +105,7 @@ export class ClusterMap {
     this.#compose();
   }
 
-  /** The painted map, and on it what changes from frame to frame. */
+  /** Copy the painted map, and draw on it what changes from frame to frame. */
   #compose() {
     const box = this.#box;
     const scale = devicePixelRatio || 1;
@@ -326,7 +326,7 @@ export class ClusterMap {
     this.readout.textContent = this.describe(layer, slot);
   }
 
-  /** A cell in words. */
+  /** The description of a cell in words. */
   describe(layer, slot) {
     const view = this.#view;
     const rank = memberAt(view, slot);

@@ -22,7 +22,7 @@ function table() {
   );
 }
 
-/** Of a load relative to the mean; `factor` times the mean is the warmest, its inverse the coolest. */
+/** The colour of a load relative to the mean: the warmest at `factor` times the mean, the coolest at its inverse. */
 export function loadColour(ratio, factor) {
   scales ??= table();
   const share = ratio > 0 ? Math.log(ratio) / Math.log(factor) : -1;
@@ -31,5 +31,5 @@ export function loadColour(ratio, factor) {
 
 export const EXPERT_FACTOR = 4;
 export const WORKER_FACTOR = 1.5;
-// of one layer, where loads differ more than over all
+// larger for the workers of one layer, whose loads differ more than those over all layers
 export const WORKER_LAYER_FACTOR = 2;

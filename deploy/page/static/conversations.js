@@ -17,7 +17,7 @@ export class Conversations {
     return this.#all;
   }
 
-  /** A new one, unless the newest is still empty. */
+  /** Begin a new conversation, unless the newest one is still empty. */
   add(mode) {
     if (this.#all[0]?.messages.length === 0) this.current = this.#all[0];
     else {
@@ -37,14 +37,14 @@ export class Conversations {
     this.save();
   }
 
-  /** Where the browser's storage is full, the oldest are given up. */
+  /** Save all. If the browser's storage is full, the oldest conversations are deleted. */
   save() {
     const kept = this.#all.filter((one) => one.messages.length);
     while (!store(KEY, kept.map(plain)) && kept.length > 1) kept.pop();
   }
 }
 
-/** Token probabilities are for looking at, not for keeping. */
+/** A message without its token probabilities, which would fill the storage. */
 function plain(conversation) {
   return { ...conversation, messages: conversation.messages.map(({ tokens: _, ...message }) => message) };
 }

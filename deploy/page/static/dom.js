@@ -28,7 +28,7 @@ export function choose(root, name, value) {
   }
 }
 
-/** A value of localStorage; `fallback` where there is none, or storage is switched off. */
+/** A value of localStorage; `fallback` if there is none, or if storage is switched off. */
 export function stored(key, fallback) {
   try {
     return JSON.parse(localStorage.getItem(key)) ?? fallback;

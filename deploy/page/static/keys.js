@@ -1,5 +1,5 @@
-// Calls of the server's API, and the keys they need. A key lives in sessionStorage, which ends with the tab, and
-// leaves it only as a header of a call to the server that sent this page.
+// Calls of the server's API, with the keys that they need. A key is kept in sessionStorage, which ends with the tab. It
+// is sent only in a header, and only to the server that sent this page.
 
 import { byId } from "./dom.js";
 

@@ -21,7 +21,10 @@ const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const QUOTE = /^ {0,3}>\s?(.*)$/;
-const TABLE_LINE = /^\s*\|?[\s:|-]*-[\s:|-]*\|[\s:|-]*$/;
+const TABLE_LINE = /^[\s:|-]+$/;
+
+/** Whether a line separates the head of a table from its body. Not one expression: its three parts would overlap. */
+const isTableLine = (line) => TABLE_LINE.test(line) && line.includes("-") && line.indexOf("-") < line.lastIndexOf("|");
 
 function blocksOf(text) {
   const lines = text.replaceAll("\r\n", "\n").split("\n");
@@ -53,7 +56,7 @@ function blocksOf(text) {
       add("quote", { text: take((one) => QUOTE.test(one)).map((one) => QUOTE.exec(one)[1]).join("\n") });
     } else if (ITEM.test(line)) {
       add("list", { lines: take((one, n) => ITEM.test(one) || (n > 0 && /^\s+\S/.test(one)) || (!one.trim() && ITEM.test(lines[at + 1] ?? ""))) });
-    } else if (line.includes("|") && TABLE_LINE.test(lines[at + 1] ?? "")) {
+    } else if (line.includes("|") && isTableLine(lines[at + 1] ?? "")) {
       add("table", { lines: take((one) => one.includes("|")) });
     } else {
       add("text", { text: take((one, n) => one.trim() && (n === 0 || !(FENCE.test(one) || HEADING.test(one) || QUOTE.test(one)))).join("\n") });
@@ -116,7 +119,7 @@ function tableNode(lines) {
 
 const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
 
-/** The nodes of a line. One pass: each mark is looked for from where it opens, at most once per character. */
+/** The nodes of a line, in one pass. The work grows with the length of the text, whatever the text is. */
 function inline(text, depth = 0) {
   const nodes = [];
   let plain = "";
@@ -130,9 +133,10 @@ function inline(text, depth = 0) {
     return end;
   };
   const closed = new Map();
+  // the last place of each mark is kept, and `from` never goes back, so each mark is looked for once in all
   const find = (mark, from) => {
-    // what was not found from an earlier place will not be found from a later one
-    if ((closed.get(mark) ?? 0) === -1) return -1;
+    const last = closed.get(mark) ?? 0;
+    if (last === -1 || last >= from) return last;
     const found = text.indexOf(mark, from);
     closed.set(mark, found);
     return found;
@@ -176,7 +180,7 @@ function link(text, at, put, depth, find) {
   const image = text[at] === "!";
   const open = at + (image ? 2 : 1);
   const middle = find("](", open);
-  const close = middle < 0 ? -1 : text.indexOf(")", middle);
+  const close = middle < 0 ? -1 : find(")", middle);
   if (close < 0 || close - at > 4000) return -1;
   const label = text.slice(open, middle);
   const target = text.slice(middle + 2, close).trim().split(/\s/)[0];
@@ -187,7 +191,7 @@ function link(text, at, put, depth, find) {
   return put(h("a", { href: address, target: "_blank", rel: "noopener noreferrer nofollow", title: address }, words), close + 1);
 }
 
-/** The address, where it is one of the web; null for javascript:, data:, and names of this server. */
+/** The address if it is one of the web; null for javascript:, data:, and names of this server. */
 function safe(target) {
   if (!/^https?:\/\//i.test(target)) return null;
   try {

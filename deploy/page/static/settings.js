@@ -50,7 +50,7 @@ export class Settings {
 
   /** The fields of a request. */
   fields(mode, maxModelLen) {
-    // the server's own default: of a chat what the model has room for, of a completion 16
+    // the server's default: for a chat as many as the model has room for, for a completion 16
     const fields = mode === "chat" ? {} : { max_tokens: Math.min(MOST_TOKENS, Math.floor((maxModelLen ?? 2 * MOST_TOKENS) / 2)) };
     for (const [name] of FIELDS) {
       const value = Number.parseFloat(this.#values[name]);

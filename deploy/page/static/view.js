@@ -1,4 +1,4 @@
-// What the state of the cluster means: loads of slots and workers, and what two maps differ in. No DOM here.
+// Loads of slots and workers, computed from the state, and the differences of two placements. No DOM here.
 
 const LOAD_STEPS = 16; // deploy/feed.py
 const EMPTY = -1;
@@ -18,7 +18,7 @@ export function viewOf(state) {
   return derive(rows, loads, state.members.list, state.members.experts);
 }
 
-/** The same cluster with another placement, as the dry run gives it. */
+/** The same cluster with the placement of a dry run. */
 export function withPlacement(view, placement) {
   return derive(placement.physical_to_logical_map, view.load, placement.workers, view.experts);
 }

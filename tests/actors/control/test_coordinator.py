@@ -8,16 +8,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.coordinator import Coordinator, Parts
+from elastic_moe.actors.control.control_loop import ControlLoop
+from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
 from elastic_moe.cluster.facts.facts import Stage
-from elastic_moe.cluster.messages.views import Operation, Phase, RebalancePreview
+from elastic_moe.cluster.messages.views import Operation, Phase, RebalancePreview, Revision
 from elastic_moe.cluster.placement import WorkerId
 from tests.actors.fakes import FIT, MODEL, PlainFleet
 
@@ -44,13 +46,13 @@ async def running(path: Path, **settings: Any) -> AsyncIterator[tuple[Coordinato
     coordinator = Coordinator(config, str(path), fleet)
     yield coordinator, fleet
     await coordinator.shutdown()
-    assert all(host.dead for host in fleet.hosts.values())
+    assert all(actor.dead for actor in fleet.workers.values())
     await asyncio.sleep(0.01)
 
 
-def parts(coordinator: Coordinator) -> Parts:
-    assert coordinator._parts is not None
-    return coordinator._parts
+def control_loop(coordinator: Coordinator) -> ControlLoop:
+    assert coordinator._loop is not None
+    return coordinator._loop
 
 
 async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 5.0) -> Any:
@@ -78,7 +80,7 @@ async def ended(coordinator: Coordinator, operation_id: str) -> Operation:
     return await until(operation)
 
 
-def test_start_and_what_it_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_views_during_and_after_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
 
     async def story() -> None:
@@ -102,6 +104,16 @@ def test_start_and_what_it_tells(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             assert routing.load_imbalance[0] > 1.5
             (operation,) = await coordinator.operations()
             assert (operation.kind, operation.phase) == ("start", Phase.COMPLETED)
+            view = await coordinator.cluster(Revision())
+            assert (view.workers, view.operations) == (workers, [operation])
+            assert view.placement == await coordinator.placement()
+            assert view.load is not None
+            assert (view.load.load == routing.load).all()
+            assert view.load.load_imbalance == pytest.approx(np.mean(routing.load_imbalance))
+            assert view.status is not None
+            assert (view.status.running, view.scale.next_worker) == ({W0: 3}, "w2")
+            again = await coordinator.cluster(view.revision)
+            assert (again.placement, again.load, again.revision) == (None, None, view.revision)
 
     asyncio.run(story())
     served = [line for line in caplog.messages if "is served by" in line]
@@ -186,7 +198,7 @@ def test_periodic_rebalance(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["export_expert", "import_expert", "prepare", "commit"])
 @pytest.mark.parametrize("victim", [W0, W1])
-def test_a_host_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim: WorkerId) -> None:
+def test_a_worker_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim: WorkerId) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
@@ -194,9 +206,9 @@ def test_a_host_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim
 
             async def die(called: str) -> None:
                 if called == method:
-                    fleet.hosts[victim].dead = True
+                    fleet.workers[victim].dead = True
 
-            fleet.hosts[victim].before = die
+            fleet.workers[victim].before = die
             operation = await coordinator.rebalance("greedy", False)
             assert isinstance(operation, Operation)
             assert (await ended(coordinator, operation.operation_id)).phase is Phase.FAILED
@@ -234,7 +246,7 @@ def test_the_engine_reports_a_failed_step(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
-            fleet.hosts[W0].dead = True
+            fleet.workers[W0].dead = True
             epoch = (await coordinator.placement()).epoch
             await coordinator.report_step_failure(epoch, [W0], "w0: ActorDiedError: The actor is dead. Because.")
             assert not (await coordinator.readiness()).ready
@@ -244,7 +256,7 @@ def test_the_engine_reports_a_failed_step(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_a_host_that_hangs_is_ended(tmp_path: Path) -> None:
+def test_a_worker_that_hangs_is_ended(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
@@ -252,10 +264,10 @@ def test_a_host_that_hangs_is_ended(tmp_path: Path) -> None:
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
-            fleet.hosts[W0].before = hang
+            fleet.workers[W0].before = hang
 
             async def gone() -> bool:
-                return fleet.hosts[W0].dead
+                return fleet.workers[W0].dead
 
             await until(gone)
             await ready(coordinator)
@@ -279,7 +291,7 @@ def test_a_lost_engine_is_replaced(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_an_engine_that_dies_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_death_of_an_engine_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             watched, dying = asyncio.Event(), asyncio.Event()
@@ -294,7 +306,7 @@ def test_an_engine_that_dies_is_noticed_at_once(tmp_path: Path, monkeypatch: pyt
 
             engine.before = die
             # of an engine that is not watched yet
-            parts(coordinator).poller._watched = None
+            control_loop(coordinator).poller._watched = None
             await watched.wait()
             monkeypatch.setattr(liveness, "POLL_S", 3600)
             dying.set()
@@ -308,13 +320,13 @@ def test_an_engine_that_dies_is_noticed_at_once(tmp_path: Path, monkeypatch: pyt
     asyncio.run(story())
 
 
-def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
+def test_the_loss_of_an_engine_is_reported_once(tmp_path: Path) -> None:
     """By the poll, or by a commit that it cut off: the second to notice must not end the successor."""
 
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
-            processes = parts(coordinator).processes
+            processes = control_loop(coordinator).processes
             old = processes.engine
             assert processes.drop_engine(old, "died") is not None
             processes.ensure_engine()
@@ -325,7 +337,7 @@ def test_the_loss_of_an_engine_is_told_once(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_who_is_late_is_asked_for_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_with_a_late_step_are_pinged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "SUSPECT_TIMEOUT_S", 0.1)
 
     async def story() -> None:
@@ -338,9 +350,9 @@ def test_who_is_late_is_asked_for_a_sign_of_life(tmp_path: Path, monkeypatch: py
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
-            fleet.hosts[W1].before = hang
+            fleet.workers[W1].before = hang
             await coordinator.report_late_step([W0, W1])
-            assert fleet.hosts[W1].dead
+            assert fleet.workers[W1].dead
             await ready(coordinator)
 
     asyncio.run(story())
@@ -364,9 +376,9 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
             make = fleet.start_worker
 
             def start_worker(worker: WorkerId) -> Any:
-                host = make(worker)
-                host.handle.before = note if worker == W2 else None
-                return host
+                actor = make(worker)
+                actor.handle.before = note if worker == W2 else None
+                return actor
 
             monkeypatch.setattr(fleet, "start_worker", start_worker)
 
@@ -379,9 +391,9 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
                 return [(w.id, w.state) for w in await coordinator.workers()][2:] == [(W2, "standby")]
 
             await until(stands_by)
-            process = fleet.hosts[W2]
+            process = fleet.workers[W2]
             process.dead = spare == "dead"
-            fleet.hosts[W0].dead = True
+            fleet.workers[W0].dead = True
 
             async def replaced() -> bool:
                 serving = [w.id for w in await coordinator.workers() if w.state == "serving"]
@@ -390,7 +402,7 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
             await until(replaced)
             ids = [worker.id for worker in (await coordinator.placement()).placement.workers]
             assert ids == [W1, WorkerId("w3") if spare == "hangs" else W2]
-            assert (fleet.hosts[W2] is process) is (spare != "dead")
+            assert (fleet.workers[W2] is process) is (spare != "dead")
             assert process.dead is (spare != "there")
 
     asyncio.run(story())
@@ -406,7 +418,7 @@ def test_scale_up_and_down(tmp_path: Path) -> None:
             operation = await coordinator.scale(retire=(W0, W1))
             await ended(coordinator, operation.operation_id)
             assert [w.id for w in (await coordinator.placement()).placement.workers] == [W2, WorkerId("w3")]
-            assert fleet.hosts[W0].dead
+            assert fleet.workers[W0].dead
 
     asyncio.run(story())
 
@@ -419,7 +431,7 @@ def test_a_restarted_coordinator_goes_on_with_what_is_there(tmp_path: Path, dead
             for task in first._tasks:
                 task.cancel()
             for name in dead:
-                (fleet.engines[0] if name == "engine" else fleet.hosts[WorkerId(name)]).dead = True
+                (fleet.engines[0] if name == "engine" else fleet.workers[WorkerId(name)]).dead = True
             fleet.resumes = True
             second = Coordinator(fleet.config, str(tmp_path), fleet)
             await asyncio.wait_for(second._opened.wait(), 5)
@@ -447,18 +459,18 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
                 if called == "prepare":
                     await asyncio.sleep(3600)
 
-            fleet.hosts[W1].before = stall
+            fleet.workers[W1].before = stall
             operation = await first.rebalance("greedy", False)
             assert isinstance(operation, Operation)
 
             async def preparing() -> bool:
-                change = parts(first).state.facts.change
+                change = control_loop(first).state.facts.change
                 return change is not None and change.stage is Stage.PREPARING
 
             await until(preparing)
             for task in first._tasks:
                 task.cancel()
-            fleet.hosts[W1].before = None
+            fleet.workers[W1].before = None
             fleet.resumes = True
             second = Coordinator(fleet.config, str(tmp_path), fleet)
             await asyncio.wait_for(second._opened.wait(), 5)
@@ -537,7 +549,7 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
             async def hang(called: str) -> None:
                 await asyncio.sleep(3600)
 
-            migrator = parts(coordinator).processes.migrator.handle
+            migrator = control_loop(coordinator).processes.migrator.handle
             migrator.before = hang
             operation = await coordinator.rebalance("greedy", False)
             assert isinstance(operation, Operation)
@@ -551,7 +563,7 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
     asyncio.run(story())
 
 
-def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "LOADING_PATIENCE", 0.5)
 
     async def story() -> None:
@@ -566,9 +578,9 @@ def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatc
             make = fleet.start_worker
 
             def start_worker(worker: WorkerId) -> Any:
-                host = make(worker)
-                host.handle.before = hang if worker == W2 else None
-                return host
+                actor = make(worker)
+                actor.handle.before = hang if worker == W2 else None
+                return actor
 
             monkeypatch.setattr(fleet, "start_worker", start_worker)
             operation = await coordinator.scale(3)
@@ -576,12 +588,12 @@ def test_a_host_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypatc
             assert "loading" not in (await coordinator.readiness()).reason
             frozen.set()
             assert (await ended(coordinator, operation.operation_id)).phase is Phase.COMPLETED
-            assert fleet.hosts[W2].dead
+            assert fleet.workers[W2].dead
 
     asyncio.run(story())
 
 
-def test_a_host_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) -> None:
+def test_a_worker_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
@@ -592,11 +604,11 @@ def test_a_host_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) ->
                 if called == "ping_step":
                     await asyncio.sleep(3600)
 
-            fleet.hosts[W1].before = hang
+            fleet.workers[W1].before = hang
             await coordinator.report_step_failure((await coordinator.placement()).epoch, [W1], "w1: no answer in time")
 
             async def gone() -> bool:
-                return fleet.hosts[W1].dead
+                return fleet.workers[W1].dead
 
             await until(gone)
             await ready(coordinator)
@@ -604,7 +616,7 @@ def test_a_host_whose_step_hangs_is_ended_although_it_answers(tmp_path: Path) ->
     asyncio.run(story())
 
 
-def test_a_restarted_coordinator_adopts_a_host_that_still_loads(tmp_path: Path) -> None:
+def test_a_restarted_coordinator_adopts_a_worker_that_still_loads(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (first, fleet):
             await ready(first)
@@ -619,9 +631,9 @@ def test_a_restarted_coordinator_adopts_a_host_that_still_loads(tmp_path: Path) 
 
             def start_worker(worker: WorkerId) -> Any:
                 made.append(worker)
-                host = make(worker)
-                host.handle.before = slow
-                return host
+                actor = make(worker)
+                actor.handle.before = slow
+                return actor
 
             fleet.start_worker = start_worker  # type: ignore[method-assign]
             operation = await first.scale(3)

@@ -1,4 +1,4 @@
-"""The migrator over hosts that only pretend: what it copies, how fast, and when it stops."""
+"""The migrator over workers that only pretend: what it copies, how fast, and when it stops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.actors.fakes import Handle
 BYTES = 1000
 
 
-class Host:
+class PlainWorker:
     def __init__(self) -> None:
         self.imported: list[object] = []
 
@@ -38,22 +38,22 @@ def moves(count: int, *, pairs: int = 1) -> list[Move]:
     ]
 
 
-def hosts(pairs: int = 1) -> dict[WorkerId, Remote[Any]]:
-    return {WorkerId(f"{side}{pair}"): Remote(Handle(Host())) for side in "st" for pair in range(pairs)}
+def workers(pairs: int = 1) -> dict[WorkerId, Remote[Any]]:
+    return {WorkerId(f"{side}{pair}"): Remote(Handle(PlainWorker())) for side in "st" for pair in range(pairs)}
 
 
 def test_every_expert_arrives_once() -> None:
-    there = hosts(2)
+    there = workers(2)
     report = asyncio.run(Migrator(BYTES).copy(moves(9, pairs=2), there))
     assert (len(report.done), report.nbytes, report.error) == (9, 9 * BYTES, None)
-    arrived = [copy for host in there.values() for copy in host.handle.target.imported]
+    arrived = [copy for actor in there.values() for copy in actor.handle.target.imported]
     assert sorted(arrived) == [(0, n) for n in range(9)]
 
 
 def test_all_copies_together_keep_to_the_bandwidth() -> None:
     """Ten experts on two pairs at 50 experts a second: the tenth begins after 0.18 s."""
     migrator = Migrator(BYTES, bytes_per_s=50 * BYTES)
-    report = asyncio.run(migrator.copy(moves(10, pairs=2), hosts(2)))
+    report = asyncio.run(migrator.copy(moves(10, pairs=2), workers(2)))
     assert len(report.done) == 10
     assert 0.18 <= report.seconds < 2.0
 
@@ -61,29 +61,29 @@ def test_all_copies_together_keep_to_the_bandwidth() -> None:
 def test_workers_rest_between_copies_while_requests_run() -> None:
     """Three copies of 50 ms each, and as long a rest after each; none where it is urgent."""
 
-    class Slow(Host):
+    class Slow(PlainWorker):
         def import_expert(self, copy: object) -> None:
             time.sleep(0.05)
             super().import_expert(copy)
 
-    there = {WorkerId("s0"): Remote[Any](Handle(Host())), WorkerId("t0"): Remote[Any](Handle(Slow()))}
+    there = {WorkerId("s0"): Remote[Any](Handle(PlainWorker())), WorkerId("t0"): Remote[Any](Handle(Slow()))}
     assert asyncio.run(Migrator(BYTES).copy(moves(3), there)).seconds >= 0.3
     assert asyncio.run(Migrator(BYTES).copy(moves(3), there, True)).seconds < 0.3
 
 
-def test_a_pause_may_end_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pause_may_end_between_two_reads_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock moves on between any two looks at it, and so past the end of the pause."""
     looks = itertools.count()
     monkeypatch.setattr(migrator_module, "time", SimpleNamespace(monotonic=lambda: next(looks) * 0.01))
     for interval_s in (0.015, 0.025, 0.035):
         migrator = Migrator(BYTES, bytes_per_s=BYTES / interval_s)
-        report = asyncio.run(asyncio.wait_for(migrator.copy(moves(5), hosts()), 10))
+        report = asyncio.run(asyncio.wait_for(migrator.copy(moves(5), workers()), 10))
         assert len(report.done) == 5
 
 
-def test_what_is_urgent_knows_no_limit() -> None:
+def test_urgent_copies_are_not_limited() -> None:
     migrator = Migrator(BYTES, bytes_per_s=BYTES)
-    report = asyncio.run(migrator.copy(moves(10), hosts(), True))
+    report = asyncio.run(migrator.copy(moves(10), workers(), True))
     assert len(report.done) == 10
     assert report.seconds < 1.0
 
@@ -91,9 +91,9 @@ def test_what_is_urgent_knows_no_limit() -> None:
 def test_a_newer_call_does_not_wait_for_the_bandwidth_of_an_older_one() -> None:
     async def story() -> tuple[MigrationReport, MigrationReport]:
         migrator = Migrator(BYTES, bytes_per_s=BYTES)
-        older = asyncio.ensure_future(migrator.copy(moves(10), hosts()))
+        older = asyncio.ensure_future(migrator.copy(moves(10), workers()))
         await asyncio.sleep(0.05)
-        newer = await migrator.copy(moves(3), hosts(), True)
+        newer = await migrator.copy(moves(3), workers(), True)
         return await older, newer
 
     begun = time.monotonic()

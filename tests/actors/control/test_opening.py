@@ -14,7 +14,7 @@ from tests.actors.fakes import MODEL, PlainFleet
     ("settings", "dtype", "max_model_len"),
     [({}, "float32", 64), ({"dtype": "bfloat16", "max_model_len": 32}, "bfloat16", 32)],
 )
-def test_what_is_not_given_is_the_checkpoint_s(settings: dict[str, Any], dtype: str, max_model_len: int) -> None:
+def test_settings_not_given_are_the_checkpoints(settings: dict[str, Any], dtype: str, max_model_len: int) -> None:
     spec = model_spec(ServeConfig(**settings), MODEL, "/models/tiny", "cpu")
     assert (spec.path, spec.dtype, spec.device, spec.max_model_len) == ("/models/tiny", dtype, "cpu", max_model_len)
 

@@ -1,4 +1,4 @@
-"""The control plane on a real Ray, with hosts and an engine that pretend: deaths are kill -9."""
+"""The control plane on a real Ray, with workers and an engine that pretend: deaths are kill -9."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_kill_9_while_a_placement_changes(coordinator: Any, tmp_path: Path, slow
     assert victim.id not in {worker.id for worker in serving(coordinator)}
 
 
-def test_kill_9_of_all_hosts(coordinator: Any) -> None:
+def test_kill_9_of_all_workers(coordinator: Any) -> None:
     wait_ready(coordinator)
     for worker in serving(coordinator):
         os.kill(worker.pid, signal.SIGKILL)
@@ -110,7 +110,7 @@ def test_kill_9_of_all_hosts(coordinator: Any) -> None:
     assert [worker.id for worker in serving(coordinator)] == ["w2", "w3"]
 
 
-def test_kill_9_of_the_coordinator_disturbs_nobody(coordinator: Any) -> None:
+def test_kill_9_of_the_coordinator_disturbs_no_request(coordinator: Any) -> None:
     wait_ready(coordinator)
     before = serving(coordinator)
     os.kill(pid_of(coordinator), signal.SIGKILL)
@@ -122,7 +122,7 @@ def test_kill_9_of_the_coordinator_disturbs_nobody(coordinator: Any) -> None:
     wait_until(lambda: [worker.id for worker in serving(coordinator)] == ["w1", "w2"])
 
 
-def test_kill_9_of_coordinator_and_host_together(coordinator: Any) -> None:
+def test_kill_9_of_coordinator_and_worker_together(coordinator: Any) -> None:
     wait_ready(coordinator)
     victim = serving(coordinator)[0]
     os.kill(pid_of(coordinator), signal.SIGKILL)

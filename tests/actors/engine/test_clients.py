@@ -65,9 +65,9 @@ def test_first_tokens_are_counted_once_and_never_of_aborted_requests() -> None:
         (Hello(client_id="api"), Hello(client_id="other")),
         (Hello(client_id="api"), ForgetSequences()),
     ],
-    ids=["no hello", "two names", "a message for hosts"],
+    ids=["no hello", "two names", "a message for workers"],
 )
-def test_a_replica_that_says_what_none_says_is_hung_up_on(messages: tuple[Message, ...]) -> None:
+def test_a_replica_that_sends_an_unexpected_message_is_disconnected(messages: tuple[Message, ...]) -> None:
     async def work() -> None:
         clients = Clients(Accepting(), submitted=lambda: None)
         ended = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The engine's loop with simulated hosts behind real sockets: whatever fails, every request gets the tokens that it
+"""The engine's loop with simulated workers behind real sockets: whatever fails, every request gets the tokens that it
 gets alone."""
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import pytest
 
-from elastic_moe.actors.engine import host_links as group
 from elastic_moe.actors.engine import step_deadline, step_loop
+from elastic_moe.actors.engine import worker_links as group
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.engine.step_loop import StepLoop
 from elastic_moe.actors.remote.codec import Message
@@ -20,7 +20,7 @@ from elastic_moe.actors.remote.links import Link, connect
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.actors.worker.step_server import StepServer
 from elastic_moe.cluster.errors import StepAborted
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, HostInfo
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
     Endpoint,
@@ -35,29 +35,29 @@ from elastic_moe.cluster.messages.requests import (
 )
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
-from tests.actors.simulated_host import EOS, SimulatedHost, alone
+from tests.actors.simulated_worker import EOS, SimulatedWorker, alone
 
 BLOCKS = 40
 MAX_MODEL_LEN = 60
 STEP_S = 0.004
 
 
-class HostLinks:
-    """What makes hosts run in lock-step: nobody finishes a step that somebody has not begun."""
+class Lockstep:
+    """The process group of an epoch: no worker finishes a step before every worker has begun it."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
 
 
-class Host:
-    """A simulated host with a worker's behaviour towards its engine: epochs, aborts, and refusal after a failure."""
+class ConnectedWorker:
+    """A simulated worker that an engine connects to: it has epochs, aborts steps, and refuses steps after a failure."""
 
     def __init__(self, name: str) -> None:
         self.id = WorkerId(name)
-        self.simulated = SimulatedHost(BLOCKS, 4, rope_limit=1000)
+        self.simulated = SimulatedWorker(BLOCKS, 4, rope_limit=1000)
         self.epoch = Epoch(0)
-        self.prepared: dict[Epoch, tuple[int, HostLinks]] = {}
-        self.group: HostLinks | None = None
+        self.prepared: dict[Epoch, tuple[int, Lockstep]] = {}
+        self.group: Lockstep | None = None
         self.failed = False
         self.steps = 0
         self.before: Callable[[StepPlan], None] = lambda plan: None
@@ -91,8 +91,8 @@ class Host:
         self.simulated.known.clear()
 
     @property
-    def info(self) -> HostInfo:
-        return HostInfo(
+    def info(self) -> WorkerInfo:
+        return WorkerInfo(
             worker=self.id,
             node="n",
             endpoint=self.server.endpoint,
@@ -104,10 +104,10 @@ class Host:
 
 
 class Cluster:
-    """Loop, clients and hosts. The coordinator's part, making epochs, is the tests'."""
+    """Loop, clients and workers. The coordinator's part, making epochs, is the tests'."""
 
     def __init__(self, *names: str) -> None:
-        self.hosts = {WorkerId(name): Host(name) for name in names}
+        self.workers = {WorkerId(name): ConnectedWorker(name) for name in names}
         self.scheduler = Scheduler(
             {},
             block_size=4,
@@ -135,24 +135,24 @@ class Cluster:
 
     def abort(self, epoch: Epoch, workers: Iterable[WorkerId]) -> None:
         for worker in workers:
-            host = self.hosts[worker]
-            if host.epoch == epoch and host.group is not None:
-                host.group.barrier.abort()
+            simulated = self.workers[worker]
+            if simulated.epoch == epoch and simulated.group is not None:
+                simulated.group.barrier.abort()
 
     def report(self, epoch: Epoch, suspects: Sequence[WorkerId], reason: str) -> None:
         self.reports.put_nowait((epoch, list(suspects), reason))
 
     async def begin_epoch(self, *names: str) -> None:
         self.epoch = Epoch(self.epoch + 1)
-        members = [self.hosts[WorkerId(name)] for name in names]
-        group = HostLinks(len(members))
-        for rank, host in enumerate(members):
-            host.prepared[self.epoch] = (rank, group)
-        workers = tuple(Worker(id=host.id, node="n", slots=4) for host in members)
+        members = [self.workers[WorkerId(name)] for name in names]
+        group = Lockstep(len(members))
+        for rank, simulated in enumerate(members):
+            simulated.prepared[self.epoch] = (rank, group)
+        workers = tuple(Worker(id=simulated.id, node="n", slots=4) for simulated in members)
         spec = EpochSpec(
             epoch=self.epoch, placement=contiguous(1, 4, workers), group="g", transport="shm", rendezvous=""
         )
-        await self.loop.change_epoch(spec, {host.id: host.info for host in members})
+        await self.loop.change_epoch(spec, {simulated.id: simulated.info for simulated in members})
 
 
 class Client:
@@ -227,8 +227,8 @@ def run(names: Sequence[str], scenario: Scenario) -> Cluster:
             loop.cancel()
             await c.loop._links.flip(Epoch(0), {}, 1, first=False)
             c.clients.close()
-            for host in c.hosts.values():
-                host.server.close()
+            for simulated in c.workers.values():
+                simulated.server.close()
             while not client.lost.is_set():
                 await asyncio.sleep(0.001)
             if loop.done() and not loop.cancelled():
@@ -267,17 +267,17 @@ def test_at_most_one_step_is_sent_ahead(monkeypatch: pytest.MonkeyPatch) -> None
         cluster.scheduler.schedule = note  # type: ignore[method-assign]
         await client.submit(request("r"))
         await client.finish(request("r"))
-        assert cluster.hosts[WorkerId("a")].steps == 30, "no step is run for nothing"
+        assert cluster.workers[WorkerId("a")].steps == 30, "no step is run for nothing"
 
     run(["a"], scenario)
     assert set(depths) == {0, 1}
 
 
 @pytest.mark.parametrize("fails_at", [1, 6, 7, 20])
-def test_a_host_that_dies(fails_at: int) -> None:
+def test_a_worker_that_dies(fails_at: int) -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
         requests = [request(f"r{'x' * n}", prompt=4 + n) for n in range(5)]
-        dying = cluster.hosts[WorkerId("b")]
+        dying = cluster.workers[WorkerId("b")]
 
         def die(plan: StepPlan) -> None:
             if dying.steps == fails_at:
@@ -294,9 +294,9 @@ def test_a_host_that_dies(fails_at: int) -> None:
     run(["a", "b"], scenario)
 
 
-def test_a_host_that_dies_while_nothing_runs() -> None:
+def test_a_worker_that_dies_while_nothing_runs() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
-        cluster.hosts[WorkerId("b")].server.close()
+        cluster.workers[WorkerId("b")].server.close()
         assert (await cluster.reports.get())[:2] == (1, ["b"])
         await client.submit(request("r"))
         await cluster.begin_epoch("a")
@@ -305,18 +305,18 @@ def test_a_host_that_dies_while_nothing_runs() -> None:
     run(["a", "b"], scenario)
 
 
-def test_a_host_that_aborts_is_not_to_blame() -> None:
+def test_a_worker_that_aborts_is_not_to_blame() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
-        host = cluster.hosts[WorkerId("b")]
+        simulated = cluster.workers[WorkerId("b")]
 
         def abort(plan: StepPlan) -> None:
-            if host.steps == 5:
+            if simulated.steps == 5:
                 raise StepAborted("lost a peer")
 
-        host.before = abort
+        simulated.before = abort
         await client.submit(request("r"))
         assert await cluster.reports.get() == (1, [], "the workers lost one another")
-        host.before = lambda plan: None
+        simulated.before = lambda plan: None
         await cluster.begin_epoch("b", "a")
         await client.finish(request("r"))
 
@@ -329,8 +329,8 @@ def test_a_request_that_the_model_fails_on_fails_alone() -> None:
             if any(chunk.request_id == "bad" and chunk.start > 8 for chunk in plan.chunks):
                 raise ValueError("cannot")
 
-        for host in cluster.hosts.values():
-            host.before = stumble
+        for simulated in cluster.workers.values():
+            simulated.before = stumble
         await client.submit(request("good"))
         await client.submit(request("bad"))
         assert (await cluster.reports.get())[1] == []
@@ -343,7 +343,7 @@ def test_a_request_that_the_model_fails_on_fails_alone() -> None:
     run(["a", "b"], scenario)
 
 
-def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_loop, "SILENT_S", 0.05)
     monkeypatch.setattr(step_loop, "ABORT_S", 0.1)
     monkeypatch.setattr(step_deadline, "LATE_FACTOR", 1.0)
@@ -351,14 +351,14 @@ def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     hangs, goes_on = threading.Event(), threading.Event()
 
     async def scenario(cluster: Cluster, client: Client) -> None:
-        host = cluster.hosts[WorkerId("b")]
+        simulated = cluster.workers[WorkerId("b")]
 
         def hang(plan: StepPlan) -> None:
-            if host.steps == 5 and not hangs.is_set():
+            if simulated.steps == 5 and not hangs.is_set():
                 hangs.set()
                 goes_on.wait(10)
 
-        host.before = hang
+        simulated.before = hang
         await client.submit(request("r", max_tokens=6), request("q"))
         epoch, suspects, reason = await cluster.reports.get()
         assert (epoch, suspects) == (1, ["b"])
@@ -373,23 +373,23 @@ def test_a_host_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     run(["a", "b"], scenario)
 
 
-def test_the_engines_own_stall_is_no_hosts_fault() -> None:
+def test_a_stall_of_the_engine_is_not_blamed_on_a_worker() -> None:
     held, goes_on = threading.Event(), threading.Event()
 
     async def scenario(cluster: Cluster, client: Client) -> None:
-        host = cluster.hosts[WorkerId("b")]
+        simulated = cluster.workers[WorkerId("b")]
 
         def hold(plan: StepPlan) -> None:
-            if host.steps == 5 and not held.is_set():
+            if simulated.steps == 5 and not held.is_set():
                 held.set()
                 goes_on.wait(10)
 
-        host.before = hold
+        simulated.before = hold
         cluster.loop._allowed = step_deadline.StepDeadline(1.0)
         await client.submit(request("r"))
         while not held.is_set():
             await asyncio.sleep(0.001)
-        # longer than a step may take; the host answers only after that
+        # longer than a step may take; the worker answers only after that
         time.sleep(1.5)
         asyncio.get_running_loop().call_later(0.02, goes_on.set)
         await client.finish(request("r"))
@@ -412,13 +412,15 @@ def test_epochs_change_under_load() -> None:
     run(["a", "b"], scenario)
 
 
-def test_an_epoch_that_a_host_has_not_prepared() -> None:
+def test_an_epoch_that_a_worker_has_not_prepared() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
         await client.submit(request("r"))
         spec = cluster.loop._spec
         assert spec is not None
         with pytest.raises(StepAborted, match="epoch 1 was not committed by a: epoch 1 was not prepared"):
-            await cluster.loop.change_epoch(spec, {host.id: host.info for host in cluster.hosts.values()})
+            await cluster.loop.change_epoch(
+                spec, {simulated.id: simulated.info for simulated in cluster.workers.values()}
+            )
         assert not client.ends
         await cluster.begin_epoch("a", "b")
         await client.finish(request("r"))
@@ -427,7 +429,7 @@ def test_an_epoch_that_a_host_has_not_prepared() -> None:
 
 
 def test_an_engine_that_can_open_no_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hosts are well: to try again from the same process would fail for ever."""
+    """Workers are well: to try again from the same process would fail for ever."""
 
     async def scenario(cluster: Cluster, client: Client) -> None:
         async def fails(*_: object) -> Link:
@@ -443,7 +445,7 @@ def test_an_engine_that_can_open_no_connection_ends(monkeypatch: pytest.MonkeyPa
         run(["a", "b"], scenario)
 
 
-def test_a_replica_that_comes_back_misses_nothing() -> None:
+def test_a_replica_that_reconnects_gets_every_output() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
         await client.submit(request("r", max_tokens=20), request("gone"))
         await client.until(lambda: len(client.tokens[RequestId("r")]) > 3)

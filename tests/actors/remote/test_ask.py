@@ -58,5 +58,5 @@ def test_only_one_file_calls_through_handles() -> None:
     assert files_with(".remote(", "actors", "deploy") == {"actors/remote/ask.py"} | makers
 
 
-def test_no_time_out_counts_time_in_which_its_own_loop_stood_still() -> None:
+def test_time_outs_do_not_count_stalls_of_their_own_loop() -> None:
     assert files_with("asyncio.wait_for", "actors") == set()

@@ -57,7 +57,7 @@ async def held_up() -> int:
     return 7
 
 
-def test_an_answer_is_not_late_while_nobody_listened() -> None:
+def test_an_answer_that_came_during_a_stall_is_not_late() -> None:
     async def work() -> None:
         assert await within(held_up(), TIMEOUT_S) == 7
         assert await sign_of_life(held_up, TIMEOUT_S) == 7
@@ -81,7 +81,7 @@ def test_silence_is_a_time_out() -> None:
     asyncio.run(work())
 
 
-def test_errors_are_the_callees() -> None:
+def test_the_callees_errors_are_raised() -> None:
     async def fail() -> None:
         raise OSError("gone")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from elastic_moe.actors.remote.codec import Frames, Message, WireError, encode, new_token, receive
 from elastic_moe.actors.remote.handshakes import MOST
 from elastic_moe.actors.remote.links import Link, connect, listen
-from elastic_moe.cluster.errors import HostError, RequestError, StepAborted
+from elastic_moe.cluster.errors import RequestError, StepAborted, WorkerError
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
@@ -75,7 +75,7 @@ MESSAGES: list[Message] = [
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1 << 20])
-def test_messages_come_as_they_went(piece: int) -> None:
+def test_messages_survive_encoding(piece: int) -> None:
     data = b"".join(encode(message) for message in MESSAGES)
     frames = Frames()
     came = [message for at in range(0, len(data), piece) for message in frames.feed(data[at : at + piece])]
@@ -119,7 +119,7 @@ def test_damage(data: bytes) -> None:
     cut=st.integers(0, 400),
     more=st.binary(max_size=20),
 )
-def test_whatever_comes_is_a_message_or_damage(
+def test_any_bytes_are_a_message_or_damage(
     message: Message, changes: list[tuple[int, int]], cut: int, more: bytes
 ) -> None:
     data = bytearray(encode(message)[: 400 - cut] + more)
@@ -200,11 +200,11 @@ def test_answers_come_in_order() -> None:
     ("answer", "error"),
     [
         (Failed(reason="gone", aborted=True), StepAborted),
-        (Failed(reason="broken", aborted=False), HostError),
+        (Failed(reason="broken", aborted=False), WorkerError),
         (Refused(message="long", param="prompt", code="c", status=409), RequestError),
     ],
 )
-def test_errors_arrive_as_such(answer: Message, error: type[Exception]) -> None:
+def test_failures_are_raised_at_the_caller(answer: Message, error: type[Exception]) -> None:
     async def scenario(server: Side, client: Side, endpoint: Endpoint) -> None:
         link = await client.connect(endpoint)
         with pytest.raises(error) as raised:
@@ -215,7 +215,7 @@ def test_errors_arrive_as_such(answer: Message, error: type[Exception]) -> None:
     run(scenario, lambda _: answer)
 
 
-def test_whoever_waits_is_told_of_the_end() -> None:
+def test_pending_calls_fail_when_the_connection_ends() -> None:
     async def scenario(server: Side, client: Side, endpoint: Endpoint) -> None:
         link = await client.connect(endpoint)
         pending = link.call(ForgetSequences())
@@ -230,7 +230,7 @@ def test_whoever_waits_is_told_of_the_end() -> None:
 
 
 @pytest.mark.parametrize("token", ["", "0" * 32])
-def test_strangers_are_not_heard(token: str) -> None:
+def test_connections_without_the_token_are_refused(token: str) -> None:
     async def scenario(server: Side, client: Side, endpoint: Endpoint) -> None:
         stranger = Endpoint(address=endpoint.address, port=endpoint.port, token=token)
         link = await client.connect(stranger)
@@ -241,7 +241,7 @@ def test_strangers_are_not_heard(token: str) -> None:
     run(scenario, lambda _: Done())
 
 
-def test_strangers_who_drip_keep_nobody_out() -> None:
+def test_slow_strangers_keep_no_client_out() -> None:
     async def scenario(server: Side, client: Side, endpoint: Endpoint) -> None:
         strangers = []
         try:

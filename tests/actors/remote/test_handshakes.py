@@ -42,7 +42,7 @@ def test_the_whole_token_has_one_deadline() -> None:
     assert handshakes.wait_s(7.0) is None
 
 
-def test_the_oldest_makes_room() -> None:
+def test_the_oldest_connection_is_closed_when_there_are_too_many() -> None:
     handshakes: Handshakes[int] = Handshakes(TOKEN, most=3)
     assert [handshakes.begin(n, 0.0) for n in range(5)] == [None, None, None, 0, 1]
     assert handshakes.show(4, SENT) == b""

@@ -82,7 +82,7 @@ def test_an_abort_with_two_steps_in_flight() -> None:
     assert plan(s, 3)[A].finished == ("r",)
 
 
-def test_both_are_run_again_where_the_first_failed() -> None:
+def test_both_steps_are_run_again_if_the_first_failed() -> None:
     s = scheduler({A: 10, B: 10})
     s.add(request("r", prompt=20))
     first, second = in_flight(s)
@@ -94,7 +94,7 @@ def test_both_are_run_again_where_the_first_failed() -> None:
     assert again[0][A].new == first[A].new
 
 
-def test_only_the_second_is_run_again_where_the_first_is_done() -> None:
+def test_only_the_second_step_is_run_again_if_the_first_is_done() -> None:
     s = scheduler({A: 10})
     s.add(request("r", prompt=4))
     first, second = in_flight(s)
@@ -102,12 +102,12 @@ def test_only_the_second_is_run_again_where_the_first_is_done() -> None:
     s.rollback()
     s.validate()
     again = plan(s, 3)
-    # with the block that its host may never have been told
+    # with the block that its worker may never have been told
     assert chunk(again, "r") == chunk(second, "r")
     assert not again[A].new
 
 
-def test_what_was_to_be_forgotten_is_told_again() -> None:
+def test_requests_to_forget_are_sent_again_after_a_failure() -> None:
     s = scheduler({A: 10})
     s.add(request("gone"))
     s.add(request("r"))
@@ -119,7 +119,7 @@ def test_what_was_to_be_forgotten_is_told_again() -> None:
     assert plan(s, 3)[A].finished == ("gone",)
 
 
-def test_a_request_that_is_preempted_in_flight_loses_what_flies() -> None:
+def test_a_request_preempted_in_flight_drops_its_tokens_in_flight() -> None:
     s = scheduler({A: 5})
     s.add(request("old", prompt=8, max_tokens=12))
     s.add(request("new", prompt=8, max_tokens=12))

@@ -15,7 +15,7 @@ BAD = RequestId("bad")
 
 
 def broken(result: StepResult) -> StepResult:
-    """As a host says it."""
+    """As a worker says it."""
     samples = tuple(sample for sample in result.samples if sample.request_id != BAD)
     corrupted = (BAD,) if len(samples) < len(result.samples) else ()
     return dataclasses.replace(result, samples=samples, corrupted=corrupted)
@@ -27,7 +27,7 @@ def broken_step(s: Scheduler) -> list[TokenOutput]:
     return outputs
 
 
-def test_it_ends_with_an_error_and_the_others_go_on() -> None:
+def test_a_request_without_a_token_ends_with_an_error_and_others_go_on() -> None:
     s = scheduler({A: 16})
     s.add(request("good", max_tokens=3))
     s.add(request(BAD, max_tokens=3))
@@ -43,7 +43,7 @@ def test_it_ends_with_an_error_and_the_others_go_on() -> None:
     assert s.status().kv_usage == {A: 0.0}
 
 
-def test_a_step_that_is_on_its_way_counts_for_nothing() -> None:
+def test_a_step_in_flight_of_a_failed_request_is_ignored() -> None:
     s = scheduler({A: 16})
     s.add(request(BAD, max_tokens=8))
     plans, ahead = plan(s, 1), plan(s, 2)
@@ -54,7 +54,7 @@ def test_a_step_that_is_on_its_way_counts_for_nothing() -> None:
     assert s.status().corrupted_requests == 1
 
 
-def test_nobody_begins_with_what_it_left_in_the_cache() -> None:
+def test_blocks_of_a_failed_request_are_not_shared() -> None:
     s = scheduler({A: 16}, enable_prefix_caching=True)
     for name, ending in (("first", step), (BAD, broken_step)):
         s.add(request(name, prompt=10, max_tokens=1))

@@ -44,7 +44,7 @@ def test_one_client_is_served_in_order_of_arrival() -> None:
     assert [sequence.arrival for sequence in queue.items] == [0, 1, 2, 3, 4]
 
 
-def test_a_newcomer_goes_before_what_another_has_piled_up() -> None:
+def test_a_new_clients_request_goes_before_the_backlog_of_another() -> None:
     queue = FairQueue()
     for arrival in range(1000):
         queue.enter(waiting("greedy", arrival))
@@ -63,7 +63,7 @@ def test_turns_are_counted_in_tokens() -> None:
 
 
 @given(st.lists(st.tuples(st.text(max_size=2), st.integers(0, 700)), min_size=1, max_size=200))
-def test_nobody_starves(newcomers: list[tuple[str, int]]) -> None:
+def test_no_client_starves(newcomers: list[tuple[str, int]]) -> None:
     """However many come meanwhile, as many clients or as one."""
     queue = FairQueue()
     for arrival in range(3):
@@ -155,7 +155,7 @@ def test_a_newcomer_gets_memory_as_well_as_seats() -> None:
     assert clients(s)["n"] == 1
 
 
-def test_places_are_not_taken_to_and_fro() -> None:
+def test_two_clients_do_not_preempt_each_other_by_turns() -> None:
     """Until the two have the same; from then on each keeps what it has."""
     s = scheduler({A: 200, B: 200}, max_num_seqs=4)
     fill(s, 20)

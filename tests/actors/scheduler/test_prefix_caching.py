@@ -135,7 +135,7 @@ def test_running_requests_share_blocks() -> None:
     assert s.status().kv_usage == {A: 3 / 16}
 
 
-def test_without_it_nothing_is_shared() -> None:
+def test_nothing_is_shared_without_prefix_caching() -> None:
     s = scheduler({A: 16}, enable_prefix_caching=False)
     serve(s, ask("first", range(1, 11)))
     assert serve(s, ask("again", range(1, 11))) == 0
@@ -169,7 +169,7 @@ def test_a_request_aborted_during_its_step_leaves_nothing() -> None:
     assert serve(s, ask("again", range(1, 11))) == 0
 
 
-def test_what_is_cached_shows_after_a_rollback_and_a_repeated_step() -> None:
+def test_cached_tokens_are_reported_after_a_rollback_and_a_repeated_step() -> None:
     s = caching({A: 16})
     serve(s, ask("first", range(1, 11)))
     s.add(ask("again", range(1, 11)))
@@ -216,7 +216,7 @@ def test_the_least_recently_used_are_overwritten_first() -> None:
     assert serve(s, ask("b", range(11, 20))) == 4
 
 
-def test_cached_blocks_are_free_for_whoever_needs_them() -> None:
+def test_cached_blocks_can_be_allocated() -> None:
     s = caching({A: 8})
     serve(s, ask("first", range(1, 31)))
     assert s.status().kv_usage == {A: 0.0}

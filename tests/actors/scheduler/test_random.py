@@ -25,7 +25,7 @@ from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
-from tests.actors.simulated_host import EOS, VOCABULARY, SimulatedHost, alone, scores_of
+from tests.actors.simulated_worker import EOS, VOCABULARY, SimulatedWorker, alone, scores_of
 from tests.properties import most
 
 MAX_MODEL_LEN = 40
@@ -58,7 +58,7 @@ requests = st.builds(
 
 
 class Batching(RuleBasedStateMachine):
-    """The engine's part, with simulated hosts. Every rule leaves a state in which all invariants hold."""
+    """The engine's part, with simulated workers. Every rule leaves a state in which all invariants hold."""
 
     @initialize(
         blocks=st.lists(st.integers(2, 12), min_size=1, max_size=3),
@@ -81,9 +81,9 @@ class Batching(RuleBasedStateMachine):
         self.budget = max_num_batched_tokens
         self.names = count()
         self.steps = count()
-        self.hosts: dict[WorkerId, SimulatedHost] = {}
+        self.workers: dict[WorkerId, SimulatedWorker] = {}
         for size in blocks:
-            self._new_host(size)
+            self._new_worker(size)
         self.scheduler = Scheduler(
             self._workers(),
             block_size=block_size,
@@ -99,19 +99,19 @@ class Batching(RuleBasedStateMachine):
         """What a block with this key must hold: the variant of its sequence, and the tokens."""
         self.flights: deque[dict[WorkerId, StepPlan]] = deque()
         self.results: deque[dict[WorkerId, StepResult]] = deque()
-        """Of the oldest flights, as far as every host has run them."""
+        """Of the oldest flights, as far as every worker has run them."""
         self.requests: dict[RequestId, GenerateRequest] = {}
         self.outputs: dict[RequestId, list[int]] = {}
         self.scored: dict[RequestId, int] = {}
         """Number of prompt tokens whose scores have come."""
         self.draining: set[WorkerId] = set()
 
-    def _new_host(self, size: int) -> None:
+    def _new_worker(self, size: int) -> None:
         worker = WorkerId(f"w{next(self.names)}")
-        self.hosts[worker] = SimulatedHost(size, self.block_size, rope_limit=LIMIT)
+        self.workers[worker] = SimulatedWorker(size, self.block_size, rope_limit=LIMIT)
 
     def _workers(self) -> dict[WorkerId, int]:
-        return {worker: len(host.cache) for worker, host in self.hosts.items()}
+        return {worker: len(simulated.cache) for worker, simulated in self.workers.items()}
 
     @rule(spec=requests)
     def add(self, spec: tuple[tuple[int, ...], SamplingParams, int, str, int]) -> None:
@@ -131,7 +131,7 @@ class Batching(RuleBasedStateMachine):
             end = self.scheduler.add(request)
         except RequestError:
             longest = min(len(prompt) + max(1, params.max_tokens), MAX_MODEL_LEN)
-            assert all(len(host.cache) * self.block_size < longest - 1 for host in self.hosts.values())
+            assert all(len(simulated.cache) * self.block_size < longest - 1 for simulated in self.workers.values())
             return
         if end is not None:
             assert end.finish_reason is not None
@@ -180,7 +180,7 @@ class Batching(RuleBasedStateMachine):
     def schedule(self) -> None:
         plans = self.scheduler.schedule(Epoch(1), next(self.steps))
         if plans is not None:
-            assert list(plans) == list(self.hosts)
+            assert list(plans) == list(self.workers)
             for plan in plans.values():
                 assert max(plan.tokens_per_rank) <= self.budget
             self.flights.append(plans)
@@ -188,8 +188,8 @@ class Batching(RuleBasedStateMachine):
     @precondition(lambda self: len(self.results) < len(self.flights))
     @rule()
     def run(self) -> None:
-        """Hosts may be ahead of what the scheduler knows."""
-        self.results.append(self._run(self.flights[len(self.results)], list(self.hosts)))
+        """Workers may be ahead of what the scheduler knows."""
+        self.results.append(self._run(self.flights[len(self.results)], list(self.workers)))
 
     @precondition(lambda self: self.flights)
     @rule()
@@ -202,11 +202,11 @@ class Batching(RuleBasedStateMachine):
     @precondition(lambda self: self.flights)
     @rule(pick=st.randoms(use_true_random=False))
     def fail_halfway(self, pick: random.Random) -> None:
-        """Some hosts get through more steps than others, before all are rolled back."""
-        hosts = list(self.hosts)
+        """Some workers get through more steps than others, before all are rolled back."""
+        workers = list(self.workers)
         for plans in list(self.flights)[len(self.results) :]:
-            hosts = [worker for worker in hosts if pick.random() < 0.5]
-            self._run(plans, hosts)
+            workers = [worker for worker in workers if pick.random() < 0.5]
+            self._run(plans, workers)
         self.flights.clear()
         self.results.clear()
         self.scheduler.rollback()
@@ -214,24 +214,24 @@ class Batching(RuleBasedStateMachine):
     @precondition(lambda self: not self.flights)
     @rule(pick=st.randoms(use_true_random=False), sizes=st.lists(st.integers(2, 12), max_size=2))
     def change_members(self, pick: random.Random, sizes: list[int]) -> None:
-        kept = [worker for worker in self.hosts if pick.random() < 0.6]
+        kept = [worker for worker in self.workers if pick.random() < 0.6]
         pick.shuffle(kept)
-        self.hosts = {worker: self.hosts[worker] for worker in kept}
+        self.workers = {worker: self.workers[worker] for worker in kept}
         for size in sizes:
-            self._new_host(size)
-        self.draining &= set(self.hosts)
+            self._new_worker(size)
+        self.draining &= set(self.workers)
         self.scheduler.set_workers(self._workers())
 
-    @precondition(lambda self: self.hosts)
+    @precondition(lambda self: self.workers)
     @rule(pick=st.randoms(use_true_random=False))
     def drain(self, pick: random.Random) -> None:
-        workers = list(self.hosts)
+        workers = list(self.workers)
         self.draining = set(pick.sample(workers, pick.randrange(len(workers))))
         self.scheduler.drain(self.draining)
 
     def _run(self, plans: dict[WorkerId, StepPlan], workers: list[WorkerId]) -> dict[WorkerId, StepResult]:
         ranks = {worker: rank for rank, worker in enumerate(plans)}
-        return {worker: self.hosts[worker].run(plans[worker], ranks[worker]) for worker in workers}
+        return {worker: self.workers[worker].run(plans[worker], ranks[worker]) for worker in workers}
 
     def _receive(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
@@ -277,7 +277,7 @@ class Batching(RuleBasedStateMachine):
         for worker, home in self.scheduler._caches.items():
             for key, block in home.pool._blocks.items():
                 variant, content = self.texts[key]
-                assert self.hosts[worker].cache[block] == [(variant, token) for token in content]
+                assert self.workers[worker].cache[block] == [(variant, token) for token in content]
 
     def teardown(self) -> None:
         """Whatever happened, every request that some worker can hold ends, and nothing is left in memory."""
@@ -285,7 +285,7 @@ class Batching(RuleBasedStateMachine):
             return
         while self.flights:
             self.commit()
-        self._new_host(MAX_MODEL_LEN)
+        self._new_worker(MAX_MODEL_LEN)
         self.scheduler.set_workers(self._workers())
         work = sum(len(r.prompt_token_ids) + r.params.max_tokens for r in self.requests.values())
         for _ in range(50 + 20 * work):
@@ -298,16 +298,16 @@ class Batching(RuleBasedStateMachine):
             self.scheduler.validate()
         assert not self.requests, "a request starves"
         assert set(self.scheduler.status().kv_usage.values()) == {0.0}
-        self._last_request_finds_the_hosts_empty()
+        self._last_request_finds_the_workers_empty()
 
-    def _last_request_finds_the_hosts_empty(self) -> None:
+    def _last_request_finds_the_workers_empty(self) -> None:
         last = GenerateRequest(request_id=RequestId("last"), prompt_token_ids=(1,), params=SamplingParams(max_tokens=1))
         self.requests[last.request_id], self.outputs[last.request_id] = last, []
         self.scored[last.request_id] = 0
         assert self.scheduler.add(last) is None
         self.schedule()
         self.commit()
-        assert [known for host in self.hosts.values() for known in host.known] == ["last"]
+        assert [known for simulated in self.workers.values() for known in simulated.known] == ["last"]
 
 
 def test_any_order_of_events_gives_every_request_the_tokens_that_it_gets_alone() -> None:

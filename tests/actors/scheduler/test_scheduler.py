@@ -241,7 +241,7 @@ def test_no_more_than_max_num_seqs_run_on_a_worker() -> None:
     assert status.waiting == 2
 
 
-def test_few_tokens_a_step_still_serve_everybody() -> None:
+def test_few_tokens_a_step_still_serve_every_request() -> None:
     s = scheduler({A: 30}, max_num_batched_tokens=2)
     for i in range(4):
         s.add(request(f"r{i}", prompt=3, max_tokens=4))
@@ -252,7 +252,7 @@ def test_few_tokens_a_step_still_serve_everybody() -> None:
     assert s.num_requests == 0
 
 
-def test_a_host_forgets_with_the_next_plan() -> None:
+def test_a_worker_forgets_with_the_next_plan() -> None:
     s = scheduler({A: 30})
     s.add(request("r", max_tokens=1))
     step(s)

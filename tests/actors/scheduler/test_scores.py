@@ -12,7 +12,7 @@ from elastic_moe.cluster.messages.requests import FinishReason, TokenOutput
 from elastic_moe.cluster.messages.steps import ScoredPrompt, StepResult
 from elastic_moe.cluster.placement import WorkerId
 from tests.actors.batches import A, B, Plans, answers, plan, request, scheduler
-from tests.actors.simulated_host import scores_of
+from tests.actors.simulated_worker import scores_of
 
 PROMPT = tuple(range(1, 31))
 

@@ -1,4 +1,4 @@
-"""A host's listener: strangers, silence and damage end the connection that they come by, and nothing else."""
+"""A worker's listener: strangers, silence and damage end the connection that they come by, and nothing else."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def ends(connection: socket.socket) -> bool:
         return True
 
 
-def test_it_does_what_the_engine_says(server: StepServer, worker: Worker) -> None:
+def test_messages_of_the_engine_are_carried_out(server: StepServer, worker: Worker) -> None:
     with engine(server.endpoint) as connection:
         assert ask(connection, ForgetSequences()) == Done()
         assert ask(connection, CommitEpoch(epoch=Epoch(5))) == Done()
@@ -89,7 +89,7 @@ def test_it_does_what_the_engine_says(server: StepServer, worker: Worker) -> Non
     assert worker.epochs[-1] == 5
 
 
-def test_strangers_who_drip_keep_nobody_out(server: StepServer) -> None:
+def test_slow_strangers_keep_no_client_out(server: StepServer) -> None:
     with contextlib.ExitStack() as stack:
         strangers = [stack.enter_context(stranger(server.endpoint)) for _ in range(300)]
         for connection in strangers:
@@ -105,7 +105,7 @@ def test_strangers_who_drip_keep_nobody_out(server: StepServer) -> None:
         assert len(server._door._handshakes) <= handshakes.MOST
 
 
-def test_dripping_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_handshakes_have_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     server = StepServer(Worker(), "127.0.0.1")
     monkeypatch.setattr(server._door._handshakes, "_token_s", 0.2)
     try:
@@ -221,11 +221,11 @@ def test_a_message_that_no_engine_sends(server: StepServer) -> None:
         assert ends(connection)
 
 
-def test_it_listens_where_it_is_told(server: StepServer) -> None:
+def test_it_listens_at_the_given_address(server: StepServer) -> None:
     assert server._door._listener.getsockname()[0] == "127.0.0.1"
 
 
-def test_nothing_is_served_after_the_end() -> None:
+def test_a_closed_server_accepts_no_connection() -> None:
     server = StepServer(Worker(), "127.0.0.1")
     with engine(server.endpoint) as connection:
         assert ask(connection, ForgetSequences()) == Done()

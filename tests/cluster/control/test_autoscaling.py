@@ -63,15 +63,15 @@ def test_it_waits_after_a_change_and_longer_to_go_down() -> None:
     assert after(idle, 2, since=down_s).target == 1
 
 
-def test_one_busy_moment_keeps_the_workers_but_asks_for_none() -> None:
+def test_one_busy_moment_keeps_the_workers_and_adds_none() -> None:
     samples = [*steady(0, 0, 0.0)[:-1], Sample(at_s=1000.0, waiting=30, running=20, kv_usage=0.9)]
     assert after(samples, 2).target == 2
 
 
 def test_limits_hold_at_once() -> None:
     tight = Policy(min_workers=3, max_workers=4, seats_per_worker=10)
-    assert after([], 2, since=0, policy=tight) == Verdict(target=3, reason="at least 3 are to serve")
-    assert after([], 6, since=0, policy=tight) == Verdict(target=4, reason="at most 4 are to serve")
+    assert after([], 2, since=0, policy=tight) == Verdict(target=3, reason="at least 3 workers must serve")
+    assert after([], 6, since=0, policy=tight) == Verdict(target=4, reason="at most 4 workers may serve")
 
 
 samples_strategy = st.lists(
@@ -112,7 +112,7 @@ def test_a_constant_load_never_makes_it_swing(requests: int, cache: float, worke
     assert sizes[-1] == sizes[-2]
 
 
-def test_those_that_wait_are_taken_to_need_what_those_that_run_do() -> None:
+def test_waiting_requests_count_like_running_ones() -> None:
     sample = Sample(at_s=0, waiting=5, running=5, kv_usage=0.6)
     assert demand(sample, workers=2, seats_per_worker=100) == pytest.approx(1.2)
     assert demand(sample, workers=1, seats_per_worker=5) == pytest.approx(2.0)

@@ -54,7 +54,7 @@ def test_death_during_a_rebalance_rolls_it_back_and_recovers(stage: int) -> None
     assert W1 not in sim.facts.ranks
 
 
-def test_a_worker_that_dies_in_the_flip_and_is_not_missed_by_the_engine() -> None:
+def test_a_worker_dies_in_the_flip_unnoticed_by_the_engine() -> None:
     sim = serving(3)
     sim.feed(ScaleRequested(workers=2))
     sim.feed(IDLE)
@@ -62,15 +62,15 @@ def test_a_worker_that_dies_in_the_flip_and_is_not_missed_by_the_engine() -> Non
         sim.finish(0)
     sim.feed(WorkerLost(worker=W0, reason="died"))
     assert sim.facts.change is not None
-    sim.hosts[W0].alive = True
+    sim.workers[W0].alive = True
     sim.finish(0)
     assert not sim.state.readiness().ready
-    sim.hosts[W0].alive = False
+    sim.workers[W0].alive = False
     sim.settle()
     assert W0 not in sim.facts.ranks
 
 
-def test_after_a_failed_flip_nothing_is_counted_on_that_may_be_gone() -> None:
+def test_after_a_failed_flip_only_experts_held_in_both_epochs_count() -> None:
     sim = serving(2)
     sim.feed(RebalanceRequested(planner="auto"))
     while not any(isinstance(command, Commit) for command in sim.todo):
@@ -81,7 +81,7 @@ def test_after_a_failed_flip_nothing_is_counted_on_that_may_be_gone() -> None:
     assert not sim.state.readiness().ready
     assert sim.facts.change is None
     for worker in (W0, W1):
-        assert (sim.facts.records[worker].held <= sim.hosts[worker].held).all()
+        assert (sim.facts.records[worker].held <= sim.workers[worker].held).all()
     sim.settle()
 
 

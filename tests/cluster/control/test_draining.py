@@ -18,7 +18,7 @@ from elastic_moe.cluster.facts.facts import Cause, Change, Facts, Outage, Stage
 from elastic_moe.cluster.facts.transfers import Transfers
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
 from tests.cluster.simulation import info
-from tests.cluster.stories import IDLE, W0, W1, W2, facts_of, member, newest, sent, serving, spec_of
+from tests.cluster.stories import IDLE, W0, W1, W2, facts_of, member, newest, placement_of, sent, serving, spec_of
 
 
 def test_scale_down_copies_before_it_stops() -> None:
@@ -63,7 +63,7 @@ def test_requests_that_take_too_long_to_finish_are_moved() -> None:
     assert sim.state.progress(newest(sim)) == (1.0, True)
 
 
-def test_a_new_engine_is_told_again_whom_to_spare() -> None:
+def test_a_worker_that_leaves_still_leaves_with_a_new_engine() -> None:
     sim = serving(3)
     sim.feed(ScaleRequested(retire=(W0,)))
     sim.lose_engine()
@@ -92,6 +92,7 @@ def leaves(**facts: object) -> Facts:
         operation_id="scale-1",
         kind=OperationKind.SCALE,
         spec=spec_of(W0, epoch=2),
+        goal=placement_of(W0),
         forms_group=True,
         transfers=Transfers(),
         stage=Stage.DRAINING,
@@ -112,13 +113,13 @@ def leaves(**facts: object) -> Facts:
         (leaves(outage=Outage(reason="", cause=Cause.STEP, since=0.0)), 11.0, True, "nothing is served"),
     ],
 )
-def test_whether_those_that_leave_have_had_their_time(facts: Facts, now: float, value: bool, reason: str) -> None:
+def test_when_leaving_workers_have_had_their_time(facts: Facts, now: float, value: bool, reason: str) -> None:
     choice = drained(facts, now)
     assert choice.value is value
     assert reason in choice.reason
 
 
-def test_the_engine_is_told_once_and_again_after_it_was_lost() -> None:
+def test_the_engine_gets_the_draining_workers_once_and_again_after_a_loss() -> None:
     draining = Draining()
     assert draining.spare(leaves()) == [Drain(workers=(W1,))]
     assert draining.spare(leaves()) == []

@@ -60,7 +60,7 @@ def test_a_planner_that_is_asked_for_by_name_is_obeyed(planner: str, adopted: bo
     assert (sim.facts.change is not None) == adopted
 
 
-def test_a_night_of_skipped_plans_is_one_line_of_history() -> None:
+def test_repeated_skipped_plans_are_one_line_of_history() -> None:
     sim = serving(2, interval_s=5.0)
     sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
     for _ in range(20):
@@ -71,7 +71,7 @@ def test_a_night_of_skipped_plans_is_one_line_of_history() -> None:
     assert sim.state.counters.rebalances["skipped"] == 20
 
 
-def test_nothing_counted_nothing_planned() -> None:
+def test_nothing_is_planned_without_counts() -> None:
     sim = serving(2, interval_s=5.0)
     sim.now += 100
     sim.feed(Tick())
@@ -88,7 +88,7 @@ def test_a_plan_that_needs_more_memory_than_there_is_is_refused() -> None:
     assert room(sim.facts) == 1
 
 
-def test_a_given_placement_is_gone_to_and_pinned() -> None:
+def test_a_given_placement_is_applied_and_pinned() -> None:
     sim = serving(2, interval_s=3.0)
     assert sim.facts.spec is not None
     placement = shuffled(sim.facts.spec.placement, sim.rng)
@@ -180,3 +180,6 @@ def test_a_plan_needs_the_memory_for_what_comes_beside_what_is_there() -> None:
     assert "w0 has memory for 13 experts, and while they move it would hold 24" in (too_much(facts, turned) or "")
     assert room(facts) == 1
     assert room(team(W0, W1)) is None
+    full = [member(w, held=needs(placement, w), capacity=PART, disk=1e6) for w in (W0, W1)]
+    assert room(facts_of(full, [W0, W1])) is None, "the disk takes what memory does not"
+    assert too_much(facts_of(full, [W0, W1]), turned) is None

@@ -117,7 +117,7 @@ def test_spare_slots_are_shared_out_and_empty_until_a_planner_fills_them() -> No
     assert (placement.physical_to_logical_map == EMPTY).sum() == LAYERS * 4
 
 
-def test_a_worker_that_was_one_too_many_stays_when_another_dies() -> None:
+def test_a_surplus_worker_stays_when_another_dies() -> None:
     sim = serving(2)
     sim.feed(ScaleRequested(workers=1))
     sim.kill(W0)
@@ -146,7 +146,7 @@ def names(choice: Choice[tuple[WorkerRecord, ...]]) -> tuple[WorkerId, ...]:
     return tuple(m.id for m in choice.value)
 
 
-def test_nothing_is_begun_where_what_is_is_what_should_be() -> None:
+def test_no_change_begins_when_the_cluster_is_as_wanted() -> None:
     choice = next_members(team(W0, W1), 0.0)
     assert (names(choice), choice.reason) == ((), "2 workers can serve")
 
@@ -159,7 +159,7 @@ def test_nothing_is_begun_where_what_is_is_what_should_be() -> None:
         ({"spec": None}, "1 of 2 workers have loaded"),
     ],
 )
-def test_nothing_is_begun_yet(facts: dict[str, object], reason: str) -> None:
+def test_reasons_to_begin_no_change_yet(facts: dict[str, object], reason: str) -> None:
     loads = member(W1, WorkerState.STARTING, loaded_at=None)
     choice = next_members(facts_of([member(W0), loads], [W0], **{"target": 2, **facts}), 1.0)
     assert names(choice) == ()
@@ -174,9 +174,7 @@ def test_a_worker_that_has_loaded_waits_for_others_to_join_with(now: float, join
 
 
 @pytest.mark.parametrize(("now", "begun"), [(2.0, ()), (1.0 + JOIN_PATIENCE_S, (W0, W2))])
-def test_who_stays_needs_the_memory_of_the_worker_that_waits_for_others(
-    now: float, begun: tuple[WorkerId, ...]
-) -> None:
+def test_a_waiting_worker_joins_where_the_others_need_its_memory(now: float, begun: tuple[WorkerId, ...]) -> None:
     """W1 is to leave, and W0 alone cannot hold every expert: without W2, which waits, nothing is to be begun."""
     members = [
         member(W0, capacity=PART),
@@ -197,7 +195,7 @@ def test_survivors_serve_first() -> None:
     assert wish(facts, [members[0]]).reason == "w1 to leave"
 
 
-def test_workers_that_were_too_many_are_kept_but_not_those_that_were_named() -> None:
+def test_surplus_workers_are_kept_unless_retired_by_name() -> None:
     leave = [member(w, WorkerState.DRAINING, retired=w == W1) for w in (W1, W2)]
     assert kept(facts_of([member(W0), *leave], [W0, W1, W2], target=3)) == (W2,)
     assert kept(facts_of([member(W0), *leave], [W0, W1, W2], target=1)) == ()
@@ -218,7 +216,7 @@ def test_how_many_are_started_and_why(facts: dict[str, object], count: int, reas
     assert reason in choice.reason
 
 
-def test_new_workers_load_first_what_nobody_holds_and_then_an_even_share() -> None:
+def test_new_workers_load_lost_experts_first_and_then_an_even_share() -> None:
     held = np.zeros((LAYERS, EXPERTS), dtype=bool)
     held[:, :4] = True
     first, second = shares(facts_of([member(W0, held=held)], [W0], target=3), 2)

@@ -10,7 +10,7 @@ from elastic_moe.cluster.facts.events import LoadSeen, ScaleRequested, Tick, Wor
 from elastic_moe.cluster.facts.facts import ControlSettings
 from elastic_moe.cluster.messages.views import Phase
 from elastic_moe.cluster.placement import WorkerId
-from tests.cluster.simulation import EXPERTS, MODEL, Simulation
+from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation
 from tests.cluster.stories import PART, W0, W1, W2, facts_of, member, newest, serving
 
 
@@ -22,14 +22,14 @@ def test_more_workers_than_experts_is_refused() -> None:
 @pytest.mark.parametrize(
     "request_", [ScaleRequested(workers=0), ScaleRequested(workers=9), ScaleRequested(retire=(WorkerId("w7"),))]
 )
-def test_scaling_to_what_cannot_be_is_refused(request_: ScaleRequested) -> None:
+def test_scaling_to_an_impossible_size_is_refused(request_: ScaleRequested) -> None:
     sim = serving(2)
     with pytest.raises(PlacementError):
         sim.feed(request_)
     assert not sim.log
 
 
-def test_a_death_that_brings_the_wanted_size_about_ends_the_scaling() -> None:
+def test_a_death_that_leaves_the_wanted_size_ends_the_scaling() -> None:
     sim = serving(2)
     sim.feed(ScaleRequested(workers=1))
     scaling = newest(sim).operation_id
@@ -42,7 +42,7 @@ def test_a_death_that_brings_the_wanted_size_about_ends_the_scaling() -> None:
     assert operation.phase is Phase.COMPLETED
 
 
-def test_a_join_that_a_recovery_overtakes_is_ended_with_it() -> None:
+def test_a_join_overtaken_by_a_recovery_ends_with_it() -> None:
     sim = serving(2)
     sim.kill(W0)
     sim.feed(WorkerLost(worker=W0, reason="died"))
@@ -72,7 +72,7 @@ def test_a_repeated_scaling_is_the_same_operation() -> None:
         sim.feed(ScaleRequested(workers=2, operation_id="start-1"))
 
 
-def test_a_scaling_that_waits_for_workers_gives_way_only_when_told_to() -> None:
+def test_a_waiting_scaling_is_replaced_only_if_the_new_one_says_so() -> None:
     sim = serving(2)
     sim.feed(ScaleRequested(workers=4, operation_id="first"))
     with pytest.raises(ConflictError, match="first"):
@@ -96,9 +96,17 @@ def test_never_below_what_holds_every_expert() -> None:
     assert sim.facts.ranks == (W0, W1)
 
 
-def test_a_start_that_cannot_hold_every_expert_is_refused() -> None:
-    with pytest.raises(PlacementError, match="expected at least 2"):
-        ControlState(ControlSettings(workers=1, expert_capacity=PART), MODEL)
+def test_a_start_without_memory_for_one_expert_of_each_layer_is_refused() -> None:
+    ControlState(ControlSettings(workers=1, expert_capacity=LAYERS), MODEL)
+    with pytest.raises(PlacementError, match="expert_memory_bytes: expected at least 3000, room for one expert"):
+        ControlState(ControlSettings(workers=1, expert_capacity=LAYERS - 1), MODEL)
+
+
+def test_a_start_without_memory_for_every_expert_fails_where_there_is_no_disk_tier() -> None:
+    sim = Simulation(workers=2, capacity=PART - LAYERS)
+    sim.feed(Tick())
+    sim.settle()
+    assert "have memory for 3, 3: raise --workers" in (sim.state.readiness().error or "")
 
 
 def test_one_worker_is_replaced_by_another() -> None:
@@ -125,7 +133,7 @@ def test_the_autoscaler_scales_with_its_reason() -> None:
         sim.feed(LoadSeen(waiting=500, running=256, kv_usage=0.9))
     view = sim.state.view()
     assert (view.serving, view.target, view.min_workers, view.max_workers) == (4, 4, 1, 4)
-    assert "at most 4 are to serve" in (view.autoscaler or "")
+    assert "at most 4 workers may serve" in (view.autoscaler or "")
     with pytest.raises(PlacementError, match="1 to 4"):
         sim.feed(ScaleRequested(workers=5))
     for _ in range(200):
@@ -142,11 +150,10 @@ def test_the_autoscaler_scales_with_its_reason() -> None:
     [
         ({}, 9, r"expected 1 to 8 \(each needs an expert"),
         ({"min_workers": 2, "max_workers": 4}, 1, r"expected 2 to 4 \(the limits of the autoscaler"),
-        ({"expert_capacity": PART}, 1, "expected at least 2, got 1"),
-        ({"expert_capacity": 1}, 8, "more than any number"),
+        ({"expert_capacity": 1}, 8, "expert_memory_bytes: .* it is room for 1 experts"),
     ],
 )
-def test_numbers_of_workers_that_cannot_be(limits: dict[str, int], workers: int, message: str) -> None:
+def test_impossible_numbers_of_workers(limits: dict[str, int], workers: int, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         check_target(ControlSettings(workers=1, **limits), MODEL, workers)
 

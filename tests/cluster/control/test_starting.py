@@ -31,7 +31,7 @@ def test_a_worker_that_dies_while_loading_is_started_again_a_few_times() -> None
     assert "died while it loaded" in (sim.state.readiness().error or "")
 
 
-def test_a_replacement_at_the_start_loads_what_its_predecessor_was_told() -> None:
+def test_a_replacement_at_the_start_loads_its_predecessors_experts() -> None:
     sim = Simulation(workers=2)
     sim.feed(Tick())
     sim.finish(0, fault=True)

@@ -111,7 +111,7 @@ def test_a_restarted_coordinator_keeps_those_that_still_load() -> None:
     assert again.phase is Phase.COMPLETED
 
 
-def test_it_says_why_it_does_nothing() -> None:
+def test_the_reason_for_no_change_is_given() -> None:
     sim = serving(2)
     assert sim.state.reasons.starts == "there are as many workers as there should be"
     assert sim.state.reasons.members == "2 workers can serve"

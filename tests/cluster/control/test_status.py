@@ -45,7 +45,7 @@ OUTAGE = Outage(reason="worker w1 lost", cause=Cause.WORKER, since=0.0)
         ),
     ],
 )
-def test_readiness_says_what_is_waited_for(facts: Facts, reason: str) -> None:
+def test_readiness_names_what_it_waits_for(facts: Facts, reason: str) -> None:
     told = readiness(facts, None)
     assert (told.reason, told.ready) == (reason, reason == "serving")
     assert (told.error is not None) == (facts.fatal is not None)

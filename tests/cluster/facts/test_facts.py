@@ -29,7 +29,7 @@ def test_the_fewest_that_hold_every_expert() -> None:
     assert not facts_of(members).fits(members[:1])
 
 
-def test_whole_means_as_many_as_there_should_be_and_nobody_to_leave() -> None:
+def test_a_cluster_is_whole_with_all_workers_and_none_leaving() -> None:
     assert team(W0, W1).whole
     assert not team(W0, W1, target=3).whole
     assert not team(W0, W1, probing=True).whole

@@ -38,7 +38,7 @@ def test_an_earlier_look_stays_as_it_was(two: Membership) -> None:
     assert before[W1].alive
 
 
-def test_what_was_brought_is_held_from_the_next_epoch_on_or_dropped(two: Membership) -> None:
+def test_transferred_experts_are_held_from_the_next_epoch_on_or_dropped(two: Membership) -> None:
     two.loads(info(W1), 2.0)
     two.stage([(W1, 0, 1), (W1, 2, 3)])
     assert np.argwhere(two[W1].staged).tolist() == [[0, 1], [2, 3]]
@@ -77,7 +77,7 @@ def test_strikes_are_counted_until_they_are_forgiven(two: Membership) -> None:
     assert two.strike(W0) == 1
 
 
-def test_one_that_is_to_leave_may_stay_after_all(two: Membership) -> None:
+def test_a_leaving_worker_may_stay_after_all(two: Membership) -> None:
     two.drain(W0, 5.0, retired=True)
     assert (two[W0].state, two[W0].draining_since, two[W0].retired) == (WorkerState.DRAINING, 5.0, True)
     two.keep(W0)

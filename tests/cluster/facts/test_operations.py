@@ -14,7 +14,7 @@ def test_history_is_bounded_and_open_operations_are_kept() -> None:
     assert log.find_open("rebalance") is None
 
 
-def test_what_was_overcome_is_no_error_of_the_whole() -> None:
+def test_errors_that_were_retried_are_not_the_operations_error() -> None:
     log = OperationLog()
     operation = log.open("recover", Epoch(1), "w0 lost")
     log.note_error(operation.operation_id, "a copy failed")

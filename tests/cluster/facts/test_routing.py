@@ -91,7 +91,7 @@ def test_phases_are_kept_apart() -> None:
     assert (prefill.tokens, prefill.steps_s, prefill.steps_tokens, decode.steps_tokens) == (3, 1.0, 200, 0)
 
 
-def test_a_token_weighs_what_it_takes() -> None:
+def test_tokens_are_weighted_by_their_time() -> None:
     prefill, decode = phase([10, 0, 0, 0], 1.0, 1000), phase([0, 10, 0, 0], 3.0, 1000)
     assert decode_weight(prefill, decode) == pytest.approx(3.0)
     assert weighted_load(prefill, decode).tolist() == [[5.0, 15.0, 0.0, 0.0]]

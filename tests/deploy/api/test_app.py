@@ -103,7 +103,7 @@ def test_streams_equal_plain_answers(call: Call) -> None:
             assert parts[-1]["stop_reason"] == "ij"
 
 
-def test_cached_tokens_are_told(call: Call) -> None:
+def test_usage_has_the_cached_tokens(call: Call) -> None:
     """Of a prompt with several answers, as of its tokens: once."""
     json = {"prompt": ["hello", "hello x"], "n": 2, "max_tokens": 3, "stream": True, "cache_salt": "mine"}
     json["stream_options"] = {"include_usage": True}
@@ -215,7 +215,7 @@ def test_names_and_offsets_make_up_the_text(tmp_path: Path) -> None:
     assert said.decode() == chat["message"]["content"] == text
 
 
-def test_names_that_clash_are_told_by_ids() -> None:
+def test_tokens_of_the_same_text_are_named_by_ids() -> None:
     """The chosen token and the more likely keep theirs."""
     shape = CompletionShape(lambda token_id: "same" if token_id < 3 else str(token_id), None, 3)
     logprobs = TokenLogprobs(token_id=2, logprob=-2.0, top=((1, -1.0), (2, -2.0), (7, -3.0)))
@@ -370,6 +370,16 @@ def test_not_ready(call: Call) -> None:
     assert call("GET", "/ready").status_code == 200
 
 
+def test_a_cluster_with_too_little_memory_is_ready_and_says_that_it_is_degraded(call: Call) -> None:
+    told = call("GET", "/ready").json()
+    assert (told["degraded"], told["resident"]) == (False, 1.0)
+    backend = FakeBackend(state=Readiness(ready=True, reason="degraded: 40% of the experts", resident=0.4))
+    ready = call("GET", "/ready", backend=backend)
+    assert ready.status_code == 200
+    assert (ready.json()["degraded"], ready.json()["resident"]) == (True, 0.4)
+    assert call("POST", "/v1/completions", json=COMPLETION, backend=backend).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_request_waits_while_workers_recover(call: Call, path: str) -> None:
     json = {**COMPLETION, **CHAT}
@@ -384,7 +394,7 @@ def test_a_request_waits_while_workers_recover(call: Call, path: str) -> None:
 def test_waiting_in_vain_is_a_503_and_not_a_500(call: Call) -> None:
     class Gone(FakeBackend):
         async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-            raise NotReadyError("nobody could serve this request for 600 s")
+            raise NotReadyError("the cluster could not serve this request for 600 s")
             yield
 
     for stream in (False, True):
@@ -504,7 +514,7 @@ def test_draining_refuses_new_requests(model_dir: Path) -> None:
     assert asyncio.run(work()) == 503
 
 
-def test_a_missing_tokenizer_is_told_by_ready(tmp_path: Path) -> None:
+def test_readiness_names_a_missing_tokenizer(tmp_path: Path) -> None:
     async def work() -> httpx.Response:
         async with client_of(FakeBackend(), tmp_path) as client:
             return await client.get("/ready")
@@ -588,7 +598,8 @@ def test_admin_views(call: Call) -> None:
     assert routing["load_imbalance"] == [1.0, 1.25]
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
-    assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    fields = {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    assert set(worker) == fields | {"experts_served", "experts_resident"}
     assert worker["fit"] == [
         {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
         {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
@@ -652,12 +663,17 @@ def test_metrics(model_dir: Path) -> None:
         f"emoe:requests_resumed_total{labels} 0.0",
         f"emoe:bytes_moved_total{labels} 1000.0",
         f"emoe:workers_target{labels} 2.0",
+        f"emoe:experts_resident{labels} 4.0",
+        'emoe:expert_accesses_total{engine="0",model_name="tiny-moe",tier="device"} 7.0',
+        'emoe:expert_accesses_total{engine="0",model_name="tiny-moe",tier="disk"} 3.0',
+        'emoe:expert_fetch_bytes_total{engine="0",from="disk",model_name="tiny-moe"} 300.0',
+        'emoe:expert_stall_seconds_total{cause="miss",engine="0",model_name="tiny-moe"} 0.25',
         "emoe:balancedness" + labels + " 0.9",
     ):
         assert line in text.splitlines()
 
 
-def test_metrics_tell_of_the_dead_while_there_is_no_engine(model_dir: Path) -> None:
+def test_metrics_show_dead_workers_while_there_is_no_engine(model_dir: Path) -> None:
     class Losing(FakeBackend):
         lost = False
 

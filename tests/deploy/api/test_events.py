@@ -6,18 +6,21 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError
-from elastic_moe.cluster.messages.views import EngineStatus, OperationKind
+from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, OperationKind, Revision
 from elastic_moe.deploy.api.events import MAX_LISTENERS, QUEUE, Hub, ListenerStream
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.page.files import FOLDER, read_files
+from elastic_moe.optimizer import PLANNERS
 from tests.deploy.moving_cluster import MovingCluster
 
 Call = Callable[..., httpx.Response]
@@ -71,6 +74,54 @@ def test_a_snapshot_comes_first_and_then_what_changes(model_dir: Path) -> None:
     run(work)
 
 
+def test_what_the_page_has_is_not_asked_for_again(model_dir: Path) -> None:
+    class Still(MovingCluster):
+        known: ClassVar[list[Revision]] = []
+
+        async def cluster(self, known: Revision) -> ClusterView:
+            self.known.append(known)
+            return await super().cluster(known)
+
+    backend = Still(looks_per_report=10**9)
+
+    async def work() -> None:
+        stream = events_of(Hub(service_of(backend, model_dir), poll_s=0.01))
+        _, first = decoded(await anext(stream))
+        assert set(first["state"]["map"]) == {str(layer) for layer in range(backend.layers)}
+        assert first["state"]["planners"]["list"][0] == "auto"
+        assert set(first["state"]["planners"]["list"]) == set(PLANNERS)
+        for _ in range(3):
+            _, event = decoded(await anext(stream))
+            assert not {"map", "load", "planners"} & set(event["state"])
+        backend.swap()
+        while "map" not in event["state"]:
+            _, event = decoded(await anext(stream))
+        while backend.known[-1].placement != (Epoch(2), False, None):
+            await anext(stream)
+        await stream.aclose()
+
+    run(work)
+    assert backend.known[0] == Revision()
+
+
+def test_there_is_a_point_for_each_report_of_the_engine(model_dir: Path) -> None:
+    """A rate between two answers with the same report would be zero or infinite."""
+
+    class Seldom(MovingCluster):
+        async def cluster(self, known: Revision) -> ClusterView:
+            view = await super().cluster(known)
+            return replace(view, status_at_s=float(self.looks // 3))
+
+    async def work() -> None:
+        stream = events_of(Hub(service_of(Seldom(), model_dir), poll_s=0.01))
+        await anext(stream)
+        points = [decoded(await anext(stream))[1]["point"] for _ in range(9)]
+        assert sum(point is not None for point in points) == 3
+        await stream.aclose()
+
+    run(work)
+
+
 def test_a_page_that_opens_later_gets_the_curves_so_far(model_dir: Path) -> None:
     async def work() -> None:
         hub = Hub(service_of(MovingCluster(), model_dir), poll_s=0.01)
@@ -94,15 +145,15 @@ def test_a_hundred_pages_ask_as_often_as_one_and_none_asks_nothing(model_dir: Pa
         assert not hub.is_looking
         streams = [events_of(hub) for _ in range(100)]
         for _ in range(3):
-            # one look for each round of a hundred events
+            # one question for each round of a hundred events
             await asyncio.gather(*map(anext, streams))
-        assert backend.calls["engine_status"] <= 8
+        assert backend.looks <= 8
         for stream in streams:
             await stream.aclose()
         assert not hub.is_looking
-        asked = backend.calls["engine_status"]
+        asked = backend.looks
         await asyncio.sleep(0.1)
-        assert backend.calls["engine_status"] == asked
+        assert backend.looks == asked
 
     run(work)
 
@@ -214,7 +265,7 @@ def test_the_page_and_its_files(call: Call) -> None:
         assert call("GET", f"/page/{name}").status_code == 404
 
 
-def test_the_page_is_open_and_what_it_shows_is_not(call: Call) -> None:
+def test_the_page_needs_no_key_and_its_data_does(call: Call) -> None:
     config = {"api_key": "a", "admin_api_key": "k", "admin_read_key": "r"}
     assert call("GET", "/", config=config).status_code == 200
     assert call("GET", "/page/main.js", config=config).status_code == 200
@@ -235,7 +286,7 @@ def test_our_own_page_may_change_the_cluster_without_a_key(call: Call, origin: s
     assert call("POST", "/admin/rebalance", json={}, headers={"origin": origin}).status_code == status
 
 
-def test_a_dry_run_tells_the_placement_which_can_be_put(call: Call) -> None:
+def test_a_dry_run_returns_a_placement_that_can_be_put(call: Call) -> None:
     backend = MovingCluster()
     preview = call("POST", "/admin/rebalance", json={"dry_run": True}, backend=backend).json()
     assert preview["placement"]["physical_to_logical_map"] == backend.swapped().physical_to_logical_map.tolist()

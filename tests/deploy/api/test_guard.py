@@ -57,7 +57,7 @@ def status_of(
 OPEN = {"/health", "/ping", "/ready", "/version", "/", "/page/{name}", "/docs", "/openapi.json"}
 
 
-def test_every_route_has_been_thought_of(model_dir: Path) -> None:
+def test_every_route_has_its_key(model_dir: Path) -> None:
     """What is open is listed here a second time: a new route that is to be open must be written down twice."""
     app = create_app(Service(ServeConfig(), FakeBackend(), str(model_dir)))
     routes = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods}

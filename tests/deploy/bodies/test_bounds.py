@@ -106,7 +106,7 @@ def nested(levels: int) -> dict[str, Any]:
     return value
 
 
-def test_one_fault_of_many_is_told() -> None:
+def test_one_fault_of_many_is_named() -> None:
     """Of lists within bounds too: a fault for each element would be most of the work."""
     error = refused(ChatCompletionRequest, {"messages": [{"role": 5}] * 1000})
     assert error.param == "messages.0.role"
@@ -136,7 +136,7 @@ def test_one_fault_of_many_is_told() -> None:
         (ScaleRequest, {"workerz": 2}, "workerz", "no such field"),
     ],
 )
-def test_faults_are_told_in_the_clients_words(kind: type[Body], data: object, path: str, words: object) -> None:
+def test_faults_name_the_clients_fields(kind: type[Body], data: object, path: str, words: object) -> None:
     error = refused(kind, data)
     assert error.param == path
     assert str(error).startswith(f"{path}: ")

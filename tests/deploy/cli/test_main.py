@@ -65,7 +65,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
         ([], "COMMAND"),
     ],
 )
-def test_mistakes_are_told_at_once(args: list[str], says: str) -> None:
+def test_mistakes_are_reported_before_anything_starts(args: list[str], says: str) -> None:
     assert says in one_line(emoe(*args))
 
 
@@ -114,6 +114,9 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 def test_more_workers_than_experts(tmp_path: Path) -> None:
     model = make_random_checkpoint(tmp_path / "tiny", layers=1, experts=4)
     assert "4 experts" in one_line(emoe("serve", str(model), "--workers", "5"))
+    little = one_line(emoe("serve", str(model), "--expert-memory-bytes", "1000"))
+    assert "expert_memory_bytes: expected at least" in little
+    assert "room for one expert of each of the" in little
     for file in model.glob("tokenizer*"):
         file.unlink()
     assert "tokenizer" in one_line(emoe("serve", str(model)))
@@ -191,7 +194,7 @@ def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert (config.api_key, config.admin_api_key, config.log_file) == ("sesame", None, str(tmp_path / "log"))
 
 
-def test_recoveries_and_scaling_are_told_once() -> None:
+def test_recoveries_and_scaling_are_printed_once() -> None:
     start = {"operation_id": "start-1", "kind": "start", "phase": "completed", "reason": "start", "error": None}
     recover = {"operation_id": "recover-2", "kind": "recover", "phase": "preparing", "reason": "w0 lost", "error": None}
     reported: set[str] = set()

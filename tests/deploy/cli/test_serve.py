@@ -41,14 +41,14 @@ def run(error: Exception, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Told]:
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("workers: no"), 2), (ServerFailed("it went down"), 1)])
-def test_an_error_is_told_to_the_user(
+def test_errors_are_printed_for_the_user(
     error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(error, monkeypatch)[0] == code
     assert capsys.readouterr().err == f"emoe: error: {error}\n"
 
 
-def test_a_start_that_failed_is_told_to_the_supervisor(
+def test_a_failed_start_is_reported_to_the_supervisor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Which may try again, and then there is no error."""
@@ -76,7 +76,7 @@ def test_rays_stacks_go_to_a_file_and_our_lines_do_not(tmp_path: Path, capfd: py
     assert (tmp_path / "main.err").read_text() == "*** SIGABRT ***\n"
 
 
-def test_an_api_that_is_silent_is_told_of_once() -> None:
+def test_a_silent_api_is_reported_once() -> None:
     silence = Silence(now=100)
     assert silence.news(answered=False, now=110) is None
     assert silence.news(answered=False, now=120) == "the API has not answered for 20 s"

@@ -76,7 +76,9 @@ def look(at_s: float = 0.0, *, layers: int = 4, workers: Sequence[SeenWorker] = 
     given: dict[str, Any] = {
         "ready": Readiness(ready=True, reason="serving"),
         "workers": workers,
-        "scale": ScaleView(serving=2, target=2, min_workers=1, max_workers=8, autoscaler=None),
+        "scale": ScaleView(
+            serving=2, target=2, min_workers=1, max_workers=8, next_worker=WorkerId("w2"), autoscaler=None
+        ),
         "placement": contiguous(layers, 2 * len(workers), members),
         "epoch": 7,
         "load": load,
@@ -126,7 +128,7 @@ def test_a_server_that_starts_is_read() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b'{"x": 1}', b"\xff"])
-def test_another_server_is_told(answers: Answers, path: str, body: bytes) -> None:
+def test_another_kind_of_server_is_named(answers: Answers, path: str, body: bytes) -> None:
     with pytest.raises(NotAServer, match=path) as caught:
         read_look(answers | {path: body}, 0.0)
     assert "\n" not in str(caught.value)
@@ -141,7 +143,7 @@ def test_an_experts_load_is_split_between_its_replicas() -> None:
     assert relative_load(seen) == pytest.approx(np.array([[5 / 4], [3 / 4]]))
 
 
-def test_totals_become_rates() -> None:
+def test_counters_become_rates() -> None:
     def at(at_s: float, total: float) -> Look:
         return look(at_s, metrics={"x_total": total, "t_sum": total / 100, "t_count": total})
 
@@ -244,7 +246,7 @@ def test_a_servers_text_steers_no_terminal() -> None:
     assert "[red]" in text, "what looks like markup is text"
 
 
-def test_a_server_that_went_away_is_told_over_what_it_said_last() -> None:
+def test_a_lost_server_is_named_above_its_last_state() -> None:
     text = drawn(View(url="http://api", now=look(), away="Connection refused"))
     assert "no answer: Connection refused" in text
     assert "w1" in text
@@ -319,7 +321,7 @@ def test_once(canned: Canned, answers: Answers, capsys: pytest.CaptureFixture[st
     assert canned.keys == ["Bearer sesame"] * 2 * len(PATHS)
 
 
-def test_what_a_server_cannot_answer_yet_is_nothing(canned: Canned) -> None:
+def test_a_server_that_is_not_ready_shows_nothing(canned: Canned) -> None:
     assert ask(canned.url + OPERATIONS, None) is None
     assert ask(canned.url + READY, None) == b"{}", "503 says why"
     assert canned.keys == [None, None]
@@ -328,13 +330,13 @@ def test_what_a_server_cannot_answer_yet_is_nothing(canned: Canned) -> None:
 @pytest.mark.parametrize(
     ("status", "message"), [(401, "--api-key"), (403, "--api-key"), (404, "is it a server"), (500, "HTTP 500")]
 )
-def test_refusals_are_told(canned: Canned, status: int, message: str) -> None:
+def test_refusals_are_printed(canned: Canned, status: int, message: str) -> None:
     canned.status = status
     with pytest.raises(UserError, match=message):
         ask(canned.url + READY, None)
 
 
-def test_nobody_there() -> None:
+def test_no_server_there() -> None:
     with pytest.raises(NoAnswer, match="refused"):
         ask("http://127.0.0.1:9/ready", None)
 
@@ -351,13 +353,13 @@ def test_nobody_there() -> None:
         ([], "--once"),
     ],
 )
-def test_wrong_words_are_told(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", *words]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
 
 
-def test_a_key_that_is_no_header_is_told(canned: Canned) -> None:
+def test_a_key_that_fits_no_header_is_refused(canned: Canned) -> None:
     with pytest.raises(ConfigError, match="--api-key"):
         ask(canned.url + READY, "a\nb")

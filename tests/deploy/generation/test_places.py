@@ -25,7 +25,7 @@ def test_a_client_leaves_room_for_others() -> None:
     assert places.taken == 65
 
 
-def test_a_request_that_never_fits_is_told_so() -> None:
+def test_a_request_that_never_fits_is_refused() -> None:
     with pytest.raises(RequestError, match="at most 4") as refused:
         Places(4).take("a", 5)
     assert (refused.value.status, refused.value.param) == (400, "n")
@@ -33,7 +33,7 @@ def test_a_request_that_never_fits_is_told_so() -> None:
 
 
 @given(st.integers(20, 500), st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40)), max_size=80))
-def test_whoever_comes_next_finds_room(most: int, asked: list[tuple[str, int]]) -> None:
+def test_the_next_request_finds_room(most: int, asked: list[tuple[str, int]]) -> None:
     """While fewer clients than it takes to fill it, each with a quarter of what is left, ask for single answers."""
     places = Places(most)
     for client, _ in asked * 20:

@@ -121,7 +121,7 @@ def test_a_request_waits_for_an_engine() -> None:
     run(scenario)
 
 
-def test_a_request_that_nobody_comes_back_for_ends() -> None:
+def test_a_request_whose_client_does_not_come_back_ends() -> None:
     async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
         outputs = backend.generate(request())
         first = asyncio.ensure_future(anext(outputs))
@@ -135,7 +135,7 @@ def test_a_request_that_nobody_comes_back_for_ends() -> None:
         end = await anext(outputs)
         assert time.monotonic() - begun > 0.05
         assert end.finish_reason is FinishReason.ERROR
-        assert "nobody could serve this request for 0.1 s" in (end.error or "")
+        assert "the cluster could not serve this request for 0.1 s" in (end.error or "")
         await until(lambda: engine.aborted == ["r1"])
 
     run(scenario, recovery_timeout_s=0.1)
@@ -151,14 +151,14 @@ def test_a_request_that_was_never_served_may_come_again_later() -> None:
         engine.kill()
         await until(lambda: not backend._readiness.ready)
         assert backend.can_wait
-        with pytest.raises(NotReadyError, match=r"nobody could serve this request for 0\.1 s"):
+        with pytest.raises(NotReadyError, match=r"the cluster could not serve this request for 0\.1 s"):
             await collect(backend)
         assert not backend.can_wait
 
     run(scenario, recovery_timeout_s=0.1)
 
 
-def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_outputs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads least is cut off; the others go on."""
     monkeypatch.setattr(ray_backend, "MAX_UNREAD", 5)
     monkeypatch.setattr(ray_backend, "UNREAD_EVERY", 1)

@@ -7,7 +7,7 @@ import dataclasses
 
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.deploy.generation.request_stream import RequestStream
-from tests.actors.simulated_host import scores_of
+from tests.actors.simulated_worker import scores_of
 
 PROMPT = tuple(range(1, 20))
 

@@ -300,7 +300,7 @@ def test_too_few_files(wanted: int | None, file_limit: int) -> None:
         haproxy.max_connections(wanted, file_limit)
 
 
-def test_what_serve_is_told(tmp_path: Path) -> None:
+def test_what_serve_is_configured_with(tmp_path: Path) -> None:
     """Of HAProxy: to look often whether it lives, and to keep no log lines in memory. The script starts HAProxy."""
     environment = haproxy.write_haproxy(tmp_path, ServeConfig(max_connections=77), metrics_port=1, stats_port=2)
     assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"]) <= 1

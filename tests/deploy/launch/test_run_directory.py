@@ -30,7 +30,7 @@ def abandon(directory: RunDirectory) -> None:
     os.close(directory.lock)
 
 
-def test_it_is_for_its_owner_alone_whatever_the_umask(parent: Path) -> None:
+def test_the_directory_is_private_under_any_umask(parent: Path) -> None:
     before = os.umask(0)
     try:
         made = RunDirectory.create([str(parent)])
@@ -77,7 +77,7 @@ def test_a_full_disk_is_passed_over(parent: Path, monkeypatch: pytest.MonkeyPatc
     abandon(made)
 
 
-def test_full_shared_memory_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_shared_memory_is_reported_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check_shared_memory("/no/such")
     check_shared_memory(str(tmp_path))
     full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)

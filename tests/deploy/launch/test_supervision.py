@@ -66,7 +66,7 @@ def test_a_main_process_that_does_not_begin_to_stop_hangs() -> None:
     assert isinstance(server.tick(101 + ANSWER_S, load=1), End)
 
 
-def test_what_the_main_process_has_told_is_its_exit_code() -> None:
+def test_the_main_process_reports_its_exit_code() -> None:
     server = rules()
     server.reached(Phase.STOPPING, 0)
     assert server.main_ended(2) == End(code=2)

@@ -35,12 +35,12 @@ STATES = st.dictionaries(st.sampled_from(["workers", "map", "load"]), SECTIONS, 
 
 
 @given(STATES, STATES)
-def test_a_change_makes_the_one_state_into_the_other(before: State, after: State) -> None:
+def test_a_delta_turns_one_state_into_the_next(before: State, after: State) -> None:
     assert apply(before, change(before, after)) == after
     assert change(after, after) == {}
 
 
-def test_a_change_has_what_changes_and_no_more() -> None:
+def test_a_delta_has_only_what_changed() -> None:
     before: State = {"workers": {"w0": {"state": "serving"}, "w1": {"state": "serving"}}, "scale": {"target": 2}}
     after: State = {"workers": {"w0": {"state": "dead"}, "w2": {"state": "starting"}}, "scale": {"target": 2}}
     assert change(before, after) == {"workers": {"w0": {"state": "dead"}, "w1": None, "w2": {"state": "starting"}}}

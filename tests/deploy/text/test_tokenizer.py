@@ -27,7 +27,7 @@ print(json.dumps(said))
 """
 
 
-def test_without_torch_it_does_the_same() -> None:
+def test_the_tokenizer_is_the_same_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", REPLICA], check=True, capture_output=True, text=True, timeout=120)
     tokenizer = Tokenizer.load(str(MODEL_DIR))
     assert json.loads(done.stdout) == [tokenizer.encode(TEXT), tokenizer.render_chat(MESSAGES), False]

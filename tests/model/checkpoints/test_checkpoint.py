@@ -253,7 +253,7 @@ def test_tensor_listed_but_absent(sharded: Path) -> None:
     assert "has no tensor for model.norm.weight" in refusal(sharded)
 
 
-def test_a_tensor_that_nobody_needs_may_be_listed_and_absent(sharded: Path) -> None:
+def test_an_unneeded_tensor_may_be_listed_and_absent(sharded: Path) -> None:
     """transformers takes from the index which files there are, and from the files what they hold."""
     index = sharded / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]

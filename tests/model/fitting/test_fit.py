@@ -53,7 +53,7 @@ def reasons(report: FitReport, part: Part) -> list[str | None]:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_whatever_is_not_the_fastest_path_has_a_reason(
+def test_every_slower_path_has_a_reason(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     report = report_of(tiny_checkpoint(family, tmp_path_factory))
@@ -66,7 +66,7 @@ def test_whatever_is_not_the_fastest_path_has_a_reason(
         assert reasons(report, Part.ATTENTION_HALF) == [WHY_NO_HALF[family]]
 
 
-def test_what_no_native_code_is_for_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_parts_without_native_code_say_so(tmp_path_factory: pytest.TempPathFactory) -> None:
     report = report_of(tiny_checkpoint("mixtral", tmp_path_factory), torch.float32)
     why = "the native library computes in bfloat16, not in float32"
     assert {row.reason for row in report.rows if row.part is not Part.EXCHANGE} == {why}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from llguidance import LLMatcher
 
 from elastic_moe.cluster.errors import CheckpointError
-from elastic_moe.cluster.messages.grammars import GrammarKind
+from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.model.grammars import compiling
-from elastic_moe.model.grammars.compiling import Compiler, check_grammar
+from elastic_moe.model.grammars.compiling import Compiler, check_grammar, compile_grammar
 from elastic_moe.model.grammars.sources import GrammarError
 from elastic_moe.model.grammars.vocabulary import Vocabulary, make_vocabulary, read_vocabulary
-from tests.model.grammars.vocabularies import BUILTIN, EOS, WIDTH, allowed, compiled, grammar, matches, vocabulary
+from tests.model.grammars.vocabularies import BUILTIN, EOS, WIDTH, allowed, grammar, matches, vocabulary
 
 PERSON = {
     "type": "object",
@@ -133,26 +134,21 @@ def test_refused(kind: GrammarKind, what: Any, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_answer_ends_where_the_grammar_does_and_padded_ids_are_never_allowed() -> None:
-    padded = read_vocabulary(BUILTIN, width=WIDTH + 100, eos_token_ids=(EOS, WIDTH + 7))
-    matcher = compiling.compile_grammar(grammar(GrammarKind.REGEX, "(?s:.*)"), padded)
-    assert max(allowed_bits(matcher.compute_bitmask())) < WIDTH
-    matcher = compiled(grammar(GrammarKind.REGEX, "ab?")).result().deep_copy()
-    assert EOS not in allowed_bits(matcher.compute_bitmask())
-    assert matcher.consume_tokens(vocabulary().tokenizer.tokenize_str("a"))
-    assert EOS in allowed_bits(matcher.compute_bitmask())
-
-
-def allowed_bits(bits: bytes) -> set[int]:
-    import numpy as np
-
-    return allowed(np.frombuffer(bits, dtype=np.uint8))
-
-
-def test_a_model_with_fewer_logits_than_tokens() -> None:
-    narrow = read_vocabulary(BUILTIN, width=WIDTH - 100, eos_token_ids=(EOS,))
-    assert narrow.width == WIDTH - 100
-    check_grammar(grammar(GrammarKind.REGEX, "a"), narrow)
+@pytest.mark.parametrize("width", [WIDTH - 100, WIDTH, WIDTH + 100])
+@pytest.mark.parametrize("eos", [(EOS,), (WIDTH + 7,), ()], ids=str)
+def test_the_answer_ends_where_the_grammar_does_and_padded_ids_are_never_allowed(
+    width: int, eos: tuple[int, ...]
+) -> None:
+    padded = read_vocabulary(BUILTIN, width=width, eos_token_ids=eos)
+    matcher = compile_grammar(grammar(GrammarKind.REGEX, "(?s:.*)"), padded)
+    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    assert 8 * len(bits) >= width
+    assert max(allowed(bits)) < WIDTH
+    matcher = compile_grammar(grammar(GrammarKind.REGEX, "ab?"), padded)
+    for ends in (False, True):
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        assert (padded.end in allowed(bits)) == ends
+        assert matcher.consume_tokens(padded.tokenizer.tokenize_str("a")) != ends
 
 
 def test_models_without_a_usable_tokenizer(tmp_path: Path) -> None:
@@ -163,36 +159,36 @@ def test_models_without_a_usable_tokenizer(tmp_path: Path) -> None:
 
 
 def test_equal_grammars_are_compiled_once_and_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[tuple[int, ...]] = []
-
-    def reader(eos: tuple[int, ...]) -> Vocabulary:
-        read.append(eos)
-        return vocabulary()
-
-    compiler = Compiler(reader)
-    first = compiler.get(grammar(GrammarKind.REGEX, "a"), (EOS,))
-    assert compiler.get(grammar(GrammarKind.REGEX, "a"), (EOS,)) is first
-    assert not first.result(10).is_error()
+    compiler = Compiler(vocabulary())
+    first = compiler.get(grammar(GrammarKind.REGEX, "a"))
+    assert compiler.get(grammar(GrammarKind.REGEX, "a")) is first
+    assert not first.result(10).matcher.is_error()
     monkeypatch.setattr(compiling, "MAX_GRAMMARS", 3)
-    others = [compiler.get(grammar(GrammarKind.REGEX, text), (EOS,)) for text in ("b", "(", "d")]
+    others = [compiler.get(grammar(GrammarKind.REGEX, text)) for text in ("b", "(", "d")]
     assert len(compiler) == 3
-    assert compiler.get(grammar(GrammarKind.REGEX, "a"), (EOS,)) is not first
+    assert compiler.get(grammar(GrammarKind.REGEX, "a")) is not first
     with pytest.raises(GrammarError, match="unclosed group"):
         others[1].result(10)
     monkeypatch.setattr(compiling, "MAX_CHARS", 10)
-    compiler.get(grammar(GrammarKind.REGEX, "x" * 11), (EOS,)).result(10)
+    compiler.get(grammar(GrammarKind.REGEX, "x" * 11)).result(10)
     assert len(compiler) == 1
-    assert read == [(EOS,)]
 
 
-def test_whoever_asks_does_not_wait_for_the_compiler() -> None:
+def test_whoever_asks_does_not_wait_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
+    compile_it = compile_grammar
 
-    def reader(eos: tuple[int, ...]) -> Vocabulary:
+    def slowly(wanted: Grammar, vocabulary: Vocabulary) -> LLMatcher:
         assert go_on.wait(10)
-        return vocabulary()
+        return compile_it(wanted, vocabulary)
 
-    waiting = Compiler(reader).get(grammar(GrammarKind.JSON_SCHEMA, json.dumps(PERSON)), (EOS,))
+    monkeypatch.setattr(compiling, "compile_grammar", slowly)
+    waiting = Compiler(vocabulary()).get(grammar(GrammarKind.JSON_SCHEMA, PERSON))
     assert not waiting.done()
     go_on.set()
-    assert not waiting.result(10).is_error()
+    assert not waiting.result(10).matcher.is_error()
+
+
+def test_a_worker_without_a_vocabulary_refuses_each_grammar() -> None:
+    with pytest.raises(GrammarError, match="no file"):
+        Compiler(CheckpointError("no file")).get(grammar(GrammarKind.REGEX, "a")).result(10)

@@ -10,11 +10,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
 
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import SamplingParams
 from elastic_moe.model.grammars import masks
+from elastic_moe.model.grammars.compiling import Compiled
 from elastic_moe.model.grammars.masks import MaskThreads
 from elastic_moe.model.grammars.progress import Progress
 from elastic_moe.model.grammars.sources import GrammarError
@@ -50,6 +50,13 @@ def mask_of(sequence: Progress) -> set[int]:
 
 def fresh(wanted: Grammar, output: Sequence[int], **params: Any) -> set[int]:
     return mask_of(progress(wanted, [*PROMPT, *output], **params))
+
+
+def test_every_end_of_sequence_token_ends_the_answer() -> None:
+    fields = SamplingParams(max_tokens=9, grammar=OBJECT)
+    sequence = Progress(compiled(OBJECT), [*PROMPT, *encode("{}")], len(PROMPT), fields, (11, 12, 10**6))
+    assert mask_of(sequence) == {11, 12}
+    assert mask_of(Progress(compiled(OBJECT), list(PROMPT), len(PROMPT), fields, (11, 12))) == set(encode("{"))
 
 
 def test_any_order_of_growing_and_cutting_leads_to_the_same_mask() -> None:
@@ -141,7 +148,7 @@ def test_tokens_that_do_not_follow_the_grammar_end_it() -> None:
 
 
 def test_a_grammar_that_does_not_compile_ends_only_its_own_sequence() -> None:
-    failed: Future[LLMatcher] = Future()
+    failed: Future[Compiled] = Future()
     failed.set_exception(GrammarError("no"))
     params = SamplingParams(max_tokens=1, grammar=OBJECT)
     bad, good = Progress(failed, list(PROMPT), 3, params, (EOS,)), progress(OBJECT, list(PROMPT))
@@ -162,7 +169,7 @@ def settle(threads: MaskThreads, sequences: Sequence[Progress]) -> None:
 
 def test_a_late_mask_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "WAIT_S", 0.05)
-    under_way: Future[LLMatcher] = Future()
+    under_way: Future[Compiled] = Future()
     params = SamplingParams(max_tokens=1, grammar=OBJECT)
     late, good = Progress(under_way, list(PROMPT), 3, params, (EOS,)), progress(OBJECT, list(PROMPT))
     threads = MaskThreads()

@@ -8,10 +8,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher
 
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
-from elastic_moe.model.grammars.compiling import compile_grammar
+from elastic_moe.model.grammars.compiling import Compiled, compile_grammar
 from elastic_moe.model.grammars.progress import Mask
 from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
 from tests.paths import ROOT
@@ -30,9 +29,9 @@ def grammar(kind: GrammarKind, what: Any) -> Grammar:
     return Grammar(kind=kind, text=what if isinstance(what, str) else json.dumps(what))
 
 
-def compiled(wanted: Grammar) -> Future[LLMatcher]:
-    future: Future[LLMatcher] = Future()
-    future.set_result(compile_grammar(wanted, vocabulary()))
+def compiled(wanted: Grammar) -> Future[Compiled]:
+    future: Future[Compiled] = Future()
+    future.set_result(Compiled(matcher=compile_grammar(wanted, vocabulary()), end=EOS))
     return future
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from elastic_moe.cluster.messages.requests import FinishReason, RequestId, Sampl
 from elastic_moe.cluster.messages.steps import NewSequence
 from elastic_moe.model.grammars.vocabulary import read_vocabulary
 from elastic_moe.model.worker.next_tokens import NextTokens, choose
-from elastic_moe.model.worker.sampling import SamplingState
+from elastic_moe.model.worker.sampling import SamplingState, _unpacked
 from tests.model.grammars.vocabularies import EOS, WIDTH, compiled, encode, grammar
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
@@ -80,6 +81,13 @@ def test_only_what_the_grammar_allows_is_chosen_and_others_are_left_alone(device
     assert [one.token_ids[-1] for one in (free, bound, late)] == found
     ended = [sample.token_id for sample in one_step([free, bound, late], rows).samples]
     assert ended == [token("x"), token("5"), EOS]
+
+
+def test_bits_are_unpacked_on_any_device_as_on_the_cpu() -> None:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 256, (3, 17), dtype=np.uint8)
+    expected = np.unpackbits(bits, axis=1, bitorder="little").astype(bool)
+    assert (_unpacked(torch.from_numpy(bits)).numpy() == expected).all()
 
 
 def test_it_composes_with_the_other_settings() -> None:
@@ -175,7 +183,7 @@ def test_answers_follow_their_grammar_and_nothing_that_happens_changes_them(chec
     assert len(text["after"]) > 3
     assert text["after"][-3:].isdigit()
     assert text["choice"] in ("red", "green")
-    cluster = Lockstep(checkpoint, (2, 2), kv_blocks=30)
+    cluster = Lockstep(checkpoint, (2, 2), kv_blocks=23)
     assert run(cluster, answers(NAMES, after)) == alone
     assert cluster.scheduler.status().preemptions
 

@@ -177,7 +177,7 @@ def test_logit_bias() -> None:
     assert tokens(logits, [state(temperature=0, logit_bias=((0, -100.0), (1, -0.5)))]) == [2]
 
 
-def test_tokens_outside_the_vocabulary_disturb_nobody() -> None:
+def test_tokens_outside_the_vocabulary_change_nothing() -> None:
     logits = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
     odd = state((1, 99), temperature=0, logit_bias=((7, 5.0), (-1, 5.0)), repetition_penalty=1.1, eos=(50,))
     assert tokens(logits, [odd, state(temperature=0, min_tokens=3, stop_token_ids=(77,))]) == [1, 1]

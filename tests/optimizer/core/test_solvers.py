@@ -62,7 +62,7 @@ def test_running_out_of_time_leaves_an_incumbent_or_nothing(solver: str) -> None
         assert np.bincount(chosen_workers(built), weights).max() <= answer.objective * (1 + 1e-4)
 
 
-def test_a_missing_solver_is_told_and_greedy_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_solver_is_named_and_greedy_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solvers, "cbc_binary", lambda: None)
     built, _ = model()
     with pytest.raises(SolverError, match=r"elastic-moe\[cbc\]"):
@@ -75,7 +75,7 @@ def test_a_missing_solver_is_told_and_greedy_plans(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("package", ["highspy", "gurobipy"])
-def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     real = importlib.util.find_spec
 
     def find(name: str, *rest: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.actors.worker.host import ExpertHost
+from elastic_moe.actors.worker.worker_actor import WorkerActor
 
 
 class Ended(BaseException):
@@ -26,14 +26,14 @@ class Worker:
 @pytest.mark.parametrize(
     ("number", "expected"), [(errno.EMFILE, Ended), (errno.ENFILE, Ended), (errno.ECONNREFUSED, OSError)]
 )
-def test_a_host_that_can_open_nothing_ends(
+def test_a_worker_that_can_open_nothing_ends(
     number: int, expected: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end(code: int) -> None:
         raise Ended
 
     monkeypatch.setattr(os, "_exit", end)
-    host: Any = ExpertHost()
-    host._worker = Worker(OSError(number, "no"))
+    actor: Any = WorkerActor()
+    actor._worker = Worker(OSError(number, "no"))
     with pytest.raises(expected):
-        host.prepare(None)
+        actor.prepare(None)

@@ -9,13 +9,13 @@ from typing import NoReturn
 from elastic_moe.actors.remote.calls import within
 from elastic_moe.actors.remote.codec import Message, WireError
 from elastic_moe.actors.remote.links import Link, connect
-from elastic_moe.cluster.messages.epochs import Epoch, HostInfo
+from elastic_moe.cluster.messages.epochs import Epoch, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.steps import CommitEpoch, ForgetSequences, StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
 
 
-class HostLinks:
+class WorkerLinks:
     """One link per worker. A worker answers messages in the order in which they are sent; none is sent twice."""
 
     def __init__(self, lost: Callable[[WorkerId], None]) -> None:
@@ -24,7 +24,7 @@ class HostLinks:
         self._links: dict[WorkerId, tuple[Endpoint, Link]] = {}
 
     async def flip(
-        self, epoch: Epoch, infos: Mapping[WorkerId, HostInfo], timeout_s: float, *, first: bool
+        self, epoch: Epoch, infos: Mapping[WorkerId, WorkerInfo], timeout_s: float, *, first: bool
     ) -> dict[WorkerId, BaseException]:
         """Connect to exactly the workers in `infos`, and have each commit `epoch`. Returns the errors by worker.
 
@@ -38,13 +38,13 @@ class HostLinks:
         )
         return {w: a for w, a in zip(infos, answers, strict=True) if isinstance(a, BaseException)}
 
-    async def _commit(self, info: HostInfo, epoch: Epoch, first: bool) -> None:
+    async def _commit(self, info: WorkerInfo, epoch: Epoch, first: bool) -> None:
         link = await self._link(info)
         if first:
             await link.call(ForgetSequences())
         await link.call(CommitEpoch(epoch=epoch))
 
-    async def _link(self, info: HostInfo) -> Link:
+    async def _link(self, info: WorkerInfo) -> Link:
         endpoint, link = self._links.get(info.worker, (None, None))
         if link is None or link.closed or endpoint != info.endpoint:
             if link is not None:
@@ -55,7 +55,7 @@ class HostLinks:
         return link
 
     def send(self, plans: Mapping[WorkerId, StepPlan]) -> dict[WorkerId, asyncio.Future[StepResult]]:
-        """Send each worker its plan. A result may be StepAborted, HostError or ConnectionError."""
+        """Send each worker its plan. A result may be StepAborted, WorkerError or ConnectionError."""
         return {worker: self._links[worker][1].call(plan) for worker, plan in plans.items()}
 
     def _ended(self, link: Link) -> None:

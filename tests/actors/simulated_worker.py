@@ -1,4 +1,4 @@
-"""A host without a model: obeys StepPlans as the protocol says, and checks each of them.
+"""A worker without a model: obeys StepPlans as the protocol says, and checks each of them.
 
 Its KV cache holds the tokens themselves, and whether their prompt is a long one (which changes longrope's keys). The
 history that it samples from is read back through the block table: a block given to two sequences, or lost, shows.
@@ -64,7 +64,7 @@ class _Known:
     """Place of the first token that stands for one that was not sampled."""
 
 
-class SimulatedHost:
+class SimulatedWorker:
     """The mask of a request with a grammar is late in some steps."""
 
     def __init__(self, num_blocks: int, block_size: int, rope_limit: int) -> None:

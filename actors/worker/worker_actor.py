@@ -1,9 +1,9 @@
-"""ExpertHost: the actor around one worker's model. Only what Ray and the node add is here; see model/worker/worker.py.
+"""WorkerActor: the actor around one worker's model. Only what Ray and the node add is here; see model/worker/worker.py.
 
 Ray's calls are for the control plane; they run side by side in the concurrency group "io", and copies of experts in one
 of their own, whose threads have a low priority. Steps and epochs come from the engine, in order, over a connection of
-its own (actors/worker/step_server.py). torch is imported when a host loads: whoever merely holds a handle imports this
-file too, and should not wait seconds for it.
+its own (actors/worker/step_server.py). torch is imported when a worker loads its model: processes that only call the
+actor import this file too, and should not wait seconds for torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.gc_pause import no_collection
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, HostInfo, HostSpec, RoutingCounts
+from elastic_moe.cluster.messages.epochs import (
+    Epoch,
+    EpochSpec,
+    ExpertCopy,
+    RoutingCounts,
+    TierCounts,
+    WorkerInfo,
+    WorkerSpec,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -37,17 +45,17 @@ WARM_UP_NICENESS = 5
 KEPT_STORES = 8
 
 
-class ExpertHost:
+class WorkerActor:
     """One GPU, or a share of a node's cores: the trunk, some experts, and the KV cache of the requests homed here."""
 
-    def __init__(self, name: str = "host", logs: LogSettings | None = None) -> None:
+    def __init__(self, name: str = "worker", logs: LogSettings | None = None) -> None:
         """`logs`: where this process's log lines go, under `name`; left as it is if not given."""
         if logs is not None:
             set_up(name, logs)
         self._worker: Worker | None = None
         self._steps: StepServer | None = None
         self._loading = threading.Lock()
-        self._info: HostInfo | None = None
+        self._info: WorkerInfo | None = None
         self._stores: list[TCPStore] = []
 
     @in_group("io")
@@ -65,14 +73,14 @@ class ExpertHost:
         return os.getpid()
 
     @in_group("io")
-    def load(self, spec: HostSpec) -> HostInfo:
+    def load(self, spec: WorkerSpec) -> WorkerInfo:
         """Blocks until the weights are loaded. Later calls return the same. Raises UserError if loading never works."""
         with self._loading:
             if self._info is None:
                 self._info = self._load(spec)
             return self._info
 
-    def _load(self, spec: HostSpec) -> HostInfo:
+    def _load(self, spec: WorkerSpec) -> WorkerInfo:
         _import_model()
         import torch
 
@@ -83,7 +91,7 @@ class ExpertHost:
         self._worker = worker
         blocks, held_bytes = worker.load()
         self._steps = StepServer(worker, node_address())
-        return HostInfo(
+        return WorkerInfo(
             worker=spec.worker,
             node=ray.get_runtime_context().get_node_id(),
             endpoint=self._steps.endpoint,
@@ -91,7 +99,9 @@ class ExpertHost:
             device=torch.cuda.get_device_name() if spec.model.device == "cuda" else "cpu",
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
-            expert_capacity=worker.expert_capacity(),
+            expert_capacity=worker.capacity,
+            held=worker.held(),
+            disk_bytes_per_s=worker.disk_bytes_per_s,
             fit=worker.report,
         )
 
@@ -142,6 +152,10 @@ class ExpertHost:
     @in_group("io")
     def routing_counts(self) -> RoutingCounts:
         return self._ready.routing_counts()
+
+    @in_group("io")
+    def tier_counts(self) -> TierCounts:
+        return self._ready.tier_counts()
 
     @in_group("io")
     def abort_step(self, epoch: Epoch) -> None:

@@ -1,0 +1,149 @@
+"""The control loop: feeds events to ControlState and has its commands carried out.
+
+    polls (polling.py), answers (executor.py, planning.py), requests (coordinator.py)
+        -> events -> ControlState -> commands -> executor.py
+
+Everything runs on one event loop, so no event ever meets a state that is half changed. Nothing here decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, ParamSpec
+
+from elastic_moe.actors import liveness
+from elastic_moe.actors.control.executor import Executor
+from elastic_moe.actors.control.fleet import Fleet
+from elastic_moe.actors.control.planning import Planners
+from elastic_moe.actors.control.polling import Poller, RollCall
+from elastic_moe.actors.control.processes import Processes
+from elastic_moe.actors.control.views import Outline, log_changes
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.control.state import ControlState
+from elastic_moe.cluster.facts.events import (
+    Abandon,
+    AbortSteps,
+    Command,
+    Commit,
+    Drain,
+    Event,
+    Prepare,
+    Probe,
+    RoutingCounted,
+    Solve,
+    StartWorker,
+    StopWorker,
+    Tick,
+    Transfer,
+)
+from elastic_moe.cluster.facts.routing import RoutingWindow
+from elastic_moe.cluster.messages.epochs import ModelSpec
+
+P = ParamSpec("P")
+
+
+class ControlLoop:
+    """One per coordinator, made once the model is known."""
+
+    def __init__(
+        self,
+        state: ControlState,
+        spec: ModelSpec,
+        processes: Processes,
+        config: ServeConfig,
+        fleet: Fleet,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        """`spawn` runs a coroutine beside the others, and reports its failure."""
+        model = state.model
+        heartbeat_timeout_s = config.heartbeat_timeout
+        self.state = state
+        self.processes = processes
+        self.window = RoutingWindow(
+            model.num_layers, model.num_logical_experts, window_s=config.rebalance_interval or 60.0
+        )
+        self.roll_call = RollCall(processes, heartbeat_timeout_s)
+        self.poller = Poller(
+            processes,
+            self.window,
+            state.counters,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            feed=self.feed,
+            spawn=spawn,
+        )
+        self.planners = Planners(
+            fleet, config, model, spec.dtype, self.window, lambda: sum(self.poller.status.running.values())
+        )
+        self._executor = Executor(fleet, config, model, spec, processes, self.roll_call)
+        self._spec = spec
+        self._fleet = fleet
+        self._spawn = spawn
+
+    async def run(self) -> None:
+        """Poll once per POLL_S and tick once per TICK_S. Never returns."""
+        polled_at = 0.0
+        while True:
+            now = time.monotonic()
+            if now - polled_at >= liveness.POLL_S:
+                polled_at = now
+                self._poll(now)
+            self.feed(Tick())
+            await asyncio.sleep(liveness.TICK_S)
+
+    def _poll(self, now: float) -> None:
+        self.feed(RoutingCounted(load=self.window.load(now)))
+        facts = self.state.facts
+        self.poller.poll(facts)
+        if self.processes.wants_standby and facts.whole and now - facts.epoch_since > liveness.STANDBY_AFTER_S:
+            self._spawn(self.processes.start_standby(self.state.next_worker))
+
+    def feed(self, event: Event) -> None:
+        """Have the state take an event, and begin to carry out its commands.
+
+        Raises ConflictError, NotReadyError or PlacementError for a request that is refused.
+        """
+        before = Outline.of(self.state)
+        commands = self.state.handle(event, time.monotonic())
+        log_changes(before, self.state)
+        if commands or before != Outline.of(self.state):
+            # saved before any command is carried out, so that a successor knows what may have been done
+            self._fleet.save(pickle.dumps((self.state, self._spec)))
+        for command in commands:
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        executor = self._executor
+        match command:
+            case StartWorker():
+                self._begin(executor.start_worker, command)
+            case StopWorker():
+                self.poller.forget(command.worker)
+                self.processes.stop_worker(command.worker, command.info)
+            case Transfer():
+                self._begin(executor.transfer, command)
+            case Prepare():
+                self._begin(executor.prepare, command)
+            case Commit():
+                self._begin(executor.commit, command)
+            case Abandon():
+                executor.abandon(command)
+            case AbortSteps():
+                executor.abort_steps(command)
+            case Drain():
+                executor.drain(command)
+            case Probe():
+                self._begin(executor.probe, command)
+            case Solve():
+                self._begin(self.planners.answer, command, self.state.facts)
+
+    def _begin(self, work: Callable[P, Awaitable[Sequence[Event]]], *command: P.args, **named: P.kwargs) -> None:
+        """Begin `work`, and feed its events when it is done."""
+
+        async def answer() -> None:
+            for event in await work(*command, **named):
+                self.feed(event)
+
+        self._spawn(answer())
