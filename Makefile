@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint format chaos bench bench-gating bench-gpu clean
+.PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos bench bench-gating bench-tiers bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ serve: $(VENV)/.installed ## set up and serve the built-in model on http://127.0
 test: $(VENV)/.installed-dev ## set up and run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
+test-clients: $(VENV)/.installed-dev ## third-party clients against a real server, each in its own environment
+	@$(BIN)/python -m tests.clients.driver $(ARGS)
+
 check: lint ## lint, the pure tests with few examples, and one model family: about a minute
 	@$(BIN)/python -m pytest -m "not ray" --hypothesis-profile=quick tests/cluster tests/optimizer tests/actors tests/deploy
 	@$(BIN)/python -m pytest tests/model/test_parity.py -k "qwen3_moe"
@@ -43,6 +46,12 @@ lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
+test-lm-eval: $(VENV)/.installed-dev ## compare lm-evaluation-harness over the server with its transformers model
+	@$(BIN)/python -m tests.evals.driver $(ARGS)
+
+test-schema: $(VENV)/.installed-dev ## let schemathesis try every call that openapi.json describes
+	@$(BIN)/python -m tests.evals.schema $(ARGS)
+
 chaos: $(VENV)/.installed-dev ## kill and stop every process of a server under load, and 20 scale cycles (some 15 minutes)
 	@$(BIN)/python -m tests.chaos.driver $(ARGS)
 
@@ -51,6 +60,9 @@ bench: $(VENV)/.installed-dev ## measure the server (and its peers where install
 
 bench-gating: $(VENV)/.installed-dev ## compare dynamic gating with its rivals' policies on one expert layer
 	@$(BIN)/python -m tests.bench.gating $(ARGS)
+
+bench-tiers: $(VENV)/.installed-dev ## half of a model's experts on disk, and llama.cpp under the same memory limit
+	@$(BIN)/python -m tests.bench.tiers $(ARGS)
 
 bench-gpu: $(VENV)/.installed-dev ## compare with transformers' continuous batching on a CUDA GPU
 	@$(BIN)/python -m tests.bench.gpu $(ARGS)

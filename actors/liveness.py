@@ -33,6 +33,7 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
                                                               step_timeout at most
     engine           workers to give a failed step up         SILENT_S, then ABORT_S in all     they are suspects
     engine           an API replica that has hung up          CLIENT_S                          its requests are aborted
+    engine           a replica to store a lasting request     KEPT_S                            its answer is forgotten
     worker           the thread of its steps, when asked      STEP_PING_S                       it says a step hangs
     migrator         a copy of one expert                     COPY_TIMEOUT_S                    the transfer has failed
     whoever listens  the token of a new connection            TOKEN_S (worker), CONNECT_S       it hangs up
@@ -43,6 +44,9 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
     API              a sign of life of the coordinator        HANG_S                            Ray restarts it
     API              a dry run of a planner                   the planner's time-out            the request has failed
                                                               + CALL_TIMEOUT_S
+    API              responses in progress that no replica    ADOPT_S between two looks         it follows them
+                     follows
+    API              the coordinator, when it checks in       CHECK_IN_S, then HANG_S           it checks in again
     API              any other answer                         CALL_TIMEOUT_S                    the request has failed
 """
 
@@ -109,6 +113,8 @@ CONNECT_S = 5.0
 TOKEN_S = 2.0
 """An engine that connects to a worker sends its token at once."""
 CLIENT_S = 60.0
+KEPT_S = 600.0
+"""Seconds that an engine keeps the answer of a lasting request after its end, for a replica to store it."""
 TCP_KEEP_ALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 """Half a minute in all, in seconds, seconds and probes."""
 
@@ -117,5 +123,8 @@ TCP_KEEP_ALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)
 CALL_TIMEOUT_S = 30.0
 LIFE_S = 10.0
 """Seconds for an engine's sign of life. A dead engine closes its connection; a hanging engine does not."""
+ADOPT_S = 5.0
+CHECK_IN_S = 1.0
+"""Longest that the coordinator holds an API replica's call, to answer it as soon as the server stops."""
 HANG_S = 10.0
 """Seconds without a sign of life after which a coordinator that answered before is taken to hang."""

@@ -8,8 +8,10 @@ command line is made from it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import re
 import reprlib
 import types
 import typing
@@ -27,6 +29,12 @@ from elastic_moe.cluster.peers import Networks
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
     """A field of ServeConfig: its default, its text in --help, and the values that are allowed."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+OWN_PATHS = ("v1", "admin", "page")
+"""First parts of paths that have further parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +103,25 @@ class ServeConfig:
     )
     expert_memory_bytes: int | None = setting(
         None,
-        "bytes that experts may take on each worker; if not given, the memory that the KV cache leaves free",
+        "bytes that experts may take in the device of each worker, which is a GPU's memory or a CPU worker's; experts "
+        "beyond it are read from disk when they are needed; if not given, the memory that the KV cache leaves free",
         at_least=1,
+    )
+    host_expert_memory_bytes: int | None = setting(
+        None,
+        "bytes of pinned memory that each GPU worker may use for experts that do not fit in its GPU; 0 uses none; if "
+        "not given, a share of the node's free memory",
+        at_least=0,
+    )
+    expert_cache_dir: str | None = setting(
+        None,
+        "directory of each node in which experts are kept as they are computed with, for fast reading; if not given, "
+        "~/.cache/elastic-moe/experts",
+    )
+    expert_cache_policy: str = setting(
+        "lfru",
+        "policy that chooses which expert leaves the cache area of a layer: lfru weighs recent use and frequency",
+        choices=("lfru", "lru", "lfu", "lifo"),
     )
     redundant_experts: int = setting(
         0, "number of additional slots per layer, over all workers, for replicas of experts", at_least=0
@@ -136,8 +161,27 @@ class ServeConfig:
     max_waiting_requests: int = setting(
         2048,
         "largest number of answers that wait for their first token; further requests are refused with status 503. One "
-        "client may take at most three quarters of the places that the other clients leave",
+        "client may take at most three quarters of the places that the other clients leave. Each API replica counts "
+        "its own",
         at_least=1,
+    )
+    api_replicas: int = setting(
+        1,
+        "number of API processes behind the proxy; a connection stays with one of them, and if that one dies, only its "
+        "connections end",
+        at_least=1,
+    )
+    max_stored_responses: int = setting(
+        1000,
+        "largest number of answers of /v1/responses that are kept after their end; the oldest go first, and 0 keeps "
+        "none",
+        at_least=0,
+    )
+    stored_responses_memory_bytes: int = setting(
+        256 << 20, "bytes that those answers may take together, with their conversations", at_least=1
+    )
+    stored_responses_ttl: float = setting(
+        86400.0, "seconds after their end for which those answers are kept", at_least=1
     )
     drain_timeout: float = setting(
         30.0,
@@ -165,6 +209,18 @@ class ServeConfig:
         "host names, separated by commas, that a server on loopback answers to besides localhost, such as the name "
         "that a reverse proxy passes on; * allows every name",
     )
+    allowed_origins: str | None = setting(
+        None,
+        "origins, such as https://chat.example.org, separated by commas or as a JSON list, whose web pages may call "
+        "the server from a browser (CORS); * allows every page; calls under /admin need --admin-api-key besides",
+    )
+    allowed_methods: str = setting("*", "methods that pages of --allowed-origins may use; * is all of them")
+    allowed_headers: str = setting("*", "headers that pages of --allowed-origins may send; * is all of them")
+    allow_credentials: bool = setting(False, "let pages of --allowed-origins send cookies and client certificates")
+    root_path: str = setting(
+        "",
+        "path under which a reverse proxy serves this server, such as /llm; the proxy may remove it or pass it on",
+    )
     api_key: str | None = setting(
         None,
         "key that clients must send with every call except /health, /ready, /version, /metrics and /admin; the "
@@ -186,6 +242,16 @@ class ServeConfig:
     )
     admin_read_key_file: str | None = setting(None, "file that holds the admin read key")
     chat_template: str | None = setting(None, "file with a chat template, which replaces the one of the tokenizer")
+    tool_call_parser: str | None = setting(
+        None,
+        "form in which the model writes tool calls, by vLLM's name, such as hermes, deepseek_v3 or openai; none looks "
+        "for no calls; if not given, it is found in the checkpoint",
+    )
+    reasoning_parser: str | None = setting(
+        None,
+        "form in which the model writes its reasoning, by vLLM's name, such as qwen3, deepseek_r1 or openai_gptoss; "
+        "none leaves the reasoning in the answer; if not given, it is found in the checkpoint",
+    )
     shutdown_timeout: float = setting(
         30.0, "seconds that running requests have to finish when the server stops", at_least=0
     )
@@ -206,7 +272,11 @@ class ServeConfig:
         if self.port > 65535:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
         Networks.parse(self.forwarded_allow_ips)
+        if self.expert_cache_dir is not None:
+            # workers have other working directories
+            object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
         self._check_limits()
+        self._check_web()
 
     def _check_limits(self) -> None:
         if self.max_workers is None:
@@ -217,6 +287,29 @@ class ServeConfig:
         if not least <= self.workers <= self.max_workers:
             raise ConfigError(f"workers: expected {least} to {self.max_workers}, the limits of the autoscaler, "
                               f"got {self.workers}")  # fmt: skip
+
+    def _check_web(self) -> None:
+        for origin in self.origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allowed_origins: expected origins such as https://chat.example.org, or *, got {origin!r}"
+                )
+        if self.root_path and not ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"root_path: expected a path such as /llm, got {self.root_path!r}")
+        if self.root_path.split("/")[1:2] in ([name] for name in OWN_PATHS):
+            raise ConfigError(f"root_path: {self.root_path} is the beginning of this server's own paths; use another")
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return _names("allowed_origins", self.allowed_origins or "")
+
+    @property
+    def cors_methods(self) -> tuple[str, ...]:
+        return _names("allowed_methods", self.allowed_methods)
+
+    @property
+    def cors_headers(self) -> tuple[str, ...]:
+        return _names("allowed_headers", self.allowed_headers)
 
     @property
     def most_workers(self) -> int:
@@ -254,6 +347,19 @@ class ServeConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
         return data
+
+
+def _names(field: str, text: str) -> tuple[str, ...]:
+    """The names in a text, separated by commas or in a JSON list. Raises ConfigError."""
+    if not text.lstrip().startswith("["):
+        return tuple(filter(None, (part.strip() for part in text.split(","))))
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{field}: expected names separated by commas, or a JSON list of them, got {text[:80]!r}")
+    return tuple(names)
 
 
 def cache_directory() -> Path:

@@ -1,17 +1,20 @@
-"""Which worker holds which expert: the value, its checks and its JSON.
+"""Which worker serves which expert, and in which tier the expert lies there: the value, its checks and its JSON.
 
 Legend: L MoE layers, E logical experts, W workers, S slots (physical experts) over all workers.
 Every layer has the same slots.
 
 A worker's slots are consecutive: worker 0 has slots 0..slots_0-1, worker 1 the next ones, and so on.
-`physical_to_logical_map[l, s]` is the logical expert that slot s holds in layer l, or EMPTY.
+`physical_to_logical_map[l, s]` is the logical expert that slot s holds in layer l, or EMPTY. `tiers[l, s]` is the tier
+of the worker in which that expert lies. A worker may have more slots than its device has room for.
 """
 
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NewType
 
@@ -26,6 +29,23 @@ EMPTY = -1
 """Marks a slot that holds no expert."""
 
 IntArray = npt.NDArray[np.int32]
+TierArray = npt.NDArray[np.int8]
+
+
+class Tier(IntEnum):
+    """Where an expert lies on the worker that serves it, the fastest first."""
+
+    DEVICE = 0
+    """The memory in which the worker computes: a GPU's, or a CPU worker's, in the layout of the kernels."""
+    HOST = 1
+    """Pinned memory of the node. Only GPU workers have this tier."""
+    DISK = 2
+    """A record in the expert cache directory, or the checkpoint itself. It takes no memory."""
+
+    @property
+    def word(self) -> str:
+        """The tier's name in JSON and in labels of metrics."""
+        return self.name.lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +79,18 @@ class Placement:
     workers: tuple[Worker, ...]
     physical_to_logical_map: IntArray
     """[L, S] logical expert of each slot, or EMPTY."""
+    tiers: TierArray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int8))
+    """[L, S] tier of each slot's expert, a value of Tier. An EMPTY slot is DEVICE, and so are all if none is given."""
 
     def __post_init__(self) -> None:
         table = np.array(self.physical_to_logical_map, dtype=np.int32)
-        table.flags.writeable = False
-        object.__setattr__(self, "physical_to_logical_map", table)
+        given = np.asarray(self.tiers)
+        tiers = np.array(given if given.size else np.zeros_like(table), dtype=np.int8)
+        if tiers.shape == table.shape:
+            tiers[table == EMPTY] = Tier.DEVICE
+        for name, array in (("physical_to_logical_map", table), ("tiers", tiers)):
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
         self._verify()
 
     @property
@@ -97,19 +124,47 @@ class Placement:
         start = self.first_slot[rank]
         return tuple(int(e) for e in self.physical_to_logical_map[layer, start : start + self.workers[rank].slots])
 
+    def tiers_of(self, worker: WorkerId, layer: int) -> tuple[Tier, ...]:
+        """[slots] tier of each slot of `worker`, in slot order."""
+        rank = self.rank_of(worker)
+        start = self.first_slot[rank]
+        return tuple(Tier(int(t)) for t in self.tiers[layer, start : start + self.workers[rank].slots])
+
+    def resident(self, worker: WorkerId, layer: int) -> tuple[int, ...]:
+        """Logical experts that lie in the device of `worker`, in slot order."""
+        pairs = zip(self.experts_of(worker, layer), self.tiers_of(worker, layer), strict=True)
+        return tuple(expert for expert, tier in pairs if expert != EMPTY and tier is Tier.DEVICE)
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert lies in the device of each worker that serves it."""
+        return not self.tiers.any()
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the served experts that lie in a device, 0..1. Replicas count as experts of their own."""
+        served = int((self.physical_to_logical_map != EMPTY).sum())
+        return 1.0 - int((self.tiers != Tier.DEVICE).sum()) / max(1, served)
+
     def holders(self, layer: int, expert: int) -> tuple[WorkerId, ...]:
         """Workers that hold `expert` in `layer`, in rank order."""
         owners = self.slot_to_worker[np.nonzero(self.physical_to_logical_map[layer] == expert)[0]]
         return tuple(self.workers[int(rank)].id for rank in owners)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form of `GET /admin/placement` and of `emoe plan`, without the epoch."""
+        """The JSON form of `GET /admin/placement` and of `emoe plan`, without the epoch.
+
+        `tiers` is there only if some expert does not lie in a device.
+        """
+        words = [tier.word for tier in Tier]
+        tiers = {} if self.all_resident else {"tiers": [[words[tier] for tier in row] for row in self.tiers.tolist()]}
         return {
             "num_layers": self.num_layers,
             "num_logical_experts": self.num_logical_experts,
             "workers": [{"id": w.id, "node": w.node, "slots": w.slots} for w in self.workers],
             "slot_to_worker": self.slot_to_worker.tolist(),
             "physical_to_logical_map": self.physical_to_logical_map.tolist(),
+            **tiers,
         }
 
     @classmethod
@@ -124,6 +179,7 @@ class Placement:
             owners = data.get("slot_to_worker")
             owners = None if owners is None else list(owners)
             layers = data.get("num_layers")
+            words = data.get("tiers")
         except KeyError as error:
             raise PlacementError(f"placement: the key {error} is missing") from None
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -132,7 +188,12 @@ class Placement:
             raise PlacementError("placement: physical_to_logical_map must be a list of equally long lists of integers")
         if int(table.min(initial=0)) < -(2**31) or int(table.max(initial=0)) >= 2**31:
             raise PlacementError("placement: physical_to_logical_map holds a number that is no expert id")
-        placement = cls(num_logical_experts=experts, workers=workers, physical_to_logical_map=table.astype(np.int32))
+        placement = cls(
+            num_logical_experts=experts,
+            workers=workers,
+            physical_to_logical_map=table.astype(np.int32),
+            tiers=_tiers_of_words(words, table.shape),
+        )
         if owners is not None and owners != placement.slot_to_worker.tolist():
             raise PlacementError("placement: slot_to_worker must list each worker's slots one after another, in order")
         if layers is not None and layers != placement.num_layers:
@@ -162,10 +223,12 @@ class Placement:
             self.num_logical_experts == other.num_logical_experts
             and self.workers == other.workers
             and np.array_equal(self.physical_to_logical_map, other.physical_to_logical_map)
+            and np.array_equal(self.tiers, other.tiers)
         )
 
     def __hash__(self) -> int:
-        return hash((self.num_logical_experts, self.workers, self.physical_to_logical_map.tobytes()))
+        tables = (self.physical_to_logical_map.tobytes(), self.tiers.tobytes())
+        return hash((self.num_logical_experts, self.workers, *tables))
 
     def _verify(self) -> None:
         table = self.physical_to_logical_map
@@ -177,6 +240,10 @@ class Placement:
             raise PlacementError("placement: every worker needs at least one slot")
         if table.ndim != 2 or table.shape[1] != self.num_slots:
             raise PlacementError(f"placement: the map is {list(table.shape)}, expected [layers, {self.num_slots}]")
+        if self.tiers.shape != table.shape:
+            raise PlacementError(f"placement: tiers is {list(self.tiers.shape)}, expected {list(table.shape)}")
+        if self.tiers.size and (self.tiers.min() < min(Tier) or self.tiers.max() > max(Tier)):
+            raise PlacementError(f"placement: a tier must lie between {min(Tier):d} and {max(Tier):d}")
         if not 1 <= self.num_logical_experts <= self.num_slots:
             raise PlacementError(
                 f"placement: expected 1 to {self.num_slots} logical experts, one for each slot at most, "
@@ -194,6 +261,22 @@ class Placement:
                 held = held[held != EMPTY]
                 if len(np.unique(held)) != len(held):
                     raise PlacementError(f"placement: worker {worker.id} holds an expert of layer {layer} twice")
+
+
+def _tiers_of_words(words: Any, shape: tuple[int, ...]) -> TierArray:
+    """[L, S] of the JSON form. Raises PlacementError for other words or another shape."""
+    if words is None:
+        return np.zeros((0, 0), dtype=np.int8)
+    known = {tier.word: tier.value for tier in Tier}
+    if not isinstance(words, list) or any(not isinstance(row, list) for row in words):
+        raise PlacementError("placement: tiers must be a list of lists")
+    for word in (word for row in words for word in row):
+        if not isinstance(word, str) or word not in known:
+            raise PlacementError(f"placement: tiers: expected one of {', '.join(known)}, got {reprlib.repr(word)}")
+    lengths = {len(row) for row in words}
+    if len(words) != shape[0] or lengths - {shape[1]}:
+        raise PlacementError("placement: tiers must have a word for each slot of physical_to_logical_map")
+    return np.array([[known[word] for word in row] for row in words], dtype=np.int8).reshape(shape)
 
 
 def contiguous(num_layers: int, num_logical_experts: int, workers: Sequence[Worker]) -> Placement:

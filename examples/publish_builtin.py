@@ -24,7 +24,8 @@ from elastic_moe.optimizer.study.traces import Trace, part_loads, save_trace
 from examples.corpus import Text, load_corpus
 from examples.train_builtin import encode
 
-CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\\n') }}"
+# a turn of tool calls has no content
+CHAT_TEMPLATE = "{{ messages | map(attribute='content') | select | join('\\n') }}"
 """The model only continues text, so a chat is its messages one after another."""
 
 TEMPERATURE, TOP_P = 0.7, 0.9
@@ -203,6 +204,14 @@ Recorded on {TRACED_REQUESTS * REQUEST_TOKENS} held-out tokens of each subject; 
 """
 
 
+def make_readable(tokenizer_config: Path) -> None:
+    """Write it for transformers 4 too, which many clients have: it does not know the class that version 5 names, and
+    the other keys say how this machine has loaded the tokenizer."""
+    config = json.loads(tokenizer_config.read_text())
+    config = {key: value for key, value in config.items() if key not in ("backend", "is_local", "local_files_only")}
+    tokenizer_config.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,6 +229,7 @@ def main() -> None:
     shutil.copy(args.trained / "loss.png", args.out)
     shutil.copy(args.trained / "training.json", args.out)
     tokenizer.save_pretrained(args.out)
+    make_readable(args.out / "tokenizer_config.json")
     GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, do_sample=True, temperature=TEMPERATURE, top_p=TOP_P
     ).save_pretrained(args.out)

@@ -15,10 +15,11 @@ import numpy as np
 
 from elastic_moe.optimizer.baselines.quick import QUICK_PLANNERS
 from elastic_moe.optimizer.core.contract import Budget, Draft
-from elastic_moe.optimizer.core.cost import copies, price_table
+from elastic_moe.optimizer.core.cost import copies, price_table, shares
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import Termination
 from elastic_moe.optimizer.core.solvers import SolverError
+from elastic_moe.optimizer.core.tiering import LevelArray, placed_by
 from elastic_moe.optimizer.drift import within_budget
 from elastic_moe.optimizer.search.local_search import JointSearch, local_search_plan
 
@@ -36,14 +37,25 @@ def auto_plan(problem: PlacementProblem, budget: Budget) -> Draft:
         return within_budget(problem, budget)
     fresh = copy.deepcopy(budget.rng)
     draft = _searched(problem, budget.share(SEARCH))
-    best_s = price_table(problem, draft.table).total_s
+    best_s = price_table(problem, draft.table, draft.levels).total_s
     # they come last: before the search they would take more of a short deadline than the lead of `auto`
     for name, table in _quick_tables(problem, fresh).items():
-        cost_s = price_table(problem, table).total_s
+        levels = _present_levels(problem) if name == "current" else None
+        cost_s = price_table(problem, table, levels).total_s
         if cost_s < best_s * (1 - 1e-12):
             best_s = cost_s
-            draft = dataclasses.replace(draft, table=table, planner=name, reason=f"{name} is the cheapest")
+            draft = dataclasses.replace(
+                draft, table=table, levels=levels, planner=name, reason=f"{name} is the cheapest"
+            )
     return draft
+
+
+def _present_levels(problem: PlacementProblem) -> LevelArray | None:
+    """The tiers of the current placement; None where every expert fits."""
+    if problem.tiering is None or problem.current is None:
+        return None
+    x = shares(problem, problem.current.physical_to_logical_map)
+    return problem.tiering.levels(x, placed_by(problem, problem.current))
 
 
 def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
@@ -56,11 +68,14 @@ def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
             draft, planner = improved(problem, draft, budget), "ilp"
         except SolverError as error:
             note = f"; no ILP: {error}"
-    price_s = price_table(problem, draft.table).total_s
+    price_s = price_table(problem, draft.table, draft.levels).total_s
     if draft.bound >= price_s * (1 - 1e-6) or budget.left_s <= 0:
         return dataclasses.replace(draft, planner=planner, reason=draft.reason + note)
     search = JointSearch(problem, draft.table)
     tried, kept = search.shake(budget, UNLIMITED)
+    if draft.levels is not None and search.total_s >= price_s:
+        # the integer program may have chosen better tiers for its table than the search does
+        return dataclasses.replace(draft, planner=planner, reason=draft.reason + note)
     return Draft(
         table=search.table,
         planner=planner,
@@ -76,5 +91,5 @@ def _quick_tables(problem: PlacementProblem, rng: np.random.Generator) -> dict[s
     current = problem.current
     if current is not None and current.workers == problem.workers:
         tables["current"] = current.physical_to_logical_map
-        assert copies(problem, tables["current"]) == 0
+        assert problem.tiering is not None or copies(problem, tables["current"]) == 0
     return tables

@@ -14,9 +14,10 @@ import numpy as np
 
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.optimizer.core.contract import Budget, Draft
-from elastic_moe.optimizer.core.cost import copies, price_table
+from elastic_moe.optimizer.core.cost import copies, held_before, price_table, shares
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import Termination
+from elastic_moe.optimizer.core.tiering import Tiering
 from elastic_moe.optimizer.search.layer_prices import LayerPricer
 from elastic_moe.optimizer.search.local_search import FROM_CURRENT, JointSearch
 
@@ -149,6 +150,8 @@ def _worth(pricer: LayerPricer, table: IntArray, old: IntArray, layer: int) -> f
 def within_budget(problem: PlacementProblem, budget: Budget) -> Draft:
     """The best plan that moves at most `problem.move_budget` experts."""
     assert problem.move_budget is not None
+    if problem.tiering is not None:
+        return _within_tiers(problem, problem.tiering, budget)
     points = frontier(problem, budget, problem.move_budget)
     allowed = [point for point in points if point.moves <= problem.move_budget]
     best = min(allowed, key=lambda point: price_table(problem, point.table).total_s)
@@ -156,5 +159,26 @@ def within_budget(problem: PlacementProblem, budget: Budget) -> Draft:
         table=best.table,
         planner="local_search",
         reason=f"{best.moves} of at most {problem.move_budget} moves, the most valuable ones first",
+        termination=Termination.COMPLETED,
+    )
+
+
+def _within_tiers(problem: PlacementProblem, tiering: Tiering, budget: Budget) -> Draft:
+    """The best plan that brings at most `problem.move_budget` experts into devices. An expert that another worker
+    serves from its disk needs no move, so every table on the curve is possible, with tiers that keep to the budget."""
+    assert problem.move_budget is not None
+    before = held_before(problem)
+    assert before is not None
+    drafts = []
+    for table in [point.table for point in frontier(problem, budget)]:
+        levels = tiering.levels_within(shares(problem, table), before, problem.move_budget)
+        drafts.append((price_table(problem, table, levels).total_s, table, levels))
+    _, table, levels = min(drafts, key=lambda draft: draft[0])
+    moves = copies(problem, table, levels)
+    return Draft(
+        table=table,
+        levels=levels,
+        planner="local_search",
+        reason=f"{moves} of at most {problem.move_budget} experts come into devices, the most valuable ones first",
         termination=Termination.COMPLETED,
     )

@@ -10,10 +10,11 @@ import numpy as np
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.optimizer.auto import auto_plan
 from elastic_moe.optimizer.baselines.heuristics import greedy_table
+from elastic_moe.optimizer.baselines.pinning import pinning_plan
 from elastic_moe.optimizer.baselines.quick import QUICK_PLANNERS, QuickPlanner
 from elastic_moe.optimizer.core.bounds import lower_bound
 from elastic_moe.optimizer.core.contract import Budget, Clock, Draft, Planner
-from elastic_moe.optimizer.core.cost import Cost, copies, load_imbalance, price_table, shares
+from elastic_moe.optimizer.core.cost import Cost, load_imbalance, moves_to, price, shares
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import PlanResult, SolutionStatus, Termination
 from elastic_moe.optimizer.core.solvers import SOLVERS, SolverError
@@ -51,6 +52,7 @@ def _formulation(module: str, function: str) -> Planner:
 
 _PLANNERS: dict[str, Planner] = {
     **{name: _in_budget(quick) for name, quick in QUICK_PLANNERS.items()},
+    "pinning": pinning_plan,
     "load_ilp": _formulation("elastic_moe.optimizer.baselines.load_planner", "load_ilp_plan"),
     "moetuner": _formulation("elastic_moe.optimizer.baselines.moetuner", "moetuner_plan"),
     "local_search": local_search_plan,
@@ -112,15 +114,15 @@ def _fallback(problem: PlacementProblem, budget: Budget, why: str) -> Draft:
 def _result(
     problem: PlacementProblem, draft: Draft, planner: str, status: SolutionStatus, bound: float, seconds: float
 ) -> PlanResult:
-    placement = to_placement(problem, draft.table)
+    placement = to_placement(problem, draft.table, draft.levels, pin_all=draft.pin_all)
     table = placement.physical_to_logical_map
-    cost = price_table(problem, table)
+    cost = price(problem, placement)
     bound = min(max(draft.bound, bound), cost.total_s)
     gap = 1 - bound / cost.total_s
     if status is SolutionStatus.FEASIBLE and gap <= OPTIMAL_GAP:
         status = SolutionStatus.OPTIMAL
     cost_before, imbalance_before = _before(problem)
-    moves = copies(problem, table)
+    moves = moves_to(problem, placement)
     return PlanResult(
         planner=draft.planner or planner,
         placement=placement,
@@ -148,5 +150,4 @@ def _before(problem: PlacementProblem) -> tuple[Cost | None, float | None]:
     current = problem.current
     if current is None or current.workers != problem.workers:
         return None, None
-    table = current.physical_to_logical_map
-    return price_table(problem, table), mean_imbalance(problem, table)
+    return price(problem, current), mean_imbalance(problem, current.physical_to_logical_map)

@@ -20,6 +20,7 @@ from tests.properties import QUICK
 VENV = Path(sys.executable).parents[1]
 RAN = {
     *("help", "serve", "test", "check", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "clean"),
+    *("test-clients", "test-lm-eval", "test-schema"),
 }
 """Targets that a test below runs."""
 
@@ -129,6 +130,17 @@ def test_bench(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None
     assert (tmp_path / "results.json").exists()
 
 
+def test_clients() -> None:
+    """That it starts: the clients come from the network."""
+    assert "--no-install" in make("test-clients", "ARGS=--help")
+
+
 def test_chaos() -> None:
     """That it starts; tests/chaos runs some of its scenarios."""
     assert "--only" in make("chaos", "ARGS=--help")
+
+
+@pytest.mark.parametrize(("target", "flag"), [("test-lm-eval", "--keep"), ("test-schema", "--examples")])
+def test_checks_by_other_programs(target: str, flag: str) -> None:
+    """That they start; each needs an environment of its own to run."""
+    assert flag in make(target, "ARGS=--help")

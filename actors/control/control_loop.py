@@ -66,9 +66,16 @@ class ControlLoop:
             model.num_layers, model.num_logical_experts, window_s=config.rebalance_interval or 60.0
         )
         self.roll_call = RollCall(processes, heartbeat_timeout_s)
-        self.planners = Planners(fleet, config, model, spec.dtype, self.window)
         self.poller = Poller(
-            processes, self.window, heartbeat_timeout_s=heartbeat_timeout_s, feed=self.feed, spawn=spawn
+            processes,
+            self.window,
+            state.counters,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            feed=self.feed,
+            spawn=spawn,
+        )
+        self.planners = Planners(
+            fleet, config, model, spec.dtype, self.window, lambda: sum(self.poller.status.running.values())
         )
         self._executor = Executor(fleet, config, model, spec, processes, self.roll_call)
         self._spec = spec

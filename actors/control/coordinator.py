@@ -7,6 +7,7 @@ It opens the checkpoint, or continues from the state of an earlier coordinator, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import pickle
 import textwrap
@@ -14,10 +15,10 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from elastic_moe.actors import liveness
 from elastic_moe.actors.control.control_loop import ControlLoop
 from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.control.opening import control_settings, model_spec
-from elastic_moe.actors.control.planning import preview
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import (
     cluster_view,
@@ -27,6 +28,7 @@ from elastic_moe.actors.control.views import (
     with_progress,
     worker_views,
 )
+from elastic_moe.actors.crew import Crew
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.actors.remote.calls import one_line
@@ -72,6 +74,9 @@ class Coordinator:
         self._loop: ControlLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
+        self._crew = Crew()
+        self._stopping = asyncio.Event()
+        """Set when the API replicas are to refuse new requests."""
         self._spawn(self._run())
 
     # --- What others may call -----------------------------------------------------------------------------------
@@ -105,7 +110,8 @@ class Coordinator:
         return self._worker_views(loop)
 
     def _worker_views(self, loop: ControlLoop) -> list[WorkerView]:
-        return worker_views(loop.state, loop.poller.status, loop.processes.standby, self._fleet.device())
+        poller = loop.poller
+        return worker_views(loop.state, poller.status, poller.resident, loop.processes.standby, self._fleet.device())
 
     async def cluster(self, known: Revision) -> ClusterView:
         """Everything that an open page shows, in one call. `known`: the revision of the caller's last answer.
@@ -127,7 +133,7 @@ class Coordinator:
         if dry_run:
             # raises NotReadyError before there is anything to plan for
             placement_view(loop.state)
-            return preview(*await loop.planners.solve(planner, loop.state.facts))
+            return await loop.planners.preview(planner, loop.state.facts)
         loop.feed(RebalanceRequested(planner=planner))
         return _newest(loop.state)
 
@@ -176,6 +182,28 @@ class Coordinator:
         if self._loop is None or self._loop.state.facts.spec is None:
             return None
         return self._loop.processes.engine
+
+    async def check_in(self, replica: str, running: int) -> bool:
+        """Called by every API replica, again and again, with the number of requests that it runs.
+
+        Returns whether it must refuse new ones: at once if so, and else after CHECK_IN_S.
+        """
+        self._crew.check_in(replica, running, time.monotonic())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(liveness.CHECK_IN_S):
+                await self._stopping.wait()
+        if self._stopping.is_set():
+            self._crew.told(replica)
+        return self._stopping.is_set()
+
+    async def check_out(self, replica: str) -> int:
+        """Called by an API replica that ends. Returns how many others there are."""
+        return self._crew.check_out(replica, time.monotonic())
+
+    async def stop_requests(self) -> int:
+        """Have all API replicas refuse new requests. Returns the number of requests that still run."""
+        self._stopping.set()
+        return self._crew.left(time.monotonic())
 
     async def report_step_failure(self, epoch: Epoch, suspects: list[WorkerId], reason: str) -> None:
         """Called by the engine when a step has failed. Returns at once; a new epoch will follow."""

@@ -101,6 +101,9 @@ class Executor:
             **self._threads(),
             node_workers=-(-config.most_workers // self._fleet.num_nodes),
             expert_memory_bytes=config.expert_memory_bytes,
+            host_expert_memory_bytes=config.host_expert_memory_bytes,
+            expert_cache_dir=config.expert_cache_dir,
+            expert_cache_policy=config.expert_cache_policy,
             step_timeout_s=config.step_timeout,
         )
 

@@ -20,6 +20,7 @@ from elastic_moe.actors import names
 from elastic_moe.actors.control.migrator import Migrator
 from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote import key_value
 from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
@@ -296,8 +297,10 @@ def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
 
 
 def clear() -> None:
-    """End every actor that an earlier coordinator made and could not end itself, and forget what it saved."""
+    """End every actor that an earlier coordinator made and could not end itself, and forget what it saved, and what its
+    API replicas did."""
     internal_kv._internal_kv_del(_KEY, namespace=_KV_NAMESPACE)
+    key_value.clear()
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == names.NAMESPACE and names.is_ours(actor["name"]):
             try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,16 +13,22 @@ from elastic_moe.actors import liveness
 from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.control.rebalancing import room
+from elastic_moe.cluster.control.rebalancing import room, with_tiers
 from elastic_moe.cluster.facts.events import PlanReady, Solve
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.routing import RoutingWindow, weighted_load
+from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import RebalancePreview
-from elastic_moe.cluster.placement import Placement
+from elastic_moe.cluster.placement import Placement, Tier
 from elastic_moe.optimizer import PlacementProblem, PlanResult
+from elastic_moe.optimizer.core.cost import shares
 from elastic_moe.optimizer.core.estimate import covariance_of_window
+from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS
+from elastic_moe.optimizer.core.tiering import placed_by
 from elastic_moe.optimizer.decision import MOVE_SHARE, Decision, decide
+from elastic_moe.optimizer.residency.activity import activity
+from elastic_moe.optimizer.residency.memory import WorkerMemory
 
 Counts = npt.NDArray[np.int64]
 Loads = npt.NDArray[np.float64]
@@ -37,6 +45,8 @@ def build_problem(
     dtype: str,
     parts: Counts | None = None,
     room: int | None = None,
+    memory: tuple[WorkerMemory, ...] = (),
+    tokens_per_step: int = DEFAULT_STEP_TOKENS,
 ) -> PlacementProblem:
     """The problem of placing `model`'s experts on the workers of `placement`.
 
@@ -45,6 +55,8 @@ def build_problem(
     transitions: [L-1, E, E] of the window. The problem estimates co-activation from them, since it is not counted.
     parts: [P, L, E] loads of P parts of the window, from which their variation is estimated; None: no variation.
     room: experts that each worker has memory for beside its own, while experts move; None: not limited.
+    memory: [W] the tiers of each worker; empty if every expert fits.
+    tokens_per_step: of the whole cluster.
     """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
     return PlacementProblem(
@@ -56,8 +68,43 @@ def build_problem(
         current=placement,
         expert_bytes=model.expert_bytes,
         token_bytes=model.hidden_size * ACTIVATION_BYTES[dtype],
+        memory=memory,
+        tokens_per_step=tokens_per_step,
         move_budget=min(max(1, round(MOVE_SHARE * counted.size)), counted.size if room is None else room),
     )
+
+
+def memory_of_members(facts: Facts) -> tuple[WorkerMemory, ...]:
+    """[W] the tiers of each member, in rank order; empty where they have memory for all that they serve."""
+    rooms = facts.rooms([facts.records[worker] for worker in facts.ranks])
+    layers, expert_bytes = facts.model.num_layers, facts.model.expert_bytes
+    memory = []
+    for worker, has in rooms.items():
+        info = facts.records[worker].info
+        if has is None or info is None:
+            return ()
+        device = has.device // layers
+        memory.append(
+            WorkerMemory(
+                device_experts=has.device,
+                host_experts=has.host,
+                disk_fetch_s=expert_bytes / has.disk_bytes_per_s,
+                host_fetch_s=expert_bytes / info.host_bytes_per_s if info.host_bytes_per_s else 0.0,
+                cache_slots=max(1, device - pins_of(device)),
+            )
+        )
+    return tuple(memory)
+
+
+def misses(problem: PlacementProblem, placement: Placement) -> float:
+    """Experts that all workers are expected to fetch in a step."""
+    tiering = problem.tiering
+    if tiering is None:
+        return 0.0
+    x = shares(problem, placement.physical_to_logical_map)
+    levels = tiering.levels(x, placed_by(problem, placement))
+    active = activity(tiering.chance[:, :, None] * x, tiering.tokens)
+    return float(active[levels > Tier.DEVICE].sum())
 
 
 def judge(result: PlanResult, *, load: Counts, since_change_s: float | None) -> Decision:
@@ -76,8 +123,10 @@ def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:
     )
 
 
-def preview(result: PlanResult, decision: Decision) -> RebalancePreview:
+def preview(problem: PlacementProblem, result: PlanResult, decision: Decision) -> RebalancePreview:
     before = result.cost_before or result.cost
+    assert problem.current is not None
+    misses_before, misses_after = misses(problem, problem.current), misses(problem, result.placement)
     return RebalancePreview(
         planner=result.planner,
         worthwhile=decision.worthwhile,
@@ -88,6 +137,10 @@ def preview(result: PlanResult, decision: Decision) -> RebalancePreview:
         cost_after=result.cost.step_s,
         moves=result.moves,
         bytes=result.bytes,
+        misses_before=misses_before,
+        misses_after=misses_after,
+        fetch_bytes_before=misses_before * problem.expert_bytes,
+        fetch_bytes_after=misses_after * problem.expert_bytes,
         solver_status=str(result.status),
         gap=result.gap,
         seconds=result.seconds,
@@ -98,18 +151,37 @@ def preview(result: PlanResult, decision: Decision) -> RebalancePreview:
 class Planners:
     """Asks planners for a placement that suits the window of routing statistics. They run at the lowest priority."""
 
-    def __init__(self, fleet: Fleet, config: ServeConfig, model: ModelInfo, dtype: str, window: RoutingWindow) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        config: ServeConfig,
+        model: ModelInfo,
+        dtype: str,
+        window: RoutingWindow,
+        running_requests: Callable[[], int],
+    ) -> None:
+        """`running_requests` tells how many run now, which is how many tokens a step has if none of them is new."""
         self._fleet = fleet
+        self._running_requests = running_requests
         self._config = config
         self._model = model
         self._dtype = dtype
         self._window = window
 
-    async def solve(self, planner: str, facts: Facts) -> tuple[PlanResult, Decision]:
-        """Returns a plan for the workers in force, and whether it is worthwhile. Raises CALL_ERRORS."""
+    async def preview(self, planner: str, facts: Facts) -> RebalancePreview:
+        """What a re-placement would do. Raises CALL_ERRORS."""
+        problem, result, decision = await self.solve(planner, facts)
+        return preview(problem, replace(result, placement=with_tiers(facts, result.placement)), decision)
+
+    async def solve(self, planner: str, facts: Facts) -> tuple[PlacementProblem, PlanResult, Decision]:
+        """Returns the problem as it is now, a plan for the workers in force, and whether it is worthwhile.
+
+        Raises CALL_ERRORS.
+        """
         assert facts.spec is not None
         now = time.monotonic()
         prefill, decode = self._window.phases(now)
+        memory = memory_of_members(facts)
         problem = build_problem(
             self._model,
             facts.spec.placement,
@@ -118,17 +190,20 @@ class Planners:
             dtype=self._dtype,
             parts=self._window.load_parts(now),
             room=room(facts),
+            memory=memory,
+            # how many tokens a step has decides how many experts it needs
+            tokens_per_step=max(1, self._running_requests()) if memory else DEFAULT_STEP_TOKENS,
         )
         deadline_s = self._config.plan_deadline
         work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
         result = await within(work, liveness.plan_timeout_s(deadline_s))
         since_s = now - facts.epoch_since if facts.epoch > 1 else None
-        return result, judge(result, load=prefill.load + decode.load, since_change_s=since_s)
+        return problem, result, judge(result, load=prefill.load + decode.load, since_change_s=since_s)
 
     async def answer(self, command: Solve, facts: Facts) -> list[PlanReady]:
         """Carry out the command to ask a planner. Returns one event, also if the planner failed."""
         try:
-            result, decision = await self.solve(command.planner or self._config.planner, facts)
+            _, result, decision = await self.solve(command.planner or self._config.planner, facts)
         except CALL_ERRORS as error:
             reason = one_line(error)
             return [PlanReady(ticket=command.ticket, placement=None, worthwhile=False, no_worse=False, reason=reason)]

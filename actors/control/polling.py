@@ -18,6 +18,7 @@ from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
+from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord
@@ -67,19 +68,24 @@ class Poller:
         self,
         processes: Processes,
         window: RoutingWindow,
+        counters: ClusterCounters,
         *,
         heartbeat_timeout_s: float,
         feed: Callable[[Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
-        """`window` takes the routing counts, `feed` takes events, and `spawn` runs a poll beside the others."""
+        """`window` takes the routing counts, `counters` the tiers' counts and `feed` events. `spawn` runs a poll beside
+        the others."""
         self._processes = processes
         self._window = window
+        self._counters = counters
         self._timeout_s = heartbeat_timeout_s
         self._feed = feed
         self._spawn = spawn
         self.status = EngineStatus()
         """The engine's last report."""
+        self.resident: dict[WorkerId, int] = {}
+        """Experts that lay in the device of each worker when it last reported."""
         self.status_at = 0.0
         """When the last report came."""
         self._load_progress: dict[WorkerId, float] = {}
@@ -108,6 +114,7 @@ class Poller:
     def forget(self, worker: WorkerId) -> None:
         self._load_progress.pop(worker, None)
         self._counted_at.pop(worker, None)
+        self.resident.pop(worker, None)
 
     def how_far(self, record: WorkerRecord, now: float) -> str:
         """A few words that say how far the worker has loaded."""
@@ -149,6 +156,9 @@ class Poller:
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
             self._window.add(await ask(actor, WorkerActor.routing_counts), time.monotonic())
+            tiers = await ask(actor, WorkerActor.tier_counts)
+            self._counters.add_tiers(tiers)
+            self.resident[worker] = tiers.resident
 
     async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:

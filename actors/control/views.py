@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from elastic_moe.cluster.control import status as cluster_status
 from elastic_moe.cluster.control.state import ControlState, Reasons
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.facts import Facts, Outage
-from elastic_moe.cluster.facts.membership import WorkerRecord
+from elastic_moe.cluster.facts.membership import WorkerRecord, serves
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.facts.routing import RoutingWindow, decode_weight, load_imbalance
 from elastic_moe.cluster.messages.epochs import Epoch
@@ -60,6 +61,8 @@ def log_changes(before: Outline, state: ControlState) -> None:
         logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
     if facts.epoch != before.epoch and facts.spec is not None:
         logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
+        if not facts.spec.placement.all_resident:
+            logger.info("epoch %d is %s", facts.epoch, cluster_status.serving(facts).reason)
     for what, old_reason, reason in zip(Reasons._fields, before.reasons, state.reasons, strict=True):
         if reason != old_reason:
             logger.debug("decided on %s: %s", what, reason)
@@ -74,12 +77,17 @@ def log_changes(before: Outline, state: ControlState) -> None:
             logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
 
 
-def worker_view(facts: Facts, record: WorkerRecord, status: EngineStatus, device: str) -> WorkerView:
-    """device: the device to show for a worker that has not loaded yet."""
+def worker_view(
+    facts: Facts, record: WorkerRecord, status: EngineStatus, device: str, resident: int | None
+) -> WorkerView:
+    """device: the device to show for a worker that has not loaded yet. resident: experts in its device, as it has
+    reported; None if it has not."""
     info = record.info
+    member = record.alive and facts.spec is not None and record.id in facts.ranks
+    served = serves(facts.spec.placement, record.id) if member and facts.spec is not None else record.held
     return WorkerView(
         id=record.id,
-        rank=facts.ranks.index(record.id) if record.alive and record.id in facts.ranks else -1,
+        rank=facts.ranks.index(record.id) if member else -1,
         state=record.state,
         pid=info.pid if info else 0,
         node=info.node if info else "",
@@ -87,15 +95,21 @@ def worker_view(facts: Facts, record: WorkerRecord, status: EngineStatus, device
         running_requests=status.running.get(record.id, 0),
         kv_usage=status.kv_usage.get(record.id, 0.0),
         fit=info.fit if info else None,
+        experts_served=int(served.sum()),
+        experts_resident=resident or int(record.held.sum()),
     )
 
 
 def worker_views(
-    state: ControlState, status: EngineStatus, standby: tuple[WorkerId, int] | None, device: str
+    state: ControlState,
+    status: EngineStatus,
+    resident: Mapping[WorkerId, int],
+    standby: tuple[WorkerId, int] | None,
+    device: str,
 ) -> list[WorkerView]:
-    """Every worker, and the standby (name and process id) if there is one."""
+    """Every worker, and the standby (name and process id) if there is one. resident: experts in devices, as told."""
     facts = state.facts
-    views = [worker_view(facts, record, status, device) for record in facts.records.values()]
+    views = [worker_view(facts, record, status, device, resident.get(record.id)) for record in facts.records.values()]
     return views if standby is None else [*views, standby_view(*standby, device)]
 
 

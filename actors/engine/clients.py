@@ -1,7 +1,7 @@
 """The engine's side of API replicas: takes their requests, and sends each replica its new outputs once per step.
 
 Outputs for a replica without a connection are kept until it connects again. If it stays away for CLIENT_S seconds, its
-requests are aborted.
+requests are aborted, except lasting ones (lasting.py).
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from elastic_moe.actors.engine.lasting import Lasting
 from elastic_moe.actors.liveness import CLIENT_S
 from elastic_moe.actors.remote.codec import Message, WireError, new_token
 from elastic_moe.actors.remote.links import Link, listen
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
+    Adopt,
+    Adopted,
+    CancelRequests,
     Endpoint,
     GenerateRequest,
     Hello,
@@ -61,6 +65,7 @@ class Clients:
         self._clients: dict[str, _Client] = {}
         self._names: dict[Link, str] = {}
         self._owners: dict[RequestId, str] = {}
+        self._lasting = Lasting()
         self._waiting: dict[RequestId, float] = {}
         """Arrival times of the requests that have no token yet."""
         self.first_tokens = 0
@@ -81,25 +86,34 @@ class Clients:
 
     def __contains__(self, request_id: RequestId) -> bool:
         """Whether the request was accepted, and has not ended."""
-        return request_id in self._owners
+        return request_id in self._owners or self._lasting.runs(request_id)
 
     def deliver(self, outputs: Iterable[TokenOutput]) -> None:
-        """Send each output to the replica that its request came from."""
+        """Send each output to the replica that its request came from; of a lasting one, to all that follow it."""
         touched: dict[str, _Client] = {}
+        now = time.monotonic()
         for output in outputs:
-            owner = self._owners.get(output.request_id)
-            if owner is None:
+            readers = self._readers(output, now)
+            if readers is None:
                 continue
-            came = self._waiting.pop(output.request_id, None)
+            first = bool(output.token_ids) or output.finish_reason is not None
+            came = self._waiting.pop(output.request_id, None) if first else None
             if came is not None and output.token_ids:
                 self.first_tokens += 1
-                self.first_tokens_s += time.monotonic() - came
-            if output.finish_reason is not None:
-                del self._owners[output.request_id]
-            client = touched[owner] = self._clients[owner]
-            client.outputs.append(output)
+                self.first_tokens_s += now - came
+            for reader in readers:
+                client = touched[reader] = self._clients[reader]
+                client.outputs.append(output)
         for client in touched.values():
             _flush(client)
+
+    def _readers(self, output: TokenOutput, now: float) -> Collection[str] | None:
+        """The names of the replicas that get this output; None where its request is not known any more."""
+        if output.request_id in self._lasting:
+            return self._lasting.take(output, now) if self._lasting.runs(output.request_id) else None
+        ended = output.finish_reason is not None
+        owner = self._owners.pop(output.request_id, None) if ended else self._owners.get(output.request_id)
+        return None if owner is None else (owner,)
 
     async def watch(self) -> None:
         """Abort the requests of replicas that are gone. Never returns."""
@@ -110,9 +124,11 @@ class Clients:
             for name in gone:
                 lost = [request_id for request_id, owner in self._owners.items() if owner == name]
                 self._abort(name, lost)
+                self._lasting.gone(name)
                 del self._clients[name]
                 if lost:
                     logger.warning("aborted %d requests of an API replica that is gone", len(lost))
+            self._lasting.forget_old(now)
 
     # --- Messages -----------------------------------------------------------------------------------------------
 
@@ -132,6 +148,11 @@ class Clients:
                 _flush(self._clients[name])
         elif isinstance(message, AbortRequests):
             self._abort(name, message.request_ids)
+        elif isinstance(message, CancelRequests):
+            self._cancel(message.request_ids)
+        elif isinstance(message, Adopt):
+            present = [client for client, state in self._clients.items() if state.link is not None]
+            link.send(Adopted(request_ids=self._lasting.orphans(message.request_ids, present)))
         else:
             raise WireError(f"an engine does not take a {type(message).__name__}")
 
@@ -153,18 +174,35 @@ class Clients:
         for request in requests:
             if request.request_id in self._owners:
                 continue
+            if request.request_id in self._lasting:
+                missed = self._lasting.follow(request, name)
+                client.outputs += [missed] if missed is not None else []
+                continue
             try:
                 ended = self._requests.add(request)
             except RequestError:
-                self._abort(name, accepted)
+                self._give_up(name, accepted)
                 raise
+            if request.lasting:
+                self._lasting.begin(request, name)
             if ended is not None:
+                self._readers(ended, time.monotonic())
                 client.outputs.append(ended)
-            else:
+                continue
+            if not request.lasting:
                 self._owners[request.request_id] = name
-                self._waiting[request.request_id] = time.monotonic()
-                accepted.append(request.request_id)
+            self._waiting[request.request_id] = time.monotonic()
+            accepted.append(request.request_id)
         self._submitted()
+
+    def _give_up(self, name: str, accepted: Sequence[RequestId]) -> None:
+        """Take back what was accepted of a Submit that is refused."""
+        self._abort(name, accepted)
+        for request_id in accepted:
+            if request_id in self._lasting:
+                self._lasting.forget(request_id)
+                self._waiting.pop(request_id, None)
+                self._requests.abort(request_id)
 
     def _abort(self, name: str, request_ids: Iterable[RequestId]) -> None:
         for request_id in request_ids:
@@ -172,6 +210,15 @@ class Clients:
                 del self._owners[request_id]
                 self._waiting.pop(request_id, None)
                 self._requests.abort(request_id)
+            elif request_id in self._lasting:
+                self._lasting.leave(request_id, name, time.monotonic())
+
+    def _cancel(self, request_ids: Iterable[RequestId]) -> None:
+        running = [request_id for request_id in request_ids if self._lasting.runs(request_id)]
+        for request_id in running:
+            self._waiting.pop(request_id, None)
+            self._requests.abort(request_id)
+        self.deliver(self._lasting.cancelled(request_id) for request_id in running)
 
     def _lost(self, link: Link) -> None:
         name = self._names.pop(link, None)

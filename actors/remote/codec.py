@@ -16,7 +16,16 @@ from typing import Any
 import msgspec
 
 from elastic_moe.actors.liveness import TCP_KEEP_ALIVE
-from elastic_moe.cluster.messages.requests import AbortRequests, Hello, Outputs, Refused, Submit
+from elastic_moe.cluster.messages.requests import (
+    AbortRequests,
+    Adopt,
+    Adopted,
+    CancelRequests,
+    Hello,
+    Outputs,
+    Refused,
+    Submit,
+)
 from elastic_moe.cluster.messages.steps import CommitEpoch, Done, Failed, ForgetSequences, StepPlan, StepResult
 
 Message = (
@@ -31,6 +40,9 @@ Message = (
     | AbortRequests
     | Refused
     | Outputs
+    | CancelRequests
+    | Adopt
+    | Adopted
 )
 
 _KINDS: tuple[type, ...] = Message.__args__

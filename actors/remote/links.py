@@ -13,12 +13,12 @@ from elastic_moe.actors.liveness import CONNECT_S
 from elastic_moe.actors.remote.codec import Frames, Message, WireError, encode, keep_alive
 from elastic_moe.actors.remote.handshakes import BACKLOG, TOKEN_S, Handshakes
 from elastic_moe.cluster.errors import RequestError, StepAborted, WorkerError
-from elastic_moe.cluster.messages.requests import Endpoint, Refused
+from elastic_moe.cluster.messages.requests import Adopted, Endpoint, Refused
 from elastic_moe.cluster.messages.steps import Done, Failed, StepResult
 
 logger = logging.getLogger(__name__)
 
-_ANSWERS = (Done, Failed, Refused, StepResult)
+_ANSWERS = (Done, Failed, Refused, StepResult, Adopted)
 
 
 class Link(asyncio.Protocol):

@@ -104,26 +104,33 @@ def admit(waiting: FairQueue, parts: Collection[Part], max_num_seqs: int, max_nu
 def shortest_served(waiting: FairQueue, caches: Iterable[WorkerCache]) -> RunningRequest:
     """The waiting request whose client, and then whose call, has the fewest running; of equals, the next in turn.
 
+    Of one client's requests, those of the highest priority come first.
     Turns move on only when a request starts. While all places are taken, turns do not tell who is short of them.
     """
     running = [request for cache in caches for request in cache.running.items]
     clients, calls = Counter(map(_client, running)), Counter(map(_call, running))
-    return min(waiting.firsts(), key=lambda r: (clients[r.client], calls[r.call], r.turn, r.arrival))
+    firsts = waiting.firsts()
+    urgent = {r.client: r.priority for r in sorted(firsts, key=lambda r: -r.priority)}
+    return min(
+        (r for r in firsts if r.priority == urgent[r.client]),
+        key=lambda r: (clients[r.client], calls[r.call], r.turn, r.arrival),
+    )
 
 
 def in_the_way(request: RunningRequest, caches: Collection[WorkerCache], max_num_seqs: int) -> RunningRequest | None:
     """The running request that has to make way for `request`. None while there is room anyway.
 
     It is the newest of the client that has most running, if that is at least two more than the client of `request`
-    has; or else, of calls of that same client. Each preemption brings the two numbers closer, so requests never
-    preempt each other in turn.
+    has; or else, of calls of that same client, whose priority is not higher. Each preemption brings the two numbers
+    closer, so requests never preempt each other in turn.
     """
     able = [cache for cache in caches if not cache.draining and cache.can_ever_hold(request)]
     if any(len(cache.running) < max_num_seqs and cache.slack(request, cache.cached(request)) >= 0 for cache in able):
         return None
     running = [other for cache in caches for other in cache.running.items]
     greedy = _most_of(running, _client, request)
-    greedy = greedy or _most_of([other for other in running if other.client == request.client], _call, request)
+    own = [other for other in running if other.client == request.client and other.priority >= request.priority]
+    greedy = greedy or _most_of(own, _call, request)
     return max((other for other in greedy if other.cache in able), key=lambda other: other.arrival, default=None)
 
 

@@ -9,6 +9,10 @@ is served, so newcomers get later turns.
 
 A client's turns are shared among its API calls in the same way, one request each: a call for 64 answers does not make
 the next call of the same client wait. If one client sends calls for one answer each, they are served in order.
+
+Priorities order the requests of one client: a lower number takes an earlier one of the client's turns. They give no
+client the turns of another. A request lets at most `OVERTAKEN` later ones of its client past for their priority, so it
+does not starve either.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ REQUEST_TOKENS = 256
 """Cost of a request besides its known tokens, because the tokens that it will generate are not known yet."""
 LOOK_AHEAD = 128
 """Number of a client's requests among which the first one of each of its calls is looked for."""
+OVERTAKEN = 256
+"""Number of later requests that a request lets past because of their priority."""
 SPARE_CLIENTS = 64
 """Number of clients that may be remembered although they wait for nothing."""
 
@@ -121,10 +127,19 @@ class _Line(OrderedRequests):
         if len(self._ranks) > 2 * len(self.items) + SPARE_CLIENTS:
             self._ranks = {name: rank for name, rank in self._ranks.items() if rank > self.round}
         at = len(self.items)
-        while at and self.items[at - 1].rank > request.rank:
+        while at and _passes(request, self.items[at - 1]):
             at -= 1
         self.items.insert(at, request)
+        for other in self.items[at + 1 :]:
+            other.overtaken += other.priority > request.priority
         return self.items[:at:-1]
+
+
+def _passes(request: RunningRequest, other: RunningRequest) -> bool:
+    """Whether a client's new request comes before its request `other`, which has waited longer."""
+    if request.priority == other.priority:
+        return request.rank < other.rank
+    return request.priority < other.priority and other.overtaken < OVERTAKEN
 
 
 def _cost(request: RunningRequest) -> int:

@@ -40,9 +40,13 @@ class RunningRequest:
         "introduced_blocks",
         "longest",
         "num_prompt_tokens",
+        "num_to_score",
+        "overtaken",
         "params",
+        "priority",
         "rank",
         "request_id",
+        "scored",
         "stop_token_ids",
         "tokens",
         "turn",
@@ -62,11 +66,21 @@ class RunningRequest:
         self.rank = 0
         self.turn = 0
         """`turn` and `rank` are the place in the queue (fair_queue.py). A preempted request keeps them."""
+        self.priority = request.priority
+        self.overtaken = 0
+        """Number of later requests of a lower priority number that have been let past in the queue."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         """Prompt, then output."""
         self.longest = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         """Number of tokens at which the request ends because of its length."""
+        if not params.max_tokens:
+            # its end is seen by the token that the last step of the prompt samples, and that nobody gets
+            self.longest = self.num_prompt_tokens + 1
+        self.num_to_score = 0 if params.prompt_logprobs is None else self.num_prompt_tokens - 1
+        """Positions of the prompt whose next token is to be scored: all but the last."""
+        self.scored = min(request.num_scored, self.num_to_score)
+        """Positions whose next token has been scored, from the first one on."""
         self.eos_token_ids = tuple(eos)
         self.stop_token_ids = frozenset(params.stop_token_ids)
         self.computed = 0
@@ -113,6 +127,11 @@ class RunningRequest:
         """Whether the request's last token is in flight."""
         return self.known >= self.longest
 
+    def cacheable(self, block_size: int) -> int:
+        """Most blocks that may come from a cache: the last token is always run, and so is what is yet to be scored."""
+        most = len(self.tokens) - 1
+        return (most if self.scored == self.num_to_score else min(most, self.scored)) // block_size
+
     def keys(self, count: int, block_size: int) -> list[bytes]:
         """Keys of the first `count` blocks, which must be full. `block_size` is the same at every call."""
         while len(self._keys) <= count:
@@ -123,9 +142,11 @@ class RunningRequest:
     def finish_reason(self) -> FinishReason | None:
         """Why the last output token ends the request; None: it goes on. A stop token at the limit is a STOP."""
         params = self.params
-        if self.num_output and self.num_output >= params.min_tokens:
-            last = self.tokens[-1]
-            if (not params.ignore_eos and last in self.eos_token_ids) or last in self.stop_token_ids:
+        if self.num_output:
+            last, early = self.tokens[-1], self.num_output < params.min_tokens
+            # a grammar yields an end-of-sequence token only where nothing else can follow, or the answer may end
+            ends = last in self.eos_token_ids and (params.grammar is not None or not (params.ignore_eos or early))
+            if ends or (last in self.stop_token_ids and not early):
                 return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.longest else None
 
@@ -148,6 +169,7 @@ class RunningRequest:
     def run(self, length: int) -> Chunk:
         """Put the next `length` tokens into flight. Returns the chunk to send."""
         introduced = _end(self.flight[-1]) if self.flight else self.introduced_blocks
+        score_from = max(self.started, self.scored)
         chunk = Chunk(
             request_id=self.request_id,
             start=self.started,
@@ -155,6 +177,7 @@ class RunningRequest:
             known=self.known,
             block_offset=introduced,
             block_ids=tuple(self.blocks[introduced:]) if introduced < len(self.blocks) else (),
+            score_from=score_from if score_from < min(self.started + length, self.num_to_score) else None,
         )
         self.flight.append(chunk)
         return chunk
@@ -163,12 +186,14 @@ class RunningRequest:
         """False if `chunk` no longer counts: the request has ended or has lost its worker since it was sent."""
         return any(own is chunk for own in self.flight)
 
-    def land(self) -> None:
-        """Record that the oldest chunk in flight has been run."""
+    def land(self, *, short: int = 0) -> None:
+        """Record that the oldest chunk in flight has been run, but for its last `short` tokens."""
         chunk = self.flight.pop(0)
-        self.computed += chunk.length
+        self.computed += chunk.length - short
         self.introduced = True
         self.introduced_blocks = _end(chunk)
+        if chunk.score_from is not None:
+            self.scored = min(chunk.start + chunk.length, self.num_to_score)
 
 
 def _end(chunk: Chunk) -> int:

@@ -14,6 +14,9 @@ so a block that is freed may be given to another request at once.
 
 A step is a transaction. The result of `schedule` counts when `commit` takes the step's results, oldest step first.
 After `rollback` the work of all steps in flight is scheduled again. Requests may be added and aborted at any time.
+
+A worker may answer that it does not know yet what a request's grammar allows next. The request's last token is then run
+again in the next step that is made, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput
+from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
@@ -137,9 +141,9 @@ class Scheduler:
             raise RequestError(f"request {request.request_id!r} is already running", param="request_id", status=409)
         if not prompt:
             raise RequestError("the prompt is empty", param="prompt")
-        if params.max_tokens < 1:
-            raise RequestError(f"max_tokens: expected at least 1, got {params.max_tokens}", param="max_tokens")
-        if prompt >= self._max_model_len:
+        if params.max_tokens < 0:
+            raise RequestError(f"max_tokens: expected at least 0, got {params.max_tokens}", param="max_tokens")
+        if prompt + min(1, params.max_tokens) > self._max_model_len:
             raise RequestError(
                 f"the prompt has {prompt} tokens: the model's longest context is {self._max_model_len} tokens, "
                 "the answer included",
@@ -196,11 +200,17 @@ class Scheduler:
         assert set(results) == set(parts), "a worker's result is missing, or is of no member"
         assert all(result.step == step for result in results.values()), "a result of another step"
         samples = {worker: {sample.request_id: sample for sample in results[worker].samples} for worker in parts}
+        scores = {worker: {one.request_id: one.scores for one in results[worker].scored} for worker in parts}
         for worker, part in parts.items():
-            expected = {chunk.request_id for _, chunk in part.work if chunk.samples}
-            corrupted = set(results[worker].corrupted)
-            assert samples[worker].keys() | corrupted == expected, f"{worker} has not sampled what it was asked to"
-            assert not samples[worker].keys() & corrupted, f"{worker} has sampled what it says it could not"
+            sampled, scored = samples[worker].keys(), scores[worker].keys()
+            to_sample = {chunk.request_id for _, chunk in part.work if chunk.samples}
+            to_score = {chunk.request_id for _, chunk in part.work if chunk.score_from is not None}
+            corrupted, without = set(results[worker].corrupted), results[worker].without_sample
+            assert without <= to_sample | corrupted & to_score, f"{worker} gives up what it was not asked for"
+            assert sampled | without & to_sample == to_sample, f"{worker} has not sampled what it was asked to"
+            assert not sampled & without, f"{worker} has sampled what it says it could not"
+            assert scored | corrupted & to_score == to_score, f"{worker} has not scored what it was asked to"
+            assert not scored & corrupted, f"{worker} has scored what it says it could not"
         self._flights.popleft()
         self._steps += 1
         outputs: list[TokenOutput] = []
@@ -211,9 +221,21 @@ class Scheduler:
                 if request.request_id in results[worker].corrupted:
                     outputs.append(self._give_up(request))
                     continue
-                part.cache.commit(request)
-                if chunk.samples:
-                    outputs.append(self._append(request, samples[worker][request.request_id]))
+                if reason := results[worker].reason_of_end(request.request_id):
+                    self._end(request)
+                    outputs.append(_failure(request, reason, refused=True))
+                    continue
+                unready = request.request_id in results[worker].unready
+                if unready:
+                    part.cache.commit_but_last(request)
+                else:
+                    part.cache.commit(request)
+                found = scores[worker].get(request.request_id) if chunk.score_from is not None else None
+                assert found is None or found.end == request.scored + 1, f"{worker} has scored other tokens"
+                if chunk.samples and not unready:
+                    outputs.append(self._append(request, samples[worker][request.request_id], found))
+                elif found is not None:
+                    outputs.append(_output(request, (), None, scores=found))
         return outputs
 
     def rollback(self) -> None:
@@ -262,16 +284,21 @@ class Scheduler:
                 return False
         return True
 
-    def _append(self, request: RunningRequest, sample: Sample) -> TokenOutput:
-        request.tokens.append(sample.token_id)
-        self._generation_tokens += 1
+    def _append(self, request: RunningRequest, sample: Sample, scores: PromptScores | None) -> TokenOutput:
         if not request.counted:
             request.counted = True
             self._prompt_tokens += request.num_prompt_tokens
+        request.tokens.append(sample.token_id)
+        if not request.params.max_tokens:
+            self._end(request)
+            # nobody gets the token that has ended it
+            del request.tokens[-1]
+            return _output(request, (), FinishReason.LENGTH, scores=scores)
+        self._generation_tokens += 1
         reason = request.finish_reason()
         if reason is not None:
             self._end(request)
-        return _output(request, (sample.token_id,), reason, sample)
+        return _output(request, (sample.token_id,), reason, sample, scores)
 
     def _give_up(self, request: RunningRequest) -> TokenOutput:
         """End a request whose logits are not numbers, and make sure that no request shares its KV-cache blocks."""
@@ -279,13 +306,7 @@ class Scheduler:
         request.cache.pool.forget(request.blocks)
         self._corrupted += 1
         self._end(request)
-        return TokenOutput(
-            request_id=request.request_id,
-            offset=request.num_output,
-            token_ids=(),
-            finish_reason=FinishReason.ERROR,
-            error=CORRUPTED,
-        )
+        return _failure(request, CORRUPTED)
 
     def _end(self, request: RunningRequest) -> None:
         request.ended = True
@@ -379,7 +400,9 @@ class Scheduler:
         self._waiting.validate()
         for request in self._requests.values():
             assert not request.ended
-            assert request.num_prompt_tokens <= len(request.tokens) < request.longest <= self._max_model_len
+            assert request.num_prompt_tokens <= len(request.tokens) < request.longest
+            assert request.longest <= self._max_model_len + (not request.params.max_tokens)
+            assert request.scored <= request.num_to_score
         for request in self._waiting.items:
             assert request.cache is None
             assert not request.blocks
@@ -406,8 +429,23 @@ class Scheduler:
                 assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
 
 
+def _failure(request: RunningRequest, error: str, *, refused: bool = False) -> TokenOutput:
+    return TokenOutput(
+        request_id=request.request_id,
+        offset=request.num_output,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=error,
+        refused=refused,
+    )
+
+
 def _output(
-    request: RunningRequest, tokens: tuple[int, ...], reason: FinishReason | None, sample: Sample | None = None
+    request: RunningRequest,
+    tokens: tuple[int, ...],
+    reason: FinishReason | None,
+    sample: Sample | None = None,
+    scores: PromptScores | None = None,
 ) -> TokenOutput:
     return TokenOutput(
         request_id=request.request_id,
@@ -415,6 +453,7 @@ def _output(
         token_ids=tokens,
         cached_tokens=request.cached_tokens or 0,
         logprobs=(sample.logprobs,) if sample is not None and sample.logprobs is not None else (),
+        scores=scores,
         finish_reason=reason,
         stop_token_id=request.stop_token_id() if reason is FinishReason.STOP else None,
     )

@@ -48,7 +48,7 @@ class WorkerCache:
         """Blocks of the longest prefix of the request's tokens that this worker has cached."""
         if not self.prefix_caching:
             return []
-        return self.pool.find(request.keys((len(request.tokens) - 1) // self.block_size, self.block_size))
+        return self.pool.find(request.keys(request.cacheable(self.block_size), self.block_size))
 
     def slack(self, request: RunningRequest, cached: Sequence[int]) -> int:
         """Blocks left over if the request ran here and shared `cached`; negative if it does not fit now.
@@ -86,10 +86,21 @@ class WorkerCache:
         request.flight.clear()
         self.backlog += request.remaining - before
 
+    def commit_but_last(self, request: RunningRequest) -> None:
+        """Record the request's oldest chunk but for its last token, which has to run again, since no token was sampled
+        after it. What was scheduled after it has run with a wrong token."""
+        before = request.remaining
+        self._land(request, short=1)
+        request.flight.clear()
+        self.backlog += request.remaining - before
+
     def commit(self, request: RunningRequest) -> None:
         """Record that the request's oldest chunk is in the KV cache for good. Blocks that are full now become known."""
+        self._land(request)
+
+    def _land(self, request: RunningRequest, *, short: int = 0) -> None:
         first = request.computed // self.block_size
-        request.land()
+        request.land(short=short)
         full = request.computed // self.block_size
         if self.prefix_caching and full > first:
             for number, key in enumerate(request.keys(full, self.block_size)[first:], first):

@@ -22,7 +22,15 @@ from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.gc_pause import no_collection
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, WorkerInfo, WorkerSpec
+from elastic_moe.cluster.messages.epochs import (
+    Epoch,
+    EpochSpec,
+    ExpertCopy,
+    RoutingCounts,
+    TierCounts,
+    WorkerInfo,
+    WorkerSpec,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -91,7 +99,9 @@ class WorkerActor:
             device=torch.cuda.get_device_name() if spec.model.device == "cuda" else "cpu",
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
-            expert_capacity=worker.expert_capacity(),
+            expert_capacity=worker.capacity,
+            held=worker.held(),
+            disk_bytes_per_s=worker.disk_bytes_per_s,
             fit=worker.report,
         )
 
@@ -142,6 +152,10 @@ class WorkerActor:
     @in_group("io")
     def routing_counts(self) -> RoutingCounts:
         return self._ready.routing_counts()
+
+    @in_group("io")
+    def tier_counts(self) -> TierCounts:
+        return self._ready.tier_counts()
 
     @in_group("io")
     def abort_step(self, epoch: Epoch) -> None:

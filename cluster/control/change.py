@@ -46,6 +46,8 @@ class Epochs:
         self._counters = counters
         self.spec: EpochSpec | None = None
         """The epoch in force; None before the first."""
+        self.goal: Placement | None = None
+        """What its placement is to become once all its experts have been brought into devices."""
         self.since = 0.0
         """When the epoch in force began."""
         self.outage: Outage | None = None
@@ -85,8 +87,10 @@ class Epochs:
 
     # --- Forwards -----------------------------------------------------------------------------------------------
 
-    def begin(self, operation: Operation, placement: Placement, now: float) -> list[Command]:
-        """Begin a change to `placement`, as part of `operation`."""
+    def begin(
+        self, operation: Operation, placement: Placement, now: float, *, goal: Placement | None = None
+    ) -> list[Command]:
+        """The next epoch will be `placement`'s workers and slots. goal: what it is to become; itself if not given."""
         assert self.change is None
         members = self._membership
         transfers = plan_transfers(
@@ -101,6 +105,7 @@ class Epochs:
             operation_id=operation.operation_id,
             kind=operation.kind,
             spec=spec,
+            goal=placement if goal is None else goal,
             forms_group=self._needs_group(placement),
             transfers=transfers,
             stage=Stage.TRANSFERRING,
@@ -184,7 +189,7 @@ class Epochs:
         self._counters.requests_moved += moved_requests
         self._counters.experts_moved += len(change.transfers.copies) + len(change.transfers.reads)
         self._counters.bytes_moved += change.nbytes
-        self.spec, self.since, self.outage = change.spec, now, None
+        self.spec, self.goal, self.since, self.outage = change.spec, change.goal, now, None
         self.retry_at, self._read_all = 0.0, False
         self._membership.join(change.spec.placement)
         left = [m.id for m in self._membership.alive if m.state is WorkerState.DRAINING and m.id not in self.ranks]
@@ -212,21 +217,25 @@ class Epochs:
         return commands + self.give_up(reason, now)
 
     def give_up(self, reason: str, now: float, *, at_once: bool = False) -> list[Command]:
-        """Roll the change back. A re-placement has then failed; any other change is tried again.
+        """Roll the change back. A re-placement or promotion has then failed; anything else is tried again, from what is
+        there.
 
         at_once: the next attempt may begin without a pause, because the cause is known and dealt with.
         """
         change, self.change = self.change, None
         assert change is not None
         commands: list[Command] = []
-        # the next attempt at a start or a recovery needs the experts that were brought for this one
-        if change.kind is OperationKind.REBALANCE or change.stage in (Stage.PREPARING, Stage.COMMITTING):
+        # what was brought for a start or a recovery will be wanted by the next attempt too
+        elective = change.kind in (OperationKind.REBALANCE, OperationKind.PROMOTE)
+        # unless it takes memory that a disk tier makes do with: then a new attempt begins with what is counted on
+        tiered = any(self._membership[worker].tiered for worker in change.workers)
+        if elective or tiered or change.stage in (Stage.PREPARING, Stage.COMMITTING):
             workers = tuple(worker for worker in change.workers if self._membership[worker].alive)
             self._membership.unstage(workers)
             commands.append(Abandon(epoch=change.spec.epoch, workers=workers))
-        if change.kind is OperationKind.REBALANCE:
+        if elective:
             self._operations.fail(change.operation_id, reason)
-            self._counters.rebalances[RebalanceResult.FAILED] += 1
+            self._counters.rebalances[RebalanceResult.FAILED] += change.kind is OperationKind.REBALANCE
         else:
             self._operations.advance(change.operation_id, phase=Phase.PREPARING)
             self._operations.note_error(change.operation_id, reason)

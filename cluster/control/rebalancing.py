@@ -11,6 +11,7 @@ from elastic_moe.cluster.facts.events import Command, PlaceRequested, PlanReady,
 from elastic_moe.cluster.facts.facts import Change, Choice, ControlSettings, Facts, Planning, Stage
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.operations import OperationLog
+from elastic_moe.cluster.facts.tiering import assign_tiers, fits_in
 from elastic_moe.cluster.messages.views import Operation, OperationKind
 from elastic_moe.cluster.placement import Placement
 
@@ -50,23 +51,25 @@ def judge(facts: Facts, planning: Planning, answer: PlanReady) -> Choice[Judgeme
     if tuple(worker.id for worker in placement.workers) != facts.ranks:
         return Choice(Judgement.REFUSED, answer.reason)
     wanted = answer.worthwhile or planning.forced or (planning.requested and answer.no_worse)
-    if placement == facts.spec.placement or not wanted:
+    if with_tiers(facts, placement) == facts.goal or not wanted:
         return Choice(Judgement.KEPT, f"placement kept, {answer.reason}")
     return Choice(Judgement.ADOPTED, answer.reason if answer.worthwhile else f"done, although {answer.reason}")
 
 
 def room(facts: Facts) -> int | None:
-    """Experts that every member has memory for beside those that it holds; None if memory is not limited."""
+    """Experts that any member could take beside what it holds; None where memory does not limit that. If there is no
+    room, members with a disk tier serve from there what comes until they have dropped what goes."""
     members = [facts.records[worker] for worker in facts.ranks]
     rooms = [record.capacity - int(record.has.sum()) for record in members if record.capacity is not None]
-    return max(0, min(rooms)) if rooms else None
+    least = max(0, min(rooms)) if rooms else None
+    return None if least == 0 and facts.tiered(members) else least
 
 
 def too_much(facts: Facts, placement: Placement) -> str | None:
     """Returns an error if a member lacks memory for its old and new experts together, which it holds until the flip."""
     for worker in placement.workers:
         record = facts.records.get(worker.id)
-        if record is None or record.capacity is None:
+        if record is None or record.capacity is None or record.tiered:
             continue
         both = int((record.has | needs(placement, worker.id)).sum())
         if both > record.capacity:
@@ -77,8 +80,34 @@ def too_much(facts: Facts, placement: Placement) -> str | None:
     return None
 
 
+def with_tiers(facts: Facts, placement: Placement) -> Placement:
+    """`placement` as it is if its tiers fit the members' devices, else with the heaviest experts in them."""
+    members = [facts.records[worker] for worker in facts.ranks]
+    rooms = facts.rooms(members)
+    if all(room is None or fits_in(placement, worker, room) for worker, room in rooms.items()):
+        return placement
+    return assign_tiers(placement, rooms, {record.id: record.has for record in members}, facts.load)
+
+
+def _crowded(facts: Facts, placement: Placement) -> str | None:
+    """Why the tiers that `placement` gives do not fit; None where they do, or where it gives none."""
+    if placement.all_resident:
+        return None
+    rooms = facts.rooms([facts.records[worker] for worker in facts.ranks])
+    for worker, room in rooms.items():
+        if room is None:
+            return f"{worker} keeps all its experts in its device"
+        if not fits_in(placement, worker, room):
+            return (
+                f"{worker} has room for {room.device} experts in its device, of which one in each layer that does not"
+                f" fit is for the others, and for {room.host} in pinned memory"
+            )
+    return None
+
+
 def of_members(facts: Facts, placement: Placement) -> Placement:
-    """`placement` with the nodes of the present workers. Raises PlacementError if it is for other workers or models."""
+    """`placement` on today's nodes, with tiers where it gives none and not everything fits. Raises PlacementError where
+    it is not for these workers and this model."""
     assert facts.spec is not None
     current = facts.spec.placement
     for what, asked, there in (
@@ -92,7 +121,9 @@ def of_members(facts: Facts, placement: Placement) -> Placement:
     placement = replace(placement, workers=current.workers)
     if (short := too_much(facts, placement)) is not None:
         raise PlacementError(f"placement: {short}")
-    return placement
+    if (short := _crowded(facts, placement)) is not None:
+        raise PlacementError(f"placement: tiers: {short}")
+    return with_tiers(facts, placement)
 
 
 def _slots(placement: Placement) -> str:
@@ -160,7 +191,7 @@ class Rebalancing:
         else:
             assert event.placement is not None
             self._operations.advance(operation.operation_id, reason=reason)
-            return operation, event.placement
+            return operation, with_tiers(facts, event.placement)
         return None
 
     def place(self, facts: Facts, event: PlaceRequested) -> tuple[Operation, Placement] | None:
@@ -172,7 +203,7 @@ class Rebalancing:
         placement = of_members(facts, event.placement)
         self.pinned = self.pinned and event.pinned is not False
         operation = self._operations.open(OperationKind.REBALANCE, facts.next_epoch, "requested, a given placement")
-        if placement != facts.spec.placement:
+        if placement != facts.goal:
             self._pins = operation.operation_id if event.pinned else None
             return operation, placement
         self.pinned = self.pinned or event.pinned is True

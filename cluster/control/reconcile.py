@@ -13,7 +13,8 @@ import numpy as np
 
 from elastic_moe.cluster.facts.adaptation import adapt
 from elastic_moe.cluster.facts.facts import Choice, Facts
-from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord
+from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord, serves
+from elastic_moe.cluster.facts.tiering import assign_tiers, next_step, pins_of
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId
 
@@ -22,7 +23,13 @@ JOIN_PATIENCE_S = 5.0
 RESTART_PATIENCE_S = 60.0
 """Longest such wait in seconds after all workers were lost. Within it, the wait is as long as the first one loaded."""
 SURVIVORS_FIRST_S = 5.0
-"""Seconds after a loss in which the survivors recover before new workers are started."""
+"""Seconds that survivors get to serve again before others are started."""
+READ_FIRST_S = 0.5
+"""Seconds that survivors may read lost experts before they serve again. The rest is served from disk at first."""
+PROMOTION_S = 10.0
+"""Seconds that one promotion may read. What it brings is kept from then on, and a longer one could be lost longer."""
+PROMOTION_PATIENCE_S = 5.0
+"""Seconds that a new epoch serves without promotions while workers are starting, which read from disk too."""
 
 # --- How many workers ---------------------------------------------------------------------------------------------
 
@@ -63,24 +70,37 @@ def shares(facts: Facts, missing: int) -> list[BoolArray]:
     for record in facts.alive:
         held |= record.has if record.loaded else record.assigned
     team = len(facts.staying) + missing
+    most = _most_pins(facts, team)
     found = [np.zeros_like(held) for _ in range(missing)]
     for layer in range(facts.model.num_layers):
         experts = np.lexsort((-facts.load[layer], held[layer]))
         lost = experts[: int((~held[layer]).sum())]
+        # the heaviest of them, dealt out, where they do not all fit
+        parts = np.array_split(np.sort(lost), missing) if most is None else [lost[n::missing] for n in range(missing)]
         for part, share in enumerate(found):
-            share[layer, np.array_split(np.sort(lost), missing)[part]] = True
-            # every team-th expert by load, so that each share has heavy and light ones
-            room = facts.model.num_logical_experts // team - int(share[layer].sum())
+            share[layer, parts[part][:most]] = True
+            # heavy and light ones, as many as an even share has
+            even = facts.model.num_logical_experts // team
+            room = (even if most is None else min(even, most)) - int(share[layer].sum())
             share[layer, experts[len(lost) :][part::team][: max(0, room)]] = True
     return found
+
+
+def _most_pins(facts: Facts, team: int) -> int | None:
+    """Experts per layer that the device of a new worker keeps, if an even share does not fit; None: a share does, as
+    far as is known."""
+    capacity, experts = facts.usual_capacity, facts.model.num_logical_experts
+    if capacity is None or not facts.usually_tiered or -(-experts // team) <= capacity // facts.model.num_layers:
+        return None
+    return pins_of(capacity // facts.model.num_layers)
 
 
 # --- Who serves ---------------------------------------------------------------------------------------------------
 
 
 def next_members(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
-    """The members of the epoch that should begin now; empty if none should begin."""
-    if facts.change is not None:
+    """The members of the epoch to begin now; empty if no epoch is to begin. A promotion under way gives way to it."""
+    if facts.change is not None and not facts.change.yields:
         return Choice((), f"epoch {facts.change.spec.epoch} is under way")
     if facts.probing:
         return Choice((), "workers are being asked for a sign of life")
@@ -131,14 +151,62 @@ def _waits_for_more(
 
 
 def placement_for(facts: Facts, members: Sequence[WorkerRecord]) -> Placement:
-    """The placement for `members` that moves the fewest experts."""
+    """The placement that `members` are to have in the end: it moves as little as possible, and puts the heaviest
+    experts into devices that are too small for all."""
     slots = facts.slots(members)
-    assert slots is not None, "members are chosen so that they hold every expert"
+    assert slots is not None, "members are chosen so that they can serve every expert"
     workers = []
     for record, count in zip(members, slots, strict=True):
         assert record.info is not None, f"{record.id} has not loaded"
         workers.append(Worker(id=record.id, node=record.info.node, slots=count))
-    return adapt(workers, {record.id: record.has for record in members}, facts.load)
+    has = {record.id: record.has for record in members}
+    placement = adapt(workers, has, facts.load, {record.id: _served(facts, record.id) for record in members})
+    return assign_tiers(placement, facts.rooms(members), has, facts.load)
+
+
+def _served(facts: Facts, worker: WorkerId) -> BoolArray:
+    if facts.spec is None or worker not in facts.ranks:
+        return np.zeros(facts.load.shape, dtype=np.bool_)
+    return serves(facts.spec.placement, worker)
+
+
+def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
+    """The next placement on the way to `goal`. budget_s: seconds for which each of its members may read experts for it;
+    None: as long as it takes."""
+    members = [facts.records[worker.id] for worker in goal.workers]
+    rooms = facts.rooms(members)
+    return next_step(
+        goal,
+        None if facts.spec is None else facts.spec.placement,
+        rooms,
+        {record.id: record.has for record in members},
+        {record.id: record.has | record.perhaps for record in members},
+        facts.load,
+        most_new={
+            worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes)
+            for worker, room in rooms.items()
+        },
+    )
+
+
+def promotion(facts: Facts, now: float) -> Choice[Placement | None]:
+    """The next placement on the way to the one in force's goal, if it is time to bring experts into devices."""
+    if not (facts.idle and facts.serves):
+        return Choice(None, "something else is under way")
+    assert facts.spec is not None
+    assert facts.goal is not None
+    if facts.goal == facts.spec.placement:
+        return Choice(None, "every expert lies in its tier")
+    if now < facts.retry_at:
+        return Choice(None, "the last change failed: the next is begun after a pause")
+    coming = any(record.state is WorkerState.STARTING for record in facts.alive)
+    if coming and now - facts.epoch_since < PROMOTION_PATIENCE_S:
+        return Choice(None, "workers that are starting may take experts over")
+    step = step_to(facts, facts.goal, PROMOTION_S)
+    if step == facts.spec.placement:
+        return Choice(None, "no device has room for another expert")
+    missing = facts.goal.resident_share - facts.spec.placement.resident_share
+    return Choice(step, f"another {missing:.0%} of the experts fit in devices")
 
 
 def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]:

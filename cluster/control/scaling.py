@@ -30,14 +30,11 @@ def check_target(settings: ControlSettings, model: ModelInfo, workers: int) -> N
     if not least <= workers <= most:
         why = "each needs an expert of the model's" if most == experts else "the limits of the autoscaler"
         raise PlacementError(f"workers: expected {least} to {most} ({why}), got {workers}")
-    if settings.expert_capacity is not None:
-        per_layer = settings.expert_capacity // model.num_layers
-        if workers * per_layer < experts:
-            fewest = str(-(-experts // per_layer)) if per_layer else "more than any number"
-            raise PlacementError(
-                f"workers: expected at least {fewest}, got {workers}: a layer has {experts} experts, and"
-                f" expert_memory_bytes is room for {per_layer} of every layer"
-            )
+    if settings.expert_capacity is not None and settings.expert_capacity < model.num_layers:
+        raise PlacementError(
+            f"expert_memory_bytes: expected at least {model.num_layers * model.expert_bytes}, room for one expert of"
+            f" each of the {model.num_layers} layers; it is room for {settings.expert_capacity} experts"
+        )
 
 
 def check_memory(facts: Facts, target: int, retire: Sequence[WorkerId]) -> None:
@@ -197,7 +194,7 @@ class Scaling:
         seen = Sample(at_s=now, waiting=event.waiting, running=event.running, kv_usage=event.kv_usage)
         window_s = self._settings.autoscale_window_s
         self._samples = [s for s in self._samples if now - s.at_s <= 2 * window_s] + [seen]
-        if not facts.idle or self._operations.find_open(OperationKind.SCALE) is not None:
+        if not facts.interruptible or self._operations.find_open(OperationKind.SCALE) is not None:
             return []
         verdict = advise(facts, self._samples, now, self._changed_at)
         self.verdict = verdict.reason

@@ -69,7 +69,9 @@ class Reasons(NamedTuple):
     members: str = ""
     """Why an epoch is begun, or none."""
     drained: str = ""
-    """Why the change under way continues, or waits for workers that leave."""
+    """Why the change under way goes on, or waits for those that leave."""
+    promotion: str = ""
+    """Why experts are brought into devices, or are not."""
 
 
 class ControlState:
@@ -104,6 +106,7 @@ class ControlState:
             probing=membership.probing,
             busy=self._draining.busy,
             spec=epochs.spec,
+            goal=epochs.goal,
             epoch_since=epochs.since,
             outage=epochs.outage,
             change=epochs.change,
@@ -144,6 +147,7 @@ class ControlState:
             return commands
         commands += self._go_on(now)
         commands += self._reconcile(now)
+        commands += self._promote(now)
         return commands + self._draining.spare(self.facts)
 
     def _take(self, event: Event, now: float) -> list[Command]:
@@ -191,7 +195,8 @@ class ControlState:
                 return self._begin(self._rebalancing.place(self.facts, event), now)
             case RebalanceRequested():
                 self._require_idle()
-                return self._rebalancing.requested(self.facts, event, now)
+                commands = self._give_way("a planner was asked for", now)
+                return commands + self._rebalancing.requested(self.facts, event, now)
             case ScaleRequested():
                 if self._scaling.is_repeated(event):
                     return []
@@ -199,10 +204,25 @@ class ControlState:
                 return self._scaling.requested(self.facts, event, now)
 
     def _begin(self, change: tuple[Operation, Placement] | None, now: float) -> list[Command]:
-        return [] if change is None else self._epochs.begin(*change, now)
+        """Begin the change that ends in the given placement, at once or by a later promotion."""
+        if change is None:
+            return []
+        operation, goal = change
+        commands = self._give_way(operation.reason, now)
+        # nothing is served meanwhile: what is lost is soon there, or is read from disk when it is needed
+        budget_s = reconcile.READ_FIRST_S if self._epochs.outage is not None else None
+        return commands + self._epochs.begin(operation, reconcile.step_to(self.facts, goal, budget_s), now, goal=goal)
+
+    def _give_way(self, reason: str, now: float) -> list[Command]:
+        """End a promotion for something else."""
+        change = self._epochs.change
+        if change is None or not change.yields:
+            return []
+        return self._epochs.give_up(f"it gave way: {reason}", now, at_once=True)
 
     def _require_idle(self) -> None:
-        running = self._epochs.change or self._rebalancing.planning
+        change = self._epochs.change
+        running = self._rebalancing.planning if change is None or change.yields else change
         if running is not None:
             raise ConflictError(f"operation {running.operation_id} is under way")
         if not self.facts.serves or self._membership.probing:
@@ -220,6 +240,7 @@ class ControlState:
         if isinstance(event, WorkerLoaded):
             if self._membership.loads(event.info, now):
                 self._starts.succeeded()
+                self._check_memory()
             return []
         if isinstance(event, WorkerFailed) and event.fatal and self._epochs.spec is None:
             self._give_in(event.reason)
@@ -242,6 +263,16 @@ class ControlState:
             commands += self._epochs.give_up(f"worker {worker} lost: {reason}", now, at_once=True)
         self._membership.forget_dead(self._epochs.in_use)
         return commands
+
+    def _check_memory(self) -> None:
+        """Before the first epoch: give in if all workers have loaded and cannot serve every expert."""
+        facts = self.facts
+        if facts.spec is None and len(facts.loaded) == facts.target and not facts.fits(facts.loaded):
+            limits, experts = ", ".join(map(str, facts.limits(facts.loaded))), facts.model.num_logical_experts
+            self._give_in(
+                f"a layer has {experts} experts, and the workers, which cannot serve experts from disk, have memory for"
+                f" {limits}: raise --workers or --expert-memory-bytes"
+            )
 
     def _give_in(self, reason: str) -> None:
         """There will never be a first epoch."""
@@ -371,5 +402,17 @@ class ControlState:
         operation = self.operations.find_open(wish.value)
         if operation is None:
             operation = self.operations.open(wish.value, facts.next_epoch, wish.reason)
-        commands += self._epochs.begin(operation, reconcile.placement_for(facts, members.value), now)
+        commands += self._begin((operation, reconcile.placement_for(facts, members.value)), now)
+        return commands + self._go_on(now)
+
+    def _promote(self, now: float) -> list[Command]:
+        """Bring experts that are served from disk into devices, beside the serving."""
+        if self._starts.fatal:
+            return []
+        choice = reconcile.promotion(self.facts, now)
+        self.reasons = self.reasons._replace(promotion=choice.reason)
+        if choice.value is None:
+            return []
+        operation = self.operations.open(OperationKind.PROMOTE, self._epochs.next_epoch, choice.reason)
+        commands = self._epochs.begin(operation, choice.value, now, goal=self._epochs.goal)
         return commands + self._go_on(now)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from elastic_moe.cluster.facts.facts import Facts, Stage
 from elastic_moe.cluster.facts.operations import ENDED
+from elastic_moe.cluster.facts.tiering import expected_stall_s
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Readiness
 
 SHARES = {Stage.TRANSFERRING: 0.5, Stage.DRAINING: 0.7, Stage.PREPARING: 0.8, Stage.COMMITTING: 0.9}
@@ -24,7 +25,7 @@ def readiness(facts: Facts, operation: Operation | None) -> Readiness:
     if facts.fatal:
         return Readiness(ready=False, reason=facts.fatal, error=facts.fatal)
     if facts.serves:
-        return Readiness(ready=True, reason="serving")
+        return serving(facts)
     loaded = f"{len(facts.loaded)} of {facts.target} workers ready"
     reason = f"starting, {loaded}" if facts.outage is None else f"recovering, {loaded}: {facts.outage.reason}"
     if facts.spec is not None and facts.loaded and not facts.fits(facts.loaded):
@@ -35,6 +36,25 @@ def readiness(facts: Facts, operation: Operation | None) -> Readiness:
     if operation is not None and operation.error:
         reason += f"; last attempt: {operation.error}"
     return Readiness(ready=False, reason=reason)
+
+
+def serving(facts: Facts) -> Readiness:
+    """While the epoch in force serves."""
+    assert facts.spec is not None
+    share = facts.spec.placement.resident_share
+    if share == 1.0:
+        return Readiness(ready=True, reason="serving")
+    assert facts.goal is not None
+    # rounded down, so that 100 % is all of them
+    rooms = facts.rooms([facts.records[worker] for worker in facts.ranks])
+    stall_s = expected_stall_s(facts.spec.placement, rooms, facts.model, tokens=1)
+    reason = (
+        f"degraded: {int(100 * share)}% of the experts are in memory, the others are read from disk when they are"
+        f" needed, for which a step of one token waits about {1000 * stall_s:.3g} ms"
+    )
+    if facts.goal.resident_share > share:
+        reason += f"; {int(100 * facts.goal.resident_share)}% will be"
+    return Readiness(ready=True, reason=reason, resident=share)
 
 
 def progress(facts: Facts, operation: Operation) -> Progress:

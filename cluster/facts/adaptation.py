@@ -31,23 +31,58 @@ def slots_of(limits: Sequence[int], num_experts: int, redundant_experts: int) ->
     return tuple(min(size, limit) for limit in limits)
 
 
-def adapt(workers: Sequence[Worker], has: Mapping[WorkerId, BoolArray], load: npt.NDArray[np.int64]) -> Placement:
+def tiered_slots_of(limits: Sequence[int], num_experts: int) -> tuple[int, ...] | None:
+    """Slots of each worker per layer, where all devices together cannot hold every expert and the rest lies on disk.
+
+    limits: experts per layer that each device holds. What is beyond is shared out evenly. None where a device holds
+    less than one expert per layer.
+    """
+    if not limits or min(limits) < 1:
+        return None
+    more = max(0, -(-(num_experts - sum(limits)) // len(limits)))
+    return tuple(min(num_experts, limit + more) for limit in limits)
+
+
+def adapt(
+    workers: Sequence[Worker],
+    has: Mapping[WorkerId, BoolArray],
+    load: npt.NDArray[np.int64],
+    served: Mapping[WorkerId, BoolArray] | None = None,
+) -> Placement:
     """A placement for `workers` that keeps the experts that they have, as far as slots allow.
 
     In each layer, a worker that has more experts than slots gives up replicas first. Then experts that no worker keeps
     are placed, the heaviest first, on the worker with the least load that has a free slot. So few bytes are brought,
     and it takes no time; a planner may find a better placement later.
 
-    has: [L, E] experts that each worker has. load: [L, E] tokens per expert, zeros if unknown.
-    Raises PlacementError if all slots together are too few.
+    load: [L, E] tokens per expert, zeros where unknown. served: [L, E] per worker, what it serves now though it does
+    not have it; of what nobody has, it keeps as much as it has slots for. Raises PlacementError where all slots are too
+    few. The tiers are DEVICE throughout (cluster/facts/tiering.py).
     """
     num_layers, num_experts = load.shape
-    rows = [_adapt_layer(workers, [has[w.id][layer] for w in workers], load[layer]) for layer in range(num_layers)]
+    rows = []
+    for layer in range(num_layers):
+        kept = [has[worker.id][layer] for worker in workers]
+        if served is not None:
+            kept = _keep_served(workers, kept, [served[worker.id][layer] for worker in workers])
+        rows.append(_adapt_layer(workers, kept, load[layer]))
     return Placement(
         num_logical_experts=num_experts,
         workers=tuple(workers),
         physical_to_logical_map=np.array(rows, dtype=np.int32).reshape(num_layers, sum(w.slots for w in workers)),
     )
+
+
+def _keep_served(workers: Sequence[Worker], has: Sequence[BoolArray], served: Sequence[BoolArray]) -> list[BoolArray]:
+    """`has`, and those that a worker only serves and nobody has, as far as its slots go."""
+    taken = np.any(has, axis=0)
+    kept = []
+    for worker, mine, theirs in zip(workers, has, served, strict=True):
+        extra = np.nonzero(theirs & ~taken)[0][: max(0, worker.slots - int(mine.sum()))]
+        taken[extra] = True
+        kept.append(mine.copy())
+        kept[-1][extra] = True
+    return kept
 
 
 def _adapt_layer(workers: Sequence[Worker], has: Sequence[BoolArray], load: npt.NDArray[np.int64]) -> list[int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from elastic_moe.cluster.facts.facts import Cause, Stage
+from elastic_moe.cluster.messages.epochs import FetchSource, StallCause, TierCounts
+from elastic_moe.cluster.placement import Tier
 
 BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds of the buckets of every distribution; one more is open-ended."""
@@ -48,3 +50,17 @@ class ClusterCounters:
     """From the moment an epoch was found broken until the next one served."""
     requests_moved: int = 0
     """Requests that lost their worker, or had to leave it, and were computed again elsewhere."""
+    expert_accesses: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
+    """Active experts, summed over steps and layers, of workers that serve some experts from another tier than the
+    device, and (below) what those workers fetched and waited for."""
+    fetched_bytes: dict[FetchSource, int] = field(default_factory=lambda: dict.fromkeys(FetchSource, 0))
+    stall_s: dict[StallCause, float] = field(default_factory=lambda: dict.fromkeys(StallCause, 0.0))
+
+    def add_tiers(self, counts: TierCounts) -> None:
+        """Take one worker's report of what it did since its previous one."""
+        for tier, accesses in zip(Tier, counts.accesses, strict=True):
+            self.expert_accesses[tier] += accesses
+        for source, nbytes in counts.fetched_bytes.items():
+            self.fetched_bytes[source] += nbytes
+        for cause, seconds in counts.stall_s.items():
+            self.stall_s[cause] += seconds

@@ -16,12 +16,13 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.facts.adaptation import slots_of
+from elastic_moe.cluster.facts.adaptation import slots_of, tiered_slots_of
 from elastic_moe.cluster.facts.membership import WorkerRecord
+from elastic_moe.cluster.facts.tiering import Room
 from elastic_moe.cluster.facts.transfers import Transfers
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
-from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.cluster.placement import Placement, WorkerId
 
 T = TypeVar("T")
 
@@ -98,6 +99,8 @@ class Change:
     operation_id: str
     kind: OperationKind
     spec: EpochSpec
+    goal: Placement
+    """The placement to be reached in the end: it serves as `spec` does, with more experts in devices."""
     forms_group: bool
     transfers: Transfers
     stage: Stage
@@ -110,6 +113,11 @@ class Change:
     @property
     def workers(self) -> tuple[WorkerId, ...]:
         return tuple(worker.id for worker in self.spec.placement.workers)
+
+    @property
+    def yields(self) -> bool:
+        """Whether any other change may take its place, because it only brings experts into devices."""
+        return self.kind is OperationKind.PROMOTE and self.stage in (Stage.TRANSFERRING, Stage.DRAINING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +144,8 @@ class Facts:
     """Workers that run requests; None if the engine has not reported since the last Drain command."""
     spec: EpochSpec | None
     """The epoch in force; None before the first."""
+    goal: Placement | None
+    """What the placement in force is to become once all its experts have been brought into devices."""
     epoch_since: float
     outage: Outage | None
     """None while the epoch in force serves."""
@@ -187,6 +197,11 @@ class Facts:
         return self.spec is not None and self.change is None and self.planning is None and not self.probing
 
     @property
+    def interruptible(self) -> bool:
+        """Whether nothing is under way that does not give way to other changes."""
+        return self.idle or (self.change is not None and self.change.yields and not self.probing)
+
+    @property
     def scaled(self) -> bool:
         """Whether as many workers serve as there should be, and none of them is to leave."""
         leaving = any(self.records[worker].state is WorkerState.DRAINING for worker in self.ranks)
@@ -200,25 +215,55 @@ class Facts:
     # --- Memory -------------------------------------------------------------------------------------------------
 
     def limits(self, members: Sequence[WorkerRecord]) -> list[int]:
-        """Experts per layer that each has memory for. One that has not loaded yet is taken to have what others have."""
-        capacities = [record.capacity for record in self.alive if record.capacity is not None]
-        usual = min(capacities, default=self.settings.expert_capacity)
+        """Experts per layer that fit in the device of each. One that has not loaded yet is taken to have what others
+        have."""
+        usual = self.usual_capacity
         limits = []
         for record in members:
             capacity = record.capacity if record.info is not None else usual
             limits.append(self.model.num_logical_experts if capacity is None else capacity // self.model.num_layers)
         return limits
 
+    @property
+    def usual_capacity(self) -> int | None:
+        """Experts, over all layers, that a worker which has not loaded yet is taken to have memory for."""
+        capacities = [record.capacity for record in self.alive if record.capacity is not None]
+        return min(capacities, default=self.settings.expert_capacity)
+
+    @property
+    def usually_tiered(self) -> bool:
+        """Whether a worker which has not loaded yet is taken to serve experts from disk, too."""
+        return not self.loaded or any(record.tiered for record in self.loaded)
+
+    def tiered(self, members: Sequence[WorkerRecord]) -> bool:
+        """Whether each can serve experts from disk."""
+        return all(record.tiered if record.info is not None else self.usually_tiered for record in members)
+
+    def rooms(self, members: Sequence[WorkerRecord]) -> dict[WorkerId, Room | None]:
+        """What each has for experts; None for one without a disk tier, or with memory for everything."""
+        rooms: dict[WorkerId, Room | None] = {}
+        for record in members:
+            info = record.info
+            if info is None or info.disk_bytes_per_s is None or info.expert_capacity is None:
+                rooms[record.id] = None
+                continue
+            rooms[record.id] = Room(
+                device=info.expert_capacity, host=info.host_capacity, disk_bytes_per_s=info.disk_bytes_per_s
+            )
+        return rooms
+
     def slots(self, members: Sequence[WorkerRecord]) -> tuple[int, ...] | None:
-        """Slots per layer of each; None where they have too little memory for every expert."""
-        return slots_of(self.limits(members), self.model.num_logical_experts, self.settings.redundant_experts)
+        """Slots per layer of each; None where they have too little memory and cannot serve from disk."""
+        limits, experts = self.limits(members), self.model.num_logical_experts
+        found = slots_of(limits, experts, self.settings.redundant_experts)
+        return tiered_slots_of(limits, experts) if found is None and self.tiered(members) else found
 
     def fits(self, members: Sequence[WorkerRecord]) -> bool:
-        """Whether `members` have memory for every expert."""
+        """Whether `members` can serve every expert."""
         return self.slots(members) is not None
 
     @property
     def fewest(self) -> int:
-        """The least number of today's workers that have memory for every expert."""
-        experts, limits = self.model.num_logical_experts, sorted(self.limits(self.alive), reverse=True)
-        return next((n for n in range(1, len(limits)) if slots_of(limits[:n], experts, 0)), max(1, len(limits)))
+        """The least number of today's workers that can serve every expert."""
+        best = sorted(self.alive, key=lambda record: -self.limits([record])[0])
+        return next((n for n in range(1, len(best)) if self.slots(best[:n]) is not None), max(1, len(best)))

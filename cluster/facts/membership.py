@@ -5,7 +5,7 @@ Legend: L MoE layers, E logical experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from elastic_moe.cluster.facts.events import ExpertKey, Probe, StartWorker, StopWorker
 from elastic_moe.cluster.messages.epochs import WorkerInfo
 from elastic_moe.cluster.messages.views import WorkerState
-from elastic_moe.cluster.placement import EMPTY, Placement, WorkerId
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier, WorkerId
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -34,9 +34,11 @@ class WorkerRecord:
     assigned: BoolArray
     """[L, E] experts that the worker loads when it starts."""
     held: BoolArray
-    """[L, E] experts that the worker holds under the epoch in force."""
+    """[L, E] experts that the worker holds in its device under the epoch in force."""
     staged: BoolArray
     """[L, E] experts that were brought to the worker since the epoch began."""
+    perhaps: BoolArray
+    """[L, E] experts that may lie in its device besides, since the outcome of a flip is not known. They take memory."""
     asked_at: float
     info: WorkerInfo | None = None
     loaded_at: float | None = None
@@ -60,8 +62,13 @@ class WorkerRecord:
 
     @property
     def capacity(self) -> int | None:
-        """Experts that it has memory for, over all layers; None if memory is not limited, or not known yet."""
+        """Experts that its device has memory for, over all layers; None where that is not limited, or not known yet."""
         return None if self.info is None else self.info.expert_capacity
+
+    @property
+    def tiered(self) -> bool:
+        """Whether it can serve experts that do not lie in its device."""
+        return self.info is not None and self.info.disk_bytes_per_s is not None
 
 
 class Membership:
@@ -114,6 +121,7 @@ class Membership:
             assigned=assigned,
             held=self._nothing,
             staged=self._nothing,
+            perhaps=self._nothing,
             asked_at=now,
         )
         return StartWorker(worker=worker, experts=expert_lists(assigned))
@@ -123,7 +131,8 @@ class Membership:
         record = self.get(info.worker)
         if record is None or not record.alive or record.loaded:
             return False
-        self._set(info.worker, info=info, loaded_at=now, held=record.assigned)
+        held = record.assigned if info.held is None else mask_of(info.held, record.assigned.shape)
+        self._set(info.worker, info=info, loaded_at=now, held=held)
         return True
 
     def drain(self, worker: WorkerId, now: float, *, retired: bool = False) -> None:
@@ -136,7 +145,7 @@ class Membership:
         self._set(worker, state=WorkerState.SERVING)
 
     def stop(self, worker: WorkerId) -> StopWorker:
-        self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing)
+        self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing, perhaps=self._nothing)
         return StopWorker(worker=worker, info=self._records[worker].info)
 
     def forget_dead(self, in_use: Collection[WorkerId]) -> None:
@@ -166,12 +175,15 @@ class Membership:
             record = self._records[worker.id]
             if record.alive:
                 state = WorkerState.SERVING if record.state is WorkerState.STARTING else record.state
-                self._set(worker.id, held=needs(placement, worker.id), staged=self._nothing, state=state)
+                held = needs(placement, worker.id)
+                self._set(worker.id, held=held, staged=self._nothing, perhaps=self._nothing, state=state)
 
     def doubt(self, placement: Placement) -> None:
         """A worker may have begun an epoch with `placement` or not, so it holds only what it holds in both cases."""
         for worker in placement.workers:
-            self._set(worker.id, held=self._records[worker.id].held & needs(placement, worker.id))
+            record, wanted = self._records[worker.id], needs(placement, worker.id)
+            if record.alive:
+                self._set(worker.id, held=record.held & wanted, perhaps=record.perhaps | record.has | wanted)
 
     # --- Signs of life ------------------------------------------------------------------------------------------
 
@@ -208,11 +220,31 @@ class Membership:
 
 
 def needs(placement: Placement, worker: WorkerId) -> BoolArray:
-    """[L, E] experts that `placement` gives to `worker`."""
-    wanted = np.zeros((placement.num_layers, placement.num_logical_experts), dtype=np.bool_)
-    for layer in range(placement.num_layers):
-        wanted[layer, [e for e in placement.experts_of(worker, layer) if e != EMPTY]] = True
-    return wanted
+    """[L, E] the experts that `placement` puts into the device of `worker`, which must be there before it begins."""
+    return _mask_of_slots(placement, worker, placement.tiers == Tier.DEVICE)
+
+
+def serves(placement: Placement, worker: WorkerId) -> BoolArray:
+    """[L, E] the experts that `placement` gives to `worker`, in whichever tier."""
+    return _mask_of_slots(placement, worker, np.ones_like(placement.tiers, dtype=np.bool_))
+
+
+def _mask_of_slots(placement: Placement, worker: WorkerId, chosen: BoolArray) -> BoolArray:
+    """[L, E] the experts in those slots of `worker` that are `chosen` ([L, S])."""
+    table = placement.physical_to_logical_map
+    mine = placement.slot_to_worker == placement.rank_of(worker)
+    layers, slots = np.nonzero(chosen & mine & (table != EMPTY))
+    mask = np.zeros((placement.num_layers, placement.num_logical_experts), dtype=np.bool_)
+    mask[layers, table[layers, slots]] = True
+    return mask
+
+
+def mask_of(experts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> BoolArray:
+    """[L] lists of experts, in which EMPTY counts for nothing, to an [L, E] mask."""
+    mask = np.zeros(shape, dtype=np.bool_)
+    for layer, row in enumerate(experts):
+        mask[layer, [e for e in row if e != EMPTY]] = True
+    return mask
 
 
 def expert_lists(wanted: BoolArray) -> tuple[tuple[int, ...], ...]:

@@ -1,12 +1,13 @@
 """Coordinator and workers: what a worker loads, which epoch it takes part in, and what it reports.
 
 coordinator -> worker   WorkerSpec when the worker is made, EpochSpec when an epoch begins
-worker -> coordinator   WorkerInfo once it has loaded, RoutingCounts as it runs
+worker -> coordinator   WorkerInfo once it has loaded, RoutingCounts and TierCounts as it runs
 worker -> worker        ExpertCopy
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
@@ -82,7 +83,8 @@ class WorkerSpec:
     worker: WorkerId
     model: ModelSpec
     experts: tuple[tuple[int, ...], ...]
-    """[L] logical experts to hold in each layer."""
+    """[L] logical experts to hold in the device, the most important first. A worker whose memory is too small for all
+    of them holds the first ones (`WorkerInfo.held`)."""
     kv_cache_bytes: int | None
     """None: the worker decides from the free memory that it finds."""
     block_size: int
@@ -95,7 +97,13 @@ class WorkerSpec:
     node_workers: int = 1
     """Most workers that will share the memory of this worker's node."""
     expert_memory_bytes: int | None = None
-    """Most bytes that experts may take on this worker; None: the free memory that the worker finds."""
+    """Most bytes that experts may take in this worker's device; None: the free memory that the worker finds."""
+    host_expert_memory_bytes: int | None = None
+    """Most bytes of pinned memory that experts may take beside a GPU; None: the free memory that the worker finds."""
+    expert_cache_dir: str | None = None
+    """Directory of the experts' records; None: a directory of the user's cache."""
+    expert_cache_policy: str = "lfru"
+    """Name of the policy by which experts leave the cache area (optimizer/buffering/)."""
     step_timeout_s: float = 60.0
     """Seconds that a worker waits for its peers in a step before it gives the step up."""
 
@@ -115,7 +123,16 @@ class WorkerInfo:
     memory_bytes: int
     """Bytes of weights and KV cache."""
     expert_capacity: int | None = None
-    """Number of experts that fit on this worker, over all layers, including those it holds; None: no limit."""
+    """Number of experts that fit in this worker's device, over all layers, including those it holds and the cache area;
+    None: no limit."""
+    held: tuple[tuple[int, ...], ...] | None = None
+    """[L] logical experts that the worker holds in its device; None: all that its spec names."""
+    host_capacity: int = 0
+    """Number of experts that fit in pinned memory beside a GPU, over all layers."""
+    disk_bytes_per_s: float | None = None
+    """Rate at which experts are read from the disk tier, as measured; None: the worker serves from its device alone."""
+    host_bytes_per_s: float | None = None
+    """Rate at which experts come from the host tier, as measured; None where there is none."""
     fit: FitReport | None = None
     """Which code serves the model there."""
 
@@ -183,6 +200,39 @@ class RoutingCounts:
     def load(self) -> npt.NDArray[np.int64]:
         """[L, E] of both phases."""
         return self.prefill.load + self.decode.load
+
+
+class FetchSource(StrEnum):
+    """Where an expert is fetched from into a device."""
+
+    HOST = "host"
+    DISK = "disk"
+    """A record in the expert cache directory."""
+    CHECKPOINT = "checkpoint"
+
+
+class StallCause(StrEnum):
+    """Why a step waited for an expert."""
+
+    MISS = "miss"
+    """The expert was not resident, and nothing was left to compute until it came."""
+    CAPACITY = "capacity"
+    """The step needs more experts of a layer than the cache area holds: they are brought in one wave after the other.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierCounts:
+    """What became of the experts' tiers on a worker since its previous report. All zeros where all is resident."""
+
+    accesses: tuple[int, int, int] = (0, 0, 0)
+    """Active experts, summed over steps and layers, by the Tier in which they lay when a step needed them. An expert in
+    the cache area counts as DEVICE."""
+    fetched_bytes: Mapping[FetchSource, int] = field(default_factory=dict)
+    stall_s: Mapping[StallCause, float] = field(default_factory=dict)
+    """Seconds that steps waited for experts."""
+    resident: int = 0
+    """Experts in the device now, over all layers, those of the cache area included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """API and engine: requests go in, tokens come out.
 
-API -> engine   Hello, Submit, AbortRequests
-engine -> API   Done or Refused as the answer to a Submit; Outputs as tokens are made
+API -> engine   Hello, Submit, AbortRequests, CancelRequests, Adopt
+engine -> API   Done or Refused as the answer to a Submit, Adopted to an Adopt; Outputs as tokens are made
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
+
+from elastic_moe.cluster.messages.grammars import Grammar
+from elastic_moe.cluster.messages.scores import PromptScores
 
 RequestId = NewType("RequestId", str)
 
@@ -18,8 +21,19 @@ class FinishReason(StrEnum):
     """An end-of-sequence or stop token, or (found by the API) a stop string."""
     LENGTH = "length"
     ABORT = "abort"
-    """The client went away."""
+    """The client went away, or has cancelled the request."""
     ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingBudget:
+    """Most tokens of an answer's reasoning, and the tokens around it."""
+
+    tokens: int
+    end: tuple[int, ...]
+    """They follow when the tokens are used up. There is at least one."""
+    start: tuple[int, ...] = ()
+    """The reasoning begins after them; without any, the answer begins within the reasoning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +41,7 @@ class SamplingParams:
     """How to choose tokens. Checked where it is made (the API); the names and meanings are vLLM's."""
 
     max_tokens: int
+    """0 makes no token: the request ends when its prompt has been run."""
     min_tokens: int = 0
     temperature: float = 1.0
     """0 is greedy."""
@@ -42,12 +57,23 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     """How many alternatives to report with every token; None reports nothing."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """If there are any, these tokens are reported with every token, in place of the most likely ones."""
+    prompt_logprobs: int | None = None
+    """How many alternatives to report with every token of the prompt but the first; None reports nothing."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     allowed_token_ids: tuple[int, ...] | None = None
     """The only tokens that may be chosen; None allows all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that the output must not contain: the last token of one is not chosen after the others."""
+    thinking: ThinkingBudget | None = None
+    """None: the model reasons for as long as it wants."""
+    grammar: Grammar | None = None
+    """What the output must look like. None allows everything."""
+    grammar_after: tuple[int, ...] | None = None
+    """The output may begin with anything, and the grammar with the token after the first place where these tokens stand
+    in the output in a row, such as the end of the reasoning. None: the grammar begins with the output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +91,13 @@ class GenerateRequest:
     """The tokenizer's own, which end the answer as the model's do."""
     client: str = ""
     """Name of the client that sent the request: clients take turns in the queue."""
+    lasting: bool = False
+    """Whether it outlives the API replica that it came from. Any replica may follow it, and only CancelRequests ends
+    it before its end."""
+    priority: int = 0
+    """Among the requests of one client, a lower number is served earlier."""
+    num_scored: int = 0
+    """Number of prompt tokens whose scores the client already has, when a request is resumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +120,15 @@ class TokenOutput:
     """Prompt tokens that were in the prefix cache when the request first ran."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token of `token_ids` where the request asked for them, else empty."""
+    scores: PromptScores | None = None
+    """Log probabilities of prompt tokens, where the request asked for them. All have come with the first token."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The `stop_token_ids` member that ended it, if one did (an end-of-sequence token leaves None)."""
     error: str | None = None
     """For finish_reason ERROR: one line for the client."""
+    refused: bool = False
+    """Whether the error lies in the request, which turned out only now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,14 +150,42 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """Requests to accept, all or none; one that is already running is left alone."""
+    """Requests to accept, all or none; one that is already running is left alone.
+
+    Of a lasting request that is known already, the client gets the tokens that it lacks, and then the others as they
+    are made.
+    """
 
     requests: tuple[GenerateRequest, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortRequests:
-    """Requests to forget. Those that have ended, or are not the client's, are passed over. Not answered."""
+    """Requests to forget. Those that have ended, or are not the client's, are passed over. Not answered.
+
+    A lasting request that runs goes on without this client; one that has ended is forgotten.
+    """
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequests:
+    """Lasting requests to end now, whoever follows them: their last output has the reason ABORT. Not answered."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopt:
+    """Lasting requests that the client would follow if no living replica does. Answered by Adopted."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted:
+    """Those of the requests that nobody follows. The client submits them next."""
 
     request_ids: tuple[RequestId, ...]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams, TokenLogprobs
+from elastic_moe.cluster.messages.scores import PromptScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,9 @@ class Chunk:
     block_offset: int
     block_ids: tuple[int, ...]
     """KV-cache blocks number block_offset, block_offset + 1, ... of the sequence; those before are unchanged."""
+    score_from: int | None = None
+    """From this position on, the worker scores each prompt token that follows one of the chunk's; None: it scores
+    none."""
 
     @property
     def samples(self) -> bool:
@@ -70,13 +74,42 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredPrompt:
+    request_id: RequestId
+    scores: PromptScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stuck:
+    """A request whose grammar cannot go on, with one line that says why."""
+
+    request_id: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     step: int
     samples: tuple[Sample, ...]
     compute_s: float
     """Seconds of the step inside the worker, including waits for peers."""
     corrupted: tuple[RequestId, ...] = ()
-    """Requests that have no sample, because their logits were not numbers."""
+    """Requests that have no sample or no scores, because their logits were not numbers."""
+    unready: tuple[RequestId, ...] = ()
+    """Requests that have no sample yet, because their grammar's next tokens were not known in time. The last token of
+    the chunk has to run again."""
+    stuck: tuple[Stuck, ...] = ()
+    """Requests that have no sample and never will."""
+    scored: tuple[ScoredPrompt, ...] = ()
+    """One for each chunk with a `score_from`."""
+
+    @property
+    def without_sample(self) -> set[RequestId]:
+        return {*self.corrupted, *self.unready, *(one.request_id for one in self.stuck)}
+
+    def reason_of_end(self, request_id: RequestId) -> str | None:
+        """Why a request has no sample and never will; None if it is not stuck."""
+        return next((one.reason for one in self.stuck if one.request_id == request_id), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

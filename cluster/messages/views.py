@@ -41,6 +41,8 @@ class OperationKind(StrEnum):
     REBALANCE = "rebalance"
     SCALE = "scale"
     RECOVER = "recover"
+    PROMOTE = "promote"
+    """Experts that are served from disk are brought into devices, beside the serving."""
 
 
 class WorkerState(StrEnum):
@@ -86,9 +88,11 @@ class Operation:
 class Readiness:
     ready: bool
     reason: str
-    """One line: what the cluster waits for, with progress; "serving" if it is ready."""
+    """One line: what is being waited for, with progress; "serving" when ready, or "degraded" and why."""
     error: str | None = None
-    """One line, if waiting is in vain: for example, the checkpoint cannot be served."""
+    """Set where waiting is in vain, such as a checkpoint that cannot be served: one line."""
+    resident: float = 1.0
+    """Share of the experts that lie in the devices of the workers that serve them, 0..1; the others lie on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +133,11 @@ class WorkerView:
     running_requests: int
     kv_usage: float
     fit: FitReport | None = None
-    """Which code serves the model on this worker, and why no faster code does; None while it loads."""
+    """Which code serves the model there, and why no faster code does; None while it loads."""
+    experts_served: int = 0
+    """Over all layers."""
+    experts_resident: int = 0
+    """Of those, the ones in its device now, its cache area included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +215,11 @@ class RebalancePreview:
     """Predicted seconds per step under the cost model."""
     moves: int
     bytes: int
+    misses_before: float
+    """Predicted experts that all workers fetch in a step, because they lie in no device; and (below) their bytes."""
+    misses_after: float
+    fetch_bytes_before: float
+    fetch_bytes_after: float
     solver_status: str
     gap: float | None
     seconds: float

@@ -13,18 +13,33 @@ from elastic_moe.cluster.messages.views import Operation, RebalancePreview, Rout
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.bodies.schema import RebalanceRequest, ScaleRequest
+from elastic_moe.deploy.web.openapi import described, json_answer
+
+PLACEMENT: dict[str, Any] = {
+    "type": "object",
+    "title": "Placement",
+    "required": ["num_logical_experts", "workers", "physical_to_logical_map"],
+    "properties": {
+        "num_logical_experts": {"type": "integer", "minimum": 1},
+        "workers": {"type": "array", "items": {"type": "object", "required": ["id", "node", "slots"]}},
+        "physical_to_logical_map": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        "pinned": {"type": ["boolean", "null"]},
+    },
+}
+"""The body of PUT /admin/placement: what GET returns."""
+OPERATION = json_answer("The operation.", "operation_id", "kind", "phase", "reason")
 
 
 def admin_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/admin")
     backend = service.backend
 
-    @router.get("/placement")
+    @router.get("/placement", **described(answers={200: json_answer("Where the experts are.", *PLACEMENT["required"])}))
     async def placement() -> dict[str, Any]:
         view = await backend.placement()
         return {"epoch": view.epoch, "pinned": view.pinned, **view.placement.to_dict()}
 
-    @router.put("/placement")
+    @router.put("/placement", **described(body=PLACEMENT, answers={202: OPERATION}, errors=(409,)))
     async def place(request: Request) -> Response:
         data = await service.bodies.read_json(request)
         if not isinstance(data, dict):
@@ -36,31 +51,36 @@ def admin_router(service: Service) -> APIRouter:
         operation = await backend.place(Placement.from_dict(data), pinned)
         return JSONResponse(operation_json(operation), 202)
 
-    @router.delete("/placement/pin")
+    @router.delete("/placement/pin", **described(answers={200: json_answer("It is not pinned now.", "pinned")}))
     async def unpin() -> dict[str, Any]:
         await backend.unpin()
         return {"pinned": False}
 
-    @router.get("/routing")
+    @router.get("/routing", **described(answers={200: json_answer("Tokens and load.", "tokens", "window_s", "load")}))
     async def routing() -> dict[str, Any]:
         return routing_json(await backend.routing())
 
-    @router.get("/workers")
+    @router.get("/workers", **described(answers={200: json_answer("The workers.", kind="array")}))
     async def workers() -> list[dict[str, Any]]:
         return [worker_json(worker) for worker in await backend.workers()]
 
-    @router.get("/operations")
+    @router.get("/operations", **described(answers={200: json_answer("What was done, and why.", kind="array")}))
     async def operations() -> list[dict[str, Any]]:
         return [operation_json(operation) for operation in await backend.operations()]
 
-    @router.get("/operations/{operation_id}")
+    @router.get("/operations/{operation_id}", **described(answers={200: OPERATION}, errors=(404,)))
     async def operation(operation_id: str) -> dict[str, Any]:
         found = await backend.operation(operation_id)
         if found is None:
             raise RequestError(f"there is no operation {operation_id[:100]!r}", code="operation_not_found", status=404)
         return operation_json(found)
 
-    @router.post("/rebalance")
+    preview = json_answer("What a dry run found.", "planner", "worthwhile", "reason", "moves", "bytes")
+
+    @router.post(
+        "/rebalance",
+        **described(body=RebalanceRequest, optional=True, answers={200: preview, 202: OPERATION}, errors=(409,)),
+    )
     async def rebalance(request: Request) -> Response:
         empty = request.headers.get("content-length") == "0" or "content-type" not in request.headers
         none = empty and not await request.body()
@@ -70,11 +90,11 @@ def admin_router(service: Service) -> APIRouter:
             return JSONResponse(operation_json(outcome), 202)
         return JSONResponse(preview_json(outcome))
 
-    @router.get("/scale")
+    @router.get("/scale", **described(answers={200: json_answer("Numbers of workers.", "serving", "target")}))
     async def scaling() -> dict[str, Any]:
         return dataclasses.asdict(await backend.scaling())
 
-    @router.post("/scale")
+    @router.post("/scale", **described(body=ScaleRequest, answers={202: OPERATION}, errors=(409,)))
     async def scale(request: Request) -> Response:
         body = await service.bodies.read(request, ScaleRequest)
         if body.workers is None and body.retire is None:

@@ -18,8 +18,11 @@ from elastic_moe.deploy.api.service import Prompt, Service
 from elastic_moe.deploy.bodies.bounds import MAX_PROMPTS, TokenIds
 from elastic_moe.deploy.bodies.schema import CompletionRequest, SamplingFields
 from elastic_moe.deploy.generation.answer import Delta, ScoredToken
+from elastic_moe.deploy.generation.prompt_logprobs import Scored, check_scores
 from elastic_moe.deploy.text.tokenizer import Tokenizer, id_name
+from elastic_moe.deploy.web.openapi import described, streamable_answer
 
+ANSWER = streamable_answer("The answers.", "id", "object", "created", "model", "choices", "usage")
 DEFAULT_MAX_TOKENS = 16
 """Tokens of an answer where the request sets no limit; OpenAI and vLLM have the same."""
 
@@ -27,7 +30,7 @@ DEFAULT_MAX_TOKENS = 16
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", **described(body=CompletionRequest, answers={200: ANSWER}, errors=(404,)))
     async def create(request: Request) -> Response:
         body = await service.bodies.read(request, CompletionRequest)
         service.check_model(body.model)
@@ -37,12 +40,14 @@ def completions_router(service: Service) -> APIRouter:
         prompts = await _prompts(service, body)
         response_id = new_id("cmpl")
         answers = await service.answers(body, prompts, response_id=response_id, client=client)
+        check_scores(body, [len(answer.request.prompt_token_ids) for answer in answers])
         echoes = [prompt.text for prompt in prompts for _ in range(body.num_choices)]
         shape = CompletionShape(
             token_names(service.tokenizer, body),
             echoes if body.echo else None,
             body.logprobs,
             [answer.request.prompt_token_ids for answer in answers] if body.return_token_ids else None,
+            scored=Scored(service.tokenizer, answers, body) if body.scored_alternatives is not None else None,
         )
         run = Run(service, body, shape, answers, shown_id("cmpl", response_id, body.request_id))
         return await run.respond(request)
@@ -52,13 +57,12 @@ def completions_router(service: Service) -> APIRouter:
 
 async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     """Encode the prompts. Raises RequestError where one is empty, too long, or has tokens that the model lacks."""
-    if body.echo and body.logprobs is not None:
-        raise RequestError("echo: not supported together with logprobs", param="echo", code="unsupported_value")
     given = body.prompts
     if not 1 <= len(given) <= MAX_PROMPTS:
         raise RequestError(f"prompt: expected 1 to {MAX_PROMPTS} prompts, got {len(given)}", param="prompt")
     limits = await service.limits()
     bad_words = await service.bad_words(body.bad_words)
+    grammar = await service.grammar(body)
     prompts: list[Prompt] = []
     for prompt in given:
         # let other requests run between two prompts
@@ -70,6 +74,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
             token_ids = await service.encode(prompt, add_special_tokens=special, param="prompt", to_be_cut=cut)
         else:
             token_ids = prompt
+        whole = len(token_ids)
         token_ids = truncated(
             token_ids, body, defaults=service.defaults, limits=limits, fallback_max_tokens=DEFAULT_MAX_TOKENS
         )
@@ -81,8 +86,9 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
             logprobs=body.logprobs,
             fallback_max_tokens=DEFAULT_MAX_TOKENS,
             bad_words=bad_words,
+            grammar=grammar,
         )
-        text = await _echo(service, body, prompt)
+        text = await _echo(service, body, prompt if len(token_ids) == whole else token_ids)
         prompts.append(Prompt(token_ids=token_ids, params=params, param="prompt", text=text))
     return prompts
 
@@ -102,44 +108,74 @@ class CompletionShape:
         echoes: Sequence[str] | None,
         logprobs: int | None,
         prompts: Sequence[Sequence[int]] | None = None,
+        *,
+        scored: Scored | None = None,
     ) -> None:
         """`name` gives a token's name. `echoes` and `prompts` have an entry for each answer where the client asks for
-        them."""
+        them, and so has `scored`, for the prompts' log probabilities."""
         self._name = name
         self._echoes = echoes
         self._logprobs = logprobs
         self._prompts = prompts
+        self._scored_prompts = scored
 
     def whole(self) -> dict[str, Any]:
         return {}
 
+    def scored_tokens(self, index: int) -> int:
+        return 0 if self._scored_prompts is None else self._scored_prompts.size(index)
+
     def choice(self, answer: Delta) -> dict[str, Any]:
-        echo = self._echoes[answer.index] if self._echoes else ""
-        return self._choice(answer, echo + answer.text) | self._prompt(answer.index)
+        choice = self._choice(answer, self._echo(answer.index) + answer.text) | self._prompt(answer.index)
+        return self._with_echo(choice, answer.index)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         if not self._echoes and self._prompts is None:
             return None
-        echo = self._echoes[index] if self._echoes else ""
-        return self._choice(Delta(index=index, text=""), echo) | self._prompt(index)
+        choice = self._choice(Delta(index=index, text=""), self._echo(index)) | self._prompt(index)
+        return self._with_echo(choice, index)
 
     def chunk(self, delta: Delta) -> dict[str, Any]:
         return self._choice(delta, delta.text)
 
     def _choice(self, delta: Delta, text: str) -> dict[str, Any]:
-        logprobs = None if self._logprobs is None else self._scored(delta.tokens)
+        logprobs = None if self._logprobs is None else self._table(delta.tokens, len(self._echo(delta.index)))
         choice = {"index": delta.index, "text": text, "logprobs": logprobs, **ending(delta)}
         return choice if self._prompts is None else {**choice, "token_ids": list(delta.token_ids)}
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index] if self._echoes else ""
 
     def _prompt(self, index: int) -> dict[str, Any]:
         return {} if self._prompts is None else {"prompt_token_ids": list(self._prompts[index])}
 
-    def _scored(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+    def _with_echo(self, choice: dict[str, Any], index: int) -> dict[str, Any]:
+        """`choice` with the log probabilities of the prompt, as far as the client asks for them."""
+        scored = self._scored_prompts
+        if scored is None:
+            return choice
+        if scored.alternatives is not None:
+            choice["prompt_logprobs"] = scored.prompt_logprobs(index, self._name)
+        if self._echoes and self._logprobs is not None:
+            first, tokens = scored.echo(index, self._echoes[index], self._logprobs)
+            # OpenAI has null for the first token, which comes after nothing
+            none: dict[str, list[Any]] = {
+                "tokens": [self._name(first)],
+                "token_logprobs": [None],
+                "top_logprobs": [None],
+                "text_offset": [0],
+            }
+            echo, answer = self._table(tokens), choice["logprobs"]
+            choice["logprobs"] = {key: [*none[key], *echo[key], *answer[key]] for key in none}
+        return choice
+
+    def _table(self, tokens: Sequence[ScoredToken], shift: int = 0) -> dict[str, Any]:
+        """`shift`: characters before the text of the answer."""
         return {
             "tokens": [self._name(token.logprobs.token_id) for token in tokens],
             "token_logprobs": [token.logprobs.logprob for token in tokens],
             "top_logprobs": [self._alternatives(token.logprobs) for token in tokens],
-            "text_offset": [token.text_offset for token in tokens],
+            "text_offset": [shift + token.text_offset for token in tokens],
         }
 
     def _alternatives(self, token: TokenLogprobs) -> dict[str, float]:

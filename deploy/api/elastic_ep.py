@@ -18,6 +18,7 @@ from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.bodies.schema import ElasticEpRequest
 from elastic_moe.deploy.generation.backend import Backend
+from elastic_moe.deploy.web.openapi import described, json_answer
 
 LOOK_S = 0.1
 
@@ -26,7 +27,9 @@ def elastic_ep_router(service: Service) -> APIRouter:
     router = APIRouter()
     backend = service.backend
 
-    @router.post("/scale_elastic_ep")
+    scaled = {200: json_answer("The server has scaled.", "message")}
+
+    @router.post("/scale_elastic_ep", **described(body=ElasticEpRequest, answers=scaled, errors=(408, 409)))
     async def scale(request: Request) -> dict[str, Any]:
         body = await service.bodies.read(request, ElasticEpRequest)
         size = body.new_data_parallel_size or body.new_ep_size
@@ -39,7 +42,9 @@ def elastic_ep_router(service: Service) -> APIRouter:
             return {"message": f"Scaled to {size} workers", "old_ep_size": before, "new_ep_size": size}
         return {"message": f"Scaled to {size} data parallel engines"}
 
-    @router.post("/is_scaling_elastic_ep")
+    @router.post(
+        "/is_scaling_elastic_ep", **described(answers={200: json_answer("Whether it scales.", "is_scaling_elastic_ep")})
+    )
     async def is_scaling() -> dict[str, bool]:
         under_way = any(op.kind is OperationKind.SCALE and op.phase not in ENDED for op in await backend.operations())
         return {"is_scaling_elastic_ep": under_way}
@@ -53,7 +58,11 @@ async def _wait(backend: Backend, operation: Operation, timeout_s: float) -> Non
     name = operation.operation_id
     while operation.phase not in ENDED:
         if time.monotonic() > deadline:
-            raise RequestError(f"operation {name} is not done after {timeout_s:g} s, and goes on", status=408)
+            raise RequestError(
+                f"operation {name} is not done after {timeout_s:g} s, and goes on",
+                code="operation_timeout",
+                status=408,
+            )
         await asyncio.sleep(LOOK_S)
         try:
             operation = await backend.operation(name) or operation

@@ -27,6 +27,7 @@ from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Revisi
 from elastic_moe.deploy.api.http_io import EventStream
 from elastic_moe.deploy.api.service import Service, version
 from elastic_moe.deploy.page.feed import Section, State, Totals, change, marks, sample, sections
+from elastic_moe.deploy.web.openapi import described, text_answer
 from elastic_moe.optimizer import PLANNERS
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class Look:
             state["model"] = state["model"] | await self._shape()
         ready = await self._service.readiness()
         state["status"] = {"ready": ready.ready, "reason": ready.error or ready.reason}
+        if ready.resident < 1:
+            state["status"]["resident"] = ready.resident
         self._marks += marks(self.state, state)
         self.state = state
         return None if view is None or view.status is None else self._point(view.status, view.status_at_s)
@@ -242,7 +245,7 @@ def events_router(service: Service) -> APIRouter:
     router = APIRouter()
     hub = Hub(service)
 
-    @router.get("/admin/events")
+    @router.get("/admin/events", **described(answers={200: text_answer("Server-sent events.", "text/event-stream")}))
     async def events() -> Response:
         return hub.listen()
 

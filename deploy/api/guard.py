@@ -11,6 +11,7 @@ import logging
 import secrets
 
 from starlette.datastructures import Headers
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from elastic_moe.cluster.config import ServeConfig
@@ -34,10 +35,10 @@ class Access(enum.Enum):
     ADMIN_KEY = enum.auto()
 
 
-OPEN = ("/health", "/ready", "/version", "/")
+OPEN = ("/health", "/ping", "/ready", "/version", "/", "/docs", "/openapi.json")
 PAGE = "/page/"
 """The page's own files: text that everybody may read in the repository."""
-ADMIN_READ = ("/metrics", "/is_scaling_elastic_ep")
+ADMIN_READ = ("/metrics", "/load", "/is_scaling_elastic_ep")
 ADMIN = ("/admin", "/scale_elastic_ep")
 
 
@@ -64,6 +65,7 @@ class Guard:
         self._trusted = Networks.parse(config.forwarded_allow_ips)
         hosts = (host.strip().lower() for host in (config.allowed_hosts or "").split(","))
         self._allowed_hosts = (config.host.lower(), *filter(None, hosts))
+        self._root_path = config.root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -72,6 +74,11 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._root_path and scope["path"] == self._root_path:
+            # the links of the page at / are relative
+            await RedirectResponse(self._root_path + "/")(scope, receive, send)
+            return
+        scope = self._without_root(scope)
         started = False
 
         async def watched_send(message: Message) -> None:
@@ -88,6 +95,11 @@ class Guard:
                 logger.exception("internal error after the response had begun")
             else:
                 await error_response(error)(scope, receive, send)
+
+    def _without_root(self, scope: Scope) -> Scope:
+        """`scope` with the path that our routes have: a proxy may pass --root-path on."""
+        root, path = self._root_path, scope["path"]
+        return {**scope, "path": path[len(root) :]} if root and path.startswith(root + "/") else scope
 
     def _check(self, scope: Scope) -> None:
         """Raises RequestError 401 or 403 where the caller may not make this call."""
@@ -129,14 +141,20 @@ class Guard:
             raise RequestError("admin calls from web pages need --admin-api-key", code="admin_disabled", status=403)
 
     def _with_client(self, scope: Scope) -> Scope:
-        """`scope` with the address of the client itself, in place of HAProxy's or a reverse proxy's."""
+        """`scope` with the address of the client itself, in place of HAProxy's or a reverse proxy's, and with the
+        scheme that the client used."""
         if not scope.get("client"):
             return scope
         headers = Headers(scope=scope)
         peer, port = scope["client"]
         # only HAProxy on this machine is trusted: a stranger who reaches the replica could write the header too
         peer = headers.get(PEER_HEADER, peer) if _is_local(scope) else peer
-        return {**scope, "client": (client_address(peer, headers.getlist("x-forwarded-for"), self._trusted), port)}
+        scheme = headers.get("x-forwarded-proto", "") if peer in self._trusted else ""
+        return {
+            **scope,
+            "client": (client_address(peer, headers.getlist("x-forwarded-for"), self._trusted), port),
+            "scheme": scheme if scheme in ("http", "https") else scope["scheme"],
+        }
 
 
 def _check_key(headers: Headers, *keys: str) -> None:

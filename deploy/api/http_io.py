@@ -58,7 +58,13 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 def _kind(status: int) -> str:
-    special = {401: "authentication_error", 403: "permission_error", 409: "conflict_error", 503: "service_unavailable"}
+    special = {
+        401: "authentication_error",
+        403: "permission_error",
+        408: "timeout_error",
+        409: "conflict_error",
+        503: "service_unavailable",
+    }
     return special.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -19,6 +19,9 @@ from elastic_moe.deploy.api.http_io import DONE, EventStream, first_then_rest, s
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.bodies.schema import SamplingFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, ScoredToken
+from elastic_moe.deploy.parsing.events import Event
+
+T = TypeVar("T")
 
 TOKENS_AT_ONCE = 64
 """Tokens with log probabilities that are written before other requests get their turn: a few milliseconds."""
@@ -29,6 +32,8 @@ class Collected:
 
     def __init__(self) -> None:
         self.text: list[str] = []
+        self.events: list[Event] = []
+        self.called = False
         self.tokens: list[ScoredToken] = []
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -36,6 +41,8 @@ class Collected:
 
     def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
+        self.events += delta.events
+        self.called |= delta.called
         self.tokens += delta.tokens
         self.token_ids += delta.token_ids
         if delta.finish_reason is not None:
@@ -45,6 +52,8 @@ class Collected:
         return Delta(
             index=index,
             text="".join(self.text),
+            events=tuple(self.events),
+            called=self.called,
             tokens=tuple(self.tokens),
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
@@ -61,6 +70,10 @@ class Shape(Protocol):
 
     def whole(self) -> dict[str, Any]:
         """Fields of the response, or of a stream's first event, that belong to no choice."""
+        ...
+
+    def scored_tokens(self, index: int) -> int:
+        """Number of the prompt's tokens that are written with log probabilities."""
         ...
 
     def choice(self, answer: Delta) -> dict[str, Any]: ...
@@ -113,7 +126,8 @@ class Run:
             async for delta in deltas:
                 collected[delta.index].add(delta)
         choices = [await self._choice(parts.whole(index)) for index, parts in enumerate(collected)]
-        frame = {**self._frame, **self._shape.whole(), "object": self._shape.kind}
+        more = await self._written(self._shape.whole, self._shape.scored_tokens(0))
+        frame = {**self._frame, **more, "object": self._shape.kind}
         return msgspec.json.encode({**frame, "choices": choices, "usage": self._usage()})
 
     async def _choice(self, answer: Delta) -> msgspec.Raw:
@@ -122,10 +136,12 @@ class Run:
         def write() -> msgspec.Raw:
             return msgspec.Raw(msgspec.json.encode(self._shape.choice(answer)))
 
-        if len(answer.tokens) > TOKENS_AT_ONCE:
-            return await asyncio.to_thread(write)
         await asyncio.sleep(0)
-        return write()
+        return await self._written(write, len(answer.tokens) + self._shape.scored_tokens(answer.index))
+
+    async def _written(self, write: Callable[[], T], tokens: int) -> T:
+        """The result of `write`, which runs in a thread where it writes log probabilities of many tokens."""
+        return await asyncio.to_thread(write) if tokens > TOKENS_AT_ONCE else write()
 
     async def _events(self, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
         begun: set[int] = set()
@@ -133,12 +149,19 @@ class Run:
             async for delta in deltas:
                 if delta.index not in begun:
                     begun.add(delta.index)
-                    if (opening := self._shape.opening(delta.index)) is not None:
-                        yield self._event([opening], **self._shape.whole())
+                    if (event := await self._opening(delta.index)) is not None:
+                        yield event
                 yield self._event([self._shape.chunk(delta)])
         if self._body.include_usage:
             yield self._event([], usage=True)
         yield DONE
+
+    async def _opening(self, index: int) -> bytes | None:
+        def write() -> bytes | None:
+            opening = self._shape.opening(index)
+            return None if opening is None else self._event([opening], **self._shape.whole())
+
+        return await self._written(write, self._shape.scored_tokens(index))
 
     def _event(self, choices: list[dict[str, Any]], *, usage: bool = False, **more: object) -> bytes:
         event = {**self._frame, **more, "object": self._shape.chunk_kind, "choices": choices}
@@ -151,12 +174,16 @@ class Run:
         firsts = self._answers[:: self._body.num_choices]
         prompt = sum(len(answer.request.prompt_token_ids) for answer in firsts)
         completion = sum(answer.completion_tokens for answer in self._answers)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens or 0 for answer in firsts)},
         }
+        if any(answer.parser is not None for answer in self._answers):
+            reasoning = sum(answer.reasoning_tokens for answer in self._answers)
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return usage
 
 
 def new_id(prefix: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.messages.requests import SamplingParams
+from elastic_moe.cluster.messages.grammars import Grammar
+from elastic_moe.cluster.messages.requests import SamplingParams, ThinkingBudget
 from elastic_moe.deploy.bodies.bounds import MAX_LOGIT_BIASES, TokenIds
 from elastic_moe.deploy.bodies.schema import SamplingFields
 
@@ -56,10 +57,14 @@ def sampling_params(
     logprobs: int | None,
     fallback_max_tokens: int | None = None,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    grammar: Grammar | None = None,
+    grammar_after: tuple[int, ...] | None = None,
+    thinking: ThinkingBudget | None = None,
 ) -> SamplingParams:
     """The parameters of choice 0. Raises RequestError for values that contradict one another or the model.
 
-    `bad_words` has the field's words as tokens.
+    `bad_words` has the field's words as tokens. `grammar` has been checked (Service.grammar); `grammar_after` are the
+    tokens after which it begins, as in SamplingParams.
     """
     max_tokens = _max_tokens(fields, prompt_tokens, defaults, limits, fallback_max_tokens)
     min_tokens = fields.min_tokens or 0
@@ -85,10 +90,15 @@ def sampling_params(
         repetition_penalty=float(_either(fields.repetition_penalty, defaults.repetition_penalty)),
         logit_bias=_logit_bias(fields.logit_bias, limits.vocab_size),
         logprobs=logprobs,
+        logprob_token_ids=_logprob_token_ids(fields, limits),
+        prompt_logprobs=fields.scored_alternatives,
         stop_token_ids=stop_token_ids,
         ignore_eos=bool(fields.ignore_eos),
         allowed_token_ids=_allowed(fields, min_tokens, limits, bad_words),
         bad_words=bad_words,
+        thinking=thinking,
+        grammar=grammar,
+        grammar_after=grammar_after,
     )
 
 
@@ -109,6 +119,12 @@ def truncated(
         answer = next(tokens for tokens in wanted if tokens is not None)
         keep = max(1, limits.max_model_len - answer)
     return token_ids[:keep] if fields.truncation_side == "right" else token_ids[-keep:]
+
+
+def _logprob_token_ids(fields: SamplingFields, limits: Limits) -> tuple[int, ...]:
+    token_ids = tuple(dict.fromkeys(fields.logprob_token_ids or ()))
+    check_token_ids(token_ids, limits.vocab_size, "logprob_token_ids")
+    return token_ids
 
 
 def _allowed(
@@ -157,7 +173,7 @@ def _max_tokens(
 ) -> int:
     wanted, field = fields.token_limit, fields.token_limit_field
     room = limits.max_model_len - prompt_tokens
-    if room < 1:
+    if room < (0 if wanted == 0 else 1):
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens; this model's maximum context length is {limits.max_model_len} "
             "tokens, prompt and answer together",

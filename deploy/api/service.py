@@ -9,27 +9,41 @@ import hashlib
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from elastic_moe.actors.remote.key_value import KeyValue, LocalKeyValue
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.deploy.api.places import Places
 from elastic_moe.deploy.api.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
 from elastic_moe.deploy.bodies.bounds import TokenIds
-from elastic_moe.deploy.bodies.schema import Message, SamplingFields, TemplateFields
+from elastic_moe.deploy.bodies.schema import ChatCompletionRequest, Message, SamplingFields, TemplateFields, parse
+from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.generation.places import Places
+from elastic_moe.deploy.parsing.formats import AnswerForm
+from elastic_moe.deploy.parsing.parser import AnswerParser
+from elastic_moe.deploy.responses.following import Following
+from elastic_moe.deploy.responses.record import Record, call_ids
+from elastic_moe.deploy.responses.rendering import Rendering
+from elastic_moe.deploy.responses.store import Bounds, Store
+from elastic_moe.deploy.structured.checks import GrammarChecks
+from elastic_moe.deploy.structured.requested import requested_grammar
 from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
 from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.deploy.tools.form import answer_form
+from elastic_moe.deploy.tools.plan import NewParser, tool_plan
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +58,8 @@ LARGE_TEXT = 2**16
 """Characters from which on another process encodes a text, since its tokens come back packed."""
 ANSWERS_AT_ONCE = 16
 """Answers that are made before other requests get their turn."""
+PROMPT_END = 256
+"""Tokens at the end of a prompt in which the answer may begin, as a chat template writes it."""
 RETRY_S = 0.1
 
 
@@ -59,28 +75,48 @@ class Prompt:
     """The field that the prompt came from, for error messages."""
     text: str = ""
     """The text to put before the answer, where the request asks for an echo."""
+    rendered: str = ""
+    """What the chat template has made of the messages."""
+    new_parser: NewParser | None = None
+    """Makes the parser of an answer, where reasoning or tool calls are looked for."""
+    markers: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """The special tokens that the parser must see, with their texts."""
 
 
 class Service:
     """There is one in a replica. `begin` loads the tokenizer; the server is not ready before that."""
 
     def __init__(
-        self, config: ServeConfig, backend: Backend, model_dir: str, open_prompts: OpenPrompts | None = None
+        self,
+        config: ServeConfig,
+        backend: Backend,
+        model_dir: str,
+        open_prompts: OpenPrompts | None = None,
+        values: KeyValue | None = None,
     ) -> None:
-        """`open_prompts` makes the Prompts that render and encode; without it, this process does so."""
+        """`open_prompts` makes the Prompts that render and encode; without it, this process does so. `values` is what
+        all replicas share; without it, this one shares nothing."""
         self.config = config
         self.backend = backend
         self.model_dir = model_dir
         self.model_name = config.served_model_name or Path(model_dir).resolve().name
-        self.metrics = Metrics(self.model_name)
+        values = values or LocalKeyValue()
+        self.metrics = Metrics(self.model_name, values)
         self.created = int(time.time())
         self.draining = False
         """Whether the server stops: running requests go on, and new ones are refused."""
         self.active = 0
-        """Number of running requests."""
+        """Number of running requests that end with their connections."""
         digest = hashlib.blake2b(f"{version()} {self.model_name} {config.dtype}".encode(), digest_size=5).hexdigest()
         self.fingerprint = f"emoe-{version()}-{digest}"
         self.defaults = SamplingDefaults()
+        bounds = Bounds(
+            most=config.max_stored_responses,
+            most_bytes=config.stored_responses_memory_bytes,
+            oldest_s=config.stored_responses_ttl,
+        )
+        self.store = Store(values, bounds)
+        self.following = Following(backend, self.store, self.metrics, self.rendering)
         self._open_prompts = open_prompts
         self._prompts: Prompts | None = None
         self.places = Places(config.max_waiting_requests)
@@ -88,9 +124,12 @@ class Service:
         self.bodies = Bodies(self.aside)
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: str | None = None
+        self._grammars = GrammarChecks()
         self._has_fast_tokenizer = False
         """Whether the tokenizer can be given to the other process as JSON."""
         self._info: ModelInfo | None = None
+        self.form = AnswerForm()
+        """How the model writes reasoning and tool calls."""
 
     async def begin(self) -> None:
         try:
@@ -106,6 +145,7 @@ class Service:
             self._has_fast_tokenizer = written is not None
             if written is not None:
                 self.aside.use_tokenizer(lambda: written)
+            self.form = await asyncio.to_thread(answer_form, tokenizer, self.model_dir, self.config)
             self._tokenizer = tokenizer
         except UserError as error:
             self._tokenizer_error = str(error)
@@ -115,9 +155,15 @@ class Service:
 
     def close(self) -> None:
         """End the helper processes of this one. Blocks for a moment."""
+        self.following.close()
         self.aside.close()
         if self._prompts is not None:
             self._prompts.close()
+
+    @property
+    def running(self) -> int:
+        """Number of all running requests."""
+        return self.active + len(self.following)
 
     async def readiness(self) -> Readiness:
         if self._tokenizer_error is not None:
@@ -181,13 +227,16 @@ class Service:
                 status=404,
             )
 
-    async def render_chat(self, messages: Sequence[Message], fields: TemplateFields) -> str:
+    async def render_chat(
+        self, messages: Sequence[Message], fields: TemplateFields, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The prompt of a chat. Raises RequestError where the template refuses the messages, or does not end."""
         return await self.prompts.render_chat(
             [message.to_template() for message in messages],
             add_generation_prompt=fields.begins_turn,
             continue_final_message=bool(fields.continue_final_message),
             template_kwargs=fields.template_kwargs,
+            tools=list(tools),
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str, to_be_cut: bool = False) -> TokenIds:
@@ -226,6 +275,18 @@ class Service:
                 ways[(single,)] = None
         return tuple(way for way in ways if way)
 
+    async def grammar(self, fields: StructuredFields) -> Grammar | None:
+        """The grammar that the fields ask for, if any, checked. Raises RequestError, which names the field."""
+        requested = requested_grammar(fields)
+        if requested is None:
+            return None
+        return await self.checked_grammar(requested.grammar, param=requested.param)
+
+    async def checked_grammar(self, grammar: Grammar, *, param: str) -> Grammar:
+        """`grammar`, after it has been compiled once. Raises RequestError, which names `param`, where it cannot be."""
+        await self._grammars.check(self.prompts, grammar, param=param)
+        return grammar
+
     async def decode(self, token_ids: TokenIds) -> str:
         """The text of any number of tokens."""
         if len(token_ids) < LONG_TEXT:
@@ -256,22 +317,48 @@ class Service:
                     cache_salt=body.cache_salt or "",
                     eos_token_ids=self.tokenizer.eos_token_ids,
                     client=client,
+                    priority=body.priority or 0,
                 )
                 if len(answers) % ANSWERS_AT_ONCE == 0:
                     await asyncio.sleep(0)
+                parser = prompt.new_parser() if prompt.new_parser is not None else None
                 answers.append(
-                    Answer(
-                        index=len(answers),
-                        request=request,
-                        tokenizer=self.tokenizer,
-                        stops=body.stops,
-                        include_stop=bool(body.include_stop_str_in_output),
-                        skip_special_tokens=body.skip_special_tokens is not False,
-                        eos_token_ids=limits.eos_token_ids,
-                        return_token_ids=bool(body.return_token_ids),
-                    )
+                    self._answer(body, request, limits, index=len(answers), parser=parser, markers=prompt.markers)
                 )
         return answers
+
+    def _answer(
+        self,
+        body: SamplingFields,
+        request: GenerateRequest,
+        limits: Limits,
+        *,
+        index: int,
+        parser: AnswerParser | None,
+        markers: Mapping[int, str],
+    ) -> Answer:
+        return Answer(
+            index=index,
+            request=request,
+            tokenizer=self.tokenizer,
+            stops=body.stops,
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
+            eos_token_ids=limits.eos_token_ids,
+            return_token_ids=bool(body.return_token_ids),
+            parser=parser,
+            markers=markers,
+        )
+
+    async def rendering(self, record: Record) -> Rendering:
+        """A fresh rendering of a response: the same at every replica."""
+        chat = parse(ChatCompletionRequest, {**record.chat, "messages": [{"role": "user", "content": ""}]})
+        prompt = self.tokenizer.decode(record.request.prompt_token_ids[-PROMPT_END:])
+        plan = await tool_plan(self.form, self.tokenizer, prompt, chat, asked=None, checked=_unchecked)
+        chars = None if self.form.tools is None else self.form.tools.call_id_chars
+        parser = None if plan.new_parser is None else plan.new_parser(call_ids(record.id, chars))
+        answer = self._answer(chat, record.request, await self.limits(), index=0, parser=parser, markers=plan.markers)
+        return Rendering(record, answer, self.tokenizer)
 
     def check_room(self, client: str, body: SamplingFields, prompts: int = 1) -> None:
         """Raises RequestError 503 where so many requests wait that `run` would refuse this one."""
@@ -295,3 +382,8 @@ class Service:
         finally:
             taken.give_back()
             self.active -= 1
+
+
+async def _unchecked(grammar: Grammar, *, param: str) -> Grammar:
+    """A response that is rendered has passed its checks."""
+    return grammar

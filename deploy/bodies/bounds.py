@@ -25,6 +25,7 @@ MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_MESSAGES = 2048
 """The same as OpenAI's."""
+MAX_TOOLS = 1024
 MAX_VALUES = 2**15
 """Most JSON values in one field."""
 MAX_DEPTH = 100
@@ -32,6 +33,7 @@ MAX_DEPTH = 100
 
 MOST_ELEMENTS = {
     "messages": MAX_MESSAGES,
+    "tools": MAX_TOOLS,
     "stop": MAX_STOPS,
     "stop_token_ids": MAX_STOP_TOKENS,
     "logit_bias": MAX_LOGIT_BIASES,

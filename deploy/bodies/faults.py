@@ -39,6 +39,7 @@ EXPECTED: Mapping[str, Callable[[dict[str, Any]], str]] = {
 FORMS = {
     "stop": f"a string or a list of up to {MAX_STOPS} strings",
     "content": "a string or a list of text parts",
+    "tool_choice": "a string or an object that names a function",
 }
 """What was expected of a field that may have several forms, by the field's name."""
 

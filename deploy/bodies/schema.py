@@ -8,14 +8,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.bodies.base import Body
 from elastic_moe.deploy.bodies.bounds import MAX_STOPS, TokenIds, check_sizes, pack_ids, pack_prompt
 from elastic_moe.deploy.bodies.faults import request_error
 from elastic_moe.deploy.bodies.json_text import type_name
+from elastic_moe.deploy.bodies.structured import StructuredFields
+from elastic_moe.deploy.bodies.tools import ToolFields, check_choice, check_history
 
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+def _whole(value: object) -> object:
+    """JavaScript and JSON libraries write 2 as 2.0, and other servers take it as an integer."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Int64 = Annotated[Int, Field(ge=-(2**63), lt=2**63)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 TokenIdList = list[Int32]
 
@@ -24,6 +34,8 @@ BadWord = Annotated[str, Field(min_length=1, max_length=128)]
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 """The same as in OpenAI's API and in vLLM."""
+MAX_LOGPROB_TOKEN_IDS = 128
+"""The same as in vLLM."""
 MAX_BAD_WORDS = 128
 MAX_ALLOWED_TOKEN_IDS = 1 << 14
 
@@ -31,27 +43,12 @@ MAX_ALLOWED_TOKEN_IDS = 1 << 14
 BodyT = TypeVar("BodyT", bound="Body")
 
 
-class Body(BaseModel):
-    """Base of all bodies."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-    @classmethod
-    def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """`data` with its lists of token ids checked and packed. Raises RequestError."""
-        return data
-
-
 class StreamOptions(Body):
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
 
-class ResponseFormat(Body):
-    type: str
-
-
-class SamplingFields(Body):
+class SamplingFields(StructuredFields):
     """The fields that completions and chat completions have in common."""
 
     # fields that would change the answer, with the values that leave it as it is
@@ -59,21 +56,15 @@ class SamplingFields(Body):
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
         "early_stopping": (False,),
-        "prompt_logprobs": (),
-        "logprob_token_ids": ([],),
         "logits_processors": ([],),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "guided_whitespace_pattern": (),
-        "structured_outputs": (),
-        "structural_tag": (),
-        "thinking_token_budget": (),
         "repetition_detection": (),
+        "max_repetition_pattern_size": (0,),
+        "min_repetition_pattern_size": (0,),
+        "repetition_min_count": (0,),
+        "watermarking": (False,),
         "vllm_xargs": ({},),
-        "priority": (0,),
         "kv_transfer_params": (),
+        "ec_transfer_params": (),
         "prompt_embeds": (),
     }
 
@@ -83,13 +74,13 @@ class SamplingFields(Body):
     model: str | None = None
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31)
+    top_k: Int | None = Field(None, ge=-1, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: Int64 | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    best_of: int | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0)
+    n: Int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: Int | None = None
+    max_tokens: Int | None = Field(None, ge=1)
+    min_tokens: Int | None = Field(None, ge=0)
     stop: str | list[str] | None = None
     stop_token_ids: TokenIdList | None = None
     include_stop_str_in_output: bool | None = None
@@ -98,11 +89,14 @@ class SamplingFields(Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0)
     logit_bias: dict[str, float] | None = None
+    prompt_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Alternatives to each token of the prompt that are reported with their log probabilities."""
+    logprob_token_ids: TokenIdList | None = Field(None, max_length=MAX_LOGPROB_TOKEN_IDS)
+    """Tokens whose log probabilities are reported in place of those of the most likely ones."""
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
-    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    truncate_prompt_tokens: Int | None = Field(None, ge=-1)
     """Most tokens of the prompt that are kept; -1 keeps as many as leave room for the answer."""
     truncation_side: Literal["left", "right"] | None = None
     """The end of the prompt at which tokens are cut off; left by default."""
@@ -113,6 +107,8 @@ class SamplingFields(Body):
     return_tokens_as_token_ids: bool | None = None
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+    priority: Int64 | None = None
+    """Among the waiting requests of one client, a lower number is served earlier."""
 
     @field_validator("stop")
     @classmethod
@@ -139,6 +135,11 @@ class SamplingFields(Body):
         return self.n or 1
 
     @property
+    def scored_alternatives(self) -> int | None:
+        """Alternatives to report with each token of the prompt; None where its log probabilities are not needed."""
+        return self.prompt_logprobs
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_tokens
 
@@ -157,13 +158,25 @@ class SamplingFields(Body):
 
 
 class CompletionRequest(SamplingFields):
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingFields.UNSUPPORTED, "suffix": ("",)}
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **SamplingFields.UNSUPPORTED,
+        "suffix": ("",),
+        "thinking_token_budget": (),
+    }
 
     prompt: SkipValidation[str | list[str] | TokenIds | list[TokenIds]]
     """`packed` has checked it."""
+    max_tokens: Int | None = Field(None, ge=0)
+    """0 makes no token, for the log probabilities of a prompt alone."""
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool | None = None
+
+    @property
+    def scored_alternatives(self) -> int | None:
+        """With an echo, `logprobs` asks for those of the prompt too."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
 
     @classmethod
     def packed(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -218,29 +231,35 @@ class TemplateFields(Body):
         return self.add_generation_prompt is not False and not self.continue_final_message
 
 
-class ChatCompletionRequest(SamplingFields, TemplateFields):
+class ChatCompletionRequest(SamplingFields, TemplateFields, ToolFields):
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         **SamplingFields.UNSUPPORTED,
-        "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"),
         "audio": (),
         "modalities": (["text"],),
         "web_search_options": (),
         "chat_template": (),
         "documents": ([],),
-        "include_reasoning": (True,),
         "verbosity": ("medium",),
     }
 
     PROMPT: ClassVar[str] = "messages"
 
     messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Int | None = Field(None, ge=1)
+    thinking_token_budget: Int | None = Field(None, ge=0, lt=2**31)
+    """Most tokens of the reasoning, which is then ended."""
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_prompt_text: bool | None = None
+    """Whether to return the prompt that the chat template has made."""
     echo: bool | None = None
+    include_reasoning: bool | None = None
+
+    @property
+    def hides_reasoning(self) -> bool:
+        return self.include_reasoning is False
 
     @property
     def token_limit(self) -> int | None:
@@ -302,8 +321,8 @@ class ElasticEpRequest(Body):
     """Seconds to wait for the end of the operation."""
 
 
-SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
-"""Fields that have no effect where another field is "none": a chat whose tools may not be called is a plain chat."""
+SWITCHES = {"functions": "function_call"}
+"""Fields that have no effect where another field is "none": functions that may not be called."""
 
 
 def parse(kind: type[BodyT], data: object) -> BodyT:
@@ -336,17 +355,21 @@ def _check_together(body: SamplingFields) -> None:
             param="spaces_between_special_tokens",
             code="unsupported_value",
         )
-    if body.response_format is not None and body.response_format.type != "text":
-        raise RequestError(
-            f"response_format: only the type 'text' is supported, got {body.response_format.type!r}",
-            param="response_format",
-            code="unsupported_value",
-        )
     if body.best_of is not None and body.best_of != body.num_choices:
         raise RequestError("best_of: supported only where it equals n", param="best_of", code="unsupported_value")
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: allowed only when stream is true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise RequestError(
+            "prompt_logprobs: not available in a stream; echo with logprobs is, for completions",
+            param="prompt_logprobs",
+            code="unsupported_value",
+        )
+    if body.logprob_token_ids and not _wants_logprobs(body):
+        raise RequestError("logprob_token_ids: logprobs must be set to use it", param="logprob_token_ids")
     if isinstance(body, ChatCompletionRequest):
+        check_choice(body)
+        check_history(body.messages)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs: logprobs must be true to use it", param="top_logprobs")
         if body.continue_final_message and body.add_generation_prompt:
@@ -354,3 +377,7 @@ def _check_together(body: SamplingFields) -> None:
                 "continue_final_message: cannot be true together with add_generation_prompt",
                 param="continue_final_message",
             )
+
+
+def _wants_logprobs(body: SamplingFields) -> bool:
+    return getattr(body, "logprobs", None) not in (None, False)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.placement import Worker
 from elastic_moe.deploy.cli.plan_input import (
     choose_workers,
     load_old,
@@ -21,15 +22,17 @@ from elastic_moe.deploy.cli.plan_input import (
     read_trace,
     write_text,
 )
+from elastic_moe.deploy.tiers.caches import line_of, run_cache, save
 from elastic_moe.optimizer.core.contract import Budget
 from elastic_moe.optimizer.core.cost import copies
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult
 from elastic_moe.optimizer.drift import frontier
 from elastic_moe.optimizer.planner import PLANNERS, plan
+from elastic_moe.optimizer.study.caches import CacheRow
 from elastic_moe.optimizer.study.compare import Row, compare, markdown, write_csv
 from elastic_moe.optimizer.study.simulate import Look, SimulationSettings, simulate
-from elastic_moe.optimizer.study.traces import TraceError, concatenate, load_trace
+from elastic_moe.optimizer.study.traces import Trace, TraceError, concatenate, load_trace
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -125,11 +128,14 @@ def _drawn(draw: Callable[[], None]) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """Serve traces on a virtual clock, and re-place experts as the server would."""
+    """Serve traces on a virtual clock, and re-place experts as the server would; with --cache, replay them through
+    caches of experts."""
     old = load_old(args)
     traces = [read_trace(args, path, old) for path in args.traces]
     experts = max(trace.num_experts for trace in traces)
     trace = concatenate([dataclasses.replace(trace, num_experts=experts) for trace in traces])
+    if args.cache:
+        return _replay_caches(args, trace, choose_workers(args, old, experts))
     settings = SimulationSettings(
         planner=args.planner,
         solver=args.solver,
@@ -160,6 +166,18 @@ def run_simulate(args: argparse.Namespace) -> int:
         _drawn(lambda: figures.imbalance_over_time(args.out / "imbalance.png", looks))
     summary = _summary(looks)
     print(json.dumps(summary) if args.json else _simulation_text(summary))
+    return 0
+
+
+def _replay_caches(args: argparse.Namespace, trace: Trace, workers: tuple[Worker, ...]) -> int:
+    def progress(row: CacheRow) -> None:
+        print(json.dumps(dataclasses.asdict(row)) if args.json else line_of(row), flush=True)
+
+    rows = run_cache(args, trace, workers, progress)
+    if args.out is not None:
+        make_folder(args.out)
+        save(args.out, rows, _drawn)
+        print(f"caches.csv and figures are in {args.out}", file=sys.stderr)
     return 0
 
 

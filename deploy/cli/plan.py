@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.deploy.launch.builtin import trace_path
+from elastic_moe.deploy.tiers.flags import tier_arguments
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.solvers import SOLVERS
 from elastic_moe.optimizer.decision import MOVE_SHARE
@@ -85,6 +86,7 @@ def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="number of steps over which the cost of moves is spread (10000)",
     )
+    tier_arguments(parser)
 
 
 def _solving_arguments(parser: argparse.ArgumentParser, deadline_s: float) -> None:
@@ -176,5 +178,10 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=float, default=settings.tokens_per_s, metavar="TOK/S", help="tokens per virtual second"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figure and the table")
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="replay the traces through caches of experts instead: miss rates and step times by policy and size",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures and the table")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

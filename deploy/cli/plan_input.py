@@ -11,9 +11,11 @@ from typing import Any
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.cli.plan import DEFAULT_WORKERS
-from elastic_moe.optimizer.core.cost import copies, price
-from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.deploy.tiers.flags import memories, step_tokens
+from elastic_moe.optimizer.core.cost import expected_fetches, moves_to, price
+from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.decision import MOVE_SHARE
+from elastic_moe.optimizer.study.caches import replay_problem
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, load_trace
@@ -58,6 +60,8 @@ def make_problem(
         expert_bytes=args.expert_bytes,
         horizon_steps=args.horizon,
         speeds=_speeds(args),
+        memory=memories(args, len(workers), trace.num_layers),
+        tokens_per_step=step_tokens(args, DEFAULT_STEP_TOKENS),
     )
 
 
@@ -80,7 +84,7 @@ def move_share(args: argparse.Namespace) -> float | None:
 
 def describe(trace: Trace, problem: PlacementProblem, placement: Placement) -> dict[str, Any]:
     """The figures that every verb prints under the same names."""
-    moves = copies(problem, placement.physical_to_logical_map)
+    moves = moves_to(problem, placement)
     cost = price(problem, placement)
     return {
         **dataclasses.asdict(measure(trace, placement, problem.semantics)),
@@ -88,6 +92,23 @@ def describe(trace: Trace, problem: PlacementProblem, placement: Placement) -> d
         "cost": dataclasses.asdict(cost),
         "moves": moves,
         "bytes": moves * problem.expert_bytes,
+        **_tiers(trace, problem, placement),
+    }
+
+
+def _tiers(trace: Trace, problem: PlacementProblem, placement: Placement) -> dict[str, Any]:
+    """What does not fit, expected and replayed; nothing where all experts do."""
+    if problem.tiering is None:
+        return {}
+    misses = expected_fetches(problem, placement)
+    replayed = replay_problem(trace, problem, placement)
+    return {
+        "resident_share": misses.resident_share,
+        "fetches": misses.experts,
+        "fetch_bytes": misses.experts * problem.expert_bytes,
+        "miss_rate": misses.misses,
+        "replayed_miss_rate": replayed.miss_rate,
+        "replayed_waits": replayed.fetches,
     }
 
 

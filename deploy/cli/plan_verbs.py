@@ -71,8 +71,18 @@ def _plan_text(report: dict[str, Any], result: PlanResult, out: Path | None) -> 
         f"step cost     {report['step_cost'] * 1e6:.1f} us{was}: " + _items(report["cost"]),
         f"lower bound   {result.lower_bound * 1e6:.1f} us, gap {result.gap:.1%}",
         f"moves         {report['moves']} ({report['bytes'] / 1e9:.2f} GB)",
+        *([f"tiers         {_tiers(report)}"] if "fetches" in report else []),
     ]
     return "\n".join(lines + ([f"written to    {out}"] if out else []))
+
+
+def _tiers(report: dict[str, Any]) -> str:
+    fetched = f"{report['fetches']:.1f} experts ({report['fetch_bytes'] / 1e9:.2f} GB)"
+    return (
+        f"{report['resident_share']:.0%} of the experts resident, {fetched} fetched in a step; "
+        f"replayed: {report['replayed_miss_rate']:.1%} of accesses miss, a step waits for "
+        f"{report['replayed_waits']:.1f} fetches one after another"
+    )
 
 
 def _items(cost: dict[str, float]) -> str:
@@ -100,4 +110,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         print(f"{name:24} {report[name]:.4f}")
     print(f"{'step_cost':24} {report['step_cost'] * 1e6:.1f} us: {_items(report['cost'])}")
     print(f"{'moves':24} {report['moves']} ({report['bytes'] / 1e9:.2f} GB)")
+    if "fetches" in report:
+        print(f"{'tiers':24} {_tiers(report)}")
     return 0

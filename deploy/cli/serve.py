@@ -102,9 +102,11 @@ def _serve(config: ServeConfig, directory: RunDirectory, report: Report, progres
         try:
             model_dir, model = _checked_model(config)
             _start(processes, signals, progress, model_dir, model)
-            _wait_until_ready(config, progress)
+            ready = _wait_until_ready(config, progress)
             report.phase(Phase.SERVING)
             progress.clear()
+            if ready.resident < 1:
+                print(ready.reason, file=sys.stderr, flush=True)
             print(f"serving {_name(config, model_dir)} on {_url(config)}", flush=True)
             _watch(config)
         except (_Stop, SystemExit):
@@ -187,11 +189,23 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
             f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "
             "every worker holds at least one"
         )
+    _check_expert_memory(config, info)
     if config.max_model_len is not None and config.max_model_len > info.max_model_len:
         raise ConfigError(
             f"max_model_len: {config.max_model_len} is more than the {info.max_model_len} that the model allows"
         )
     return model_dir, info
+
+
+def _check_expert_memory(config: ServeConfig, info: ModelInfo) -> None:
+    """Raises ConfigError if a worker may not hold one expert of each layer."""
+    served = info.served_in(info.dtype if config.dtype == "auto" else config.dtype, int8=config.expert_dtype == "int8")
+    least = served.num_layers * served.expert_bytes
+    if config.expert_memory_bytes is not None and config.expert_memory_bytes < least:
+        raise ConfigError(
+            f"expert_memory_bytes: expected at least {least}, room for one expert of each of the {served.num_layers}"
+            f" layers, got {config.expert_memory_bytes}"
+        )
 
 
 class _Signals:
@@ -213,7 +227,7 @@ class _Signals:
             raise _Stop
 
 
-def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
+def _wait_until_ready(config: ServeConfig, progress: _Progress) -> Readiness:
     while True:
         state = _readiness(config)
         if state is None:
@@ -221,7 +235,7 @@ def _wait_until_ready(config: ServeConfig, progress: _Progress) -> None:
         elif state.error is not None:
             raise ServerFailed(state.error)
         elif state.ready:
-            return
+            return state
         else:
             progress.show(state.reason)
         time.sleep(POLL_S)
@@ -281,7 +295,12 @@ def _readiness(config: ServeConfig) -> Readiness | None:
     body = _get(config, "/ready")
     if not isinstance(body, dict) or "ready" not in body:
         return None
-    return Readiness(ready=bool(body["ready"]), reason=str(body.get("reason")), error=body.get("error"))
+    return Readiness(
+        ready=bool(body["ready"]),
+        reason=str(body.get("reason")),
+        error=body.get("error"),
+        resident=float(body.get("resident", 1.0)),
+    )
 
 
 def _get(config: ServeConfig, path: str) -> Any:

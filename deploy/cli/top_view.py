@@ -61,6 +61,8 @@ def render(view: View, *, width: int, height: int) -> RenderableType:
 def _head(view: View) -> Text:
     now = view.now
     state, colour = ("serves", "green") if now.ready.ready else (now.ready.error or now.ready.reason, "red")
+    if now.ready.ready and now.ready.resident < 1:
+        state, colour = f"serves with {int(100 * now.ready.resident)}% of the experts in memory", "yellow"
     if view.away is not None:
         state, colour = f"no answer: {view.away}", "red"
     head = Text.assemble(

@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from elastic_moe.cluster.errors import EmoeError, NotReadyError
+from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.scores import PromptScores, joined
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.parsing.events import Event, TextKind, TextPiece
+from elastic_moe.deploy.parsing.parser import AnswerParser
 from elastic_moe.deploy.text.detokenizer import StopStrings
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 
@@ -38,6 +41,9 @@ class Delta:
 
     index: int
     text: str
+    """The new text that is the answer itself, without reasoning and calls."""
+    events: tuple[Event, ...] = ()
+    """What the parser makes of the new text, `text` included, where the answer has one."""
     tokens: tuple[ScoredToken, ...] = ()
     """The new tokens, where the client asks for log probabilities. They may be ahead of the text."""
     token_ids: tuple[int, ...] = ()
@@ -45,10 +51,12 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token or stop string that has ended the answer; None for an end-of-sequence token."""
+    called: bool = False
+    """Whether the answer has ended with tool calls, all of them finished."""
 
     @property
     def empty(self) -> bool:
-        return not (self.text or self.tokens or self.token_ids) and self.finish_reason is None
+        return not (self.text or self.events or self.tokens or self.token_ids) and self.finish_reason is None
 
 
 class Answer:
@@ -65,13 +73,23 @@ class Answer:
         skip_special_tokens: bool = True,
         eos_token_ids: Sequence[int] = (),
         return_token_ids: bool = False,
+        parser: AnswerParser | None = None,
+        markers: Mapping[int, str] | None = None,
     ) -> None:
+        """`markers` are the special tokens that the parser needs, with their texts, also where the client sees none."""
         self.index = index
         self.request = request
         self.completion_tokens = 0
         """Number of tokens up to the end, with the one that ended the answer."""
         self.cached_tokens: int | None = None
         """Number of prompt tokens that were found in a cache; None before the first output."""
+        self.reasoning_tokens = 0
+        """Number of tokens of the reasoning."""
+        self._undecided_tokens = 0
+        self.parser = parser
+        self._markers = markers if markers and skip_special_tokens else {}
+        self._events: list[Event] = []
+        """Events that no delta has yet."""
         self.finished = False
         self._include_stop = include_stop
         self._stopping_tokens = {*eos_token_ids, *request.params.stop_token_ids}
@@ -79,14 +97,26 @@ class Answer:
         self._stop_strings = StopStrings(stops, include=include_stop)
         self._text_chars = 0
         self._return_token_ids = return_token_ids
+        self._scores: list[PromptScores] = []
+
+    @property
+    def scores(self) -> PromptScores | None:
+        """The log probabilities of the prompt's tokens, where the client asks for them. They are whole with the first
+        delta; None for a prompt of one token."""
+        return joined(self._scores)
 
     def feed(self, output: TokenOutput) -> Delta:
-        """The delta that an output makes. Raises GenerationFailed where the engine reports an error."""
+        """The delta that an output makes. Raises GenerationFailed where the engine reports an error, and RequestError
+        where the request is to blame for it."""
+        if output.refused:
+            raise RequestError(output.error or "the request cannot be served", code="grammar_failed")
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.error or "the engine has ended this request because of an error")
         if self.cached_tokens is None:
             # after a loss of the engine, the resumed request reports the number again; the first report counts
             self.cached_tokens = output.cached_tokens
+        if output.scores is not None:
+            self._scores.append(output.scores)
         text = ""
         scored: list[ScoredToken] = []
         made: list[int] = []
@@ -97,15 +127,48 @@ class Answer:
             if self._return_token_ids:
                 made.append(token_id)
             silent = position == last and token_id in self._stopping_tokens and not self._include_stop
-            text += self._push("" if silent else self._detokenizer.push(token_id))
-            if self._stop_strings.found is not None:
+            text += self._token(self._push("" if silent else self._text_of(token_id)))
+            if self._stop_strings.found is not None or (self.parser is not None and self.parser.finished):
                 return self._end(text, scored, made, FinishReason.STOP, self._stop_strings.found)
         if output.finish_reason is not None:
             rest = self._detokenizer.flush()
-            text += self._stop_strings.push(rest) if rest else ""
-            text += self._stop_strings.flush()
+            rest = self._stop_strings.push(rest) if rest else ""
+            text += self._parsed(rest + self._stop_strings.flush())
             return self._end(text, scored, made, output.finish_reason, output.stop_token_id)
-        return Delta(index=self.index, text=text, tokens=tuple(scored), token_ids=tuple(made))
+        return Delta(
+            index=self.index, text=text, events=self._new_events(), tokens=tuple(scored), token_ids=tuple(made)
+        )
+
+    def _text_of(self, token_id: int) -> str:
+        marker = self._markers.get(token_id)
+        return self._detokenizer.push(token_id) if marker is None else self._detokenizer.flush() + marker
+
+    def _token(self, text: str) -> str:
+        """The part of a token's text that is content, after the parser has had it all."""
+        if self.parser is None:
+            return text
+        reasoned = self.parser.in_reasoning
+        content = self._parsed(text)
+        # the tokens of the marks themselves do not count, and while text is held back, it may be a mark
+        self._undecided_tokens = self._undecided_tokens + 1 if reasoned and self.parser.in_reasoning else 0
+        if not self.parser.holds_back:
+            self.reasoning_tokens += self._undecided_tokens
+            self._undecided_tokens = 0
+        return content
+
+    def _parsed(self, text: str, *, last: bool = False) -> str:
+        if self.parser is None:
+            return text
+        events = self.parser.push(text) if text else []
+        if last:
+            events += self.parser.end()
+        self._events += events
+        pieces = (event for event in events if isinstance(event, TextPiece) and event.kind is TextKind.CONTENT)
+        return "".join(piece.text for piece in pieces)
+
+    def _new_events(self) -> tuple[Event, ...]:
+        events, self._events = tuple(self._events), []
+        return events
 
     def _push(self, text: str) -> str:
         self.completion_tokens += 1
@@ -124,9 +187,12 @@ class Answer:
         stop_reason: int | str | None,
     ) -> Delta:
         self.finished = True
+        text += self._parsed("", last=True)
         return Delta(
             index=self.index,
             text=text,
+            events=self._new_events(),
+            called=self.parser is not None and self.parser.called,
             tokens=tuple(scored),
             token_ids=tuple(made),
             finish_reason=reason,
@@ -154,8 +220,9 @@ async def answer_deltas(
                     began()
                 delta = answer.feed(output)
                 now = time.perf_counter()
-                metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
-                last, tokens = now, answer.completion_tokens
+                if answer.completion_tokens > tokens:
+                    metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
+                    last, tokens = now, answer.completion_tokens
                 if delta.finish_reason is not None:
                     reason = delta.finish_reason
                 if not delta.empty:
@@ -163,7 +230,7 @@ async def answer_deltas(
                 if answer.finished:
                     return
             raise GenerationFailed("the engine ended this request without an answer")
-    except (GenerationFailed, NotReadyError):
+    except (GenerationFailed, NotReadyError, RequestError):
         reason = FinishReason.ERROR
         raise
     finally:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.messages.requests import GenerateRequest, TokenOutput
+from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.cluster.messages.views import (
     ClusterView,
     EngineStatus,
@@ -32,8 +32,24 @@ class Backend(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
         """The request's tokens as they come, in order and without repeats. The last output has a finish_reason.
 
-        Closing the iterator before the last output aborts the request. Raises RequestError where the engine refuses it.
+        Closing the iterator before the last output aborts the request, unless it is lasting. Raises RequestError where
+        the engine refuses it. Of a lasting request that the engine has already, all tokens come, from the first one.
         """
+        ...
+
+    def cancel(self, request_id: RequestId) -> None:
+        """End a lasting request: its last output will have the reason ABORT.
+
+        Raises KeyError where this replica does not generate it.
+        """
+        ...
+
+    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
+        """Those of these lasting requests that no replica generates; none while there is no engine to ask."""
+        ...
+
+    def forget(self, request_id: RequestId) -> None:
+        """The engine need not keep the answer of this lasting request, which has ended, any longer."""
         ...
 
     async def engine_status(self) -> EngineStatus: ...

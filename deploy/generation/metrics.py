@@ -1,11 +1,14 @@
 """Prometheus metrics. They have vLLM's names where vLLM has one, so that its dashboards work; ours begin with `emoe:`.
 
-Events of this replica are counted here; figures of the cluster are read from it at each scrape.
+Events of this replica are counted here, and added to those of the others (counts.py); figures of the cluster are read
+from it at each scrape.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import uuid
 from collections import Counter as Tally
 from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,12 +25,15 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
+from ray.exceptions import RayError
 
+from elastic_moe.actors.remote.key_value import KeyValue
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.counters import BOUNDS_S, ClusterCounters, Distribution
 from elastic_moe.cluster.messages.requests import FinishReason
 from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, ScaleView, WorkerView
 from elastic_moe.deploy.generation.backend import Backend
+from elastic_moe.deploy.generation.counts import AddedUp, Counts, SharedCounts, counts_of
 
 Value = TypeVar("Value", bound=str)
 """The value of a label: a member of an enum."""
@@ -35,6 +41,12 @@ Value = TypeVar("Value", bound=str)
 Answer = TypeVar("Answer")
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+
+RESUMED = "resumed"
+"""The key of a replica's number of resumed requests among its counts."""
+SHARE_S = 2.0
+"""Seconds between two times at which a replica shows its counts to the others; what it counts after the last of them
+is lost if it dies."""
 
 LABELS = ("model_name", "engine")
 """vLLM's labels. `engine` numbers its data-parallel engines; this server has one."""
@@ -63,12 +75,18 @@ class LatencyTotals:
 
 
 class Metrics:
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, values: KeyValue) -> None:
+        """`values` is what all replicas share."""
         self._labels = {"model_name": model_name, "engine": "0"}
         self.latency = LatencyTotals()
         self._registry = CollectorRegistry()
+        """What this replica has counted."""
+        self._added_up = AddedUp(self._registry)
+        self._shared = SharedCounts(values, uuid.uuid4().hex)
         self._cluster = _ClusterCollector(self._labels)
-        self._registry.register(self._cluster)
+        self._whole = CollectorRegistry()
+        self._whole.register(self._cluster)
+        self._whole.register(self._added_up)
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Number of prefill tokens processed.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Number of generation tokens processed.")
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
@@ -109,7 +127,7 @@ class Metrics:
         """The text that Prometheus reads. Cluster metrics are left out while there is no cluster to ask."""
         cluster = self._cluster
         cluster.ready = (await backend.readiness()).ready
-        cluster.resumed = backend.resumed_requests
+        await self._add_up(backend.resumed_requests)
         # each by itself: while there is no engine, the coordinator still knows which workers have died
         counters: ClusterCounters | None
         cluster.engine, cluster.workers, cluster.scale, cluster.routing, counters = await asyncio.gather(
@@ -121,7 +139,29 @@ class Metrics:
         )
         # totals stay true; anything else that was read last would look as if it were
         cluster.counters = counters or cluster.counters
-        return prometheus_client.generate_latest(self._registry)
+        return prometheus_client.generate_latest(self._whole)
+
+    async def share(self, backend: Backend) -> None:
+        """Put this replica's counts where the others see them, again and again. Never returns."""
+        while True:
+            await asyncio.sleep(SHARE_S)
+            with contextlib.suppress(RayError):
+                await asyncio.to_thread(self._shared.put, self._counts(backend.resumed_requests))
+
+    async def _add_up(self, resumed: int) -> None:
+        counts = self._counts(resumed)
+
+        def exchange() -> Counts:
+            self._shared.put(counts)
+            return self._shared.others()
+
+        with contextlib.suppress(RayError):  # then the last sums stay
+            self._added_up.others = await asyncio.to_thread(exchange)
+        self._cluster.resumed = resumed + int(self._added_up.others.get(RESUMED, 0))
+
+    def _counts(self, resumed: int) -> Counts:
+        counts = counts_of(self._registry.collect())
+        return {**counts, RESUMED: float(resumed)} if resumed else counts
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, LABELS, registry=self._registry).labels(**self._labels)
@@ -212,6 +252,21 @@ class _ClusterCollector(Collector):
             None,
             {"": counters.recovery_s},
         )
+        yield from self._of_tiers(counters)
+
+    def _of_tiers(self, counters: ClusterCounters) -> Iterable[Metric]:
+        yield self._counts(
+            "emoe:expert_accesses",
+            "Experts that steps used, by the tier in which they lay, while some lay in another one than the device.",
+            "tier",
+            {tier.word: accesses for tier, accesses in counters.expert_accesses.items()},
+        )
+        yield self._counts(
+            "emoe:expert_fetch_bytes", "Bytes of experts fetched into devices.", "from", counters.fetched_bytes
+        )
+        yield self._counts(
+            "emoe:expert_stall_seconds", "Time that steps waited for experts, by cause.", "cause", counters.stall_s
+        )
 
     def _of_workers(self, workers: list[WorkerView]) -> Iterable[Metric]:
         states = GaugeMetricFamily("emoe:workers", "Workers, by state.", labels=[*LABELS, "state"])
@@ -220,6 +275,8 @@ class _ClusterCollector(Collector):
         for state, count in tally.items():
             states.add_metric([*self._labels.values(), state], count)
         yield states
+        resident = sum(worker.experts_resident for worker in workers if worker.state != "dead")
+        yield self._gauge("emoe:experts_resident", "Experts in the devices of all workers, over all layers.", resident)
         yield self._fit(workers)
 
     def _fit(self, workers: list[WorkerView]) -> GaugeMetricFamily:
@@ -232,7 +289,7 @@ class _ClusterCollector(Collector):
             family.add_metric([*self._labels.values(), part, path], 1)
         return family
 
-    def _counts(self, name: str, text: str, label: str, counts: Mapping[Value, int]) -> CounterMetricFamily:
+    def _counts(self, name: str, text: str, label: str, counts: Mapping[Value, float]) -> CounterMetricFamily:
         family = CounterMetricFamily(name, text, labels=[*LABELS, label])
         for value, count in counts.items():
             family.add_metric([*self._labels.values(), value], count)

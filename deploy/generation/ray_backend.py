@@ -7,6 +7,8 @@ new engine are repeats. Meanwhile the request's stream pauses.
 
     generate() -> Submit to the engine          Outputs from the engine -> the requests' queues -> generate()
 
+A lasting request outlives this process too: the engine keeps its tokens, and another replica may `generate` it again.
+
 Requests and outputs travel over one connection to the engine; everything else is a call to the coordinator.
 """
 
@@ -17,7 +19,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -34,6 +36,9 @@ from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
+    Adopt,
+    Adopted,
+    CancelRequests,
     GenerateRequest,
     Hello,
     Outputs,
@@ -116,6 +121,26 @@ class RayBackend:
             if not ended and stream.link is not None:
                 stream.link.send(AbortRequests(request_ids=(request.request_id,)))
 
+    def cancel(self, request_id: RequestId) -> None:
+        stream = self._streams[request_id]
+        stream.cancelled = True
+        if stream.link is not None:
+            stream.link.send(CancelRequests(request_ids=(request_id,)))
+
+    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
+        if self._link is None:
+            return ()
+        try:
+            answer = await within(self._link.call(Adopt(request_ids=tuple(request_ids))), CALL_TIMEOUT_S)
+        except (ConnectionError, TimeoutError):
+            return ()
+        assert isinstance(answer, Adopted), answer
+        return answer.request_ids
+
+    def forget(self, request_id: RequestId) -> None:
+        if self._link is not None:
+            self._link.send(AbortRequests(request_ids=(request_id,)))
+
     async def _submit(self, link: Link | None, stream: RequestStream) -> None:
         """Raises RequestError if the engine refuses it. The next engine gets it if this one is gone."""
         if link is None:
@@ -123,6 +148,8 @@ class RayBackend:
         stream.link = link
         try:
             await within(link.call(Submit(requests=(stream.resumed,))), CALL_TIMEOUT_S)
+            if stream.cancelled:
+                link.send(CancelRequests(request_ids=(stream.request.request_id,)))
         except (ConnectionError, TimeoutError) as error:
             logger.info("the engine did not take a request: %s", type(error).__name__)
             stream.link = None

@@ -11,6 +11,7 @@ import dataclasses
 
 from elastic_moe.actors.remote.links import Link
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.scores import PromptScores, joined
 
 
 class RequestStream:
@@ -19,14 +20,20 @@ class RequestStream:
     def __init__(self, request: GenerateRequest) -> None:
         self.request = request
         self.received: list[int] = list(request.output_token_ids)
+        self.scored = request.num_scored
+        """Number of prompt tokens whose scores have come."""
         self.link: Link | None = None
         """The connection to the engine that has accepted the request; None while no engine has."""
+        self.cancelled = False
+        """Whether the engine is to end the request, as soon as it has it."""
         self.unread = 0
-        """Number of unread entries: one for a token, and one for each of its log probabilities."""
+        """Number of unread entries: one for a token, and one for each log probability."""
         self._first: TokenOutput | None = None
         """The first unread output. If there are more: `_tokens` and `_logprobs` have theirs, `_last` is the newest."""
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._scores: list[PromptScores] = []
+        """Those of all unread outputs."""
         self._last: TokenOutput | None = None
         self._end: TokenOutput | Exception | None = None
         """The error that ends the stream after its unread tokens."""
@@ -35,14 +42,19 @@ class RequestStream:
 
     @property
     def resumed(self) -> GenerateRequest:
-        return dataclasses.replace(self.request, output_token_ids=tuple(self.received))
+        return dataclasses.replace(self.request, output_token_ids=tuple(self.received), num_scored=self.scored)
 
     def take(self, output: TokenOutput) -> bool:
-        """Take the new tokens of `output`. Returns False where earlier tokens are missing, which were lost on the
-        way."""
+        """Take the new tokens and scores of `output`. Returns False where earlier ones are missing, which were lost on
+        the way."""
         repeats = len(self.received) - output.offset
-        if repeats < 0:
+        scores = output.scores
+        if repeats < 0 or (scores is not None and scores.start > self.scored + 1):
             return False
+        if scores is not None:
+            # place 0 of the prompt has no score
+            scores = scores.from_place(self.scored + 1) if scores.end > self.scored + 1 else None
+            output = dataclasses.replace(output, scores=scores)
         if repeats:
             output = dataclasses.replace(
                 output,
@@ -51,7 +63,8 @@ class RequestStream:
                 logprobs=output.logprobs[repeats:],
             )
         self.received += output.token_ids
-        if output.token_ids or output.finish_reason is not None:
+        self.scored += len(scores) if scores is not None else 0
+        if output.token_ids or output.finish_reason is not None or scores is not None:
             self._put(output)
         return True
 
@@ -88,6 +101,7 @@ class RequestStream:
     def _read(self) -> TokenOutput | None:
         """Take all unread tokens as one output."""
         first, last, tokens, logprobs = self._first, self._last, self._tokens, self._logprobs
+        scores, self._scores = joined(self._scores), []
         self._first = self._last = None
         self.unread = 0
         if first is None or last is None:
@@ -99,6 +113,7 @@ class RequestStream:
             cached_tokens=first.cached_tokens,
             token_ids=(*first.token_ids, *tokens),
             logprobs=(*first.logprobs, *logprobs),
+            scores=scores,
         )
 
     def _put(self, output: TokenOutput) -> None:
@@ -112,6 +127,9 @@ class RequestStream:
             self._last = output
             self._tokens += output.token_ids
             self._logprobs += output.logprobs
+        if output.scores is not None:
+            self._scores.append(output.scores)
+            self.unread += len(output.scores) * output.scores.width
         self.unread += len(output.token_ids)
         if output.logprobs:
             self.unread += sum(1 + len(entry.top) for entry in output.logprobs)

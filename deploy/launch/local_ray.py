@@ -40,6 +40,8 @@ from elastic_moe.model import native
 APP_NAME = "emoe"
 LEAST_SHARED_BYTES = 16 << 20
 """Free shared memory without which a server does not start."""
+DRAIN_ANSWER_S = 10.0
+"""Seconds that the coordinator has to say how many requests are left."""
 END_TIMEOUT_S = 5.0
 """Seconds that processes have to end by themselves."""
 
@@ -170,18 +172,32 @@ class ServerProcesses:
         )
 
     def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for the running ones, at most `timeout_s`. Does nothing before the API has
-        started."""
+        """Have all replicas refuse new requests, and wait for the running ones, at most `timeout_s`.
+
+        Does nothing before the API has started.
+        """
         if not self._owns_app:
             return
-        from ray import serve
-
-        handle: Any = serve.get_app_handle(APP_NAME)
         deadline = time.monotonic() + timeout_s
-        while handle.drain.remote().result(timeout_s=10) and time.monotonic() < deadline:
+        while self._running_requests() and time.monotonic() < deadline:
             time.sleep(0.1)
         # the last bytes of the last answer are still on their way
         time.sleep(0.2)
+
+    def _running_requests(self) -> int:
+        import ray
+        from ray.exceptions import RayError
+
+        from elastic_moe.actors.control.coordinator import Coordinator
+        from elastic_moe.actors.names import COORDINATOR
+        from elastic_moe.actors.remote.ask import Remote, ask, wait
+
+        coordinator = Remote[Coordinator](ray.get_actor(COORDINATOR, namespace=NAMESPACE))
+        try:
+            return wait(ask(coordinator, Coordinator.stop_requests), DRAIN_ANSWER_S)
+        except RayError:
+            # it is being restarted, and will be asked again
+            return 1
 
     def stop(self) -> None:
         """End in good order what was started: a local Ray, or our application and our actors on a joined cluster."""

@@ -75,7 +75,7 @@ def local_settings(directory: RunDirectory) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Serve and the API share one event loop: a thread between them would cost a millisecond per chunk.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        # `drain` uses a handle outside of any event loop; requests do not pass this router.
+        # `serve.run` makes a handle outside of any event loop; requests do not pass its router.
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
         # Otherwise a thread of that handle, which outlives Ray for a moment, would start a new Ray.
         "RAY_ENABLE_AUTO_CONNECT": "0",

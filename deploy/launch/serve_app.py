@@ -1,9 +1,10 @@
 """The Ray Serve application: one deployment, which starts the cluster's actors and ends them with the application.
 
-`emoe serve` runs it, and so does `serve deploy` with `import_path: elastic_moe.deploy.launch.serve_app:build_app` and
-ServeConfig's keys as `args` (see serve.yaml). The replica finds or creates the coordinator when it starts. When Serve
-stops the replica because the *application* is being deleted, the replica stops the coordinator and its actors. A
-replica that crashes, is replaced or moves leaves them alone, and its successor finds them again.
+It has --api-replicas replicas. `emoe serve` runs it, and so does `serve deploy` with ServeConfig's keys as `args` and
+`import_path: elastic_moe.deploy.launch.serve_app:build_app` (see serve.yaml). A replica finds or creates the
+coordinator when it starts. When Serve stops the replicas because the *application* is being deleted, the last one stops
+the coordinator and its actors. A replica that crashes, is replaced or moves leaves them alone, and its successor finds
+them again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +23,11 @@ from ray.serve import Application
 
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.control.start import start_cluster, stop_cluster
+from elastic_moe.actors.liveness import CHECK_IN_S, HANG_S
 from elastic_moe.actors.logs import LogSettings, set_up
-from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
+from elastic_moe.actors.remote.key_value import RayKeyValue
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.keys import with_keys
@@ -34,6 +39,7 @@ from elastic_moe.deploy.launch.ray_private import keep_grpc_local
 from elastic_moe.deploy.text.prompts import BoundedPrompts
 from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
+from elastic_moe.deploy.web.old_http import serve_old_http
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,8 @@ MAX_ONGOING_REQUESTS = 10_000
 """More requests than the engine accepts, because requests must queue in the engine and not in Serve."""
 STOP_TIMEOUT_S = 10.0
 """Seconds that the actors have to end."""
+BUSY_S = 0.1
+"""Seconds between two reports of a replica that finishes its last requests."""
 
 
 @serve.ingress()
@@ -54,35 +62,60 @@ class Api:
         config = ServeConfig.from_mapping(settings)
         set_up("api", LogSettings.of(config))
         keep_grpc_local()
+        serve_old_http()
+        self._coordinator = start(config, model_dir)
+        self._name = uuid.uuid4().hex
+        """As the coordinator knows this replica."""
         self._backend = RayBackend(
-            start(config, model_dir),
+            self._coordinator,
             plan_deadline_s=config.plan_deadline,
             recovery_timeout_s=config.recovery_timeout,
         )
-        self._service = Service(config, self._backend, model_dir, BoundedPrompts.open)
-        self._loading: asyncio.Task[None] | None = None
+        self._service = Service(config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue())
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self._backend.begin()
         # in the background, so that /health and /ready answer meanwhile
-        self._loading = asyncio.create_task(self._load())
+        work = (
+            self._load(),
+            self._service.following.watch(),
+            self._service.metrics.share(self._backend),
+            self._check_in(),
+        )
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
         return create_app(self._service)
 
     async def _load(self) -> None:
         await asyncio.to_thread(without_torch)
         await self._service.begin()
 
-    async def drain(self) -> int:
-        """Refuse new requests from now on. Returns the number of running requests."""
-        self._service.draining = True
-        return self._service.active
+    async def _check_in(self) -> None:
+        """Tell the coordinator what runs here, and hear whether the server stops. Never returns."""
+        while True:
+            try:
+                answer = ask(self._coordinator, Coordinator.check_in, self._name, self._service.running)
+                self._service.draining = await within(answer, CHECK_IN_S + HANG_S)
+                await asyncio.sleep(BUSY_S if self._service.draining else 0)
+            except CALL_ERRORS as error:
+                logger.debug("the coordinator does not hear this replica: %s", one_line(error))
+                await asyncio.sleep(CHECK_IN_S)
 
     async def __del__(self) -> None:
+        for task in self._tasks:
+            task.cancel()
         self._service.close()
         await self._backend.end()
         await asyncio.to_thread(self._service.close)
-        if await asyncio.to_thread(_application_is_going):
+        if await asyncio.to_thread(_application_is_going) and not await self._others():
             await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S)
+
+    async def _others(self) -> int:
+        """Number of other replicas, whose requests still need the cluster."""
+        try:
+            return await within(ask(self._coordinator, Coordinator.check_out, self._name), STOP_TIMEOUT_S)
+        except CALL_ERRORS:
+            return 0
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -104,7 +137,7 @@ def build_app(args: dict[str, Any]) -> Application:
 def application(config: ServeConfig, model_dir: str, start: StartCluster = start_cluster) -> Application:
     make_deployment: Any = serve.deployment(
         name="api",
-        num_replicas=1,
+        num_replicas=config.api_replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=config.shutdown_timeout + STOP_TIMEOUT_S,

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.deploy.web.openapi import described, text_answer
 
 FOLDER = Path(__file__).parent / "static"
 TYPES = {
@@ -25,6 +26,7 @@ POLICY = "; ".join(
         *("require-trusted-types-for 'script'", "trusted-types 'none'"),
     ]
 )
+FILE = {"description": "A file of the page.", "content": {kind.split(";")[0]: {} for kind in TYPES.values()}}
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
@@ -67,13 +69,11 @@ def page_router() -> APIRouter:
             return Response(status_code=304, headers=headers)
         return Response(file.body, headers=headers)
 
-    @router.get("/")
-    @router.head("/", include_in_schema=False)
+    @router.get("/", **described(answers={200: text_answer("The page.", "text/html")}))
     async def index(request: Request) -> Response:
         return answer(request, "index.html")
 
-    @router.get("/page/{name}")
-    @router.head("/page/{name}", include_in_schema=False)
+    @router.get("/page/{name}", **described(answers={200: FILE}, errors=(404,)))
     async def file(request: Request, name: str) -> Response:
         return answer(request, name)
 

@@ -33,6 +33,8 @@ class TemplateForms:
     """Whether the template knows the role `developer`; otherwise such a message becomes a system message."""
     in_parts: frozenset[str]
     """Roles whose content the template takes only as a list of parts."""
+    thinking: bool = False
+    """Whether the template calls the reasoning of a message `thinking`."""
 
 
 def template_forms(source: str, render: Render) -> TemplateForms:
@@ -65,7 +67,8 @@ def template_forms(source: str, render: Render) -> TemplateForms:
     call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
     calling = {"role": "assistant", "content": None, "tool_calls": [call]}
     learn("tool", lambda: [turn("user"), calling], list)
-    return TemplateForms(developer=developer, in_parts=frozenset(in_parts))
+    thinking = "message.thinking" in source and "reasoning_content" not in source
+    return TemplateForms(developer=developer, in_parts=frozenset(in_parts), thinking=thinking)
 
 
 def conversation(messages: Sequence[Mapping[str, Any]], forms: TemplateForms) -> list[Message]:
@@ -86,6 +89,7 @@ def _message(message: Mapping[str, Any], forms: TemplateForms, where: str) -> Me
     calls = made.pop("tool_calls", None)
     if calls:
         made["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
+    _name_reasoning(made, forms, calling=bool(calls))
     if made["role"] == "developer" and not forms.developer:
         made["role"] = "system"
     content = message.get("content")
@@ -97,20 +101,31 @@ def _message(message: Mapping[str, Any], forms: TemplateForms, where: str) -> Me
     return {**made, "content": text_of(content)}
 
 
+def _name_reasoning(made: Message, forms: TemplateForms, *, calling: bool) -> None:
+    """Give the reasoning of an earlier answer the template's name for it, whichever name the client has given it."""
+    reasoning = made.get("reasoning_content", made.get("reasoning"))
+    if not isinstance(reasoning, str):
+        return
+    made["reasoning_content"] = reasoning
+    # such templates refuse thinking and content in one message, and want the thinking only before a call
+    if forms.thinking and calling and not made.get("content"):
+        made.setdefault("thinking", reasoning)
+
+
 def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
 def _tool_calls(calls: object, where: str) -> list[Message]:
     if not isinstance(calls, list):
-        raise RequestError(f"{where}: expected a list", param="messages", code="invalid_type")
+        raise RequestError(f"{where}: expected a list", param=where, code="invalid_type")
     made = []
     for number, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RequestError(
                 f"{where}.{number}.function: expected an object with a name and arguments",
-                param="messages",
+                param=f"{where}.{number}.function",
                 code="invalid_value",
             )
         made.append({**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}})

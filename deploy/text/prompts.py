@@ -17,6 +17,8 @@ import msgspec
 
 from elastic_moe.actors.remote.calls import within
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.messages.grammars import Grammar
+from elastic_moe.deploy.text.grammar_check import GRAMMAR_S, GrammarCheck
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 from elastic_moe.deploy.text.tokenizer_process import HEADER, TokenizerProcess, limits_in_words
 
@@ -26,8 +28,8 @@ LONG_TEXT = 4096
 """Characters from which on a text is encoded in a thread, so that streams do not stall."""
 SHORT_BYTES = 1 << 16
 """Size up to which a prompt counts as short."""
-SHORT_SEATS, LONG_SEATS = 2, 1
-"""Number of short and of long prompts that are made at a time. A long one does not hold up the short ones."""
+SHORT_SEATS, LONG_SEATS, GRAMMAR_SEATS = 2, 1, 1
+"""Number of short prompts, of long prompts and of grammars that are worked on at a time. None holds up the others."""
 WALL_S = 120.0
 """Most seconds to wait for a prompt. The usual limit is processor time, which takes far longer on a busy machine."""
 LARGE_BYTES = 1 << 20
@@ -43,12 +45,17 @@ class Prompts(Protocol):
         """The prompt of a chat; see Tokenizer.render_chat."""
         ...
 
+    async def fault_of_grammar(self, grammar: Grammar) -> str | None:
+        """Why the grammar cannot be used: it does not compile, matches nothing, or is too complex. None if it can."""
+        ...
+
     def close(self) -> None: ...
 
 
 class DirectPrompts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._grammars = GrammarCheck(tokenizer.to_json)
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         if len(text) < LONG_TEXT:
@@ -57,6 +64,9 @@ class DirectPrompts:
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
         return self._tokenizer.render_chat(messages, **how)
+
+    async def fault_of_grammar(self, grammar: Grammar) -> str | None:
+        return await asyncio.to_thread(self._grammars.fault, grammar.kind, grammar.text)
 
     def close(self) -> None:
         pass
@@ -70,6 +80,7 @@ class BoundedPrompts:
         self._idle: list[_Worker] = []
         self._short = asyncio.Semaphore(SHORT_SEATS)
         self._long = asyncio.Semaphore(LONG_SEATS)
+        self._grammars = asyncio.Semaphore(GRAMMAR_SEATS)
         self._restarting = asyncio.Lock()
 
     @classmethod
@@ -97,23 +108,21 @@ class BoundedPrompts:
             worker.close()
         self._process.close()
 
+    async def fault_of_grammar(self, grammar: Grammar) -> str | None:
+        payload = msgspec.json.encode(["fault_of_grammar", {"kind": grammar.kind, "text": grammar.text}])
+        answer = await self._ask(payload, self._grammars)
+        if answer is None:
+            logger.warning("a grammar was given up: it is not compiled within %.0f s of processor time", GRAMMAR_S)
+            return f"it is not compiled within {GRAMMAR_S:.0f} s of processor time; make it simpler"
+        fault = answer.get("failed") or answer["value"]
+        return None if fault is None else str(fault)
+
     async def _call(self, param: str, method: str, **arguments: Any) -> Any:
         payload = msgspec.json.encode([method, arguments])
-        async with self._short if len(payload) <= SHORT_BYTES else self._long:
-            worker = await self._worker()
-            answer = None
-            try:
-                answer = await within(worker.ask(payload), WALL_S)
-            except (OSError, EOFError, TimeoutError):
-                # EOFError: the process has ended, mostly by the limit on its processor time
-                logger.warning("a prompt was given up, because it needs more than %s", limits_in_words(len(payload)))
-            finally:
-                if answer is None or len(payload) > LARGE_BYTES:
-                    worker.close()
-                else:
-                    self._idle.append(worker)
+        answer = await self._ask(payload, self._short if len(payload) <= SHORT_BYTES else self._long)
         what = "the chat template" if method == "render_chat" else "the tokenizer"
         if answer is None:
+            logger.warning("a prompt was given up, because it needs more than %s", limits_in_words(len(payload)))
             raise RequestError(
                 f"{param}: {what} does not finish this within {limits_in_words(len(payload))}",
                 param=param,
@@ -124,6 +133,22 @@ class BoundedPrompts:
         if refused := answer.get("refused"):
             raise RequestError(refused["message"], param=refused["param"], code=refused["code"])
         return answer["value"]
+
+    async def _ask(self, payload: bytes, seats: asyncio.Semaphore) -> dict[str, Any] | None:
+        """A process's answer to a call; None where it was given up."""
+        async with seats:
+            worker = await self._worker()
+            answer = None
+            try:
+                answer = await within(worker.ask(payload), WALL_S)
+            except (OSError, EOFError, TimeoutError):
+                pass  # EOFError: the process has ended, mostly by the limit on its processor time
+            finally:
+                if answer is None or len(payload) > LARGE_BYTES:
+                    worker.close()
+                else:
+                    self._idle.append(worker)
+        return answer
 
     async def _worker(self) -> _Worker:
         while self._idle:

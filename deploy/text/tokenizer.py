@@ -27,6 +27,9 @@ OWN_ARGUMENTS = frozenset(
 )
 """Arguments of transformers itself, which a request's `chat_template_kwargs` may not set."""
 
+LOADING = ("name_or_path", "is_local", "local_files_only", "backend")
+"""Arguments with which transformers has loaded the tokenizer, and which say nothing of it."""
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """The name that SentencePiece gives to a token of one byte."""
 
@@ -102,8 +105,12 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt that the chat template makes of `messages`. Raises RequestError where it refuses them."""
+        """The prompt that the chat template makes of `messages`, and of `tools` in OpenAI's form.
+
+        Raises RequestError where it refuses them.
+        """
         if not self.has_chat_template:
             raise RequestError(
                 "this model has no chat template; use /v1/completions, or start the server with --chat-template",
@@ -122,6 +129,7 @@ class Tokenizer:
                 prepared,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                **({"tools": [dict(tool) for tool in tools]} if tools else {}),
                 **(template_kwargs or {}),
             )
         except MemoryError:
@@ -135,13 +143,35 @@ class Tokenizer:
         return bool(self._chat_template or self._inner.chat_template)
 
     @cached_property
+    def template_source(self) -> str:
+        """The chat template; empty where there is none."""
+        try:
+            return str(self._inner.get_chat_template(self._chat_template))
+        except ValueError:  # there is none, or there are several, and none is the default
+            return ""
+
+    @property
+    def all_templates(self) -> str:
+        """The text of all chat templates, if there are several, such as one for tools."""
+        several = self._inner.chat_template if self._chat_template is None else None
+        return "\n".join(map(str, several.values())) if isinstance(several, dict) else self.template_source
+
+    @property
+    def response_template(self) -> Mapping[str, Any] | None:
+        """The form of answers that the tokenizer's files declare, as transformers has it."""
+        template = getattr(self._inner, "response_template", None)
+        return template if isinstance(template, dict) else None
+
+    @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The special tokens, which are not shown, with their texts."""
+        added = getattr(self._inner, "added_tokens_decoder", {})
+        return {int(token_id): str(token) for token_id, token in added.items() if token.special}
+
+    @cached_property
     def template_forms(self) -> TemplateForms:
         """The forms of messages that the chat template takes. The first use renders some short conversations."""
-        try:
-            source = self._inner.get_chat_template(self._chat_template)
-        except ValueError:  # there are several templates, and none is the default
-            source = ""
-        return template_forms(source, self.render)
+        return template_forms(self.template_source, self.render)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **how: Any) -> str:
         """The text that the chat template makes of exactly these messages. Raises whatever the template raises."""
@@ -154,6 +184,22 @@ class Tokenizer:
                 **how,
             )
         )
+
+    def info(self) -> dict[str, Any]:
+        """The tokenizer's settings, as vLLM's /tokenizer_info has them: what is JSON in tokenizer_config.json, the
+        special tokens, and the chat template in force."""
+        settings = {
+            name: str(value) if type(value).__name__ == "AddedToken" else value
+            for name, value in self._inner.init_kwargs.items()
+            if not name.endswith("_file") and name not in LOADING
+        }
+        tokens = {f"{name}_token": getattr(self._inner, f"{name}_token", None) for name in ("bos", "eos", "pad", "unk")}
+        known = {name: value for name, value in settings.items() if _is_json(value)}
+        return known | {
+            **tokens,
+            "tokenizer_class": type(self._inner).__name__,
+            "chat_template": self._chat_template or self._inner.chat_template,
+        }
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -231,6 +277,14 @@ def without_torch() -> None:
 
     for module in (utils, import_utils):
         vars(module)["is_torch_available"] = lambda: False
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def id_name(token_id: int) -> str:

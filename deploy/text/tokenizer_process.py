@@ -26,7 +26,9 @@ from typing import Any
 
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError, UserError
 from elastic_moe.deploy.text.conversation import MARK
+from elastic_moe.deploy.text.grammar_check import GRAMMAR_S, GrammarCheck
 from elastic_moe.deploy.text.tokenizer import Tokenizer, without_torch
+from elastic_moe.model.grammars.vocabulary import tokenizer_json
 
 HEADER = struct.Struct("!Q")
 """The size in bytes, which precedes every message on a worker's socket."""
@@ -124,9 +126,13 @@ def main() -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         tokenizer = _loaded(control, model_dir, chat_template or None)
         if tokenizer is not None:
+            grammars = GrammarCheck(lambda: tokenizer_json(model_dir))
+            with _bounds(*_load_limits(model_dir)) as limits:
+                _say(control, kind="CheckpointError", doing=f"llguidance does not load the tokenizer within {limits}")
+                grammars.load()
             _say(control, ready=True)
             gc.freeze()
-            _fork_workers(control, tokenizer)
+            _fork_workers(control, tokenizer, grammars)
 
 
 def _loaded(control: socket.socket, model_dir: str, chat_template: str | None) -> Tokenizer | None:
@@ -170,7 +176,7 @@ def _check_syntax(tokenizer: Tokenizer, chat_template: str) -> None:
         return
 
 
-def _fork_workers(control: socket.socket, tokenizer: Tokenizer) -> None:
+def _fork_workers(control: socket.socket, tokenizer: Tokenizer, grammars: GrammarCheck) -> None:
     while True:
         data, fds, *_ = socket.recv_fds(control, 1, 1)
         if not data:
@@ -179,24 +185,39 @@ def _fork_workers(control: socket.socket, tokenizer: Tokenizer) -> None:
             if os.fork() == 0:
                 control.close()
                 with contextlib.suppress(OSError, EOFError), socket.socket(fileno=fd) as api:
-                    _serve(api, tokenizer)
+                    _serve(api, _methods(tokenizer, grammars))
                 os._exit(0)
             os.close(fd)
 
 
-def _serve(api: socket.socket, tokenizer: Tokenizer) -> None:
+Method = Callable[..., object]
+
+
+def _methods(tokenizer: Tokenizer, grammars: GrammarCheck) -> dict[str, Method]:
+    def fault_of_grammar(kind: str, text: str) -> str | None:
+        # less than other calls may take
+        signal.setitimer(signal.ITIMER_PROF, GRAMMAR_S)
+        return grammars.fault(kind, text)
+
+    return {
+        "encode": tokenizer.encode,
+        "render_chat": tokenizer.render_chat,
+        "fault_of_grammar": fault_of_grammar,
+    }
+
+
+def _serve(api: socket.socket, methods: dict[str, Method]) -> None:
     with api.makefile("rb") as requests:
         while header := requests.read(HEADER.size):
             (size,) = HEADER.unpack(header)
             with _bounds(*_call_limits(size)):
-                answer = _answer(tokenizer, requests.read(size))
+                answer = _answer(methods, requests.read(size))
             api.sendall(HEADER.pack(len(answer)) + answer)
 
 
-def _answer(tokenizer: Tokenizer, payload: bytes) -> bytes:
+def _answer(methods: dict[str, Method], payload: bytes) -> bytes:
     try:
         method, arguments = json.loads(payload)
-        methods: dict[str, Callable[..., object]] = {"encode": tokenizer.encode, "render_chat": tokenizer.render_chat}
         answer: dict[str, Any] = {"value": methods[method](**arguments)}
     except RequestError as error:
         answer = {"refused": {"message": str(error), "param": error.param, "code": error.code}}

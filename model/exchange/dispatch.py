@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_moe.cluster.placement import EMPTY, Placement
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.model.exchange.counter import RoutingCounter
 from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.interface import ABSENT
@@ -41,15 +41,19 @@ def route_table(placement: Placement, rank: int) -> Tensor:
     """[L, E] the rank whose replica of each expert computes the tokens of worker `rank`.
 
     A worker that holds a replica uses its own. The workers that hold none take the replicas in turn. So traffic is
-    least, and the load of a replicated expert is spread. The table depends on placement and rank alone, so it is made
-    once per epoch.
+    least, and the load of a replicated expert is spread. Of an expert's replicas, only those in the fastest tier are
+    used. The table depends on placement and rank alone, so it is made once per epoch.
     """
     size = len(placement.workers)
     owners = placement.slot_to_worker
     held = np.zeros((placement.num_layers, size, placement.num_logical_experts), dtype=bool)
     for layer in range(placement.num_layers):
-        used = placement.physical_to_logical_map[layer] != EMPTY
-        held[layer, owners[used], placement.physical_to_logical_map[layer][used]] = True
+        experts, tiers = placement.physical_to_logical_map[layer], placement.tiers[layer]
+        used = experts != EMPTY
+        best = np.full(placement.num_logical_experts, max(Tier), dtype=tiers.dtype)
+        np.minimum.at(best, experts[used], tiers[used])
+        used &= tiers == best[experts]
+        held[layer, owners[used], experts[used]] = True
     # how many workers before this one lack the expert too
     turn = (~held[:, :rank]).sum(1)
     copies = held.sum(1)

@@ -49,6 +49,7 @@ def join_exchange(
             top_k=shapes[0].top_k,
             max_tokens=max_tokens,
             timeout_s=timeout_s,
+            one_round=not spec.placement.all_resident,
         )
     row = max(row_bytes(s.hidden, s.top_k, s.dtype) for s in shapes)
     return SharedMemoryTransport(

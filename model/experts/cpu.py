@@ -9,15 +9,17 @@ pairs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from elastic_moe.cluster.errors import UserError
-from elastic_moe.model.experts.interface import Tensors
-from elastic_moe.model.native.experts import NativeExperts
+from elastic_moe.model.experts.interface import Next, Tensors
+from elastic_moe.model.native.experts import NativeExperts, Supply
 from elastic_moe.model.native.linear import Packed
+from elastic_moe.model.record_layout import RecordLayout, lay_out
 from elastic_moe.model.transformers_private import apply_gate
 from elastic_moe.model.trunk.linear import Weight, linear, nbytes, pack, unpack
 
@@ -33,6 +35,11 @@ class CpuExperts:
         self._module = module
         self._weights: dict[int, dict[str, Weight]] = {}
         """Experts that PyTorch's operators compute. Empty if the native library computes them."""
+        self._in_slots: dict[int, dict[str, Weight]] = {}
+        """Experts that PyTorch's operators compute from slots of a cache."""
+        self._layout: RecordLayout | None = None
+        self._next: Next | None = None
+        self._steps: list[list[int]] = []
         self.native: NativeExperts | None = native if isinstance(native, NativeExperts) else None
         self.reason = native if isinstance(native, str) else None
         """Why the native library does not compute the experts; None if it does."""
@@ -40,8 +47,7 @@ class CpuExperts:
     def reserve(self, count: int) -> None: ...
 
     def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
-        if self.native is not None and not self.native.takes(tensors):
-            self._leave_native("a matrix has an odd number of columns")
+        self._choose(tensors)
         if borrowed:
             # packing a matrix copies it anyway
             packs = self.native is not None
@@ -49,10 +55,15 @@ class CpuExperts:
         if self.native is not None:
             self.native.put(expert, tensors)
             return
+        self._weights[expert] = self._as_weights(tensors)
+
+    def _as_weights(self, tensors: Tensors) -> dict[str, Weight]:
         plain = self._module.is_transposed
-        self._weights[expert] = {
-            name: tensor if plain or tensor.dim() != 2 else pack(tensor) for name, tensor in tensors.items()
-        }
+        return {name: tensor if plain or tensor.dim() != 2 else pack(tensor) for name, tensor in tensors.items()}
+
+    def _choose(self, tensors: Tensors) -> None:
+        if self.native is not None and not self.native.takes(tensors):
+            self._leave_native("a matrix has an odd number of columns")
 
     def _leave_native(self, reason: str) -> None:
         """Compute this layer by PyTorch. All its experts have the same shapes, so the first one decides."""
@@ -100,10 +111,93 @@ class CpuExperts:
         if order_S.numel() == 0:
             return out_RH.to(x_RH.dtype)
         row_S = order_S.div(num_choices, rounding_mode="floor")
-        groups = [(self._weights[e], n) for e, n in enumerate(counts[1:]) if n]
-        y_SH = _run_experts(self._module, x_RH.index_select(0, row_S), groups)
+        active = {e: n for e, n in enumerate(counts[1:]) if n}
+        y_SH = self._outputs(x_RH, row_S, active)
         y_SH = y_SH.float() * weight_RK.reshape(-1)[order_S, None].float()
         return out_RH.index_add_(0, row_S, y_SH).to(x_RH.dtype)
+
+    def _outputs(self, x_RH: Tensor, row_S: Tensor, active: Mapping[int, int]) -> Tensor:
+        """Outputs [S, H] of the sorted pairs. `active` are the experts and their pairs, in order."""
+        if self._next is None or all(self._weight_of(e) is not None for e in active):
+            if self._next is not None:
+                self._steps.append(list(active))
+            return self._run(x_RH, row_S, active)
+        # experts come in any order, and their outputs are added up in the order of the experts all the same
+        begins = dict(zip(active, itertools.accumulate([0, *active.values()]), strict=False))
+        y_SH = x_RH.new_empty(len(row_S), x_RH.shape[1])
+        ready = self._next(list(active), list(active.values()))
+        while ready:
+            for e in ready:
+                here = slice(begins[e], begins[e] + active[e])
+                y_SH[here] = self._run(x_RH, row_S[here], {e: active[e]})
+            ready = self._next(ready, None)
+        return y_SH
+
+    def _weight_of(self, expert: int) -> Mapping[str, Weight] | None:
+        return self._weights.get(expert) or self._in_slots.get(expert)
+
+    def _run(self, x_RH: Tensor, row_S: Tensor, active: Mapping[int, int]) -> Tensor:
+        groups = []
+        for expert, count in active.items():
+            weights = self._weight_of(expert)
+            assert weights is not None, f"expert {expert} is not in memory"
+            groups.append((weights, count))
+        return _run_experts(self._module, x_RH.index_select(0, row_S), groups)
+
+    # --- Experts in slots of a cache ----------------------------------------------------------------------------
+
+    def layout(self, tensors: Tensors) -> RecordLayout:
+        self._choose(tensors)
+        if self.native is not None:
+            return self.native.layout(tensors)
+        if self._layout is None:
+            self._layout = lay_out("plain", tensors)
+        return self._layout
+
+    def write(self, tensors: Tensors, slot: Tensor) -> None:
+        if self.native is not None:
+            self.native.write(tensors, slot)
+            return
+        assert self._layout is not None
+        for name, view in self._layout.views(slot).items():
+            view.copy_(tensors[name])
+
+    def read(self, slot: Tensor) -> Tensors:
+        if self.native is not None:
+            return self.native.read(slot)
+        assert self._layout is not None
+        return {name: view.clone() for name, view in self._layout.views(slot).items()}
+
+    def bind(self, expert: int, slot: Tensor) -> None:
+        if self.native is not None:
+            self.native.bind(expert, slot)
+            return
+        assert self._layout is not None
+        self._in_slots[expert] = self._as_weights(self._layout.views(slot))
+
+    def unbind(self, expert: int) -> None:
+        if self.native is not None:
+            self.native.unbind(expert)
+        else:
+            del self._in_slots[expert]
+
+    def supply(self, layer: int, next_ready: Next) -> None:
+        if self.native is not None:
+            self.native.supply = Supply(layer, next_ready)
+        else:
+            self._next = next_ready
+
+    def take_steps(self) -> list[list[int]]:
+        if self.native is not None:
+            return [] if self.native.supply is None else self.native.supply.take_log()
+        steps, self._steps = self._steps, []
+        return steps
+
+    def take_error(self) -> BaseException | None:
+        if self.native is None or self.native.supply is None:
+            return None
+        error, self.native.supply.error = self.native.supply.error, None
+        return error
 
 
 def no_int8(reason: str) -> UserError:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elastic_moe.model.experts.cpu import CpuExperts
-from elastic_moe.model.experts.interface import LayerExperts, Tensors
+from elastic_moe.model.experts.interface import LayerExperts, SlottedExperts, Tensors
 from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.transformers_private import ALL_EXPERTS_FUNCTIONS
 
@@ -33,6 +33,12 @@ class ExpertStore:
         self._layers = layers
 
     @property
+    def slotted(self) -> list[SlottedExperts] | None:
+        """The layers, if all of them can compute experts from slots of a cache; otherwise None."""
+        found: list[SlottedExperts] = [layer for layer in self._layers if isinstance(layer, CpuExperts)]
+        return found if len(found) == len(self._layers) else None
+
+    @property
     def num_layers(self) -> int:
         return len(self._layers)
 
@@ -41,7 +47,7 @@ class ExpertStore:
         """Whether the native library computes every layer."""
         return all(isinstance(layer, CpuExperts) and layer.native is not None for layer in self._layers)
 
-    def native_layer(self, layer: int) -> tuple[int | float, ...]:
+    def native_layer(self, layer: int) -> tuple[int | float | None, ...]:
         """The layer's held experts, as arguments of native functions. Call it only if `native` is true."""
         experts = self._layers[layer]
         assert isinstance(experts, CpuExperts)

@@ -7,6 +7,7 @@
 namespace emoe {
 struct Block;
 struct Exchange;
+struct Supply;
 } // namespace emoe
 
 extern "C" {
@@ -23,11 +24,12 @@ void emoe_block(const emoe::Block* block, const emoe::bf16* x, int64_t tokens, c
                 int threads);
 void emoe_route(const emoe::bf16* x, int64_t rows, int64_t depth, const emoe::bf16* packed, int64_t experts,
                 int64_t top_k, int normalise, emoe::bf16* logits, float* scores, int64_t* index, int threads);
-void emoe_experts(const emoe::bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,
-                  const void* const* tables, int bits, int interleaved, int gate, float alpha, float limit,
-                  const void* index, int index_bytes, const void* weight, int weight_bytes, int64_t top_k,
-                  emoe::bf16* out, int threads);
+int emoe_experts(const emoe::bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,
+                 const void* const* tables, int bits, int interleaved, int gate, float alpha, float limit,
+                 emoe::Supply* supply, const void* index, int index_bytes, const void* weight, int weight_bytes,
+                 int64_t top_k, emoe::bf16* out, int threads);
 int emoe_exchange_layer(emoe::Exchange* exchange, int64_t width, int64_t num_experts, const void* const* tables,
-                        int bits, int interleaved, int gate, float alpha, float limit, const int16_t* routes,
-                        const emoe::bf16* x, const int64_t* choices, const float* weights, emoe::bf16* out, int threads);
+                        int bits, int interleaved, int gate, float alpha, float limit, emoe::Supply* supply,
+                        const int16_t* routes, const emoe::bf16* x, const int64_t* choices, const float* weights,
+                        emoe::bf16* out, int threads);
 }

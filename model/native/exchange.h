@@ -30,7 +30,8 @@ struct alignas(kLine) Header {
     int64_t count; // tokens of this round
 };
 
-enum Status : int { kDone = 0, kAborted = 1, kSilent = 2, kDisagree = 3 };
+// kMissing: an expert could not be read, and the step fails on this rank. It is kUnavailable of experts.h.
+enum Status : int { kDone = 0, kAborted = 1, kSilent = 2, kDisagree = 3, kMissing = 4 };
 
 // The offsets of a segment's parts, in bytes. One round carries up to `capacity` tokens of each rank.
 struct Layout {

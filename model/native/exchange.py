@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.errors import StepAborted
+from elastic_moe.model.native.experts import check_available
 from elastic_moe.model.native.segments import DIRECTORY, join
 
 _ROUND_TOKENS = 1024
@@ -49,8 +50,11 @@ class NativeExchange:
         top_k: int,
         max_tokens: int,
         timeout_s: float,
+        one_round: bool = False,
     ) -> None:
         """`group` is a name that is unique on the node. `max_tokens` is the most that a rank runs in a step.
+        `one_round`: a step's tokens travel in one round if the segments have room for them, since experts that are not
+        in memory would be read in every round. All ranks must say the same.
 
         Raises StepAborted if a peer does not join within `timeout_s`, or if /dev/shm has no room.
         """
@@ -63,7 +67,7 @@ class NativeExchange:
         self._lib = lib
         self._timeout_s = timeout_s
         room_bytes = _room_bytes(size)
-        capacity = min(max_tokens, _ROUND_TOKENS)
+        capacity = max_tokens if one_round else min(max_tokens, _ROUND_TOKENS)
         while capacity > _LEAST_TOKENS and lib.emoe_exchange_bytes(size, capacity, hidden, top_k) > room_bytes:
             capacity //= 2
 
@@ -125,6 +129,7 @@ class NativeExchange:
             raise StepAborted("the exchange was aborted")
         if status == _SILENT:
             raise StepAborted(f"a peer has not answered for {self._timeout_s:g} s")
+        check_available(status)
         assert status == _DONE, "the ranks disagree about a step's tokens"
 
 

@@ -4,6 +4,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace emoe {
@@ -116,9 +117,10 @@ void gate_up(const Layer& layer, const typename Bits::Rows& x, const Sorted& sor
     }
 }
 
-// Multiplies all rows of expert `e` by panel `p` of down, and adds the products to 64 columns of `out`.
-template <class Bits>
-void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& sorted, int64_t e, int64_t p, float* out) {
+// Multiplies all rows of expert `e` by panel `p` of down. Calls `take` with the pair, the column, the lanes and the products
+// of 16 columns.
+template <class Bits, class Take>
+void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& sorted, int64_t e, int64_t p, Take take) {
     alignas(64) float sums[kChunk * kPanel];
     typename Bits::Row rows[kChunk];
     const char* panel = (const char*)layer.down[e] + p * Bits::panel_bytes(layer.width);
@@ -131,16 +133,17 @@ void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& s
             const int64_t column = p * kPanel + c;
             const Lanes lanes = lanes_before(column, layer.hidden);
             const Floats bias = bias_of(down_bias, column, 1, lanes);
-            for (int64_t r = 0; r < count; ++r) {
-                const Floats y = rounded(add(load(sums + r * kPanel + c), bias));
-                float* to = out + sorted.row[first + r] * layer.hidden + column;
-                const Floats weight = all(sorted.weight[first + r]);
-                // product and sum are not fused, since the PyTorch path rounds twice here
-                const Floats sum = add(load(to, lanes), mul(y, weight));
-                store(to, sum, lanes);
-            }
+            for (int64_t r = 0; r < count; ++r)
+                take(first + r, column, lanes, rounded(add(load(sums + r * kPanel + c), bias)));
         }
     }
+}
+
+// Adds an expert's output, 16 columns from `column` on, to the sum of its row.
+void add_output(const Layer& layer, const Sorted& sorted, int64_t pair, int64_t column, Lanes lanes, Floats y, float* out) {
+    float* to = out + sorted.row[pair] * layer.hidden + column;
+    // product and sum are not fused, since the PyTorch path rounds twice here
+    store(to, add(load(to, lanes), mul(y, all(sorted.weight[pair]))), lanes);
 }
 
 template <class Bits>
@@ -161,13 +164,96 @@ void sum(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t r
         // each thread takes columns of its own here, so that no two threads add to the same sum
         const Share mine(panels(layer.hidden), omp_get_thread_num(), omp_get_num_threads());
         for (int64_t e : sorted.active)
-            for (int64_t p = mine.begin; p < mine.end; ++p) down<Bits>(layer, hidden, sorted, e, p, out);
+            for (int64_t p = mine.begin; p < mine.end; ++p)
+                down<Bits>(layer, hidden, sorted, e, p, [&](int64_t pair, int64_t column, Lanes lanes, Floats y) {
+                    add_output(layer, sorted, pair, column, lanes, y, out);
+                });
     }
+}
+
+// Computes some experts, in any order, over their rows: the pairs' outputs [pairs, hidden].
+template <class Bits>
+void outputs(const Layer& layer, const typename Bits::Rows& x, typename Bits::Rows& hidden, bf16* raw, const Sorted& sorted,
+             const int64_t* experts, int64_t count, bf16* out, int threads) {
+    const int64_t wide = panels(layer.width), high = panels(layer.hidden);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count * wide; ++i) gate_up<Bits>(layer, x, sorted, experts[i / wide], i % wide, raw);
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < count; ++n)
+            for (int64_t i = sorted.begin[experts[n]]; i < sorted.begin[experts[n] + 1]; ++i)
+                hidden.set(i, raw + i * layer.width);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count * high; ++i)
+            down<Bits>(layer, hidden, sorted, experts[i / high], i % high,
+                       [&](int64_t pair, int64_t column, Lanes lanes, Floats y) {
+                           store(out + pair * layer.hidden + column, y, lanes);
+                       });
+    }
+}
+
+// Adds up the pairs' outputs in the order of the experts, as `sum` does.
+void add_outputs(const Layer& layer, const Sorted& sorted, const bf16* outputs, float* out, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Share mine(panels(layer.hidden), omp_get_thread_num(), omp_get_num_threads());
+        const int64_t end = std::min(mine.end * kPanel, layer.hidden);
+        for (int64_t pair = 0; pair < int64_t(sorted.row.size()); ++pair)
+            for (int64_t c = mine.begin * kPanel; c < end; c += 16) {
+                const Lanes lanes = lanes_before(c, layer.hidden);
+                add_output(layer, sorted, pair, c, lanes, load(outputs + pair * layer.hidden + c, lanes), out);
+            }
+    }
+}
+
+// As `sum`, for experts of which some are not in memory: they are computed as `supply` brings them.
+template <class Bits>
+int sum_supplied(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t rows, typename Bits::Rows& hidden,
+                 bf16* raw, const Sorted& sorted, float* out, int threads) {
+    thread_local std::vector<bf16> scratch;
+    const int64_t pairs = sorted.row.size(), active = sorted.active.size();
+    if (int64_t(scratch.size()) < pairs * layer.hidden) scratch.resize(pairs * layer.hidden);
+    x.resize(rows, layer.hidden);
+    hidden.resize(pairs, layer.width);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; ++r) x.set(r, from + r * layer.hidden);
+    std::vector<int64_t> ready(layer.num_experts), counts;
+    for (int64_t e : sorted.active) counts.push_back(sorted.begin[e + 1] - sorted.begin[e]);
+    Supply& supply = *layer.supply;
+    int64_t count = supply.next(supply.layer, active, sorted.active.data(), counts.data(), ready.data());
+    while (count > 0) {
+        outputs<Bits>(layer, x, hidden, raw, sorted, ready.data(), count, scratch.data(), threads);
+        count = supply.next(supply.layer, count, ready.data(), nullptr, ready.data());
+    }
+    if (count < 0) return kUnavailable;
+    add_outputs(layer, sorted, scratch.data(), out, threads);
+    return 0;
+}
+
+template <class Bits>
+int sum_any(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t rows, typename Bits::Rows& hidden,
+            bf16* raw, const Sorted& sorted, float* out, int threads) {
+    if (layer.supply != nullptr) {
+        for (int64_t e : sorted.active)
+            if (layer.gate_up[e] == nullptr)
+                return sum_supplied<Bits>(layer, x, from, rows, hidden, raw, sorted, out, threads);
+        layer.supply->note(sorted.active.data(), sorted.active.size());
+    }
+    sum<Bits>(layer, x, from, rows, hidden, raw, sorted, out, threads);
+    return 0;
 }
 
 } // namespace
 
-void sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choices& choices, float* out, int threads) {
+void Supply::note(const int64_t* experts, int64_t count) {
+    if (count == 0 || log_used + 1 + count > log_size) return;
+    log[log_used++] = count;
+    std::copy(experts, experts + count, log + log_used);
+    log_used += count;
+}
+
+int sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choices& choices, float* out, int threads) {
     const Sorted sorted(choices, rows, layer.num_experts);
     // this memory is kept from call to call, since fresh memory costs page faults
     thread_local std::vector<bf16> scratch;
@@ -175,9 +261,9 @@ void sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choic
     const int64_t needed = int64_t(sorted.row.size()) * layer.width;
     if (int64_t(scratch.size()) < needed) scratch.resize(needed);
     std::memset(out, 0, rows * layer.hidden * sizeof(float));
-    if (layer.bits == 8) return sum<Bits8>(layer, x8, x, rows, hidden8, scratch.data(), sorted, out, threads);
+    if (layer.bits == 8) return sum_any<Bits8>(layer, x8, x, rows, hidden8, scratch.data(), sorted, out, threads);
     Bits16::Rows x16{x, 0}, hidden16{scratch.data(), 0};
-    sum<Bits16>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
+    return sum_any<Bits16>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
 }
 
 } // namespace emoe
@@ -185,16 +271,28 @@ void sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choic
 using namespace emoe;
 
 // Calls sum_of_experts and rounds its result to bfloat16. `tables` are [4][num_experts]: gate_up, its bias, down, its
-// bias.
-extern "C" void emoe_experts(const bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,
-                             const void* const* tables, int bits, int interleaved, int gate, float alpha, float limit,
-                             const void* index, int index_bytes, const void* weight, int weight_bytes, int64_t top_k,
-                             bf16* out, int threads) {
+// bias. Returns what sum_of_experts returns.
+extern "C" int emoe_experts(const bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,
+                            const void* const* tables, int bits, int interleaved, int gate, float alpha, float limit,
+                            Supply* supply, const void* index, int index_bytes, const void* weight, int weight_bytes,
+                            int64_t top_k, bf16* out, int threads) {
     const Layer layer{hidden, width, num_experts, tables, tables + num_experts, tables + 2 * num_experts,
-                      tables + 3 * num_experts, bits, interleaved, gate, alpha, limit};
+                      tables + 3 * num_experts, bits, interleaved, gate, alpha, limit, supply};
     thread_local std::vector<float> sums;
     if (int64_t(sums.size()) < rows * hidden) sums.resize(rows * hidden);
-    sum_of_experts(layer, x, rows, Choices{index, index_bytes, weight, weight_bytes, top_k}, sums.data(), threads);
-    int64_t i = 0;
-    for (; i < rows * hidden; i += 16) store(out + i, load(sums.data() + i), lanes_before(i, rows * hidden));
+    const Choices choices{index, index_bytes, weight, weight_bytes, top_k};
+    if (const int status = sum_of_experts(layer, x, rows, choices, sums.data(), threads)) return status;
+    for (int64_t i = 0; i < rows * hidden; i += 16) store(out + i, load(sums.data() + i), lanes_before(i, rows * hidden));
+    return 0;
+}
+
+// Writes the bytes of the structures that model/native/structs.py mirrors, in its order.
+extern "C" void emoe_experts_sizes(int64_t* sizes) { sizes[0] = sizeof(Supply); }
+
+// Checksum of a record's payload (model/tiers/records.py): sums [512] of the words in each of 512 columns, each word times
+// an odd number of its row, modulo 2^64. So a change of any one word changes a sum.
+extern "C" void emoe_column_sums(const uint64_t* words, int64_t rows, uint64_t* sums) {
+    std::fill(sums, sums + 512, 0);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < 512; ++c) sums[c] += words[r * 512 + c] * uint64_t(2 * r + 1);
 }

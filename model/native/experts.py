@@ -8,15 +8,21 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.model.int8 import SCALE, quantize
 from elastic_moe.model.native.linear import Packed, can_pack, pack, pack8, unpack, unpack8
+from elastic_moe.model.native.structs import SUPPLY_NEXT
+from elastic_moe.model.native.structs import Supply as _Supply
+from elastic_moe.model.record_layout import RecordLayout, lay_out
 from elastic_moe.model.transformers_private import apply_gate
 
 
@@ -65,6 +71,67 @@ def find_gate(module: nn.Module) -> Gate | None:
 Held = dict[str, Tensor | Packed]
 """One expert's packed matrices and its biases, by parameter name."""
 
+_TABLES = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+"""The tensors whose addresses the library reads, in the order of its tables."""
+
+Next = Callable[[list[int], list[int] | None], list[int]]
+"""Brings experts into memory: see `next` of Supply in experts.h. It raises an error if an expert cannot be read."""
+
+UNAVAILABLE = 4
+"""What native functions return if an expert cannot be read: kUnavailable in experts.h."""
+
+_LOG = 4096
+"""Numbers of a supply's log. A step of many rounds may log more; then the rest is not counted."""
+
+
+def _addresses(held: Held) -> list[int]:
+    items = (held.get(name) for name in _TABLES)
+    data = (item.data if isinstance(item, Packed) else item for item in items)
+    return [0 if tensor is None else tensor.data_ptr() for tensor in data]
+
+
+class ExpertUnavailable(EmoeError):
+    """An expert could not be brought into memory. The layer's `Supply` has the reason."""
+
+
+def check_available(status: int) -> None:
+    """Raise ExpertUnavailable if the status that a native function returned means so."""
+    if status == UNAVAILABLE:
+        raise ExpertUnavailable("an expert could not be brought into memory")
+
+
+class Supply:
+    """Lets native functions call `next_ready` when an active expert of a layer is not in memory."""
+
+    def __init__(self, layer: int, next_ready: Next) -> None:
+        self.error: BaseException | None = None
+        """What `next_ready` has raised, since an error cannot pass through native code."""
+        self._next = next_ready
+        self._log = (ctypes.c_int64 * _LOG)()
+        self._native = _Supply(SUPPLY_NEXT(self._call), layer, self._log, _LOG, 0)
+        self.address = ctypes.addressof(self._native)
+
+    def _call(self, layer: int, count: int, experts: Any, rows: Any, ready: Any) -> int:
+        try:
+            found = self._next(experts[:count], rows[:count] if rows else None)
+        except BaseException as error:  # noqa: BLE001 - no error passes through native code
+            self.error = error
+            return -1
+        for n, expert in enumerate(found):
+            ready[n] = expert
+        return len(found)
+
+    def take_log(self) -> list[list[int]]:
+        """The active experts of each step since the last call whose experts were all in memory."""
+        numbers = self._log[: self._native.log_used]
+        self._native.log_used = 0
+        steps = []
+        while numbers:
+            count = numbers[0]
+            steps.append(numbers[1 : 1 + count])
+            numbers = numbers[1 + count :]
+        return steps
+
 
 class NativeExperts:
     """Holds the packed experts of one layer, and computes the weighted sum of their outputs.
@@ -80,8 +147,20 @@ class NativeExperts:
         self._transposed = bool(module.is_transposed)
         self._tables_4E = torch.zeros(4, module.num_experts, dtype=torch.int64)  # type: ignore[call-overload]
         """Addresses of gate_up, its bias, down and its bias, by logical expert; 0 if there is no such tensor."""
+        self._addresses_E4 = self._tables_4E.numpy().T
         self._held: dict[int, Held] = {}
+        self._in_slots: dict[int, Tensor] = {}
+        """Experts that lie in slots of a cache, and the slots."""
         self._shape: tuple[int, int] | None = None
+        self._template: Held = {}
+        """An expert without its data. It has what is known of every expert of the layer."""
+        self._layout: RecordLayout | None = None
+        self._offsets: list[int | None] = []
+        """Of the tables' tensors in a slot."""
+        self._lock = threading.Lock()
+        """Held while an expert's row of the table changes. Steps read rows of other experts meanwhile."""
+        self.supply: Supply | None = None
+        """Brings experts that are not in memory when a step needs them; None if all are always in memory."""
 
     def takes(self, tensors: dict[str, Tensor]) -> bool:
         """Whether the library can compute an expert with these tensors. All experts of a layer have the same shapes."""
@@ -92,20 +171,42 @@ class NativeExperts:
 
     def put(self, expert: int, tensors: dict[str, Tensor]) -> None:
         """Pack an expert and hold it until `drop`. Matrices are copied; dense biases are kept without a copy."""
-        held: Held = {
-            "gate_up_proj": self._pack(tensors, "gate_up_proj", parts=2, interleaved=self._gate.interleaved),
-            "down_proj": self._pack(tensors, "down_proj"),
-        }
+        self._hold(expert, self._packed(tensors))
+
+    def _hold(self, expert: int, held: Held) -> None:
         down: Any = held["down_proj"]
         self._shape = (down.columns, down.depth)
+        with self._lock:
+            # the expert's old tensors are freed only after the table has the new addresses
+            before = self._held.get(expert)
+            self._write(expert, _addresses(held))
+            self._held[expert] = held
+        del before
+
+    def _packed(self, tensors: dict[str, Tensor], into: dict[str, Tensor] | None = None) -> Held:
+        """Pack an expert, into the bytes of a slot if they are given."""
+        places = into or {}
+        held: Held = {
+            "gate_up_proj": self._pack(
+                tensors, "gate_up_proj", parts=2, interleaved=self._gate.interleaved, into=places.get("gate_up_proj")
+            ),
+            "down_proj": self._pack(tensors, "down_proj", into=places.get("down_proj")),
+        }
         biases = ("gate_up_proj_bias", "down_proj_bias")
-        held |= {name: tensors[name].contiguous() for name in biases if name in tensors}
-        for row, name in enumerate(("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")):
-            item: Any = held.get(name)
-            data = item.data if isinstance(item, Packed) else item
-            self._tables_4E[row, expert] = 0 if data is None else data.data_ptr()
-        # the expert's old tensors are freed only now, when the table has the new addresses
-        self._held[expert] = held
+        return held | {name: tensors[name].contiguous() for name in biases if name in tensors}
+
+    def _write(self, expert: int, addresses: Sequence[int]) -> None:
+        """Write an expert's row of the table. A step that sees its first address sees the others too."""
+        first, *others = addresses
+        self._addresses_E4[expert, 1:] = others
+        self._addresses_E4[expert, 0] = first
+
+    def _slot_addresses(self, expert: int) -> list[int]:
+        slot = self._in_slots.get(expert)
+        if slot is None:
+            return [0] * len(_TABLES)
+        begin = slot.data_ptr()
+        return [begin + offset if offset is not None else 0 for offset in self._offsets]
 
     def _pack(self, tensors: dict[str, Tensor], name: str, **order: Any) -> Packed:
         matrix = tensors[name]
@@ -116,13 +217,65 @@ class NativeExperts:
         values, scales = (matrix, tensors[name + SCALE]) if rounded else quantize(self._turned(matrix))
         return pack8(self.lib, values, scales, **order)
 
+    # --- Experts in slots of a cache ----------------------------------------------------------------------------
+
+    def layout(self, tensors: dict[str, Tensor]) -> RecordLayout:
+        """How an expert lies in a slot. `tensors` are those of any expert of the layer. Call it before `bind`."""
+        if self._layout is None:
+            held = self._packed(tensors)
+            down: Any = held["down_proj"]
+            self._shape = (down.columns, down.depth)
+            nothing = torch.empty(0, dtype=torch.uint8)
+            self._template = {
+                name: replace(item, data=nothing) if isinstance(item, Packed) else item for name, item in held.items()
+            }
+            raw = {name: item.data if isinstance(item, Packed) else item for name, item in held.items()}
+            self._layout = lay_out(f"panels of 64, {self.bits} bits", raw)
+            offsets = {part.name: part.offset for part in self._layout.parts}
+            self._offsets = [offsets.get(name) for name in _TABLES]
+        return self._layout
+
+    def _of_slot(self, slot: Tensor) -> Held:
+        assert self._layout is not None
+        views = self._layout.views(slot)
+        items = self._template.items()
+        return {n: replace(item, data=views[n]) if isinstance(item, Packed) else views[n] for n, item in items}
+
+    def write(self, tensors: dict[str, Tensor], slot: Tensor) -> None:
+        """Pack an expert into a slot."""
+        assert self._layout is not None
+        views = self._layout.views(slot)
+        for name, item in self._packed(tensors, views).items():
+            if not isinstance(item, Packed):
+                views[name].copy_(item)
+
+    def read(self, slot: Tensor) -> dict[str, Tensor]:
+        """The tensors of the expert in a slot, as `get` returns them, in memory of their own."""
+        return {name: tensor.clone() for name, tensor in self._tensors(self._of_slot(slot)).items()}
+
+    def bind(self, expert: int, slot: Tensor) -> None:
+        """Compute an expert from the slot that it lies in, until `unbind`. Call it between two products."""
+        with self._lock:
+            self._in_slots[expert] = slot
+            if expert not in self._held:
+                self._write(expert, self._slot_addresses(expert))
+
+    def unbind(self, expert: int) -> None:
+        with self._lock:
+            del self._in_slots[expert]
+            if expert not in self._held:
+                self._write(expert, self._slot_addresses(expert))
+
     def get(self, expert: int) -> dict[str, Tensor]:
         """The tensors as they were put. But matrices in 8 bits are always [out, in], with their scales.
 
         Raises KeyError for an expert that is not held.
         """
+        return self._tensors(self._held[expert])
+
+    def _tensors(self, held: Held) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for name, item in self._held[expert].items():
+        for name, item in held.items():
             if not isinstance(item, Packed):
                 tensors[name] = item
             elif item.bits == 8:
@@ -132,8 +285,10 @@ class NativeExperts:
         return tensors
 
     def drop(self, expert: int) -> None:
-        self._tables_4E[:, expert] = 0
-        del self._held[expert]
+        with self._lock:
+            held = self._held.pop(expert)
+            self._write(expert, self._slot_addresses(expert))
+        del held
 
     def held(self) -> frozenset[int]:
         return frozenset(self._held)
@@ -146,7 +301,7 @@ class NativeExperts:
         return matrix.T if self._transposed else matrix
 
     @property
-    def arguments(self) -> tuple[int | float, ...]:
+    def arguments(self) -> tuple[int | float | None, ...]:
         """Arguments of native functions that compute these experts. They are valid until the next `put`."""
         gate = self._gate
         _, width = self._shape or (0, 0)
@@ -160,6 +315,7 @@ class NativeExperts:
             gate.kind,
             gate.alpha,
             gate.limit,
+            None if self.supply is None else self.supply.address,
         )
 
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
@@ -168,7 +324,7 @@ class NativeExperts:
         if self._shape is None:
             return out_RH.zero_()
         x_RH, index_RK, weight_RK = x_RH.contiguous(), index_RK.contiguous(), weight_RK.contiguous()
-        self.lib.emoe_experts(
+        status = self.lib.emoe_experts(
             x_RH.data_ptr(),
             *x_RH.shape,
             *self.arguments,
@@ -180,4 +336,5 @@ class NativeExperts:
             out_RH.data_ptr(),
             torch.get_num_threads(),
         )
+        check_available(status)
         return out_RH

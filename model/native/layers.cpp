@@ -26,6 +26,7 @@ struct Experts {
     const void* const* tables;
     int32_t bits, interleaved, gate;
     float alpha, limit;
+    Supply* supply;
     const int16_t* routes;
 };
 
@@ -33,10 +34,9 @@ int run_experts(const Experts& e, Exchange* exchange, const bf16* x, int64_t tok
                 const int64_t* index, const float* scores, bf16* out, int threads) {
     if (exchange != nullptr)
         return emoe_exchange_layer(exchange, e.width, e.num_experts, e.tables, e.bits, e.interleaved, e.gate, e.alpha,
-                                   e.limit, e.routes, x, index, scores, out, threads);
-    emoe_experts(x, tokens, hidden, e.width, e.num_experts, e.tables, e.bits, e.interleaved, e.gate, e.alpha, e.limit,
-                 index, sizeof *index, scores, sizeof *scores, top_k, out, threads);
-    return 0;
+                                   e.limit, e.supply, e.routes, x, index, scores, out, threads);
+    return emoe_experts(x, tokens, hidden, e.width, e.num_experts, e.tables, e.bits, e.interleaved, e.gate, e.alpha, e.limit,
+                        e.supply, index, sizeof *index, scores, sizeof *scores, top_k, out, threads);
 }
 
 } // namespace

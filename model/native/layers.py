@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elastic_moe.model.native.attention import NativeBatch
 from elastic_moe.model.native.block import AttentionBlock
+from elastic_moe.model.native.experts import check_available
 from elastic_moe.model.native.router import Router
 from elastic_moe.model.native.structs import Experts, Layer
 
@@ -25,10 +26,10 @@ class JointExperts:
     def __init__(
         self,
         lib: ctypes.CDLL,
-        layers: Sequence[tuple[int | float, ...]],
+        layers: Sequence[tuple[int | float | None, ...]],
         routes_LWE: Tensor | None = None,
         exchange: int | None = None,
-        check: Callable[[int], None] = lambda status: None,
+        check: Callable[[int], None] = check_available,
     ) -> None:
         """`layers` are arguments of native functions, which must be valid for the whole epoch.
 

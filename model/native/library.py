@@ -46,7 +46,8 @@ _SIGNATURES = {
     "emoe_block": "ppippppipiipppt",
     "emoe_route": "piipiitpppt",
     "emoe_attention": "ppppiiiippipipfifppt",
-    "emoe_experts": "piiiiptttffptptipt",
+    "emoe_experts": "piiiiptttffpptptipt>t",
+    "emoe_column_sums": "pip",
     "emoe_exchange_bytes": "iiii>i",
     "emoe_exchange_new": "iiiiipi>p",
     "emoe_exchange_free": "p",
@@ -54,12 +55,13 @@ _SIGNATURES = {
     "emoe_exchange_meet": "p>t",
     "emoe_exchange_begin": "pp",
     "emoe_exchange_waited": "pp",
-    "emoe_exchange_layer": "piiptttffpppppt>t",
+    "emoe_exchange_layer": "piiptttffppppppt>t",
     "emoe_layers": "ppipipippipipiptt>t",
     "emoe_layers_idle": "pipt>t",
     "emoe_attention_sizes": "p",
     "emoe_block_sizes": "p",
     "emoe_layers_sizes": "p",
+    "emoe_experts_sizes": "p",
 }
 """The arguments of each function: p pointer, i int64, f float, t int. A type after `>` is that of the result."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}

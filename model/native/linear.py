@@ -53,24 +53,38 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def pack(lib: ctypes.CDLL, weight: Tensor, *, parts: int = 1, interleaved: bool = False) -> Packed:
-    """Copy a matrix [N, K], for which `can_pack` is true, into panels."""
+def pack(
+    lib: ctypes.CDLL, weight: Tensor, *, parts: int = 1, interleaved: bool = False, into: Tensor | None = None
+) -> Packed:
+    """Copy a matrix [N, K], for which `can_pack` is true, into panels. They lie in the bytes `into` if it is given."""
     weight = weight.contiguous()
-    packed = _allocate(lib, weight, parts, interleaved, 16)
+    packed = _allocate(lib, weight, parts, interleaved, 16, into)
     lib.emoe_pack(weight.data_ptr(), *_shape(packed), packed.data.data_ptr())
     return packed
 
 
-def pack8(lib: ctypes.CDLL, values: Tensor, scales: Tensor, *, parts: int = 1, interleaved: bool = False) -> Packed:
-    """Copy a matrix that `quantize` has rounded into panels. K must be even."""
+def pack8(
+    lib: ctypes.CDLL,
+    values: Tensor,
+    scales: Tensor,
+    *,
+    parts: int = 1,
+    interleaved: bool = False,
+    into: Tensor | None = None,
+) -> Packed:
+    """Copy a matrix that `quantize` has rounded into panels, as `pack` does. K must be even."""
     values, scales = values.contiguous(), scales.contiguous()
-    packed = _allocate(lib, values, parts, interleaved, 8)
+    packed = _allocate(lib, values, parts, interleaved, 8, into)
     lib.emoe_pack8(values.data_ptr(), scales.data_ptr(), *_shape(packed), packed.data.data_ptr())
     return packed
 
 
-def _allocate(lib: ctypes.CDLL, matrix: Tensor, parts: int, interleaved: bool, bits: int) -> Packed:
+def _allocate(
+    lib: ctypes.CDLL, matrix: Tensor, parts: int, interleaved: bool, bits: int, into: Tensor | None
+) -> Packed:
     columns, depth = matrix.shape
+    if into is not None:
+        return Packed(lib, into, columns, depth, parts, interleaved, bits)
     padded = -(-columns // parts // _PANEL) * parts * _PANEL
     data, release = allocate(padded * _column_bytes(depth, bits))
     packed = Packed(lib, data, columns, depth, parts, interleaved, bits)

@@ -102,7 +102,8 @@ Status run_round(const Layer& layer, const Round& round, Work& work, int threads
     // this must not be done earlier: a peer that has not published its tokens may still read the sums of the last round
     std::copy(work.begins.begin(), work.begins.end(), own.sums_begin());
     const Choices choices{work.choices.data(), 4, work.weights.data(), 4, exchange.layout.top_k};
-    sum_of_experts(layer, work.rows.data(), taken, choices, own.all_sums(), threads);
+    if (const int status = sum_of_experts(layer, work.rows.data(), taken, choices, own.all_sums(), threads))
+        return Status(status);
     exchange.publish(own.header().sums, exchange.round);
     for (int64_t r = 0; r < exchange.layout.size; ++r)
         if (r != exchange.rank)
@@ -121,12 +122,12 @@ using namespace emoe;
 // expert E for the tokens of rank W. width, num_experts, tables and the arguments from bits to limit are as in
 // `emoe_experts`. Returns a Status.
 extern "C" int emoe_exchange_layer(Exchange* exchange, int64_t width, int64_t num_experts, const void* const* tables,
-                                   int bits, int interleaved, int gate, float alpha, float limit, const int16_t* routes,
-                                   const bf16* x, const int64_t* choices, const float* weights, bf16* out,
-                                   int threads) {
+                                   int bits, int interleaved, int gate, float alpha, float limit, Supply* supply,
+                                   const int16_t* routes, const bf16* x, const int64_t* choices, const float* weights,
+                                   bf16* out, int threads) {
     const int64_t rank = exchange->rank, hidden = exchange->layout.hidden, top_k = exchange->layout.top_k;
     const Layer layer{hidden, width, num_experts, tables, tables + num_experts, tables + 2 * num_experts,
-                      tables + 3 * num_experts, bits, interleaved, gate, alpha, limit};
+                      tables + 3 * num_experts, bits, interleaved, gate, alpha, limit, supply};
     const std::vector<int64_t>& tokens = exchange->step_tokens;
     const int64_t most = *std::max_element(tokens.begin(), tokens.end());
     const int64_t rounds = std::max<int64_t>(1, (most + exchange->layout.capacity - 1) / exchange->layout.capacity);

@@ -52,7 +52,27 @@ class Experts(ctypes.Structure):
         ("tables", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("bits", "interleaved", "gate")),
         *((name, ctypes.c_float) for name in ("alpha", "limit")),
-        ("routes", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("supply", "routes")),
+    )
+
+
+SUPPLY_NEXT = ctypes.CFUNCTYPE(
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    *[ctypes.POINTER(ctypes.c_int64)] * 3,
+)
+"""(layer, count, experts, rows or null, ready) -> number of ready experts; see experts.h."""
+
+
+class Supply(ctypes.Structure):
+    """See experts.h."""
+
+    _fields_ = (
+        ("next", SUPPLY_NEXT),
+        ("layer", ctypes.c_int64),
+        ("log", ctypes.POINTER(ctypes.c_int64)),
+        *((name, ctypes.c_int64) for name in ("log_size", "log_used")),
     )
 
 
@@ -66,6 +86,7 @@ MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "emoe_attention_sizes": (SequenceRow,),
     "emoe_block_sizes": (Norm, Matrix, Block),
     "emoe_layers_sizes": (Layer, Experts),
+    "emoe_experts_sizes": (Supply,),
 }
 """Function of the library that writes the bytes of its structures -> the same structures here."""
 

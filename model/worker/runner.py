@@ -19,6 +19,7 @@ from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.output_head import OutputHead
 from elastic_moe.model.trunk.rotation import rotate_by_length
 
 
@@ -37,6 +38,13 @@ class ModelRunner:
         """[T] the length that each token's rotary embedding uses. The list is shared with the rotary modules."""
         rotate_by_length(trunk, self._lengths_T)
         attach(experts, self._experts)
+        self._head = OutputHead(trunk)
+        self._input_ids = torch.empty(0)
+        """[1, T] of the last step."""
+
+    @property
+    def vocabulary(self) -> int:
+        return self._head.vocabulary
 
     def allocate(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
         """Make the KV cache. `block_size` must be the one that the trunk was fitted for."""
@@ -52,14 +60,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(
-        self, slices: Sequence[SequenceSlice], tokens_per_rank: Sequence[int], counter: RoutingCounter | None = None
+        self,
+        slices: Sequence[SequenceSlice],
+        tokens_per_rank: Sequence[int],
+        counter: RoutingCounter | None = None,
+        *,
+        keep: bool = False,
     ) -> Tensor:
         """Run a step. Returns logits [n, V] of the last token of the n slices that want them, in order.
 
+        With `keep`, `logits` can be asked for the step's other tokens until the next step.
         Blocks on the other workers. Raises StepAborted if a peer is gone; then the step may be run again.
         """
         assert self.dispatcher is not None
         assert self._cache is not None
+        self._head.keep(keep)
         self.dispatcher.begin(tokens_per_rank, counter)
         if not slices:
             self.dispatcher.idle(self.layer_shapes, self._device)
@@ -68,6 +83,12 @@ class ModelRunner:
         batch.dispatcher = self.dispatcher
         with step_context(batch):
             return self._forward(slices)
+
+    @torch.inference_mode()
+    def logits(self, begin: int, end: int) -> Tensor:
+        """Logits [end - begin, V] of tokens of the last step, which was run with `keep`."""
+        rows = torch.arange(begin, end, device=self._device)
+        return self._head.logits(rows, self._input_ids)
 
     def _forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         tokens = [token for piece in slices for token in piece.token_ids]
@@ -81,6 +102,7 @@ class ModelRunner:
         lengths = [max(piece.prompt_length, p + 1) for piece in slices for p in range(piece.start, piece.end)]
         arrays = [np.array(numbers, dtype=np.int64) for numbers in ([tokens], [positions], lengths, keep)]
         input_ids, position_ids, self._lengths_T[0], kept = to_device(arrays, self._device)
+        self._input_ids = input_ids
         out: Any = self._trunk(
             input_ids=input_ids,
             position_ids=position_ids,

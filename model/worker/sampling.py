@@ -1,8 +1,9 @@
 """Chooses the next token of every sequence from one step's logits, on the worker that computed them.
 
 The settings have vLLM's order and meaning. Reported log probabilities are those of the model itself. Then come
-logit_bias, the forbidden tokens (allowed_token_ids, bad_words, min_tokens), penalties, temperature, min_p, top_k and
-top_p. Temperature 0 takes the most likely token.
+logit_bias, the forbidden tokens (allowed_token_ids, the grammar's mask, bad_words, min_tokens), penalties, temperature,
+min_p, top_k and top_p. Temperature 0 takes the most likely token. Where a grammar allows nothing but the end of the
+answer, the answer ends, whatever min_tokens and ignore_eos say.
 
 A row's token depends only on its logits, its history and its seed. Every operation is row-wise, random numbers are a
 hash of (seed, output index), and probabilities are summed as integers, whose sum does not depend on the order.
@@ -13,6 +14,7 @@ Legend: B rows (sequences), R those of them that draw at random, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from torch import Tensor
 
 from elastic_moe.cluster.messages.requests import SamplingParams, TokenLogprobs
 from elastic_moe.cluster.messages.steps import NewSequence
+from elastic_moe.model.grammars.compiling import Compiled
+from elastic_moe.model.grammars.progress import Mask, Progress
+from elastic_moe.model.worker.thinking import Thinking
 from elastic_moe.model.worker.token_counts import TokenCounts
 
 GREEDY_BELOW = 1e-5
@@ -46,6 +51,9 @@ _MASK = (1 << 64) - 1
 NO_TOKEN = -1
 """Stands for a token if the row's logits are not numbers, so that no token can be sampled."""
 
+BLOCKED = -2
+"""Stands for a token if a row's grammar and its other settings together allow none."""
+
 LEAST_LOGPROB = -9999.0
 """The log probability that is reported for impossible tokens, as by OpenAI's server: JSON has no minus infinity."""
 
@@ -53,9 +61,23 @@ LEAST_LOGPROB = -9999.0
 class SamplingState:
     """One sequence's tokens, and what sampling needs of them. It belongs to one worker and is not thread-safe."""
 
-    __slots__ = ("_allowed", "_bias", "_counts", "_forbidden", "greedy", "num_prompt_tokens", "params", "token_ids")
+    __slots__ = (
+        "_allowed",
+        "_bias",
+        "_counts",
+        "_eos",
+        "_stops",
+        "greedy",
+        "mask",
+        "num_prompt_tokens",
+        "params",
+        "progress",
+        "thinking",
+        "token_ids",
+    )
 
-    def __init__(self, sequence: NewSequence) -> None:
+    def __init__(self, sequence: NewSequence, compiled: Future[Compiled] | None = None) -> None:
+        """`compiled` is of the sequence's grammar, if it has one; it may be under way."""
         params = sequence.params
         self.params = params
         self.num_prompt_tokens = sequence.num_prompt_tokens
@@ -63,25 +85,36 @@ class SamplingState:
         """The prompt's tokens, then the output's."""
         self.greedy = params.temperature < GREEDY_BELOW
         self._bias = _columns(params.logit_bias) if params.logit_bias else None
-        stops = (*sequence.eos_token_ids, *params.stop_token_ids)
-        self._forbidden = frozenset(stops) if params.min_tokens else frozenset()
+        self._eos = frozenset(sequence.eos_token_ids)
+        self._stops = self._eos.union(params.stop_token_ids)
         """Tokens that may not come before `min_tokens` tokens of output."""
         allowed = params.allowed_token_ids
         self._allowed = None if allowed is None else np.unique(np.array(allowed, dtype=np.int64))
         self._counts: TokenCounts | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             self._counts = TokenCounts(self.token_ids, self.num_prompt_tokens)
+        self.thinking = None if params.thinking is None else Thinking(params.thinking, self.num_prompt_tokens)
+        self.progress: Progress | None = None
+        """The place in the grammar, if the sequence has one."""
+        if compiled is not None:
+            self.progress = Progress(
+                compiled, self.token_ids, self.num_prompt_tokens, params, eos_token_ids=sequence.eos_token_ids
+            )
+        self.mask: Mask | None = None
+        """The tokens that the grammar allows next; None allows all. Whoever calls `sample` sets it."""
 
     @property
     def num_output(self) -> int:
         """Output tokens so far, which is the index of the next one."""
         return len(self.token_ids) - self.num_prompt_tokens
 
-    def append(self, token: int) -> None:
-        """Add an output token."""
+    def append(self, token: int, *, spoilt: bool = False) -> None:
+        """Add an output token. `spoilt`: it only stands for one that could not be sampled."""
         self.token_ids.append(token)
         if self._counts is not None:
             self._counts.add(token)
+        if self.progress is not None:
+            self.progress.grown(spoilt=spoilt)
 
     def truncate(self, num_tokens: int) -> None:
         """Remove every token past the first `num_tokens`, since their step runs again. A prompt cannot be cut."""
@@ -92,19 +125,41 @@ class SamplingState:
             for token in self.token_ids[num_tokens:]:
                 self._counts.remove(token)
         del self.token_ids[num_tokens:]
+        if self.progress is not None:
+            self.progress.cut()
+
+    def forced(self) -> int | None:
+        """The token that must come next, since the reasoning has used up its tokens; None where there is none."""
+        return None if self.thinking is None else self.thinking.forced(self.token_ids)
 
     @property
     def _adjusted(self) -> bool:
-        return self._bias is not None or self._counts is not None or self._allowed is not None or self._masked
+        return (
+            self._bias is not None
+            or self._counts is not None
+            or self._allowed is not None
+            or self.mask is not None
+            or self.thinking is not None
+            or self._masked
+        )
 
     @property
     def _masked(self) -> bool:
         """Whether bad_words or min_tokens may forbid tokens at the next position."""
-        return bool(self.params.bad_words) or (bool(self._forbidden) and self.num_output < self.params.min_tokens)
+        return bool(self.params.bad_words) or bool(self._too_early)
+
+    @property
+    def _too_early(self) -> frozenset[int]:
+        """The tokens that would end the answer too early. Where the grammar has begun, its mask leaves them out."""
+        if self.progress is not None and self.progress.begun:
+            return frozenset()
+        if self.num_output < self.params.min_tokens:
+            return self._stops
+        return frozenset() if self.progress is None else self._eos
 
     def _banned(self) -> np.ndarray:
         """The tokens that bad_words and min_tokens forbid at the next position."""
-        banned = set(self._forbidden) if self.num_output < self.params.min_tokens else set()
+        banned = set(self._too_early)
         for *before, last in self.params.bad_words:
             if len(before) <= self.num_output and self.token_ids[len(self.token_ids) - len(before) :] == before:
                 banned.add(last)
@@ -115,7 +170,8 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int
     """Choose the next token of each row, with its log probabilities if the request wants them. Changes no state.
 
     logits_BV: [B, V] of any float dtype and device; the arithmetic is in float32. It waits for the device once.
-    A row with a logit that is NaN or infinity, or with no logit above minus infinity, gets NO_TOKEN.
+    A row with a logit that is NaN or infinity, or with no logit above minus infinity, gets NO_TOKEN. A row whose mask
+    leaves no token that its other settings allow gets BLOCKED.
     """
     assert logits_BV.shape[0] == len(states), (logits_BV.shape, len(states))
     if not states:
@@ -125,19 +181,35 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int
     if logits_BV.device.type == "cpu" and not numbers_B.all():
         # the code below turns these numbers into indices, which must be valid
         logits_BV = logits_BV.masked_fill(~numbers_B[:, None], 0.0)
-    adjusted_BV = _adjust(logits_BV, states)
-    rows: dict[Callable[..., Tensor], list[int]] = {}
-    for row, state in enumerate(states):
-        rows.setdefault(_method(state, logits_BV), []).append(row)
     tokens_B = torch.empty(len(states), dtype=torch.int64, device=logits_BV.device)
-    for method, chosen in rows.items():
-        for part in _parts(chosen, logits_BV):
-            at = _to(np.array(part, dtype=np.int64), logits_BV.device)
-            logits_RV = adjusted_BV if len(part) == len(states) else adjusted_BV[at]
-            # the most likely token is found in float32 too, since bfloat16 has no fast argmax on CPU
-            tokens_B[at] = method(logits_RV.float(), [states[row] for row in part])
+    plain = [row for row, state in enumerate(states) if not state._adjusted]
+    changed = [row for row, state in enumerate(states) if state._adjusted]
+    _choose(logits_BV, plain, plain, states, tokens_B)
+    if changed:
+        adjusted_RV, blocked_R = _adjust(logits_BV, changed, states)
+        _choose(adjusted_RV, range(len(changed)), changed, states, tokens_B)
+        if blocked_R is not None:
+            at = _to(np.array(changed, dtype=np.int64), logits_BV.device)
+            tokens_B[at] = tokens_B[at].masked_fill(blocked_R, BLOCKED)
     tables = _logprobs(logits_BV, tokens_B, states)
     return _fetch(tokens_B.masked_fill(~numbers_B, NO_TOKEN), tables)
+
+
+def _choose(
+    logits_XV: Tensor, lines: Sequence[int], rows: Sequence[int], states: Sequence[SamplingState], tokens_B: Tensor
+) -> None:
+    """Choose the tokens of `rows`, whose logits are the `lines` of `logits_XV`, and write them to `tokens_B`."""
+    groups: dict[Callable[..., Tensor], list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(_method(states[row], logits_XV), []).append(number)
+    for method, members in groups.items():
+        for part in _parts(members, logits_XV):
+            chosen = [rows[number] for number in part]
+            at = _to(np.array([lines[number] for number in part], dtype=np.int64), logits_XV.device)
+            logits_RV = logits_XV if len(part) == len(logits_XV) else logits_XV[at]
+            # the most likely token is found in float32 too, since bfloat16 has no fast argmax on CPU
+            tokens_R = method(logits_RV.float(), [states[row] for row in chosen])
+            tokens_B[_to(np.array(chosen, dtype=np.int64), logits_XV.device)] = tokens_R
 
 
 def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list[tuple[int, TokenLogprobs | None]]:
@@ -151,7 +223,7 @@ def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list
             found[row] = _entry(numbers[begin : begin + width])
             begin += width
     chosen = zip(map(int, numbers), found, strict=False)
-    return [(token, None if token == NO_TOKEN else entry) for token, entry in chosen]
+    return [(token, None if token < 0 else entry) for token, entry in chosen]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -169,31 +241,70 @@ def _mix(x: int) -> int:
 # --- Before temperature: changes at single tokens ---------------------------------------------------------------
 
 
-def _adjust(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Apply bias, forbidden tokens and penalties: [B, V], a float32 copy if any row has them, else the same tensor."""
-    if not any(state._adjusted for state in states):
-        return logits_BV
-    adjusted_BV = logits_BV.to(torch.float32, copy=True)
-    bias = [(row, *state._bias) for row, state in enumerate(states) if state._bias is not None]
+def _adjust(logits_BV: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> tuple[Tensor, Tensor | None]:
+    """Apply bias, forbidden tokens and penalties to some rows: [R, V] in float32, and which of them have no token left
+    ([R], bool; None if no row has a mask)."""
+    own = [states[row] for row in rows]
+    if len(rows) == len(states):
+        adjusted_RV = logits_BV.to(torch.float32, copy=True)
+    else:
+        adjusted_RV = logits_BV[_to(np.array(rows, dtype=np.int64), logits_BV.device)].float()
+    bias = [(row, *state._bias) for row, state in enumerate(own) if state._bias is not None]
     if bias:
-        at, values = _entries(bias, adjusted_BV)
-        adjusted_BV[at] += values[0]
-    limited = [(row, state._allowed, state._allowed) for row, state in enumerate(states) if state._allowed is not None]
+        at, values = _entries(bias, adjusted_RV)
+        adjusted_RV[at] += values[0]
+    limited = [(row, state._allowed, state._allowed) for row, state in enumerate(own) if state._allowed is not None]
     if limited:
-        _keep_only(limited, adjusted_BV)
+        _keep_only(limited, adjusted_RV)
+    grammars = [(row, state.mask) for row, state in enumerate(own) if state.mask is not None]
+    if grammars:
+        _keep_masked(grammars, adjusted_RV)
     masked = [
-        (row, banned, banned) for row, state in enumerate(states) if state._masked and (banned := state._banned()).size
+        (row, banned, banned) for row, state in enumerate(own) if state._masked and (banned := state._banned()).size
     ]
     if masked:
-        at, _ = _entries(masked, adjusted_BV)
-        adjusted_BV[at] = -torch.inf
-    penalised = [(row, *_penalties(state)) for row, state in enumerate(states) if state._counts is not None]
+        at, _ = _entries(masked, adjusted_RV)
+        adjusted_RV[at] = -torch.inf
+    blocked_R = adjusted_RV.amax(dim=-1) == -torch.inf if grammars else None
+    penalised = [(row, *_penalties(state)) for row, state in enumerate(own) if state._counts is not None]
     if penalised:
-        at, (repetition, subtract) = _entries(penalised, adjusted_BV)
-        seen = adjusted_BV[at]
+        at, (repetition, subtract) = _entries(penalised, adjusted_RV)
+        seen = adjusted_RV[at]
         seen = torch.where(seen > 0, seen / repetition, seen * repetition)
-        adjusted_BV[at] = seen - subtract
-    return adjusted_BV
+        adjusted_RV[at] = seen - subtract
+    forced = [(row, token) for row, state in enumerate(own) if (token := state.forced()) is not None]
+    if forced:
+        _force(forced, adjusted_RV)
+        if blocked_R is not None:
+            blocked_R[[row for row, _ in forced]] = False
+    return adjusted_RV, blocked_R
+
+
+def _force(forced: Sequence[tuple[int, int]], logits_RV: Tensor) -> None:
+    """Make one token the only possible one of each of these rows, whatever forbids it, in place."""
+    rows, tokens = _to(np.array(forced, dtype=np.int64).T.copy(), logits_RV.device)
+    logits_RV.index_fill_(0, rows, -torch.inf)
+    logits_RV[rows, tokens] = 0.0
+
+
+def _keep_masked(masks: Sequence[tuple[int, Mask]], logits_RV: Tensor) -> None:
+    """Make every token that a row's mask does not allow impossible, in place."""
+    width = logits_RV.shape[1]
+    if logits_RV.device.type == "cpu":
+        for row, mask in masks:
+            forbidden_V = np.unpackbits(mask, count=width, bitorder="little") == 0
+            logits_RV[row].masked_fill_(torch.from_numpy(forbidden_V), -torch.inf)
+        return
+    # a bit for each token is an eighth of what would be copied otherwise
+    bits_GX = _to(np.stack([mask[: -(-width // 8)] for _, mask in masks]), logits_RV.device)
+    rows = _to(np.array([row for row, _ in masks], dtype=np.int64), logits_RV.device)
+    logits_RV[rows] = logits_RV[rows].masked_fill(~_unpacked(bits_GX)[:, :width], -torch.inf)
+
+
+def _unpacked(bits_GX: Tensor) -> Tensor:
+    """[G, 8 X] bool: the bits of bytes, lowest first."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits_GX.device)
+    return ((bits_GX[:, :, None] >> places) & 1).flatten(1).bool()
 
 
 def _keep_only(allowed: Sequence[tuple[int, np.ndarray, np.ndarray]], logits_BV: Tensor) -> None:
@@ -353,25 +464,32 @@ def _threshold(descending_RK: Tensor, goal: Tensor) -> Tensor:
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, states: Sequence[SamplingState]) -> list[tuple[list[int], Tensor]]:
     """The rows that want the model's log probabilities, in parts. Each part has a table with a line per row."""
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for row, state in enumerate(states):
         if state.params.logprobs is not None:
-            groups.setdefault(state.params.logprobs, []).append(row)
+            groups.setdefault((state.params.logprobs, state.params.logprob_token_ids), []).append(row)
     found: list[tuple[list[int], Tensor]] = []
     # rows with one number of alternatives at a time: which of equal tokens topk returns may depend on that number
-    for number, rows in groups.items():
+    for (number, named), rows in groups.items():
         for part in _parts(rows, logits_BV):
             index = _to(np.array(part, dtype=np.int64), logits_BV.device)
-            found.append((part, _logprobs_of(logits_BV[index], tokens_B[index], number)))
+            found.append((part, _logprobs_of(logits_BV[index], tokens_B[index], number, named)))
     return found
 
 
-def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int) -> Tensor:
-    """[R, 2 (1 + number)] the ids of the chosen and the most likely tokens, then their log probabilities (float64)."""
+def _logprobs_of(logits_RV: Tensor, tokens_R: Tensor, number: int, named: Sequence[int]) -> Tensor:
+    """[R, 2 (1 + A)] the ids of the chosen token and of A others, then their log probabilities (float64).
+
+    The others are the tokens `named`, or else the `number` most likely ones.
+    """
     # CUDA adds up a row in an order that depends on its place in memory; rounding from float64 hides the difference
     dtype = torch.float32 if logits_RV.device.type == "cpu" else torch.float64
     logprobs_RV = logits_RV.float().log_softmax(dim=-1, dtype=dtype).float().clamp_(min=LEAST_LOGPROB)
-    values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
+    if named:
+        ids = _to(np.array(named, dtype=np.int64), logits_RV.device).expand(len(tokens_R), -1)
+        values = logprobs_RV.gather(1, ids)
+    else:
+        values, ids = logprobs_RV.topk(min(number, logits_RV.shape[1]), dim=-1)
     chosen = tokens_R[:, None]
     return torch.cat([part.double() for part in (chosen, ids, logprobs_RV.gather(1, chosen), values)], dim=1)
 

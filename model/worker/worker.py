@@ -14,29 +14,41 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
+from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, WorkerSpec
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId
-from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
 from elastic_moe.model.exchange.counter import RoutingCounter
 from elastic_moe.model.exchange.dispatch import Dispatcher
 from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispatcher
+from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import Fit, fit
+from elastic_moe.model.grammars.compiling import Compiler
+from elastic_moe.model.grammars.masks import MaskThreads
+from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
 from elastic_moe.model.native.exchange import NativeExchange
+from elastic_moe.model.native.experts import ExpertUnavailable
+from elastic_moe.model.tiers.disk import default_directory
+from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, read_rate
+from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.worker.next_tokens import choose
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.sampling import NO_TOKEN, SamplingState, sample
+from elastic_moe.model.worker.sampling import SamplingState
+from elastic_moe.model.worker.scoring import Scoring, score
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +59,8 @@ _KV_SHARE = 0.3
 """Share of a CPU node's free memory, after the weights are loaded, that the KV caches of all its workers get."""
 _KV_SHARE_CUDA = 0.85
 """Share of a GPU's free memory, after the weights are loaded, that the KV cache gets."""
+_USABLE = 0.9
+"""Share of a memory that may be planned for. The rest is for what nobody counts."""
 _BORROW_TOKENS = 32
 """Fewest tokens of a worker in a step for which borrowing cores pays."""
 _EXPERT_SHARE = 0.5
@@ -83,6 +97,8 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._grammars: Compiler
+        self._masks = MaskThreads()
         self._share = max(1, spec.num_threads)
         """Threads of a step if this worker borrows none."""
         self._prepared: dict[Epoch, _EpochState] = {}
@@ -95,6 +111,12 @@ class Worker:
         self._runner: ModelRunner
         self._cache: KVCache
         self._counter: RoutingCounter
+        self._tiers: Tiers | None = None
+        """Made when an epoch places an expert of this worker on the disk."""
+        self._capacity = 0
+        self._drop_due = False
+        self.disk_bytes_per_s: float | None = None
+        """How fast experts come from the disk; None if this worker can compute only experts that are in its device."""
 
     # --- Loading ------------------------------------------------------------------------------------------------
 
@@ -112,17 +134,54 @@ class Worker:
         self._store = ExpertStore(self._fit.experts)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
-        self._store.reserve([sum(e != EMPTY for e in experts) for experts in self.spec.experts])
-        self._read([(layer, e) for layer, experts in enumerate(self.spec.experts) for e in experts if e != EMPTY])
+        experts = self._affordable(sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes)
+        self._store.reserve([len(row) for row in experts])
+        self._read([(layer, e) for layer, row in enumerate(experts) for e in row])
         self._runner = ModelRunner(trunk, modules, self._fit, device=self._device)
         info = self._checkpoint.info
         self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
         self._cache = self._runner.allocate(
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
         )
+        # now, because no step could run meanwhile
+        self._grammars = Compiler(self._vocabulary())
         self.report = self._fit.report()
+        self._capacity = self.expert_capacity()
+        if self._store.slotted is not None:
+            files = [tensor.file for tensor in self._checkpoint.tensors.values()]
+            self.disk_bytes_per_s = read_rate(files) or ASSUMED_BYTES_PER_S
         weights = sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes + self._store.nbytes
         return self._cache.num_blocks, weights + self._cache.nbytes
+
+    def _affordable(self, trunk_bytes: int) -> list[list[int]]:
+        """[L] the spec's experts for which this worker has memory: all, or the first ones of each layer.
+
+        Raises UserError if there is no memory for one expert of each layer.
+        """
+        wanted = [[e for e in experts if e != EMPTY] for experts in self.spec.experts]
+        info = self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8)
+        capacity = self._room_for_experts(trunk_bytes) // info.expert_bytes
+        if capacity < len(wanted) and self._store.slotted is not None and self.spec.expert_memory_bytes is not None:
+            raise UserError(
+                f"--expert-memory-bytes: expected at least {len(wanted) * info.expert_bytes} bytes, which is one expert"
+                f" of each of the {len(wanted)} layers, got {self.spec.expert_memory_bytes}"
+            )
+        if sum(map(len, wanted)) <= capacity or self._store.slotted is None:
+            return wanted
+        return [row[: pins_of(capacity // len(wanted))] for row in wanted]
+
+    def _room_for_experts(self, trunk_bytes: int) -> int:
+        """Bytes that the experts may take which are loaded first. The least KV cache has its memory."""
+        spec = self.spec
+        if spec.expert_memory_bytes is not None:
+            return spec.expert_memory_bytes
+        if self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+            return int(free * _USABLE)
+        memory = psutil.virtual_memory()
+        least_kv = self._least_kv_blocks() * self._kv_block_bytes()
+        share = memory.total * _USABLE / spec.node_workers - trunk_bytes
+        return int(min(memory.available * _USABLE, share) - least_kv)
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> None:
         def note(done: int, total: int) -> None:
@@ -134,9 +193,23 @@ class Worker:
             self._store.put(layer, expert, tensors)
         self.progress = 1.0
 
+    def _kv_block_bytes(self) -> int:
+        return KVCache.block_bytes(self._fit.shapes.kv, block_size=self.spec.block_size, dtype=self._dtype)
+
+    def _least_kv_blocks(self) -> int:
+        """Blocks of one sequence of full length, and one for every further sequence that may run."""
+        return -(-self.spec.model.max_model_len // self.spec.block_size) + self.spec.max_num_seqs - 1
+
+    def _vocabulary(self) -> Vocabulary | CheckpointError:
+        info = self._checkpoint.info
+        try:
+            return read_vocabulary(self.spec.model.path, width=info.vocab_size, eos_token_ids=info.eos_token_ids)
+        except CheckpointError as error:
+            return error
+
     def _kv_blocks(self) -> int:
         spec = self.spec
-        block = KVCache.block_bytes(self._runner.kv_shapes, block_size=spec.block_size, dtype=self._dtype)
+        block = self._kv_block_bytes()
         per_sequence = -(-spec.model.max_model_len // spec.block_size)
         if spec.kv_cache_bytes is not None:
             room = spec.kv_cache_bytes // block
@@ -146,13 +219,22 @@ class Worker:
             to_come = max(0, (spec.expert_memory_bytes or 0) - self._store.nbytes)
             room = max(0, int((free - to_come) * _KV_SHARE_CUDA)) // block
         else:
-            room = int(psutil.virtual_memory().available * _KV_SHARE / spec.node_workers) // block
+            available = psutil.virtual_memory().available / spec.node_workers
+            # where experts fill the memory, the KV cache has what they have left to it
+            room = (
+                max(int(available * _KV_SHARE), min(int(available * _USABLE), self._least_kv_blocks() * block)) // block
+            )
         if room < per_sequence:
             raise UserError(
                 f"max_model_len {spec.model.max_model_len} needs {per_sequence * block >> 20} MiB of KV cache,"
                 f" {room * block >> 20} MiB are there: lower --max-model-len or raise --kv-cache-memory-bytes"
             )
         return min(room, per_sequence * spec.max_num_seqs)
+
+    @property
+    def capacity(self) -> int:
+        """How many experts fit on this worker over all layers, as it was found when the model was loaded."""
+        return self._capacity
 
     def expert_capacity(self) -> int:
         """How many experts fit on this worker over all layers, those that it holds included."""
@@ -177,9 +259,10 @@ class Worker:
         """
         rank = spec.placement.rank_of(self.spec.worker)
         for layer in range(spec.placement.num_layers):
-            missing = self._experts_of(spec, layer) - self._store.held(layer)
+            missing = self._resident(spec, layer) - self._store.held(layer)
             if missing:
                 raise PlacementError(f"{self.spec.worker} does not hold expert {min(missing)} of layer {layer}")
+        self._make_tiers(spec)
         current = self._epoch
         if current is not None and current.spec.group == spec.group and current.rank == rank:
             exchange = current.exchange
@@ -197,6 +280,32 @@ class Worker:
 
     def _experts_of(self, spec: EpochSpec, layer: int) -> set[int]:
         return set(spec.placement.experts_of(self.spec.worker, layer)) - {EMPTY}
+
+    def _resident(self, spec: EpochSpec, layer: int) -> set[int]:
+        return set(spec.placement.resident(self.spec.worker, layer))
+
+    def _make_tiers(self, spec: EpochSpec) -> None:
+        """Make the tiers if an epoch is the first that needs them on this worker."""
+        layers = range(spec.placement.num_layers)
+        if self._tiers is not None or all(self._resident(spec, n) == self._experts_of(spec, n) for n in layers):
+            return
+        slotted = self._store.slotted
+        if slotted is None:
+            raise PlacementError(f"{self.spec.worker} cannot compute experts that are not in its device")
+        directory = self.spec.expert_cache_dir
+        self._tiers = Tiers(
+            self._checkpoint,
+            slotted,
+            self._load_expert,
+            dtype=self.spec.model.dtype,
+            directory=default_directory() if directory is None else Path(directory),
+            policy=self.spec.expert_cache_policy,
+            capacity=self._capacity,
+        )
+
+    def _load_expert(self, layer: int, expert: int) -> Tensors:
+        [(_, _, tensors)] = iter_experts(self._checkpoint, [(layer, expert)], dtype=self._dtype, device=self._device)
+        return tensors
 
     def commit(self, epoch: Epoch) -> None:
         """Flip to a prepared epoch at a step boundary, and drop the experts that it does not place on this worker.
@@ -247,21 +356,31 @@ class Worker:
         state = self._prepared.pop(epoch, None)
         if state is not None and (self._epoch is None or state.exchange is not self._epoch.exchange):
             state.exchange.close()
-        self._keep_placed()
+        if self._tiers is None:
+            self._keep_placed()
+        else:
+            # a step may compute an expert that was copied for this epoch, so the thread of the steps drops it
+            self._drop_due = True
 
     def _keep_placed(self) -> None:
-        if self._epoch is not None:
-            spec = self._epoch.spec
-            self._store.keep_only([self._experts_of(spec, layer) for layer in range(self._store.num_layers)])
+        self._drop_due = False
+        if self._epoch is None:
+            return
+        spec, layers = self._epoch.spec, range(self._store.num_layers)
+        self._store.keep_only([self._resident(spec, layer) for layer in layers])
+        if self._tiers is not None:
+            self._tiers.place([self._experts_of(spec, layer) for layer in layers])
 
     # --- Copies of experts --------------------------------------------------------------------------------------
 
     def export_expert(self, layer: int, expert: int) -> ExpertCopy:
-        """Copy an expert for another worker. Raises PlacementError if the expert is not held."""
+        """Copy an expert for another worker, from wherever it lies. Raises PlacementError if it lies nowhere here."""
         try:
             tensors = self._store.get(layer, expert)
         except KeyError:
-            raise PlacementError(f"{self.spec.worker} does not hold expert {expert} of layer {layer}") from None
+            if self._tiers is None or not self._tiers.serves(layer, expert):
+                raise PlacementError(f"{self.spec.worker} does not hold expert {expert} of layer {layer}") from None
+            tensors = self._tiers.read(layer, expert)
         raw = {name: t.contiguous().view(-1).view(torch.uint8).cpu().numpy() for name, t in tensors.items()}
         return ExpertCopy(
             layer=layer,
@@ -280,11 +399,21 @@ class Worker:
             name: torch.from_numpy(raw).view(getattr(torch, copy.dtypes[name])).view(copy.shapes[name]).to(self._device)
             for name, raw in copy.tensors.items()
         }
+        if self._tiers is not None and copy.expert in self._store.held(copy.layer):
+            return  # a step may compute it now
         self._store.put(copy.layer, copy.expert, tensors, borrowed=self._device.type == "cpu")
+        if self._tiers is not None:
+            self._tiers.held_changed()
 
     def read_experts(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Read experts, given as (layer, expert), from the checkpoint and hold them beside the placement's experts."""
-        self._read(pairs)
+        """Read experts, given as (layer, expert), from the disk and hold them beside the placement's experts."""
+        if self._tiers is None:
+            self._read(pairs)
+            return
+        for layer, expert in sorted(set(pairs)):
+            if expert not in self._store.held(layer):
+                self._store.put(layer, expert, self._tiers.read(layer, expert))
+                self._tiers.held_changed()
 
     # --- Steps --------------------------------------------------------------------------------------------------
 
@@ -302,44 +431,69 @@ class Worker:
             raise StepAborted(f"step {epoch.failed_step} failed on {self.spec.worker}")
         try:
             return self._run(plan)
-        except BaseException:
+        except BaseException as error:
             epoch.failed_step = plan.step
             self._counter.discard_step()
+            if isinstance(error, ExpertUnavailable) and self._tiers is not None:
+                raise (self._tiers.take_error() or error) from None
             raise
 
     def _run(self, plan: StepPlan) -> StepResult:
         begin = time.perf_counter()
         assert self._epoch is not None
+        if self._drop_due:
+            self._keep_placed()
         self._borrow_threads(plan, self._epoch)
         for request_id in plan.finished:
             self._sequences.pop(request_id, None)
         for new in plan.new:
-            self._sequences[new.request_id] = _Sequence(state=SamplingState(new), blocks=[])
+            self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[])
         slices = [self._slice(chunk) for chunk in plan.chunks]
-        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter)
-        sampling = [chunk.request_id for chunk in plan.chunks if chunk.samples]
-        states = [self._sequences[request_id].state for request_id in sampling]
+        scoring = self._scoring(plan)
+        sampling = {chunk.request_id: self._sequences[chunk.request_id].state for chunk in plan.chunks if chunk.samples}
+        constrained = [state.progress for state in sampling.values() if state.progress is not None]
+        if constrained:
+            self._masks.begin(constrained)
+        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter, keep=bool(scoring))
+        if constrained:
+            self._masks.finish(constrained)
+        scored = score(scoring, self._runner.logits, self._runner.vocabulary)
         with torch.inference_mode():
-            chosen = sample(logits, states)
+            chosen = choose(logits, sampling)
         assert self._epoch is not None
         self._epoch.dispatcher.finish()
-        for state, (token, _) in zip(states, chosen, strict=True):
-            # the next step may be on its way and runs with any token here; nobody reads the result for this request
-            state.append(0 if token == NO_TOKEN else token)
         self._counter.commit_step([chunk.length for chunk in plan.chunks])
-        samples = tuple(
-            Sample(request_id=request_id, token_id=token, logprobs=logprobs)
-            for request_id, (token, logprobs) in zip(sampling, chosen, strict=True)
-            if token != NO_TOKEN
-        )
-        corrupted = tuple(
-            request_id for request_id, (token, _) in zip(sampling, chosen, strict=True) if token == NO_TOKEN
-        )
+        if self._tiers is not None:
+            self._tiers.settle()
         compute_s = time.perf_counter() - begin
         # workers wait for one another, so a prompt on one worker makes the step a prefill step for all
         decode = max(plan.tokens_per_rank) <= self.spec.max_num_seqs
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
-        return StepResult(step=plan.step, samples=samples, compute_s=compute_s, corrupted=corrupted)
+        broken = {one for one in scored if not isinstance(one, ScoredPrompt)}
+        corrupted = {*chosen.corrupted, *broken}
+        return StepResult(
+            step=plan.step,
+            samples=tuple(one for one in chosen.samples if one.request_id not in broken),
+            compute_s=compute_s,
+            corrupted=tuple(corrupted),
+            unready=tuple(request_id for request_id in chosen.unready if request_id not in broken),
+            stuck=tuple(one for one in chosen.stuck if one.request_id not in broken),
+            scored=tuple(s for s in scored if isinstance(s, ScoredPrompt) and s.request_id not in corrupted),
+        )
+
+    def _scoring(self, plan: StepPlan) -> list[Scoring]:
+        wanted: list[Scoring] = []
+        row = 0
+        for chunk in plan.chunks:
+            one = Scoring.of(chunk, row, self._sequences[chunk.request_id].state)
+            if one is not None:
+                wanted.append(one)
+            row += chunk.length
+        return wanted
+
+    def _state(self, new: NewSequence) -> SamplingState:
+        grammar = new.params.grammar
+        return SamplingState(new, None if grammar is None else self._grammars.get(grammar))
 
     def _slice(self, chunk: Chunk) -> SequenceSlice:
         sequence = self._sequences[chunk.request_id]
@@ -367,6 +521,16 @@ class Worker:
     def routing_counts(self) -> RoutingCounts:
         """The routing counts since the last call."""
         return self._counter.take()
+
+    def held(self) -> tuple[tuple[int, ...], ...]:
+        """[L] logical experts in the device beside the cache area."""
+        return tuple(tuple(sorted(self._store.held(layer))) for layer in range(self._store.num_layers))
+
+    def tier_counts(self) -> TierCounts:
+        """What became of the tiers since the last call."""
+        if self._tiers is None:
+            return TierCounts(resident=sum(map(len, self.held())))
+        return self._tiers.counts()
 
 
 def digest(tensors: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]) -> str:

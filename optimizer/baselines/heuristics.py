@@ -69,9 +69,18 @@ def _replicated_row(problem: PlacementProblem, layer: int) -> IntArray:
     replicated = _with_replicas(problem, layer)
     if len(set(problem.speed)) == 1 or (replicated >= 0).sum() == problem.num_experts:
         return replicated
-    worker_of = pack_layer(problem, layer)
-    plain = row_of(problem, [np.flatnonzero(worker_of == rank).tolist() for rank in range(len(problem.workers))])
+    plain = _unreplicated_row(problem, layer)
     return min(replicated, plain, key=lambda row: _end_of(problem, layer, row))
+
+
+def unreplicated_table(problem: PlacementProblem) -> IntArray:
+    """Longest processing time first, and spare slots stay empty."""
+    return np.stack([_unreplicated_row(problem, layer) for layer in range(problem.num_layers)])
+
+
+def _unreplicated_row(problem: PlacementProblem, layer: int) -> IntArray:
+    worker_of = pack_layer(problem, layer)
+    return row_of(problem, [np.flatnonzero(worker_of == rank).tolist() for rank in range(len(problem.workers))])
 
 
 def _end_of(problem: PlacementProblem, layer: int, row: IntArray) -> float:

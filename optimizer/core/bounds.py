@@ -12,12 +12,32 @@ import numpy as np
 
 from elastic_moe.optimizer.core.cost import affinity_price, node_membership, port_price, uplink_price
 from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem, Semantics
+from elastic_moe.optimizer.residency.activity import activity
 
 
 def lower_bound(problem: PlacementProblem) -> float:
     """Seconds per step that no placement can beat."""
     traffic = home_bound(problem) if problem.semantics is Semantics.HOME else follow_bound(problem)
-    return float(compute_bound(problem).sum() + traffic.sum()) + affinity_bound(problem)
+    compute_s = float(compute_bound(problem).sum())
+    return max(compute_s, wait_bound(problem)) + float(traffic.sum()) + affinity_bound(problem)
+
+
+def wait_bound(problem: PlacementProblem) -> float:
+    """Least seconds per step that layers wait for experts; 0 where every expert fits.
+
+    A layer waits for at least what its workers fetch on average, by the fastest of their links. The devices together
+    hold the experts of all layers that save most, and the host memories the next ones.
+    """
+    tiering = problem.tiering
+    if tiering is None:
+        return 0.0
+    active = activity(tiering.chance, tiering.tokens)
+    disk = active * tiering.disk_s.min()
+    host = np.minimum(active * tiering.host_s.min(), tiering.chance * tiering.tokens * tiering.token_s.min())
+    waits = np.sort((disk * tiering.weight[:, None]).ravel())[::-1][int(tiering.device.sum()) :]
+    cheaper = np.sort((np.maximum(disk - host, 0) * tiering.weight[:, None]).ravel())[::-1]
+    saved = float(cheaper[: int(tiering.host.sum())].sum())
+    return max(float(waits.sum()) - saved, 0.0)
 
 
 def compute_bound(problem: PlacementProblem) -> FloatArray:

@@ -37,8 +37,11 @@ def lined_up(problem: PlacementProblem, table: IntArray) -> IntArray:
 
 
 def interchangeable(problem: PlacementProblem) -> FloatArray:
-    """[W, W] 1 where two workers have the same slots and speed, so that each can take the experts of the other."""
-    kind = np.array([[worker.slots, speed] for worker, speed in zip(problem.workers, problem.speed, strict=True)])
+    """[W, W] 1 where two workers have the same slots, speed and memory: each can take the experts of the other."""
+    memories = [problem.memory.index(memory) for memory in problem.memory] or [0] * len(problem.workers)
+    kind = np.array(
+        [[w.slots, speed, memory] for w, speed, memory in zip(problem.workers, problem.speed, memories, strict=True)]
+    )
     return np.asarray((kind[:, None, :] == kind[None, :, :]).all(axis=2).astype(np.float64))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import Termination
+from elastic_moe.optimizer.core.tiering import LevelArray
 
 Clock = Callable[[], float]
 """It returns seconds since some fixed time."""
@@ -66,6 +67,10 @@ class Draft:
 
     table: IntArray
     """[L, S] slot table."""
+    levels: LevelArray | None = None
+    """[L, E, W] the tiers that the planner has chosen; None: the best ones for the table."""
+    pin_all: bool = False
+    """Whether all that is found in a device is pinned there, but for the slot through which the others pass."""
     reason: str
     planner: str = ""
     """Name of the planner that has made the table, where it is not the one that was asked."""

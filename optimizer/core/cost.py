@@ -22,7 +22,10 @@ that of the next layer,
              rise together are the ones that will be late.
   affinity   `affinity` times the price of the transitions that change worker, both ways through an average port:
              2 token_bytes / worker bandwidth * sum_{v != w} F[v,w] / W. Traffic sees the busiest link, this all.
-  migration  expert_bytes * copies / worker bandwidth / horizon_steps; a copy is an expert that a worker did not hold
+  migration  expert_bytes * copies / worker bandwidth / horizon_steps; a copy is an expert that a worker did not hold,
+             or not in its device
+  stall      sum_l  max(0, G_l - compute_l), G_l the time in which the slowest worker fetches what does not lie in its
+             device (optimizer.core.tiering); 0 where every expert fits
 
 n_w is convex in (S1, S2) and homogeneous, which the bounds and the ILP use.
 """
@@ -33,8 +36,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastic_moe.cluster.placement import EMPTY, Placement
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.tiering import LevelArray, placed_by
+from elastic_moe.optimizer.residency.activity import activity
 
 BITS = 8.0
 GIGA = 1e9
@@ -49,11 +54,12 @@ class Cost:
     risk_s: float = 0.0
     affinity_s: float = 0.0
     migration_s: float = 0.0
+    stall_s: float = 0.0
 
     @property
     def step_s(self) -> float:
         """Seconds of every step under the placement, without the migration to it."""
-        return self.compute_s + self.traffic_s + self.risk_s + self.affinity_s
+        return self.compute_s + self.traffic_s + self.risk_s + self.affinity_s + self.stall_s
 
     @property
     def realised_s(self) -> float:
@@ -69,20 +75,61 @@ class Cost:
 def price(problem: PlacementProblem, placement: Placement) -> Cost:
     """The cost of `placement`, whose workers must be the problem's, in the same order."""
     assert placement.workers == problem.workers
-    return price_table(problem, placement.physical_to_logical_map)
+    table = placement.physical_to_logical_map
+    if problem.tiering is None:
+        return price_table(problem, table)
+    return price_table(problem, table, problem.tiering.levels(shares(problem, table), placed_by(problem, placement)))
 
 
-def price_table(problem: PlacementProblem, table: IntArray) -> Cost:
-    """The cost of a slot table [L, S]."""
+def price_table(problem: PlacementProblem, table: IntArray, levels: LevelArray | None = None) -> Cost:
+    """The cost of a slot table [L, S]. `levels` [L, E, W] are the tiers of experts; the best if not given."""
     x = shares(problem, table)
+    if problem.tiering is not None and levels is None:
+        levels = problem.tiering.levels(x)
     per_layer = layer_costs(problem, x)
     return Cost(
         compute_s=float(per_layer[0].sum()),
         traffic_s=float(per_layer[1].sum()),
         risk_s=float(risk_costs(problem, x).sum()),
         affinity_s=affinity_cost(problem, x),
-        migration_s=copies(problem, table) * move_price(problem),
+        migration_s=copies(problem, table, levels) * move_price(problem),
+        stall_s=stall_cost(problem, x, levels, per_layer[0]),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetches:
+    """What workers are expected to fetch in a step."""
+
+    resident_share: float
+    """Share of the served experts that lie in a device, 0..1; those of the cache areas included."""
+    experts: float
+    """Experts that all workers fetch in a step, over all layers."""
+    misses: float
+    """Share of the experts with tokens in a step that do not lie in a device, 0..1."""
+
+
+def expected_fetches(problem: PlacementProblem, placement: Placement) -> Fetches:
+    """The fetches of a step of `tokens_per_step` tokens; none where every expert fits."""
+    x = shares(problem, placement.physical_to_logical_map)
+    if problem.tiering is None:
+        return Fetches(resident_share=1.0, experts=0.0, misses=0.0)
+    levels = problem.tiering.levels(x, placed_by(problem, placement))
+    active = activity(problem.tiering.chance[:, :, None] * x, problem.tiering.tokens)
+    outside = float(active[levels > Tier.DEVICE].sum())
+    return Fetches(
+        resident_share=float((levels == Tier.DEVICE).sum() / (x > 0).sum()),
+        experts=outside,
+        misses=outside / float(active.sum()),
+    )
+
+
+def stall_cost(problem: PlacementProblem, x: FloatArray, levels: LevelArray | None, compute_s: FloatArray) -> float:
+    """Seconds per step that layers wait for experts, beyond the time [L] in which they compute."""
+    if problem.tiering is None or levels is None:
+        return 0.0
+    waits = problem.tiering.waits(x, levels)
+    return float(np.maximum(waits - compute_s, 0.0).sum())
 
 
 def shares(problem: PlacementProblem, table: IntArray) -> FloatArray:
@@ -214,7 +261,7 @@ def move_price(problem: PlacementProblem) -> float:
 
 
 def held_before(problem: PlacementProblem) -> FloatArray | None:
-    """[L, E, W] 1 where a worker holds an expert under the current placement; None without one."""
+    """[L, E, W] 1 where a worker has an expert in its device under the current placement; None without one."""
     current = problem.current
     if current is None:
         return None
@@ -223,15 +270,32 @@ def held_before(problem: PlacementProblem) -> FloatArray | None:
     target = np.array([ranks.get(worker.id, -1) for worker in current.workers])[current.slot_to_worker]
     stay = target >= 0
     table = current.physical_to_logical_map[:, stay]
-    held[np.arange(problem.num_layers)[:, None], table, target[stay][None, :]] = 1.0
+    inside = current.tiers[:, stay] == Tier.DEVICE
+    # the last of the experts stands for EMPTY and for what lies in no device
+    held[np.arange(problem.num_layers)[:, None], np.where(inside, table, EMPTY), target[stay][None, :]] = 1.0
     return held[:, : problem.num_experts]
 
 
-def copies(problem: PlacementProblem, table: IntArray) -> int:
+def moves_to(problem: PlacementProblem, placement: Placement) -> int:
+    """Number of experts that workers must fetch to get from the current placement to `placement`."""
+    before = held_before(problem)
+    if before is None or problem.tiering is None:
+        return copies(problem, placement.physical_to_logical_map)
+    placed = placed_by(problem, placement)
+    if placed is None:
+        return copies(problem, placement.physical_to_logical_map)
+    return int(((placed == Tier.DEVICE) & (before == 0)).sum())
+
+
+def copies(problem: PlacementProblem, table: IntArray, levels: LevelArray | None = None) -> int:
     """Number of experts that workers must fetch to get from the current placement to `table`; 0 without a current
-    one."""
+    one. What does not lie in a device under `levels` [L, E, W] (the best if not given) is not fetched."""
     before = held_before(problem)
     if before is None:
         return 0
+    if problem.tiering is not None:
+        x = shares(problem, table)
+        marks = problem.tiering.marks(x, problem.tiering.levels(x) if levels is None else levels, before)
+        return int(((marks == Tier.DEVICE) & (before == 0)).sum())
     layer, slot = np.nonzero(table != EMPTY)
     return int((before[layer, table[layer, slot], problem.owner[slot]] == 0).sum())

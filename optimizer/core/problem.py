@@ -13,9 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.placement import Placement, Worker
+from elastic_moe.optimizer.core.tiering import Tiering, is_tiered
+from elastic_moe.optimizer.residency.memory import WorkerMemory
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
+
+
+DEFAULT_STEP_TOKENS = 1024
 
 
 class Semantics(StrEnum):
@@ -60,6 +65,9 @@ class PlacementProblem:
     `estimate.drift_covariance`. None: loads are assumed to stay as they are."""
     speeds: tuple[float, ...] = ()
     """[W] relative speed of each worker; empty where all are the same."""
+    memory: tuple[WorkerMemory, ...] = ()
+    """[W] what each worker's tiers hold, and how long an expert takes from each; empty where all experts fit. A worker
+    may have more slots than its device has room for."""
     links: Links = field(default_factory=Links)
     current: Placement | None = None
     """The placement to change, if one is in force. Its workers need not be the problem's."""
@@ -70,8 +78,9 @@ class PlacementProblem:
     horizon_steps: float = 10_000.0
     """Steps that the new placement is expected to serve; migration is amortised over them."""
     semantics: Semantics = Semantics.HOME
-    tokens_per_step: int = 1024
-    """Tokens of a typical step, for which costs are given."""
+    tokens_per_step: int = DEFAULT_STEP_TOKENS
+    """Tokens of a typical step of the whole cluster, for which costs are given. Where experts do not all fit, it also
+    says how many of them have tokens in a step."""
     token_bytes: int = 4096
     """Size of one token's hidden state on a link."""
     token_expert_s: float = 8e-8
@@ -141,6 +150,11 @@ class PlacementProblem:
         from elastic_moe.optimizer.core.estimate import estimate_transitions
 
         return estimate_transitions(self) if self.transitions is None else self.transitions
+
+    @cached_property
+    def tiering(self) -> Tiering | None:
+        """The prices of tiers; None where every expert fits wherever it may be placed."""
+        return Tiering(self) if is_tiered(self) else None
 
     @property
     def scale(self) -> FloatArray:

@@ -6,20 +6,31 @@ A table is [L, S] int32: the expert in each slot, or EMPTY. A worker's slots are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from elastic_moe.cluster.placement import EMPTY, Placement
+from elastic_moe.optimizer.core.cost import held_before, shares
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
+from elastic_moe.optimizer.core.tiering import LevelArray, tiers_of_table
 
 
-def to_placement(problem: PlacementProblem, table: IntArray) -> Placement:
-    """The verified placement of a table. Raises PlacementError where the table breaks a rule."""
-    return Placement(
-        num_logical_experts=problem.num_experts,
-        workers=problem.workers,
-        physical_to_logical_map=_in_familiar_slots(problem, table),
+def to_placement(
+    problem: PlacementProblem, table: IntArray, levels: LevelArray | None = None, *, pin_all: bool = False
+) -> Placement:
+    """The verified placement of a table, with the tiers that `levels` say, or the best ones. With `pin_all` it has
+    no cache area beyond the slot for those that pass. Raises PlacementError where the table breaks a rule."""
+    familiar = _in_familiar_slots(problem, table)
+    placement = Placement(
+        num_logical_experts=problem.num_experts, workers=problem.workers, physical_to_logical_map=familiar
     )
+    if problem.tiering is None:
+        return placement
+    x = shares(problem, familiar)
+    found = problem.tiering.levels(x) if levels is None else levels
+    marks = found if pin_all else problem.tiering.marks(x, found, held_before(problem))
+    return replace(placement, tiers=tiers_of_table(problem, familiar, marks))
 
 
 def row_of(problem: PlacementProblem, held: Sequence[Sequence[int]]) -> IntArray:

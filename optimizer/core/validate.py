@@ -8,6 +8,7 @@ import numpy as np
 
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.placement import Worker
+from elastic_moe.optimizer.residency.memory import WorkerMemory
 
 if TYPE_CHECKING:
     from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem
@@ -20,6 +21,7 @@ def validated_fields(problem: PlacementProblem) -> dict[str, Any]:
     loads = counts("loads", problem.loads, None)
     layers, experts = loads.shape
     fields: dict[str, Any] = {"loads": loads, "workers": tuple(problem.workers), "speeds": tuple(problem.speeds)}
+    fields["memory"] = tuple(problem.memory)
     if problem.transitions is not None:
         fields["transitions"] = counts("transitions", problem.transitions, (layers - 1, experts, experts))
     if problem.coactivation is not None:
@@ -32,6 +34,7 @@ def validated_fields(problem: PlacementProblem) -> dict[str, Any]:
         raise PlacementError(f"semantics: expected home or follow, got {problem.semantics!r}") from None
     _check_numbers(problem, experts)
     _check_workers(fields["workers"], fields["speeds"], experts)
+    _check_memory(fields["memory"], len(fields["workers"]), layers)
     current = problem.current
     if current is not None and (current.num_layers, current.num_logical_experts) != (layers, experts):
         raise PlacementError(
@@ -119,3 +122,21 @@ def _check_workers(workers: tuple[Worker, ...], speeds: tuple[float, ...], exper
         raise PlacementError(f"speeds: expected {len(workers)}, one per worker, got {len(speeds)}")
     if not all(0 < speed < np.inf for speed in speeds):
         raise PlacementError("speeds: every worker's speed must be a positive number")
+
+
+def _check_memory(memory: tuple[WorkerMemory, ...], workers: int, layers: int) -> None:
+    if memory and len(memory) != workers:
+        raise PlacementError(f"memory: expected {workers}, one per worker, got {len(memory)}")
+    for each in memory:
+        if each.device_experts < layers:
+            raise PlacementError(
+                f"memory.device_experts: expected at least {layers}, one for each layer, got {each.device_experts}"
+            )
+        for name, least in (("host_experts", 0), ("cache_slots", 1)):
+            if getattr(each, name) < least:
+                raise PlacementError(f"memory.{name}: expected at least {least}, got {getattr(each, name)}")
+        for name in ("disk_fetch_s", "host_fetch_s", "host_token_s"):
+            value = getattr(each, name)
+            # written so that a NaN fails too
+            if value is not None and not 0 <= value < np.inf:
+                raise PlacementError(f"memory.{name}: expected at least 0 seconds, got {value!r}")

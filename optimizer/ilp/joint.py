@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyomo.environ as pyo
 
+from elastic_moe.cluster.placement import Tier
 from elastic_moe.optimizer.core.cost import (
     affinity_price,
     held_before,
@@ -32,6 +33,8 @@ from elastic_moe.optimizer.core.cost import (
 )
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.table import row_of
+from elastic_moe.optimizer.core.tiering import NOT_HELD, LevelArray, Tiering
+from elastic_moe.optimizer.ilp.tiers import Served, add_tiers, both, fetched, fit, on_disk, start_tiers
 
 MICRO = 1e6
 """Microseconds in a second."""
@@ -56,6 +59,8 @@ class JointModel:
         self._order_alike_workers()
         self._products()
         self._bound_by_peak()
+        if problem.tiering is not None:
+            self._wait_for_experts(problem.tiering)
         if problem.semantics is Semantics.HOME and len(problem.workers) > 1:
             self._arrivals()
         if problem.semantics is Semantics.FOLLOW and len(problem.workers) > 1:
@@ -108,7 +113,8 @@ class JointModel:
             for w in model.w
         ]
         for w, (one, other) in enumerate(itertools.pairwise(problem.workers)):
-            if (one.slots, one.node, problem.speed[w]) == (other.slots, other.node, problem.speed[w + 1]):
+            alike = (one.slots, one.node, problem.speed[w]) == (other.slots, other.node, problem.speed[w + 1])
+            if alike and len(set(problem.memory[w : w + 2])) < 2:
                 model.order.add(loads[w] >= loads[w + 1])
 
     def _products(self) -> None:
@@ -166,6 +172,58 @@ class JointModel:
             return float(price) * load <= m.peak[layer]
 
         self.model.slowest = pyo.Constraint(self.model.layers, self.model.w, rule=rule)
+
+    def _wait_for_experts(self, tiering: Tiering) -> None:
+        """F[l, w] + slope sum_v F[l, v] + steep s2[l] <= peak[l], F what w fetches, s2 its variance; the rooms."""
+        problem, model = self.problem, self.model
+        width = len(problem.workers)
+        prices = {r: tiering.fetch_prices(np.full((*problem.loads.shape, width), 1 / r)) for _, r in self.modes}
+        self._items = {
+            (layer, w): [
+                Served(
+                    key=(layer, k, w),
+                    served=model.u[layer, k, w],
+                    passing=(layer, w),
+                    disk=float(MICRO * prices[r][0][layer, e, w]),
+                    host=float(MICRO * prices[r][1][layer, e, w]),
+                )
+                for k, (e, r) in enumerate(self.modes)
+            ]
+            for layer, w in itertools.product(model.layers, model.w)
+        }
+        add_tiers(model, [item for items in self._items.values() for item in items], list(self._items))
+        for w in model.w:
+            mine = [item for layer in model.layers for item in self._items[layer, w]]
+            fit(model, mine, [(layer, w) for layer in model.layers], int(tiering.device[w]), int(tiering.host[w]))
+        for layer in model.layers:
+            seconds = [fetched(model, self._items[layer, w]) for w in model.w]
+            spread = float(tiering.slope[layer]) * sum(seconds)
+            spread += float(tiering.steep[layer]) * self._variance(tiering, layer)
+            for each in seconds:
+                model.tiers.add(each + spread <= model.peak[layer])
+
+    def _variance(self, tiering: Tiering, layer: int) -> Any:
+        """MICRO (sum_w u_w' V u_w - u' V u / W): products of two experts that are fetched, by any two workers."""
+        model, width = self.model, len(self.problem.workers)
+        if width == 1 or not tiering.steep[layer]:
+            return 0.0
+        experts = [(e, w) for w in model.w for e, _ in self.modes]
+        items = [item for w in model.w for item in self._items[layer, w]]
+        active = np.maximum(tiering.active[layer], 1e-300)
+        host = bool(tiering.host.any())
+        outside = [
+            (e, w, price / MICRO / float(active[e]), kind)
+            for (e, w), item in zip(experts, items, strict=True)
+            for price, kind in ([(item.disk, on_disk(model, item))] + [(item.host, model.hosted[item.key])] * host)
+        ]
+        total = 0.0
+        for (e, v, unit, one), (f, w, other, two) in itertools.combinations_with_replacement(outside, 2):
+            weight = float(tiering.covariance[layer, e, f]) * unit * other * ((v == w) - 1 / width) * MICRO
+            if one is two:
+                total += weight * one
+            elif weight and (e != f or v != w):
+                total += 2 * weight * both(model, one, two)
+        return total
 
     def _arrivals(self) -> None:
         """arrive[l, w] >= its first tangents; every link's seconds <= link[l]."""
@@ -263,11 +321,16 @@ class JointModel:
         before = held_before(self.problem)
         if before is None:
             return 0.0
+        tiered = self.problem.tiering is not None
+        if tiered and max(memory.cache_slots for memory in self.problem.memory) > 1:
+            # not every expert that is found in the device is brought there beforehand; without them the bound holds
+            return 0.0
+        held = self.model.inside if tiered else self.model.u
         return (
             MICRO
             * move_price(self.problem)
             * sum(
-                (1.0 - before[layer, e, w]) * self.model.u[layer, k, w]
+                (1.0 - before[layer, e, w]) * held[layer, k, w]
                 for layer, w in itertools.product(self.model.layers, self.model.w)
                 for k, (e, _) in enumerate(self.modes)
             )
@@ -284,8 +347,20 @@ class JointModel:
             rows.append(row_of(self.problem, held))
         return np.stack(rows)
 
-    def start_from(self, table: IntArray) -> None:
-        """Offer a table as the incumbent, by setting the integer variables."""
+    def levels(self) -> LevelArray | None:
+        """[L, E, W] the tiers of the incumbent; None where every expert fits."""
+        if self.problem.tiering is None:
+            return None
+        found = np.full((*self.problem.loads.shape, len(self.problem.workers)), NOT_HELD, dtype=np.int8)
+        for (layer, w), items in self._items.items():
+            for item, (e, _) in zip(items, self.modes, strict=True):
+                if item.served.value > 0.5:
+                    inside, hosted = (v[item.key].value > 0.5 for v in (self.model.inside, self.model.hosted))
+                    found[layer, e, w] = Tier.DEVICE if inside else Tier.HOST if hosted else Tier.DISK
+        return found
+
+    def start_from(self, table: IntArray, levels: LevelArray | None = None) -> None:
+        """Offer a table, and tiers, as the incumbent, by setting the integer variables."""
         owner = self.problem.owner
         for layer in self.model.layers:
             replicas = np.bincount(table[layer][table[layer] >= 0], minlength=self.problem.num_experts)
@@ -295,6 +370,10 @@ class JointModel:
                 for w in self.model.w:
                     here = chosen and bool((table[layer][owner == w] == e).any())
                     self.model.u[layer, k, w].value = float(here)
+        if levels is not None:
+            for (layer, w), items in self._items.items():
+                of_mode = {item.key: levels[layer, e, w] for item, (e, _) in zip(items, self.modes, strict=True)}
+                start_tiers(self.model, items, lambda item, of=of_mode: of[item.key] if item.served.value else NOT_HELD)
 
 
 def arrival_slopes(problem: PlacementProblem, x: FloatArray) -> FloatArray:
@@ -316,7 +395,11 @@ def size(problem: PlacementProblem) -> int:
     """Number of products that the model would have, with which its time grows."""
     count, width = len(modes(problem)), len(problem.workers)
     pairs = problem.num_layers * count * (count - 1) // 2 * width
-    return pairs + (problem.num_layers - 1) * count**2 * len(_near_pairs(problem))
+    fetched = 0
+    if problem.tiering is not None:
+        outside = count * width * (2 if problem.tiering.host.any() else 1)
+        fetched = problem.num_layers * outside * (outside - 1) // 2
+    return pairs + fetched + (problem.num_layers - 1) * count**2 * len(_near_pairs(problem))
 
 
 def _near_pairs(problem: PlacementProblem) -> list[tuple[int, int]]:

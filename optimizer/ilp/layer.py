@@ -17,6 +17,9 @@ import pyomo.environ as pyo
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray
 from elastic_moe.optimizer.ilp.joint import MICRO
+from elastic_moe.optimizer.ilp.tiers import Served, add_tiers, fetched, fit
+from elastic_moe.optimizer.residency.activity import activity
+from elastic_moe.optimizer.search.fetches import LayerFetch
 from elastic_moe.optimizer.search.swaps import LayerTerms
 
 TANGENTS = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
@@ -40,6 +43,8 @@ class LayerModel:
         model.link = pyo.Var(bounds=(0, None))
         self._respect_slots()
         self._bound_by_peak()
+        if terms.fetch is not None:
+            self._wait_for_experts(terms.fetch)
         self._products()
         if terms.arrival_s.any():
             self._arrivals(row)
@@ -71,6 +76,34 @@ class LayerModel:
             self.model.w,
             rule=lambda m, w: sum(float(MICRO * seconds[e] / self.terms.speed[w]) * m.x[e, w] for e in m.e) <= m.peak,
         )
+
+    def _wait_for_experts(self, fetch: LayerFetch) -> None:
+        """F_w + slope sum_v F_v + (what variance adds now) <= peak, with the other workers as they are; the rooms."""
+        model, share = self.model, self._share[:, None]
+        load = fetch.chance[self.experts][:, None] * share
+        active = activity(load, fetch.tokens)
+        disk = MICRO * active * fetch.disk_s
+        host = MICRO * np.minimum(active * fetch.host_s, load * fetch.tokens * fetch.token_s)
+        self._items = {
+            w: [
+                Served(key=(e, w), served=model.x[e, w], passing=(w,), disk=float(disk[e, w]), host=float(host[e, w]))
+                for e in model.e
+            ]
+            for w in self.ranks
+        }
+        add_tiers(model, [item for items in self._items.values() for item in items], [(w,) for w in self.ranks])
+        for w in self.ranks:
+            fit(model, self._items[w], [(w,)], int(fetch.room[w]), int(fetch.host_room[w]))
+        held = self.row != EMPTY
+        replicas = np.maximum(np.bincount(self.row[held], minlength=len(fetch.chance)), 1)
+        x = self.terms.by_worker(self.row, np.where(held, 1.0 / replicas[self.row], 0.0))
+        now = fetch.prices(x).sum(axis=0)
+        varies = MICRO * float((fetch.waits(x) - now)[0] - fetch.slope * now.sum())
+        others = MICRO * np.delete(now, self.ranks)
+        seconds = [fetched(model, self._items[w]) for w in self.ranks]
+        spread = fetch.slope * (sum(seconds) + float(others.sum())) + varies
+        for each in [*seconds, *([float(others.max())] if len(others) else [])]:
+            model.tiers.add(each + spread <= model.peak)
 
     def _products(self) -> None:
         """p <= x, p <= x', and p >= x + x' - 1 where sharing a worker costs."""

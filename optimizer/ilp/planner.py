@@ -51,24 +51,26 @@ def improved(problem: PlacementProblem, seed: Draft, budget: Budget) -> Draft:
 
 def _exact(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
     best, best_s = start, price_table(problem, start).total_s
+    levels = None if problem.tiering is None else problem.tiering.levels(shares(problem, start))
     joint = joint_ilp.JointModel(problem)
     bound, rounds = lower_bound(problem), 0
     while budget.left_s > 0 and bound < best_s * (1 - PROVEN):
-        joint.start_from(best)
+        joint.start_from(best, levels)
         solution = solve(joint.model, solver=budget.solver, time_limit_s=budget.left_s, gap=PROVEN / 4)
         bound = max(bound, solution.bound * 1e-6)
         rounds += 1
         if solution.objective is None:
             break
         table = joint.table()
-        found_s = price_table(problem, table).total_s
+        found_s = price_table(problem, table, joint.levels()).total_s
         if found_s < best_s:
-            best, best_s = table, found_s
+            best, best_s, levels = table, found_s, joint.levels()
         if not _add_tangents(problem, joint, table) and not solution.optimal:
             break
     proven = bound >= best_s * (1 - 10 * PROVEN)
     return Draft(
         table=best,
+        levels=levels,
         reason=f"one joint model, solved {rounds} times" + (" to proof" if proven else " until the deadline"),
         termination=Termination.COMPLETED if proven else Termination.DEADLINE,
         bound=bound,

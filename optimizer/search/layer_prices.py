@@ -6,6 +6,7 @@ Legend: E experts, W workers, N nodes.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from elastic_moe.optimizer.core.cost import (
     affinity_price,
@@ -22,6 +23,7 @@ from elastic_moe.optimizer.core.cost import (
     uplink_price,
 )
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
+from elastic_moe.optimizer.search.fetches import LayerFetch
 from elastic_moe.optimizer.search.swaps import LayerTerms
 
 
@@ -40,6 +42,32 @@ class LayerPricer:
         self._apart = 1.0 - np.eye(width)
         self._far = 1.0 - self._member @ self._member.T
         self._risk_price = risk_price(problem)
+        self.settle(table)
+
+    def settle(self, table: IntArray) -> None:
+        """Deal each worker's fast memory over the layers again, as is best for the table."""
+        self._room: tuple[IntArray, IntArray] | None = None
+        if self.problem.tiering is not None:
+            tiering = self.problem.tiering
+            self._room = tiering.rooms(tiering.levels(shares(self.problem, table)))
+
+    def _fetch(self, layer: int) -> LayerFetch | None:
+        tiering = self.problem.tiering
+        if tiering is None or self._room is None:
+            return None
+        return LayerFetch(
+            chance=tiering.chance[layer],
+            tokens=tiering.tokens,
+            disk_s=tiering.disk_s,
+            host_s=tiering.host_s,
+            token_s=tiering.token_s,
+            room=self._room[0][layer],
+            host_room=self._room[1][layer],
+            active=tiering.active[layer],
+            covariance=tiering.covariance[layer],
+            slope=float(tiering.slope[layer]),
+            steep=float(tiering.steep[layer]),
+        )
 
     def total_s(self, table: IntArray) -> float:
         """The true cost of the whole table."""
@@ -61,6 +89,9 @@ class LayerPricer:
         scale = problem.scale[layer]
         load = problem.loads[layer] @ x
         total = float(problem.token_expert_s * scale * (load / problem.speed).max())
+        fetch = self._fetch(layer)
+        if fetch is not None:
+            total = max(total, float(fetch.waits(x).max()))
         if problem.load_covariance is not None:
             variance = np.einsum("ew,ew->w", problem.load_covariance[layer] @ x, x) / problem.speed**2
             total += float(variance.sum() * self._risk_price[layer])
@@ -71,8 +102,18 @@ class LayerPricer:
             arrive = first**2 / np.maximum(first + together, 1e-300)
             total += float(home_traffic(problem, arrive) * scale)
         if self._before is not None:
-            total += move_price(problem) * float(((x > 0) & (self._before[layer] == 0)).sum())
+            moved = (x > 0) & (self._before[layer] == 0)
+            total += move_price(problem) * float(moved[self._fetched(layer)].sum())
         return total
+
+    def _fetched(self, layer: int) -> npt.NDArray[np.bool_]:
+        """[E] the experts that a worker which gets them brings into its device: the most active ones, where not all
+        fit."""
+        loads = self.problem.loads[layer]
+        fetched = np.ones(len(loads), dtype=bool)
+        if self._room is not None:
+            fetched[np.argsort(-loads, kind="stable")[int(self._room[0][layer].sum()) :]] = False
+        return fetched
 
     def _boundaries(self, layer: int) -> list[int]:
         return [b for b in (layer - 1, layer) if 0 <= b < self.problem.num_layers - 1]
@@ -108,6 +149,7 @@ class LayerPricer:
             first_slot=self._first_slot,
             speed=problem.speed,
             node=problem.node_of,
+            fetch=self._fetch(layer),
             load_power=load_power,
             link_power=link_power,
         )
@@ -125,7 +167,8 @@ class LayerPricer:
         if self._before is not None:
             # swaps scale prices by the item's share of its expert's tokens; a copy costs the same for any share
             replicas = (self.x[layer] > 0).sum(axis=1, keepdims=True)
-            prices += move_price(problem) * (1.0 - self._before[layer]) * replicas
+            moves = (1.0 - self._before[layer]) * replicas
+            prices += move_price(problem) * np.where(self._fetched(layer)[:, None], moves, 0.0)
         return prices
 
     def _tolls(self, boundary: int, link_power: int) -> FloatArray:

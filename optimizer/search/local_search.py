@@ -15,9 +15,10 @@ from dataclasses import replace
 import numpy as np
 
 from elastic_moe.cluster.placement import EMPTY
-from elastic_moe.optimizer.baselines.heuristics import greedy_table, random_table
+from elastic_moe.optimizer.baselines.heuristics import greedy_table, random_table, unreplicated_table
 from elastic_moe.optimizer.core.chaining import lined_up
 from elastic_moe.optimizer.core.contract import Budget, Draft
+from elastic_moe.optimizer.core.cost import price_table
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import Termination
 from elastic_moe.optimizer.search.layer_prices import LayerPricer
@@ -76,7 +77,7 @@ FROM_CURRENT = 5
 
 def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     """The best placement found until the deadline, from greedy's lined-up table and from the current placement."""
-    search = JointSearch(problem, lined_up(problem, greedy_table(problem, budget.rng)))
+    search = JointSearch(problem, lined_up(problem, _start(problem, budget.rng)))
     search.sweep(budget)
     if problem.current is not None and problem.current.workers == problem.workers:
         stay = JointSearch(problem, problem.current.physical_to_logical_map)
@@ -90,6 +91,15 @@ def local_search_plan(problem: PlacementProblem, budget: Budget) -> Draft:
         reason=f"swaps over all layers jointly; {kept} of {tried} shaken layers came out better",
         termination=Termination.COMPLETED if tried == kicks else Termination.DEADLINE,
     )
+
+
+def _start(problem: PlacementProblem, rng: np.random.Generator) -> IntArray:
+    """Greedy's table; without its replicas where these take room that the experts need."""
+    table = greedy_table(problem, rng)
+    if problem.tiering is None:
+        return table
+    single = unreplicated_table(problem)
+    return min((table, single), key=lambda each: price_table(problem, each).total_s)
 
 
 class JointSearch:
@@ -126,6 +136,7 @@ class JointSearch:
                 break
             if (now_s := self.total_s) < best_s:
                 best, best_s = self.table.copy(), now_s
+            self.pricer.settle(self.table)
         self.restore(best)
 
     def _finish_layers(self, budget: Budget, first_round: int) -> bool:
@@ -223,6 +234,7 @@ class JointSearch:
 
     def restore(self, table: IntArray) -> None:
         self.table[:] = table
+        self.pricer.settle(self.table)
         for layer in range(self.problem.num_layers):
             self.pricer.update(self.table, layer)
 
@@ -245,9 +257,17 @@ def _do_swaps(terms: LayerTerms, row: IntArray, swaps: list[tuple[int, int]], va
     return 0, value
 
 
+def _emptied(terms: LayerTerms, row: IntArray) -> list[tuple[int, int]]:
+    """(slot, EMPTY) of every replica, where experts do not all fit: a replica takes room that another may need."""
+    if terms.fetch is None:
+        return []
+    replicas = np.bincount(row[row != EMPTY], minlength=len(terms.load_s))
+    return [(int(slot), EMPTY) for slot in np.flatnonzero((row != EMPTY) & (replicas[row] > 1))]
+
+
 def _redeal(terms: LayerTerms, row: IntArray, value: float) -> tuple[int, float]:
-    """Give one spare slot to another expert if that gains. Returns (1 or 0, the objective then)."""
-    for slot, expert in best_redeals(terms, row, REDEALS):
+    """Give one spare slot to another expert, or empty it, if that gains. Returns (1 or 0, the objective then)."""
+    for slot, expert in [*best_redeals(terms, row, REDEALS), *_emptied(terms, row)]:
         was, row[slot] = row[slot], expert
         after = terms.objective(row)
         if after < value * (1 - 1e-9):

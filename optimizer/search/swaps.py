@@ -17,6 +17,7 @@ import numpy as np
 
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray
+from elastic_moe.optimizer.search.fetches import LayerFetch
 
 BARRED = np.inf
 
@@ -47,6 +48,8 @@ class LayerTerms:
     """[W]"""
     node: IntArray
     """[W]"""
+    fetch: LayerFetch | None
+    """What the workers fetch; None where every expert fits."""
     load_power: int
     """The norm's exponent as a number of squarings: 6 is the 64-norm."""
     link_power: int
@@ -69,7 +72,10 @@ class LayerTerms:
         held = row != EMPTY
         replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
         share = np.where(held, 1.0 / replicas[row], 0.0)
-        total = potential_norm(np.add.reduceat(self.load_s[row] * share, self.first_slot) / self.speed, self.load_power)
+        busy = np.add.reduceat(self.load_s[row] * share, self.first_slot) / self.speed
+        if self.fetch is not None:
+            busy = np.concatenate([busy, self.fetch.waits(self.by_worker(row, share))])
+        total = potential_norm(busy, self.load_power)
         total += float((self.place_s[row, self.owner] * share).sum())
         if self.arrival_s.any():
             arrive = self.arrivals(row)
@@ -94,7 +100,7 @@ def swap_deltas(terms: LayerTerms, row: IntArray) -> FloatArray:
     held = row != EMPTY
     replicas = np.maximum(np.bincount(row[held], minlength=len(terms.load_s)), 1)
     share = np.where(held, 1.0 / replicas[row], 0.0)
-    half = _load_half(terms, terms.load_s[row] * share)
+    half = _busy_half(terms, row, share)
     if terms.arrival_s.any():
         half += _arrival_half(terms, row, terms.remote_shares(row))
     if terms.covariance_s is not None:
@@ -108,10 +114,33 @@ def swap_deltas(terms: LayerTerms, row: IntArray) -> FloatArray:
     return np.asarray(deltas)
 
 
-def _load_half(terms: LayerTerms, load: FloatArray) -> FloatArray:
-    """[S, S] change of worker owner[i]'s compute term if it gives item i for item j."""
+def _busy_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatArray:
+    """[S, S] change of the time in which worker owner[i] computes and waits if it gives item i for item j."""
+    load = terms.load_s[row] * share
+    if terms.fetch is None:
+        return _load_half(terms, load)
+    fetch, owner = terms.fetch, terms.owner
+    x = terms.by_worker(row, share)
+    prices, waits = fetch.prices(x), fetch.waits(x)
     worker = np.add.reduceat(load, terms.first_slot) / terms.speed
-    norm, now = _potential(worker, terms.load_power)
+    norm = potential_norm(np.concatenate([worker, waits]), terms.load_power)
+    held = np.add.reduceat((row != EMPTY).astype(np.int32), terms.first_slot)
+    # EMPTY has no tokens, since its share is 0
+    fetched = fetch.swap_changes(fetch.chance[row] * share, held, owner, terms.first_slot)
+    change = raised(np.maximum(waits[owner][:, None] + fetched, 0.0) / norm, terms.load_power)
+    change -= raised(waits / norm, terms.load_power)[owner][:, None]
+    change *= norm / 2**terms.load_power
+    unit = prices / np.maximum(fetch.active, 1e-300)[:, None]
+    spread = fetch.slope * fetched + fetch.steep * fetch.variance_changes(unit, row, owner)
+    steepness = float(((waits / norm) ** (2**terms.load_power - 1)).sum())
+    return np.asarray(_load_half(terms, load, norm) + change + steepness * spread)
+
+
+def _load_half(terms: LayerTerms, load: FloatArray, norm: float | None = None) -> FloatArray:
+    """[S, S] change of worker owner[i]'s compute term if it gives item i for item j; `norm` where more than the
+    computing is in it."""
+    worker = np.add.reduceat(load, terms.first_slot) / terms.speed
+    norm, now = _potential(worker, terms.load_power, norm)
     per_token = 1 / (norm * terms.speed[terms.owner])
     after = np.multiply.outer(per_token, load)
     after += ((worker / norm)[terms.owner] - per_token * load)[:, None]
@@ -193,8 +222,8 @@ def _doubles(terms: LayerTerms, row: IntArray, held: np.ndarray) -> np.ndarray:
     return np.asarray(meets | meets.T)
 
 
-def _potential(z: FloatArray, power: int) -> tuple[float, FloatArray]:
-    norm = potential_norm(z, power)
+def _potential(z: FloatArray, power: int, norm: float | None = None) -> tuple[float, FloatArray]:
+    norm = potential_norm(z, power) if norm is None else norm
     return norm, np.asarray(raised(z / norm, power) * (norm / 2**power))
 
 

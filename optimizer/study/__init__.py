@@ -6,7 +6,9 @@ scenario   from a trace and a description of a cluster to a problem
 metrics    what a placement does to a trace, token by token
 compare    every planner on one problem, judged on other tokens
 simulate   the production code on a virtual clock
-figures    figures of comparisons and simulations
+steps      the decoding steps of a server, cut from a trace
+caches     a trace through caches of experts: miss rates and waiting times
+figures    figures of comparisons and simulations; cache_figures: of caches
 
 The command line for them is in deploy/cli.
 """

@@ -15,6 +15,7 @@ from elastic_moe.optimizer.core.cost import price
 from elastic_moe.optimizer.core.problem import PlacementProblem
 from elastic_moe.optimizer.core.result import PlanResult
 from elastic_moe.optimizer.planner import plan
+from elastic_moe.optimizer.study.caches import Replayed, replay_problem
 from elastic_moe.optimizer.study.metrics import Metrics, measure
 from elastic_moe.optimizer.study.traces import Trace
 
@@ -36,6 +37,10 @@ class Row:
     """Seconds per step under the test tokens' statistics, without risk, since their load is known."""
     load_imbalance_profiled: float
     """Load imbalance on the tokens that the planner has seen."""
+    replayed_miss_rate: float
+    """Share of the accesses of the test tokens that miss in the devices; 0 where every expert fits."""
+    replayed_waits: float
+    """Fetches of the slowest worker in a step of the test tokens, summed over layers."""
     gap: float
     moves: int
     bytes: int
@@ -59,14 +64,17 @@ def compare(
     answers = []
     for name in planners:
         result = plan(problem, planner=name, deadline_s=deadline_s, solver=solver, seed=seed)
-        row = _row(name, result, measure(test, result.placement, problem.semantics), test_problem)
+        replayed = Replayed(miss_rate=0.0, fetches=0.0)
+        if problem.tiering is not None:
+            replayed = replay_problem(test, problem, result.placement)
+        row = _row(name, result, measure(test, result.placement, problem.semantics), test_problem, replayed)
         answers.append((row, result))
         if progress is not None:
             progress(row)
     return answers
 
 
-def _row(name: str, result: PlanResult, metrics: Metrics, test_problem: PlacementProblem) -> Row:
+def _row(name: str, result: PlanResult, metrics: Metrics, test_problem: PlacementProblem, replayed: Replayed) -> Row:
     return Row(
         planner=name,
         status=str(result.status),
@@ -74,6 +82,8 @@ def _row(name: str, result: PlanResult, metrics: Metrics, test_problem: Placemen
         step_cost=result.cost.step_s,
         test_step_cost=price(test_problem, result.placement).realised_s,
         load_imbalance_profiled=result.imbalance,
+        replayed_miss_rate=replayed.miss_rate,
+        replayed_waits=replayed.fetches,
         gap=result.gap,
         moves=result.moves,
         bytes=result.bytes,
@@ -106,8 +116,17 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
+_TIER_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("misses", lambda row: f"{row.replayed_miss_rate:.1%}"),
+    ("fetches waited for", lambda row: f"{row.replayed_waits:.1f}"),
+)
+"""Replayed on the test tokens; only where experts do not all fit."""
+
+
 def markdown(rows: Iterable[Row]) -> str:
     """The rows as a Markdown table; metrics are on the test tokens."""
-    lines = ["| " + " | ".join(name for name, _ in _COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(cell(row) for _, cell in _COLUMNS) + " |" for row in rows]
+    rows = list(rows)
+    columns = _COLUMNS + (_TIER_COLUMNS if any(row.replayed_waits for row in rows) else ())
+    lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -22,7 +22,8 @@ MOST_PANELS = 6
 _PREFERRED = ("contiguous", "greedy", "eplb", "moetuner", "local_search", "ilp", "auto")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, for files only. Raises ConfigError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -37,7 +38,7 @@ def _pyplot() -> Any:
 def load_heat_map(path: Path, test_problem: PlacementProblem, answers: Sequence[tuple[Row, PlanResult]]) -> None:
     """Load of every worker (across) in every layer (down) over the layer's mean, one panel per planner, one colour
     scale."""
-    plt = _pyplot()
+    plt = pyplot()
     chosen = _panels(answers)
     maps = []
     for _, result in chosen:
@@ -75,7 +76,7 @@ def _panels(answers: Sequence[tuple[Row, PlanResult]]) -> list[tuple[Row, PlanRe
 def pareto(path: Path, rows: Sequence[Row], semantics: Semantics) -> None:
     """Load against traffic on the test tokens; both better to the lower left. A line joins what nothing beats in
     both."""
-    plt = _pyplot()
+    plt = pyplot()
     home = semantics is Semantics.HOME
     traffic = [row.fan_out if home else 1 - row.same_worker_transitions for row in rows]
     load = [row.load_imbalance for row in rows]
@@ -125,7 +126,7 @@ def _label(axis: Any, xs: Sequence[float], ys: Sequence[float], names: Sequence[
 
 def solve_times(path: Path, rows: Sequence[Row]) -> None:
     """Seconds of each planner, on a logarithmic scale."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 0.28 * len(rows) + 1.2))
     seconds = [max(row.seconds, 1e-3) for row in rows]
     bars = axis.barh([row.planner for row in rows], seconds, color="C0")
@@ -145,7 +146,7 @@ def gain_curve(
 ) -> None:
     """Gain per step against gigabytes moved, from the placement in force. `full`: moves and step_s of a plan from
     scratch."""
-    plt = _pyplot()
+    plt = pyplot()
     stay_s = points[0].step_s
     figure, axis = plt.subplots(figsize=(6.4, 4.0))
     moved = [point.moves * expert_bytes / 1e9 for point in points]
@@ -169,7 +170,7 @@ def gain_curve(
 
 def imbalance_over_time(path: Path, looks: Sequence[Look]) -> None:
     """Load imbalance of each interval with and without re-placement; a tick at every change."""
-    plt = _pyplot()
+    plt = pyplot()
     minutes = [look.time_s / 60 for look in looks]
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
     axis.plot(minutes, [look.imbalance_static for look in looks], color="0.5", label="without re-placement")

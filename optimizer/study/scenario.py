@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId
-from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links, PlacementProblem, Semantics
+from elastic_moe.optimizer.residency.memory import WorkerMemory
 from elastic_moe.optimizer.study.traces import Trace, count
 
 MOST_WORKERS = 100_000
@@ -46,6 +47,8 @@ def problem_from_trace(
     expert_bytes: int = 0,
     horizon_steps: float = 10_000.0,
     speeds: tuple[float, ...] = (),
+    memory: tuple[WorkerMemory, ...] = (),
+    tokens_per_step: int = DEFAULT_STEP_TOKENS,
 ) -> PlacementProblem:
     """The problem of placing the trace's experts on `workers`."""
     counted = count(trace)
@@ -62,4 +65,6 @@ def problem_from_trace(
         expert_bytes=expert_bytes,
         horizon_steps=horizon_steps,
         semantics=semantics,
+        memory=memory,
+        tokens_per_step=tokens_per_step,
     )

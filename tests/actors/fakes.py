@@ -24,15 +24,18 @@ from elastic_moe.cluster.messages.epochs import (
     Epoch,
     EpochSpec,
     ExpertCopy,
+    FetchSource,
     ModelInfo,
     PhaseCounts,
     RoutingCounts,
+    StallCause,
+    TierCounts,
     WorkerInfo,
     WorkerSpec,
 )
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
-from elastic_moe.cluster.placement import EMPTY, WorkerId
+from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
 from tests.cluster.simulation import MODEL as SIMULATED
 
@@ -92,7 +95,7 @@ class FakeWorker:
 
     def _placed(self, spec: EpochSpec) -> set[tuple[int, int]]:
         layers = range(spec.placement.num_layers)
-        return {(layer, e) for layer in layers for e in spec.placement.experts_of(self._id, layer) if e != EMPTY}
+        return {(layer, e) for layer in layers for e in spec.placement.resident(self._id, layer)}
 
     @in_group("io")
     def load_progress(self) -> float:
@@ -132,6 +135,15 @@ class FakeWorker:
             prefill=PhaseCounts(tokens=6, load=LOAD - LOAD // 2, steps_s=0.1, steps_tokens=100),
             decode=PhaseCounts(tokens=4, load=LOAD // 2, steps_s=0.3, steps_tokens=100),
             transitions=np.ones((1, 8, 8), dtype=np.int64),
+        )
+
+    @in_group("io")
+    def tier_counts(self) -> TierCounts:
+        return TierCounts(
+            accesses=(8, 0, 2),
+            fetched_bytes={FetchSource.DISK: 100},
+            stall_s={StallCause.MISS: 0.5},
+            resident=len(self._held),
         )
 
     @in_group("io")

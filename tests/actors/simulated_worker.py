@@ -7,10 +7,12 @@ history that it samples from is read back through the block table: a block given
 from __future__ import annotations
 
 import hashlib
+from array import array
 from dataclasses import dataclass, field
 
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenLogprobs
-from elastic_moe.cluster.messages.steps import Sample, StepPlan, StepResult
+from elastic_moe.cluster.messages.scores import PromptScores
+from elastic_moe.cluster.messages.steps import Chunk, Sample, ScoredPrompt, StepPlan, StepResult
 
 VOCABULARY = 13
 EOS = 0
@@ -29,6 +31,8 @@ def alone(request: GenerateRequest, max_model_len: int) -> tuple[int, ...]:
         history = (*request.prompt_token_ids, *output)
         token = masked_token(history, len(output), request)
         output.append(token)
+        if params.grammar is not None and token == EOS:
+            break
         if len(output) >= params.min_tokens and (
             (token == EOS and not params.ignore_eos) or token in params.stop_token_ids
         ):
@@ -44,14 +48,25 @@ def masked_token(history: tuple[int, ...], num_output: int, request: GenerateReq
     return token
 
 
+def scores_of(prompt: tuple[int, ...], start: int, end: int) -> PromptScores:
+    """The scores of the tokens at places start .. end - 1, which depend on all tokens before them."""
+    ids, ranks = array("i", prompt[start:end]), array("i", [next_token(prompt[:at], 1) for at in range(start, end)])
+    logprobs = array("f", [-float(next_token(prompt[: at + 1], 2)) for at in range(start, end)])
+    return PromptScores(start=start, width=1, ids=ids.tobytes(), logprobs=logprobs.tobytes(), ranks=ranks.tobytes())
+
+
 @dataclass
 class _Known:
     tokens: list[int]
     request: GenerateRequest
     blocks: list[int] = field(default_factory=list)
+    spoilt: int | None = None
+    """Place of the first token that stands for one that was not sampled."""
 
 
 class SimulatedWorker:
+    """The mask of a request with a grammar is late in some steps."""
+
     def __init__(self, num_blocks: int, block_size: int, rope_limit: int) -> None:
         self.block_size = block_size
         self.rope_limit = rope_limit
@@ -74,19 +89,42 @@ class SimulatedWorker:
         assert plan.tokens_per_rank[rank] == sum(chunk.length for chunk in plan.chunks)
         ids = [chunk.request_id for chunk in plan.chunks]
         assert len(ids) == len(set(ids))
-        samples = []
+        samples, scored = [], []
+        unready = []
         for chunk in plan.chunks:
             sequence = self.known[chunk.request_id]
             del sequence.tokens[chunk.known :]
+            if sequence.spoilt is not None and sequence.spoilt >= chunk.known:
+                sequence.spoilt = None
             assert len(sequence.tokens) == chunk.known
             assert chunk.block_offset <= len(sequence.blocks)
             sequence.blocks[chunk.block_offset : chunk.block_offset + len(chunk.block_ids)] = chunk.block_ids
             for position in range(chunk.start, chunk.start + chunk.length):
                 block, offset = divmod(position, self.block_size)
                 self.cache[sequence.blocks[block]][offset] = (self._variant(sequence), sequence.tokens[position])
-            if chunk.samples:
+            if chunk.score_from is not None:
+                scored.append(self._score(sequence, chunk))
+            if not chunk.samples:
+                continue
+            late = sequence.request.params.grammar is not None and next_token((plan.step,), 0) < VOCABULARY // 3
+            if late or sequence.spoilt is not None:
+                unready.append(chunk.request_id)
+                if sequence.spoilt is None:
+                    sequence.spoilt = len(sequence.tokens)
+                sequence.tokens.append(VOCABULARY)
+            else:
                 samples.append(self._sample(sequence))
-        return StepResult(step=plan.step, samples=tuple(samples), compute_s=0.0)
+        return StepResult(
+            step=plan.step, samples=tuple(samples), compute_s=0.0, unready=tuple(unready), scored=tuple(scored)
+        )
+
+    def _score(self, sequence: _Known, chunk: Chunk) -> ScoredPrompt:
+        prompt = sequence.request.prompt_token_ids
+        assert sequence.request.params.prompt_logprobs is not None
+        assert chunk.score_from is not None
+        end = min(chunk.start + chunk.length, len(prompt) - 1)
+        assert chunk.start <= chunk.score_from < end
+        return ScoredPrompt(request_id=chunk.request_id, scores=scores_of(prompt, chunk.score_from + 1, end + 1))
 
     def _variant(self, sequence: _Known) -> int:
         return int(len(sequence.request.prompt_token_ids) > self.rope_limit)

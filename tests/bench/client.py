@@ -11,7 +11,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -51,17 +51,21 @@ class _Answer:
 class Client:
     """Requests of random tokens, greedy, never ended by a token. Every method blocks until all are answered."""
 
-    def __init__(self, url: str, model: str, *, vocab: int, seed: int) -> None:
-        """Equal seeds and calls send equal prompts; no prompt is sent twice, so that no prefix cache helps."""
+    def __init__(
+        self, url: str, model: str, *, vocab: int, seed: int, extra: Mapping[str, object] | None = None
+    ) -> None:
+        """Equal seeds and calls send equal prompts; no prompt is sent twice, so that no prefix cache helps. `extra` are
+        further fields of every request."""
+        self._extra = dict(extra or {})
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self._model = model
         self._vocab = vocab
         self._rng = random.Random(seed)
 
-    def measure(self, concurrency: int) -> Measured:
-        """PER_SLOT requests of PROMPT_TOKENS for each of `concurrency` slots, OUTPUT_TOKENS each."""
-        prompts = self._prompts(PER_SLOT * concurrency, PROMPT_TOKENS)
+    def measure(self, concurrency: int, *, per_slot: int = PER_SLOT) -> Measured:
+        """`per_slot` requests of PROMPT_TOKENS for each of `concurrency` slots, OUTPUT_TOKENS each."""
+        prompts = self._prompts(per_slot * concurrency, PROMPT_TOKENS)
         answers, elapsed = asyncio.run(self._run(prompts, OUTPUT_TOKENS, concurrency))
         gaps = sorted(gap for answer in answers for gap in answer.gaps_s)
         return Measured(
@@ -118,6 +122,7 @@ class Client:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **self._extra,
         }
         exchange = _Exchange(f"{self._host}:{self._port}", json.dumps(body).encode())
         # a connection for each request: llama.cpp's server closes those that it has answered on, now and then

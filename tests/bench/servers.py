@@ -73,8 +73,10 @@ def vllm(venv: Path, model: Path) -> Server:
     )
 
 
-def llama_cpp(source: Path, model: Path, out: Path, kind: str) -> Server:
+def llama_cpp(source: Path, model: Path, out: Path, kind: str, *, sequence: int = MAX_MODEL_LEN) -> Server:
     """`source` is llama.cpp's source tree, built in its folder build. Writes `out`/NAME-KIND.gguf once.
+
+    `sequence` is the number of tokens of its longest sequence.
 
     `kind` is a type of its converter, such as bf16 or q8_0. Only bf16 is a peer: the same numbers as ours.
     """
@@ -88,7 +90,7 @@ def llama_cpp(source: Path, model: Path, out: Path, kind: str) -> Server:
             *(str(source / "build" / "bin" / "llama-server"), "-m", str(gguf), "--port", "{port}"),
             *("--alias", MODEL_NAME, "-t", cores, "-tb", cores, "-np", str(SLOTS)),
             # its cache of finished prompts takes time and memory, and no prompt is sent twice
-            *("-c", str(SLOTS * MAX_MODEL_LEN), "--cache-ram", "0"),
+            *("-c", str(SLOTS * sequence), "--cache-ram", "0"),
         ],
         peer=kind == "bf16",
     )

@@ -3,6 +3,9 @@
 `python -m tests.bench.workers --model DIR --workers 1 2` prints the median milliseconds of a decode step for several
 batch sizes (of all workers together), and of a prefill. All sets of workers are loaded at once and measured in turns,
 so that a machine whose speed changes does not decide. Every process makes the plans of its own requests.
+
+`--device-experts N...` gives every worker memory for N experts per layer, its cache area included; the others lie on
+the disk, and their records are read past the page cache. Then it prints what was read as well. 0 stands for all.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from elastic_moe.cluster import placement as placements
+from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan
+from elastic_moe.cluster.placement import Tier, WorkerId
 from elastic_moe.cluster.placement import Worker as Member
-from elastic_moe.cluster.placement import WorkerId
 
 BLOCK = 16
 LONGEST = 512
@@ -105,6 +109,14 @@ class Times:
     step_s: float
     waited_s: float
     """Of the step, waiting for peers (native exchange only)."""
+    cpu_s: float
+    """CPU time of a step, of all threads, on average."""
+    read_bytes: float = 0.0
+    """Read of experts in a step, on average."""
+    stall_s: float = 0.0
+    """Waited for experts in a step, on average."""
+    missed: float = 0.0
+    """Share of the active experts that were not in memory."""
 
 
 def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
@@ -113,6 +125,8 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
 
     group = worker._epoch.exchange
     times: list[tuple[float, float]] = []
+    worker.tier_counts()
+    begin_cpu_s = time.process_time()
 
     def run(plan: StepPlan) -> None:
         begin = time.perf_counter()
@@ -125,10 +139,20 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
         run(load.prefill())
     if case.steps:
         times.clear()
+        worker.tier_counts()
+        begin_cpu_s = time.process_time()
         for _ in range(case.steps):
             run(load.decode())
     step_s, waited_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return Times(step_s=step_s, waited_s=waited_s)
+    counts = worker.tier_counts()
+    return Times(
+        step_s=step_s,
+        waited_s=waited_s,
+        cpu_s=(time.process_time() - begin_cpu_s) / len(times),
+        read_bytes=sum(counts.fetched_bytes.values()) / len(times),
+        stall_s=sum(counts.stall_s.values()) / len(times),
+        missed=counts.accesses[Tier.DISK] / max(1, sum(counts.accesses)),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +162,15 @@ class Setup:
     workers: int
     threads: int
     pinned: bool
+    device_experts: int = 0
+    """Experts per layer for which a worker has memory; 0: all of its experts."""
+    read_ahead: bool = False
+    cache_dir: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.workers} x {self.threads} threads" + (", pinned" if self.pinned else "")
+        tiers = f", {self.device_experts} experts" if self.device_experts else ""
+        ahead = ", read ahead" if self.read_ahead else ""
+        return f"{self.workers} x {self.threads} threads" + (", pinned" if self.pinned else "") + tiers + ahead
 
 
 def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case], pipe: Connection) -> None:
@@ -149,7 +179,9 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[(rank * setup.threads + n) % len(cores)] for n in range(setup.threads)})
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+    from elastic_moe.model.tiers.area import Area
     from elastic_moe.model.worker.worker import Worker
+    from tests.model.lockstep import with_pinned
 
     info, size = open_checkpoint(path).info, setup.workers
     experts = info.num_logical_experts
@@ -157,16 +189,23 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
         Member(id=WorkerId(f"w{r}"), node="n", slots=experts // size + (r < experts % size)) for r in range(size)
     )
     placement = placements.contiguous(info.num_layers, experts, members)
+    budget = None
+    if setup.device_experts:
+        placement = with_pinned(placement, pins_of(setup.device_experts))
+        budget = setup.device_experts * info.num_layers * info.expert_bytes
+        Area.READ_AHEAD = setup.read_ahead
     worker = Worker(
         WorkerSpec(
             worker=members[rank].id,
             model=ModelSpec(path=path, dtype=info.dtype, device="cpu", max_model_len=LONGEST),
-            experts=tuple(placement.experts_of(members[rank].id, layer) for layer in range(info.num_layers)),
+            experts=tuple(placement.resident(members[rank].id, layer) for layer in range(info.num_layers)),
             kv_cache_bytes=4 << 30,
             block_size=BLOCK,
             max_num_seqs=len(cases) * cases[0].most_requests,
             max_num_batched_tokens=max(case.requests * case.context for case in cases),
             num_threads=setup.threads,
+            expert_memory_bytes=budget,
+            expert_cache_dir=setup.cache_dir,
         )
     )
     worker.load()
@@ -222,13 +261,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="decode steps of one turn")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--prefill", type=int, default=8, help="prompts in the prefill's step; 0: no prefill")
+    parser.add_argument(
+        "--device-experts", type=int, nargs="+", default=[0], help="experts per layer and worker; 0: all"
+    )
+    parser.add_argument("--read-ahead", action="store_true", help="measure with and without reading ahead")
+    parser.add_argument("--cache-dir", help="directory of the records; the default is the server's")
     parser.add_argument("--pin", action="store_true", help="measure every set pinned to cores as well")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     setups = [
-        Setup(workers=n, threads=max(1, cores // n), pinned=pinned)
+        Setup(
+            workers=n,
+            threads=max(1, cores // n),
+            pinned=pinned,
+            device_experts=device_experts,
+            read_ahead=ahead,
+            cache_dir=args.cache_dir,
+        )
         for n in args.workers
         for pinned in ([False, True] if args.pin else [False])
+        for device_experts in args.device_experts
+        for ahead in ([False, True] if args.read_ahead and device_experts else [False])
     ]
     if args.context + args.steps * args.turns > LONGEST:
         parser.error(f"sequences would grow past {LONGEST} tokens")
@@ -254,9 +307,15 @@ def main() -> None:
             step, waited = (
                 1000 * statistics.median(getattr(turn, name) for turn in seen) for name in ("step_s", "waited_s")
             )
+            cpu, read, stall, missed = (
+                statistics.mean(getattr(turn, name) for turn in seen)
+                for name in ("cpu_s", "read_bytes", "stall_s", "missed")
+            )
             ratio = statistics.median(a.step_s / b.step_s for a, b in zip(first, seen, strict=True))
             kind = f"decode {case.requests:3}" if case.steps else f"prefill {case.requests * case.context}"
-            print(f"{kind:13} {setup!s:22} {step:8.2f} ({waited:6.2f})  {ratio:5.2f}")
+            tiers = f", {missed:.0%} missed, {read / 1e6:.1f} MB read, {1e3 * stall:.2f} ms stalled"
+            told = f"  {1e3 * cpu:.2f} ms CPU" + (tiers if setup.device_experts else "")
+            print(f"{kind:13} {setup!s:22} {step:8.2f} ({waited:6.2f})  {ratio:5.2f}{told}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ TITLES = {
     "engine": "ray::Engine",
     "coordinator": "ray::Coordinator",
     "migrator": "ray::Migrator",
+    "api": "ray::ServeReplica:emoe:api",
 }
+API_REPLICAS = 2
 WHOLE_S = 120.0
 ENDED = ("completed", "failed")
 
@@ -151,6 +153,8 @@ class Bench:
 
     def _is_whole(self) -> bool:
         if not self.server.ready():
+            return False
+        if len(self.processes("api")) != API_REPLICAS:
             return False
         members = self.ask("/admin/placement").get("workers", [])
         operations = self.ask("/admin/operations") or [{"phase": "unknown"}]

@@ -1,6 +1,6 @@
 """Runs scenarios one after the other on one server under load, and says what became of every request.
 
-python -m tests.chaos.driver --seed 0 [--only "kill worker"] [--model DIR] [--dtype bfloat16] [--cycles 20] [--drift]
+python -m tests.chaos.driver --seed 0 [--only "kill worker"] [--model DIR] [--dtype bfloat16] [--resident 0.5] [--drift]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-from tests.chaos.bench import Bench, wait_for_spare
+from tests.chaos.bench import API_REPLICAS, Bench, wait_for_spare
 from tests.chaos.drift import drift
 from tests.chaos.leaks import scale_cycles
 from tests.chaos.load import Expected, Load
@@ -54,7 +54,8 @@ class Row:
 def start_server(checkpoint: Path, log: Path, *flags: str) -> Server:
     """With `flags` besides those that all scenarios have."""
     common = ["--workers", str(WORKERS), "--dtype", "float32", "--max-model-len", "512", "--served-model-name", MODEL]
-    common += ["--kv-cache-memory-bytes", "50000000", "--drain-timeout", "5", *flags]
+    common += ["--kv-cache-memory-bytes", "50000000", "--drain-timeout", "5", "--api-replicas", str(API_REPLICAS)]
+    common += flags
     server = start([str(checkpoint), *common], log)
     try:
         server.wait("readiness", server.ready, READY_S)
@@ -69,6 +70,13 @@ def tiny_flags(checkpoint: Path) -> list[str]:
     info = open_checkpoint(checkpoint).info
     all_mb = info.num_layers * info.num_logical_experts * info.expert_bytes / 1e6
     return ["--max-num-batched-tokens", "64", "--migration-bandwidth", str(all_mb / COPIES_S)]
+
+
+def resident_flags(checkpoint: Path, share: float) -> list[str]:
+    """Memory of all workers for this share of the experts; the others are read from disk."""
+    info = open_checkpoint(checkpoint).info.served_in("float32")
+    per_layer = max(1, int(info.num_logical_experts * share / WORKERS))
+    return ["--expert-memory-bytes", str(per_layer * info.num_layers * info.expert_bytes)]
 
 
 def run(
@@ -91,7 +99,7 @@ def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, 
     troubles: list[str] = []
     figures: Mapping[str, str] = {}
     # where nothing fails, what clients feel is measured: on streams, and without prompts that hold everybody up
-    mix = {"streams": 1.0, "prefill": 0.0} if name in CALM else {}
+    mix = {"streams": 1.0, "prefill": 0.0, "background": 0.0} if name in CALM else {}
     wait_for_spare(server)
     with Load(server, expected, threads=THREADS, seed=seed, **mix) as load:
         bench = Bench(server=server, load=load, rng=random.Random(f"{seed}/{name}"), workers=WORKERS)
@@ -138,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected = Expected(reference, LONGEST if tiny else LONGEST_OF_OTHERS)
         log = Path(options.log or Path(directory) / "log")
         flags = ["--rebalance-interval", "0", "--dtype", options.dtype, *(tiny_flags(checkpoint) if tiny else [])]
+        if options.resident < 1:
+            flags += [*resident_flags(checkpoint, options.resident), "--expert-cache-dir", f"{directory}/experts"]
         server = start_server(checkpoint, log, *flags, *options.flag)
         try:
             print(f"seed {options.seed}, {WORKERS} workers, {THREADS} clients\n{HEADER}", flush=True)
@@ -159,6 +169,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of the model; tokens are compared in float32 alone")
     parser.add_argument("--cycles", type=int, default=20, help=f"of '{LEAKS}', more than {SETTLED_CYCLES}")
     parser.add_argument("--drift", action="store_true", help="only: how soon re-placement follows a drift of traffic")
+    parser.add_argument("--resident", type=float, default=1.0, help="share of experts that fit in memory")
     parser.add_argument("--log", help="where the server's output goes, to be kept")
     parser.add_argument(
         "--flag", action="append", default=[], help="a further flag of emoe serve, such as --flag=--x=y"

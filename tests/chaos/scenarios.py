@@ -80,6 +80,18 @@ def strike_who_leaves(bench: Bench, *, hang: bool = False) -> None:
     bench.strike_worker(worker, hang=hang)
 
 
+def strike_api(bench: Bench, *others: str) -> None:
+    """Only the connections of the API replica end, once each; background responses go on."""
+    bench.load.background = 0.5
+    pause(2.0)
+    bench.load.forgives = True
+    bench.strike("api", *others)
+    bench.settle()
+    bench.load.forgives = False
+    cut = bench.load.tally.cut
+    assert cut <= bench.load.clients, f"{cut} requests of {bench.load.clients} clients were lost"
+
+
 def strike_twice(bench: Bench, first: str, second: str) -> None:
     """The second while the recovery from the first is under way."""
     bench.strike(first)
@@ -113,6 +125,9 @@ FAULTS: dict[str, Scenario] = {
     "kill engine": _named(strike, "engine"),
     "kill coordinator": _named(strike, "coordinator"),
     "kill migrator": _named(strike, "migrator"),
+    "kill API replica": strike_api,
+    "kill API replica and engine": _named(strike_api, "engine"),
+    "kill API replica and worker": _named(strike_api, "worker"),
     "stop worker": _named(strike, "worker", hang=True),
     "stop worker, idle": _named(strike_while_idle, "worker", hang=True),
     "stop engine": _named(strike, "engine", hang=True),

@@ -14,7 +14,7 @@ from tests.model.families import tiny_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-FEW = ("kill worker", "kill engine")
+FEW = ("kill worker", "kill engine", "kill API replica")
 
 
 def test_no_request_is_lost_and_no_token_changes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

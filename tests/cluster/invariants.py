@@ -6,8 +6,9 @@ import numpy as np
 
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.facts.facts import Facts, Stage
-from elastic_moe.cluster.facts.membership import needs
+from elastic_moe.cluster.facts.membership import needs, serves
 from elastic_moe.cluster.facts.operations import ENDED, HISTORY
+from elastic_moe.cluster.facts.tiering import fits_in
 from elastic_moe.cluster.messages.views import OperationKind, Phase
 
 
@@ -51,13 +52,22 @@ def _check_experts(facts: Facts) -> None:
         held = np.zeros_like(facts.load, dtype=np.bool_)
         for worker in facts.ranks:
             member = facts.records[worker]
-            held |= member.held
+            served = serves(facts.spec.placement, worker)
+            held |= member.held | (served & member.tiered)
             needed = needs(facts.spec.placement, worker)
+            assert member.tiered or (needed == served).all(), "only a worker with a disk tier serves from disk"
             assert not (needed & ~member.held).any(), "a member of an epoch that serves holds what it is given"
             assert member.capacity is None or needed.sum() <= member.capacity, (
                 "no worker is given more than it has memory for"
             )
-        assert held.all(), "the last copy of an expert is never dropped"
+        assert held.all(), "the last copy of an expert is never dropped, unless it is on disk"
+        for worker, room in facts.rooms([facts.records[rank] for rank in facts.ranks]).items():
+            assert room is None or fits_in(facts.spec.placement, worker, room), "pins leave room for a cache area"
+            assert room is None or facts.goal is None or fits_in(facts.goal, worker, room), "a goal can be reached"
+        assert facts.goal is not None, "an epoch has a goal"
+        assert np.array_equal(facts.goal.physical_to_logical_map, facts.spec.placement.physical_to_logical_map), (
+            "a goal differs in tiers alone"
+        )
     change = facts.change
     if change is not None and change.stage is not Stage.TRANSFERRING:
         for worker in change.workers:

@@ -38,7 +38,8 @@ from elastic_moe.cluster.facts.events import (
     WorkerLost,
 )
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
-from elastic_moe.cluster.facts.membership import needs
+from elastic_moe.cluster.facts.membership import mask_of, needs, serves
+from elastic_moe.cluster.facts.tiering import memory_of, pins_of
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Placement, WorkerId
@@ -68,6 +69,8 @@ class SimulatedWorker:
     held: np.ndarray
     alive: bool = True
     placed: np.ndarray | None = None
+    """What lies in its device under the epoch in force, and (below) what it serves."""
+    serves: np.ndarray | None = None
     epoch: int = 0
     prepared: dict[int, EpochSpec] = field(default_factory=dict)
 
@@ -82,9 +85,10 @@ class Simulation:
         seed: int = 0,
         most: int | None = None,
         capacity: int | None = None,
+        disk: float | None = None,
         drain_timeout_s: float = 30.0,
     ) -> None:
-        """capacity: experts that each worker has memory for, over all layers."""
+        """capacity: experts that each host has memory for, over all layers. disk: bytes/s of its disk tier, if any."""
         self.now = 0.0
         self.rng = np.random.default_rng(seed)
         self.state = ControlState(
@@ -97,7 +101,7 @@ class Simulation:
             ),
             MODEL,
         )
-        self.capacity = capacity
+        self.capacity, self.disk = capacity, disk
         self.draining: tuple[WorkerId, ...] = ()
         self.workers: dict[WorkerId, SimulatedWorker] = {}
         self.todo: list[Command] = []
@@ -124,10 +128,7 @@ class Simulation:
             case StartWorker():
                 # one that is asked again after a restart of the coordinator goes on loading
                 if command.worker not in self.workers or not self.workers[command.worker].alive:
-                    held = np.zeros((LAYERS, EXPERTS), dtype=bool)
-                    for layer, experts in enumerate(command.experts):
-                        held[layer, list(experts)] = True
-                    self.workers[command.worker] = SimulatedWorker(held)
+                    self.workers[command.worker] = SimulatedWorker(mask_of(self._loads(command), (LAYERS, EXPERTS)))
                 self.todo.append(command)
             case AbortSteps():
                 pass
@@ -165,13 +166,19 @@ class Simulation:
             case Solve():
                 self._solve(command, fault)
 
+    def _loads(self, command: StartWorker) -> list[tuple[int, ...]]:
+        """What a host holds of the experts that it is asked to load."""
+        limit = EXPERTS if self.disk is None or self.capacity is None else self.capacity // LAYERS
+        return [experts if len(experts) <= limit else experts[: pins_of(limit)] for experts in command.experts]
+
     def _load(self, command: StartWorker, fault: bool) -> None:
         if not self.workers[command.worker].alive:
             self.feed(WorkerLost(worker=command.worker, reason="died"))
         elif fault:
             self.feed(WorkerFailed(worker=command.worker, reason="out of memory"))
         else:
-            self.feed(WorkerLoaded(info=info(command.worker, capacity=self.capacity)))
+            held = None if self.disk is None else tuple(self._loads(command))
+            self.feed(WorkerLoaded(info=info(command.worker, capacity=self.capacity, disk=self.disk, held=held)))
 
     def _find_lost(self, workers: list[WorkerId]) -> None:
         for worker in workers:
@@ -180,15 +187,18 @@ class Simulation:
 
     def _transfer(self, command: Transfer, fault: bool) -> None:
         staged = []
+        change = self.facts.change
+        if change is None or change.spec.epoch != command.epoch:
+            # a transfer that was given up stops before its next expert
+            self.feed(TransferFailed(epoch=command.epoch, reason="superseded"))
+            return
         failed = fault
         for move in command.copies:
             source, target = self.workers[move.source], self.workers[move.target]
             if not (source.alive and target.alive) or (fault and self.rng.random() < 0.5):
                 failed = True
                 continue
-            change = self.facts.change
-            if change is not None and change.spec.epoch == command.epoch:
-                assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
+            assert source.held[move.layer, move.expert], f"{move.source} was said to hold what it does not: {move}"
             target.held[move.layer, move.expert] = True
             staged.append((move.target, move.layer, move.expert))
         for worker, layer, expert in command.reads:
@@ -197,12 +207,21 @@ class Simulation:
                 continue
             self.workers[worker].held[layer, expert] = True
             staged.append((worker, layer, expert))
+        for worker, _, _ in staged:
+            self._check_memory(worker)
         if failed:
             touched = {m.source for m in command.copies} | {m.target for m in command.copies}
             self._find_lost(sorted(touched | {w for w, _, _ in command.reads}))
             self.feed(TransferFailed(epoch=command.epoch, reason="a copy failed", staged=tuple(staged)))
         else:
             self.feed(TransferDone(epoch=command.epoch, nbytes=1000 * len(staged)))
+
+    def _check_memory(self, worker: WorkerId) -> None:
+        """Beside what lies in the device there is a slot for the other experts of each layer, if there are others."""
+        host = self.workers[worker]
+        if self.capacity is not None and self.disk is not None:
+            served = host.held if host.serves is None else host.serves
+            assert memory_of(host.held, served) <= self.capacity, f"{worker} was given more than its device holds"
 
     def _prepare(self, command: Prepare, fault: bool) -> None:
         members = [w.id for w in command.spec.placement.workers]
@@ -263,11 +282,14 @@ class Simulation:
         self.feed(Resumed(engine_epoch=Epoch(self.engine_epoch)))
 
     def _flip(self, worker: WorkerId, spec: EpochSpec) -> None:
-        simulated = self.workers[worker]
-        simulated.epoch = spec.epoch
-        simulated.placed = needs(spec.placement, worker)
-        simulated.held = simulated.held & simulated.placed
-        simulated.prepared.clear()
+        host = self.workers[worker]
+        host.epoch = spec.epoch
+        host.placed = needs(spec.placement, worker)
+        host.serves = serves(spec.placement, worker)
+        host.held = host.held & host.placed
+        host.prepared.clear()
+        if host.alive:
+            self._check_memory(worker)
 
     def settle(self, *, rounds: int = 200) -> None:
         """No more faults: everything under way ends, time passes, the dead are found."""
@@ -285,10 +307,17 @@ class Simulation:
     def settled(self) -> bool:
         facts = self.facts
         serves = facts.serves and len(facts.ranks) == facts.target
-        return serves and facts.change is None and self.state.operations.find_open() is None
+        reached = facts.spec is not None and facts.goal == facts.spec.placement
+        return serves and reached and facts.change is None and self.state.operations.find_open() is None
 
 
-def info(worker: WorkerId, node: str = "n0", capacity: int | None = None) -> WorkerInfo:
+def info(
+    worker: WorkerId,
+    node: str = "n0",
+    capacity: int | None = None,
+    disk: float | None = None,
+    held: tuple[tuple[int, ...], ...] | None = None,
+) -> WorkerInfo:
     return WorkerInfo(
         worker=worker,
         node=node,
@@ -298,6 +327,8 @@ def info(worker: WorkerId, node: str = "n0", capacity: int | None = None) -> Wor
         num_kv_blocks=10,
         memory_bytes=1,
         expert_capacity=capacity,
+        disk_bytes_per_s=disk,
+        held=held,
     )
 
 

@@ -55,6 +55,7 @@ def member(
     *,
     loaded_at: float | None = 0.0,
     capacity: int | None = None,
+    disk: float | None = None,
     **facts: Any,
 ) -> WorkerRecord:
     """loaded_at: None for one that still loads. Unless given, it holds nothing."""
@@ -66,9 +67,10 @@ def member(
             "assigned": nothing,
             "held": nothing,
             "staged": nothing,
+            "perhaps": nothing,
             "asked_at": 0.0,
             "loaded_at": loaded_at,
-            "info": None if loaded_at is None else info(worker, capacity=capacity),
+            "info": None if loaded_at is None else info(worker, capacity=capacity, disk=disk),
             **facts,
         }
     )
@@ -86,6 +88,7 @@ def facts_of(members: Sequence[WorkerRecord] = (), ranks: Sequence[WorkerId] = (
             "probing": False,
             "busy": None,
             "spec": spec,
+            "goal": None if spec is None else spec.placement,
             "epoch_since": 0.0,
             "outage": None,
             "change": None,

@@ -51,6 +51,13 @@ def test_yaml(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_directory_of_experts_does_not_depend_on_where_a_worker_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert ServeConfig(expert_cache_dir="experts").expert_cache_dir == str(tmp_path / "experts")
+    assert ServeConfig(expert_cache_dir="~/experts").expert_cache_dir == "/home/me/experts"
+
+
 PIECES = (
     *("port", ": ", "- ", "\n", "  ", "[", "]", "{", "}", "!!int ", "!!binary ", "&a ", "*a", "<<"),
     *("1", "2001-", ".inf", "0x", "'", '"', "? ", "|", "%", "\t"),
@@ -85,6 +92,9 @@ def test_any_yaml(tmp_path: Path, text: list[str]) -> None:
         ({"workers": [{"id": "a", "node": "n", "slots": float("inf")}]}, "not of the expected form"),
         ({"workers": [{"id": "a", "node": "n", "slots": 10**30}]}, "the map is"),
         ({"physical_to_logical_map": [[0, 1, 10**30]]}, "physical_to_logical_map must be"),
+        ({"tiers": [["device", "tape", "disk"]]}, "tiers: expected one of device, host, disk, got 'tape'"),
+        ({"tiers": [["device", "disk"]]}, "tiers must have a word for each slot"),
+        ({"tiers": "disk"}, "tiers must be a list of lists"),
     ],
 )
 def test_placement(changes: dict[str, Any], message: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from array import array
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -18,8 +20,9 @@ from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementEr
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
-from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
-from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.epochs import Epoch, FetchSource, ModelInfo, PhaseCounts, StallCause, TierCounts
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.views import (
     ClusterView,
     EngineStatus,
@@ -93,6 +96,23 @@ def make_sentencepiece_tokenizer(directory: Path, *, chat_template: str = TEMPLA
     (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chat_template}))
 
 
+def fake_scores(request: GenerateRequest, chunk: int) -> Iterator[PromptScores]:
+    """The log probability of the token at place n is -n, and it is n alternatives behind the most likely one."""
+    prompt, alternatives = request.prompt_token_ids, request.params.prompt_logprobs
+    if alternatives is None:
+        return
+    for start in range(request.num_scored + 1, len(prompt), chunk):
+        places = range(start, min(start + chunk, len(prompt)))
+        top = range(alternatives)
+        yield PromptScores(
+            start=start,
+            width=1 + alternatives,
+            ids=array("i", [i for at in places for i in (prompt[at], *(prompt[at] + n for n in top))]).tobytes(),
+            logprobs=array("f", [v for at in places for v in (-at, *(-at - 0.5 * n for n in top))]).tobytes(),
+            ranks=array("i", [1 + at for at in places]).tobytes(),
+        )
+
+
 @dataclass
 class FakeBackend:
     """Answers with the tokens of `script`, in chunks of `chunk`; an end-of-sequence token where the script ends."""
@@ -117,17 +137,29 @@ class FakeBackend:
     """How often `cluster` was called."""
     looks_per_report: int = 2
     can_wait: bool = False
+    running: set[str] = field(default_factory=set)
+    cancelled: set[str] = field(default_factory=set)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if self.refuse:
             raise self.refuse
         self.requests.append(request)
+        self.running.add(request.request_id)
         done = False
         try:
+            for scores in fake_scores(request, self.chunk):
+                yield dataclasses.replace(self._output(request, 0, (), None), scores=scores)
+            if not request.params.max_tokens:
+                done = True
+                yield self._output(request, 0, (), FinishReason.LENGTH)
             tokens = [*self.script(request), EOS][: request.params.max_tokens]
             for start in range(0, len(tokens), self.chunk):
                 await asyncio.sleep(self.delay_s)
                 part = tuple(tokens[start : start + self.chunk])
+                if request.request_id in self.cancelled:
+                    done = True
+                    yield self._output(request, start, (), FinishReason.ABORT)
+                    return
                 if self.fail_after is not None and start >= self.fail_after:
                     yield self._output(request, start, (), FinishReason.ERROR, "worker w1 is lost")
                     return
@@ -137,8 +169,20 @@ class FakeBackend:
                     done = True
                 yield self._output(request, start, part, reason)
         finally:
+            self.running.discard(request.request_id)
             if not done:
                 self.aborted.append(request.request_id)
+
+    def cancel(self, request_id: RequestId) -> None:
+        if request_id not in self.running:
+            raise KeyError(request_id)
+        self.cancelled.add(request_id)
+
+    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
+        return tuple(request_id for request_id in request_ids if request_id not in self.running)
+
+    def forget(self, request_id: RequestId) -> None:
+        pass
 
     def _output(
         self,
@@ -227,6 +271,8 @@ class FakeBackend:
                 running_requests=0,
                 kv_usage=0.0,
                 fit=FIT,
+                experts_served=8,
+                experts_resident=4,
             )
         ]
 
@@ -245,6 +291,10 @@ class FakeBackend:
                 cost_before=0.02,
                 cost_after=0.01,
                 moves=3,
+                misses_before=2.0,
+                misses_after=1.5,
+                fetch_bytes_before=200.0,
+                fetch_bytes_after=150.0,
                 bytes=300,
                 solver_status="optimal",
                 gap=0.0,
@@ -339,4 +389,9 @@ class FakeBackend:
         counters.rebalance_s[Stage.PLANNING].add(0.2)
         counters.recoveries[Cause.WORKER] += 1
         counters.recovery_s.add(0.5)
+        counters.add_tiers(
+            TierCounts(
+                accesses=(7, 0, 3), fetched_bytes={FetchSource.DISK: 300}, stall_s={StallCause.MISS: 0.25}, resident=4
+            )
+        )
         return counters

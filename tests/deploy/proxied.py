@@ -20,6 +20,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.deploy.launch import haproxy
 from elastic_moe.deploy.launch.haproxy_config import corrected, write_pages
 from elastic_moe.deploy.launch.local_ray import free_port
+from elastic_moe.deploy.web.old_http import serve_old_http
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ def proxied(
 
 @contextlib.contextmanager
 def _uvicorn(app: ASGIApp, port: int) -> Iterator[None]:
+    serve_old_http()
     server = uvicorn.Server(
         uvicorn.Config(app, port=port, lifespan="off", log_config=None, forwarded_allow_ips="", access_log=False)
     )

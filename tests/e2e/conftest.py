@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 import torch
 from openai import OpenAI
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
+from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.deploy.launch.local_ray import free_port
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.grammars.compiling import compile_grammar
+from elastic_moe.model.grammars.vocabulary import read_vocabulary
 from tests.model.families import tiny_checkpoint
 
 READY_S = 180
@@ -119,11 +124,41 @@ class Reference:
 
     model: Any
     tokenizer: Any
+    checkpoint: Path
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         with torch.no_grad():
             out = self.model.generate(
                 torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None
+            )
+        return list(out[0, len(prompt) :].tolist())
+
+    def chat(self, text: str) -> list[int]:
+        """The prompt of a chat of one turn."""
+        turn = [{"role": "user", "content": text}]
+        return list(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+
+    def structured(self, prompt: list[int], tokens: int, grammar: Grammar) -> list[int]:
+        """Greedy tokens of an answer that follows a grammar, up to its end or so many."""
+        info = open_checkpoint(self.checkpoint).info
+        eos = info.eos_token_ids
+        vocabulary = read_vocabulary(str(self.checkpoint), width=info.vocab_size, eos_token_ids=eos)
+        compiled = compile_grammar(grammar, vocabulary)
+
+        def only_allowed(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            # from the beginning in every step: no state can be wrong
+            matcher = compiled.deep_copy()
+            assert matcher.consume_tokens(ids[0, len(prompt) :].tolist())
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            return scores.masked_fill(torch.from_numpy(bits[: scores.shape[1]] == 0), -torch.inf)
+
+        with torch.no_grad():
+            out = self.model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=list(eos),
+                logits_processor=LogitsProcessorList([only_allowed]),
             )
         return list(out[0, len(prompt) :].tolist())
 
@@ -141,4 +176,4 @@ def load_reference(checkpoint: Path) -> Reference:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         )
-    return Reference(model=model.eval(), tokenizer=AutoTokenizer.from_pretrained(checkpoint))
+    return Reference(model=model.eval(), tokenizer=AutoTokenizer.from_pretrained(checkpoint), checkpoint=checkpoint)

@@ -6,8 +6,10 @@ import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from torch.distributed import TCPStore
 
 from elastic_moe.actors.scheduler.scheduler import Scheduler
@@ -17,11 +19,18 @@ from elastic_moe.cluster.facts.transfers import plan_transfers
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, WorkerSpec
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepResult
-from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.placement import Placement, Tier, TierArray, WorkerId
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.worker.runner import ModelRunner
 from elastic_moe.model.worker.worker import Worker
 from tests.model.groups import workers as make_workers
+
+
+def with_pinned(placement: Placement, pinned: int) -> Placement:
+    """The placement with the first `pinned` experts of every worker and layer in its device, the others on its disk."""
+    numbers = np.concatenate([np.arange(worker.slots) for worker in placement.workers])
+    tiers = np.where(numbers < pinned, Tier.DEVICE, Tier.DISK)
+    return replace(placement, tiers=np.tile(tiers.astype(np.int8), (placement.num_layers, 1)))
 
 
 def request(name: str, prompt: Sequence[int], **params: object) -> GenerateRequest:
@@ -51,13 +60,26 @@ class Lockstep:
         depth: int = 2,
         device: str = "cpu",
         transport: str = "shm",
+        pinned: int | None = None,
+        cache_slots: int = 1,
+        cache_dir: Path | None = None,
+        policy: str = "lfru",
     ) -> None:
-        """`depth`: steps in flight. `transport` of several workers: shm, or gloo, which workers of one GPU need."""
+        """`depth`: steps in flight. `transport` of several workers: shm, or gloo, which workers of one GPU need.
+
+        `pinned`: experts of a layer that a worker keeps in memory. The others lie on the disk, with their records in
+        `cache_dir`, and memory for `cache_slots` experts of each layer is their cache area.
+        """
         self.transport = "local" if len(slots) == 1 else transport
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if transport == "gloo" else None
         self.info = open_checkpoint(path).info
         members = make_workers(*slots)
         self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
+        expert_memory_bytes = None
+        if pinned is not None:
+            self.placement = with_pinned(self.placement, pinned)
+            served = self.info.served_in(dtype, int8=expert_dtype == "int8")
+            expert_memory_bytes = (pinned + cache_slots) * self.info.num_layers * served.expert_bytes
         self.pool = ThreadPoolExecutor(len(slots))
         self.workers: dict[WorkerId, Worker] = {}
         for member in members:
@@ -66,12 +88,15 @@ class Lockstep:
                 model=ModelSpec(
                     path=str(path), dtype=dtype, device=device, max_model_len=max_model_len, expert_dtype=expert_dtype
                 ),
-                experts=tuple(self.placement.experts_of(member.id, layer) for layer in range(self.info.num_layers)),
+                experts=tuple(self.placement.resident(member.id, layer) for layer in range(self.info.num_layers)),
                 kv_cache_bytes=None,
                 block_size=block_size,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 num_threads=1,
+                expert_memory_bytes=expert_memory_bytes,
+                expert_cache_dir=None if cache_dir is None else str(cache_dir),
+                expert_cache_policy=policy,
             )
             self.workers[member.id] = Worker(spec)
         blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
@@ -124,6 +149,10 @@ class Lockstep:
             self.workers[move.target].import_expert(copy)
         self._flip(new)
         return len(moves)
+
+    def placement_with(self, tiers: TierArray) -> Placement:
+        """The present map with other tiers [L, S]."""
+        return replace(self.placement, tiers=tiers)
 
     def step(self) -> list[TokenOutput]:
         while len(self.flights) < self.depth:

@@ -3,7 +3,7 @@
 import { call } from "./keys.js";
 import { eventsOf } from "./sse.js";
 
-/** Ask, and call onchange(message) whenever `message` has grown. message: {content, tokens, stats, error, reason}. */
+/** Ask, and call onchange(message) whenever `message` has grown. message: {content, reasoning, tokens, stats, error, reason}. */
 export async function stream(message, { mode, messages, prompt, fields, signal, onchange }) {
   const path = mode === "chat" ? "v1/chat/completions" : "v1/completions";
   const json = { ...fields, stream: true, stream_options: { include_usage: true }, ...(mode === "chat" ? { messages } : { prompt }) };
@@ -33,13 +33,15 @@ function take(message, event, mode, elapsed_s) {
   const choice = event.choices?.[0];
   if (!choice) return;
   const text = mode === "chat" ? (choice.delta?.content ?? "") : choice.text;
+  const reasoning = choice.delta?.reasoning ?? "";
   const tokens = scored(choice.logprobs, mode);
-  if (text || tokens.length) {
+  if (text || reasoning || tokens.length) {
     stats.first_s ??= elapsed_s;
     stats.events = (stats.events ?? 0) + 1;
     stats.last_s = elapsed_s;
   }
   message.content += text;
+  if (reasoning) message.reasoning = (message.reasoning ?? "") + reasoning;
   if (tokens.length) message.tokens = [...(message.tokens ?? []), ...tokens];
   if (choice.finish_reason) message.reason = choice.finish_reason;
 }

@@ -123,8 +123,10 @@ class Bubble {
     this.message = message;
     this.plain = message.role === "user" || mode === "completion";
     this.body = h("div", { class: this.plain ? "text plain-text" : "text" });
+    this.reasoning = h("div", { class: "plain-text" });
+    this.thoughts = h("details", { class: "muted", hidden: true }, h("summary", {}, "Reasoning"), this.reasoning);
     this.foot = h("p", { class: "foot" });
-    this.element = h("article", { class: `message ${message.role}`, "aria-label": message.role === "user" ? "You" : "Model" }, this.body, this.foot);
+    this.element = h("article", { class: `message ${message.role}`, "aria-label": message.role === "user" ? "You" : "Model" }, this.thoughts, this.body, this.foot);
     this.finish();
   }
 
@@ -154,7 +156,9 @@ class Bubble {
   }
 
   #show() {
-    const { content, tokens } = this.message;
+    const { content, reasoning, tokens } = this.message;
+    this.thoughts.hidden = !reasoning;
+    setText(this.reasoning, reasoning ?? "");
     if (tokens?.length) this.#showTokens(tokens);
     else if (this.plain) setText(this.body, content);
     else render(this.body, content);

@@ -99,7 +99,9 @@ class Page {
     setText(byId("model"), model.name);
     this.chat.maxModelLen = model.max_model_len ?? null;
     document.title = `${model.name} · Elastic MoE`;
-    this.#status(status.ready ? "ready" : "waiting", status.ready ? `serving, epoch ${number(placement?.epoch ?? 0)}` : status.reason);
+    const share = status.resident === undefined ? "" : ` with ${Math.floor(100 * status.resident)} % of the experts in memory`;
+    const serving = `serving${share}, epoch ${number(placement?.epoch ?? 0)}`;
+    this.#status(status.ready ? "ready" : "waiting", status.ready ? serving : status.reason);
     const changed = ["map", "members", "load"].some((name) => before[name] !== state[name]);
     const arrived = before.map && before.map !== state.map ? [this.#view, viewOf(state)] : null;
     if (changed || !this.#view) {

@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from elastic_moe.actors.control.planning import build_problem
+from elastic_moe.actors.control.planning import build_problem, memory_of_members, misses
+from elastic_moe.cluster.facts.tiering import assign_tiers
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
 from elastic_moe.optimizer.core.estimate import estimate_coactivation
 from tests.actors.fakes import MODEL
+from tests.cluster.stories import facts_of, member
 
 LAYERS, EXPERTS = 2, 6
 TOLD = dataclasses.replace(MODEL, num_layers=LAYERS, num_logical_experts=EXPERTS, top_k=2)
@@ -35,3 +37,25 @@ def test_too_few_parts_give_no_variation(parts: np.ndarray | None) -> None:
     assert problem.load_covariance is None
     assert problem.transitions is None
     assert (problem.loads == 1).all()
+
+
+def test_planners_know_the_tiers_of_workers_and_misses_are_predicted() -> None:
+    """Two of each worker's three experts of a layer lie on disk; a token chooses two of a layer's six."""
+    members = [member(w.id, capacity=LAYERS * 2, disk=1e6) for w in PLACEMENT.workers]
+    ranks = [worker.id for worker in PLACEMENT.workers]
+    facts = facts_of(members, ranks, model=TOLD, load=np.zeros((LAYERS, EXPERTS), dtype=np.int64))
+    memory = memory_of_members(facts)
+    assert [(m.device_experts, m.cache_slots) for m in memory] == [(4, 1), (4, 1)]
+    assert memory[0].disk_fetch_s == TOLD.expert_bytes / 1e6
+    rooms = facts.rooms(members)
+    has = {worker: np.zeros((LAYERS, EXPERTS), dtype=bool) for worker in ranks}
+    tiered = assign_tiers(PLACEMENT, rooms, has, facts.load)
+    nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS), dtype=np.int64)
+    even = np.ones((LAYERS, EXPERTS))
+    problem = build_problem(TOLD, tiered, even, nothing, dtype="bfloat16", memory=memory, tokens_per_step=1)
+    assert problem.tiering is not None
+    assert 0 < misses(problem, tiered) <= LAYERS * 4 * 2 / EXPERTS
+    fits = build_problem(TOLD, PLACEMENT, even, nothing, dtype="bfloat16")
+    assert misses(fits, PLACEMENT) == 0.0
+    without = facts_of([member(w) for w in ranks], ranks, model=TOLD)
+    assert memory_of_members(without) == ()

@@ -53,8 +53,8 @@ def files_with(text: str, *folders: str) -> set[str]:
 
 
 def test_only_one_file_calls_through_handles() -> None:
-    """fleet.py and start.py make actors and tasks; local_ray.py calls an application of Ray Serve."""
-    makers = {"actors/control/fleet.py", "actors/control/start.py", "deploy/launch/local_ray.py"}
+    """fleet.py and start.py make actors and tasks."""
+    makers = {"actors/control/fleet.py", "actors/control/start.py"}
     assert files_with(".remote(", "actors", "deploy") == {"actors/remote/ask.py"} | makers
 
 

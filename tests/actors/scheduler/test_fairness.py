@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_moe.actors.scheduler.fair_queue import FairQueue
+from elastic_moe.actors.scheduler.fair_queue import OVERTAKEN, FairQueue
 from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.messages.requests import GenerateRequest
@@ -20,8 +20,11 @@ def of(client: str, name: str, prompt: int = 4, **params: object) -> GenerateReq
     return dataclasses.replace(request(f"{client}{name}", prompt, **params), client=client)
 
 
-def waiting(client: str, arrival: int, prompt: int = 4, *, name: str | None = None) -> RunningRequest:
-    return RunningRequest(of(client, name or str(arrival), prompt), arrival=arrival, max_model_len=1000, eos=())
+def waiting(
+    client: str, arrival: int, prompt: int = 4, *, name: str | None = None, priority: int = 0
+) -> RunningRequest:
+    asked = dataclasses.replace(of(client, name or str(arrival), prompt), priority=priority)
+    return RunningRequest(asked, arrival=arrival, max_model_len=1000, eos=())
 
 
 def served(queue: FairQueue, count: int) -> list[str]:
@@ -214,3 +217,51 @@ def test_each_of_many_small_requests_gets_a_place_soon(client: str) -> None:
         for _ in range(12):
             ended = ended or any(output.request_id == small.request_id and output.finish_reason for output in step(s))
         assert ended, number
+
+
+# --- Priorities -------------------------------------------------------------------------------------------------
+
+
+def test_a_lower_number_is_served_earlier() -> None:
+    queue = FairQueue()
+    for arrival, priority in enumerate([0, 5, -1, 0, -1, 2]):
+        queue.enter(waiting("a", arrival, priority=priority))
+        queue.validate()
+    assert [sequence.arrival for sequence in queue.items] == [2, 4, 0, 3, 5, 1]
+
+
+def test_priority_takes_no_turn_of_another_client() -> None:
+    queue = FairQueue()
+    for arrival in range(4):
+        queue.enter(waiting("modest", arrival))
+        queue.enter(waiting("urgent", 10 + arrival, priority=-1000))
+    assert Counter(served(queue, 4)) == {"modest": 2, "urgent": 2}
+
+
+def test_a_request_of_low_priority_does_not_starve() -> None:
+    queue = FairQueue()
+    last = waiting("a", 0, priority=10**9)
+    queue.enter(last)
+    rounds = 0
+    while last in queue.items:
+        rounds += 1
+        queue.enter(waiting("a", rounds, priority=0))
+        queue.enter(waiting("b", 10**6 + rounds, priority=-7))
+        queue.start(queue.items[0])
+        queue.start(queue.items[0])
+        queue.validate()
+        assert rounds <= OVERTAKEN + 2
+
+
+def test_a_low_priority_preempts_no_higher_one_of_its_client() -> None:
+    s = scheduler({A: 400}, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=1024)
+    for choice in range(8):
+        s.add(of("a", f"many-{choice}", max_tokens=50))
+    step(s)
+    s.add(dataclasses.replace(of("a", "later-0", max_tokens=5), priority=1))
+    for _ in range(5):
+        step(s)
+    assert s.status().preemptions == 0
+    s.add(of("a", "equal-0", max_tokens=5))
+    step(s)
+    assert s.status().preemptions == 1

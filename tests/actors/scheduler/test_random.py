@@ -21,10 +21,11 @@ from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
-from tests.actors.simulated_worker import EOS, VOCABULARY, SimulatedWorker, alone
+from tests.actors.simulated_worker import EOS, VOCABULARY, SimulatedWorker, alone, scores_of
 from tests.properties import most
 
 MAX_MODEL_LEN = 40
@@ -37,19 +38,22 @@ beginnings = st.builds(lambda size, step: [1 + i * step % (VOCABULARY - 1) for i
                        st.integers(1, 2))  # fmt: skip
 prompts = st.builds(lambda begin, end: (*begin, *end), beginnings, st.lists(TOKENS, min_size=1, max_size=5))
 requests = st.builds(
-    lambda prompt, params, resumed, salt: (prompt, params, resumed, salt),
+    lambda *parts: parts,
     prompts,
     st.builds(
         SamplingParams,
-        max_tokens=st.integers(1, 20),
+        max_tokens=st.integers(0, 20),
         min_tokens=st.sampled_from([0, 0, 3]),
         seed=st.integers(0, 3),
         ignore_eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (5,)]),
         logprobs=st.sampled_from([None, 0]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+        grammar=st.sampled_from([None, None, Grammar(kind=GrammarKind.REGEX, text=".*")]),
     ),
     st.integers(0, 4),
     st.sampled_from(["", "", "salt"]),
+    st.sampled_from([0, 0, 3]),
 )
 
 
@@ -98,6 +102,8 @@ class Batching(RuleBasedStateMachine):
         """Of the oldest flights, as far as every worker has run them."""
         self.requests: dict[RequestId, GenerateRequest] = {}
         self.outputs: dict[RequestId, list[int]] = {}
+        self.scored: dict[RequestId, int] = {}
+        """Number of prompt tokens whose scores have come."""
         self.draining: set[WorkerId] = set()
 
     def _new_worker(self, size: int) -> None:
@@ -108,8 +114,8 @@ class Batching(RuleBasedStateMachine):
         return {worker: len(simulated.cache) for worker, simulated in self.workers.items()}
 
     @rule(spec=requests)
-    def add(self, spec: tuple[tuple[int, ...], SamplingParams, int, str]) -> None:
-        prompt, params, resumed, salt = spec
+    def add(self, spec: tuple[tuple[int, ...], SamplingParams, int, str, int]) -> None:
+        prompt, params, resumed, salt, scored = spec
         request = GenerateRequest(request_id=RequestId(f"r{next(self.names)}"), prompt_token_ids=prompt, params=params)
         full = alone(request, MAX_MODEL_LEN)
         request = GenerateRequest(
@@ -118,11 +124,13 @@ class Batching(RuleBasedStateMachine):
             params=params,
             output_token_ids=full[:resumed],
             cache_salt=salt,
+            # the first token comes after all scores
+            num_scored=len(prompt) - 1 if full[:resumed] else min(scored, len(prompt) - 1),
         )
         try:
             end = self.scheduler.add(request)
         except RequestError:
-            longest = min(len(prompt) + params.max_tokens, MAX_MODEL_LEN)
+            longest = min(len(prompt) + max(1, params.max_tokens), MAX_MODEL_LEN)
             assert all(len(simulated.cache) * self.block_size < longest - 1 for simulated in self.workers.values())
             return
         if end is not None:
@@ -131,6 +139,7 @@ class Batching(RuleBasedStateMachine):
             return
         self.requests[request.request_id] = request
         self.outputs[request.request_id] = list(request.output_token_ids)
+        self.scored[request.request_id] = request.num_scored
         self._note_texts(request)
 
     def _note_texts(self, request: GenerateRequest) -> None:
@@ -164,6 +173,7 @@ class Batching(RuleBasedStateMachine):
             return
         self.requests[request_id] = again
         self.outputs[request_id] = []
+        self.scored[request_id] = 0
 
     @precondition(lambda self: len(self.flights) < MOST_FLIGHTS)
     @rule()
@@ -228,15 +238,27 @@ class Batching(RuleBasedStateMachine):
             request = self.requests[output.request_id]
             tokens = self.outputs[output.request_id]
             assert output.offset == len(tokens), "a token is repeated or missing"
-            assert (len(output.logprobs) == 1) == (request.params.logprobs is not None)
+            assert len(output.logprobs) == (0 if request.params.logprobs is None else len(output.token_ids))
+            self._receive_scores(request, output)
             tokens.extend(output.token_ids)
             full = alone(request, MAX_MODEL_LEN)
             assert tuple(tokens) == full[: len(tokens)]
-            assert (output.finish_reason is not None) == (tuple(tokens) == full)
+            if request.params.max_tokens:
+                assert (output.finish_reason is not None) == (len(tokens) > 0 and tuple(tokens) == full)
             if output.finish_reason is FinishReason.STOP:
                 assert tokens[-1] in (EOS, *request.params.stop_token_ids)
             if output.finish_reason is not None:
                 del self.requests[output.request_id], self.outputs[output.request_id]
+
+    def _receive_scores(self, request: GenerateRequest, output: TokenOutput) -> None:
+        """No score is repeated or missing, and all come with the first token at the latest."""
+        before = self.scored[request.request_id]
+        if output.scores is not None:
+            assert output.scores == scores_of(request.prompt_token_ids, before + 1, output.scores.end)
+            self.scored[request.request_id] += len(output.scores)
+        if output.token_ids or output.finish_reason is not None:
+            scored, last = self.scored[request.request_id], len(request.prompt_token_ids) - 1
+            assert request.params.prompt_logprobs is None or scored == last
 
     @invariant()
     def valid(self) -> None:
@@ -281,6 +303,7 @@ class Batching(RuleBasedStateMachine):
     def _last_request_finds_the_workers_empty(self) -> None:
         last = GenerateRequest(request_id=RequestId("last"), prompt_token_ids=(1,), params=SamplingParams(max_tokens=1))
         self.requests[last.request_id], self.outputs[last.request_id] = last, []
+        self.scored[last.request_id] = 0
         assert self.scheduler.add(last) is None
         self.schedule()
         self.commit()

@@ -19,7 +19,7 @@ from tests.actors.batches import EOS, A, B, answers, ids, plan, request, schedul
     [
         (request("r", prompt=0), "prompt", "empty"),
         (request("r", prompt=64), "prompt", "64 tokens"),
-        (request("r", max_tokens=0), "max_tokens", "at least 1"),
+        (request("r", max_tokens=-1), "max_tokens", "at least 0"),
         (request("r", prompt=30, max_tokens=30), "max_tokens", "no worker's KV cache holds more than 40"),
         (request("r", prompt=50, max_tokens=1), "prompt", "no worker's KV cache holds more than 40"),
     ],

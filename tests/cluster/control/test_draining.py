@@ -18,7 +18,7 @@ from elastic_moe.cluster.facts.facts import Cause, Change, Facts, Outage, Stage
 from elastic_moe.cluster.facts.transfers import Transfers
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
 from tests.cluster.simulation import info
-from tests.cluster.stories import IDLE, W0, W1, W2, facts_of, member, newest, sent, serving, spec_of
+from tests.cluster.stories import IDLE, W0, W1, W2, facts_of, member, newest, placement_of, sent, serving, spec_of
 
 
 def test_scale_down_copies_before_it_stops() -> None:
@@ -92,6 +92,7 @@ def leaves(**facts: object) -> Facts:
         operation_id="scale-1",
         kind=OperationKind.SCALE,
         spec=spec_of(W0, epoch=2),
+        goal=placement_of(W0),
         forms_group=True,
         transfers=Transfers(),
         stage=Stage.DRAINING,

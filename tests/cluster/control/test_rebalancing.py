@@ -180,3 +180,6 @@ def test_a_plan_needs_the_memory_for_what_comes_beside_what_is_there() -> None:
     assert "w0 has memory for 13 experts, and while they move it would hold 24" in (too_much(facts, turned) or "")
     assert room(facts) == 1
     assert room(team(W0, W1)) is None
+    full = [member(w, held=needs(placement, w), capacity=PART, disk=1e6) for w in (W0, W1)]
+    assert room(facts_of(full, [W0, W1])) is None, "the disk takes what memory does not"
+    assert too_much(facts_of(full, [W0, W1]), turned) is None

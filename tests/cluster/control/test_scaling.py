@@ -10,7 +10,7 @@ from elastic_moe.cluster.facts.events import LoadSeen, ScaleRequested, Tick, Wor
 from elastic_moe.cluster.facts.facts import ControlSettings
 from elastic_moe.cluster.messages.views import Phase
 from elastic_moe.cluster.placement import WorkerId
-from tests.cluster.simulation import EXPERTS, MODEL, Simulation
+from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation
 from tests.cluster.stories import PART, W0, W1, W2, facts_of, member, newest, serving
 
 
@@ -96,9 +96,17 @@ def test_never_below_what_holds_every_expert() -> None:
     assert sim.facts.ranks == (W0, W1)
 
 
-def test_a_start_that_cannot_hold_every_expert_is_refused() -> None:
-    with pytest.raises(PlacementError, match="expected at least 2"):
-        ControlState(ControlSettings(workers=1, expert_capacity=PART), MODEL)
+def test_a_start_without_memory_for_one_expert_of_each_layer_is_refused() -> None:
+    ControlState(ControlSettings(workers=1, expert_capacity=LAYERS), MODEL)
+    with pytest.raises(PlacementError, match="expert_memory_bytes: expected at least 3000, room for one expert"):
+        ControlState(ControlSettings(workers=1, expert_capacity=LAYERS - 1), MODEL)
+
+
+def test_a_start_without_memory_for_every_expert_fails_where_there_is_no_disk_tier() -> None:
+    sim = Simulation(workers=2, capacity=PART - LAYERS)
+    sim.feed(Tick())
+    sim.settle()
+    assert "have memory for 3, 3: raise --workers" in (sim.state.readiness().error or "")
 
 
 def test_one_worker_is_replaced_by_another() -> None:
@@ -142,8 +150,7 @@ def test_the_autoscaler_scales_with_its_reason() -> None:
     [
         ({}, 9, r"expected 1 to 8 \(each needs an expert"),
         ({"min_workers": 2, "max_workers": 4}, 1, r"expected 2 to 4 \(the limits of the autoscaler"),
-        ({"expert_capacity": PART}, 1, "expected at least 2, got 1"),
-        ({"expert_capacity": 1}, 8, "more than any number"),
+        ({"expert_capacity": 1}, 8, "expert_memory_bytes: .* it is room for 1 experts"),
     ],
 )
 def test_impossible_numbers_of_workers(limits: dict[str, int], workers: int, message: str) -> None:

@@ -30,7 +30,8 @@ class Faults(RuleBasedStateMachine):
         seed=st.integers(0, 99),
         settled=st.booleans(),
         most=st.sampled_from([None, 5]),
-        capacity=st.sampled_from([None, LAYERS * EXPERTS, LAYERS * EXPERTS // 2]),
+        capacity=st.sampled_from([None, LAYERS * EXPERTS, LAYERS * EXPERTS // 2, LAYERS * 2, LAYERS]),
+        disk=st.sampled_from([None, 400.0, 4000.0, 1e6]),
     )
     def start(
         self,
@@ -41,8 +42,9 @@ class Faults(RuleBasedStateMachine):
         settled: bool,
         most: int | None,
         capacity: int | None,
+        disk: float | None,
     ) -> None:
-        if capacity is not None and workers * capacity < LAYERS * EXPERTS:
+        if disk is None and capacity is not None and workers * capacity < LAYERS * EXPERTS:
             capacity = None
         self.sim = Simulation(
             workers=workers,
@@ -51,6 +53,7 @@ class Faults(RuleBasedStateMachine):
             seed=seed,
             most=most,
             capacity=capacity,
+            disk=disk,
         )
         self.sim.feed(Tick())
         if settled:

@@ -285,7 +285,8 @@ def test_prompts_that_are_far_too_long_can_be_cut(call: Call) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "param", "code"),
     [
-        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "invalid_value"),
+        ({"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens", "invalid_value"),
         ({"prompt": "a", "model": "gpt-9"}, 404, "model", "model_not_found"),
         ({"prompt": "ab " * 200}, 400, "prompt", "context_length_exceeded"),
         ({"prompt": "a" * 1_000_000}, 400, "prompt", "context_length_exceeded"),
@@ -295,7 +296,6 @@ def test_prompts_that_are_far_too_long_can_be_cut(call: Call) -> None:
         ({"prompt": []}, 400, "prompt", None),
         ({"prompt": "a", "stop_token_ids": [5000]}, 400, "stop_token_ids", "invalid_value"),
         ({"prompt": "a", "logit_bias": {"5000": 1}}, 400, "logit_bias", "invalid_value"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo", "unsupported_value"),
         ({}, 400, "prompt", "missing_required_parameter"),
         ([], 400, None, None),
     ],
@@ -368,6 +368,16 @@ def test_not_ready(call: Call) -> None:
     assert "loading: w0 40%" in error(refused, 503)["message"]
     assert int(refused.headers["retry-after"]) > 0
     assert call("GET", "/ready").status_code == 200
+
+
+def test_a_cluster_with_too_little_memory_is_ready_and_says_that_it_is_degraded(call: Call) -> None:
+    told = call("GET", "/ready").json()
+    assert (told["degraded"], told["resident"]) == (False, 1.0)
+    backend = FakeBackend(state=Readiness(ready=True, reason="degraded: 40% of the experts", resident=0.4))
+    ready = call("GET", "/ready", backend=backend)
+    assert ready.status_code == 200
+    assert (ready.json()["degraded"], ready.json()["resident"]) == (True, 0.4)
+    assert call("POST", "/v1/completions", json=COMPLETION, backend=backend).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -588,7 +598,8 @@ def test_admin_views(call: Call) -> None:
     assert routing["load_imbalance"] == [1.0, 1.25]
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
-    assert set(worker) == {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    fields = {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
+    assert set(worker) == fields | {"experts_served", "experts_resident"}
     assert worker["fit"] == [
         {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
         {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
@@ -652,6 +663,11 @@ def test_metrics(model_dir: Path) -> None:
         f"emoe:requests_resumed_total{labels} 0.0",
         f"emoe:bytes_moved_total{labels} 1000.0",
         f"emoe:workers_target{labels} 2.0",
+        f"emoe:experts_resident{labels} 4.0",
+        'emoe:expert_accesses_total{engine="0",model_name="tiny-moe",tier="device"} 7.0',
+        'emoe:expert_accesses_total{engine="0",model_name="tiny-moe",tier="disk"} 3.0',
+        'emoe:expert_fetch_bytes_total{engine="0",from="disk",model_name="tiny-moe"} 300.0',
+        'emoe:expert_stall_seconds_total{cause="miss",engine="0",model_name="tiny-moe"} 0.25',
         "emoe:balancedness" + labels + " 0.9",
     ):
         assert line in text.splitlines()

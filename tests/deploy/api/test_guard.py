@@ -45,6 +45,7 @@ def status_of(
         "type": "http",
         "method": method,
         "path": path,
+        "scheme": "http",
         "headers": [(name.encode(), value.encode()) for name, value in (headers or {}).items()],
         "client": (peer, 5),
         "server": (server, 8000),
@@ -53,14 +54,17 @@ def status_of(
     return sent[0]["status"], seen[0] if seen else None
 
 
+OPEN = {"/health", "/ping", "/ready", "/version", "/", "/page/{name}", "/docs", "/openapi.json"}
+
+
 def test_every_route_has_its_key(model_dir: Path) -> None:
     """What is open is listed here a second time: a new route that is to be open must be written down twice."""
     app = create_app(Service(ServeConfig(), FakeBackend(), str(model_dir)))
     routes = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods}
     by_access = {kind: {path for method, path in routes if access(method, path) is kind} for kind in Access}
-    assert by_access[Access.OPEN] == {"/health", "/ready", "/version", "/", "/page/{name}"}
+    assert by_access[Access.OPEN] == OPEN
     assert by_access[Access.API_KEY] >= {"/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/models"}
-    assert all(path.startswith("/admin") or path in ("/metrics", "/is_scaling_elastic_ep")
+    assert all(path.startswith("/admin") or path in ("/metrics", "/load", "/is_scaling_elastic_ep")
                for path in by_access[Access.ADMIN_READ_KEY])  # fmt: skip
     assert all(path.startswith("/admin/") or path == "/scale_elastic_ep" for path in by_access[Access.ADMIN_KEY])
 

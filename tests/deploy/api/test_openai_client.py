@@ -130,7 +130,7 @@ def test_errors_are_the_clients_own(server: Server, client: openai.OpenAI) -> No
         client.completions.create(model="gpt-9", prompt="a")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
-        client.completions.create(model="tiny-moe", prompt="a", max_tokens=0)
+        client.completions.create(model="tiny-moe", prompt="a", max_tokens=-1)
     assert bad.value.param == "max_tokens"
     with (
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger,

@@ -30,8 +30,8 @@ LIMITS = Limits(max_model_len=100, vocab_size=50)
         ("top_p", 1.5),
         ("top_k", 1.5),
         ("min_p", 2),
-        ("max_tokens", 0),
         ("max_tokens", -1),
+        ("max_tokens", 2.5),
         ("max_tokens", 1.5),
         ("max_tokens", "10"),
         ("max_tokens", True),
@@ -53,10 +53,11 @@ LIMITS = Limits(max_model_len=100, vocab_size=50)
         ("best_of", 3),
         ("suffix", "x"),
         ("use_beam_search", True),
-        ("prompt_logprobs", 1),
-        ("response_format", {"type": "json_object"}),
-        ("guided_regex", "a*"),
-        ("structured_outputs", {"regex": "a*"}),
+        ("prompt_logprobs", 21),
+        ("response_format", {"type": "yaml"}),
+        ("guided_regex", ["a*"]),
+        ("guided_choice", []),
+        ("structured_outputs", {"regex": 5}),
         ("truncate_prompt_tokens", 0),
         ("truncate_prompt_tokens", -2),
         ("truncation_side", "middle"),
@@ -70,7 +71,10 @@ LIMITS = Limits(max_model_len=100, vocab_size=50)
         ("logprob_token_ids", [1]),
         ("length_penalty", 0.5),
         ("early_stopping", True),
-        ("priority", 1),
+        ("priority", 2**63),
+        ("watermarking", True),
+        ("max_repetition_pattern_size", 4),
+        ("ec_transfer_params", {"a": 1}),
         ("thinking_token_budget", 5),
         ("repetition_detection", {"max_pattern_size": 4}),
         ("return_token_ids", 1),
@@ -92,15 +96,25 @@ def test_refused_fields_of_completions(field: str, value: Any) -> None:
         ("messages", [{"content": "hi"}]),
         ("messages", [{"role": "user", "content": 5}]),
         ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tools", {"type": "function"}),
+        ("tools", [{"type": "function", "function": {"description": "no name"}}]),
+        ("tools", [{"type": "function", "function": {"name": "a b"}}]),
+        ("tools", [{"type": "retrieval", "function": {"name": "f"}}]),
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": "x"}}]),
+        ("functions", [{"name": "f"}]),
         ("tool_choice", "required"),
+        ("tool_choice", "some"),
+        ("tool_choice", 5),
+        ("tool_choice", {"type": "function"}),
+        ("tool_choice", {"type": "custom", "function": {"name": "f"}}),
+        ("parallel_tool_calls", 1),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("top_logprobs", 3),
         ("max_completion_tokens", 0),
         ("logprobs", 1),
         ("modalities", ["audio"]),
         ("reasoning_effort", 5),
-        ("include_reasoning", False),
+        ("include_reasoning", "no"),
         ("verbosity", "high"),
         ("chat_template", "{{ messages }}"),
     ],
@@ -114,12 +128,45 @@ def test_refused_fields_of_chat(field: str, value: Any) -> None:
 
 def test_tools_that_may_not_be_called_are_plain_chat() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    parse(ChatCompletionRequest, {"messages": USER, "tools": tools, "tool_choice": "none"})
+    assert parse(ChatCompletionRequest, {"messages": USER, "tools": tools, "tool_choice": "none"}).callable_tools == []
     parse(ChatCompletionRequest, {"messages": USER, "functions": tools, "function_call": "none"})
     for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": None}, {"function_call": "none"}):
-        with pytest.raises(RequestError) as caught:
-            parse(ChatCompletionRequest, {"messages": USER, "tools": tools, **choice})
-        assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
+        assert parse(ChatCompletionRequest, {"messages": USER, "tools": tools, **choice}).callable_tools == tools
+
+
+def test_a_tool_to_call_must_be_there() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "extra": 1}, "more": 2}]
+    named = {"type": "function", "function": {"name": "g"}}
+    for more in ({"tool_choice": named}, {"tool_choice": "required"}, {"tools": tools, "tool_choice": named}):
+        with pytest.raises(RequestError, match=r"tool_choice: tools ") as caught:
+            parse(ChatCompletionRequest, {"messages": USER, **more})
+        assert caught.value.param == "tool_choice"
+    body = parse(ChatCompletionRequest, {"messages": USER, "tools": tools, "tool_choice": {"function": {"name": "f"}}})
+    assert (body.named_tool, body.must_call, body.callable_tools) == ("f", True, tools)
+
+
+CALLING = {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([{"role": "tool", "content": "x", "tool_call_id": "c1"}], "messages.0.role"),
+        ([*USER, {"role": "tool", "content": "x", "tool_call_id": "c1"}], "messages.1.role"),
+        ([CALLING, *USER, {"role": "tool", "content": "x", "tool_call_id": "c1"}], "messages.2.role"),
+        ([CALLING, {"role": "tool", "content": "x"}], "messages.1.tool_call_id"),
+        ([CALLING, {"role": "tool", "content": "x", "tool_call_id": "c2"}], "messages.1.tool_call_id"),
+        ([CALLING, {"role": "tool", "content": "x", "tool_call_id": ["c1"]}], "messages.1.tool_call_id"),
+        ([{**CALLING, "tool_calls": [5, {"id": []}]}, {"role": "tool", "tool_call_id": "x"}], "messages.1.role"),
+    ],
+)
+def test_a_tool_message_answers_a_call(messages: list[Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(ChatCompletionRequest, {"messages": messages})
+    assert caught.value.param == param
+    assert str(caught.value).startswith(param)
+    answer = {"role": "tool", "content": "x", "tool_call_id": "c1"}
+    parse(ChatCompletionRequest, {"messages": [CALLING, answer, answer, *USER]})
 
 
 def test_special_tokens_without_spaces_between_them_are_not_shown() -> None:
@@ -127,6 +174,16 @@ def test_special_tokens_without_spaces_between_them_are_not_shown() -> None:
     parse(CompletionRequest, fields)
     with pytest.raises(RequestError, match="spaces_between_special_tokens"):
         parse(CompletionRequest, {**fields, "skip_special_tokens": False})
+
+
+def test_whole_numbers_may_be_written_as_floats() -> None:
+    """JavaScript and some JSON libraries do so, and other servers take them."""
+    fields = {"max_tokens": 2.0, "n": 1.0, "top_k": 5.0, "seed": 7.0, "logprobs": 3.0, "min_tokens": 0.0}
+    body = parse(CompletionRequest, {"prompt": "a", **fields})
+    for name, value in fields.items():
+        assert getattr(body, name) == value
+        assert type(getattr(body, name)) is int
+    assert parse(ChatCompletionRequest, {"messages": USER, "max_completion_tokens": 2.0}).token_limit == 2
 
 
 def test_harmless_and_unknown_fields_are_accepted() -> None:

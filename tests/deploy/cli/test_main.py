@@ -114,6 +114,9 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 def test_more_workers_than_experts(tmp_path: Path) -> None:
     model = make_random_checkpoint(tmp_path / "tiny", layers=1, experts=4)
     assert "4 experts" in one_line(emoe("serve", str(model), "--workers", "5"))
+    little = one_line(emoe("serve", str(model), "--expert-memory-bytes", "1000"))
+    assert "expert_memory_bytes: expected at least" in little
+    assert "room for one expert of each of the" in little
     for file in model.glob("tokenizer*"):
         file.unlink()
     assert "tokenizer" in one_line(emoe("serve", str(model)))

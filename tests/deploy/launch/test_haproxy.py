@@ -129,6 +129,18 @@ def test_half_a_request_is_given_up(server: Proxied) -> None:
     assert exchange(server, b"GET / HTTP/1.1\r\nHost: a\r\n", wait_s=20).startswith(b"HTTP/1.1 408")
 
 
+# --- Old clients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "end"), [("/", b"}"), ("/pause", b"data: 2\n\n")])
+def test_http_1_0_gets_no_chunks(server: Proxied, path: str, end: bytes) -> None:
+    head, _, body = exchange(server, f"GET {path} HTTP/1.0\r\nHost: a\r\n\r\n".encode(), 20).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.")
+    assert b"transfer-encoding" not in head.lower()
+    assert body[:1] in (b"{", b"d")
+    assert body.endswith(end)
+
+
 # --- Idle connections -------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def test_no_calls_drop_no_turn(tokenizers: dict[str, Tokenizer], nothing: object
 def test_calls_that_are_none(calls: object) -> None:
     with pytest.raises(RequestError, match=r"messages\.1\.tool_calls") as caught:
         conversation([turn("user", "x"), turn("assistant", None, tool_calls=calls)], PLAIN)
-    assert caught.value.param == "messages"
+    assert str(caught.value.param).startswith("messages.1.tool_calls")
 
 
 def test_developers_are_system_where_the_template_does_not_know_them(tokenizers: dict[str, Tokenizer]) -> None:
@@ -122,3 +122,14 @@ def test_a_message_to_continue(tokenizers: dict[str, Tokenizer]) -> None:
 def test_a_plain_conversation_goes_through_as_it_is() -> None:
     said = [turn("user", "hi", name="bob"), turn("assistant", "x", reasoning_content="why")]
     assert conversation(said, PLAIN) == said
+
+
+def test_reasoning_has_the_name_that_the_template_reads() -> None:
+    """vLLM's answers call it `reasoning`, and clients send back what they got."""
+    (made,) = conversation([turn("assistant", "x", reasoning="why")], PLAIN)
+    assert made["reasoning_content"] == "why"
+    harmony = TemplateForms(developer=True, in_parts=frozenset(), thinking=True)
+    (made,) = conversation([turn("assistant", None, reasoning="why", tool_calls=[call("{}")])], harmony)
+    assert made["thinking"] == "why"
+    (made,) = conversation([turn("assistant", "x", reasoning="why")], harmony)
+    assert "thinking" not in made

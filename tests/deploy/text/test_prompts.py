@@ -16,6 +16,7 @@ import pytest
 
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError, UserError
+from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.text.prompts import BoundedPrompts
 from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -163,3 +164,23 @@ def test_a_service_says_why_it_has_no_tokenizer(tmp_path: Path) -> None:
 
     assert "chat template" in (asyncio.run(work()) or "")
     assert issubclass(CheckpointError, UserError)
+
+
+def test_grammars_are_compiled_within_limits(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    # some thousands of alternatives take seconds
+    alternatives = " | ".join(f'"{n}" %json {{"type": "object", "properties": {{"a{n}": {{}}}}}}' for n in range(2500))
+
+    async def work() -> None:
+        async with opened(tmp_path) as prompts:
+            assert await prompts.fault_of_grammar(Grammar(kind=GrammarKind.REGEX, text="a+")) is None
+            assert "unclosed group" in str(await prompts.fault_of_grammar(Grammar(kind=GrammarKind.REGEX, text="(")))
+            hostile = Grammar(kind=GrammarKind.EBNF, text=f"start: {alternatives}")
+            working = asyncio.create_task(prompts.fault_of_grammar(hostile))
+            # it takes nothing from what comes beside it
+            for _ in range(20):
+                await prompts.encode("hello", add_special_tokens=True, param="prompt")
+            assert await working is not None
+            assert await prompts.fault_of_grammar(Grammar(kind=GrammarKind.REGEX, text="a+")) is None
+
+    asyncio.run(work())

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.deploy.api.places import Places
+from elastic_moe.deploy.generation.places import Places
 
 
 def test_a_client_leaves_room_for_others() -> None:

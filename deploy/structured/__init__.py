@@ -1,0 +1,1 @@
+"""Structured output: makes the grammar that a request's fields ask for."""

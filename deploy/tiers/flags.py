@@ -1,0 +1,101 @@
+"""The flags about tiers of the verbs about placements, and the memories of workers that they describe."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.optimizer.core.cost import BITS, GIGA
+from elastic_moe.optimizer.residency.memory import WorkerMemory
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+DEFAULT_DISK_GBPS = 24.0
+DEFAULT_HOST_GBPS = 400.0
+
+CACHE_SHARE = 0.25
+"""Share of a layer's slots that are its cache area; pinned experts take the others."""
+
+
+def tier_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device-experts",
+        metavar="N",
+        help="number of experts that a worker's fast memory holds in each layer, or its size for all layers, such as "
+        "8GB (all fit)",
+    )
+    parser.add_argument(
+        "--host-experts",
+        metavar="N",
+        help="number of further experts in each layer, or bytes for all layers, in the host's memory (none)",
+    )
+    parser.add_argument(
+        "--disk-gbps",
+        type=float,
+        default=DEFAULT_DISK_GBPS,
+        metavar="G",
+        help=f"rate at which experts come from disk, in Gb/s ({DEFAULT_DISK_GBPS:g})",
+    )
+    parser.add_argument(
+        "--host-gbps",
+        type=float,
+        default=DEFAULT_HOST_GBPS,
+        metavar="G",
+        help=f"rate at which experts come from the host's memory, in Gb/s ({DEFAULT_HOST_GBPS:g})",
+    )
+    parser.add_argument(
+        "--step-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a step of all workers, which say how many experts it needs (1024; 8 with --cache)",
+    )
+
+
+def memories(args: argparse.Namespace, workers: int, layers: int) -> tuple[WorkerMemory, ...]:
+    """The memory of each worker; empty where --device-experts is not given. Raises ConfigError."""
+    if args.device_experts is None:
+        if args.host_experts is not None:
+            raise ConfigError("--host-experts: it adds to --device-experts, which is not given")
+        return ()
+    device = _experts("device-experts", args.device_experts, layers, args.expert_bytes)
+    host = 0 if args.host_experts is None else _experts("host-experts", args.host_experts, layers, args.expert_bytes)
+    if device < layers:
+        raise ConfigError(
+            f"--device-experts: expected room for at least one expert in each of {layers} layers, "
+            f"got {args.device_experts!r}"
+        )
+    memory = WorkerMemory(
+        device_experts=device,
+        host_experts=host,
+        disk_fetch_s=fetch_s("disk-gbps", args.disk_gbps, args.expert_bytes),
+        host_fetch_s=fetch_s("host-gbps", args.host_gbps, args.expert_bytes),
+        cache_slots=max(1, int(CACHE_SHARE * (device // layers))),
+    )
+    return (memory,) * workers
+
+
+def fetch_s(flag: str, gbps: float, expert_bytes: int) -> float:
+    """Seconds to bring one expert. Raises ConfigError for a rate that is not positive."""
+    if not 0 < gbps < float("inf"):
+        raise ConfigError(f"--{flag}: expected a positive number, got {gbps}")
+    return expert_bytes * BITS / (gbps * GIGA)
+
+
+def step_tokens(args: argparse.Namespace, default: int) -> int:
+    """The tokens of a step. Raises ConfigError for less than one."""
+    if args.step_tokens is None:
+        return default
+    if args.step_tokens < 1:
+        raise ConfigError(f"--step-tokens: expected at least 1, got {args.step_tokens}")
+    return int(args.step_tokens)
+
+
+def _experts(flag: str, given: str, layers: int, expert_bytes: int) -> int:
+    """Experts over all layers: a plain number is for each layer, and one with a unit is the bytes of all."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", given.strip())
+    if found and not found[2] and found[1].isdigit():
+        return int(found[1]) * layers
+    if found and found[2].upper() in UNITS:
+        return int(float(found[1]) * UNITS[found[2].upper()] // max(expert_bytes, 1))
+    raise ConfigError(f"--{flag}: expected a number of experts, or bytes with a unit such as 8GB, got {given!r}")

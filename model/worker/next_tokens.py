@@ -1,0 +1,62 @@
+"""Samples a step's sequences, and tells those apart that could not be sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from elastic_moe.cluster.messages.requests import RequestId
+from elastic_moe.cluster.messages.steps import Sample, Stuck
+from elastic_moe.model.grammars.sources import GrammarError
+from elastic_moe.model.worker.sampling import BLOCKED, NO_TOKEN, SamplingState, sample
+
+NO_COMMON_TOKEN = (
+    "the answer cannot go on: its grammar allows no token here that allowed_token_ids and bad_words allow too"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextTokens:
+    """Every sequence is in one of the four, which are those of StepResult."""
+
+    samples: tuple[Sample, ...]
+    corrupted: tuple[RequestId, ...]
+    unready: tuple[RequestId, ...]
+    stuck: tuple[Stuck, ...]
+
+
+def choose(logits_BV: Tensor, states: Mapping[RequestId, SamplingState]) -> NextTokens:
+    """Choose the next token of each sequence, and append it. `logits_BV`: [B, V], a row for each, in order."""
+    stuck: dict[RequestId, str] = {}
+    unready: list[RequestId] = []
+    able: dict[RequestId, int] = {}
+    for row, (request_id, state) in enumerate(states.items()):
+        progress = state.progress
+        if progress is not None and not progress.ready:
+            unready.append(request_id)
+            continue
+        try:
+            state.mask = None if progress is None else progress.mask()
+        except GrammarError as error:
+            stuck[request_id] = str(error)
+            continue
+        able[request_id] = row
+    rows_BV = logits_BV if len(able) == len(states) else logits_BV[list(able.values())]
+    chosen = dict(zip(able, sample(rows_BV, [states[request_id] for request_id in able]), strict=True))
+    stuck |= {request_id: NO_COMMON_TOKEN for request_id, (token, _) in chosen.items() if token == BLOCKED}
+    for request_id, state in states.items():
+        token = chosen[request_id][0] if request_id in chosen else NO_TOKEN
+        # the next step may be on its way and runs with any token here; nobody reads the result for this request
+        state.append(max(0, token), spoilt=token < 0)
+    return NextTokens(
+        samples=tuple(
+            Sample(request_id=request_id, token_id=token, logprobs=logprobs)
+            for request_id, (token, logprobs) in chosen.items()
+            if token >= 0
+        ),
+        corrupted=tuple(request_id for request_id, (token, _) in chosen.items() if token == NO_TOKEN),
+        unready=tuple(unready),
+        stuck=tuple(Stuck(request_id=request_id, reason=reason) for request_id, reason in stuck.items()),
+    )

@@ -1,0 +1,1 @@
+"""Third-party clients against a real server: `make test-clients`."""

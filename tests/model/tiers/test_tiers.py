@@ -1,0 +1,158 @@
+"""Whole models whose experts lie partly on the disk compute what they compute from memory, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_moe.cluster.messages.epochs import FetchSource
+from elastic_moe.cluster.placement import Tier
+from elastic_moe.model.native import unavailable
+from tests.model.families import tiny_checkpoint
+from tests.model.groups import run_group
+from tests.model.lockstep import Lockstep, request
+from tests.model.native.test_models import LENGTHS, logits, texts
+
+
+def all_logits(cluster: Lockstep) -> list[torch.Tensor]:
+    """Of all texts, twice, run by the first worker; the others compute their experts."""
+    runners = [worker._runner for worker in cluster.workers.values()]
+    parts = [(2 * i, text, 0, len(text)) for i, text in enumerate(texts(512))]
+
+    def run(rank: int) -> torch.Tensor:
+        if rank == 0:
+            return logits(runners[0], parts, others=len(runners) - 1)
+        return runners[rank].run([], [sum(LENGTHS), *[0] * (len(runners) - 1)])
+
+    return [run_group(len(runners), run)[0] for _ in range(2)]
+
+
+def prompts(count: int) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(0)
+    return [tuple(int(n) for n in rng.integers(3, 500, 5 + 7 * i)) for i in range(count)]
+
+
+def tokens(cluster: Lockstep) -> dict[str, list[int]]:
+    return dict(cluster.run([request(f"r{i}", text, max_tokens=12) for i, text in enumerate(prompts(4))]))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "expert_dtype", "slots"),
+    [
+        ("gpt_oss", "float32", "auto", (4, 4)),
+        ("qwen3_moe", "bfloat16", "auto", (8,)),
+        ("gpt_oss", "bfloat16", "auto", (4, 4)),
+        ("qwen3_moe", "bfloat16", "int8", (8,)),
+    ],
+)
+def test_logits_have_the_same_bits_wherever_experts_lie(
+    family: str,
+    dtype: str,
+    expert_dtype: str,
+    slots: tuple[int, ...],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    if expert_dtype == "int8" and unavailable() is not None:
+        pytest.skip(f"no native library: {unavailable()}")
+    path = tiny_checkpoint(family, tmp_path_factory)
+    more = {"dtype": dtype, "expert_dtype": expert_dtype, "block_size": 16, "max_num_batched_tokens": 128}
+    expected = all_logits(Lockstep(path, slots, **more))[0]  # type: ignore[arg-type]
+    for pinned, cache_slots in ((slots[0] // 2, 1), (0, 1)):
+        cluster = Lockstep(path, slots, pinned=pinned, cache_slots=cache_slots, cache_dir=tmp_path, **more)  # type: ignore[arg-type]
+        for got in all_logits(cluster):
+            assert torch.equal(got, expected)
+        counts = [worker.tier_counts() for worker in cluster.workers.values()]
+        assert all(count.accesses[Tier.DISK] > 0 for count in counts)
+        most = (pinned + cache_slots) * cluster.info.num_layers
+        assert all(count.resident <= most for count in counts)
+    # the last cluster found a record of every expert that was needed before
+    assert all(count.fetched_bytes[FetchSource.CHECKPOINT] == 0 for count in counts)
+
+
+@pytest.mark.parametrize("policy", ["lfru", "lru", "lfu", "lifo"])
+def test_float32_tokens_do_not_depend_on_the_tiers(
+    policy: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    expected = tokens(Lockstep(path, (4, 4)))
+    cluster = Lockstep(path, (4, 4), pinned=1, cache_dir=tmp_path, policy=policy)
+    assert tokens(cluster) == expected
+
+
+def test_experts_change_their_tiers_while_requests_run(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    expected = tokens(Lockstep(path, (8,)))
+    cluster = Lockstep(path, (8,), pinned=1, cache_dir=tmp_path)
+    worker = next(iter(cluster.workers.values()))
+    tiers = cluster.placement.tiers
+    got: dict[str, list[int]] = {f"r{i}": [] for i in range(4)}
+    for i, text in enumerate(prompts(4)):
+        cluster.scheduler.add(request(f"r{i}", text, max_tokens=12))
+    ended: set[str] = set()
+    for number in range(200):
+        for output in cluster.step():
+            got[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                ended.add(output.request_id)
+        if len(ended) == 4:
+            break
+        # at every third step another expert of each layer is the one in the device
+        if number % 3 == 0:
+            while cluster.flights:
+                cluster.landed += cluster.scheduler.commit(
+                    {w: future.result(timeout=60) for w, future in cluster.flights.popleft().items()}
+                )
+            tiers = np.roll(tiers, 1, axis=1)
+            new = cluster.placement_with(tiers)
+            held = [new.resident(worker.spec.worker, layer) for layer in range(new.num_layers)]
+            worker.read_experts([(layer, e) for layer, row in enumerate(held) for e in row])
+            cluster._flip(new)
+            assert worker.held() == tuple(tuple(sorted(row)) for row in held)
+    assert got == expected
+
+
+def test_damaged_and_foreign_records_are_read_again_from_the_checkpoint(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    expected = tokens(Lockstep(path, (8,), pinned=1, cache_dir=tmp_path))
+    [folder] = tmp_path.iterdir()
+    records = sorted(folder.iterdir())
+    whole = [record.read_bytes() for record in records]
+    damaged = bytearray(whole[0])
+    damaged[5000] ^= 1
+    records[0].write_bytes(damaged)
+    records[1].write_bytes(whole[1][:-4096])
+    records[2].write_bytes(whole[3])
+    with caplog.at_level(logging.WARNING):
+        cluster = Lockstep(path, (8,), pinned=1, cache_dir=tmp_path)
+        assert tokens(cluster) == expected
+    assert sum("read again from the checkpoint" in record.message for record in caplog.records) == 3
+    counts = next(iter(cluster.workers.values())).tier_counts()
+    assert counts.fetched_bytes[FetchSource.CHECKPOINT] > 0
+    assert [record.read_bytes() for record in records] == whole
+    # a record of another layout lies in another folder
+    Lockstep(path, (8,), dtype="float16", pinned=1, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_without_a_directory_for_records_the_checkpoint_serves(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    expected = tokens(Lockstep(path, (8,)))
+    a_file = tmp_path / "file"
+    a_file.write_text("")
+    with caplog.at_level(logging.WARNING):
+        cluster = Lockstep(path, (8,), pinned=1, cache_dir=a_file)
+        assert tokens(cluster) == expected
+    assert sum("--expert-cache-dir" in record.message for record in caplog.records) == 1
+    counts = next(iter(cluster.workers.values())).tier_counts()
+    assert counts.fetched_bytes[FetchSource.DISK] == 0 < counts.fetched_bytes[FetchSource.CHECKPOINT]

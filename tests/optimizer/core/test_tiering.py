@@ -1,0 +1,233 @@
+"""Tiers in the problem: their price against loops, the choice against every choice, the plans against brute force."""
+
+import dataclasses
+from itertools import count
+
+import numpy as np
+import pytest
+
+from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier, contiguous
+from elastic_moe.optimizer import PLANNERS, SolutionStatus, plan
+from elastic_moe.optimizer.baselines.heuristics import greedy_table, random_table
+from elastic_moe.optimizer.core.bounds import lower_bound
+from elastic_moe.optimizer.core.cost import expected_fetches, price, price_table, shares
+from elastic_moe.optimizer.core.problem import PlacementProblem
+from elastic_moe.optimizer.core.table import to_placement
+from elastic_moe.optimizer.core.tiering import LevelArray
+from elastic_moe.optimizer.residency.memory import WorkerMemory
+from elastic_moe.optimizer.search.layer_prices import LayerPricer
+from elastic_moe.optimizer.search.swaps import BARRED, swap_deltas
+from tests.optimizer.cases import every_table, tiny
+from tests.optimizer.tier_cases import US, every_level, tiered_optimum, tight
+
+RNG = np.random.default_rng(0)
+
+
+def stall_by_loops(problem: PlacementProblem, table: np.ndarray, levels: LevelArray) -> float:
+    x, tiering = shares(problem, table), problem.tiering
+    assert tiering is not None
+    total, width = 0.0, len(problem.workers)
+    for layer in range(problem.num_layers):
+        tokens = problem.loads[layer].sum() / problem.top_k
+        fetch, busy, units = [], [], []
+        for rank, memory in enumerate(problem.memory):
+            seconds, load, unit = 0.0, 0.0, np.zeros(problem.num_experts)
+            token_s = 1e9 if memory.host_token_s is None else memory.host_token_s
+            for expert in range(problem.num_experts):
+                chance = problem.loads[layer, expert] / tokens * x[layer, expert, rank]
+                active = 1 - (1 - chance) ** problem.tokens_per_step
+                prices = {
+                    Tier.DEVICE: 0.0,
+                    Tier.HOST: min(active * memory.host_fetch_s, chance * problem.tokens_per_step * token_s),
+                    Tier.DISK: active * memory.disk_fetch_s,
+                }
+                price = prices.get(levels[layer, expert, rank], 0.0)
+                seconds += price
+                unit[expert] = price / max(tiering.active[layer, expert], 1e-300)
+                load += chance * problem.tokens_per_step
+            fetch.append(seconds)
+            units.append(unit)
+            busy.append(load * problem.token_expert_s / problem.speed[rank])
+        cover, both = tiering.covariance[layer], sum(units)
+        variance = sum(unit @ cover @ unit for unit in units) - both @ cover @ both / width
+        spread = tiering.slope[layer] * sum(fetch) + tiering.steep[layer] * variance
+        total += max(0.0, max(fetch) + spread - max(busy))
+    return total
+
+
+@pytest.mark.parametrize(("seed", "host", "computes"), [(0, 0, False), (1, 1, False), (2, 1, True), (3, 2, True)])
+def test_the_price_is_that_of_the_docstring(seed: int, host: int, computes: bool) -> None:
+    problem = tight(seed, host=host, slots=(3, 2))
+    if computes:
+        memory = dataclasses.replace(problem.memory[0], host_token_s=3 * US)
+        problem = dataclasses.replace(problem, memory=(memory,) * 2)
+    assert problem.tiering is not None
+    table = random_table(problem, np.random.default_rng(seed))
+    levels = problem.tiering.levels(shares(problem, table))
+    cost = price_table(problem, table)
+    assert cost.stall_s == pytest.approx(stall_by_loops(problem, table, levels))
+    assert cost.step_s - cost.stall_s == pytest.approx(
+        price_table(dataclasses.replace(problem, memory=()), table).step_s
+    )
+
+
+@pytest.mark.parametrize(("seed", "device", "host"), [(0, 2, 0), (1, 3, 0), (2, 4, 1), (3, 5, 2), (4, 2, 1)])
+def test_a_worker_keeps_what_saves_most(seed: int, device: int, host: int) -> None:
+    """With one worker there is no slowest one to wait for, and the choice is the best of all."""
+    problem = tight(seed, experts=3, workers=1, slots=(3,), device=device, host=host)
+    table = np.tile(np.arange(3), (2, 1))
+    best = min(price_table(problem, table, levels).total_s for levels in every_level(problem, table))
+    assert price_table(problem, table).total_s == pytest.approx(best, rel=1e-9)
+
+
+def test_a_placement_has_the_tiers_that_were_priced() -> None:
+    problem = tight(3, device=3, host=1, layers=2, experts=6, workers=2)
+    table = greedy_table(problem, RNG)
+    placement = to_placement(problem, table)
+    assert not placement.all_resident
+    assert price(problem, placement).stall_s == pytest.approx(price_table(problem, table).stall_s)
+    for worker in placement.workers:
+        tiers = [tier for layer in range(2) for tier in placement.tiers_of(worker.id, layer)]
+        assert tiers.count(Tier.DEVICE) == 1, "one slot of each layer is for the experts that pass"
+        assert tiers.count(Tier.HOST) == 1
+    assert price(problem, Placement.from_dict(placement.to_dict())) == price(problem, placement)
+    worse = dataclasses.replace(placement, tiers=np.where(placement.tiers == Tier.DEVICE, Tier.DISK, Tier.DEVICE))
+    assert price(problem, worse).stall_s > price(problem, placement).stall_s
+
+
+def test_a_cache_area_keeps_its_slots_and_is_priced_as_if_it_held_the_best() -> None:
+    small, large = (tight(5, device=8, cache=cache, layers=2, experts=12) for cache in (1, 2))
+    table = greedy_table(small, RNG)
+    pins = [int((to_placement(problem, table).tiers == Tier.DEVICE).sum()) for problem in (small, large)]
+    assert pins == [12, 8], "two slots of each layer and worker are free instead of one"
+    assert price_table(large, table) == price_table(small, table)
+    assert price(large, to_placement(large, table)).stall_s == pytest.approx(price_table(small, table).stall_s)
+
+
+def test_what_one_expert_leaves_out_fits_into_the_slot_for_those_that_pass() -> None:
+    problem = tight(1, device=4, layers=2, experts=5, slots=(3, 2))
+    placement = to_placement(problem, np.array([[0, 1, 2, 3, 4]] * 2))
+    held = [[len(placement.resident(worker.id, layer)) for layer in range(2)] for worker in placement.workers]
+    assert sorted(held[0]) == [0, 3]
+    assert held[1] == [2, 2], "the second worker's experts all fit"
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_where_everything_fits_memories_change_nothing(planner: str) -> None:
+    """Bit for bit: the same tables, costs and bounds."""
+    workers = tiny(2, layers=1, slots=(3, 2)).workers
+    plain = tiny(2, layers=1, slots=(3, 2), current=contiguous(1, 4, workers), expert_bytes=10**3)
+    memory = tuple(WorkerMemory(device_experts=experts, disk_fetch_s=1.0) for experts in (3, 2))
+    roomy = dataclasses.replace(plain, memory=memory)
+    assert roomy.tiering is None
+    one, other = (plan(each, planner=planner, deadline_s=2, clock=count(0, 1e-3).__next__) for each in (plain, roomy))
+    assert one.placement == other.placement
+    assert one.placement.all_resident
+    for name in ("cost", "cost_before", "lower_bound", "moves", "imbalance"):
+        assert getattr(one, name) == getattr(other, name)
+    assert one.cost.stall_s == 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "device", "host", "tokens"), [(0, 2, 0, 1), (1, 2, 1, 4), (2, 3, 0, 64), (3, 3, 1, 4)]
+)
+def test_no_table_and_no_tiers_beat_the_bound(seed: int, device: int, host: int, tokens: int) -> None:
+    problem = tight(seed, device=device, host=host, tokens_per_step=tokens)
+    rng = np.random.default_rng(seed)
+    tables = list(every_table(problem))
+    chosen = [tables[int(k)] for k in rng.integers(len(tables), size=3)]
+    best = min(
+        price_table(problem, table, levels).total_s for table in chosen for levels in every_level(problem, table)
+    )
+    assert lower_bound(problem) <= best * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"device": 2, "experts": 3, "slots": (2, 1)},
+        {"device": 3, "host": 1, "layers": 1, "slots": (3, 2)},
+        {"device": 2, "experts": 3, "slots": (2, 2), "layers": 1},
+        {"device": 3, "slots": (3, 2), "layers": 1, "tokens_per_step": 1},
+        {"device": 2, "layers": 1, "workers": 3, "slots": (2, 2, 1), "experts": 4, "caution": 0.0},
+    ],
+)
+def test_the_ilp_proves_the_brute_force_optimum(fields: dict[str, object]) -> None:
+    problem = tight(11, **fields)
+    best = tiered_optimum(problem)
+    result = plan(problem, planner="ilp", deadline_s=15)
+    assert result.cost.total_s == pytest.approx(best, rel=1e-6)
+    assert result.status is SolutionStatus.OPTIMAL
+    search = plan(problem, planner="local_search", deadline_s=1)
+    assert search.cost.total_s >= best * (1 - 1e-9)
+    if problem.num_slots == problem.num_experts:
+        assert search.cost.total_s <= best * 1.02
+
+
+def test_moves_are_what_comes_into_a_device() -> None:
+    workers = tight(4, experts=6).workers
+    current = contiguous(2, 6, workers)
+    pins = np.zeros((2, 6), dtype=np.int8)
+    pins[:, 1:3] = pins[:, 4:] = Tier.DISK
+    current = dataclasses.replace(current, tiers=pins)
+    problem = tight(4, experts=6, device=4, current=current, expert_bytes=10, move_budget=1)
+    result = plan(problem, deadline_s=2)
+    assert result.moves <= 1
+    assert result.bytes == 10 * result.moves
+    assert result.cost.step_s <= result.cost_before.step_s * (1 + 1e-12)
+    assert plan(dataclasses.replace(problem, move_budget=0), deadline_s=1).moves == 0
+
+
+@pytest.mark.parametrize(("seed", "host", "slots"), [(0, 0, (4, 4)), (1, 1, (4, 4)), (2, 3, (5, 4)), (3, 0, (7, 3))])
+def test_swaps_see_the_change_of_what_is_fetched(seed: int, host: int, slots: tuple[int, int]) -> None:
+    problem = tight(seed, device=2, experts=8, layers=1, slots=slots, host=host, tokens_per_step=2)
+    table = random_table(problem, np.random.default_rng(seed))
+    pricer = LayerPricer(problem, table)
+    terms = pricer.terms(0, 9, 5)
+    fetch = terms.fetch
+    assert fetch is not None
+    share = (table[0] != EMPTY).astype(float)
+    held = np.bincount(problem.owner, share, 2).astype(int)
+    seen = fetch.swap_changes(fetch.chance[table[0]] * share, held, problem.owner, terms.first_slot)
+    before = fetch.prices(pricer.x[0]).sum(axis=0)
+    for i, j in zip(*np.nonzero(swap_deltas(terms, table[0]) != BARRED), strict=True):
+        swapped = table.copy()
+        swapped[0, [i, j]] = swapped[0, [j, i]]
+        after = fetch.prices(shares(problem, swapped)[0]).sum(axis=0)
+        if (swapped[0, [i, j]] != EMPTY).all():
+            rank = problem.owner[i]
+            assert seen[i, j] == pytest.approx(after[rank] - before[rank], abs=1e-12)
+
+
+def test_expected_fetches() -> None:
+    problem = tight(2, device=3, experts=8, tokens_per_step=1)
+    placement = to_placement(problem, greedy_table(problem, RNG))
+    fetches = expected_fetches(problem, placement)
+    assert fetches.resident_share == pytest.approx(2 / 16)
+    chance = problem.loads / problem.tokens[:, None]
+    missing = [
+        chance[layer, e]
+        for layer in range(2)
+        for e, tier in zip(placement.physical_to_logical_map[layer], placement.tiers[layer], strict=True)
+        if e != EMPTY and tier
+    ]
+    assert fetches.experts == pytest.approx(sum(missing))
+    assert fetches.misses == pytest.approx(sum(missing) / (2 * problem.top_k))
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ({"device_experts": 1}, "memory.device_experts: expected at least 2, one for each layer, got 1"),
+        ({"host_experts": -1}, "memory.host_experts: expected at least 0, got -1"),
+        ({"cache_slots": 0}, "memory.cache_slots: expected at least 1, got 0"),
+        ({"disk_fetch_s": float("nan")}, "memory.disk_fetch_s: expected at least 0 seconds, got nan"),
+    ],
+)
+def test_wrong_memories_are_refused(memory: dict[str, float], said: str) -> None:
+    good = {"device_experts": 4, "disk_fetch_s": 1.0}
+    with pytest.raises(PlacementError, match=said):
+        tiny(memory=(WorkerMemory(**(good | memory)),) * 2)
+    with pytest.raises(PlacementError, match="memory: expected 2, one per worker, got 1"):
+        tiny(memory=(WorkerMemory(**good),))
