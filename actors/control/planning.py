@@ -20,14 +20,12 @@ from elastic_moe.cluster.facts.routing import RoutingWindow, weighted_load
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import RebalancePreview
-from elastic_moe.cluster.placement import Placement, Tier
+from elastic_moe.cluster.placement import Placement
 from elastic_moe.optimizer import PlacementProblem, PlanResult
-from elastic_moe.optimizer.core.cost import shares
+from elastic_moe.optimizer.core.cost import expected_fetches
 from elastic_moe.optimizer.core.estimate import covariance_of_window
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS
-from elastic_moe.optimizer.core.tiering import placed_by
 from elastic_moe.optimizer.decision import MOVE_SHARE, Decision, decide
-from elastic_moe.optimizer.residency.activity import activity
 from elastic_moe.optimizer.residency.memory import WorkerMemory
 
 Counts = npt.NDArray[np.int64]
@@ -96,17 +94,6 @@ def memory_of_members(facts: Facts) -> tuple[WorkerMemory, ...]:
     return tuple(memory)
 
 
-def misses(problem: PlacementProblem, placement: Placement) -> float:
-    """Experts that all workers are expected to fetch in a step."""
-    tiering = problem.tiering
-    if tiering is None:
-        return 0.0
-    x = shares(problem, placement.physical_to_logical_map)
-    levels = tiering.levels(x, placed_by(problem, placement))
-    active = activity(tiering.chance[:, :, None] * x, tiering.tokens)
-    return float(active[levels > Tier.DEVICE].sum())
-
-
 def judge(result: PlanResult, *, load: Counts, since_change_s: float | None) -> Decision:
     # at least 1.0: if nothing was counted, the gain that `decide` requires is large, but finite
     return decide(result, tokens_per_expert=max(1.0, float(load.mean())), since_change_s=since_change_s)
@@ -126,7 +113,8 @@ def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:
 def preview(problem: PlacementProblem, result: PlanResult, decision: Decision) -> RebalancePreview:
     before = result.cost_before or result.cost
     assert problem.current is not None
-    misses_before, misses_after = misses(problem, problem.current), misses(problem, result.placement)
+    misses_before = expected_fetches(problem, problem.current).experts
+    misses_after = expected_fetches(problem, result.placement).experts
     return RebalancePreview(
         planner=result.planner,
         worthwhile=decision.worthwhile,

@@ -70,13 +70,14 @@ def shares(facts: Facts, missing: int) -> list[BoolArray]:
     for record in facts.alive:
         held |= record.has if record.loaded else record.assigned
     team = len(facts.staying) + missing
-    most = _most_pins(facts, team)
+    most = _most_loaded(facts, team)
     found = [np.zeros_like(held) for _ in range(missing)]
     for layer in range(facts.model.num_layers):
         experts = np.lexsort((-facts.load[layer], held[layer]))
         lost = experts[: int((~held[layer]).sum())]
         # the heaviest of them, dealt out, where they do not all fit
-        parts = np.array_split(np.sort(lost), missing) if most is None else [lost[n::missing] for n in range(missing)]
+        all_fit = most is None or -(-len(lost) // missing) <= most
+        parts = np.array_split(np.sort(lost), missing) if all_fit else [lost[n::missing] for n in range(missing)]
         for part, share in enumerate(found):
             share[layer, parts[part][:most]] = True
             # heavy and light ones, as many as an even share has
@@ -86,13 +87,13 @@ def shares(facts: Facts, missing: int) -> list[BoolArray]:
     return found
 
 
-def _most_pins(facts: Facts, team: int) -> int | None:
-    """Experts per layer that the device of a new worker keeps, if an even share does not fit; None: a share does, as
-    far as is known."""
-    capacity, experts = facts.usual_capacity, facts.model.num_logical_experts
-    if capacity is None or not facts.usually_tiered or -(-experts // team) <= capacity // facts.model.num_layers:
+def _most_loaded(facts: Facts, team: int) -> int | None:
+    """Experts per layer that a new worker is to load into its device: as many as fit there, or as stay there if an even
+    share does not fit. None: as far as is known, memory is not limited, or the worker needs all that it is given."""
+    if facts.usual_capacity is None or not facts.usually_tiered:
         return None
-    return pins_of(capacity // facts.model.num_layers)
+    device = facts.usual_capacity // facts.model.num_layers
+    return device if -(-facts.model.num_logical_experts // team) <= device else pins_of(device)
 
 
 # --- Who serves ---------------------------------------------------------------------------------------------------

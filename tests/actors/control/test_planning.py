@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from elastic_moe.actors.control.planning import build_problem, memory_of_members, misses
+from elastic_moe.actors.control.planning import build_problem, memory_of_members
 from elastic_moe.cluster.facts.tiering import assign_tiers
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
+from elastic_moe.optimizer.core.cost import expected_fetches
 from elastic_moe.optimizer.core.estimate import estimate_coactivation
 from tests.actors.fakes import MODEL
 from tests.cluster.stories import facts_of, member
@@ -54,8 +55,8 @@ def test_planners_know_the_tiers_of_workers_and_misses_are_predicted() -> None:
     even = np.ones((LAYERS, EXPERTS))
     problem = build_problem(TOLD, tiered, even, nothing, dtype="bfloat16", memory=memory, tokens_per_step=1)
     assert problem.tiering is not None
-    assert 0 < misses(problem, tiered) <= LAYERS * 4 * 2 / EXPERTS
+    assert 0 < expected_fetches(problem, tiered).experts <= LAYERS * 4 * 2 / EXPERTS
     fits = build_problem(TOLD, PLACEMENT, even, nothing, dtype="bfloat16")
-    assert misses(fits, PLACEMENT) == 0.0
+    assert expected_fetches(fits, PLACEMENT).experts == 0.0
     without = facts_of([member(w) for w in ranks], ranks, model=TOLD)
     assert memory_of_members(without) == ()
