@@ -162,7 +162,7 @@ class Following:
             # it may have ended, and been stored, since it was read
             now = await self._store.find(record.id)
             if now is not None and now.outcome is None:
-                logger.warning("response %s is followed from here, because its replica is gone", record.id)
+                logger.warning("response %s is followed from here, because no replica does so", record.id)
                 self.follow(now, counting=Counting(self._metrics, 0, adopted=True))
 
     def close(self) -> None:
