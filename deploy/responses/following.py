@@ -174,7 +174,14 @@ class Following:
     async def _run(self, followed: Followed, began: Began, counting: Counting | None) -> None:
         """`counting` is None where another replica has accepted the response: then it is counted there."""
         record = followed.record
-        rendering = await self._opened(record)
+        try:
+            rendering = await self._opened(record)
+        except Exception:
+            # a defect: whoever looks next may try again
+            del self._followed[record.id]
+            followed.stored.set()
+            began()
+            raise
         rendering.begin()
         error = "the engine ended this request without an answer"
         try:
