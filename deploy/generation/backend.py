@@ -45,7 +45,7 @@ class Backend(Protocol):
         ...
 
     async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
-        """Those of these lasting requests that no replica generates; none while there is no engine to ask."""
+        """Those of these lasting requests that no replica generates; none while there is no engine that could know."""
         ...
 
     def forget(self, request_id: RequestId) -> None:

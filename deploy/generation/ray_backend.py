@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
-from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, LIFE_S, dry_run_timeout_s
+from elastic_moe.actors.liveness import ADOPT_S, CALL_TIMEOUT_S, HANG_S, LIFE_S, dry_run_timeout_s
 from elastic_moe.actors.remote.ask import Remote, ask, kill
 from elastic_moe.actors.remote.calls import within
 from elastic_moe.actors.remote.codec import Message
@@ -90,6 +90,7 @@ class RayBackend:
         self._streams: dict[RequestId, RequestStream] = {}
         self._engine: Remote[Engine] | None = None
         self._link: Link | None = None
+        self._linked_at = 0.0
         self._readiness = Readiness(ready=False, reason="starting")
         self._resumed = 0
         self._messages = 0
@@ -128,7 +129,8 @@ class RayBackend:
             stream.link.send(CancelRequests(request_ids=(request_id,)))
 
     async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
-        if self._link is None:
+        # a new engine knows a request only once those who follow it have submitted it again
+        if self._link is None or time.monotonic() - self._linked_at < ADOPT_S:
             return ()
         try:
             answer = await within(self._link.call(Adopt(request_ids=tuple(request_ids))), CALL_TIMEOUT_S)
@@ -193,7 +195,7 @@ class RayBackend:
             await within(link.call(hello), CALL_TIMEOUT_S)
             self._has_served = True
             # set before the loop: a stream that begins later is submitted by its own generate()
-            self._engine, self._link = engine, link
+            self._engine, self._link, self._linked_at = engine, link, time.monotonic()
             for stream in [s for s in self._streams.values() if s.link is not link]:
                 had_engine = stream.link is not None or bool(stream.received)
                 await self._resubmit(link, stream)

@@ -162,7 +162,7 @@ class Following:
             # it may have ended, and been stored, since it was read
             now = await self._store.find(record.id)
             if now is not None and now.outcome is None:
-                logger.warning("response %s is followed from here, because its replica is gone", record.id)
+                logger.warning("response %s is followed from here, because no replica does so", record.id)
                 self.follow(now, counting=Counting(self._metrics, 0, adopted=True))
 
     def close(self) -> None:
@@ -174,7 +174,14 @@ class Following:
     async def _run(self, followed: Followed, began: Began, counting: Counting | None) -> None:
         """`counting` is None where another replica has accepted the response: then it is counted there."""
         record = followed.record
-        rendering = await self._opened(record)
+        try:
+            rendering = await self._opened(record)
+        except Exception:
+            # a defect: whoever looks next may try again
+            del self._followed[record.id]
+            followed.stored.set()
+            began()
+            raise
         rendering.begin()
         error = "the engine ended this request without an answer"
         try:

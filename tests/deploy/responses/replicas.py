@@ -98,8 +98,10 @@ def run(scenario: Callable[[Scene, Replica, Replica], Awaitable[None]], model_di
         engine = LetterEngine()
         scene = Scene(engine, Coordinator(engine), LocalKeyValue(), model_dir, settings, [])
         try:
-            async with asyncio.timeout(20):
-                await scenario(scene, await scene.add(), await scene.add())
+            # the first one imports the tokenizer's library, which takes long on a busy machine
+            replicas = await scene.add(), await scene.add()
+            async with asyncio.timeout(60):
+                await scenario(scene, *replicas)
         finally:
             for replica in scene.replicas:
                 replica.watching.cancel()

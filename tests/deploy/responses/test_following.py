@@ -22,11 +22,12 @@ BACKGROUND: dict[str, Any] = {"background": True, "max_output_tokens": TOKENS}
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_backend, "RETRY_S", 0.005)
     monkeypatch.setattr(ray_backend, "READINESS_S", 0.005)
+    monkeypatch.setattr(ray_backend, "ADOPT_S", 0.01)
     monkeypatch.setattr(following, "ADOPT_S", 0.01)
 
 
 async def ended(replica: Replica, response_id: str) -> dict[str, Any]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (response := await replica.get(response_id))["status"] in ("queued", "in_progress"):
             await asyncio.sleep(0.002)
     return response
