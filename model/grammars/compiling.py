@@ -20,6 +20,7 @@ from llguidance import LLMatcher, LLParserLimits
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.model.grammars.finite import check_finite
+from elastic_moe.model.grammars.ranges import check_ranges
 from elastic_moe.model.grammars.sources import GrammarError, one_line, source
 from elastic_moe.model.grammars.vocabulary import Vocabulary
 
@@ -58,7 +59,9 @@ def check_grammar(grammar: Grammar, vocabulary: Vocabulary) -> None:
     """
     if grammar.kind is GrammarKind.JSON_SCHEMA:
         try:
-            check_finite(json.loads(grammar.text))
+            schema = json.loads(grammar.text)
+            check_finite(schema)
+            check_ranges(schema)
         except (ValueError, RecursionError) as error:
             raise GrammarError(one_line(str(error))) from None
     matcher = compile_grammar(grammar, vocabulary)

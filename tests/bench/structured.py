@@ -81,7 +81,8 @@ async def _ask(client: httpx.AsyncClient, number: int, schema: Schema, most_toke
     if choice["finish_reason"] != "stop":
         return Outcome("cut off at max_tokens", choice["text"][-60:], seconds, choice["token_ids"])
     try:
-        jsonschema.Draft202012Validator(schema).validate(json.loads(choice["text"]))
+        formats = jsonschema.Draft202012Validator.FORMAT_CHECKER
+        jsonschema.Draft202012Validator(schema, format_checker=formats).validate(json.loads(choice["text"]))
     except (ValueError, jsonschema.ValidationError) as error:
         return Outcome("INVALID", f"{str(error).splitlines()[0]}: {choice['text'][:200]}", seconds)
     return Outcome("valid", choice["text"], seconds, choice["token_ids"])

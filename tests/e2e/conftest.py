@@ -150,6 +150,8 @@ class Reference:
             matcher = compiled.deep_copy()
             assert matcher.consume_tokens(ids[0, len(prompt) :].tolist())
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            # any end-of-sequence token may end the answer
+            bits[list(eos)] = bits[vocabulary.end]
             return scores.masked_fill(torch.from_numpy(bits[: scores.shape[1]] == 0), -torch.inf)
 
         with torch.no_grad():
