@@ -51,7 +51,12 @@ def main() -> int:
         except Skipped as reason:
             sys.stdout.write(f"{client.name}: skipped: {reason}\n")
     with server(args.url) as url:
-        results = {client.name: run(client, url) for client in clients if client.name in ready}
+        results: dict[str, dict[str, str]] = {}
+        for client in clients:
+            if client.name in ready:
+                results[client.name] = run(client, url)
+                sys.stdout.write(f"{client.name}: {results[client.name]}\n")
+                sys.stdout.flush()
     sys.stdout.write(table(results, ready))
     failed = [f"{name}, {check}: {what}" for name, checks in results.items() for check, what in checks.items()
               if what not in ("ok", "-")]  # fmt: skip

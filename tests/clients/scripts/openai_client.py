@@ -16,9 +16,10 @@ def chat():
 
 
 def stream():
-    with chats.stream(model=MODEL, messages=MESSAGES, max_tokens=TOKENS) as events:
-        text = "".join(event.delta for event in events if event.type == "content.delta")
-        expect(text == events.get_final_completion().choices[0].message.content, text)
+    how = {"max_tokens": TOKENS, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = chats.create(model=MODEL, messages=MESSAGES, **how)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    expect(text and not last.choices and last.usage.completion_tokens <= TOKENS, text)
     return True
 
 

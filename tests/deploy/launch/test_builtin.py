@@ -40,8 +40,19 @@ def test_a_chat_is_its_messages_one_after_another() -> None:
     tokenizer = Tokenizer.load(str(MODEL_DIR))
     messages = [{"role": "system", "content": "In the"}, {"role": "user", "content": "beginning"}]
     assert tokenizer.render_chat(messages) == "In the\nbeginning"
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "content": "was the word", "tool_call_id": "c1"}
+    assert tokenizer.render_chat([*messages, calling, result]) == "In the\nbeginning\nwas the word"
     text = "Straße\n\tdef f(x): return x ** 2  # €"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_clients_with_transformers_4_can_load_the_tokenizer() -> None:
+    """It does not know TokenizersBackend, the class that transformers 5 writes."""
+    config = json.loads((MODEL_DIR / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"backend", "is_local", "local_files_only"} & set(config)
 
 
 def test_traces_are_of_this_model_and_differ_by_subject() -> None:
