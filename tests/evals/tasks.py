@@ -24,7 +24,7 @@ UNICODE = "Naïve façades — “quoted” — cost 5 €; 日本語 and 😀 a
 CHOICES = [
     ("And God said, Let there be", [" light", " argparse", " a good breakfast, my dear"], 0),
     ("import os\nimport", [" sys", " the LORD", " Mr. Bennet"], 0),
-    ("It is a truth universally", [" acknowledged", " def main", ""], 0),
+    ("It is a truth universally", [" acknowledged", " def main", ","], 0),
     ("for i in range(", ["10):", "Israel", "his lady"], 0),
     (UNICODE, ["Naïve", "日本語", "\n\n"], 0),
 ]
