@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos bench bench-gating bench-gpu clean
+.PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos bench bench-gating bench-tiers bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,9 @@ bench: $(VENV)/.installed-dev ## measure the server (and its peers where install
 
 bench-gating: $(VENV)/.installed-dev ## compare dynamic gating with its rivals' policies on one expert layer
 	@$(BIN)/python -m tests.bench.gating $(ARGS)
+
+bench-tiers: $(VENV)/.installed-dev ## half of a model's experts on disk, and llama.cpp under the same memory limit
+	@$(BIN)/python -m tests.bench.tiers $(ARGS)
 
 bench-gpu: $(VENV)/.installed-dev ## compare with transformers' continuous batching on a CUDA GPU
 	@$(BIN)/python -m tests.bench.gpu $(ARGS)

@@ -41,16 +41,14 @@ def tokens(cluster: Lockstep) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "expert_dtype"),
+    ("family", "dtype", "expert_dtype", "slots"),
     [
-        ("qwen3_moe", "float32", "auto"),
-        ("gpt_oss", "float32", "auto"),
-        ("qwen3_moe", "bfloat16", "auto"),
-        ("gpt_oss", "bfloat16", "auto"),
-        ("qwen3_moe", "bfloat16", "int8"),
+        ("gpt_oss", "float32", "auto", (4, 4)),
+        ("qwen3_moe", "bfloat16", "auto", (8,)),
+        ("gpt_oss", "bfloat16", "auto", (4, 4)),
+        ("qwen3_moe", "bfloat16", "int8", (8,)),
     ],
 )
-@pytest.mark.parametrize("slots", [(8,), (4, 4)])
 def test_logits_have_the_same_bits_wherever_experts_lie(
     family: str,
     dtype: str,
@@ -64,7 +62,7 @@ def test_logits_have_the_same_bits_wherever_experts_lie(
     path = tiny_checkpoint(family, tmp_path_factory)
     more = {"dtype": dtype, "expert_dtype": expert_dtype, "block_size": 16, "max_num_batched_tokens": 128}
     expected = all_logits(Lockstep(path, slots, **more))[0]  # type: ignore[arg-type]
-    for pinned, cache_slots in ((slots[0] // 2, 1), (0, 1), (0, slots[0])):
+    for pinned, cache_slots in ((slots[0] // 2, 1), (0, 1)):
         cluster = Lockstep(path, slots, pinned=pinned, cache_slots=cache_slots, cache_dir=tmp_path, **more)  # type: ignore[arg-type]
         for got in all_logits(cluster):
             assert torch.equal(got, expected)
