@@ -15,8 +15,8 @@ DEFAULT_DISK_GBPS = 24.0
 DEFAULT_HOST_GBPS = 400.0
 
 CACHE_SHARE = 0.125
-"""Share of a layer's slots that are its cache area; pinned experts take the others. On real traces a plan loses some 1 %
-with twice the share, where what comes is like what was planned for."""
+"""Share of a layer's slots that are its cache area; pinned experts take the others. With twice the share a plan
+loses some 1 % on real traces, where what comes is like what was planned for."""
 
 
 def tier_arguments(parser: argparse.ArgumentParser) -> None:
