@@ -99,6 +99,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         )
     problem = make_problem(args, trace, placement.workers, old)
     report = describe(trace, problem, placement)
+    if problem.tiering is None and not placement.all_resident:
+        print(f"{args.placement} has experts outside of devices; --device-experts prices them", file=sys.stderr)
     # the trace's own metric knows no speeds, so it is replaced where the user gives speeds
     if args.speeds:
         x = shares(problem, placement.physical_to_logical_map)

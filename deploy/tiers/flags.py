@@ -14,8 +14,9 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 DEFAULT_DISK_GBPS = 24.0
 DEFAULT_HOST_GBPS = 400.0
 
-CACHE_SHARE = 0.25
-"""Share of a layer's slots that are its cache area; pinned experts take the others."""
+CACHE_SHARE = 0.125
+"""Share of a layer's slots that are its cache area; pinned experts take the others. With twice the share a plan
+loses some 1 % on real traces, where what comes is like what was planned for."""
 
 
 def tier_arguments(parser: argparse.ArgumentParser) -> None:

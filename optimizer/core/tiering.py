@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem
 
 BoolArray = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.intp]
 
 LevelArray = npt.NDArray[np.int8]
 """[L, E, W] the tier in which each worker finds an expert, or NOT_HELD."""
@@ -129,8 +130,8 @@ class Tiering:
         return np.asarray(found, dtype=np.int8)
 
     def _device_rooms(
-        self, held: BoolArray, disk: FloatArray, at: BoolArray, out: BoolArray, order: IntArray, busy: FloatArray
-    ) -> IntArray:
+        self, held: BoolArray, disk: FloatArray, at: BoolArray, out: BoolArray, order: Indices, busy: FloatArray
+    ) -> Indices:
         """[L, W] how many of a worker's experts, in their order [L, E, W], are found in its device."""
         count = held.sum(axis=1)
         if not out.any() and (count.sum(axis=0) <= self.device).all():

@@ -372,8 +372,11 @@ class JointModel:
                     self.model.u[layer, k, w].value = float(here)
         if levels is not None:
             for (layer, w), items in self._items.items():
-                of_mode = {item.key: levels[layer, e, w] for item, (e, _) in zip(items, self.modes, strict=True)}
-                start_tiers(self.model, items, lambda item, of=of_mode: of[item.key] if item.served.value else NOT_HELD)
+                chosen_levels = [
+                    int(levels[layer, e, w]) if item.served.value else NOT_HELD
+                    for item, (e, _) in zip(items, self.modes, strict=True)
+                ]
+                start_tiers(self.model, items, chosen_levels)
 
 
 def arrival_slopes(problem: PlacementProblem, x: FloatArray) -> FloatArray:

@@ -6,7 +6,7 @@ Variables   inside[i] in {0, 1}: an expert lies in the device of the worker that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +75,11 @@ def fit(
     model.tiers.add(sum(model.hosted[item.key] for item in items) <= host)
 
 
-def start_tiers(model: pyo.ConcreteModel, items: Sequence[Served], level_of: Callable[[Served], int]) -> None:
-    """Offer tiers as the incumbent; `level_of` an expert is its Tier, and NOT_HELD where it is not served."""
-    for key in model.passing:
-        model.passing[key].value = 0.0
+def start_tiers(model: pyo.ConcreteModel, items: Sequence[Served], levels: Sequence[int]) -> None:
+    """Offer tiers of one layer of one worker as the incumbent: a Tier for each expert, or NOT_HELD."""
     for item in items:
-        level = level_of(item)
+        model.passing[item.passing].value = 0.0
+    for item, level in zip(items, levels, strict=True):
         model.inside[item.key].value = float(level == Tier.DEVICE)
         model.hosted[item.key].value = float(level == Tier.HOST)
         if level > Tier.DEVICE:

@@ -103,16 +103,15 @@ class LayerPricer:
             total += float(home_traffic(problem, arrive) * scale)
         if self._before is not None:
             moved = (x > 0) & (self._before[layer] == 0)
-            total += move_price(problem) * float(moved[self._fetched(layer)].sum())
+            total += move_price(problem) * float((moved if self._room is None else moved[self._fetched(layer)]).sum())
         return total
 
     def _fetched(self, layer: int) -> npt.NDArray[np.bool_]:
-        """[E] the experts that a worker which gets them brings into its device: the most active ones, where not all
-        fit."""
+        """[E] the experts that a worker which gets them brings into its device: the most active ones."""
+        assert self._room is not None
         loads = self.problem.loads[layer]
-        fetched = np.ones(len(loads), dtype=bool)
-        if self._room is not None:
-            fetched[np.argsort(-loads, kind="stable")[int(self._room[0][layer].sum()) :]] = False
+        fetched = np.zeros(len(loads), dtype=bool)
+        fetched[np.argsort(-loads, kind="stable")[: int(self._room[0][layer].sum())]] = True
         return fetched
 
     def _boundaries(self, layer: int) -> list[int]:
@@ -167,8 +166,8 @@ class LayerPricer:
         if self._before is not None:
             # swaps scale prices by the item's share of its expert's tokens; a copy costs the same for any share
             replicas = (self.x[layer] > 0).sum(axis=1, keepdims=True)
-            moves = (1.0 - self._before[layer]) * replicas
-            prices += move_price(problem) * np.where(self._fetched(layer)[:, None], moves, 0.0)
+            moves = move_price(problem) * (1.0 - self._before[layer]) * replicas
+            prices += moves if self._room is None else np.where(self._fetched(layer)[:, None], moves, 0.0)
         return prices
 
     def _tolls(self, boundary: int, link_power: int) -> FloatArray:

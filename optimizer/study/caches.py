@@ -87,7 +87,8 @@ class WorkerSteps:
 
 def _by_worker(steps: list[list[int]], placement: Placement, layer: int) -> list[tuple[list[int], list[Step]]]:
     """A replica serves only on the first worker that holds it."""
-    parts, taken = [], set[int]()
+    parts: list[tuple[list[int], list[Step]]] = []
+    taken: set[int] = set()
     for worker in placement.workers:
         held = [e for e in placement.experts_of(worker.id, layer) if e != EMPTY and e not in taken]
         taken |= set(held)

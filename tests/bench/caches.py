@@ -1,7 +1,7 @@
 """How well do the cache policies do? `python -m tests.bench.caches TRACE..`: hit rates by trace, batch and cache size.
 
-Each cell is the share of accesses that hit, over the chosen layers. *static* holds the experts that the first half of the
-requests chose most often; it is measured on all requests, half of which it knows. *min* is the bound.
+Each cell is the share of accesses that hit, over the chosen layers. *static* holds the experts that the first half of
+the requests chose most often; it is measured on all requests, half of which it knows. *min* is the bound.
 """
 
 from __future__ import annotations
