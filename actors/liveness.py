@@ -44,6 +44,8 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
     API              a sign of life of the coordinator        HANG_S                            Ray restarts it
     API              a dry run of a planner                   the planner's time-out            the request has failed
                                                               + CALL_TIMEOUT_S
+    API              responses in progress that no replica    ADOPT_S between two looks         it follows them
+                     follows
     API              the coordinator, when it checks in       CHECK_IN_S, then HANG_S           it checks in again
     API              any other answer                         CALL_TIMEOUT_S                    the request has failed
 """
@@ -121,6 +123,7 @@ TCP_KEEP_ALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)
 CALL_TIMEOUT_S = 30.0
 LIFE_S = 10.0
 """Seconds for an engine's sign of life. A dead engine closes its connection; a hanging engine does not."""
+ADOPT_S = 5.0
 CHECK_IN_S = 1.0
 """Longest that the coordinator holds an API replica's call, to answer it as soon as the server stops."""
 HANG_S = 10.0

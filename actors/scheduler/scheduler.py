@@ -223,7 +223,7 @@ class Scheduler:
                     continue
                 if reason := results[worker].reason_of_end(request.request_id):
                     self._end(request)
-                    outputs.append(_failure(request, reason))
+                    outputs.append(_failure(request, reason, refused=True))
                     continue
                 unready = request.request_id in results[worker].unready
                 if unready:
@@ -429,13 +429,14 @@ class Scheduler:
                 assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
 
 
-def _failure(request: RunningRequest, error: str) -> TokenOutput:
+def _failure(request: RunningRequest, error: str, *, refused: bool = False) -> TokenOutput:
     return TokenOutput(
         request_id=request.request_id,
         offset=request.num_output,
         token_ids=(),
         finish_reason=FinishReason.ERROR,
         error=error,
+        refused=refused,
     )
 
 

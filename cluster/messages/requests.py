@@ -127,6 +127,8 @@ class TokenOutput:
     """The `stop_token_ids` member that ended it, if one did (an end-of-sequence token leaves None)."""
     error: str | None = None
     """For finish_reason ERROR: one line for the client."""
+    refused: bool = False
+    """Whether the error lies in the request, which turned out only now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

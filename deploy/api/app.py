@@ -80,7 +80,7 @@ def _status_router(service: Service) -> APIRouter:
 
     @router.get("/load", **described(answers={200: json_answer("Running requests.", "server_load")}))
     async def load() -> dict[str, int]:
-        return {"server_load": service.active}
+        return {"server_load": service.running}
 
     @router.get("/ready", **described(answers={200: ready, 503: ready}))
     async def readiness() -> Response:

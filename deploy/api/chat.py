@@ -52,6 +52,7 @@ def chat_router(service: Service) -> APIRouter:
             scored=Scored(service.tokenizer, answers, body) if body.prompt_logprobs is not None else None,
             hides_reasoning=body.hides_reasoning and prompt.new_parser is not None,
             named_tool=body.named_tool is not None,
+            shown_prompt=prompt.rendered if body.return_prompt_text else None,
         )
         run = Run(service, body, shape, answers, shown_id("chatcmpl", response_id, body.request_id))
         return await run.respond(request)
@@ -93,6 +94,7 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
         params=params,
         param="messages",
         text=echo,
+        rendered=text,
         new_parser=plan.new_parser,
         markers=plan.markers,
     )
@@ -113,15 +115,17 @@ class ChatShape:
         hides_reasoning: bool = False,
         named_tool: bool = False,
         scored: Scored | None = None,
+        shown_prompt: str | None = None,
     ) -> None:
-        """`name` gives a token's name. `prompt` has the prompt's token ids where the client asks for ids, and `scored`
-        the prompt's log probabilities.
+        """`name` gives a token's name. `prompt` has the prompt's token ids where the client asks for ids, `scored` its
+        log probabilities, and `shown_prompt` its text.
 
         `named_tool`: the request has named the tool to be called, and knows that it is called.
         """
         self._hides_reasoning = hides_reasoning
         self._named_tool = named_tool
         self._scored_prompt = scored
+        self._shown_prompt = shown_prompt
         self._tokenizer = tokenizer
         self._name = name
         self._prompt = prompt
@@ -129,9 +133,14 @@ class ChatShape:
         self._top_logprobs = top_logprobs
 
     def whole(self) -> dict[str, Any]:
-        ids = {} if self._prompt is None else {"prompt_token_ids": list(self._prompt)}
-        scored = self._scored_prompt
-        return ids if scored is None else {**ids, "prompt_logprobs": scored.prompt_logprobs(0, self._name)}
+        fields: dict[str, Any] = {}
+        if self._prompt is not None:
+            fields["prompt_token_ids"] = list(self._prompt)
+        if self._shown_prompt is not None:
+            fields["prompt_text"] = self._shown_prompt
+        if self._scored_prompt is not None:
+            fields["prompt_logprobs"] = self._scored_prompt.prompt_logprobs(0, self._name)
+        return fields
 
     def scored_tokens(self, index: int) -> int:
         return 0 if self._scored_prompt is None else self._scored_prompt.size(index)

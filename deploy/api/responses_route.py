@@ -27,17 +27,21 @@ from elastic_moe.deploy.responses.following import failed
 from elastic_moe.deploy.responses.items import input_items, messages
 from elastic_moe.deploy.responses.record import Outcome, Record, Status, new_response_id, suffix_of
 from elastic_moe.deploy.responses.rendering import Rendering, response_of, sse
+from elastic_moe.deploy.web.openapi import described, json_answer, streamable_answer
 
 RESPONSE_ID = re.compile(r"resp_[0-9a-f]{48}")
 MOST_ITEMS = 100
 """Most input items that are listed at once; fewer by default."""
 USUAL_ITEMS = 20
+FIELDS = ("id", "object", "created_at", "status", "model", "output", "usage")
+ONE = json_answer("The response.", *FIELDS)
+ANSWER = streamable_answer("The response.", *FIELDS)
 
 
 def responses_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1/responses")
 
-    @router.post("")
+    @router.post("", **described(body=ResponsesRequest, answers={200: ANSWER}, errors=(404,)))
     async def create(request: Request) -> Response:
         body = await service.bodies.read(request, ResponsesRequest)
         service.check_model(body.model)
@@ -49,7 +53,7 @@ def responses_router(service: Service) -> APIRouter:
             return await _in_background(service, record, stream=bool(body.stream))
         return await _Direct(service, record, stored=body.stored).respond(request, stream=bool(body.stream))
 
-    @router.get("/{response_id}")
+    @router.get("/{response_id}", **described(answers={200: ANSWER}, errors=(400, 404)))
     async def retrieve(response_id: str, request: Request) -> Response:
         stream = _flag(request, "stream")
         after = _number(request, "starting_after", least=0)
@@ -62,7 +66,9 @@ def responses_router(service: Service) -> APIRouter:
             raise RequestError("stream: only background responses can be streamed again", param="stream")
         return _events(service, record, -1 if after is None else after)
 
-    @router.delete("/{response_id}")
+    deleted = json_answer("What was deleted.", "id", "object", "deleted")
+
+    @router.delete("/{response_id}", **described(answers={200: deleted}, errors=(404,)))
     async def delete(response_id: str, request: Request) -> Response:
         record = await _find(service, response_id)
         if record.outcome is None:
@@ -70,7 +76,7 @@ def responses_router(service: Service) -> APIRouter:
         await service.store.delete(record.id)
         return JSONResponse({"id": record.id, "object": "response", "deleted": True})
 
-    @router.post("/{response_id}/cancel")
+    @router.post("/{response_id}/cancel", **described(answers={200: ONE}, errors=(400, 404)))
     async def cancel(response_id: str, request: Request) -> Response:
         record = await _find(service, response_id)
         if not record.background:
@@ -79,7 +85,9 @@ def responses_router(service: Service) -> APIRouter:
             record = await unless_gone(request, service.following.cancel(record))
         return _json(shown(record))
 
-    @router.get("/{response_id}/input_items")
+    listed = json_answer("The items of the request.", "object", "data", "first_id", "last_id", "has_more")
+
+    @router.get("/{response_id}/input_items", **described(answers={200: listed}, errors=(400, 404)))
     async def items(response_id: str, request: Request) -> Response:
         record = await _find(service, response_id)
         return JSONResponse(_page(record.input, request))
@@ -169,7 +177,7 @@ async def _in_background(service: Service, record: Record, *, stream: bool) -> R
     taken = service.places.take(record.request.client, 1)
     try:
         await service.following.accept(record, began=taken.give_back)
-    except NotReadyError:
+    except BaseException:
         taken.give_back()
         raise
     if stream:

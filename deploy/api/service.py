@@ -75,6 +75,8 @@ class Prompt:
     """The field that the prompt came from, for error messages."""
     text: str = ""
     """The text to put before the answer, where the request asks for an echo."""
+    rendered: str = ""
+    """What the chat template has made of the messages."""
     new_parser: NewParser | None = None
     """Makes the parser of an answer, where reasoning or tool calls are looked for."""
     markers: Mapping[int, str] = dataclasses.field(default_factory=dict)

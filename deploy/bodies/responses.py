@@ -23,6 +23,7 @@ MAX_METADATA = 16
 OWN = (
     *("messages", "max_tokens", "max_completion_tokens", "response_format", "logprobs", "n", "best_of", "functions"),
     *("function_call", "echo", "add_generation_prompt", "continue_final_message", "reasoning_effort", "verbosity"),
+    *("prompt_logprobs", "logprob_token_ids"),
 )
 """Fields of a chat that a response does not have, or has under another name."""
 
@@ -101,6 +102,9 @@ class ResponsesRequest(Body):
         "echo": (False,),
         "n": (1,),
         "best_of": (1,),
+        # they are of the prompt, and of chosen tokens: a response has no place for them
+        "prompt_logprobs": (),
+        "logprob_token_ids": ([],),
         "background_options": (),
     }
 

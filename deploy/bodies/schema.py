@@ -252,6 +252,8 @@ class ChatCompletionRequest(SamplingFields, TemplateFields, ToolFields):
     """Most tokens of the reasoning, which is then ended."""
     logprobs: bool | None = None
     top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_prompt_text: bool | None = None
+    """Whether to return the prompt that the chat template has made."""
     echo: bool | None = None
     include_reasoning: bool | None = None
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from elastic_moe.cluster.errors import EmoeError, NotReadyError
+from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores, joined
 from elastic_moe.deploy.generation.backend import Backend
@@ -106,7 +106,10 @@ class Answer:
         return joined(self._scores)
 
     def feed(self, output: TokenOutput) -> Delta:
-        """The delta that an output makes. Raises GenerationFailed where the engine reports an error."""
+        """The delta that an output makes. Raises GenerationFailed where the engine reports an error, and RequestError
+        where the request is to blame for it."""
+        if output.refused:
+            raise RequestError(output.error or "the request cannot be served", code="grammar_failed")
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.error or "the engine has ended this request because of an error")
         if self.cached_tokens is None:
@@ -227,7 +230,7 @@ async def answer_deltas(
                 if answer.finished:
                     return
             raise GenerationFailed("the engine ended this request without an answer")
-    except (GenerationFailed, NotReadyError):
+    except (GenerationFailed, NotReadyError, RequestError):
         reason = FinishReason.ERROR
         raise
     finally:

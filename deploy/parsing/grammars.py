@@ -108,6 +108,11 @@ def _embedded(grammar: Grammar) -> str | None:
             return None
 
 
+def schema_grammar(function: Mapping[str, Any]) -> Grammar:
+    """The arguments of a tool alone, to find out which tool has a schema that cannot be a grammar."""
+    return Grammar(kind=GrammarKind.JSON_SCHEMA, text=_written(_schema(function)))
+
+
 def thinking_of(form: AnswerForm, begun: str, *, in_reasoning: bool) -> Thinking | None:
     """The reasoning that may precede what a grammar describes.
 
@@ -147,14 +152,14 @@ def _calls(form: AnswerForm, tools: Sequence[Mapping[str, Any]], writer: Writer,
 def _call(family: Family, function: Mapping[str, Any], writer: Writer) -> str:
     how = family.writing
     name = json.dumps(function["name"]) if how.get("name") == "json" else function["name"]
-    schema = function.get("parameters") or NO_ARGUMENTS
+    schema = _schema(function)
     begin = writer.text(how["begin"] + name)
     if "number" in how:
         begin += f" {writer.rule('/' + how['number'] + '/')}"
     if "tag" in how:
         arguments = _tags(how["tag"], schema, writer)
     else:
-        arguments = writer.rule(_json(closed(schema)))
+        arguments = writer.rule(_json(schema))
     return f"{begin} {writer.text(how['arguments'])} {arguments} {writer.text(how['end'])}"
 
 
@@ -200,8 +205,16 @@ def _with_definitions(kind: Mapping[str, Any], schema: Mapping[str, Any]) -> dic
     return {**{key: schema[key] for key in ("$defs", "definitions") if key in schema}, **kind}
 
 
+def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    return closed(function.get("parameters") or NO_ARGUMENTS)
+
+
 def _json(schema: Mapping[str, Any]) -> str:
-    return "%json " + json.dumps({**schema, "x-guidance": COMPACT}, ensure_ascii=False)
+    return f"%json {_written(schema)}"
+
+
+def _written(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": COMPACT}, ensure_ascii=False)
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from elastic_moe.actors.liveness import ADOPT_S
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
 from elastic_moe.deploy.generation.answer import GenerationFailed
@@ -31,8 +32,6 @@ from elastic_moe.deploy.responses.store import Store
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 5.0
-"""Seconds between two looks for responses that no replica follows."""
 AT_ONCE = 64
 """Tokens that are rendered before other requests get their turn."""
 RETRY_S = 0.5
@@ -145,7 +144,7 @@ class Following:
     async def watch(self) -> None:
         """Follow what no living replica follows. Never returns."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(ADOPT_S)
             try:
                 await self._adopt()
             except (RayError, EmoeError) as error:

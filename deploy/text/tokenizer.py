@@ -27,6 +27,9 @@ OWN_ARGUMENTS = frozenset(
 )
 """Arguments of transformers itself, which a request's `chat_template_kwargs` may not set."""
 
+LOADING = ("name_or_path", "is_local", "local_files_only", "backend")
+"""Arguments with which transformers has loaded the tokenizer, and which say nothing of it."""
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """The name that SentencePiece gives to a token of one byte."""
 
@@ -188,7 +191,7 @@ class Tokenizer:
         settings = {
             name: str(value) if type(value).__name__ == "AddedToken" else value
             for name, value in self._inner.init_kwargs.items()
-            if not name.endswith("_file") and name != "name_or_path"
+            if not name.endswith("_file") and name not in LOADING
         }
         tokens = {f"{name}_token": getattr(self._inner, f"{name}_token", None) for name in ("bos", "eos", "pad", "unk")}
         known = {name: value for name, value in settings.items() if _is_json(value)}

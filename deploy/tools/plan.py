@@ -12,7 +12,7 @@ from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import ThinkingBudget
 from elastic_moe.deploy.bodies.tools import ToolFields
 from elastic_moe.deploy.parsing.formats import LIST_OF_CALLS, AnswerForm, family_called
-from elastic_moe.deploy.parsing.grammars import Thinking, answer_grammar, thinking_of, writes_calls
+from elastic_moe.deploy.parsing.grammars import Thinking, answer_grammar, schema_grammar, thinking_of, writes_calls
 from elastic_moe.deploy.parsing.parser import AnswerParser, begun_answer
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 
@@ -72,6 +72,8 @@ async def tool_plan(
         after = _end_of_reasoning(tokenizer, thinking)
         if not tools and (thinking is None or (thinking.open and after is not None)):
             return dataclasses.replace(plan, grammar=asked, grammar_after=after)
+    for tool in tools:
+        await checked(schema_grammar(tool["function"]), param=_parameters_of(fields, tool))
     special = {text: token_id for token_id, text in tokenizer.special_tokens.items() if text}
     grammar = answer_grammar(
         form,
@@ -83,7 +85,7 @@ async def tool_plan(
     )
     if grammar is None:
         return dataclasses.replace(plan, grammar=asked, grammar_after=after)
-    return dataclasses.replace(plan, grammar=await checked(grammar, param=_param(fields, tools)))
+    return dataclasses.replace(plan, grammar=await checked(grammar, param="tools" if tools else "response_format"))
 
 
 def thinking_budget(form: AnswerForm, tokenizer: Tokenizer, prompt: str, tokens: int | None) -> ThinkingBudget | None:
@@ -130,11 +132,6 @@ def _end_of_reasoning(tokenizer: Tokenizer, thinking: Thinking | None) -> tuple[
     return None if token_id is None else (token_id,)
 
 
-def _param(fields: ToolFields, tools: Tools) -> str:
-    """The field to name where a grammar cannot be made."""
-    if not tools:
-        return "response_format"
-    if len(tools) > 1:
-        return "tools"
-    names = [tool.function.name for tool in fields.tools or ()]
-    return f"tools.{names.index(tools[0]['function']['name'])}.function.parameters"
+def _parameters_of(fields: ToolFields, tool: Mapping[str, Any]) -> str:
+    names = [one.function.name for one in fields.tools or ()]
+    return f"tools.{names.index(tool['function']['name'])}.function.parameters"

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits
 
 from elastic_moe.cluster.errors import CheckpointError
@@ -37,6 +38,8 @@ MAX_GRAMMARS = 64
 MAX_CHARS = 1 << 21
 """Most characters of their texts together."""
 NICENESS = 5
+TRIED_TOKENS = 8
+"""Tokens of a text that are tried before a grammar is accepted: some grammars grow too large only after the first."""
 
 
 def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
@@ -49,19 +52,30 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
 
 
 def check_grammar(grammar: Grammar, vocabulary: Vocabulary) -> None:
-    """Compile a grammar, and find its first tokens. Raises GrammarError where that fails or no finite text matches."""
+    """Compile a grammar, and write the beginning of a text that follows it.
+
+    Raises GrammarError where that fails, or no finite text follows it.
+    """
     if grammar.kind is GrammarKind.JSON_SCHEMA:
         try:
             check_finite(json.loads(grammar.text))
         except (ValueError, RecursionError) as error:
             raise GrammarError(one_line(str(error))) from None
     matcher = compile_grammar(grammar, vocabulary)
-    mask = matcher.compute_bitmask()
-    if matcher.is_error():
-        reason = one_line(matcher.get_error())
-        raise GrammarError("no text matches it" if reason.startswith("NoExtension") else f"too complex: {reason}")
-    if not any(mask):
-        raise GrammarError("the model's tokens cannot write any text that matches it")
+    for _ in range(TRIED_TOKENS):
+        mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        if matcher.is_error():
+            reason = one_line(matcher.get_error())
+            raise GrammarError("no text follows it" if reason.startswith("NoExtension") else f"too complex: {reason}")
+        allowed = np.flatnonzero(mask)
+        if not len(allowed):
+            raise GrammarError("the model's tokens cannot write any text that follows it")
+        # which one does not matter
+        token = int(allowed[len(allowed) // 2])
+        if matcher.is_stopped() or token == vocabulary.end or not matcher.try_consume_tokens([token]):
+            if matcher.is_error():
+                raise GrammarError(f"too complex: {one_line(matcher.get_error())}")
+            return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

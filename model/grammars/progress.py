@@ -209,11 +209,12 @@ class _Matching:
         matcher = self._matcher
         if drop and not matcher.rollback(drop):
             raise GrammarError(one_line(f"cannot go back in the grammar: {matcher.get_error()}"))
-        if matcher.try_consume_tokens(list(new)) < len(new):
-            raise GrammarError("the output does not follow the grammar")
-        bits = matcher.compute_bitmask()
+        consumed = matcher.try_consume_tokens(list(new))
+        bits = matcher.compute_bitmask() if consumed == len(new) else b""
         if matcher.is_error():
             raise GrammarError(one_line(f"the grammar is too complex at this place: {matcher.get_error()}"))
+        if consumed < len(new):
+            raise GrammarError("the output does not follow the grammar")
         self.last_s = time.perf_counter() - began
         return np.frombuffer(bits, dtype=np.uint8)
 

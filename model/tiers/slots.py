@@ -1,4 +1,4 @@
-"""Memory in which one expert lies as in its record. It begins at a page, so that a direct read can go straight to it."""
+"""Memory in which one expert lies as in its record. It begins at a page, so that direct reads can go straight to it."""
 
 from __future__ import annotations
 

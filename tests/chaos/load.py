@@ -178,7 +178,10 @@ class Load:
                     continue
                 # the first one streams without end: it shows outages
                 if streams < 1.0 and rng.random() < self.background:
-                    self._count(Background(self._server, self._expected, client, rng).fault())
+                    try:
+                        self._count(Background(self._expected, client, rng).fault())
+                    except (httpx.HTTPError, ValueError, KeyError) as error:
+                        self._ended(error)
                     continue
                 short = rng.randrange(len(PROMPTS) - 1)
                 prompt = len(PROMPTS) - 1 if rng.random() < self.prefill else short
@@ -193,10 +196,7 @@ class Load:
                         answer = self._ask(client, prompt, tokens, stream=stream)
                         good = self._expected.agrees(answer, prompt, tokens)
                 except (httpx.HTTPError, ValueError, KeyError, jsonschema.ValidationError) as error:
-                    if self.forgives:
-                        self._cut()
-                    else:
-                        self._count(f"lost: {type(error).__name__}: {error}")
+                    self._ended(error)
                     continue
                 if not good:
                     kind = f"{'structured ' if structured else ''}{'stream' if stream else 'plain answer'}"
@@ -211,9 +211,13 @@ class Load:
             else:
                 self.tally.faults.append(fault)
 
-    def _cut(self) -> None:
-        with self._lock:
-            self.tally.cut += 1
+    def _ended(self, error: Exception) -> None:
+        """A request ended without an answer."""
+        if self.forgives:
+            with self._lock:
+                self.tally.cut += 1
+        else:
+            self._count(f"lost: {type(error).__name__}: {error}")
 
     def _ask(self, client: httpx.Client, prompt: int, tokens: int, *, stream: bool) -> str:
         """The text of the answer. Raises ValueError for an error object, which a refusal is too: it could wait."""
@@ -281,21 +285,19 @@ def _text(answer: dict[str, Any]) -> str:
 class Background:
     """One background response. Once it is accepted, it must end with its whole answer, whoever dies."""
 
-    def __init__(self, server: Server, expected: Expected, client: httpx.Client, rng: random.Random) -> None:
-        self._server, self._expected, self._client = server, expected, client
+    def __init__(self, expected: Expected, client: httpx.Client, rng: random.Random) -> None:
+        self._expected, self._client = expected, client
         self._chat = rng.randrange(len(TEXTS))
         self._tokens = rng.randint(min(20, expected.longest), expected.longest)
         self._streams = rng.random() < 0.5
 
     def fault(self) -> str | None:
-        """What was wrong with the answer, if anything. A response that was not accepted is none."""
+        """What was wrong with the answer, if anything. Raises HTTPError, ValueError and KeyError where the response was
+        not accepted."""
         body = {"model": MODEL, "input": TEXTS[self._chat], "max_output_tokens": self._tokens, "temperature": 0}
-        try:
-            response = self._client.post("/v1/responses", json={**body, "ignore_eos": True, "background": True})
-        except httpx.HTTPError:
-            return None
+        response = self._client.post("/v1/responses", json={**body, "ignore_eos": True, "background": True})
         if response.status_code != 200:
-            return None
+            raise ValueError(response.text)
         name = response.json()["id"]
         ended = self._streamed(name) if self._streams else self._polled(name)
         if ended is None:

@@ -20,17 +20,8 @@ from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementEr
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
-from elastic_moe.cluster.messages.epochs import Epoch
-from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.messages.epochs import PhaseCounts
-from elastic_moe.cluster.messages.requests import FinishReason
-from elastic_moe.cluster.messages.requests import GenerateRequest
-from elastic_moe.cluster.messages.requests import RequestId
-from elastic_moe.cluster.messages.requests import TokenLogprobs
-from elastic_moe.cluster.messages.requests import TokenOutput
-from elastic_moe.cluster.messages.epochs import FetchSource
-from elastic_moe.cluster.messages.epochs import StallCause
-from elastic_moe.cluster.messages.epochs import TierCounts
+from elastic_moe.cluster.messages.epochs import Epoch, FetchSource, ModelInfo, PhaseCounts, StallCause, TierCounts
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.views import (
     ClusterView,

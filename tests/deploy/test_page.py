@@ -88,6 +88,11 @@ def test_it_fits_and_complains_of_nothing(browser: Browser, model_dir: Path, siz
         for view in ("chat", "cluster"):
             tab.click(f"[data-show={view}]")
             assert tab.js("document.documentElement.scrollWidth <= innerWidth")
+            # the first link leads past the bar, to what is shown
+            links = "[...document.querySelectorAll('.skip')].filter(e => getComputedStyle(e).display !== 'none')"
+            tab.js(f"{links}[0].focus()")
+            tab.press("Enter", 13)
+            assert tab.js("document.activeElement.closest('section').id") == view
         shown(tab)
         background = tab.js("getComputedStyle(document.documentElement).backgroundColor")
         assert (background == "rgb(18, 19, 21)") == (scheme == "dark")

@@ -168,3 +168,59 @@ def test_a_placement_of_another_model_is_refused(trace: Path, tmp_path: Path) ->
 def test_help_does_not_wait_for_solvers() -> None:
     code = "import sys, elastic_moe.deploy.cli.main; assert not {'pyomo', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_tiers_of_a_plan(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "tiers.json"
+    words = ("--workers", 2, "--device-experts", 2, "--step-tokens", 2, "--expert-bytes", 10**6, "--json")
+    assert emoe("plan", trace, *words, "--planner", "pinning", "--out", made) == 0
+    report = printed(capsys)
+    placement = Placement.load(made)
+    assert [len(placement.resident(w.id, layer)) for w in placement.workers for layer in range(3)] == [1] * 6
+    assert report["resident_share"] == 0.25
+    assert report["cost"]["stall_s"] > 0
+    assert report["fetch_bytes"] == pytest.approx(report["fetches"] * 10**6)
+    assert 0 < report["replayed_miss_rate"] < 1
+
+    assert emoe("evaluate", trace, made, *words[2:]) == 0
+    again = printed(capsys)
+    assert all(again[key] == pytest.approx(report[key]) for key in (*KEYS, "fetches", "replayed_waits"))
+    assert emoe("evaluate", trace, made, "--device-experts", "12MB", "--expert-bytes", 10**6, "--json") == 0
+    assert "resident_share" not in printed(capsys), "everything fits, so there is nothing to say"
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # figures take longer than all the rest
+    assert emoe("compare", trace, *words[:-1], "--planners", "pinning,greedy", "--out", tmp_path) == 0
+    assert "fetches waited for" in capsys.readouterr().out
+
+
+def test_traces_through_caches(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emoe("simulate", trace, "--cache", "--workers", 1, "--step-tokens", 3, "--out", tmp_path) == 0
+    assert "miss rate" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} >= {"caches.csv", "miss_rates.png", "latency.png"}
+    with (tmp_path / "caches.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["policy"] for row in rows} == {"lfru", "lfu", "lru", "lifo", "static", "min"}
+    for share in {row["share"] for row in rows}:
+        rates = {row["policy"]: float(row["miss_rate"]) for row in rows if row["share"] == share}
+        assert min(rates, key=rates.__getitem__) == "min"
+    for policy in ("lfu", "min"):
+        by_size = [float(row["miss_rate"]) for row in rows if row["policy"] == policy]
+        assert by_size == sorted(by_size, reverse=True)
+    assert all(float(row["worst_miss_rate"]) >= float(row["miss_rate"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device-experts", "many"), "--device-experts: expected a number of experts, or bytes with a unit such as"),
+        (("--device-experts", "1KB"), "--device-experts: expected room for at least one expert in each of 3 layers"),
+        (("--host-experts", 2), "--host-experts: it adds to --device-experts, which is not given"),
+        (("--device-experts", 2, "--disk-gbps", 0), "--disk-gbps: expected a positive number, got 0"),
+        (("--step-tokens", 0), "--step-tokens: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_tiers_are_refused(trace: Path, words: tuple[object, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        emoe("plan", trace, "--workers", 2, *words)

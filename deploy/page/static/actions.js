@@ -12,6 +12,7 @@ export class Actions {
   #view = null;
   #followed = null;
   #busy = false;
+  #target = null;
 
   constructor() {
     this.outcome = byId("outcome");
@@ -26,7 +27,7 @@ export class Actions {
         button("dry-run", "Dry run", () => this.#dryRun()), button("rebalance", "Re-place now", () => this.#rebalance())),
       h("div", { class: "action" }, h("label", { htmlFor: "retire-which" }, "Worker"), this.worker,
         button("retire", "Retire", () => this.retire(this.worker.value)), this.add),
-      h("form", { class: "action", onsubmit: (event) => this.#scale(event) }, h("label", { htmlFor: "how-many" }, "Workers"), this.count,
+      h("form", { class: "action", onsubmit: (event) => this.#scale(event) }, h("label", { htmlFor: "how-many" }, "How many"), this.count,
         h("button", { id: "set-count" }, "Scale")),
       h("div", { class: "action" }, h("span", { class: "label" }, "Placement"), this.pin));
     this.buttons = [...byId("actions").querySelectorAll("button")];
@@ -44,7 +45,10 @@ export class Actions {
     setText(this.add, s?.next_worker ? `Add ${s.next_worker}` : "Add a worker");
     this.count.min = s?.min_workers ?? 1;
     this.count.max = s?.max_workers ?? "";
-    if (!this.count.value && s) this.count.value = s.target;
+    if (s && s.target !== this.#target && document.activeElement !== this.count) {
+      this.#target = s.target;
+      this.count.value = s.target;
+    }
     setText(byId("scale"), s ? `${number(s.serving)} serve, ${number(s.target)} wanted, ${number(s.min_workers)} to ${number(s.max_workers)} possible` + (s.autoscaler ? `; ${s.autoscaler}` : "") + (pinned ? "; the placement is pinned" : "") : "");
     this.#follow();
   }

@@ -65,6 +65,7 @@ def test_a_request_whose_grammar_cannot_go_on_ends_with_the_reason() -> None:
     stuck = (Stuck(request_id=LATE, reason="too complex"),)
     ended = {o.request_id: o for o in commit(s, without_late(plan(s), stuck=stuck))}
     assert (ended[LATE].finish_reason, ended[LATE].error) == (FinishReason.ERROR, "too complex")
+    assert ended[LATE].refused
     assert ended[RequestId("other")].finish_reason is FinishReason.LENGTH
     assert s.num_requests == 0
     assert s.status().corrupted_requests == 0

@@ -139,3 +139,10 @@ def test_named_tokens_take_the_place_of_the_likely_ones(call: Call) -> None:
     body = {"prompt": IDS, "logprobs": 1, "logprob_token_ids": [5, 9, 5], "max_tokens": 1}
     assert call("POST", URL, json=body, backend=backend).status_code == 200
     assert backend.requests[0].params.logprob_token_ids == (5, 9)
+
+
+def test_the_text_of_a_chats_prompt(call: Call) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "return_prompt_text": True}
+    assert call("POST", "/v1/chat/completions", json=body).json()["prompt_text"] == (
+        "<|im|>user\nhi\n<|im|>assistant\n"
+    )

@@ -22,7 +22,7 @@ BACKGROUND: dict[str, Any] = {"background": True, "max_output_tokens": TOKENS}
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_backend, "RETRY_S", 0.005)
     monkeypatch.setattr(ray_backend, "READINESS_S", 0.005)
-    monkeypatch.setattr(following, "LOOK_S", 0.01)
+    monkeypatch.setattr(following, "ADOPT_S", 0.01)
 
 
 async def ended(replica: Replica, response_id: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import dataclasses
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenOutput
 from elastic_moe.deploy.structured import checks
 from elastic_moe.deploy.structured.checks import GrammarChecks
 from tests.deploy.fakes import FakeBackend
@@ -51,6 +53,24 @@ def test_what_cannot_be_compiled_is_refused(call: Call, path: str, extra: dict[s
     assert (response.status_code, error["param"], error["code"]) == (400, param, "invalid_value")
     assert error["message"].startswith(param)
     assert not backend.requests
+
+
+class Stuck(FakeBackend):
+    """The grammar turns out to be too complex after the first token."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        yield self._output(request, 0, (65,), None)
+        end = self._output(request, 1, (), FinishReason.ERROR, "the grammar is too complex")
+        yield dataclasses.replace(end, refused=True)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_grammar_that_cannot_go_on_is_the_clients_error(call: Call, path: str) -> None:
+    body = {**BODIES[path], "guided_regex": "a+"}
+    response = call("POST", path, json=body, backend=Stuck())
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "grammar_failed")
+    events = call("POST", path, json={**body, "stream": True}, backend=Stuck()).text.split("\n\n")
+    assert "the grammar is too complex" in events[-3]
 
 
 def test_a_verdict_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

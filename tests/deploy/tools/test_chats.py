@@ -185,7 +185,8 @@ def test_a_schema_that_cannot_be_a_grammar(plain: Model) -> None:
     response, _ = plain.ask("", tools=[TOOLS[1], tool], tool_choice={"type": "function", "function": {"name": "f"}})
     assert response["error"]["param"] == "tools.1.function.parameters"
     response, _ = plain.ask("", tools=[TOOLS[1], tool], tool_choice="required")
-    assert response["error"]["param"] == "tools"
+    assert response["error"]["param"] == "tools.1.function.parameters"
+    assert "start:" not in response["error"]["message"]
 
 
 def test_one_call_where_the_client_wants_no_more(hermes: Model) -> None:

@@ -23,6 +23,7 @@ PERSON = {
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
     "required": ["name", "age"],
 }
+MANY_OBJECTS = [{"type": "object", "properties": {f"p{n}": {}}} for n in range(700)]
 NUMBER = {"type": "json_schema", "json_schema": {"type": "integer"}}
 OLD_TAGS = {
     "structures": [
@@ -121,8 +122,13 @@ def test_kinds(kind: GrammarKind, what: Any, good: list[str], bad: list[str]) ->
         (GrammarKind.JSON_SCHEMA, {"type": "string", "pattern": "(?=a)b"}, "look-around"),
         (GrammarKind.REGEX, "(", "unclosed group"),
         (GrammarKind.EBNF, "root ::= other", "other"),
-        (GrammarKind.EBNF, "start: start", "no text matches"),
+        (GrammarKind.EBNF, "start: start", "no text follows"),
         (GrammarKind.EBNF, "start: <|nothing|>", "unknown special token"),
+        (
+            GrammarKind.JSON_SCHEMA,
+            {"anyOf": [{"type": "object", "properties": {f"p{n}": {}}} for n in range(700)]},
+            "too complex",
+        ),
         (GrammarKind.STRUCTURAL_TAG, {"format": {"type": "table"}}, "'table' is not supported"),
         (GrammarKind.STRUCTURAL_TAG, {"structures": [{"begin": "a"}], "triggers": ["b"]}, "none of the triggers"),
         (GrammarKind.STRUCTURAL_TAG, {"structures": 5, "triggers": ["b"]}, "structures"),
