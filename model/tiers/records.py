@@ -95,7 +95,7 @@ def read_record(path: Path, head: bytes, slot: Tensor, page: mmap.mmap) -> None:
     with _opened(path) as file:
         if os.fstat(file.number).st_size != whole:
             raise BadRecord("it is not of its layout's size")
-        _read_all(file.number, [memoryview(page), memoryview(payload)], whole)
+        _read_all(file.number, [memoryview(page), payload.data], whole)
         if not file.direct:
             os.posix_fadvise(file.number, 0, whole, os.POSIX_FADV_DONTNEED)
     if page[: len(head)] != head:
@@ -110,7 +110,7 @@ def write_record(path: Path, head: bytes, slot: Tensor) -> None:
     number, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(number, "wb", buffering=0) as file:
-            for piece in (memoryview(head + digest(head, payload)), memoryview(payload)):
+            for piece in (memoryview(head + digest(head, payload)), payload.data):
                 done = 0
                 while done < len(piece):
                     done += file.write(piece[done:]) or 0
