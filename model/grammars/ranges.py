@@ -24,10 +24,9 @@ def check_ranges(schema: Any) -> None:
 
 
 def _check(schema: dict[str, Any]) -> None:
-    excluded = [schema.get(name) for name in ("exclusiveMinimum", "exclusiveMaximum")]
-    low = _first(schema.get("exclusiveMinimum"), schema.get("minimum"))
-    high = _first(schema.get("exclusiveMaximum"), schema.get("maximum"))
-    whole = any(_is_number(bound) and float(bound).is_integer() for bound in excluded)
+    above, below = _first(schema.get("exclusiveMinimum")), _first(schema.get("exclusiveMaximum"))
+    low, high = _first(above, schema.get("minimum")), _first(below, schema.get("maximum"))
+    whole = any(bound is not None and float(bound).is_integer() for bound in (above, below))
     if whole and low is not None and high is not None and high - low <= 1 and schema.get("type") != "integer":
         raise ValueError(f"numbers between {low} and {high} without a bound that is a whole number are not supported")
 
