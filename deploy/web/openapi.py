@@ -123,6 +123,10 @@ def _tidied(document: dict[str, Any]) -> dict[str, Any]:
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            for answer in operation["responses"].values():
+                # FastAPI writes that every answer of 200 is JSON
+                if answer["description"] == EMPTY["description"]:
+                    answer.pop("content", None)
             content = operation.get("requestBody", {}).get("content", {}).get("application/json")
             if content is not None:
                 schemas.update(content["schema"].pop("$defs", {}))

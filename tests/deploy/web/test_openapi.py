@@ -39,6 +39,12 @@ def test_every_call_describes_its_errors(document: dict[str, Any]) -> None:
             assert {"400", "413", "415"} <= set(operation["responses"]), call
 
 
+def test_an_answer_without_a_body_has_no_content(document: dict[str, Any]) -> None:
+    for path, method in (("/health", "get"), ("/ping", "get"), ("/ping", "post")):
+        assert "content" not in document["paths"][path][method]["responses"]["200"]
+    assert "application/json" in document["paths"]["/version"]["get"]["responses"]["200"]["content"]
+
+
 def test_every_reference_has_its_definition(document: dict[str, Any]) -> None:
     def references(value: Any) -> set[str]:
         if isinstance(value, dict):
