@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
+from tests.paths import ROOT
 from tests.properties import limit
 
 # Several workers run as threads of one process here, and on two cores their OpenMP threads would wait for one another:
@@ -13,12 +18,29 @@ from tests.properties import limit
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
             limit(item.obj)
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))  # one Ray cluster at a time, whatever -n says
-    # the group is the longest piece of work, so it begins first
+    # with `-n 2` these are the longest piece of work, so it begins first
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return OneRayAtATime(config, log)
+
+
+class OneRayAtATime(LoadScopeScheduling):
+    """Gives all files that start Ray to one process, and the other tests to whichever is free.
+
+    xdist's own groups (--dist loadgroup) have no effect with pytest 9.2, which keeps names of tests elsewhere.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if starts_ray(ROOT / nodeid.partition("::")[0]) else nodeid
+
+
+@cache
+def starts_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text()
