@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos bench bench-gating bench-tiers bench-gpu clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # CPU machines get the pinned torch 2.13: a looser range pulls several GB of CUDA libraries.
 $(VENV)/.installed: pyproject.toml setup.py

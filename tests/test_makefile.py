@@ -19,8 +19,8 @@ from tests.properties import QUICK
 
 VENV = Path(sys.executable).parents[1]
 RAN = {
-    *("help", "serve", "test", "check", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "clean"),
-    *("test-clients", "test-lm-eval", "test-schema"),
+    *("help", "serve", "test", "check", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "bench-tiers"),
+    *("test-clients", "test-lm-eval", "test-schema", "clean"),
 }
 """Targets that a test below runs."""
 
@@ -140,7 +140,9 @@ def test_chaos() -> None:
     assert "--only" in make("chaos", "ARGS=--help")
 
 
-@pytest.mark.parametrize(("target", "flag"), [("test-lm-eval", "--keep"), ("test-schema", "--examples")])
+@pytest.mark.parametrize(
+    ("target", "flag"), [("test-lm-eval", "--keep"), ("test-schema", "--examples"), ("bench-tiers", "--share")]
+)
 def test_checks_by_other_programs(target: str, flag: str) -> None:
     """That they start; each needs an environment of its own to run."""
     assert flag in make(target, "ARGS=--help")

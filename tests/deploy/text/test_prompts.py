@@ -83,7 +83,7 @@ def test_prompts_are_as_the_tokenizer_makes_them_and_hostile_ones_end(tmp_path: 
                 assert error.param == param
                 assert str(error).startswith(f"{param}: the ")
             refused = await refusal(prompts.render_chat([{"role": "user", "content": None, "tool_calls": 5}]))
-            assert (refused.param, refused.code) == ("messages", "invalid_type")
+            assert (refused.param, refused.code) == ("messages.0.tool_calls", "invalid_type")
             # and all goes on as before
             assert await prompts.encode("hello", add_special_tokens=True, param="prompt") == tokenizer.encode("hello")
 
