@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,10 @@ class Worker:
         self._tiers: Tiers | None = None
         """Made when an epoch places an expert of this worker on the disk."""
         self._capacity = 0
+        self._loaded: tuple[tuple[int, ...], ...] = ()
+        """[L] experts that were loaded first. The worker falls back to them until its first epoch begins."""
+        self._stepping = threading.Lock()
+        """Held by a step, and while experts are dropped, since a step may compute any expert that lies here."""
         self._drop_due = False
         self.disk_bytes_per_s: float | None = None
         """How fast experts come from the disk; None if this worker can compute only experts that are in its device."""
@@ -146,6 +151,7 @@ class Worker:
         # now, because no step could run meanwhile
         self._grammars = Compiler(self._vocabulary())
         self.report = self._fit.report()
+        self._loaded = self.held()
         self._capacity = self.expert_capacity()
         if self._store.slotted is not None:
             files = [tensor.file for tensor in self._checkpoint.tensors.values()]
@@ -323,7 +329,8 @@ class Worker:
         self._runner.dispatcher = state.dispatcher
         if previous is not None and previous.exchange is not state.exchange:
             previous.exchange.close()
-        self._keep_placed()
+        with self._stepping:
+            self._keep_placed()
 
     def _share_threads(self, state: _EpochState) -> None:
         """Share a node's cores among its workers. The thread that runs the steps calls it."""
@@ -352,19 +359,30 @@ class Worker:
             torch.set_num_threads(threads)
 
     def abandon(self, epoch: Epoch) -> None:
-        """Forget what was prepared and copied for an epoch that will not be committed."""
+        """Forget what was prepared and copied for an epoch that will not be committed.
+
+        Where a step runs that may compute what was copied, it is dropped as soon as that step has ended.
+        """
         state = self._prepared.pop(epoch, None)
         if state is not None and (self._epoch is None or state.exchange is not self._epoch.exchange):
             state.exchange.close()
-        if self._tiers is None:
-            self._keep_placed()
-        else:
-            # a step may compute an expert that was copied for this epoch, so the thread of the steps drops it
-            self._drop_due = True
+        self._drop_due = True
+        self._drop_between_steps()
+
+    def _drop_between_steps(self, *, wait: bool = False) -> None:
+        """Drop what was copied for abandoned epochs, unless a step runs; `wait`: wait for its end then."""
+        if self._drop_due and self._stepping.acquire(blocking=wait):
+            try:
+                # another thread may have done so meanwhile
+                if self._drop_due:
+                    self._keep_placed()
+            finally:
+                self._stepping.release()
 
     def _keep_placed(self) -> None:
         self._drop_due = False
         if self._epoch is None:
+            self._store.keep_only(self._loaded)
             return
         spec, layers = self._epoch.spec, range(self._store.num_layers)
         self._store.keep_only([self._resident(spec, layer) for layer in layers])
@@ -395,6 +413,7 @@ class Worker:
         """Hold a copy beside the placement's experts. Raises PlacementError if its digest does not match."""
         if digest(copy.tensors) != copy.digest:
             raise PlacementError(f"expert {copy.expert} of layer {copy.layer} arrived damaged")
+        self._drop_between_steps(wait=True)
         tensors = {
             name: torch.from_numpy(raw).view(getattr(torch, copy.dtypes[name])).view(copy.shapes[name]).to(self._device)
             for name, raw in copy.tensors.items()
@@ -407,6 +426,7 @@ class Worker:
 
     def read_experts(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Read experts, given as (layer, expert), from the disk and hold them beside the placement's experts."""
+        self._drop_between_steps(wait=True)
         if self._tiers is None:
             self._read(pairs)
             return
@@ -430,19 +450,20 @@ class Worker:
         if epoch.failed_step is not None:
             raise StepAborted(f"step {epoch.failed_step} failed on {self.spec.worker}")
         try:
-            return self._run(plan)
+            with self._stepping:
+                return self._run(plan)
         except BaseException as error:
             epoch.failed_step = plan.step
             self._counter.discard_step()
             if isinstance(error, ExpertUnavailable) and self._tiers is not None:
                 raise (self._tiers.take_error() or error) from None
             raise
+        finally:
+            self._drop_between_steps()
 
     def _run(self, plan: StepPlan) -> StepResult:
         begin = time.perf_counter()
         assert self._epoch is not None
-        if self._drop_due:
-            self._keep_placed()
         self._borrow_threads(plan, self._epoch)
         for request_id in plan.finished:
             self._sequences.pop(request_id, None)

@@ -68,11 +68,16 @@ class SimulatedWorker:
 
     held: np.ndarray
     alive: bool = True
+    loaded: np.ndarray = field(init=False)
+    """What it held when it had loaded."""
     placed: np.ndarray | None = None
     """What lies in its device under the epoch in force, and (below) what it serves."""
     serves: np.ndarray | None = None
     epoch: int = 0
     prepared: dict[int, EpochSpec] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.loaded = self.held.copy()
 
 
 class Simulation:
@@ -140,8 +145,7 @@ class Simulation:
                 for worker in command.workers:
                     simulated = self.workers[worker]
                     simulated.prepared.pop(command.epoch, None)
-                    if simulated.placed is not None:
-                        simulated.held &= simulated.placed
+                    simulated.held &= simulated.loaded if simulated.placed is None else simulated.placed
             case _:
                 self.todo.append(command)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from elastic_moe.cluster.messages.epochs import FetchSource
+from elastic_moe.cluster.messages.epochs import Epoch, FetchSource
 from elastic_moe.cluster.placement import Tier
 from elastic_moe.model.native import unavailable
+from elastic_moe.model.worker.worker import Worker
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import run_group
 from tests.model.lockstep import Lockstep, request
@@ -116,6 +118,34 @@ def test_experts_change_their_tiers_while_requests_run(
             cluster._flip(new)
             assert worker.held() == tuple(tuple(sorted(row)) for row in held)
     assert got == expected
+
+
+def test_what_was_brought_for_an_abandoned_epoch_leaves(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or when the step that runs has ended: the control plane brings the next experts into the same memory."""
+    cluster = Lockstep(tiny_checkpoint("qwen3_moe", tmp_path_factory), (8,), pinned=1, cache_dir=tmp_path)
+    worker = next(iter(cluster.workers.values()))
+    joins = Worker(worker.spec)
+    joins.load()
+    for one in (joins, worker):
+        placed = one.held()
+        one.read_experts([(0, 5)])
+        assert one.held() != placed
+        one.abandon(Epoch(9))
+        assert one.held() == placed
+    worker.read_experts([(0, 5)])
+    brought, run = worker.held(), worker._runner.run
+    during = []
+
+    def run_meanwhile(*args: Any, **kwargs: Any) -> torch.Tensor:
+        worker.abandon(Epoch(9))
+        during.append(worker.held())
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(worker._runner, "run", run_meanwhile)
+    cluster.run([request("r", prompts(1)[0], max_tokens=2)])
+    assert (during[0], worker.held()) == (brought, placed)
 
 
 def test_damaged_and_foreign_records_are_read_again_from_the_checkpoint(
