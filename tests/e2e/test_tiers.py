@@ -88,7 +88,7 @@ def test_kill_9_of_three_workers_of_four(small: Server, reference: Reference) ->
     stream.join(120)
     assert stream.text == expected
     small.wait("everything in memory again", lambda: small.ready() and resident(small) == 1.0, 120)
-    assert answer(small) == expected
+    assert answer(small) == reference.text(reference.greedy(PROMPT, TOKENS))
 
 
 def test_what_came_from_disk_is_counted(small: Server) -> None:
