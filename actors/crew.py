@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-AWAY_S = 10.0
-"""A replica that has not checked in for so long is gone."""
+from elastic_moe.actors.liveness import AWAY_S
+
 FORGOTTEN_S = 60.0
 """A replica that has not checked in for so long holds up no stop."""
 

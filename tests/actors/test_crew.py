@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from elastic_moe.actors.crew import AWAY_S, Crew
+from elastic_moe.actors.crew import Crew
+from elastic_moe.actors.liveness import AWAY_S
 
 
 def test_requests_are_left_until_every_replica_refuses_and_has_none() -> None:
