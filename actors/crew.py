@@ -1,45 +1,56 @@
-"""The API replicas that there are, as the coordinator knows them: each checks in once in a while. Pure."""
+"""The API replicas that there are, as the coordinator knows them: each checks in once in a while. Pure.
+
+When the server stops, a number of running requests is worth something only if the replica counted them after it had
+begun to refuse new ones: so each report says whether it did. A replica that is silent may just be slow to hear of the
+stop, and a coordinator that has just started knows nobody yet: both get AWAY_S from the stop on.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-AWAY_S = 5.0
-"""A replica that has not checked in for so long is gone."""
+from elastic_moe.actors.liveness import AWAY_S
+
+FORGOTTEN_S = 60.0
+"""A replica that has not checked in for so long holds up no stop."""
 
 
-@dataclass(slots=True)
-class _Replica:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Report:
     seen_at: float
     running: int
     refuses: bool
-    """Whether it has been told that the server stops, before it counted."""
+
+    @property
+    def left(self) -> int:
+        """A replica that does not refuse yet may still accept a request, so it counts as busy."""
+        return self.running if self.refuses else max(1, self.running)
 
 
 class Crew:
-    def __init__(self) -> None:
-        self._replicas: dict[str, _Replica] = {}
+    def __init__(self, expected: int) -> None:
+        """`expected`: number of replicas that the server has."""
+        self._expected = expected
+        self._reports: dict[str, _Report] = {}
+        self._stopped_at = math.inf
 
-    def check_in(self, name: str, running: int, now: float) -> None:
-        """`running`: number of requests that the replica runs."""
-        known = self._replicas.get(name)
-        told = known is not None and known.refuses
-        self._replicas[name] = _Replica(seen_at=now, running=running, refuses=told)
-
-    def told(self, name: str) -> None:
-        """The replica is told that the server stops; what it reports from now on is all that it will ever run."""
-        if name in self._replicas:
-            self._replicas[name].refuses = True
+    def check_in(self, name: str, running: int, refuses: bool, now: float) -> None:
+        """`running`: number of requests that the replica runs. `refuses`: whether it refused new ones before it
+        counted them."""
+        self._reports = {n: report for n, report in self._reports.items() if now - report.seen_at < FORGOTTEN_S}
+        self._reports[name] = _Report(seen_at=now, running=running, refuses=refuses)
 
     def check_out(self, name: str, now: float) -> int:
         """The replica ends. Returns how many others there are."""
-        self._replicas.pop(name, None)
-        return len(self._present(now))
+        self._reports.pop(name, None)
+        return sum(now - report.seen_at < AWAY_S for report in self._reports.values())
 
     def left(self, now: float) -> int:
-        """Number of requests that run while the server stops. A replica that does not know it yet counts as busy."""
-        return sum(replica.running if replica.refuses else max(1, replica.running) for replica in self._present(now))
-
-    def _present(self, now: float) -> list[_Replica]:
-        self._replicas = {n: replica for n, replica in self._replicas.items() if now - replica.seen_at < AWAY_S}
-        return list(self._replicas.values())
+        """The server stops, since the first call of this. Returns the number of requests that still run, where a
+        replica that has not said yet that it refuses new ones counts as busy."""
+        self._stopped_at = min(self._stopped_at, now)
+        unknown = max(0, self._expected - len(self._reports)) if now - self._stopped_at < AWAY_S else 0
+        return unknown + sum(
+            report.left for report in self._reports.values() if now - max(report.seen_at, self._stopped_at) < AWAY_S
+        )

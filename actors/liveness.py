@@ -47,6 +47,7 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
     API              responses in progress that no replica    ADOPT_S between two looks         it follows them
                      follows
     API              the coordinator, when it checks in       CHECK_IN_S, then HANG_S           it checks in again
+    coordinator      an API replica, when the server stops    AWAY_S                            it waits for it no more
     API              any other answer                         CALL_TIMEOUT_S                    the request has failed
 """
 
@@ -126,5 +127,7 @@ LIFE_S = 10.0
 ADOPT_S = 5.0
 CHECK_IN_S = 1.0
 """Longest that the coordinator holds an API replica's call, to answer it as soon as the server stops."""
+AWAY_S = 10.0
+"""Seconds without a check-in after which an API replica is gone. While the server stops they begin with the stop."""
 HANG_S = 10.0
 """Seconds without a sign of life after which a coordinator that answered before is taken to hang."""

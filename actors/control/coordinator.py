@@ -74,7 +74,7 @@ class Coordinator:
         self._loop: ControlLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
-        self._crew = Crew()
+        self._crew = Crew(config.api_replicas)
         self._stopping = asyncio.Event()
         """Set when the API replicas are to refuse new requests."""
         self._spawn(self._run())
@@ -183,17 +183,16 @@ class Coordinator:
             return None
         return self._loop.processes.engine
 
-    async def check_in(self, replica: str, running: int) -> bool:
-        """Called by every API replica, again and again, with the number of requests that it runs.
+    async def check_in(self, replica: str, running: int, refuses: bool) -> bool:
+        """Called by every API replica, again and again, with the number of requests that it runs, and whether it
+        refused new ones before it counted.
 
         Returns whether it must refuse new ones: at once if so, and else after CHECK_IN_S.
         """
-        self._crew.check_in(replica, running, time.monotonic())
+        self._crew.check_in(replica, running, refuses, time.monotonic())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(liveness.CHECK_IN_S):
                 await self._stopping.wait()
-        if self._stopping.is_set():
-            self._crew.told(replica)
         return self._stopping.is_set()
 
     async def check_out(self, replica: str) -> int:

@@ -29,6 +29,7 @@ from elastic_moe.deploy.web.cors import install_cors
 from elastic_moe.deploy.web.docs import docs_router
 from elastic_moe.deploy.web.methods import Methods
 from elastic_moe.deploy.web.openapi import EMPTY, described, install_openapi, json_answer, text_answer
+from elastic_moe.deploy.web.running import Counted
 
 TOKENS_AT_ONCE = 4096
 """Tokens of an answer of /tokenize that are written before other requests get their turn."""
@@ -55,6 +56,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(page_router())
     app.include_router(docs_router(app))
     install_openapi(app, service.config.root_path)
+    app.add_middleware(Counted, running=service.requests)
     app.add_middleware(Methods, routes=app.router.routes)
     app.add_middleware(Guard, config=service.config)
     install_cors(app, service.config)

@@ -36,7 +36,7 @@ def chat_router(service: Service) -> APIRouter:
     async def create(request: Request) -> Response:
         body = await service.bodies.read(request, ChatCompletionRequest)
         service.check_model(body.model)
-        await service.check_ready()
+        await service.accept(request)
         client = client_name(request)
         service.check_room(client, body)
         prompt = await chat_prompt(service, body)

@@ -34,7 +34,7 @@ def completions_router(service: Service) -> APIRouter:
     async def create(request: Request) -> Response:
         body = await service.bodies.read(request, CompletionRequest)
         service.check_model(body.model)
-        await service.check_ready()
+        await service.accept(request)
         client = client_name(request)
         service.check_room(client, body, len(body.prompts))
         prompts = await _prompts(service, body)

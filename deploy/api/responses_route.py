@@ -45,7 +45,7 @@ def responses_router(service: Service) -> APIRouter:
     async def create(request: Request) -> Response:
         body = await service.bodies.read(request, ResponsesRequest)
         service.check_model(body.model)
-        await service.check_ready()
+        await service.accept(request)
         if body.background and not service.store.bounds.most:
             raise RequestError("background: this server stores no responses", param="background")
         record = await _new_record(service, body, client_name(request))
@@ -64,6 +64,7 @@ def responses_router(service: Service) -> APIRouter:
             return _json(shown(record))
         if not record.background:
             raise RequestError("stream: only background responses can be streamed again", param="stream")
+        service.requests.begin(request.scope)
         return _events(service, record, -1 if after is None else after)
 
     deleted = json_answer("What was deleted.", "id", "object", "deleted")
@@ -213,7 +214,6 @@ class _Direct:
         """The events of the response. Closing the generator aborts it in the engine."""
         service, request = self._service, self._record.request
         taken = service.places.take(request.client, 1)
-        service.active += 1
         counting = Counting(service.metrics, len(request.prompt_token_ids))
         reason = FinishReason.ABORT
         outputs = service.backend.generate(request)
@@ -241,7 +241,6 @@ class _Direct:
                 yield event
         finally:
             taken.give_back()
-            service.active -= 1
             counting.ended(reason)
 
     async def _keep(self, rendering: Rendering) -> None:

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request
+
 from elastic_moe.actors.remote.key_value import KeyValue, LocalKeyValue
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
@@ -44,6 +46,7 @@ from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 from elastic_moe.deploy.tools.form import answer_form
 from elastic_moe.deploy.tools.plan import NewParser, tool_plan
+from elastic_moe.deploy.web.running import Running
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +108,8 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         """Whether the server stops: running requests go on, and new ones are refused."""
-        self.active = 0
-        """Number of running requests that end with their connections."""
+        self.requests = Running()
+        """What runs and ends with its connection."""
         digest = hashlib.blake2b(f"{version()} {self.model_name} {config.dtype}".encode(), digest_size=5).hexdigest()
         self.fingerprint = f"emoe-{version()}-{digest}"
         self.defaults = SamplingDefaults()
@@ -163,7 +166,7 @@ class Service:
     @property
     def running(self) -> int:
         """Number of all running requests."""
-        return self.active + len(self.following)
+        return len(self.requests) + len(self.following)
 
     async def readiness(self) -> Readiness:
         if self._tokenizer_error is not None:
@@ -175,14 +178,19 @@ class Service:
             return Readiness(ready=False, reason="loading the tokenizer")
         return state
 
-    async def check_ready(self) -> None:
-        """Raises NotReadyError, with the reason, where no worker has served yet, or none will.
+    async def accept(self, request: Request) -> None:
+        """From now on `request` counts as running, until its response has been sent whole.
 
+        Raises NotReadyError, with the reason, where no worker has served yet, or none will; then it does not count.
         While workers recover, a request is accepted, and waits as those do that were accepted before.
         """
+        # it counts from the moment at which it is not refused: a stop that comes during the wait below must know of it
+        if not self.draining:
+            self.requests.begin(request.scope)
         state = await self.readiness()
         may_wait = self.backend.can_wait and self._tokenizer is not None and not self.draining
         if not state.ready and (state.error is not None or not may_wait):
+            self.requests.end(request.scope)
             raise NotReadyError(f"the server cannot serve: {state.error or state.reason}")
 
     @property
@@ -370,7 +378,6 @@ class Service:
         Raises RequestError 503 where too many requests wait.
         """
         taken = self.places.take(answers[0].request.client, len(answers))
-        self.active += 1
         try:
             streams = [
                 answer_deltas(self.backend, answer, self.metrics, began=lambda: taken.give_back(1))
@@ -381,7 +388,6 @@ class Service:
                     yield delta
         finally:
             taken.give_back()
-            self.active -= 1
 
 
 async def _unchecked(grammar: Grammar, *, param: str) -> Grammar:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -23,16 +22,16 @@ from ray.serve import Application
 
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.control.start import start_cluster, stop_cluster
-from elastic_moe.actors.liveness import CHECK_IN_S, HANG_S
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote.ask import Remote, ask
-from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
+from elastic_moe.actors.remote.calls import CALL_ERRORS, within
 from elastic_moe.actors.remote.key_value import RayKeyValue
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
+from elastic_moe.deploy.generation.check_in import check_in
 from elastic_moe.deploy.generation.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.launch.ray_private import keep_grpc_local
@@ -41,16 +40,12 @@ from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
 from elastic_moe.deploy.web.old_http import serve_old_http
 
-logger = logging.getLogger(__name__)
-
 StartCluster = Callable[[ServeConfig, str], Remote[Coordinator]]
 
 MAX_ONGOING_REQUESTS = 10_000
 """More requests than the engine accepts, because requests must queue in the engine and not in Serve."""
 STOP_TIMEOUT_S = 10.0
 """Seconds that the actors have to end."""
-BUSY_S = 0.1
-"""Seconds between two reports of a replica that finishes its last requests."""
 
 
 @serve.ingress()
@@ -81,7 +76,7 @@ class Api:
             self._load(),
             self._service.following.watch(),
             self._service.metrics.share(self._backend),
-            self._check_in(),
+            check_in(self._coordinator, self._name, self._service),
         )
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
         return create_app(self._service)
@@ -89,17 +84,6 @@ class Api:
     async def _load(self) -> None:
         await asyncio.to_thread(without_torch)
         await self._service.begin()
-
-    async def _check_in(self) -> None:
-        """Tell the coordinator what runs here, and hear whether the server stops. Never returns."""
-        while True:
-            try:
-                answer = ask(self._coordinator, Coordinator.check_in, self._name, self._service.running)
-                self._service.draining = await within(answer, CHECK_IN_S + HANG_S)
-                await asyncio.sleep(BUSY_S if self._service.draining else 0)
-            except CALL_ERRORS as error:
-                logger.debug("the coordinator does not hear this replica: %s", one_line(error))
-                await asyncio.sleep(CHECK_IN_S)
 
     async def __del__(self) -> None:
         for task in self._tasks:

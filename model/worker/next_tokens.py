@@ -19,16 +19,24 @@ NO_COMMON_TOKEN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextTokens:
-    """Every sequence is in one of the four, which are those of StepResult."""
+    """Every sequence is in one of the first four, which are those of StepResult."""
 
     samples: tuple[Sample, ...]
     corrupted: tuple[RequestId, ...]
     unready: tuple[RequestId, ...]
     stuck: tuple[Stuck, ...]
+    tokens: Mapping[RequestId, int]
+    """The chosen token of each sequence; negative where none could be chosen."""
+
+    def append_to(self, states: Mapping[RequestId, SamplingState]) -> None:
+        """Append each sequence's token. Call it once it is known that the step's exchanges came to something."""
+        for request_id, token in self.tokens.items():
+            # the next step may be on its way and runs with any token here; nobody reads the result for this request
+            states[request_id].append(max(0, token), spoilt=token < 0)
 
 
 def choose(logits_BV: Tensor, states: Mapping[RequestId, SamplingState]) -> NextTokens:
-    """Choose the next token of each sequence, and append it. `logits_BV`: [B, V], a row for each, in order."""
+    """Choose the next token of each sequence. `logits_BV`: [B, V], a row for each, in order."""
     stuck: dict[RequestId, str] = {}
     unready: list[RequestId] = []
     able: dict[RequestId, int] = {}
@@ -46,10 +54,6 @@ def choose(logits_BV: Tensor, states: Mapping[RequestId, SamplingState]) -> Next
     rows_BV = logits_BV if len(able) == len(states) else logits_BV[list(able.values())]
     chosen = dict(zip(able, sample(rows_BV, [states[request_id] for request_id in able]), strict=True))
     stuck |= {request_id: NO_COMMON_TOKEN for request_id, (token, _) in chosen.items() if token == BLOCKED}
-    for request_id, state in states.items():
-        token = chosen[request_id][0] if request_id in chosen else NO_TOKEN
-        # the next step may be on its way and runs with any token here; nobody reads the result for this request
-        state.append(max(0, token), spoilt=token < 0)
     return NextTokens(
         samples=tuple(
             Sample(request_id=request_id, token_id=token, logprobs=logprobs)
@@ -59,4 +63,5 @@ def choose(logits_BV: Tensor, states: Mapping[RequestId, SamplingState]) -> Next
         corrupted=tuple(request_id for request_id, (token, _) in chosen.items() if token == NO_TOKEN),
         unready=tuple(unready),
         stuck=tuple(Stuck(request_id=request_id, reason=reason) for request_id, reason in stuck.items()),
+        tokens={request_id: chosen[request_id][0] if request_id in chosen else NO_TOKEN for request_id in states},
     )

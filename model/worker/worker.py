@@ -483,6 +483,7 @@ class Worker:
             chosen = choose(logits, sampling)
         assert self._epoch is not None
         self._epoch.dispatcher.finish()
+        chosen.append_to(sampling)
         self._counter.commit_step([chunk.length for chunk in plan.chunks])
         if self._tiers is not None:
             self._tiers.settle()

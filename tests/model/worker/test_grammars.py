@@ -54,7 +54,9 @@ def one_step(states: Sequence[SamplingState], logits_BV: torch.Tensor) -> NextTo
     for one in states:
         if one.progress is not None and (job := one.progress.begin_mask()) is not None:
             job.run()
-    return choose(logits_BV, named)
+    chosen = choose(logits_BV, named)
+    chosen.append_to(named)
+    return chosen
 
 
 def token(text: str) -> int:
