@@ -162,8 +162,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--log", type=Path, default=Path("structured.log"))
+    parser.add_argument("--log", type=Path, default=Path("bench-out/structured.log"))
     args = parser.parse_args()
+    args.log.parent.mkdir(parents=True, exist_ok=True)
     emoe = str(Path(sys.executable).with_name("emoe"))
     command = [emoe, "serve", str(args.model), "--workers", str(args.workers), "--port", "{port}"]
     server = Server(name="elastic-moe", command=[*command, "--served-model-name", MODEL_NAME], ours=True)
