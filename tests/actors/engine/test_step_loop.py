@@ -364,7 +364,8 @@ def test_a_worker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (epoch, suspects) == (1, ["b"])
         assert "no answer in time" in reason
         # before that it was asked for a sign of life: when the step was late, and when it did not give it up
-        assert cluster.late == [["a", "b"], ["b"]]
+        # (on a busy machine both moments may have passed at the first look)
+        assert cluster.late in ([["a", "b"], ["b"]], [["b"]])
         goes_on.set()
         # it is spared, and what it answers late confuses nobody
         await cluster.begin_epoch("a", "b")
