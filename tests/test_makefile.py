@@ -25,7 +25,7 @@ RAN = {
 """Targets that a test below runs."""
 
 
-ALONE = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+ALONE = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 """The environment without what `make test` hands on: an inner make would tell which folders it enters and leaves."""
 
 

@@ -333,7 +333,9 @@ class Background:
                     lines = response.iter_lines() if response.status_code == 200 else ()
                     for line in lines:
                         # one by one: those before a cut count
-                        events += [json.loads(line.removeprefix("data: "))] if line.startswith("data: {") else []
+                        event = json.loads(line.removeprefix("data: ")) if line.startswith("data: {") else {}
+                        # an error event without a number says that the stream was cut
+                        events += [event] if "sequence_number" in event else []
             except httpx.HTTPError:
                 time.sleep(0.05)
             if [event["sequence_number"] for event in events] != list(range(len(events))):
