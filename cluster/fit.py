@@ -21,6 +21,8 @@ class Part(StrEnum):
     """A decoder layer up to its feed-forward half."""
     ATTENTION = "attention"
     """Attention of queries over the KV cache."""
+    STATES = "states"
+    """Layers that keep a state per sequence: linear attention, Mamba, short convolutions."""
     ROUTER = "router"
     EXPERTS = "experts"
     NORMS = "norms"

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
@@ -21,9 +29,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "CONFIG_MAPPING",
+    "DummyLayer",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "ExpertsInterface",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "LinearAttentionCacheLayerMixin",
+    "LinearAttentionLayer",
     "Mxfp4Dequantize",
     "WeightConverter",
     "WeightRenaming",

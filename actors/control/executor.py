@@ -105,6 +105,7 @@ class Executor:
             expert_cache_dir=config.expert_cache_dir,
             expert_cache_policy=config.expert_cache_policy,
             step_timeout_s=config.step_timeout,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
 
     def _threads(self) -> dict[str, int]:

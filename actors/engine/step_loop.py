@@ -25,15 +25,13 @@ from elastic_moe.actors.remote.calls import one_line, wait_within
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.errors import StepAborted, WorkerError
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
+from elastic_moe.cluster.messages.epochs import STEPS_IN_FLIGHT, Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
 
-DEPTH = 2
-"""Most steps in flight."""
 LEAD = 0.25
 """The next step is sent before the present one ends, by this share of a step's time, but at least `LEAD_S`."""
 LEAD_S = 0.004
@@ -186,7 +184,7 @@ class StepLoop:
 
     def _due(self, oldest: _Flight) -> float:
         """Time at which to send the next step, while `oldest` is still in flight."""
-        if len(self._flights) >= DEPTH:
+        if len(self._flights) >= STEPS_IN_FLIGHT:
             return math.inf
         took = self._took.get(oldest.tokens.bit_length(), 0.0)
         return oldest.begun + took - max(LEAD_S, LEAD * took)
@@ -304,7 +302,10 @@ class StepLoop:
             flip.done.set_exception(StepAborted(f"epoch {flip.spec.epoch} was not committed by {detail}"))
             return
         self._spec, self._broken = flip.spec, False
-        moved = self._scheduler.set_workers({worker: info.num_kv_blocks for worker, info in members.items()})
+        moved = self._scheduler.set_workers(
+            {worker: info.num_kv_blocks for worker, info in members.items()},
+            {worker: info.state_room for worker, info in members.items() if info.state_room is not None},
+        )
         flip.done.set_result(moved)
 
 

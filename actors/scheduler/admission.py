@@ -82,7 +82,7 @@ def admit(waiting: FairQueue, parts: Collection[Part], max_num_seqs: int, max_nu
     takers = {p.cache.worker: p for p in parts if not p.cache.draining}
     at = passed = 0
     while at < len(waiting) and passed <= len(parts):
-        takers = {w: p for w, p in takers.items() if p.room and len(p.cache.running) < max_num_seqs}
+        takers = {w: p for w, p in takers.items() if p.room and p.cache.has_seat(max_num_seqs)}
         if not takers:
             return
         request = waiting.items[at]
@@ -125,7 +125,7 @@ def in_the_way(request: RunningRequest, caches: Collection[WorkerCache], max_num
     closer, so requests never preempt each other in turn.
     """
     able = [cache for cache in caches if not cache.draining and cache.can_ever_hold(request)]
-    if any(len(cache.running) < max_num_seqs and cache.slack(request, cache.cached(request)) >= 0 for cache in able):
+    if any(cache.has_seat(max_num_seqs) and cache.slack(request, cache.cached(request)) >= 0 for cache in able):
         return None
     running = [other for cache in caches for other in cache.running.items]
     greedy = _most_of(running, _client, request)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId
-from elastic_moe.cluster.messages.steps import Chunk, NewSequence
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse
 from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class RunningRequest:
         "_keys",
         "arrival",
         "blocks",
+        "borders",
         "cache",
         "cached_tokens",
         "call",
@@ -46,8 +47,10 @@ class RunningRequest:
         "priority",
         "rank",
         "request_id",
+        "restore",
         "scored",
         "stop_token_ids",
+        "tail",
         "tokens",
         "turn",
     )
@@ -91,6 +94,12 @@ class RunningRequest:
         self.blocks: list[int] = []
         self.cached_tokens: int | None = None
         """Prompt tokens that the first worker had in its cache; None before the request has run anywhere."""
+        self.restore: int | None = None
+        """The snapshot that the request's states come from, until its first chunk is committed."""
+        self.borders: list[int] = []
+        """Numbers of blocks after which the prompt's states are worth a snapshot."""
+        self.tail: bytes | None = None
+        """Key of the last block of the answer after which the request has left a snapshot of its states."""
         self._keys = [root_key(salt=request.cache_salt, variant=variant)]
         """The root key, then the keys of full blocks. Keys are computed when they are first needed."""
         self.introduced = False
@@ -166,8 +175,8 @@ class RunningRequest:
             eos_token_ids=self.eos_token_ids,
         )
 
-    def run(self, length: int) -> Chunk:
-        """Put the next `length` tokens into flight. Returns the chunk to send."""
+    def run(self, length: int, state: StateUse | None = None) -> Chunk:
+        """Put the next `length` tokens into flight. Returns the chunk to send. `state`: what it does with states."""
         introduced = _end(self.flight[-1]) if self.flight else self.introduced_blocks
         score_from = max(self.started, self.scored)
         chunk = Chunk(
@@ -178,6 +187,7 @@ class RunningRequest:
             block_offset=introduced,
             block_ids=tuple(self.blocks[introduced:]) if introduced < len(self.blocks) else (),
             score_from=score_from if score_from < min(self.started + length, self.num_to_score) else None,
+            state=state,
         )
         self.flight.append(chunk)
         return chunk

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shortest_served
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
@@ -30,7 +31,7 @@ from elastic_moe.actors.scheduler.kv_blocks import blocks_for
 from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
@@ -63,8 +64,10 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         rope_limits: Collection[int] = (),
         rope_growth_limit: int | None = None,
+        state_rooms: Mapping[WorkerId, StateRoom] | None = None,
     ) -> None:
-        """`workers`: KV blocks of each, in rank order. `max_num_seqs` and `max_num_batched_tokens` are per worker.
+        """`workers`: KV blocks of each, in rank order. `state_rooms` as in `set_workers`. `max_num_seqs` and
+        `max_num_batched_tokens` are per worker.
 
         `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` and
         `rope_growth_limit` as in ModelInfo.
@@ -88,7 +91,7 @@ class Scheduler:
         """Steps in flight, with every worker's part, oldest first."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._epoch = 0
         self._prefix_queries = self._prefix_hits = self._corrupted = 0
-        self.set_workers(workers)
+        self.set_workers(workers, state_rooms or {})
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
@@ -227,10 +230,12 @@ class Scheduler:
                     continue
                 unready = request.request_id in results[worker].unready
                 if unready:
-                    part.cache.commit_but_last(request)
+                    landed = part.cache.commit_but_last(request)
                 else:
+                    landed = True
                     part.cache.commit(request)
-                found = scores[worker].get(request.request_id) if chunk.score_from is not None else None
+                wanted = landed and chunk.score_from is not None
+                found = scores[worker].get(request.request_id) if wanted else None
                 assert found is None or found.end == request.scored + 1, f"{worker} has scored other tokens"
                 if chunk.samples and not unready:
                     outputs.append(self._append(request, samples[worker][request.request_id], found))
@@ -303,7 +308,7 @@ class Scheduler:
     def _give_up(self, request: RunningRequest) -> TokenOutput:
         """End a request whose logits are not numbers, and make sure that no request shares its KV-cache blocks."""
         assert request.cache is not None
-        request.cache.pool.forget(request.blocks)
+        request.cache.unshare(request)
         self._corrupted += 1
         self._end(request)
         return _failure(request, CORRUPTED)
@@ -336,26 +341,36 @@ class Scheduler:
 
     # --- Membership ---------------------------------------------------------------------------------------------
 
-    def set_workers(self, workers: Mapping[WorkerId, int]) -> int:
+    def set_workers(
+        self, workers: Mapping[WorkerId, int], state_rooms: Mapping[WorkerId, StateRoom] = MappingProxyType({})
+    ) -> int:
         """Set the workers from the next step on, with their numbers of KV blocks, in rank order.
 
-        Requests whose worker is gone return to the queue with all their tokens; the number of these requests is
-        returned. A worker with another number of blocks than before counts as a new worker. A worker that restarted
-        under its old name must be left out of one call first.
+        `state_rooms` has the workers whose model keeps states. Requests whose worker is gone return to the queue with
+        all their tokens; the number of these requests is returned. A worker with another number of blocks or room for
+        states than before counts as a new worker. A worker that restarted under its old name must be left out of one
+        call first.
         """
         assert not self._flights, "the membership changes between steps"
         requeued = 0
+        rooms = {worker: (blocks, state_rooms.get(worker)) for worker, blocks in workers.items()}
         for worker, cache in self._caches.items():
-            if workers.get(worker) != cache.pool.num_blocks:
+            if rooms.get(worker) != (cache.pool.num_blocks, cache.state_room):
                 requeued += len(cache.running)
                 for request in cache.running.items.copy():
                     self._requeue(request)
         old = self._caches
         self._caches = {}
-        for worker, num_kv_blocks in workers.items():
+        for worker, (blocks, state_room) in rooms.items():
             kept = old.get(worker)
-            if kept is None or kept.pool.num_blocks != num_kv_blocks:
-                kept = WorkerCache(worker, num_kv_blocks, self._block_size, prefix_caching=self._enable_prefix_caching)
+            if kept is None or (kept.pool.num_blocks, kept.state_room) != (blocks, state_room):
+                kept = WorkerCache(
+                    worker,
+                    blocks,
+                    self._block_size,
+                    prefix_caching=self._enable_prefix_caching,
+                    state_room=state_room,
+                )
             self._caches[worker] = kept
         return requeued
 
@@ -391,7 +406,7 @@ class Scheduler:
         """Asserts every invariant. For tests: it takes time in proportion to all blocks and tokens."""
         for cache in self._caches.values():
             cache.validate()
-            assert len(cache.running) <= self._max_num_seqs
+            assert len(cache.running) <= min(self._max_num_seqs, cache.seats)
         placed = {s.request_id: s for cache in self._caches.values() for s in cache.running.items}
         waiting = {s.request_id: s for s in self._waiting.items}
         assert len(placed) == sum(len(cache.running) for cache in self._caches.values()), "a request has two workers"

@@ -99,6 +99,7 @@ class WorkerActor:
             device=torch.cuda.get_device_name() if spec.model.device == "cuda" else "cpu",
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
+            state_room=worker.state_room,
             expert_capacity=worker.capacity,
             held=worker.held(),
             disk_bytes_per_s=worker.disk_bytes_per_s,

@@ -76,6 +76,10 @@ class ModelInfo:
         )
 
 
+STEPS_IN_FLIGHT = 2
+"""Most steps that the engine has sent and not committed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
     """What a worker needs to load: the model, and the experts that it begins with."""
@@ -106,6 +110,20 @@ class WorkerSpec:
     """Name of the policy by which experts leave the cache area (optimizer/buffering/)."""
     step_timeout_s: float = 60.0
     """Seconds that a worker waits for its peers in a step before it gives the step up."""
+    enable_prefix_caching: bool = True
+    """Whether to have memory for snapshots of states."""
+    steps_in_flight: int = STEPS_IN_FLIGHT
+    """Most steps that are sent and not committed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateRoom:
+    """What a worker's memory holds of the states of sequences, in a model that has layers with a state per sequence."""
+
+    seats: int
+    """Most sequences that may run at a time."""
+    snapshots: int
+    """Most snapshots of states, from which a sequence with the same beginning may go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +139,9 @@ class WorkerInfo:
     device: str
     num_kv_blocks: int
     memory_bytes: int
-    """Bytes of weights and KV cache."""
+    """Bytes of weights, KV cache and states."""
+    state_room: StateRoom | None = None
+    """None if the model keeps nothing but keys and values."""
     expert_capacity: int | None = None
     """Number of experts that fit in this worker's device, over all layers, including those it holds and the cache area;
     None: no limit."""

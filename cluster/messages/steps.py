@@ -27,6 +27,30 @@ class NewSequence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SavedState:
+    """A state to keep as a snapshot, from which another sequence with the same beginning may go on."""
+
+    position: int
+    """Number of tokens that the state has seen."""
+    place: int
+    """Number of the snapshot on this worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateUse:
+    """What a chunk does with its sequence's states, in a model that has layers with a state per sequence.
+
+    A worker keeps the state that each step leaves beside those of earlier steps, because a step may be run again.
+    """
+
+    keep_from: int
+    """Number of tokens that committed steps have run. States after fewer tokens are not needed any more."""
+    restore: int | None = None
+    """The snapshot that holds the state after `start` tokens; None: this worker has that state, or `start` is 0."""
+    save: tuple[SavedState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Tokens of one sequence to run in this step: positions start .. start + length - 1.
 
@@ -45,6 +69,8 @@ class Chunk:
     score_from: int | None = None
     """From this position on, the worker scores each prompt token that follows one of the chunk's; None: it scores
     none."""
+    state: StateUse | None = None
+    """None in a model without such states."""
 
     @property
     def samples(self) -> bool:

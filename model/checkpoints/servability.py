@@ -3,8 +3,9 @@
 The engine computes three things itself, and transformers' modelling code must leave them to it: experts (through the
 experts interface), attention with its key-value cache (through the attention interface), and masks. A mask is
 described, not made: it is causal, or causal within a sliding window. The dry run registers a probe for each of the
-three and looks at the calls that arrive. The model's name does not matter. So new families are served, or refused with
-a reason, and no list of names must be kept up to date.
+three and looks at the calls that arrive. The states of recurrent layers go through transformers' cache, where another
+probe finds them (model/states/finding.py). The model's name does not matter. So new families are served, or refused
+with a reason, and no list of names must be kept up to date.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.states.finding import StateLayer, UnknownUse, find_state_layers
 from elastic_moe.model.torch_private import READS_A_VALUE, TorchDispatchMode
 from elastic_moe.model.transformers_private import (
     EXPERT_FLAGS,
+    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     ExpertsInterface,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     implementations,
     set_implementations,
 )
@@ -38,6 +45,16 @@ TOKENS = 3
 
 _HONOURED = {"scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"}
 """Keyword arguments of an attention call that the engine's attention obeys, or that do not change its result."""
+
+_SERVED_CACHES = {
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+}
+"""What a layer of transformers' cache may be. A dummy keeps nothing."""
 
 
 class NotServable(Exception):
@@ -56,6 +73,8 @@ class Shape:
     vocab_size: int
     kv_numbers: int
     """Numbers in the keys and values of one token, over all layers."""
+    state_bytes: int
+    """Bytes that one sequence's states take at any length, over all layers; 0 if the model keeps none."""
 
 
 @dataclass(slots=True)
@@ -66,8 +85,14 @@ class _Trace:
     top_k: set[int] = field(default_factory=set)
     hidden_sizes: set[int] = field(default_factory=set)
     attention_layers: list[int] = field(default_factory=list)
+    state_layers: tuple[StateLayer, ...] = ()
     kv_numbers: int = 0
     complaint: str | None = None
+
+    def forget_calls(self) -> None:
+        self.experts.clear()
+        self.attention_layers.clear()
+        self.kv_numbers = 0
 
 
 def dry_run(model: PreTrainedModel) -> Shape:
@@ -80,12 +105,7 @@ def dry_run(model: PreTrainedModel) -> Shape:
         raise NotServable(trace.complaint)
     if [id(module) for module in trace.experts] != [id(module) for _, module in modules]:
         raise NotServable("its expert layers are not each run once, in the order of its layers")
-    layers = model.config.get_text_config().num_hidden_layers
-    if sorted(trace.attention_layers) != list(range(layers)):
-        raise NotServable(
-            "not every layer has exactly one attention that goes through transformers' attention interface "
-            f"({len(trace.attention_layers)} calls in {layers} layers)"
-        )
+    _check_caches(model, trace)
     if min(trace.top_k) < 1:
         raise NotServable("its router gives a token no expert: num_experts_per_tok must be at least 1")
     sizes = {num_experts(module) for _, module in modules}
@@ -98,6 +118,7 @@ def dry_run(model: PreTrainedModel) -> Shape:
         hidden_size=trace.hidden_sizes.pop(),
         vocab_size=int(logits.shape[-1]),
         kv_numbers=trace.kv_numbers,
+        state_bytes=sum(layer.nbytes for layer in trace.state_layers),
     )
 
 
@@ -119,15 +140,15 @@ def _check_structure(model: PreTrainedModel, experts: list[tuple[str, nn.Module]
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module is not model and module.config is not text:
             raise NotServable(f"it takes other input than text ({type(module).__name__})")
-    state = _recurrent_state(model)
     if not experts:
         if _family_has_experts(model):
             raise NotServable("it has no MoE layer: its configuration makes every layer a dense one")
         if not _mentions_experts(model):
             raise NotServable("it is not a Mixture-of-Experts model: no layer has experts")
         raise NotServable("its experts do not go through transformers' experts interface")
-    if state is not None:
-        raise NotServable(f"it keeps other state than keys and values per token ({state})")
+    other = sorted(type(layer).__name__ for layer in _cache_layers(model) if type(layer) not in _SERVED_CACHES)
+    if other:
+        raise NotServable(f"it keeps something that is neither keys and values nor a state per sequence ({other[0]})")
     for name, module in experts:
         params = list(module.named_parameters())
         if len({param.shape[0] for _, param in params if param.dim() > 1}) != 1 or any("." in key for key, _ in params):
@@ -149,16 +170,39 @@ def _family_has_experts(model: PreTrainedModel) -> bool:
     return any(isinstance(kind, type) and hasattr(kind, "_apply_gate") for kind in classes)
 
 
-def _recurrent_state(model: PreTrainedModel) -> str | None:
-    """The class of a part that keeps other state than keys and values from token to token; None if there is no such
-    part.
-    """
-    for module in model.modules():
-        if any(hasattr(module, name) for name in ("A_log", "dt_bias", "conv1d", "conv")):
-            return type(module).__name__
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    other = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
-    return other[0] if other else None
+def _cache_layers(model: PreTrainedModel) -> list[Any]:
+    """What transformers' cache keeps for each layer of the model."""
+    return list(DynamicCache(config=model.config).layers)
+
+
+def _check_caches(model: PreTrainedModel, trace: _Trace) -> None:
+    """Check that each layer has the attention and the states that transformers keeps a cache for."""
+    layers = _cache_layers(model)
+    attends = [number for number, layer in enumerate(layers) if isinstance(layer, DynamicLayer)]
+    keeps = {number for number, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)}
+    if sorted(trace.attention_layers) != attends:
+        raise NotServable(
+            "not every layer has exactly one attention that goes through transformers' attention interface "
+            f"({len(trace.attention_layers)} calls in {len(attends)} layers)"
+        )
+    if not attends:
+        raise NotServable("no layer of it attends to earlier tokens")
+    if {layer.layer_idx for layer in trace.state_layers} != keeps:
+        raise NotServable("it keeps states per sequence in other layers than those that transformers' cache names")
+    unknown = _other_recurrent(model, {layer.module for layer in trace.state_layers})
+    if unknown is not None:
+        raise NotServable(f"it keeps states per sequence that do not go through transformers' cache ({unknown})")
+
+
+def _other_recurrent(model: nn.Module, found: set[nn.Module]) -> str | None:
+    """The class of a module that seems to keep states and neither is one of `found` nor contains or is part of one."""
+    if model in found:
+        return None
+    for child in model.children():
+        if (other := _other_recurrent(child, found)) is not None:
+            return other
+    looks = any(hasattr(model, name) for name in ("A_log", "dt_bias", "conv1d", "conv"))
+    return type(model).__name__ if looks and found.isdisjoint(model.modules()) else None
 
 
 # --- The dry run ------------------------------------------------------------------------------------------------------
@@ -183,9 +227,15 @@ def _forward(model: PreTrainedModel, trace: _Trace) -> Tensor:
         token = _running.set(trace)
         try:
             positions = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
-            logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in _cache_layers(model)):
+                trace.state_layers = find_state_layers(model, lambda: _run(model, ids, positions))
+                # the same calls come again
+                trace.forget_calls()
+            logits = _run(model, ids, positions)
         except NotServable:
             raise
+        except UnknownUse as error:
+            raise NotServable(str(error)) from error
         except (
             RuntimeError,
             ValueError,
@@ -199,6 +249,11 @@ def _forward(model: PreTrainedModel, trace: _Trace) -> Tensor:
             raise NotServable(f"a dry run of it failed ({type(error).__name__}: {line})") from error
         finally:
             _running.reset(token)
+    return logits
+
+
+def _run(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     return logits
 
 

@@ -6,6 +6,7 @@
     attention        native (native/attention.py); FlashAttention (trunk/flash.py); matrix products (trunk/attention.py)
     router, norms,   native if a module is recognised by what it computes (small_ops.py); transformers' own code
     rotary
+    states           transformers' own code, sequence by sequence or in a batch of single tokens (states/packed.py)
     linears          native panels; oneDNN's layout; plain matrices (trunk/linear.py)
     experts          on CPU native or PyTorch, expert by expert (experts/cpu.py); on GPUs stacked (experts/stacked.py)
     exchange         native (native/exchange.py); PyTorch's operators around a transport (exchange/dispatch.py)
@@ -30,11 +31,13 @@ from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
+from elastic_moe.model.fitting.state_layers import fit_states
 from elastic_moe.model.fitting.whole_stack import join_layers
 from elastic_moe.model.native import attention as native_attention
 from elastic_moe.model.native import library, unavailable
 from elastic_moe.model.native.experts import NativeExperts, find_gate
 from elastic_moe.model.native.refusals import native_refusal
+from elastic_moe.model.states.finding import StateLayer
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
 from elastic_moe.model.trunk.flash import find_variant
 from elastic_moe.model.trunk.linear import pack_linears
@@ -50,6 +53,8 @@ class Fit:
     attention: AttentionPath
     experts: list[LayerExperts]
     """[L] the objects that hold and compute the experts of each MoE layer. They hold no expert at first."""
+    states: tuple[StateLayer, ...]
+    """The layers that keep a state per sequence, in order. Their forward takes packed tokens now."""
     rows: tuple[PartFit, ...]
     """The report's rows about the trunk and attention."""
 
@@ -78,6 +83,7 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8
     notes = FitNotes()
     like = next(trunk.parameters())
     shapes = probe_shapes(trunk, experts)
+    states = fit_states(trunk, notes)
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
     _note_attention(shapes, attention, apart, notes)
     packed_bytes = pack_linears(trunk, notes)
@@ -91,7 +97,14 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), refusal, apart, notes)
     layers = [layer_experts(module, int8=int8) for module in experts]
-    return Fit(packed_bytes=packed_bytes, shapes=shapes, attention=attention, experts=layers, rows=notes.rows())
+    return Fit(
+        packed_bytes=packed_bytes,
+        shapes=shapes,
+        attention=attention,
+        experts=layers,
+        states=states,
+        rows=notes.rows(),
+    )
 
 
 def attention_path(

@@ -34,11 +34,17 @@ def probe_shapes(trunk: nn.Module, experts: Sequence[nn.Module]) -> TrunkShapes:
         return torch.zeros_like(hidden)
 
     attach(experts, record)
+    probe = run_one_token(trunk)
+    return TrunkShapes(
+        kv=dict(sorted(probe.shapes.items())), layers=tuple(shapes[layer] for layer in range(len(experts)))
+    )
+
+
+def run_one_token(trunk: nn.Module) -> ShapeProbe:
+    """Run one token through a trunk whose experts are replaced. Returns what the attention calls show."""
     probe = ShapeProbe()
     device = next(trunk.parameters()).device
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with step_context(probe):
         trunk(input_ids=token, position_ids=token, attention_mask=token == 0, use_cache=False)
-    return TrunkShapes(
-        kv=dict(sorted(probe.shapes.items())), layers=tuple(shapes[layer] for layer in range(len(experts)))
-    )
+    return probe

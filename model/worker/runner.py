@@ -17,6 +17,7 @@ from elastic_moe.model.exchange.dispatch import Dispatcher
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.staging import to_device
+from elastic_moe.model.states.packed import StateBatch, states_of
 from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead
@@ -66,8 +67,11 @@ class ModelRunner:
         counter: RoutingCounter | None = None,
         *,
         keep: bool = False,
+        states: StateBatch | None = None,
     ) -> Tensor:
         """Run a step. Returns logits [n, V] of the last token of the n slices that want them, in order.
+
+        `states` is needed for a model that has layers with a state per sequence; it is made of the same slices.
 
         With `keep`, `logits` can be asked for the step's other tokens until the next step.
         Blocks on the other workers. Raises StepAborted if a peer is gone; then the step may be run again.
@@ -81,7 +85,7 @@ class ModelRunner:
             return torch.empty(0, 0, device=self._device)
         batch = StepBatch.build(slices, self._cache, self._device)
         batch.dispatcher = self.dispatcher
-        with step_context(batch):
+        with step_context(batch), states_of(states):
             return self._forward(slices)
 
     @torch.inference_mode()

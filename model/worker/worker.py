@@ -24,7 +24,15 @@ import torch
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
+from elastic_moe.cluster.messages.epochs import (
+    Epoch,
+    EpochSpec,
+    ExpertCopy,
+    RoutingCounts,
+    StateRoom,
+    TierCounts,
+    WorkerSpec,
+)
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
@@ -41,11 +49,14 @@ from elastic_moe.model.grammars.masks import MaskThreads
 from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.experts import ExpertUnavailable
+from elastic_moe.model.states.packed import StateBatch
+from elastic_moe.model.states.store import StateStore, slots_per_sequence
 from elastic_moe.model.tiers.disk import default_directory
 from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, read_rate
 from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.worker.cache_room import CacheRoom, CacheSizes, divide
 from elastic_moe.model.worker.next_tokens import choose
 from elastic_moe.model.worker.runner import ModelRunner
 from elastic_moe.model.worker.sampling import SamplingState
@@ -111,6 +122,9 @@ class Worker:
         self._store: ExpertStore
         self._runner: ModelRunner
         self._cache: KVCache
+        self._states: StateStore | None = None
+        self.state_room: StateRoom | None = None
+        """None if the model keeps nothing but keys and values."""
         self._counter: RoutingCounter
         self._tiers: Tiers | None = None
         """Made when an epoch places an expert of this worker on the disk."""
@@ -145,9 +159,13 @@ class Worker:
         self._runner = ModelRunner(trunk, modules, self._fit, device=self._device)
         info = self._checkpoint.info
         self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
-        self._cache = self._runner.allocate(
-            num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
-        )
+        room = self._cache_room()
+        self._cache = self._runner.allocate(num_blocks=room.blocks, block_size=self.spec.block_size, dtype=self._dtype)
+        if room.states is not None:
+            self.state_room = room.states
+            self._states = StateStore(
+                self._fit.states, room.states, steps_in_flight=self.spec.steps_in_flight, device=self._device
+            )
         # now, because no step could run meanwhile
         self._grammars = Compiler(self._vocabulary())
         self.report = self._fit.report()
@@ -157,7 +175,11 @@ class Worker:
             files = [tensor.file for tensor in self._checkpoint.tensors.values()]
             self.disk_bytes_per_s = read_rate(files) or ASSUMED_BYTES_PER_S
         weights = sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes + self._store.nbytes
-        return self._cache.num_blocks, weights + self._cache.nbytes
+        return self._cache.num_blocks, weights + self._cache_bytes
+
+    @property
+    def _cache_bytes(self) -> int:
+        return self._cache.nbytes + (0 if self._states is None else self._states.nbytes)
 
     def _affordable(self, trunk_bytes: int) -> list[list[int]]:
         """[L] the spec's experts for which this worker has memory: all, or the first ones of each layer.
@@ -185,9 +207,8 @@ class Worker:
             free, _ = torch.cuda.mem_get_info()
             return int(free * _USABLE)
         memory = psutil.virtual_memory()
-        least_kv = self._least_kv_blocks() * self._kv_block_bytes()
         share = memory.total * _USABLE / spec.node_workers - trunk_bytes
-        return int(min(memory.available * _USABLE, share) - least_kv)
+        return int(min(memory.available * _USABLE, share) - self._cache_sizes().least)
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> None:
         def note(done: int, total: int) -> None:
@@ -199,12 +220,17 @@ class Worker:
             self._store.put(layer, expert, tensors)
         self.progress = 1.0
 
-    def _kv_block_bytes(self) -> int:
-        return KVCache.block_bytes(self._fit.shapes.kv, block_size=self.spec.block_size, dtype=self._dtype)
-
-    def _least_kv_blocks(self) -> int:
-        """Blocks of one sequence of full length, and one for every further sequence that may run."""
-        return -(-self.spec.model.max_model_len // self.spec.block_size) + self.spec.max_num_seqs - 1
+    def _cache_sizes(self) -> CacheSizes:
+        spec = self.spec
+        state_bytes = sum(layer.nbytes for layer in self._fit.states)
+        return CacheSizes(
+            block_bytes=KVCache.block_bytes(self._fit.shapes.kv, block_size=spec.block_size, dtype=self._dtype),
+            blocks_per_sequence=-(-spec.model.max_model_len // spec.block_size),
+            max_num_seqs=spec.max_num_seqs,
+            state_bytes=state_bytes,
+            states_per_sequence=slots_per_sequence(spec.steps_in_flight),
+            snapshots=spec.enable_prefix_caching,
+        )
 
     def _vocabulary(self) -> Vocabulary | CheckpointError:
         info = self._checkpoint.info
@@ -213,29 +239,21 @@ class Worker:
         except CheckpointError as error:
             return error
 
-    def _kv_blocks(self) -> int:
-        spec = self.spec
-        block = self._kv_block_bytes()
-        per_sequence = -(-spec.model.max_model_len // spec.block_size)
+    def _cache_room(self) -> CacheRoom:
+        """How the memory for KV cache and states is divided. Raises UserError if no sequence of full length fits."""
+        spec, sizes = self.spec, self._cache_sizes()
         if spec.kv_cache_bytes is not None:
-            room = spec.kv_cache_bytes // block
+            room = spec.kv_cache_bytes
         elif self._device.type == "cuda":
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info()
             to_come = max(0, (spec.expert_memory_bytes or 0) - self._store.nbytes)
-            room = max(0, int((free - to_come) * _KV_SHARE_CUDA)) // block
+            room = max(0, int((free - to_come) * _KV_SHARE_CUDA))
         else:
             available = psutil.virtual_memory().available / spec.node_workers
             # where experts fill the memory, the KV cache has what they have left to it
-            room = (
-                max(int(available * _KV_SHARE), min(int(available * _USABLE), self._least_kv_blocks() * block)) // block
-            )
-        if room < per_sequence:
-            raise UserError(
-                f"max_model_len {spec.model.max_model_len} needs {per_sequence * block >> 20} MiB of KV cache,"
-                f" {room * block >> 20} MiB are there: lower --max-model-len or raise --kv-cache-memory-bytes"
-            )
-        return min(room, per_sequence * spec.max_num_seqs)
+            room = max(int(available * _KV_SHARE), min(int(available * _USABLE), sizes.least))
+        return divide(room, sizes, max_model_len=spec.model.max_model_len)
 
     @property
     def capacity(self) -> int:
@@ -252,7 +270,7 @@ class Worker:
             free, _ = torch.cuda.mem_get_info()
         else:
             # pages of KV caches take memory only when they are first used
-            caches = spec.node_workers * self._cache.nbytes
+            caches = spec.node_workers * self._cache_bytes
             free = max(0, psutil.virtual_memory().available - caches) // spec.node_workers
         return held + int(free * _EXPERT_SHARE) // max(info.expert_bytes, self._store.nbytes // max(1, held))
 
@@ -467,7 +485,9 @@ class Worker:
         self._borrow_threads(plan, self._epoch)
         for request_id in plan.finished:
             self._sequences.pop(request_id, None)
+            self._forget_states(request_id)
         for new in plan.new:
+            self._forget_states(new.request_id)
             self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[])
         slices = [self._slice(chunk) for chunk in plan.chunks]
         scoring = self._scoring(plan)
@@ -475,7 +495,9 @@ class Worker:
         constrained = [state.progress for state in sampling.values() if state.progress is not None]
         if constrained:
             self._masks.begin(constrained)
-        logits = self._runner.run(slices, plan.tokens_per_rank, self._counter, keep=bool(scoring))
+        logits = self._runner.run(
+            slices, plan.tokens_per_rank, self._counter, keep=bool(scoring), states=self._move_states(plan)
+        )
         if constrained:
             self._masks.finish(constrained)
         scored = score(scoring, self._runner.logits, self._runner.vocabulary)
@@ -502,6 +524,16 @@ class Worker:
             stuck=tuple(one for one in chosen.stuck if one.request_id not in broken),
             scored=tuple(s for s in scored if isinstance(s, ScoredPrompt) and s.request_id not in corrupted),
         )
+
+    def _forget_states(self, request_id: RequestId) -> None:
+        if self._states is not None:
+            self._states.forget(request_id)
+
+    def _move_states(self, plan: StepPlan) -> StateBatch | None:
+        if self._states is None:
+            return None
+        moves = [(chunk.length, self._states.begin(chunk)) for chunk in plan.chunks]
+        return StateBatch.build(moves, self._states, self._device)
 
     def _scoring(self, plan: StepPlan) -> list[Scoring]:
         wanted: list[Scoring] = []
@@ -533,6 +565,8 @@ class Worker:
     def forget_sequences(self) -> None:
         """Forget all sequences when a new engine starts: it will never report those of the last engine as finished."""
         self._sequences.clear()
+        if self._states is not None:
+            self._states.forget_all()
 
     def abort_step(self, epoch: Epoch) -> None:
         """Wake a step that waits for a dead peer. The exchange cannot be used afterwards; a new epoch must follow."""

@@ -2,6 +2,7 @@
 
 Its KV cache holds the tokens themselves, and whether their prompt is a long one (which changes longrope's keys). The
 history that it samples from is read back through the block table: a block given to two sequences, or lost, shows.
+Its states are the tokens that they have seen, in the slots that a production worker would use.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import hashlib
 from array import array
 from dataclasses import dataclass, field
 
+import torch
+
+from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenLogprobs
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Chunk, Sample, ScoredPrompt, StepPlan, StepResult
+from elastic_moe.model.states.store import StateStore
 
 VOCABULARY = 13
 EOS = 0
@@ -67,7 +72,16 @@ class _Known:
 class SimulatedWorker:
     """The mask of a request with a grammar is late in some steps."""
 
-    def __init__(self, num_blocks: int, block_size: int, rope_limit: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, rope_limit: int, room: StateRoom | None = None, *, depth: int = 2
+    ) -> None:
+        """`room`: for states, if the model keeps any. `depth`: most steps in flight."""
+        self.room = room
+        self.store = None
+        if room is not None:
+            self.store = StateStore((), room, steps_in_flight=depth, device=torch.device("cpu"))
+        self.slots: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """The variant of a sequence, and the tokens that the state in a slot has seen."""
         self.block_size = block_size
         self.rope_limit = rope_limit
         self.cache: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
@@ -76,7 +90,11 @@ class SimulatedWorker:
     def run(self, plan: StepPlan, rank: int) -> StepResult:
         for request_id in plan.finished:
             self.known.pop(request_id, None)
+            if self.store is not None:
+                self.store.forget(request_id)
         for new in plan.new:
+            if self.store is not None:
+                self.store.forget(new.request_id)
             assert new.eos_token_ids == (EOS,)
             self.known[new.request_id] = _Known(
                 list(new.token_ids),
@@ -102,6 +120,7 @@ class SimulatedWorker:
             for position in range(chunk.start, chunk.start + chunk.length):
                 block, offset = divmod(position, self.block_size)
                 self.cache[sequence.blocks[block]][offset] = (self._variant(sequence), sequence.tokens[position])
+            self._move_state(sequence, chunk)
             if chunk.score_from is not None:
                 scored.append(self._score(sequence, chunk))
             if not chunk.samples:
@@ -117,6 +136,20 @@ class SimulatedWorker:
         return StepResult(
             step=plan.step, samples=tuple(samples), compute_s=0.0, unready=tuple(unready), scored=tuple(scored)
         )
+
+    def _move_state(self, sequence: _Known, chunk: Chunk) -> None:
+        assert (chunk.state is None) == (self.store is None)
+        if self.store is None:
+            return
+        move, variant = self.store.begin(chunk), self._variant(sequence)
+        seen = (variant, ()) if move.source is None else self.slots[move.source]
+        assert seen == (variant, tuple(sequence.tokens[: chunk.start])), "the state has seen other tokens"
+        for length, slot in (*move.snapshots, (chunk.length, move.target)):
+            self.slots[slot] = (variant, tuple(sequence.tokens[: chunk.start + length]))
+
+    def snapshot(self, place: int) -> tuple[int, tuple[int, ...]]:
+        assert self.store is not None
+        return self.slots[self.store.first_snapshot + place]
 
     def _score(self, sequence: _Known, chunk: Chunk) -> ScoredPrompt:
         prompt = sequence.request.prompt_token_ids

@@ -83,12 +83,73 @@ MORE_FAMILIES = (
 )
 """Further families that are served. Only tests of what differs by family use them."""
 
+_DELTA = {
+    "family": "qwen3_next",
+    "layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
+_MIXED = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": _DELTA,
+    "qwen3_5_moe_text": _DELTA | {"family": "qwen3_5_moe_text"},
+    "kimi_linear": {
+        "family": "kimi_linear",
+        "layers": 4,
+        "layer_types": _MIXED,
+        "q_lora_rank": None,
+        "linear_num_heads": 2,
+        "linear_head_dim": 16,
+    },
+    "granitemoehybrid-mamba": {
+        "family": "granitemoehybrid",
+        "layers": 4,
+        "layer_types": _MIXED,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 8,
+    },
+    "nemotron_h": {
+        "family": "nemotron_h",
+        "layers": 6,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention", "moe"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "moe_latent_size": 32,
+        "moe_shared_expert_intermediate_size": 64,
+    },
+    "jamba": {
+        "family": "jamba",
+        "layers": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+        "mamba_d_state": 8,
+    },
+    "lfm2_moe": {
+        "family": "lfm2_moe",
+        "layers": 4,
+        "layer_types": ["conv", "conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
+}
+"""Cases like those of FAMILIES, of models that keep a state per sequence in some layers."""
+
 _SIZES = {"hidden": 64, "layers": 3, "experts": 8, "top_k": 2, "ff": 32, "vocab": 512}
 _made: dict[tuple[str, Path], Path] = {}
 
 
 def tiny_checkpoint(name: str, where: Path | pytest.TempPathFactory) -> Path:
-    """The directory of case `name` of FAMILIES, or of one of MORE_FAMILIES, made below `where`.
+    """The directory of case `name` of FAMILIES or HYBRIDS, or of one of MORE_FAMILIES, made below `where`.
 
     One process makes it once.
     """
@@ -96,6 +157,6 @@ def tiny_checkpoint(name: str, where: Path | pytest.TempPathFactory) -> Path:
     key = (name, base)
     if key not in _made:
         _made[key] = make_random_checkpoint(
-            base / "checkpoints" / name, **(_SIZES | FAMILIES.get(name, {"family": name}))
+            base / "checkpoints" / name, **(_SIZES | (FAMILIES | HYBRIDS).get(name, {"family": name}))
         )
     return _made[key]

@@ -64,6 +64,8 @@ class Lockstep:
         cache_slots: int = 1,
         cache_dir: Path | None = None,
         policy: str = "lfru",
+        prefix_caching: bool = True,
+        kv_cache_bytes: int | None = None,
     ) -> None:
         """`depth`: steps in flight. `transport` of several workers: shm, or gloo, which workers of one GPU need.
 
@@ -89,7 +91,6 @@ class Lockstep:
                     path=str(path), dtype=dtype, device=device, max_model_len=max_model_len, expert_dtype=expert_dtype
                 ),
                 experts=tuple(self.placement.resident(member.id, layer) for layer in range(self.info.num_layers)),
-                kv_cache_bytes=None,
                 block_size=block_size,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
@@ -97,6 +98,9 @@ class Lockstep:
                 expert_memory_bytes=expert_memory_bytes,
                 expert_cache_dir=None if cache_dir is None else str(cache_dir),
                 expert_cache_policy=policy,
+                enable_prefix_caching=prefix_caching,
+                steps_in_flight=depth,
+                kv_cache_bytes=kv_cache_bytes,
             )
             self.workers[member.id] = Worker(spec)
         blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
@@ -117,6 +121,8 @@ class Lockstep:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             eos_token_ids=self.info.eos_token_ids,
+            enable_prefix_caching=prefix_caching,
+            state_rooms={id_: w.state_room for id_, w in self.workers.items() if w.state_room is not None},
         )
 
     def _flip(self, placement: Placement) -> None:
@@ -154,13 +160,17 @@ class Lockstep:
         """The present map with other tiers [L, S]."""
         return replace(self.placement, tiers=tiers)
 
-    def step(self) -> list[TokenOutput]:
+    def send(self) -> None:
+        """Send as many steps as may be in flight."""
         while len(self.flights) < self.depth:
             self.steps += 1
             plans = self.scheduler.schedule(self.epoch, self.steps)
             if plans is None:
                 break
             self.flights.append({w: self.threads[w].submit(self.workers[w].step, p) for w, p in plans.items()})
+
+    def step(self) -> list[TokenOutput]:
+        self.send()
         if self.flights:
             self.land()
         outputs, self.landed = self.landed, []
@@ -169,6 +179,18 @@ class Lockstep:
     def land(self) -> None:
         flight = self.flights.popleft()
         self.landed += self.scheduler.commit({w: future.result(timeout=60) for w, future in flight.items()})
+
+    def lose_steps(self) -> int:
+        """Let the workers end all steps in flight, and drop what they have done, so that they are run again. Returns
+        the number of steps."""
+        lost = len(self.flights)
+        for flight in self.flights:
+            for future in flight.values():
+                future.result(timeout=60)
+        if lost:
+            self.flights.clear()
+            self.scheduler.rollback()
+        return lost
 
     def run(self, requests: Sequence[GenerateRequest], *, most_steps: int = 2000) -> Mapping[str, list[int]]:
         """Add the requests and step until all have ended. Tokens by request."""

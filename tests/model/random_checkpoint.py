@@ -215,6 +215,9 @@ def _hunyuan_fields(*, hidden: int, heads: int, experts: int, top_k: int, ff: in
 
 _OWN_FIELDS: dict[str, Callable[..., dict[str, Any]]] = {
     "axk1": _deepseek_fields,
+    "kimi_linear": _deepseek_fields,
+    "qwen3_5_moe_text": _qwen_fields,
+    "qwen3_next": _qwen_fields,
     "deepseek_v2": _deepseek_v2_fields,
     "deepseek_v3": _deepseek_fields,
     "dots1": _dots_fields,
@@ -257,11 +260,13 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             noise *= scale
             # Special tokens hardly ever come up, so that a generation does not end at once.
             noise[: len(SPECIAL_TOKENS)] *= 0.02
-        elif value.dim() >= 2:
+        elif value.dim() >= 2 and not name.endswith("A_log"):
             fan_in = value.shape[-2] if id(value) in transposed and value.dim() == 3 else value.shape[-1]
             noise *= 1.5 / fan_in**0.5
         elif name.endswith("norm.weight") or "norm" in name.split(".")[-2]:
             noise = 1.0 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+        elif name.endswith("A_log"):
+            noise = 0.5 * noise - 2.0  # states that last for some ten tokens
         else:
             noise *= 0.2  # biases, sinks, corrections of the router's choice
         value.copy_(noise.to(value.dtype))

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.messages.epochs import Epoch
+from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
@@ -67,6 +67,7 @@ class Batching(RuleBasedStateMachine):
         max_num_batched_tokens=st.integers(1, 24),
         max_num_prefill_tokens=st.none() | st.integers(1, 24),
         enable_prefix_caching=st.sampled_from([True, True, False]),
+        room=st.none() | st.builds(StateRoom, seats=st.integers(1, 4), snapshots=st.integers(0, 4)),
     )
     def start(
         self,
@@ -76,7 +77,9 @@ class Batching(RuleBasedStateMachine):
         max_num_batched_tokens: int,
         max_num_prefill_tokens: int | None,
         enable_prefix_caching: bool,
+        room: StateRoom | None,
     ) -> None:
+        self.room = room
         self.block_size = block_size
         self.budget = max_num_batched_tokens
         self.names = count()
@@ -86,6 +89,7 @@ class Batching(RuleBasedStateMachine):
             self._new_worker(size)
         self.scheduler = Scheduler(
             self._workers(),
+            state_rooms=self._rooms(),
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -108,10 +112,15 @@ class Batching(RuleBasedStateMachine):
 
     def _new_worker(self, size: int) -> None:
         worker = WorkerId(f"w{next(self.names)}")
-        self.workers[worker] = SimulatedWorker(size, self.block_size, rope_limit=LIMIT)
+        self.workers[worker] = SimulatedWorker(
+            size, self.block_size, rope_limit=LIMIT, room=self.room, depth=MOST_FLIGHTS
+        )
 
     def _workers(self) -> dict[WorkerId, int]:
         return {worker: len(simulated.cache) for worker, simulated in self.workers.items()}
+
+    def _rooms(self) -> dict[WorkerId, StateRoom]:
+        return {} if self.room is None else dict.fromkeys(self.workers, self.room)
 
     @rule(spec=requests)
     def add(self, spec: tuple[tuple[int, ...], SamplingParams, int, str, int]) -> None:
@@ -220,7 +229,7 @@ class Batching(RuleBasedStateMachine):
         for size in sizes:
             self._new_worker(size)
         self.draining &= set(self.workers)
-        self.scheduler.set_workers(self._workers())
+        self.scheduler.set_workers(self._workers(), self._rooms())
 
     @precondition(lambda self: self.workers)
     @rule(pick=st.randoms(use_true_random=False))
@@ -278,6 +287,10 @@ class Batching(RuleBasedStateMachine):
             for key, block in home.pool._blocks.items():
                 variant, content = self.texts[key]
                 assert self.workers[worker].cache[block] == [(variant, token) for token in content]
+            for key, place in home.snapshots._places.items():
+                variant, content = self.texts[key]
+                seen = self.workers[worker].snapshot(place)
+                assert (seen[0], seen[1][-self.block_size :]) == (variant, content)
 
     def teardown(self) -> None:
         """Whatever happened, every request that some worker can hold ends, and nothing is left in memory."""
@@ -286,7 +299,7 @@ class Batching(RuleBasedStateMachine):
         while self.flights:
             self.commit()
         self._new_worker(MAX_MODEL_LEN)
-        self.scheduler.set_workers(self._workers())
+        self.scheduler.set_workers(self._workers(), self._rooms())
         work = sum(len(r.prompt_token_ids) + r.params.max_tokens for r in self.requests.values())
         for _ in range(50 + 20 * work):
             for _ in range(MOST_FLIGHTS - len(self.flights)):

@@ -19,7 +19,7 @@ from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import Progress, expert_modules, iter_experts, load_trunk
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.stored import StoredTensor
-from tests.model.families import FAMILIES, MORE_FAMILIES, tiny_checkpoint
+from tests.model.families import FAMILIES, HYBRIDS, MORE_FAMILIES, tiny_checkpoint
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.paths import ROOT
 
@@ -75,7 +75,7 @@ def assert_same_tensors(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*FAMILIES, *MORE_FAMILIES])
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE_FAMILIES, *HYBRIDS])
 def test_parts_make_the_whole(name: str, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tiny_checkpoint(name, tmp_path_factory)
     checkpoint = open_checkpoint(path)

@@ -1,0 +1,210 @@
+"""Runs a layer that keeps states over the packed tokens of a step.
+
+transformers' code would hand the state of one packed sequence on to the next one. So it gets the sequences apart:
+those with one token each as one batch, and the others one by one.
+
+Legend: T tokens of the step, R sequences with one token, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_moe.model.states.finding import Kept, StateKind, StateLayer, with_left_context
+from elastic_moe.model.states.store import StateMove, States, StateStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """A sequence that has several tokens in this step, or its first one."""
+
+    begin: int
+    end: int
+    move: StateMove
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decodes:
+    """The sequences that go on with one token each."""
+
+    rows: Tensor
+    """[R] index of each token in the step."""
+    sources: Tensor
+    """[R] slots."""
+    targets: Tensor
+    """[R] slots."""
+    snapshots: tuple[tuple[int, int], ...]
+    """(number of the sequence in this batch, slot)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateBatch:
+    """What the layers that keep states need to know of a step."""
+
+    store: StateStore
+    decodes: _Decodes | None
+    pieces: tuple[_Piece, ...]
+
+    @classmethod
+    def build(cls, chunks: Sequence[tuple[int, StateMove]], store: StateStore, device: torch.device) -> StateBatch:
+        """`chunks`: the length of each packed chunk, and the move of its states."""
+        decodes: list[tuple[int, StateMove]] = []
+        pieces: list[_Piece] = []
+        row = 0
+        for length, move in chunks:
+            if length == 1 and move.source is not None:
+                decodes.append((row, move))
+            else:
+                pieces.append(_Piece(begin=row, end=row + length, move=move))
+            row += length
+        return cls(store=store, decodes=_decodes(decodes, device) if decodes else None, pieces=tuple(pieces))
+
+
+def _decodes(items: Sequence[tuple[int, StateMove]], device: torch.device) -> _Decodes:
+    rows, sources, targets = torch.tensor([(row, move.source, move.target) for row, move in items], device=device).T
+    snapshots = tuple((number, slot) for number, (_, move) in enumerate(items) for _, slot in move.snapshots)
+    return _Decodes(rows=rows, sources=sources.contiguous(), targets=targets.contiguous(), snapshots=snapshots)
+
+
+_current: ContextVar[StateBatch | None] = ContextVar("state_batch", default=None)
+
+
+@contextmanager
+def states_of(batch: StateBatch | None) -> Iterator[None]:
+    """While the block runs, layers that keep states belong to `batch`."""
+    token = _current.set(batch)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class SequenceCache:
+    """What transformers' code takes for its cache: the states of one layer, of one sequence or of a batch."""
+
+    def __init__(self, states: States) -> None:
+        """`states` is empty at the beginning of sequences. Afterwards it holds the new states."""
+        self.states = states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.get((StateKind.CONVOLUTION, state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.get((StateKind.RECURRENT, state_idx))
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return bool(self.states)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        key = StateKind.CONVOLUTION, state_idx
+        width = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+        inputs = with_left_context(self.states.get(key), conv_states, width)
+        self.states[key] = inputs[..., -width:]
+        return inputs
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self.states[StateKind.RECURRENT, state_idx] = recurrent_states
+        return recurrent_states
+
+
+class PackedStates:
+    """The forward of a layer that keeps states, for packed tokens. Outside of a step it calls the original."""
+
+    def __init__(self, layer: StateLayer, number: int) -> None:
+        """`number`: the layer's place in the store."""
+        self._original: Callable[..., Any] = layer.module.forward
+        self._cache_argument = layer.cache_argument
+        self._number = number
+        self._goes_on = goes_on(layer)
+        self.note = "prompts in PyTorch, and one token after the other behind the first chunk"
+        """Why no faster code computes the layer."""
+        if self._goes_on:
+            self.note = "no native code for these states"
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        batch = _current.get()
+        if batch is None:
+            return self._original(hidden_states, *args, **kwargs)
+        # no token is padding, so the mask says nothing
+        settings = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in (self._cache_argument, "attention_mask") and not isinstance(value, Tensor)
+        }
+        slots = batch.store.layers[self._number]
+        parts: list[tuple[Any, Tensor]] = []
+        if batch.decodes is not None:
+            parts.append((batch.decodes.rows, self._decode(batch.decodes, slots, hidden_states, settings)))
+        parts += [
+            (slice(piece.begin, piece.end), self._piece(piece, slots, hidden_states, settings))
+            for piece in batch.pieces
+        ]
+        if len(parts) == 1 and batch.decodes is None:
+            return parts[0][1][None]
+        out = hidden_states.new_empty(1, hidden_states.shape[1], parts[0][1].shape[-1])
+        for rows, values in parts:
+            out[0, rows] = values
+        return out
+
+    def _decode(self, decodes: _Decodes, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
+        """[R, H] of the sequences with one token."""
+        cache = SequenceCache({key: tensor.index_select(0, decodes.sources) for key, tensor in slots.items()})
+        out: Tensor = self._original(hidden[0, decodes.rows][:, None], **settings, **{self._cache_argument: cache})
+        for key, tensor in slots.items():
+            tensor.index_copy_(0, decodes.targets, cache.states[key])
+            for number, slot in decodes.snapshots:
+                tensor[slot] = cache.states[key][number]
+        return out[:, 0]
+
+    def _piece(self, piece: _Piece, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
+        """[tokens of the piece, H]"""
+        source = piece.move.source
+        begin = {} if source is None else {key: tensor[source : source + 1].clone() for key, tensor in slots.items()}
+        cache = SequenceCache(begin)
+        outputs: list[Tensor] = []
+        at = piece.begin
+        for tokens, slot in (*piece.move.snapshots, (piece.end - piece.begin, piece.move.target)):
+            end = piece.begin + tokens
+            while at < end:
+                # the first tokens of a sequence need no state, so that any code can run them at once
+                upto = end if self._goes_on or not cache.states else at + 1
+                outputs.append(self._original(hidden[:, at:upto], **settings, **{self._cache_argument: cache})[0])
+                at = upto
+            for key, tensor in slots.items():
+                tensor[slot] = cache.states[key][0]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@torch.inference_mode()
+def goes_on(layer: StateLayer) -> bool:
+    """Whether the layer, when it gets several tokens, goes on from all states that it is given.
+
+    Some code does so for single tokens only. It is found out by two calls that differ in the states alone.
+    """
+    device = next(layer.module.parameters()).device
+    hidden = torch.linspace(-1.0, 1.0, 2 * layer.hidden_size, dtype=layer.dtype, device=device).view(1, 2, -1)
+
+    def output(filled: Kept | None) -> Tensor:
+        states = {
+            (kept.kind, kept.index): torch.full(
+                (1, *kept.shape), float(kept is filled), dtype=kept.dtype, device=device
+            )
+            for kept in layer.keeps
+        }
+        out: Tensor = layer.module(hidden, **{layer.cache_argument: SequenceCache(states)})
+        return out
+
+    empty = output(None)
+    return not any(torch.equal(empty, output(kept)) for kept in layer.keeps)

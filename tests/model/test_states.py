@@ -1,0 +1,169 @@
+"""Models that keep a state per sequence compute what transformers' own implementation computes, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic_moe.cluster.messages.requests import RequestId
+from elastic_moe.cluster.messages.steps import Chunk, StateUse
+from elastic_moe.model.states.packed import StateBatch
+from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.worker.worker import Worker
+from tests.model.families import HYBRIDS, tiny_checkpoint
+from tests.model.lockstep import Lockstep, request
+from tests.model.test_parity import COMPARED, LENGTHS, NEW_TOKENS, greedy, prompts, reference
+
+PIECES = ((0, 3), (3, 9), (9, 10), (10, 30))
+"""Places at which prompts are cut: the first chunk, one that goes on, a single token, and a long one."""
+
+
+@pytest.fixture(scope="module", params=list(HYBRIDS))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(request.param, tmp_path_factory)
+
+
+def run(worker: Worker, pieces: dict[int, SequenceSlice]) -> torch.Tensor:
+    """Logits of each piece's last token. The keys are the numbers of the sequences."""
+    assert worker._states is not None
+    moves = []
+    for number, piece in pieces.items():
+        chunk = Chunk(
+            request_id=RequestId(str(number)),
+            start=piece.start,
+            length=len(piece.token_ids),
+            known=piece.end,
+            block_offset=0,
+            block_ids=(),
+            state=StateUse(keep_from=piece.start),
+        )
+        moves.append((chunk.length, worker._states.begin(chunk)))
+    states = StateBatch.build(moves, worker._states, torch.device("cpu"))
+    return worker._runner.run([*pieces.values()], [sum(length for length, _ in moves)], states=states)
+
+
+def test_logits_of_mixed_prompts_in_chunks(checkpoint: Path) -> None:
+    """Prompts of different lengths in one batch, in up to four chunks: logits within 1e-4 at the end of each chunk."""
+    [worker] = Lockstep(checkpoint, [8]).workers.values()
+    texts = prompts(checkpoint)
+    for first, last in PIECES:
+        pieces = {
+            number: SequenceSlice(
+                token_ids=text[first:last],
+                start=first,
+                block_ids=range(number * 8, number * 8 + 8),
+                prompt_length=len(text),
+            )
+            for number, text in enumerate(texts)
+            if len(text) > first
+        }
+        for row, (number, piece) in zip(run(worker, pieces), pieces.items(), strict=True):
+            with torch.no_grad():
+                expected = reference(checkpoint)(torch.tensor([texts[number][: piece.end]])).logits[0, -1]
+            assert (row - expected).abs().max() < 1e-4, f"prompt of {LENGTHS[number]} tokens up to {piece.end}"
+
+
+@pytest.mark.parametrize("slots", [(8,), (4, 4), (3, 3, 2)], ids=str)
+def test_greedy_tokens_for_any_number_of_workers(checkpoint: Path, slots: tuple[int, ...]) -> None:
+    texts = prompts(checkpoint)
+    got = Lockstep(checkpoint, slots).run([request(f"r{len(text)}", text, max_tokens=NEW_TOKENS) for text in texts])
+    for text in texts:
+        if len(text) in COMPARED:
+            assert got[f"r{len(text)}"] == greedy(checkpoint, tuple(text)), f"prompt of {len(text)} tokens"
+
+
+def compare(cluster: Lockstep, path: Path, *, copies: int = 2) -> None:
+    """Serve prompts, several of each, and compare their answers with transformers'."""
+    texts = [text for text in prompts(path) if len(text) in COMPARED] * copies
+    names = [f"r{cluster.steps}-{number}" for number in range(len(texts))]
+    got = cluster.run([request(name, text, max_tokens=NEW_TOKENS) for name, text in zip(names, texts, strict=True)])
+    for name, text in zip(names, texts, strict=True):
+        assert got[name] == greedy(path, tuple(text)), name
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("qwen3_next", tmp_path_factory)
+
+
+def test_a_prefix_goes_on_from_a_snapshot(checkpoint: Path) -> None:
+    cluster = Lockstep(checkpoint, [4, 4])
+    compare(cluster, checkpoint, copies=1)
+    assert cluster.scheduler.status().prefix_hits == 0
+    compare(cluster, checkpoint, copies=1)
+    # 5 and 30 tokens, of which the last full blocks of 4 that leave a token to run hold 4 and 28
+    assert cluster.scheduler.status().prefix_hits == 4 + 28
+
+
+def test_a_conversation_goes_on_behind_its_answer(delta: Path) -> None:
+    cluster = Lockstep(delta, [8])
+    text = prompts(delta)[2]
+    answer = cluster.run([request("first", text, max_tokens=10)])["first"]
+    turn = [*text, *answer, 9, 8, 7]
+    assert cluster.run([request("second", turn, max_tokens=20)])["second"] == greedy(delta, tuple(turn), 20)
+    # 13 + 10 tokens, the last of which was not run
+    assert cluster.scheduler.status().prefix_hits == 20
+
+
+def test_requests_are_preempted_and_computed_again(delta: Path) -> None:
+    cluster = Lockstep(delta, [4, 4], kv_blocks=30)
+    compare(cluster, delta, copies=6)
+    assert cluster.scheduler.status().preemptions > 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_steps_that_are_run_again_change_nothing(delta: Path, depth: int) -> None:
+    """Every third time, what the steps in flight have done is dropped, in prompts and in answers."""
+    cluster = Lockstep(delta, [4, 4], depth=depth)
+    texts = [text for text in prompts(delta) if len(text) in COMPARED]
+    tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts}
+    for name, text in zip(tokens, texts, strict=True):
+        cluster.scheduler.add(request(name, text, max_tokens=NEW_TOKENS))
+    lost = turns = 0
+    while cluster.scheduler.num_requests:
+        turns += 1
+        for output in cluster.step():
+            tokens[output.request_id] += output.token_ids
+        if turns % 3 == 0:
+            cluster.send()
+            lost += cluster.lose_steps()
+    assert lost > 20
+    for text in texts:
+        assert tokens[f"r{len(text)}"] == greedy(delta, tuple(text))
+
+
+def test_a_token_too_many_changes_no_other_request(delta: Path) -> None:
+    """A stop token is noticed when the next step is already in flight."""
+    text = prompts(delta)[1]
+    full = greedy(delta, tuple(text))
+    stop = full[10]
+    cluster = Lockstep(delta, [8], max_num_seqs=2)
+    stopping = [request(f"s{n}", text, max_tokens=NEW_TOKENS, stop_token_ids=(stop,)) for n in range(5)]
+    got = cluster.run([*stopping, request("whole", text, max_tokens=NEW_TOKENS)])
+    cut = full[: full.index(stop) + 1]
+    assert [got[f"s{n}"] for n in range(5)] == [cut] * 5
+    assert got["whole"] == full
+
+
+def test_few_states_make_requests_wait(delta: Path) -> None:
+    """Memory for three sequences' states and little else: requests take turns, and all are answered."""
+    [worker] = Lockstep(delta, [8]).workers.values()
+    sizes = worker._cache_sizes()
+    one = sizes.blocks_per_sequence * sizes.block_bytes + sizes.seat_bytes
+    cluster = Lockstep(
+        delta, [8], kv_cache_bytes=one + 2 * (sizes.seat_bytes + sizes.blocks_per_sequence * sizes.block_bytes // 4)
+    )
+    [small] = cluster.workers.values()
+    assert small.state_room is not None
+    assert small.state_room.seats == 3
+    compare(cluster, delta, copies=4)
+
+
+def test_a_prompt_without_prefix_caching_keeps_no_snapshot(delta: Path) -> None:
+    cluster = Lockstep(delta, [8], prefix_caching=False)
+    [worker] = cluster.workers.values()
+    assert worker.state_room is not None
+    assert worker.state_room.snapshots == 0
+    compare(cluster, delta)
