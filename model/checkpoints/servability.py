@@ -148,7 +148,7 @@ def _check_structure(model: PreTrainedModel, experts: list[tuple[str, nn.Module]
         raise NotServable("its experts do not go through transformers' experts interface")
     other = sorted(type(layer).__name__ for layer in _cache_layers(model) if type(layer) not in _SERVED_CACHES)
     if other:
-        raise NotServable(f"it keeps something that is neither keys and values nor a state per sequence ({other[0]})")
+        raise NotServable(f"it keeps other state than keys and values per token, or a state per sequence ({other[0]})")
     for name, module in experts:
         params = list(module.named_parameters())
         if len({param.shape[0] for _, param in params if param.dim() > 1}) != 1 or any("." in key for key, _ in params):

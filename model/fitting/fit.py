@@ -6,7 +6,7 @@
     attention        native (native/attention.py); FlashAttention (trunk/flash.py); matrix products (trunk/attention.py)
     router, norms,   native if a module is recognised by what it computes (small_ops.py); transformers' own code
     rotary
-    states           transformers' own code, sequence by sequence or in a batch of single tokens (states/packed.py)
+    states           native for single tokens (states/rules.py); transformers' own code
     linears          native panels; oneDNN's layout; plain matrices (trunk/linear.py)
     experts          on CPU native or PyTorch, expert by expert (experts/cpu.py); on GPUs stacked (experts/stacked.py)
     exchange         native (native/exchange.py); PyTorch's operators around a transport (exchange/dispatch.py)
@@ -41,6 +41,8 @@ from elastic_moe.model.states.finding import StateLayer
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
 from elastic_moe.model.trunk.flash import find_variant
 from elastic_moe.model.trunk.linear import pack_linears
+
+_STATEFUL = "some layers keep a state per sequence"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,23 +88,25 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8
     states = fit_states(trunk, notes)
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
     _note_attention(shapes, attention, apart, notes)
-    packed_bytes = pack_linears(trunk, notes)
+    packed_bytes = pack_linears(trunk, notes, plain=states.plain)
     refusal = native_refusal(like.dtype, like.device)
     if refusal is None and (lib := library()) is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
     if attention.lib is not None:
         joined = fit_layers(attention.lib, trunk, experts, notes)
-        apart = join_layers(trunk, joined, experts)
+        apart = _STATEFUL if states.layers else join_layers(trunk, joined, experts)
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), refusal, apart, notes)
-    layers = [layer_experts(module, int8=int8) for module in experts]
+    for layer in states.layers:
+        notes.add(Part.LAYERS, type(layer.module).__name__, CodePath.TRANSFORMERS, apart)
+    expert_layers = [layer_experts(module, int8=int8) for module in experts]
     return Fit(
         packed_bytes=packed_bytes,
         shapes=shapes,
         attention=attention,
-        experts=layers,
-        states=states,
+        experts=expert_layers,
+        states=states.layers,
         rows=notes.rows(),
     )
 

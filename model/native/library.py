@@ -48,6 +48,8 @@ _SIGNATURES = {
     "emoe_attention": "ppppiiiippipipfifppt",
     "emoe_experts": "piiiiptttffpptptipt>t",
     "emoe_column_sums": "pip",
+    "emoe_delta_rule": "pppppiiiiitppppt",
+    "emoe_selective_update": "ppppiiiiippppt",
     "emoe_exchange_bytes": "iiii>i",
     "emoe_exchange_new": "iiiiipi>p",
     "emoe_exchange_free": "p",

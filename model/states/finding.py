@@ -153,6 +153,9 @@ class _Recorder:
     def _keep(self, kind: StateKind, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._user()[kind, index] = Kept(kind=kind, index=index, shape=shape, dtype=dtype)
 
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownUse(f"{type(self._running[-1]).__name__} asks its cache for {name}")
+
     # --- What transformers' modules call ------------------------------------------------------------------------
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:

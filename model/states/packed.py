@@ -8,8 +8,9 @@ Legend: T tokens of the step, R sequences with one token, H hidden.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_moe.model.native.recurrent import Slots
 from elastic_moe.model.states.finding import Kept, StateKind, StateLayer, with_left_context
+from elastic_moe.model.states.rules import replace_rules, slots_in_use
 from elastic_moe.model.states.store import StateMove, States, StateStore
 
 
@@ -122,16 +125,15 @@ class SequenceCache:
 class PackedStates:
     """The forward of a layer that keeps states, for packed tokens. Outside of a step it calls the original."""
 
-    def __init__(self, layer: StateLayer, number: int) -> None:
-        """`number`: the layer's place in the store."""
+    def __init__(self, layer: StateLayer, number: int, lib: ctypes.CDLL | None = None) -> None:
+        """`number`: the layer's place in the store. `lib` is used if it computes single tokens as the layer does."""
         self._original: Callable[..., Any] = layer.module.forward
         self._cache_argument = layer.cache_argument
         self._number = number
-        self._goes_on = goes_on(layer)
-        self.note = "prompts in PyTorch, and one token after the other behind the first chunk"
-        """Why no faster code computes the layer."""
-        if self._goes_on:
-            self.note = "no native code for these states"
+        self.goes_on = goes_on(layer)
+        """Whether several tokens can go on from a state at once."""
+        self.native = lib is not None and replace_rules(lib, layer.module) and self._agrees(layer)
+        """Whether native code updates the recurrent states of single tokens."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = _current.get()
@@ -160,13 +162,49 @@ class PackedStates:
 
     def _decode(self, decodes: _Decodes, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
         """[R, H] of the sequences with one token."""
-        cache = SequenceCache({key: tensor.index_select(0, decodes.sources) for key, tensor in slots.items()})
-        out: Tensor = self._original(hidden[0, decodes.rows][:, None], **settings, **{self._cache_argument: cache})
+        return self._step(hidden[0, decodes.rows][:, None], decodes, slots, settings, native=self.native)[:, 0]
+
+    def _step(
+        self, hidden_R1H: Tensor, decodes: _Decodes, slots: States, settings: dict[str, Any], *, native: bool
+    ) -> Tensor:
+        """Run one token of R sequences, and move their states: [R, 1, H]."""
+        sources, targets = decodes.sources, decodes.targets
+        # native code reads recurrent states where they lie, and writes them where they belong
+        apart = _RECURRENT if native else None
+        states = {key: tensor[:0] if key == apart else tensor.index_select(0, sources) for key, tensor in slots.items()}
+        cache = SequenceCache(states)
+        with slots_in_use(Slots(states=slots[_RECURRENT], sources=sources, targets=targets)) if native else _nothing:
+            out: Tensor = self._original(hidden_R1H, **settings, **{self._cache_argument: cache})
         for key, tensor in slots.items():
-            tensor.index_copy_(0, decodes.targets, cache.states[key])
+            if key != apart:
+                tensor.index_copy_(0, targets, cache.states[key])
             for number, slot in decodes.snapshots:
-                tensor[slot] = cache.states[key][number]
-        return out[:, 0]
+                tensor[slot] = tensor[targets[number]]
+        return out
+
+    @torch.inference_mode()
+    def _agrees(self, layer: StateLayer) -> bool:
+        """Whether native code and the layer's own agree on single tokens of two sequences, to some roundings."""
+        if [key for key in _kept(layer) if key[0] is StateKind.RECURRENT] != [_RECURRENT]:
+            return False
+        if next(kept.dtype for kept in layer.keeps if kept.kind is StateKind.RECURRENT) != torch.float32:
+            return False
+        random = torch.Generator().manual_seed(0)
+        slots = {
+            key: torch.randn((4, *kept.shape), generator=random).to(kept.dtype) for key, kept in _kept(layer).items()
+        }
+        hidden = torch.randn(2, 1, layer.hidden_size, generator=random).to(layer.dtype)
+        rows = torch.arange(2)
+        decodes = _Decodes(rows=rows, sources=rows, targets=rows + 2, snapshots=())
+        results = []
+        for native in (False, True):
+            after = {key: tensor.clone() for key, tensor in slots.items()}
+            try:
+                out = self._step(hidden, decodes, after, {}, native=native)
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+                return False
+            results.append([out, *after.values()])
+        return all(_close(*pair) for pair in zip(*results, strict=True))
 
     def _piece(self, piece: _Piece, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
         """[tokens of the piece, H]"""
@@ -179,12 +217,25 @@ class PackedStates:
             end = piece.begin + tokens
             while at < end:
                 # the first tokens of a sequence need no state, so that any code can run them at once
-                upto = end if self._goes_on or not cache.states else at + 1
+                upto = end if self.goes_on or not cache.states else at + 1
                 outputs.append(self._original(hidden[:, at:upto], **settings, **{self._cache_argument: cache})[0])
                 at = upto
             for key, tensor in slots.items():
                 tensor[slot] = cache.states[key][0]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+_RECURRENT = StateKind.RECURRENT, 0
+_nothing = nullcontext()
+
+
+def _kept(layer: StateLayer) -> dict[tuple[StateKind, int], Kept]:
+    return {(kept.kind, kept.index): kept for kept in layer.keeps}
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are the same but for roundings to 8 bits."""
+    return bool((a.float() - b.float()).abs().max() <= 2**-5 * a.float().abs().max())
 
 
 @torch.inference_mode()

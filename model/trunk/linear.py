@@ -7,6 +7,7 @@ devices, and in float32, weights are not packed. Packing changes no bit of a wei
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 
 import torch
@@ -79,11 +80,11 @@ class PackedLinear(nn.Module):
         return linear(x, self.packed, self.bias)  # type: ignore[arg-type]
 
 
-def pack_linears(model: nn.Module, notes: FitNotes) -> int:
+def pack_linears(model: nn.Module, notes: FitNotes, plain: Collection[nn.Module] = ()) -> int:
     """Pack every plain nn.Linear of a model, one at a time. Returns the bytes of the packed weights.
 
-    A layer is not packed if another module uses its weight too (tied embeddings), or if its class is a subclass of
-    nn.Linear. Every linear layer is added to `notes`, packed or not.
+    A layer is not packed if another module uses its weight too (tied embeddings, and those in `plain`), or if its class
+    is a subclass of nn.Linear. Every linear layer is added to `notes`, packed or not.
     """
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -97,7 +98,7 @@ def pack_linears(model: nn.Module, notes: FitNotes) -> int:
             kind = type(child).__name__
             if type(child) is not nn.Linear:
                 notes.add(Part.LINEARS, kind, CodePath.TRANSFORMERS, "its class may compute more than a linear layer")
-            elif uses[id(child.weight)] > 1:
+            elif uses[id(child.weight)] > 1 or child in plain:
                 notes.add(Part.LINEARS, kind, CodePath.TORCH, "another module uses its weight too")
             else:
                 packed = pack(child.weight.data)

@@ -12,13 +12,14 @@ from elastic_moe.cluster.fit import CodePath, FitReport, Part
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
 from elastic_moe.model.fitting import fit as fitting
-from tests.model.families import FAMILIES, tiny_checkpoint
+from tests.model.families import FAMILIES, HYBRIDS, tiny_checkpoint
 from tests.model.lockstep import Lockstep
 
 BEST = {
     Part.LAYERS: CodePath.JOINED,
     Part.ATTENTION_HALF: CodePath.JOINED,
     Part.ATTENTION: CodePath.NATIVE,
+    Part.STATES: CodePath.NATIVE,
     Part.ROUTER: CodePath.NATIVE,
     Part.EXPERTS: CodePath.NATIVE,
     Part.NORMS: CodePath.NATIVE,
@@ -52,12 +53,13 @@ def reasons(report: FitReport, part: Part) -> list[str | None]:
     return [row.reason for row in report.of(part)]
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_every_slower_path_has_a_reason(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     report = report_of(tiny_checkpoint(family, tmp_path_factory))
-    assert {row.part for row in report.rows} | {Part.ROTARY} == set(Part)
+    assert {row.part for row in report.rows} | {Part.ROTARY, Part.STATES} == set(Part)
+    assert bool(report.of(Part.STATES)) == (family in HYBRIDS)
     for row in report.rows:
         assert (row.reason is None) == (row.path is BEST[row.part]), row
     if family in WHY_APART:

@@ -1,0 +1,85 @@
+"""One token of layers that keep a matrix per head and sequence, for several sequences: see recurrent.cpp.
+
+Legend: R sequences, S slots, K key heads, V value heads, D key size, E value size, N heads, G groups, P head size,
+M state size. All tensors are float32 but for slots, which are int64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slots:
+    """States of many sequences, and which of them a call reads and writes."""
+
+    states: Tensor
+    """[S, ...], contiguous."""
+    sources: Tensor
+    """[R]"""
+    targets: Tensor
+    """[R] slots that nobody reads in the same call."""
+
+
+def delta_rule(
+    lib: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, slots: Slots
+) -> Tensor:
+    """Run one token: query and key [R, K, D], value [R, V, E], beta [R, V] -> [R, V, E].
+
+    The states [S, V, D, E] are first scaled by `decay` [R, V], or [R, V, D] if each channel has its own.
+    """
+    rows, key_heads, key_size = key.shape
+    value_heads, value_size = value.shape[1:]
+    arguments = [_plain(tensor) for tensor in (query, key, value, decay, beta)]
+    out = torch.empty(rows, value_heads, value_size, dtype=torch.float32)
+    lib.emoe_delta_rule(
+        *(tensor.data_ptr() for tensor in arguments),
+        rows,
+        key_heads,
+        value_heads,
+        key_size,
+        value_size,
+        decay.dim() == 3,
+        slots.states.data_ptr(),
+        slots.sources.data_ptr(),
+        slots.targets.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def selective_update(
+    lib: ctypes.CDLL, decay: Tensor, inputs: Tensor, read: Tensor, written: Tensor, slots: Slots
+) -> Tensor:
+    """Run one token of Mamba-2: inputs (times the time step) [R, N, P] -> [R, N, P].
+
+    The states [S, N, P, M] are scaled by `decay` [R, N], the inputs times `written` [R, G, M] are added, and `read`
+    [R, G, M] is what they are multiplied by.
+    """
+    rows, heads, head_size = inputs.shape
+    groups, state_size = read.shape[1:]
+    arguments = [_plain(tensor) for tensor in (decay, inputs, read, written)]
+    out = torch.empty(rows, heads, head_size, dtype=torch.float32)
+    lib.emoe_selective_update(
+        *(tensor.data_ptr() for tensor in arguments),
+        rows,
+        heads,
+        groups,
+        head_size,
+        state_size,
+        slots.states.data_ptr(),
+        slots.sources.data_ptr(),
+        slots.targets.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()

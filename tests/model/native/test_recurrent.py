@@ -1,0 +1,92 @@
+"""Native single tokens of recurrent layers: as transformers' own functions, at odd sizes, whatever the threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid
+from transformers.models.kimi_linear import modeling_kimi_linear
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+from elastic_moe.model.native.recurrent import Slots
+from elastic_moe.model.states.rules import _delta_rule, _selective_update, slots_in_use
+
+SOURCES, TARGETS = torch.tensor([4, 0, 2]), torch.tensor([1, 5, 3])
+ROWS = 3
+
+
+def original(function: Any) -> Callable[..., Any]:
+    # a model that was fitted before has left its own function
+    found: Callable[..., Any] = getattr(function, "emoe_original", function)
+    return found
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize(("key_size", "value_size"), [(128, 128), (24, 70), (5, 3)])
+def test_the_gated_delta_rule(lib: ctypes.CDLL, key_size: int, value_size: int, by_channel: bool) -> None:
+    heads, groups = 4, (4 if by_channel else 2)
+    theirs = original(
+        modeling_kimi_linear.recurrent_kimi_delta_attention
+        if by_channel
+        else modeling_qwen3_next.torch_recurrent_gated_delta_rule
+    )
+    states = draw(6, heads, key_size, value_size)
+    query, key = draw(ROWS, 1, groups, key_size), draw(ROWS, 1, groups, key_size + 1)[..., :-1]
+    value, beta = draw(ROWS, 1, heads, value_size), draw(ROWS, 1, heads).sigmoid()
+    decay = -draw(*((ROWS, 1, heads, key_size) if by_channel else (ROWS, 1, heads))).abs()
+    given: dict[str, Any] = {"g": decay, "beta": beta, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    expected, after = theirs(query, key, value, initial_state=states[SOURCES], **given)
+    before = states.clone()
+    with slots_in_use(Slots(states=states, sources=SOURCES, targets=TARGETS)):
+        out, _ = _delta_rule(lib, theirs)(query, key, value, initial_state=states[:0], **given)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states[TARGETS], after, rtol=1e-5, atol=1e-5)
+    assert torch.equal(states[SOURCES], before[SOURCES]), "a state that may be needed again was overwritten"
+
+
+@pytest.mark.parametrize(("head_size", "state_size"), [(64, 128), (5, 19)])
+def test_mamba_2(lib: ctypes.CDLL, head_size: int, state_size: int) -> None:
+    heads, groups = 4, 2
+    theirs = original(modeling_granitemoehybrid.mamba2_selective_state_update)
+    states = draw(6, heads, head_size, state_size)
+    spread = (-1, -1, head_size)
+    given: dict[str, Any] = {
+        "hidden_states": draw(ROWS, heads, head_size),
+        "dt": draw(ROWS, heads, 1).expand(*spread),
+        "A": -draw(heads, 1, 1).exp().expand(-1, head_size, state_size),
+        "B": draw(ROWS, groups, state_size),
+        "C": draw(ROWS, groups, state_size + 1)[..., :-1],
+        "D": draw(heads, 1).expand(-1, head_size),
+        "dt_bias": draw(heads, 1).expand(-1, head_size),
+        "dt_softplus": True,
+    }
+    after, before = states[SOURCES], states.clone()
+    expected = theirs(after, **given)
+    with slots_in_use(Slots(states=states, sources=SOURCES, targets=TARGETS)):
+        out = _selective_update(lib, theirs)(states[:0], **given)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states[TARGETS], after, rtol=1e-5, atol=1e-5)
+    assert torch.equal(states[SOURCES], before[SOURCES])
+
+
+def test_threads_change_nothing(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = original(modeling_qwen3_next.torch_recurrent_gated_delta_rule)
+    outputs = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        states = draw(6, 4, 16, 16)
+        with slots_in_use(Slots(states=states, sources=SOURCES, targets=TARGETS)):
+            out, _ = _delta_rule(lib, theirs)(
+                draw(ROWS, 1, 4, 16), draw(ROWS, 1, 4, 16), draw(ROWS, 1, 4, 16), draw(ROWS, 1, 4), draw(ROWS, 1, 4)
+            )
+        outputs.append([out, states])
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
