@@ -66,10 +66,17 @@ def advise(facts: Facts, samples: Sequence[Sample], now: float, changed_at: floa
     policy = Policy(
         min_workers=fewest_wanted(facts),
         max_workers=min(settings.max_workers, facts.model.num_logical_experts),
-        seats_per_worker=settings.seats_per_worker,
+        seats_per_worker=seats_per_worker(facts),
         window_s=settings.autoscale_window_s,
     )
     return recommend(policy, samples, workers=facts.target, now=now, changed_at=changed_at)
+
+
+def seats_per_worker(facts: Facts) -> int:
+    """Requests that a worker runs at a time: as many as are allowed, and as it has memory for their states."""
+    infos = [record.info for record in facts.staying if record.info is not None]
+    rooms = [info.state_room.seats for info in infos if info.state_room is not None]
+    return min([facts.settings.seats_per_worker, *rooms])
 
 
 def fewest_wanted(facts: Facts) -> int:

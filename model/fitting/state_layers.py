@@ -51,8 +51,13 @@ def _fit(layer: StateLayer, number: int, notes: FitNotes) -> None:
     refusal = native_refusal(layer.dtype, like.device)
     packed = PackedStates(layer, number, None if refusal else library())
     layer.module.forward = packed
-    path = CodePath.NATIVE if packed.native else CodePath.TRANSFORMERS
-    why = None if packed.native else refusal or "no native function gives its values for single tokens"
+    kinds = sorted({kept.kind for kept in layer.keeps})
+    native = kinds == sorted(packed.native)
+    path = CodePath.NATIVE if native else CodePath.TRANSFORMERS
+    why = None if native else refusal
+    if not native and not refusal:
+        others = " and ".join(kind for kind in kinds if kind not in packed.native)
+        why = f"no native function gives the values of its {others} states for single tokens"
     if not packed.goes_on:
-        why = f"{why}; its own code takes a prompt behind its first chunk token by token"
+        why = f"{why or 'for single tokens only'}; a prompt is run token by token behind its first chunk"
     notes.add(Part.STATES, type(layer.module).__name__, path, why)

@@ -9,7 +9,6 @@
     block       the attention half of a decoder layer
     router      the choice of experts
     experts     the experts of a layer
-    recurrent   single tokens of layers that keep a state per sequence
     layers      several decoder layers in one call
     exchange    the MoE layers of the workers of one node (exchange.cpp, moe.cpp)
     segments    the memory that these workers share

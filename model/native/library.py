@@ -50,6 +50,7 @@ _SIGNATURES = {
     "emoe_column_sums": "pip",
     "emoe_delta_rule": "pppppiiiiitppppt",
     "emoe_selective_update": "ppppiiiiippppt",
+    "emoe_convolve": "piiipptppppt",
     "emoe_exchange_bytes": "iiii>i",
     "emoe_exchange_new": "iiiiipi>p",
     "emoe_exchange_free": "p",

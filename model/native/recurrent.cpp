@@ -1,6 +1,6 @@
 // One token of layers that keep a matrix of floats per head and sequence: the gated delta rule (also with a decay for each
-// channel, as in KDA) and Mamba-2. A step reads each matrix from one slot and writes it to another one. Nearly all of the
-// time is memory traffic, so a matrix is read from memory once and written once.
+// channel, as in KDA) and Mamba-2; and of short convolutions over tokens. A step reads each state from one slot and writes
+// it to another one. Nearly all of the time is memory traffic, so a matrix is read from memory once and written once.
 #include "vector.h"
 
 #include <omp.h>
@@ -103,6 +103,40 @@ extern "C" void emoe_selective_update(const float* decay, const float* inputs, c
                     total = fused(now, load(read + shared + n, lanes), total);
                 }
                 out[at * head_size + p] = sum(total);
+            }
+        }
+}
+
+// One token of a convolution over tokens for each of `channels`, for `rows` sequences. x and out [rows, channels], states
+// [slots, channels, width] are the last inputs, weight [channels, width], bias [channels] or null. As in PyTorch, sums are
+// rounded before the activation.
+extern "C" void emoe_convolve(const bf16* x, int64_t rows, int64_t channels, int64_t width, const bf16* weight,
+                              const bf16* bias, int silu, bf16* states, const int64_t* sources, const int64_t* targets,
+                              bf16* out, int threads) {
+    const int64_t blocks = (channels + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads) if (threads > 1) collapse(2) schedule(static)
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = block * LANES, end = std::min(first + LANES, channels);
+            float sums[LANES] = {};
+            for (int64_t c = first; c < end; ++c) {
+                const bf16* from = states + (sources[r] * channels + c) * width;
+                bf16* to = states + (targets[r] * channels + c) * width;
+                const bf16* taps = weight + c * width;
+                float total = bias ? to_float(bias[c]) : 0.f;
+                for (int64_t k = 0; k + 1 < width; ++k) {
+                    total += to_float(from[k + 1]) * to_float(taps[k]);
+                    to[k] = from[k + 1];
+                }
+                to[width - 1] = x[r * channels + c];
+                sums[c - first] = total + to_float(x[r * channels + c]) * to_float(taps[width - 1]);
+            }
+            const Lanes lanes = lanes_before(first, channels);
+            bf16* place = out + r * channels + first;
+            store(place, load(sums), lanes);
+            if (silu) {
+                const Floats sum = load(place, lanes);
+                store(place, div(sum, add(all(1.f), exponential(sub(zero(), sum)))), lanes);
             }
         }
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_moe.model.native.recurrent import Slots
+from elastic_moe.model.states.recurrent import Slots
 from elastic_moe.model.states.finding import Kept, StateKind, StateLayer, with_left_context
-from elastic_moe.model.states.rules import replace_rules, slots_in_use
+from elastic_moe.model.states.rules import replace_functions, scans_begin_with, slots_in_use
 from elastic_moe.model.states.store import StateMove, States, StateStore
 
 
@@ -130,10 +130,11 @@ class PackedStates:
         self._original: Callable[..., Any] = layer.module.forward
         self._cache_argument = layer.cache_argument
         self._number = number
-        self.goes_on = goes_on(layer)
+        replace_functions(layer.module, lib)
+        self.native: tuple[StateKind, ...] = () if lib is None else self._find_native(layer)
+        """Kinds of states that native code updates for single tokens."""
+        self.goes_on = self._goes_on(layer)
         """Whether several tokens can go on from a state at once."""
-        self.native = lib is not None and replace_rules(lib, layer.module) and self._agrees(layer)
-        """Whether native code updates the recurrent states of single tokens."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = _current.get()
@@ -155,56 +156,42 @@ class PackedStates:
         ]
         if len(parts) == 1 and batch.decodes is None:
             return parts[0][1][None]
-        out = hidden_states.new_empty(1, hidden_states.shape[1], parts[0][1].shape[-1])
+        out = parts[0][1].new_empty(1, hidden_states.shape[1], parts[0][1].shape[-1])
         for rows, values in parts:
             out[0, rows] = values
         return out
 
     def _decode(self, decodes: _Decodes, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
         """[R, H] of the sequences with one token."""
-        return self._step(hidden[0, decodes.rows][:, None], decodes, slots, settings, native=self.native)[:, 0]
+        return self._step(hidden[0, decodes.rows][:, None], decodes, slots, settings, self.native)[:, 0]
 
     def _step(
-        self, hidden_R1H: Tensor, decodes: _Decodes, slots: States, settings: dict[str, Any], *, native: bool
+        self,
+        hidden_R1H: Tensor,
+        decodes: _Decodes,
+        slots: States,
+        settings: dict[str, Any],
+        native: Sequence[StateKind],
     ) -> Tensor:
         """Run one token of R sequences, and move their states: [R, 1, H]."""
         sources, targets = decodes.sources, decodes.targets
-        # native code reads recurrent states where they lie, and writes them where they belong
-        apart = _RECURRENT if native else None
-        states = {key: tensor[:0] if key == apart else tensor.index_select(0, sources) for key, tensor in slots.items()}
-        cache = SequenceCache(states)
-        with slots_in_use(Slots(states=slots[_RECURRENT], sources=sources, targets=targets)) if native else _nothing:
+        # native code reads states where they lie, and writes them where they belong
+        apart = {
+            kind: Slots(states=slots[kind, 0], sources=sources, targets=targets)
+            for kind in native
+            if (kind, 0) in slots
+        }
+        cache = SequenceCache(
+            {key: tensor[:0] if key[0] in apart else tensor.index_select(0, sources) for key, tensor in slots.items()}
+        )
+        with slots_in_use(apart):
             out: Tensor = self._original(hidden_R1H, **settings, **{self._cache_argument: cache})
         for key, tensor in slots.items():
-            if key != apart:
+            if key[0] not in apart:
                 tensor.index_copy_(0, targets, cache.states[key])
             for number, slot in decodes.snapshots:
                 tensor[slot] = tensor[targets[number]]
         return out
-
-    @torch.inference_mode()
-    def _agrees(self, layer: StateLayer) -> bool:
-        """Whether native code and the layer's own agree on single tokens of two sequences, to some roundings."""
-        if [key for key in _kept(layer) if key[0] is StateKind.RECURRENT] != [_RECURRENT]:
-            return False
-        if next(kept.dtype for kept in layer.keeps if kept.kind is StateKind.RECURRENT) != torch.float32:
-            return False
-        random = torch.Generator().manual_seed(0)
-        slots = {
-            key: torch.randn((4, *kept.shape), generator=random).to(kept.dtype) for key, kept in _kept(layer).items()
-        }
-        hidden = torch.randn(2, 1, layer.hidden_size, generator=random).to(layer.dtype)
-        rows = torch.arange(2)
-        decodes = _Decodes(rows=rows, sources=rows, targets=rows + 2, snapshots=())
-        results = []
-        for native in (False, True):
-            after = {key: tensor.clone() for key, tensor in slots.items()}
-            try:
-                out = self._step(hidden, decodes, after, {}, native=native)
-            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
-                return False
-            results.append([out, *after.values()])
-        return all(_close(*pair) for pair in zip(*results, strict=True))
 
     def _piece(self, piece: _Piece, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
         """[tokens of the piece, H]"""
@@ -218,44 +205,79 @@ class PackedStates:
             while at < end:
                 # the first tokens of a sequence need no state, so that any code can run them at once
                 upto = end if self.goes_on or not cache.states else at + 1
-                outputs.append(self._original(hidden[:, at:upto], **settings, **{self._cache_argument: cache})[0])
+                outputs.append(self._run(hidden[:, at:upto], cache, settings)[0])
                 at = upto
             for key, tensor in slots.items():
                 tensor[slot] = cache.states[key][0]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    # --- Trials -------------------------------------------------------------------------------------------------
 
-_RECURRENT = StateKind.RECURRENT, 0
-_nothing = nullcontext()
+    def _find_native(self, layer: StateLayer) -> tuple[StateKind, ...]:
+        """The kinds of states for which native code agrees with the layer's own, to some roundings."""
+        usable = {
+            StateKind.CONVOLUTION: all(kept.dtype == torch.bfloat16 for kept in _of(layer, StateKind.CONVOLUTION)),
+            StateKind.RECURRENT: all(kept.dtype == torch.float32 for kept in _of(layer, StateKind.RECURRENT)),
+        }
+        return tuple(
+            kind for kind in StateKind if usable[kind] and len(_of(layer, kind)) == 1 and self._agrees(layer, kind)
+        )
+
+    @torch.inference_mode()
+    def _agrees(self, layer: StateLayer, kind: StateKind) -> bool:
+        """Whether native code for states of one kind gives the layer's own values, for single tokens."""
+        slots = _random_states(layer, 4)
+        rows = torch.arange(2)
+        decodes = _Decodes(rows=rows, sources=rows, targets=rows + 2, snapshots=())
+        results = []
+        for native in ((), (kind,)):
+            after = {key: tensor.clone() for key, tensor in slots.items()}
+            try:
+                out = self._step(_random_hidden(layer, 2, 1), decodes, after, {}, native)
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+                return False
+            results.append([out, *after.values()])
+        return all(_close(*pair) for pair in zip(*results, strict=True))
+
+    @torch.inference_mode()
+    def _goes_on(self, layer: StateLayer) -> bool:
+        """Whether two tokens at once do with a state what they do one by one. Some code ignores it."""
+        hidden = _random_hidden(layer, 1, 2)
+        results = []
+        for lengths in ((2,), (1, 1)):
+            cache = SequenceCache(_random_states(layer, 1))
+            outputs = [self._run(part, cache, {}) for part in hidden.split(lengths, dim=1)]
+            results.append([torch.cat(outputs, dim=1), *(cache.states[key] for key in _keys(layer))])
+        return all(_close(*pair) for pair in zip(*results, strict=True))
+
+    def _run(self, hidden: Tensor, cache: SequenceCache, settings: dict[str, Any]) -> Tensor:
+        """Run some tokens of one sequence: [1, T, H]."""
+        with scans_begin_with(cache.states.get((StateKind.RECURRENT, 0))):
+            out: Tensor = self._original(hidden, **settings, **{self._cache_argument: cache})
+        return out
 
 
-def _kept(layer: StateLayer) -> dict[tuple[StateKind, int], Kept]:
-    return {(kept.kind, kept.index): kept for kept in layer.keeps}
+def _of(layer: StateLayer, kind: StateKind) -> list[Kept]:
+    return [kept for kept in layer.keeps if kept.kind is kind]
+
+
+def _keys(layer: StateLayer) -> list[tuple[StateKind, int]]:
+    return [(kept.kind, kept.index) for kept in layer.keeps]
+
+
+def _random_states(layer: StateLayer, count: int) -> States:
+    return {(kept.kind, kept.index): _random(layer, (count, *kept.shape), kept.dtype) for kept in layer.keeps}
+
+
+def _random_hidden(layer: StateLayer, sequences: int, tokens: int) -> Tensor:
+    return _random(layer, (sequences, tokens, layer.hidden_size), layer.dtype)
+
+
+def _random(layer: StateLayer, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    device = next(layer.module.parameters()).device
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     """Whether two results are the same but for roundings to 8 bits."""
     return bool((a.float() - b.float()).abs().max() <= 2**-5 * a.float().abs().max())
-
-
-@torch.inference_mode()
-def goes_on(layer: StateLayer) -> bool:
-    """Whether the layer, when it gets several tokens, goes on from all states that it is given.
-
-    Some code does so for single tokens only. It is found out by two calls that differ in the states alone.
-    """
-    device = next(layer.module.parameters()).device
-    hidden = torch.linspace(-1.0, 1.0, 2 * layer.hidden_size, dtype=layer.dtype, device=device).view(1, 2, -1)
-
-    def output(filled: Kept | None) -> Tensor:
-        states = {
-            (kept.kind, kept.index): torch.full(
-                (1, *kept.shape), float(kept is filled), dtype=kept.dtype, device=device
-            )
-            for kept in layer.keeps
-        }
-        out: Tensor = layer.module(hidden, **{layer.cache_argument: SequenceCache(states)})
-        return out
-
-    empty = output(None)
-    return not any(torch.equal(empty, output(kept)) for kept in layer.keeps)

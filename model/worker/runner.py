@@ -33,6 +33,7 @@ class ModelRunner:
         self._device = device
         self._attention = fitted.attention
         self.kv_shapes, self.layer_shapes = fitted.shapes.kv, fitted.shapes.layers
+        self._keeps_states = bool(fitted.states)
         self._cache: KVCache | None = None
         self.dispatcher: Dispatcher | None = None
         self._lengths_T = [torch.empty(0)]
@@ -78,6 +79,7 @@ class ModelRunner:
         """
         assert self.dispatcher is not None
         assert self._cache is not None
+        assert states is not None or not (self._keeps_states and slices)
         self._head.keep(keep)
         self.dispatcher.begin(tokens_per_rank, counter)
         if not slices:

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scenarios = {name: scenarios[name] for name in options.only or scenarios}
     with tempfile.TemporaryDirectory(prefix="emoe-chaos-") as directory:
         tiny = options.model is None
-        checkpoint = tiny_checkpoint("qwen3_moe", Path(directory)) if tiny else Path(options.model)
+        checkpoint = tiny_checkpoint(options.family, Path(directory)) if tiny else Path(options.model)
         if options.drift:
             return drift(checkpoint, Path(directory) / "log")
         # in other types tokens depend on the number of workers: that they all come is what is checked then
@@ -166,6 +166,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the victims, the moments and the requests")
     parser.add_argument("--only", action="append", help="name of a scenario; may be given several times")
     parser.add_argument("--model", help="a checkpoint instead of a tiny random one")
+    parser.add_argument(
+        "--family", default="qwen3_moe", help="of the tiny one, such as qwen3_next (default: qwen3_moe)"
+    )
     parser.add_argument("--dtype", default="float32", help="of the model; tokens are compared in float32 alone")
     parser.add_argument("--cycles", type=int, default=20, help=f"of '{LEAKS}', more than {SETTLED_CYCLES}")
     parser.add_argument("--drift", action="store_true", help="only: how soon re-placement follows a drift of traffic")

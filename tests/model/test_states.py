@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk, StateUse
+from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.states.packed import StateBatch
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.worker.worker import Worker
@@ -72,6 +75,36 @@ def test_greedy_tokens_for_any_number_of_workers(checkpoint: Path, slots: tuple[
     for text in texts:
         if len(text) in COMPARED:
             assert got[f"r{len(text)}"] == greedy(checkpoint, tuple(text)), f"prompt of {len(text)} tokens"
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_to_the_truth_as_transformers(
+    lib: ctypes.CDLL, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Prompts in two chunks, and then one token of each in native code where there is some."""
+    texts = [text for text in prompts(checkpoint) if len(text) > 1]
+    truth = torch.stack([reference(checkpoint)(torch.tensor([text])).logits[0, -1] for text in texts])
+    with quiet_transformers():
+        rounded = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+    theirs = torch.stack([rounded(torch.tensor([text])).logits[0, -1].float() for text in texts])
+    [worker] = Lockstep(checkpoint, [8], dtype="bfloat16", block_size=16, max_num_batched_tokens=64).workers.values()
+    for begin, end in ((0, 4), (4, -1), (-1, None)):
+        pieces = {}
+        for number, text in enumerate(texts):
+            part = range(len(text))[begin:end]
+            if part:
+                pieces[number] = SequenceSlice(
+                    token_ids=[text[at] for at in part],
+                    start=part[0],
+                    block_ids=range(number * 2, number * 2 + 2),
+                    prompt_length=len(text),
+                )
+        ours = run(worker, pieces)
+    # the median text: near a tie, the last bit decides on an expert
+    error, usual = ((got - truth).norm(dim=1).median() for got in (ours.float(), theirs))
+    assert error <= 1.5 * usual + 1e-3 * truth.norm(dim=1).median()
 
 
 def compare(cluster: Lockstep, path: Path, *, copies: int = 2) -> None:

@@ -1,13 +1,23 @@
 """How many workers there should be."""
 
+from dataclasses import replace
+
 import pytest
 
 from elastic_moe.cluster.control.autoscaling import Sample
-from elastic_moe.cluster.control.scaling import advise, check_memory, check_target, fewest_wanted, surplus
+from elastic_moe.cluster.control.scaling import (
+    advise,
+    check_memory,
+    check_target,
+    fewest_wanted,
+    seats_per_worker,
+    surplus,
+)
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import LoadSeen, ScaleRequested, Tick, WorkerLost
 from elastic_moe.cluster.facts.facts import ControlSettings
+from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.views import Phase
 from elastic_moe.cluster.placement import WorkerId
 from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation
@@ -178,3 +188,13 @@ def test_the_autoscaler_leaves_as_many_as_hold_every_expert() -> None:
     assert fewest_wanted(facts) == 2
     quiet = [Sample(at_s=at, waiting=0, running=0, kv_usage=0.0) for at in (0.0, 100.0)]
     assert advise(facts, quiet, 100.0, 0.0).target == 2
+
+
+def test_the_autoscaler_counts_as_many_seats_as_have_memory_for_their_states() -> None:
+    record = member(W0, capacity=PART)
+    assert record.info is not None
+    room = replace(record.info, state_room=StateRoom(seats=3, snapshots=0))
+    settings = ControlSettings(workers=1, seats_per_worker=8)
+    facts = facts_of([replace(record, info=room), member(W1, capacity=PART)], [W0, W1], settings=settings)
+    assert seats_per_worker(facts) == 3
+    assert seats_per_worker(facts_of([record], [W0], settings=settings)) == 8

@@ -13,8 +13,9 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from elastic_moe.model.native.recurrent import Slots
-from elastic_moe.model.states.rules import _delta_rule, _selective_update, slots_in_use
+from elastic_moe.model.states.recurrent import Slots
+from elastic_moe.model.states.finding import StateKind
+from elastic_moe.model.states.rules import convolution_of, delta_rule_of, selective_update_of, slots_in_use
 
 SOURCES, TARGETS = torch.tensor([4, 0, 2]), torch.tensor([1, 5, 3])
 ROWS = 3
@@ -46,8 +47,8 @@ def test_the_gated_delta_rule(lib: ctypes.CDLL, key_size: int, value_size: int, 
     given: dict[str, Any] = {"g": decay, "beta": beta, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
     expected, after = theirs(query, key, value, initial_state=states[SOURCES], **given)
     before = states.clone()
-    with slots_in_use(Slots(states=states, sources=SOURCES, targets=TARGETS)):
-        out, _ = _delta_rule(lib, theirs)(query, key, value, initial_state=states[:0], **given)
+    with slots_in_use({StateKind.RECURRENT: Slots(states=states, sources=SOURCES, targets=TARGETS)}):
+        out, _ = delta_rule_of(lib)(theirs)(query, key, value, initial_state=states[:0], **given)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states[TARGETS], after, rtol=1e-5, atol=1e-5)
     assert torch.equal(states[SOURCES], before[SOURCES]), "a state that may be needed again was overwritten"
@@ -71,10 +72,26 @@ def test_mamba_2(lib: ctypes.CDLL, head_size: int, state_size: int) -> None:
     }
     after, before = states[SOURCES], states.clone()
     expected = theirs(after, **given)
-    with slots_in_use(Slots(states=states, sources=SOURCES, targets=TARGETS)):
-        out = _selective_update(lib, theirs)(states[:0], **given)
+    with slots_in_use({StateKind.RECURRENT: Slots(states=states, sources=SOURCES, targets=TARGETS)}):
+        out = selective_update_of(lib)(theirs)(states[:0], **given)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states[TARGETS], after, rtol=1e-5, atol=1e-5)
+    assert torch.equal(states[SOURCES], before[SOURCES])
+
+
+@pytest.mark.parametrize(("activation", "biased"), [("silu", False), (None, True)])
+@pytest.mark.parametrize(("channels", "width"), [(64, 4), (21, 3)])
+def test_short_convolutions(lib: ctypes.CDLL, channels: int, width: int, activation: str | None, biased: bool) -> None:
+    theirs = original(modeling_qwen3_next.causal_conv1d_update)
+    states, x = draw(6, channels, width).bfloat16(), draw(ROWS, channels, 1).bfloat16()
+    weight, bias = draw(channels, width + 1)[:, :-1].bfloat16(), draw(channels).bfloat16() if biased else None
+    after, before = states[SOURCES], states.clone()
+    expected = theirs(x, after, weight, bias, activation)
+    with slots_in_use({StateKind.CONVOLUTION: Slots(states=states, sources=SOURCES, targets=TARGETS)}):
+        out = convolution_of(lib)(theirs)(x, states[:0], weight, bias, activation)
+    # both round the sum and the activation to 8 bits; sums of other orders may round to the neighbouring value
+    torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-8)
+    assert torch.equal(states[TARGETS], after)
     assert torch.equal(states[SOURCES], before[SOURCES])
 
 
@@ -84,9 +101,8 @@ def test_threads_change_nothing(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatc
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         states = draw(6, 4, 16, 16)
-        with slots_in_use(Slots(states=states, sources=SOURCES, targets=TARGETS)):
-            out, _ = _delta_rule(lib, theirs)(
-                draw(ROWS, 1, 4, 16), draw(ROWS, 1, 4, 16), draw(ROWS, 1, 4, 16), draw(ROWS, 1, 4), draw(ROWS, 1, 4)
-            )
+        with slots_in_use({StateKind.RECURRENT: Slots(states=states, sources=SOURCES, targets=TARGETS)}):
+            given = {"g": draw(ROWS, 1, 4), "beta": draw(ROWS, 1, 4), "initial_state": states[:0]}
+            out, _ = delta_rule_of(lib)(theirs)(*[draw(ROWS, 1, 4, 16)] * 3, **given)
         outputs.append([out, states])
     assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))

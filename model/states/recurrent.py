@@ -1,7 +1,7 @@
-"""One token of layers that keep a matrix per head and sequence, for several sequences: see recurrent.cpp.
+"""One token of layers that keep a matrix per head and sequence, for several sequences: see model/native/recurrent.cpp.
 
 Legend: R sequences, S slots, K key heads, V value heads, D key size, E value size, N heads, G groups, P head size,
-M state size. All tensors are float32 but for slots, which are int64.
+M state size, C channels, W width of a convolution. Numbers of slots are int64.
 """
 
 from __future__ import annotations
@@ -72,6 +72,28 @@ def selective_update(
         groups,
         head_size,
         state_size,
+        slots.states.data_ptr(),
+        slots.sources.data_ptr(),
+        slots.targets.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def convolve(
+    lib: ctypes.CDLL, x_RC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, slots: Slots, *, silu: bool
+) -> Tensor:
+    """Run one token of a convolution over tokens in bfloat16: [R, C] -> [R, C]. The states are [S, C, W]."""
+    x_RC, weight_CW = x_RC.contiguous(), weight_CW.contiguous()
+    out = torch.empty(x_RC.shape, dtype=torch.bfloat16)
+    lib.emoe_convolve(
+        x_RC.data_ptr(),
+        *x_RC.shape,
+        weight_CW.shape[1],
+        weight_CW.data_ptr(),
+        None if bias_C is None else bias_C.data_ptr(),
+        silu,
         slots.states.data_ptr(),
         slots.sources.data_ptr(),
         slots.targets.data_ptr(),
