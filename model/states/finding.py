@@ -140,8 +140,9 @@ class _Recorder:
         self._running.pop()
         if module in self.kept:
             hidden = self.inputs.get(module)
-            fits = hidden is not None and isinstance(output, Tensor) and output.shape[:-1] == hidden.shape[:-1]
-            if not fits or output.dim() != 3:
+            made = output[0] if isinstance(output, tuple) and output else output
+            fits = hidden is not None and isinstance(made, Tensor) and made.shape[:-1] == hidden.shape[:-1]
+            if not fits or made.dim() != 3:
                 self.complaint = f"{type(module).__name__} keeps states and does not map hidden states to hidden states"
 
     def _user(self) -> dict[tuple[StateKind, int], Kept]:
@@ -182,6 +183,12 @@ class _Recorder:
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
         self._keep(StateKind.RECURRENT, state_idx, tuple(recurrent_states.shape[1:]), recurrent_states.dtype)
         return recurrent_states
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        self.update_recurrent_state(linear_cache, layer_idx)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states

@@ -9,6 +9,7 @@ Legend: T tokens of the step, R sequences with one token, H hidden.
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_moe.model.states.recurrent import Slots
 from elastic_moe.model.states.finding import Kept, StateKind, StateLayer, with_left_context
+from elastic_moe.model.states.recurrent import Slots
 from elastic_moe.model.states.rules import replace_functions, scans_begin_with, slots_in_use
 from elastic_moe.model.states.store import StateMove, States, StateStore
 
@@ -121,6 +122,13 @@ class SequenceCache:
         self.states[StateKind.RECURRENT, state_idx] = recurrent_states
         return recurrent_states
 
+    # MiniMax-Text-01 has names of its own
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        self.update_recurrent_state(linear_cache, layer_idx)
+
 
 class PackedStates:
     """The forward of a layer that keeps states, for packed tokens. Outside of a step it calls the original."""
@@ -130,6 +138,10 @@ class PackedStates:
         self._original: Callable[..., Any] = layer.module.forward
         self._cache_argument = layer.cache_argument
         self._number = number
+        self._required = _without_default(layer)
+        """Arguments that the original wants to have, and does not use."""
+        self._makes_pair = False
+        """Whether the original returns something beside hidden states, such as attention weights."""
         replace_functions(layer.module, lib)
         self.native: tuple[StateKind, ...] = () if lib is None else self._find_native(layer)
         """Kinds of states that native code updates for single tokens."""
@@ -140,11 +152,11 @@ class PackedStates:
         batch = _current.get()
         if batch is None:
             return self._original(hidden_states, *args, **kwargs)
-        # no token is padding, so the mask says nothing
+        # no token is padding, so the mask says nothing; what has a row for each token would not fit the parts
         settings = {
             name: value
             for name, value in kwargs.items()
-            if name not in (self._cache_argument, "attention_mask") and not isinstance(value, Tensor)
+            if name != self._cache_argument and not isinstance(value, Tensor | tuple)
         }
         slots = batch.store.layers[self._number]
         parts: list[tuple[Any, Tensor]] = []
@@ -154,12 +166,10 @@ class PackedStates:
             (slice(piece.begin, piece.end), self._piece(piece, slots, hidden_states, settings))
             for piece in batch.pieces
         ]
-        if len(parts) == 1 and batch.decodes is None:
-            return parts[0][1][None]
         out = parts[0][1].new_empty(1, hidden_states.shape[1], parts[0][1].shape[-1])
         for rows, values in parts:
             out[0, rows] = values
-        return out
+        return (out, None) if self._makes_pair else out
 
     def _decode(self, decodes: _Decodes, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
         """[R, H] of the sequences with one token."""
@@ -185,7 +195,7 @@ class PackedStates:
             {key: tensor[:0] if key[0] in apart else tensor.index_select(0, sources) for key, tensor in slots.items()}
         )
         with slots_in_use(apart):
-            out: Tensor = self._original(hidden_R1H, **settings, **{self._cache_argument: cache})
+            out = self._call(hidden_R1H, cache, settings)
         for key, tensor in slots.items():
             if key[0] not in apart:
                 tensor.index_copy_(0, targets, cache.states[key])
@@ -253,8 +263,19 @@ class PackedStates:
     def _run(self, hidden: Tensor, cache: SequenceCache, settings: dict[str, Any]) -> Tensor:
         """Run some tokens of one sequence: [1, T, H]."""
         with scans_begin_with(cache.states.get((StateKind.RECURRENT, 0))):
-            out: Tensor = self._original(hidden, **settings, **{self._cache_argument: cache})
-        return out
+            return self._call(hidden, cache, settings)
+
+    def _call(self, hidden: Tensor, cache: SequenceCache, settings: dict[str, Any]) -> Tensor:
+        out = self._original(hidden, **(self._required | settings | {self._cache_argument: cache}))
+        self._makes_pair = isinstance(out, tuple)
+        made: Tensor = out[0] if self._makes_pair else out
+        return made
+
+
+def _without_default(layer: StateLayer) -> dict[str, None]:
+    parameters = list(inspect.signature(layer.module.forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: None for p in parameters if p.default is p.empty and p.kind in kinds}
 
 
 def _of(layer: StateLayer, kind: StateKind) -> list[Kept]:

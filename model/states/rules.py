@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_moe.model.states.recurrent import Slots, convolve, delta_rule, selective_update
 from elastic_moe.model.states.finding import StateKind
+from elastic_moe.model.states.recurrent import Slots, convolve, delta_rule, selective_update
 
 _slots: ContextVar[Mapping[StateKind, Slots]] = ContextVar("slots", default=MappingProxyType({}))
 _begin: ContextVar[Tensor | None] = ContextVar("begin", default=None)

@@ -135,6 +135,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 0,
         "mamba_d_state": 8,
     },
+    "minimax": {
+        "family": "minimax",
+        "layers": 4,
+        "layer_types": _MIXED,
+        "intermediate_size": 32,
+        "block_size": 8,
+        "linear_attn_alpha_factor": 1.5,
+        "linear_attn_beta_factor": 0.7,
+    },
     "lfm2_moe": {
         "family": "lfm2_moe",
         "layers": 4,

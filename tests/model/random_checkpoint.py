@@ -232,6 +232,7 @@ _OWN_FIELDS: dict[str, Callable[..., dict[str, Any]]] = {
     "granitemoehybrid": _granite_hybrid_fields,
     "granitemoeshared": _granite_fields,
     "hunyuan_v1_moe": _hunyuan_fields,
+    "minimax": _mixtral_fields,
     "minimax_m2": _minimax_m2_fields,
     "mixtral": _mixtral_fields,
     "olmoe": _olmoe_fields,
@@ -254,6 +255,8 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
         if name not in states:
             continue  # rope frequencies and other constants
+        if name.endswith(("slope_rate", "_decay")):
+            continue  # constants that are stored
         noise = torch.randn(value.shape, generator=generator)
         if value is head.weight or value is embedding.weight:
             scale = LOGIT_STD / value.shape[-1] ** 0.5 if value is head.weight else 1.0

@@ -339,7 +339,6 @@ def test_missing_layer(copy: Callable[[str], Path]) -> None:
         ("jetmoe", {}, "experts interface"),
         ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 64}, "experts interface"),
         ("longcat_flash", {}, "experts interface"),
-        ("minimax", {"num_local_experts": 4}, "MiniMaxLightningAttention asks its cache for get_linear_cache"),
         ("zaya", {"num_experts": 4, "moe_intermediate_size": 64}, "ZayaCCAProjection keeps states and does not map"),
         ("granitemoehybrid", {"num_local_experts": 4}, "no layer of it attends to earlier tokens"),
         ("deepseek_v32", {"n_routed_experts": 8, "first_k_dense_replace": 1}, "cannot be served: it keeps other state"),

@@ -13,8 +13,8 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from elastic_moe.model.states.recurrent import Slots
 from elastic_moe.model.states.finding import StateKind
+from elastic_moe.model.states.recurrent import Slots
 from elastic_moe.model.states.rules import convolution_of, delta_rule_of, selective_update_of, slots_in_use
 
 SOURCES, TARGETS = torch.tensor([4, 0, 2]), torch.tensor([1, 5, 3])
