@@ -29,7 +29,7 @@ from elastic_moe.model.worker.worker import Worker
 from tests.bench.report import markdown
 from tests.bench.step import CONTEXT, load_worker, step_s
 from tests.bench.workers import BLOCK, Case, Load
-from tests.model.families import FAMILIES, tiny_checkpoint
+from tests.model.families import FAMILIES, HYBRIDS, tiny_checkpoint
 
 BATCHES = (1, 8)
 
@@ -112,7 +112,7 @@ def main() -> None:
         print(pairs_table(args.pairs, args.threads, args.turns))
         return
     with tempfile.TemporaryDirectory() as made:
-        checkpoints = {family: tiny_checkpoint(family, Path(made)) for family in FAMILIES}
+        checkpoints = {family: tiny_checkpoint(family, Path(made)) for family in [*FAMILIES, *HYBRIDS]}
         reports = {family: report_of(path, getattr(torch, args.dtype)) for family, path in checkpoints.items()}
     print(matrix(reports))
     if args.reasons:

@@ -26,7 +26,7 @@ from elastic_moe.cluster import placement as placements
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams
-from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse, StepPlan
 from elastic_moe.cluster.placement import Tier, WorkerId
 from elastic_moe.cluster.placement import Worker as Member
 
@@ -99,6 +99,7 @@ class Load:
             known=start + length,
             block_offset=0,
             block_ids=tuple(range(first, first + self._blocks)),
+            state=StateUse(keep_from=start),
         )
 
 

@@ -39,6 +39,8 @@ from elastic_moe.cluster.messages.steps import (
     ForgetSequences,
     NewSequence,
     Sample,
+    SavedState,
+    StateUse,
     StepPlan,
     StepResult,
 )
@@ -46,13 +48,14 @@ from elastic_moe.cluster.messages.steps import (
 R = RequestId("r")
 PARAMS = SamplingParams(max_tokens=3, temperature=0.5, logit_bias=((4, -1.5),), stop_token_ids=(7,), logprobs=2)
 SCORES = TokenLogprobs(token_id=4, logprob=-9999.0, top=((1, -0.25), (2, -3.0)))
+STATE = StateUse(keep_from=1, restore=3, save=(SavedState(position=2, place=0),))
 MESSAGES: list[Message] = [
     StepPlan(
         epoch=Epoch(3),
         step=9,
         tokens_per_rank=(1, 0),
         new=(NewSequence(request_id=R, token_ids=(1, 2), num_prompt_tokens=1, params=PARAMS, eos_token_ids=(0,)),),
-        chunks=(Chunk(request_id=R, start=1, length=1, known=2, block_offset=0, block_ids=(5, 6)),),
+        chunks=(Chunk(request_id=R, start=1, length=1, known=2, block_offset=0, block_ids=(5, 6), state=STATE),),
         finished=(RequestId("ä"),),
     ),
     StepResult(step=9, samples=(Sample(request_id=R, token_id=4, logprobs=SCORES),), compute_s=0.1),
