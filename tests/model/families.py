@@ -84,6 +84,7 @@ MORE_FAMILIES = (
 """Further families that are served. Only tests of what differs by family use them."""
 
 _DELTA = {
+    "seed": 2,
     "family": "qwen3_next",
     "layers": 4,
     "linear_num_key_heads": 2,
@@ -101,6 +102,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "layers": 4,
         "layer_types": _MIXED,
         "q_lora_rank": None,
+        "num_local_experts": 8,
         "linear_num_heads": 2,
         "linear_head_dim": 16,
     },
