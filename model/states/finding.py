@@ -132,6 +132,9 @@ class _Recorder:
             if isinstance(hidden, Tensor):
                 self.inputs[module] = hidden
             self._running.append(module)
+            at = [*inspect.signature(type(module).forward).parameters].index(cache_argument) - 1
+            if at < len(args):
+                return (*args[:at], self, *args[at + 1 :]), kwargs
             return args, kwargs | {cache_argument: self}
 
         return enter

@@ -72,7 +72,8 @@ def test_info(name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     monkeypatch.setattr(StoredTensor, "read", lambda *_: pytest.fail("a weight was read"))
     checkpoint = open_checkpoint(tiny_checkpoint(name, tmp_path_factory))
     info = checkpoint.info
-    assert (info.num_logical_experts, info.top_k, info.hidden_size) == (8, 2, 64)
+    # the experts of Nemotron-H work in a narrower space
+    assert (info.num_logical_experts, info.top_k, info.hidden_size) == (8, 2, 32 if name == "nemotron_h" else 64)
     assert info.num_layers == len(checkpoint.conversion.experts) == len(checkpoint.shape.expert_modules)
     assert info.vocab_size == 512
     assert info.eos_token_ids == (0, 2)
