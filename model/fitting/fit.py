@@ -98,6 +98,9 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), refusal, apart, notes)
+    if not notes.count(Part.ATTENTION_HALF):
+        why = refusal or "no layer has a part named self_attn"
+        notes.add(Part.ATTENTION_HALF, "attention layers", CodePath.TRANSFORMERS, why, count=len(shapes.kv))
     for layer in states.layers:
         notes.add(Part.LAYERS, type(layer.module).__name__, CodePath.TRANSFORMERS, apart)
     expert_layers = [layer_experts(module, int8=int8) for module in experts]
