@@ -167,6 +167,31 @@ def test_steps_that_are_run_again_change_nothing(delta: Path, depth: int) -> Non
         assert tokens[f"r{len(text)}"] == greedy(delta, tuple(text))
 
 
+def test_requests_of_a_worker_that_is_gone_are_computed_again(delta: Path) -> None:
+    cluster = Lockstep(delta, [4, 4])
+    blocks = {worker: cache.pool.num_blocks for worker, cache in cluster.scheduler._caches.items()}
+    rooms = {name: worker.state_room for name, worker in cluster.workers.items() if worker.state_room is not None}
+    texts = [text for text in prompts(delta) if len(text) in COMPARED]
+    tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts}
+    for name, text in zip(tokens, texts, strict=True):
+        cluster.scheduler.add(request(name, text, max_tokens=NEW_TOKENS))
+    turns = 0
+    while cluster.scheduler.num_requests:
+        turns += 1
+        if turns in (10, 30):
+            while cluster.flights:
+                cluster.land()
+            gone = list(blocks)[turns % 4 // 2]
+            others = {worker: count for worker, count in blocks.items() if worker != gone}
+            assert cluster.scheduler.set_workers(others, rooms) == 1
+            cluster.workers[gone].forget_sequences()
+            cluster.scheduler.set_workers(blocks, rooms)
+        for output in cluster.step():
+            tokens[output.request_id] += output.token_ids
+    for text in texts:
+        assert tokens[f"r{len(text)}"] == greedy(delta, tuple(text))
+
+
 def test_a_token_too_many_changes_no_other_request(delta: Path) -> None:
     """A stop token is noticed when the next step is already in flight."""
     text = prompts(delta)[1]
