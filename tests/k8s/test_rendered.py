@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from elastic_moe.cluster.config import ServeConfig
-from tests.deploy.kuberay.crd import check
-from tests.deploy.kuberay.rendered import GPU_VALUES, K8S, Manifest, charted, kustomized, only
-from tests.deploy.kuberay.rules import complaints
+from tests.k8s.crd import check
+from tests.k8s.rendered import GPU_VALUES, K8S, Manifest, charted, kustomized, only
+from tests.k8s.rules import complaints
 
 # of Ray's own schema module, under pydantic 2
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")

@@ -8,9 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.deploy.kuberay.crd import check_rayservice
-from tests.deploy.kuberay.rendered import kustomized, only
-from tests.deploy.kuberay.rules import complaints
+from tests.k8s.crd import check_rayservice
+from tests.k8s.rendered import kustomized, only
+from tests.k8s.rules import complaints
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import kubernetes_validate
 
 from tests.paths import ROOT
 
-CRD = ROOT / "tests" / "deploy" / "kuberay" / "rayservices-v1.json.gz"
+CRD = ROOT / "tests" / "k8s" / "rayservices-v1.json.gz"
 KUBERNETES = "1.33"
 """The version whose schemas are used: one that clusters run today."""
 Manifest = dict[str, Any]
