@@ -99,6 +99,7 @@ def worker_view(
         fit=info.fit if info else None,
         experts_served=int(served.sum()),
         experts_resident=resident or int(record.held.sum()),
+        address=info.endpoint.address if info else "",
     )
 
 
