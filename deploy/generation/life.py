@@ -1,8 +1,8 @@
 """The times of one request in the replica that has accepted it: counted in its metrics, and sent as a trace.
 
-vLLM's words: a request is in the *queue* until its first step, in *prefill* until its first token, in *decode* until its
-last one. The engine tells how long the request waited for its first step; everything else is seen from here, so prefill
-includes the way to the engine and back.
+vLLM's words: a request is in the *queue* until its first step, in *prefill* until its first token, in *decode* until
+its last one. The engine tells how long the request waited for its first step; everything else is seen from here, so
+prefill includes the way to the engine and back.
 """
 
 from __future__ import annotations

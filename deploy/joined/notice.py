@@ -1,6 +1,6 @@
-"""`emoe until-notice`: runs `ray start --block` on a spot machine, and ends it in good order when the cloud gives notice.
+"""`emoe until-notice`: runs `ray start --block` on a spot machine, and ends it in good order when its end is announced.
 
-Ray does not ask a cloud whether it will take the machine away. It drains its node when `ray start --block` gets SIGTERM,
+Ray does not ask a cloud whether it takes the machine away. `ray start --block` drains its node when it gets SIGTERM,
 for RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S seconds, and a worker that is drained gives its experts away. So this process
 asks the machine's metadata service every few seconds, and passes the notice on as SIGTERM.
 """

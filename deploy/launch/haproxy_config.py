@@ -128,7 +128,9 @@ def _changes(wanted: Corrections) -> dict[str, Change]:
         "size of a buffer": lambda _: _block(sizes),
         "error pages": lambda _: _block(pages),
         "defaults": lambda found: found[0] + _block(_defaults(wanted)),
-        "address of the frontend": lambda found: found[1] + _block(_frontend(wanted, served_at=found[2], port=found[3])),
+        "address of the frontend": lambda found: (
+            found[1] + _block(_frontend(wanted, served_at=found[2], port=found[3]))
+        ),
         # while no application runs, Serve's own answer is a 404 that names a page of Serve's
         "answer without an application": lambda _: _block(["http-request deny deny_status 503"]),
     }

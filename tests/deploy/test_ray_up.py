@@ -78,7 +78,9 @@ def test_what_it_copies_is_there(name: str) -> None:
 
 def test_machines_of_ones_own_get_what_an_installation_needs() -> None:
     mounts = read("ray-cluster-local.yaml")["file_mounts"]
-    assert {*FOLDERS, "pyproject.toml", "setup.py", "README.md", "LICENSE", "Makefile"} == {local for local in mounts.values() if not local.startswith("~")}
+    assert {*FOLDERS, "pyproject.toml", "setup.py", "README.md", "LICENSE", "Makefile"} == {
+        local for local in mounts.values() if not local.startswith("~")
+    }
     assert all(remote == f"~/elastic-moe/{local}" for remote, local in mounts.items() if not local.startswith("~"))
 
 

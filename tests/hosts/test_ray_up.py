@@ -100,14 +100,15 @@ class Up:
 
     def wait_for(self, what: Callable[[], bool]) -> None:
         deadline = time.monotonic() + ANSWER_S
-        while True:
+        seen = "no answer"
+        while time.monotonic() < deadline:
             try:
                 if what():
                     return
             except (AssertionError, ValueError) as error:
-                assert time.monotonic() < deadline, error
-            assert time.monotonic() < deadline
+                seen = str(error)
             time.sleep(0.5)
+        raise AssertionError(seen)
 
     def serving(self, count: int) -> bool:
         ready = self.get("/ready")

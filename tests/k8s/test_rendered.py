@@ -99,6 +99,10 @@ def test_every_container_is_confined_and_finds_what_it_mounts(manifests: tuple[M
         assert labels["app.kubernetes.io/part-of"] == "elastic-moe"
 
 
+def gibibytes(quantity: str) -> int:
+    return int(quantity.removesuffix("Gi"))
+
+
 def test_shared_memory_is_memory_and_fits(manifests: tuple[Manifest, ...]) -> None:
     cluster = only(manifests, "RayService")["spec"]["rayClusterConfig"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -107,9 +111,7 @@ def test_shared_memory_is_memory_and_fits(manifests: tuple[Manifest, ...]) -> No
         (name,) = (mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm")
         (volume,) = (volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == name)
         assert volume["medium"] == "Memory"
-        shared, memory = (int(text.removesuffix("Gi")) for text in (volume["sizeLimit"],
-                                                                    container["resources"]["limits"]["memory"]))  # fmt: skip
-        assert 0 < shared <= memory
+        assert 0 < gibibytes(volume["sizeLimit"]) <= gibibytes(container["resources"]["limits"]["memory"])
 
 
 def test_a_pod_has_time_to_drain(manifests: tuple[Manifest, ...]) -> None:

@@ -85,7 +85,7 @@ def test_the_first_token_tells_how_long_the_request_waited_for_its_first_step() 
 
     first, other, second = asyncio.run(work())
     assert first.queued_s is not None
-    assert 0.015 <= first.queued_s
+    assert first.queued_s >= 0.015
     assert (other.queued_s, second.queued_s) == (None, None)
 
 
