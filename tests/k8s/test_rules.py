@@ -54,8 +54,7 @@ CONTAINER = "template/spec/containers/0"
     ],
 )  # fmt: skip
 def test_a_mistake_is_found(path: str, value: Any, complaint: str) -> None:
-    (found, *_) = complaints(changed(path, value))
-    assert complaint in found
+    assert [found for found in complaints(changed(path, value)) if complaint in found]
 
 
 @pytest.mark.parametrize("name", ["elastic_moe", "1moe", "m" * 48])
