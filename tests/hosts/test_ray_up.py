@@ -130,7 +130,7 @@ def up(lab: Lab, key: Path, tmp_path: Path) -> Iterator[Up]:
 
 
 def test_the_shipped_file_starts_a_cluster_that_serves(up: Up, key: Path) -> None:
-    up.execute("elastic-moe/.venv/bin/serve deploy elastic-moe/deploy/serve.yaml")
+    up.execute("~/elastic-moe/.venv/bin/serve deploy ~/elastic-moe/deploy/serve.yaml")
     up.wait_for(lambda: up.serving(2))
     nodes = {worker["node"] for worker in up.get("/admin/workers")}
     assert len(nodes) == 2, "a worker on each machine, and none on the head"
