@@ -138,6 +138,8 @@ class WorkerView:
     """Over all layers."""
     experts_resident: int = 0
     """Of those, the ones in its device now, its cache area included."""
+    address: str = ""
+    """IP address at which the engine and other workers reach it; empty while it loads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
