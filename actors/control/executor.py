@@ -44,6 +44,7 @@ from elastic_moe.cluster.facts.events import (
     WorkerLost,
 )
 from elastic_moe.cluster.messages.epochs import EpochSpec, ModelInfo, ModelSpec, TransportKind, WorkerSpec
+from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -153,12 +154,19 @@ class Executor:
         return [*lost, PrepareFailed(epoch=spec.epoch, reason=describe_errors(errors))]
 
     async def _open_rendezvous(self, spec: EpochSpec) -> EpochSpec:
-        """`spec`, with the address of a store if its transport needs one."""
-        if spec.transport not in (TransportKind.GLOO, TransportKind.NCCL):
-            return spec
-        first = self._processes.workers[spec.placement.workers[0].id]
-        address = await within(ask(first, WorkerActor.rendezvous), self._config.step_timeout)
-        return replace(spec, rendezvous=address)
+        """`spec`, with the places where its workers meet, if its transport needs some. Raises CALL_ERRORS."""
+        workers = self._processes.workers_of(spec)
+        if spec.transport is TransportKind.NCCL:
+            first = next(iter(workers.values()))
+            return replace(spec, rendezvous=await within(ask(first, WorkerActor.rendezvous), liveness.DOOR_S))
+        if spec.transport is TransportKind.TCP:
+            calls = [within(ask(worker, WorkerActor.open_door), liveness.DOOR_S) for worker in workers.values()]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+            return replace(spec, doors=tuple(answer for answer in answers if isinstance(answer, Endpoint)))
+        return spec
 
     async def commit(self, command: Commit) -> list[Event]:
         spec, processes = command.spec, self._processes

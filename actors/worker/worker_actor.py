@@ -1,7 +1,8 @@
 """WorkerActor: the actor around one worker's model. Only what Ray and the node add is here; see model/worker/worker.py.
 
-Ray's calls are for the control plane; they run side by side in the concurrency group "io", and copies of experts in one
-of their own, whose threads have a low priority. Steps and epochs come from the engine, in order, over a connection of
+Ray's calls are for the control plane; they run side by side in the concurrency group "io". Joining other workers and
+copying experts have groups of their own: a join may hang for long and must not keep a ping waiting, and the threads of
+copies have a low priority. Steps and epochs come from the engine, in order, over a connection of
 its own (actors/worker/step_server.py). torch is imported when a worker loads its model: processes that only call the
 actor import this file too, and should not wait seconds for torch.
 """
@@ -31,6 +32,7 @@ from elastic_moe.cluster.messages.epochs import (
     WorkerInfo,
     WorkerSpec,
 )
+from elastic_moe.cluster.messages.requests import Endpoint
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -121,6 +123,11 @@ class WorkerActor:
         return f"{address}:{self._stores[-1].port}"
 
     @in_group("io")
+    def open_door(self) -> Endpoint:
+        """Where this worker waits for the others of one group."""
+        return self._ready.open_door(node_address())
+
+    @in_group("joins")
     def prepare(self, spec: EpochSpec) -> None:
         try:
             self._ready.prepare(spec)

@@ -144,7 +144,8 @@ class TransportKind(StrEnum):
     """One worker keeps all tokens."""
     SHM = "shm"
     """Shared memory between the workers of one node."""
-    GLOO = "gloo"
+    TCP = "tcp"
+    """Connections between workers of several nodes, or of one GPU."""
     NCCL = "nccl"
 
 
@@ -159,7 +160,9 @@ class EpochSpec:
     """Name of the process group. Consecutive epochs with the same members use the same group."""
     transport: TransportKind
     rendezvous: str
-    """host:port of the store for gloo and nccl; empty otherwise."""
+    """host:port of the store for nccl; empty otherwise."""
+    doors: tuple[Endpoint, ...] = ()
+    """For tcp: where each worker waits for the others, in rank order; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
