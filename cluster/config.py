@@ -67,6 +67,11 @@ class ServeConfig:
     address: str | None = setting(
         None, "address of a Ray cluster to join; if not given, the server starts a Ray of its own on this machine"
     )
+    interface: str | None = setting(
+        None,
+        "network interface, by its name or as a network such as 10.1.0.0/16, over which tokens go from node to node;"
+        " if not given, the one with the address by which Ray knows the node",
+    )
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.errors import StepAborted, UserError
 from elastic_moe.cluster.facts.events import (
     Abandon,
     AbortSteps,
@@ -45,7 +45,6 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.messages.epochs import EpochSpec, ModelInfo, ModelSpec, TransportKind, WorkerSpec
 from elastic_moe.cluster.messages.requests import Endpoint
-from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +104,7 @@ class Executor:
             host_expert_memory_bytes=config.host_expert_memory_bytes,
             expert_cache_dir=config.expert_cache_dir,
             expert_cache_policy=config.expert_cache_policy,
+            interface=config.interface,
             step_timeout_s=config.step_timeout,
         )
 
@@ -141,7 +141,11 @@ class Executor:
             workers = self._processes.workers_of(spec)
             if command.forms_group:
                 spec = await self._open_rendezvous(spec)
-            calls = {worker: ask(actor, WorkerActor.prepare, spec) for worker, actor in workers.items()}
+            calls: dict[str, Awaitable[Any]] = {
+                worker: ask(actor, WorkerActor.prepare, spec) for worker, actor in workers.items()
+            }
+            if command.forms_group:
+                calls["engine"] = self._reach(command)
             errors = await call_until_error(calls, self._config.step_timeout)
         except KeyError as error:
             return [PrepareFailed(epoch=spec.epoch, reason=f"worker {error} is gone")]
@@ -152,6 +156,15 @@ class Executor:
             return [Prepared(spec=spec)]
         lost = await self._roll_call.find_lost(workers)
         return [*lost, PrepareFailed(epoch=spec.epoch, reason=describe_errors(errors))]
+
+    async def _reach(self, command: Prepare) -> None:
+        """Raises StepAborted if the engine cannot reach a worker. What else is wrong with it, the commit will show."""
+        endpoints = {worker: info.endpoint for worker, info in command.infos.items()}
+        try:
+            await within(ask(self._processes.ensure_engine(), Engine.reach, endpoints), liveness.DOOR_S)
+        except CALL_ERRORS as error:
+            if isinstance(error, StepAborted):
+                raise
 
     async def _open_rendezvous(self, spec: EpochSpec) -> EpochSpec:
         """`spec`, with the places where its workers meet, if its transport needs some. Raises CALL_ERRORS."""
@@ -234,5 +247,5 @@ class Executor:
             await asyncio.gather(*self._abandoning)
 
 
-def describe_errors(errors: Mapping[WorkerId, BaseException]) -> str:
+def describe_errors(errors: Mapping[str, BaseException]) -> str:
     return "; ".join(f"{worker}: {one_line(error)}" for worker, error in errors.items())

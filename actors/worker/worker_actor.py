@@ -18,8 +18,8 @@ import ray
 
 from elastic_moe.actors.liveness import STEP_PING_S
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.addresses import node_address
 from elastic_moe.actors.remote.ask import in_group
-from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.gc_pause import no_collection
@@ -58,6 +58,8 @@ class WorkerActor:
         self._steps: StepServer | None = None
         self._loading = threading.Lock()
         self._info: WorkerInfo | None = None
+        self._address = ""
+        """Where its listeners are; known when it loads."""
         self._stores: list[TCPStore] = []
 
     @in_group("io")
@@ -89,10 +91,11 @@ class WorkerActor:
         from elastic_moe.actors.worker.step_server import StepServer
         from elastic_moe.model.worker.worker import Worker
 
+        self._address = node_address(spec.interface)
         worker = Worker(spec)
         self._worker = worker
         blocks, held_bytes = worker.load()
-        self._steps = StepServer(worker, node_address())
+        self._steps = StepServer(worker, self._address)
         return WorkerInfo(
             worker=spec.worker,
             node=ray.get_runtime_context().get_node_id(),
@@ -116,16 +119,15 @@ class WorkerActor:
         """host:port of a store for one process group, kept until there are some newer ones."""
         from elastic_moe.model.exchange.transports import open_store
 
-        address = node_address()
-        self._stores.append(open_store(address))
+        self._stores.append(open_store(self._address))
         # of the group in force and of attempts at the next; older groups are gone
         del self._stores[:-KEPT_STORES]
-        return f"{address}:{self._stores[-1].port}"
+        return f"{self._address}:{self._stores[-1].port}"
 
     @in_group("io")
     def open_door(self) -> Endpoint:
         """Where this worker waits for the others of one group."""
-        return self._ready.open_door(node_address())
+        return self._ready.open_door(self._address)
 
     @in_group("joins")
     def prepare(self, spec: EpochSpec) -> None:

@@ -104,6 +104,8 @@ class WorkerSpec:
     """Directory of the experts' records; None: a directory of the user's cache."""
     expert_cache_policy: str = "lfru"
     """Name of the policy by which experts leave the cache area (optimizer/buffering/)."""
+    interface: str | None = None
+    """Network interface of the worker's listeners, by name or as a network; None: that of the node's address."""
     step_timeout_s: float = 60.0
     """Seconds that a worker waits for its peers in a step before it gives the step up."""
 

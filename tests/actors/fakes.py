@@ -101,7 +101,7 @@ class FakeWorker:
     def load_progress(self) -> float:
         return 0.5
 
-    @in_group("io")
+    @in_group("joins")
     def prepare(self, spec: EpochSpec) -> None:
         self._delay("prepare")
         if not self._placed(spec) <= self._held:
@@ -183,6 +183,8 @@ class FakeEngine:
         return 0
 
     async def drain(self, workers: tuple[WorkerId, ...]) -> None: ...
+
+    async def reach(self, endpoints: dict[WorkerId, Endpoint]) -> None: ...
 
     async def stay(self) -> None:
         await asyncio.Event().wait()
