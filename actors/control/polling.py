@@ -86,6 +86,8 @@ class Poller:
         """The engine's last report."""
         self.resident: dict[WorkerId, int] = {}
         """Experts that lay in the device of each worker when it last reported."""
+        self.link_gbps: dict[WorkerId, dict[WorkerId, float]] = {}
+        """Gigabits per second between each worker and others, as measured when their group formed."""
         self.status_at = 0.0
         """When the last report came."""
         self._load_progress: dict[WorkerId, float] = {}
@@ -115,6 +117,7 @@ class Poller:
         self._load_progress.pop(worker, None)
         self._counted_at.pop(worker, None)
         self.resident.pop(worker, None)
+        self.link_gbps.pop(worker, None)
 
     def how_far(self, record: WorkerRecord, now: float) -> str:
         """A few words that say how far the worker has loaded."""
@@ -156,6 +159,7 @@ class Poller:
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
             self._window.add(await ask(actor, WorkerActor.routing_counts), time.monotonic())
+            self.link_gbps[worker] = await ask(actor, WorkerActor.link_gbps)
             tiers = await ask(actor, WorkerActor.tier_counts)
             self._counters.add_tiers(tiers)
             self.resident[worker] = tiers.resident

@@ -33,6 +33,7 @@ from elastic_moe.cluster.messages.epochs import (
     WorkerSpec,
 )
 from elastic_moe.cluster.messages.requests import Endpoint
+from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -165,6 +166,10 @@ class WorkerActor:
     @in_group("io")
     def tier_counts(self) -> TierCounts:
         return self._ready.tier_counts()
+
+    @in_group("io")
+    def link_gbps(self) -> dict[WorkerId, float]:
+        return self._ready.link_gbps()
 
     @in_group("io")
     def abort_step(self, epoch: Epoch) -> None:

@@ -5,6 +5,7 @@
     transports        all-to-all by NCCL, and for a single worker
     tcp               all-to-all between nodes, over a connection for each pair
     meeting           how its workers find one another
+    rates             how fast the links between them are
     shared_memory     all-to-all between processes of one node
     join              chooses the exchange of an epoch and joins it
     counter           counts routing decisions

@@ -11,6 +11,7 @@ from elastic_moe.cluster.placement import Placement
 from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
+from elastic_moe.model.exchange.rates import measure
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.exchange.transports import LocalTransport, NcclTransport, Transport
@@ -46,7 +47,9 @@ def join_exchange(
         assert meeting is not None
         names = [worker.id for worker in spec.placement.workers]
         connections = meeting.join(rank, spec.doors, names, timeout_s)
-        return TcpTransport(rank=rank, connections=connections, names=names, timeout_s=timeout_s)
+        transport = TcpTransport(rank=rank, connections=connections, names=names, timeout_s=timeout_s)
+        transport.gbps = measure(transport)
+        return transport
     if spec.transport == "nccl":
         return NcclTransport(rendezvous=spec.rendezvous, group=spec.group, rank=rank, size=size, timeout_s=timeout_s)
     lib = library()

@@ -44,6 +44,8 @@ class TcpTransport:
         self._poll = select.poll()
         self._number = 0
         self._aborted = False
+        self.gbps: dict[int, float] = {}
+        """Gigabits per second between this worker and others, by rank, where they were measured."""
         for connection in connections.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -51,6 +53,13 @@ class TcpTransport:
                 if hasattr(socket, option):
                     connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.all_to_all([[] for _ in names], [0] * self.size)
+
+    def swap(self, peer: int, payload: bytes) -> bytes:
+        """Send `payload` to one other rank, which calls this as well, and return what it sends. Raises StepAborted."""
+        self.check()
+        incoming = _Incoming(0, None)
+        self._exchange({peer: memoryview(_HEAD.pack(0, len(payload)) + payload)}, {peer: incoming})
+        return incoming.payload.numpy().tobytes()
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         self._number += 1
@@ -61,12 +70,7 @@ class TcpTransport:
             peer: _Incoming(self._number, None if recv_bytes is None else int(recv_bytes[peer]))
             for peer in self._connections
         }
-        try:
-            self._carry(outgoing, incoming)
-        except StepAborted:
-            # the peers wait for this worker, and its connections may hold half a message
-            self.abort()
-            raise
+        self._exchange(outgoing, incoming)
         empty = torch.empty(0, dtype=torch.uint8, device=home)
         return [empty if r == self.rank else incoming[r].payload.to(home) for r in range(self.size)]
 
@@ -86,13 +90,20 @@ class TcpTransport:
 
     # --- One exchange -------------------------------------------------------------------------------------------
 
-    def _carry(self, outgoing: dict[int, memoryview], incoming: Mapping[int, _Incoming]) -> None:
-        """Send and receive until all is done. Empties `outgoing`."""
-        waits = dict(incoming)
-        for peer, connection in self._connections.items():
+    def _exchange(self, outgoing: dict[int, memoryview], incoming: Mapping[int, _Incoming]) -> None:
+        """Send and receive until all is done, with the same peers. Empties `outgoing`."""
+        try:
+            self._carry(outgoing, dict(incoming))
+        except StepAborted:
+            # the peers wait for this worker, and its connections may hold half a message
+            self.abort()
+            raise
+
+    def _carry(self, outgoing: dict[int, memoryview], waits: dict[int, _Incoming]) -> None:
+        for peer in waits:
             # most messages fit into the kernel's buffer, and need no poll
             self._send(peer, outgoing)
-            self._poll.register(connection, _wish(peer, outgoing, waits))
+            self._poll.register(self._connections[peer], _wish(peer, outgoing, waits))
         while outgoing or waits:
             ready = self._poll.poll(self._timeout_s * 1000)
             self.check()

@@ -27,13 +27,14 @@ from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
 from elastic_moe.cluster.messages.requests import Endpoint, RequestId
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
-from elastic_moe.cluster.placement import EMPTY
+from elastic_moe.cluster.placement import EMPTY, WorkerId
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
 from elastic_moe.model.exchange.counter import RoutingCounter
 from elastic_moe.model.exchange.dispatch import Dispatcher
 from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispatcher
 from elastic_moe.model.exchange.meeting import Meeting
+from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import Fit, fit
@@ -577,6 +578,14 @@ class Worker:
     def routing_counts(self) -> RoutingCounts:
         """The routing counts since the last call."""
         return self._counter.take()
+
+    def link_gbps(self) -> dict[WorkerId, float]:
+        """Gigabits per second between this worker and others of its epoch, as measured when their group formed."""
+        current = self._epoch
+        if current is None or not isinstance(current.exchange, TcpTransport):
+            return {}
+        workers = current.spec.placement.workers
+        return {workers[rank].id: gbps for rank, gbps in current.exchange.gbps.items()}
 
     def held(self) -> tuple[tuple[int, ...], ...]:
         """[L] logical experts in the device beside the cache area."""

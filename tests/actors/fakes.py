@@ -147,6 +147,10 @@ class FakeWorker:
         )
 
     @in_group("io")
+    def link_gbps(self) -> dict[WorkerId, float]:
+        return {}
+
+    @in_group("io")
     def ping(self) -> None: ...
 
     @in_group("io")

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from tests.e2e.conftest import MODEL, Server
 from tests.hosts.lab import Host, HostProcess, Lab
 
@@ -73,11 +75,30 @@ class HostCluster:
         address = next(record["address"] for record in server.get("/admin/workers") if record["id"] == worker)
         return next(host.number for host in self.lab.hosts if host.address == address)
 
+    def pid_of(self, server: Server, worker: str) -> int:
+        """The worker's process, as its host numbers it."""
+        return int(next(record["pid"] for record in server.get("/admin/workers") if record["id"] == worker))
+
+    def has_api_replica(self, number: int) -> bool:
+        """Whether the host runs a process of the API, whose end ends its connections."""
+        return "ServeReplica" in self.lab.hosts[number].run("ps", "-e", "-o", "args")
+
     def stop_ray(self, number: int, timeout_s: float = 60) -> int:
         """As SIGTERM of `ray start --block` does. Returns its exit code."""
         process = self.rays.pop(number)
         process.send_signal(signal.SIGTERM)
         return process.wait(timeout_s)
+
+    def kill_raylet(self, number: int) -> None:
+        """kill -9 of the host's raylet, with which its workers end. `join` makes the host a node again."""
+        self.process(number, "raylet").kill()
+        self.rays.pop(number).wait(60)
+
+    def process(self, number: int, name: str) -> psutil.Process:
+        """The process of Ray with this name that was started on the host."""
+        family = psutil.Process(self.rays[number].pid).children(recursive=True)
+        [found] = [process for process in family if process.name() == name]
+        return found
 
     def down(self) -> None:
         """End everything on the hosts by ending the hosts, and start them again, empty."""

@@ -118,6 +118,11 @@ class Host:
             if not isinstance(sink, int):
                 sink.close()
 
+    def runs(self, pid: int) -> bool:
+        """Whether the host has a process of this number (its own) that has not ended."""
+        states = dict(line.split() for line in self.run("ps", "-e", "-o", "pid=,stat=").splitlines())
+        return not states.get(str(pid), "Z").startswith("Z")
+
 
 class Lab:
     """See the module. The methods take the number of a host. Use `up` once, and `down` at the end."""

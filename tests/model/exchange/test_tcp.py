@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -18,6 +19,7 @@ import torch
 
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.model.exchange.meeting import Meeting
+from elastic_moe.model.exchange.rates import measure
 from elastic_moe.model.exchange.tcp import TcpTransport
 from tests.model.groups import join_by_tcp, run_group
 
@@ -194,3 +196,18 @@ def _listening() -> set[tuple[str, int]]:
     """Where this process does."""
     connections = psutil.Process().net_connections("tcp")
     return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+# --- Rates ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_every_pair_is_measured_and_the_exchange_goes_on(size: int) -> None:
+    transports = join_by_tcp(size)
+    found = run_group(size, lambda rank: measure(transports[rank]))
+    assert [sorted(rates) for rates in found] == [[p for p in range(size) if p != rank] for rank in range(size)]
+    for rank, peer in itertools.permutations(range(size), 2):
+        assert found[rank][peer] == found[peer][rank] > 0, "both agree on the time"
+    received = run_group(size, lambda rank: transports[rank].all_to_all([[torch.tensor([rank])]] * size, None))
+    for rank, messages in enumerate(received):
+        assert [m.clone().view(torch.int64).tolist() for m in messages] == [[p] * (p != rank) for p in range(size)]

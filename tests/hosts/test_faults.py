@@ -1,0 +1,135 @@
+"""What becomes of requests when hosts, links and Ray's own processes fail: `make hosts`.
+
+Each case prints how long no stream got a token. The tokens are transformers' on one machine, in every case.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import READY_S, Reference, Server
+from tests.hosts.cluster import HostCluster
+from tests.hosts.streams import HostStream, begin, end
+
+pytestmark = [pytest.mark.ray, pytest.mark.hosts, pytest.mark.timeout(1200)]
+
+STREAMS = 6
+TOKENS = 400
+
+
+@pytest.fixture
+def served(cluster: HostCluster, checkpoint: Path) -> Iterator[tuple[HostCluster, Server]]:
+    """Three hosts: a head without cores, and two with a worker each."""
+    cluster.start_head()
+    for number in (1, 2):
+        cluster.join(number)
+    server = cluster.serve(checkpoint, "--workers", "2", "--rebalance-interval", "0")
+    server.wait("readiness", server.ready, READY_S)
+    yield cluster, server
+    print(server.log.read_text()[-3000:])
+
+
+def victim(cluster: HostCluster, server: Server) -> int:
+    """A host with a worker and without an API process."""
+    hosts = [cluster.host_of(server, worker) for worker in cluster.workers(server)]
+    return next(host for host in hosts if not cluster.has_api_replica(host))
+
+
+def outage_s(streams: list[HostStream], since: float) -> float:
+    return max(stream.longest_gap_s(since) for stream in streams)
+
+
+def under_load(
+    served: tuple[HostCluster, Server], reference: Reference, name: str, fault: Callable[[int], object]
+) -> float:
+    """Let the fault happen to a host while streams run, which must end as on one machine. Returns the outage."""
+    cluster, server = served
+    host = victim(cluster, server)
+    streams = begin(server, STREAMS, TOKENS)
+    since = time.monotonic()
+    fault(host)
+    end(streams, reference)
+    found = outage_s(streams, since)
+    print(f"\n{name:32} outage {found:5.2f} s")
+    return found
+
+
+def whole_again(cluster: HostCluster, server: Server, workers: int = 2) -> None:
+    server.wait("a whole cluster", lambda: len(cluster.workers(server)) == workers, 180)
+
+
+def test_kill_of_a_host(served: tuple[HostCluster, Server], reference: Reference) -> None:
+    cluster, server = served
+    assert under_load(served, reference, "kill -9 of a host", cluster.lab.kill_host) < 4
+    # a host that loses its power says nothing
+    cluster.lab.revive(host := victim_down(cluster))
+    cluster.join(host)
+    whole_again(cluster, server)
+    silent = under_load(served, reference, "loss of power", lambda n: cluster.lab.kill_host(n, silently=True))
+    assert silent < 8
+
+
+def victim_down(cluster: HostCluster) -> int:
+    return next(host.number for host in cluster.lab.hosts if host.init is None)
+
+
+def test_partitions(served: tuple[HostCluster, Server], reference: Reference) -> None:
+    cluster, server = served
+    cut: list[int] = []
+
+    def sever(host: int) -> None:
+        cut.append(host)
+        cluster.lab.cut(host)
+
+    assert under_load(served, reference, "partition", sever) < 8
+    cluster.lab.mend(cut[0])
+    whole_again(cluster, server)
+    # and one that is over before anybody is given up
+    blink = under_load(served, reference, "partition of 1 s", lambda n: (sever(n), time.sleep(1), cluster.lab.mend(n)))
+    assert blink < 8
+    whole_again(cluster, server)
+    end(begin(server, STREAMS, 60), reference)
+
+
+FAULTS = ("kill", "power", "cut", "blink", "slow", "raylet")
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_random_faults(served: tuple[HostCluster, Server], reference: Reference, seed: int) -> None:
+    """20 rounds: something happens to a host with a worker while six streams run; then the cluster is whole again."""
+    cluster, server = served
+    rng = random.Random(seed)
+    lab = cluster.lab
+    for turn in range(20):
+        kind = rng.choice(FAULTS)
+        host = victim(cluster, server)
+        streams = begin(server, STREAMS, TOKENS // 2)
+        time.sleep(rng.uniform(0, 0.5))
+        since = time.monotonic()
+        if kind in ("kill", "power"):
+            lab.kill_host(host, silently=kind == "power")
+        elif kind in ("cut", "blink"):
+            lab.cut(host)
+            if kind == "blink":
+                time.sleep(rng.uniform(0.2, 4.0))
+                lab.mend(host)
+        elif kind == "slow":
+            lab.limit(host, rng.choice([1, 5, 20]))
+        else:
+            cluster.kill_raylet(host)
+        end(streams, reference)
+        print(f"round {turn:2} {kind:7} on host {host}: outage {outage_s(streams, since):5.2f} s", flush=True)
+        lab.limit(host, None)
+        if kind in ("kill", "power"):
+            lab.revive(host)
+            cluster.join(host)
+        elif kind == "cut":
+            lab.mend(host)
+        elif kind == "raylet":
+            cluster.join(host)
+        whole_again(cluster, server)
