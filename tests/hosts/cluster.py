@@ -46,10 +46,11 @@ class HostCluster:
     def address(self) -> str:
         return f"{self.head.address}:{GCS_PORT}"
 
-    def start_head(self, *, cpus: int = 0, **env: str) -> None:
-        """A head on host 0, without cores unless told, so that workers are on other hosts."""
+    def start_head(self, *, cpus: int = 0, block: bool = True, **env: str) -> None:
+        """A head on host 0, without cores unless told, so that workers are on other hosts. Without `block`, a part of
+        Ray that ends takes no other along."""
         words = ["--head", "--port", str(GCS_PORT), "--include-dashboard=false"]
-        self._start(self.head, words, cpus, env)
+        self._start(self.head, words, cpus, env, block=block)
         self._wait_for_gcs()
 
     def join(self, number: int, *, cpus: int = 1, **env: str) -> None:
@@ -95,10 +96,20 @@ class HostCluster:
         self.rays.pop(number).wait(60)
 
     def process(self, number: int, name: str) -> psutil.Process:
-        """The process of Ray with this name that was started on the host."""
-        family = psutil.Process(self.rays[number].pid).children(recursive=True)
-        [found] = [process for process in family if process.name() == name]
+        """The process of Ray with this name that runs on the host."""
+        family = psutil.Process(self.lab.hosts[number].pid).children(recursive=True)
+        if (start := self.rays.get(number)) is not None and start.poll() is None:
+            family += psutil.Process(start.pid).children(recursive=True)
+        [found] = {process for process in family if process.name() == name}
         return found
+
+    def restart_gcs(self, pause_s: float) -> None:
+        """kill -9 of the GCS, and the same command again after a pause."""
+        gcs = self.process(0, "gcs_server")
+        command, env = gcs.cmdline(), gcs.environ()
+        gcs.kill()
+        time.sleep(pause_s)
+        self.head.popen(*command, log=self.logs / "gcs", env=env)
 
     def down(self) -> None:
         """End everything on the hosts by ending the hosts, and start them again, empty."""
@@ -108,10 +119,10 @@ class HostCluster:
             self.lab.revive(host.number)
         self.rays = {}
 
-    def _start(self, host: Host, words: list[str], cpus: int, env: Mapping[str, str]) -> None:
+    def _start(self, host: Host, words: list[str], cpus: int, env: Mapping[str, str], *, block: bool = True) -> None:
         ray = str(Path(sys.executable).with_name("ray"))
-        fixed = ["--node-ip-address", host.address, "--num-cpus", str(cpus), "--disable-usage-stats", "--block"]
-        fixed += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
+        fixed = ["--node-ip-address", host.address, "--num-cpus", str(cpus), "--disable-usage-stats"]
+        fixed += ["--object-store-memory", str(OBJECT_STORE_BYTES), *(["--block"] if block else [])]
         self.rays[host.number] = host.popen(
             ray, "start", *words, *fixed, log=self.logs / f"ray-{host.name}", env={**self.env, **env}
         )
@@ -123,7 +134,7 @@ class HostCluster:
                 socket.create_connection((self.head.address, GCS_PORT), timeout=1).close()
             except OSError:
                 log = self.logs / f"ray-{self.head.name}"
-                assert self.rays[0].poll() is None, log.read_text()
+                assert self.rays[0].poll() in (None, 0), log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
             else:

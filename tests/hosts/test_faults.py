@@ -65,17 +65,19 @@ def whole_again(cluster: HostCluster, server: Server, workers: int = 2) -> None:
 
 def test_kill_of_a_host(served: tuple[HostCluster, Server], reference: Reference) -> None:
     cluster, server = served
-    assert under_load(served, reference, "kill -9 of a host", cluster.lab.kill_host) < 4
-    # a host that loses its power says nothing
-    cluster.lab.revive(host := victim_down(cluster))
-    cluster.join(host)
+    killed: list[int] = []
+
+    def kill(host: int) -> None:
+        killed.append(host)
+        cluster.lab.kill_host(host)
+
+    assert under_load(served, reference, "kill -9 of a host", kill) < 4
+    cluster.lab.revive(killed[0])
+    cluster.join(killed[0])
     whole_again(cluster, server)
+    # a host that loses its power says nothing
     silent = under_load(served, reference, "loss of power", lambda n: cluster.lab.kill_host(n, silently=True))
     assert silent < 8
-
-
-def victim_down(cluster: HostCluster) -> int:
-    return next(host.number for host in cluster.lab.hosts if host.init is None)
 
 
 def test_partitions(served: tuple[HostCluster, Server], reference: Reference) -> None:
@@ -92,6 +94,51 @@ def test_partitions(served: tuple[HostCluster, Server], reference: Reference) ->
     # and one that is over before anybody is given up
     blink = under_load(served, reference, "partition of 1 s", lambda n: (sever(n), time.sleep(1), cluster.lab.mend(n)))
     assert blink < 8
+    whole_again(cluster, server)
+    end(begin(server, STREAMS, 60), reference)
+
+
+def test_a_lost_gcs_ends_streams_with_an_error(cluster: HostCluster, checkpoint: Path) -> None:
+    """It keeps everything in memory, so nothing can go on for long."""
+    cluster.env["RAY_gcs_rpc_server_reconnect_timeout_s"] = "25"
+    cluster.start_head(block=False)
+    for number in (1, 2):
+        cluster.join(number)
+    server = cluster.serve(checkpoint, "--workers", "2", "--rebalance-interval", "0")
+    server.wait("readiness", server.ready, READY_S)
+    # so that streams last
+    cluster.lab.limit(1, 1)
+    try:
+        streams = begin(server, STREAMS, 900)
+        cluster.process(0, "gcs_server").kill()
+        for stream in streams:
+            stream.join(60)
+            assert stream.finish_reason is None, "it was over before"
+            assert "Ray's GCS" in (stream.error or "it was cut off")
+        assert "Ray's GCS at" in server.log.read_text()
+    finally:
+        cluster.lab.limit(1, None)
+
+
+def test_a_gcs_with_storage_may_be_restarted(cluster: HostCluster, checkpoint: Path, reference: Reference) -> None:
+    cluster.env["RAY_gcs_storage"] = "rocksdb"
+    cluster.env["RAY_gcs_storage_path"] = str(cluster.head.private / "gcs")
+    cluster.start_head(block=False)
+    for number in (1, 2):
+        cluster.join(number)
+    server = cluster.serve(checkpoint, "--workers", "2", "--rebalance-interval", "0")
+    server.wait("readiness", server.ready, READY_S)
+    streams = begin(server, STREAMS, TOKENS)
+    since = time.monotonic()
+    cluster.restart_gcs(5.0)
+    end(streams, reference)
+    print(f"\n{'restart of the GCS':32} outage {outage_s(streams, since):5.2f} s")
+    assert outage_s(streams, since) < 1
+    # and what needs the GCS works again
+    host = victim(cluster, server)
+    cluster.lab.kill_host(host)
+    cluster.lab.revive(host)
+    cluster.join(host)
     whole_again(cluster, server)
     end(begin(server, STREAMS, 60), reference)
 
