@@ -48,7 +48,7 @@ def join_exchange(
         names = [worker.id for worker in spec.placement.workers]
         connections = meeting.join(rank, spec.doors, names, timeout_s)
         transport = TcpTransport(rank=rank, connections=connections, names=names, timeout_s=timeout_s)
-        transport.gbps = measure(transport)
+        measure(transport)
         return transport
     if spec.transport == "nccl":
         return NcclTransport(rendezvous=spec.rendezvous, group=spec.group, rank=rank, size=size, timeout_s=timeout_s)
@@ -79,7 +79,8 @@ def make_dispatcher(
     """Make the dispatcher of one epoch. The exchange may serve several epochs, one after the other."""
     if isinstance(exchange, NativeExchange):
         return NativeDispatcher(placement, rank, store, exchange)
-    return TransportDispatcher(placement, rank, store, exchange, device=device)
+    gbps = exchange.slowest_gbps if isinstance(exchange, TcpTransport) else None
+    return TransportDispatcher(placement, rank, store, exchange, device=device, slowest_gbps=gbps)
 
 
 def _all_able(able: bool, *, group: str, rank: int, size: int, timeout_s: float) -> bool:

@@ -6,8 +6,11 @@ and not what others take of it. A message grows until it takes long enough to be
 
 from __future__ import annotations
 
+import math
 import struct
 import time
+
+import torch
 
 from elastic_moe.model.exchange.tcp import TcpTransport
 
@@ -21,18 +24,21 @@ _GIGABIT = 1e9 / 8
 _SECONDS = struct.Struct("<d")
 
 
-def measure(transport: TcpTransport) -> dict[int, float]:
-    """Gigabits per second, each way, between this worker and others, by rank. Every worker of the group must call it.
+def measure(transport: TcpTransport) -> None:
+    """Set `gbps` and `slowest_gbps` of the transport. Every worker of the group must call it.
 
     Raises StepAborted if a peer is gone.
     """
-    size, found = transport.size, {}
+    size = transport.size
     step = -(-size // _ROUNDS)
     for turn in range(0, size, step):
         peer = (turn - transport.rank) % size
         if peer != transport.rank:
-            found[peer] = _with_one(transport, peer)
-    return found
+            transport.gbps[peer] = _with_one(transport, peer)
+    mine = torch.tensor([min(transport.gbps.values(), default=math.inf)], dtype=torch.float64)
+    others = transport.all_to_all([[mine]] * size, None)
+    slowest = [raw.view(torch.float64).item() for rank, raw in enumerate(others) if rank != transport.rank]
+    transport.slowest_gbps = min(float(mine.item()), *slowest)
 
 
 def _with_one(transport: TcpTransport, peer: int) -> float:

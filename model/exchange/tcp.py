@@ -46,6 +46,8 @@ class TcpTransport:
         self._aborted = False
         self.gbps: dict[int, float] = {}
         """Gigabits per second between this worker and others, by rank, where they were measured."""
+        self.slowest_gbps: float | None = None
+        """Those of the slowest link of the group, which all its workers know."""
         for connection in connections.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

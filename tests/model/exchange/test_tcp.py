@@ -204,8 +204,10 @@ def _listening() -> set[tuple[str, int]]:
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_every_pair_is_measured_and_the_exchange_goes_on(size: int) -> None:
     transports = join_by_tcp(size)
-    found = run_group(size, lambda rank: measure(transports[rank]))
+    run_group(size, lambda rank: measure(transports[rank]))
+    found = [transport.gbps for transport in transports]
     assert [sorted(rates) for rates in found] == [[p for p in range(size) if p != rank] for rank in range(size)]
+    assert {transport.slowest_gbps for transport in transports} == {min(min(rates.values()) for rates in found)}
     for rank, peer in itertools.permutations(range(size), 2):
         assert found[rank][peer] == found[peer][rank] > 0, "both agree on the time"
     received = run_group(size, lambda rank: transports[rank].all_to_all([[torch.tensor([rank])]] * size, None))
