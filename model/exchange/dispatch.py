@@ -38,8 +38,7 @@ def _dense_tokens(device: torch.device) -> int:
 
 
 _DENSE_S = 0.0005
-"""Seconds that rows may take on the slowest link which a token's choice of experts may prove needless. Choosing rows and
-gathering them takes about as long."""
+"""Seconds on the slowest link for rows that may prove needless. Choosing rows takes about as long."""
 
 
 def fits_dense(nbytes: int, slowest_gbps: float | None) -> bool:
