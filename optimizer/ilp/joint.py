@@ -112,9 +112,10 @@ class JointModel:
             sum(float(problem.loads[0, e] / r) * model.u[0, k, w] for k, (e, r) in enumerate(self.modes))
             for w in model.w
         ]
+        port = port_price(problem)
         for w, (one, other) in enumerate(itertools.pairwise(problem.workers)):
             alike = (one.slots, one.node, problem.speed[w]) == (other.slots, other.node, problem.speed[w + 1])
-            if alike and len(set(problem.memory[w : w + 2])) < 2:
+            if alike and port[w] == port[w + 1] and len(set(problem.memory[w : w + 2])) < 2:
                 model.order.add(loads[w] >= loads[w + 1])
 
     def _products(self) -> None:

@@ -23,7 +23,7 @@ SHAPES = [
     {"workers": 4, "nodes": 2, "slots": (1, 1, 1, 1)},
     {"workers": 2, "experts": 3, "nodes": 2, "slots": (3, 2)},
     {"workers": 3, "nodes": 3, "slots": (2, 2, 1), "links": Links(ports_gbps=(9.0, 1.0, 0.1))},
-    {"workers": 2, "slots": (3, 2), "nodes": 2, "links": Links(ports_gbps=(1.0, 0.01), uplinks_gbps=(0.02, 7.0))},
+    {"workers": 2, "slots": (3, 2), "nodes": 2, "links": Links(ports_gbps=(900.0, 90.0), uplinks_gbps=(700.0, 2000.0))},
 ]
 
 
