@@ -5,6 +5,7 @@ Every decision is in cluster/control/state.py, and every handle in actors/contro
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
