@@ -219,6 +219,9 @@ class StepLoop:
         return True
 
     def _answered(self, answer: asyncio.Future[StepResult]) -> None:
+        if not answer.cancelled():
+            # nobody asks for the error of an answer that comes after its step was given up
+            answer.exception()
         self._wake.set()
 
     def _commit(self) -> None:
