@@ -87,6 +87,7 @@ class Executor:
             return [WorkerFailed(worker=worker, reason=one_line(error), fatal=isinstance(error, UserError))]
         if info.fit is not None:
             logger.info("%s is served by %s", info.worker, info.fit.text())
+        self._processes.doors[worker] = info.endpoint
         return [WorkerLoaded(info=info)]
 
     def _worker_spec(self, command: StartWorker) -> WorkerSpec:

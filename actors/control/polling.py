@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -17,12 +18,15 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.remote.links import can_connect
 from elastic_moe.actors.worker.worker_actor import WorkerActor
+from elastic_moe.cluster.errors import WorkerError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.facts.routing import RoutingWindow
+from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
 
@@ -56,9 +60,42 @@ class RollCall:
     async def _call(
         self, workers: Iterable[WorkerId], ping: Callable[[Remote[WorkerActor]], Awaitable[None]]
     ) -> list[WorkerLost]:
-        calls = {worker: ping(actor) for worker, actor in self._processes.present(workers).items()}
+        doors = self._processes.doors
+        calls = {
+            worker: unless_refused(ping(actor), doors.get(worker))
+            for worker, actor in self._processes.present(workers).items()
+        }
         errors = await call_all(calls, self._timeout_s)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
+
+
+async def unless_refused(answer: Awaitable[None], door: Endpoint | None) -> None:
+    """Await the answer of a worker, but no longer where its door refuses connections, which is open for as long as its
+    process lives: Ray needs seconds to find that a whole machine is gone. Raises WorkerError then."""
+    ping, knock = asyncio.ensure_future(answer), asyncio.ensure_future(_is_refused(door))
+    try:
+        await asyncio.wait((ping, knock), return_when=asyncio.FIRST_COMPLETED)
+        if not ping.done() and await knock:
+            # Ray may know more of its end
+            await asyncio.wait((ping,), timeout=liveness.RAY_KNOWS_S)
+            if not ping.done():
+                raise WorkerError("its process died")
+        await ping
+    finally:
+        ping.cancel()
+        knock.cancel()
+
+
+async def _is_refused(door: Endpoint | None) -> bool:
+    if door is None:
+        return False
+    try:
+        await can_connect(door)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Poller:
