@@ -202,4 +202,4 @@ class _Incoming:
     def _make_room(self, size: int) -> None:
         if size:
             self.payload = torch.empty(size, dtype=torch.uint8)
-            self._missing.append(memoryview(self.payload.numpy()))
+            self._missing.append(self.payload.numpy().data)
