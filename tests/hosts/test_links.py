@@ -1,4 +1,4 @@
-"""One slow link among three hosts: it is found when the group forms, and the plan moves traffic off it: `make hosts`."""
+"""One slow link among three hosts: it is found when the group forms, and the plan moves traffic off it."""
 
 from __future__ import annotations
 
