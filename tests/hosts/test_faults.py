@@ -9,10 +9,12 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
-from tests.e2e.conftest import READY_S, Reference, Server
+from tests.e2e.conftest import MODEL, READY_S, Reference, Server
 from tests.hosts.cluster import HostCluster
 from tests.hosts.streams import HostStream, begin, end
 
@@ -120,9 +122,52 @@ def test_a_lost_gcs_ends_streams_with_an_error(cluster: HostCluster, checkpoint:
         cluster.lab.limit(1, None)
 
 
+def keep_gcs(cluster: HostCluster) -> None:
+    """On a disk that outlives the head."""
+    storage = cluster.logs / "gcs-storage"
+    storage.mkdir()
+    cluster.env |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(storage)}
+
+
+def test_a_head_with_storage_may_be_lost(cluster: HostCluster, checkpoint: Path, reference: Reference) -> None:
+    """Engine, coordinator and proxy come back on the next head, and what was accepted in the background goes on."""
+    keep_gcs(cluster)
+    cluster.env["RAY_gcs_rpc_server_reconnect_timeout_s"] = "300"
+    cluster.start_head()
+    for number in (1, 2):
+        cluster.join(number)
+    server = cluster.serve(checkpoint, "--workers", "2", "--rebalance-interval", "0")
+    server.wait("readiness", server.ready, READY_S)
+    cluster.lab.limit(1, 1)
+    try:
+        chat, tokens = "Where is the expert?", 300
+        body = {"model": MODEL, "input": chat, "max_output_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        accepted = server.post("/v1/responses", {**body, "background": True}).json()
+        time.sleep(1)
+        assert server.get(f"/v1/responses/{accepted['id']}")["status"] == "in_progress"
+        since = time.monotonic()
+        cluster.lab.kill_host(0)
+        cluster.lab.revive(0)
+        cluster.start_head()
+    finally:
+        cluster.lab.limit(1, None)
+
+    def ended() -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = server.get(f"/v1/responses/{accepted['id']}")
+        except (httpx.HTTPError, ValueError):
+            return {}
+        return found if found["status"] not in ("queued", "in_progress") else {}
+
+    server.wait("the background response", ended, 240)
+    print(f"\n{'loss of the head':32} background response whole after {time.monotonic() - since:5.1f} s")
+    text = "".join(part["text"] for item in ended()["output"] for part in item["content"])
+    assert text == reference.text(reference.greedy(reference.chat(chat), tokens))
+    end(begin(server, STREAMS, 60), reference)
+
+
 def test_a_gcs_with_storage_may_be_restarted(cluster: HostCluster, checkpoint: Path, reference: Reference) -> None:
-    cluster.env["RAY_gcs_storage"] = "rocksdb"
-    cluster.env["RAY_gcs_storage_path"] = str(cluster.head.private / "gcs")
+    keep_gcs(cluster)
     cluster.start_head(block=False)
     for number in (1, 2):
         cluster.join(number)
