@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -33,6 +34,7 @@ from elastic_moe.cluster.keys import with_keys
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.generation.check_in import check_in
+from elastic_moe.deploy.generation.gcs_watch import GcsWatch, limit_s
 from elastic_moe.deploy.generation.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.launch.ray_private import keep_grpc_local
@@ -40,6 +42,8 @@ from elastic_moe.deploy.text.prompts import BoundedPrompts
 from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
 from elastic_moe.deploy.web.old_http import serve_old_http
+
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 StartCluster = Callable[[ServeConfig, str], Remote[Coordinator]]
 
@@ -68,6 +72,7 @@ class Api:
             self._coordinator,
             plan_deadline_s=config.plan_deadline,
             recovery_timeout_s=config.recovery_timeout,
+            gcs=GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT))),
         )
         self._service = Service(config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue())
         self._tasks: list[asyncio.Task[None]] = []
