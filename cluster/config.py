@@ -70,6 +70,11 @@ class ServeConfig:
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
     )
+    workers_on_head: bool = setting(
+        False,
+        "let workers on CPUs run on the head of a Ray cluster, beside the API and the engine; always so where the "
+        "server has started Ray itself",
+    )
     dtype: str = setting(
         "auto",
         "number format of weights and activations; auto takes the format of the checkpoint",
@@ -254,6 +259,12 @@ class ServeConfig:
     )
     shutdown_timeout: float = setting(
         30.0, "seconds that running requests have to finish when the server stops", at_least=0
+    )
+    handover_timeout: float = setting(
+        120.0,
+        "seconds that a redeployed model waits for the resources of its own workers, beside the old model, which "
+        "serves meanwhile; after that the old model finishes its requests and ends first",
+        at_least=0,
     )
     log_level: str = setting(
         "info", "lowest level of the lines that are logged", choices=("debug", "info", "warning", "error")

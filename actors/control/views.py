@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -78,10 +78,15 @@ def log_changes(before: Outline, state: ControlState) -> None:
 
 
 def worker_view(
-    facts: Facts, record: WorkerRecord, status: EngineStatus, device: str, resident: int | None
+    facts: Facts,
+    record: WorkerRecord,
+    status: EngineStatus,
+    device: str,
+    resident: int | None,
+    waits_for: str | None = None,
 ) -> WorkerView:
     """device: the device to show for a worker that has not loaded yet. resident: experts in its device, as it has
-    reported; None if it has not."""
+    reported; None if it has not. waits_for: as in WorkerView."""
     info = record.info
     member = record.alive and facts.spec is not None and record.id in facts.ranks
     served = serves(facts.spec.placement, record.id) if member and facts.spec is not None else record.held
@@ -97,6 +102,7 @@ def worker_view(
         fit=info.fit if info else None,
         experts_served=int(served.sum()),
         experts_resident=resident or int(record.held.sum()),
+        waits_for=waits_for,
     )
 
 
@@ -106,10 +112,14 @@ def worker_views(
     resident: Mapping[WorkerId, int],
     standby: tuple[WorkerId, int] | None,
     device: str,
+    waits_for: Callable[[WorkerRecord], str | None] = lambda _: None,
 ) -> list[WorkerView]:
     """Every worker, and the standby (name and process id) if there is one. resident: experts in devices, as told."""
     facts = state.facts
-    views = [worker_view(facts, record, status, device, resident.get(record.id)) for record in facts.records.values()]
+    views = [
+        worker_view(facts, record, status, device, resident.get(record.id), waits_for(record))
+        for record in facts.records.values()
+    ]
     return views if standby is None else [*views, standby_view(*standby, device)]
 
 

@@ -116,7 +116,8 @@ class Epochs:
         self._next_group += self.change.forms_group
         self._operations.advance(operation.operation_id, phase=Phase.PREPARING, epoch=spec.epoch)
         if transfers:
-            return [Transfer(epoch=spec.epoch, copies=transfers.copies, reads=transfers.reads, urgent=urgent)]
+            hurry = urgent or members.hurries
+            return [Transfer(epoch=spec.epoch, copies=transfers.copies, reads=transfers.reads, urgent=hurry)]
         self._enter(Stage.DRAINING, now)
         return []
 

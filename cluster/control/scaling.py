@@ -135,6 +135,31 @@ class Scaling:
             facts, target, event.retire, asked=asked, reason=f"scale {asked}", operation_id=event.operation_id, now=now
         )
 
+    def check(self, settings: ControlSettings) -> None:
+        """Raises PlacementError if `settings` of a redeploy ask for a number of workers that is not possible."""
+        check_target(settings, self._model, self._target_of(settings))
+
+    def configured(self, facts: Facts, settings: ControlSettings, now: float) -> list[Command]:
+        """Take over the settings of a redeploy, which have been checked.
+
+        A number of workers that a user or the autoscaler has chosen stays, within the new limits, unless the redeploy
+        changes the setting.
+        """
+        target = self._target_of(settings)
+        self._settings = settings
+        self._samples.clear()
+        if target == self.target:
+            return []
+        self._replace_pending(allowed=True)
+        asked = f"to {target} workers"
+        return self._scale(facts, target, (), asked=asked, reason=f"redeployed {asked}", operation_id=None, now=now)
+
+    def _target_of(self, settings: ControlSettings) -> int:
+        if settings.workers != self._settings.workers:
+            return settings.workers
+        least, most = limits_of_target(settings, self._model)
+        return min(max(self.target, least), most)
+
     def _replace_pending(self, *, allowed: bool) -> None:
         pending = self._operations.find_open(OperationKind.SCALE)
         if pending is None:

@@ -1,12 +1,14 @@
 """How many workers there should be."""
 
+from typing import Any
+
 import pytest
 
 from elastic_moe.cluster.control.autoscaling import Sample
 from elastic_moe.cluster.control.scaling import advise, check_memory, check_target, fewest_wanted, surplus
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.errors import ConflictError, PlacementError
-from elastic_moe.cluster.facts.events import LoadSeen, ScaleRequested, Tick, WorkerLost
+from elastic_moe.cluster.facts.events import LoadSeen, Reconfigured, ScaleRequested, Tick, WorkerLost
 from elastic_moe.cluster.facts.facts import ControlSettings
 from elastic_moe.cluster.messages.views import Phase
 from elastic_moe.cluster.placement import WorkerId
@@ -178,3 +180,56 @@ def test_the_autoscaler_leaves_as_many_as_hold_every_expert() -> None:
     assert fewest_wanted(facts) == 2
     quiet = [Sample(at_s=at, waiting=0, running=0, kv_usage=0.0) for at in (0.0, 100.0)]
     assert advise(facts, quiet, 100.0, 0.0).target == 2
+
+
+# --- A redeploy ---------------------------------------------------------------------------------------------------
+
+
+def redeployed(**settings: Any) -> Reconfigured:
+    defaults = {"workers": 2, "min_workers": None, "max_workers": None, "autoscale_window_s": 15.0}
+    return Reconfigured(**{**defaults, "rebalance_interval_s": 0.0, "drain_timeout_s": 30.0, **settings})
+
+
+def test_a_redeploy_with_another_number_of_workers_scales() -> None:
+    sim = serving(2)
+    sim.feed(redeployed(workers=3, drain_timeout_s=7.0))
+    assert (newest(sim).reason, sim.facts.settings.drain_timeout_s) == ("redeployed to 3 workers", 7.0)
+    sim.settle()
+    assert len(sim.facts.ranks) == 3
+
+
+def test_a_redeploy_that_does_not_speak_of_workers_leaves_the_number_that_was_asked_for() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=4))
+    sim.settle()
+    sim.feed(redeployed(rebalance_interval_s=9.0))
+    assert (sim.facts.target, sim.facts.settings.rebalance_interval_s) == (4, 9.0)
+    sim.feed(redeployed(min_workers=1, max_workers=3))
+    assert sim.facts.target == 3, "the new limits hold"
+    sim.settle()
+    assert sim.state.view().autoscaler is not None
+
+
+def test_a_redeploy_waits_until_the_change_under_way_is_made() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=1))
+    sim.feed(redeployed(workers=3))
+    assert sim.facts.target == 1
+    sim.settle()
+    assert (sim.facts.target, len(sim.facts.ranks)) == (3, 3)
+
+
+def test_a_redeploy_before_the_first_epoch_changes_the_start() -> None:
+    sim = Simulation(workers=4)
+    sim.feed(Tick())
+    sim.feed(redeployed(workers=2))
+    sim.settle()
+    assert len(sim.facts.ranks) == 2
+
+
+def test_a_redeploy_with_more_workers_than_experts_changes_nothing() -> None:
+    sim = serving(2)
+    with pytest.raises(PlacementError, match="expected 1 to 8"):
+        sim.feed(redeployed(workers=9, drain_timeout_s=1.0))
+    sim.feed(Tick())
+    assert (sim.facts.target, sim.facts.settings.drain_timeout_s) == (2, 30.0)
