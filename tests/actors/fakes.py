@@ -196,11 +196,14 @@ async def wrap(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
+FAKE = Generation("fake")
+
+
 class FakeRayFleet(RayFleet):
     """Real actors of the fake classes; no checkpoint is read."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        super().__init__(config, Generation("fake"), alone=True, worker_class=FakeWorker, engine_class=FakeEngine)
+    def __init__(self, config: ServeConfig, generation: Generation = FAKE, *, alone: bool = True) -> None:
+        super().__init__(config, generation, alone=alone, worker_class=FakeWorker, engine_class=FakeEngine)
 
     def read_model(self, model_dir: str) -> ModelInfo:
         return MODEL
