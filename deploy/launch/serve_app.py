@@ -147,7 +147,7 @@ class Api:
         await self._service.begin()
 
     async def __del__(self) -> None:
-        if await asyncio.to_thread(generations.wanted) != self._generation:
+        if await self._is_replaced():
             # no other replica can finish what this one follows
             await self._finish_responses()
         for task in self._tasks:
@@ -158,6 +158,12 @@ class Api:
         if await asyncio.to_thread(_application_is_going) and not await self._others():
             await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S, self._generation)
             await asyncio.to_thread(stop_unused_clusters, STOP_TIMEOUT_S)
+
+    async def _is_replaced(self) -> bool:
+        """Whether a redeploy wants another cluster."""
+        with contextlib.suppress(*CALL_ERRORS):
+            return await asyncio.to_thread(generations.wanted) not in (None, self._generation)
+        return False
 
     async def _finish_responses(self) -> None:
         self._service.draining = True
