@@ -51,7 +51,10 @@ class ServeConfig:
         2, "number of workers to start; each has one GPU, or an equal share of the CPU cores", at_least=1
     )
     min_workers: int | None = setting(
-        None, "smallest number of workers that the autoscaler keeps; 1 if not given", at_least=1
+        None,
+        "smallest number of workers that the autoscaler keeps; 1 if not given; with 0, all workers end after 20 times "
+        "--autoscale-window without a request, and the next request waits until others have started",
+        at_least=0,
     )
     max_workers: int | None = setting(
         None, "largest number of workers that the autoscaler asks for; if not given, there is no autoscaler", at_least=1

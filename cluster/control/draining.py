@@ -40,6 +40,12 @@ def _until(record: WorkerRecord, drain_timeout_s: float) -> float:
     return until if record.leave_by is None else min(until, record.leave_by - FLIP_S)
 
 
+def may_rest(facts: Facts) -> bool:
+    """Whether the last workers may end, because none is wanted and no request needs them."""
+    idle = facts.serves and facts.change is None and not facts.probing
+    return idle and not facts.target and facts.busy == ()
+
+
 # --- Nodes that leave ---------------------------------------------------------------------------------------------
 
 

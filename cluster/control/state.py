@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.control import reconcile, status
+from elastic_moe.cluster.control import draining, reconcile, status
 from elastic_moe.cluster.control.change import Epochs
 from elastic_moe.cluster.control.draining import Draining, drained, leavers, notice
 from elastic_moe.cluster.control.rebalancing import Rebalancing
@@ -211,7 +211,8 @@ class ControlState:
             case ScaleRequested():
                 if self._scaling.is_repeated(event):
                     return []
-                self._require_idle()
+                if not (self.facts.rests and not self.facts.target):
+                    self._require_idle()
                 return self._scaling.requested(self.facts, event, now)
 
     def _begin(self, change: tuple[Operation, Placement] | None, now: float) -> list[Command]:
@@ -264,7 +265,7 @@ class ControlState:
     def _take_over(self, now: float) -> list[Command]:
         """Take over the settings of a redeploy, once nothing is under way that they could cut across."""
         settings, facts = self._redeployed, self.facts
-        starts = facts.spec is None and facts.change is None
+        starts = (facts.spec is None or facts.rests) and facts.change is None
         if settings is None or not (starts or (facts.serves and facts.interruptible)):
             return []
         commands = self._give_way("the server was redeployed", now)
@@ -379,6 +380,9 @@ class ControlState:
 
     def _engine_lost(self, reason: str, now: float) -> list[Command]:
         self._draining.engine_lost()
+        if self.facts.rests and not self.facts.target:
+            # requests have nobody to wait at
+            return self._scaling.wake(self.facts, f"the engine is lost: {reason}", now)
         reason = f"the engine is lost: {reason}"
         if self._epochs.change is not None and self._epochs.change.stage is Stage.COMMITTING:
             return self._epochs.commit_failed(reason, now, Cause.ENGINE)
@@ -459,6 +463,8 @@ class ControlState:
             return []
         for worker in reconcile.kept(self.facts):
             self._membership.keep(worker)
+        if draining.may_rest(self.facts):
+            return self._rest(now)
         starts = reconcile.starts(self.facts, now)
         commands: list[Command] = [self._membership.start(assigned, now) for assigned in starts.value]
         facts = self.facts
@@ -473,6 +479,16 @@ class ControlState:
             operation = self.operations.open(wish.value, facts.next_epoch, wish.reason)
         commands += self._begin((operation, reconcile.placement_for(facts, members.value)), now)
         return commands + self._go_on(now)
+
+    def _rest(self, now: float) -> list[Command]:
+        """Keep no worker, since there are no requests."""
+        self._rebalancing.cancel("there are no requests")
+        commands: list[Command] = [self._membership.stop(record.id) for record in self._membership.alive]
+        self._epochs.rest(now)
+        scaling = self.operations.find_open(OperationKind.SCALE)
+        if scaling is not None:
+            self.operations.complete(scaling.operation_id, f"{scaling.reason}; no worker is kept")
+        return commands
 
     def _promote(self, now: float) -> list[Command]:
         """Bring experts that are served from disk into devices, beside the serving."""

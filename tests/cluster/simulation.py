@@ -93,6 +93,7 @@ class Simulation:
         disk: float | None = None,
         drain_timeout_s: float = 30.0,
         nodes: bool = False,
+        least: int | None = None,
     ) -> None:
         """capacity: experts that each host has memory for, over all layers. disk: bytes/s of its disk tier, if any.
         nodes: each worker has a node of its own, called n0 for w0; else all are on n0."""
@@ -103,6 +104,7 @@ class Simulation:
                 workers=workers,
                 redundant_experts=redundant,
                 rebalance_interval_s=interval_s,
+                min_workers=least,
                 max_workers=most,
                 drain_timeout_s=drain_timeout_s,
             ),
@@ -315,6 +317,8 @@ class Simulation:
     def settled(self) -> bool:
         facts = self.facts
         serves = facts.serves and len(facts.ranks) == facts.target
+        if facts.rests and not facts.target:
+            return not any(worker.alive for worker in self.workers.values())
         reached = facts.spec is not None and facts.goal == facts.spec.placement
         return serves and reached and facts.change is None and self.state.operations.find_open() is None
 

@@ -31,7 +31,7 @@ class Faults(RuleBasedStateMachine):
         interval_s=st.sampled_from([0.0, 3.0]),
         seed=st.integers(0, 99),
         settled=st.booleans(),
-        most=st.sampled_from([None, 5]),
+        limits=st.sampled_from([(None, None), (None, 5), (0, 5)]),
         capacity=st.sampled_from([None, LAYERS * EXPERTS, LAYERS * EXPERTS // 2, LAYERS * 2, LAYERS]),
         disk=st.sampled_from([None, 400.0, 4000.0, 1e6]),
     )
@@ -42,7 +42,7 @@ class Faults(RuleBasedStateMachine):
         interval_s: float,
         seed: int,
         settled: bool,
-        most: int | None,
+        limits: tuple[int | None, int | None],
         capacity: int | None,
         disk: float | None,
     ) -> None:
@@ -53,7 +53,8 @@ class Faults(RuleBasedStateMachine):
             redundant=redundant,
             interval_s=interval_s,
             seed=seed,
-            most=most,
+            least=limits[0],
+            most=limits[1],
             capacity=capacity,
             disk=disk,
             nodes=True,
