@@ -264,8 +264,12 @@ class Coordinator:
         # Ray explains a death in a paragraph
         reason = textwrap.shorten(reason.partition(". ")[0], 200, placeholder=" ...")
         await self._opened.wait()
-        logger.warning("epoch %d: a step failed (suspects: %s): %s", epoch, ", ".join(suspects) or "none", reason)
-        self._require_loop().feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
+        loop = self._require_loop()
+        # an engine at rest hears that its workers have ended
+        level = logging.DEBUG if loop.state.facts.rests else logging.WARNING
+        names = ", ".join(suspects) or "none"
+        logger.log(level, "epoch %d: a step failed (suspects: %s): %s", epoch, names, reason)
+        loop.feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
 
     async def report_late_step(self, workers: list[WorkerId]) -> None:
         """Called by the engine when these workers are late with a step. They are pinged, and one that hangs is lost."""

@@ -58,7 +58,8 @@ class Outline:
 def log_changes(before: Outline, state: ControlState) -> None:
     facts = state.facts
     if facts.outage is not None and (before.outage is None or facts.outage.reason != before.outage.reason):
-        logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
+        level = logging.INFO if facts.rests else logging.WARNING
+        logger.log(level, "epoch %d does not serve: %s", facts.epoch, facts.outage.reason)
     if facts.epoch != before.epoch and facts.spec is not None:
         logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
         if not facts.spec.placement.all_resident:

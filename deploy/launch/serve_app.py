@@ -116,7 +116,9 @@ class Api:
         Raises what the cluster says where it cannot take them over, or can never serve: then the others go on.
         """
         try:
-            await within(ask(self._coordinator, Coordinator.reconfigure, self._config), CALL_TIMEOUT_S)
+            # the coordinator may have to start first
+            taken = ask(self._coordinator, Coordinator.reconfigure, self._config)
+            await within(taken, self._config.recovery_timeout)
             while await self._another_serves():
                 state = await self._service.readiness()
                 if state.ready:
@@ -191,7 +193,7 @@ class Model:
         set_up("model", LogSettings.of(config))
         self._coordinator = await asyncio.to_thread(start, config, model_dir)
         # one that could not serve tries again
-        await within(ask(self._coordinator, Coordinator.reconfigure, config), CALL_TIMEOUT_S)
+        await within(ask(self._coordinator, Coordinator.reconfigure, config), config.recovery_timeout)
         while not (state := await self._readiness()).ready:
             if state.error is not None:
                 raise NotReadyError(state.error)
