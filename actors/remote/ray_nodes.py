@@ -45,6 +45,7 @@ def head_id() -> str:
 
 def draining_nodes() -> dict[str, float | None]:
     """The nodes that drain, with the seconds until they end; None where Ray does not know. Blocks for a call to GCS."""
-    draining: dict[str, int] = worker.global_worker.gcs_client.get_draining_nodes(timeout=GCS_TIMEOUT_S)
+    connected: Any = worker.global_worker
+    draining: dict[str, int] = connected.gcs_client.get_draining_nodes(timeout=GCS_TIMEOUT_S)
     now_ms = 1000 * time.time()
     return {node: (deadline_ms - now_ms) / 1000 if deadline_ms else None for node, deadline_ms in draining.items()}

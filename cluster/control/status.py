@@ -31,8 +31,10 @@ def readiness(facts: Facts, operation: Operation | None) -> Readiness:
             ready=True, reason="at rest: no worker is kept, and the next request waits until one has started"
         )
     loaded = f"{len(facts.loaded)} of {facts.target} workers ready"
-    waits = facts.outage is None or facts.rests
-    reason = f"starting, {loaded}" if waits else f"recovering, {loaded}: {facts.outage.reason}"
+    if facts.outage is None or facts.rests:
+        reason = f"starting, {loaded}"
+    else:
+        reason = f"recovering, {loaded}: {facts.outage.reason}"
     if facts.spec is not None and facts.loaded and not facts.fits(facts.loaded):
         memory, experts = sum(facts.limits(facts.loaded)), facts.model.num_logical_experts
         reason += f"; those left have memory for {memory} of {experts} experts per layer: waiting for a replacement"

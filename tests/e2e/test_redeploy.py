@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from ray import serve
 from ray.cluster_utils import Cluster
 
 from elastic_moe.actors.remote import generations
 from elastic_moe.deploy.launch.local_ray import free_port
-from elastic_moe.deploy.launch.serve_app import build_app
 from tests.e2e.conftest import PLAIN, READY_S, Reference, load_reference
 from tests.e2e.streams import PROMPT
 from tests.model.families import tiny_checkpoint
+
+with warnings.catch_warnings():
+    # Serve's import warns of its own use of pydantic
+    warnings.simplefilter("ignore")
+    from ray import serve
+
+    from elastic_moe.deploy.launch.serve_app import build_app
 
 pytestmark = [
     pytest.mark.ray,
