@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 from elastic_moe.deploy.launch.local_ray import free_port
@@ -35,8 +36,7 @@ def growing_ray(
     """Yields the address. head: Ray's resources of the head. types: the kinds of nodes, by name, as in a file for
     `ray up`. idle_s: seconds after which an idle node is removed. `directory` must have a short path."""
     port = free_port()
-    # the address by which the nodes, which are on this machine too, reach the head
-    address = f"127.0.0.1:{port}"
+    address = f"{get_node_ip_address()}:{port}"
     kinds = {name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in types.items()}
     config = {
         "cluster_name": "growing",
@@ -71,7 +71,7 @@ def growing_ray(
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
-    command += ["--node-ip-address=127.0.0.1", f"--temp-dir={directory}", f"--autoscaling-config={file}"]
+    command += [f"--temp-dir={directory}", f"--autoscaling-config={file}"]
     command += ["--include-dashboard=false", "--disable-usage-stats", f"--num-cpus={head.get('CPU', 0):g}"]
     command += [f"--object-store-memory={80 << 20}"]
     with (directory / "log").open("w") as log:

@@ -188,7 +188,7 @@ class RayFleet:
         clear(self.generation)
 
     def wanted(self) -> bool:
-        return generations.wanted() in (None, self.generation)
+        return self._alone or generations.wanted() in (None, self.generation)
 
     def others(self) -> list[Remote[Any]]:
         return [actor for name, actor in generations.coordinators().items() if name != self.generation]

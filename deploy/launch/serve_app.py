@@ -39,6 +39,7 @@ from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.remote.key_value import RayKeyValue
 from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.control.limits import check_limits
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.messages.views import Readiness
@@ -222,7 +223,7 @@ def build_app(args: dict[str, Any]) -> Application:
     # imported here, because replicas need no torch
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 
-    open_checkpoint(model_dir)
+    check_limits(config, open_checkpoint(model_dir).info)
     with TokenizerProcess(model_dir, config.chat_template) as process:
         process.wait()
     return application(config, model_dir, redeployable=True)

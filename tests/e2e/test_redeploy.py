@@ -19,6 +19,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from elastic_moe.actors.remote import generations
+from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.deploy.launch.local_ray import free_port
 from tests.e2e.conftest import PLAIN, READY_S, Reference, load_reference
 from tests.e2e.streams import PROMPT
@@ -110,8 +111,8 @@ def test_redeploys(url: str, reference: Reference, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
-    # more workers than experts: the old deployment goes on
-    with pytest.raises(RuntimeError):
+    # more workers than experts: nothing is deployed
+    with pytest.raises(ConfigError, match="workers: 99 is more than"):
         deploy(first.checkpoint, "first", workers=99)
     assert get(url, "/admin/config")["settings"]["workers"] == 2
 
