@@ -32,7 +32,6 @@ from ray.serve import Application
 
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.control.start import start_cluster, stop_cluster, stop_unused_clusters
-from elastic_moe.actors.liveness import CALL_TIMEOUT_S
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask
@@ -47,6 +46,7 @@ from elastic_moe.cluster.redeploy import generation_of
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.generation.check_in import check_in
+from elastic_moe.deploy.generation.hand_over import READY_POLL_S, ready, take_over
 from elastic_moe.deploy.generation.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.launch.ray_private import keep_grpc_local
@@ -60,8 +60,6 @@ StartCluster = Callable[[ServeConfig, str], Remote[Coordinator]]
 MAX_ONGOING_REQUESTS = 10_000
 """More requests than the engine accepts, because requests must queue in the engine and not in Serve."""
 HEALTH_PERIOD_S = 5
-READY_POLL_S = 0.5
-"""Seconds between two questions whether the cluster can serve."""
 STOP_TIMEOUT_S = 10.0
 """Seconds that the actors have to end."""
 
@@ -108,38 +106,8 @@ class Api:
         )
         self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
         if self._redeployable:
-            await self._take_over()
+            await take_over(self._config, self._generation, self._coordinator, self._service.readiness, generations)
         return create_app(self._service)
-
-    async def _take_over(self) -> None:
-        """Have the cluster take over this deployment's settings; while another cluster serves, wait until this one can.
-
-        Raises what the cluster says where it cannot take them over, or can never serve: then the others go on.
-        """
-        try:
-            # the coordinator may have to start first
-            taken = ask(self._coordinator, Coordinator.reconfigure, self._config)
-            await within(taken, self._config.recovery_timeout)
-            while await self._another_serves():
-                state = await self._service.readiness()
-                if state.ready:
-                    return
-                if state.error is not None:
-                    raise NotReadyError(state.error)
-                await asyncio.sleep(READY_POLL_S)
-        except CALL_ERRORS as error:
-            await asyncio.to_thread(generations.withdraw, self._generation)
-            raise NotReadyError(f"this deployment cannot take over: {one_line(error)}") from None
-
-    async def _another_serves(self) -> bool:
-        found = await asyncio.to_thread(generations.coordinators)
-        found.pop(self._generation, None)
-        for coordinator in found.values():
-            with contextlib.suppress(*CALL_ERRORS):
-                answer = within(ask(coordinator, Coordinator.readiness), CALL_TIMEOUT_S)
-                if (await answer).ready:
-                    return True
-        return False
 
     async def check_health(self) -> None:
         """Serve replaces a replica that can never serve."""
@@ -202,7 +170,7 @@ class Model:
 
     async def _readiness(self) -> Readiness:
         try:
-            return await within(ask(self._coordinator, Coordinator.readiness), CALL_TIMEOUT_S)
+            return await ready(self._coordinator)
         except CALL_ERRORS as error:
             return Readiness(ready=False, reason=f"the coordinator does not answer: {one_line(error)}")
 
