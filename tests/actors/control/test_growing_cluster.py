@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
+from ray._raylet import GcsClient
+from ray.core.generated import autoscaler_pb2
 
 from elastic_moe.actors.control.start import start_cluster, stop_cluster
 from elastic_moe.cluster.config import ServeConfig
@@ -45,24 +47,38 @@ def gpu_nodes() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
 
 
-def test_gpu_nodes_that_have_yet_to_come(joined: None, tmp_path: Path) -> None:
-    config = ServeConfig(workers=2, device="cuda", rebalance_interval=0, drain_timeout=1)
+def drain(node: str, seconds: float) -> None:
+    """As a spot notice does, or `ray drain-node`."""
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, why = client.drain_node(node, reason, "the machine is taken away", int(1000 * (time.time() + seconds)))
+    assert accepted, why
+
+
+def test_gpu_nodes_come_and_go(joined: None, tmp_path: Path) -> None:
+    config = ServeConfig(workers=1, device="cuda", rebalance_interval=0, drain_timeout=1)
     coordinator = start_cluster(config, str(tmp_path), FakeRayFleet(config, Generation("grows"), alone=False))
     assert not gpu_nodes()
     reasons: set[str] = set()
 
     def waits() -> bool:
         reasons.add(ask(coordinator, "readiness").reason)
-        return any("wait for a GPU: the cluster has none" in reason for reason in reasons)
+        return any("w0 waits for a GPU: the cluster has none" in reason for reason in reasons)
 
     wait_until(waits)
     wait_ready(coordinator)
-    assert {worker.node for worker in serving(coordinator)} == set(gpu_nodes())
+    (first,) = gpu_nodes()
+    assert [(worker.id, worker.node) for worker in serving(coordinator)] == [("w0", first)]
 
-    # a worker fewer: its node is idle, and Ray takes it away
-    operation: Any = ask(coordinator, "scale", 1)
-    wait_until(lambda: ask(coordinator, "operation", operation.operation_id).safe_to_terminate)
-    wait_until(lambda: len(gpu_nodes()) == 1, 90)
-    wait_ready(coordinator)
-    assert [worker.node for worker in serving(coordinator)] == gpu_nodes()
+    # the node is told to leave, and serves until Ray has brought another one
+    drain(first, 60)
+    wait_until(lambda: [worker.id for worker in serving(coordinator)] == ["w1"], 90)
+    assert not any(operation.kind == "recover" for operation in ask(coordinator, "operations"))
+    (worker,) = serving(coordinator)
+    assert worker.node != first
+    # a node that drains ends once it is idle
+    wait_until(lambda: gpu_nodes() == [worker.node])
+
+    # nobody needs a node any more
     stop_cluster(10)
+    wait_until(lambda: not gpu_nodes(), 60)
