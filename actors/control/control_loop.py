@@ -13,6 +13,7 @@ import logging
 import pickle
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec
 
 from ray.exceptions import RayError
@@ -28,6 +29,8 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import Outline, log_changes
 from elastic_moe.actors.remote.ask import ask
 from elastic_moe.actors.remote.calls import one_line
+from elastic_moe.actors.telemetry.exporting import Exporter
+from elastic_moe.actors.telemetry.spans import OperationSpans
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.errors import UserError
@@ -86,7 +89,13 @@ class ControlLoop:
             spawn=spawn,
         )
         self.planners = Planners(
-            fleet, config, model, spec.dtype, self.window, lambda: sum(self.poller.status.running.values())
+            fleet,
+            config,
+            model,
+            spec.dtype,
+            self.window,
+            running_requests=lambda: sum(self.poller.status.running.values()),
+            link_gbps=lambda: self.poller.link_gbps,
         )
         self._executor = Executor(fleet, config, model, spec, processes, self.roll_call)
         self._config = config
@@ -95,6 +104,8 @@ class ControlLoop:
         """Whether Ray is being asked about its nodes."""
         self._fleet = fleet
         self._spawn = spawn
+        self._exporter = Exporter.open(config, "coordinator", config.served_model_name or Path(spec.path).name)
+        self._spans = OperationSpans()
 
     async def run(self) -> None:
         """Poll once per POLL_S and tick once per TICK_S. Never returns."""
@@ -170,11 +181,18 @@ class ControlLoop:
         before = Outline.of(self.state)
         commands = self.state.handle(event, time.monotonic())
         log_changes(before, self.state)
+        self._trace_operations()
         if commands or before != Outline.of(self.state):
             # saved before any command is carried out, so that a successor knows what may have been done
             self._save()
         for command in commands:
             self._carry_out(command)
+
+    def _trace_operations(self) -> None:
+        if self._exporter is None:
+            return
+        for span in self._spans.look(self.state.operations.all(), time.time()):
+            self._exporter.export(span)
 
     def _carry_out(self, command: Command) -> None:
         executor = self._executor

@@ -12,10 +12,6 @@ import logging
 import pickle
 import textwrap
 import time
-from collections.abc import Coroutine
-from typing import Any
-
-from ray.exceptions import RayError
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.control_loop import ControlLoop
@@ -33,7 +29,8 @@ from elastic_moe.actors.control.views import (
 from elastic_moe.actors.crew import Crew
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
-from elastic_moe.actors.remote.calls import one_line, within
+from elastic_moe.actors.remote.background import Background
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.control.succession import Succession, asks_for_way
@@ -77,15 +74,16 @@ class Coordinator:
         self._fleet = fleet
         self._error: str | None = None
         self._loop: ControlLoop | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(self._has_failed)
         self._opened = asyncio.Event()
         self._crew = Crew(config.api_replicas)
         self._stopping = asyncio.Event()
         """Set when the API replicas are to refuse new requests."""
         self._succession = Succession()
         self._configuring = asyncio.Lock()
-        self._spawn(self._run())
-        self._watching = self._spawn(self._watch_succession())
+        self._background.start(self._run())
+        self._watching = Background(self._has_failed)
+        self._watching.start(self._watch_succession())
 
     # --- What others may call -----------------------------------------------------------------------------------
 
@@ -122,6 +120,7 @@ class Coordinator:
             loop.state,
             poller.status,
             poller.resident,
+            poller.link_gbps,
             loop.processes.standby,
             self._fleet.device(),
             lambda record: poller.waits_for(record, now),
@@ -280,9 +279,8 @@ class Coordinator:
 
     async def shutdown(self) -> None:
         """End every actor that this coordinator made. `stop_cluster` deletes the saved state."""
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+        self._background.cancel()
+        self._watching.cancel()
         if self._loop is not None:
             self._loop.processes.kill_all()
         logger.info("shut down")
@@ -292,10 +290,8 @@ class Coordinator:
     async def _begin_again(self, config: ServeConfig) -> None:
         """End what was started, and start as if for the first time."""
         self._config = config
-        ending = self._tasks - {self._watching}
-        for task in ending:
-            task.cancel()
-        await asyncio.gather(*ending, return_exceptions=True)
+        self._background.cancel()
+        await self._background.settle()
         if self._loop is not None:
             self._loop.processes.kill_all()
         self._loop, self._error = None, None
@@ -303,7 +299,7 @@ class Coordinator:
         self._fleet.configure(config)
         self._fleet.clear()
         self._crew.expect(config.api_replicas)
-        self._spawn(self._run())
+        self._background.start(self._run())
 
     async def _watch_succession(self) -> None:
         """See whether another cluster is wanted, or another one must give way. Returns when this one has ended."""
@@ -313,7 +309,7 @@ class Coordinator:
                 if await self._is_over():
                     return
                 await self._ask_for_way()
-            except RayError as error:
+            except CALL_ERRORS as error:
                 logger.info("the other clusters cannot be seen: %s", one_line(error))
 
     async def _is_over(self) -> bool:
@@ -392,22 +388,14 @@ class Coordinator:
         return True
 
     def _begin(self, state: ControlState, spec: ModelSpec, processes: Processes) -> ControlLoop:
-        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._spawn)
+        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._background.start)
         self._opened.set()
         return self._loop
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            # a defect of ours: the state will wait for this answer for ever, which /ready has to say
-            logger.critical("the control plane failed", exc_info=error)
-            self._error = f"the control plane failed: {one_line(error)}"
+    def _has_failed(self, error: BaseException) -> None:
+        # a defect of ours: the state will wait for this answer for ever, which /ready has to say
+        logger.critical("the control plane failed", exc_info=error)
+        self._error = f"the control plane failed: {one_line(error)}"
 
     def _require_loop(self) -> ControlLoop:
         if self._loop is None:
