@@ -132,8 +132,22 @@ def test_a_node_dies_and_another_comes(cluster: Any, checkpoint: Path, reference
         stream.join(60)
         assert stream.text == reference.text(reference.greedy(PROMPT, 100))
 
-        leave_with_notice(server, cluster, expected)
         # what was joined goes on without us
+        assert server.stop() == 0
+    finally:
+        kill_family(server)
+
+
+@pytest.mark.hosts
+def test_nodes_that_are_told_to_leave(cluster: Any, checkpoint: Path, reference: Reference, tmp_path: Path) -> None:
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    flags = ["--address", cluster.address, "--workers", "2", "--dtype", "float32", "--served-model-name", MODEL]
+    flags += ["--max-model-len", "1024", "--rebalance-interval", "0", "--kv-cache-memory-bytes", "50000000"]
+    server = start([str(checkpoint), *flags], tmp_path / "log")
+    try:
+        server.wait("readiness", server.ready, READY_S)
+        leave_with_notice(server, cluster, reference.text(reference.greedy(PROMPT, 400)))
         assert server.stop() == 0
     finally:
         kill_family(server)

@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from elastic_moe.actors.remote import generations
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.deploy.launch.local_ray import free_port
+from elastic_moe.deploy.launch.ray_environment import patience
 from tests.e2e.conftest import PLAIN, READY_S, Reference, load_reference
 from tests.e2e.streams import PROMPT
 from tests.model.families import tiny_checkpoint
@@ -34,7 +35,8 @@ with warnings.catch_warnings():
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(300),
+    pytest.mark.hosts,
+    pytest.mark.timeout(600),
     # Ray leaves sockets and subprocesses to the interpreter's end
     pytest.mark.filterwarnings("default::ResourceWarning"),
     pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
@@ -46,7 +48,8 @@ TOKENS = 24
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Serve's address, on a cluster with a head without cores and room for two models."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name, value in {**patience(), "RAY_AUTH_MODE": "disabled"}.items():
+        monkeypatch.setenv(name, value)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=3)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)

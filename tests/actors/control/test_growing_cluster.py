@@ -22,7 +22,8 @@ from tests.growing_ray import growing_ray
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(180),
+    pytest.mark.hosts,
+    pytest.mark.timeout(300),
     # Ray leaves sockets and subprocesses to the interpreter's end
     pytest.mark.filterwarnings("default::ResourceWarning"),
     pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
