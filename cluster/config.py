@@ -68,6 +68,22 @@ class ServeConfig:
     address: str | None = setting(
         None, "address of a Ray cluster to join; if not given, the server starts a Ray of its own on this machine"
     )
+    interface: str | None = setting(
+        None,
+        "network interface, by its name or as a network such as 10.1.0.0/16, over which tokens go from node to node;"
+        " if not given, the one with the address by which Ray knows the node",
+    )
+    worker_gbps: float | None = setting(
+        None,
+        "bandwidth in Gb/s of the link of each worker, by which planners reckon; if not given, it is measured between "
+        "workers of several nodes, and is an H100's elsewhere",
+        at_least=0.001,
+    )
+    node_gbps: float | None = setting(
+        None,
+        "bandwidth in Gb/s of the link of each node, which its workers share; if not given, it is measured as well",
+        at_least=0.001,
+    )
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
     )

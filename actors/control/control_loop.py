@@ -78,7 +78,13 @@ class ControlLoop:
             spawn=spawn,
         )
         self.planners = Planners(
-            fleet, config, model, spec.dtype, self.window, lambda: sum(self.poller.status.running.values())
+            fleet,
+            config,
+            model,
+            spec.dtype,
+            self.window,
+            running_requests=lambda: sum(self.poller.status.running.values()),
+            link_gbps=lambda: self.poller.link_gbps,
         )
         self._executor = Executor(fleet, config, model, spec, processes, self.roll_call)
         self._spec = spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -140,6 +141,8 @@ class WorkerView:
     """Of those, the ones in its device now, its cache area included."""
     address: str = ""
     """IP address at which the engine and other workers reach it; empty while it loads."""
+    link_gbps: Mapping[WorkerId, float] = field(default_factory=dict)
+    """Gigabits per second between it and others, as measured when their group formed; empty where it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

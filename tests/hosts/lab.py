@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,6 +77,8 @@ class Host:
     """Its folder on the machine; `tmp` in it is the host's /tmp."""
     init: subprocess.Popen[str] | None = None
     """unshare, whose child is the host's first process."""
+    processes: list[HostProcess] = field(default_factory=list)
+    """What `popen` has begun."""
 
     @property
     def pid(self) -> int:
@@ -110,13 +112,25 @@ class Host:
         """Begin a command in the host. Its output goes to `log`. It ends with the host at the latest."""
         sink: IO[Any] | int = subprocess.DEVNULL if log is None else log.open("a")
         try:
-            return HostProcess(
-                self.command(*words, env=env), stdout=sink, stderr=subprocess.STDOUT, text=True, cwd=cwd,
-                start_new_session=True, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
+            process = HostProcess(
+                self.command(*words, env=env),
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                cwd=cwd,
+                start_new_session=True,
+            )
         finally:
             if not isinstance(sink, int):
                 sink.close()
+        self.processes.append(process)
+        return process
+
+    def runs(self, pid: int) -> bool:
+        """Whether the host has a process of this number (its own) that has not ended."""
+        states = dict(line.split() for line in self.run("ps", "-e", "-o", "pid=,stat=").splitlines())
+        return not states.get(str(pid), "Z").startswith("Z")
 
 
 class Lab:
@@ -287,6 +301,9 @@ def _end(host: Host) -> None:
     init.wait(START_S)
     if init.stdout is not None:
         init.stdout.close()
+    for process in host.processes:
+        process.wait(START_S)
+    host.processes.clear()
 
 
 def _namespace(lab: int, number: int) -> str:

@@ -599,7 +599,7 @@ def test_admin_views(call: Call) -> None:
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
     fields = {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
-    assert set(worker) == fields | {"experts_served", "experts_resident", "address"}
+    assert set(worker) == fields | {"experts_served", "experts_resident", "address", "link_gbps"}
     assert worker["fit"] == [
         {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
         {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
