@@ -166,8 +166,9 @@ class Service:
         """End the helper processes of this one. Blocks for a moment."""
         self.following.close()
         self.aside.close()
-        if self.metrics.exporter is not None:
-            self.metrics.exporter.close()
+        exporter, self.metrics.exporter = self.metrics.exporter, None
+        if exporter is not None:
+            exporter.close()
         if self._prompts is not None:
             self._prompts.close()
 
