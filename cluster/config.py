@@ -33,6 +33,7 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least:
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+COLLECTOR = re.compile(r"(https?|grpc)://[^/?#\s]+(/[^\s]*)?")
 OWN_PATHS = ("v1", "admin", "page")
 """First parts of paths that have further parts."""
 
@@ -280,6 +281,14 @@ class ServeConfig:
     log_file: str | None = setting(
         None, "file for the log lines of every process; if not given, a new file under ~/.local/state/elastic-moe"
     )
+    enable_log_requests: bool = setting(
+        False, "write a line for each request that has ended, with its id, its times and its numbers of tokens"
+    )
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "URL of an OpenTelemetry collector that gets a trace of each request and operation: http://HOST:4318/v1/traces "
+        "sends over HTTP, http://HOST:4317 over gRPC; needs pip install 'elastic-moe[otlp]'",
+    )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -291,6 +300,11 @@ class ServeConfig:
         if self.expert_cache_dir is not None:
             # workers have other working directories
             object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
+        if self.otlp_traces_endpoint is not None and not COLLECTOR.fullmatch(self.otlp_traces_endpoint):
+            raise ConfigError(
+                "otlp_traces_endpoint: expected a URL such as http://localhost:4318/v1/traces, "
+                f"got {reprlib.repr(self.otlp_traces_endpoint)}"
+            )
         self._check_limits()
         self._check_web()
 

@@ -70,12 +70,14 @@ def log_changes(before: Outline, state: ControlState) -> None:
     known = {operation.operation_id: operation for operation in before.operations}
     for operation in reversed(state.operations.all()):
         old = known.get(operation.operation_id)
+        about = {"operation_id": operation.operation_id}
         if old is None:
-            logger.info("%s begins: %s", operation.operation_id, operation.reason)
+            logger.info("%s begins: %s", operation.operation_id, operation.reason, extra=about)
         elif operation.phase != old.phase and operation.phase in ENDED:
-            logger.info("%s %s: %s", operation.operation_id, operation.phase, operation.error or operation.reason)
+            outcome = operation.error or operation.reason
+            logger.info("%s %s: %s", operation.operation_id, operation.phase, outcome, extra=about)
         elif operation.error is not None and operation.error != old.error:
-            logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
+            logger.warning("%s goes on after: %s", operation.operation_id, operation.error, extra=about)
 
 
 def worker_view(

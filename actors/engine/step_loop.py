@@ -216,6 +216,7 @@ class StepLoop:
         for answer in flight.answers.values():
             answer.add_done_callback(self._answered)
         self._flights.append(flight)
+        self._clients.began(sequence.request_id for plan in plans.values() for sequence in plan.new)
         return True
 
     def _answered(self, answer: asyncio.Future[StepResult]) -> None:

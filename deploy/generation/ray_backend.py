@@ -212,7 +212,9 @@ class RayBackend:
             for stream in [s for s in self._streams.values() if s.link is not link]:
                 had_engine = stream.link is not None or bool(stream.received)
                 await self._resubmit(link, stream)
-                self._resumed += had_engine and stream.link is link
+                resumed = had_engine and stream.link is link
+                self._resumed += resumed
+                stream.resubmissions += resumed
             while True:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LIFE_S):
@@ -231,7 +233,10 @@ class RayBackend:
                 if output.finish_reason is None:
                     unknown.append(output.request_id)
             elif stream.link is link and not stream.take(output):
-                logger.warning("tokens of request %s were lost; it is run again from there", output.request_id)
+                logger.warning(
+                    "tokens of request %s were lost; it is run again from there", output.request_id,
+                    extra={"request_id": output.request_id},
+                )  # fmt: skip
                 unknown.append(output.request_id)
                 stream.link = None
                 self._background.start(self._submit_later(stream))
@@ -248,7 +253,8 @@ class RayBackend:
         while unread > MAX_UNREAD:
             slowest = max(self._streams.values(), key=lambda stream: stream.unread)
             unread -= slowest.unread
-            logger.warning("request %s is ended: its client reads too slowly", slowest.request.request_id)
+            name = slowest.request.request_id
+            logger.warning("request %s is ended: its client reads too slowly", name, extra={"request_id": name})
             slowest.refuse(GenerationFailed("the client reads more slowly than tokens are made, and many are unread"))
             if slowest.link is not None:
                 slowest.link.send(AbortRequests(request_ids=(slowest.request.request_id,)))

@@ -27,6 +27,7 @@ from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, within
 from elastic_moe.actors.remote.key_value import RayKeyValue
+from elastic_moe.actors.telemetry.exporting import check_installed
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.keys import with_keys
@@ -116,6 +117,7 @@ def build_app(args: dict[str, Any]) -> Application:
     Raises ConfigError for a wrong key or value, and CheckpointError for a model that cannot be served.
     """
     config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
+    check_installed(config)
     model_dir = config.model or str(MODEL_DIR)
     # imported here, because replicas need no torch
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
