@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,8 @@ class Worker:
         """Doors that were opened and not used yet, by their tokens, the oldest first."""
         self._joining: dict[Epoch, Meeting] = {}
         """Those of groups that are being joined now."""
+        self._abandoned: deque[Epoch] = deque(maxlen=_DOORS)
+        """Epochs that were abandoned lately. Calls overtake one another, so their `prepare` may come later."""
         self._epoch: _EpochState | None = None
         self._checkpoint: Checkpoint
         self._fit: Fit
@@ -283,6 +286,8 @@ class Worker:
 
         Raises PlacementError if an expert is not held on this worker, and StepAborted if a peer does not join.
         """
+        if spec.epoch in self._abandoned:
+            raise StepAborted(f"epoch {spec.epoch} was abandoned")
         rank = spec.placement.rank_of(self.spec.worker)
         for layer in range(spec.placement.num_layers):
             missing = self._resident(spec, layer) - self._store.held(layer)
@@ -395,6 +400,7 @@ class Worker:
 
         Where a step runs that may compute what was copied, it is dropped as soon as that step has ended.
         """
+        self._abandoned.append(epoch)
         joining = self._joining.get(epoch)
         if joining is not None:
             joining.give_up()
