@@ -61,8 +61,9 @@ class Awq:
         scales_GN = finite(SCALES, parts[SCALES])
         numbers_KN = _outputs(parts[VALUES]).float()
         zeros_GN = _outputs(parts[ZEROS]).float() if self.zeros else torch.full_like(scales_GN, 8)
-        weight_GIN = numbers_KN.unflatten(0, (len(scales_GN), -1))
-        return weight_GIN.sub_(zeros_GN[:, None]).mul_(scales_GN[:, None]).flatten(0, 1).T.contiguous()
+        weight_GIN = numbers_KN.view(len(scales_GN), -1, numbers_KN.shape[1])
+        weight: Tensor = weight_GIN.sub_(zeros_GN[:, None]).mul_(scales_GN[:, None]).flatten(0, 1).T.contiguous()
+        return weight
 
     def kept(self, parts: Mapping[str, Header]) -> ExpertForm:
         return FORMS.get(parts[SCALES].dtype, ExpertForm.PLAIN) if divides(32, self.group) else ExpertForm.PLAIN

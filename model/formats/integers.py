@@ -119,7 +119,8 @@ class PackedIntegers:
     def _zeros(self, parts: Mapping[str, Tensor], rows: int) -> Tensor:
         zeros, offset = parts[ZEROS], 2 ** (self.bits - 1)
         if zeros.dtype == torch.int32:
-            return integers(zeros.T, self.bits).flatten(-2)[:, :rows].T.float() - offset
+            numbers: Tensor = integers(zeros.T, self.bits).flatten(-2)[:, :rows].T.float() - offset
+            return numbers
         return in_range(ZEROS, zeros, -offset, offset - 1).float()
 
     def kept(self, parts: Mapping[str, Header]) -> ExpertForm:

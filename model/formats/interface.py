@@ -138,7 +138,7 @@ def in_range(role: str, numbers: Tensor, least: int, most: int) -> Tensor:
 def multiply_groups(weight: Tensor, scales: Tensor, group: int) -> Tensor:
     """Multiply `weight` [..., K] in place by `scales` [..., ceil(K / group)], one for each `group` inputs."""
     whole = weight.shape[-1] // group * group
-    weight[..., :whole].unflatten(-1, (-1, group)).mul_(scales[..., : whole // group, None])
+    weight[..., :whole].view(*weight.shape[:-1], -1, group).mul_(scales[..., : whole // group, None])
     if whole < weight.shape[-1]:
         weight[..., whole:].mul_(scales[..., -1:])
     return weight

@@ -33,7 +33,8 @@ def nibbles(packed: Tensor) -> Tensor:
 
 def in_nibbles(codes: Tensor) -> Tensor:
     """Bytes [..., n] from codes [..., 2 n], the opposite of `nibbles`."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    packed: Tensor = codes[..., 0::2] | codes[..., 1::2] << 4
+    return packed
 
 
 def fp4_values(packed: Tensor) -> Tensor:
