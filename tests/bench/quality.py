@@ -45,7 +45,8 @@ def logprobs_of(worker: Worker, windows: Sequence[Sequence[int]]) -> Iterator[Te
             for n, window in enumerate(windows)
         ]
         with torch.inference_mode():
-            yield worker._runner.run(slices, [len(windows)]).float().log_softmax(dim=-1)
+            logprobs = worker._runner.run(slices, [len(windows)]).float().log_softmax(dim=-1)
+        yield logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
