@@ -102,9 +102,10 @@ class ServeConfig:
     )
     expert_dtype: str = setting(
         "auto",
-        "number format of the experts' weights; int8 rounds them to 8 bits, with one scale for every 128 weights, and "
-        "works only with bfloat16 on CPUs",
-        choices=("auto", "int8"),
+        "number format of the experts' weights; auto keeps packed experts packed if they can be computed so, and "
+        "bfloat16 unpacks them; int8 and int4 round experts of 16 bits, with one scale for every 128 and every 32 "
+        "weights, and work only with bfloat16 on CPUs",
+        choices=("auto", "bfloat16", "int8", "int4"),
     )
     max_model_len: int | None = setting(
         None,

@@ -24,6 +24,7 @@ from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerInfo
 from elastic_moe.cluster.nodes import GPU, Node, homes, shortage, threads
 from elastic_moe.cluster.placement import WorkerId
@@ -232,7 +233,12 @@ class RayFleet:
 
             self._model = open_checkpoint(model_dir).info
         dtype = self._model.dtype if self._config.dtype == "auto" else self._config.dtype
-        return self._model.served_in(dtype, int8=self._config.expert_dtype == "int8")
+        native = self._model.kept is ExpertForm.PLAIN or _native()
+        form = self._model.form(self._config.expert_dtype, dtype, self.device(), native=native)
+        if self._model.packed_as is not None:
+            kept = dtype if form is ExpertForm.PLAIN else form
+            logger.info("experts come packed as %s, and are kept in %s", self._model.packed_as, kept)
+        return self._model.served_in(dtype, form)
 
     def device(self) -> str:
         if self._device is None:
@@ -347,6 +353,13 @@ class RayFleet:
             problem, planner=planner, deadline_s=deadline_s, solver=solver
         )
         return task
+
+
+def _native() -> bool:
+    """Whether the native library is there. May compile it."""
+    from elastic_moe.model.native.library import unavailable
+
+    return unavailable() is None
 
 
 def _kill_process(pid: int) -> None:

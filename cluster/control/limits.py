@@ -23,7 +23,10 @@ def check_limits(config: ServeConfig, info: ModelInfo) -> None:
 
 def _check_expert_memory(config: ServeConfig, info: ModelInfo) -> None:
     """Raises ConfigError if a worker may not hold one expert of each layer."""
-    served = info.served_in(info.dtype if config.dtype == "auto" else config.dtype, int8=config.expert_dtype == "int8")
+    dtype = info.dtype if config.dtype == "auto" else config.dtype
+    # whether there are GPUs is not known yet
+    device = "cpu" if config.device == "auto" else config.device
+    served = info.served_in(dtype, info.form(config.expert_dtype, dtype, device))
     least = served.num_layers * served.expert_bytes
     if config.expert_memory_bytes is not None and config.expert_memory_bytes < least:
         raise ConfigError(

@@ -23,6 +23,7 @@ import psutil
 import torch
 
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
@@ -42,6 +43,7 @@ from elastic_moe.model.fitting.fit import Fit, fit
 from elastic_moe.model.grammars.compiling import Compiler
 from elastic_moe.model.grammars.masks import MaskThreads
 from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
+from elastic_moe.model.native import unavailable
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.experts import ExpertUnavailable
 from elastic_moe.model.sampling.next_tokens import choose
@@ -101,7 +103,6 @@ class Worker:
         """Share of the weights' bytes that is loaded, from 0 to 1."""
         self._device = torch.device(spec.model.device)
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
-        self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
         self._grammars: Compiler
         self._masks = MaskThreads()
@@ -116,6 +117,7 @@ class Worker:
         """Epochs that were abandoned lately. Calls overtake one another, so their `prepare` may come later."""
         self._epoch: _EpochState | None = None
         self._checkpoint: Checkpoint
+        self._form = ExpertForm.PLAIN
         self._fit: Fit
         self.report: FitReport
         """Which path serves each part of the model on this worker. It is set when the model is loaded."""
@@ -144,9 +146,12 @@ class Worker:
         if self.spec.num_threads:
             torch.set_num_threads(self.spec.num_threads)
         self._checkpoint = open_checkpoint(self.spec.model.path)
+        info = self._checkpoint.info
+        native = info.kept is ExpertForm.PLAIN or unavailable() is None
+        self._form = info.form(self.spec.model.expert_dtype, self.spec.model.dtype, self._device.type, native=native)
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
-        self._fit = fit(trunk, modules, block_size=self.spec.block_size, int8=self._int8)
+        self._fit = fit(trunk, modules, block_size=self.spec.block_size, form=self._form)
         self._store = ExpertStore(self._fit.experts)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
@@ -154,7 +159,6 @@ class Worker:
         self._store.reserve([len(row) for row in experts])
         self._read([(layer, e) for layer, row in enumerate(experts) for e in row])
         self._runner = ModelRunner(trunk, modules, self._fit, device=self._device)
-        info = self._checkpoint.info
         self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
         self._cache = self._runner.allocate(
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
@@ -176,7 +180,7 @@ class Worker:
         Raises UserError if there is no memory for one expert of each layer.
         """
         wanted = [[e for e in experts if e != EMPTY] for experts in self.spec.experts]
-        info = self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8)
+        info = self._checkpoint.info.served_in(self.spec.model.dtype, self._form)
         capacity = self._room_for_experts(trunk_bytes) // info.expert_bytes
         if capacity < len(wanted) and self._store.slotted is not None and self.spec.expert_memory_bytes is not None:
             raise UserError(
@@ -205,7 +209,7 @@ class Worker:
             self.progress = done / max(1, total)
 
         for layer, expert, tensors in iter_experts(
-            self._checkpoint, pairs, dtype=self._dtype, device=self._device, progress=note
+            self._checkpoint, pairs, dtype=self._dtype, device=self._device, form=self._form, progress=note
         ):
             self._store.put(layer, expert, tensors)
         self.progress = 1.0
@@ -255,7 +259,7 @@ class Worker:
 
     def expert_capacity(self) -> int:
         """How many experts fit on this worker over all layers, those that it holds included."""
-        spec, info = self.spec, self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8)
+        spec, info = self.spec, self._checkpoint.info.served_in(self.spec.model.dtype, self._form)
         if spec.expert_memory_bytes is not None:
             return spec.expert_memory_bytes // info.expert_bytes
         held = sum(len(self._store.held(layer)) for layer in range(self._store.num_layers))
@@ -347,7 +351,9 @@ class Worker:
         )
 
     def _load_expert(self, layer: int, expert: int) -> Tensors:
-        [(_, _, tensors)] = iter_experts(self._checkpoint, [(layer, expert)], dtype=self._dtype, device=self._device)
+        [(_, _, tensors)] = iter_experts(
+            self._checkpoint, [(layer, expert)], dtype=self._dtype, device=self._device, form=self._form
+        )
         return tensors
 
     def commit(self, epoch: Epoch) -> None:
