@@ -6,12 +6,13 @@ instead of losing a path silently. This file imports nothing of this project.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
@@ -21,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "CONFIG_MAPPING",
+    "DynamicIndexedLayer",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "ExpertsInterface",
@@ -34,6 +36,12 @@ __all__ = [
 
 EXPERT_FLAGS = ("_apply_gate", "is_transposed", "has_bias", "has_gate")
 """Attributes that transformers' decorator gives to expert modules and that its experts interface reads."""
+
+EXPANDS_LATENTS = "expand_kv"
+"""The method by which attention modules make keys and values [1, N, T, D] of latents [1, 1, T, R] and [1, 1, T, P]."""
+
+INDEXER_CHOOSES = "index_topk"
+"""The attribute of an indexer that says how many keys it chooses for each token."""
 
 _ROTARY = "apply_rotary_pos_emb"
 """The name by which the attention modules of a modelling file call its rotary embedding."""
@@ -50,6 +58,12 @@ def has_causal_model(config: PretrainedConfig) -> bool:
     return type(config) in AutoModelForCausalLM._model_mapping
 
 
+def multimodal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of models that take text and other input, for a configuration of this class; None if there is none."""
+    mapping = AutoModelForMultimodalLM._model_mapping
+    return mapping.get(type(config), None)
+
+
 def implementations(config: Any) -> tuple[str, str]:
     """The names of the attention function and the experts function that models of this configuration call."""
     return config._attn_implementation, config._experts_implementation
@@ -57,6 +71,12 @@ def implementations(config: Any) -> tuple[str, str]:
 
 def set_implementations(config: Any, attention: str, experts: str) -> None:
     config._attn_implementation, config._experts_implementation = attention, experts
+
+
+def is_indexer(module: nn.Module) -> bool:
+    """Whether a module chooses the keys that each token attends to, one by one (DeepSeek's sparse attention)."""
+    parts = hasattr(module, INDEXER_CHOOSES) and hasattr(module, "weights_proj")
+    return parts and "position_ids" in inspect.signature(module.forward).parameters
 
 
 def tied_weights(model: PreTrainedModel) -> Mapping[str, str]:

@@ -4,6 +4,7 @@
     limits        bounds on the numbers of a configuration
     stored        finds tensors in safetensors files and reads their bytes
     servability   a dry run on the meta device, which finds out whether the engine can serve the model
+    wrapped       the text model inside a checkpoint that has more parts
     conversion    which stored tensors make which parameters, and how
     loading       loads the trunk, and any experts
     quiet         switches off transformers' progress bars and log records

@@ -21,7 +21,8 @@ from elastic_moe.model.checkpoints.limits import MOST_POSITIONS, WithinCpuTime, 
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
 from elastic_moe.model.checkpoints.stored import StoredTensor, read_json, stored_tensors
-from elastic_moe.model.transformers_private import CONFIG_MAPPING, has_causal_model
+from elastic_moe.model.checkpoints.wrapped import text_part, text_tensors
+from elastic_moe.model.transformers_private import CONFIG_MAPPING, has_causal_model, multimodal_class
 from elastic_moe.model.trunk.rotation import LONGROPE, growth_limit
 
 _BROKEN = (
@@ -43,6 +44,7 @@ class Checkpoint:
     """The configuration of the language model, also if the checkpoint's configuration has more parts."""
     info: ModelInfo
     tensors: dict[str, StoredTensor]
+    """Those of the language model, by the names that they have in a checkpoint of it alone."""
     stored_dtype: torch.dtype
     """The floating dtype in which most of the bytes are stored."""
     skeleton: PreTrainedModel
@@ -81,7 +83,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
     config = _read_config(path)
     try:
-        skeleton = _skeleton(path, config)
+        skeleton = _skeleton(path, text_part(config))
         shape = dry_run(skeleton)
     except NotServable as reason:
         raise CheckpointError(f"{path}: {type(skeleton).__name__} cannot be served: {reason}") from reason
@@ -96,6 +98,8 @@ def _planned(
     path: Path, config: PretrainedConfig, skeleton: PreTrainedModel, shape: Shape, tensors: dict[str, StoredTensor]
 ) -> Checkpoint:
     """Find which stored tensors make which parameters, and describe the model."""
+    if text_part(config) is not config:
+        tensors = text_tensors(_whole_skeleton(config), skeleton, tensors)
     conversion = find_conversion(skeleton, shape.expert_modules, shape.num_experts, tensors)
     dtype = _stored_dtype(tensors)
     expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
@@ -145,6 +149,8 @@ def _read_raw(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {model_type} needs code that comes with the checkpoint, which is never run")
         raise CheckpointError(f"{file}: model_type {model_type!r} is unknown to the installed transformers")
     _refuse_quantized(file, raw)
+    if isinstance(text := raw.get("text_config"), dict):
+        _refuse_quantized(file, text)
     return raw
 
 
@@ -155,9 +161,10 @@ def _read_config(path: Path) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except _BROKEN as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
-    if hasattr(config, "quantization_config"):
-        # weights are unpacked while they are loaded, so transformers must not set up kernels for packed ones
-        del config.quantization_config
+    for part in (config, text_part(config)):
+        if hasattr(part, "quantization_config"):
+            # weights are unpacked while they are loaded, so transformers must not set up kernels for packed ones
+            del part.quantization_config
     return config
 
 
@@ -190,6 +197,16 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
             model.eval()  # type: ignore[no-untyped-call]
     except _BROKEN as error:
         raise CheckpointError(f"{file}: no model can be built from it ({_one_line(error)})") from error
+    return model
+
+
+def _whole_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration that has more parts than text, on the meta device."""
+    kind: Any = multimodal_class(config)
+    if kind is None:
+        raise CheckpointError(f"transformers has no model for all parts of {config.model_type}")
+    with torch.device("meta"), WithinCpuTime(), quiet_transformers():
+        model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
     return model
 
 
