@@ -53,9 +53,14 @@ def apply_gate(module: nn.Module, gate_up: Tensor) -> Tensor:
     return gated
 
 
-def has_causal_model(config: PretrainedConfig) -> bool:
-    """Whether transformers has a causal language model for a configuration of this class."""
-    return type(config) in AutoModelForCausalLM._model_mapping
+def causal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of causal language models for a configuration of this class; None if transformers has none.
+
+    A few of them are listed among the models that take images, though they have no part for any.
+    """
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    return None if config.sub_configs else multimodal_class(config)
 
 
 def multimodal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

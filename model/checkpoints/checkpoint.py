@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.messages.epochs import ModelInfo
@@ -22,7 +22,7 @@ from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
 from elastic_moe.model.checkpoints.stored import StoredTensor, read_json, stored_tensors
 from elastic_moe.model.checkpoints.wrapped import text_part, text_tensors
-from elastic_moe.model.transformers_private import CONFIG_MAPPING, has_causal_model, multimodal_class
+from elastic_moe.model.transformers_private import CONFIG_MAPPING, causal_class, multimodal_class
 from elastic_moe.model.trunk.rotation import LONGROPE, growth_limit
 
 _BROKEN = (
@@ -185,14 +185,15 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     file = path / "config.json"
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{file}: {config.model_type} is an encoder-decoder model, which cannot be served")
-    if not has_causal_model(config):
+    kind: Any = causal_class(config)
+    if kind is None:
         others = sorted(key for key in config.sub_configs if key != "text_config")
         why = f"; it takes other input than text ({', '.join(others)})" if others else ""
         raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}{why}")
     try:
         with torch.device("meta"), WithinCpuTime(), quiet_transformers():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False, attn_implementation="eager", experts_implementation="eager"
+            model: PreTrainedModel = kind._from_config(
+                config, attn_implementation="eager", experts_implementation="eager"
             )
             model.eval()  # type: ignore[no-untyped-call]
     except _BROKEN as error:

@@ -15,9 +15,9 @@ from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.model.checkpoints.stored import StoredTensor
 from elastic_moe.model.transformers_private import (
     WeightRenaming,
+    causal_class,
     dot_natural_key,
     get_model_conversion_mapping,
-    has_causal_model,
     rename_source_key,
 )
 
@@ -28,7 +28,7 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
     Whether input and output embeddings are one matrix is decided by the whole model, which has the output matrix.
     """
     text = config.get_text_config(decoder=True)
-    if text is config or not has_causal_model(text):
+    if text is config or causal_class(text) is None:
         return config
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     return text

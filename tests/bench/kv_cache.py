@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import LayerKV, dry_run
+from elastic_moe.model.transformers_private import causal_class
 from tests.bench.report import markdown
 
 ROOM_BYTES = 8 * 10**9
@@ -54,10 +55,8 @@ def layers_of(family: str) -> tuple[LayerKV, ...]:
     """What each attention layer of a family keeps of a token."""
     with quiet_transformers(), torch.device("meta"):
         config = AutoConfig.for_model(family, **FAMILIES[family])
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, attn_implementation="eager", experts_implementation="eager"
-        )
-        model.eval()
+        kind: Any = causal_class(config)
+        model = kind._from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     return dry_run(model).kv
 
 

@@ -91,7 +91,11 @@ _VISION = {
 }
 WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kimi_k25": ("deepseek_v3", "kimi_k25", {"vision_config": _VISION, "tie_word_embeddings": False}),
-    "mistral3": ("mistral4", "mistral3", {"vision_config": {"model_type": "pixtral", "head_dim": 16} | _VISION}),
+    "mistral3": (
+        "mistral4",
+        "mistral3",
+        {"vision_config": {"model_type": "pixtral", "head_dim": 16} | _VISION, "tie_word_embeddings": False},
+    ),
     "gemma4": ("gemma4_text", "gemma4", {"vision_config": None, "audio_config": None}),
 }
 """Name of a model with more input than text -> case of its text part, its family, and fields of its configuration."""

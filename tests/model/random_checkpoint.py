@@ -19,7 +19,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.transformers_private import causal_class
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -71,7 +71,8 @@ def make_random_checkpoint(
         fields = {name: value for name, value in fields.items() if name in known}
         config = AutoConfig.for_model(family, **(fields | {"vocab_size": len(tokenizer)} | config_fields))
         config.dtype = getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
+        kind: Any = causal_class(config)
+        model: PreTrainedModel = kind._from_config(config, dtype=config.dtype)
         _randomise(model, torch.Generator().manual_seed(seed))
         model.generation_config = _generation_config(config)
         model.save_pretrained(out, max_shard_size=max_shard_size)
@@ -198,8 +199,10 @@ def _deepseek_fields(*, hidden: int, heads: int, experts: int, ff: int, **_: int
 
 
 def _sparse_fields(**sizes: int) -> dict[str, Any]:
-    """With 8 chosen keys, short prompts already tell a choice from none."""
-    indexer = {"index_topk": 8, "index_n_heads": 4, "index_head_dim": 16}
+    """With 8 chosen keys, short prompts already tell a choice from none. With few heads, many scores would be 0 and
+    equal.
+    """
+    indexer = {"index_topk": 8, "index_n_heads": 32, "index_head_dim": 16}
     layers = {"mlp_layer_types": ["dense"] + ["sparse"] * (sizes["layers"] - 1)}
     return _deepseek_fields(**sizes) | layers | indexer
 

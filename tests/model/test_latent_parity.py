@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from elastic_moe.cluster.fit import Part
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.transformers_private import causal_class, multimodal_class
 from elastic_moe.model.trunk.attention import SequenceSlice
 from tests.model.families import WRAPPED, tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
@@ -30,7 +31,8 @@ NEW_TOKENS = 24
 
 @cache
 def reference(path: Path, whole: bool) -> PreTrainedModel:
-    kind: Any = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(path)
+    kind: Any = multimodal_class(config) if whole else causal_class(config)
     with quiet_transformers():
         model: PreTrainedModel = kind.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
