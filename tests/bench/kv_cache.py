@@ -31,7 +31,12 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {},
     "olmoe": {},
     "flex_olmo": {},
-    "deepseek_v2": {},
+    "deepseek_v2": {
+        "num_hidden_layers": 60,
+        "num_attention_heads": 128,
+        "n_routed_experts": 160,
+        "num_experts_per_tok": 6,
+    },
     "deepseek_v3": {},
     "deepseek_v32": {},
     "glm4_moe_lite": {},
@@ -39,16 +44,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mistral4": {},
     "gpt_oss": {},
     "glm4_moe": {},
-    "dots1": {},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6},
     "phimoe": {},
     "granitemoe": {"num_local_experts": 32},
     "ernie4_5_moe": {},
-    "hunyuan_v1_moe": {"num_experts": 16, "moe_topk": 1},
+    "hunyuan_v1_moe": {"num_experts": 16, "moe_topk": 1, "head_dim": 128},
     "minimax_m2": {},
     "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
     "mimo_v2_flash": {},
 }
-"""Family -> fields that its default configuration lacks to have experts."""
+"""Family -> fields that its default configuration lacks to be a published model with experts."""
 
 
 def layers_of(family: str) -> tuple[LayerKV, ...]:
