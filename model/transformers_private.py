@@ -58,15 +58,16 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
     A few of them are listed among the models that take images, though they have no part for any.
     """
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is not None:
+        return kind  # type: ignore[no-any-return]
     return None if config.sub_configs else multimodal_class(config)
 
 
 def multimodal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """The class of models that take text and other input, for a configuration of this class; None if there is none."""
-    mapping = AutoModelForMultimodalLM._model_mapping
-    return mapping.get(type(config), None)
+    kind: Any = AutoModelForMultimodalLM._model_mapping.get(type(config), None)
+    return kind  # type: ignore[no-any-return]
 
 
 def implementations(config: Any) -> tuple[str, str]:

@@ -69,13 +69,14 @@ def load_whole(checkpoint: Checkpoint) -> PreTrainedModel:
     cls: Any = type(checkpoint.skeleton)
     with quiet_transformers():
         if type(config) is type(checkpoint.config):
-            return cls.from_pretrained(checkpoint.path, dtype=checkpoint.stored_dtype, local_files_only=True).eval()  # type: ignore[no-any-return]
-        reading = _Reading(total=0, progress=None)
-        state = {name: _LazyTensor(tensor, reading) for name, tensor in checkpoint.tensors.items()}
-        model: PreTrainedModel = cls.from_pretrained(
-            None, config=checkpoint.config, state_dict=state, dtype=checkpoint.stored_dtype
-        )
-    return model.eval()
+            model = cls.from_pretrained(checkpoint.path, dtype=checkpoint.stored_dtype, local_files_only=True)
+        else:
+            reading = _Reading(total=0, progress=None)
+            state = {name: _LazyTensor(tensor, reading) for name, tensor in checkpoint.tensors.items()}
+            dtype = checkpoint.stored_dtype
+            model = cls.from_pretrained(None, config=checkpoint.config, state_dict=state, dtype=dtype)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:

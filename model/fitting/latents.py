@@ -114,7 +114,7 @@ def _recognised(expansion: Expansion) -> LatentAttention | str:
         return "it made no keys of latents in a trial"
     like = next(expansion.module.parameters())
     latent_LD = _trial_latents(size, rotated_size).to(like.device, like.dtype)
-    parts = latent_LD.split((size, rotated_size), -1)
+    parts = torch.split(latent_LD, [size, rotated_size], -1)
     (key_NLD,), (value_NLV,) = expansion.expand(*(part[None, None] for part in parts))
     key_size = key_NLD.shape[-1] - rotated_size
     for name, child in expansion.module.named_children():

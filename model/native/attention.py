@@ -143,7 +143,8 @@ def attend_apart(lib: ctypes.CDLL, query_NQD: Tensor, key_NLD: Tensor, value_NLD
     key_NLD, value_NLD = key_NLD.contiguous(), value_NLD.contiguous()
     heads, length, key_size = key_NLD.shape
     value_size, tiles = value_NLD.shape[2], -(-length // TILE)
-    caches = tuple(torch.empty(tiles, heads, TILE, size, dtype=torch.bfloat16) for size in (key_size, value_size))
+    keys = torch.empty(tiles, heads, TILE, key_size, dtype=torch.bfloat16)
+    values = torch.empty(tiles, heads, TILE, value_size, dtype=torch.bfloat16)
     whole = torch.tensor([[0, 0, length, 0]])
     tables = torch.arange(tiles, dtype=torch.int32)
     lib.emoe_attention_write(
@@ -151,7 +152,8 @@ def attend_apart(lib: ctypes.CDLL, query_NQD: Tensor, key_NLD: Tensor, value_NLD
         value_NLD.data_ptr(),
         (ctypes.c_int64 * 4)(*key_NLD.stride()[:2], *value_NLD.stride()[:2]),
         *(heads, key_size, value_size),
-        *(cache.data_ptr() for cache in caches),
+        keys.data_ptr(),
+        values.data_ptr(),
         TILE,
         whole.data_ptr(),
         1,
@@ -160,7 +162,7 @@ def attend_apart(lib: ctypes.CDLL, query_NQD: Tensor, key_NLD: Tensor, value_NLD
     )
     start = length - query_NQD.shape[1]
     batch = NativeBatch(lib, [(start, length, range(tiles))], block_size=TILE)
-    return batch.attend(caches, query_NQD, key_NLD[:, start:], value_NLD[:, start:], rules)
+    return batch.attend((keys, values), query_NQD, key_NLD[:, start:], value_NLD[:, start:], rules)
 
 
 def unpack_latents(blocks_PBD: Tensor) -> Tensor:

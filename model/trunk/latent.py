@@ -52,7 +52,7 @@ class LatentAttention:
         """The same layer with packed matrices besides: products with these give a row the same bits in any company."""
         if self.key_size % 2:
             return self
-        key_NUR, value_NVR = self.up_NXR.split((self.key_size, self.value_size), 1)
+        key_NUR, value_NVR = torch.split(self.up_NXR, [self.key_size, self.value_size], 1)
         return replace(self, packed=(PackedHeads(lib, key_NUR.transpose(1, 2)), PackedHeads(lib, value_NVR)))
 
     @property
@@ -143,7 +143,7 @@ class LatentAttention:
             self.packed[0].multiply(query_NTD, out_NTD)
             out_NTD[..., self.latent_size :] = query_NTD[..., self.key_size :]
             return out_NTD
-        made, rotated = query_NTD.split((self.key_size, self.rotated_size), -1)
+        made, rotated = torch.split(query_NTD, [self.key_size, self.rotated_size], -1)
         return torch.cat((made @ self.up_NXR[:, : self.key_size], rotated), -1)
 
     def _values(self, sum_TNR: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ class LatentAttention:
 
     def expand(self, latent_LD: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
         """Make the keys [n, L, U + P] and values [n, L, V] of n heads from latents [L, R + P]."""
-        latent_LR, rotated_LP = latent_LD.split((self.latent_size, self.rotated_size), -1)
+        latent_LR, rotated_LP = torch.split(latent_LD, [self.latent_size, self.rotated_size], -1)
         up_nXR = self.up_NXR[heads]
         made_nLX = F.linear(latent_LR, up_nXR.flatten(0, 1)).view(len(latent_LD), len(up_nXR), -1).transpose(0, 1)
-        key_nLU, value_nLV = made_nLX.split((self.key_size, self.value_size), -1)
+        key_nLU, value_nLV = torch.split(made_nLX, [self.key_size, self.value_size], -1)
         return torch.cat((key_nLU, rotated_LP.expand(len(up_nXR), -1, -1)), -1), value_nLV
