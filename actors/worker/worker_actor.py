@@ -101,7 +101,10 @@ class WorkerActor:
             memory_bytes=held_bytes,
             expert_capacity=worker.capacity,
             held=worker.held(),
+            host_capacity=worker.host_capacity,
             disk_bytes_per_s=worker.disk_bytes_per_s,
+            host_bytes_per_s=worker.host_rates and worker.host_rates.bytes_per_s,
+            host_token_s=worker.host_rates and worker.host_rates.token_s,
             fit=worker.report,
         )
 

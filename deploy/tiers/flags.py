@@ -6,6 +6,7 @@ import argparse
 import re
 
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.facts.tiering import cache_slots_of
 from elastic_moe.optimizer.core.cost import BITS, GIGA
 from elastic_moe.optimizer.residency.memory import WorkerMemory
 
@@ -13,10 +14,6 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 
 DEFAULT_DISK_GBPS = 24.0
 DEFAULT_HOST_GBPS = 400.0
-
-CACHE_SHARE = 0.125
-"""Share of a layer's slots that are its cache area; pinned experts take the others. With twice the share a plan
-loses some 1 % on real traces, where what comes is like what was planned for."""
 
 
 def tier_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +68,7 @@ def memories(args: argparse.Namespace, workers: int, layers: int) -> tuple[Worke
         host_experts=host,
         disk_fetch_s=fetch_s("disk-gbps", args.disk_gbps, args.expert_bytes),
         host_fetch_s=fetch_s("host-gbps", args.host_gbps, args.expert_bytes),
-        cache_slots=max(1, int(CACHE_SHARE * (device // layers))),
+        cache_slots=cache_slots_of(device // layers),
     )
     return (memory,) * workers
 

@@ -26,7 +26,7 @@ from torch import nn
 from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
 from elastic_moe.model.experts.cpu import CpuExperts, no_int8
 from elastic_moe.model.experts.interface import LayerExperts
-from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
@@ -121,7 +121,7 @@ def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
     if like.device.type != "cpu":
         if int8:
             raise no_int8("it is for CPUs")
-        return StackedExperts(module)
+        return TieredStacks(module)
     refusal = native_refusal(like.dtype, like.device)
     lib = library() if refusal is None else None
     gate = None if lib is None else find_gate(module)

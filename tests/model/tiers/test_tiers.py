@@ -148,6 +148,25 @@ def test_what_was_brought_for_an_abandoned_epoch_leaves(
     assert (during[0], worker.held()) == (brought, placed)
 
 
+def test_the_cache_area_of_an_idle_worker_makes_room_at_once(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What arrives for a coming epoch takes the memory of what the area held, also if no step runs."""
+    cluster = Lockstep(
+        tiny_checkpoint("qwen3_moe", tmp_path_factory), (8,), pinned=1, cache_slots=3, cache_dir=tmp_path
+    )
+    worker = next(iter(cluster.workers.values()))
+    cluster.run([request("r", prompts(2)[1], max_tokens=4)])
+    assert worker.tier_counts().resident > worker.capacity - 2
+    worker.read_experts([(0, 5), (0, 6), (1, 7)])
+    assert worker.tier_counts().resident <= worker.capacity
+    copy = worker.export_expert(1, 6)
+    worker.import_expert(copy)
+    assert {5, 6} < set(worker.held()[0])
+    assert {6, 7} < set(worker.held()[1])
+    assert worker.tier_counts().resident <= worker.capacity
+
+
 def test_damaged_and_foreign_records_are_read_again_from_the_checkpoint(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
