@@ -58,7 +58,7 @@ class FarWay:
         assert isinstance(slot, DeviceSlot)
         passing: PinnedSlot | None = getattr(self._own, "slot", None)
         if passing is None:
-            [passing] = Pinned(self._slot_bytes, self._device).slots(self._slot_bytes)
+            [passing] = Pinned.or_plain(self._slot_bytes, self._device).slots(self._slot_bytes)
             self._own.slot = passing
         passing.wait()
         source = self._disk.read(layer, expert, passing)

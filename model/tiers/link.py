@@ -60,22 +60,28 @@ class Pinned:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         """Raises RuntimeError if the driver does not pin it."""
+        self._registered = False
         self._bytes = mmap.mmap(-1, nbytes)
         with suppress(OSError):  # this kernel has no huge pages
             self._bytes.madvise(mmap.MADV_HUGEPAGE)
         self.data = torch.frombuffer(self._bytes, dtype=torch.uint8)
-        self._registered = device.type == "cuda"
-        if self._registered:
+        if device.type == "cuda":
             # torch's own pinned memory is rounded up to a power of two
-            try:
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), nbytes, 0))
-            except RuntimeError:
-                self._registered = False
-                raise
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), nbytes, 0))
+            self._registered = True
 
     def __del__(self) -> None:
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())
+
+    @classmethod
+    def or_plain(cls, nbytes: int, device: torch.device) -> Pinned:
+        """Memory that is pinned if the driver does so. Copies from other memory are slower, and right."""
+        try:
+            return cls(nbytes, device)
+        except RuntimeError as error:
+            log.warning("experts pass through memory that is not pinned: %s", error)
+            return cls(nbytes, torch.device("cpu"))
 
     def slots(self, slot_bytes: int) -> list[PinnedSlot]:
         """As many as fit, the first ones last."""
