@@ -189,4 +189,4 @@ def test_pinned_memory_and_replicas_in_devices_make_the_stall_shorter() -> None:
     table[:, 7] = 3
     elsewhere = replace(halves_on_disk(), physical_to_logical_map=table, num_logical_experts=7)
     model = replace(MODEL, num_logical_experts=7)
-    assert expected_stall_s(elsewhere, rooms(3), model, EVEN[:, :7], tokens=1) == pytest.approx(LAYERS * 2 / 7 * 1e-3)
+    assert expected_stall_s(elsewhere, rooms(2), model, EVEN[:, :7], tokens=1) == pytest.approx(LAYERS * 2 / 7 * 1e-3)

@@ -217,4 +217,4 @@ def test_what_the_host_computes_comes_after_the_device_s_and_is_brought_in_once_
     for _ in range(3):
         run(area, memory, 0, {1: 1})
     assert (0, 1) in memory.order
-    assert area.counts(1).accesses == (3 + 2, 2 + 2, 1)
+    assert area.counts(1).accesses == (6, 4, 2)
