@@ -12,8 +12,6 @@ import logging
 import pickle
 import textwrap
 import time
-from collections.abc import Coroutine
-from typing import Any
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.control_loop import ControlLoop
@@ -31,6 +29,7 @@ from elastic_moe.actors.control.views import (
 from elastic_moe.actors.crew import Crew
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import one_line
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
@@ -72,12 +71,12 @@ class Coordinator:
         self._fleet = fleet
         self._error: str | None = None
         self._loop: ControlLoop | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(self._has_failed)
         self._opened = asyncio.Event()
         self._crew = Crew(config.api_replicas)
         self._stopping = asyncio.Event()
         """Set when the API replicas are to refuse new requests."""
-        self._spawn(self._run())
+        self._background.start(self._run())
 
     # --- What others may call -----------------------------------------------------------------------------------
 
@@ -221,9 +220,7 @@ class Coordinator:
 
     async def shutdown(self) -> None:
         """End every actor that this coordinator made. `stop_cluster` deletes the saved state."""
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+        self._background.cancel()
         if self._loop is not None:
             self._loop.processes.kill_all()
         logger.info("shut down")
@@ -270,21 +267,14 @@ class Coordinator:
         return True
 
     def _begin(self, state: ControlState, spec: ModelSpec, processes: Processes) -> ControlLoop:
-        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._spawn)
+        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._background.start)
         self._opened.set()
         return self._loop
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            # a defect of ours: the state will wait for this answer for ever, which /ready has to say
-            logger.critical("the control plane failed", exc_info=error)
-            self._error = f"the control plane failed: {one_line(error)}"
+    def _has_failed(self, error: BaseException) -> None:
+        # a defect of ours: the state will wait for this answer for ever, which /ready has to say
+        logger.critical("the control plane failed", exc_info=error)
+        self._error = f"the control plane failed: {one_line(error)}"
 
     def _require_loop(self) -> ControlLoop:
         if self._loop is None:

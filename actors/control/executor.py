@@ -5,7 +5,6 @@ Every decision is in cluster/control/state.py, and every handle in actors/contro
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.transferring import Transferring
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
@@ -66,8 +66,8 @@ class Executor:
         self._processes = processes
         self._roll_call = roll_call
         self._transferring = Transferring(processes)
-        self._abandoning: set[asyncio.Task[Any]] = set()
-        self._notifying: set[asyncio.Task[Any]] = set()
+        self._abandoning = Background(_has_failed)
+        self._notifying = Background(_has_failed)
 
     # --- Workers ------------------------------------------------------------------------------------------------
 
@@ -215,15 +215,20 @@ class Executor:
         calls = {worker: ask(actor, WorkerActor.abandon, command.epoch) for worker, actor in workers.items()}
         self._notify(calls, self._abandoning)
 
-    def _notify(self, calls: Mapping[Any, Any], tasks: set[asyncio.Task[Any]]) -> None:
-        task = asyncio.ensure_future(call_all(calls, liveness.NOTIFY_TIMEOUT_S))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+    def _notify(self, calls: Mapping[Any, Any], tasks: Background) -> None:
+        tasks.start(_told(calls))
 
     async def _settle(self) -> None:
         """Wait until earlier epochs are abandoned: a worker that does so late would drop newly brought experts."""
-        if self._abandoning:
-            await asyncio.gather(*self._abandoning)
+        await self._abandoning.settle()
+
+
+async def _told(calls: Mapping[Any, Any]) -> None:
+    await call_all(calls, liveness.NOTIFY_TIMEOUT_S)
+
+
+def _has_failed(error: BaseException) -> None:
+    logger.error("workers or the engine could not be told", exc_info=error)
 
 
 def describe_errors(errors: Mapping[WorkerId, BaseException]) -> str:

@@ -19,8 +19,8 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
@@ -28,6 +28,7 @@ from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.liveness import ADOPT_S, CALL_TIMEOUT_S, HANG_S, LIFE_S, dry_run_timeout_s
 from elastic_moe.actors.remote.ask import Remote, ask, kill
+from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import within
 from elastic_moe.actors.remote.codec import Message
 from elastic_moe.actors.remote.links import Link, connect
@@ -94,16 +95,15 @@ class RayBackend:
         self._readiness = Readiness(ready=False, reason="starting")
         self._resumed = 0
         self._messages = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(_has_failed)
 
     def begin(self) -> None:
         for work in (self._watch_readiness(), self._follow_engines()):
-            self._start(work)
+            self._background.start(work)
 
     async def end(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._background.cancel()
+        await self._background.settle()
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class RayBackend:
         except (ConnectionError, TimeoutError) as error:
             logger.info("the engine did not take a request: %s", type(error).__name__)
             stream.link = None
-            self._start(self._submit_later(stream))
+            self._background.start(self._submit_later(stream))
 
     async def _submit_later(self, stream: RequestStream) -> None:
         """Submit again to the same engine. A new engine gets all requests in `_follow`."""
@@ -221,7 +221,7 @@ class RayBackend:
                 logger.warning("tokens of request %s were lost; it is run again from there", output.request_id)
                 unknown.append(output.request_id)
                 stream.link = None
-                self._start(self._submit_later(stream))
+                self._background.start(self._submit_later(stream))
         self._messages += 1
         if self._messages % UNREAD_EVERY == 0:
             self._bound_unread()
@@ -367,10 +367,9 @@ class RayBackend:
         except (RayActorError, TimeoutError):
             raise NotReadyError("the coordinator does not answer") from None
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+def _has_failed(error: BaseException) -> None:
+    logger.error("a task of the API has failed", exc_info=error)
 
 
 async def _result(answer: Awaitable[R], timeout_s: float = CALL_TIMEOUT_S) -> R:

@@ -44,6 +44,8 @@ StartCluster = Callable[[ServeConfig, str], Remote[Coordinator]]
 
 MAX_ONGOING_REQUESTS = 10_000
 """More requests than the engine accepts, because requests must queue in the engine and not in Serve."""
+LOAD_TIMEOUT_S = 30.0
+"""A replica whose tokenizer takes longer to load answers /health and /ready meanwhile, and refuses everything else."""
 STOP_TIMEOUT_S = 10.0
 """Seconds that the actors have to end."""
 
@@ -71,14 +73,15 @@ class Api:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self._backend.begin()
-        # in the background, so that /health and /ready answer meanwhile
+        loading = asyncio.create_task(self._load())
         work = (
-            self._load(),
             self._service.following.watch(),
             self._service.metrics.share(self._backend),
             check_in(self._coordinator, self._name, self._service),
         )
-        self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
+        self._tasks = [loading, *map(asyncio.create_task, work)]
+        # Serve sends requests here from the end of this call on, though other replicas may be able to answer them
+        await asyncio.wait([loading], timeout=LOAD_TIMEOUT_S)
         return create_app(self._service)
 
     async def _load(self) -> None:

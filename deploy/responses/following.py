@@ -19,6 +19,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from elastic_moe.actors.liveness import ADOPT_S
+from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
 from elastic_moe.deploy.generation.answer import GenerationFailed
@@ -91,7 +92,7 @@ class Following:
         self._metrics = metrics
         self._open = open_rendering
         self._followed: dict[str, Followed] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(_has_failed)
 
     def __len__(self) -> int:
         return len(self._followed)
@@ -113,7 +114,7 @@ class Following:
         followed = self._followed.get(record.id)
         if followed is None:
             followed = self._followed[record.id] = Followed(record)
-            self._start(self._run(followed, began, counting))
+            self._background.start(self._run(followed, began, counting))
         return followed
 
     async def events(self, record: Record, after: int) -> AsyncGenerator[Event, None]:
@@ -166,8 +167,7 @@ class Following:
                 self.follow(now, counting=Counting(self._metrics, 0, adopted=True))
 
     def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        self._background.cancel()
 
     # --- One response -------------------------------------------------------------------------------------------
 
@@ -256,15 +256,9 @@ class Following:
         del self._followed[followed.record.id]
         followed.stored.set()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("following a response has failed", exc_info=error)
+def _has_failed(error: BaseException) -> None:
+    logger.error("following a response has failed", exc_info=error)
 
 
 def failed(request_id: RequestId, error: str) -> TokenOutput:

@@ -42,16 +42,16 @@ from elastic_moe.model.grammars.masks import MaskThreads
 from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.experts import ExpertUnavailable
+from elastic_moe.model.sampling.next_tokens import choose
+from elastic_moe.model.sampling.scoring import Scoring, score
+from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.tiers.disk import default_directory
 from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, HostRates, host_rates, read_rate
 from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.worker.budgets import KV_SHARE, KV_SHARE_CUDA, LATER_SHARE, kv_bytes, room_for_experts
-from elastic_moe.model.worker.next_tokens import choose
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.sampling import SamplingState
-from elastic_moe.model.worker.scoring import Scoring, score
 
 log = logging.getLogger(__name__)
 

@@ -19,17 +19,17 @@ from elastic_moe.model.exchange.transports import CollectiveTransport
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
+from elastic_moe.model.sampling.sampling import sample
 from elastic_moe.model.tiers.far import FarWay
 from elastic_moe.model.tiers.link import Link, Pinned
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.sampling import sample
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
+from tests.model.sampling.test_sampling import state
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
-from tests.model.worker.test_sampling import state
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")

@@ -23,8 +23,11 @@ from transformers import (
 
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams, TokenLogprobs
 from elastic_moe.cluster.messages.steps import NewSequence
-from elastic_moe.model.worker import sampling
-from elastic_moe.model.worker.sampling import LEAST_LOGPROB, NO_TOKEN, SamplingState, sample, uniform
+from elastic_moe.model.sampling import drawing
+from elastic_moe.model.sampling.drawing import uniform
+from elastic_moe.model.sampling.log_probabilities import LEAST_LOGPROB
+from elastic_moe.model.sampling.sampling import NO_TOKEN, sample
+from elastic_moe.model.sampling.state import SamplingState
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 
@@ -129,7 +132,7 @@ def test_filters_are_those_of_transformers(seed: int, vocabulary: int, params: d
 def test_the_ends_of_the_unit_interval_draw_no_filtered_token(
     monkeypatch: pytest.MonkeyPatch, number: float, token: int
 ) -> None:
-    monkeypatch.setattr("elastic_moe.model.worker.sampling.uniform", lambda seed, index: number)
+    monkeypatch.setattr("elastic_moe.model.sampling.drawing.uniform", lambda seed, index: number)
     logits = torch.tensor([[-torch.inf, 2.0, 1.0, 2.0, 0.0], [-3.0, 2.0, 1.0, 2.0, -9.0]])
     assert tokens(logits, [state(top_k=3), state(top_p=0.9)]) == [token, token]
 
@@ -164,8 +167,8 @@ def test_presence_and_frequency_count_the_output_only() -> None:
 def test_counts_of_many_distinct_tokens() -> None:
     prompt, output = [*range(0, 300, 3)], [*range(0, 300, 2), *range(250, 300)]
     one = state(prompt, output, temperature=0, frequency_penalty=1.0)
-    assert one._counts is not None
-    ids, in_prompt, counts = one._counts.table()
+    assert one.counts is not None
+    ids, in_prompt, counts = one.counts.table()
     assert sorted(ids.tolist()) == sorted({*prompt, *output})
     assert {int(i) for i, there in zip(ids, in_prompt, strict=True) if there} == set(prompt)
     assert {int(i): int(n) for i, n in zip(ids, counts, strict=True) if n} == Counter(output)
@@ -224,10 +227,10 @@ def test_short_cuts_change_no_token(monkeypatch: pytest.MonkeyPatch, scale: floa
               top_p=(1.0, 0.3, 0.95, 0.9999)[row // 4 % 4], min_p=(0.0, 0.02)[row % 2])
         for row in range(48)
     ]  # fmt: skip
-    monkeypatch.setattr(sampling, "_TOP_P_GUESS", 16)
+    monkeypatch.setattr(drawing, "_TOP_P_GUESS", 16)
     quick = tokens(logits_BV, states)
-    monkeypatch.setattr(sampling, "_TOP_K_FEW", 0)
-    monkeypatch.setattr(sampling, "_TOP_P_GUESS", 3000)
+    monkeypatch.setattr(drawing, "_TOP_K_FEW", 0)
+    monkeypatch.setattr(drawing, "_TOP_P_GUESS", 3000)
     assert quick == tokens(logits_BV, states)
 
 

@@ -7,8 +7,8 @@ import torch
 
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import ScoredPrompt
-from elastic_moe.model.worker import scoring
-from elastic_moe.model.worker.scoring import Scoring, score
+from elastic_moe.model.sampling import scoring
+from elastic_moe.model.sampling.scoring import Scoring, score
 
 ROWS, VOCABULARY = 12, 50
 

@@ -17,8 +17,9 @@ from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, SamplingParams
 from elastic_moe.cluster.messages.steps import NewSequence
 from elastic_moe.model.grammars.vocabulary import read_vocabulary
-from elastic_moe.model.worker.next_tokens import NextTokens, choose
-from elastic_moe.model.worker.sampling import SamplingState, _unpacked
+from elastic_moe.model.sampling.adjusting import _unpacked
+from elastic_moe.model.sampling.next_tokens import NextTokens, choose
+from elastic_moe.model.sampling.state import SamplingState
 from tests.model.grammars.vocabularies import EOS, WIDTH, compiled, encode, grammar
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint

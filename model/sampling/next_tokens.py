@@ -10,7 +10,8 @@ from torch import Tensor
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Sample, Stuck
 from elastic_moe.model.grammars.sources import GrammarError
-from elastic_moe.model.worker.sampling import BLOCKED, NO_TOKEN, SamplingState, sample
+from elastic_moe.model.sampling.sampling import BLOCKED, NO_TOKEN, sample
+from elastic_moe.model.sampling.state import SamplingState
 
 NO_COMMON_TOKEN = (
     "the answer cannot go on: its grammar allows no token here that allowed_token_ids and bad_words allow too"

@@ -17,7 +17,8 @@ from torch import Tensor
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Chunk, ScoredPrompt
-from elastic_moe.model.worker.sampling import LEAST_LOGPROB, SamplingState
+from elastic_moe.model.sampling.log_probabilities import LEAST_LOGPROB
+from elastic_moe.model.sampling.state import SamplingState
 
 ELEMENTS = 1 << 24
 """Most logits (R x V) that are computed at a time."""

@@ -7,8 +7,9 @@ import torch
 
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams, ThinkingBudget
 from elastic_moe.cluster.messages.steps import NewSequence
-from elastic_moe.model.worker.sampling import SamplingState, sample
-from elastic_moe.model.worker.thinking import Thinking
+from elastic_moe.model.sampling.sampling import sample
+from elastic_moe.model.sampling.state import SamplingState
+from elastic_moe.model.sampling.thinking import Thinking
 
 PROMPT = [1, 2, 90, 91]
 """It has the marks too, which count in the output only."""
