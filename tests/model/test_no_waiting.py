@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 import elastic_moe.model.fitting.fit
-<<<<<<< HEAD
-import elastic_moe.model.staging
-import elastic_moe.model.worker.sampling
-||||||| 1882a0c
-import elastic_moe.model.worker.sampling
-=======
 import elastic_moe.model.sampling.sampling
->>>>>>> main
+import elastic_moe.model.staging
 from elastic_moe.cluster.placement import Placement, contiguous
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
@@ -34,16 +28,8 @@ from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.flash import VarlenVariant
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import FAMILIES, tiny_checkpoint
-<<<<<<< HEAD
 from tests.model.groups import ToyExperts, workers
-from tests.model.worker.test_sampling import state
-||||||| 1882a0c
-from tests.model.groups import workers
-from tests.model.worker.test_sampling import state
-=======
-from tests.model.groups import workers
 from tests.model.sampling.test_sampling import state
->>>>>>> main
 
 META = torch.device("meta")
 WAIT = {"phimoe-longrope": "which factors to take is a question of transformers' own to the positions"}
