@@ -27,7 +27,18 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    done.synchronize()
+    recorded().synchronize()
     return copies
+
+
+def recorded(stream: torch.cuda.Stream | None = None, *, timed: bool = False) -> torch.cuda.Event:
+    """An event that has passed when the device has done all that was launched by now, on the stream or the present
+    one."""
+    event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def passed(event: torch.cuda.Event | None) -> bool:
+    """Whether the device has reached the event. True for None."""
+    return event is None or bool(event.query())  # type: ignore[no-untyped-call]

@@ -90,6 +90,7 @@ class WorkerActor:
         worker = Worker(spec)
         self._worker = worker
         blocks, held_bytes = worker.load()
+        host = worker.host_rates
         self._steps = StepServer(worker, node_address())
         return WorkerInfo(
             worker=spec.worker,
@@ -103,8 +104,8 @@ class WorkerActor:
             held=worker.held(),
             host_capacity=worker.host_capacity,
             disk_bytes_per_s=worker.disk_bytes_per_s,
-            host_bytes_per_s=worker.host_rates and worker.host_rates.bytes_per_s,
-            host_token_s=worker.host_rates and worker.host_rates.token_s,
+            host_bytes_per_s=None if host is None else host.bytes_per_s,
+            host_token_s=None if host is None else host.token_s,
             fit=worker.report,
         )
 

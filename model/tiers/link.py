@@ -11,13 +11,19 @@ import logging
 import mmap
 from collections import deque
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from elastic_moe.model.staging import passed, recorded
 from elastic_moe.model.tiers.slots import Slot
 
 log = logging.getLogger(__name__)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 class PinnedSlot(Slot):
@@ -67,12 +73,12 @@ class Pinned:
         self.data = torch.frombuffer(self._bytes, dtype=torch.uint8)
         if device.type == "cuda":
             # torch's own pinned memory is rounded up to a power of two
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), nbytes, 0))
+            torch.cuda.check_error(_cudart().cudaHostRegister(self.data.data_ptr(), nbytes, 0))
             self._registered = True
 
     def __del__(self) -> None:
         if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())
+            _cudart().cudaHostUnregister(self.data.data_ptr())
 
     @classmethod
     def or_plain(cls, nbytes: int, device: torch.device) -> Pinned:
@@ -113,32 +119,27 @@ class Link:
             if slot.free is not None:
                 self._stream.wait_event(slot.free)
             slot.data.copy_(source.data, non_blocking=True)
-            slot.full, source.copied = torch.cuda.Event(), torch.cuda.Event()
-            slot.full.record(self._stream)
-            source.copied.record(self._stream)
+            slot.full = source.copied = recorded(self._stream)
 
     def arrived(self, slot: DeviceSlot) -> bool:
-        return slot.full is None or slot.full.query()
+        return passed(slot.full)
 
     def use(self, slot: DeviceSlot) -> None:
         """Let products that are launched from now on wait until the slot is full. Only the device waits."""
-        if slot.full is None or slot.full.query():
+        if slot.full is None or passed(slot.full):
             return
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
+        before = recorded(timed=True)
         torch.cuda.current_stream(self._device).wait_event(slot.full)
-        after.record()
-        self._waits.append((before, after))
+        self._waits.append((before, recorded(timed=True)))
 
     def release(self, slot: DeviceSlot) -> None:
         """No product that is launched from now on reads the slot."""
         if self._stream is not None:
-            slot.free = torch.cuda.Event()
-            slot.free.record()
+            slot.free = recorded()
 
     def stall_s(self) -> float:
         """Seconds for which the device has waited for copies, as far as it has got."""
-        while self._waits and self._waits[0][1].query():
+        while self._waits and passed(self._waits[0][1]):
             before, after = self._waits.popleft()
             self._stall_s += before.elapsed_time(after) / 1000
         return self._stall_s
