@@ -110,7 +110,8 @@ class Coordinator:
 
     def _worker_views(self, loop: ControlLoop) -> list[WorkerView]:
         poller = loop.poller
-        return worker_views(loop.state, poller.status, poller.resident, loop.processes.standby, self._fleet.device())
+        standby, device = loop.processes.standby, self._fleet.device()
+        return worker_views(loop.state, poller.status, poller.resident, poller.link_gbps, standby, device)
 
     async def cluster(self, known: Revision) -> ClusterView:
         """Everything that an open page shows, in one call. `known`: the revision of the caller's last answer.

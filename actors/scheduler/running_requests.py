@@ -46,6 +46,7 @@ class RunningRequest:
         "priority",
         "rank",
         "request_id",
+        "resumptions",
         "scored",
         "stop_token_ids",
         "tokens",
@@ -91,6 +92,8 @@ class RunningRequest:
         self.blocks: list[int] = []
         self.cached_tokens: int | None = None
         """Prompt tokens that the first worker had in its cache; None before the request has run anywhere."""
+        self.resumptions = 0
+        """How often the request has begun to run again, after it had lost its worker or its place."""
         self._keys = [root_key(salt=request.cache_salt, variant=variant)]
         """The root key, then the keys of full blocks. Keys are computed when they are first needed."""
         self.introduced = False

@@ -70,6 +70,8 @@ class WorkerCache:
         request.computed = len(cached) * self.block_size
         if request.cached_tokens is None:
             request.cached_tokens = min(request.computed, request.num_prompt_tokens)
+        else:
+            request.resumptions += 1
         self.running.add(request)
         self.backlog += request.remaining
 

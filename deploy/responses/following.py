@@ -107,7 +107,7 @@ class Following:
             await self._store.begin(record)
         except RayError:
             raise NotReadyError("the response cannot be stored at the moment") from None
-        return self.follow(record, began, Counting(self._metrics, len(record.request.prompt_token_ids)))
+        return self.follow(record, began, Counting(self._metrics, record.request))
 
     def follow(self, record: Record, began: Began = lambda: None, counting: Counting | None = None) -> Followed:
         """Follow a response in progress, unless this replica does so already."""
@@ -163,8 +163,11 @@ class Following:
             # it may have ended, and been stored, since it was read
             now = await self._store.find(record.id)
             if now is not None and now.outcome is None:
-                logger.warning("response %s is followed from here, because no replica does so", record.id)
-                self.follow(now, counting=Counting(self._metrics, 0, adopted=True))
+                logger.warning(
+                    "response %s is followed from here, because no replica does so", record.id,
+                    extra={"request_id": record.request.request_id},
+                )  # fmt: skip
+                self.follow(now, counting=Counting(self._metrics, now.request, adopted=True))
 
     def close(self) -> None:
         self._background.cancel()
@@ -237,7 +240,7 @@ class Following:
                     if rendering.ending is not None:
                         break
                 if counting is not None:
-                    counting.came(len(followed.tokens))
+                    counting.came(output, len(followed.tokens))
                 if rendering.ending is not None:
                     if output.finish_reason is None:  # a stop string was found
                         self._backend.cancel(request.request_id)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from elastic_moe.cluster.placement import Tier, contiguous
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.exchange.dispatch import TransportDispatcher
-from elastic_moe.model.exchange.transports import CollectiveTransport
+from elastic_moe.model.exchange.transports import NcclTransport
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
@@ -54,7 +54,7 @@ def test_greedy_tokens_of_one_worker(family: str, tmp_path_factory: pytest.TempP
 
 def test_workers_that_share_a_gpu_across_replacements(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tiny_checkpoint("gpt_oss", tmp_path_factory)
-    cluster = Lockstep(path, [4, 4], device="cuda", transport="gloo")
+    cluster = Lockstep(path, [4, 4], device="cuda", transport="tcp")
     text = prompts(path)[3]
     cluster.scheduler.add(request("one", text, max_tokens=NEW_TOKENS))
     tokens: list[int] = []
@@ -229,9 +229,7 @@ def _nccl_rank(rank: int, size: int, port: int, out: Any) -> None:
     torch.cuda.set_device(rank)
     module = ToyExperts(6, 64, 32, 0).to("cuda")
     placement = contiguous(1, 6, workers(*[6 // size] * size))
-    transport = CollectiveTransport(
-        "nccl", rendezvous=f"127.0.0.1:{port}", group="nccl", rank=rank, size=size, timeout_s=60
-    )
+    transport = NcclTransport(rendezvous=f"127.0.0.1:{port}", group="nccl", rank=rank, size=size, timeout_s=60)
     device = torch.device("cuda", rank)
     store = ExpertStore([layer_experts(module)])
     for expert in placement.experts_of(placement.workers[rank].id, 0):
