@@ -14,9 +14,15 @@ from elastic_moe.cluster.messages.epochs import ModelInfo, ModelSpec
 
 
 def model_spec(config: ServeConfig, model: ModelInfo, model_dir: str, device: str) -> ModelSpec:
-    """device: cpu or cuda. Raises ConfigError for a context that the model does not allow."""
+    """device: cpu or cuda. Raises ConfigError for a context that the model does not allow, and for memory beside GPUs
+    where there are none."""
     if (config.max_model_len or 0) > model.max_model_len:
         raise ConfigError(f"max_model_len: the model allows {model.max_model_len}, got {config.max_model_len}")
+    if config.host_expert_memory_bytes and device == "cpu":
+        raise ConfigError(
+            f"host_expert_memory_bytes: expected 0, as workers on CPUs keep experts in memory by expert_memory_bytes"
+            f" alone, got {config.host_expert_memory_bytes}"
+        )
     return ModelSpec(
         path=model_dir,
         dtype=model.dtype if config.dtype == "auto" else config.dtype,

@@ -8,6 +8,7 @@ from elastic_moe.cluster.facts.facts import Facts, Stage
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.facts.tiering import expected_stall_s
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Readiness
+from elastic_moe.cluster.placement import Tier
 
 SHARES = {Stage.TRANSFERRING: 0.5, Stage.DRAINING: 0.7, Stage.PREPARING: 0.8, Stage.COMMITTING: 0.9}
 """Progress of an operation whose change is at a stage. Until there is a change, workers load."""
@@ -54,14 +55,20 @@ def serving(facts: Facts) -> Readiness:
     assert facts.goal is not None
     # rounded down, so that 100 % is all of them
     rooms = facts.rooms([facts.records[worker] for worker in facts.ranks])
-    stall_s = expected_stall_s(facts.spec.placement, rooms, facts.model, tokens=1)
+    stall_s = expected_stall_s(facts.spec.placement, rooms, facts.model, facts.load, tokens=1)
     reason = (
-        f"degraded: {int(100 * share)}% of the experts are in memory, the others are read from disk when they are"
-        f" needed, for which a step of one token waits about {1000 * stall_s:.3g} ms"
+        f"degraded: {int(100 * share)}% of the experts are in memory, the others are read from {_elsewhere(facts)} when"
+        f" they are needed, for which a step of one token waits about {1000 * stall_s:.3g} ms"
     )
     if facts.goal.resident_share > share:
         reason += f"; {int(100 * facts.goal.resident_share)}% will be"
     return Readiness(ready=True, reason=reason, resident=share)
+
+
+def _elsewhere(facts: Facts) -> str:
+    assert facts.spec is not None
+    hosted = bool((facts.spec.placement.tiers == Tier.HOST).any())
+    return "the host's memory or disk" if hosted else "disk"
 
 
 def progress(facts: Facts, operation: Operation) -> Progress:

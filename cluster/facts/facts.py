@@ -255,7 +255,10 @@ class Facts:
                 rooms[record.id] = None
                 continue
             rooms[record.id] = Room(
-                device=info.expert_capacity, host=info.host_capacity, disk_bytes_per_s=info.disk_bytes_per_s
+                device=info.expert_capacity,
+                host=info.host_capacity,
+                disk_bytes_per_s=info.disk_bytes_per_s,
+                host_bytes_per_s=info.host_bytes_per_s,
             )
         return rooms
 

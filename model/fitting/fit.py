@@ -28,7 +28,7 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
 from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
-from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
@@ -135,7 +135,7 @@ def layer_experts(module: nn.Module, form: ExpertForm = ExpertForm.PLAIN) -> Lay
     if like.device.type != "cpu":
         if form is not ExpertForm.PLAIN:
             raise not_native(form, "it is for CPUs")
-        return StackedExperts(module)
+        return TieredStacks(module)
     refusal = native_refusal(like.dtype, like.device)
     lib = library() if refusal is None else None
     gate = None if lib is None else find_gate(module)
