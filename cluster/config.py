@@ -33,6 +33,7 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least:
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+COLLECTOR = re.compile(r"(https?|grpc)://[^/?#\s]+(/[^\s]*)?")
 OWN_PATHS = ("v1", "admin", "page")
 """First parts of paths that have further parts."""
 
@@ -51,7 +52,10 @@ class ServeConfig:
         2, "number of workers to start; each has one GPU, or an equal share of the CPU cores", at_least=1
     )
     min_workers: int | None = setting(
-        None, "smallest number of workers that the autoscaler keeps; 1 if not given", at_least=1
+        None,
+        "smallest number of workers that the autoscaler keeps; 1 if not given; with 0, all workers end after 20 times "
+        "--autoscale-window without a request, and the next request waits until others have started",
+        at_least=0,
     )
     max_workers: int | None = setting(
         None, "largest number of workers that the autoscaler asks for; if not given, there is no autoscaler", at_least=1
@@ -67,8 +71,29 @@ class ServeConfig:
     address: str | None = setting(
         None, "address of a Ray cluster to join; if not given, the server starts a Ray of its own on this machine"
     )
+    interface: str | None = setting(
+        None,
+        "network interface, by its name or as a network such as 10.1.0.0/16, over which tokens go from node to node;"
+        " if not given, the one with the address by which Ray knows the node",
+    )
+    worker_gbps: float | None = setting(
+        None,
+        "bandwidth in Gb/s of the link of each worker, by which planners reckon; if not given, it is measured between "
+        "workers of several nodes, and is an H100's elsewhere",
+        at_least=0.001,
+    )
+    node_gbps: float | None = setting(
+        None,
+        "bandwidth in Gb/s of the link of each node, which its workers share; if not given, it is measured as well",
+        at_least=0.001,
+    )
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
+    )
+    workers_on_head: bool = setting(
+        False,
+        "let workers on CPUs run on the head of a Ray cluster, beside the API and the engine; always so where the "
+        "server has started Ray itself",
     )
     dtype: str = setting(
         "auto",
@@ -77,9 +102,10 @@ class ServeConfig:
     )
     expert_dtype: str = setting(
         "auto",
-        "number format of the experts' weights; int8 rounds them to 8 bits, with one scale for every 128 weights, and "
-        "works only with bfloat16 on CPUs",
-        choices=("auto", "int8"),
+        "number format of the experts' weights; auto keeps packed experts packed if they can be computed so, and "
+        "bfloat16 unpacks them; int8 and int4 round experts of 16 bits, with one scale for every 128 and every 32 "
+        "weights, and work only with bfloat16 on CPUs",
+        choices=("auto", "bfloat16", "int8", "int4"),
     )
     max_model_len: int | None = setting(
         None,
@@ -255,6 +281,12 @@ class ServeConfig:
     shutdown_timeout: float = setting(
         30.0, "seconds that running requests have to finish when the server stops", at_least=0
     )
+    handover_timeout: float = setting(
+        120.0,
+        "seconds that a redeployed model waits for the resources of its own workers, beside the old model, which "
+        "serves meanwhile; after that the old model finishes its requests and ends first",
+        at_least=0,
+    )
     log_level: str = setting(
         "info", "lowest level of the lines that are logged", choices=("debug", "info", "warning", "error")
     )
@@ -263,6 +295,14 @@ class ServeConfig:
     )
     log_file: str | None = setting(
         None, "file for the log lines of every process; if not given, a new file under ~/.local/state/elastic-moe"
+    )
+    enable_log_requests: bool = setting(
+        False, "write a line for each request that has ended, with its id, its times and its numbers of tokens"
+    )
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "URL of an OpenTelemetry collector that gets a trace of each request and operation: http://HOST:4318/v1/traces "
+        "sends over HTTP, http://HOST:4317 over gRPC; needs pip install 'elastic-moe[otlp]'",
     )
 
     def __post_init__(self) -> None:
@@ -275,6 +315,11 @@ class ServeConfig:
         if self.expert_cache_dir is not None:
             # workers have other working directories
             object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
+        if self.otlp_traces_endpoint is not None and not COLLECTOR.fullmatch(self.otlp_traces_endpoint):
+            raise ConfigError(
+                "otlp_traces_endpoint: expected a URL such as http://localhost:4318/v1/traces, "
+                f"got {reprlib.repr(self.otlp_traces_endpoint)}"
+            )
         self._check_limits()
         self._check_web()
 

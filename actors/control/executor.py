@@ -5,8 +5,9 @@ Every decision is in cluster/control/state.py, and every handle in actors/contro
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.errors import StepAborted, UserError
 from elastic_moe.cluster.facts.events import (
     Abandon,
     AbortSteps,
@@ -44,7 +45,7 @@ from elastic_moe.cluster.facts.events import (
     WorkerLost,
 )
 from elastic_moe.cluster.messages.epochs import EpochSpec, ModelInfo, ModelSpec, TransportKind, WorkerSpec
-from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.cluster.messages.requests import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,10 @@ class Executor:
         self._abandoning = Background(_has_failed)
         self._notifying = Background(_has_failed)
 
+    def configure(self, config: ServeConfig) -> None:
+        """Use the settings of a redeploy from now on."""
+        self._config = config
+
     # --- Workers ------------------------------------------------------------------------------------------------
 
     async def start_worker(self, command: StartWorker) -> list[Event]:
@@ -79,13 +84,16 @@ class Executor:
         # the engine's process takes seconds to start, so it starts before it is needed
         self._processes.ensure_engine()
         try:
-            info = await ask(actor, WorkerActor.load, self._worker_spec(command))
+            # how many nodes there are to share is known once the process has its place; it may wait long for that
+            await ask(actor, WorkerActor.load_progress)
+            info = await ask(actor, WorkerActor.load, await asyncio.to_thread(self._worker_spec, command))
         except CALL_ERRORS as error:
             if is_death(error):
                 return [WorkerLost(worker=worker, reason=one_line(error))]
             return [WorkerFailed(worker=worker, reason=one_line(error), fatal=isinstance(error, UserError))]
         if info.fit is not None:
             logger.info("%s is served by %s", info.worker, info.fit.text())
+        self._processes.doors[worker] = info.endpoint
         return [WorkerLoaded(info=info)]
 
     def _worker_spec(self, command: StartWorker) -> WorkerSpec:
@@ -104,6 +112,7 @@ class Executor:
             host_expert_memory_bytes=config.host_expert_memory_bytes,
             expert_cache_dir=config.expert_cache_dir,
             expert_cache_policy=config.expert_cache_policy,
+            interface=config.interface,
             step_timeout_s=config.step_timeout,
             enable_prefix_caching=config.enable_prefix_caching,
         )
@@ -141,7 +150,11 @@ class Executor:
             workers = self._processes.workers_of(spec)
             if command.forms_group:
                 spec = await self._open_rendezvous(spec)
-            calls = {worker: ask(actor, WorkerActor.prepare, spec) for worker, actor in workers.items()}
+            calls: dict[str, Awaitable[Any]] = {
+                worker: ask(actor, WorkerActor.prepare, spec) for worker, actor in workers.items()
+            }
+            if command.forms_group:
+                calls["engine"] = self._reach(command)
             errors = await call_until_error(calls, self._config.step_timeout)
         except KeyError as error:
             return [PrepareFailed(epoch=spec.epoch, reason=f"worker {error} is gone")]
@@ -153,13 +166,29 @@ class Executor:
         lost = await self._roll_call.find_lost(workers)
         return [*lost, PrepareFailed(epoch=spec.epoch, reason=describe_errors(errors))]
 
+    async def _reach(self, command: Prepare) -> None:
+        """Raises StepAborted if the engine cannot reach a worker. What else is wrong with it, the commit will show."""
+        endpoints = {worker: info.endpoint for worker, info in command.infos.items()}
+        try:
+            await within(ask(self._processes.ensure_engine(), Engine.reach, endpoints), liveness.DOOR_S)
+        except CALL_ERRORS as error:
+            if isinstance(error, StepAborted):
+                raise
+
     async def _open_rendezvous(self, spec: EpochSpec) -> EpochSpec:
-        """`spec`, with the address of a store if its transport needs one."""
-        if spec.transport not in (TransportKind.GLOO, TransportKind.NCCL):
-            return spec
-        first = self._processes.workers[spec.placement.workers[0].id]
-        address = await within(ask(first, WorkerActor.rendezvous), self._config.step_timeout)
-        return replace(spec, rendezvous=address)
+        """`spec`, with the places where its workers meet, if its transport needs some. Raises CALL_ERRORS."""
+        workers = self._processes.workers_of(spec)
+        if spec.transport is TransportKind.NCCL:
+            first = next(iter(workers.values()))
+            return replace(spec, rendezvous=await within(ask(first, WorkerActor.rendezvous), liveness.DOOR_S))
+        if spec.transport is TransportKind.TCP:
+            calls = [within(ask(worker, WorkerActor.open_door), liveness.DOOR_S) for worker in workers.values()]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+            return replace(spec, doors=tuple(answer for answer in answers if isinstance(answer, Endpoint)))
+        return spec
 
     async def commit(self, command: Commit) -> list[Event]:
         spec, processes = command.spec, self._processes
@@ -232,5 +261,5 @@ def _has_failed(error: BaseException) -> None:
     logger.error("workers or the engine could not be told", exc_info=error)
 
 
-def describe_errors(errors: Mapping[WorkerId, BaseException]) -> str:
+def describe_errors(errors: Mapping[str, BaseException]) -> str:
     return "; ".join(f"{worker}: {one_line(error)}" for worker, error in errors.items())

@@ -6,10 +6,11 @@ here.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from elastic_moe.actors import liveness
@@ -17,12 +18,15 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.remote.links import can_connect
 from elastic_moe.actors.worker.worker_actor import WorkerActor
+from elastic_moe.cluster.errors import WorkerError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.facts.routing import RoutingWindow
+from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
 
@@ -38,7 +42,7 @@ class RollCall:
 
     def __init__(self, processes: Processes, heartbeat_timeout_s: float) -> None:
         self._processes = processes
-        self._timeout_s = heartbeat_timeout_s
+        self.timeout_s = heartbeat_timeout_s
 
     async def find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
         """The workers that are dead or hang. stepping: the thread that runs the steps has to answer."""
@@ -56,9 +60,42 @@ class RollCall:
     async def _call(
         self, workers: Iterable[WorkerId], ping: Callable[[Remote[WorkerActor]], Awaitable[None]]
     ) -> list[WorkerLost]:
-        calls = {worker: ping(actor) for worker, actor in self._processes.present(workers).items()}
-        errors = await call_all(calls, self._timeout_s)
+        doors = self._processes.doors
+        calls = {
+            worker: unless_refused(ping(actor), doors.get(worker))
+            for worker, actor in self._processes.present(workers).items()
+        }
+        errors = await call_all(calls, self.timeout_s)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
+
+
+async def unless_refused(answer: Awaitable[None], door: Endpoint | None) -> None:
+    """Await the answer of a worker, but no longer where its door refuses connections, which is open for as long as its
+    process lives: Ray needs seconds to find that a whole machine is gone. Raises WorkerError then."""
+    ping, knock = asyncio.ensure_future(answer), asyncio.ensure_future(_is_refused(door))
+    try:
+        await asyncio.wait((ping, knock), return_when=asyncio.FIRST_COMPLETED)
+        if not ping.done() and await knock:
+            # Ray may know more of its end
+            await asyncio.wait((ping,), timeout=liveness.RAY_KNOWS_S)
+            if not ping.done():
+                raise WorkerError("its process died")
+        await ping
+    finally:
+        ping.cancel()
+        knock.cancel()
+
+
+async def _is_refused(door: Endpoint | None) -> bool:
+    if door is None:
+        return False
+    try:
+        await can_connect(door)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Poller:
@@ -72,22 +109,26 @@ class Poller:
         *,
         heartbeat_timeout_s: float,
         feed: Callable[[Event], None],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         """`window` takes the routing counts, `counters` the tiers' counts and `feed` events. `spawn` runs a poll beside
         the others."""
         self._processes = processes
         self._window = window
         self._counters = counters
-        self._timeout_s = heartbeat_timeout_s
+        self.timeout_s = heartbeat_timeout_s
         self._feed = feed
         self._spawn = spawn
         self.status = EngineStatus()
         """The engine's last report."""
         self.resident: dict[WorkerId, int] = {}
         """Experts that lay in the device of each worker when it last reported."""
+        self.link_gbps: dict[WorkerId, dict[WorkerId, float]] = {}
+        """Gigabits per second between each worker and others, as measured when their group formed."""
         self.status_at = 0.0
         """When the last report came."""
+        self.shortage: str | None = None
+        """What the workers wait for that have no process yet, in words; None if there is room for them."""
         self._load_progress: dict[WorkerId, float] = {}
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
@@ -115,13 +156,45 @@ class Poller:
         self._load_progress.pop(worker, None)
         self._counted_at.pop(worker, None)
         self.resident.pop(worker, None)
+        self.link_gbps.pop(worker, None)
 
-    def how_far(self, record: WorkerRecord, now: float) -> str:
-        """A few words that say how far the worker has loaded."""
-        if record.id in self._load_progress:
-            return f"{self._load_progress[record.id]:.0%}"
-        waits = now - record.asked_at > liveness.WAITING_FOR_RESOURCES_S
-        return "waiting for resources" if waits else "starting its process"
+    def progress(self, loading: Iterable[WorkerRecord], now: float) -> str:
+        """How far these workers have loaded, and what those wait for that have not begun."""
+        parts, waiting = [], dict[str, list[WorkerId]]()
+        for record in loading:
+            waits_for = self.waits_for(record, now)
+            if waits_for is not None:
+                waiting.setdefault(waits_for, []).append(record.id)
+            elif record.id in self._load_progress:
+                parts.append(f"{record.id} {self._load_progress[record.id]:.0%}")
+            else:
+                parts.append(f"{record.id} starting its process")
+        clauses = [f"loading: {', '.join(parts)}"] if parts else []
+        return "; ".join([*clauses, *(wait_clause(workers, what) for what, workers in waiting.items())])
+
+    def waits(self, facts: Facts, now: float) -> list[WorkerId]:
+        """The workers whose processes have not started, although there was time for that."""
+        return [
+            record.id
+            for record in facts.alive
+            if not record.loaded
+            and record.id not in self._load_progress
+            and now - record.asked_at > liveness.STARTING_S
+        ]
+
+    def waits_for(self, record: WorkerRecord, now: float) -> str | None:
+        """What the worker's process waits for before it can start, in words; None if it waits for nothing."""
+        if record.loaded or not record.alive or record.id in self._load_progress:
+            return None
+        waited_s = now - record.asked_at
+        if self.shortage is not None and waited_s > liveness.STARTING_S:
+            return self.shortage
+        return "resources" if waited_s > liveness.WAITING_FOR_RESOURCES_S else None
+
+    def waited_s(self, facts: Facts, now: float) -> float:
+        """For how long a worker has waited for resources; 0 if none does."""
+        waiting = [record for record in facts.alive if self.waits_for(record, now) is not None]
+        return max((now - record.asked_at for record in waiting), default=0.0)
 
     async def refresh_status(self) -> None:
         """Refresh the engine's status now; keep the last one if the engine does not answer within POLL_S."""
@@ -133,10 +206,10 @@ class Poller:
     async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor]) -> None:
         try:
             if record.loaded:
-                await sign_of_life(lambda: ask(actor, WorkerActor.ping), self._timeout_s)
+                await sign_of_life(lambda: ask(actor, WorkerActor.ping), self.timeout_s)
                 await self._fetch_counts(record.id, actor)
             elif record.id in self._load_progress:
-                patience_s = liveness.LOADING_PATIENCE * self._timeout_s
+                patience_s = liveness.LOADING_PATIENCE * self.timeout_s
                 self._load_progress[record.id] = await sign_of_life(
                     lambda: ask(actor, WorkerActor.load_progress), patience_s
                 )
@@ -156,13 +229,14 @@ class Poller:
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
             self._window.add(await ask(actor, WorkerActor.routing_counts), time.monotonic())
+            self.link_gbps[worker] = await ask(actor, WorkerActor.link_gbps)
             tiers = await ask(actor, WorkerActor.tier_counts)
             self._counters.add_tiers(tiers)
             self.resident[worker] = tiers.resident
 
     async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:
-            self._seen(await sign_of_life(lambda: ask(engine, Engine.status), self._timeout_s))
+            self._seen(await sign_of_life(lambda: ask(engine, Engine.status), self.timeout_s))
             self._feed(load_seen(self.status))
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
@@ -183,6 +257,10 @@ class Poller:
         event = self._processes.drop_engine(engine, one_line(error))
         if event is not None:
             self._feed(event)
+
+
+def wait_clause(workers: Sequence[WorkerId], what: str) -> str:
+    return f"{', '.join(workers)} {'waits' if len(workers) == 1 else 'wait'} for {what}"
 
 
 def load_seen(status: EngineStatus) -> LoadSeen:

@@ -48,6 +48,7 @@ class RunningRequest:
         "rank",
         "request_id",
         "restore",
+        "resumptions",
         "scored",
         "stop_token_ids",
         "tail",
@@ -100,6 +101,8 @@ class RunningRequest:
         """Numbers of blocks after which the prompt's states are worth a snapshot."""
         self.tail: bytes | None = None
         """Key of the last block of the answer after which the request has left a snapshot of its states."""
+        self.resumptions = 0
+        """How often the request has begun to run again, after it had lost its worker or its place."""
         self._keys = [root_key(salt=request.cache_salt, variant=variant)]
         """The root key, then the keys of full blocks. Keys are computed when they are first needed."""
         self.introduced = False

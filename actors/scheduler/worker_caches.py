@@ -110,6 +110,8 @@ class WorkerCache:
         request.computed = len(cached) * self.block_size
         if request.cached_tokens is None:
             request.cached_tokens = min(request.computed, request.num_prompt_tokens)
+        else:
+            request.resumptions += 1
         if self.state_room is not None and self.prefix_caching:
             self._choose_snapshots(request, len(cached))
         self.running.add(request)

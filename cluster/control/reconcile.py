@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from elastic_moe.cluster.control.joining import together
 from elastic_moe.cluster.facts.adaptation import adapt
 from elastic_moe.cluster.facts.facts import Choice, Facts
 from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord, serves
@@ -123,7 +124,10 @@ def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
         return Choice((), "the workers that have loaded have too little memory for every expert")
     current = [record for record in wanted if record.id in facts.ranks]
     if facts.outage is not None and facts.fits(current):
-        return Choice(tuple(current), "the survivors serve first")
+        return Choice(tuple(together(facts, current)), "the survivors serve first")
+    group = together(facts, wanted)
+    if len(group) < len(wanted):
+        return Choice(tuple(group), "the others could not join, and are tried one by one")
     if len(wanted) < facts.target and (wait := _waits_for_more(facts, wanted, now)) is not None:
         return wait
     return Choice(tuple(wanted), f"{len(wanted)} workers can serve")
@@ -215,7 +219,7 @@ def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]
     if facts.spec is None:
         kind = OperationKind.START
     else:
-        kind = OperationKind.SCALE if facts.outage is None else OperationKind.RECOVER
+        kind = OperationKind.SCALE if facts.outage is None or facts.rests else OperationKind.RECOVER
     joining = [record.id for record in members if record.id not in facts.ranks]
     leaving = [worker for worker in facts.ranks if worker not in {record.id for record in members}]
     words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]

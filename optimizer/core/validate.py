@@ -103,6 +103,13 @@ def _check_numbers(problem: PlacementProblem, experts: int) -> None:
         value = getattr(problem.links, name)
         if not 0 < value < np.inf:
             raise PlacementError(f"links.{name}: expected a positive number, got {value!r}")
+    wanted = {"ports_gbps": len(problem.workers), "uplinks_gbps": len({worker.node for worker in problem.workers})}
+    for name, count in wanted.items():
+        values = getattr(problem.links, name)
+        if values and len(values) != count:
+            raise PlacementError(f"links.{name}: expected {count} numbers, got {len(values)}")
+        if not all(0 < value < np.inf for value in values):
+            raise PlacementError(f"links.{name}: expected positive numbers, got {values!r}")
 
 
 def _check_workers(workers: tuple[Worker, ...], speeds: tuple[float, ...], experts: int) -> None:
@@ -135,7 +142,7 @@ def _check_memory(memory: tuple[WorkerMemory, ...], workers: int, layers: int) -
         for name, least in (("host_experts", 0), ("cache_slots", 1)):
             if getattr(each, name) < least:
                 raise PlacementError(f"memory.{name}: expected at least {least}, got {getattr(each, name)}")
-        for name in ("disk_fetch_s", "host_fetch_s", "host_token_s"):
+        for name in ("disk_fetch_s", "host_fetch_s", "host_token_s", "resident_s"):
             value = getattr(each, name)
             # written so that a NaN fails too
             if value is not None and not 0 <= value < np.inf:
