@@ -9,7 +9,6 @@ Everything runs on one event loop, so no event ever meets a state that is half c
 from __future__ import annotations
 
 import asyncio
-import pickle
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, ParamSpec
@@ -22,6 +21,7 @@ from elastic_moe.actors.control.polling import Poller, RollCall
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import Outline, log_changes
 from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.control.saving import Saver
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.facts.events import (
     Abandon,
@@ -55,6 +55,7 @@ class ControlLoop:
         processes: Processes,
         config: ServeConfig,
         fleet: Fleet,
+        saver: Saver,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         """`spawn` runs a coroutine beside the others, and reports its failure."""
@@ -79,7 +80,7 @@ class ControlLoop:
         )
         self._executor = Executor(fleet, config, model, spec, processes, self.roll_call)
         self._spec = spec
-        self._fleet = fleet
+        self._saver = saver
         self._spawn = spawn
 
     async def run(self) -> None:
@@ -110,7 +111,7 @@ class ControlLoop:
         log_changes(before, self.state)
         if commands or before != Outline.of(self.state):
             # saved before any command is carried out, so that a successor knows what may have been done
-            self._fleet.save(pickle.dumps((self.state, self._spec)))
+            self._saver.save(self.state, self._spec)
         for command in commands:
             self._carry_out(command)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import pickle
 import textwrap
 import time
 from collections.abc import Coroutine
@@ -30,9 +29,11 @@ from elastic_moe.actors.control.views import (
 )
 from elastic_moe.actors.crew import Crew
 from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.actors.remote.calls import one_line
 from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.control.saving import Saver
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.errors import ConfigError, NotReadyError, UserError
 from elastic_moe.cluster.facts.counters import ClusterCounters
@@ -70,10 +71,12 @@ class Coordinator:
         self._config = config
         self._model_dir = model_dir
         self._fleet = fleet
+        self._saver = Saver(fleet)
         self._error: str | None = None
         self._loop: ControlLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
+        self.watch = LoopWatch("the coordinator")
         self._crew = Crew(config.api_replicas)
         self._stopping = asyncio.Event()
         """Set when the API replicas are to refuse new requests."""
@@ -233,7 +236,7 @@ class Coordinator:
     async def _run(self) -> None:
         try:
             self._fleet.attach()
-            saved = self._fleet.saved()
+            saved = self._saver.load()
             if saved is None or not await self._resume(saved):
                 self._fleet.clear()
                 await self._open()
@@ -252,9 +255,9 @@ class Coordinator:
         logger.info("%s: %s with %d MoE layers of %d experts, %s on %s", self._model_dir, model.architecture,
                     model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip
 
-    async def _resume(self, saved: bytes) -> bool:
+    async def _resume(self, saved: tuple[ControlState, ModelSpec]) -> bool:
         """Continue from the state that an earlier coordinator saved. Returns False if it had no epoch yet."""
-        state, spec = pickle.loads(saved)
+        state, spec = saved
         facts = state.facts
         if facts.spec is None:
             return False
@@ -270,7 +273,8 @@ class Coordinator:
         return True
 
     def _begin(self, state: ControlState, spec: ModelSpec, processes: Processes) -> ControlLoop:
-        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._spawn)
+        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._saver, self._spawn)
+        self._spawn(self.watch.watch())
         self._opened.set()
         return self._loop
 

@@ -62,6 +62,14 @@ class Fleet(Protocol):
         """The state that an earlier incarnation of this coordinator saved; None if there is none."""
         ...
 
+    def save_part(self, name: str, part: bytes) -> None:
+        """Keep what a state refers to."""
+        ...
+
+    def saved_part(self, name: str) -> bytes | None: ...
+
+    def drop_part(self, name: str) -> None: ...
+
     def find_worker(self, worker: WorkerId) -> Remote[WorkerActor] | None:
         """The worker's actor, made by an earlier coordinator; None if it is gone."""
         ...
@@ -156,6 +164,16 @@ class RayFleet:
         if state is None or not state.startswith(self._actor_id):
             return None
         return state.removeprefix(self._actor_id)
+
+    def save_part(self, name: str, part: bytes) -> None:
+        internal_kv._internal_kv_put(_part_key(name), part, overwrite=True, namespace=_KV_NAMESPACE)
+
+    def saved_part(self, name: str) -> bytes | None:
+        part: bytes | None = internal_kv._internal_kv_get(_part_key(name), namespace=_KV_NAMESPACE)
+        return part
+
+    def drop_part(self, name: str) -> None:
+        internal_kv._internal_kv_del(_part_key(name), namespace=_KV_NAMESPACE)
 
     @property
     def _actor_id(self) -> bytes:
@@ -296,10 +314,15 @@ def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
     return plan(*arguments, **named)
 
 
+def _part_key(name: str) -> bytes:
+    return _KEY + b"/" + name.encode()
+
+
 def clear() -> None:
     """End every actor that an earlier coordinator made and could not end itself, and forget what it saved, and what its
     API replicas did."""
-    internal_kv._internal_kv_del(_KEY, namespace=_KV_NAMESPACE)
+    # the state, and all of its parts
+    internal_kv._internal_kv_del(_KEY, del_by_prefix=True, namespace=_KV_NAMESPACE)
     key_value.clear()
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == names.NAMESPACE and names.is_ours(actor["name"]):

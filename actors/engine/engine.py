@@ -17,6 +17,7 @@ from elastic_moe.actors import names
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.engine.step_loop import StepLoop
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.scheduler.scheduler import Scheduler
@@ -88,7 +89,8 @@ class Engine:
             report=self._report,
             late=self._late,
         )
-        self._tasks = [asyncio.create_task(loop.run()), asyncio.create_task(clients.watch())]
+        watch = LoopWatch("the engine")
+        self._tasks = [asyncio.create_task(work) for work in (loop.run(), clients.watch(), watch.watch())]
         for task in self._tasks:
             task.add_done_callback(_die_of)
         self._endpoint = await clients.listen(node_address())

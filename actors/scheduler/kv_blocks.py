@@ -97,6 +97,10 @@ class BlockPool:
             found.append(block)
         return found
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a block has this key."""
+        return key in self._blocks
+
     def num_idle(self, blocks: Iterable[int]) -> int:
         return sum(block in self._idle for block in blocks)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from elastic_moe.actors.scheduler.kv_blocks import BlockPool, blocks_for
+from elastic_moe.actors.scheduler.rows import Rows
 from elastic_moe.actors.scheduler.running_requests import OrderedRequests, RunningRequest
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk
@@ -21,24 +22,51 @@ from elastic_moe.cluster.placement import WorkerId
 class WorkerCache:
     """One worker's KV blocks, the requests that run there, and the ended requests that it must still forget."""
 
-    __slots__ = ("backlog", "block_size", "draining", "forget", "pool", "prefix_caching", "running", "worker")
+    __slots__ = (
+        "_free_rows",
+        "backlog",
+        "base",
+        "block_size",
+        "draining",
+        "forget",
+        "max_num_seqs",
+        "pool",
+        "prefix_caching",
+        "rows",
+        "running",
+        "unsteady",
+        "worker",
+    )
 
-    def __init__(self, worker: WorkerId, num_kv_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, worker: WorkerId, num_kv_blocks: int, rows: Rows, *, max_num_seqs: int, prefix_caching: bool = True
+    ) -> None:
+        """`rows` is shared by all workers. At most `max_num_seqs` requests run here."""
         self.worker = worker
-        self.block_size = block_size
+        self.block_size = rows.block_size
         self.prefix_caching = prefix_caching
         self.pool = BlockPool(num_kv_blocks)
+        self.rows = rows
+        self.max_num_seqs = max_num_seqs
+        self.base = rows.take_range(max_num_seqs)
+        """The first row of this worker's requests. A request's seat is its row's number from there on."""
+        self._free_rows = list(range(self.base + max_num_seqs - 1, self.base - 1, -1))
         self.running = OrderedRequests(attrgetter("arrival"))
+        self.unsteady: set[RunningRequest] = set()
+        """The running requests that do not go on by rule."""
         self.backlog = 0
         """Sum of `remaining` over the running requests, in tokens."""
         self.forget: list[RequestId] = []
         """Requests that have left the worker, and that no committed plan has named for it to forget."""
         self.draining = False
 
-    @property
-    def decoding(self) -> bool:
-        """Whether a request here is past its prompt and its last token is not in flight yet."""
-        return any(request.remaining == 1 and not request.exhausted for request in self.running.items)
+    def close(self) -> None:
+        """Give the rows back. Nothing may run here any more."""
+        assert not self.running.items
+        self.rows.give_range(self.base, self.max_num_seqs)
+
+    def unsteady_in_order(self) -> list[RunningRequest]:
+        return sorted(self.unsteady, key=attrgetter("arrival")) if self.unsteady else []
 
     def can_ever_hold(self, request: RunningRequest) -> bool:
         """Whether the empty cache has room for the request at its longest. The last token is never run."""
@@ -55,56 +83,76 @@ class WorkerCache:
 
         Some blocks stay reserved for running requests to grow; otherwise the new request would soon be preempted.
         """
-        headroom = min(len(self.running), self.pool.num_blocks // 32)
-        free = self.pool.num_free - self.pool.num_idle(cached)
-        return free - headroom - blocks_for(len(request.tokens), self.block_size) + len(cached)
+        own = blocks_for(request.length, self.block_size) - len(cached)
+        return self.free_for_new - self.pool.num_idle(cached) - own
+
+    @property
+    def free_for_new(self) -> int:
+        """Free blocks beside the reserved ones."""
+        return self.pool.num_free - min(len(self.running), self.pool.num_blocks // 32)
 
     def take(self, request: RunningRequest, cached: Sequence[int]) -> None:
         """Run the request here, with blocks for all its tokens: a prefill that has begun never waits for memory."""
         assert request.cache is None
+        length = len(request.tokens)
+        request.row = self._free_rows.pop()
+        self.rows.sit(request.row, request, length)
         request.cache = self
         request.claim = None
         self.pool.hold(cached)
-        own = blocks_for(len(request.tokens), self.block_size) - len(cached)
-        request.blocks = [*cached, *self.pool.allocate(own)]
-        request.computed = len(cached) * self.block_size
+        self.grow(request, list(cached))
+        self.grow(request, self.pool.allocate(blocks_for(length, self.block_size) - len(cached)))
+        computed = len(cached) * self.block_size
+        self.rows.computed[request.row] = self.rows.started[request.row] = computed
         if request.cached_tokens is None:
-            request.cached_tokens = min(request.computed, request.num_prompt_tokens)
+            request.cached_tokens = min(computed, request.num_prompt_tokens)
         self.running.add(request)
+        self.unsteady.add(request)
         self.backlog += request.remaining
+
+    def grow(self, request: RunningRequest, blocks: list[int]) -> None:
+        """Give the request further blocks."""
+        request.blocks += blocks
+        self.rows.room[request.row] = len(request.blocks) * self.block_size
 
     def run(self, request: RunningRequest, length: int) -> Chunk:
         """Put the request's next `length` tokens into flight."""
         before = request.remaining
         chunk = request.run(length)
+        if chunk.samples:
+            self.unsteady.discard(request)
         self.backlog += request.remaining - before
         return chunk
 
     def rollback(self, request: RunningRequest) -> None:
         """Drop the request's tokens in flight, so that they are run again."""
         before = request.remaining
-        request.flight.clear()
+        request.cut()
+        self.unsteady.add(request)
         self.backlog += request.remaining - before
 
     def commit_but_last(self, request: RunningRequest) -> None:
         """Record the request's oldest chunk but for its last token, which has to run again, since no token was sampled
         after it. What was scheduled after it has run with a wrong token."""
-        before = request.remaining
-        self._land(request, short=1)
-        request.flight.clear()
+        before, first = request.remaining, request.computed // self.block_size
+        request.land_but_last()
+        self.unsteady.add(request)
+        self.publish(request, first)
         self.backlog += request.remaining - before
 
     def commit(self, request: RunningRequest) -> None:
         """Record that the request's oldest chunk is in the KV cache for good. Blocks that are full now become known."""
-        self._land(request)
-
-    def _land(self, request: RunningRequest, *, short: int = 0) -> None:
         first = request.computed // self.block_size
-        request.land(short=short)
+        request.land()
+        self.publish(request, first)
+
+    def publish(self, request: RunningRequest, first: int) -> None:
+        """Make known the request's full blocks from number `first` on."""
         full = request.computed // self.block_size
         if self.prefix_caching and full > first:
-            for number, key in enumerate(request.keys(full, self.block_size)[first:], first):
-                self.pool.publish(request.blocks[number], key)
+            keys = request.keys(full, self.block_size, first)
+            for block, key in zip(request.blocks[first:full], keys, strict=True):
+                self.pool.publish(block, key)
 
     def drop(self, request: RunningRequest) -> None:
         """Take the request and its blocks off this worker. The request keeps its tokens and loses what it computed.
@@ -114,12 +162,18 @@ class WorkerCache:
         """
         assert request.cache is self
         self.running.remove(request)
+        self.unsteady.discard(request)
         self.backlog -= request.remaining
         self.pool.free(request.blocks)
         self.forget.append(request.request_id)
-        request.cache = None
+        # this brings the newest tokens out of the row
+        tokens = request.tokens
+        assert len(tokens) == request.length
+        self.rows.rise(request.row)
+        self._free_rows.append(request.row)
+        request.cache, request.row = None, -1
         request.blocks = []
-        request.computed = request.introduced_blocks = 0
+        request.introduced_blocks = 0
         request.introduced = False
         request.flight = []
 
@@ -130,8 +184,15 @@ class WorkerCache:
         assert arrivals == sorted(set(arrivals)), "running sequences are out of order"
         self.pool.validate(block for request in items for block in request.blocks)
         assert self.backlog == sum(request.remaining for request in items)
+        assert self.unsteady == {request for request in items if not request.steady}
+        seated = [self.rows.requests[row] for row in range(self.base, self.base + self.max_num_seqs)]
+        assert {r for r in seated if r is not None} == set(items)
+        assert sorted(self._free_rows) == [row for row, r in enumerate(seated, self.base) if r is None]
         for request in items:
             known = len(request.tokens)
+            assert known == request.length
+            assert self.rows.requests[request.row] is request
+            assert self.rows.room[request.row] == len(request.blocks) * self.block_size
             assert request.cache is self
             assert not request.ended
             assert 0 <= request.computed < known

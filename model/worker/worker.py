@@ -26,6 +26,7 @@ from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId
+from elastic_moe.cluster.messages.seats import Seats
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -98,6 +99,7 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._seats = Seats()
         self._grammars: Compiler
         self._masks = MaskThreads()
         self._share = max(1, spec.num_threads)
@@ -469,9 +471,10 @@ class Worker:
             self._sequences.pop(request_id, None)
         for new in plan.new:
             self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[])
-        slices = [self._slice(chunk) for chunk in plan.chunks]
-        scoring = self._scoring(plan)
-        sampling = {chunk.request_id: self._sequences[chunk.request_id].state for chunk in plan.chunks if chunk.samples}
+        chunks = self._seats.chunks(plan)
+        slices = [self._slice(chunk) for chunk in chunks]
+        scoring = self._scoring(chunks)
+        sampling = {chunk.request_id: self._sequences[chunk.request_id].state for chunk in chunks if chunk.samples}
         constrained = [state.progress for state in sampling.values() if state.progress is not None]
         if constrained:
             self._masks.begin(constrained)
@@ -484,7 +487,7 @@ class Worker:
         assert self._epoch is not None
         self._epoch.dispatcher.finish()
         chosen.append_to(sampling)
-        self._counter.commit_step([chunk.length for chunk in plan.chunks])
+        self._counter.commit_step([chunk.length for chunk in chunks])
         if self._tiers is not None:
             self._tiers.settle()
         compute_s = time.perf_counter() - begin
@@ -493,9 +496,11 @@ class Worker:
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
         broken = {one for one in scored if not isinstance(one, ScoredPrompt)}
         corrupted = {*chosen.corrupted, *broken}
+        tokens, samples = self._seats.packed(one for one in chosen.samples if one.request_id not in broken)
         return StepResult(
             step=plan.step,
-            samples=tuple(one for one in chosen.samples if one.request_id not in broken),
+            samples=samples,
+            tokens=tokens,
             compute_s=compute_s,
             corrupted=tuple(corrupted),
             unready=tuple(request_id for request_id in chosen.unready if request_id not in broken),
@@ -503,10 +508,10 @@ class Worker:
             scored=tuple(s for s in scored if isinstance(s, ScoredPrompt) and s.request_id not in corrupted),
         )
 
-    def _scoring(self, plan: StepPlan) -> list[Scoring]:
+    def _scoring(self, chunks: Sequence[Chunk]) -> list[Scoring]:
         wanted: list[Scoring] = []
         row = 0
-        for chunk in plan.chunks:
+        for chunk in chunks:
             one = Scoring.of(chunk, row, self._sequences[chunk.request_id].state)
             if one is not None:
                 wanted.append(one)
@@ -533,6 +538,7 @@ class Worker:
     def forget_sequences(self) -> None:
         """Forget all sequences when a new engine starts: it will never report those of the last engine as finished."""
         self._sequences.clear()
+        self._seats = Seats()
 
     def abort_step(self, epoch: Epoch) -> None:
         """Wake a step that waits for a dead peer. The exchange cannot be used afterwards; a new epoch must follow."""

@@ -134,7 +134,7 @@ class FakeWorker:
         return RoutingCounts(
             prefill=PhaseCounts(tokens=6, load=LOAD - LOAD // 2, steps_s=0.1, steps_tokens=100),
             decode=PhaseCounts(tokens=4, load=LOAD // 2, steps_s=0.3, steps_tokens=100),
-            transitions=np.ones((1, 8, 8), dtype=np.int64),
+            sample=np.zeros((10, 2, 1), dtype=np.uint8),
         )
 
     @in_group("io")
@@ -256,6 +256,7 @@ class PlainFleet:
         self.engines: list[Handle] = []
         self.error: Exception | None = None
         self.last_saved: bytes | None = None
+        self.parts: dict[str, bytes] = {}
         self.resumes = False
 
     def attach(self) -> None: ...
@@ -267,6 +268,15 @@ class PlainFleet:
 
     def saved(self) -> bytes | None:
         return self.last_saved if self.resumes else None
+
+    def save_part(self, name: str, part: bytes) -> None:
+        self.parts[name] = part
+
+    def saved_part(self, name: str) -> bytes | None:
+        return self.parts.get(name)
+
+    def drop_part(self, name: str) -> None:
+        del self.parts[name]
 
     def find_worker(self, worker: WorkerId) -> Remote[Any] | None:
         return alive(self.workers.get(worker))
