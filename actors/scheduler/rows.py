@@ -4,7 +4,7 @@ Every worker has as many rows as it may have requests. A row is *steady* while i
 chunk is its newest token, its worker knows everything else, and nothing but the columns changes with a step. The other
 running requests have prompts to run, or go on after a cut or a failed step; they are handled one by one.
 
-Legend: R rows, B tokens of a block.
+Legend: R rows, N newest tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Column = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.intp]
 
+RECENT_TOKENS = 64
+"""Number of newest tokens of a request that the columns hold, before they are brought to the request in one piece."""
 MOST_TOKEN_IDS = 1 << 22
 """Stop tokens from this number on are passed over: no vocabulary is so large."""
 
@@ -65,8 +67,8 @@ class Rows:
         self.mark: Column = np.zeros(0, dtype=np.int32)
         """[R] changes when what is in flight for the row counts no longer."""
         self.steady: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
-        self.recent: Column = np.zeros((0, block_size), dtype=np.int32)
-        """[R, B] the newest tokens, each at its place modulo B. `flush` brings them to the request."""
+        self.recent: Column = np.zeros((0, RECENT_TOKENS), dtype=np.int32)
+        """[R, N] the newest tokens, each at its place modulo N. `flush` brings them to the request."""
         self.requests: list[RunningRequest | None] = []
         self.names: list[RequestId] = []
         """[R] the requests' ids."""
@@ -86,7 +88,7 @@ class Rows:
         for name in self._NUMBERS:
             setattr(self, name, np.concatenate([getattr(self, name), np.zeros(size, dtype=np.int32)]))
         self.steady = np.concatenate([self.steady, np.zeros(size, dtype=np.bool_)])
-        self.recent = np.concatenate([self.recent, np.zeros((size, self.block_size), dtype=np.int32)])
+        self.recent = np.concatenate([self.recent, np.zeros((size, RECENT_TOKENS), dtype=np.int32)])
         return base
 
     def give_range(self, base: int, size: int) -> None:
@@ -137,7 +139,7 @@ class Rows:
 
     def land(self, rows: Indices, tokens: Column) -> None:
         """The oldest token in flight of each row has been run, and `tokens` have been sampled after them."""
-        self.recent[rows, self.length[rows] % self.block_size] = tokens
+        self.recent[rows, self.length[rows] % RECENT_TOKENS] = tokens
         self.length[rows] += 1
         self.computed[rows] += 1
 
@@ -145,10 +147,10 @@ class Rows:
         """Append to `tokens`, which are the row's first ones, those that it lacks."""
         lacking = int(self.length[row]) - len(tokens)
         if lacking:
-            place = len(tokens) % self.block_size
+            place = len(tokens) % RECENT_TOKENS
             newest = self.recent[row].tolist()
             tokens.extend(newest[place : place + lacking])
-            tokens.extend(newest[: max(0, place + lacking - self.block_size)])
+            tokens.extend(newest[: max(0, place + lacking - RECENT_TOKENS)])
 
 
 class StopTokens:

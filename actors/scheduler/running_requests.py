@@ -47,6 +47,7 @@ class RunningRequest:
         "overtaken",
         "params",
         "priority",
+        "published",
         "rank",
         "request_id",
         "row",
@@ -99,6 +100,8 @@ class RunningRequest:
         """Whether the worker has been sent the request's tokens."""
         self.introduced_blocks = 0
         """Number of the request's blocks that the worker has been sent."""
+        self.published = 0
+        """Number of the request's blocks that have become known."""
         self.counted = False
         """Whether the request's prompt has been counted in the statistics."""
         self.ended = False
@@ -111,6 +114,13 @@ class RunningRequest:
         if self.cache is not None:
             self.cache.rows.flush(self.row, self._tokens)
         return self._tokens
+
+    def fill(self, newest: Sequence[int]) -> None:
+        """Append the tokens that are lacking. `newest` are all newest tokens of the row, the last one in front."""
+        place = len(self._tokens) % len(newest)
+        if place:
+            self._tokens.extend(newest[place:])
+        self._tokens.append(newest[0])
 
     @property
     def length(self) -> int:
@@ -159,9 +169,10 @@ class RunningRequest:
     def keys(self, count: int, block_size: int, first: int = 0) -> list[bytes]:
         """Keys of blocks number `first` to `count` - 1. The first `count` blocks must be full, and `block_size` is the
         same at every call."""
+        tokens = self._tokens if count * block_size <= len(self._tokens) else self.tokens
         while len(self._keys) <= count:
             begin = (len(self._keys) - 1) * block_size
-            self._keys.append(next_key(self._keys[-1], self.tokens[begin : begin + block_size]))
+            self._keys.append(next_key(self._keys[-1], tokens[begin : begin + block_size]))
         return self._keys[first + 1 : count + 1]
 
     def finish_reason(self) -> FinishReason | None:

@@ -36,7 +36,7 @@ from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shor
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
 from elastic_moe.actors.scheduler.flights import Answers, Flight, StepOutputs, failure, output
 from elastic_moe.actors.scheduler.kv_blocks import blocks_for
-from elastic_moe.actors.scheduler.rows import Indices, Rows, StopTokens
+from elastic_moe.actors.scheduler.rows import RECENT_TOKENS, Indices, Rows, StopTokens
 from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.errors import RequestError
@@ -266,27 +266,41 @@ class Scheduler:
         must be told of, as in Decoding."""
         columns = self._rows
         rows = self._within_budget(rows, slow)
-        needy = sorted(map(columns.at, rows[columns.known[rows] > columns.room[rows]].tolist()), key=_arrival)
         preemptions = self._preemptions
-        for request in needy:
-            # an older request may have preempted this one meanwhile
-            if request.cache is not None:
-                self._grow(request)
+        grown = self._grow_rows(rows[columns.known[rows] > columns.room[rows]])
         # the others take their blocks now too, so that nothing is preempted that runs in this step
         for request in (request for requests in slow.values() for request in requests):
             if request.cache is not None and _decodes(request):
                 self._grow(request)
         if self._preemptions != preemptions:
             rows = rows[columns.steady[rows]]
+            # a preempted request needs nothing, and another may have got its block
+            grown = [request for request in grown if request.cache is not None]
         columns.run(rows)
-        grown: dict[WorkerId, list[int]] = {}
-        for request in needy:
+        told: dict[WorkerId, list[int]] = {}
+        for request in grown:
             if (cache := request.cache) is not None:
-                block = (request.row - cache.base, len(request.blocks) - 1, request.blocks[-1])
-                grown.setdefault(cache.worker, []).extend(block)
+                blocks = request.blocks
+                told.setdefault(cache.worker, []).extend((request.row - cache.base, len(blocks) - 1, blocks[-1]))
         for worker, (begin, end) in self._bounds(rows).items():
             parts[worker].decode_rows(end - begin)
-        return rows, grown
+        return rows, told
+
+    def _grow_rows(self, rows: Indices) -> list[RunningRequest]:
+        """Get a block for each of these rows, if necessary by preempting newer requests. Returns their requests."""
+        needy = sorted(map(self._rows.at, rows.tolist()), key=_arrival)
+        for request in needy:
+            # an older request may have preempted this one meanwhile
+            if request.cache is not None:
+                block = request.cache.pool.allocate_one()
+                if block is None:
+                    self._grow(request)
+                else:
+                    request.blocks.append(block)
+        seated = [request for request in needy if request.cache is not None]
+        room = [len(request.blocks) * self._block_size for request in seated]
+        self._rows.room[[request.row for request in seated]] = room
+        return seated
 
     def _within_budget(self, rows: Indices, slow: Mapping[WorkerId, Sequence[RunningRequest]]) -> Indices:
         """Those of `rows` that may run: the oldest of each worker where there are too many."""
@@ -346,12 +360,10 @@ class Scheduler:
             rows, tokens, names = rows[plain], tokens[plain], tuple(compress(names, plain.tolist()))
         columns.land(rows, tokens)
         self._generation_tokens += len(rows)
-        for row in rows[columns.computed[rows] % self._block_size == 0].tolist():
-            request = columns.at(row)
-            # the column of newest tokens has room for those of one block
-            _ = request.tokens
-            if request.cache is not None:
-                request.cache.publish(request, request.computed // self._block_size - 1)
+        # the columns have room for so many of a request's newest tokens
+        full = rows[columns.length[rows] % RECENT_TOKENS == 1]
+        for row, newest in zip(full.tolist(), columns.recent[full].tolist(), strict=True):
+            columns.at(row).fill(newest)
         offsets = columns.length[rows] - columns.start[rows] - 1
         ends = (columns.length[rows] >= columns.limit[rows]) | self._stops.among(tokens)
         if ends.any():
@@ -445,15 +457,15 @@ class Scheduler:
         assert request.cache is not None
         request.cache.pool.forget(request.blocks)
         self._corrupted += 1
-        self._end(request)
+        self._end(request, spoilt=True)
         return failure(request, CORRUPTED)
 
-    def _end(self, request: RunningRequest) -> None:
+    def _end(self, request: RunningRequest, *, spoilt: bool = False) -> None:
         request.ended = True
         self._stops.remove(request.stop_candidates)
         del self._requests[request.request_id]
         if request.cache is not None:
-            request.cache.drop(request)
+            request.cache.drop(request, spoilt=spoilt)
         else:
             self._waiting.remove(request)
 

@@ -2,7 +2,8 @@
 
 Prefix caching: a request begins with the longest known prefix of its tokens. It shares the blocks of that prefix and
 never writes to them. Its own full blocks become known when the step that computed them is committed, and not before,
-because a step in flight may fail halfway. The last token is always computed, because its logits are needed. A worker
+because a step in flight may fail halfway; those of tokens that it generates by rule become known when it leaves the
+worker. The last token is always computed, because its logits are needed. A worker
 that ends takes its cached blocks with it.
 """
 
@@ -101,6 +102,7 @@ class WorkerCache:
         request.claim = None
         self.pool.hold(cached)
         self.grow(request, list(cached))
+        request.published = len(cached)
         self.grow(request, self.pool.allocate(blocks_for(length, self.block_size) - len(cached)))
         computed = len(cached) * self.block_size
         self.rows.computed[request.row] = self.rows.started[request.row] = computed
@@ -134,33 +136,36 @@ class WorkerCache:
     def commit_but_last(self, request: RunningRequest) -> None:
         """Record the request's oldest chunk but for its last token, which has to run again, since no token was sampled
         after it. What was scheduled after it has run with a wrong token."""
-        before, first = request.remaining, request.computed // self.block_size
+        before = request.remaining
         request.land_but_last()
         self.unsteady.add(request)
-        self.publish(request, first)
+        self.publish(request)
         self.backlog += request.remaining - before
 
     def commit(self, request: RunningRequest) -> None:
         """Record that the request's oldest chunk is in the KV cache for good. Blocks that are full now become known."""
-        first = request.computed // self.block_size
         request.land()
-        self.publish(request, first)
+        self.publish(request)
 
-    def publish(self, request: RunningRequest, first: int) -> None:
-        """Make known the request's full blocks from number `first` on."""
-        full = request.computed // self.block_size
+    def publish(self, request: RunningRequest) -> None:
+        """Make known the request's full blocks that are not."""
+        first, full = request.published, request.computed // self.block_size
         if self.prefix_caching and full > first:
+            request.published = full
             keys = request.keys(full, self.block_size, first)
             for block, key in zip(request.blocks[first:full], keys, strict=True):
                 self.pool.publish(block, key)
 
-    def drop(self, request: RunningRequest) -> None:
+    def drop(self, request: RunningRequest, *, spoilt: bool = False) -> None:
         """Take the request and its blocks off this worker. The request keeps its tokens and loses what it computed.
 
         Another request may get the blocks at once, although a step in flight still writes to them: the worker runs
         that step before any later one, and a block becomes known only through what is written later.
+        `spoilt`: its blocks must not become known.
         """
         assert request.cache is self
+        if not spoilt:
+            self.publish(request)
         self.running.remove(request)
         self.unsteady.discard(request)
         self.backlog -= request.remaining
@@ -173,7 +178,7 @@ class WorkerCache:
         self._free_rows.append(request.row)
         request.cache, request.row = None, -1
         request.blocks = []
-        request.introduced_blocks = 0
+        request.introduced_blocks = request.published = 0
         request.introduced = False
         request.flight = []
 
