@@ -82,7 +82,7 @@ class LoopWatch:
 
 def place_of(frame: FrameType) -> str:
     """The innermost calls of a thread, the innermost first."""
-    calls = []
+    calls: list[str] = []
     at: FrameType | None = frame
     while at is not None and len(calls) < _DEPTH:
         code = at.f_code

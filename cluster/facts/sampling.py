@@ -10,6 +10,7 @@ Legend: S tokens of the sample, L MoE layers, K choices, E logical experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,11 @@ def most_tokens(size_bytes: int, shape: tuple[int, ...]) -> int:
     return max(1, size_bytes // max(1, int(np.prod(shape))))
 
 
-def choice_type(num_experts: int) -> type[np.uint8] | type[np.uint16]:
-    return np.uint8 if num_experts <= 256 else np.uint16
+def as_choices(numbers: npt.NDArray[Any], num_experts: int) -> Choices:
+    """The numbers of experts in the smallest type that has room for all."""
+    if num_experts <= 256:
+        return numbers.astype(np.uint8, copy=False)
+    return numbers.astype(np.uint16, copy=False)
 
 
 class SampledTokens:
@@ -72,7 +76,10 @@ class SampledTokens:
 
     def choices(self) -> Choices | None:
         """[S, L, K]; None if nothing was added."""
-        return np.concatenate(self._pieces) if self._pieces else None
+        if len(self._pieces) > 1:
+            together: Choices = np.concatenate(self._pieces)
+            self._pieces = [together]
+        return self._pieces[0] if self._pieces else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,7 +61,8 @@ class Seats:
             seat: (number, block) for seat, number, block in zip(grown[::3], grown[1::3], grown[2::3], strict=True)
         }
         for seat, known in zip(self._decoding, self._known, strict=True):
-            offset, ids = self._num_blocks[seat], ()
+            ids: tuple[int, ...] = ()
+            offset = self._num_blocks[seat]
             if seat in blocks:
                 offset, block = blocks[seat]
                 ids = (block,)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_moe.cluster.facts.sampling import REPORT_BYTES, choice_type, most_tokens
+from elastic_moe.cluster.facts.sampling import REPORT_BYTES, as_choices, most_tokens
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.model.staging import to_device
 
@@ -33,6 +33,10 @@ class RoutingCounter:
         self._rng = rng or np.random.default_rng(0)
         self._rate = 1.0
         """The probability with which a token is in the sample."""
+        self._load_PLE: Tensor | None = None
+        self._sample: list[Tensor] = []
+        """[S, L, K] each."""
+        self._sampled = 0
         self._reset()
 
     def note(self, index_LTK: Tensor) -> None:
@@ -71,9 +75,7 @@ class RoutingCounter:
             for p in range(2)
         ]
         choices = torch.cat(sample).cpu().numpy() if sample else np.zeros((0, self._layers, 1), np.uint8)
-        return RoutingCounts(
-            prefill=phases[0], decode=phases[1], sample=choices.astype(choice_type(self._experts), copy=False)
-        )
+        return RoutingCounts(prefill=phases[0], decode=phases[1], sample=as_choices(choices, self._experts))
 
     def _add_step(self, index_LTK: Tensor, chunks: Sequence[int]) -> None:
         total = index_LTK.shape[1]
@@ -113,10 +115,7 @@ class RoutingCounter:
         self._tokens = [0, 0]
         self._seconds = [0.0, 0.0]
         self._step_tokens = [0, 0]
-        self._load_PLE: Tensor | None = None
-        self._sample: list[Tensor] = []
-        """[S, L, K] each."""
-        self._sampled = 0
+        self._load_PLE, self._sample, self._sampled = None, [], 0
 
 
 def _add(table_LE: Tensor, index_LTK: Tensor, change: int = 1) -> None:

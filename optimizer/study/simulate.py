@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from elastic_moe.cluster.facts.routing import RoutingWindow
-from elastic_moe.cluster.facts.sampling import choice_type
+from elastic_moe.cluster.facts.sampling import as_choices
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import Placement, Worker, contiguous
 from elastic_moe.optimizer.core.estimate import covariance_of_window
@@ -161,4 +161,4 @@ def count_routing(trace: Trace) -> RoutingCounts:
     load = np.stack([np.bincount(ids[:, layer].ravel(), minlength=experts) for layer in range(layers)])
     counted = PhaseCounts(tokens=trace.num_tokens, load=load.astype(np.int64))
     none = PhaseCounts(tokens=0, load=np.zeros_like(counted.load))
-    return RoutingCounts(prefill=none, decode=counted, sample=trace.topk_ids.astype(choice_type(experts)))
+    return RoutingCounts(prefill=none, decode=counted, sample=as_choices(trace.topk_ids, experts))

@@ -14,10 +14,11 @@ from tests.bench.machine import where_and_when
 from tests.bench.scale import control, engine, report
 
 ENGINE = (
-    *((1, 64), (1, 256), (8, 512), (8, 2048), (64, 512), (64, 2048), (64, 4096), (64, 8192), (64, 16384)),
-    *((256, 4096), (256, 16384), (256, 65536)),
+    *((1, 64), (1, 256), (8, 512), (8, 2048)),
+    *((64, 512), (64, 2048), (64, 4096), (64, 8192), (64, 16384)),
+    *((256, 16384), (256, 65536)),
 )
-CONTROL = (1, 2, 8, 32, 64, 128, 256)
+CONTROL = (2, 8, 32, 64, 128, 256)
 QUICK_ENGINE = ((1, 64), (8, 512), (64, 4096))
 QUICK_CONTROL = (2, 8)
 PASSED_ON = ("seconds", "processes", "step-ms", "token-us")
