@@ -183,9 +183,9 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         rows = self._rows.ready()
         slow = {worker: cache.unsteady_in_order() for worker, cache in self._caches.items() if cache.unsteady}
-        decoding = len(rows) > 0 or any(_decodes(request) for requests in slow.values() for request in requests)
+        any_decodes = len(rows) > 0 or any(_decodes(request) for requests in slow.values() for request in requests)
         prompts = min(
-            budget, self._max_num_prefill_tokens if decoding else max(ALONE_TOKENS, self._max_num_prefill_tokens)
+            budget, self._max_num_prefill_tokens if any_decodes else max(ALONE_TOKENS, self._max_num_prefill_tokens)
         )
         parts = {worker: Part(cache, budget, prompts) for worker, cache in self._caches.items()}
         rows, grown = self._continue_rows(rows, parts, slow)

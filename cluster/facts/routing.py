@@ -108,7 +108,7 @@ class RoutingWindow:
         number = int(now // self._bucket_s)
         if not self._buckets or self._buckets[-1].number < number:
             nothing = PhaseCounts(tokens=0, load=np.zeros(self._shape, dtype=np.int64))
-            sample = SampledTokens(most_tokens(PART_BYTES, choices), self._rng)
+            sample = SampledTokens(self._shape[1], most_tokens(PART_BYTES, choices), self._rng)
             self._buckets.append(_Bucket(number, nothing, nothing, sample))
         return self._buckets[-1]
 

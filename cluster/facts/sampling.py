@@ -40,7 +40,8 @@ def as_choices(numbers: npt.NDArray[Any], num_experts: int) -> Choices:
 class SampledTokens:
     """A sample of all tokens that were added, each with the probability `rate`. It never grows past `most` tokens."""
 
-    def __init__(self, most: int, rng: np.random.Generator) -> None:
+    def __init__(self, num_experts: int, most: int, rng: np.random.Generator) -> None:
+        self._num_experts = num_experts
         self._most = most
         self._rng = rng
         self._pieces: list[Choices] = []
@@ -76,10 +77,7 @@ class SampledTokens:
 
     def choices(self) -> Choices | None:
         """[S, L, K]; None if nothing was added."""
-        if len(self._pieces) > 1:
-            together: Choices = np.concatenate(self._pieces)
-            self._pieces = [together]
-        return self._pieces[0] if self._pieces else None
+        return as_choices(np.concatenate(self._pieces), self._num_experts) if self._pieces else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""python -m tests.bench.scale [--quick] [--out DIR]: see the package."""
+"""python -m tests.bench.scale [--quick] [--out DIR]: see the package.
+
+Imports are made late, because every simulated process imports this module.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,9 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from tests.bench.machine import where_and_when
-from tests.bench.scale import control, engine, report
 
 ENGINE = (
     *((1, 64), (1, 256), (8, 512), (8, 2048)),
@@ -39,6 +40,8 @@ def one(arguments: list[str], options: argparse.Namespace) -> None:
     kind, *numbers = arguments
     cost: Any
     if kind == "engine":
+        from tests.bench.scale import engine
+
         workers, sequences = map(int, numbers)
         cost = engine.measure(
             workers,
@@ -49,8 +52,10 @@ def one(arguments: list[str], options: argparse.Namespace) -> None:
             token_s=1e-6 * options.token_us,
         )
     else:
+        from tests.bench.scale import control
+
         cost = control.measure(int(numbers[0]))
-    print(json.dumps(report.as_values([cost])[0]))
+    print(json.dumps(asdict(cost)))
 
 
 def main() -> None:
@@ -67,14 +72,19 @@ def main() -> None:
     if options.only:
         one(options.only, options)
         return
+    from tests.bench.machine import where_and_when
+    from tests.bench.scale import report
+    from tests.bench.scale.control import ControlCost
+    from tests.bench.scale.engine import EngineCost
+
     print("\n".join(f"{name}: {value}" for name, value in where_and_when().items()), flush=True)
     costs = []
     for workers, sequences in QUICK_ENGINE if options.quick else ENGINE:
-        costs.append(engine.EngineCost(**in_process(options, "engine", workers, sequences)))
+        costs.append(EngineCost(**in_process(options, "engine", workers, sequences)))
         print(costs[-1], flush=True)
     changes = []
     for workers in QUICK_CONTROL if options.quick else CONTROL:
-        changes.append(control.ControlCost(**in_process(options, "control", workers)))
+        changes.append(ControlCost(**in_process(options, "control", workers)))
         print(changes[-1], flush=True)
     print(report.table(report.ENGINE, costs), report.table(report.CONTROL, changes), sep="\n\n")
     print("\n" + report.exponents(costs, changes))

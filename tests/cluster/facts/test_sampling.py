@@ -35,7 +35,7 @@ def test_a_sample_of_all_tokens_is_exact() -> None:
 def test_shares_are_within_the_stated_error() -> None:
     """Reports are samples of different rates, and their sum is a sample of one rate."""
     rng = np.random.default_rng(1)
-    sampled = SampledTokens(2000, np.random.default_rng(2))
+    sampled = SampledTokens(EXPERTS, 2000, np.random.default_rng(2))
     everything = []
     for tokens, rate in ((8000, 0.5), (500, 1.0), (8000, 0.25), (3000, 0.9)):
         choices = draw(rng, tokens)
@@ -56,7 +56,7 @@ def test_shares_are_within_the_stated_error() -> None:
 
 
 def test_a_report_of_fewer_tokens_is_not_heard_more() -> None:
-    sampled = SampledTokens(4000, np.random.default_rng(0))
+    sampled = SampledTokens(EXPERTS, 4000, np.random.default_rng(0))
     sampled.add(np.zeros((1000, LAYERS, 1), np.uint8), 10_000)
     sampled.add(np.ones((1000, LAYERS, 1), np.uint8), 1000)
     kept = sampled.choices()
