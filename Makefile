@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos bench bench-gating bench-tiers bench-scale bench-gpu clean
+.PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos hosts bench bench-gating bench-tiers bench-scale bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ test-schema: $(VENV)/.installed-dev ## let schemathesis try every call that open
 
 chaos: $(VENV)/.installed-dev ## kill and stop every process of a server under load, and 20 scale cycles (some 15 minutes)
 	@$(BIN)/python -m tests.chaos.driver $(ARGS)
+
+hosts: $(VENV)/.installed-dev ## cut off, slow down and kill the hosts of a cluster under load (as root; some 15 minutes)
+	@$(BIN)/python -m pytest -m hosts -rs -s tests/hosts $(ARGS)
 
 bench: $(VENV)/.installed-dev ## measure the server (and its peers where installed) on this machine
 	@$(BIN)/python -m tests.bench.serving $(ARGS)

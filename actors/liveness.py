@@ -14,10 +14,10 @@ begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is sai
     coordinator      the same of a worker that loads          LOADING_PATIENCE times that       the worker is ended
     coordinator      a worker with a late step; the standby   SUSPECT_TIMEOUT_S                 the worker is ended
                      before it is used
-    coordinator      workers after a failed step, transfer,   heartbeat_timeout                 the worker is ended
-                     prepare or commit
-    coordinator      a worker's answer to prepare,            step_timeout (setting)            the change is given up
-                     to opening a rendezvous
+    coordinator      workers after a failed step, transfer,   heartbeat_timeout, or RAY_KNOWS_S the worker is ended
+                     prepare or commit                        where its listener is gone
+    coordinator      a worker's answer to prepare             step_timeout (setting)            the change is given up
+    coordinator      a worker to open a door or a rendezvous  DOOR_S                            the change is given up
     coordinator      the engine's answer to an epoch          COMMIT_STEPS x step_timeout       the engine is ended
                                                               + COMMIT_MARGIN_S
     coordinator      the migrator, while it copies            PROBE_TIMEOUT_S, twice            the migrator is ended
@@ -67,9 +67,13 @@ WAITING_FOR_RESOURCES_S = 30.0
 # --- The coordinator's calls ----------------------------------------------------------------------------------------
 
 PROBE_TIMEOUT_S = 5.0
+RAY_KNOWS_S = 0.25
+"""Seconds for Ray to say what ended a process whose listener is gone."""
 SUSPECT_TIMEOUT_S = 2.0
 """Seconds for a process that another sign already makes suspect."""
 NOTIFY_TIMEOUT_S = 10.0
+DOOR_S = 10.0
+"""Seconds for a worker to open a listener, by which the others of a group find it."""
 STANDBY_AFTER_S = 3.0
 """A standby is started once an epoch has served for so many seconds: starting takes some seconds of a core."""
 STANDBY_TIMEOUT_S = 60.0

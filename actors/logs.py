@@ -27,6 +27,8 @@ OURS = "elastic_moe"
 """The logger of this project, which gets the configured level. Other packages log warnings and errors only."""
 MORE = "  | "
 """Prefix of the lines of a traceback. They follow the line of the error."""
+IDS = ("request_id", "operation_id")
+"""Fields of a JSON line that say what it is about. A call of the logger gives them as `extra`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +158,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object in one line."""
+    """One JSON object in one line, with the IDS that the line is about."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -171,6 +173,9 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": _message(record),
         }
+        for name in IDS:
+            if name in record.__dict__:
+                fields[name] = str(record.__dict__[name])
         if more := _traceback(record):
             fields["traceback"] = more
         return json.dumps(fields)

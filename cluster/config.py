@@ -33,6 +33,7 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least:
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+COLLECTOR = re.compile(r"(https?|grpc)://[^/?#\s]+(/[^\s]*)?")
 OWN_PATHS = ("v1", "admin", "page")
 """First parts of paths that have further parts."""
 
@@ -66,6 +67,22 @@ class ServeConfig:
     port: int = setting(8000, "port that the server listens on", at_least=1)
     address: str | None = setting(
         None, "address of a Ray cluster to join; if not given, the server starts a Ray of its own on this machine"
+    )
+    interface: str | None = setting(
+        None,
+        "network interface, by its name or as a network such as 10.1.0.0/16, over which tokens go from node to node;"
+        " if not given, the one with the address by which Ray knows the node",
+    )
+    worker_gbps: float | None = setting(
+        None,
+        "bandwidth in Gb/s of the link of each worker, by which planners reckon; if not given, it is measured between "
+        "workers of several nodes, and is an H100's elsewhere",
+        at_least=0.001,
+    )
+    node_gbps: float | None = setting(
+        None,
+        "bandwidth in Gb/s of the link of each node, which its workers share; if not given, it is measured as well",
+        at_least=0.001,
     )
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
@@ -264,6 +281,14 @@ class ServeConfig:
     log_file: str | None = setting(
         None, "file for the log lines of every process; if not given, a new file under ~/.local/state/elastic-moe"
     )
+    enable_log_requests: bool = setting(
+        False, "write a line for each request that has ended, with its id, its times and its numbers of tokens"
+    )
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "URL of an OpenTelemetry collector that gets a trace of each request and operation: http://HOST:4318/v1/traces "
+        "sends over HTTP, http://HOST:4317 over gRPC; needs pip install 'elastic-moe[otlp]'",
+    )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -275,6 +300,11 @@ class ServeConfig:
         if self.expert_cache_dir is not None:
             # workers have other working directories
             object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
+        if self.otlp_traces_endpoint is not None and not COLLECTOR.fullmatch(self.otlp_traces_endpoint):
+            raise ConfigError(
+                "otlp_traces_endpoint: expected a URL such as http://localhost:4318/v1/traces, "
+                f"got {reprlib.repr(self.otlp_traces_endpoint)}"
+            )
         self._check_limits()
         self._check_web()
 

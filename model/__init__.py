@@ -14,5 +14,5 @@ The life of a step: `Worker.step` (worker/worker.py) turns a StepPlan into slice
 writes keys and values to the KV cache and reads them (trunk/kv_cache.py). The router chooses experts. The dispatcher
 (exchange/dispatch.py) sends each token to the workers of its experts, where an ExpertStore (experts/store.py) computes
 them, and adds up the partial sums that come back. `fit` (fitting/fit.py) may have replaced any of these parts by native
-calls. `sample` (worker/sampling.py) chooses the next tokens, and the worker returns them as a StepResult.
+calls. `sample` (sampling/sampling.py) chooses the next tokens, and the worker returns them as a StepResult.
 """

@@ -42,16 +42,9 @@ def plain_tensors() -> AbstractContextManager[Any]:
     return guard
 
 
-def gloo_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, address: str) -> Any:
-    """Make a gloo process group that is not part of torch.distributed's global state. It listens at `address` only."""
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timeout
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    return dist.ProcessGroupGloo(store, rank, size, options)
-
-
 def nccl_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, interface: str | None) -> Any:
-    """Make an NCCL process group as `gloo_group` does. None as `interface` leaves the choice of a network to NCCL.
+    """Make an NCCL process group that is not part of torch.distributed's global state. None as `interface` leaves the
+    choice of a network to NCCL.
 
     NCCL's watchdog is switched off: when a peer dies, it would end this process too, and the experts held here with it.
     """
@@ -65,5 +58,5 @@ def nccl_group(store: Any, rank: int, size: int, timeout: datetime.timedelta, in
 
 
 def alltoall(group: Any, out: Tensor, payload: Tensor, received: list[int], sent: list[int]) -> None:
-    """Exchange rows of `payload` between all ranks. Blocks with gloo; with NCCL it is queued on the device's stream."""
+    """Exchange rows of `payload` between all ranks. It is queued on the device's stream."""
     group.alltoall_base(out, payload, received, sent, dist.AllToAllOptions()).wait()

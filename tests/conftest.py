@@ -18,7 +18,9 @@ from tests.properties import limit
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "hosts" not in config.option.markexpr:
+        items[:] = [item for item in items if item.get_closest_marker("hosts") is None]
     for item in items:
         if isinstance(item, pytest.Function):
             limit(item.obj)

@@ -62,7 +62,7 @@ def test_rooms_are_small(room: str) -> None:
 
 
 def test_every_test_folder_stands_for_a_room() -> None:
-    apart = {"bench", "chaos", "e2e", "examples"}
+    apart = {"bench", "chaos", "e2e", "examples", "hosts"}
     for path in ROOT.joinpath("tests").rglob("test_*.py"):
         parts = path.relative_to(ROOT / "tests").parent.parts
         if parts and parts[0] not in apart:

@@ -20,7 +20,7 @@ from tests.properties import QUICK
 VENV = Path(sys.executable).parents[1]
 RAN = {
     *("help", "serve", "test", "check", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "bench-tiers"),
-    *("test-clients", "test-lm-eval", "test-schema", "clean"),
+    *("hosts", "test-clients", "test-lm-eval", "test-schema", "clean"),
 }
 """Targets that a test below runs."""
 
@@ -138,6 +138,11 @@ def test_clients() -> None:
 def test_chaos() -> None:
     """That it starts; tests/chaos runs some of its scenarios."""
     assert "--only" in make("chaos", "ARGS=--help")
+
+
+def test_hosts() -> None:
+    """That it finds its cases, which take minutes."""
+    assert "tests/hosts/" in make("hosts", "ARGS=--collect-only")
 
 
 @pytest.mark.parametrize(

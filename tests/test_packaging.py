@@ -90,6 +90,7 @@ def test_the_wheel_holds_every_source_and_nothing_else(wheel: Path) -> None:
         (scripts,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt"))
     assert names == {f"{PACKAGE}/{path}" for path in tracked() if installed(path)}
     assert "emoe = elastic_moe.deploy.cli.entry:main" in scripts
+    assert "emoe-haproxy = elastic_moe.deploy.joined.haproxy:main" in scripts
 
 
 def test_the_wheel_is_used_where_modules_of_the_same_names_lie(wheel: Path, hostile: Path, tmp_path: Path) -> None:

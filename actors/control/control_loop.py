@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec
 
 from elastic_moe.actors import liveness
@@ -20,6 +21,8 @@ from elastic_moe.actors.control.planning import Planners
 from elastic_moe.actors.control.polling import Poller, RollCall
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import Outline, log_changes
+from elastic_moe.actors.telemetry.exporting import Exporter
+from elastic_moe.actors.telemetry.spans import OperationSpans
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.saving import Saver
 from elastic_moe.cluster.control.state import ControlState
@@ -76,12 +79,20 @@ class ControlLoop:
             spawn=spawn,
         )
         self.planners = Planners(
-            fleet, config, model, spec.dtype, self.window, lambda: sum(self.poller.status.running.values())
+            fleet,
+            config,
+            model,
+            spec.dtype,
+            self.window,
+            running_requests=lambda: sum(self.poller.status.running.values()),
+            link_gbps=lambda: self.poller.link_gbps,
         )
         self._executor = Executor(fleet, config, model, spec, processes, self.roll_call)
         self._spec = spec
         self._saver = saver
         self._spawn = spawn
+        self._exporter = Exporter.open(config, "coordinator", config.served_model_name or Path(spec.path).name)
+        self._spans = OperationSpans()
 
     async def run(self) -> None:
         """Poll once per POLL_S and tick once per TICK_S. Never returns."""
@@ -109,11 +120,18 @@ class ControlLoop:
         before = Outline.of(self.state)
         commands = self.state.handle(event, time.monotonic())
         log_changes(before, self.state)
+        self._trace_operations()
         if commands or before != Outline.of(self.state):
             # saved before any command is carried out, so that a successor knows what may have been done
             self._saver.save(self.state, self._spec)
         for command in commands:
             self._carry_out(command)
+
+    def _trace_operations(self) -> None:
+        if self._exporter is None:
+            return
+        for span in self._spans.look(self.state.operations.all(), time.time()):
+            self._exporter.export(span)
 
     def _carry_out(self, command: Command) -> None:
         executor = self._executor

@@ -11,8 +11,6 @@ import contextlib
 import logging
 import textwrap
 import time
-from collections.abc import Coroutine
-from typing import Any
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.control_loop import ControlLoop
@@ -31,6 +29,7 @@ from elastic_moe.actors.crew import Crew
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import one_line
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.saving import Saver
@@ -74,13 +73,13 @@ class Coordinator:
         self._saver = Saver(fleet)
         self._error: str | None = None
         self._loop: ControlLoop | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(self._has_failed)
         self._opened = asyncio.Event()
         self.watch = LoopWatch("the coordinator")
         self._crew = Crew(config.api_replicas)
         self._stopping = asyncio.Event()
         """Set when the API replicas are to refuse new requests."""
-        self._spawn(self._run())
+        self._background.start(self._run())
 
     # --- What others may call -----------------------------------------------------------------------------------
 
@@ -114,7 +113,8 @@ class Coordinator:
 
     def _worker_views(self, loop: ControlLoop) -> list[WorkerView]:
         poller = loop.poller
-        return worker_views(loop.state, poller.status, poller.resident, loop.processes.standby, self._fleet.device())
+        standby, device = loop.processes.standby, self._fleet.device()
+        return worker_views(loop.state, poller.status, poller.resident, poller.link_gbps, standby, device)
 
     async def cluster(self, known: Revision) -> ClusterView:
         """Everything that an open page shows, in one call. `known`: the revision of the caller's last answer.
@@ -224,9 +224,7 @@ class Coordinator:
 
     async def shutdown(self) -> None:
         """End every actor that this coordinator made. `stop_cluster` deletes the saved state."""
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+        self._background.cancel()
         if self._loop is not None:
             self._loop.processes.kill_all()
         logger.info("shut down")
@@ -273,22 +271,15 @@ class Coordinator:
         return True
 
     def _begin(self, state: ControlState, spec: ModelSpec, processes: Processes) -> ControlLoop:
-        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._saver, self._spawn)
-        self._spawn(self.watch.watch())
+        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._saver, self._background.start)
+        self._background.start(self.watch.watch())
         self._opened.set()
         return self._loop
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            # a defect of ours: the state will wait for this answer for ever, which /ready has to say
-            logger.critical("the control plane failed", exc_info=error)
-            self._error = f"the control plane failed: {one_line(error)}"
+    def _has_failed(self, error: BaseException) -> None:
+        # a defect of ours: the state will wait for this answer for ever, which /ready has to say
+        logger.critical("the control plane failed", exc_info=error)
+        self._error = f"the control plane failed: {one_line(error)}"
 
     def _require_loop(self) -> ControlLoop:
         if self._loop is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,11 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.transferring import Transferring
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.errors import StepAborted, UserError
 from elastic_moe.cluster.facts.events import (
     Abandon,
     AbortSteps,
@@ -44,7 +45,7 @@ from elastic_moe.cluster.facts.events import (
     WorkerLost,
 )
 from elastic_moe.cluster.messages.epochs import EpochSpec, ModelInfo, ModelSpec, TransportKind, WorkerSpec
-from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.cluster.messages.requests import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class Executor:
         self._processes = processes
         self._roll_call = roll_call
         self._transferring = Transferring(processes)
-        self._abandoning: set[asyncio.Task[Any]] = set()
-        self._notifying: set[asyncio.Task[Any]] = set()
+        self._abandoning = Background(_has_failed)
+        self._notifying = Background(_has_failed)
 
     # --- Workers ------------------------------------------------------------------------------------------------
 
@@ -86,6 +87,7 @@ class Executor:
             return [WorkerFailed(worker=worker, reason=one_line(error), fatal=isinstance(error, UserError))]
         if info.fit is not None:
             logger.info("%s is served by %s", info.worker, info.fit.text())
+        self._processes.doors[worker] = info.endpoint
         return [WorkerLoaded(info=info)]
 
     def _worker_spec(self, command: StartWorker) -> WorkerSpec:
@@ -104,6 +106,7 @@ class Executor:
             host_expert_memory_bytes=config.host_expert_memory_bytes,
             expert_cache_dir=config.expert_cache_dir,
             expert_cache_policy=config.expert_cache_policy,
+            interface=config.interface,
             step_timeout_s=config.step_timeout,
         )
 
@@ -140,7 +143,11 @@ class Executor:
             workers = self._processes.workers_of(spec)
             if command.forms_group:
                 spec = await self._open_rendezvous(spec)
-            calls = {worker: ask(actor, WorkerActor.prepare, spec) for worker, actor in workers.items()}
+            calls: dict[str, Awaitable[Any]] = {
+                worker: ask(actor, WorkerActor.prepare, spec) for worker, actor in workers.items()
+            }
+            if command.forms_group:
+                calls["engine"] = self._reach(command)
             errors = await call_until_error(calls, self._config.step_timeout)
         except KeyError as error:
             return [PrepareFailed(epoch=spec.epoch, reason=f"worker {error} is gone")]
@@ -152,13 +159,29 @@ class Executor:
         lost = await self._roll_call.find_lost(workers)
         return [*lost, PrepareFailed(epoch=spec.epoch, reason=describe_errors(errors))]
 
+    async def _reach(self, command: Prepare) -> None:
+        """Raises StepAborted if the engine cannot reach a worker. What else is wrong with it, the commit will show."""
+        endpoints = {worker: info.endpoint for worker, info in command.infos.items()}
+        try:
+            await within(ask(self._processes.ensure_engine(), Engine.reach, endpoints), liveness.DOOR_S)
+        except CALL_ERRORS as error:
+            if isinstance(error, StepAborted):
+                raise
+
     async def _open_rendezvous(self, spec: EpochSpec) -> EpochSpec:
-        """`spec`, with the address of a store if its transport needs one."""
-        if spec.transport not in (TransportKind.GLOO, TransportKind.NCCL):
-            return spec
-        first = self._processes.workers[spec.placement.workers[0].id]
-        address = await within(ask(first, WorkerActor.rendezvous), self._config.step_timeout)
-        return replace(spec, rendezvous=address)
+        """`spec`, with the places where its workers meet, if its transport needs some. Raises CALL_ERRORS."""
+        workers = self._processes.workers_of(spec)
+        if spec.transport is TransportKind.NCCL:
+            first = next(iter(workers.values()))
+            return replace(spec, rendezvous=await within(ask(first, WorkerActor.rendezvous), liveness.DOOR_S))
+        if spec.transport is TransportKind.TCP:
+            calls = [within(ask(worker, WorkerActor.open_door), liveness.DOOR_S) for worker in workers.values()]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+            return replace(spec, doors=tuple(answer for answer in answers if isinstance(answer, Endpoint)))
+        return spec
 
     async def commit(self, command: Commit) -> list[Event]:
         spec, processes = command.spec, self._processes
@@ -215,16 +238,21 @@ class Executor:
         calls = {worker: ask(actor, WorkerActor.abandon, command.epoch) for worker, actor in workers.items()}
         self._notify(calls, self._abandoning)
 
-    def _notify(self, calls: Mapping[Any, Any], tasks: set[asyncio.Task[Any]]) -> None:
-        task = asyncio.ensure_future(call_all(calls, liveness.NOTIFY_TIMEOUT_S))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+    def _notify(self, calls: Mapping[Any, Any], tasks: Background) -> None:
+        tasks.start(_told(calls))
 
     async def _settle(self) -> None:
         """Wait until earlier epochs are abandoned: a worker that does so late would drop newly brought experts."""
-        if self._abandoning:
-            await asyncio.gather(*self._abandoning)
+        await self._abandoning.settle()
 
 
-def describe_errors(errors: Mapping[WorkerId, BaseException]) -> str:
+async def _told(calls: Mapping[Any, Any]) -> None:
+    await call_all(calls, liveness.NOTIFY_TIMEOUT_S)
+
+
+def _has_failed(error: BaseException) -> None:
+    logger.error("workers or the engine could not be told", exc_info=error)
+
+
+def describe_errors(errors: Mapping[str, BaseException]) -> str:
     return "; ".join(f"{worker}: {one_line(error)}" for worker, error in errors.items())

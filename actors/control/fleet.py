@@ -40,7 +40,9 @@ ON_HEAD = {"node:__internal_head__": 0.001}
 """Resource of the head node, for actors that need no GPU and must not be on a machine that may leave."""
 
 IO_THREADS = 16
-"""Threads of a worker for the control plane's calls. Some may wait for a dead peer while others answer pings."""
+"""Threads of a worker for the control plane's calls."""
+JOIN_THREADS = 4
+"""Threads of a worker that join other workers: one does, and others may still hang in groups that were given up."""
 COPY_THREADS = 2
 """Threads of a worker for copies of experts: one copy runs at a time, and one more must run while one hangs."""
 
@@ -244,7 +246,7 @@ class RayFleet:
         else:
             # workers of one machine share its cores; if each reserved whole cores, some would not start
             resources = {"num_cpus": 0 if self._alone else 1}
-        groups = {"concurrency_groups": {"io": IO_THREADS, "copies": COPY_THREADS}}
+        groups = {"concurrency_groups": {"io": IO_THREADS, "joins": JOIN_THREADS, "copies": COPY_THREADS}}
         return self._create(
             worker_class, names.actor_name(worker), {"max_restarts": 0, **resources}, groups, *arguments
         )

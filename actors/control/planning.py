@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,15 +17,16 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.rebalancing import room, with_tiers
 from elastic_moe.cluster.facts.events import PlanReady, Solve
 from elastic_moe.cluster.facts.facts import Facts
+from elastic_moe.cluster.facts.links import Rates, port_rates, uplink_rates
 from elastic_moe.cluster.facts.routing import RoutingWindow, weighted_load
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import RebalancePreview
-from elastic_moe.cluster.placement import Placement
+from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 from elastic_moe.optimizer.core.cost import expected_fetches
 from elastic_moe.optimizer.core.estimate import covariance_of_window
-from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS
+from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links
 from elastic_moe.optimizer.decision import MOVE_SHARE, Decision, decide
 from elastic_moe.optimizer.residency.memory import WorkerMemory
 
@@ -45,6 +46,7 @@ def build_problem(
     parts: Counts | None = None,
     room: int | None = None,
     memory: tuple[WorkerMemory, ...] = (),
+    links: Links | None = None,
     tokens_per_step: int = DEFAULT_STEP_TOKENS,
 ) -> PlacementProblem:
     """The problem of placing `model`'s experts on the workers of `placement`.
@@ -56,6 +58,7 @@ def build_problem(
     parts: [P, L, E] loads of P parts of the window, from which their variation is estimated; None: no variation.
     room: experts that each worker has memory for beside its own, while experts move; None: not limited.
     memory: [W] the tiers of each worker; empty if every expert fits.
+    links: bandwidths; None: those of eight H100.
     tokens_per_step: of the whole cluster.
     """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
@@ -69,8 +72,20 @@ def build_problem(
         expert_bytes=model.expert_bytes,
         token_bytes=model.hidden_size * ACTIVATION_BYTES[dtype],
         memory=memory,
+        links=links or Links(),
         tokens_per_step=tokens_per_step,
         move_budget=min(max(1, round(MOVE_SHARE * counted.size)), counted.size if room is None else room),
+    )
+
+
+def links_of(config: ServeConfig, workers: Sequence[Worker], measured: Rates) -> Links:
+    """The bandwidths to plan with: the settings', what was measured, or else those of eight H100."""
+    usual, ports, uplinks = Links(), port_rates(workers, measured), uplink_rates(workers, measured)
+    return Links(
+        worker_gbps=config.worker_gbps or usual.worker_gbps,
+        node_gbps=config.node_gbps or usual.node_gbps,
+        ports_gbps=() if config.worker_gbps else ports,
+        uplinks_gbps=() if config.node_gbps else uplinks,
     )
 
 
@@ -149,10 +164,13 @@ class Planners:
         dtype: str,
         window: RoutingWindow,
         running_requests: Callable[[], int],
+        link_gbps: Callable[[], Rates],
     ) -> None:
-        """`running_requests` tells how many run now, which is how many tokens a step has if none of them is new."""
+        """`running_requests` tells how many run now, which is how many tokens a step has if none of them is new.
+        `link_gbps` tells what was measured of the links between workers."""
         self._fleet = fleet
         self._running_requests = running_requests
+        self._link_gbps = link_gbps
         self._config = config
         self._model = model
         self._dtype = dtype
@@ -182,6 +200,7 @@ class Planners:
             parts=self._window.load_parts(now),
             room=room(facts),
             memory=memory,
+            links=links_of(self._config, facts.spec.placement.workers, self._link_gbps()),
             # how many tokens a step has decides how many experts it needs
             tokens_per_step=max(1, self._running_requests()) if memory else DEFAULT_STEP_TOKENS,
         )

@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -17,12 +18,15 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.remote.links import can_connect
 from elastic_moe.actors.worker.worker_actor import WorkerActor
+from elastic_moe.cluster.errors import WorkerError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.facts.routing import RoutingWindow
+from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
 
@@ -56,9 +60,42 @@ class RollCall:
     async def _call(
         self, workers: Iterable[WorkerId], ping: Callable[[Remote[WorkerActor]], Awaitable[None]]
     ) -> list[WorkerLost]:
-        calls = {worker: ping(actor) for worker, actor in self._processes.present(workers).items()}
+        doors = self._processes.doors
+        calls = {
+            worker: unless_refused(ping(actor), doors.get(worker))
+            for worker, actor in self._processes.present(workers).items()
+        }
         errors = await call_all(calls, self._timeout_s)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
+
+
+async def unless_refused(answer: Awaitable[None], door: Endpoint | None) -> None:
+    """Await the answer of a worker, but no longer where its door refuses connections, which is open for as long as its
+    process lives: Ray needs seconds to find that a whole machine is gone. Raises WorkerError then."""
+    ping, knock = asyncio.ensure_future(answer), asyncio.ensure_future(_is_refused(door))
+    try:
+        await asyncio.wait((ping, knock), return_when=asyncio.FIRST_COMPLETED)
+        if not ping.done() and await knock:
+            # Ray may know more of its end
+            await asyncio.wait((ping,), timeout=liveness.RAY_KNOWS_S)
+            if not ping.done():
+                raise WorkerError("its process died")
+        await ping
+    finally:
+        ping.cancel()
+        knock.cancel()
+
+
+async def _is_refused(door: Endpoint | None) -> bool:
+    if door is None:
+        return False
+    try:
+        await can_connect(door)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Poller:
@@ -86,6 +123,8 @@ class Poller:
         """The engine's last report."""
         self.resident: dict[WorkerId, int] = {}
         """Experts that lay in the device of each worker when it last reported."""
+        self.link_gbps: dict[WorkerId, dict[WorkerId, float]] = {}
+        """Gigabits per second between each worker and others, as measured when their group formed."""
         self.status_at = 0.0
         """When the last report came."""
         self._load_progress: dict[WorkerId, float] = {}
@@ -115,6 +154,7 @@ class Poller:
         self._load_progress.pop(worker, None)
         self._counted_at.pop(worker, None)
         self.resident.pop(worker, None)
+        self.link_gbps.pop(worker, None)
 
     def how_far(self, record: WorkerRecord, now: float) -> str:
         """A few words that say how far the worker has loaded."""
@@ -156,6 +196,7 @@ class Poller:
         if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
             self._counted_at[worker] = now
             self._window.add(await ask(actor, WorkerActor.routing_counts), time.monotonic())
+            self.link_gbps[worker] = await ask(actor, WorkerActor.link_gbps)
             tiers = await ask(actor, WorkerActor.tier_counts)
             self._counters.add_tiers(tiers)
             self.resident[worker] = tiers.resident

@@ -19,6 +19,7 @@ from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.facts.events import EngineLost, Event, WorkerLost
 from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
+from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class Processes:
         self._expert_bytes = expert_bytes
         self.workers: dict[WorkerId, Remote[WorkerActor]] = {}
         """Handles of the workers that were started and not stopped."""
+        self.doors: dict[WorkerId, Endpoint] = {}
+        """Where each loaded worker takes steps, for as long as its process lives."""
         self.engine: Remote[Engine] | None = None
         self.engine_started = False
         """Whether the engine has been asked to begin its first epoch."""
@@ -51,6 +54,8 @@ class Processes:
                 events.append(WorkerLost(worker=record.id, reason="its process died"))
                 continue
             self.workers[record.id] = worker
+            if record.info is not None:
+                self.doors[record.id] = record.info.endpoint
         self.migrator = self._fleet.find_migrator()
         self.engine = self._fleet.find_engine()
         self.engine_started = self.engine_serves = True
@@ -69,6 +74,7 @@ class Processes:
 
     def stop_worker(self, worker: WorkerId, info: WorkerInfo | None) -> None:
         """End a worker's process. info: the worker's report; None if it has not loaded."""
+        self.doors.pop(worker, None)
         actor = self.workers.pop(worker, None)
         if actor is not None:
             self._fleet.kill_worker(actor, info)
@@ -146,3 +152,4 @@ class Processes:
                 self._fleet.kill(actor)
         self.engine = self.migrator = self._standby = None
         self.workers.clear()
+        self.doors.clear()

@@ -12,6 +12,7 @@ from elastic_moe.cluster.control import status as cluster_status
 from elastic_moe.cluster.control.state import ControlState, Reasons
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.facts import Facts, Outage
+from elastic_moe.cluster.facts.links import Rates
 from elastic_moe.cluster.facts.membership import WorkerRecord, serves
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.facts.routing import RoutingWindow, decode_weight, load_imbalance
@@ -69,19 +70,26 @@ def log_changes(before: Outline, state: ControlState) -> None:
     known = {operation.operation_id: operation for operation in before.operations}
     for operation in reversed(state.operations.all()):
         old = known.get(operation.operation_id)
+        about = {"operation_id": operation.operation_id}
         if old is None:
-            logger.info("%s begins: %s", operation.operation_id, operation.reason)
+            logger.info("%s begins: %s", operation.operation_id, operation.reason, extra=about)
         elif operation.phase != old.phase and operation.phase in ENDED:
-            logger.info("%s %s: %s", operation.operation_id, operation.phase, operation.error or operation.reason)
+            outcome = operation.error or operation.reason
+            logger.info("%s %s: %s", operation.operation_id, operation.phase, outcome, extra=about)
         elif operation.error is not None and operation.error != old.error:
-            logger.warning("%s goes on after: %s", operation.operation_id, operation.error)
+            logger.warning("%s goes on after: %s", operation.operation_id, operation.error, extra=about)
 
 
 def worker_view(
-    facts: Facts, record: WorkerRecord, status: EngineStatus, device: str, resident: int | None
+    facts: Facts,
+    record: WorkerRecord,
+    status: EngineStatus,
+    device: str,
+    resident: int | None,
+    link_gbps: Mapping[WorkerId, float] | None = None,
 ) -> WorkerView:
     """device: the device to show for a worker that has not loaded yet. resident: experts in its device, as it has
-    reported; None if it has not."""
+    reported; None if it has not. link_gbps: what it has measured."""
     info = record.info
     member = record.alive and facts.spec is not None and record.id in facts.ranks
     served = serves(facts.spec.placement, record.id) if member and facts.spec is not None else record.held
@@ -97,6 +105,8 @@ def worker_view(
         fit=info.fit if info else None,
         experts_served=int(served.sum()),
         experts_resident=resident or int(record.held.sum()),
+        address=info.endpoint.address if info else "",
+        link_gbps=link_gbps or {},
     )
 
 
@@ -104,12 +114,16 @@ def worker_views(
     state: ControlState,
     status: EngineStatus,
     resident: Mapping[WorkerId, int],
+    link_gbps: Rates,
     standby: tuple[WorkerId, int] | None,
     device: str,
 ) -> list[WorkerView]:
     """Every worker, and the standby (name and process id) if there is one. resident: experts in devices, as told."""
     facts = state.facts
-    views = [worker_view(facts, record, status, device, resident.get(record.id)) for record in facts.records.values()]
+    views = [
+        worker_view(facts, record, status, device, resident.get(record.id), link_gbps.get(record.id))
+        for record in facts.records.values()
+    ]
     return views if standby is None else [*views, standby_view(*standby, device)]
 
 

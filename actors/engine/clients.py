@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from elastic_moe.actors.engine.lasting import Lasting
@@ -60,6 +60,15 @@ class _Client:
     """Tokens that are sent at once, with `outputs`."""
 
 
+@dataclass(slots=True)
+class _Wait:
+    """A request that has no token yet. Times are monotonic."""
+
+    came: float
+    begun: float | None = None
+    """When its first step was sent to the workers."""
+
+
 class Clients:
     """All on one event loop."""
 
@@ -71,8 +80,8 @@ class Clients:
         self._names: dict[Link, str] = {}
         self._owners: dict[RequestId, str] = {}
         self._lasting = Lasting()
-        self._waiting: dict[RequestId, float] = {}
-        """Arrival times of the requests that have no token yet."""
+        self._waiting: dict[RequestId, _Wait] = {}
+        """The requests that have no token yet."""
         self.first_tokens = 0
         """Number of requests that got their first token; `first_tokens_s` is the sum of their waits for it."""
         self.first_tokens_s = 0.0
@@ -93,6 +102,14 @@ class Clients:
         """Whether the request was accepted, and has not ended."""
         return request_id in self._owners or self._lasting.runs(request_id)
 
+    def began(self, request_ids: Iterable[RequestId]) -> None:
+        """These requests are in a step that was just sent to the workers."""
+        now = time.monotonic()
+        for request_id in request_ids:
+            wait = self._waiting.get(request_id)
+            if wait is not None and wait.begun is None:
+                wait.begun = now
+
     def deliver(self, outputs: Iterable[TokenOutput], tokens: Tokens = _NO_TOKENS) -> None:
         """Send each output to the replica that its request came from; of a lasting one, to all that follow it.
 
@@ -106,10 +123,12 @@ class Clients:
             if readers is None:
                 continue
             first = bool(output.token_ids) or output.finish_reason is not None
-            came = self._waiting.pop(output.request_id, None) if first else None
-            if came is not None and output.token_ids:
+            wait = self._waiting.pop(output.request_id, None) if first else None
+            if wait is not None and output.token_ids:
                 self.first_tokens += 1
-                self.first_tokens_s += now - came
+                self.first_tokens_s += now - wait.came
+            if wait is not None and wait.begun is not None:
+                output = replace(output, queued_s=wait.begun - wait.came)
             for reader in readers:
                 client = touched[reader] = self._clients[reader]
                 client.outputs.append(output)
@@ -216,7 +235,7 @@ class Clients:
                 continue
             if not request.lasting:
                 self._owners[request.request_id] = name
-            self._waiting[request.request_id] = time.monotonic()
+            self._waiting[request.request_id] = _Wait(time.monotonic())
             accepted.append(request.request_id)
         self._submitted()
 

@@ -13,17 +13,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from elastic_moe.actors import names
+from elastic_moe.actors import liveness, names
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.engine.step_loop import StepLoop
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.loop_watch import LoopWatch
+from elastic_moe.actors.remote.addresses import node_address
 from elastic_moe.actors.remote.ask import Remote, ask
-from elastic_moe.actors.remote.calls import node_address
+from elastic_moe.actors.remote.calls import call_all, one_line
+from elastic_moe.actors.remote.links import can_connect
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import NotReadyError
+from elastic_moe.cluster.errors import NotReadyError, StepAborted
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
@@ -93,7 +95,7 @@ class Engine:
         self._tasks = [asyncio.create_task(work) for work in (loop.run(), clients.watch(), watch.watch())]
         for task in self._tasks:
             task.add_done_callback(_die_of)
-        self._endpoint = await clients.listen(node_address())
+        self._endpoint = await clients.listen(node_address(config.interface))
         return await self.change_epoch(spec, workers, infos)
 
     async def change_epoch(self, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, WorkerInfo]) -> int:
@@ -106,6 +108,20 @@ class Engine:
         moved = await self._loop.change_epoch(spec, infos)
         self._workers = workers
         return moved
+
+    async def reach(self, endpoints: dict[WorkerId, Endpoint]) -> None:
+        """Try to connect to these workers, before an epoch begins that could not serve without them.
+
+        Raises StepAborted naming those that cannot be reached from here.
+        """
+        calls = {worker: can_connect(endpoint) for worker, endpoint in endpoints.items()}
+        errors = await call_all(calls, liveness.CONNECT_S)
+        if errors:
+            found = "; ".join(
+                f"{worker} at {endpoints[worker].address}:{endpoints[worker].port}: {one_line(error)}"
+                for worker, error in errors.items()
+            )
+            raise StepAborted(f"the engine cannot reach {found}")
 
     async def drain(self, workers: Sequence[WorkerId]) -> None:
         """Give no new requests to exactly these workers from now on."""

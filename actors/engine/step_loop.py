@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.engine.step_deadline import StepDeadline
@@ -67,7 +68,8 @@ class _Flight:
     def answered(self, answer: asyncio.Future[StepResult]) -> bool:
         """Count an answer. Returns whether the loop has to look at this step now."""
         self.unanswered -= 1
-        self.failed = self.failed or answer.cancelled() or answer.exception() is not None
+        # this asks for the error in any case: nobody else does, if the answer comes after its step was given up
+        self.failed |= answer.cancelled() or answer.exception() is not None
         return self.failed or self.finished
 
 
@@ -107,6 +109,7 @@ class StepLoop:
         self._lost: WorkerId | None = None
         self._spec: EpochSpec | None = None
         self._flip: _Flip | None = None
+        self._flip_came = asyncio.Event()
         self._broken = False
         """Whether the workers cannot run another step until a new epoch begins."""
         self._step = 0
@@ -128,6 +131,7 @@ class StepLoop:
         if self._flip is not None:
             raise StepAborted(f"epoch {self._flip.spec.epoch} is being committed")
         self._flip = _Flip(spec=spec, infos=infos, done=asyncio.get_running_loop().create_future())
+        self._flip_came.set()
         self._wake.set()
         return await self._flip.done
 
@@ -224,6 +228,7 @@ class StepLoop:
         for answer in flight.answers.values():
             answer.add_done_callback(answered)
         self._flights.append(flight)
+        self._clients.began(sequence.request_id for plan in plans.values() for sequence in plan.new)
         return True
 
     def _commit(self) -> None:
@@ -252,11 +257,9 @@ class StepLoop:
         """A worker failed: free the others, find the suspects, and report to the coordinator."""
         assert self._spec is not None
         self._abort(self._spec.epoch, self._flights[0].answers)
-        answers = [answer for flight in self._flights for answer in flight.answers.values()]
-        _, pending = await wait_within(answers, SILENT_S)
-        if pending:
-            self._late(sorted({worker for flight in self._flights for worker in flight.pending}))
-            await wait_within(pending, ABORT_S - SILENT_S)
+        if silent := await self._hear(SILENT_S):
+            self._late(sorted(silent))
+            await self._hear(ABORT_S - SILENT_S)
         oldest, *later = self._flights
         self._flights.clear()
         running = {worker: self._scheduler.in_oldest_step(worker) for worker in oldest.answers}
@@ -279,6 +282,25 @@ class StepLoop:
             else:
                 suspects.append(worker)
         self._break(suspects, "; ".join(reasons) or "the workers lost one another")
+
+    async def _hear(self, timeout_s: float) -> set[WorkerId]:
+        """Wait until all answers to the steps in flight have come. Returns the workers that are left out then.
+
+        The next epoch's coming says that the coordinator has given workers up: for those nobody waits any longer.
+        """
+        ends = self._now() + timeout_s
+        while True:
+            silent = {worker for flight in self._flights for worker in flight.pending}
+            flip, left_s = self._flip, ends - self._now()
+            if flip is not None:
+                silent &= {worker.id for worker in flip.spec.placement.workers}
+            if not silent or left_s <= 0:
+                return silent
+            self._flip_came.clear()
+            news: asyncio.Future[Any] = asyncio.ensure_future(self._flip_came.wait())
+            answers = [f.answers[w] for f in self._flights for w in silent if not f.answers[w].done()]
+            await wait_within([*answers, news], left_s, asyncio.FIRST_COMPLETED)
+            news.cancel()
 
     def _fail(self, request_ids: Sequence[RequestId], error: BaseException) -> None:
         outputs = [

@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import ray
 from ray.exceptions import (
     NodeDiedError,
     OutOfMemoryError,
@@ -53,11 +52,6 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, EmoeError):
         return text
     return f"{type(cause).__name__}: {ending(text, LONGEST_CAUSE)}"
-
-
-def node_address() -> str:
-    """The IP address that other nodes reach this one by."""
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 async def within(work: Awaitable[T], timeout_s: float) -> T:

@@ -160,6 +160,13 @@ async def connect(endpoint: Endpoint, received: Callable[[Link, Message], None],
     return link
 
 
+async def can_connect(endpoint: Endpoint) -> None:
+    """Connect, and hang up without showing the token. Raises OSError."""
+    _, writer = await asyncio.open_connection(endpoint.address, endpoint.port)
+    writer.close()
+    await writer.wait_closed()
+
+
 async def listen(
     address: str, token: str, received: Callable[[Link, Message], None], lost: Callable[[Link], None]
 ) -> tuple[asyncio.Server, Endpoint]:

@@ -131,6 +131,7 @@ def output(
         offset=request.num_output - len(tokens),
         token_ids=tokens,
         cached_tokens=request.cached_tokens or 0,
+        resumptions=0 if reason is None else request.resumptions,
         logprobs=(sample.logprobs,) if sample is not None and sample.logprobs is not None else (),
         scores=scores,
         finish_reason=reason,

@@ -50,6 +50,7 @@ class RunningRequest:
         "published",
         "rank",
         "request_id",
+        "resumptions",
         "row",
         "scored",
         "stop_token_ids",
@@ -94,6 +95,8 @@ class RunningRequest:
         self.blocks: list[int] = []
         self.cached_tokens: int | None = None
         """Prompt tokens that the first worker had in its cache; None before the request has run anywhere."""
+        self.resumptions = 0
+        """How often the request has begun to run again, after it had lost its worker or its place."""
         self._keys = [root_key(salt=request.cache_salt, variant=variant)]
         """The root key, then the keys of full blocks. Keys are computed when they are first needed."""
         self.introduced = False

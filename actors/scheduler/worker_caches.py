@@ -108,6 +108,8 @@ class WorkerCache:
         self.rows.computed[request.row] = self.rows.started[request.row] = computed
         if request.cached_tokens is None:
             request.cached_tokens = min(computed, request.num_prompt_tokens)
+        else:
+            request.resumptions += 1
         self.running.add(request)
         self.unsteady.add(request)
         self.backlog += request.remaining

@@ -1,7 +1,8 @@
 """WorkerActor: the actor around one worker's model. Only what Ray and the node add is here; see model/worker/worker.py.
 
-Ray's calls are for the control plane; they run side by side in the concurrency group "io", and copies of experts in one
-of their own, whose threads have a low priority. Steps and epochs come from the engine, in order, over a connection of
+Ray's calls are for the control plane; they run side by side in the concurrency group "io". Joining other workers and
+copying experts have groups of their own: a join may hang for long and must not keep a ping waiting, and the threads of
+copies have a low priority. Steps and epochs come from the engine, in order, over a connection of
 its own (actors/worker/step_server.py). torch is imported when a worker loads its model: processes that only call the
 actor import this file too, and should not wait seconds for torch.
 """
@@ -17,8 +18,8 @@ import ray
 
 from elastic_moe.actors.liveness import STEP_PING_S
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote.addresses import node_address
 from elastic_moe.actors.remote.ask import in_group
-from elastic_moe.actors.remote.calls import node_address
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.gc_pause import no_collection
@@ -31,6 +32,8 @@ from elastic_moe.cluster.messages.epochs import (
     WorkerInfo,
     WorkerSpec,
 )
+from elastic_moe.cluster.messages.requests import Endpoint
+from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -56,6 +59,8 @@ class WorkerActor:
         self._steps: StepServer | None = None
         self._loading = threading.Lock()
         self._info: WorkerInfo | None = None
+        self._address = ""
+        """Where its listeners are; known when it loads."""
         self._stores: list[TCPStore] = []
 
     @in_group("io")
@@ -87,10 +92,11 @@ class WorkerActor:
         from elastic_moe.actors.worker.step_server import StepServer
         from elastic_moe.model.worker.worker import Worker
 
+        self._address = node_address(spec.interface)
         worker = Worker(spec)
         self._worker = worker
         blocks, held_bytes = worker.load()
-        self._steps = StepServer(worker, node_address())
+        self._steps = StepServer(worker, self._address)
         return WorkerInfo(
             worker=spec.worker,
             node=ray.get_runtime_context().get_node_id(),
@@ -114,13 +120,17 @@ class WorkerActor:
         """host:port of a store for one process group, kept until there are some newer ones."""
         from elastic_moe.model.exchange.transports import open_store
 
-        address = node_address()
-        self._stores.append(open_store(address))
+        self._stores.append(open_store(self._address))
         # of the group in force and of attempts at the next; older groups are gone
         del self._stores[:-KEPT_STORES]
-        return f"{address}:{self._stores[-1].port}"
+        return f"{self._address}:{self._stores[-1].port}"
 
     @in_group("io")
+    def open_door(self) -> Endpoint:
+        """Where this worker waits for the others of one group."""
+        return self._ready.open_door(self._address)
+
+    @in_group("joins")
     def prepare(self, spec: EpochSpec) -> None:
         try:
             self._ready.prepare(spec)
@@ -156,6 +166,10 @@ class WorkerActor:
     @in_group("io")
     def tier_counts(self) -> TierCounts:
         return self._ready.tier_counts()
+
+    @in_group("io")
+    def link_gbps(self) -> dict[WorkerId, float]:
+        return self._ready.link_gbps()
 
     @in_group("io")
     def abort_step(self, epoch: Epoch) -> None:

@@ -57,7 +57,8 @@ class Epochs:
         """Number of the next attempt. No number is used twice."""
         self.retry_at = 0.0
         self._failures = 0
-        """Number of changes that failed since the last one that served."""
+        """Number of changes that failed, each less than STABLE_S after the one before or the beginning of the epoch."""
+        self._failed_at = 0.0
         self._next_group = 1
         self._broken_group: str | None = None
         self._read_all = False
@@ -135,6 +136,9 @@ class Epochs:
             rendezvous="",
         )
 
+    def _infos(self, change: Change) -> dict[WorkerId, WorkerInfo]:
+        return {worker: self._info(worker) for worker in change.workers}
+
     def _info(self, worker: WorkerId) -> WorkerInfo:
         info = self._membership[worker].info
         assert info is not None, f"{worker} has not loaded"
@@ -169,14 +173,14 @@ class Epochs:
         """Every expert is in its place, and the workers that leave have finished or used up their time."""
         self._enter(Stage.PREPARING, now)
         assert self.change is not None
-        return [Prepare(spec=self.change.spec, forms_group=self.change.forms_group)]
+        return [Prepare(spec=self.change.spec, forms_group=self.change.forms_group, infos=self._infos(self.change))]
 
     def prepared(self, event: Prepared, now: float) -> list[Command]:
         if self.change is None or not self.is_current(event.spec.epoch, Stage.PREPARING):
             return []
         self._enter(Stage.COMMITTING, now, spec=event.spec)
         self._operations.advance(self.change.operation_id, phase=Phase.COMMITTING)
-        return [Commit(spec=event.spec, infos={worker: self._info(worker) for worker in self.change.workers})]
+        return [Commit(spec=event.spec, infos=self._infos(self.change))]
 
     def flip(self, now: float, moved_requests: int = 0) -> tuple[Change, list[Command]]:
         """The change's epoch has begun. Returns the change, whose operation the caller ends."""
@@ -242,6 +246,7 @@ class Epochs:
         self._open_recovery()
         if not at_once:
             self._failures += 1
+            self._failed_at = now
             self.retry_at = now + min(MAX_BACKOFF_S, 0.1 * 2.0 ** min(self._failures, 10))
         return commands
 
@@ -275,12 +280,14 @@ class Epochs:
         """Whether the epoch in force has served for STABLE_S, so that earlier failures can be forgotten."""
         return self.spec is not None and self.outage is None and now - self.since >= STABLE_S
 
-    def forgive(self) -> None:
-        self._failures = 0
+    def forgive(self, now: float) -> None:
+        """Forget failures, unless there was one lately: attempts may go on failing beside an epoch that serves."""
+        if now - self._failed_at >= STABLE_S:
+            self._failures = 0
 
     def resume(self, now: float) -> None:
         """Set all times by the clock of a restarted coordinator."""
-        self.since, self.retry_at = now, 0.0
+        self.since, self._failed_at, self.retry_at = now, now, 0.0
         if self.outage is not None:
             self.outage = replace(self.outage, since=now)
         if self.change is not None:

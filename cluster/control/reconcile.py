@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from elastic_moe.cluster.control.joining import together
 from elastic_moe.cluster.facts.adaptation import adapt
 from elastic_moe.cluster.facts.facts import Choice, Facts
 from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord, serves
@@ -123,7 +124,10 @@ def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
         return Choice((), "the workers that have loaded have too little memory for every expert")
     current = [record for record in wanted if record.id in facts.ranks]
     if facts.outage is not None and facts.fits(current):
-        return Choice(tuple(current), "the survivors serve first")
+        return Choice(tuple(together(facts, current)), "the survivors serve first")
+    group = together(facts, wanted)
+    if len(group) < len(wanted):
+        return Choice(tuple(group), "the others could not join, and are tried one by one")
     if len(wanted) < facts.target and (wait := _waits_for_more(facts, wanted, now)) is not None:
         return wait
     return Choice(tuple(wanted), f"{len(wanted)} workers can serve")

@@ -1,4 +1,4 @@
-"""Workers that die while they load: when the next worker may be started, and when to stop trying."""
+"""Workers that die while they load, or cannot join: when the next may be started, and when to stop trying."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from elastic_moe.cluster.placement import WorkerId
 
 MAX_START_FAILURES = 3
 """Before the first epoch, a lasting error is reported if more workers than this die while they load."""
+JOIN_PAUSE_S = 30.0
+"""Seconds until another worker is started for one that could not join. Each further one doubles them."""
+MAX_JOIN_PAUSE_S = 600.0
 
 
 class Starts:
@@ -18,6 +21,8 @@ class Starts:
         """No worker is started before this time."""
         self._failures = 0
         """Number of workers that died while they loaded, since the last one that loaded."""
+        self._unjoined = 0
+        """Number of workers that were given up because they could not join, since a group last formed."""
 
     def failed(self, worker: WorkerId, reason: str, now: float) -> str | None:
         """A worker died while it loaded. Returns the lasting error if too many have died, else None."""
@@ -26,6 +31,14 @@ class Starts:
         if self._failures <= MAX_START_FAILURES:
             return None
         return f"worker {worker} died while it loaded the model: {reason}"
+
+    def could_not_join(self, now: float) -> None:
+        """A worker was given up that had loaded and could not join the others. The next is likely to fare alike."""
+        self.at = now + min(MAX_JOIN_PAUSE_S, JOIN_PAUSE_S * 2.0**self._unjoined)
+        self._unjoined += 1
+
+    def joined(self) -> None:
+        self._unjoined = 0
 
     def succeeded(self) -> None:
         self._failures = 0

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.control import reconcile, status
+from elastic_moe.cluster.control import joining, reconcile, status
 from elastic_moe.cluster.control.change import Epochs
 from elastic_moe.cluster.control.draining import Draining, drained
 from elastic_moe.cluster.control.rebalancing import Rebalancing
@@ -230,7 +230,7 @@ class ControlState:
 
     def _tick(self, now: float) -> list[Command]:
         if self._epochs.is_stable(now):
-            self._epochs.forgive()
+            self._epochs.forgive(now)
             self._membership.forgive()
         return self._rebalancing.tick(self.facts, now)
 
@@ -344,13 +344,34 @@ class ControlState:
             case Committed():
                 return self._committed(now, event.moved_requests)
             case PrepareFailed():
-                return self._epochs.give_up(event.reason, now)
+                return self._could_not_join(event.reason, now)
             case CommitFailed():
                 return self._epochs.commit_failed(event.reason, now)
+
+    def _could_not_join(self, reason: str, now: float) -> list[Command]:
+        """The group of the change could not form. A worker that keeps failing to join others that serve is ended."""
+        change = self._epochs.change
+        assert change is not None
+        commands = self._epochs.give_up(reason, now)
+        if not change.forms_group:
+            return commands
+        for worker in joining.blamed(self.facts, change.workers):
+            attempts = self._membership.failed_to_join(worker)
+            if attempts < joining.MAX_JOINS or not self.facts.serves:
+                continue
+            why = f"{worker} could not join the others in {attempts} attempts: {reason}"
+            operation = self.operations.find_open(OperationKind.SCALE)
+            if operation is not None:
+                self.operations.fail(operation.operation_id, why)
+            self._starts.could_not_join(now)
+            commands += self._lose(worker, why, now)
+        return commands
 
     def _committed(self, now: float, moved_requests: int = 0) -> list[Command]:
         change, commands = self._epochs.flip(now, moved_requests)
         self._rebalancing.changed(change, now)
+        if change.forms_group and len(change.workers) > 1:
+            self._starts.joined()
         self._end_operations(change)
         commands += self._epochs.look_back(now)
         self._membership.forget_dead(self._epochs.in_use)

@@ -125,5 +125,5 @@ def choose_transport(infos: Sequence[WorkerInfo], *, shared_gpus: bool = False) 
         return TransportKind.LOCAL
     if all(info.device != "cpu" for info in infos):
         # NCCL refuses two ranks on one GPU
-        return TransportKind.GLOO if shared_gpus else TransportKind.NCCL
-    return TransportKind.SHM if len({info.node for info in infos}) == 1 else TransportKind.GLOO
+        return TransportKind.TCP if shared_gpus else TransportKind.NCCL
+    return TransportKind.SHM if len({info.node for info in infos}) == 1 else TransportKind.TCP

@@ -259,10 +259,14 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare:
-    """Call `prepare` on every worker of `spec`. `forms_group`: open a rendezvous first if necessary."""
+    """Call `prepare` on every worker of `spec`.
+
+    `forms_group`: open the places where they meet first, and see whether the engine reaches each of them.
+    """
 
     spec: EpochSpec
     forms_group: bool
+    infos: Mapping[WorkerId, WorkerInfo]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

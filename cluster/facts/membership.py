@@ -47,6 +47,8 @@ class WorkerRecord:
     draining_since: float = 0.0
     strikes: int = 0
     """Number of failed steps in a row with this worker as a suspect."""
+    failed_joins: int = 0
+    """Number of attempts in a row to form a group with this worker that failed."""
 
     @property
     def alive(self) -> bool:
@@ -177,6 +179,7 @@ class Membership:
                 state = WorkerState.SERVING if record.state is WorkerState.STARTING else record.state
                 held = needs(placement, worker.id)
                 self._set(worker.id, held=held, staged=self._nothing, perhaps=self._nothing, state=state)
+                self._set(worker.id, failed_joins=0)
 
     def doubt(self, placement: Placement) -> None:
         """A worker may have begun an epoch with `placement` or not, so it holds only what it holds in both cases."""
@@ -202,6 +205,14 @@ class Membership:
             return 0
         self._set(worker, strikes=record.strikes + 1)
         return record.strikes + 1
+
+    def failed_to_join(self, worker: WorkerId) -> int:
+        """A group with the worker could not form. Returns how many times in a row; 0 if the worker is gone."""
+        record = self.get(worker)
+        if record is None or not record.alive:
+            return 0
+        self._set(worker, failed_joins=record.failed_joins + 1)
+        return record.failed_joins + 1
 
     def forgive(self) -> None:
         for record in self.alive:

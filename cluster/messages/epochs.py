@@ -104,6 +104,8 @@ class WorkerSpec:
     """Directory of the experts' records; None: a directory of the user's cache."""
     expert_cache_policy: str = "lfru"
     """Name of the policy by which experts leave the cache area (optimizer/buffering/)."""
+    interface: str | None = None
+    """Network interface of the worker's listeners, by name or as a network; None: that of the node's address."""
     step_timeout_s: float = 60.0
     """Seconds that a worker waits for its peers in a step before it gives the step up."""
 
@@ -144,7 +146,8 @@ class TransportKind(StrEnum):
     """One worker keeps all tokens."""
     SHM = "shm"
     """Shared memory between the workers of one node."""
-    GLOO = "gloo"
+    TCP = "tcp"
+    """Connections between workers of several nodes, or of one GPU."""
     NCCL = "nccl"
 
 
@@ -159,7 +162,9 @@ class EpochSpec:
     """Name of the process group. Consecutive epochs with the same members use the same group."""
     transport: TransportKind
     rendezvous: str
-    """host:port of the store for gloo and nccl; empty otherwise."""
+    """host:port of the store for nccl; empty otherwise."""
+    doors: tuple[Endpoint, ...] = ()
+    """For tcp: where each worker waits for the others, in rank order; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

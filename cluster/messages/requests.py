@@ -121,6 +121,10 @@ class TokenOutput:
     token_ids: tuple[int, ...]
     cached_tokens: int = 0
     """Prompt tokens that were in the prefix cache when the request first ran."""
+    queued_s: float | None = None
+    """With the first token: seconds from the request's arrival at the engine to its first step."""
+    resumptions: int = 0
+    """With the last output: how often the request began again elsewhere, because a worker, an engine or memory went."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token of `token_ids` where the request asked for them, else empty."""
     scores: PromptScores | None = None

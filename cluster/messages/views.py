@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -138,6 +139,10 @@ class WorkerView:
     """Over all layers."""
     experts_resident: int = 0
     """Of those, the ones in its device now, its cache area included."""
+    address: str = ""
+    """IP address at which the engine and other workers reach it; empty while it loads."""
+    link_gbps: Mapping[WorkerId, float] = field(default_factory=dict)
+    """Gigabits per second between it and others, as measured when their group formed; empty where it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

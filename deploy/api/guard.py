@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from elastic_moe.actors.telemetry.spans import trace_parent
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.peers import PEER_HEADER, Networks, client_address, is_allowed_host, is_loopback
@@ -66,6 +67,7 @@ class Guard:
         hosts = (host.strip().lower() for host in (config.allowed_hosts or "").split(","))
         self._allowed_hosts = (config.host.lower(), *filter(None, hosts))
         self._root_path = config.root_path
+        self._traced = config.otlp_traces_endpoint is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -79,6 +81,8 @@ class Guard:
             await RedirectResponse(self._root_path + "/")(scope, receive, send)
             return
         scope = self._without_root(scope)
+        if self._traced:
+            trace_parent.set(Headers(scope=scope).get("traceparent"))
         started = False
 
         async def watched_send(message: Message) -> None:

@@ -214,7 +214,7 @@ class _Direct:
         """The events of the response. Closing the generator aborts it in the engine."""
         service, request = self._service, self._record.request
         taken = service.places.take(request.client, 1)
-        counting = Counting(service.metrics, len(request.prompt_token_ids))
+        counting = Counting(service.metrics, request)
         reason = FinishReason.ABORT
         outputs = service.backend.generate(request)
         assert isinstance(outputs, AsyncGenerator)
@@ -225,7 +225,7 @@ class _Direct:
                     taken.give_back()
                     events = [*([] if begun else rendering.begin()), *rendering.feed(output)]
                     begun = True
-                    counting.came(rendering.tokens)
+                    counting.came(output, rendering.tokens)
                     if rendering.ending is not None:
                         reason = rendering.ending.reason
                         await self._keep(rendering)

@@ -18,6 +18,7 @@ from typing import Any
 from starlette.requests import Request
 
 from elastic_moe.actors.remote.key_value import KeyValue, LocalKeyValue
+from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
 from elastic_moe.cluster.messages.epochs import ModelInfo
@@ -104,7 +105,7 @@ class Service:
         self.model_dir = model_dir
         self.model_name = config.served_model_name or Path(model_dir).resolve().name
         values = values or LocalKeyValue()
-        self.metrics = Metrics(self.model_name, values)
+        self.metrics = Metrics(self.model_name, values, log_requests=config.enable_log_requests)
         self.created = int(time.time())
         self.draining = False
         """Whether the server stops: running requests go on, and new ones are refused."""
@@ -135,6 +136,7 @@ class Service:
         """How the model writes reasoning and tool calls."""
 
     async def begin(self) -> None:
+        self.metrics.exporter = await asyncio.to_thread(Exporter.open, self.config, "api", self.model_name)
         try:
             self.defaults = SamplingDefaults.read(self.model_dir)
             loading = asyncio.to_thread(Tokenizer.load, self.model_dir, self.config.chat_template)
@@ -160,6 +162,8 @@ class Service:
         """End the helper processes of this one. Blocks for a moment."""
         self.following.close()
         self.aside.close()
+        if self.metrics.exporter is not None:
+            self.metrics.exporter.close()
         if self._prompts is not None:
             self._prompts.close()
 

@@ -22,6 +22,8 @@ from elastic_moe.cluster.keys import with_keys
 from elastic_moe.deploy.cli import plan as cli_plan
 from elastic_moe.deploy.cli import top as cli_top
 from elastic_moe.deploy.cli import trace as cli_trace
+from elastic_moe.deploy.joined.environment import cluster_environment, exports, haproxy_path
+from elastic_moe.deploy.joined.notice import SERVICES, Cloud, asking, has_notice, run
 from elastic_moe.deploy.launch.console import logged
 
 
@@ -55,6 +57,8 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"emoe {metadata.version('elastic-moe')}")
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
     _add_serve(verbs)
+    _add_cluster_env(verbs)
+    _add_until_notice(verbs)
     cli_plan.add_parsers(verbs)
     cli_trace.add_parser(verbs)
     cli_top.add_parser(verbs)
@@ -96,6 +100,41 @@ def _add_serve(verbs: Any) -> None:
         )
 
 
+def _add_cluster_env(verbs: Any) -> None:
+    environment = verbs.add_parser(
+        "cluster-env",
+        help="print the environment for `ray start` on the nodes of a cluster",
+        description="Print the environment in which `ray start` must run on every node, so that Ray Serve listens and "
+        'answers there as it does for a server on one machine: eval "$(emoe cluster-env)"; ray start ...',
+        allow_abbrev=False,
+    )
+    environment.set_defaults(run=lambda _: print(exports(cluster_environment(haproxy_path())), end=""))
+
+
+def _add_until_notice(verbs: Any) -> None:
+    notice = verbs.add_parser(
+        "until-notice",
+        help="run `ray start --block` on a spot machine, and drain its node when the cloud takes the machine away",
+        description="Run a command, and send it SIGTERM when the cloud gives notice that it takes this machine away. "
+        "`ray start --block` then drains its node for RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S seconds.",
+        allow_abbrev=False,
+    )
+    notice.add_argument("cloud", choices=[cloud.value for cloud in Cloud], help="whose notice to listen for")
+    notice.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the command to run")
+    notice.set_defaults(run=_until_notice)
+
+
+def _until_notice(args: argparse.Namespace) -> int:
+    if not args.command:
+        raise UserError("until-notice: expected a command to run, such as ray start --block --address=...")
+    cloud = Cloud(args.cloud)
+    ask = asking(SERVICES[cloud])
+    try:
+        return run(args.command, lambda: has_notice(cloud, ask))
+    except OSError as error:
+        raise UserError(f"until-notice: cannot run {args.command[0]}: {error.strerror or error}") from None
+
+
 def _help(name: str) -> str:
     field = next(field for field in dataclasses.fields(ServeConfig) if field.name == name)
     text = str(field.metadata["help"])
@@ -112,8 +151,10 @@ def _serve(args: argparse.Namespace) -> int:
         ServeConfig.from_mapping(data, source=str(args.config))
         flags = {str(key).replace("-", "_"): value for key, value in data.items()} | flags
     config = with_keys(ServeConfig.from_mapping(flags, source="flags"), os.environ)
+    from elastic_moe.actors.telemetry.exporting import check_installed
     from elastic_moe.deploy.cli.serve import serve
 
+    check_installed(config)
     with logged(config, os.environ) as config:
         return serve(config)
 

@@ -17,6 +17,7 @@ from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores, joined
 from elastic_moe.deploy.generation.backend import Backend
+from elastic_moe.deploy.generation.life import Life
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.parsing.events import Event, TextKind, TextPiece
 from elastic_moe.deploy.parsing.parser import AnswerParser
@@ -207,7 +208,8 @@ async def answer_deltas(
 
     `began` is called once, with the first output.
     """
-    started = last = time.perf_counter()
+    last = time.perf_counter()
+    life = Life(answer.request)
     reason = FinishReason.ABORT
     tokens = 0
     waits = True
@@ -220,6 +222,7 @@ async def answer_deltas(
                     began()
                 delta = answer.feed(output)
                 now = time.perf_counter()
+                life.came(output, answer.completion_tokens)
                 if answer.completion_tokens > tokens:
                     metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
                     last, tokens = now, answer.completion_tokens
@@ -234,7 +237,7 @@ async def answer_deltas(
         reason = FinishReason.ERROR
         raise
     finally:
-        metrics.request_ended(reason, time.perf_counter() - started)
+        metrics.request_ended(life, reason)
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

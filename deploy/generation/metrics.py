@@ -28,12 +28,14 @@ from prometheus_client.registry import Collector
 from ray.exceptions import RayError
 
 from elastic_moe.actors.remote.key_value import KeyValue
+from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.counters import BOUNDS_S, ClusterCounters, Distribution
 from elastic_moe.cluster.messages.requests import FinishReason
 from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, ScaleView, WorkerView
 from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.counts import AddedUp, Counts, SharedCounts, counts_of
+from elastic_moe.deploy.generation.life import Life, Times
 
 Value = TypeVar("Value", bound=str)
 """The value of a label: a member of an enum."""
@@ -62,6 +64,13 @@ LATENCY_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0),
     *(960.0, 1920.0, 7680.0),
 )
+TOKEN_BUCKETS = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
+TIME_HISTOGRAMS = {
+    "queue": "Time from the request's arrival to its first step.",
+    "prefill": "Time from the request's first step to its first token.",
+    "decode": "Time from the request's first token to its last one.",
+    "inference": "Time from the request's first step to its last token.",
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,8 +84,11 @@ class LatencyTotals:
 
 
 class Metrics:
-    def __init__(self, model_name: str, values: KeyValue) -> None:
-        """`values` is what all replicas share."""
+    def __init__(self, model_name: str, values: KeyValue, *, log_requests: bool = False) -> None:
+        """`values` is what all replicas share. log_requests: write a line for each request that has ended."""
+        self.exporter: Exporter | None = None
+        """Takes a trace of each request, where there is one."""
+        self._log_requests = log_requests
         self._labels = {"model_name": model_name, "engine": "0"}
         self.latency = LatencyTotals()
         self._registry = CollectorRegistry()
@@ -92,6 +104,18 @@ class Metrics:
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
         self._itl = self._histogram("vllm:inter_token_latency_seconds", "Time between tokens.", ITL_BUCKETS)
         self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Time of a whole request.", LATENCY_BUCKETS)
+        self._prompt_sizes = self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS)
+        self._answer_sizes = self._histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKEN_BUCKETS)
+        self._most_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "The max_tokens of a request.", TOKEN_BUCKETS
+        )
+        self._token_time = self._histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time between the tokens of a request.", ITL_BUCKETS
+        )
+        self._times = {
+            name: self._histogram(f"vllm:request_{name}_time_seconds", text, LATENCY_BUCKETS)
+            for name, text in TIME_HISTOGRAMS.items()
+        }
         self._success = Counter(
             "vllm:request_success",
             "Count of processed requests, by the reason that ended them.",
@@ -119,9 +143,20 @@ class Metrics:
         for _ in range(count):
             self._itl.observe(elapsed_s / count)
 
-    def request_ended(self, reason: FinishReason, elapsed_s: float) -> None:
+    def request_ended(self, life: Life, reason: FinishReason) -> None:
+        """Count a request that has ended, and report it: as a trace and as a line, where these are asked for."""
+        times = life.times()
         self._success.labels(**self._labels, finished_reason=reason.value).inc()
-        self._e2e.observe(elapsed_s)
+        self._e2e.observe(times.whole_s)
+        self._prompt_sizes.observe(len(life.request.prompt_token_ids))
+        self._answer_sizes.observe(life.tokens)
+        self._most_tokens.observe(life.request.params.max_tokens)
+        for name, seconds in _stages(times).items():
+            if seconds is not None:
+                self._times[name].observe(seconds)
+        if times.decode_s is not None and life.tokens > 1:
+            self._token_time.observe(times.decode_s / (life.tokens - 1))
+        life.report(times, reason, self.exporter, log=self._log_requests)
 
     async def scrape(self, backend: Backend) -> bytes:
         """The text that Prometheus reads. Cluster metrics are left out while there is no cluster to ask."""
@@ -168,6 +203,17 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, LABELS, registry=self._registry, buckets=buckets).labels(**self._labels)
+
+
+def _stages(times: Times) -> dict[str, float | None]:
+    """By the names of TIME_HISTOGRAMS."""
+    computed = None if times.queued_s is None or times.last_s is None else times.last_s - times.queued_s
+    return {
+        "queue": times.queued_s,
+        "prefill": times.prefill_s,
+        "decode": times.decode_s,
+        "inference": computed,
+    }
 
 
 async def _unless_away(question: Awaitable[Answer]) -> Answer | None:
@@ -226,8 +272,8 @@ class _ClusterCollector(Collector):
             "Requests that ended because the model's logits were not numbers.",
             engine.corrupted_requests,
         )
-        yield self._count("emoe:prefix_cache_queries", "Tokens looked up in prefix caches.", engine.prefix_queries)
-        yield self._count("emoe:prefix_cache_hits", "Tokens found in prefix caches.", engine.prefix_hits)
+        yield self._count("vllm:prefix_cache_queries", "Tokens looked up in prefix caches.", engine.prefix_queries)
+        yield self._count("vllm:prefix_cache_hits", "Tokens found in prefix caches.", engine.prefix_hits)
         first = SummaryMetricFamily(
             "emoe:engine_time_to_first_token_seconds",
             "Time to first token within the engine, without HTTP and tokenizing.",

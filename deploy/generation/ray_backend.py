@@ -19,9 +19,9 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
@@ -30,6 +30,7 @@ from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.liveness import ADOPT_S, CALL_TIMEOUT_S, HANG_S, LIFE_S, dry_run_timeout_s
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote, ask, kill
+from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import within
 from elastic_moe.actors.remote.codec import Message
 from elastic_moe.actors.remote.links import Link, connect
@@ -62,6 +63,7 @@ from elastic_moe.cluster.messages.views import (
 )
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.deploy.generation.answer import GenerationFailed
+from elastic_moe.deploy.generation.gcs_watch import LOOK_S, GcsWatch
 from elastic_moe.deploy.generation.request_stream import RequestStream
 
 logger = logging.getLogger(__name__)
@@ -80,8 +82,18 @@ READINESS_S = 0.25
 class RayBackend:
     """Made and used on one event loop. `begin` starts its tasks; `end` stops them."""
 
-    def __init__(self, coordinator: Remote[Coordinator], *, plan_deadline_s: float, recovery_timeout_s: float) -> None:
-        """recovery_timeout_s: seconds without a serving cluster after which requests end with an error."""
+    def __init__(
+        self,
+        coordinator: Remote[Coordinator],
+        *,
+        plan_deadline_s: float,
+        recovery_timeout_s: float,
+        gcs: GcsWatch | None = None,
+    ) -> None:
+        """recovery_timeout_s: seconds without a serving cluster after which requests end with an error. They do so too
+        when `gcs`, if given, says that Ray's GCS is lost.
+        """
+        self._gcs = gcs
         self._coordinator = coordinator
         self._dry_run_timeout_s = dry_run_timeout_s(plan_deadline_s)
         self._recovery_timeout_s = recovery_timeout_s
@@ -96,16 +108,17 @@ class RayBackend:
         self._readiness = Readiness(ready=False, reason="starting")
         self._resumed = 0
         self._messages = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(_has_failed)
 
     def begin(self) -> None:
         for work in (self._watch_readiness(), self._follow_engines(), LoopWatch("an API replica").watch()):
-            self._start(work)
+            self._background.start(work)
+        if self._gcs is not None:
+            self._background.start(self._watch_gcs(self._gcs))
 
     async def end(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._background.cancel()
+        await self._background.settle()
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
@@ -157,7 +170,7 @@ class RayBackend:
         except (ConnectionError, TimeoutError) as error:
             logger.info("the engine did not take a request: %s", type(error).__name__)
             stream.link = None
-            self._start(self._submit_later(stream))
+            self._background.start(self._submit_later(stream))
 
     async def _submit_later(self, stream: RequestStream) -> None:
         """Submit again to the same engine. A new engine gets all requests in `_follow`."""
@@ -201,7 +214,9 @@ class RayBackend:
             for stream in [s for s in self._streams.values() if s.link is not link]:
                 had_engine = stream.link is not None or bool(stream.received)
                 await self._resubmit(link, stream)
-                self._resumed += had_engine and stream.link is link
+                resumed = had_engine and stream.link is link
+                self._resumed += resumed
+                stream.resubmissions += resumed
             while True:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LIFE_S):
@@ -220,10 +235,13 @@ class RayBackend:
                 if output.finish_reason is None:
                     unknown.append(output.request_id)
             elif stream.link is link and not stream.take(output):
-                logger.warning("tokens of request %s were lost; it is run again from there", output.request_id)
+                logger.warning(
+                    "tokens of request %s were lost; it is run again from there", output.request_id,
+                    extra={"request_id": output.request_id},
+                )  # fmt: skip
                 unknown.append(output.request_id)
                 stream.link = None
-                self._start(self._submit_later(stream))
+                self._background.start(self._submit_later(stream))
         self._messages += 1
         if self._messages % UNREAD_EVERY == 0:
             self._bound_unread()
@@ -237,7 +255,8 @@ class RayBackend:
         while unread > MAX_UNREAD:
             slowest = max(self._streams.values(), key=lambda stream: stream.unread)
             unread -= slowest.unread
-            logger.warning("request %s is ended: its client reads too slowly", slowest.request.request_id)
+            name = slowest.request.request_id
+            logger.warning("request %s is ended: its client reads too slowly", name, extra={"request_id": name})
             slowest.refuse(GenerationFailed("the client reads more slowly than tokens are made, and many are unread"))
             if slowest.link is not None:
                 slowest.link.send(AbortRequests(request_ids=(slowest.request.request_id,)))
@@ -254,13 +273,19 @@ class RayBackend:
 
     # --- Questions ----------------------------------------------------------------------------------------------
 
+    @property
+    def _lost(self) -> str | None:
+        return None if self._gcs is None else self._gcs.lost
+
     async def readiness(self) -> Readiness:
-        return self._readiness
+        return self._readiness if self._lost is None else Readiness(ready=False, reason=self._lost)
 
     @property
     def can_wait(self) -> bool:
         waited_s = time.monotonic() - self._served_at
-        return self._has_served and waited_s < self._recovery_timeout_s and self._readiness.error is None
+        if self._lost is not None or self._readiness.error is not None:
+            return False
+        return self._has_served and waited_s < self._recovery_timeout_s
 
     async def engine_status(self) -> EngineStatus:
         if self._engine is None:
@@ -351,9 +376,23 @@ class RayBackend:
             self._has_served = True
         if now - self._served_at < self._recovery_timeout_s:
             return
+        waited = f"{self._recovery_timeout_s:g} s"
+        self._end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")
+
+    async def _watch_gcs(self, gcs: GcsWatch) -> None:
+        told = False
+        while True:
+            await gcs.look(time.monotonic())
+            if gcs.lost is not None and not told:
+                logger.error("requests are ended: %s", gcs.lost)
+            told = gcs.lost is not None
+            if gcs.lost is not None:
+                self._end_all(gcs.lost)
+            await asyncio.sleep(LOOK_S)
+
+    def _end_all(self, message: str) -> None:
+        """End every request with an error."""
         for stream in self._streams.values():
-            waited = f"{self._recovery_timeout_s:g} s"
-            message = f"the cluster could not serve this request for {waited}: {self._readiness.reason}"
             if stream.received:
                 stream.fail(message)
             else:
@@ -369,10 +408,9 @@ class RayBackend:
         except (RayActorError, TimeoutError):
             raise NotReadyError("the coordinator does not answer") from None
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+def _has_failed(error: BaseException) -> None:
+    logger.error("a task of the API has failed", exc_info=error)
 
 
 async def _result(answer: Awaitable[R], timeout_s: float = CALL_TIMEOUT_S) -> R:

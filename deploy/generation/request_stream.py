@@ -24,6 +24,8 @@ class RequestStream:
         """Number of prompt tokens whose scores have come."""
         self.link: Link | None = None
         """The connection to the engine that has accepted the request; None while no engine has."""
+        self.resubmissions = 0
+        """How often another engine was given the request."""
         self.cancelled = False
         """Whether the engine is to end the request, as soon as it has it."""
         self.unread = 0
@@ -62,6 +64,8 @@ class RequestStream:
                 token_ids=output.token_ids[repeats:],
                 logprobs=output.logprobs[repeats:],
             )
+        if output.finish_reason is not None and self.resubmissions:
+            output = dataclasses.replace(output, resumptions=output.resumptions + self.resubmissions)
         self.received += output.token_ids
         self.scored += len(scores) if scores is not None else 0
         if output.token_ids or output.finish_reason is not None or scores is not None:
@@ -111,6 +115,7 @@ class RequestStream:
             last,
             offset=first.offset,
             cached_tokens=first.cached_tokens,
+            queued_s=first.queued_s,
             token_ids=(*first.token_ids, *tokens),
             logprobs=(*first.logprobs, *logprobs),
             scores=scores,

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NoReturn
 
 ERRORS = {
     400: ("the request is not valid HTTP, or did not arrive whole", "invalid_http"),
@@ -58,7 +59,7 @@ SERVE_LINES = {
     "size of a buffer": r"^ *tune.bufsize .*\n",
     "error pages": r"(?:^ *errorfile .*\n)+",
     "defaults": r"^defaults\n",
-    "address of the frontend": r"^(frontend http_frontend\n) *bind .*:(\d+)\n",
+    "address of the frontend": r"^(frontend http_frontend\n) *bind (.*):(\d+)\n",
     "answer without an application": r"^ *http-request return status 404 .*/-/routes.*\n",
 }
 """The lines of Serve's configuration that we change: a name for each, and the pattern that finds it."""
@@ -71,8 +72,8 @@ class Corrections:
     binary: str
     run_dir: str
     """The directory of the error pages."""
-    host: str
-    """The address that the server listens on, as the user gave it."""
+    host: str | None
+    """The address that the server listens on, as the user gave it; None: the one that Serve was given."""
     peer_header: str
     """The header that carries the client's address to the replica."""
     header_timeout_s: float
@@ -127,7 +128,9 @@ def _changes(wanted: Corrections) -> dict[str, Change]:
         "size of a buffer": lambda _: _block(sizes),
         "error pages": lambda _: _block(pages),
         "defaults": lambda found: found[0] + _block(_defaults(wanted)),
-        "address of the frontend": lambda found: found[1] + _block(_frontend(wanted, found[2])),
+        "address of the frontend": lambda found: (
+            found[1] + _block(_frontend(wanted, served_at=found[2], port=found[3]))
+        ),
         # while no application runs, Serve's own answer is a 404 that names a page of Serve's
         "answer without an application": lambda _: _block(["http-request deny deny_status 503"]),
     }
@@ -142,11 +145,11 @@ def _defaults(wanted: Corrections) -> list[str]:
     ]
 
 
-def _frontend(wanted: Corrections, port: str) -> list[str]:
+def _frontend(wanted: Corrections, *, served_at: str, port: str) -> list[str]:
     most = wanted.max_connections_per_address
     unbounded = f"!{{ src {' '.join(wanted.unbounded)} }}" if wanted.unbounded else ""
     return [
-        f"bind {_listen(wanted.host, port)}",
+        f"bind {served_at}:{port}" if wanted.host is None else f"bind {_listen(wanted.host, port)}",
         "stick-table type ipv6 size 100k expire 1m store conn_cur",
         "tcp-request connection track-sc0 src",
         f"tcp-request connection reject if {{ sc0_conn_cur gt {2 * most} }} {unbounded}",
@@ -195,19 +198,23 @@ def write_options(path: str, wanted: Corrections) -> None:
         json.dump(asdict(wanted), file)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> NoReturn:
     """`arguments` are the file of write_options, followed by the arguments for HAProxy. Does not return."""
     with open(arguments[0], encoding="utf-8") as file:
         options = json.load(file)
-    wanted = Corrections(**{**options, "unbounded": tuple(options["unbounded"])})
-    for path in arguments[1:]:
+    start(Corrections(**{**options, "unbounded": tuple(options["unbounded"])}), arguments[1:])
+
+
+def start(wanted: Corrections, arguments: Sequence[str]) -> NoReturn:
+    """Correct the configuration that `arguments` name, and become HAProxy with them. Raises UnknownConfiguration."""
+    for path in arguments:
         if path.endswith(".cfg"):
             with open(path, encoding="utf-8") as file:
                 text = corrected(file.read(), wanted)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
     # -dS turns off splicing, with which HAProxy does not notice a client that hangs up before the response
-    command = [wanted.binary, "-dS", *arguments[1:]]
+    command = [wanted.binary, "-dS", *arguments]
     # HAProxy must not outlive Serve, even if everything above it is killed
     os.execvp(*_ending_with_parent(command))
 

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -26,12 +27,14 @@ from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, within
 from elastic_moe.actors.remote.key_value import RayKeyValue
+from elastic_moe.actors.telemetry.exporting import check_installed
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.generation.check_in import check_in
+from elastic_moe.deploy.generation.gcs_watch import GcsWatch, limit_s
 from elastic_moe.deploy.generation.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.launch.ray_private import keep_grpc_local
@@ -40,10 +43,14 @@ from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
 from elastic_moe.deploy.web.old_http import serve_old_http
 
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
 StartCluster = Callable[[ServeConfig, str], Remote[Coordinator]]
 
 MAX_ONGOING_REQUESTS = 10_000
 """More requests than the engine accepts, because requests must queue in the engine and not in Serve."""
+LOAD_TIMEOUT_S = 30.0
+"""A replica whose tokenizer takes longer to load answers /health and /ready meanwhile, and refuses everything else."""
 STOP_TIMEOUT_S = 10.0
 """Seconds that the actors have to end."""
 
@@ -65,20 +72,22 @@ class Api:
             self._coordinator,
             plan_deadline_s=config.plan_deadline,
             recovery_timeout_s=config.recovery_timeout,
+            gcs=GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT))),
         )
         self._service = Service(config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue())
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self._backend.begin()
-        # in the background, so that /health and /ready answer meanwhile
+        loading = asyncio.create_task(self._load())
         work = (
-            self._load(),
             self._service.following.watch(),
             self._service.metrics.share(self._backend),
             check_in(self._coordinator, self._name, self._service),
         )
-        self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
+        self._tasks = [loading, *map(asyncio.create_task, work)]
+        # Serve sends requests here from the end of this call on, though other replicas may be able to answer them
+        await asyncio.wait([loading], timeout=LOAD_TIMEOUT_S)
         return create_app(self._service)
 
     async def _load(self) -> None:
@@ -108,6 +117,7 @@ def build_app(args: dict[str, Any]) -> Application:
     Raises ConfigError for a wrong key or value, and CheckpointError for a model that cannot be served.
     """
     config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
+    check_installed(config)
     model_dir = config.model or str(MODEL_DIR)
     # imported here, because replicas need no torch
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint

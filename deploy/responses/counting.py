@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import time
 
-from elastic_moe.cluster.messages.requests import FinishReason
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenOutput
+from elastic_moe.deploy.generation.life import Life
 from elastic_moe.deploy.generation.metrics import Metrics
 
 
 class Counting:
-    def __init__(self, metrics: Metrics, prompt_tokens: int, *, adopted: bool = False) -> None:
+    def __init__(self, metrics: Metrics, request: GenerateRequest, *, adopted: bool = False) -> None:
         """`adopted`: a replica that is gone has accepted it, and has counted what came before."""
         self._metrics = metrics
-        self._began = self._last = time.perf_counter()
+        self._last = time.perf_counter()
+        self._life = Life(request)
         self._tokens = 0
         self._adopted = adopted
         if not adopted:
-            metrics.request_began(prompt_tokens)
+            metrics.request_began(len(request.prompt_token_ids))
 
-    def came(self, tokens: int) -> None:
+    def came(self, output: TokenOutput, tokens: int) -> None:
         """`tokens` is the number of tokens so far."""
         now = time.perf_counter()
+        self._life.came(output, tokens)
         if self._tokens or not self._adopted:
             self._metrics.tokens_came(tokens - self._tokens, now - self._last, first=self._tokens == 0)
         self._last, self._tokens = now, tokens
 
     def ended(self, reason: FinishReason) -> None:
-        self._metrics.request_ended(reason, time.perf_counter() - self._began)
+        self._metrics.request_ended(self._life, reason)

@@ -19,6 +19,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from elastic_moe.actors.liveness import ADOPT_S
+from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
 from elastic_moe.deploy.generation.answer import GenerationFailed
@@ -91,7 +92,7 @@ class Following:
         self._metrics = metrics
         self._open = open_rendering
         self._followed: dict[str, Followed] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(_has_failed)
 
     def __len__(self) -> int:
         return len(self._followed)
@@ -106,14 +107,14 @@ class Following:
             await self._store.begin(record)
         except RayError:
             raise NotReadyError("the response cannot be stored at the moment") from None
-        return self.follow(record, began, Counting(self._metrics, len(record.request.prompt_token_ids)))
+        return self.follow(record, began, Counting(self._metrics, record.request))
 
     def follow(self, record: Record, began: Began = lambda: None, counting: Counting | None = None) -> Followed:
         """Follow a response in progress, unless this replica does so already."""
         followed = self._followed.get(record.id)
         if followed is None:
             followed = self._followed[record.id] = Followed(record)
-            self._start(self._run(followed, began, counting))
+            self._background.start(self._run(followed, began, counting))
         return followed
 
     async def events(self, record: Record, after: int) -> AsyncGenerator[Event, None]:
@@ -162,12 +163,14 @@ class Following:
             # it may have ended, and been stored, since it was read
             now = await self._store.find(record.id)
             if now is not None and now.outcome is None:
-                logger.warning("response %s is followed from here, because no replica does so", record.id)
-                self.follow(now, counting=Counting(self._metrics, 0, adopted=True))
+                logger.warning(
+                    "response %s is followed from here, because no replica does so", record.id,
+                    extra={"request_id": record.request.request_id},
+                )  # fmt: skip
+                self.follow(now, counting=Counting(self._metrics, now.request, adopted=True))
 
     def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        self._background.cancel()
 
     # --- One response -------------------------------------------------------------------------------------------
 
@@ -237,7 +240,7 @@ class Following:
                     if rendering.ending is not None:
                         break
                 if counting is not None:
-                    counting.came(len(followed.tokens))
+                    counting.came(output, len(followed.tokens))
                 if rendering.ending is not None:
                     if output.finish_reason is None:  # a stop string was found
                         self._backend.cancel(request.request_id)
@@ -256,15 +259,9 @@ class Following:
         del self._followed[followed.record.id]
         followed.stored.set()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("following a response has failed", exc_info=error)
+def _has_failed(error: BaseException) -> None:
+    logger.error("following a response has failed", exc_info=error)
 
 
 def failed(request_id: RequestId, error: str) -> TokenOutput:

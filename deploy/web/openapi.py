@@ -89,15 +89,20 @@ def json_answer(description: str, *required: str, kind: str = "object") -> dict[
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
+EVENTS: dict[str, Any] = {"schema": {"description": "Server-sent events."}}
+"""Without a type: some tools hold the whole text against the schema, and others each event."""
+
+
 def streamable_answer(description: str, *required: str) -> dict[str, Any]:
     """As `json_answer`, or as server-sent events where the body has `stream`."""
     answer = json_answer(description, *required)
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    answer["content"]["text/event-stream"] = EVENTS
     return answer
 
 
 def text_answer(description: str, kind: str) -> dict[str, Any]:
-    return {"description": description, "content": {kind: {"schema": {"type": "string"}}}}
+    schema = EVENTS if kind == "text/event-stream" else {"schema": {"type": "string"}}
+    return {"description": description, "content": {kind: schema}}
 
 
 def install_openapi(app: FastAPI, root_path: str) -> None:

@@ -2,7 +2,10 @@
 
     dispatch          which rows go to which worker, over any transport
     native_dispatch   the same for workers of one node, in native code
-    transports        all-to-all by gloo or NCCL, and for a single worker
+    transports        all-to-all by NCCL, and for a single worker
+    tcp               all-to-all between nodes, over a connection for each pair
+    meeting           how its workers find one another
+    rates             how fast the links between them are
     shared_memory     all-to-all between processes of one node
     join              chooses the exchange of an epoch and joins it
     counter           counts routing decisions

@@ -37,6 +37,15 @@ def _dense_tokens(device: torch.device) -> int:
     return _DENSE_TOKENS_CPU if device.type == "cpu" else _DENSE_TOKENS_GPU
 
 
+_DENSE_S = 0.0005
+"""Seconds on the slowest link for rows that may prove needless. Choosing rows takes about as long."""
+
+
+def fits_dense(nbytes: int, slowest_gbps: float | None) -> bool:
+    """Whether a step's tokens, of `nbytes` in all, pass the slowest link soon enough to be sent to all."""
+    return slowest_gbps is None or nbytes * 8 <= _DENSE_S * slowest_gbps * 1e9
+
+
 def route_table(placement: Placement, rank: int) -> Tensor:
     """[L, E] the rank whose replica of each expert computes the tokens of worker `rank`.
 
@@ -136,8 +145,11 @@ class TransportDispatcher(Dispatcher):
         *,
         device: torch.device,
         most_dense: int | None = None,
+        slowest_gbps: float | None = None,
     ) -> None:
-        """`most_dense`: tokens of a step up to which all go to all workers; None takes the number for the device."""
+        """`most_dense`: tokens of a step up to which all go to all workers; None takes the number for the device.
+        `slowest_gbps`: bandwidth of the slowest link between workers, which all of them know; None: links are fast.
+        """
         super().__init__()
         self._store = store
         self._transport = transport
@@ -148,6 +160,7 @@ class TransportDispatcher(Dispatcher):
         # [L, W * E] for each rank and expert: the expert if this worker computes it for that rank, else ABSENT
         self._mine_LX = torch.where(routes_WLE == rank, experts_E, ABSENT).transpose(0, 1).flatten(1)
         self._most_dense = _dense_tokens(device) if most_dense is None else most_dense
+        self._slowest_gbps = slowest_gbps
         self._tokens_per_rank: Sequence[int] = ()
         if transport.size == 1 and store.native:
             self.joint = store.joint()
@@ -171,7 +184,11 @@ class TransportDispatcher(Dispatcher):
         if self._transport.size == 1:
             return self._store.forward(layer, x_TH, index_TK, weight_TK)
         parts = (index_TK.to(torch.int32), weight_TK.float(), x_TH)
-        return self._forward_dense(layer, *parts) if self._dense else self._forward_sparse(layer, *parts)
+        row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
+        # all workers come to the same answer, since a layer's rows are as wide on each
+        if self._dense and fits_dense(sum(self._tokens_per_rank) * row, self._slowest_gbps):
+            return self._forward_dense(layer, *parts)
+        return self._forward_sparse(layer, *parts)
 
     def _forward_dense(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
         parts = (index_TK, weight_TK, x_TH)

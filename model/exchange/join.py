@@ -9,9 +9,12 @@ import torch
 from elastic_moe.cluster.messages.epochs import EpochSpec
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
+from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
+from elastic_moe.model.exchange.rates import measure
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
-from elastic_moe.model.exchange.transports import CollectiveTransport, LocalTransport, Transport
+from elastic_moe.model.exchange.tcp import TcpTransport
+from elastic_moe.model.exchange.transports import LocalTransport, NcclTransport, Transport
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native import library
 from elastic_moe.model.native.exchange import NativeExchange
@@ -21,21 +24,34 @@ Exchange = Transport | NativeExchange
 
 
 def join_exchange(
-    spec: EpochSpec, rank: int, shapes: Sequence[LayerShape], *, native: bool, max_tokens: int, timeout_s: float
+    spec: EpochSpec,
+    rank: int,
+    shapes: Sequence[LayerShape],
+    *,
+    native: bool,
+    max_tokens: int,
+    timeout_s: float,
+    meeting: Meeting | None = None,
 ) -> Exchange:
     """Join the workers of `spec`. Blocks until all have joined. `max_tokens` is the most that a worker runs in a step.
 
     `native` says that this worker can exchange tokens natively. The native exchange is used if all workers can.
+    `meeting` is this worker's door of `spec.doors`.
 
     Raises StepAborted if a worker does not join within `timeout_s`.
     """
     size = len(spec.placement.workers)
     if spec.transport == "local":
         return LocalTransport()
-    if spec.transport != "shm":
-        return CollectiveTransport(
-            spec.transport, rendezvous=spec.rendezvous, group=spec.group, rank=rank, size=size, timeout_s=timeout_s
-        )
+    if spec.transport == "tcp":
+        assert meeting is not None
+        names = [worker.id for worker in spec.placement.workers]
+        connections = meeting.join(rank, spec.doors, names, timeout_s)
+        transport = TcpTransport(rank=rank, connections=connections, names=names, timeout_s=timeout_s)
+        measure(transport)
+        return transport
+    if spec.transport == "nccl":
+        return NcclTransport(rendezvous=spec.rendezvous, group=spec.group, rank=rank, size=size, timeout_s=timeout_s)
     lib = library()
     able = lib is not None and native
     if _all_able(able, group=f"{spec.group}-able", rank=rank, size=size, timeout_s=timeout_s):
@@ -63,7 +79,8 @@ def make_dispatcher(
     """Make the dispatcher of one epoch. The exchange may serve several epochs, one after the other."""
     if isinstance(exchange, NativeExchange):
         return NativeDispatcher(placement, rank, store, exchange)
-    return TransportDispatcher(placement, rank, store, exchange, device=device)
+    gbps = exchange.slowest_gbps if isinstance(exchange, TcpTransport) else None
+    return TransportDispatcher(placement, rank, store, exchange, device=device, slowest_gbps=gbps)
 
 
 def _all_able(able: bool, *, group: str, rank: int, size: int, timeout_s: float) -> bool:

@@ -2,7 +2,8 @@
 
     LocalTransport         one worker: there is nothing to do
     SharedMemoryTransport  CPU workers of one node: publish, wait for the others, read (shared_memory.py)
-    CollectiveTransport    gloo between nodes, NCCL between GPUs, through torch.distributed's process groups
+    TcpTransport           CPU workers of several nodes, and workers that share a GPU (tcp.py)
+    NcclTransport          GPUs, through torch.distributed's process group
 
 Workers of one node that all have the native library use model/native/exchange.py instead.
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.errors import StepAborted
-from elastic_moe.model.torch_private import PrefixStore, TCPStore, alltoall, gloo_group, nccl_group
+from elastic_moe.model.torch_private import PrefixStore, TCPStore, alltoall, nccl_group
 
 
 class Transport(Protocol):
@@ -67,34 +68,29 @@ class LocalTransport:
     def close(self) -> None: ...
 
 
-class CollectiveTransport:
-    """gloo or NCCL, with a rendezvous store of its own.
+class NcclTransport:
+    """NCCL, with a rendezvous store of its own.
 
-    Sizes travel first if the caller does not know them. With gloo, a peer's death closes its sockets, which raises an
-    error here. Workers that share a GPU use gloo too, and their tensors travel through CPU memory. With NCCL the CPU
-    does not block: the engine notices a peer's death, `abort` ends the waiting kernels, and then `check` raises.
+    Sizes travel first if the caller does not know them. The CPU does not block: the engine notices a peer's death,
+    `abort` ends the waiting kernels, and then `check` raises.
     """
 
-    def __init__(self, backend: str, *, rendezvous: str, group: str, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(self, *, rendezvous: str, group: str, rank: int, size: int, timeout_s: float) -> None:
         """`rendezvous` is host:port of a store (`open_store`) that outlives the group; `group` prefixes its keys."""
         self.rank = rank
         self.size = size
         self._aborted = False
-        self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        self._device = torch.device("cuda", torch.cuda.current_device())
         host, port = rendezvous.rsplit(":", 1)
         # members reach each other at this address; a machine may resolve its own name to 127.0.1.1
         address = _address_towards(host, int(port))
         timeout = datetime.timedelta(seconds=timeout_s)
         store = PrefixStore(group, TCPStore(host, int(port), is_master=False, timeout=timeout))
-        self._group: Any
-        if backend == "nccl":
-            self._group = nccl_group(store, rank, size, timeout, interface_of(address))
-            # a first exchange, after which all members have joined. It runs on a stream of its own, since steps of
-            # another group may wait for one another on the device's stream
-            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-                self._sizes([0] * size)
-        else:
-            self._group = gloo_group(store, rank, size, timeout, address)
+        self._group: Any = nccl_group(store, rank, size, timeout, interface_of(address))
+        # a first exchange, after which all members have joined. It runs on a stream of its own, since steps of
+        # another group may wait for one another on the device's stream
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            self._sizes([0] * size)
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         parts = [
@@ -103,8 +99,7 @@ class CollectiveTransport:
         ]
         sent = [sum(t.numel() for t in tensors) for tensors in parts]
         flat = [t for tensors in parts for t in tensors]
-        home = flat[0].device if flat else self._device
-        payload = torch.cat(flat).to(self._device) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
+        payload = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
         try:
             received = self._sizes(sent) if recv_bytes is None else [int(n) for n in recv_bytes]
             received[self.rank] = 0
@@ -116,7 +111,7 @@ class CollectiveTransport:
             message = str(error).splitlines()[0]
             self._group = None
             raise StepAborted(f"exchange failed: {message}") from None
-        return list(torch.split(out.to(home), received))
+        return list(torch.split(out, received))
 
     def check(self) -> None:
         if self._aborted:
@@ -136,18 +131,13 @@ class CollectiveTransport:
 
     def abort(self) -> None:
         self._aborted = True
-        if self._device.type == "cuda":
-            self._end_nccl()
-        else:
-            # gloo cannot be woken. A hung peer must be killed, which closes its sockets
-            self._group = None
+        self._end()
 
     def close(self) -> None:
-        if self._device.type == "cuda":
-            self._end_nccl()
+        self._end()
         self._group = None
 
-    def _end_nccl(self) -> None:
+    def _end(self) -> None:
         """End the group's waiting kernels. The group itself is kept, since another thread may be about to use it."""
         group = self._group
         if group is not None:

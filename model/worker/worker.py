@@ -25,15 +25,17 @@ from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAbor
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
-from elastic_moe.cluster.messages.requests import RequestId
+from elastic_moe.cluster.messages.requests import Endpoint, RequestId
 from elastic_moe.cluster.messages.seats import Seats
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
-from elastic_moe.cluster.placement import EMPTY
+from elastic_moe.cluster.placement import EMPTY, WorkerId
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
 from elastic_moe.model.exchange.counter import RoutingCounter
 from elastic_moe.model.exchange.dispatch import Dispatcher
 from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispatcher
+from elastic_moe.model.exchange.meeting import Meeting
+from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import Fit, fit
@@ -42,15 +44,15 @@ from elastic_moe.model.grammars.masks import MaskThreads
 from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.experts import ExpertUnavailable
+from elastic_moe.model.sampling.next_tokens import choose
+from elastic_moe.model.sampling.scoring import Scoring, score
+from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.tiers.disk import default_directory
 from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, read_rate
 from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
-from elastic_moe.model.worker.next_tokens import choose
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.sampling import SamplingState
-from elastic_moe.model.worker.scoring import Scoring, score
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ _USABLE = 0.9
 """Share of a memory that may be planned for. The rest is for what nobody counts."""
 _BORROW_TOKENS = 32
 """Fewest tokens of a worker in a step for which borrowing cores pays."""
+_DOORS = 4
+"""Doors that are kept open: of the group that forms, and of attempts that were given up before they began."""
 _EXPERT_SHARE = 0.5
 """Share of the memory that is still free after that, for experts that arrive later from a worker that dies or leaves.
 """
@@ -105,6 +109,10 @@ class Worker:
         self._share = max(1, spec.num_threads)
         """Threads of a step if this worker borrows none."""
         self._prepared: dict[Epoch, _EpochState] = {}
+        self._meetings: dict[str, Meeting] = {}
+        """Doors that were opened and not used yet, by their tokens, the oldest first."""
+        self._joining: dict[Epoch, Meeting] = {}
+        """Those of groups that are being joined now."""
         self._epoch: _EpochState | None = None
         self._checkpoint: Checkpoint
         self._fit: Fit
@@ -260,8 +268,20 @@ class Worker:
 
     # --- Epochs -------------------------------------------------------------------------------------------------
 
+    def open_door(self, address: str) -> Endpoint:
+        """Where this worker waits for the others of a group that is to form. `address` is this node's. Raises OSError.
+
+        `prepare` uses the door up; of those that none uses, the newest are kept open.
+        """
+        meeting = Meeting(address)
+        self._meetings[meeting.endpoint.token] = meeting
+        while len(self._meetings) > _DOORS:
+            self._meetings.pop(next(iter(self._meetings))).close()
+        return meeting.endpoint
+
     def prepare(self, spec: EpochSpec) -> None:
-        """Prepare an epoch while the present one serves: check the experts and join the other workers. Blocks on peers.
+        """Prepare an epoch while the present one serves: check the experts and join the other workers. Blocks on peers
+        until it is abandoned.
 
         Raises PlacementError if an expert is not held on this worker, and StepAborted if a peer does not join.
         """
@@ -275,16 +295,28 @@ class Worker:
         if current is not None and current.spec.group == spec.group and current.rank == rank:
             exchange = current.exchange
         else:
-            exchange = join_exchange(
+            exchange = self._join(spec, rank)
+        dispatcher = make_dispatcher(spec.placement, rank, self._store, exchange, self._device)
+        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, exchange=exchange, dispatcher=dispatcher)
+
+    def _join(self, spec: EpochSpec, rank: int) -> Exchange:
+        meeting = self._meetings.pop(spec.doors[rank].token, None) if spec.doors else None
+        if spec.doors and meeting is None:
+            raise StepAborted(f"the door of {self.spec.worker} for epoch {spec.epoch} is closed")
+        if meeting is not None:
+            self._joining[spec.epoch] = meeting
+        try:
+            return join_exchange(
                 spec,
                 rank,
                 self._runner.layer_shapes,
                 native=self._fit.exchange_refusal() is None,
                 max_tokens=self.spec.max_num_batched_tokens,
                 timeout_s=self.spec.step_timeout_s,
+                meeting=meeting,
             )
-        dispatcher = make_dispatcher(spec.placement, rank, self._store, exchange, self._device)
-        self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, exchange=exchange, dispatcher=dispatcher)
+        finally:
+            self._joining.pop(spec.epoch, None)
 
     def _experts_of(self, spec: EpochSpec, layer: int) -> set[int]:
         return set(spec.placement.experts_of(self.spec.worker, layer)) - {EMPTY}
@@ -365,6 +397,9 @@ class Worker:
 
         Where a step runs that may compute what was copied, it is dropped as soon as that step has ended.
         """
+        joining = self._joining.get(epoch)
+        if joining is not None:
+            joining.give_up()
         state = self._prepared.pop(epoch, None)
         if state is not None and (self._epoch is None or state.exchange is not self._epoch.exchange):
             state.exchange.close()
@@ -549,6 +584,14 @@ class Worker:
     def routing_counts(self) -> RoutingCounts:
         """The routing counts since the last call."""
         return self._counter.take()
+
+    def link_gbps(self) -> dict[WorkerId, float]:
+        """Gigabits per second between this worker and others of its epoch, as measured when their group formed."""
+        current = self._epoch
+        if current is None or not isinstance(current.exchange, TcpTransport):
+            return {}
+        workers = current.spec.placement.workers
+        return {workers[rank].id: gbps for rank, gbps in current.exchange.gbps.items()}
 
     def held(self) -> tuple[tuple[int, ...], ...]:
         """[L] logical experts in the device beside the cache area."""

@@ -125,8 +125,10 @@ def build_mapping_model(problem: PlacementProblem, flows: FloatArray, start: Int
             model.x[0, k, w].fix(float(start[0, k] == w))
     _stay_on_worker(model)
     _stay_on_node(model, problem.node_of, nodes)
-    total = float(flows.sum()) * (port_price(problem) + (uplink_price(problem) if nodes > 1 else 0.0))
-    price = [port_price(problem) / total, uplink_price(problem) / total if nodes > 1 else 0.0]
+    # MOETuner's model has one bandwidth for each kind of link
+    port, uplink = float(np.median(port_price(problem))), float(np.median(uplink_price(problem)))
+    total = float(flows.sum()) * (port + (uplink if nodes > 1 else 0.0))
+    price = [port / total, uplink / total if nodes > 1 else 0.0]
     model.objective = pyo.Objective(
         expr=1.0
         - sum(

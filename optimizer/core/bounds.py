@@ -61,20 +61,20 @@ def home_bound(problem: PlacementProblem) -> FloatArray:
     first = problem.loads.sum(axis=1) - _saved_by_replicas(problem)
     together = np.array([most_together(pairs, _sizes(problem), _spare(problem) == 0) for pairs in problem.pairs])
     arrive = first**2 / np.maximum(first + together, 1e-300)
-    seconds = arrive / width * (1 - 1 / width) * port_price(problem)
+    # the busiest link has least to do where all links are equally busy
+    seconds = arrive * (1 - 1 / width) / (1 / port_price(problem)).sum()
     if problem.node_of.max() > 0:
         size = node_membership(problem).sum(axis=0) / width
-        seconds = np.maximum(seconds, arrive / (1 / (1 - size)).sum() * uplink_price(problem))
+        seconds = np.maximum(seconds, arrive / (1 / ((1 - size) * uplink_price(problem))).sum())
     return np.asarray(2 * seconds * problem.scale)
 
 
 def follow_bound(problem: PlacementProblem) -> FloatArray:
     """[L-1] least seconds of traffic where tokens stay at their expert (`follow`)."""
-    width = len(problem.workers)
-    seconds = _leaving(problem, _sizes(problem)) / width * port_price(problem)
+    seconds = _leaving(problem, _sizes(problem)) / (1 / port_price(problem)).sum()
     if problem.node_of.max() > 0:
         room = np.asarray(_sizes(problem) @ node_membership(problem))
-        seconds = np.maximum(seconds, _leaving(problem, room) / len(room) * uplink_price(problem))
+        seconds = np.maximum(seconds, _leaving(problem, room) / (1 / uplink_price(problem)).sum())
     return np.asarray(seconds * problem.scale[:-1])
 
 

@@ -37,16 +37,15 @@ def lined_up(problem: PlacementProblem, table: IntArray) -> IntArray:
 
 
 def interchangeable(problem: PlacementProblem) -> FloatArray:
-    """[W, W] 1 where two workers have the same slots, speed and memory: each can take the experts of the other."""
+    """[W, W] 1 where two workers have the same slots, speed, memory and port: each can take the other's experts."""
     memories = [problem.memory.index(memory) for memory in problem.memory] or [0] * len(problem.workers)
-    kind = np.array(
-        [[w.slots, speed, memory] for w, speed, memory in zip(problem.workers, problem.speed, memories, strict=True)]
-    )
+    slots = [worker.slots for worker in problem.workers]
+    kind = np.column_stack([slots, problem.speed, memories, port_price(problem)])
     return np.asarray((kind[:, None, :] == kind[None, :, :]).all(axis=2).astype(np.float64))
 
 
 def kept(problem: PlacementProblem) -> FloatArray:
     """[W, W] seconds that one token saves where it goes from worker v to w and not to another node."""
     member = node_membership(problem)
-    near = (member @ member.T) * (uplink_price(problem) if member.shape[1] > 1 else 0.0)
-    return np.asarray(near + np.eye(len(problem.workers)) * port_price(problem))
+    near = (member * uplink_price(problem)) @ member.T * float(member.shape[1] > 1)
+    return np.asarray(near + np.diag(port_price(problem)))

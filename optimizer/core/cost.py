@@ -20,10 +20,10 @@ that of the next layer,
   risk       sum_l  token_expert_s * caution * mean_w (var_w / speed_w^2) / (sum_e load_e / sum_w speed_w), in tokens:
              var_w = sum_{e,f} V[e,f] x[e,w] x[f,w], V the covariance of loads between windows: workers whose experts
              rise together are the ones that will be late.
-  affinity   `affinity` times the price of the transitions that change worker, both ways through an average port:
+  affinity   `affinity` times the price of the transitions that change worker, both ways through the median port:
              2 token_bytes / worker bandwidth * sum_{v != w} F[v,w] / W. Traffic sees the busiest link, this all.
-  migration  expert_bytes * copies / worker bandwidth / horizon_steps; a copy is an expert that a worker did not hold,
-             or not in its device
+  migration  expert_bytes * copies / the median port's bandwidth / horizon_steps; a copy is an expert that a worker
+             did not hold, or not in its device
   stall      sum_l  max(0, G_l - compute_l), G_l the time in which the slowest worker fetches what does not lie in its
              device (optimizer.core.tiering); 0 where every expert fits
 
@@ -181,13 +181,13 @@ def home_traffic(problem: PlacementProblem, n: FloatArray) -> FloatArray:
     """[...] seconds of the busiest link for arrivals n [..., W], both ways."""
     width = len(problem.workers)
     total = n.sum(axis=-1, keepdims=True)
-    port = np.maximum(n * (1 - 1 / width), (total - n) / width).max(axis=-1) * port_price(problem)
+    port = (np.maximum(n * (1 - 1 / width), (total - n) / width) * port_price(problem)).max(axis=-1)
     if problem.node_of.max() > 0:
         member = node_membership(problem)
         size = member.sum(axis=0) / width
         inside = n @ member
-        uplink = np.maximum(inside * (1 - size), (total - inside) * size).max(axis=-1)
-        port = np.maximum(port, uplink * uplink_price(problem))
+        uplink = (np.maximum(inside * (1 - size), (total - inside) * size) * uplink_price(problem)).max(axis=-1)
+        port = np.maximum(port, uplink)
     return np.asarray(2 * port)
 
 
@@ -198,17 +198,17 @@ def flow_between_workers(problem: PlacementProblem, x: FloatArray) -> FloatArray
 
 def follow_traffic(problem: PlacementProblem, flow: FloatArray) -> FloatArray:
     """[...] seconds of the busiest link for flows [..., W, W]."""
-    port = _busiest_side(flow) * port_price(problem)
+    port = _busiest_side(flow, port_price(problem))
     if problem.node_of.max() > 0:
         member = node_membership(problem)
-        port = np.maximum(port, _busiest_side(member.T @ flow @ member) * uplink_price(problem))
+        port = np.maximum(port, _busiest_side(member.T @ flow @ member, uplink_price(problem)))
     return np.asarray(port)
 
 
-def _busiest_side(flow: FloatArray) -> FloatArray:
+def _busiest_side(flow: FloatArray, price: FloatArray) -> FloatArray:
     stays = np.diagonal(flow, axis1=-2, axis2=-1)
-    out = (flow.sum(axis=-1) - stays).max(axis=-1)
-    into = (flow.sum(axis=-2) - stays).max(axis=-1)
+    out = ((flow.sum(axis=-1) - stays) * price).max(axis=-1)
+    into = ((flow.sum(axis=-2) - stays) * price).max(axis=-1)
     return np.asarray(np.maximum(out, into))
 
 
@@ -240,24 +240,27 @@ def node_membership(problem: PlacementProblem) -> FloatArray:
     return np.asarray(np.eye(int(problem.node_of.max()) + 1)[problem.node_of])
 
 
-def port_price(problem: PlacementProblem) -> float:
-    """Seconds that one token takes on a worker's port."""
-    return problem.token_bytes * BITS / (problem.links.worker_gbps * GIGA)
+def port_price(problem: PlacementProblem) -> FloatArray:
+    """[W] seconds that one token takes on each worker's port."""
+    gbps = problem.links.ports_gbps or (problem.links.worker_gbps,) * len(problem.workers)
+    return np.asarray(problem.token_bytes * BITS / (np.array(gbps) * GIGA))
 
 
-def uplink_price(problem: PlacementProblem) -> float:
-    """Seconds that one token takes on a node's uplink."""
-    return problem.token_bytes * BITS / (problem.links.node_gbps * GIGA)
+def uplink_price(problem: PlacementProblem) -> FloatArray:
+    """[N] seconds that one token takes on each node's uplink."""
+    gbps = problem.links.uplinks_gbps or (problem.links.node_gbps,) * (int(problem.node_of.max()) + 1)
+    return np.asarray(problem.token_bytes * BITS / (np.array(gbps) * GIGA))
 
 
 def affinity_price(problem: PlacementProblem) -> float:
-    """Seconds that are charged for one transition that changes worker."""
-    return 2 * problem.affinity * port_price(problem) / len(problem.workers)
+    """Seconds that are charged for one transition that changes worker, through the median port."""
+    return 2 * problem.affinity * float(np.median(port_price(problem))) / len(problem.workers)
 
 
 def move_price(problem: PlacementProblem) -> float:
-    """Seconds per step that one copy of an expert costs, spread over the horizon."""
-    return problem.expert_bytes * BITS / (problem.links.worker_gbps * GIGA) / problem.horizon_steps
+    """Seconds per step that one copy of an expert costs through the median port, spread over the horizon."""
+    per_byte = float(np.median(port_price(problem))) / problem.token_bytes
+    return problem.expert_bytes * per_byte / problem.horizon_steps
 
 
 def held_before(problem: PlacementProblem) -> FloatArray | None:

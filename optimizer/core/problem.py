@@ -41,6 +41,11 @@ class Links:
     """Bandwidth of a worker's port, which carries all that enters or leaves the worker."""
     node_gbps: float = 3200.0
     """Bandwidth of a node's uplink, which its workers share and which carries all that enters or leaves the node."""
+    ports_gbps: tuple[float, ...] = ()
+    """[W] bandwidth of each worker's port; empty where all have `worker_gbps`."""
+    uplinks_gbps: tuple[float, ...] = ()
+    """[N] bandwidth of each node's uplink, in the order of `PlacementProblem.node_of`; empty where all have
+    `node_gbps`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

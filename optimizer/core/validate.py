@@ -103,6 +103,13 @@ def _check_numbers(problem: PlacementProblem, experts: int) -> None:
         value = getattr(problem.links, name)
         if not 0 < value < np.inf:
             raise PlacementError(f"links.{name}: expected a positive number, got {value!r}")
+    wanted = {"ports_gbps": len(problem.workers), "uplinks_gbps": len({worker.node for worker in problem.workers})}
+    for name, count in wanted.items():
+        values = getattr(problem.links, name)
+        if values and len(values) != count:
+            raise PlacementError(f"links.{name}: expected {count} numbers, got {len(values)}")
+        if not all(0 < value < np.inf for value in values):
+            raise PlacementError(f"links.{name}: expected positive numbers, got {values!r}")
 
 
 def _check_workers(workers: tuple[Worker, ...], speeds: tuple[float, ...], experts: int) -> None:

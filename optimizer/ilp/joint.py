@@ -112,9 +112,10 @@ class JointModel:
             sum(float(problem.loads[0, e] / r) * model.u[0, k, w] for k, (e, r) in enumerate(self.modes))
             for w in model.w
         ]
+        port = port_price(problem)
         for w, (one, other) in enumerate(itertools.pairwise(problem.workers)):
             alike = (one.slots, one.node, problem.speed[w]) == (other.slots, other.node, problem.speed[w + 1])
-            if alike and len(set(problem.memory[w : w + 2])) < 2:
+            if alike and port[w] == port[w + 1] and len(set(problem.memory[w : w + 2])) < 2:
                 model.order.add(loads[w] >= loads[w + 1])
 
     def _products(self) -> None:
@@ -233,8 +234,7 @@ class JointModel:
             for slope in FIRST_TANGENTS:
                 self.add_tangent(layer, w, slope)
         width = len(problem.workers)
-        groups = [([w], port_price(problem)) for w in range(width)]
-        groups += [(ranks, uplink_price(problem)) for ranks in _node_ranks(problem)]
+        groups = _links(problem)
         for layer, (ranks, price) in itertools.product(model.layers, groups):
             size = len(ranks) / width
             into = sum(model.arrive[layer, w] for w in ranks) * (1 - size)
@@ -264,8 +264,7 @@ class JointModel:
     def _follow_links(self) -> None:
         """The seconds of every port and uplink, each way, <= link[l], for the flow between l and l + 1."""
         model, problem = self.model, self.problem
-        groups = [([w], port_price(problem)) for w in range(len(problem.workers))]
-        groups += [(ranks, uplink_price(problem)) for ranks in _node_ranks(problem)]
+        groups = _links(problem)
         for layer, (ranks, price) in itertools.product(range(problem.num_layers - 1), groups):
             unit = float(MICRO * price * problem.scale[layer] / problem.top_k)
             stay = self._flow(layer, [(v, w) for v, w in self._near if v in ranks and w in ranks])
@@ -411,6 +410,13 @@ def _near_pairs(problem: PlacementProblem) -> list[tuple[int, int]]:
     if problem.semantics is Semantics.HOME or node.max() == 0:
         return [(w, w) for w in range(width)]
     return [(v, w) for v in range(width) for w in range(width) if node[v] == node[w]]
+
+
+def _links(problem: PlacementProblem) -> list[tuple[list[int], float]]:
+    """The ranks behind every port and every uplink, with the seconds that one token takes on it."""
+    ports = [([w], float(price)) for w, price in enumerate(port_price(problem))]
+    # for a single node there are fewer groups than prices
+    return [*ports, *zip(_node_ranks(problem), uplink_price(problem).tolist(), strict=False)]
 
 
 def _node_ranks(problem: PlacementProblem) -> list[list[int]]:

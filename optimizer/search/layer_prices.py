@@ -181,12 +181,14 @@ class LayerPricer:
         away, across = flow * self._apart, flow * self._far
         ports = [away.sum(axis=1) * port_price(problem), away.sum(axis=0) * port_price(problem)]
         uplinks = [
-            self._member.T @ across.sum(axis=1) * uplink_price(problem),
-            self._member.T @ across.sum(axis=0) * uplink_price(problem),
+            (self._member.T @ across.sum(axis=1)) * uplink_price(problem),
+            (self._member.T @ across.sum(axis=0)) * uplink_price(problem),
         ]
         port_out, port_in, up_out, up_in = _norm_slopes([*ports, *uplinks], 2**link_power)
-        toll = affinity + self._apart * (port_out[:, None] + port_in[None, :]) * port_price(problem)
-        toll += self._far * ((self._member @ up_out)[:, None] + (self._member @ up_in)[None, :]) * uplink_price(problem)
+        port, uplink = port_price(problem), uplink_price(problem)
+        toll = affinity + self._apart * ((port_out * port)[:, None] + (port_in * port)[None, :])
+        up_out, up_in = self._member @ (up_out * uplink), self._member @ (up_in * uplink)
+        toll += self._far * (up_out[:, None] + up_in[None, :])
         return np.asarray(toll)
 
 
@@ -207,8 +209,8 @@ def _arrival_prices(problem: PlacementProblem) -> tuple[FloatArray, FloatArray]:
     width = len(problem.workers)
     if problem.semantics is Semantics.FOLLOW or width == 1:
         return np.zeros(width), np.zeros(width)
-    port = np.full(width, 2 * (1 - 1 / width) * port_price(problem))
+    port = np.asarray(2 * (1 - 1 / width) * port_price(problem))
     if problem.node_of.max() == 0:
         return port, np.zeros(width)
     size = node_membership(problem).sum(axis=0) / width
-    return port, np.asarray(2 * uplink_price(problem) * (1 - size)[problem.node_of])
+    return port, np.asarray((2 * uplink_price(problem) * (1 - size))[problem.node_of])

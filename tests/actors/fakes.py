@@ -101,7 +101,7 @@ class FakeWorker:
     def load_progress(self) -> float:
         return 0.5
 
-    @in_group("io")
+    @in_group("joins")
     def prepare(self, spec: EpochSpec) -> None:
         self._delay("prepare")
         if not self._placed(spec) <= self._held:
@@ -147,6 +147,10 @@ class FakeWorker:
         )
 
     @in_group("io")
+    def link_gbps(self) -> dict[WorkerId, float]:
+        return {}
+
+    @in_group("io")
     def ping(self) -> None: ...
 
     @in_group("io")
@@ -183,6 +187,8 @@ class FakeEngine:
         return 0
 
     async def drain(self, workers: tuple[WorkerId, ...]) -> None: ...
+
+    async def reach(self, endpoints: dict[WorkerId, Endpoint]) -> None: ...
 
     async def stay(self) -> None:
         await asyncio.Event().wait()

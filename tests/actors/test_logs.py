@@ -69,7 +69,10 @@ def test_records_in_json(untouched: None, tmp_path: Path) -> None:
     file = tmp_path / "log"
     set_up("api", LogSettings(file=str(file), json=True, level="warning"))
     log_everything()
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    logging.getLogger("elastic_moe.deploy.x").error("it ended", extra={"request_id": "cmpl-1-0", "other": 1})
+    *records, about = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (about["request_id"], about["message"]) == ("cmpl-1-0", "it ended")
+    assert not about.keys() & {"other", "operation_id"}
     assert [record["level"] for record in records] == ["ERROR", "WARNING", "CRITICAL"]
     assert {record["process"] for record in records} == {"api"}
     assert "in fail" in records[0]["traceback"]

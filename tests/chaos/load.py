@@ -240,19 +240,30 @@ class Load:
         body = {"model": MODEL, "prompt": PROMPTS[prompt], "max_tokens": tokens, "temperature": 0, "stream": stream}
         body |= {"return_token_ids": True, "structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}
         ids: list[int] = []
-        text, reason = "", None
+        text, reason, last = "", None, 0.0
         with client.stream("POST", "/v1/completions", json=body) as response:
-            if stream and response.status_code == 200:
-                lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
-            else:
-                lines = [response.read().decode()]
-        for answer in map(json.loads, lines):
-            text += _text(answer)
-            ids += answer["choices"][0].get("token_ids") or []
-            reason = answer["choices"][0]["finish_reason"] or reason
+            streamed = stream and response.status_code == 200
+            for line in response.iter_lines() if streamed else [response.read().decode()]:
+                if streamed and not line.startswith("data: {"):
+                    continue
+                answer = json.loads(line.removeprefix("data: "))
+                text += _text(answer)
+                new = answer["choices"][0].get("token_ids") or []
+                ids += new
+                reason = answer["choices"][0]["finish_reason"] or reason
+                if streamed and new:
+                    last = self._stamp(len(new), last)
         if reason == "stop":
             jsonschema.validate(json.loads(text), SCHEMA)
         return ids
+
+    def _stamp(self, tokens: int, last: float) -> float:
+        """Note that a stream got `tokens` tokens, and return when. `last`: when it got the ones before, or 0."""
+        now = time.monotonic()
+        self._stamps.extend([now] * tokens)
+        if last:
+            self._gaps.append((now, now - last))
+        return now
 
     def _read_stream(self, response: httpx.Response, tokens: int) -> str:
         text, last, count = "", 0.0, 0
@@ -265,12 +276,8 @@ class Load:
             new = len(scored["tokens"]) if scored else 0
             if not new:
                 continue
-            now = time.monotonic()
             count += new
-            self._stamps.extend([now] * new)
-            if last:
-                self._gaps.append((now, now - last))
-            last = now
+            last = self._stamp(new, last)
         if count != tokens:
             raise ValueError(f"{count} of {tokens} tokens came")
         return text

@@ -68,6 +68,8 @@ class SimulatedWorker:
 
     held: np.ndarray
     alive: bool = True
+    apart: bool = False
+    """It answers the coordinator, and no other worker reaches it."""
     loaded: np.ndarray = field(init=False)
     """What it held when it had loaded."""
     placed: np.ndarray | None = None
@@ -237,7 +239,8 @@ class Simulation:
                 missing = needs(command.spec.placement, worker) & ~simulated.held
                 assert not missing.any(), f"{worker} was told to prepare what it does not hold"
                 simulated.prepared[command.spec.epoch] = command.spec
-        if fault or not all(self.workers[w].alive for w in members):
+        apart = command.forms_group and len(members) > 1 and any(self.workers[w].apart for w in members)
+        if fault or apart or not all(self.workers[w].alive for w in members):
             self._find_lost(members)
             self.feed(PrepareFailed(epoch=command.spec.epoch, reason="a peer did not come"))
         else:

@@ -204,6 +204,7 @@ class FakeBackend:
             offset=offset,
             token_ids=tokens,
             cached_tokens=self.cached_tokens,
+            queued_s=None if offset or not tokens else 0.125,
             logprobs=logprobs,
             finish_reason=reason,
             error=error,

@@ -48,7 +48,7 @@ def test_a_node_dies_and_another_comes(cluster: Any, checkpoint: Path, reference
     try:
         server.wait("readiness", server.ready, READY_S)
         places = {worker["id"]: worker["node"] for worker in members(server)}
-        assert len(set(places.values())) == 2, "a worker on each node, so tokens travel by gloo"
+        assert len(set(places.values())) == 2, "a worker on each node, so tokens travel by TCP"
         expected = reference.text(reference.greedy(PROMPT, 400))
 
         streams = [Stream(server, 400) for _ in places]

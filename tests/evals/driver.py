@@ -44,11 +44,12 @@ class Way:
 
     name: str
     arguments: str
+    batch_size: int = 1
 
 
 WAYS = (
     Way(name="token ids", arguments="tokenizer_backend=huggingface,num_concurrent=4"),
-    Way(name="batches", arguments="tokenizer_backend=huggingface,batch_size=3"),
+    Way(name="batches", arguments="tokenizer_backend=huggingface", batch_size=3),
     Way(name="the server's tokenizer, text", arguments="tokenizer_backend=remote,tokenized_requests=False"),
 )
 
@@ -65,15 +66,16 @@ def environment() -> Path:
     return python
 
 
-def evaluate(python: Path, model: str, arguments: str, tasks: Path, out: Path) -> dict[str, list[Sample]]:
+def evaluate(
+    python: Path, model: str, arguments: str, tasks: Path, out: Path, batch_size: int = 1
+) -> dict[str, list[Sample]]:
     """Run every task. Returns its samples, in the order of the documents."""
     command = [
         *(str(python), "-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", ",".join(TASKS)),
-        *("--include_path", str(tasks), "--output_path", str(out), "--log_samples", "--batch_size", "1"),
+        *("--include_path", str(tasks), "--output_path", str(out), "--log_samples"),
+        *("--batch_size", str(batch_size)),
     ]
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1") | {"HF_HOME": str(out)}
-    if "batch_size" in arguments:
-        command = command[:-2]
     subprocess.run(command, check=True, env=os.environ | offline, cwd=out, stdout=subprocess.DEVNULL)
     found: dict[str, list[Sample]] = {}
     for task in TASKS:
@@ -138,7 +140,8 @@ def run(model: str, out: Path) -> int:
             tokens = f"tokenizer={model}," if "huggingface" in way.arguments else ""
             where = f"model={SERVED},base_url={server.url}/v1/completions,max_length={MAX_LENGTH}"
             arguments = f"{where},{tokens}{way.arguments}"
-            found = evaluate(python, "local-completions", arguments, tasks, _made(out / f"way{number}"))
+            made = _made(out / f"way{number}")
+            found = evaluate(python, "local-completions", arguments, tasks, made, way.batch_size)
             for task in TASKS:
                 worst, faults = differences(found[task], reference[task], divisors[task])
                 failed |= bool(faults)

@@ -32,8 +32,10 @@ HOME = Path(__file__).parents[2] / "build" / "schemathesis"
 PACKAGE = "schemathesis==4.32.5"
 CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance"),
-    *("response_headers_conformance", "response_schema_conformance", "unsupported_method"),
+    *("response_headers_conformance", "response_schema_conformance"),
 )
+UNSUPPORTED = "unsupported_method"
+"""A check that expects 405. It fits where no key is asked for: without one, any method gets 401."""
 ENDLESS = "/admin/events"
 """The path whose answer does not end."""
 
@@ -46,9 +48,9 @@ def command() -> Path:
     return HOME / "bin" / "schemathesis"
 
 
-def check(url: str, examples: int) -> int:
+def check(url: str, examples: int, checks: Sequence[str]) -> int:
     arguments = [
-        *("run", f"{url}/openapi.json", "--checks", ",".join(CHECKS), "--exclude-path", ENDLESS),
+        *("run", f"{url}/openapi.json", "--checks", ",".join(checks), "--exclude-path", ENDLESS),
         *("--max-examples", str(examples), "--request-timeout", "30", "--workers", "2", "--seed", "1"),
     ]
     return subprocess.run([command(), *arguments], check=False).returncode
@@ -80,13 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         print("over the fake backend", flush=True)
         with faked(Path(temporary) / "tiny-moe") as url:
-            failed = check(url, given.examples)
+            failed = check(url, given.examples, [*CHECKS, UNSUPPORTED])
         print("over a real server", flush=True)
         flags = ["--workers", "2", "--rebalance-interval", "0", "--no-standby", "--admin-api-key", "unknown"]
         server = start(flags, Path(temporary) / "server.log")
         try:
             server.wait("readiness", server.ready, READY_S)
-            return check(server.url, given.examples) or failed
+            return check(server.url, given.examples, CHECKS) or failed
         finally:
             kill_family(server)
 

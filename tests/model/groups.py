@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, WorkerId, contiguous
+from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
-from elastic_moe.model.exchange.transports import CollectiveTransport, LocalTransport, Transport, open_store
+from elastic_moe.model.exchange.tcp import TcpTransport
+from elastic_moe.model.exchange.transports import LocalTransport, Transport
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
 
@@ -38,7 +40,7 @@ def run_group(size: int, function: Callable[[int], R]) -> list[R]:
 
 
 def make_transports(kind: str, size: int, *, max_bytes: int = 1 << 20, timeout_s: float = 20.0) -> list[Transport]:
-    """One per rank, joined. `kind`: local, shm or gloo."""
+    """One per rank, joined. `kind`: local, shm or tcp."""
     group = f"emoe-test-{uuid.uuid4().hex[:8]}"
     if kind == "local":
         return [LocalTransport()]
@@ -49,15 +51,19 @@ def make_transports(kind: str, size: int, *, max_bytes: int = 1 << 20, timeout_s
                 group=group, rank=rank, size=size, max_bytes=max_bytes, timeout_s=timeout_s
             ),
         )
-    store = open_store("127.0.0.1")
-    made = run_group(
-        size,
-        lambda rank: CollectiveTransport(
-            "gloo", rendezvous=f"127.0.0.1:{store.port}", group=group, rank=rank, size=size, timeout_s=timeout_s
-        ),
-    )
-    made[0].keep_store_alive = store  # type: ignore[attr-defined]
-    return list(made)
+    return list(join_by_tcp(size, timeout_s))
+
+
+def join_by_tcp(size: int, timeout_s: float = 20.0) -> list[TcpTransport]:
+    """One per rank, joined."""
+    meetings = [Meeting("127.0.0.1") for _ in range(size)]
+    doors, names = [meeting.endpoint for meeting in meetings], [f"w{rank}" for rank in range(size)]
+
+    def join(rank: int) -> TcpTransport:
+        connections = meetings[rank].join(rank, doors, names, timeout_s)
+        return TcpTransport(rank=rank, connections=connections, names=names, timeout_s=timeout_s)
+
+    return run_group(size, join)
 
 
 class ToyExperts(nn.Module):

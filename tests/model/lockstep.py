@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from torch.distributed import TCPStore
 
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster import placement as placements
@@ -65,13 +64,12 @@ class Lockstep:
         cache_dir: Path | None = None,
         policy: str = "lfru",
     ) -> None:
-        """`depth`: steps in flight. `transport` of several workers: shm, or gloo, which workers of one GPU need.
+        """`depth`: steps in flight. `transport` of several workers: shm, or tcp, which workers of one GPU need.
 
         `pinned`: experts of a layer that a worker keeps in memory. The others lie on the disk, with their records in
         `cache_dir`, and memory for `cache_slots` experts of each layer is their cache area.
         """
         self.transport = "local" if len(slots) == 1 else transport
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if transport == "gloo" else None
         self.info = open_checkpoint(path).info
         members = make_workers(*slots)
         self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
@@ -109,6 +107,8 @@ class Lockstep:
         self.threads = {worker: ThreadPoolExecutor(1) for worker in self.workers}
         self.flights: deque[dict[WorkerId, Future[StepResult]]] = deque()
         self.landed: list[TokenOutput] = []
+        meets = [worker.open_door("127.0.0.1") for worker in self.workers.values() if self.transport == "tcp"]
+        self.doors = tuple(meets)
         self._flip(self.placement)
         self.scheduler = Scheduler(
             blocks,
@@ -126,7 +126,8 @@ class Lockstep:
             placement=placement,
             group=self.group,
             transport=self.transport,
-            rendezvous="" if self.store is None else f"127.0.0.1:{self.store.port}",
+            rendezvous="",
+            doors=self.doors,
         )
         list(self.pool.map(lambda w: w.prepare(spec), self.workers.values()))
         for worker in self.workers.values():

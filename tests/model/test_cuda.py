@@ -15,19 +15,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from elastic_moe.cluster.placement import contiguous
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.exchange.dispatch import TransportDispatcher
-from elastic_moe.model.exchange.transports import CollectiveTransport
+from elastic_moe.model.exchange.transports import NcclTransport
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
+from elastic_moe.model.sampling.sampling import sample
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.sampling import sample
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
+from tests.model.sampling.test_sampling import state
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
-from tests.model.worker.test_sampling import state
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")
@@ -52,7 +52,7 @@ def test_greedy_tokens_of_one_worker(family: str, tmp_path_factory: pytest.TempP
 
 def test_workers_that_share_a_gpu_across_replacements(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tiny_checkpoint("gpt_oss", tmp_path_factory)
-    cluster = Lockstep(path, [4, 4], device="cuda", transport="gloo")
+    cluster = Lockstep(path, [4, 4], device="cuda", transport="tcp")
     text = prompts(path)[3]
     cluster.scheduler.add(request("one", text, max_tokens=NEW_TOKENS))
     tokens: list[int] = []
@@ -157,9 +157,7 @@ def _nccl_rank(rank: int, size: int, port: int, out: Any) -> None:
     torch.cuda.set_device(rank)
     module = ToyExperts(6, 64, 32, 0).to("cuda")
     placement = contiguous(1, 6, workers(*[6 // size] * size))
-    transport = CollectiveTransport(
-        "nccl", rendezvous=f"127.0.0.1:{port}", group="nccl", rank=rank, size=size, timeout_s=60
-    )
+    transport = NcclTransport(rendezvous=f"127.0.0.1:{port}", group="nccl", rank=rank, size=size, timeout_s=60)
     device = torch.device("cuda", rank)
     store = ExpertStore([layer_experts(module)])
     for expert in placement.experts_of(placement.workers[rank].id, 0):

@@ -1,4 +1,4 @@
-"""Runs the code for GPUs on CPU in float32 (stacked experts, FlashAttention's interface, gloo). Tokens are
+"""Runs the code for GPUs on CPU in float32 (stacked experts, FlashAttention's interface, TCP). Tokens are
 transformers'.
 """
 
@@ -9,7 +9,7 @@ from torch.nn.attention import varlen
 
 import elastic_moe.model.fitting.fit
 from elastic_moe.cluster.errors import StepAborted
-from elastic_moe.model.exchange.transports import CollectiveTransport
+from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.trunk.flash import try_variants
 from tests.model.families import tiny_checkpoint
@@ -29,7 +29,7 @@ def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("family", ["qwen3_moe-mixed", "gpt_oss", "deepseek_v3"])
 def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tiny_checkpoint(family, tmp_path_factory)
-    cluster = Lockstep(path, [4, 4], transport="gloo")
+    cluster = Lockstep(path, [4, 4], transport="tcp")
     assert cluster.workers_runner()._cache is not None
     assert cluster.workers_runner()._cache.path.varlen is not None
     texts = prompts(path)
@@ -52,17 +52,17 @@ def test_a_step_whose_exchanges_came_to_nothing_counts_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device, an aborted step runs to its end with wrong numbers before the CPU notices the abort."""
-    cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4], transport="gloo", depth=1)
+    cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4], transport="tcp", depth=1)
     cluster.scheduler.add(request("one", [5, 6, 7], max_tokens=20))
     for _ in range(4):
         cluster.step()
     [state] = [s.state for worker in cluster.workers.values() for s in worker._sequences.values()]
     before = list(state.token_ids)
 
-    def check(self: CollectiveTransport) -> None:
+    def check(self: TcpTransport) -> None:
         raise StepAborted("aborted")
 
-    monkeypatch.setattr(CollectiveTransport, "check", check)
+    monkeypatch.setattr(TcpTransport, "check", check)
     with pytest.raises(StepAborted):
         cluster.step()
     assert state.token_ids == before

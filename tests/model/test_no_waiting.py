@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import elastic_moe.model.fitting.fit
-import elastic_moe.model.worker.sampling
+import elastic_moe.model.sampling.sampling
 from elastic_moe.cluster.placement import Placement, contiguous
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
@@ -21,13 +21,13 @@ from elastic_moe.model.exchange.dispatch import Dispatcher, TransportDispatcher
 from elastic_moe.model.exchange.transports import LocalTransport
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import fit
+from elastic_moe.model.sampling.sampling import sample
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.flash import VarlenVariant
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.sampling import sample
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.groups import workers
-from tests.model.worker.test_sampling import state
+from tests.model.sampling.test_sampling import state
 
 META = torch.device("meta")
 WAIT = {"phimoe-longrope": "which factors to take is a question of transformers' own to the positions"}
@@ -108,7 +108,7 @@ def test_sampling_asks_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     # what it would fetch: a token of each row, and for two rows ids and numbers of the chosen and the likely tokens
     fetched: list[int] = []
     monkeypatch.setattr(
-        elastic_moe.model.worker.sampling,
+        elastic_moe.model.sampling.sampling,
         "_fetch",
         lambda tokens, tables: fetched.extend([len(tokens), *(t.numel() for _, t in tables)]),
     )

@@ -22,7 +22,7 @@ from elastic_moe.optimizer.core.assignment import assign
 from elastic_moe.optimizer.core.chaining import chained, kept, lined_up
 from elastic_moe.optimizer.core.contract import Budget
 from elastic_moe.optimizer.core.cost import load_imbalance, price_table, shares
-from elastic_moe.optimizer.core.problem import PlacementProblem, Semantics
+from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.table import to_placement
 from elastic_moe.optimizer.search import local_search
 from elastic_moe.optimizer.search.local_search import local_search_plan
@@ -87,6 +87,17 @@ def test_anticorrelation_keeps_apart_what_peaks_together() -> None:
         {frozenset({0, 2}), frozenset({1, 3})},
         {frozenset({0, 3}), frozenset({1, 2})},
     )
+
+
+def test_a_plan_moves_traffic_off_a_slow_link() -> None:
+    """One of three nodes has a slow uplink. With room for replicas, its tokens find what they need at home."""
+    fields = {"experts": 6, "workers": 3, "nodes": 3, "slots": (4, 4, 4), "covariance": False, "affinity": 0.0}
+    slow = Links(uplinks_gbps=(1.0, 1.0, 0.01), ports_gbps=(1.0, 1.0, 0.01))
+    problem = tiny(5, links=slow, **fields)
+    blind = plan(tiny(5, **fields), planner="local_search", deadline_s=5)
+    seeing = plan(problem, planner="local_search", deadline_s=5)
+    before = price_table(problem, blind.placement.physical_to_logical_map).traffic_s
+    assert seeing.cost.traffic_s < 0.9 * before
 
 
 def test_round_robin_and_random_fill_uneven_workers() -> None:

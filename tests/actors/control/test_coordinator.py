@@ -428,8 +428,7 @@ def test_a_restarted_coordinator_goes_on_with_what_is_there(tmp_path: Path, dead
     async def story() -> None:
         async with running(tmp_path) as (first, fleet):
             await ready(first)
-            for task in first._tasks:
-                task.cancel()
+            first._background.cancel()
             for name in dead:
                 (fleet.engines[0] if name == "engine" else fleet.workers[WorkerId(name)]).dead = True
             fleet.resumes = True
@@ -468,8 +467,7 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
                 return change is not None and change.stage is Stage.PREPARING
 
             await until(preparing)
-            for task in first._tasks:
-                task.cancel()
+            first._background.cancel()
             fleet.workers[W1].before = None
             fleet.resumes = True
             second = Coordinator(fleet.config, str(tmp_path), fleet)
@@ -638,8 +636,7 @@ def test_a_restarted_coordinator_adopts_a_worker_that_still_loads(tmp_path: Path
             fleet.start_worker = start_worker  # type: ignore[method-assign]
             operation = await first.scale(3)
             await asyncio.sleep(0.1)
-            for task in first._tasks:
-                task.cancel()
+            first._background.cancel()
             fleet.resumes = True
             second = Coordinator(fleet.config, str(tmp_path), fleet)
             await asyncio.wait_for(second._opened.wait(), 5)

@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from elastic_moe.actors.control.planning import build_problem, memory_of_members
+from elastic_moe.actors.control.planning import build_problem, links_of, memory_of_members
+from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.facts.tiering import assign_tiers
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
 from elastic_moe.optimizer.core.cost import expected_fetches
 from elastic_moe.optimizer.core.estimate import estimate_coactivation
+from elastic_moe.optimizer.core.problem import Links
 from tests.actors.fakes import MODEL
 from tests.cluster.stories import facts_of, member
 
@@ -60,3 +62,15 @@ def test_planners_know_the_tiers_of_workers_and_misses_are_predicted() -> None:
     assert expected_fetches(fits, PLACEMENT).experts == 0.0
     without = facts_of([member(w) for w in ranks], ranks, model=TOLD)
     assert memory_of_members(without) == ()
+
+
+def test_planners_reckon_with_what_was_measured_or_set() -> None:
+    workers = [Worker(id=WorkerId(f"w{n}"), node=f"n{n}", slots=4) for n in range(2)]
+    measured = {WorkerId("w0"): {WorkerId("w1"): 0.1}}
+    usual = Links()
+    assert links_of(ServeConfig(), workers, {}) == usual
+    assert links_of(ServeConfig(), workers, measured) == Links(ports_gbps=(0.1, 0.1), uplinks_gbps=(0.1, 0.1))
+    one = links_of(ServeConfig(worker_gbps=10), workers, measured)
+    assert one == Links(worker_gbps=10.0, uplinks_gbps=(0.1, 0.1))
+    both = links_of(ServeConfig(worker_gbps=10, node_gbps=25), workers, measured)
+    assert both == Links(worker_gbps=10.0, node_gbps=25.0)

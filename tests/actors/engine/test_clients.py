@@ -8,12 +8,13 @@ import pytest
 
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.remote.codec import Message
-from elastic_moe.actors.remote.links import connect
+from elastic_moe.actors.remote.links import Link, connect
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
     FinishReason,
     GenerateRequest,
     Hello,
+    Outputs,
     RequestId,
     SamplingParams,
     Submit,
@@ -56,6 +57,36 @@ def test_first_tokens_are_counted_once_and_never_of_aborted_requests() -> None:
         clients.close()
 
     asyncio.run(work())
+
+
+def test_the_first_token_tells_how_long_the_request_waited_for_its_first_step() -> None:
+    async def work() -> list[TokenOutput]:
+        told: list[TokenOutput] = []
+        clients = Clients(Accepting(), submitted=lambda: None)
+
+        def received(_: Link, message: Message) -> None:
+            assert isinstance(message, Outputs)
+            told.extend(message.outputs)
+
+        link = await connect(await clients.listen("127.0.0.1"), received, lambda _: None)
+        await link.call(Hello(client_id="api"))
+        await link.call(Submit(requests=(request("a"), request("b"))))
+        await asyncio.sleep(0.02)
+        clients.began([RequestId("a"), RequestId("unknown")])
+        await asyncio.sleep(0.02)
+        # a request that has lost its worker is in a first step once more
+        clients.began([RequestId("a")])
+        clients.deliver([output("a", 0), output("b", 0)])
+        clients.deliver([output("a", 1)])
+        await link.call(Submit(requests=()))
+        link.close()
+        clients.close()
+        return told
+
+    first, other, second = asyncio.run(work())
+    assert first.queued_s is not None
+    assert first.queued_s >= 0.015
+    assert (other.queued_s, second.queued_s) == (None, None)
 
 
 @pytest.mark.parametrize(

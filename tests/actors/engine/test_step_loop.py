@@ -377,6 +377,34 @@ def test_a_worker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     run(["a", "b"], scenario)
 
 
+def test_a_worker_that_the_next_epoch_leaves_out_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cut off: its connection stays, and nothing comes."""
+    monkeypatch.setattr(step_loop, "SILENT_S", 0.05)
+    monkeypatch.setattr(step_loop, "ABORT_S", 600.0)
+    monkeypatch.setattr(step_deadline, "FLOOR_S", 0.2)
+    mended = threading.Event()
+
+    async def scenario(cluster: Cluster, client: Client) -> None:
+        silent = cluster.workers[WorkerId("b")]
+
+        def be_cut_off(plan: StepPlan) -> None:
+            if silent.steps == 5:
+                mended.wait(30)
+
+        silent.before = be_cut_off
+        await client.submit(request("r"))
+        await client.until(lambda: len(client.tokens[RequestId("r")]) >= 5)
+        while not cluster.late:
+            await asyncio.sleep(0.01)
+        await cluster.begin_epoch("a")
+        await client.finish(request("r"))
+
+    try:
+        run(["a", "b"], scenario)
+    finally:
+        mended.set()
+
+
 def test_a_stall_of_the_engine_is_not_blamed_on_a_worker() -> None:
     held, goes_on = threading.Event(), threading.Event()
 

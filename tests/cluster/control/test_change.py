@@ -239,7 +239,11 @@ def test_pauses_double_up_to_a_limit_and_are_forgotten() -> None:
     assert pauses[-1] == MAX_BACKOFF_S
     assert not alone.epochs.is_stable(STABLE_S - 0.1)
     assert alone.epochs.is_stable(STABLE_S)
-    alone.epochs.forgive()
+    alone.epochs.forgive(STABLE_S - 0.1)
+    alone.begin(OperationKind.REBALANCE, W1, W0)
+    alone.epochs.give_up("no", 0.0)
+    assert alone.epochs.retry_at == MAX_BACKOFF_S, "the last failure was less than STABLE_S ago"
+    alone.epochs.forgive(STABLE_S)
     alone.begin(OperationKind.REBALANCE, W1, W0)
     alone.epochs.give_up("no", 0.0)
     assert alone.epochs.retry_at == 0.2

@@ -85,4 +85,4 @@ def test_transport() -> None:
     cpu = [info(WorkerId("w0"), "n0"), info(WorkerId("w1"), "n0")]
     assert choose_transport(cpu[:1]) == "local"
     assert choose_transport(cpu) == "shm"
-    assert choose_transport([cpu[0], info(WorkerId("w1"), "n1")]) == "gloo"
+    assert choose_transport([cpu[0], info(WorkerId("w1"), "n1")]) == "tcp"

@@ -599,7 +599,7 @@ def test_admin_views(call: Call) -> None:
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
     fields = {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
-    assert set(worker) == fields | {"experts_served", "experts_resident"}
+    assert set(worker) == fields | {"experts_served", "experts_resident", "address", "link_gbps"}
     assert worker["fit"] == [
         {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
         {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
@@ -637,8 +637,8 @@ def test_metrics(model_dir: Path) -> None:
         f"vllm:kv_cache_usage_perc{labels} 0.25",
         f"vllm:num_preemptions_total{labels} 3.0",
         f"vllm:corrupted_requests_total{labels} 5.0",
-        f"emoe:prefix_cache_queries_total{labels} 40.0",
-        f"emoe:prefix_cache_hits_total{labels} 16.0",
+        f"vllm:prefix_cache_queries_total{labels} 40.0",
+        f"vllm:prefix_cache_hits_total{labels} 16.0",
         f"emoe:engine_time_to_first_token_seconds_count{labels} 4.0",
         f"emoe:engine_time_to_first_token_seconds_sum{labels} 0.5",
         f"vllm:prompt_tokens_total{labels} 1.0",
@@ -646,6 +646,14 @@ def test_metrics(model_dir: Path) -> None:
         f"vllm:time_to_first_token_seconds_count{labels} 1.0",
         f"vllm:inter_token_latency_seconds_count{labels} 2.0",
         f"vllm:e2e_request_latency_seconds_count{labels} 1.0",
+        f"vllm:request_prompt_tokens_sum{labels} 1.0",
+        f"vllm:request_generation_tokens_sum{labels} 3.0",
+        f"vllm:request_params_max_tokens_sum{labels} 3.0",
+        f"vllm:request_queue_time_seconds_sum{labels} 0.125",
+        f"vllm:request_prefill_time_seconds_count{labels} 1.0",
+        f"vllm:request_decode_time_seconds_count{labels} 1.0",
+        f"vllm:request_inference_time_seconds_count{labels} 1.0",
+        f"vllm:request_time_per_output_token_seconds_count{labels} 1.0",
         'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny-moe"} 1.0',
         f"emoe:experts_moved_total{labels} 5.0",
         'emoe:workers{engine="0",model_name="tiny-moe",state="serving"} 1.0',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,12 @@ import pytest
 
 from elastic_moe.cluster.errors import RequestError
 from tests.deploy.api.test_app import error
-from tests.deploy.api.test_openai_client import LETTERS, Server
+from tests.deploy.api.test_openai_client import LETTERS
 from tests.deploy.fakes import FakeBackend
+from tests.deploy.listening import Server
 
 Call = Callable[..., httpx.Response]
 MODEL = "tiny-moe"
-
-
-@pytest.fixture(scope="module")
-def server(model_dir: Path) -> Iterator[Server]:
-    with Server(FakeBackend(delay_s=0.002), model_dir) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as made:
-        yield made
 
 
 # --- The client -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams
 from elastic_moe.deploy.generation import ray_backend
 from elastic_moe.deploy.generation.answer import GenerationFailed
+from elastic_moe.deploy.generation.gcs_watch import GcsWatch
 from elastic_moe.deploy.generation.ray_backend import RayBackend
 from tests.deploy.generation.standins import ENGINES, Coordinator, Engine, release, until
 
@@ -35,12 +36,15 @@ async def collect(backend: RayBackend, name: str = "r1") -> list[int]:
 
 
 def run(
-    scenario: Callable[[RayBackend, Coordinator, Engine], Awaitable[None]], *, recovery_timeout_s: float = 600.0
+    scenario: Callable[[RayBackend, Coordinator, Engine], Awaitable[None]],
+    *,
+    recovery_timeout_s: float = 600.0,
+    gcs: GcsWatch | None = None,
 ) -> None:
     async def work() -> None:
         engine = Engine()
         coordinator = Coordinator(engine)
-        backend = RayBackend(Remote(coordinator), plan_deadline_s=1, recovery_timeout_s=recovery_timeout_s)
+        backend = RayBackend(Remote(coordinator), plan_deadline_s=1, recovery_timeout_s=recovery_timeout_s, gcs=gcs)
         backend.begin()
         try:
             async with asyncio.timeout(20):
@@ -279,3 +283,24 @@ def test_a_coordinator_that_is_away() -> None:
         await until(lambda: not backend._readiness.ready)
 
     run(scenario)
+
+
+def test_requests_end_with_an_error_when_the_gcs_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster serves on, but Ray is about to end this process."""
+    monkeypatch.setattr(ray_backend, "LOOK_S", 0.005)
+    # nobody listens on port 1
+    watch = GcsWatch("127.0.0.1:1", 0.05)
+
+    async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
+        outputs = backend.generate(request())
+        first = asyncio.ensure_future(anext(outputs))
+        await until(lambda: bool(engine.running))
+        release(engine, 1)
+        await first
+        end = await anext(outputs)
+        assert end.finish_reason is FinishReason.ERROR
+        assert "GCS at 127.0.0.1:1 has not answered" in (end.error or "")
+        assert "GCS" in (await backend.readiness()).reason
+        assert not backend.can_wait
+
+    run(scenario, gcs=watch)

@@ -51,3 +51,12 @@ def test_repeats_are_dropped_and_gaps_are_told() -> None:
     assert one.take(scores(4, 9))
     assert not one.take(scores(12, 14))
     assert asyncio.run(one.next()).scores == scores_of(PROMPT, 6, 9)
+
+
+def test_times_and_resumptions_are_told_with_the_first_and_the_last_token() -> None:
+    one = stream()
+    one.resubmissions = 1
+    one.take(dataclasses.replace(token(0), queued_s=0.5))
+    one.take(dataclasses.replace(token(1, finish_reason=FinishReason.LENGTH), resumptions=2))
+    output = asyncio.run(one.next())
+    assert (output.queued_s, output.resumptions) == (0.5, 3)

@@ -36,8 +36,8 @@ class Replica:
     async def kill(self) -> None:
         """As a death does: its connections end, and nothing is tidied up."""
         self.watching.cancel()
-        for task in (*self.service.following._tasks, *self.backend._tasks):
-            task.cancel()
+        self.service.following._background.cancel()
+        self.backend._background.cancel()
         await asyncio.sleep(0)
 
     async def create(self, **body: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.placement import EMPTY, Placement, contiguous
 from elastic_moe.model.exchange.counter import RoutingCounter
-from elastic_moe.model.exchange.dispatch import LayerShape, TransportDispatcher, route_table
+from elastic_moe.model.exchange.dispatch import LayerShape, TransportDispatcher, route_table, row_bytes
 from elastic_moe.model.exchange.transports import LocalTransport
 from tests.model.groups import ToyExperts, make_transports, one_worker, run_group, toy_store, workers
 
@@ -54,16 +56,43 @@ def check(placement: Placement, tokens: list[int], kind: str, dense_tokens: int 
                 torch.testing.assert_close(output, oracle(rank, tokens[rank], layer), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
 @pytest.mark.parametrize("slots", [(3, 3), (2, 2, 2), (4, 2), (3, 2, 1), (1, 1, 1, 1, 1, 1)])
 def test_any_split_gives_the_same_sums(kind: str, slots: tuple[int, ...]) -> None:
     tokens = [5, 0, 3, 1, 2, 4][: len(slots)]
     check(contiguous(LAYERS, EXPERTS, workers(*slots)), tokens, kind)
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
 def test_everything_to_everyone_gives_the_same_sums(kind: str) -> None:
     check(contiguous(LAYERS, EXPERTS, workers(2, 2, 2)), [3, 0, 2], kind, dense_tokens=100)
+
+
+@pytest.mark.parametrize(("gbps", "all_go"), [(None, True), (100.0, True), (1e-6, False)])
+def test_over_a_slow_link_only_those_tokens_go_that_must(gbps: float | None, all_go: bool) -> None:
+    placement, tokens = contiguous(LAYERS, EXPERTS, workers(5, 1)), 12
+    transports = make_transports("tcp", 2)
+    sent: list[int] = []
+
+    def serve(rank: int) -> torch.Tensor:
+        transport = transports[rank]
+        exchange = transport.all_to_all
+
+        def count(send: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int] | None) -> list[torch.Tensor]:
+            sent.append(sum(part.nbytes for part in send[1 - rank]))
+            return exchange(send, sizes)
+
+        transport.all_to_all = count  # type: ignore[method-assign]
+        store = toy_store(MODULES, placement, rank)
+        dispatcher = TransportDispatcher(placement, rank, store, transport, device=CPU, slowest_gbps=gbps)
+        dispatcher.begin([tokens] * 2, None)
+        return dispatcher.forward(0, *choices(tokens, rank))
+
+    for rank, output in enumerate(run_group(2, serve)):
+        torch.testing.assert_close(output, oracle(rank, tokens, 0), rtol=1e-5, atol=1e-6)
+    row = row_bytes(HIDDEN, TOP_K, torch.float32)
+    assert (sum(sent) == 2 * tokens * (row + 4 * HIDDEN)) == all_go
+    assert sum(sent) <= 2 * tokens * (row + 4 * HIDDEN)
 
 
 @st.composite

@@ -1,5 +1,7 @@
 """Lower bounds hold for every placement, and the ILP proves the optimum of tiny problems."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from elastic_moe.optimizer import SolutionStatus, plan
 from elastic_moe.optimizer.baselines.heuristics import random_table
 from elastic_moe.optimizer.core.bounds import lower_bound, most_together
 from elastic_moe.optimizer.core.cost import price_table
-from elastic_moe.optimizer.core.problem import Semantics
+from elastic_moe.optimizer.core.problem import Links, Semantics
 from tests.optimizer.cases import every_table, optimum, tiny
 
 SHAPES = [
@@ -20,12 +22,14 @@ SHAPES = [
     {"workers": 3, "layers": 1, "slots": (2, 2, 2)},
     {"workers": 4, "nodes": 2, "slots": (1, 1, 1, 1)},
     {"workers": 2, "experts": 3, "nodes": 2, "slots": (3, 2)},
+    {"workers": 3, "nodes": 3, "slots": (2, 2, 1), "links": Links(ports_gbps=(9.0, 1.0, 0.1))},
+    {"workers": 2, "slots": (3, 2), "nodes": 2, "links": Links(ports_gbps=(900.0, 90.0), uplinks_gbps=(700.0, 2000.0))},
 ]
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), shape=st.sampled_from(SHAPES), semantics=st.sampled_from(list(Semantics)))
-def test_no_placement_beats_the_bound(seed: int, shape: dict[str, int], semantics: Semantics) -> None:
+def test_no_placement_beats_the_bound(seed: int, shape: dict[str, Any], semantics: Semantics) -> None:
     problem = tiny(seed, semantics=semantics, **shape)
     bound = lower_bound(problem)
     rng = np.random.default_rng(seed)
@@ -40,8 +44,8 @@ def test_the_eigenvalue_bound_is_met_by_cliques() -> None:
 
 
 @pytest.mark.parametrize("semantics", Semantics)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4], SHAPES[5]])
-def test_the_ilp_proves_the_brute_force_optimum(shape: dict[str, int], semantics: Semantics) -> None:
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4], SHAPES[5], SHAPES[7]])
+def test_the_ilp_proves_the_brute_force_optimum(shape: dict[str, Any], semantics: Semantics) -> None:
     problem = tiny(11, semantics=semantics, **shape)
     result = plan(problem, planner="ilp", deadline_s=15)
     assert result.cost.total_s == pytest.approx(optimum(problem), rel=1e-6)

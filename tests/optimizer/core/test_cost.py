@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from elastic_moe.cluster.placement import EMPTY, contiguous
 from elastic_moe.optimizer.baselines.heuristics import greedy_table, random_table
 from elastic_moe.optimizer.core.cost import copies, price_table, remote_share, shares
-from elastic_moe.optimizer.core.problem import PlacementProblem, Semantics
+from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.search.layer_prices import LayerPricer
 from elastic_moe.optimizer.search.swaps import BARRED, LayerTerms, best_swaps, swap_deltas
 from tests.optimizer.cases import tiny
@@ -20,9 +20,11 @@ from tests.optimizer.cases import tiny
 def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
     """Every item of the cost, straight from the docstring."""
     width, top_k = len(problem.workers), problem.top_k
-    port = problem.token_bytes * 8 / (problem.links.worker_gbps * 1e9)
-    up = problem.token_bytes * 8 / (problem.links.node_gbps * 1e9)
     nodes = sorted({w.node for w in problem.workers})
+    rates = problem.links.ports_gbps or [problem.links.worker_gbps] * width
+    port = [problem.token_bytes * 8 / (rate * 1e9) for rate in rates]
+    rates = problem.links.uplinks_gbps or [problem.links.node_gbps] * len(nodes)
+    up = [problem.token_bytes * 8 / (rate * 1e9) for rate in rates]
     on = {n: [w for w in range(width) if problem.workers[w].node == n] for n in nodes}
     total = 0.0
     held = [[set(row[problem.owner == w].tolist()) - {EMPTY} for w in range(width)] for row in table]
@@ -52,20 +54,20 @@ def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
             s2 = sum(problem.coactivation[layer, e, f] * z[e] * z[f] for e, f in itertools.combinations(experts, 2))
             n.append(s1**2 / (s1 + s2) if s1 else 0.0)
         if problem.semantics is Semantics.HOME:
-            links = [port * max(n[w] * (1 - 1 / width), (sum(n) - n[w]) / width) for w in range(width)]
-            for ranks in on.values() if len(nodes) > 1 else ():
+            links = [port[w] * max(n[w] * (1 - 1 / width), (sum(n) - n[w]) / width) for w in range(width)]
+            for node, ranks in enumerate(on.values()) if len(nodes) > 1 else ():
                 inside, size = sum(n[w] for w in ranks), len(ranks) / width
-                links.append(up * max(inside * (1 - size), (sum(n) - inside) * size))
+                links.append(up[node] * max(inside * (1 - size), (sum(n) - inside) * size))
             total += 2 * scale * max(links)
         if layer + 1 < problem.num_layers:
             flow = np.zeros((width, width))
             for v, w, e, f in itertools.product(range(width), range(width), experts, experts):
                 flow[v, w] += problem.transitions[layer, e, f] * x(layer, e, v) * x(layer + 1, f, w) / top_k
             flows.append(flow)
-            total += 2 * problem.affinity * port / width * scale * (flow.sum() - np.trace(flow))
+            total += 2 * problem.affinity * np.median(port) / width * scale * (flow.sum() - np.trace(flow))
             if problem.semantics is Semantics.FOLLOW:
-                groups = [([w], port) for w in range(width)] + (
-                    [(r, up) for r in on.values()] if len(nodes) > 1 else []
+                groups = [([w], port[w]) for w in range(width)] + (
+                    list(zip(on.values(), up, strict=True)) if len(nodes) > 1 else []
                 )
                 links = []
                 for ranks, price in groups:
@@ -76,14 +78,24 @@ def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
     return total
 
 
+@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("semantics", Semantics)
 @pytest.mark.parametrize(
     ("workers", "nodes", "slots"), [(2, 1, ()), (3, 1, (2, 2, 2)), (4, 2, (1, 2, 2, 1)), (3, 3, (4, 1, 2))]
 )
-def test_cost_is_its_formulas(semantics: Semantics, workers: int, nodes: int, slots: tuple[int, ...]) -> None:
+def test_cost_is_its_formulas(
+    semantics: Semantics, workers: int, nodes: int, slots: tuple[int, ...], uneven: bool
+) -> None:
     rng = np.random.default_rng(1)
+    links = Links(ports_gbps=(1.0, 20.0, 0.3, 5.0)[:workers], uplinks_gbps=(2.0, 0.1, 7.0)[:nodes])
     problem = tiny(
-        3, workers=workers, nodes=nodes, slots=slots, semantics=semantics, speeds=(1.0, 2.0, 0.5, 1.5)[:workers]
+        3,
+        workers=workers,
+        nodes=nodes,
+        slots=slots,
+        semantics=semantics,
+        speeds=(1.0, 2.0, 0.5, 1.5)[:workers],
+        links=links if uneven else Links(),
     )
     for table in (random_table(problem, rng), greedy_table(problem, rng)):
         assert price_table(problem, table).total_s == pytest.approx(by_loops(problem, table), rel=1e-9)
@@ -113,13 +125,17 @@ def test_a_home_keeps_the_tokens_of_its_replica() -> None:
     ),
     semantics=st.sampled_from(list(Semantics)),
     fields=st.sampled_from([{}, {"covariance": False}, {"affinity": 0.0}]),
+    uneven=st.booleans(),
 )
 def test_what_the_search_sees_of_a_layer_is_the_cost_of_changing_it(
-    seed: int, shape: tuple[int, int, tuple[int, ...]], semantics: Semantics, fields: dict[str, Any]
+    seed: int, shape: tuple[int, int, tuple[int, ...]], semantics: Semantics, fields: dict[str, Any], uneven: bool
 ) -> None:
     """`around_s` changes with one layer exactly as the total does, and no barred swap leaves a legal table illegal."""
     workers, nodes, slots = shape
-    problem = tiny(seed, layers=3, workers=workers, nodes=nodes, slots=slots, semantics=semantics, **fields)
+    links = Links(ports_gbps=(1.0, 20.0, 0.3, 5.0)[:workers], uplinks_gbps=(2.0, 0.1)[:nodes]) if uneven else Links()
+    problem = tiny(
+        seed, layers=3, workers=workers, nodes=nodes, slots=slots, semantics=semantics, links=links, **fields
+    )
     rng = np.random.default_rng(seed)
     table = greedy_table(problem, rng)
     pricer = LayerPricer(problem, table)

@@ -50,6 +50,8 @@ ONE = Worker(id=WorkerId("a"), node="n", slots=4)
         ({"expert_bytes": -1}, "expert_bytes"),
         ({"move_budget": -1}, "move_budget"),
         ({"links": Links(worker_gbps=0)}, "links.worker_gbps"),
+        ({"links": Links(ports_gbps=(1.0,))}, "links.ports_gbps: expected 2 numbers, got 1"),
+        ({"links": Links(uplinks_gbps=(0.0,))}, "links.uplinks_gbps: expected positive numbers"),
         ({"current": contiguous(3, 4, (ONE,))}, "current: a placement of 3 layers x 4 experts"),
     ],
 )
