@@ -2,7 +2,7 @@
 
 The loop notes the time every `HELD_S` seconds. Where a note is late, a thread looks at what the loop's thread does, and
 when the loop goes on, one line tells how long it was held and where. A process that got no processor is not blamed: the
-loop's thread must have computed for `HELD_S` seconds, or have stood still for `BLOCKED_S`.
+loop's thread must have computed for `HELD_S` seconds, or have been found somewhere and stood still for `BLOCKED_S`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 HELD_S = 0.010
 """Seconds from which on a loop counts as held."""
 BLOCKED_S = 0.250
-"""Seconds from which on it counts as held although its thread did not compute."""
+"""Seconds from which on it counts as held although its thread did not compute, if it was not waiting for events."""
+_WAITING = ("select", "run_forever", "run_until_complete")
+"""Innermost functions of a loop that has nothing to do. Where it is late then, its process had no processor."""
 QUIET_S = 60.0
 """Seconds in which each place is told once at most."""
 _DEPTH = 4
@@ -61,10 +63,12 @@ class LoopWatch:
         while not self._ended.wait(HELD_S):
             if not self._place and time.monotonic() - self._noted_at > 2 * HELD_S:
                 frame = sys._current_frames().get(self._thread)
-                self._place = "" if frame is None else place_of(frame)
+                waits = frame is None or frame.f_code.co_name in _WAITING
+                self._place = "" if frame is None or waits else place_of(frame)
 
     def _judge(self, late_s: float, computed_s: float, place: str, now: float) -> None:
-        if late_s < HELD_S or (computed_s < HELD_S and late_s < BLOCKED_S):
+        blocked = bool(place) and late_s >= BLOCKED_S
+        if late_s < HELD_S or (computed_s < HELD_S and not blocked):
             return
         self.longest_s = max(self.longest_s, late_s)
         place = place or "a place that was left too soon to be seen"

@@ -31,7 +31,7 @@ def test_a_loop_that_is_held_is_told_once_with_the_place(caplog: pytest.LogCaptu
 def test_a_loop_that_waits_is_not_held(caplog: pytest.LogCaptureFixture) -> None:
     watch = LoopWatch("the test")
     # late by 200 ms without having computed: others had the processor
-    watch._judge(0.2, 0.001, "", 100.0)
+    watch._judge(0.5, 0.001, "", 100.0)
     # computed for long, but not late
     watch._judge(0.005, 0.005, "", 100.0)
     assert not caplog.messages

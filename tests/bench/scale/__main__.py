@@ -10,6 +10,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few small sizes")
+    parser.add_argument("--engine", nargs="*", help="sizes for the engine, such as 64x4096 (workers x sequences)")
+    parser.add_argument("--control", nargs="*", type=int, help="numbers of workers for the coordinator")
     parser.add_argument("--out", type=Path, help="a directory for scale.json and scale.svg")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds for which each size is measured")
     parser.add_argument("--processes", type=int, default=2, help="processes of simulated workers")
@@ -79,11 +82,15 @@ def main() -> None:
 
     print("\n".join(f"{name}: {value}" for name, value in where_and_when().items()), flush=True)
     costs = []
-    for workers, sequences in QUICK_ENGINE if options.quick else ENGINE:
+    sizes: Sequence[tuple[int, ...]] = QUICK_ENGINE if options.quick else ENGINE
+    if options.engine is not None:
+        sizes = [tuple(map(int, size.split("x"))) for size in options.engine]
+    for workers, sequences in sizes:
         costs.append(EngineCost(**in_process(options, "engine", workers, sequences)))
         print(costs[-1], flush=True)
     changes = []
-    for workers in QUICK_CONTROL if options.quick else CONTROL:
+    clusters = QUICK_CONTROL if options.quick else CONTROL
+    for workers in clusters if options.control is None else options.control:
         changes.append(ControlCost(**in_process(options, "control", workers)))
         print(changes[-1], flush=True)
     print(report.table(report.ENGINE, costs), report.table(report.CONTROL, changes), sep="\n\n")
