@@ -9,5 +9,4 @@ autoscaling   the autoscaler's rule
 draining      workers that leave, and the time that their requests get
 starting      workers that die while they load
 status        readiness, and the progress of an operation
-saving        writes the state so that a coordinator that starts again continues from it, and no more of it than is new
 """

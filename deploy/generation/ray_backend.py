@@ -51,6 +51,7 @@ from elastic_moe.cluster.messages.requests import (
 )
 from elastic_moe.cluster.messages.views import (
     ClusterView,
+    ConfigView,
     EngineStatus,
     Operation,
     PlacementView,
@@ -297,6 +298,9 @@ class RayBackend:
 
     async def model_info(self) -> ModelInfo:
         return await self._answer(ask(self._coordinator, Coordinator.model_info))
+
+    async def config(self) -> ConfigView:
+        return await self._answer(ask(self._coordinator, Coordinator.config))
 
     async def placement(self) -> PlacementView:
         return await self._answer(ask(self._coordinator, Coordinator.placement))

@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.model.checkpoints.conversion import Conversion, find_conversion
+from elastic_moe.model.checkpoints.kept import kept_form
 from elastic_moe.model.checkpoints.limits import MOST_POSITIONS, WithinCpuTime, check_counts
+from elastic_moe.model.checkpoints.packed import PackedTensor, Stored, find_packed
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
-from elastic_moe.model.checkpoints.stored import StoredTensor, read_json, stored_tensors
-from elastic_moe.model.transformers_private import CONFIG_MAPPING, has_causal_model
+from elastic_moe.model.checkpoints.stored import read_json, stored_tensors
+from elastic_moe.model.checkpoints.wrapped import text_part, text_tensors
+from elastic_moe.model.formats.configuration import BadConfiguration, Packing, read_packing
+from elastic_moe.model.transformers_private import CONFIG_MAPPING, causal_class, multimodal_class
 from elastic_moe.model.trunk.rotation import LONGROPE, growth_limit
 
 _BROKEN = (
@@ -29,9 +33,6 @@ _BROKEN = (
     *(ImportError, OSError, StrictDataclassError, MemoryError),
 )
 """Errors that transformers raises when a configuration makes no sense to it."""
-
-_UNPACKED = ("mxfp4",)
-"""Quantization methods whose weights are unpacked to the served dtype while they are loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +43,12 @@ class Checkpoint:
     config: PretrainedConfig
     """The configuration of the language model, also if the checkpoint's configuration has more parts."""
     info: ModelInfo
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, Stored]
+    """Those of the language model, by the names that they have in a checkpoint of it alone."""
+    packing: Packing | None
+    """What config.json says of packed weights; None if it says nothing of them."""
     stored_dtype: torch.dtype
-    """The floating dtype in which most of the bytes are stored."""
+    """The floating dtype in which most of the bytes are stored that are not packed."""
     skeleton: PreTrainedModel
     """The model on the meta device, which has names and shapes only. Nobody may run or change it."""
     shape: Shape
@@ -67,9 +71,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         _understand(path)
         raise unreadable
     check_counts(path / "config.json", raw, tensors)
+    packing = _packing(path / "config.json", raw)
     config, skeleton, shape = _understand(path)
+    weights = find_packed(path / "config.json", packing, tensors)
     try:
-        return _planned(path, config, skeleton, shape, tensors)
+        return _planned(path, config, skeleton, shape, weights, packing)
     except CheckpointError:
         raise
     except _BROKEN as error:
@@ -81,7 +87,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
     config = _read_config(path)
     try:
-        skeleton = _skeleton(path, config)
+        skeleton = _skeleton(path, text_part(config))
         shape = dry_run(skeleton)
     except NotServable as reason:
         raise CheckpointError(f"{path}: {type(skeleton).__name__} cannot be served: {reason}") from reason
@@ -93,9 +99,16 @@ def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
 
 
 def _planned(
-    path: Path, config: PretrainedConfig, skeleton: PreTrainedModel, shape: Shape, tensors: dict[str, StoredTensor]
+    path: Path,
+    config: PretrainedConfig,
+    skeleton: PreTrainedModel,
+    shape: Shape,
+    tensors: dict[str, Stored],
+    packing: Packing | None,
 ) -> Checkpoint:
     """Find which stored tensors make which parameters, and describe the model."""
+    if text_part(config) is not config:
+        tensors = text_tensors(_whole_skeleton(config), skeleton, tensors)
     conversion = find_conversion(skeleton, shape.expert_modules, shape.num_experts, tensors)
     dtype = _stored_dtype(tensors)
     expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
@@ -113,12 +126,15 @@ def _planned(
         dtype=str(dtype).removeprefix("torch."),
         rope_limits=_rope_limits(config),
         rope_growth_limit=growth_limit(skeleton),
+        kept=kept_form(skeleton, shape, conversion, tensors),
+        packed_as=_packed_as(conversion, tensors),
     )
     return Checkpoint(
         path=path,
         config=skeleton.config,
         info=info,
         tensors=tensors,
+        packing=packing,
         stored_dtype=dtype,
         skeleton=skeleton,
         shape=shape,
@@ -144,7 +160,7 @@ def _read_raw(path: Path) -> dict[str, Any]:
         if "auto_map" in raw:
             raise CheckpointError(f"{file}: {model_type} needs code that comes with the checkpoint, which is never run")
         raise CheckpointError(f"{file}: model_type {model_type!r} is unknown to the installed transformers")
-    _refuse_quantized(file, raw)
+    _packing(file, raw)
     return raw
 
 
@@ -155,22 +171,18 @@ def _read_config(path: Path) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except _BROKEN as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
-    if hasattr(config, "quantization_config"):
-        # weights are unpacked while they are loaded, so transformers must not set up kernels for packed ones
-        del config.quantization_config
+    for part in (config, text_part(config)):
+        if hasattr(part, "quantization_config"):
+            # weights are unpacked while they are loaded, so transformers must not set up kernels for packed ones
+            del part.quantization_config
     return config
 
 
-def _refuse_quantized(file: Path, raw: dict[str, Any]) -> None:
-    quantization = raw.get("quantization_config") or raw.get("compression_config")
-    if quantization:
-        if isinstance(quantization, dict) and quantization.get("quant_method") in _UNPACKED:
-            return
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise CheckpointError(
-            f"{file}: quantization_config: weights quantized by {method!r} are not supported, "
-            "only float32, bfloat16, float16 and gpt-oss' mxfp4"
-        )
+def _packing(file: Path, raw: dict[str, Any]) -> Packing | None:
+    try:
+        return read_packing(raw)
+    except BadConfiguration as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
@@ -178,18 +190,29 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     file = path / "config.json"
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{file}: {config.model_type} is an encoder-decoder model, which cannot be served")
-    if not has_causal_model(config):
+    kind: Any = causal_class(config)
+    if kind is None:
         others = sorted(key for key in config.sub_configs if key != "text_config")
         why = f"; it takes other input than text ({', '.join(others)})" if others else ""
         raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}{why}")
     try:
         with torch.device("meta"), WithinCpuTime(), quiet_transformers():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False, attn_implementation="eager", experts_implementation="eager"
+            model: PreTrainedModel = kind._from_config(
+                config, attn_implementation="eager", experts_implementation="eager"
             )
             model.eval()  # type: ignore[no-untyped-call]
     except _BROKEN as error:
         raise CheckpointError(f"{file}: no model can be built from it ({_one_line(error)})") from error
+    return model
+
+
+def _whole_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration that has more parts than text, on the meta device."""
+    kind: Any = multimodal_class(config)
+    if kind is None:
+        raise CheckpointError(f"transformers has no model for all parts of {config.model_type}")
+    with torch.device("meta"), WithinCpuTime(), quiet_transformers():
+        model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
     return model
 
 
@@ -260,14 +283,20 @@ def _named_eos(file: Path, content: dict[str, Any]) -> list[int]:
     return ids
 
 
+def _packed_as(conversion: Conversion, tensors: dict[str, Stored]) -> str | None:
+    """The format of the first packed expert tensor."""
+    names = (name for parts in conversion.experts for part in parts for name in part.sources_of(0).values())
+    return next((w.format.label for name in names if isinstance(w := tensors[name], PackedTensor)), None)
+
+
 # --- Sizes --------------------------------------------------------------------------------------------------------
 
 
-def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """The floating dtype in which most bytes are stored."""
-    counts: Counter[torch.dtype] = Counter()
+def _stored_dtype(tensors: dict[str, Stored]) -> torch.dtype:
+    """The floating dtype in which most bytes are stored, without packed weights."""
+    counts: Counter[torch.dtype] = Counter({torch.bfloat16: 0})
     for tensor in tensors.values():
-        if tensor.dtype.is_floating_point:
+        if tensor.dtype.is_floating_point and not isinstance(tensor, PackedTensor):
             counts[tensor.dtype] += tensor.nbytes
     return counts.most_common(1)[0][0]
 

@@ -23,11 +23,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
-from elastic_moe.model.experts.cpu import CpuExperts, no_int8
+from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
-from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
+from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
 from elastic_moe.model.fitting.whole_stack import join_layers
@@ -37,6 +40,7 @@ from elastic_moe.model.native.experts import NativeExperts, find_gate
 from elastic_moe.model.native.refusals import native_refusal
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
 from elastic_moe.model.trunk.flash import find_variant
+from elastic_moe.model.trunk.indexer import choose_by_cache, index_layer
 from elastic_moe.model.trunk.linear import pack_linears
 
 
@@ -64,33 +68,41 @@ class Fit:
         refusal = self.exchange_refusal()
         notes = FitNotes(self.rows if refusal is None else map(_apart, self.rows))
         for layer in self.experts:
-            notes.add(Part.EXPERTS, "MoE layers", *experts_path(layer))
+            notes.add(Part.EXPERTS, _experts_label(layer), *experts_path(layer))
         notes.add(Part.EXCHANGE, "workers of a node", CodePath.TORCH if refusal else CodePath.NATIVE, refusal)
         return FitReport(rows=notes.rows())
 
 
-def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8: bool = False) -> Fit:
+def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form: ExpertForm = ExpertForm.PLAIN) -> Fit:
     """Choose the code for a trunk and its experts. Packs the trunk's matrices and joins its small operators, in place.
 
     `experts` are its expert modules, without weights; call `attach` for them afterwards. `block_size` is the number of
-    tokens in a block of the KV cache. Raises UserError if int8 is wanted and this machine cannot serve it.
+    tokens in a block of the KV cache. Raises UserError if this machine cannot serve experts in `form`.
     """
     notes = FitNotes()
     like = next(trunk.parameters())
+    choose_by_cache(trunk)
+    expansions = watch_expansions(trunk)
     shapes = probe_shapes(trunk, experts)
+    latents = cache_latents(expansions)
+    shapes = replace(shapes, kv=shapes.kv | latents.shapes)
+    for layer, why in latents.expanded.items():
+        if index_layer(layer) in shapes.kv:
+            raise UserError(f"layer {layer} attends to chosen keys, which needs latents in the cache: {why}")
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
-    _note_attention(shapes, attention, apart, notes)
+    _note_attention(shapes, latents, attention, apart, notes)
     packed_bytes = pack_linears(trunk, notes)
     refusal = native_refusal(like.dtype, like.device)
     if refusal is None and (lib := library()) is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
     if attention.lib is not None:
+        packed_bytes += latents.pack(attention.lib)
         joined = fit_layers(attention.lib, trunk, experts, notes)
         apart = join_layers(trunk, joined, experts)
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), refusal, apart, notes)
-    layers = [layer_experts(module, int8=int8) for module in experts]
+    layers = [layer_experts(module, form) for module in experts]
     return Fit(packed_bytes=packed_bytes, shapes=shapes, attention=attention, experts=layers, rows=notes.rows())
 
 
@@ -105,42 +117,56 @@ def attention_path(
         )
     if refusal is None:
         return AttentionPath(lib=library()), None
+    if device.type != "cpu" and any(s.latent for s in shapes.values()):
+        return MATMUL, "FlashAttention does not read latents"
     variant = find_variant(shapes.values(), dtype=dtype, device=device, block_size=block_size)
     if isinstance(variant, VarlenVariant):
         return AttentionPath(varlen=variant), None
     return MATMUL, refusal if device.type == "cpu" else variant
 
 
-def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
+def layer_experts(module: nn.Module, form: ExpertForm = ExpertForm.PLAIN) -> LayerExperts:
     """Make the object that holds and computes a layer's experts. `module` is the trunk's expert module, without
     weights.
 
-    `int8` keeps weights in 8 bits (model/int8.py). Raises UserError if this machine cannot serve such weights.
+    It keeps weights in `form`. Raises UserError if this machine cannot serve such weights.
     """
     like = next(itertools.chain(module.parameters(), module.buffers()))
     if like.device.type != "cpu":
-        if int8:
-            raise no_int8("it is for CPUs")
-        return StackedExperts(module)
+        if form is not ExpertForm.PLAIN:
+            raise not_native(form, "it is for CPUs")
+        return TieredStacks(module)
     refusal = native_refusal(like.dtype, like.device)
     lib = library() if refusal is None else None
     gate = None if lib is None else find_gate(module)
     if lib is not None and gate is not None:
-        return CpuExperts(module, NativeExperts(lib, module, gate, bits=8 if int8 else 16))
-    if int8:
-        raise no_int8(unavailable() or "it is for bfloat16 on CPU, and for gates that it knows")
+        return CpuExperts(module, NativeExperts(lib, module, gate, form))
+    if form is not ExpertForm.PLAIN:
+        raise not_native(form, unavailable() or "it is for bfloat16 on CPU, and for gates that it knows")
     return CpuExperts(module, refusal or "no known gate gives the values of theirs")
 
 
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
-def _note_attention(shapes: TrunkShapes, attention: AttentionPath, reason: str | None, notes: FitNotes) -> None:
+def _note_attention(
+    shapes: TrunkShapes, latents: LatentLayers, attention: AttentionPath, reason: str | None, notes: FitNotes
+) -> None:
     path = CodePath.TORCH if attention.varlen is None else CodePath.FLASH
     if attention.lib is not None:
         path = CodePath.NATIVE
-    for shape in shapes.kv.values():
-        notes.add(Part.ATTENTION, f"{shape.num_heads} key heads of {shape.key_size}+{shape.value_size}", path, reason)
+    for layer, shape in shapes.kv.items():
+        why = reason
+        if layer < 0:
+            what = f"indexer keys of {shape.key_size}"
+        elif shape.latent:
+            what = f"latents of {shape.value_size}+{shape.key_size - shape.value_size}"
+        else:
+            what = f"{shape.num_heads} key heads of {shape.key_size}+{shape.value_size}"
+        if layer in latents.expanded:
+            expanded = f"keys and values are cached, not latents: {latents.expanded[layer]}"
+            why = expanded if reason is None else f"{reason}; {expanded}"
+        notes.add(Part.ATTENTION, what, path, why)
 
 
 def _note_trunk(trunk: nn.Module, moe_layers: int, refusal: str | None, apart: str | None, notes: FitNotes) -> None:
@@ -167,6 +193,11 @@ def _apart(row: PartFit) -> PartFit:
     if row.path is not CodePath.JOINED or row.part is not Part.LAYERS:
         return row
     return replace(row, path=CodePath.TRANSFORMERS, reason="the experts are not native")
+
+
+def _experts_label(layer: LayerExperts) -> str:
+    native = layer.native if isinstance(layer, CpuExperts) else None
+    return "MoE layers" if native is None or native.form is ExpertForm.PLAIN else f"MoE layers in {native.form}"
 
 
 def experts_path(layer: LayerExperts) -> tuple[CodePath, str | None]:
