@@ -234,7 +234,7 @@ class Worker:
 
     @property
     def _expert_bytes(self) -> int:
-        return self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8).expert_bytes
+        return self._checkpoint.info.served_in(self.spec.model.dtype, self._form).expert_bytes
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> None:
         def note(done: int, total: int) -> None:
