@@ -6,12 +6,13 @@ instead of losing a path silently. This file imports nothing of this project.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -28,6 +29,7 @@ __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "CONFIG_MAPPING",
     "Concatenate",
+    "DynamicIndexedLayer",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "ExpertsInterface",
@@ -42,6 +44,12 @@ __all__ = [
 EXPERT_FLAGS = ("_apply_gate", "is_transposed", "has_bias", "has_gate")
 """Attributes that transformers' decorator gives to expert modules and that its experts interface reads."""
 
+EXPANDS_LATENTS = "expand_kv"
+"""The method by which attention modules make keys and values [1, N, T, D] of latents [1, 1, T, R] and [1, 1, T, P]."""
+
+INDEXER_CHOOSES = "index_topk"
+"""The attribute of an indexer that says how many keys it chooses for each token."""
+
 _ROTARY = "apply_rotary_pos_emb"
 """The name by which the attention modules of a modelling file call its rotary embedding."""
 
@@ -52,9 +60,21 @@ def apply_gate(module: nn.Module, gate_up: Tensor) -> Tensor:
     return gated
 
 
-def has_causal_model(config: PretrainedConfig) -> bool:
-    """Whether transformers has a causal language model for a configuration of this class."""
-    return type(config) in AutoModelForCausalLM._model_mapping
+def causal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of causal language models for a configuration of this class; None if transformers has none.
+
+    A few of them are listed among the models that take images, though they have no part for any.
+    """
+    kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if kind is not None:
+        return kind  # type: ignore[no-any-return]
+    return None if config.sub_configs else multimodal_class(config)
+
+
+def multimodal_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of models that take text and other input, for a configuration of this class; None if there is none."""
+    kind: Any = AutoModelForMultimodalLM._model_mapping.get(type(config), None)
+    return kind  # type: ignore[no-any-return]
 
 
 def implementations(config: Any) -> tuple[str, str]:
@@ -64,6 +84,12 @@ def implementations(config: Any) -> tuple[str, str]:
 
 def set_implementations(config: Any, attention: str, experts: str) -> None:
     config._attn_implementation, config._experts_implementation = attention, experts
+
+
+def is_indexer(module: nn.Module) -> bool:
+    """Whether a module chooses the keys that each token attends to, one by one (DeepSeek's sparse attention)."""
+    parts = hasattr(module, INDEXER_CHOOSES) and hasattr(module, "weights_proj")
+    return parts and "position_ids" in inspect.signature(module.forward).parameters
 
 
 def tied_weights(model: PreTrainedModel) -> Mapping[str, str]:

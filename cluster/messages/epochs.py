@@ -144,6 +144,9 @@ class WorkerInfo:
     """Rate at which experts are read from the disk tier, as measured; None: the worker serves from its device alone."""
     host_bytes_per_s: float | None = None
     """Rate at which experts come from the host tier, as measured; None where there is none."""
+    host_token_s: float | None = None
+    """Seconds that the host's cores take for one token in an expert of the host tier, as measured; None where there is
+    none."""
     fit: FitReport | None = None
     """Which code serves the model there."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.messages.epochs import ModelInfo
@@ -23,8 +23,9 @@ from elastic_moe.model.checkpoints.packed import PackedTensor, Stored, find_pack
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
 from elastic_moe.model.checkpoints.stored import read_json, stored_tensors
+from elastic_moe.model.checkpoints.wrapped import text_part, text_tensors
 from elastic_moe.model.formats.configuration import BadConfiguration, Packing, read_packing
-from elastic_moe.model.transformers_private import CONFIG_MAPPING, has_causal_model
+from elastic_moe.model.transformers_private import CONFIG_MAPPING, causal_class, multimodal_class
 from elastic_moe.model.trunk.rotation import LONGROPE, growth_limit
 
 _BROKEN = (
@@ -43,6 +44,7 @@ class Checkpoint:
     """The configuration of the language model, also if the checkpoint's configuration has more parts."""
     info: ModelInfo
     tensors: dict[str, Stored]
+    """Those of the language model, by the names that they have in a checkpoint of it alone."""
     packing: Packing | None
     """What config.json says of packed weights; None if it says nothing of them."""
     stored_dtype: torch.dtype
@@ -85,7 +87,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
     config = _read_config(path)
     try:
-        skeleton = _skeleton(path, config)
+        skeleton = _skeleton(path, text_part(config))
         shape = dry_run(skeleton)
     except NotServable as reason:
         raise CheckpointError(f"{path}: {type(skeleton).__name__} cannot be served: {reason}") from reason
@@ -105,6 +107,8 @@ def _planned(
     packing: Packing | None,
 ) -> Checkpoint:
     """Find which stored tensors make which parameters, and describe the model."""
+    if text_part(config) is not config:
+        tensors = text_tensors(_whole_skeleton(config), skeleton, tensors)
     conversion = find_conversion(skeleton, shape.expert_modules, shape.num_experts, tensors)
     dtype = _stored_dtype(tensors)
     expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
@@ -167,7 +171,7 @@ def _read_config(path: Path) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except _BROKEN as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
-    for part in (config, config.get_text_config()):
+    for part in (config, text_part(config)):
         if hasattr(part, "quantization_config"):
             # weights are unpacked while they are loaded, so transformers must not set up kernels for packed ones
             del part.quantization_config
@@ -186,18 +190,29 @@ def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     file = path / "config.json"
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{file}: {config.model_type} is an encoder-decoder model, which cannot be served")
-    if not has_causal_model(config):
+    kind: Any = causal_class(config)
+    if kind is None:
         others = sorted(key for key in config.sub_configs if key != "text_config")
         why = f"; it takes other input than text ({', '.join(others)})" if others else ""
         raise CheckpointError(f"{file}: transformers has no causal language model for {config.model_type}{why}")
     try:
         with torch.device("meta"), WithinCpuTime(), quiet_transformers():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False, attn_implementation="eager", experts_implementation="eager"
+            model: PreTrainedModel = kind._from_config(
+                config, attn_implementation="eager", experts_implementation="eager"
             )
             model.eval()  # type: ignore[no-untyped-call]
     except _BROKEN as error:
         raise CheckpointError(f"{file}: no model can be built from it ({_one_line(error)})") from error
+    return model
+
+
+def _whole_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration that has more parts than text, on the meta device."""
+    kind: Any = multimodal_class(config)
+    if kind is None:
+        raise CheckpointError(f"transformers has no model for all parts of {config.model_type}")
+    with torch.device("meta"), WithinCpuTime(), quiet_transformers():
+        model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
     return model
 
 

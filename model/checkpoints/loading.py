@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.expert_forms import ExpertForm
@@ -63,6 +63,22 @@ def load_trunk(
     trunk: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return_freed_memory()
     return trunk
+
+
+def load_whole(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Load the causal language model with all experts, in the stored dtype, as transformers itself computes it."""
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    cls: Any = type(checkpoint.skeleton)
+    with quiet_transformers():
+        if type(config) is type(checkpoint.config):
+            model = cls.from_pretrained(checkpoint.path, dtype=checkpoint.stored_dtype, local_files_only=True)
+        else:
+            reading = _Reading(total=0, progress=None)
+            dtype = checkpoint.stored_dtype
+            state = {name: _LazyTensor(tensor, reading, dtype) for name, tensor in checkpoint.tensors.items()}
+            model = cls.from_pretrained(None, config=checkpoint.config, state_dict=state, dtype=dtype)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:

@@ -24,11 +24,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.torch_private import READS_A_VALUE, TorchDispatchMode
 from elastic_moe.model.transformers_private import (
+    EXPANDS_LATENTS,
     EXPERT_FLAGS,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     ExpertsInterface,
     implementations,
+    is_indexer,
     set_implementations,
 )
 
@@ -45,6 +48,19 @@ class NotServable(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKV:
+    """What one attention layer keeps of each token."""
+
+    numbers: int
+    """Numbers in the cache: those of keys and values, or of the latents that these are made of, and of an indexer's
+    keys."""
+    expanded: int
+    """Numbers in the keys and values."""
+    window: int | None
+    """The last tokens that the layer attends to; None: all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What the dry run has found about a model."""
 
@@ -54,8 +70,13 @@ class Shape:
     top_k: int
     hidden_size: int
     vocab_size: int
-    kv_numbers: int
-    """Numbers in the keys and values of one token, over all layers."""
+    kv: tuple[LayerKV, ...]
+    """What each attention layer keeps of each token."""
+
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers that the cache holds of one token, over all layers."""
+        return sum(layer.numbers for layer in self.kv)
 
 
 @dataclass(slots=True)
@@ -66,7 +87,7 @@ class _Trace:
     top_k: set[int] = field(default_factory=set)
     hidden_sizes: set[int] = field(default_factory=set)
     attention_layers: list[int] = field(default_factory=list)
-    kv_numbers: int = 0
+    kv: list[LayerKV] = field(default_factory=list)
     complaint: str | None = None
 
 
@@ -97,7 +118,7 @@ def dry_run(model: PreTrainedModel) -> Shape:
         top_k=trace.top_k.pop(),
         hidden_size=trace.hidden_sizes.pop(),
         vocab_size=int(logits.shape[-1]),
-        kv_numbers=trace.kv_numbers,
+        kv=tuple(trace.kv),
     )
 
 
@@ -157,7 +178,7 @@ def _recurrent_state(model: PreTrainedModel) -> str | None:
         if any(hasattr(module, name) for name in ("A_log", "dt_bias", "conv1d", "conv")):
             return type(module).__name__
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    other = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    other = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer})
     return other[0] if other else None
 
 
@@ -247,6 +268,7 @@ def _probe_mask(
         else None
     )
     mask.emoe_complaint = complaint  # type: ignore[attr-defined]
+    mask.emoe_window = local_size  # type: ignore[attr-defined]
     return mask
 
 
@@ -255,15 +277,27 @@ def _probe_attention(
 ) -> tuple[Tensor, None]:
     trace = _running.get()
     trace.attention_layers.append(getattr(module, "layer_idx", -1))
-    trace.kv_numbers += key.shape[1] * (key.shape[3] + value.shape[3])
+    expanded = key.shape[1] * (key.shape[3] + value.shape[3])
+    window = getattr(attention_mask, "emoe_window", None)
+    trace.kv.append(LayerKV(numbers=_cached_numbers(module, expanded), expanded=expanded, window=window))
     trace.complaint = trace.complaint or _attention_complaint(module, key, attention_mask, kwargs)
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _cached_numbers(module: Any, expanded: int) -> int:
+    if not callable(getattr(module, EXPANDS_LATENTS, None)):
+        return expanded
+    indexers = [part for part in module.children() if is_indexer(part)]
+    return int(module.kv_lora_rank + module.qk_rope_head_dim + sum(part.head_dim for part in indexers))
 
 
 def _attention_complaint(module: nn.Module, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     odd = sorted(
         name for name, value in kwargs.items() if name not in _HONOURED and value is not None and value is not False
     )
+    indexer = getattr(module, "indexer", module)
+    if odd == ["indices"] and (indexer is None or is_indexer(indexer)):
+        odd = []
     if odd:
         return f"{type(module).__name__} asks its attention for {', '.join(odd)}"
     if key.shape[2] != TOKENS:

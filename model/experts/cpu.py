@@ -10,7 +10,7 @@ pairs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from elastic_moe.model.trunk.linear import Weight, linear, nbytes, pack, unpack
 
 
 class CpuExperts:
-    """A LayerExperts for CPUs."""
+    """A SlottedExperts for CPUs."""
+
+    in_host_memory = True
 
     def __init__(self, module: nn.Module, native: NativeExperts | str = "it was not asked for") -> None:
         """`module` is the trunk's expert module, without weights; it knows layout and gate.
@@ -181,6 +183,8 @@ class CpuExperts:
             self.native.unbind(expert)
         else:
             del self._in_slots[expert]
+
+    def serve(self, experts: Collection[int]) -> None: ...
 
     def supply(self, layer: int, next_ready: Next) -> None:
         if self.native is not None:

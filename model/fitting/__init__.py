@@ -2,6 +2,7 @@
 
     fit              makes every choice, and reports it with its reasons
     probe            finds the shapes of a trunk's layers
+    latents          caches latents in place of keys and values
     small_ops        norms, routers and rotary embeddings as native calls
     attention_half   the attention half of a layer as one native call
     whole_stack      all layers of a trunk as one native call

@@ -23,12 +23,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
 from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
-from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
+from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
 from elastic_moe.model.fitting.whole_stack import join_layers
@@ -38,6 +40,7 @@ from elastic_moe.model.native.experts import NativeExperts, find_gate
 from elastic_moe.model.native.refusals import native_refusal
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
 from elastic_moe.model.trunk.flash import find_variant
+from elastic_moe.model.trunk.indexer import choose_by_cache, index_layer
 from elastic_moe.model.trunk.linear import pack_linears
 
 
@@ -78,14 +81,22 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form
     """
     notes = FitNotes()
     like = next(trunk.parameters())
+    choose_by_cache(trunk)
+    expansions = watch_expansions(trunk)
     shapes = probe_shapes(trunk, experts)
+    latents = cache_latents(expansions)
+    shapes = replace(shapes, kv=shapes.kv | latents.shapes)
+    for layer, why in latents.expanded.items():
+        if index_layer(layer) in shapes.kv:
+            raise UserError(f"layer {layer} attends to chosen keys, which needs latents in the cache: {why}")
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
-    _note_attention(shapes, attention, apart, notes)
+    _note_attention(shapes, latents, attention, apart, notes)
     packed_bytes = pack_linears(trunk, notes)
     refusal = native_refusal(like.dtype, like.device)
     if refusal is None and (lib := library()) is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
     if attention.lib is not None:
+        packed_bytes += latents.pack(attention.lib)
         joined = fit_layers(attention.lib, trunk, experts, notes)
         apart = join_layers(trunk, joined, experts)
     else:
@@ -106,6 +117,8 @@ def attention_path(
         )
     if refusal is None:
         return AttentionPath(lib=library()), None
+    if device.type != "cpu" and any(s.latent for s in shapes.values()):
+        return MATMUL, "FlashAttention does not read latents"
     variant = find_variant(shapes.values(), dtype=dtype, device=device, block_size=block_size)
     if isinstance(variant, VarlenVariant):
         return AttentionPath(varlen=variant), None
@@ -122,7 +135,7 @@ def layer_experts(module: nn.Module, form: ExpertForm = ExpertForm.PLAIN) -> Lay
     if like.device.type != "cpu":
         if form is not ExpertForm.PLAIN:
             raise not_native(form, "it is for CPUs")
-        return StackedExperts(module)
+        return TieredStacks(module)
     refusal = native_refusal(like.dtype, like.device)
     lib = library() if refusal is None else None
     gate = None if lib is None else find_gate(module)
@@ -136,12 +149,24 @@ def layer_experts(module: nn.Module, form: ExpertForm = ExpertForm.PLAIN) -> Lay
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
-def _note_attention(shapes: TrunkShapes, attention: AttentionPath, reason: str | None, notes: FitNotes) -> None:
+def _note_attention(
+    shapes: TrunkShapes, latents: LatentLayers, attention: AttentionPath, reason: str | None, notes: FitNotes
+) -> None:
     path = CodePath.TORCH if attention.varlen is None else CodePath.FLASH
     if attention.lib is not None:
         path = CodePath.NATIVE
-    for shape in shapes.kv.values():
-        notes.add(Part.ATTENTION, f"{shape.num_heads} key heads of {shape.key_size}+{shape.value_size}", path, reason)
+    for layer, shape in shapes.kv.items():
+        why = reason
+        if layer < 0:
+            what = f"indexer keys of {shape.key_size}"
+        elif shape.latent:
+            what = f"latents of {shape.value_size}+{shape.key_size - shape.value_size}"
+        else:
+            what = f"{shape.num_heads} key heads of {shape.key_size}+{shape.value_size}"
+        if layer in latents.expanded:
+            expanded = f"keys and values are cached, not latents: {latents.expanded[layer]}"
+            why = expanded if reason is None else f"{reason}; {expanded}"
+        notes.add(Part.ATTENTION, what, path, why)
 
 
 def _note_trunk(trunk: nn.Module, moe_layers: int, refusal: str | None, apart: str | None, notes: FitNotes) -> None:

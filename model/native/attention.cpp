@@ -4,6 +4,9 @@
 // dimensions of 16 keys. A tile of values is [8][D][2], so that one instruction takes two tokens of 16 dimensions. A
 // layer has two caches, one for keys and one for values, each [blocks][key heads][tiles of a block].
 //
+// A cache of latents has keys only, of one head. The first numbers of a key are its value as well: tiles of values are
+// made from tiles of keys whenever they are needed.
+//
 // The softmax takes keys in chunks and keeps a running maximum (Milakov and Gimelshein, arXiv 1805.02867; as in flash
 // attention). Chunks begin at multiples of their size in the sequence, and masked keys add exact zeros. So a row's result
 // is the same, bit for bit, whether the row is computed within a whole prompt, within a part of it, or alone.
@@ -13,6 +16,7 @@
 #include <omp.h>
 
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace emoe {
@@ -36,7 +40,7 @@ struct Sequence { // model/native/structs.py mirrors it
 struct Call {
     Strided query, key, value;
     int64_t heads, key_heads, key_size, value_size;
-    bf16 *keys, *values;
+    bf16 *keys, *values; // values is null for a cache of latents
     int64_t block_size;
     const Sequence* sequences;
     int64_t num_sequences;
@@ -62,17 +66,31 @@ void write(const Call& call, const Sequence& sequence, int64_t g) {
     for (int64_t position = sequence.start; position < sequence.end; ++position) {
         const int64_t tile = call.tile(sequence, g, position), slot = position % kTile;
         const int64_t token = sequence.first_row + position - sequence.start;
-        bf16 *keys = call.key_tile(tile), *values = call.value_tile(tile);
+        bf16 *keys = call.key_tile(tile), *values = call.values == nullptr ? nullptr : call.value_tile(tile);
         if (slot == 0) {
             std::memset(keys, 0, kTile * call.key_size * sizeof(bf16));
-            std::memset(values, 0, kTile * call.value_size * sizeof(bf16));
+            if (values != nullptr) std::memset(values, 0, kTile * call.value_size * sizeof(bf16));
         }
         const int32_t* key = (const int32_t*)call.key.at(g, token);
         for (int64_t d = 0; d < call.key_size / 2; ++d) ((int32_t*)keys)[d * kTile + slot] = key[d];
+        if (values == nullptr) continue;
         const bf16* value = call.value.at(g, token);
         bf16* to = values + slot / 2 * 2 * call.value_size + slot % 2;
         for (int64_t d = 0; d < call.value_size; ++d) to[2 * d] = value[d];
     }
+}
+
+// Makes a tile of values [8][size][2] from the first `size` dimensions of a tile of keys [size/2][16][2]. `size` is even.
+void turn(const bf16* keys, int64_t size, bf16* values) {
+    for (int64_t d = 0; d < size; d += 2)
+        for (int64_t pair = 0; pair < kTile / 2; ++pair) {
+            uint32_t first, second; // of two tokens, two dimensions each
+            std::memcpy(&first, keys + d * kTile + pair * 4, 4);
+            std::memcpy(&second, keys + d * kTile + pair * 4 + 2, 4);
+            const uint64_t low = (first & 0xffffu) | second << 16, high = first >> 16 | (second & 0xffff0000u);
+            const uint64_t both = low | high << 32;
+            std::memcpy(values + (pair * size + d) * 2, &both, 8);
+        }
 }
 
 // Dot products of R queries with the keys of 4 tiles: scores [R][kKeys].
@@ -132,7 +150,8 @@ class Rows {
   public:
     Rows(const Call& call, const Sequence& sequence, int64_t g, int64_t first, int64_t count)
         : call_(call), sequence_(sequence), g_(g), first_(first), count_(count),
-          members_(call.heads / call.key_heads), out_(count * call.value_size) {}
+          members_(call.heads / call.key_heads), out_(count * call.value_size),
+          turned_(call.values == nullptr ? new bf16[kKeys * call.value_size] : nullptr) {}
 
     void run() {
         for (int64_t r = 0; r < count_; ++r) {
@@ -159,7 +178,8 @@ class Rows {
             // past the end, the last tile stands in; its scores there are not used
             const int64_t tile = call_.tile(sequence_, g_, first + std::min(t, tiles - 1) * kTile);
             keys[t] = call_.key_tile(tile);
-            values[t] = call_.value_tile(tile);
+            values[t] = call_.values == nullptr ? turned(t) : call_.value_tile(tile);
+            if (call_.values == nullptr && t < tiles) turn(keys[t], call_.value_size, turned(t));
         }
         for (int64_t r = 0; r < count_; r += kRows)
             for (int64_t t = 0; t < tiles; t += 4)
@@ -174,6 +194,8 @@ class Rows {
                                                      out_.data() + r * call_.value_size);
                 });
     }
+
+    bf16* turned(int64_t t) { return turned_.get() + t * kTile * call_.value_size; }
 
     // Turns the scores of a row over keys `first` .. first + count into weights, and scales the row's sums so far to the
     // new maximum.
@@ -245,11 +267,34 @@ class Rows {
     alignas(64) float scores_[kQueries * kKeys];
     alignas(64) bf16 weights_[kQueries * kKeys];
     std::vector<float> out_; // [count][value_size] weighted sums so far
+    std::unique_ptr<bf16[]> turned_; // tiles of values that were made from tiles of keys
 };
 
 struct Task {
     int64_t sequence, head, first;
 };
+
+// Writes the keys and values of all sequences, and computes attention for the first `attended` of them.
+void run(const Call& call, int64_t attended, int threads) {
+    std::vector<Task> tasks;
+    for (int64_t s = 0; s < attended; ++s) {
+        const int64_t rows = (call.sequences[s].end - call.sequences[s].start) * (call.heads / call.key_heads);
+        for (int64_t g = 0; g < call.key_heads; ++g)
+            for (int64_t first = 0; first < rows; first += kQueries) tasks.push_back({s, g, first});
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < call.num_sequences * call.key_heads; ++i)
+            write(call, call.sequences[i / call.key_heads], i % call.key_heads);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < int64_t(tasks.size()); ++i) {
+            const Sequence& sequence = call.sequences[tasks[i].sequence];
+            const int64_t rows = (sequence.end - sequence.start) * (call.heads / call.key_heads);
+            Rows(call, sequence, tasks[i].head, tasks[i].first, std::min(kQueries, rows - tasks[i].first)).run();
+        }
+    }
+}
 
 } // namespace
 } // namespace emoe
@@ -267,24 +312,29 @@ extern "C" void emoe_attention(const bf16* query, const bf16* key, const bf16* v
     const Call call{{query, strides[0], strides[1]}, {key, strides[2], strides[3]}, {value, strides[4], strides[5]},
                     heads, key_heads, key_size, value_size, keys, values, block_size, (const Sequence*)sequences,
                     num_sequences, tables, scale, window, softcap, sinks, out};
-    std::vector<Task> tasks;
-    for (int64_t s = 0; s < num_sequences; ++s) {
-        const int64_t rows = (call.sequences[s].end - call.sequences[s].start) * (heads / key_heads);
-        for (int64_t g = 0; g < key_heads; ++g)
-            for (int64_t first = 0; first < rows; first += kQueries) tasks.push_back({s, g, first});
-    }
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_sequences * key_heads; ++i)
-            write(call, call.sequences[i / key_heads], i % key_heads);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < int64_t(tasks.size()); ++i) {
-            const Sequence& sequence = call.sequences[tasks[i].sequence];
-            const int64_t rows = (sequence.end - sequence.start) * (heads / key_heads);
-            Rows(call, sequence, tasks[i].head, tasks[i].first, std::min(kQueries, rows - tasks[i].first)).run();
-        }
-    }
+    run(call, num_sequences, threads);
+}
+
+// Writes keys and values alone: the arguments are as in emoe_attention, `strides` of key and value in turn.
+extern "C" void emoe_attention_write(const bf16* key, const bf16* value, const int64_t* strides, int64_t key_heads,
+                                     int64_t key_size, int64_t value_size, bf16* keys, bf16* values, int64_t block_size,
+                                     const void* sequences, int64_t num_sequences, const int32_t* tables, int threads) {
+    const Call call{{}, {key, strides[0], strides[1]}, {value, strides[2], strides[3]}, key_heads, key_heads, key_size,
+                    value_size, keys, values, block_size, (const Sequence*)sequences, num_sequences, tables};
+    run(call, 0, threads);
+}
+
+// Attention over a cache of latents, which all heads share. `key` [tokens][key_size] are the step's latents, of which the
+// first `value_size` numbers are the value. Only the first `attended` sequences get an output.
+extern "C" void emoe_latent_attention(const bf16* query, const bf16* key, const int64_t* strides, int64_t heads,
+                                      int64_t key_size, int64_t value_size, bf16* keys, int64_t block_size,
+                                      const void* sequences, int64_t num_sequences, int64_t attended,
+                                      const int32_t* tables, float scale, int64_t window, float softcap,
+                                      const float* sinks, bf16* out, int threads) {
+    const Call call{{query, strides[0], strides[1]}, {key, 0, strides[2]}, {}, heads, 1, key_size, value_size, keys,
+                    nullptr, block_size, (const Sequence*)sequences, num_sequences, tables, scale, window, softcap, sinks,
+                    out};
+    run(call, attended, threads);
 }
 
 // Writes the bytes of the structures that model/native/structs.py mirrors, in its order.

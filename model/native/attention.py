@@ -45,7 +45,7 @@ class NativeBatch:
 
     def __init__(self, lib: ctypes.CDLL, pieces: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int) -> None:
         """`pieces` are (start, end, block_ids) of each sequence. Their tokens follow one another in the step."""
-        self._lib = lib
+        self.lib = lib
         used = [-(-end // block_size) for _, end, _ in pieces]
         rows = accumulate((end - start for start, end, _ in pieces), initial=0)
         tables = accumulate(used, initial=0)
@@ -53,6 +53,8 @@ class NativeBatch:
         self._sequences = torch.tensor(described, dtype=torch.int64)
         flat = [block for (_, _, blocks), n in zip(pieces, used, strict=True) for block in blocks[:n]]
         self._tables = torch.tensor(flat, dtype=torch.int32)
+        self._ordered: dict[int, tuple[Tensor, int]] = {}
+        """Rows -> the sequences, those with fewer rows first, and how many these are."""
         self.described = (block_size, self._sequences.data_ptr(), len(described), self._tables.data_ptr())
         """Arguments of native functions: tokens of a block, the sequences, their number, their block tables."""
 
@@ -73,7 +75,7 @@ class NativeBatch:
         strides = [stride for t in (query_NTD, key_GTD, value_GTD) for stride in t.stride()[:2]]
         logits = None if rules.sinks is None else rules.sinks.float().contiguous()
         out_TND = torch.empty(tokens, heads, value_size, dtype=torch.bfloat16)
-        self._lib.emoe_attention(
+        self.lib.emoe_attention(
             query_NTD.data_ptr(),
             key_GTD.data_ptr(),
             value_GTD.data_ptr(),
@@ -93,3 +95,78 @@ class NativeBatch:
             torch.get_num_threads(),
         )
         return out_TND
+
+    def attend_latents(
+        self, cache: Tensor, query_NTD: Tensor, key_TD: Tensor, value_size: int, rules: Rules, *, below: int
+    ) -> Tensor:
+        """Write the step's latents to a layer's cache, and compute attention over it: [T, N, value_size].
+
+        Sequences with `below` rows or more get no output: their rows of the result are undefined.
+        """
+        query_NTD = query_NTD if query_NTD.stride(2) == 1 else query_NTD.contiguous()
+        heads, tokens, key_size = query_NTD.shape
+        block_size, _, count, tables = self.described
+        sequences, attended = self._few_rows_first(below)
+        logits = None if rules.sinks is None else rules.sinks.float().contiguous()
+        out_TND = torch.empty(tokens, heads, value_size, dtype=torch.bfloat16)
+        self.lib.emoe_latent_attention(
+            query_NTD.data_ptr(),
+            key_TD.data_ptr(),
+            (ctypes.c_int64 * 3)(*query_NTD.stride()[:2], key_TD.stride(0)),
+            heads,
+            key_size,
+            value_size,
+            cache.data_ptr(),
+            block_size,
+            sequences.data_ptr(),
+            count,
+            attended,
+            tables,
+            rules.scale,
+            rules.window or 0,
+            rules.softcap or 0.0,
+            None if logits is None else logits.data_ptr(),
+            out_TND.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out_TND
+
+    def _few_rows_first(self, below: int) -> tuple[Tensor, int]:
+        if below not in self._ordered:
+            few = self._sequences[:, 2] - self._sequences[:, 1] < below
+            self._ordered[below] = torch.cat((self._sequences[few], self._sequences[~few])), int(few.sum())
+        return self._ordered[below]
+
+
+def attend_apart(lib: ctypes.CDLL, query_NQD: Tensor, key_NLD: Tensor, value_NLD: Tensor, rules: Rules) -> Tensor:
+    """Compute attention of the last Q of L tokens over keys that lie in no cache: [Q, N, D of values]."""
+    key_NLD, value_NLD = key_NLD.contiguous(), value_NLD.contiguous()
+    heads, length, key_size = key_NLD.shape
+    value_size, tiles = value_NLD.shape[2], -(-length // TILE)
+    keys = torch.empty(tiles, heads, TILE, key_size, dtype=torch.bfloat16)
+    values = torch.empty(tiles, heads, TILE, value_size, dtype=torch.bfloat16)
+    whole = torch.tensor([[0, 0, length, 0]])
+    tables = torch.arange(tiles, dtype=torch.int32)
+    lib.emoe_attention_write(
+        key_NLD.data_ptr(),
+        value_NLD.data_ptr(),
+        (ctypes.c_int64 * 4)(*key_NLD.stride()[:2], *value_NLD.stride()[:2]),
+        *(heads, key_size, value_size),
+        keys.data_ptr(),
+        values.data_ptr(),
+        TILE,
+        whole.data_ptr(),
+        1,
+        tables.data_ptr(),
+        torch.get_num_threads(),
+    )
+    start = length - query_NQD.shape[1]
+    batch = NativeBatch(lib, [(start, length, range(tiles))], block_size=TILE)
+    return batch.attend((keys, values), query_NQD, key_NLD[:, start:], value_NLD[:, start:], rules)
+
+
+def unpack_latents(blocks_PBD: Tensor) -> Tensor:
+    """The keys [P * B, D] of blocks of a cache of latents, which are in the library's layout: tiles of [D/2][16][2]."""
+    blocks, size, width = blocks_PBD.shape
+    tiles = blocks_PBD.view(blocks * size // TILE, width // 2, TILE, 2)
+    return tiles.transpose(1, 2).reshape(blocks * size, width)

@@ -94,3 +94,29 @@ extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t
         }
     }
 }
+
+// A product for each head: out = x times that head's packed matrix. Heads and rows of x and out lie at strides, in
+// elements. The heads' matrices follow one another.
+extern "C" void emoe_linear_heads(const bf16* x, int64_t heads, int64_t rows, int64_t head_stride, int64_t row_stride,
+                                  int64_t depth, const bf16* packed, int64_t columns, bf16* out,
+                                  int64_t out_head_stride, int64_t out_row_stride, int threads) {
+    const int64_t each = panels(columns);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        alignas(64) float sums[kChunk * kPanel];
+        const bf16* at[kChunk];
+        const Share mine(heads * each, omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t i = mine.begin; i < mine.end; ++i) {
+            const int64_t h = i / each, p = i % each;
+            for (int64_t first = 0; first < rows; first += kChunk) {
+                const int64_t count = std::min(kChunk, rows - first);
+                for (int64_t r = 0; r < count; ++r) at[r] = x + h * head_stride + (first + r) * row_stride;
+                multiply_chunk(count, at, depth, packed + i * panel_size(depth), sums, first == 0);
+                for (int64_t c = p * kPanel; c < std::min(columns, (p + 1) * kPanel); c += 16)
+                    for (int64_t r = 0; r < count; ++r)
+                        store(out + h * out_head_stride + (first + r) * out_row_stride + c,
+                              load(sums + r * kPanel + c - p * kPanel), lanes_before(c, columns));
+            }
+        }
+    }
+}

@@ -208,3 +208,38 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+class PackedHeads:
+    """A matrix [columns, depth] for each of some heads, in panels that follow one another."""
+
+    def __init__(self, lib: ctypes.CDLL, weight_NCK: Tensor) -> None:
+        """Copy the matrices, which are bfloat16 on CPU. K is even."""
+        self._lib = lib
+        self.heads, self.columns, self.depth = weight_NCK.shape
+        size = -(-self.columns // _PANEL) * _PANEL * self.depth
+        data, release = allocate(self.heads * size * 2)
+        self._data = data.view(torch.bfloat16).view(self.heads, size)
+        for weight, into in zip(weight_NCK, self._data, strict=True):
+            pack(lib, weight, into=into)
+        weakref.finalize(self, release).atexit = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.heads * self.columns * self.depth * 2
+
+    def multiply(self, x_NTK: Tensor, out_NTC: Tensor) -> None:
+        """Compute x times each head's matrix, into `out_NTC`. The last dimension of both is dense."""
+        assert x_NTK.stride(2) == 1
+        assert out_NTC.stride(2) == 1
+        self._lib.emoe_linear_heads(
+            x_NTK.data_ptr(),
+            *x_NTK.shape[:2],
+            *x_NTK.stride()[:2],
+            self.depth,
+            self._data.data_ptr(),
+            self.columns,
+            out_NTC.data_ptr(),
+            *out_NTC.stride()[:2],
+            torch.get_num_threads(),
+        )

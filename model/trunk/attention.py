@@ -11,20 +11,22 @@ G key heads, M = N/G query heads per key head, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
+from itertools import accumulate, groupby
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from elastic_moe.model.native.attention import NativeBatch, Rules
+from elastic_moe.model.staging import to_device
 from elastic_moe.model.trunk.attention_path import KVShape
-from elastic_moe.model.trunk.flash import FlashBatch
+from elastic_moe.model.trunk.flash import FlashBatch, Piece
 from elastic_moe.model.trunk.kv_cache import KVCache
 
 NAME = "emoe"
@@ -67,7 +69,9 @@ class _DecodeGroup:
 
 
 @dataclass(slots=True)
-class _Prefill:
+class Prefill:
+    """The rows of one sequence, at positions start .. end - 1."""
+
     first_row: int
     start: int
     end: int
@@ -85,13 +89,20 @@ class StepBatch:
     """Blocks that get their first token in this step and do not become full: they still hold another sequence's keys.
     """
     decodes: list[_DecodeGroup]
-    prefills: list[_Prefill]
+    prefills: list[Prefill]
+    pieces: list[Piece]
+    """The sequences, whose tokens follow one another in the step."""
+    device: torch.device
     fused: NativeBatch | FlashBatch | None = None
     """If set, one call computes attention for all sequences, and the fields above are empty."""
     dispatcher: Any = None
     """The dispatcher of the step, for layers that run in one call (model/fitting/whole_stack.py)."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Additive masks of decode groups, by (group, window). They are the same for every layer."""
+    splits: dict[int, tuple[list[Prefill], Tensor | None]] = field(default_factory=dict)
+    """What `split` has found."""
+    _longer: dict[int, list[Prefill]] = field(default_factory=dict)
+    _places: Tensor | None = None
 
     @classmethod
     def build(cls, slices: Sequence[SequenceSlice], cache: KVCache, device: torch.device) -> StepBatch:
@@ -104,31 +115,71 @@ class StepBatch:
             fused = FlashBatch(cache.path.varlen, pieces, block_size=size, device=device)
         if fused is not None:
             nothing = torch.empty(0)
-            return cls(cache=cache, positions=nothing, begun=nothing, decodes=[], prefills=[], fused=fused)
-        positions: list[int] = []
-        begun: list[int] = []
-        decodes: list[tuple[int, int, SequenceSlice]] = []
-        prefills: list[_Prefill] = []
-        for piece in slices:
-            used = -(-piece.end // size)
-            if len(piece.token_ids) == 1:
-                # sequences are grouped by powers of two, so that padding at most doubles the keys that are read
-                decodes.append(((used - 1).bit_length(), len(positions), piece))
-            else:
-                blocks = torch.tensor(piece.block_ids[:used], device=device)
-                prefills.append(_Prefill(first_row=len(positions), start=piece.start, end=piece.end, blocks=blocks))
-            positions += [piece.block_ids[p // size] * size + p % size for p in range(piece.start, piece.end)]
-            if piece.end % size and piece.end // size * size >= piece.start:
-                begun.append(piece.block_ids[piece.end // size])
-        decodes.sort(key=lambda item: item[:2])
-        groups = [_decode_group(list(items), size, device) for _, items in groupby(decodes, key=lambda item: item[0])]
+            return cls(
+                cache=cache,
+                positions=nothing,
+                begun=nothing,
+                decodes=[],
+                prefills=[],
+                pieces=pieces,
+                device=device,
+                fused=fused,
+            )
+        places = [b[p // size] * size + p % size for start, end, b in pieces for p in range(start, end)]
+        begun = [b[end // size] for start, end, b in pieces if end % size and end // size * size >= start]
+        # sequences are grouped by powers of two, so that padding at most doubles the keys that are read
+        decodes = sorted(
+            ((-(-end // size) - 1).bit_length(), row) for row, (start, end, _) in _rows(pieces) if end - start == 1
+        )
+        alone = dict(_rows(pieces))
+        grouped = [[(row, alone[row]) for _, row in items] for _, items in groupby(decodes, key=lambda item: item[0])]
+        arrays = [places, begun, *(array for items in grouped for array in _decode_arrays(items, size))]
+        positions, cleared, *parts = to_device([np.array(numbers, dtype=np.int64) for numbers in arrays], device)
         return cls(
             cache=cache,
-            positions=torch.tensor(positions, device=device),
-            begun=torch.tensor(begun, dtype=torch.int64, device=device),
-            decodes=groups,
-            prefills=prefills,
+            positions=positions,
+            begun=cleared,
+            decodes=[_DecodeGroup(*parts[3 * n : 3 * n + 3]) for n in range(len(grouped))],
+            prefills=[part for part in _prefills(pieces, size, device) if part.end - part.start > 1],
+            pieces=pieces,
+            device=device,
         )
+
+    @property
+    def places(self) -> Tensor:
+        """[T] the place of each token's key in the cache, also if one call computes attention for all sequences."""
+        if self.fused is None:
+            return self.positions
+        if self._places is None:
+            size = self.cache.block_size
+            places = [b[p // size] * size + p % size for start, end, b in self.pieces for p in range(start, end)]
+            [self._places] = to_device([np.array(places, dtype=np.int64)], self.device)
+        return self._places
+
+    def longer(self, keys: int) -> list[Prefill]:
+        """The sequences that have more keys than that."""
+        if keys not in self._longer:
+            parts = _prefills(self.pieces, self.cache.block_size, self.device)
+            self._longer[keys] = [part for part in parts if part.end > keys]
+        return self._longer[keys]
+
+    def split(self, rows: int) -> tuple[list[Prefill], Tensor | None]:
+        """The sequences that have at least so many rows, and the numbers of all other rows (None: all rows)."""
+        if rows not in self.splits:
+            parts = self.prefills
+            if self.fused is not None:
+                parts = _prefills(self.pieces, self.cache.block_size, self.device)
+            wide = [part for part in parts if part.end - part.start >= rows]
+            self.splits[rows] = wide, self._others(wide) if wide else None
+        return self.splits[rows]
+
+    def _others(self, parts: Sequence[Prefill]) -> Tensor:
+        """The numbers of the rows that belong to none of the parts."""
+        other = np.ones(sum(end - start for start, end, _ in self.pieces), dtype=np.bool_)
+        for part in parts:
+            other[part.first_row : part.first_row + part.end - part.start] = False
+        [rows] = to_device([other.nonzero()[0]], self.device)
+        return rows
 
     def decode_mask(self, index: int, window: int | None) -> Tensor:
         """[R, 1, L] 0 where a key counts, -inf where it is padding or outside the window."""
@@ -145,18 +196,27 @@ class StepBatch:
         return mask
 
 
-def _decode_group(items: Sequence[tuple[int, int, SequenceSlice]], size: int, device: torch.device) -> _DecodeGroup:
-    widest = max(-(-piece.end // size) for _, _, piece in items)
+def _rows(pieces: Sequence[Piece]) -> Iterator[tuple[int, Piece]]:
+    """Each sequence with the number of its first row in the step."""
+    return zip(accumulate((end - start for start, end, _ in pieces), initial=0), pieces, strict=False)
+
+
+def _prefills(pieces: Sequence[Piece], size: int, device: torch.device) -> list[Prefill]:
+    tables = [np.array(blocks[: -(-end // size)], dtype=np.int64) for _, end, blocks in pieces]
+    return [
+        Prefill(first_row=row, start=start, end=end, blocks=blocks)
+        for (row, (start, end, _)), blocks in zip(_rows(pieces), to_device(tables, device), strict=True)
+    ]
+
+
+def _decode_arrays(items: Sequence[tuple[int, Piece]], size: int) -> tuple[list[int], list[int], list[int]]:
+    """Rows, tables and lengths of a decode group."""
+    widest = max(-(-end // size) for _, (_, end, _) in items)
     tables: list[int] = []
-    for _, _, piece in items:
-        used = list(piece.block_ids[: -(-piece.end // size)])
+    for _, (_, end, blocks) in items:
+        used = list(blocks[: -(-end // size)])
         tables += used + used[-1:] * (widest - len(used))
-    lengths = [piece.end for _, _, piece in items]
-    return _DecodeGroup(
-        rows=torch.tensor([row for _, row, _ in items], device=device),
-        tables=torch.tensor(tables, device=device),
-        lengths=torch.tensor(lengths, device=device),
-    )
+    return [row for row, _ in items], tables, [end for _, (_, end, _) in items]
 
 
 _current: ContextVar[StepBatch | ShapeProbe] = ContextVar("step_batch")
@@ -189,11 +249,42 @@ class ShapeProbe:
         )
 
 
+LATENTS = "emoe_latents"
+"""The attribute of an attention module whose keys and values are not made, since its latents are cached."""
+
+
+Chosen = Mapping[int, Tensor]
+"""First row of a sequence in the step -> [Q, C] the numbers of the keys that each of its rows attends to. Sequences
+that are not there attend to all keys."""
+
+
+class Latents(Protocol):
+    """What that attribute holds: model/trunk/latent.py."""
+
+    @property
+    def value_size(self) -> int: ...
+
+    def attend(
+        self,
+        batch: StepBatch,
+        layer: int,
+        query_NTD: Tensor,
+        latent_TR: Tensor,
+        rotated_TP: Tensor,
+        rules: Rules,
+        chosen: Chosen,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Stands for a mask: a layer attends to the last `size` tokens, or to all earlier tokens if `size` is None."""
 
     size: int | None
+
+    def __getitem__(self, _: Any) -> Window:
+        """An indexer takes the mask of one head, which is that of all heads."""
+        return self
 
 
 def describe_mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> Window:
@@ -217,27 +308,53 @@ def paged_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Chosen | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention for transformers' interface: query [1, N, T, D], key and value [1, G, T, D] -> [1, T, N, D]."""
+    """Compute attention for transformers' interface: query [1, N, T, D], key and value [1, G, T, D] -> [1, T, N, D].
+
+    `indices` is what the layer's indexer has chosen, if it has one.
+    """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     batch = _current.get()
+    latent: Latents | None = getattr(module, LATENTS, None)
     if isinstance(batch, ShapeProbe):
+        size = value.shape[3] if latent is None else latent.value_size
         batch.record(layer, key, value, softcap)
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+        return query.new_zeros(1, query.shape[2], query.shape[1], size), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if attention_mask is None else attention_mask.size
     rules = Rules(scale=scale, window=window, softcap=softcap, sinks=s_aux)
+    if latent is not None:
+        return latent.attend(batch, layer, query[0], key[0, 0], value[0, 0], rules, indices or {})[None], None
+    assert not indices, "only layers whose latents are cached attend to chosen keys"
     if batch.fused is not None:
         return batch.fused.attend(batch.cache.stores(layer), query[0], key[0], value[0], rules)[None], None
-    batch.cache.write(layer, batch.positions, batch.begun, key[0], value[0])
-    query_NTD = query[0]
-    out_TND = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    return attend(batch, layer, query[0], key[0], value[0], rules)[None], None
+
+
+def attend(
+    batch: StepBatch,
+    layer: int,
+    query_NTD: Tensor,
+    key_GTD: Tensor,
+    value_GTD: Tensor,
+    rules: Rules,
+    *,
+    below: int | None = None,
+) -> Tensor:
+    """Write the step's keys and values, and compute attention by matrix products: [T, N, D of values].
+
+    Sequences with `below` rows or more get no output: their rows of the result are undefined.
+    """
+    batch.cache.write(layer, batch.positions, batch.begun, key_GTD, value_GTD)
+    out_TND = query_NTD.new_empty(query_NTD.shape[1], query_NTD.shape[0], value_GTD.shape[2])
     for index, group in enumerate(batch.decodes):
         out_TND[group.rows] = _decode(batch, index, layer, query_NTD, rules)
-    for prefill in batch.prefills:
-        _prefill(batch, prefill, layer, query_NTD, rules, out_TND)
-    return out_TND[None], None
+    for part in batch.prefills:
+        if below is None or part.end - part.start < below:
+            attend_rows(*batch.cache.gather(layer, part.blocks), part, query_NTD, rules, out_TND)
+    return out_TND
 
 
 def _decode(batch: StepBatch, index: int, layer: int, query_NTD: Tensor, rules: Rules) -> Tensor:
@@ -256,9 +373,18 @@ def _decode(batch: StepBatch, index: int, layer: int, query_NTD: Tensor, rules: 
     return out_GRMD.transpose(0, 1).reshape(num, -1, value_GLD.shape[-1])
 
 
-def _prefill(batch: StepBatch, part: _Prefill, layer: int, query_NTD: Tensor, rules: Rules, out_TND: Tensor) -> None:
-    """Compute attention for the query rows of one sequence. A tile of rows reads only the keys that it can see."""
-    key_GLD, value_GLD = batch.cache.gather(layer, part.blocks)
+def attend_rows(
+    key_GLD: Tensor,
+    value_GLD: Tensor,
+    part: Prefill,
+    query_NTD: Tensor,
+    rules: Rules,
+    out_TND: Tensor,
+    chosen_QC: Tensor | None = None,
+) -> None:
+    """Compute attention for the query rows of one sequence, into `out_TND`. A tile of rows reads only the keys that it
+    can see. If `chosen_QC` is given, a row attends to no other keys than these.
+    """
     heads = key_GLD.shape[0]
     for first in range(part.start, part.end, _TILE):
         last = min(first + _TILE, part.end)
@@ -270,6 +396,10 @@ def _prefill(batch: StepBatch, part: _Prefill, layer: int, query_NTD: Tensor, ru
         hidden = key > row
         if rules.window is not None:
             hidden |= key <= row - rules.window
+        if chosen_QC is not None:
+            chosen = torch.zeros(count, part.end, dtype=torch.bool, device=hidden.device)
+            chosen.scatter_(1, chosen_QC[first - part.start : last - part.start], True)
+            hidden |= ~chosen[:, low:last]
         mask_QL = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
         query_GMQD = query_NTD[:, rows].reshape(heads, -1, count, query_NTD.shape[-1])
         members = query_GMQD.shape[1]

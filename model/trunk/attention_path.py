@@ -19,10 +19,12 @@ class KVShape:
     value_size: int
     softcap: bool = False
     """Whether the layer bounds its scores by a soft-cap, which not all kernels can do."""
+    latent: bool = False
+    """Whether the key's first `value_size` numbers are the value, so that keys alone are stored (latent.py)."""
 
     @property
     def elements(self) -> int:
-        return self.num_heads * (self.key_size + self.value_size)
+        return self.num_heads * (self.key_size + (0 if self.latent else self.value_size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Legend: G key heads, D head size (keys and values may differ), P blocks, B token
 A layer's keys are [G, P, B, D]. A block of one head is contiguous, so gathering blocks copies long rows, and the result
 has the layout that matmul needs. If the native library computes attention, blocks have its layout
 (model/native/attention.cpp), and only the library reads and writes them. If FlashAttention computes it, they are
-[P, B, G, D] (model/trunk/flash.py).
+[P, B, G, D] (model/trunk/flash.py). A layer of latents (model/trunk/latent.py) has keys of one head and no values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from elastic_moe.model.native.attention import unpack_latents
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape
 
 
@@ -40,17 +41,20 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
 
-        def blocks(heads: int, size: int) -> Tensor:
+        def blocks(heads: int, size: int, plain: bool = False) -> Tensor:
             # memory is zeroed, since masked keys must be finite
             shape = (heads, num_blocks, block_size, size)
-            if path.varlen is not None:
+            if path.varlen is not None and not plain:
                 shape = (num_blocks, block_size, heads, size)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             return _untouched(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
-        self._keys = {layer: blocks(s.num_heads, s.key_size) for layer, s in shapes.items()}
-        self._values = {layer: blocks(s.num_heads, s.value_size) for layer, s in shapes.items()}
+        # only torch reads keys that have no value: those of indexers
+        self._keys = {layer: blocks(s.num_heads, s.key_size, plain=not s.value_size) for layer, s in shapes.items()}
+        self._values = {layer: blocks(s.num_heads, s.value_size) for layer, s in shapes.items() if not s.latent}
+        self._latents = {layer: s.value_size for layer, s in shapes.items() if s.latent}
+        """Layers of latents, with the numbers of a key that are its value."""
 
     @staticmethod
     def block_bytes(shapes: Mapping[int, KVShape], *, block_size: int, dtype: torch.dtype) -> int:
@@ -67,19 +71,40 @@ class KVCache:
         Blocks in `begun` are cleared first. Another sequence's values there get a weight of 0, but 0 times infinity is
         not 0.
         """
-        if len(begun):
-            self._keys[layer].index_fill_(1, begun, 0)
-            self._values[layer].index_fill_(1, begun, 0)
-        self._keys[layer].flatten(1, 2).index_copy_(1, positions_T, key_GTD)
-        self._values[layer].flatten(1, 2).index_copy_(1, positions_T, value_GTD)
+        stored = [(self._keys[layer], key_GTD)]
+        if layer not in self._latents:
+            stored.append((self._values[layer], value_GTD))
+        for blocks, new_GTD in stored:
+            if len(begun):
+                blocks.index_fill_(1, begun, 0)
+            blocks.flatten(1, 2).index_copy_(1, positions_T, new_GTD)
+
+    def write_rows(self, layer: int, positions_T: Tensor, key_TD: Tensor) -> None:
+        """Store keys that have no value, and of which nobody reads more than were written."""
+        self._keys[layer][0].flatten(0, 1).index_copy_(0, positions_T, key_TD)
 
     def stores(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All blocks of keys and all blocks of values of a layer, for the native library or FlashAttention."""
+        """All blocks of keys and all blocks of values of a layer, for the native library or FlashAttention.
+
+        For a layer of latents, both are the keys.
+        """
+        if layer in self._latents:
+            return self._keys[layer], self._keys[layer]
         return self._keys[layer], self._values[layer]
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Copy the keys and values of the blocks [N]: ([G, N*B, D], [G, N*B, D])."""
-        return _gather(self._keys[layer], blocks), _gather(self._values[layer], blocks)
+        keys_GLD = _gather(self._keys[layer], blocks)
+        if layer in self._latents:
+            return keys_GLD, keys_GLD[..., : self._latents[layer]]
+        return keys_GLD, _gather(self._values[layer], blocks)
+
+    def latents(self, layer: int, blocks: Tensor) -> Tensor:
+        """Copy the keys of the blocks [N] of a layer of latents, from any layout: [N*B, D]."""
+        keys_1PBD = self._keys[layer]
+        if self.path.lib is None or not self._latents[layer]:
+            return _gather(keys_1PBD, blocks)[0]
+        return unpack_latents(keys_1PBD[0][blocks])
 
 
 def _gather(cache_GPBD: Tensor, blocks_N: Tensor) -> Tensor:

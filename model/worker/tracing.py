@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.checkpoints.loading import load_whole
 from elastic_moe.optimizer.study.traces import Trace
 
 
@@ -34,11 +33,7 @@ def record_trace(
     that is empty or longer than the model allows, or if there is no request.
     """
     checkpoint = open_checkpoint(path)
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=checkpoint.stored_dtype, trust_remote_code=False, local_files_only=True
-        )
-    model.eval()  # type: ignore[no-untyped-call]
+    model = load_whole(checkpoint)
     modules = dict(model.named_modules())
     recorder = _Recorder([modules[name] for name in checkpoint.shape.expert_modules])
     lengths: list[int] = []

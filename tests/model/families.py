@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.model.random_checkpoint import make_random_checkpoint
+from tests.model.random_checkpoint import make_random_checkpoint, wrap_random_checkpoint
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"family": "mixtral"},
@@ -83,18 +83,38 @@ MORE_FAMILIES = (
 )
 """Further families that are served. Only tests of what differs by family use them."""
 
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+}
+WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "kimi_k25": ("deepseek_v3", "kimi_k25", {"vision_config": _VISION, "tie_word_embeddings": False}),
+    "mistral3": (
+        "mistral4",
+        "mistral3",
+        {"vision_config": {"model_type": "pixtral", "head_dim": 16} | _VISION, "tie_word_embeddings": False},
+    ),
+    "gemma4": ("gemma4_text", "gemma4", {"vision_config": None, "audio_config": None}),
+}
+"""Name of a model with more input than text -> case of its text part, its family, and fields of its configuration."""
+
 _SIZES = {"hidden": 64, "layers": 3, "experts": 8, "top_k": 2, "ff": 32, "vocab": 512}
 _made: dict[tuple[str, Path], Path] = {}
 
 
 def tiny_checkpoint(name: str, where: Path | pytest.TempPathFactory) -> Path:
-    """The directory of case `name` of FAMILIES, or of one of MORE_FAMILIES, made below `where`.
+    """The directory of case `name` of FAMILIES or WRAPPED, or of one of MORE_FAMILIES, made below `where`.
 
     One process makes it once.
     """
     base = where if isinstance(where, Path) else where.getbasetemp()
     key = (name, base)
-    if key not in _made:
+    if key not in _made and name in WRAPPED:
+        text, family, parts = WRAPPED[name]
+        _made[key] = wrap_random_checkpoint(tiny_checkpoint(text, where), base / "checkpoints" / name, family, **parts)
+    elif key not in _made:
         _made[key] = make_random_checkpoint(
             base / "checkpoints" / name, **(_SIZES | FAMILIES.get(name, {"family": name}))
         )

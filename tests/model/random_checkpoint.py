@@ -17,9 +17,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.transformers_private import causal_class
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -64,11 +71,29 @@ def make_random_checkpoint(
         fields = {name: value for name, value in fields.items() if name in known}
         config = AutoConfig.for_model(family, **(fields | {"vocab_size": len(tokenizer)} | config_fields))
         config.dtype = getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
+        kind: Any = causal_class(config)
+        model: PreTrainedModel = kind._from_config(config, dtype=config.dtype)
         _randomise(model, torch.Generator().manual_seed(seed))
         model.generation_config = _generation_config(config)
         model.save_pretrained(out, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(out)
+    return out
+
+
+def wrap_random_checkpoint(text: Path, out: Path, family: str, *, seed: int = 0, **parts: Any) -> Path:
+    """Write a checkpoint of `family`, which takes more input than text, into the directory `out`, and return `out`.
+
+    Its text part has the configuration of the checkpoint in the directory `text`. `parts` go to the configuration, such
+    as that of its vision part.
+    """
+    with quiet_transformers():
+        config = AutoConfig.for_model(family, text_config=AutoConfig.from_pretrained(text).to_dict(), **parts)
+        config.dtype = torch.float32
+        model = AutoModelForMultimodalLM.from_config(config, dtype=config.dtype)  # type: ignore[no-untyped-call]
+        _randomise(model, torch.Generator().manual_seed(seed))
+        model.generation_config = _generation_config(config.text_config)
+        model.save_pretrained(out)
+        small_tokenizer(config.text_config.vocab_size).save_pretrained(out)
     return out
 
 
@@ -173,6 +198,20 @@ def _deepseek_fields(*, hidden: int, heads: int, experts: int, ff: int, **_: int
     }
 
 
+def _sparse_fields(**sizes: int) -> dict[str, Any]:
+    """With 8 chosen keys, short prompts already tell a choice from none. With few heads, many scores would be 0 and
+    equal.
+    """
+    indexer = {"index_topk": 8, "index_n_heads": 32, "index_head_dim": 16}
+    layers = {"mlp_layer_types": ["dense"] + ["sparse"] * (sizes["layers"] - 1)}
+    return _deepseek_fields(**sizes) | layers | indexer
+
+
+def _glm_sparse_fields(**sizes: int) -> dict[str, Any]:
+    """Every second layer takes the choice of the one before."""
+    return _sparse_fields(**sizes) | {"indexer_types": (["full", "shared"] * sizes["layers"])[: sizes["layers"]]}
+
+
 def _deepseek_v2_fields(**sizes: int) -> dict[str, Any]:
     return _deepseek_fields(**sizes) | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5}
 
@@ -217,18 +256,21 @@ _OWN_FIELDS: dict[str, Callable[..., dict[str, Any]]] = {
     "axk1": _deepseek_fields,
     "deepseek_v2": _deepseek_v2_fields,
     "deepseek_v3": _deepseek_fields,
+    "deepseek_v32": _sparse_fields,
     "dots1": _dots_fields,
     "ernie4_5_moe": _ernie_fields,
     "flex_olmo": _olmoe_fields,
     "gemma4_text": _gemma_fields,
     "glm4_moe": _glm_fields,
     "glm4_moe_lite": _deepseek_fields,
+    "glm_moe_dsa": _glm_sparse_fields,
     "gpt_oss": _gpt_oss_fields,
     "granitemoe": _granite_fields,
     "granitemoe_swa": _granite_fields,
     "granitemoehybrid": _granite_hybrid_fields,
     "granitemoeshared": _granite_fields,
     "hunyuan_v1_moe": _hunyuan_fields,
+    "mistral4": _deepseek_fields,
     "minimax_m2": _minimax_m2_fields,
     "mixtral": _mixtral_fields,
     "olmoe": _olmoe_fields,

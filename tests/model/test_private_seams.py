@@ -97,8 +97,14 @@ def test_process_groups() -> None:
 
 def test_attributes_of_models_and_configurations() -> None:
     config = AutoConfig.for_model("mixtral", num_hidden_layers=1, hidden_size=64, intermediate_size=16, vocab_size=32)
-    assert transformers_private.has_causal_model(config)
-    assert not transformers_private.has_causal_model(AutoConfig.for_model("clip"))
+    assert transformers_private.causal_class(config) is modeling_mixtral.MixtralForCausalLM
+    assert transformers_private.causal_class(AutoConfig.for_model("clip")) is None
+    listed_with_images = transformers_private.causal_class(AutoConfig.for_model("mistral4"))
+    assert listed_with_images is not None
+    assert listed_with_images.__name__ == "Mistral4ForCausalLM"
+    whole = transformers_private.multimodal_class(AutoConfig.for_model("kimi_k25"))
+    assert whole is not None
+    assert whole.__name__ == "Kimi_K25ForConditionalGeneration"
     assert "mixtral" in transformers_private.CONFIG_MAPPING
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

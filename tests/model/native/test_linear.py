@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.model.native.linear import can_pack, linear, pack, unpack
+from elastic_moe.model.native.linear import PackedHeads, can_pack, linear, pack, unpack
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 150).map(lambda half: 2 * half))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -76,3 +76,19 @@ def test_what_cannot_be_packed() -> None:
     assert not can_pack(draw(0, 3, 5))
     assert not can_pack(draw(0, 3, 4).float())
     assert not can_pack(draw(0, 4))
+
+
+@given(shapes, st.integers(1, 5))
+@quick
+def test_a_matrix_for_each_head(lib: ctypes.CDLL, shape: tuple[int, int, int], heads: int) -> None:
+    """As heads lie in a trunk's tensors: tokens before heads, and beside other numbers."""
+    rows, columns, depth = shape
+    x_TND, weight = draw(1, rows, heads, depth + 3), draw(2, heads, columns, depth)
+    out = torch.full((rows, heads, columns + 5), torch.nan, dtype=torch.bfloat16)
+    packed = PackedHeads(lib, weight)
+    packed.multiply(x_TND[..., :depth].transpose(0, 1), out.transpose(0, 1))
+    for head in range(heads):
+        own = linear(x_TND[:, head, :depth].contiguous(), pack(lib, weight[head]), None)
+        assert torch.equal(out[:, head, :columns], own)
+    assert out[..., columns:].isnan().all()
+    assert packed.nbytes == weight.nbytes

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
@@ -84,6 +85,52 @@ def test_longrope_for_short_and_long_requests_in_one_batch(tmp_path: Path) -> No
     texts = prompts((5, 40, 12, 90))
     got = Lockstep(path, [2, 2]).run([request(f"r{n}", text, max_tokens=10) for n, text in enumerate(texts)])
     assert list(got.values()) == [alone(path, text, 10) for text in texts]
+
+
+HALF_HEAD = 8
+LONG_FACTORS = [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("qwen3_moe", {}),
+    "linear": ("qwen3_moe", {"factor": 4.0}),
+    "dynamic": ("qwen3_moe", {"factor": 4.0}),
+    "yarn": ("qwen3_moe", {"factor": 4.0, "original_max_position_embeddings": ORIGINAL}),
+    "longrope": (
+        "qwen3_moe",
+        {
+            "factor": 4.0,
+            "short_factor": [1.0] * HALF_HEAD,
+            "long_factor": LONG_FACTORS,
+            "original_max_position_embeddings": ORIGINAL,
+        },
+    ),
+    "llama3": (
+        "qwen3_moe",
+        {
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": ORIGINAL,
+        },
+    ),
+    "proportional": ("qwen3_moe", {"partial_rotary_factor": 0.5}),
+}
+"""Kind of rotary embedding -> a family, and the parameters of the kind."""
+
+
+def test_every_kind_of_transformers_is_tried() -> None:
+    assert set(KINDS) == {"default", *ROPE_INIT_FUNCTIONS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_for_short_and_long_requests_in_one_batch(kind: str, tmp_path: Path) -> None:
+    """Of three requests, one is longer than the original length from the start, and one becomes so."""
+    family, parameters = KINDS[kind]
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **parameters}
+    sizes = SIZES | {"max_position_embeddings": ORIGINAL if kind == "dynamic" else 4 * ORIGINAL}
+    path = make_random_checkpoint(tmp_path / kind, family, **sizes, rope_parameters=rope)
+    texts = prompts((5, ORIGINAL - 4, 40))
+    got = Lockstep(path, [4]).run([request(f"r{n}", text, max_tokens=8) for n, text in enumerate(texts)])
+    assert list(got.values()) == [alone(path, text, 8) for text in texts]
 
 
 def test_a_fixed_scaling_that_is_called_dynamic_does_not_grow(tmp_path: Path) -> None:
