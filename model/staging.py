@@ -1,4 +1,4 @@
-"""Copies small arrays of numbers to a device: one copy for all of them, and the CPU does not wait for it."""
+"""Copies small arrays of numbers to a device, for which the CPU does not wait, and back, for which it waits once."""
 
 from __future__ import annotations
 
@@ -18,3 +18,27 @@ def to_device(arrays: Sequence[npt.NDArray[np.int64]], device: torch.device) -> 
         flat = flat.pin_memory()
     parts = torch.split(flat.to(device, non_blocking=True), [array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of a device's tensors in the host's memory. Blocks once, until the device has computed all of them."""
+    if all(tensor.device.type != "cuda" for tensor in tensors):
+        return list(tensors)
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    recorded().synchronize()
+    return copies
+
+
+def recorded(stream: torch.cuda.Stream | None = None, *, timed: bool = False) -> torch.cuda.Event:
+    """An event that has passed when the device has done all that was launched by now, on the stream or the present
+    one."""
+    event = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def passed(event: torch.cuda.Event | None) -> bool:
+    """Whether the device has reached the event. True for None."""
+    return event is None or bool(event.query())  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from elastic_moe.cluster.facts.events import PlanReady, Solve
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.links import Rates, port_rates, uplink_rates
 from elastic_moe.cluster.facts.routing import RoutingWindow, weighted_load
-from elastic_moe.cluster.facts.tiering import pins_of
+from elastic_moe.cluster.facts.tiering import cache_slots_of
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import RebalancePreview
 from elastic_moe.cluster.placement import Placement, Worker
@@ -96,14 +96,14 @@ def memory_of_members(facts: Facts) -> tuple[WorkerMemory, ...]:
         info = facts.records[worker].info
         if has is None or info is None:
             return ()
-        device = has.device // layers
         memory.append(
             WorkerMemory(
                 device_experts=has.device,
                 host_experts=has.host,
                 disk_fetch_s=expert_bytes / has.disk_bytes_per_s,
                 host_fetch_s=expert_bytes / info.host_bytes_per_s if info.host_bytes_per_s else 0.0,
-                cache_slots=max(1, device - pins_of(device)),
+                host_token_s=info.host_token_s,
+                cache_slots=cache_slots_of(has.device // layers),
             )
         )
     return tuple(memory)
@@ -173,6 +173,10 @@ class Planners:
         self._model = model
         self._dtype = dtype
         self._window = window
+
+    def configure(self, config: ServeConfig) -> None:
+        """Use the settings of a redeploy from now on."""
+        self._config = config
 
     async def preview(self, planner: str, facts: Facts) -> RebalancePreview:
         """What a re-placement would do. Raises CALL_ERRORS."""

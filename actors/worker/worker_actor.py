@@ -96,6 +96,7 @@ class WorkerActor:
         worker = Worker(spec)
         self._worker = worker
         blocks, held_bytes = worker.load()
+        host = worker.host_rates
         self._steps = StepServer(worker, self._address)
         return WorkerInfo(
             worker=spec.worker,
@@ -107,7 +108,10 @@ class WorkerActor:
             memory_bytes=held_bytes,
             expert_capacity=worker.capacity,
             held=worker.held(),
+            host_capacity=worker.host_capacity,
             disk_bytes_per_s=worker.disk_bytes_per_s,
+            host_bytes_per_s=None if host is None else host.bytes_per_s,
+            host_token_s=None if host is None else host.token_s,
             fit=worker.report,
         )
 

@@ -8,6 +8,7 @@ from elastic_moe.cluster.facts.facts import Facts, Stage
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.facts.tiering import expected_stall_s
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Readiness
+from elastic_moe.cluster.placement import Tier
 
 SHARES = {Stage.TRANSFERRING: 0.5, Stage.DRAINING: 0.7, Stage.PREPARING: 0.8, Stage.COMMITTING: 0.9}
 """Progress of an operation whose change is at a stage. Until there is a change, workers load."""
@@ -26,8 +27,15 @@ def readiness(facts: Facts, operation: Operation | None) -> Readiness:
         return Readiness(ready=False, reason=facts.fatal, error=facts.fatal)
     if facts.serves:
         return serving(facts)
+    if facts.rests and not facts.target:
+        return Readiness(
+            ready=True, reason="at rest: no worker is kept, and the next request waits until one has started"
+        )
     loaded = f"{len(facts.loaded)} of {facts.target} workers ready"
-    reason = f"starting, {loaded}" if facts.outage is None else f"recovering, {loaded}: {facts.outage.reason}"
+    if facts.outage is None or facts.rests:
+        reason = f"starting, {loaded}"
+    else:
+        reason = f"recovering, {loaded}: {facts.outage.reason}"
     if facts.spec is not None and facts.loaded and not facts.fits(facts.loaded):
         memory, experts = sum(facts.limits(facts.loaded)), facts.model.num_logical_experts
         reason += f"; those left have memory for {memory} of {experts} experts per layer: waiting for a replacement"
@@ -47,14 +55,20 @@ def serving(facts: Facts) -> Readiness:
     assert facts.goal is not None
     # rounded down, so that 100 % is all of them
     rooms = facts.rooms([facts.records[worker] for worker in facts.ranks])
-    stall_s = expected_stall_s(facts.spec.placement, rooms, facts.model, tokens=1)
+    stall_s = expected_stall_s(facts.spec.placement, rooms, facts.model, facts.load, tokens=1)
     reason = (
-        f"degraded: {int(100 * share)}% of the experts are in memory, the others are read from disk when they are"
-        f" needed, for which a step of one token waits about {1000 * stall_s:.3g} ms"
+        f"degraded: {int(100 * share)}% of the experts are in memory, the others are read from {_elsewhere(facts)} when"
+        f" they are needed, for which a step of one token waits about {1000 * stall_s:.3g} ms"
     )
     if facts.goal.resident_share > share:
         reason += f"; {int(100 * facts.goal.resident_share)}% will be"
     return Readiness(ready=True, reason=reason, resident=share)
+
+
+def _elsewhere(facts: Facts) -> str:
+    assert facts.spec is not None
+    hosted = bool((facts.spec.placement.tiers == Tier.HOST).any())
+    return "the host's memory or disk" if hosted else "disk"
 
 
 def progress(facts: Facts, operation: Operation) -> Progress:
@@ -70,4 +84,4 @@ def _share(facts: Facts, operation: Operation) -> float:
     if operation.kind is OperationKind.REBALANCE:
         return 0.0
     # workers load first
-    return 0.5 * min(1.0, len(facts.loaded) / facts.target)
+    return 0.5 * min(1.0, len(facts.loaded) / max(1, facts.target))

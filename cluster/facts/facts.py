@@ -45,6 +45,8 @@ class Cause(StrEnum):
     """A step failed, and nobody has died."""
     FLIP = "flip"
     """Some workers may have begun an epoch, and others not."""
+    IDLE = "idle"
+    """There was no request for long, and no worker is kept. The next request is the end of it."""
     COORDINATOR = "coordinator"
     """The coordinator was restarted, which interrupts nothing that runs."""
 
@@ -179,6 +181,11 @@ class Facts:
         return self.spec is not None and self.outage is None
 
     @property
+    def rests(self) -> bool:
+        """Whether no worker is kept, because there are no requests, or the first ones after that are starting."""
+        return self.outage is not None and self.outage.cause is Cause.IDLE
+
+    @property
     def alive(self) -> list[WorkerRecord]:
         return [record for record in self.records.values() if record.alive]
 
@@ -248,7 +255,10 @@ class Facts:
                 rooms[record.id] = None
                 continue
             rooms[record.id] = Room(
-                device=info.expert_capacity, host=info.host_capacity, disk_bytes_per_s=info.disk_bytes_per_s
+                device=info.expert_capacity,
+                host=info.host_capacity,
+                disk_bytes_per_s=info.disk_bytes_per_s,
+                host_bytes_per_s=info.host_bytes_per_s,
             )
         return rooms
 

@@ -11,7 +11,7 @@ from typing import Any
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.cli.plan import DEFAULT_WORKERS
-from elastic_moe.deploy.tiers.flags import memories, step_tokens
+from elastic_moe.deploy.tiers.flags import memories, step_tokens, with_kv_price
 from elastic_moe.optimizer.core.cost import expected_fetches, moves_to, price
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.decision import MOVE_SHARE
@@ -51,7 +51,7 @@ def read_trace(args: argparse.Namespace, path: Path, *others: Placement | None) 
 def make_problem(
     args: argparse.Namespace, trace: Trace, workers: tuple[Worker, ...], old: Placement | None
 ) -> PlacementProblem:
-    return problem_from_trace(
+    problem = problem_from_trace(
         trace,
         workers,
         semantics=Semantics(args.semantics),
@@ -63,6 +63,7 @@ def make_problem(
         memory=memories(args, len(workers), trace.num_layers),
         tokens_per_step=step_tokens(args, DEFAULT_STEP_TOKENS),
     )
+    return with_kv_price(args, problem)
 
 
 def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | None:

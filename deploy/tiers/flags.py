@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
+
+import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.optimizer.core.cost import BITS, GIGA
-from elastic_moe.optimizer.residency.memory import WorkerMemory
+from elastic_moe.cluster.facts.tiering import cache_slots_of
+from elastic_moe.optimizer.baselines.heuristics import greedy_table
+from elastic_moe.optimizer.core.cost import BITS, GIGA, price_table
+from elastic_moe.optimizer.core.problem import PlacementProblem
+from elastic_moe.optimizer.residency.memory import WorkerMemory, kv_price_s
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 DEFAULT_DISK_GBPS = 24.0
 DEFAULT_HOST_GBPS = 400.0
-
-CACHE_SHARE = 0.125
-"""Share of a layer's slots that are its cache area; pinned experts take the others. With twice the share a plan
-loses some 1 % on real traces, where what comes is like what was planned for."""
 
 
 def tier_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +48,13 @@ def tier_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"rate at which experts come from the host's memory, in Gb/s ({DEFAULT_HOST_GBPS:g})",
     )
     parser.add_argument(
+        "--kv-sequence-bytes",
+        type=int,
+        metavar="N",
+        help="bytes of KV cache of one sequence: an expert stays in fast memory only if it is worth the sequences that "
+        "have no room then (the KV cache has memory of its own)",
+    )
+    parser.add_argument(
         "--step-tokens",
         type=int,
         metavar="N",
@@ -71,9 +80,25 @@ def memories(args: argparse.Namespace, workers: int, layers: int) -> tuple[Worke
         host_experts=host,
         disk_fetch_s=fetch_s("disk-gbps", args.disk_gbps, args.expert_bytes),
         host_fetch_s=fetch_s("host-gbps", args.host_gbps, args.expert_bytes),
-        cache_slots=max(1, int(CACHE_SHARE * (device // layers))),
+        cache_slots=cache_slots_of(device // layers),
     )
     return (memory,) * workers
+
+
+def with_kv_price(args: argparse.Namespace, problem: PlacementProblem) -> PlacementProblem:
+    """The problem with the price of KV cache in it, if --kv-sequence-bytes asks for it. Raises ConfigError.
+
+    A token is worth what it takes in a step that keeps all experts in fast memory for which there is room.
+    """
+    if args.kv_sequence_bytes is None:
+        return problem
+    if not problem.memory:
+        raise ConfigError("--kv-sequence-bytes: it shares the memory of --device-experts, which is not given")
+    if args.kv_sequence_bytes < 1:
+        raise ConfigError(f"--kv-sequence-bytes: expected at least 1, got {args.kv_sequence_bytes}")
+    step_s = price_table(problem, greedy_table(problem, np.random.default_rng(0))).step_s
+    each = kv_price_s(step_s, problem.tokens_per_step, args.expert_bytes, args.kv_sequence_bytes)
+    return replace(problem, memory=tuple(replace(memory, resident_s=each) for memory in problem.memory))
 
 
 def fetch_s(flag: str, gbps: float, expert_bytes: int) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from transformers import PretrainedConfig, PreTrainedModel
 
 from elastic_moe.cluster.errors import CheckpointError
-from elastic_moe.model.checkpoints.stored import StoredTensor
+from elastic_moe.model.checkpoints.packed import Stored
 from elastic_moe.model.transformers_private import (
     WeightRenaming,
     causal_class,
@@ -34,9 +34,7 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
     return text
 
 
-def text_tensors(
-    whole: PreTrainedModel, text: PreTrainedModel, tensors: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
+def text_tensors(whole: PreTrainedModel, text: PreTrainedModel, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The tensors of the model `text`, a part of the model `whole`, by their names in checkpoints of `text` alone.
 
     Both models are on the meta device. transformers' tables rename what is stored, as when it loads `whole`. What is
@@ -46,7 +44,7 @@ def text_tensors(
     places = _places(whole, text)
     renamings = [t for t in get_model_conversion_mapping(whole) if isinstance(t, WeightRenaming)]
     wanted = whole.state_dict()
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, Stored] = {}
     for name in sorted(tensors, key=dot_natural_key):
         renamed, _ = rename_source_key(name, renamings, [], whole.base_model_prefix, wanted)
         for there, here in places.items():

@@ -5,7 +5,7 @@ Legend: R rows (tokens sent to this worker), H hidden, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from typing import Protocol
 
 from torch import Tensor
@@ -64,19 +64,22 @@ are in memory; none when all have been computed. Blocks on the disk, and raises 
 class SlottedExperts(LayerExperts, Protocol):
     """The experts of one layer of which some lie in slots of a cache (model/tiers/), and come when a step needs them.
 
-    The thread that runs the steps calls `bind` and `unbind`, between two products.
+    `bind` and `unbind` are called between two products.
     """
+
+    in_host_memory: bool
+    """Whether it computes experts from the host's memory. Else its slots are in the memory of a device."""
 
     def layout(self, tensors: Tensors) -> RecordLayout:
         """How an expert lies in a slot. `tensors` are those of any expert of the layer. Call it first."""
         ...
 
     def write(self, tensors: Tensors, slot: Tensor) -> None:
-        """Write an expert into a slot. Any thread may call it."""
+        """Write an expert into a slot in the host's memory. Any thread may call it."""
         ...
 
     def read(self, slot: Tensor) -> Tensors:
-        """The tensors of the expert in a slot, as `get` returns them. Any thread may call it."""
+        """The tensors of the expert in a slot in the host's memory, in memory of their own. Any thread may call it."""
         ...
 
     def bind(self, expert: int, slot: Tensor) -> None:
@@ -85,12 +88,17 @@ class SlottedExperts(LayerExperts, Protocol):
 
     def unbind(self, expert: int) -> None: ...
 
+    def serve(self, experts: Collection[int]) -> None:
+        """Steps may need these experts from now on, in whichever tier they lie."""
+        ...
+
     def supply(self, layer: int, next_ready: Next) -> None:
         """Call `next_ready` from now on if a step needs an expert that is not in memory. `layer` is for messages."""
         ...
 
     def take_steps(self) -> list[list[int]]:
-        """The active experts of each step since the last call in which `next_ready` was not called."""
+        """The active experts of each step since the last call in which `next_ready` was not called. On a GPU, steps are
+        left out for which all that it serves was in memory: it did not have to know them."""
         ...
 
     def take_error(self) -> BaseException | None:

@@ -14,7 +14,7 @@ S slots, E logical experts, X = E + 1.
 from __future__ import annotations
 
 import threading
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,7 +32,7 @@ _ALIGNED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Slots:
+class Slots:
     """What a step reads. It never changes, except in slots that hold no expert."""
 
     stacks: Tensors = field(default_factory=dict)
@@ -52,13 +52,13 @@ class StackedExperts:
         """`module` is the trunk's expert module, without weights; it knows layout and gate."""
         self._module = module
         self._lock = threading.Lock()
-        self._slots = _Slots()
+        self._slots = Slots()
         self._beside: dict[int, Tensors] = {}
 
     def reserve(self, count: int) -> None:
         with self._lock:
             assert not self._slots.stacks, "reserve() comes before the first put()"
-            self._slots = _Slots(experts=(_FREE,) * count)
+            self._slots = Slots(experts=(_FREE,) * count)
 
     def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
         if borrowed:
@@ -99,7 +99,7 @@ class StackedExperts:
             if len(kept) == len(experts) and not beside:
                 return
             if not stacks and not beside:
-                self._slots = _Slots()
+                self._slots = Slots()
                 return
             if len(kept) + len(beside) != len(experts):
                 stacks = self._resize(kept, beside)
@@ -116,7 +116,7 @@ class StackedExperts:
                 new[name][slot].copy_(stack[kept_slot])
         return new
 
-    def _fill(self, stacks: Tensors, experts: tuple[int, ...], new: dict[int, Tensors]) -> _Slots:
+    def _fill(self, stacks: Tensors, experts: tuple[int, ...], new: dict[int, Tensors]) -> Slots:
         """Write the experts `new` into free slots. Returns the slots as they are then."""
         filled = list(experts)
         for expert, tensors in new.items():
@@ -131,7 +131,7 @@ class StackedExperts:
                 slot_X[expert] = slot
         device = next(iter(stacks.values())).device if stacks else torch.device("cpu")
         table, number = to_device([slot_X, np.arange(size)], device)
-        return _Slots(stacks=stacks, experts=tuple(filled), slot_X=table, number_S=number)
+        return Slots(stacks=stacks, experts=tuple(filled), slot_X=table, number_S=number)
 
     @property
     def nbytes(self) -> int:
@@ -149,25 +149,37 @@ class StackedExperts:
         end_S = torch.searchsorted(sorted_N, slots.number_S, right=True, out_int32=True)
         x_NH = x_RH.index_select(0, order_N.div(choices, rounding_mode="floor"))
         y_NH = self._run(slots.stacks, x_NH, sorted_N.clamp(max=size - 1), end_S)
-        place_N = torch.empty_like(order_N)
-        place_N[order_N] = torch.arange(rows * choices, device=order_N.device)
-        y_RKH = y_NH.index_select(0, place_N).view(rows, choices, -1).float()
-        y_RKH = y_RKH * weight_RK[..., None].float()
-        # rows past the last slot were not computed, so they hold whatever was in memory, even NaN
-        return y_RKH.masked_fill_((slot_N == size).view(rows, choices, 1), 0.0).sum(1).to(x_RH.dtype)
+        return weighted_sum(y_NH, order_N, slot_N == size, weight_RK).to(x_RH.dtype)
 
     def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor, end_S: Tensor) -> Tensor:
         """Run rows, which are sorted by slot, through their experts."""
-        module = self._module
 
         def project(x: Tensor, name: str) -> Tensor:
-            weight = stacks[name] if module.is_transposed else stacks[name].transpose(1, 2)
+            weight = stacks[name] if self._module.is_transposed else stacks[name].transpose(1, 2)
             y, bias = grouped_product(x, weight, end_S), stacks.get(f"{name}_bias")
             return y if bias is None else y + bias[slot_N]
 
-        hidden_NF = project(x_NH, "gate_up_proj" if module.has_gate else "up_proj")
-        gated_NF = apply_gate(module, hidden_NF) if module.has_gate else module.act_fn(hidden_NF)  # type: ignore[operator]
-        return project(gated_NF, "down_proj")
+        return feed_forward(self._module, x_NH, project)
+
+
+def feed_forward(module: nn.Module, x_NH: Tensor, project: Callable[[Tensor, str], Tensor]) -> Tensor:
+    """Run rows through experts. `project` multiplies rows by the matrix of the given name, and adds its bias."""
+    hidden_NF = project(x_NH, "gate_up_proj" if module.has_gate else "up_proj")
+    gated_NF = apply_gate(module, hidden_NF) if module.has_gate else module.act_fn(hidden_NF)  # type: ignore[operator]
+    return project(gated_NF, "down_proj")
+
+
+def weighted_sum(y_NH: Tensor, order_N: Tensor, absent_N: Tensor, weight_RK: Tensor) -> Tensor:
+    """[R, H] in float32: the sum over each row's choices, in their order.
+
+    Row n of `y_NH` is the output of pair order_N[n]. Pairs that are `absent_N` count nothing: they were not computed,
+    so their rows hold whatever was in memory, even NaN.
+    """
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    y_RKH = y_NH.index_select(0, place_N).view(*weight_RK.shape, -1).float()
+    y_RKH = y_RKH * weight_RK[..., None].float()
+    return y_RKH.masked_fill_(absent_N.view(*weight_RK.shape, 1), 0.0).sum(1)
 
 
 def grouped_product(x_NI: Tensor, weight_SIO: Tensor, end_S: Tensor) -> Tensor:

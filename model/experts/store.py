@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.interface import LayerExperts, SlottedExperts, Tensors
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.transformers_private import ALL_EXPERTS_FUNCTIONS
 
@@ -35,7 +36,7 @@ class ExpertStore:
     @property
     def slotted(self) -> list[SlottedExperts] | None:
         """The layers, if all of them can compute experts from slots of a cache; otherwise None."""
-        found: list[SlottedExperts] = [layer for layer in self._layers if isinstance(layer, CpuExperts)]
+        found: list[SlottedExperts] = [layer for layer in self._layers if isinstance(layer, CpuExperts | TieredStacks)]
         return found if len(found) == len(self._layers) else None
 
     @property

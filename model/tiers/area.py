@@ -4,17 +4,19 @@ All slots are alike, so any slot can take any expert of any layer. A layer keeps
 few more are for what comes and goes within a step: they let the disk read ahead of the products.
 
 In a step, the experts of the area that have tokens are computed first, since their slots are then free for others;
-then those that are always in memory, while others are read; then those that arrive, in waves if they are many. An
-expert that the step still needs never leaves. At the end of a layer its share is kept, and the policy chooses of what.
+then those that are always in memory, while others are read; then those that the host's cores compute beside a GPU;
+then those that arrive, in waves if they are many. An expert that the step still needs never leaves. At the end of a
+layer its share is kept, and the policy chooses of what. If the policy values an expert more that was computed beside
+the area, that one is brought in afterwards.
 
-This class decides and counts; the readers read (model/tiers/readers.py). Only the thread that runs the steps calls it.
+This class decides and counts; others read and copy (model/tiers/way.py). Whoever calls it keeps steps from running.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -40,11 +42,24 @@ class Memory(Protocol):
         """Experts that are in memory beside the area."""
         ...
 
+    def slot(self) -> Slot:
+        """Memory for any expert."""
+        ...
+
+    def tier(self, layer: int, expert: int) -> Tier:
+        """Where an expert lies that is not in memory."""
+        ...
+
+    def aside(self, layer: int, tokens: Mapping[int, int]) -> list[int]:
+        """Those of the missing experts that can be computed at once where they lie, which is sooner than to fetch them.
+        `tokens`: rows of each, most first."""
+        ...
+
     def bind(self, layer: int, expert: int, slot: Slot) -> None:
         """Compute an expert from a slot."""
         ...
 
-    def unbind(self, layer: int, expert: int) -> None: ...
+    def unbind(self, layer: int, expert: int, slot: Slot) -> None: ...
 
     def fetch(self, layer: int, expert: int, slot: Slot, *, urgent: bool) -> None:
         """Begin to read an expert into a slot. It arrives later."""
@@ -104,6 +119,10 @@ class Area:
         """Those of them that have not been handed out."""
         self._later: list[int] = []
         """Those that are always in memory: they are handed out after those of the area."""
+        self._aside: list[int] = []
+        """Those that are computed where they lie beside a GPU: they are handed out after these."""
+        self._admissible: list[int] = []
+        """The same, until the layer ends."""
         self._waves = False
         self._accesses = [0, 0, 0]
         self._bytes = dict.fromkeys(FetchSource, 0)
@@ -141,8 +160,9 @@ class Area:
             self._evict(number, layer.policy.victim(list(layer.cached), ()))
 
     def _evict(self, number: int, expert: int) -> None:
-        self._memory.unbind(number, expert)
-        self._release(self._layers[number].cached.pop(expert))
+        slot = self._layers[number].cached.pop(expert)
+        self._memory.unbind(number, expert, slot)
+        self._release(slot)
 
     def forget_held(self, number: int) -> None:
         """Let experts leave the area that are held beside it by now."""
@@ -178,10 +198,15 @@ class Area:
         self._needed = set(experts)
         self._open = self._needed.difference(self._later)
         missing = [expert for expert in order if expert in self._open and expert not in layer.cached]
-        self._waiting = deque(expert for expert in missing if expert not in layer.coming)
         self._waves = False
-        self._accesses[Tier.DISK] += len(missing)
+        for expert in missing:
+            self._accesses[self._memory.tier(number, expert)] += 1
         self._accesses[Tier.DEVICE] += len(experts) - len(missing)
+        waiting = [expert for expert in missing if expert not in layer.coming]
+        self._aside = self._memory.aside(number, {expert: rows[expert] for expert in waiting}) if waiting else []
+        self._admissible = list(self._aside)
+        self._open.difference_update(self._aside)
+        self._waiting = deque(expert for expert in waiting if expert not in self._aside)
         self._start()
 
     def _ready(self) -> list[int]:
@@ -194,6 +219,9 @@ class Area:
             if self._later:
                 later, self._later = self._later, []
                 return later
+            if self._aside:
+                aside, self._aside = self._aside, []
+                return aside
             if not self._open:
                 self._end()
                 return []
@@ -255,12 +283,13 @@ class Area:
             return self._free.pop()
         if self._made < self._size:
             self._made += 1
-            return Slot(self._slot_bytes)
+            return self._memory.slot()
         return None
 
     def _end(self) -> None:
         """Keep the layer's share, and read ahead for the next layer into slots that are free."""
         self._trim(self._layer)
+        self._admit(self._layer)
         if not self.read_ahead:
             return
         number = (self._layer + 1) % len(self._layers)
@@ -274,6 +303,16 @@ class Area:
             if slot is None:
                 return
             self._fetch(number, expert, slot, urgent=False)
+
+    def _admit(self, number: int) -> None:
+        """Bring one of the experts in that were computed beside the area, if the policy values it more than another."""
+        layer = self._layers[number]
+        for expert in self._admissible:
+            room = layer.share - len(layer.cached) - len(layer.coming)
+            if room > 0 or (layer.cached and layer.policy.victim([*layer.cached, expert], ()) != expert):
+                if (slot := self._unused()) is not None:
+                    self._fetch(number, expert, slot, urgent=False)
+                return
 
     # --- Told -----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import mmap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from elastic_moe.cluster.messages.epochs import FetchSource
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
 from elastic_moe.model.experts.interface import SlottedExperts, Tensors
 from elastic_moe.model.record_layout import PAGE, RecordLayout
-from elastic_moe.model.tiers.records import BadRecord, RecordName, header, read_record, write_record
+from elastic_moe.model.tiers.records import BadRecord, RecordName, header, read_record, remove_unfinished, write_record
 from elastic_moe.model.tiers.slots import Slot
 
 log = logging.getLogger(__name__)
 
+UNFINISHED_S = 600.0
+"""Seconds after which a record that is not finished was left by a process that died."""
 _KEPT_NAME = 16
 """Characters of a digest in the name of a folder."""
 
@@ -54,6 +57,7 @@ class Disk:
         self._writable = True
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.directory, older_than=time.time() - UNFINISHED_S)
         except OSError as error:
             self._give_up_writing(error)
 
@@ -114,7 +118,7 @@ def checkpoint_digest(checkpoint: Checkpoint, dtype: str) -> str:
     """Tells checkpoints apart: by the names, sizes and times of the files that hold weights, by what their headers say
     of each tensor, and by the dtype that is served. Reads no weight.
     """
-    digest = hashlib.sha256(f"{dtype}\n{checkpoint.config.to_json_string()}\n".encode())
+    digest = hashlib.sha256(f"{dtype}\n{checkpoint.packing}\n{checkpoint.config.to_json_string()}\n".encode())
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -124,6 +124,15 @@ def write_record(path: Path, head: bytes, slot: Tensor) -> None:
         raise
 
 
+def remove_unfinished(directory: Path, *, older_than: float) -> None:
+    """Remove files that became no record, because the process that wrote them died, and that nobody has written to
+    since the time `older_than`. Another worker may remove them at the same time. Raises OSError."""
+    for path in directory.glob(".*.expert-*"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < older_than:
+                path.unlink()
+
+
 class _opened:
     """A file for reading, past the page cache if `direct`."""
 

@@ -10,7 +10,7 @@ from elastic_moe.model.record_layout import PAGE
 
 
 class Slot:
-    """One piece of memory of the cache area. Its memory is released when the object is garbage."""
+    """One piece of the host's memory. Its memory is released when the object is garbage."""
 
     __slots__ = ("_release", "data")
 

@@ -6,23 +6,30 @@ that need an expert which is not in memory.
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from elastic_moe.cluster.messages.epochs import TierCounts
+import torch
+
+from elastic_moe.cluster.messages.epochs import StallCause, TierCounts
+from elastic_moe.cluster.placement import Tier
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
 from elastic_moe.model.experts.interface import SlottedExperts, Tensors
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.tiers.area import Area, difference
 from elastic_moe.model.tiers.disk import Disk, checkpoint_digest
-from elastic_moe.model.tiers.readers import Arrival, Readers
+from elastic_moe.model.tiers.far import FarWay
+from elastic_moe.model.tiers.rates import HostRates
+from elastic_moe.model.tiers.readers import Arrival
 from elastic_moe.model.tiers.slots import Slot
+from elastic_moe.model.tiers.way import NearWay, Way
 from elastic_moe.optimizer.buffering.policies import make_policy
 
 
 class Tiers:
-    """See the module. The thread that runs the steps calls `place` and `settle`; any thread may call the rest."""
+    """See the module. `place`, `fit_area` and `settle` are called between steps; any thread may call the rest."""
 
     def __init__(
         self,
@@ -34,9 +41,13 @@ class Tiers:
         directory: Path,
         policy: str,
         capacity: int,
+        device: torch.device,
+        host_capacity: int = 0,
+        rates: HostRates | None = None,
     ) -> None:
-        """`load(layer, expert)` reads an expert from the checkpoint. `capacity` is the number of experts of all layers
-        that may be in memory. Reads one expert of each layer, to know its layout.
+        """`load(layer, expert)` reads an expert from the checkpoint into the host's memory. `capacity` is the number of
+        experts of all layers that may be in the device, and `host_capacity` that of those in pinned memory beside it.
+        Reads one expert of each layer, to know its layout.
         """
         self._layers = layers
         self._capacity = capacity
@@ -44,7 +55,15 @@ class Tiers:
         layouts = [layer.layout(self._any_expert(number, load)) for number, layer in enumerate(layers)]
         self._slot_bytes = max(layout.nbytes for layout in layouts)
         self._disk = Disk(directory, checkpoint_digest(checkpoint, dtype), layers, layouts, load)
-        self._readers = Readers(self._disk.read)
+        self._device = device
+        stacks = [layer for layer in layers if isinstance(layer, TieredStacks)]
+        self.way: Way
+        """How experts come into the cache area."""
+        if stacks:
+            more = {"device": device, "host_capacity": host_capacity, "rates": rates}
+            self.way = FarWay(self._disk, stacks, slot_bytes=self._slot_bytes, **more)  # type: ignore[arg-type]
+        else:
+            self.way = NearWay(self._disk, self._slot_bytes)
         self._area = Area(
             self,
             layers=len(layers),
@@ -55,7 +74,8 @@ class Tiers:
         self._placed: Sequence[Collection[int]] = [() for _ in layers]
         self._counted = TierCounts()
         self._counting = threading.Lock()
-        self._held_changed = False
+        self.held_changed = False
+        """Whether experts have come or gone beside the area since it got its size. Any thread may set it."""
         for number, layer in enumerate(layers):
             layer.supply(number, self._supplier(number))
 
@@ -66,8 +86,7 @@ class Tiers:
     def _supplier(self, number: int) -> Callable[[list[int], list[int] | None], list[int]]:
         def next_ready(experts: list[int], tokens: list[int] | None) -> list[int]:
             if tokens is not None:
-                if self._held_changed:
-                    self._resize()
+                self.fit_area()
                 # the steps before this one come first in the order of what was used
                 self._area.note(number, self._layers[number].take_steps())
             return self._area.next(number, experts, tokens)
@@ -76,17 +95,23 @@ class Tiers:
 
     # --- Between steps ----------------------------------------------------------------------------------------------
 
-    def place(self, placed: Sequence[Collection[int]]) -> None:
-        """An epoch begins in which this worker serves the experts `placed` [L], in whichever tier they lie."""
+    def place(self, placed: Sequence[Collection[int]], hosted: Sequence[Collection[int]]) -> None:
+        """An epoch begins in which this worker serves the experts `placed` [L], in whichever tier they lie, of which
+        `hosted` [L] lie in the host's memory beside a GPU.
+        """
         self._placed = placed
+        for layer, experts in zip(self._layers, placed, strict=True):
+            layer.serve(experts)
+        self.way.place(hosted)
         self._resize()
 
-    def held_changed(self) -> None:
-        """Another expert is held beside the area, or one fewer. The area is made smaller or larger at the next step."""
-        self._held_changed = True
+    def fit_area(self) -> None:
+        """Give the area the size that experts leave it which have come beside it. No step may run."""
+        if self.held_changed:
+            self._resize()
 
     def _resize(self) -> None:
-        self._held_changed = False
+        self.held_changed = False
         held = [layer.held() for layer in self._layers]
         wanted = [len(set(placed) - there) for placed, there in zip(self._placed, held, strict=True)]
         least = sum(count > 0 for count in wanted)
@@ -107,7 +132,7 @@ class Tiers:
         return errors[0] if errors else None
 
     def close(self) -> None:
-        self._readers.close()
+        self.way.close()
 
     # --- Told ---------------------------------------------------------------------------------------------------------
 
@@ -115,6 +140,8 @@ class Tiers:
         """What was counted since the last call."""
         with self._counting:
             now = self._area.counts(sum(len(layer.held()) for layer in self._layers))
+            misses_s = now.stall_s[StallCause.MISS] + self.way.stall_s()
+            now = replace(now, stall_s={**now.stall_s, StallCause.MISS: misses_s})
             before, self._counted = self._counted, now
         return difference(now, before)
 
@@ -126,24 +153,32 @@ class Tiers:
         """An expert's tensors, from its record or from the checkpoint. Blocks on the disk."""
         slot = Slot(self._slot_bytes)
         self._disk.read(layer, expert, slot)
-        return self._layers[layer].read(slot.data)
+        return {name: tensor.to(self._device) for name, tensor in self._layers[layer].read(slot.data).items()}
 
     # --- What the area does with memory (Memory in area.py) -----------------------------------------------------------
 
     def held(self, layer: int) -> Collection[int]:
         return self._layers[layer].held()
 
+    def slot(self) -> Slot:
+        return self.way.slot()
+
+    def tier(self, layer: int, expert: int) -> Tier:
+        return self.way.tier(layer, expert)
+
+    def aside(self, layer: int, tokens: Mapping[int, int]) -> list[int]:
+        return self.way.aside(layer, tokens)
+
     def bind(self, layer: int, expert: int, slot: Slot) -> None:
+        self.way.use(slot)
         self._layers[layer].bind(expert, slot.data)
 
-    def unbind(self, layer: int, expert: int) -> None:
+    def unbind(self, layer: int, expert: int, slot: Slot) -> None:
         self._layers[layer].unbind(expert)
+        self.way.release(slot)
 
     def fetch(self, layer: int, expert: int, slot: Slot, *, urgent: bool) -> None:
-        self._readers.submit(layer, expert, slot, urgent=urgent)
+        self.way.fetch(layer, expert, slot, urgent=urgent)
 
     def arrival(self, *, wait: bool) -> Arrival | None:
-        try:
-            return self._readers.arrivals.get(block=wait)
-        except queue.Empty:
-            return None
+        return self.way.arrival(wait=wait)

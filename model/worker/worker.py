@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,13 @@ import psutil
 import torch
 
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
 from elastic_moe.cluster.messages.requests import Endpoint, RequestId
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
-from elastic_moe.cluster.placement import EMPTY, WorkerId
+from elastic_moe.cluster.placement import EMPTY, Tier, WorkerId
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
 from elastic_moe.model.exchange.counter import RoutingCounter
@@ -37,20 +39,23 @@ from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.fit import Fit, fit
 from elastic_moe.model.grammars.compiling import Compiler
 from elastic_moe.model.grammars.masks import MaskThreads
 from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
+from elastic_moe.model.native import unavailable
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.experts import ExpertUnavailable
 from elastic_moe.model.sampling.next_tokens import choose
 from elastic_moe.model.sampling.scoring import Scoring, score
 from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.tiers.disk import default_directory
-from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, read_rate
+from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, HostRates, host_rates, read_rate
 from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.worker.budgets import KV_SHARE, KV_SHARE_CUDA, LATER_SHARE, kv_bytes, room_for_experts
 from elastic_moe.model.worker.runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -58,19 +63,10 @@ log = logging.getLogger(__name__)
 # copies of experts lie in Ray's shared memory, which is read-only and is only read here
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-_KV_SHARE = 0.3
-"""Share of a CPU node's free memory, after the weights are loaded, that the KV caches of all its workers get."""
-_KV_SHARE_CUDA = 0.85
-"""Share of a GPU's free memory, after the weights are loaded, that the KV cache gets."""
-_USABLE = 0.9
-"""Share of a memory that may be planned for. The rest is for what nobody counts."""
 _BORROW_TOKENS = 32
 """Fewest tokens of a worker in a step for which borrowing cores pays."""
 _DOORS = 4
 """Doors that are kept open: of the group that forms, and of attempts that were given up before they began."""
-_EXPERT_SHARE = 0.5
-"""Share of the memory that is still free after that, for experts that arrive later from a worker that dies or leaves.
-"""
 
 
 @dataclass(slots=True)
@@ -100,7 +96,6 @@ class Worker:
         """Share of the weights' bytes that is loaded, from 0 to 1."""
         self._device = torch.device(spec.model.device)
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
-        self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
         self._grammars: Compiler
         self._masks = MaskThreads()
@@ -111,8 +106,11 @@ class Worker:
         """Doors that were opened and not used yet, by their tokens, the oldest first."""
         self._joining: dict[Epoch, Meeting] = {}
         """Those of groups that are being joined now."""
+        self._abandoned: deque[Epoch] = deque(maxlen=_DOORS)
+        """Epochs that were abandoned lately. Calls overtake one another, so their `prepare` may come later."""
         self._epoch: _EpochState | None = None
         self._checkpoint: Checkpoint
+        self._form = ExpertForm.PLAIN
         self._fit: Fit
         self.report: FitReport
         """Which path serves each part of the model on this worker. It is set when the model is loaded."""
@@ -123,6 +121,8 @@ class Worker:
         self._tiers: Tiers | None = None
         """Made when an epoch places an expert of this worker on the disk."""
         self._capacity = 0
+        self._short: int | None = None
+        """Experts of all layers for which there is memory, if they are fewer than those of the spec."""
         self._loaded: tuple[tuple[int, ...], ...] = ()
         """[L] experts that were loaded first. The worker falls back to them until its first epoch begins."""
         self._stepping = threading.Lock()
@@ -130,6 +130,10 @@ class Worker:
         self._drop_due = False
         self.disk_bytes_per_s: float | None = None
         """How fast experts come from the disk; None if this worker can compute only experts that are in its device."""
+        self.host_capacity = 0
+        """How many experts of all layers fit in pinned memory beside a GPU."""
+        self.host_rates: HostRates | None = None
+        """How fast experts come from there, and are computed there; None where there is none."""
 
     # --- Loading ------------------------------------------------------------------------------------------------
 
@@ -141,9 +145,12 @@ class Worker:
         if self.spec.num_threads:
             torch.set_num_threads(self.spec.num_threads)
         self._checkpoint = open_checkpoint(self.spec.model.path)
+        info = self._checkpoint.info
+        native = info.kept is ExpertForm.PLAIN or unavailable() is None
+        self._form = info.form(self.spec.model.expert_dtype, self.spec.model.dtype, self._device.type, native=native)
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
-        self._fit = fit(trunk, modules, block_size=self.spec.block_size, int8=self._int8)
+        self._fit = fit(trunk, modules, block_size=self.spec.block_size, form=self._form)
         self._store = ExpertStore(self._fit.experts)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
@@ -151,7 +158,6 @@ class Worker:
         self._store.reserve([len(row) for row in experts])
         self._read([(layer, e) for layer, row in enumerate(experts) for e in row])
         self._runner = ModelRunner(trunk, modules, self._fit, device=self._device)
-        info = self._checkpoint.info
         self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
         self._cache = self._runner.allocate(
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
@@ -164,8 +170,28 @@ class Worker:
         if self._store.slotted is not None:
             files = [tensor.file for tensor in self._checkpoint.tensors.values()]
             self.disk_bytes_per_s = read_rate(files) or ASSUMED_BYTES_PER_S
+            self._find_host_memory()
         weights = sum(p.nbytes for p in trunk.parameters()) + self._fit.packed_bytes + self._store.nbytes
         return self._cache.num_blocks, weights + self._cache.nbytes
+
+    def _find_host_memory(self) -> None:
+        """Find how many experts fit in memory beside a GPU, and how fast they are there."""
+        layer = (self._store.slotted or [])[0]
+        if not isinstance(layer, TieredStacks):
+            return
+        held = layer.held()
+        tensors = layer.get(min(held)) if held else self._load_expert(0, 0)
+        nbytes, info = layer.layout(tensors).nbytes, self._checkpoint.info
+        room = self.spec.host_expert_memory_bytes
+        if room is None:
+            room = int(psutil.virtual_memory().available * LATER_SHARE / self.spec.node_workers)
+        capacity = min(room // nbytes, info.num_layers * info.num_logical_experts)
+        if not capacity:
+            return
+        try:
+            self.host_rates, self.host_capacity = host_rates(self._device, layer, tensors), capacity
+        except RuntimeError as error:
+            log.warning("no expert lies in the host's memory, because none can be pinned: %s", error)
 
     def _affordable(self, trunk_bytes: int) -> list[list[int]]:
         """[L] the spec's experts for which this worker has memory: all, or the first ones of each layer.
@@ -173,36 +199,47 @@ class Worker:
         Raises UserError if there is no memory for one expert of each layer.
         """
         wanted = [[e for e in experts if e != EMPTY] for experts in self.spec.experts]
-        info = self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8)
-        capacity = self._room_for_experts(trunk_bytes) // info.expert_bytes
-        if capacity < len(wanted) and self._store.slotted is not None and self.spec.expert_memory_bytes is not None:
-            raise UserError(
-                f"--expert-memory-bytes: expected at least {len(wanted) * info.expert_bytes} bytes, which is one expert"
-                f" of each of the {len(wanted)} layers, got {self.spec.expert_memory_bytes}"
-            )
-        if sum(map(len, wanted)) <= capacity or self._store.slotted is None:
+        if self._store.slotted is None:
             return wanted
+        capacity = self._room_for_experts(trunk_bytes) // self._expert_bytes
+        if sum(map(len, wanted)) <= capacity:
+            return wanted
+        if capacity < len(wanted):
+            least = f"{len(wanted) * self._expert_bytes} bytes, which is one expert of each of the {len(wanted)} layers"
+            given = self.spec.expert_memory_bytes
+            raise UserError(
+                f"{self.spec.worker} has memory for {max(0, capacity)} experts beside its KV cache, and needs {least}:"
+                " lower --max-model-len, --max-num-seqs or --kv-cache-memory-bytes"
+                if given is None
+                else f"--expert-memory-bytes: expected at least {least}, got {given}"
+            )
+        self._short = capacity
         return [row[: pins_of(capacity // len(wanted))] for row in wanted]
 
     def _room_for_experts(self, trunk_bytes: int) -> int:
-        """Bytes that the experts may take which are loaded first. The least KV cache has its memory."""
+        """Bytes that experts may take."""
         spec = self.spec
         if spec.expert_memory_bytes is not None:
             return spec.expert_memory_bytes
+        free: float
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info()
-            return int(free * _USABLE)
-        memory = psutil.virtual_memory()
+        else:
+            memory = psutil.virtual_memory()
+            free = min(memory.available, memory.total / spec.node_workers - trunk_bytes)
         least_kv = self._least_kv_blocks() * self._kv_block_bytes()
-        share = memory.total * _USABLE / spec.node_workers - trunk_bytes
-        return int(min(memory.available * _USABLE, share) - least_kv)
+        return room_for_experts(free, least_kv=least_kv, given_kv=spec.kv_cache_bytes)
+
+    @property
+    def _expert_bytes(self) -> int:
+        return self._checkpoint.info.served_in(self.spec.model.dtype, self._form).expert_bytes
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> None:
         def note(done: int, total: int) -> None:
             self.progress = done / max(1, total)
 
         for layer, expert, tensors in iter_experts(
-            self._checkpoint, pairs, dtype=self._dtype, device=self._device, progress=note
+            self._checkpoint, pairs, dtype=self._dtype, device=self._device, form=self._form, progress=note
         ):
             self._store.put(layer, expert, tensors)
         self.progress = 1.0
@@ -227,23 +264,32 @@ class Worker:
         per_sequence = -(-spec.model.max_model_len // spec.block_size)
         if spec.kv_cache_bytes is not None:
             room = spec.kv_cache_bytes // block
-        elif self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info()
-            to_come = max(0, (spec.expert_memory_bytes or 0) - self._store.nbytes)
-            room = max(0, int((free - to_come) * _KV_SHARE_CUDA)) // block
         else:
-            available = psutil.virtual_memory().available / spec.node_workers
-            # where experts fill the memory, the KV cache has what they have left to it
-            room = (
-                max(int(available * _KV_SHARE), min(int(available * _USABLE), self._least_kv_blocks() * block)) // block
-            )
+            room = self._free_for_kv(self._least_kv_blocks() * block) // block
         if room < per_sequence:
             raise UserError(
                 f"max_model_len {spec.model.max_model_len} needs {per_sequence * block >> 20} MiB of KV cache,"
                 f" {room * block >> 20} MiB are there: lower --max-model-len or raise --kv-cache-memory-bytes"
             )
         return min(room, per_sequence * spec.max_num_seqs)
+
+    def _free_for_kv(self, least: int) -> int:
+        """Bytes for the KV cache, beside the experts that have been loaded and those that will come into the device."""
+        spec, info = self.spec, self._checkpoint.info
+        if cuda := self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+        else:
+            free = psutil.virtual_memory().available // spec.node_workers
+        budget = spec.expert_memory_bytes or (self._short or 0) * self._expert_bytes
+        every = info.num_layers * info.num_logical_experts * self._expert_bytes
+        return kv_bytes(
+            free,
+            experts_to_come=max(0, min(budget, every) - self._store.nbytes),
+            least=least,
+            share=KV_SHARE_CUDA if cuda else KV_SHARE,
+            short=self._short is not None and spec.expert_memory_bytes is None,
+        )
 
     @property
     def capacity(self) -> int:
@@ -252,9 +298,11 @@ class Worker:
 
     def expert_capacity(self) -> int:
         """How many experts fit on this worker over all layers, those that it holds included."""
-        spec, info = self.spec, self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8)
+        spec = self.spec
         if spec.expert_memory_bytes is not None:
-            return spec.expert_memory_bytes // info.expert_bytes
+            return spec.expert_memory_bytes // self._expert_bytes
+        if self._short is not None:
+            return self._short
         held = sum(len(self._store.held(layer)) for layer in range(self._store.num_layers))
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info()
@@ -262,7 +310,7 @@ class Worker:
             # pages of KV caches take memory only when they are first used
             caches = spec.node_workers * self._cache.nbytes
             free = max(0, psutil.virtual_memory().available - caches) // spec.node_workers
-        return held + int(free * _EXPERT_SHARE) // max(info.expert_bytes, self._store.nbytes // max(1, held))
+        return held + int(free * LATER_SHARE) // max(self._expert_bytes, self._store.nbytes // max(1, held))
 
     # --- Epochs -------------------------------------------------------------------------------------------------
 
@@ -283,6 +331,8 @@ class Worker:
 
         Raises PlacementError if an expert is not held on this worker, and StepAborted if a peer does not join.
         """
+        if spec.epoch in self._abandoned:
+            raise StepAborted(f"epoch {spec.epoch} was abandoned")
         rank = spec.placement.rank_of(self.spec.worker)
         for layer in range(spec.placement.num_layers):
             missing = self._resident(spec, layer) - self._store.held(layer)
@@ -322,6 +372,11 @@ class Worker:
     def _resident(self, spec: EpochSpec, layer: int) -> set[int]:
         return set(spec.placement.resident(self.spec.worker, layer))
 
+    def _hosted(self, spec: EpochSpec, layer: int) -> set[int]:
+        experts = spec.placement.experts_of(self.spec.worker, layer)
+        tiers = spec.placement.tiers_of(self.spec.worker, layer)
+        return {expert for expert, tier in zip(experts, tiers, strict=True) if expert != EMPTY and tier == Tier.HOST}
+
     def _make_tiers(self, spec: EpochSpec) -> None:
         """Make the tiers if an epoch is the first that needs them on this worker."""
         layers = range(spec.placement.num_layers)
@@ -339,10 +394,17 @@ class Worker:
             directory=default_directory() if directory is None else Path(directory),
             policy=self.spec.expert_cache_policy,
             capacity=self._capacity,
+            device=self._device,
+            host_capacity=self.host_capacity,
+            rates=self.host_rates,
         )
 
     def _load_expert(self, layer: int, expert: int) -> Tensors:
-        [(_, _, tensors)] = iter_experts(self._checkpoint, [(layer, expert)], dtype=self._dtype, device=self._device)
+        """From the checkpoint into the host's memory."""
+        host = torch.device("cpu")
+        [(_, _, tensors)] = iter_experts(
+            self._checkpoint, [(layer, expert)], dtype=self._dtype, device=host, form=self._form
+        )
         return tensors
 
     def commit(self, epoch: Epoch) -> None:
@@ -395,6 +457,7 @@ class Worker:
 
         Where a step runs that may compute what was copied, it is dropped as soon as that step has ended.
         """
+        self._abandoned.append(epoch)
         joining = self._joining.get(epoch)
         if joining is not None:
             joining.give_up()
@@ -405,14 +468,21 @@ class Worker:
         self._drop_between_steps()
 
     def _drop_between_steps(self, *, wait: bool = False) -> None:
-        """Drop what was copied for abandoned epochs, unless a step runs; `wait`: wait for its end then."""
-        if self._drop_due and self._stepping.acquire(blocking=wait):
+        """Drop what was copied for abandoned epochs, and give the cache area the size that is left to it. Where a step
+        runs, its end does so; `wait`: wait for it, if something is to be dropped.
+        """
+        if self._untidy() and self._stepping.acquire(blocking=wait and self._drop_due):
             try:
                 # another thread may have done so meanwhile
                 if self._drop_due:
                     self._keep_placed()
+                elif self._tiers is not None:
+                    self._tiers.fit_area()
             finally:
                 self._stepping.release()
+
+    def _untidy(self) -> bool:
+        return self._drop_due or (self._tiers is not None and self._tiers.held_changed)
 
     def _keep_placed(self) -> None:
         self._drop_due = False
@@ -422,7 +492,8 @@ class Worker:
         spec, layers = self._epoch.spec, range(self._store.num_layers)
         self._store.keep_only([self._resident(spec, layer) for layer in layers])
         if self._tiers is not None:
-            self._tiers.place([self._experts_of(spec, layer) for layer in layers])
+            placed, hosted = ([of(spec, layer) for layer in layers] for of in (self._experts_of, self._hosted))
+            self._tiers.place(placed, hosted)
 
     # --- Copies of experts --------------------------------------------------------------------------------------
 
@@ -456,8 +527,13 @@ class Worker:
         if self._tiers is not None and copy.expert in self._store.held(copy.layer):
             return  # a step may compute it now
         self._store.put(copy.layer, copy.expert, tensors, borrowed=self._device.type == "cpu")
+        self._note_held()
+
+    def _note_held(self) -> None:
+        """Another expert is held beside the area: it becomes smaller now, or when the step that runs has ended."""
         if self._tiers is not None:
-            self._tiers.held_changed()
+            self._tiers.held_changed = True
+            self._drop_between_steps()
 
     def read_experts(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Read experts, given as (layer, expert), from the disk and hold them beside the placement's experts."""
@@ -468,7 +544,7 @@ class Worker:
         for layer, expert in sorted(set(pairs)):
             if expert not in self._store.held(layer):
                 self._store.put(layer, expert, self._tiers.read(layer, expert))
-                self._tiers.held_changed()
+                self._note_held()
 
     # --- Steps --------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ that of the next layer,
              did not hold, or not in its device
   stall      sum_l  max(0, G_l - compute_l), G_l the time in which the slowest worker fetches what does not lie in its
              device (optimizer.core.tiering); 0 where every expert fits
+  kv         resident_s for every slot of a device that has an expert, where the KV cache gets the others' memory
 
 n_w is convex in (S1, S2) and homogeneous, which the bounds and the ILP use.
 """
@@ -55,11 +56,12 @@ class Cost:
     affinity_s: float = 0.0
     migration_s: float = 0.0
     stall_s: float = 0.0
+    kv_s: float = 0.0
 
     @property
     def step_s(self) -> float:
         """Seconds of every step under the placement, without the migration to it."""
-        return self.compute_s + self.traffic_s + self.risk_s + self.affinity_s + self.stall_s
+        return self.compute_s + self.traffic_s + self.risk_s + self.affinity_s + self.stall_s + self.kv_s
 
     @property
     def realised_s(self) -> float:
@@ -94,6 +96,7 @@ def price_table(problem: PlacementProblem, table: IntArray, levels: LevelArray |
         affinity_s=affinity_cost(problem, x),
         migration_s=copies(problem, table, levels) * move_price(problem),
         stall_s=stall_cost(problem, x, levels, per_layer[0]),
+        kv_s=0.0 if problem.tiering is None or levels is None else problem.tiering.kv_s(levels),
     )
 
 

@@ -15,7 +15,8 @@ F0 is fetched in all, so a layer waits for
 
 with u_w[e] the seconds of fetching e if it is active, u their sum over the workers, and V the covariance of activity:
 experts that are active in the same steps should be fetched by different workers. Experts that are in the devices are
-computed in the meantime; `stall` is what G exceeds them by.
+computed in the meantime; `stall` is what G exceeds them by. Where the KV cache gets what experts leave, every slot of a
+device costs resident_s.
 
 The tiers follow from the table: a worker keeps those experts in its device that save most. One slot of each layer that
 does not fit stays free for what passes through; a larger cache area is counted as if it held the best experts that are
@@ -47,9 +48,9 @@ NOT_HELD = -1
 
 
 def is_tiered(problem: PlacementProblem) -> bool:
-    """Whether some worker may be given more experts than its device holds."""
+    """Whether some worker may be given more experts than its device holds, or than are worth their memory."""
     return any(
-        problem.num_layers * min(worker.slots, problem.num_experts) > memory.device_experts
+        memory.resident_s > 0 or problem.num_layers * min(worker.slots, problem.num_experts) > memory.device_experts
         for worker, memory in zip(problem.workers, problem.memory, strict=False)
     )
 
@@ -71,6 +72,7 @@ class Tiering:
         self.host_s = np.array([m.host_fetch_s if m.host_experts else m.disk_fetch_s for m in memory])
         # not infinite where hosts do not compute, because that times 0 tokens would not be a number
         self.token_s = np.array([1e9 if m.host_token_s is None else m.host_token_s for m in memory])
+        self.resident_s = np.array([m.resident_s for m in memory])
         self.active = activity(self.chance, self.tokens)
         """[L, E]"""
         self.slope, self.steep = self._spread()
@@ -134,7 +136,7 @@ class Tiering:
     ) -> Indices:
         """[L, W] how many of a worker's experts, in their order [L, E, W], are found in its device."""
         count = held.sum(axis=1)
-        if not out.any() and (count.sum(axis=0) <= self.device).all():
+        if not out.any() and not self.resident_s.any() and (count.sum(axis=0) <= self.device).all():
             return np.asarray(count)
         allowed = (held & ~out).sum(axis=1)
         ordered = np.take_along_axis(disk, order, axis=1)
@@ -150,7 +152,7 @@ class Tiering:
             curve = np.take_along_axis(tails[:, :, rank], np.maximum(inside, 0), axis=1)
             keeps = least[:, rank, None] if least[:, rank].sum() <= self.device[rank] else np.minimum(n, 1)
             outside.append(np.where(slots < keeps, NEVER_S, curve))
-        slots = dealt(outside, self.device, busy, 2 * self.slope)
+        slots = dealt(outside, self.device, busy, 2 * self.slope, self.resident_s)
         return np.asarray(np.where((slots >= count) & (allowed == count), count, np.minimum(slots - 1, allowed)))
 
     def levels_within(self, x: FloatArray, before: FloatArray, most: int) -> LevelArray:
@@ -182,6 +184,10 @@ class Tiering:
         device = (levels == Tier.DEVICE).sum(axis=1)
         outside = (levels > Tier.DEVICE).any(axis=1)
         return (device + outside).astype(np.int32), (levels == Tier.HOST).sum(axis=1).astype(np.int32)
+
+    def kv_s(self, levels: LevelArray) -> float:
+        """Seconds per step for the KV cache whose memory the experts in devices have."""
+        return float((self.rooms(levels)[0] * self.resident_s).sum())
 
     def marks(self, x: FloatArray, levels: LevelArray, before: FloatArray | None = None) -> LevelArray:
         """[L, E, W] the tiers of a placement: `levels`, but the cache area of a layer that does not fit has its slots

@@ -142,7 +142,7 @@ def _check_memory(memory: tuple[WorkerMemory, ...], workers: int, layers: int) -
         for name, least in (("host_experts", 0), ("cache_slots", 1)):
             if getattr(each, name) < least:
                 raise PlacementError(f"memory.{name}: expected at least {least}, got {getattr(each, name)}")
-        for name in ("disk_fetch_s", "host_fetch_s", "host_token_s"):
+        for name in ("disk_fetch_s", "host_fetch_s", "host_token_s", "resident_s"):
             value = getattr(each, name)
             # written so that a NaN fails too
             if value is not None and not 0 <= value < np.inf:

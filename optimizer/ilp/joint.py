@@ -289,11 +289,22 @@ class JointModel:
     def _total(self) -> Any:
         model, problem = self.model, self.problem
         total = sum(model.peak[layer] + model.link[layer] for layer in model.layers) + self._risk() + self._migration()
+        if problem.tiering is not None:
+            total += self._rent(problem.tiering)
         if problem.affinity > 0:
             same = [(w, w) for w in model.w]
             for layer in range(problem.num_layers - 1):
                 unit = float(MICRO * affinity_price(problem) * problem.scale[layer] / problem.top_k)
                 total += unit * (float(problem.flows[layer].sum()) - self._flow(layer, same))
+        return total
+
+    def _rent(self, tiering: Tiering) -> Any:
+        """MICRO sum_w resident_s (sum inside + sum passing)."""
+        total = 0.0
+        for (layer, w), items in self._items.items():
+            if tiering.resident_s[w] > 0:
+                slots = sum(self.model.inside[item.key] for item in items) + self.model.passing[layer, w]
+                total += float(MICRO * tiering.resident_s[w]) * slots
         return total
 
     def _risk(self) -> Any:

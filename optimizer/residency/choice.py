@@ -27,14 +27,16 @@ TIE = 1e-6
 """Weight of a second that no layer waits for, because another worker takes longer or computing does."""
 
 
-def dealt(outside: Sequence[FloatArray], budgets: IntArray, busy: FloatArray, slope: FloatArray) -> IntArray:
+def dealt(
+    outside: Sequence[FloatArray], budgets: IntArray, busy: FloatArray, slope: FloatArray, rent: FloatArray
+) -> IntArray:
     """[L, W] slots of each layer on each worker.
 
     `outside` [W] of [L, n+1]: seconds that a worker fetches in a layer with 0 .. n slots, or NEVER_S;
     `budgets` [W]; `busy` [L] seconds for which the layer lasts anyway; `slope` [L] seconds for each
-    second that any worker fetches.
+    second that any worker fetches; `rent` [W] seconds for each slot.
     """
-    rooms = _alike(outside, budgets, busy, slope)
+    rooms = _alike(outside, budgets, busy, slope, rent)
     seconds = np.stack([_at(curve, room) for curve, room in zip(outside, rooms, strict=True)])
     for _ in range(PASSES if len(outside) > 1 else 1):
         before = seconds.copy()
@@ -42,21 +44,27 @@ def dealt(outside: Sequence[FloatArray], budgets: IntArray, busy: FloatArray, sl
             others = np.delete(seconds, rank, axis=0)
             most = others.max(axis=0, initial=0.0)[:, None]
             waits = np.maximum(curve, most) + slope[:, None] * (curve + others.sum(axis=0)[:, None])
-            rooms[rank] = split(np.maximum(waits, busy[:, None]) + TIE * curve, int(budgets[rank]))
+            costs = np.maximum(waits, busy[:, None]) + TIE * curve + rent[rank] * np.arange(curve.shape[1])
+            rooms[rank] = split(costs, int(budgets[rank]))
             seconds[rank] = _at(curve, rooms[rank])
         if np.array_equal(before, seconds):
             break
     return np.stack(rooms, axis=1)
 
 
-def _alike(outside: Sequence[FloatArray], budgets: IntArray, busy: FloatArray, slope: FloatArray) -> list[IntArray]:
+def _alike(
+    outside: Sequence[FloatArray], budgets: IntArray, busy: FloatArray, slope: FloatArray, rent: FloatArray
+) -> list[IntArray]:
     """[W] of [L] slots: the same on all workers where their experts and budgets are alike in number, else the best of
     each worker by itself."""
     if len({curve.shape for curve in outside}) > 1 or len(set(budgets.tolist())) > 1:
-        return [split(curve, int(budget)) for curve, budget in zip(outside, budgets, strict=True)]
+        rents = [price * np.arange(curve.shape[1]) for price, curve in zip(rent, outside, strict=True)]
+        costs = [curve + price for curve, price in zip(outside, rents, strict=True)]
+        return [split(each, int(budget)) for each, budget in zip(costs, budgets, strict=True)]
     curves = np.stack(outside)
     waits = curves.max(axis=0) + slope[:, None] * curves.sum(axis=0)
-    room = split(np.maximum(waits, busy[:, None]) + TIE * curves.sum(axis=0), int(budgets[0]))
+    rents = rent.sum() * np.arange(curves.shape[2])
+    room = split(np.maximum(waits, busy[:, None]) + TIE * curves.sum(axis=0) + rents, int(budgets[0]))
     return [room.copy() for _ in outside]
 
 

@@ -19,5 +19,17 @@ class WorkerMemory:
     """Seconds to bring one expert from the host's memory into the device."""
     host_token_s: float | None = None
     """Seconds that one token takes in an expert which the host's cores compute where it lies; None: they do not."""
+    resident_s: float = 0.0
+    """Seconds per step that one more expert in the device costs, because the KV cache is smaller by it (`kv_price_s`);
+    0 where the KV cache has its memory already, as in a running server."""
     cache_slots: int = 1
     """Slots of the cache area that every layer keeps whose experts do not all fit; pinned experts take the others."""
+
+
+def kv_price_s(step_s: float, step_tokens: int, expert_bytes: float, sequence_bytes: float) -> float:
+    """Seconds per step that a resident expert costs which takes its memory from the KV cache.
+
+    `sequence_bytes` of KV cache are a sequence, which gives a step one of its `step_tokens` tokens. So the expert takes
+    expert_bytes / sequence_bytes tokens of each step of `step_s` seconds.
+    """
+    return step_s / step_tokens * expert_bytes / sequence_bytes

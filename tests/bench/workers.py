@@ -24,11 +24,12 @@ from typing import Any
 
 from elastic_moe.cluster import placement as placements
 from elastic_moe.cluster.facts.tiering import pins_of
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, WorkerSpec
+from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, ModelSpec, RoutingCounts, WorkerSpec
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan
 from elastic_moe.cluster.placement import Tier, WorkerId
 from elastic_moe.cluster.placement import Worker as Member
+from tests.model.lockstep import with_pinned
 
 BLOCK = 16
 LONGEST = 512
@@ -117,6 +118,8 @@ class Times:
     """Waited for experts in a step, on average."""
     missed: float = 0.0
     """Share of the active experts that were not in memory."""
+    routing: RoutingCounts | None = None
+    """Of the worker's own tokens."""
 
 
 def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
@@ -126,6 +129,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     group = worker._epoch.exchange
     times: list[tuple[float, float]] = []
     worker.tier_counts()
+    worker.routing_counts()
     begin_cpu_s = time.process_time()
 
     def run(plan: StepPlan) -> None:
@@ -140,6 +144,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
     if case.steps:
         times.clear()
         worker.tier_counts()
+        worker.routing_counts()
         begin_cpu_s = time.process_time()
         for _ in range(case.steps):
             run(load.decode())
@@ -152,6 +157,7 @@ def measure(worker: Any, load: Load, case: Case, first: bool) -> Times:
         read_bytes=sum(counts.fetched_bytes.values()) / len(times),
         stall_s=sum(counts.stall_s.values()) / len(times),
         missed=counts.accesses[Tier.DISK] / max(1, sum(counts.accesses)),
+        routing=worker.routing_counts(),
     )
 
 
@@ -173,6 +179,16 @@ class Setup:
         return f"{self.workers} x {self.threads} threads" + (", pinned" if self.pinned else "") + tiers + ahead
 
 
+def placed(info: ModelInfo, setup: Setup) -> placements.Placement:
+    """The placement of a setup: where not everything fits, the first experts of each layer stay in memory."""
+    size, experts = setup.workers, info.num_logical_experts
+    members = tuple(
+        Member(id=WorkerId(f"w{r}"), node="n", slots=experts // size + (r < experts % size)) for r in range(size)
+    )
+    placement = placements.contiguous(info.num_layers, experts, members)
+    return with_pinned(placement, pins_of(setup.device_experts)) if setup.device_experts else placement
+
+
 def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case], pipe: Connection) -> None:
     """One worker process: load, join, then run the cases whose numbers come through the pipe."""
     if setup.pinned:
@@ -181,24 +197,18 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
     from elastic_moe.model.tiers.area import Area
     from elastic_moe.model.worker.worker import Worker
-    from tests.model.lockstep import with_pinned
 
     info, size = open_checkpoint(path).info, setup.workers
-    experts = info.num_logical_experts
-    members = tuple(
-        Member(id=WorkerId(f"w{r}"), node="n", slots=experts // size + (r < experts % size)) for r in range(size)
-    )
-    placement = placements.contiguous(info.num_layers, experts, members)
+    placement = placed(info, setup)
     budget = None
     if setup.device_experts:
-        placement = with_pinned(placement, pins_of(setup.device_experts))
         budget = setup.device_experts * info.num_layers * info.expert_bytes
         Area.READ_AHEAD = setup.read_ahead
     worker = Worker(
         WorkerSpec(
-            worker=members[rank].id,
+            worker=placement.workers[rank].id,
             model=ModelSpec(path=path, dtype=info.dtype, device="cpu", max_model_len=LONGEST),
-            experts=tuple(placement.resident(members[rank].id, layer) for layer in range(info.num_layers)),
+            experts=tuple(placement.resident(placement.workers[rank].id, layer) for layer in range(info.num_layers)),
             kv_cache_bytes=4 << 30,
             block_size=BLOCK,
             max_num_seqs=len(cases) * cases[0].most_requests,
@@ -212,7 +222,7 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     transport = "local" if size == 1 else "shm"
     worker.prepare(EpochSpec(epoch=EPOCH, placement=placement, group=group, transport=transport, rendezvous=""))
     worker.commit(EPOCH)
-    pipe.send(worker.report.summary())
+    pipe.send((worker.report.summary(), worker.disk_bytes_per_s))
     loads: dict[int, Load] = {}
     while (number := pipe.recv()) is not None:
         first = number not in loads
@@ -236,14 +246,21 @@ class Workers:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        self.fit: str = [pipe.recv() for pipe in self._pipes][-1]
+        told = [pipe.recv() for pipe in self._pipes]
+        self.fit: str = told[-1][0]
         """Which code serves the model on one of them: all are alike."""
+        self.disk_bytes_per_s: list[float] = [rate for _, rate in told]
+        """As each worker has measured it when it loaded."""
 
     def run(self, number: int) -> Times:
         """The case of this number; of the slowest worker."""
+        return max(self.run_all(number), key=lambda times: times.step_s)
+
+    def run_all(self, number: int) -> list[Times]:
+        """The same, of every worker."""
         for pipe in self._pipes:
             pipe.send(number)
-        return max((pipe.recv() for pipe in self._pipes), key=lambda times: float(times.step_s))
+        return [pipe.recv() for pipe in self._pipes]
 
     def close(self) -> None:
         for pipe in self._pipes:

@@ -25,10 +25,12 @@ from elastic_moe.model.worker.worker import Worker
 from tests.model.groups import workers as make_workers
 
 
-def with_pinned(placement: Placement, pinned: int) -> Placement:
-    """The placement with the first `pinned` experts of every worker and layer in its device, the others on its disk."""
+def with_pinned(placement: Placement, pinned: int, hosted: int = 0) -> Placement:
+    """The placement with the first `pinned` experts of every worker and layer in its device, the next `hosted` ones in
+    the memory beside it, and the others on its disk."""
     numbers = np.concatenate([np.arange(worker.slots) for worker in placement.workers])
-    tiers = np.where(numbers < pinned, Tier.DEVICE, Tier.DISK)
+    outside = np.where(numbers < pinned + hosted, Tier.HOST, Tier.DISK)
+    tiers = np.where(numbers < pinned, Tier.DEVICE, outside)
     return replace(placement, tiers=np.tile(tiers.astype(np.int8), (placement.num_layers, 1)))
 
 
@@ -60,14 +62,16 @@ class Lockstep:
         device: str = "cpu",
         transport: str = "shm",
         pinned: int | None = None,
+        hosted: int = 0,
         cache_slots: int = 1,
         cache_dir: Path | None = None,
         policy: str = "lfru",
     ) -> None:
         """`depth`: steps in flight. `transport` of several workers: shm, or tcp, which workers of one GPU need.
 
-        `pinned`: experts of a layer that a worker keeps in memory. The others lie on the disk, with their records in
-        `cache_dir`, and memory for `cache_slots` experts of each layer is their cache area.
+        `pinned`: experts of a layer that a worker keeps in memory; `hosted`: further ones beside a GPU. The others lie
+        on the disk, with their records in `cache_dir`, and memory for `cache_slots` experts of each layer is their
+        cache area.
         """
         self.transport = "local" if len(slots) == 1 else transport
         self.info = open_checkpoint(path).info
@@ -75,8 +79,8 @@ class Lockstep:
         self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
         expert_memory_bytes = None
         if pinned is not None:
-            self.placement = with_pinned(self.placement, pinned)
-            served = self.info.served_in(dtype, int8=expert_dtype == "int8")
+            self.placement = with_pinned(self.placement, pinned, hosted)
+            served = self.info.served_in(dtype, self.info.form(expert_dtype, dtype, device))
             expert_memory_bytes = (pinned + cache_slots) * self.info.num_layers * served.expert_bytes
         self.pool = ThreadPoolExecutor(len(slots))
         self.workers: dict[WorkerId, Worker] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from elastic_moe.cluster.placement import contiguous
+from elastic_moe.cluster.placement import Tier, contiguous
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.exchange.dispatch import TransportDispatcher
 from elastic_moe.model.exchange.transports import NcclTransport
@@ -20,6 +20,8 @@ from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
 from elastic_moe.model.sampling.sampling import sample
+from elastic_moe.model.tiers.far import FarWay
+from elastic_moe.model.tiers.link import Link, Pinned
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import tiny_checkpoint
@@ -62,6 +64,56 @@ def test_workers_that_share_a_gpu_across_replacements(tmp_path_factory: pytest.T
         for output in cluster.step():
             tokens += output.token_ids
     assert tokens == greedy(path, tuple(text))
+
+
+@pytest.mark.parametrize(("pinned", "hosted"), [(4, 2), (0, 8), (2, 0)])
+@pytest.mark.parametrize("lends", [True, False])
+def test_greedy_tokens_where_experts_lie_in_pinned_memory_and_on_disk(
+    pinned: int, hosted: int, lends: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of 8 experts of a layer. `lends`: the host's cores compute some of those that lie in pinned memory."""
+    path = tiny_checkpoint("gpt_oss", tmp_path_factory)
+    cluster = Lockstep(path, [8], device="cuda", pinned=pinned, hosted=hosted, cache_dir=tmp_path)
+    way = far_way(cluster)
+    for layer in way._layers:
+        layer.borrows = lends
+    text = prompts(path)[3]
+    tokens = cluster.run([request("one", text, max_tokens=NEW_TOKENS)])
+    assert tokens["one"] == greedy(path, tuple(text))
+    [worker] = cluster.workers.values()
+    counts = worker.tier_counts()
+    assert (counts.accesses[Tier.HOST] > 0) == (hosted > 0)
+    assert (counts.accesses[Tier.DISK] > 0) == (pinned + hosted < 8)
+
+
+def far_way(cluster: Lockstep) -> FarWay:
+    """The only worker's way into its GPU, once its pinned memory is filled."""
+    [worker] = cluster.workers.values()
+    assert worker._tiers is not None
+    way = worker._tiers.way
+    assert isinstance(way, FarWay)
+    assert way.host.filled(60)
+    return way
+
+
+def test_a_copy_waits_for_the_products_that_read_its_slot_and_those_that_follow_wait_for_it() -> None:
+    device = torch.device("cuda")
+    link, nbytes = Link(device), 8 << 20
+    pinned = Pinned(4 * nbytes, device).slots(nbytes)
+    slots = [link.slot(nbytes) for _ in range(2)]
+    found = []
+    for n in range(100):
+        source, slot = pinned[n % 4], slots[n % 2]
+        source.wait()
+        source.data.fill_(n)
+        link.copy(source, slot)
+        link.use(slot)
+        # some products, so that the GPU is behind
+        found.append(torch.stack([slot.data.view(torch.int16)[part::7].max() for part in range(7)]).max())
+        link.release(slot)
+    assert [int(n) & 255 for n in torch.stack(found).tolist()] == list(range(100))
+    torch.cuda.synchronize()
+    assert link.stall_s() >= 0
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +171,26 @@ def test_a_step_never_makes_the_cpu_wait(checkpoint: Path) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(warm, again)
+
+
+@hopper
+def test_a_layer_waits_for_its_choices_alone_where_experts_come_from_pinned_memory(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Waits for events are no error in this mode; copies to the host and questions to tensors are."""
+    cluster = Lockstep(
+        checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16, pinned=2, hosted=6, cache_dir=tmp_path
+    )
+    far_way(cluster)
+    runner, texts = cluster.workers_runner(), [list(range(3, 3 + n)) for n in (9, 40, 100)]
+    warm = step_logits(runner, texts, 8)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step_logits(runner, texts, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(warm, again, rtol=2e-2, atol=2e-2)
 
 
 def test_sampling_waits_once() -> None:

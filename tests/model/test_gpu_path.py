@@ -4,13 +4,16 @@ transformers'.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from torch.nn.attention import varlen
 
 import elastic_moe.model.fitting.fit
 from elastic_moe.cluster.errors import StepAborted
+from elastic_moe.cluster.placement import Tier
 from elastic_moe.model.exchange.tcp import TcpTransport
-from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.trunk.flash import try_variants
 from tests.model.families import tiny_checkpoint
 from tests.model.kernels import KERNELS
@@ -22,7 +25,7 @@ from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
     monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_variant", try_variants)
-    monkeypatch.setattr(elastic_moe.model.fitting.fit, "layer_experts", lambda module, int8: StackedExperts(module))
+    monkeypatch.setattr(elastic_moe.model.fitting.fit, "layer_experts", lambda module, form: TieredStacks(module))
 
 
 @pytest.mark.usefixtures("as_on_gpus")
@@ -46,6 +49,29 @@ def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest
     for text in texts:
         if len(text) in COMPARED:
             assert tokens[f"r{len(text)}"] == greedy(path, tuple(text))
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize("as_on_gpus", ["plain"], indirect=True)
+@pytest.mark.parametrize(("pinned", "hosted"), [(1, 1), (0, 4)])
+def test_greedy_tokens_where_experts_lie_in_memory_beside_the_gpu_and_on_disk(
+    pinned: int, hosted: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of 4 experts of a worker's layer; of those in the host's memory the host computes some."""
+    path = tiny_checkpoint("gpt_oss", tmp_path_factory)
+    cluster = Lockstep(path, [4, 4], transport="tcp", pinned=pinned, hosted=hosted, cache_dir=tmp_path)
+    for worker in cluster.workers.values():
+        assert worker.host_capacity == 8 * cluster.info.num_layers
+        assert worker._tiers is not None
+        assert worker._tiers.way.host.filled(20)  # type: ignore[attr-defined]
+    [text] = [text for text in prompts(path) if len(text) == COMPARED[0]]
+    tokens = cluster.run([request("one", text, max_tokens=NEW_TOKENS)])
+    assert tokens["one"] == greedy(path, tuple(text))
+    for worker in cluster.workers.values():
+        counts = worker.tier_counts()
+        assert (counts.accesses[Tier.HOST] > 0) == (hosted > 0)
+        assert (counts.accesses[Tier.DISK] > 0) == (pinned + hosted < 4)
+        assert counts.resident <= (pinned + 1) * cluster.info.num_layers
 
 
 def test_a_step_whose_exchanges_came_to_nothing_counts_nothing(

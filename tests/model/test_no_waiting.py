@@ -14,19 +14,21 @@ from torch import Tensor
 
 import elastic_moe.model.fitting.fit
 import elastic_moe.model.sampling.sampling
+import elastic_moe.model.staging
 from elastic_moe.cluster.placement import Placement, contiguous
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
 from elastic_moe.model.exchange.dispatch import Dispatcher, TransportDispatcher
 from elastic_moe.model.exchange.transports import LocalTransport
 from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.fit import fit
 from elastic_moe.model.sampling.sampling import sample
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.flash import VarlenVariant
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import FAMILIES, tiny_checkpoint
-from tests.model.groups import workers
+from tests.model.groups import ToyExperts, workers
 from tests.model.sampling.test_sampling import state
 
 META = torch.device("meta")
@@ -94,6 +96,46 @@ def test_a_step_of_two_workers_asks_nothing(
     variant: VarlenVariant, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert serve("qwen3_moe", variant, [4, 4], tmp_path_factory, monkeypatch).shape[0] == 3
+
+
+def test_a_layer_of_which_experts_are_missing_asks_for_its_choices_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Experts lie in the stacks, beside them, and in slots into which they come during the step."""
+    module = ToyExperts(8, 64, 32, 0, torch.bfloat16).to(META)
+    stacks = TieredStacks(module)
+    for expert in range(3):
+        stacks.put(expert, {name: tensor.to(META) for name, tensor in module.weights[expert].items()})
+    stacks.keep_only({0, 1})
+    stacks.put(2, {name: tensor.to(META) for name, tensor in module.weights[2].items()})
+    slot = torch.empty(stacks.layout(module.weights[0]).nbytes, dtype=torch.uint8, device=META)
+
+    def next_ready(experts: list[int], tokens: list[int] | None) -> list[int]:
+        for expert in range(3, 8):
+            if expert in stacks._in_slots:
+                stacks.unbind(expert)
+        if tokens is not None:
+            left.extend([[e for e in experts if e < 3], *([e] for e in experts if e >= 3)])
+        batch = left.pop(0) if left else []
+        for expert in batch:
+            if expert >= 3:
+                stacks.bind(expert, slot)
+        return batch
+
+    left: list[list[int]] = []
+    stacks.supply(0, next_ready)
+    stacks.serve(range(8))
+    asked: list[tuple[int, ...]] = []
+
+    def to_host(tensors: list[Tensor]) -> list[Tensor]:
+        asked.extend(tuple(tensor.shape) for tensor in tensors)
+        return [torch.tensor([[0, 2], [7, 4], [1, -1], [4, 3]])]
+
+    monkeypatch.setattr(elastic_moe.model.staging, "to_host", to_host)
+    x_RH = torch.empty(4, 64, dtype=torch.bfloat16, device=META)
+    index_RK = torch.empty(4, 2, dtype=torch.int32, device=META)
+    out = stacks.forward(x_RH, index_RK, torch.empty(4, 2, device=META))
+    assert (out.shape, asked, left) == ((4, 64), [(4, 2)], [])
 
 
 def test_sampling_asks_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,13 @@ def test_tiers_of_a_plan(
     assert emoe("evaluate", trace, made, "--device-experts", "12MB", "--expert-bytes", 10**6, "--json") == 0
     assert "resident_share" not in printed(capsys), "everything fits, so there is nothing to say"
 
+    # one expert more in fast memory would cost more sequences than waiting for it does
+    shared = ("--device-experts", "12MB", "--expert-bytes", 10**6, "--step-tokens", 2, "--kv-sequence-bytes", 1000)
+    assert emoe("plan", trace, "--workers", 2, *shared, "--planner", "greedy", "--json") == 0
+    report = printed(capsys)
+    assert report["resident_share"] == 0.0
+    assert report["cost"]["kv_s"] > 0
+
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # figures take longer than all the rest
     assert emoe("compare", trace, *words[:-1], "--planners", "pinning,greedy", "--out", tmp_path) == 0
     assert "fetches waited for" in capsys.readouterr().out
@@ -218,6 +225,11 @@ def test_traces_through_caches(trace: Path, tmp_path: Path, capsys: pytest.Captu
         (("--device-experts", "1KB"), "--device-experts: expected room for at least one expert in each of 3 layers"),
         (("--host-experts", 2), "--host-experts: it adds to --device-experts, which is not given"),
         (("--device-experts", 2, "--disk-gbps", 0), "--disk-gbps: expected a positive number, got 0"),
+        (
+            ("--kv-sequence-bytes", 9),
+            "--kv-sequence-bytes: it shares the memory of --device-experts, which is not given",
+        ),
+        (("--device-experts", 2, "--kv-sequence-bytes", 0), "--kv-sequence-bytes: expected at least 1, got 0"),
         (("--step-tokens", 0), "--step-tokens: expected at least 1, got 0"),
     ],
 )

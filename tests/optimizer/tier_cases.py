@@ -15,11 +15,18 @@ from tests.optimizer.cases import every_table, tiny
 US = 1e-6
 
 
-def tight(seed: int = 0, *, device: int = 3, host: int = 0, cache: int = 1, **fields: object) -> PlacementProblem:
+def tight(
+    seed: int = 0, *, device: int = 3, host: int = 0, cache: int = 1, rent_s: float = 0.0, **fields: object
+) -> PlacementProblem:
     """A tiny problem in which every worker's device holds `device` experts over all layers."""
     workers = int(fields.get("workers", 2))
     memory = WorkerMemory(
-        device_experts=device, host_experts=host, disk_fetch_s=50 * US, host_fetch_s=8 * US, cache_slots=cache
+        device_experts=device,
+        host_experts=host,
+        disk_fetch_s=50 * US,
+        host_fetch_s=8 * US,
+        cache_slots=cache,
+        resident_s=rent_s,
     )
     return tiny(seed, **({"memory": (memory,) * workers, "tokens_per_step": 4} | fields))
 

@@ -24,6 +24,14 @@ def test_a_longer_context_than_the_model_s_is_refused() -> None:
         model_spec(ServeConfig(max_model_len=65), MODEL, "/models/tiny", "cpu")
 
 
+def test_memory_beside_gpus_is_refused_where_there_are_none() -> None:
+    config = ServeConfig(host_expert_memory_bytes=1 << 30)
+    with pytest.raises(ConfigError, match=r"host_expert_memory_bytes: expected 0, .* got 1073741824"):
+        model_spec(config, MODEL, "/models/tiny", "cpu")
+    assert model_spec(config, MODEL, "/models/tiny", "cuda").device == "cuda"
+    assert model_spec(ServeConfig(host_expert_memory_bytes=0), MODEL, "/models/tiny", "cpu").device == "cpu"
+
+
 @pytest.mark.parametrize(("memory_bytes", "capacity"), [(None, None), (2500, 2)])
 def test_memory_is_counted_in_whole_experts(memory_bytes: int | None, capacity: int | None) -> None:
     config = ServeConfig(expert_memory_bytes=memory_bytes, max_num_seqs=3)

@@ -133,13 +133,60 @@ def _some(rng: np.random.Generator, count: int) -> np.ndarray[tuple[int, int], n
     return mask
 
 
+HALVES = contiguous(LAYERS, EXPERTS, [Worker(id=w, node="n", slots=4) for w in (A, B)])
+
+
+def halves_on_disk() -> Placement:
+    """A has two experts of each layer in its device and two on disk, B all four in its device."""
+    tiers = np.zeros((LAYERS, EXPERTS), dtype=np.int8)
+    tiers[:, 2:4] = Tier.DISK
+    return replace(HALVES, tiers=tiers)
+
+
+def rooms(device: int, **rates: float) -> dict[WorkerId, Room | None]:
+    return {A: Room(device=device * LAYERS, disk_bytes_per_s=1e6, **rates), B: Room(device=4 * LAYERS)}
+
+
 def test_the_stall_of_a_step() -> None:
     """Each layer waits for the worker with most to bring; of 8 experts with top 2, a token needs a quarter of them."""
-    placement = contiguous(LAYERS, EXPERTS, [Worker(id=w, node="n", slots=4) for w in (A, B)])
-    rooms = {A: Room(device=3 * LAYERS, disk_bytes_per_s=1e6), B: Room(device=4 * LAYERS, disk_bytes_per_s=1e6)}
-    tiered = assign_tiers(placement, rooms, NOTHING, EVEN)
-    assert expected_stall_s(placement, rooms, MODEL, tokens=1) == 0.0
-    # two experts of A's lie on disk, of which half a one is needed in each layer
-    assert expected_stall_s(tiered, rooms, MODEL, tokens=1) == pytest.approx(LAYERS * 2 * 0.25 * 1e-3)
-    assert expected_stall_s(tiered, rooms, MODEL, tokens=1000) == pytest.approx(LAYERS * 2 * 1e-3)
-    assert expected_stall_s(replace(tiered, tiers=placement.tiers), rooms, MODEL, tokens=9) == 0.0
+    tiered = halves_on_disk()
+    assert expected_stall_s(HALVES, rooms(3), MODEL, EVEN, tokens=1) == 0.0
+    assert expected_stall_s(tiered, rooms(3), MODEL, EVEN, tokens=1) == pytest.approx(LAYERS * 2 * 0.25 * 1e-3)
+    assert expected_stall_s(tiered, rooms(3), MODEL, EVEN, tokens=1000) == pytest.approx(LAYERS * 2 * 1e-3)
+    assert expected_stall_s(replace(tiered, tiers=HALVES.tiers), rooms(3), MODEL, EVEN, tokens=9) == 0.0
+
+
+def test_the_stall_follows_the_popularity_of_experts() -> None:
+    """Experts 2 and 3 lie on disk; of 16 choices, one in eight or none falls on them."""
+    tiered, rare, never = halves_on_disk(), EVEN + 4, EVEN + 4
+    rare[:, 2:4] = 2
+    rare[:, 4:] = 2 + 2
+    never[:, 2:4] = 0
+    chance = 2 * 2 / rare[0].sum()
+    assert expected_stall_s(tiered, rooms(3), MODEL, rare, tokens=1) == pytest.approx(LAYERS * 2 * chance * 1e-3)
+    assert expected_stall_s(tiered, rooms(3), MODEL, never, tokens=1) == 0.0
+
+
+def test_the_cache_area_holds_the_most_popular_of_what_passes() -> None:
+    popular = EVEN + 1
+    popular[:, 3] = 3
+    alone, both = (expected_stall_s(halves_on_disk(), rooms(n), MODEL, popular, tokens=1) for n in (3, 4))
+    assert (alone, both) == (pytest.approx(LAYERS * (1 + 3) * 2 / 10 * 1e-3), 0.0)
+    tiers = halves_on_disk().tiers.copy()
+    tiers[:, 1] = Tier.DISK
+    three = expected_stall_s(replace(HALVES, tiers=tiers), rooms(3), MODEL, popular, tokens=1)
+    assert three == pytest.approx(LAYERS * (1 + 1) * 2 / 10 * 1e-3), "two slots: one for expert 3, one to pass through"
+
+
+def test_pinned_memory_and_replicas_in_devices_make_the_stall_shorter() -> None:
+    tiers = halves_on_disk().tiers.copy()
+    tiers[:, 2:4] = Tier.HOST
+    hosted = replace(HALVES, tiers=tiers)
+    assert expected_stall_s(hosted, rooms(3, host_bytes_per_s=1e7), MODEL, EVEN, tokens=1) == pytest.approx(
+        LAYERS * 2 * 0.25 * 1e-4
+    )
+    table = HALVES.physical_to_logical_map.copy()
+    table[:, 7] = 3
+    elsewhere = replace(halves_on_disk(), physical_to_logical_map=table, num_logical_experts=7)
+    model = replace(MODEL, num_logical_experts=7)
+    assert expected_stall_s(elsewhere, rooms(2), model, EVEN[:, :7], tokens=1) == pytest.approx(LAYERS * 2 / 7 * 1e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +33,9 @@ class FakeMemory:
         self.order: deque[tuple[int, int]] = deque()
         """The experts in the order in which they were asked for."""
         self.fails: set[int] = set()
+        self.near: set[int] = set()
+        """Experts that lie in memory beside a GPU."""
+        self.lent: set[int] = set()
         self._rng = rng
 
     def held(self, layer: int) -> Collection[int]:
@@ -42,8 +45,20 @@ class FakeMemory:
         assert slot not in self.bound.values()
         self.bound[layer, expert] = slot
 
-    def unbind(self, layer: int, expert: int) -> None:
-        del self.bound[layer, expert]
+    def unbind(self, layer: int, expert: int, slot: Slot) -> None:
+        assert self.bound.pop((layer, expert)) is slot
+
+    def slot(self) -> Slot:
+        return Slot(PAGE)
+
+    def tier(self, layer: int, expert: int) -> Tier:
+        return Tier.HOST if expert in self.near else Tier.DISK
+
+    def aside(self, layer: int, tokens: Mapping[int, int]) -> list[int]:
+        """All experts near by that have one token."""
+        assert list(tokens.values()) == sorted(tokens.values(), reverse=True)
+        self.lent = {expert for expert, rows in tokens.items() if rows == 1 and expert in self.near}
+        return sorted(self.lent)
 
     def fetch(self, layer: int, expert: int, slot: Slot, *, urgent: bool) -> None:
         assert slot not in self.bound.values(), "an expert is read over another one"
@@ -88,7 +103,7 @@ def run(area: Area, memory: FakeMemory, layer: int, tokens: dict[int, int]) -> l
     ready = area.next(layer, list(tokens), list(tokens.values()))
     while ready:
         for expert in ready:
-            assert expert in memory.layers_held[layer] or (layer, expert) in memory.bound
+            assert expert in memory.layers_held[layer] or (layer, expert) in memory.bound or expert in memory.lent
         computed += ready
         ready = area.next(layer, ready, None)
     return computed
@@ -101,13 +116,15 @@ def run(area: Area, memory: FakeMemory, layer: int, tokens: dict[int, int]) -> l
     held=st.sets(st.integers(0, EXPERTS - 1), max_size=EXPERTS - 1),
     policy=st.sampled_from(POLICIES),
     read_ahead=st.booleans(),
+    near=st.sets(st.integers(0, EXPERTS - 1)),
 )
 @settings(max_examples=150, deadline=None)
 def test_every_active_expert_is_computed_once_within_the_budget(
-    seed: int, layers: int, size: int, held: set[int], policy: str, read_ahead: bool
+    seed: int, layers: int, size: int, held: set[int], policy: str, read_ahead: bool, near: set[int]
 ) -> None:
     rng = random.Random(seed)
     memory = FakeMemory(layers, held, rng)
+    memory.near = near
     area = make(memory, size, policy=policy, read_ahead=read_ahead)
     accesses = 0
     for step in range(6):
@@ -183,3 +200,21 @@ def test_an_expert_that_cannot_be_read_fails_the_step_and_not_the_next() -> None
         run(area, memory, 0, {0: 1, 3: 1})
     memory.fails = set()
     assert sorted(run(area, memory, 0, {0: 1, 3: 1, 4: 1})) == [0, 3, 4]
+
+
+def test_what_the_host_computes_comes_after_the_device_s_and_is_brought_in_once_it_is_worth_it() -> None:
+    memory = FakeMemory(1, {0}, random.Random(5), late=1)
+    memory.near = {1, 2}
+    area = make(memory, 4, policy="lfu")
+    for _ in range(2):
+        run(area, memory, 0, {0: 1, 2: 3, 4: 2})
+    assert list(memory.order) == [(0, 2), (0, 4)]
+    ready = [area.next(0, [0, 1, 3], [1, 1, 2])]
+    while ready[-1]:
+        ready.append(area.next(0, ready[-1], None))
+    assert ready == [[0], [1], [3], []]
+    assert list(memory.order)[2:] == [(0, 3)], "what stays in the area has been used more often than 1"
+    for _ in range(3):
+        run(area, memory, 0, {1: 1})
+    assert (0, 1) in memory.order
+    assert area.counts(1).accesses == (6, 4, 2)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.messages.epochs import Epoch, FetchSource
 from elastic_moe.cluster.placement import Tier
 from elastic_moe.model.native import unavailable
@@ -148,6 +152,24 @@ def test_what_was_brought_for_an_abandoned_epoch_leaves(
     assert (during[0], worker.held()) == (brought, placed)
 
 
+def test_the_cache_area_of_an_idle_worker_makes_room_at_once(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What arrives for a coming epoch takes the memory of what the area held, also if no step runs."""
+    cluster = Lockstep(
+        tiny_checkpoint("qwen3_moe", tmp_path_factory), (8,), pinned=1, cache_slots=3, cache_dir=tmp_path
+    )
+    worker = next(iter(cluster.workers.values()))
+    cluster.run([request("r", prompts(2)[1], max_tokens=4)])
+    before = worker.tier_counts().resident
+    assert before + 6 > worker.capacity
+    worker.read_experts([(0, 5), (0, 6), (1, 6), (1, 7), (2, 7)])
+    assert worker.tier_counts().resident <= worker.capacity
+    worker.import_expert(worker.export_expert(2, 6))
+    assert [set(row) for row in worker.held()] == [{0, 5, 6}, {0, 6, 7}, {0, 6, 7}]
+    assert worker.tier_counts().resident <= worker.capacity
+
+
 def test_damaged_and_foreign_records_are_read_again_from_the_checkpoint(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,6 +193,32 @@ def test_damaged_and_foreign_records_are_read_again_from_the_checkpoint(
     # a record of another layout lies in another folder
     Lockstep(path, (8,), dtype="float16", pinned=1, cache_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_where_memory_is_short_the_kv_cache_gives_way_to_experts_but_not_further_than_one_sequence_and_the_seats(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Lockstep(tiny_checkpoint("qwen3_moe", tmp_path_factory), (8,))
+    [loaded] = cluster.workers.values()
+    least = (loaded.spec.model.max_model_len // 4 + 8 - 1) * loaded._kv_block_bytes()
+    expert_bytes, layers = cluster.info.expert_bytes, cluster.info.num_layers
+
+    def load_with(available: float, **fields: Any) -> tuple[Worker, int]:
+        memory = SimpleNamespace(available=int(available), total=1 << 50)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        worker = Worker(replace(loaded.spec, **fields))
+        return worker, worker.load()[0]
+
+    worker, blocks = load_with((least + 4.1 * layers * expert_bytes) / 0.9)
+    assert (worker.capacity, blocks) == (int(4.1 * layers), 128 // 4 + 8 - 1)
+    assert [len(row) for row in worker.held()] == [3] * layers, "a fourth slot of each layer is the cache area"
+    kv = 100 * loaded._kv_block_bytes()
+    worker, blocks = load_with((kv + 2.1 * layers * expert_bytes) / 0.9, kv_cache_bytes=kv)
+    assert (worker.capacity, blocks) == (int(2.1 * layers), 100)
+    with pytest.raises(UserError, match=f"w0 has memory for 1 experts .*, and needs {layers * expert_bytes} bytes"):
+        load_with((least + 1.5 * expert_bytes) / 0.9)
+    with pytest.raises(UserError, match=f"--expert-memory-bytes: expected at least {layers * expert_bytes} bytes"):
+        load_with(1 << 40, expert_memory_bytes=layers * expert_bytes - 1)
 
 
 def test_without_a_directory_for_records_the_checkpoint_serves(

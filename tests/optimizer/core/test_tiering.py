@@ -17,7 +17,7 @@ from elastic_moe.optimizer.core.problem import PlacementProblem
 from elastic_moe.optimizer.core.table import to_placement
 from elastic_moe.optimizer.core.tiering import LevelArray
 from elastic_moe.optimizer.ilp.planner import improved
-from elastic_moe.optimizer.residency.memory import WorkerMemory
+from elastic_moe.optimizer.residency.memory import WorkerMemory, kv_price_s
 from elastic_moe.optimizer.search.layer_prices import LayerPricer
 from elastic_moe.optimizer.search.local_search import JointSearch
 from elastic_moe.optimizer.search.swaps import BARRED, swap_deltas
@@ -75,10 +75,13 @@ def test_the_price_is_that_of_the_docstring(seed: int, host: int, computes: bool
     )
 
 
-@pytest.mark.parametrize(("seed", "device", "host"), [(0, 2, 0), (1, 3, 0), (2, 4, 1), (3, 5, 2), (4, 2, 1)])
-def test_a_worker_keeps_what_saves_most(seed: int, device: int, host: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "device", "host", "rent_s"),
+    [(0, 2, 0, 0), (1, 3, 0, 0), (2, 4, 1, 0), (3, 5, 2, 0), (4, 2, 1, 0), (5, 6, 0, 15 * US), (6, 5, 1, 30 * US)],
+)
+def test_a_worker_keeps_what_saves_most(seed: int, device: int, host: int, rent_s: float) -> None:
     """With one worker there is no slowest one to wait for, and the choice is the best of all."""
-    problem = tight(seed, experts=3, workers=1, slots=(3,), device=device, host=host)
+    problem = tight(seed, experts=3, workers=1, slots=(3,), device=device, host=host, rent_s=rent_s)
     table = np.tile(np.arange(3), (2, 1))
     best = min(price_table(problem, table, levels).total_s for levels in every_level(problem, table))
     assert price_table(problem, table).total_s == pytest.approx(best, rel=1e-9)
@@ -154,6 +157,7 @@ def test_no_table_and_no_tiers_beat_the_bound(seed: int, device: int, host: int,
         {"device": 2, "experts": 3, "slots": (2, 2), "layers": 1},
         {"device": 3, "slots": (3, 2), "layers": 1, "tokens_per_step": 1},
         {"device": 2, "layers": 1, "workers": 3, "slots": (2, 2, 1), "experts": 4, "caution": 0.0},
+        {"device": 5, "experts": 3, "slots": (2, 1), "layers": 1, "rent_s": 20 * US},
     ],
 )
 def test_the_ilp_proves_the_brute_force_optimum(fields: dict[str, object]) -> None:
@@ -203,6 +207,25 @@ def test_swaps_see_the_change_of_what_is_fetched(seed: int, host: int, slots: tu
         if (swapped[0, [i, j]] != EMPTY).all():
             rank = problem.owner[i]
             assert seen[i, j] == pytest.approx(after[rank] - before[rank], abs=1e-12)
+
+
+def test_an_expert_that_is_not_worth_its_kv_cache_stays_outside() -> None:
+    """Although every device has room for all."""
+    free, dear = (tight(2, device=40, experts=12, tokens_per_step=1, rent_s=rent_s) for rent_s in (0.0, 5 * US))
+    assert free.tiering is None
+    results = [plan(problem, planner="greedy", deadline_s=2) for problem in (free, dear)]
+    assert results[0].placement.all_resident
+    placement = results[1].placement
+    assert 0 < placement.resident_share < 1
+    slots = int((placement.tiers == Tier.DEVICE).sum()) + sum(
+        any(placement.tiers_of(worker.id, layer)) for worker in placement.workers for layer in range(2)
+    )
+    assert results[1].cost.kv_s == pytest.approx(slots * 5 * US)
+    assert lower_bound(dear) <= results[1].cost.total_s
+
+
+def test_the_price_of_kv_cache_is_that_of_the_tokens_that_it_would_hold() -> None:
+    assert kv_price_s(step_s=0.1, step_tokens=10, expert_bytes=5e6, sequence_bytes=20e6) == pytest.approx(0.1 / 10 / 4)
 
 
 def test_expected_fetches() -> None:

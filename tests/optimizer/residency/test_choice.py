@@ -37,7 +37,7 @@ def test_workers_have_room_in_the_same_layers(seed: int) -> None:
     # without a slot nothing is served, with one slot both experts pass, and with two nothing is fetched
     outside = [np.stack([np.full(4, NEVER_S), each.sum(axis=1), np.zeros(4)], axis=1) for each in active]
     busy, slope, budgets = np.zeros(4), np.full(4, 0.1), np.array([5, 5])
-    rooms = dealt(outside, budgets, busy, slope)
+    rooms = dealt(outside, budgets, busy, slope, np.zeros(2))
     every = [np.array(each) for each in itertools.product((1, 2), repeat=4) if sum(each) <= 5]
     best = min(_waits(outside, np.stack(pair, axis=1), busy, slope) for pair in itertools.product(every, repeat=2))
     assert (rooms[:, 0] == rooms[:, 1]).all()
@@ -46,5 +46,15 @@ def test_workers_have_room_in_the_same_layers(seed: int) -> None:
 
 def test_no_room_is_given_where_computing_takes_longer() -> None:
     outside = [np.array([[NEVER_S, 3.0, 0.0], [NEVER_S, 2.0, 0.0]])]
-    rooms = dealt(outside, np.array([3]), np.array([3.0, 0.0]), np.zeros(2))
+    rooms = dealt(outside, np.array([3]), np.array([3.0, 0.0]), np.zeros(2), np.zeros(1))
     assert rooms[:, 0].tolist() == [1, 2], "the first layer takes 3 s anyway"
+
+
+def test_room_that_costs_more_than_it_saves_is_not_given() -> None:
+    outside = [np.array([[NEVER_S, 3.0, 0.0], [NEVER_S, 2.0, 0.0]]) for _ in range(2)]
+    busy, slope = np.zeros(2), np.zeros(2)
+    for rent, slots in ((0.0, [2, 2]), (1.2, [2, 1]), (2.0, [1, 1])):
+        rooms = dealt(outside, np.array([4, 4]), busy, slope, np.full(2, rent))
+        assert rooms.T.tolist() == [slots, slots], "a slot on each of two workers saves 3 s or 2 s"
+    rooms = dealt(outside, np.array([4, 3]), busy, slope, np.array([0.5, 1.0]))
+    assert rooms[:, 1].tolist() == [2, 1]
