@@ -344,6 +344,11 @@ def test_missing_layer(copy: Callable[[str], Path]) -> None:
         ("minimax", {"num_local_experts": 4}, "LinearAttentionLayer"),
         ("granitemoehybrid", {"num_local_experts": 4}, "GraniteMoeHybridMambaLayer"),
         ("lfm2_moe", {"num_experts": 4, "layer_types": ["conv", "full_attention"]}, "Lfm2Moe"),
+        (
+            "deepseek_v4",
+            {"num_key_value_heads": 2, "moe_intermediate_size": 16},
+            "cannot be served: it keeps other state",
+        ),
         ("t5", {}, "encoder-decoder"),
         ("qwen3_vl_moe", {}, "other input than text"),
         ("bert", {"num_attention_heads": 4}, "Mixture-of-Experts"),
