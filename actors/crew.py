@@ -41,10 +41,22 @@ class Crew:
         self._reports = {n: report for n, report in self._reports.items() if now - report.seen_at < FORGOTTEN_S}
         self._reports[name] = _Report(seen_at=now, running=running, refuses=refuses)
 
+    def expect(self, replicas: int) -> None:
+        """The server has this number of replicas from now on."""
+        self._expected = replicas
+
+    def present(self, now: float) -> int:
+        """Number of replicas that have checked in lately."""
+        return sum(now - report.seen_at < AWAY_S for report in self._reports.values())
+
+    def go_on(self) -> None:
+        """The server does not stop after all."""
+        self._stopped_at = math.inf
+
     def check_out(self, name: str, now: float) -> int:
         """The replica ends. Returns how many others there are."""
         self._reports.pop(name, None)
-        return sum(now - report.seen_at < AWAY_S for report in self._reports.values())
+        return self.present(now)
 
     def left(self, now: float) -> int:
         """The server stops, since the first call of this. Returns the number of requests that still run, where a

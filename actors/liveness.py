@@ -5,7 +5,8 @@ ends nothing: a process that hangs, a machine that is cut off. Times of decision
 before an epoch begins) are in cluster/control/reconcile.py; times that the user sets are settings (cluster/config.py).
 
 The coordinator's state machine looks at the clock every TICK_S. A standby is started STANDBY_AFTER_S after an epoch has
-begun. A process that has not begun to load after WAITING_FOR_RESOURCES_S is said to wait for a GPU or a core.
+begun. A process that has not begun to load after STARTING_S is said to wait for a GPU or a core where none is free, and
+after WAITING_FOR_RESOURCES_S in any case.
 
     who waits        for what                                 how long                          and then
     ---------------  ---------------------------------------- --------------------------------- ----------------------
@@ -61,6 +62,8 @@ POLL_S = 1.0
 """Seconds between two questions to each worker and to the engine."""
 LOADING_PATIENCE = 4.0
 """A worker that loads may be late by so many times a heartbeat's time-out: imports hold its threads up."""
+STARTING_S = 3.0
+"""A process that has not begun to load by then may wait for a GPU or core: Ray is asked whether one is free."""
 WAITING_FOR_RESOURCES_S = 30.0
 """A process that has not begun to load by then is said to wait for a free GPU or core."""
 

@@ -52,7 +52,10 @@ class ServeConfig:
         2, "number of workers to start; each has one GPU, or an equal share of the CPU cores", at_least=1
     )
     min_workers: int | None = setting(
-        None, "smallest number of workers that the autoscaler keeps; 1 if not given", at_least=1
+        None,
+        "smallest number of workers that the autoscaler keeps; 1 if not given; with 0, all workers end after 20 times "
+        "--autoscale-window without a request, and the next request waits until others have started",
+        at_least=0,
     )
     max_workers: int | None = setting(
         None, "largest number of workers that the autoscaler asks for; if not given, there is no autoscaler", at_least=1
@@ -87,6 +90,11 @@ class ServeConfig:
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
     )
+    workers_on_head: bool = setting(
+        False,
+        "let workers on CPUs run on the head of a Ray cluster, beside the API and the engine; always so where the "
+        "server has started Ray itself",
+    )
     dtype: str = setting(
         "auto",
         "number format of weights and activations; auto takes the format of the checkpoint",
@@ -94,9 +102,10 @@ class ServeConfig:
     )
     expert_dtype: str = setting(
         "auto",
-        "number format of the experts' weights; int8 rounds them to 8 bits, with one scale for every 128 weights, and "
-        "works only with bfloat16 on CPUs",
-        choices=("auto", "int8"),
+        "number format of the experts' weights; auto keeps packed experts packed if they can be computed so, and "
+        "bfloat16 unpacks them; int8 and int4 round experts of 16 bits, with one scale for every 128 and every 32 "
+        "weights, and work only with bfloat16 on CPUs",
+        choices=("auto", "bfloat16", "int8", "int4"),
     )
     max_model_len: int | None = setting(
         None,
@@ -271,6 +280,12 @@ class ServeConfig:
     )
     shutdown_timeout: float = setting(
         30.0, "seconds that running requests have to finish when the server stops", at_least=0
+    )
+    handover_timeout: float = setting(
+        120.0,
+        "seconds that a redeployed model waits for the resources of its own workers, beside the old model, which "
+        "serves meanwhile; after that the old model finishes its requests and ends first",
+        at_least=0,
     )
     log_level: str = setting(
         "info", "lowest level of the lines that are logged", choices=("debug", "info", "warning", "error")

@@ -1,8 +1,9 @@
 """The data plane in torch, without Ray. The order of the rooms; a room imports only from those above it:
 
-    (this folder)  int8, staging, heap; torch_private and transformers_private hold all uses of private functions
+    (this folder)  int8, int4, staging, heap; torch_private and transformers_private hold all uses of private functions
     native/        kernels in C++ for bfloat16 on CPU
     trunk/         attention over the paged KV cache, packed linear layers, rotary embeddings
+    formats/       reads packed weights: FP8, INT4, AWQ, GPTQ, MXFP4 and others
     checkpoints/   opens a model directory, checks that it can be served, loads the trunk or single experts
     experts/       the experts that a worker holds, and their products
     exchange/      carries tokens to the workers of their experts and back; counts routing

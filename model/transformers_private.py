@@ -13,18 +13,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
-from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "CONFIG_MAPPING",
+    "Concatenate",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "ExpertsInterface",
-    "Mxfp4Dequantize",
+    "MergeModulelist",
     "WeightConverter",
     "WeightRenaming",
     "dot_natural_key",

@@ -9,23 +9,31 @@ Everything runs on one event loop, so no event ever meets a state that is half c
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from ray.exceptions import RayError
+
 from elastic_moe.actors import liveness
 from elastic_moe.actors.control.executor import Executor
 from elastic_moe.actors.control.fleet import Fleet
+from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.control.opening import reconfigured
 from elastic_moe.actors.control.planning import Planners
-from elastic_moe.actors.control.polling import Poller, RollCall
+from elastic_moe.actors.control.polling import Poller, RollCall, wait_clause
 from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import Outline, log_changes
+from elastic_moe.actors.remote.ask import ask
+from elastic_moe.actors.remote.calls import one_line
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.actors.telemetry.spans import OperationSpans
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
+from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.facts.events import (
     Abandon,
     AbortSteps,
@@ -33,6 +41,7 @@ from elastic_moe.cluster.facts.events import (
     Commit,
     Drain,
     Event,
+    NodesDrain,
     Prepare,
     Probe,
     RoutingCounted,
@@ -44,6 +53,8 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.epochs import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
@@ -58,7 +69,7 @@ class ControlLoop:
         processes: Processes,
         config: ServeConfig,
         fleet: Fleet,
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         """`spawn` runs a coroutine beside the others, and reports its failure."""
         model = state.model
@@ -87,7 +98,10 @@ class ControlLoop:
             link_gbps=lambda: self.poller.link_gbps,
         )
         self._executor = Executor(fleet, config, model, spec, processes, self.roll_call)
+        self._config = config
         self._spec = spec
+        self._looking = False
+        """Whether Ray is being asked about its nodes."""
         self._fleet = fleet
         self._spawn = spawn
         self._exporter = Exporter.open(config, "coordinator", config.served_model_name or Path(spec.path).name)
@@ -108,8 +122,56 @@ class ControlLoop:
         self.feed(RoutingCounted(load=self.window.load(now)))
         facts = self.state.facts
         self.poller.poll(facts)
+        if not self._looking:
+            self._looking = True
+            self._spawn(self._look_at_nodes())
         if self.processes.wants_standby and facts.whole and now - facts.epoch_since > liveness.STANDBY_AFTER_S:
             self._spawn(self.processes.start_standby(self.state.next_worker))
+
+    async def _look_at_nodes(self) -> None:
+        """Hear which nodes are about to leave, and what workers without a process wait for."""
+        try:
+            if draining := await asyncio.to_thread(self._fleet.draining_nodes):
+                self.feed(NodesDrain(nodes=draining))
+            waits = self.poller.waits(self.state.facts, time.monotonic())
+            self._tell_shortage(await asyncio.to_thread(self._fleet.shortage) if waits else None)
+        except RayError as error:
+            logger.info("Ray does not tell about its nodes: %s", one_line(error))
+        finally:
+            self._looking = False
+
+    def _tell_shortage(self, shortage: str | None) -> None:
+        if shortage is not None and shortage != self.poller.shortage:
+            waiting = self.poller.waits(self.state.facts, time.monotonic())
+            logger.warning("%s; Ray's autoscaler, if there is one, has been asked", wait_clause(waiting, shortage))
+        self.poller.shortage = shortage
+
+    async def configure(self, config: ServeConfig) -> None:
+        """Take over the settings of a redeploy.
+
+        Raises PlacementError, before anything is changed, for a number of workers that is not possible.
+        """
+        bandwidth_changed = config.migration_bandwidth != self._config.migration_bandwidth
+        # saved with the state that follows from it
+        before, self._config = self._config, config
+        try:
+            self.feed(reconfigured(config))
+        except UserError:
+            self._config = before
+            raise
+        self._fleet.configure(config)
+        self.planners.configure(config)
+        self._executor.configure(config)
+        for timed in (self.roll_call, self.poller):
+            timed.timeout_s = config.heartbeat_timeout
+        if config.rebalance_interval:
+            self.window.window_s = config.rebalance_interval
+        if bandwidth_changed and self.processes.migrator is not None:
+            await ask(self.processes.migrator, Migrator.limit, 1e6 * config.migration_bandwidth)
+        self._save()
+
+    def _save(self) -> None:
+        self._fleet.save(pickle.dumps((self.state, self._spec, self._config)))
 
     def feed(self, event: Event) -> None:
         """Have the state take an event, and begin to carry out its commands.
@@ -122,7 +184,7 @@ class ControlLoop:
         self._trace_operations()
         if commands or before != Outline.of(self.state):
             # saved before any command is carried out, so that a successor knows what may have been done
-            self._fleet.save(pickle.dumps((self.state, self._spec)))
+            self._save()
         for command in commands:
             self._carry_out(command)
 

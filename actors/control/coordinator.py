@@ -28,11 +28,12 @@ from elastic_moe.actors.control.views import (
 )
 from elastic_moe.actors.crew import Crew
 from elastic_moe.actors.engine.engine import Engine
-from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.background import Background
-from elastic_moe.actors.remote.calls import one_line
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
+from elastic_moe.cluster.control.succession import Succession, asks_for_way
 from elastic_moe.cluster.errors import ConfigError, NotReadyError, UserError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import (
@@ -47,6 +48,7 @@ from elastic_moe.cluster.facts.facts import Stage
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, ModelSpec
 from elastic_moe.cluster.messages.views import (
     ClusterView,
+    ConfigView,
     Operation,
     PlacementView,
     Readiness,
@@ -57,6 +59,7 @@ from elastic_moe.cluster.messages.views import (
     WorkerView,
 )
 from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.redeploy import changes, generation_of, in_words
 from elastic_moe.optimizer import PLANNERS
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,11 @@ class Coordinator:
         self._crew = Crew(config.api_replicas)
         self._stopping = asyncio.Event()
         """Set when the API replicas are to refuse new requests."""
+        self._succession = Succession()
+        self._configuring = asyncio.Lock()
         self._background.start(self._run())
+        self._watching = Background(self._has_failed)
+        self._watching.start(self._watch_succession())
 
     # --- What others may call -----------------------------------------------------------------------------------
 
@@ -89,9 +96,8 @@ class Coordinator:
         loading = [record for record in self._loop.state.facts.alive if not record.loaded]
         if readiness.ready or readiness.error or not loading:
             return readiness
-        now = time.monotonic()
-        shares = ", ".join(f"{record.id} {self._loop.poller.how_far(record, now)}" for record in loading)
-        return Readiness(ready=False, reason=f"{readiness.reason}; loading: {shares}")
+        progress = self._loop.poller.progress(loading, time.monotonic())
+        return Readiness(ready=False, reason=f"{readiness.reason}; {progress}")
 
     async def model_info(self) -> ModelInfo:
         return self._require_loop().state.model
@@ -109,9 +115,16 @@ class Coordinator:
         return self._worker_views(loop)
 
     def _worker_views(self, loop: ControlLoop) -> list[WorkerView]:
-        poller = loop.poller
-        standby, device = loop.processes.standby, self._fleet.device()
-        return worker_views(loop.state, poller.status, poller.resident, poller.link_gbps, standby, device)
+        poller, now = loop.poller, time.monotonic()
+        return worker_views(
+            loop.state,
+            poller.status,
+            poller.resident,
+            poller.link_gbps,
+            loop.processes.standby,
+            self._fleet.device(),
+            lambda record: poller.waits_for(record, now),
+        )
 
     async def cluster(self, known: Revision) -> ClusterView:
         """Everything that an open page shows, in one call. `known`: the revision of the caller's last answer.
@@ -177,6 +190,47 @@ class Coordinator:
     async def counters(self) -> ClusterCounters:
         return ClusterCounters() if self._loop is None else self._loop.state.counters
 
+    async def config(self) -> ConfigView:
+        """What is in force here."""
+        return ConfigView(
+            generation=generation_of(self._config, self._model_dir),
+            model_dir=self._model_dir,
+            device=None if self._loop is None else self._fleet.device(),
+            config=self._config,
+        )
+
+    async def reconfigure(self, config: ServeConfig) -> None:
+        """Called by each API replica of a redeploy that kept the model: take over the settings that may have changed.
+
+        A cluster that can never serve begins again: the redeploy may have mended the cause. Raises PlacementError for a
+        number of workers that is not possible; then nothing has changed.
+        """
+        async with self._configuring:
+            if self._succession.gives_way_since is not None:
+                # it was given up, and is wanted again
+                self._succession = Succession()
+                self._stopping.clear()
+                self._crew.go_on()
+            if (await self.readiness()).error is not None:
+                logger.warning("begins again after a redeploy; before: %s", (await self.readiness()).error)
+                await self._begin_again(config)
+                return
+            different = changes(self._config, config)
+            if config == self._config:
+                return
+            if self._loop is not None:
+                await self._loop.configure(config)
+            self._config = config
+            self._crew.expect(config.api_replicas)
+            logger.info("redeployed: %s", in_words(different))
+
+    async def give_way(self) -> None:
+        """Called by the coordinator of the cluster that is to replace this one, and that lacks resources."""
+        if self._succession.gives_way_since is None:
+            logger.warning("another cluster needs the resources of this one: new requests are refused")
+        self._succession.give_way(time.monotonic())
+        self._stopping.set()
+
     async def engine(self) -> Remote[Engine] | None:
         """The engine's handle; None before the first epoch, and while a lost engine has no successor."""
         if self._loop is None or self._loop.state.facts.spec is None:
@@ -209,8 +263,12 @@ class Coordinator:
         # Ray explains a death in a paragraph
         reason = textwrap.shorten(reason.partition(". ")[0], 200, placeholder=" ...")
         await self._opened.wait()
-        logger.warning("epoch %d: a step failed (suspects: %s): %s", epoch, ", ".join(suspects) or "none", reason)
-        self._require_loop().feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
+        loop = self._require_loop()
+        # an engine at rest hears that its workers have ended
+        level = logging.DEBUG if loop.state.facts.rests else logging.WARNING
+        names = ", ".join(suspects) or "none"
+        logger.log(level, "epoch %d: a step failed (suspects: %s): %s", epoch, names, reason)
+        loop.feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))
 
     async def report_late_step(self, workers: list[WorkerId]) -> None:
         """Called by the engine when these workers are late with a step. They are pinged, and one that hangs is lost."""
@@ -222,11 +280,69 @@ class Coordinator:
     async def shutdown(self) -> None:
         """End every actor that this coordinator made. `stop_cluster` deletes the saved state."""
         self._background.cancel()
+        self._watching.cancel()
         if self._loop is not None:
             self._loop.processes.kill_all()
         logger.info("shut down")
 
     # --- Running ------------------------------------------------------------------------------------------------
+
+    async def _begin_again(self, config: ServeConfig) -> None:
+        """End what was started, and start as if for the first time."""
+        self._config = config
+        self._background.cancel()
+        await self._background.settle()
+        if self._loop is not None:
+            self._loop.processes.kill_all()
+        self._loop, self._error = None, None
+        self._opened.clear()
+        self._fleet.configure(config)
+        self._fleet.clear()
+        self._crew.expect(config.api_replicas)
+        self._background.start(self._run())
+
+    async def _watch_succession(self) -> None:
+        """See whether another cluster is wanted, or another one must give way. Returns when this one has ended."""
+        while True:
+            await asyncio.sleep(liveness.POLL_S)
+            try:
+                if await self._is_over():
+                    return
+                await self._ask_for_way()
+            except CALL_ERRORS as error:
+                logger.info("the other clusters cannot be seen: %s", one_line(error))
+
+    async def _is_over(self) -> bool:
+        replaced = not await asyncio.to_thread(self._fleet.wanted)
+        now = time.monotonic()
+        choice = self._succession.look(
+            replaced=replaced,
+            replicas=self._crew.present(now),
+            running=self._crew.left(now) if self._stopping.is_set() else 1,
+            most_s=self._config.shutdown_timeout,
+            now=now,
+        )
+        if not choice.value:
+            return False
+        logger.warning("this cluster ends: %s", choice.reason)
+        await self.shutdown()
+        await asyncio.to_thread(self._fleet.clear)
+        self._fleet.leave()
+        return True
+
+    async def _ask_for_way(self) -> None:
+        """Have the other clusters give way, if this one is the wanted one and lacks their resources for too long."""
+        if self._loop is None or self._succession.replaced_since is not None:
+            return
+        facts = self._loop.state.facts
+        choice = asks_for_way(
+            serves=facts.spec is not None,
+            waited_s=self._loop.poller.waited_s(facts, time.monotonic()),
+            patience_s=self._config.handover_timeout,
+        )
+        if choice.value:
+            for other in await asyncio.to_thread(self._fleet.others):
+                await within(ask(other, Coordinator.give_way), liveness.NOTIFY_TIMEOUT_S)
 
     async def _run(self) -> None:
         try:
@@ -252,10 +368,14 @@ class Coordinator:
 
     async def _resume(self, saved: bytes) -> bool:
         """Continue from the state that an earlier coordinator saved. Returns False if it had no epoch yet."""
-        state, spec = pickle.loads(saved)
+        state, spec, config = pickle.loads(saved)
+        # a redeploy may have changed what this coordinator was made with
+        self._config = config
+        self._fleet.configure(config)
         facts = state.facts
         if facts.spec is None:
             return False
+        self._fleet.settle_device(spec.device)
         processes = Processes(self._fleet, state.model.expert_bytes)
         events = processes.adopt(facts.alive)
         # the state cannot take events before the outcome of a flip is known; nothing else is worth waiting for

@@ -70,6 +70,10 @@ class Executor:
         self._abandoning = Background(_has_failed)
         self._notifying = Background(_has_failed)
 
+    def configure(self, config: ServeConfig) -> None:
+        """Use the settings of a redeploy from now on."""
+        self._config = config
+
     # --- Workers ------------------------------------------------------------------------------------------------
 
     async def start_worker(self, command: StartWorker) -> list[Event]:
@@ -80,7 +84,9 @@ class Executor:
         # the engine's process takes seconds to start, so it starts before it is needed
         self._processes.ensure_engine()
         try:
-            info = await ask(actor, WorkerActor.load, self._worker_spec(command))
+            # how many nodes there are to share is known once the process has its place; it may wait long for that
+            await ask(actor, WorkerActor.load_progress)
+            info = await ask(actor, WorkerActor.load, await asyncio.to_thread(self._worker_spec, command))
         except CALL_ERRORS as error:
             if is_death(error):
                 return [WorkerLost(worker=worker, reason=one_line(error))]

@@ -8,34 +8,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol
 
 import psutil
 import ray
-from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_moe.actors import names
 from elastic_moe.actors.control.migrator import Migrator
 from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
-from elastic_moe.actors.remote import key_value
+from elastic_moe.actors.remote import generations, key_value, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerInfo
+from elastic_moe.cluster.nodes import GPU, Node, homes, shortage, threads
 from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.cluster.redeploy import Generation
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)
 
-_KV_NAMESPACE = b"emoe"
-_KEY = b"coordinator-state"
-"""In Ray's own key-value store, which lives as long as the Ray cluster does."""
-
-
+NODE_ID = "ray.io/node-id"
+"""The label in which every node has its id."""
 ON_HEAD = {"node:__internal_head__": 0.001}
 """Resource of the head node, for actors that need no GPU and must not be on a machine that may leave."""
 
@@ -81,17 +80,49 @@ class Fleet(Protocol):
         ...
 
     def device(self) -> str:
-        """cpu or cuda. Raises ConfigError if cuda is asked for and there is none."""
+        """cpu or cuda. The first answer holds for good. Raises ConfigError if cuda is asked for and can never be."""
+        ...
+
+    def settle_device(self, device: str) -> None:
+        """The device that an earlier incarnation of this coordinator has chosen."""
         ...
 
     @property
     def shared_gpus(self) -> bool: ...
 
     @property
-    def num_nodes(self) -> int: ...
+    def num_nodes(self) -> int:
+        """Number of nodes on which workers may run now; at least 1."""
+        ...
 
     def node_threads(self) -> int:
         """Number of cores that the workers of a node share."""
+        ...
+
+    def shortage(self) -> str | None:
+        """What a worker without a process waits for, in words; None if there is room for it. Blocks."""
+        ...
+
+    def draining_nodes(self) -> Mapping[str, float | None]:
+        """The nodes that are about to leave, with the seconds until they end, where known. Blocks."""
+        ...
+
+    def configure(self, config: ServeConfig) -> None:
+        """Use the settings of a redeploy for what starts from now on."""
+        ...
+
+    # --- Clusters beside one another, while a redeploy hands over ---------------------------------------------------
+
+    def wanted(self) -> bool:
+        """Whether this cluster is the one that the last redeploy wants. Blocks."""
+        ...
+
+    def others(self) -> list[Remote[Any]]:
+        """The coordinators of the other clusters. Blocks."""
+        ...
+
+    def leave(self) -> None:
+        """End this coordinator's own process for good, after all its actors."""
         ...
 
     @property
@@ -125,36 +156,56 @@ class RayFleet:
     def __init__(
         self,
         config: ServeConfig,
+        generation: Generation,
         *,
+        alone: bool = False,
         model: ModelInfo | None = None,
         worker_class: type | None = None,
         engine_class: type | None = None,
     ) -> None:
-        """`model`, where it is known already, saves the coordinator some five seconds of imports."""
+        """`model`, where it is known already, saves the coordinator some five seconds of imports.
+
+        alone: `emoe serve` has started this Ray itself, on this machine alone. It will not grow, so workers make do
+        with what it has.
+        """
         self._config = config
+        self.generation = generation
+        self._alone = alone
         self._model = model
         self._worker_class = worker_class
         self._engine_class = engine_class
         self._coordinator: Remote[StepReports] | None = None
-        self._resources: dict[str, float] = {}
-        self._nodes = 0
+        self._device: str | None = None
         self._logs = LogSettings.of(config)
 
     def attach(self) -> None:
         set_up(names.COORDINATOR, self._logs)
         self._coordinator = Remote(ray.get_runtime_context().current_actor)
-        self._resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        self._nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+    def configure(self, config: ServeConfig) -> None:
+        self._config = config
+        self._logs = LogSettings.of(config)
+        set_up(names.COORDINATOR, self._logs)
 
     def clear(self) -> None:
-        clear()
+        clear(self.generation)
+
+    def wanted(self) -> bool:
+        return self._alone or generations.wanted() in (None, self.generation)
+
+    def others(self) -> list[Remote[Any]]:
+        return [actor for name, actor in generations.coordinators().items() if name != self.generation]
+
+    def leave(self) -> None:
+        assert self._coordinator is not None
+        self.kill(self._coordinator)
 
     def save(self, state: bytes) -> None:
-        internal_kv._internal_kv_put(_KEY, self._actor_id + state, overwrite=True, namespace=_KV_NAMESPACE)
+        generations.save(self.generation, self._actor_id + state)
 
     def saved(self) -> bytes | None:
-        # a restarted actor keeps its id; what another coordinator saved may be of another model
-        state: bytes | None = internal_kv._internal_kv_get(_KEY, namespace=_KV_NAMESPACE)
+        # a restarted actor keeps its id; an actor of another id does not continue
+        state = generations.saved(self.generation)
         if state is None or not state.startswith(self._actor_id):
             return None
         return state.removeprefix(self._actor_id)
@@ -164,13 +215,16 @@ class RayFleet:
         return str(ray.get_runtime_context().get_actor_id()).encode()
 
     def find_worker(self, worker: WorkerId) -> Remote[WorkerActor] | None:
-        return _find(names.actor_name(worker))
+        return self._find(names.actor_name(worker))
 
     def find_engine(self) -> Remote[Engine] | None:
-        return _find(names.ENGINE)
+        return self._find(names.ENGINE)
 
     def find_migrator(self) -> Remote[Migrator] | None:
-        return _find(names.MIGRATOR)
+        return self._find(names.MIGRATOR)
+
+    def _find(self, name: str) -> Remote[Any] | None:
+        return generations.find(self.generation, name)
 
     def read_model(self, model_dir: str) -> ModelInfo:
         if self._model is None:
@@ -179,10 +233,23 @@ class RayFleet:
 
             self._model = open_checkpoint(model_dir).info
         dtype = self._model.dtype if self._config.dtype == "auto" else self._config.dtype
-        return self._model.served_in(dtype, int8=self._config.expert_dtype == "int8")
+        native = self._model.kept is ExpertForm.PLAIN or _native()
+        form = self._model.form(self._config.expert_dtype, dtype, self.device(), native=native)
+        if self._model.packed_as is not None:
+            kept = dtype if form is ExpertForm.PLAIN else form
+            logger.info("experts come packed as %s, and are kept in %s", self._model.packed_as, kept)
+        return self._model.served_in(dtype, form)
 
     def device(self) -> str:
-        gpus = self._resources.get("GPU", 0)
+        if self._device is None:
+            self._device = self._choose_device()
+        return self._device
+
+    def settle_device(self, device: str) -> None:
+        self._device = device
+
+    def _choose_device(self) -> str:
+        gpus = self._gpus
         if self._config.device == "cuda" and self._alone and not gpus:
             raise ConfigError("device: expected a GPU for cuda, but Ray sees none on this machine")
         if self._config.device != "auto":
@@ -190,29 +257,39 @@ class RayFleet:
         return "cuda" if gpus > 0 else "cpu"
 
     @property
+    def _gpus(self) -> float:
+        return sum(node.total.get(GPU, 0.0) for node in ray_nodes.nodes())
+
+    @property
     def shared_gpus(self) -> bool:
         return self.device() == "cuda" and self._gpu_share < 1
 
     @property
-    def _alone(self) -> bool:
-        """One machine and no cluster to join: it will not grow, so workers make do with what it has."""
-        return self._config.address is None and self._nodes == 1
+    def _gpu_share(self) -> float:
+        if not self._alone or not 0 < self._gpus < self._config.most_workers:
+            return 1.0
+        return int(1000 * self._gpus / self._config.most_workers) / 1000
 
     @property
-    def _gpu_share(self) -> float:
-        available = self._resources.get("GPU", 0.0)
-        if not self._alone or not 0 < available < self._config.most_workers:
-            return 1.0
-        return int(1000 * available / self._config.most_workers) / 1000
+    def _on_head(self) -> bool:
+        return self._alone or self._config.workers_on_head
+
+    @property
+    def _homes(self) -> tuple[Node, ...]:
+        return homes(ray_nodes.nodes(), self.device(), on_head=self._on_head)
 
     @property
     def num_nodes(self) -> int:
-        return self._nodes
+        return max(1, len(self._homes))
 
     def node_threads(self) -> int:
-        if self._nodes == 1:
-            return len(os.sched_getaffinity(0))
-        return max(1, int(self._resources.get("CPU", 1.0) // self._nodes))
+        return len(os.sched_getaffinity(0)) if self._alone else threads(self._homes)
+
+    def shortage(self) -> str | None:
+        return None if self._alone else shortage(ray_nodes.nodes(), self.device(), on_head=self._on_head)
+
+    def draining_nodes(self) -> Mapping[str, float | None]:
+        return {} if self._alone else ray_nodes.draining_nodes()
 
     @property
     def standby(self) -> bool:
@@ -224,10 +301,12 @@ class RayFleet:
         if worker_class is None:
             worker_class, arguments = WorkerActor, (str(worker), self._logs)
         if self.device() == "cuda":
-            resources = {"num_gpus": self._gpu_share, "num_cpus": 0}
+            resources: dict[str, Any] = {"num_gpus": self._gpu_share, "num_cpus": 0}
         else:
             # workers of one machine share its cores; if each reserved whole cores, some would not start
             resources = {"num_cpus": 0 if self._alone else 1}
+            if not self._on_head:
+                resources["label_selector"] = {NODE_ID: f"!{ray_nodes.head_id()}"}
         groups = {"concurrency_groups": {"io": IO_THREADS, "joins": JOIN_THREADS, "copies": COPY_THREADS}}
         return self._create(
             worker_class, names.actor_name(worker), {"max_restarts": 0, **resources}, groups, *arguments
@@ -250,7 +329,8 @@ class RayFleet:
         self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
     ) -> Remote[Any]:
         actor: Any = ray.remote(**decoration)(cls) if decoration else ray.remote(cls)
-        named = actor.options(name=name, namespace=names.NAMESPACE, lifetime="detached", **options)
+        namespace = names.namespace_of(self.generation)
+        named = actor.options(name=name, namespace=namespace, lifetime="detached", **options)
         return Remote(named.remote(*arguments))
 
     def kill(self, actor: Remote[Any]) -> None:
@@ -275,11 +355,11 @@ class RayFleet:
         return task
 
 
-def _find(name: str) -> Remote[Any] | None:
-    try:
-        return Remote(ray.get_actor(name, namespace=names.NAMESPACE))
-    except ValueError:
-        return None
+def _native() -> bool:
+    """Whether the native library is there. May compile it."""
+    from elastic_moe.model.native.library import unavailable
+
+    return unavailable() is None
 
 
 def _kill_process(pid: int) -> None:
@@ -298,15 +378,11 @@ def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
     return plan(*arguments, **named)
 
 
-def clear() -> None:
-    """End every actor that an earlier coordinator made and could not end itself, and forget what it saved, and what its
-    API replicas did."""
-    internal_kv._internal_kv_del(_KEY, namespace=_KV_NAMESPACE)
-    key_value.clear()
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == names.NAMESPACE and names.is_ours(actor["name"]):
-            try:
-                ray.kill(ray.get_actor(actor["name"], namespace=names.NAMESPACE), no_restart=True)
-            except ValueError:
-                continue  # gone in the meantime
-            logger.warning("ended %s, left over from an earlier coordinator", actor["name"])
+def clear(generation: Generation) -> None:
+    """End every actor that an earlier coordinator made and could not end itself, and forget what it saved.
+
+    What API replicas share is forgotten too, unless there is another cluster, whose replicas share it.
+    """
+    generations.end_actors(generation)
+    if not set(generations.coordinators()) - {generation}:
+        key_value.clear()

@@ -54,12 +54,17 @@ class Migrator:
         if logs is not None:
             set_up(names.MIGRATOR, logs)
         self._expert_bytes = expert_bytes
-        self._interval_s = expert_bytes / bytes_per_s if bytes_per_s else 0.0
+        self._interval_s = 0.0
+        self.limit(bytes_per_s)
         self._next_at = 0.0
         """When the next copy may begin."""
         self._generation = 0
         self._busy: set[WorkerId] = set()
         self._freed = asyncio.Event()
+
+    def limit(self, bytes_per_s: float) -> None:
+        """From now on, all copies together may take this while requests run; 0: no limit."""
+        self._interval_s = self._expert_bytes / bytes_per_s if bytes_per_s else 0.0
 
     async def copy(self, moves: Sequence[Move], workers: Workers, urgent: bool = False) -> MigrationReport:
         """Make every copy. Does not raise where one fails: the report says why, and what was done before.

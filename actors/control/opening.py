@@ -8,6 +8,7 @@ import time
 from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.facts.events import Reconfigured
 from elastic_moe.cluster.facts.facts import ControlSettings
 from elastic_moe.cluster.messages.epochs import ModelInfo, ModelSpec
 
@@ -45,4 +46,16 @@ def control_settings(config: ServeConfig, model: ModelInfo, fleet: Fleet) -> Con
         expert_capacity=None if memory_bytes is None else memory_bytes // model.expert_bytes,
         shared_gpus=fleet.shared_gpus,
         cluster_id=f"emoe-{os.getpid()}-{time.time_ns() % 10**9}",
+    )
+
+
+def reconfigured(config: ServeConfig) -> Reconfigured:
+    """What a redeploy with this configuration changes in the control plane's settings."""
+    return Reconfigured(
+        workers=config.workers,
+        min_workers=config.min_workers,
+        max_workers=config.max_workers,
+        autoscale_window_s=config.autoscale_window,
+        rebalance_interval_s=config.rebalance_interval,
+        drain_timeout_s=config.drain_timeout,
     )

@@ -174,6 +174,10 @@ class Planners:
         self._dtype = dtype
         self._window = window
 
+    def configure(self, config: ServeConfig) -> None:
+        """Use the settings of a redeploy from now on."""
+        self._config = config
+
     async def preview(self, planner: str, facts: Facts) -> RebalancePreview:
         """What a re-placement would do. Raises CALL_ERRORS."""
         problem, result, decision = await self.solve(planner, facts)

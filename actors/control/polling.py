@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from elastic_moe.actors import liveness
@@ -42,7 +42,7 @@ class RollCall:
 
     def __init__(self, processes: Processes, heartbeat_timeout_s: float) -> None:
         self._processes = processes
-        self._timeout_s = heartbeat_timeout_s
+        self.timeout_s = heartbeat_timeout_s
 
     async def find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
         """The workers that are dead or hang. stepping: the thread that runs the steps has to answer."""
@@ -65,7 +65,7 @@ class RollCall:
             worker: unless_refused(ping(actor), doors.get(worker))
             for worker, actor in self._processes.present(workers).items()
         }
-        errors = await call_all(calls, self._timeout_s)
+        errors = await call_all(calls, self.timeout_s)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
 
 
@@ -109,14 +109,14 @@ class Poller:
         *,
         heartbeat_timeout_s: float,
         feed: Callable[[Event], None],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         """`window` takes the routing counts, `counters` the tiers' counts and `feed` events. `spawn` runs a poll beside
         the others."""
         self._processes = processes
         self._window = window
         self._counters = counters
-        self._timeout_s = heartbeat_timeout_s
+        self.timeout_s = heartbeat_timeout_s
         self._feed = feed
         self._spawn = spawn
         self.status = EngineStatus()
@@ -127,6 +127,8 @@ class Poller:
         """Gigabits per second between each worker and others, as measured when their group formed."""
         self.status_at = 0.0
         """When the last report came."""
+        self.shortage: str | None = None
+        """What the workers wait for that have no process yet, in words; None if there is room for them."""
         self._load_progress: dict[WorkerId, float] = {}
         self._counted_at: dict[WorkerId, float] = {}
         """When each worker's routing counts were last asked for."""
@@ -156,12 +158,43 @@ class Poller:
         self.resident.pop(worker, None)
         self.link_gbps.pop(worker, None)
 
-    def how_far(self, record: WorkerRecord, now: float) -> str:
-        """A few words that say how far the worker has loaded."""
-        if record.id in self._load_progress:
-            return f"{self._load_progress[record.id]:.0%}"
-        waits = now - record.asked_at > liveness.WAITING_FOR_RESOURCES_S
-        return "waiting for resources" if waits else "starting its process"
+    def progress(self, loading: Iterable[WorkerRecord], now: float) -> str:
+        """How far these workers have loaded, and what those wait for that have not begun."""
+        parts, waiting = [], dict[str, list[WorkerId]]()
+        for record in loading:
+            waits_for = self.waits_for(record, now)
+            if waits_for is not None:
+                waiting.setdefault(waits_for, []).append(record.id)
+            elif record.id in self._load_progress:
+                parts.append(f"{record.id} {self._load_progress[record.id]:.0%}")
+            else:
+                parts.append(f"{record.id} starting its process")
+        clauses = [f"loading: {', '.join(parts)}"] if parts else []
+        return "; ".join([*clauses, *(wait_clause(workers, what) for what, workers in waiting.items())])
+
+    def waits(self, facts: Facts, now: float) -> list[WorkerId]:
+        """The workers whose processes have not started, although there was time for that."""
+        return [
+            record.id
+            for record in facts.alive
+            if not record.loaded
+            and record.id not in self._load_progress
+            and now - record.asked_at > liveness.STARTING_S
+        ]
+
+    def waits_for(self, record: WorkerRecord, now: float) -> str | None:
+        """What the worker's process waits for before it can start, in words; None if it waits for nothing."""
+        if record.loaded or not record.alive or record.id in self._load_progress:
+            return None
+        waited_s = now - record.asked_at
+        if self.shortage is not None and waited_s > liveness.STARTING_S:
+            return self.shortage
+        return "resources" if waited_s > liveness.WAITING_FOR_RESOURCES_S else None
+
+    def waited_s(self, facts: Facts, now: float) -> float:
+        """For how long a worker has waited for resources; 0 if none does."""
+        waiting = [record for record in facts.alive if self.waits_for(record, now) is not None]
+        return max((now - record.asked_at for record in waiting), default=0.0)
 
     async def refresh_status(self) -> None:
         """Refresh the engine's status now; keep the last one if the engine does not answer within POLL_S."""
@@ -173,10 +206,10 @@ class Poller:
     async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor]) -> None:
         try:
             if record.loaded:
-                await sign_of_life(lambda: ask(actor, WorkerActor.ping), self._timeout_s)
+                await sign_of_life(lambda: ask(actor, WorkerActor.ping), self.timeout_s)
                 await self._fetch_counts(record.id, actor)
             elif record.id in self._load_progress:
-                patience_s = liveness.LOADING_PATIENCE * self._timeout_s
+                patience_s = liveness.LOADING_PATIENCE * self.timeout_s
                 self._load_progress[record.id] = await sign_of_life(
                     lambda: ask(actor, WorkerActor.load_progress), patience_s
                 )
@@ -203,7 +236,7 @@ class Poller:
 
     async def _poll_engine(self, engine: Remote[Engine]) -> None:
         try:
-            self._seen(await sign_of_life(lambda: ask(engine, Engine.status), self._timeout_s))
+            self._seen(await sign_of_life(lambda: ask(engine, Engine.status), self.timeout_s))
             self._feed(load_seen(self.status))
         except CALL_ERRORS as error:
             self._engine_lost(engine, error)
@@ -224,6 +257,10 @@ class Poller:
         event = self._processes.drop_engine(engine, one_line(error))
         if event is not None:
             self._feed(event)
+
+
+def wait_clause(workers: Sequence[WorkerId], what: str) -> str:
+    return f"{', '.join(workers)} {'waits' if len(workers) == 1 else 'wait'} for {what}"
 
 
 def load_seen(status: EngineStatus) -> LoadSeen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -59,7 +59,8 @@ class Outline:
 def log_changes(before: Outline, state: ControlState) -> None:
     facts = state.facts
     if facts.outage is not None and (before.outage is None or facts.outage.reason != before.outage.reason):
-        logger.warning("epoch %d cannot serve: %s", facts.epoch, facts.outage.reason)
+        level = logging.INFO if facts.rests else logging.WARNING
+        logger.log(level, "epoch %d does not serve: %s", facts.epoch, facts.outage.reason)
     if facts.epoch != before.epoch and facts.spec is not None:
         logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
         if not facts.spec.placement.all_resident:
@@ -87,9 +88,10 @@ def worker_view(
     device: str,
     resident: int | None,
     link_gbps: Mapping[WorkerId, float] | None = None,
+    waits_for: str | None = None,
 ) -> WorkerView:
     """device: the device to show for a worker that has not loaded yet. resident: experts in its device, as it has
-    reported; None if it has not. link_gbps: what it has measured."""
+    reported; None if it has not. link_gbps: what it has measured. waits_for: as in WorkerView."""
     info = record.info
     member = record.alive and facts.spec is not None and record.id in facts.ranks
     served = serves(facts.spec.placement, record.id) if member and facts.spec is not None else record.held
@@ -107,6 +109,7 @@ def worker_view(
         experts_resident=resident or int(record.held.sum()),
         address=info.endpoint.address if info else "",
         link_gbps=link_gbps or {},
+        waits_for=waits_for,
     )
 
 
@@ -117,11 +120,12 @@ def worker_views(
     link_gbps: Rates,
     standby: tuple[WorkerId, int] | None,
     device: str,
+    waits_for: Callable[[WorkerRecord], str | None] = lambda _: None,
 ) -> list[WorkerView]:
     """Every worker, and the standby (name and process id) if there is one. resident: experts in devices, as told."""
     facts = state.facts
     views = [
-        worker_view(facts, record, status, device, resident.get(record.id), link_gbps.get(record.id))
+        worker_view(facts, record, status, device, resident.get(record.id), link_gbps.get(record.id), waits_for(record))
         for record in facts.records.values()
     ]
     return views if standby is None else [*views, standby_view(*standby, device)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,8 @@ from elastic_moe.cluster.errors import ConfigError
 HTTP = "opentelemetry.exporter.otlp.proto.http"
 GRPC = "opentelemetry.exporter.otlp.proto.grpc"
 NANO = 1_000_000_000
+CLOSE_S = 2.0
+"""Most seconds that the last spans have to be sent."""
 BATCH_MS = 1000
 """Milliseconds for which spans are collected until they are sent."""
 
@@ -44,7 +47,7 @@ def check_installed(config: ServeConfig) -> None:
 
 
 class Exporter:
-    """Any thread may use it. `close` sends what is left, for a few seconds at most."""
+    """Any thread may use it. `close` sends what is left, for CLOSE_S at most."""
 
     def __init__(self, processor: Any, *, process: str, model: str) -> None:
         """processor: OpenTelemetry's SpanProcessor. process: the kind of process, such as `api`."""
@@ -99,7 +102,10 @@ class Exporter:
         made.end(end_time=round(span.end_s * NANO))
 
     def close(self) -> None:
-        self._provider.shutdown()
+        # it waits for a collector that does not answer, far longer than a server has to end
+        ending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(CLOSE_S)
 
 
 def _sender(endpoint: str) -> Any:

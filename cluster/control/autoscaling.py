@@ -20,12 +20,17 @@ AIM = 0.65
 UP_COOLDOWN = 2.0
 DOWN_COOLDOWN = 8.0
 """Number of windows to wait after a change. It is larger for a step down, because lacking workers slow every answer."""
+REST = 20.0
+"""Number of windows without any request after which no worker is kept, where the policy allows that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     min_workers: int
+    """At least 1, as long as any is kept."""
     max_workers: int
+    may_rest: bool = False
+    """Whether no worker is kept where there has been no request for long."""
     seats_per_worker: int
     """Requests that a worker runs at a time."""
     window_s: float = 15.0
@@ -58,10 +63,13 @@ def demand(sample: Sample, *, workers: int, seats_per_worker: int) -> float:
     return max(seats, cache)
 
 
-def recommend(policy: Policy, samples: Sequence[Sample], *, workers: int, now: float, changed_at: float) -> Verdict:
+def recommend(
+    policy: Policy, samples: Sequence[Sample], *, workers: int, now: float, changed_at: float, idle_since: float = 0.0
+) -> Verdict:
     """The number of workers that there should be, within the policy's limits, and the reason.
 
-    workers: the present number. samples: those taken with this number, the oldest first.
+    workers: the present number. samples: those taken with this number, the oldest first. idle_since: when the last
+    request was seen.
     """
     if workers < policy.min_workers:
         return Verdict(target=policy.min_workers, reason=f"at least {policy.min_workers} workers must serve")
@@ -76,6 +84,9 @@ def recommend(policy: Policy, samples: Sequence[Sample], *, workers: int, now: f
     seen = f"demand {mean:.0%} of capacity, {waiting:.1f} waiting, over {policy.window_s:g} s"
     if mean > UP:
         return _up(policy, workers, mean, since, seen)
+    idle_s = now - max(idle_since, changed_at)
+    if policy.may_rest and workers <= policy.min_workers and not peak and idle_s >= REST * policy.window_s:
+        return Verdict(target=0, reason=f"no request for {idle_s:.0f} s")
     # the demand of the busiest moment, in units of what one worker fewer would have
     left = peak * workers / (workers - 1) if workers > policy.min_workers else 1.0
     if left < DOWN:

@@ -117,7 +117,8 @@ class Epochs:
         self._next_group += self.change.forms_group
         self._operations.advance(operation.operation_id, phase=Phase.PREPARING, epoch=spec.epoch)
         if transfers:
-            return [Transfer(epoch=spec.epoch, copies=transfers.copies, reads=transfers.reads, urgent=urgent)]
+            hurry = urgent or members.hurries
+            return [Transfer(epoch=spec.epoch, copies=transfers.copies, reads=transfers.reads, urgent=hurry)]
         self._enter(Stage.DRAINING, now)
         return []
 
@@ -187,7 +188,7 @@ class Epochs:
         change, self.change = self.change, None
         assert change is not None
         self._time_stage(change, now)
-        if self.outage is not None:
+        if self.outage is not None and self.outage.cause is not Cause.IDLE:
             self._counters.recoveries[self.outage.cause] += 1
             self._counters.recovery_s.add(now - self.outage.since)
         self._counters.requests_moved += moved_requests
@@ -254,6 +255,9 @@ class Epochs:
         """The epoch in force cannot serve any more. The next one needs a new process group."""
         assert self.spec is not None
         self._broken_group = self.spec.group
+        if self.outage is not None and self.outage.cause is Cause.IDLE and self.change is None:
+            # there is nobody whose end could matter
+            return []
         # the engine aborts steps as well, unless it is dead too
         epochs = [self.spec.epoch]
         if self.change is not None and self.change.stage is Stage.COMMITTING:
@@ -267,9 +271,15 @@ class Epochs:
         self._open_recovery()
         return [abort]
 
+    def rest(self, now: float) -> None:
+        """No worker is kept. The epoch in force has served, and the next one needs a new process group."""
+        assert self.spec is not None
+        self._broken_group = self.spec.group
+        self.outage = Outage(reason="there was no request for long", cause=Cause.IDLE, since=now)
+
     def _open_recovery(self) -> None:
         # while a change is under way, its outcome decides whether a recovery is needed
-        if self.outage is None or self.change is not None:
+        if self.outage is None or self.outage.cause is Cause.IDLE or self.change is not None:
             return
         if self._operations.find_open(OperationKind.RECOVER) is None:
             self._operations.open(OperationKind.RECOVER, self.next_epoch, self.outage.reason)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 from elastic_moe.cluster.facts.events import Command, Drain
 from elastic_moe.cluster.facts.facts import Choice, Facts
+from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.messages.views import WorkerState
 from elastic_moe.cluster.placement import WorkerId
+
+FLIP_S = 5.0
+"""Seconds before the end of a node at which its workers' requests move: the epoch without them begins meanwhile."""
 
 
 def leaving(facts: Facts) -> tuple[WorkerId, ...]:
@@ -22,9 +29,61 @@ def drained(facts: Facts, now: float) -> Choice[bool]:
         return Choice(True, "nothing is served until the change is made")
     for record in (facts.records[worker] for worker in facts.ranks if worker not in change.workers):
         runs = facts.busy is None or record.id in facts.busy
-        if record.alive and runs and now - record.draining_since < facts.settings.drain_timeout_s:
+        if record.alive and runs and now < _until(record, facts.settings.drain_timeout_s):
             return Choice(False, f"{record.id} may finish its requests first")
     return Choice(True, "no worker that leaves has requests to finish")
+
+
+def _until(record: WorkerRecord, drain_timeout_s: float) -> float:
+    """Until when the requests of a worker that leaves may run there."""
+    until = record.draining_since + drain_timeout_s
+    return until if record.leave_by is None else min(until, record.leave_by - FLIP_S)
+
+
+def may_rest(facts: Facts) -> bool:
+    """Whether the last workers may end, because none is wanted and no request needs them."""
+    idle = facts.serves and facts.change is None and not facts.probing
+    return idle and not facts.target and facts.busy == ()
+
+
+# --- Nodes that leave ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaver:
+    """A worker whose node leaves."""
+
+    worker: WorkerId
+    left_s: float | None
+    """Seconds until the node ends; None where that is not known."""
+
+
+def leavers(facts: Facts, nodes: Mapping[str, float | None]) -> tuple[Leaver, ...]:
+    """The living workers on these nodes that are not known to leave with them. nodes: as in NodesDrain.
+
+    A worker that a user has retired gets its node's deadline here, once.
+    """
+    found = []
+    for record in facts.alive:
+        if record.info is None or record.info.node not in nodes:
+            continue
+        left_s = nodes[record.info.node]
+        knows = record.state is WorkerState.DRAINING and record.retired
+        if not knows or (record.leave_by is None and left_s is not None):
+            found.append(Leaver(worker=record.id, left_s=left_s))
+    return tuple(found)
+
+
+def notice(found: Sequence[Leaver]) -> str:
+    """What an operation says of them."""
+    parts = []
+    for leaver in found:
+        when = "" if leaver.left_s is None else f", in {leaver.left_s:.0f} s"
+        parts.append(f"the node of {leaver.worker} leaves{when}")
+    return "; ".join(parts)
+
+
+# --- The owner ----------------------------------------------------------------------------------------------------
 
 
 class Draining:

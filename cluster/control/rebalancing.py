@@ -214,6 +214,12 @@ class Rebalancing:
     def unpin(self) -> None:
         self.pinned = False
 
+    def configured(self, settings: ControlSettings, now: float) -> None:
+        """Take over the settings of a redeploy."""
+        if settings.rebalance_interval_s != self._interval_s:
+            self._interval_s = settings.rebalance_interval_s
+            self._look_at = now + self._interval_s if self._interval_s > 0 else None
+
     def changed(self, change: Change, now: float) -> None:
         """A change has been made: its epoch has begun."""
         if self._interval_s > 0:

@@ -219,7 +219,7 @@ def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]
     if facts.spec is None:
         kind = OperationKind.START
     else:
-        kind = OperationKind.SCALE if facts.outage is None else OperationKind.RECOVER
+        kind = OperationKind.SCALE if facts.outage is None or facts.rests else OperationKind.RECOVER
     joining = [record.id for record in members if record.id not in facts.ranks]
     leaving = [worker for worker in facts.ranks if worker not in {record.id for record in members}]
     words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]

@@ -20,7 +20,8 @@ from elastic_moe.cluster.placement import WorkerId
 def limits_of_target(settings: ControlSettings, model: ModelInfo) -> tuple[int, int]:
     """(fewest, most) workers that may be asked for, memory apart."""
     experts = model.num_logical_experts
-    return settings.min_workers or 1, min(settings.max_workers or experts, experts)
+    least = 1 if settings.min_workers is None else settings.min_workers
+    return least, min(settings.max_workers or experts, experts)
 
 
 def check_target(settings: ControlSettings, model: ModelInfo, workers: int) -> None:
@@ -40,7 +41,7 @@ def check_target(settings: ControlSettings, model: ModelInfo, workers: int) -> N
 def check_memory(facts: Facts, target: int, retire: Sequence[WorkerId]) -> None:
     """Raises PlacementError if the workers that would stay cannot hold every expert."""
     staying = _oldest_first([record for record in facts.staying if record.id not in retire])[:target]
-    if target > len(staying) or facts.fits(staying):
+    if not target or target > len(staying) or facts.fits(staying):
         return
     limits = ", ".join(f"{m.id} {limit}" for m, limit in zip(staying, facts.limits(staying), strict=True))
     raise PlacementError(
@@ -59,17 +60,18 @@ def _oldest_first(members: Sequence[WorkerRecord]) -> list[WorkerRecord]:
     return [*[m for m in members if m.loaded], *[m for m in members if not m.loaded]]
 
 
-def advise(facts: Facts, samples: Sequence[Sample], now: float, changed_at: float) -> Verdict:
+def advise(facts: Facts, samples: Sequence[Sample], now: float, changed_at: float, idle_since: float = 0.0) -> Verdict:
     """The autoscaler's verdict for the present number of workers."""
     settings = facts.settings
     assert settings.max_workers is not None
     policy = Policy(
         min_workers=fewest_wanted(facts),
         max_workers=min(settings.max_workers, facts.model.num_logical_experts),
+        may_rest=settings.min_workers == 0,
         seats_per_worker=settings.seats_per_worker,
         window_s=settings.autoscale_window_s,
     )
-    return recommend(policy, samples, workers=facts.target, now=now, changed_at=changed_at)
+    return recommend(policy, samples, workers=facts.target, now=now, changed_at=changed_at, idle_since=idle_since)
 
 
 def fewest_wanted(facts: Facts) -> int:
@@ -99,6 +101,10 @@ class Scaling:
         """Id of the last operation that changed the number of workers."""
         self._samples: list[Sample] = []
         self._changed_at = 0.0
+        self._busy_at = 0.0
+        """When the engine last had a request."""
+        self._awake = settings.workers
+        """Number of workers before the last rest, which the next request starts again."""
         self.verdict = "the load has not been seen yet"
         """The reason of the autoscaler's last verdict."""
 
@@ -106,7 +112,7 @@ class Scaling:
         return ScaleView(
             serving=len(facts.ranks) if facts.outage is None else 0,
             target=self.target,
-            min_workers=fewest_wanted(facts),
+            min_workers=0 if self._settings.min_workers == 0 else fewest_wanted(facts),
             max_workers=limits_of_target(self._settings, self._model)[1],
             next_worker=self._membership.next_worker,
             autoscaler=None if self._settings.max_workers is None else self.verdict,
@@ -135,6 +141,31 @@ class Scaling:
             facts, target, event.retire, asked=asked, reason=f"scale {asked}", operation_id=event.operation_id, now=now
         )
 
+    def check(self, settings: ControlSettings) -> None:
+        """Raises PlacementError if `settings` of a redeploy ask for a number of workers that is not possible."""
+        check_target(settings, self._model, self._target_of(settings))
+
+    def configured(self, facts: Facts, settings: ControlSettings, now: float) -> list[Command]:
+        """Take over the settings of a redeploy, which have been checked.
+
+        A number of workers that a user or the autoscaler has chosen stays, within the new limits, unless the redeploy
+        changes the setting.
+        """
+        target = self._target_of(settings)
+        self._settings = settings
+        self._samples.clear()
+        if target == self.target:
+            return []
+        self._replace_pending(allowed=True)
+        asked = f"to {target} workers"
+        return self._scale(facts, target, (), asked=asked, reason=f"redeployed {asked}", operation_id=None, now=now)
+
+    def _target_of(self, settings: ControlSettings) -> int:
+        if settings.workers != self._settings.workers:
+            return settings.workers
+        least, most = limits_of_target(settings, self._model)
+        return min(max(self.target, least), most)
+
     def _replace_pending(self, *, allowed: bool) -> None:
         pending = self._operations.find_open(OperationKind.SCALE)
         if pending is None:
@@ -155,6 +186,7 @@ class Scaling:
         operation_id: str | None,
         now: float,
     ) -> list[Command]:
+        self._awake = self.target or self._awake
         self.target, self._changed_at = target, now
         for worker in retire:
             self._membership.drain(worker, now, retired=True)
@@ -174,9 +206,8 @@ class Scaling:
             retiring=tuple(dict.fromkeys((*retire, *(record.id for record in leaving)))),
         )
         self.operation_id = operation.operation_id
-        if len(facts.ranks) == target and not any(
-            self._membership[worker].state is WorkerState.DRAINING for worker in facts.ranks
-        ):
+        leaves = any(self._membership[worker].state is WorkerState.DRAINING for worker in facts.ranks)
+        if len(facts.ranks) == target and not (leaves or facts.rests):
             self._operations.complete(operation.operation_id, f"there are {target} workers already")
         return commands
 
@@ -184,6 +215,10 @@ class Scaling:
 
     def load_seen(self, facts: Facts, event: LoadSeen, now: float) -> list[Command]:
         """Add the engine's report to the samples, and scale if the autoscaler's verdict is another number."""
+        if event.waiting or event.running:
+            self._busy_at = now
+            if not self.target:
+                return self.wake(facts, "there is a request", now)
         if self._settings.max_workers is None:
             return []
         if facts.outage is not None or not facts.scaled:
@@ -196,7 +231,7 @@ class Scaling:
         self._samples = [s for s in self._samples if now - s.at_s <= 2 * window_s] + [seen]
         if not facts.interruptible or self._operations.find_open(OperationKind.SCALE) is not None:
             return []
-        verdict = advise(facts, self._samples, now, self._changed_at)
+        verdict = advise(facts, self._samples, now, self._changed_at, self._busy_at)
         self.verdict = verdict.reason
         if verdict.target == self.target:
             return []
@@ -205,9 +240,21 @@ class Scaling:
         reason = f"autoscale from {self.target} {asked}: {verdict.reason}"
         return self._scale(facts, verdict.target, (), asked=asked, reason=reason, operation_id=None, now=now)
 
+    def wake(self, facts: Facts, why: str, now: float) -> list[Command]:
+        """As many workers as before the rest are wanted again."""
+        self._replace_pending(allowed=True)
+        for worker in facts.ranks if facts.serves else ():
+            if not facts.records[worker].retired:
+                self._membership.keep(worker)
+        _, most = limits_of_target(self._settings, self._model)
+        target = max(1, min(self._awake, most))
+        asked = f"to {target} workers"
+        reason = f"back {asked}: {why}"
+        return self._scale(facts, target, (), asked=asked, reason=reason, operation_id=None, now=now)
+
     def resume(self, now: float) -> None:
         """Set all times by the clock of a restarted coordinator."""
-        self._changed_at = now
+        self._changed_at = self._busy_at = now
         self._samples.clear()
 
 

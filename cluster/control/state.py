@@ -12,14 +12,15 @@ and the effects of one owner's act are passed on to the other owners.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.control import joining, reconcile, status
+from elastic_moe.cluster.control import draining, joining, reconcile, status
 from elastic_moe.cluster.control.change import Epochs
-from elastic_moe.cluster.control.draining import Draining, drained
+from elastic_moe.cluster.control.draining import Draining, drained, leavers, notice
 from elastic_moe.cluster.control.rebalancing import Rebalancing
 from elastic_moe.cluster.control.scaling import Scaling
 from elastic_moe.cluster.control.starting import Starts
@@ -32,12 +33,14 @@ from elastic_moe.cluster.facts.events import (
     EngineLost,
     Event,
     LoadSeen,
+    NodesDrain,
     PlaceRequested,
     PlanReady,
     Prepared,
     PrepareFailed,
     Probed,
     RebalanceRequested,
+    Reconfigured,
     Resumed,
     RoutingCounted,
     ScaleRequested,
@@ -54,7 +57,7 @@ from elastic_moe.cluster.facts.facts import Cause, Change, ControlSettings, Fact
 from elastic_moe.cluster.facts.membership import Membership
 from elastic_moe.cluster.facts.operations import OperationLog
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo
-from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase, Readiness, ScaleView
+from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase, Readiness, ScaleView, WorkerState
 from elastic_moe.cluster.placement import Placement, WorkerId
 
 MAX_STRIKES = 3
@@ -91,6 +94,8 @@ class ControlState:
         self._epochs = Epochs(settings, self._membership, self.operations, self.counters)
         self._rebalancing = Rebalancing(settings, self.operations, self.counters)
         self._scaling = Scaling(settings, model, self._membership, self.operations)
+        self._redeployed: ControlSettings | None = None
+        """Settings of a redeploy that are taken over once no change is under way."""
         self.operations.open(OperationKind.START, Epoch(1), f"start with {settings.workers} workers")
 
     # --- What others may ask ------------------------------------------------------------------------------------
@@ -145,6 +150,7 @@ class ControlState:
         commands = self._take(event, now)
         if isinstance(event, RoutingCounted):
             return commands
+        commands += self._take_over(now)
         commands += self._go_on(now)
         commands += self._reconcile(now)
         commands += self._promote(now)
@@ -171,6 +177,11 @@ class ControlState:
                 return self._engine_lost(event.reason, now)
             case Resumed():
                 return self._resumed(event, now)
+            case Reconfigured():
+                self._reconfigured(event)
+                return []
+            case NodesDrain():
+                return self._nodes_drain(event, now)
             case LoadSeen():
                 self._draining.seen(event.busy)
                 return self._scaling.load_seen(self.facts, event, now)
@@ -200,7 +211,8 @@ class ControlState:
             case ScaleRequested():
                 if self._scaling.is_repeated(event):
                     return []
-                self._require_idle()
+                if not (self.facts.rests and not self.facts.target):
+                    self._require_idle()
                 return self._scaling.requested(self.facts, event, now)
 
     def _begin(self, change: tuple[Operation, Placement] | None, now: float) -> list[Command]:
@@ -234,7 +246,65 @@ class ControlState:
             self._membership.forgive()
         return self._rebalancing.tick(self.facts, now)
 
+    # --- A redeploy ---------------------------------------------------------------------------------------------
+
+    def _reconfigured(self, event: Reconfigured) -> None:
+        """Raises PlacementError before anything is changed."""
+        settings = replace(
+            self.settings,
+            workers=event.workers,
+            min_workers=event.min_workers,
+            max_workers=event.max_workers,
+            autoscale_window_s=event.autoscale_window_s,
+            rebalance_interval_s=event.rebalance_interval_s,
+            drain_timeout_s=event.drain_timeout_s,
+        )
+        self._scaling.check(settings)
+        self._redeployed = settings
+
+    def _take_over(self, now: float) -> list[Command]:
+        """Take over the settings of a redeploy, once nothing is under way that they could cut across."""
+        settings, facts = self._redeployed, self.facts
+        starts = (facts.spec is None or facts.rests) and facts.change is None
+        if settings is None or not (starts or (facts.serves and facts.interruptible)):
+            return []
+        commands = self._give_way("the server was redeployed", now)
+        self._redeployed = None
+        self._rebalancing.configured(settings, now)
+        commands += self._scaling.configured(self.facts, settings, now)
+        self.settings = settings
+        return commands
+
     # --- Workers ------------------------------------------------------------------------------------------------
+
+    def _nodes_drain(self, event: NodesDrain, now: float) -> list[Command]:
+        """Retire the workers on nodes that leave. Others take their place where there is room for them."""
+        facts = self.facts
+        found = leavers(facts, event.nodes)
+        commands: list[Command] = []
+        members = [leaver for leaver in found if leaver.worker in self._epochs.in_use]
+        for leaver in found:
+            leave_by = None if leaver.left_s is None else now + leaver.left_s
+            if leaver in members:
+                self._membership.drain(leaver.worker, now, retired=True, leave_by=leave_by)
+            else:
+                # it holds nothing that others need
+                commands.append(self._membership.stop(leaver.worker))
+        fresh = tuple(m.worker for m in members if facts.records[m.worker].state is not WorkerState.DRAINING)
+        if fresh:
+            commands += self._make_haste(notice(members), now)
+        if fresh and self.operations.find_open(OperationKind.SCALE) is None:
+            self.operations.open(OperationKind.SCALE, facts.next_epoch, notice(members), retiring=fresh)
+        return commands
+
+    def _make_haste(self, reason: str, now: float) -> list[Command]:
+        """End a re-placement: what it moves would keep a leaving node's experts waiting."""
+        self._rebalancing.cancel(reason)
+        change = self._epochs.change
+        elective = change is not None and change.kind in (OperationKind.REBALANCE, OperationKind.PROMOTE)
+        if change is None or not elective or change.stage is Stage.COMMITTING:
+            return []
+        return self._epochs.give_up(reason, now, at_once=True)
 
     def _worker_reported(self, event: WorkerLoaded | WorkerFailed | WorkerLost, now: float) -> list[Command]:
         if isinstance(event, WorkerLoaded):
@@ -310,6 +380,9 @@ class ControlState:
 
     def _engine_lost(self, reason: str, now: float) -> list[Command]:
         self._draining.engine_lost()
+        if self.facts.rests and not self.facts.target:
+            # requests have nobody to wait at
+            return self._scaling.wake(self.facts, f"the engine is lost: {reason}", now)
         reason = f"the engine is lost: {reason}"
         if self._epochs.change is not None and self._epochs.change.stage is Stage.COMMITTING:
             return self._epochs.commit_failed(reason, now, Cause.ENGINE)
@@ -411,6 +484,8 @@ class ControlState:
             return []
         for worker in reconcile.kept(self.facts):
             self._membership.keep(worker)
+        if draining.may_rest(self.facts):
+            return self._rest(now)
         starts = reconcile.starts(self.facts, now)
         commands: list[Command] = [self._membership.start(assigned, now) for assigned in starts.value]
         facts = self.facts
@@ -425,6 +500,16 @@ class ControlState:
             operation = self.operations.open(wish.value, facts.next_epoch, wish.reason)
         commands += self._begin((operation, reconcile.placement_for(facts, members.value)), now)
         return commands + self._go_on(now)
+
+    def _rest(self, now: float) -> list[Command]:
+        """Keep no worker, since there are no requests."""
+        self._rebalancing.cancel("there are no requests")
+        commands: list[Command] = [self._membership.stop(record.id) for record in self._membership.alive]
+        self._epochs.rest(now)
+        scaling = self.operations.find_open(OperationKind.SCALE)
+        if scaling is not None:
+            self.operations.complete(scaling.operation_id, f"{scaling.reason}; no worker is kept")
+        return commands
 
     def _promote(self, now: float) -> list[Command]:
         """Bring experts that are served from disk into devices, beside the serving."""

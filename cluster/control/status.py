@@ -27,8 +27,15 @@ def readiness(facts: Facts, operation: Operation | None) -> Readiness:
         return Readiness(ready=False, reason=facts.fatal, error=facts.fatal)
     if facts.serves:
         return serving(facts)
+    if facts.rests and not facts.target:
+        return Readiness(
+            ready=True, reason="at rest: no worker is kept, and the next request waits until one has started"
+        )
     loaded = f"{len(facts.loaded)} of {facts.target} workers ready"
-    reason = f"starting, {loaded}" if facts.outage is None else f"recovering, {loaded}: {facts.outage.reason}"
+    if facts.outage is None or facts.rests:
+        reason = f"starting, {loaded}"
+    else:
+        reason = f"recovering, {loaded}: {facts.outage.reason}"
     if facts.spec is not None and facts.loaded and not facts.fits(facts.loaded):
         memory, experts = sum(facts.limits(facts.loaded)), facts.model.num_logical_experts
         reason += f"; those left have memory for {memory} of {experts} experts per layer: waiting for a replacement"
@@ -77,4 +84,4 @@ def _share(facts: Facts, operation: Operation) -> float:
     if operation.kind is OperationKind.REBALANCE:
         return 0.0
     # workers load first
-    return 0.5 * min(1.0, len(facts.loaded) / facts.target)
+    return 0.5 * min(1.0, len(facts.loaded) / max(1, facts.target))

@@ -182,6 +182,31 @@ class Unpin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reconfigured:
+    """A redeploy has changed settings of the control plane; these are all that it may change (ControlSettings).
+
+    `handle` raises PlacementError for a number of workers that is not possible.
+    """
+
+    workers: int
+    min_workers: int | None
+    max_workers: int | None
+    autoscale_window_s: float
+    rebalance_interval_s: float
+    drain_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodesDrain:
+    """Ray's nodes that are about to leave, or are told to: node id -> seconds until it ends; None where not known.
+
+    It is repeated while they drain.
+    """
+
+    nodes: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSeen:
     """The engine's load, on which the autoscaler decides."""
 
@@ -221,6 +246,8 @@ Event = (
     | PlaceRequested
     | Unpin
     | ScaleRequested
+    | Reconfigured
+    | NodesDrain
     | LoadSeen
     | RoutingCounted
 )
@@ -254,7 +281,8 @@ class Transfer:
     copies: tuple[Move, ...]
     reads: tuple[ExpertKey, ...]
     urgent: bool = False
-    """Whether to ignore the limit of bandwidth, because nothing is served until the transfer is done."""
+    """Whether to ignore the limit of bandwidth, because nothing is served until the transfer is done, or because a
+    node ends soon."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

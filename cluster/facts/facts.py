@@ -45,6 +45,8 @@ class Cause(StrEnum):
     """A step failed, and nobody has died."""
     FLIP = "flip"
     """Some workers may have begun an epoch, and others not."""
+    IDLE = "idle"
+    """There was no request for long, and no worker is kept. The next request is the end of it."""
     COORDINATOR = "coordinator"
     """The coordinator was restarted, which interrupts nothing that runs."""
 
@@ -177,6 +179,11 @@ class Facts:
     @property
     def serves(self) -> bool:
         return self.spec is not None and self.outage is None
+
+    @property
+    def rests(self) -> bool:
+        """Whether no worker is kept, because there are no requests, or the first ones after that are starting."""
+        return self.outage is not None and self.outage.cause is Cause.IDLE
 
     @property
     def alive(self) -> list[WorkerRecord]:

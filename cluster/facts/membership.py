@@ -43,8 +43,10 @@ class WorkerRecord:
     info: WorkerInfo | None = None
     loaded_at: float | None = None
     retired: bool = False
-    """Whether the worker leaves because a user named it, and not because there are too many."""
+    """Whether the worker leaves because a user named it or its node leaves, and not because there are too many."""
     draining_since: float = 0.0
+    leave_by: float | None = None
+    """When its node ends; None where that is not known, or its node stays."""
     strikes: int = 0
     """Number of failed steps in a row with this worker as a suspect."""
     failed_joins: int = 0
@@ -99,6 +101,11 @@ class Membership:
         return tuple(record.id for record in self.alive if record.loaded)
 
     @property
+    def hurries(self) -> bool:
+        """Whether a worker must leave by a certain time."""
+        return any(record.leave_by is not None for record in self.alive)
+
+    @property
     def next_worker(self) -> WorkerId:
         return WorkerId(f"w{self._asked}")
 
@@ -137,10 +144,17 @@ class Membership:
         self._set(info.worker, info=info, loaded_at=now, held=held)
         return True
 
-    def drain(self, worker: WorkerId, now: float, *, retired: bool = False) -> None:
-        """The worker must leave. retired: a user named it."""
+    def drain(self, worker: WorkerId, now: float, *, retired: bool = False, leave_by: float | None = None) -> None:
+        """The worker must leave. retired: a user named it, or its node leaves, at `leave_by` if that is known."""
         record = self._records[worker]
-        self._set(worker, state=WorkerState.DRAINING, draining_since=now, retired=record.retired or retired)
+        since = record.draining_since if record.state is WorkerState.DRAINING else now
+        self._set(
+            worker,
+            state=WorkerState.DRAINING,
+            draining_since=since,
+            retired=record.retired or retired,
+            leave_by=record.leave_by if leave_by is None else leave_by,
+        )
 
     def keep(self, worker: WorkerId) -> None:
         """A worker that was to leave stays."""
@@ -223,7 +237,8 @@ class Membership:
         """Set all times by the clock of a restarted coordinator, and ask the workers that load once more."""
         commands: list[StartWorker] = []
         for record in self.alive:
-            self._set(record.id, draining_since=now, loaded_at=None if record.loaded_at is None else now)
+            # the notice of a node's end is repeated, with the seconds that are left
+            self._set(record.id, draining_since=now, leave_by=None, loaded_at=None if record.loaded_at is None else now)
             if not record.loaded:
                 self._set(record.id, asked_at=now)
                 commands.append(StartWorker(worker=record.id, experts=expert_lists(record.assigned)))

@@ -15,6 +15,7 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.cluster.expert_forms import ExpertForm, expert_form, weight_bytes
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Placement, WorkerId
@@ -33,11 +34,8 @@ class ModelSpec:
     """cpu or cuda; 'auto' has been resolved."""
     max_model_len: int
     expert_dtype: str = "auto"
-    """int8, or 'auto' for the same as `dtype`."""
+    """The setting of that name; `ModelInfo.form` says which form it means."""
 
-
-_INT8_BYTES = 1 + 4 / 128
-"""Bytes of a weight in 8 bits, with its share of the scale of 128 weights (model/int8.py)."""
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
@@ -66,12 +64,23 @@ class ModelInfo:
     rope_growth_limit: int | None = None
     """Prompt length beyond which every length has its own rotary embeddings (dynamic NTK); None: no limit."""
 
-    def served_in(self, dtype: str, *, int8: bool = False) -> ModelInfo:
-        """This model with the sizes that it has in the dtype `dtype`. `int8`: its experts are stored in 8 bits."""
+    kept: ExpertForm = ExpertForm.PLAIN
+    """The form in which the checkpoint has its experts, if it is one that CPUs compute."""
+    packed_as: str | None = None
+    """The format of the checkpoint's packed experts; None if they are not packed."""
+
+    def form(self, expert_dtype: str, dtype: str, device: str, *, native: bool = True) -> ExpertForm:
+        """The form of the experts for a setting of --expert-dtype. See `expert_form`, also for its errors."""
+        return expert_form(
+            expert_dtype, kept=self.kept, packed_as=self.packed_as, dtype=dtype, device=device, native=native
+        )
+
+    def served_in(self, dtype: str, form: ExpertForm = ExpertForm.PLAIN) -> ModelInfo:
+        """This model with the sizes that it has in the dtype `dtype`, with its experts in `form`."""
         stored, served = _ITEM_BYTES[self.dtype], _ITEM_BYTES[dtype]
         return replace(
             self,
-            expert_bytes=round(self.expert_bytes // stored * (_INT8_BYTES if int8 else served)),
+            expert_bytes=round(self.expert_bytes // stored * weight_bytes(form, served)),
             trunk_bytes=self.trunk_bytes // stored * served,
         )
 

@@ -9,9 +9,11 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, PhaseCounts
 from elastic_moe.cluster.placement import Move, Placement, WorkerId
+from elastic_moe.cluster.redeploy import Generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,19 @@ class Readiness:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigView:
+    """What is in force in a cluster."""
+
+    generation: Generation
+    """Names the cluster: a redeploy that hands over to another cluster brings another name."""
+    model_dir: str
+    device: str | None
+    """cpu or cuda; None before the model is opened."""
+    config: ServeConfig
+    """Of the cluster, with keys: for the API, which masks them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementView:
     epoch: Epoch
     placement: Placement
@@ -143,6 +158,8 @@ class WorkerView:
     """IP address at which the engine and other workers reach it; empty while it loads."""
     link_gbps: Mapping[WorkerId, float] = field(default_factory=dict)
     """Gigabits per second between it and others, as measured when their group formed; empty where it was not."""
+    waits_for: str | None = None
+    """What its process waits for before it can start, such as a GPU; None if it waits for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,6 +64,12 @@ def admin_router(service: Service) -> APIRouter:
     async def workers() -> list[dict[str, Any]]:
         return [worker_json(worker) for worker in await backend.workers()]
 
+    in_force = json_answer("What is in force.", "generation", "model_name", "model_dir", "device", "settings")
+
+    @router.get("/config", **described(answers={200: in_force}))
+    async def config() -> dict[str, Any]:
+        return await service.settings()
+
     @router.get("/operations", **described(answers={200: json_answer("What was done, and why.", kind="array")}))
     async def operations() -> list[dict[str, Any]]:
         return [operation_json(operation) for operation in await backend.operations()]

@@ -64,6 +64,7 @@ def responses_router(service: Service) -> APIRouter:
             return _json(shown(record))
         if not record.background:
             raise RequestError("stream: only background responses can be streamed again", param="stream")
+        service.following.check_ours(record)
         service.requests.begin(request.scope)
         return _events(service, record, -1 if after is None else after)
 
@@ -73,6 +74,7 @@ def responses_router(service: Service) -> APIRouter:
     async def delete(response_id: str, request: Request) -> Response:
         record = await _find(service, response_id)
         if record.outcome is None:
+            service.following.check_ours(record)
             await unless_gone(request, service.following.cancel(record))
         await service.store.delete(record.id)
         return JSONResponse({"id": record.id, "object": "response", "deleted": True})
@@ -83,6 +85,7 @@ def responses_router(service: Service) -> APIRouter:
         if not record.background:
             raise RequestError("only responses that were created with background can be cancelled", param="response_id")
         if record.outcome is None:
+            service.following.check_ours(record)
             record = await unless_gone(request, service.following.cancel(record))
         return _json(shown(record))
 
@@ -121,6 +124,7 @@ async def _new_record(service: Service, body: ResponsesRequest, client: str) -> 
         history=history,
         chat=chat.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"messages"}),
         request=request,
+        generation=service.generation,
     )
 
 

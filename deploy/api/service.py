@@ -25,6 +25,7 @@ from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.cluster.redeploy import in_force
 from elastic_moe.deploy.api.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
@@ -37,7 +38,7 @@ from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.generation.places import Places
 from elastic_moe.deploy.parsing.formats import AnswerForm
 from elastic_moe.deploy.parsing.parser import AnswerParser
-from elastic_moe.deploy.responses.following import Following
+from elastic_moe.deploy.responses.following import Following, Lives
 from elastic_moe.deploy.responses.record import Record, call_ids
 from elastic_moe.deploy.responses.rendering import Rendering
 from elastic_moe.deploy.responses.store import Bounds, Store
@@ -97,9 +98,11 @@ class Service:
         model_dir: str,
         open_prompts: OpenPrompts | None = None,
         values: KeyValue | None = None,
+        generation: str = "",
+        lives: Lives | None = None,
     ) -> None:
         """`open_prompts` makes the Prompts that render and encode; without it, this process does so. `values` is what
-        all replicas share; without it, this one shares nothing."""
+        all replicas share; without it, this one shares nothing. `generation` and `lives`: as Following has them."""
         self.config = config
         self.backend = backend
         self.model_dir = model_dir
@@ -120,7 +123,8 @@ class Service:
             oldest_s=config.stored_responses_ttl,
         )
         self.store = Store(values, bounds)
-        self.following = Following(backend, self.store, self.metrics, self.rendering)
+        self.generation = generation
+        self.following = Following(backend, self.store, self.metrics, self.rendering, generation, lives)
         self._open_prompts = open_prompts
         self._prompts: Prompts | None = None
         self.places = Places(config.max_waiting_requests)
@@ -162,8 +166,9 @@ class Service:
         """End the helper processes of this one. Blocks for a moment."""
         self.following.close()
         self.aside.close()
-        if self.metrics.exporter is not None:
-            self.metrics.exporter.close()
+        exporter, self.metrics.exporter = self.metrics.exporter, None
+        if exporter is not None:
+            exporter.close()
         if self._prompts is not None:
             self._prompts.close()
 
@@ -171,6 +176,11 @@ class Service:
     def running(self) -> int:
         """Number of all running requests."""
         return len(self.requests) + len(self.following)
+
+    def check_health(self) -> None:
+        """Raises NotReadyError where this process can never serve, and another one may."""
+        if self._tokenizer_error is not None:
+            raise NotReadyError(self._tokenizer_error)
 
     async def readiness(self) -> Readiness:
         if self._tokenizer_error is not None:
@@ -181,6 +191,17 @@ class Service:
         if state.ready and self._tokenizer is None:
             return Readiness(ready=False, reason="loading the tokenizer")
         return state
+
+    async def settings(self) -> dict[str, Any]:
+        """What is in force, for people to read: keys are masked. Raises NotReadyError while the cluster is silent."""
+        view = await self.backend.config()
+        return {
+            "generation": view.generation,
+            "model_name": self.model_name,
+            "model_dir": view.model_dir,
+            "device": view.device,
+            "settings": in_force(self.config, view.config),
+        }
 
     async def accept(self, request: Request) -> None:
         """From now on `request` counts as running, until its response has been sent whole.

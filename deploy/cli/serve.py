@@ -18,7 +18,8 @@ from types import FrameType
 from typing import Any
 
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import ConfigError, EmoeError, UserError
+from elastic_moe.cluster.control.limits import check_limits
+from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.gc_pause import no_collection
 from elastic_moe.cluster.keys import authorization
@@ -184,28 +185,8 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
 
             info = open_checkpoint(model_dir).info
             process.wait()
-    if config.workers > info.num_logical_experts:
-        raise ConfigError(
-            f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "
-            "every worker holds at least one"
-        )
-    _check_expert_memory(config, info)
-    if config.max_model_len is not None and config.max_model_len > info.max_model_len:
-        raise ConfigError(
-            f"max_model_len: {config.max_model_len} is more than the {info.max_model_len} that the model allows"
-        )
+    check_limits(config, info)
     return model_dir, info
-
-
-def _check_expert_memory(config: ServeConfig, info: ModelInfo) -> None:
-    """Raises ConfigError if a worker may not hold one expert of each layer."""
-    served = info.served_in(info.dtype if config.dtype == "auto" else config.dtype, int8=config.expert_dtype == "int8")
-    least = served.num_layers * served.expert_bytes
-    if config.expert_memory_bytes is not None and config.expert_memory_bytes < least:
-        raise ConfigError(
-            f"expert_memory_bytes: expected at least {least}, room for one expert of each of the {served.num_layers}"
-            f" layers, got {config.expert_memory_bytes}"
-        )
 
 
 class _Signals:

@@ -13,6 +13,7 @@ from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.cluster.messages.views import (
     ClusterView,
+    ConfigView,
     EngineStatus,
     Operation,
     PlacementView,
@@ -64,6 +65,10 @@ class Backend(Protocol):
         ...
 
     async def model_info(self) -> ModelInfo: ...
+
+    async def config(self) -> ConfigView:
+        """What is in force in the cluster, with keys."""
+        ...
 
     async def placement(self) -> PlacementView: ...
 

@@ -49,6 +49,7 @@ from elastic_moe.cluster.messages.requests import (
 )
 from elastic_moe.cluster.messages.views import (
     ClusterView,
+    ConfigView,
     EngineStatus,
     Operation,
     PlacementView,
@@ -295,6 +296,9 @@ class RayBackend:
 
     async def model_info(self) -> ModelInfo:
         return await self._answer(ask(self._coordinator, Coordinator.model_info))
+
+    async def config(self) -> ConfigView:
+        return await self._answer(ask(self._coordinator, Coordinator.config))
 
     async def placement(self) -> PlacementView:
         return await self._answer(ask(self._coordinator, Coordinator.placement))

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -37,6 +37,10 @@ from elastic_moe.deploy.launch.ray_private import Started
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.model import native
 
+if TYPE_CHECKING:
+    from elastic_moe.actors.control.coordinator import Coordinator
+    from elastic_moe.actors.remote.ask import Remote
+
 APP_NAME = "emoe"
 LEAST_SHARED_BYTES = 16 << 20
 """Free shared memory without which a server does not start."""
@@ -56,6 +60,7 @@ class ServerProcesses:
         self._directory = directory
         self._started = started
         self._connected = False
+        self._coordinator: Remote[Coordinator] | None = None
         self._owns_app = False
         """Whether this server has started the application and the actors on Ray."""
         self._behind_haproxy = False
@@ -132,12 +137,15 @@ class ServerProcesses:
 
         from elastic_moe.actors.control.fleet import RayFleet
         from elastic_moe.actors.control.start import start_cluster
+        from elastic_moe.cluster.redeploy import generation_of
         from elastic_moe.deploy.launch.serve_app import application
 
         self._check_unused()
         self._owns_app = True
         # the weights load while Serve starts; the API then finds the coordinator
-        start_cluster(self._config, model_dir, RayFleet(self._config, model=model))
+        generation = generation_of(self._config, model_dir)
+        fleet = RayFleet(self._config, generation, alone=self.local, model=model)
+        self._coordinator = start_cluster(self._config, model_dir, fleet)
         for name in ("ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
         host = INSIDE if self._behind_haproxy else self._config.host
@@ -158,13 +166,9 @@ class ServerProcesses:
     def _check_unused(self) -> None:
         """Raises UserError where a joined cluster runs a server of this project already, which must not be
         disturbed."""
-        import ray
+        from elastic_moe.actors.remote import generations
 
-        from elastic_moe.actors.names import COORDINATOR
-
-        try:
-            ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-        except ValueError:
+        if not generations.coordinators():
             return
         raise UserError(
             f"--address: a server runs on {self._config.address} already; end it, or what is left of it, with"
@@ -176,7 +180,7 @@ class ServerProcesses:
 
         Does nothing before the API has started.
         """
-        if not self._owns_app:
+        if self._coordinator is None:
             return
         deadline = time.monotonic() + timeout_s
         while self._running_requests() and time.monotonic() < deadline:
@@ -185,16 +189,14 @@ class ServerProcesses:
         time.sleep(0.2)
 
     def _running_requests(self) -> int:
-        import ray
         from ray.exceptions import RayError
 
         from elastic_moe.actors.control.coordinator import Coordinator
-        from elastic_moe.actors.names import COORDINATOR
-        from elastic_moe.actors.remote.ask import Remote, ask, wait
+        from elastic_moe.actors.remote.ask import ask, wait
 
-        coordinator = Remote[Coordinator](ray.get_actor(COORDINATOR, namespace=NAMESPACE))
+        assert self._coordinator is not None
         try:
-            return wait(ask(coordinator, Coordinator.stop_requests), DRAIN_ANSWER_S)
+            return wait(ask(self._coordinator, Coordinator.stop_requests), DRAIN_ANSWER_S)
         except RayError:
             # it is being restarted, and will be asked again
             return 1

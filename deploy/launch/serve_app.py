@@ -1,15 +1,25 @@
-"""The Ray Serve application: one deployment, which starts the cluster's actors and ends them with the application.
+"""The Ray Serve application: its API starts the cluster's actors, and ends them with the application.
 
-It has --api-replicas replicas. `emoe serve` runs it, and so does `serve deploy` with ServeConfig's keys as `args` and
-`import_path: elastic_moe.deploy.launch.serve_app:build_app` (see serve.yaml). A replica finds or creates the
-coordinator when it starts. When Serve stops the replicas because the *application* is being deleted, the last one stops
-the coordinator and its actors. A replica that crashes, is replaced or moves leaves them alone, and its successor finds
-them again.
+The API has --api-replicas replicas. `emoe serve` runs it, and so does `serve deploy` with ServeConfig's keys as `args`
+and `import_path: elastic_moe.deploy.launch.serve_app:build_app` (see serve.yaml). A replica finds or creates the
+coordinator when it starts. When Serve stops the replicas because the *application* is being deleted, the last one
+stops the coordinator and its actors. A replica that crashes, is replaced or moves leaves them alone, and its successor
+finds them again.
+
+A redeploy makes new replicas beside the old ones (max_surge_percent). With the same model they find the cluster that
+serves and have it take over the settings. With another one they start a cluster of its own (cluster/redeploy.py), and
+are ready only when that one can serve: then Serve sends requests to them, ends the old replicas, and with them the old
+cluster (cluster/control/succession.py).
+
+Serve takes a replica for healthy as soon as it answers, and /ready has to be answered while the model loads. So there
+is a second deployment, Model, of one process that does nothing but be ready when /ready is: by it, the application's
+state in Serve, and KubeRay's view, follow /ready.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import uuid
@@ -22,19 +32,24 @@ from ray import serve
 from ray.serve import Application
 
 from elastic_moe.actors.control.coordinator import Coordinator
-from elastic_moe.actors.control.start import start_cluster, stop_cluster
+from elastic_moe.actors.control.start import start_cluster, stop_cluster, stop_unused_clusters
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask
-from elastic_moe.actors.remote.calls import CALL_ERRORS, within
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.remote.key_value import RayKeyValue
 from elastic_moe.actors.telemetry.exporting import check_installed
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import EmoeError
+from elastic_moe.cluster.control.limits import check_limits
+from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.keys import with_keys
+from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.cluster.redeploy import generation_of
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.generation.check_in import check_in
 from elastic_moe.deploy.generation.gcs_watch import GcsWatch, limit_s
+from elastic_moe.deploy.generation.hand_over import READY_POLL_S, ready, take_over
 from elastic_moe.deploy.generation.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.launch.ray_private import keep_grpc_local
@@ -51,6 +66,7 @@ MAX_ONGOING_REQUESTS = 10_000
 """More requests than the engine accepts, because requests must queue in the engine and not in Serve."""
 LOAD_TIMEOUT_S = 30.0
 """A replica whose tokenizer takes longer to load answers /health and /ready meanwhile, and refuses everything else."""
+HEALTH_PERIOD_S = 5
 STOP_TIMEOUT_S = 10.0
 """Seconds that the actors have to end."""
 
@@ -59,12 +75,20 @@ STOP_TIMEOUT_S = 10.0
 class Api:
     """One replica. It serves HTTP, has the tokenizer, and keeps the requests that it has accepted."""
 
-    def __init__(self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster) -> None:
-        """`start` finds or makes the coordinator; tests give a function of their own in place of `start_cluster`."""
+    def __init__(
+        self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster, model: Any = None
+    ) -> None:
+        """`start` finds or makes the coordinator; tests give a function of their own in place of `start_cluster`.
+
+        model: the deployment Model, where the application may be redeployed.
+        """
         config = ServeConfig.from_mapping(settings)
         set_up("api", LogSettings.of(config))
         keep_grpc_local()
         serve_old_http()
+        self._config = config
+        self._generation = generation_of(config, model_dir)
+        self._redeployable = model is not None
         self._coordinator = start(config, model_dir)
         self._name = uuid.uuid4().hex
         """As the coordinator knows this replica."""
@@ -74,7 +98,9 @@ class Api:
             recovery_timeout_s=config.recovery_timeout,
             gcs=GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT))),
         )
-        self._service = Service(config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue())
+        self._service = Service(
+            config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue(), self._generation, _lives
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -88,20 +114,43 @@ class Api:
         self._tasks = [loading, *map(asyncio.create_task, work)]
         # Serve sends requests here from the end of this call on, though other replicas may be able to answer them
         await asyncio.wait([loading], timeout=LOAD_TIMEOUT_S)
+        if self._redeployable:
+            await take_over(self._config, self._generation, self._coordinator, self._service.readiness, generations)
         return create_app(self._service)
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica that can never serve."""
+        self._service.check_health()
 
     async def _load(self) -> None:
         await asyncio.to_thread(without_torch)
         await self._service.begin()
 
     async def __del__(self) -> None:
+        if await self._is_replaced():
+            # no other replica can finish what this one follows
+            await self._finish_responses()
         for task in self._tasks:
             task.cancel()
         self._service.close()
         await self._backend.end()
         await asyncio.to_thread(self._service.close)
         if await asyncio.to_thread(_application_is_going) and not await self._others():
-            await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S)
+            await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S, self._generation)
+            await asyncio.to_thread(stop_unused_clusters, STOP_TIMEOUT_S)
+
+    async def _is_replaced(self) -> bool:
+        """Whether a redeploy wants another cluster."""
+        with contextlib.suppress(*CALL_ERRORS):
+            return await asyncio.to_thread(generations.wanted) not in (None, self._generation)
+        return False
+
+    async def _finish_responses(self) -> None:
+        self._service.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.shutdown_timeout):
+                while len(self._service.following):
+                    await asyncio.sleep(READY_POLL_S)
 
     async def _others(self) -> int:
         """Number of other replicas, whose requests still need the cluster."""
@@ -109,6 +158,36 @@ class Api:
             return await within(ask(self._coordinator, Coordinator.check_out, self._name), STOP_TIMEOUT_S)
         except CALL_ERRORS:
             return 0
+
+
+class Model:
+    """It is ready when /ready is, and Serve takes it for unhealthy while /ready is not. It does nothing else."""
+
+    async def __init__(  # type: ignore[misc]
+        self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster
+    ) -> None:
+        """Returns once the cluster can serve. Raises NotReadyError, with the reason, if it never can."""
+        config = ServeConfig.from_mapping(settings)
+        set_up("model", LogSettings.of(config))
+        self._coordinator = await asyncio.to_thread(start, config, model_dir)
+        # one that could not serve tries again
+        await within(ask(self._coordinator, Coordinator.reconfigure, config), config.recovery_timeout)
+        while not (state := await self._readiness()).ready:
+            if state.error is not None:
+                raise NotReadyError(state.error)
+            await asyncio.sleep(READY_POLL_S)
+
+    async def _readiness(self) -> Readiness:
+        try:
+            return await ready(self._coordinator)
+        except CALL_ERRORS as error:
+            return Readiness(ready=False, reason=f"the coordinator does not answer: {one_line(error)}")
+
+    async def check_health(self) -> None:
+        """Serve calls this every few seconds; it raises while the cluster cannot serve."""
+        state = await self._readiness()
+        if not state.ready:
+            raise NotReadyError(state.reason)
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -122,13 +201,16 @@ def build_app(args: dict[str, Any]) -> Application:
     # imported here, because replicas need no torch
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 
-    open_checkpoint(model_dir)
+    check_limits(config, open_checkpoint(model_dir).info)
     with TokenizerProcess(model_dir, config.chat_template) as process:
         process.wait()
-    return application(config, model_dir)
+    return application(config, model_dir, redeployable=True)
 
 
-def application(config: ServeConfig, model_dir: str, start: StartCluster = start_cluster) -> Application:
+def application(
+    config: ServeConfig, model_dir: str, start: StartCluster = start_cluster, *, redeployable: bool = False
+) -> Application:
+    """redeployable: Serve waits for the model, and hands over from one deployment to the next."""
     make_deployment: Any = serve.deployment(
         name="api",
         num_replicas=config.api_replicas,
@@ -136,10 +218,25 @@ def application(config: ServeConfig, model_dir: str, start: StartCluster = start
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=config.shutdown_timeout + STOP_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_PERIOD_S,
+        # a redeploy ends no replica before its successor is ready
+        max_surge_percent=100,
     )
-    app: Application = make_deployment(Api).bind(dataclasses.asdict(config), model_dir, start)
+    make_model: Any = serve.deployment(
+        name="model",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_PERIOD_S,
+        max_surge_percent=100,
+    )
+    given = (dataclasses.asdict(config), model_dir, start)
+    app: Application = make_deployment(Api).bind(*given, make_model(Model).bind(*given) if redeployable else None)
     return app
+
+
+async def _lives(generation: str) -> bool:
+    """Whether this cluster has a coordinator, so that its replicas may still finish what they have begun."""
+    return generation in await asyncio.to_thread(generations.coordinators)
 
 
 def _application_is_going() -> bool:

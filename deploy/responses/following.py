@@ -42,6 +42,7 @@ CANCEL_S = 0.05
 OpenRendering = Callable[[Record], Coroutine[Any, Any, Rendering]]
 """It makes a fresh rendering of a record."""
 Began = Callable[[], None]
+Lives = Callable[[str], Coroutine[Any, Any, bool]]
 
 
 class Followed:
@@ -86,7 +87,19 @@ class Followed:
 class Following:
     """All that one replica follows, on one event loop."""
 
-    def __init__(self, backend: Backend, store: Store, metrics: Metrics, open_rendering: OpenRendering) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        store: Store,
+        metrics: Metrics,
+        open_rendering: OpenRendering,
+        generation: str = "",
+        lives: Lives | None = None,
+    ) -> None:
+        """generation: the cluster behind `backend`. lives: tells whether another cluster still finishes its own
+        responses; without it, there is no other."""
+        self._generation = generation
+        self._lives = lives
         self._backend = backend
         self._store = store
         self._metrics = metrics
@@ -108,6 +121,17 @@ class Following:
         except RayError:
             raise NotReadyError("the response cannot be stored at the moment") from None
         return self.follow(record, began, Counting(self._metrics, record.request))
+
+    def check_ours(self, record: Record) -> None:
+        """Raises RequestError 409 for a response of another model, whose tokens this replica cannot read."""
+        if record.generation != self._generation:
+            raise RequestError(
+                f"response {record.id} is of a model that has been replaced: it can be read as a whole once it has"
+                " ended, and neither streamed nor cancelled",
+                param="response_id",
+                code="model_replaced",
+                status=409,
+            )
 
     def follow(self, record: Record, began: Began = lambda: None, counting: Counting | None = None) -> Followed:
         """Follow a response in progress, unless this replica does so already."""
@@ -156,6 +180,8 @@ class Following:
         records = [record for name in names if (record := await self._store.find(name)) and record.outcome is None]
         if not records:
             return
+        await self._end_those_of_the_dead([record for record in records if record.generation != self._generation])
+        records = [record for record in records if record.generation == self._generation]
         orphans = set(await self._backend.orphans([record.request.request_id for record in records]))
         for record in records:
             if record.request.request_id not in orphans:
@@ -168,6 +194,12 @@ class Following:
                     extra={"request_id": record.request.request_id},
                 )  # fmt: skip
                 self.follow(now, counting=Counting(self._metrics, now.request, adopted=True))
+
+    async def _end_those_of_the_dead(self, records: Sequence[Record]) -> None:
+        """Responses of clusters that have ended before they could finish them have failed."""
+        for record in records:
+            if self._lives is None or not await self._lives(record.generation):
+                self.follow(record)
 
     def close(self) -> None:
         self._background.cancel()
@@ -224,6 +256,8 @@ class Following:
         self, followed: Followed, rendering: Rendering, began: Began, counting: Counting | None
     ) -> None:
         """Take all tokens from the engine."""
+        if followed.record.generation != self._generation:
+            raise NotReadyError("the model that this response was asked of has been replaced")
         request = followed.record.request
         outputs = self._backend.generate(request)
         assert isinstance(outputs, AsyncGenerator)

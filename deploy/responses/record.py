@@ -71,6 +71,8 @@ class Record:
     """The body of the chat that the response is, without its messages."""
     request: GenerateRequest
     outcome: Outcome | None = None
+    generation: str = ""
+    """The cluster that answers: its model's tokens mean nothing to another one (cluster/redeploy.py)."""
 
     @property
     def conversation(self) -> list[Item]:

@@ -17,10 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.model.checkpoints.conversion import Conversion, find_conversion
+from elastic_moe.model.checkpoints.kept import kept_form
 from elastic_moe.model.checkpoints.limits import MOST_POSITIONS, WithinCpuTime, check_counts
+from elastic_moe.model.checkpoints.packed import PackedTensor, Stored, find_packed
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
-from elastic_moe.model.checkpoints.stored import StoredTensor, read_json, stored_tensors
+from elastic_moe.model.checkpoints.stored import read_json, stored_tensors
+from elastic_moe.model.formats.configuration import BadConfiguration, Packing, read_packing
 from elastic_moe.model.transformers_private import CONFIG_MAPPING, has_causal_model
 from elastic_moe.model.trunk.rotation import LONGROPE, growth_limit
 
@@ -29,9 +32,6 @@ _BROKEN = (
     *(ImportError, OSError, StrictDataclassError, MemoryError),
 )
 """Errors that transformers raises when a configuration makes no sense to it."""
-
-_UNPACKED = ("mxfp4",)
-"""Quantization methods whose weights are unpacked to the served dtype while they are loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +42,11 @@ class Checkpoint:
     config: PretrainedConfig
     """The configuration of the language model, also if the checkpoint's configuration has more parts."""
     info: ModelInfo
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, Stored]
+    packing: Packing | None
+    """What config.json says of packed weights; None if it says nothing of them."""
     stored_dtype: torch.dtype
-    """The floating dtype in which most of the bytes are stored."""
+    """The floating dtype in which most of the bytes are stored that are not packed."""
     skeleton: PreTrainedModel
     """The model on the meta device, which has names and shapes only. Nobody may run or change it."""
     shape: Shape
@@ -67,9 +69,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         _understand(path)
         raise unreadable
     check_counts(path / "config.json", raw, tensors)
+    packing = _packing(path / "config.json", raw)
     config, skeleton, shape = _understand(path)
+    weights = find_packed(path / "config.json", packing, tensors)
     try:
-        return _planned(path, config, skeleton, shape, tensors)
+        return _planned(path, config, skeleton, shape, weights, packing)
     except CheckpointError:
         raise
     except _BROKEN as error:
@@ -93,7 +97,12 @@ def _understand(path: Path) -> tuple[PretrainedConfig, PreTrainedModel, Shape]:
 
 
 def _planned(
-    path: Path, config: PretrainedConfig, skeleton: PreTrainedModel, shape: Shape, tensors: dict[str, StoredTensor]
+    path: Path,
+    config: PretrainedConfig,
+    skeleton: PreTrainedModel,
+    shape: Shape,
+    tensors: dict[str, Stored],
+    packing: Packing | None,
 ) -> Checkpoint:
     """Find which stored tensors make which parameters, and describe the model."""
     conversion = find_conversion(skeleton, shape.expert_modules, shape.num_experts, tensors)
@@ -113,12 +122,15 @@ def _planned(
         dtype=str(dtype).removeprefix("torch."),
         rope_limits=_rope_limits(config),
         rope_growth_limit=growth_limit(skeleton),
+        kept=kept_form(skeleton, shape, conversion, tensors),
+        packed_as=_packed_as(conversion, tensors),
     )
     return Checkpoint(
         path=path,
         config=skeleton.config,
         info=info,
         tensors=tensors,
+        packing=packing,
         stored_dtype=dtype,
         skeleton=skeleton,
         shape=shape,
@@ -144,7 +156,7 @@ def _read_raw(path: Path) -> dict[str, Any]:
         if "auto_map" in raw:
             raise CheckpointError(f"{file}: {model_type} needs code that comes with the checkpoint, which is never run")
         raise CheckpointError(f"{file}: model_type {model_type!r} is unknown to the installed transformers")
-    _refuse_quantized(file, raw)
+    _packing(file, raw)
     return raw
 
 
@@ -155,22 +167,18 @@ def _read_config(path: Path) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except _BROKEN as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
-    if hasattr(config, "quantization_config"):
-        # weights are unpacked while they are loaded, so transformers must not set up kernels for packed ones
-        del config.quantization_config
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            # weights are unpacked while they are loaded, so transformers must not set up kernels for packed ones
+            del part.quantization_config
     return config
 
 
-def _refuse_quantized(file: Path, raw: dict[str, Any]) -> None:
-    quantization = raw.get("quantization_config") or raw.get("compression_config")
-    if quantization:
-        if isinstance(quantization, dict) and quantization.get("quant_method") in _UNPACKED:
-            return
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise CheckpointError(
-            f"{file}: quantization_config: weights quantized by {method!r} are not supported, "
-            "only float32, bfloat16, float16 and gpt-oss' mxfp4"
-        )
+def _packing(file: Path, raw: dict[str, Any]) -> Packing | None:
+    try:
+        return read_packing(raw)
+    except BadConfiguration as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _skeleton(path: Path, config: PretrainedConfig) -> PreTrainedModel:
@@ -260,14 +268,20 @@ def _named_eos(file: Path, content: dict[str, Any]) -> list[int]:
     return ids
 
 
+def _packed_as(conversion: Conversion, tensors: dict[str, Stored]) -> str | None:
+    """The format of the first packed expert tensor."""
+    names = (name for parts in conversion.experts for part in parts for name in part.sources_of(0).values())
+    return next((w.format.label for name in names if isinstance(w := tensors[name], PackedTensor)), None)
+
+
 # --- Sizes --------------------------------------------------------------------------------------------------------
 
 
-def _stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
-    """The floating dtype in which most bytes are stored."""
-    counts: Counter[torch.dtype] = Counter()
+def _stored_dtype(tensors: dict[str, Stored]) -> torch.dtype:
+    """The floating dtype in which most bytes are stored, without packed weights."""
+    counts: Counter[torch.dtype] = Counter({torch.bfloat16: 0})
     for tensor in tensors.values():
-        if tensor.dtype.is_floating_point:
+        if tensor.dtype.is_floating_point and not isinstance(tensor, PackedTensor):
             counts[tensor.dtype] += tensor.nbytes
     return counts.most_common(1)[0][0]
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from elastic_moe.cluster.errors import CheckpointError
-from elastic_moe.model.checkpoints.stored import StoredTensor
+from elastic_moe.model.checkpoints.packed import Stored
 from elastic_moe.model.transformers_private import (
-    Mxfp4Dequantize,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -75,7 +74,7 @@ class Conversion:
 
 
 def find_conversion(
-    model: PreTrainedModel, expert_modules: Sequence[str], num_experts: int, tensors: Mapping[str, StoredTensor]
+    model: PreTrainedModel, expert_modules: Sequence[str], num_experts: int, tensors: Mapping[str, Stored]
 ) -> Conversion:
     """Find the conversion of `tensors` into the parameters of `model`, which must be on the meta device.
 
@@ -127,7 +126,7 @@ def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[s
     """Group stored tensors by the parameter that they make. Tensors that make none (extra prediction layers) are left
     out.
     """
-    transforms = get_model_conversion_mapping(model) + _unpacking(names)
+    transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -145,20 +144,6 @@ def _groups(model: PreTrainedModel, wanted: dict[str, Tensor], names: Sequence[s
     return list(groups.values())
 
 
-def _unpacking(names: Sequence[str]) -> list[WeightConverter]:
-    """Converters for experts packed as MXFP4, as gpt-oss is published: blocks of 4-bit values, each with a scale."""
-    if not any(name.endswith("_proj_blocks") for name in names):
-        return []
-    return [
-        WeightConverter(
-            source_patterns=[f"{projection}_blocks", f"{projection}_scales"],
-            target_patterns=projection,
-            operations=[Mxfp4Dequantize(None)],  # type: ignore[no-untyped-call]
-        )
-        for projection in ("gate_up_proj", "down_proj")
-    ]
-
-
 # --- Shapes -----------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +153,7 @@ class _ShapeCheck:
 
     model: PreTrainedModel
     wanted: Mapping[str, Tensor]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Stored]
 
     def trunk(self, group: TensorGroup) -> set[str]:
         """Check the shapes of the parameters that the group makes, and return the parameters' names."""
@@ -249,7 +234,7 @@ class _ShapeCheck:
         return str(self.tensors[group.names[0]].file)
 
 
-def _refuse_missing(model: PreTrainedModel, missing: set[str], tensors: Mapping[str, StoredTensor]) -> None:
+def _refuse_missing(model: PreTrainedModel, missing: set[str], tensors: Mapping[str, Stored]) -> None:
     """Raise CheckpointError for parameters that no stored tensor makes, unless they are tied to one that is stored."""
     tied = tied_weights(model)
     twins: dict[str, set[str]] = defaultdict(set)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastic_moe.cluster.errors import CheckpointError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
 from elastic_moe.model.checkpoints.conversion import convert
+from elastic_moe.model.checkpoints.kept import load_codes
+from elastic_moe.model.checkpoints.packed import PackedTensor, Stored
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import is_expert_module
-from elastic_moe.model.checkpoints.stored import StoredTensor
 from elastic_moe.model.heap import return_freed_memory
 
 _TRIM_BYTES = 32 << 20
@@ -51,7 +53,7 @@ def load_trunk(
         model, report = cls.from_pretrained(
             None,
             config=checkpoint.config,
-            state_dict={name: _LazyTensor(tensor, reading) for name, tensor in tensors.items()},
+            state_dict={name: _LazyTensor(tensor, reading, dtype) for name, tensor in tensors.items()},
             dtype=dtype,
             attn_implementation=attn_implementation,
             experts_implementation=experts_implementation,
@@ -74,15 +76,18 @@ def iter_experts(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    form: ExpertForm = ExpertForm.PLAIN,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """Load many experts. Each is yielded as (layer, expert, tensors) as soon as it is read.
 
     `tensors` has one tensor for each parameter of the expert module, by name: `parameter[expert]`, in memory of its
-    own. Experts come layer by layer, which is the usual order on the disk. Beside the experts that the caller keeps,
+    own. If `form` is that in which the checkpoint has its experts (`ModelInfo.kept`), they come in it, and matrices are
+    always [out, in] (model/int8.py, model/int4.py); otherwise they are unpacked, and rounding them is left to the
+    caller. Experts come layer by layer, which is the usual order on the disk. Beside the experts that the caller keeps,
     only one is in memory. Only the bytes of the wanted experts are read. `progress` is called after every expert, with
     stored bytes. Raises IndexError for an expert that the model does not have, and CheckpointError if a file has become
-    unreadable.
+    unreadable or has values that its format does not have.
     """
     ordered = sorted(set(pairs))
     for layer, expert in ordered:
@@ -91,7 +96,10 @@ def iter_experts(
     sizes = {layer: expert_stored_bytes(checkpoint, layer) for layer, _ in ordered}
     done, total = 0, sum(sizes[layer] for layer, _ in ordered)
     for layer, expert in ordered:
-        tensors = _load_expert(checkpoint, layer, expert, dtype=dtype, device=device)
+        if form is not ExpertForm.PLAIN and form is checkpoint.info.kept:
+            tensors = {k: _own(t, device) for k, t in load_codes(checkpoint, layer, expert, dtype=dtype).items()}
+        else:
+            tensors = _load_expert(checkpoint, layer, expert, dtype=dtype, device=device)
         done += sizes[layer]
         if done // _TRIM_BYTES > (done - sizes[layer]) // _TRIM_BYTES:
             return_freed_memory()
@@ -125,7 +133,7 @@ def _load_expert(
     return made
 
 
-def _read(stored: StoredTensor, row: int | None, dtype: torch.dtype) -> Tensor:
+def _read(stored: Stored, row: int | None, dtype: torch.dtype) -> Tensor:
     tensor = stored.read(row)
     # packed weights are integers until they are converted, and keep their dtype until then
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -179,13 +187,15 @@ class _Reading:
 class _LazyTensor:
     """Stands for a stored tensor in a state dict. transformers reads the tensor by `[...]` when it needs it."""
 
-    def __init__(self, stored: StoredTensor, reading: _Reading) -> None:
+    def __init__(self, stored: Stored, reading: _Reading, dtype: torch.dtype) -> None:
+        """`dtype` is the served one. A packed weight is rounded to it when it is read, to take little memory."""
         self._stored = stored
+        self._dtype = dtype if isinstance(stored, PackedTensor) else stored.dtype
         self._reading = reading
 
     def __getitem__(self, index: Any) -> Tensor:
         assert index is Ellipsis
-        tensor = self._stored.read()
+        tensor = self._stored.read().to(self._dtype)
         self._reading.add(self._stored.nbytes)
         return tensor
 
@@ -193,4 +203,4 @@ class _LazyTensor:
         return list(self._stored.shape)
 
     def get_dtype(self) -> torch.dtype:
-        return self._stored.dtype
+        return self._dtype

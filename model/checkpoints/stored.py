@@ -35,6 +35,7 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 _MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors format sets."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.experts.interface import Next, Tensors
 from elastic_moe.model.native.experts import NativeExperts, Supply
 from elastic_moe.model.native.linear import Packed
@@ -71,8 +72,8 @@ class CpuExperts:
         """Compute this layer by PyTorch. All its experts have the same shapes, so the first one decides."""
         assert self.native is not None
         assert not self.native.held()
-        if self.native.bits == 8:
-            raise no_int8(reason)
+        if self.native.form is not ExpertForm.PLAIN:
+            raise not_native(self.native.form, reason)
         self.native, self.reason = None, reason
 
     def get(self, expert: int) -> Tensors:
@@ -204,8 +205,8 @@ class CpuExperts:
         return error
 
 
-def no_int8(reason: str) -> UserError:
-    return UserError(f"expert_dtype: int8 needs the native library: {reason}")
+def not_native(form: ExpertForm, reason: str) -> UserError:
+    return UserError(f"expert_dtype: {form} needs the native library: {reason}; bfloat16 does not need it")
 
 
 def _run_experts(module: nn.Module, x_SH: Tensor, groups: Sequence[tuple[Mapping[str, Weight], int]]) -> Tensor:

@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
-from elastic_moe.model.experts.cpu import CpuExperts, no_int8
+from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
@@ -64,16 +65,16 @@ class Fit:
         refusal = self.exchange_refusal()
         notes = FitNotes(self.rows if refusal is None else map(_apart, self.rows))
         for layer in self.experts:
-            notes.add(Part.EXPERTS, "MoE layers", *experts_path(layer))
+            notes.add(Part.EXPERTS, _experts_label(layer), *experts_path(layer))
         notes.add(Part.EXCHANGE, "workers of a node", CodePath.TORCH if refusal else CodePath.NATIVE, refusal)
         return FitReport(rows=notes.rows())
 
 
-def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8: bool = False) -> Fit:
+def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form: ExpertForm = ExpertForm.PLAIN) -> Fit:
     """Choose the code for a trunk and its experts. Packs the trunk's matrices and joins its small operators, in place.
 
     `experts` are its expert modules, without weights; call `attach` for them afterwards. `block_size` is the number of
-    tokens in a block of the KV cache. Raises UserError if int8 is wanted and this machine cannot serve it.
+    tokens in a block of the KV cache. Raises UserError if this machine cannot serve experts in `form`.
     """
     notes = FitNotes()
     like = next(trunk.parameters())
@@ -90,7 +91,7 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, int8
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), refusal, apart, notes)
-    layers = [layer_experts(module, int8=int8) for module in experts]
+    layers = [layer_experts(module, form) for module in experts]
     return Fit(packed_bytes=packed_bytes, shapes=shapes, attention=attention, experts=layers, rows=notes.rows())
 
 
@@ -111,24 +112,24 @@ def attention_path(
     return MATMUL, refusal if device.type == "cpu" else variant
 
 
-def layer_experts(module: nn.Module, *, int8: bool = False) -> LayerExperts:
+def layer_experts(module: nn.Module, form: ExpertForm = ExpertForm.PLAIN) -> LayerExperts:
     """Make the object that holds and computes a layer's experts. `module` is the trunk's expert module, without
     weights.
 
-    `int8` keeps weights in 8 bits (model/int8.py). Raises UserError if this machine cannot serve such weights.
+    It keeps weights in `form`. Raises UserError if this machine cannot serve such weights.
     """
     like = next(itertools.chain(module.parameters(), module.buffers()))
     if like.device.type != "cpu":
-        if int8:
-            raise no_int8("it is for CPUs")
+        if form is not ExpertForm.PLAIN:
+            raise not_native(form, "it is for CPUs")
         return TieredStacks(module)
     refusal = native_refusal(like.dtype, like.device)
     lib = library() if refusal is None else None
     gate = None if lib is None else find_gate(module)
     if lib is not None and gate is not None:
-        return CpuExperts(module, NativeExperts(lib, module, gate, bits=8 if int8 else 16))
-    if int8:
-        raise no_int8(unavailable() or "it is for bfloat16 on CPU, and for gates that it knows")
+        return CpuExperts(module, NativeExperts(lib, module, gate, form))
+    if form is not ExpertForm.PLAIN:
+        raise not_native(form, unavailable() or "it is for bfloat16 on CPU, and for gates that it knows")
     return CpuExperts(module, refusal or "no known gate gives the values of theirs")
 
 
@@ -167,6 +168,11 @@ def _apart(row: PartFit) -> PartFit:
     if row.path is not CodePath.JOINED or row.part is not Part.LAYERS:
         return row
     return replace(row, path=CodePath.TRANSFORMERS, reason="the experts are not native")
+
+
+def _experts_label(layer: LayerExperts) -> str:
+    native = layer.native if isinstance(layer, CpuExperts) else None
+    return "MoE layers" if native is None or native.form is ExpertForm.PLAIN else f"MoE layers in {native.form}"
 
 
 def experts_path(layer: LayerExperts) -> tuple[CodePath, str | None]:

@@ -1,6 +1,7 @@
 #include "experts.h"
 
-#include "gemm8.h"
+#include "gemm4.h"
+#include "gemmf8.h"
 
 #include <omp.h>
 
@@ -79,6 +80,14 @@ struct Bits16 {
     }
 };
 
+// Weights in 8-bit floats (gemmf8.h), and rows in bfloat16.
+struct Floats8 : Bits16 {
+    static int64_t panel_bytes(int64_t depth) { return panel_bytes8(depth); }
+    static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+        multiply_chunk_f8(count, rows, depth, (const int8_t*)panel, sums, fetch);
+    }
+};
+
 // Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (gemm8.h).
 struct Bits8 {
     using Row = Row8;
@@ -86,6 +95,16 @@ struct Bits8 {
     static int64_t panel_bytes(int64_t depth) { return panel_bytes8(depth); }
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
         multiply_chunk8(count, rows, depth, (const int8_t*)panel, sums, fetch);
+    }
+};
+
+// Weights in 4 bits (gemm4.h), and rows as for 8 bits.
+template <bool TABLE, bool HALF> struct Bits4 {
+    using Row = Row8;
+    using Rows = Rows8;
+    static int64_t panel_bytes(int64_t depth) { return panel_bytes4(depth, TABLE); }
+    static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+        multiply_chunk4<TABLE, HALF>(count, rows, depth, panel, sums, fetch);
     }
 };
 
@@ -261,8 +280,17 @@ int sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choice
     const int64_t needed = int64_t(sorted.row.size()) * layer.width;
     if (int64_t(scratch.size()) < needed) scratch.resize(needed);
     std::memset(out, 0, rows * layer.hidden * sizeof(float));
-    if (layer.bits == 8) return sum_any<Bits8>(layer, x8, x, rows, hidden8, scratch.data(), sorted, out, threads);
+    const auto narrow = [&](auto bits) {
+        return sum_any<decltype(bits)>(layer, x8, x, rows, hidden8, scratch.data(), sorted, out, threads);
+    };
+    switch (layer.bits) {
+    case kInt8: return narrow(Bits8{});
+    case kInt4: return narrow(Bits4<false, false>{});
+    case kInt4Half: return narrow(Bits4<false, true>{});
+    case kE2m1Codes: return narrow(Bits4<true, false>{});
+    }
     Bits16::Rows x16{x, 0}, hidden16{scratch.data(), 0};
+    if (layer.bits == kE4m3) return sum_any<Floats8>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
     return sum_any<Bits16>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
 }
 

@@ -19,6 +19,10 @@ struct Supply {
     void note(const int64_t* experts, int64_t count);
 };
 
+// Forms of weights: bfloat16 (gemm.h), integers of 8 bits (gemm8.h), floats of 8 bits (gemmf8.h), and 4 bits (gemm4.h) with
+// scales in bfloat16 or in float16, or with E2M1 codes. model/native/experts.py has the same numbers.
+enum { kInt4 = 4, kInt4Half = 5, kE2m1Codes = 6, kE4m3 = 7, kInt8 = 8, kBits16 = 16 };
+
 // One layer's experts. Tables are indexed by logical expert; an entry is null where the expert is not in memory or has no
 // bias.
 struct Layer {
@@ -27,7 +31,7 @@ struct Layer {
     const void* const* gate_up_bias;
     const void* const* down;
     const void* const* down_bias;
-    int bits;        // of a weight: 16 as in gemm.h, 8 as in gemm8.h
+    int bits;        // the form of weights, one of those below
     int interleaved; // 1: gate and up are the even and the odd entries of a bias; 0: its halves
     int gate;        // 0: silu(gate) * up; 1: gate * sigmoid(alpha * gate) * (up + 1). `limit` clamps gate and up first
     float alpha, limit;

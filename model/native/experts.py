@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_moe.cluster.errors import EmoeError
+from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.model.int4 import ZERO
 from elastic_moe.model.int8 import SCALE, quantize
-from elastic_moe.model.native.linear import Packed, can_pack, pack, pack8, unpack, unpack8
+from elastic_moe.model.native.linear import Packed, can_pack, pack, pack4, pack8, round4, unpack, unpack4, unpack8
 from elastic_moe.model.native.structs import SUPPLY_NEXT
 from elastic_moe.model.native.structs import Supply as _Supply
 from elastic_moe.model.record_layout import RecordLayout, lay_out
@@ -67,6 +69,19 @@ def find_gate(module: nn.Module) -> Gate | None:
             return gate
     return None
 
+
+_NUMBERS = {
+    ExpertForm.PLAIN: 16,
+    ExpertForm.INT8: 8,
+    ExpertForm.INT4: 4,
+    ExpertForm.INT4_HALF: 5,
+    ExpertForm.MXFP4: 6,
+    ExpertForm.FP8: 7,
+}
+"""The library's number of a form, as in experts.h."""
+
+_RECORDED = {ExpertForm.PLAIN: "16 bits", ExpertForm.INT8: "8 bits"}
+"""How the layout of a record names a form; other forms have their own name."""
 
 Held = dict[str, Tensor | Packed]
 """One expert's packed matrices and its biases, by parameter name."""
@@ -139,10 +154,10 @@ class NativeExperts:
     It owns their memory, and the table of addresses that the library reads.
     """
 
-    def __init__(self, lib: ctypes.CDLL, module: nn.Module, gate: Gate, *, bits: int = 16) -> None:
-        """`bits` 16 keeps bfloat16 weights, 8 rounds them (model/int8.py)."""
+    def __init__(self, lib: ctypes.CDLL, module: nn.Module, gate: Gate, form: ExpertForm = ExpertForm.PLAIN) -> None:
+        """Experts that come in bfloat16 are rounded to `form`."""
         self.lib = lib
-        self.bits = bits
+        self.form = form
         self._gate = gate
         self._transposed = bool(module.is_transposed)
         self._tables_4E = torch.zeros(4, module.num_experts, dtype=torch.int64)  # type: ignore[call-overload]
@@ -165,7 +180,7 @@ class NativeExperts:
     def takes(self, tensors: dict[str, Tensor]) -> bool:
         """Whether the library can compute an expert with these tensors. All experts of a layer have the same shapes."""
         return all(
-            tensors[name].dtype == torch.int8 or can_pack(self._turned(tensors[name]))
+            not tensors[name].is_floating_point() or can_pack(self._turned(tensors[name]))
             for name in ("gate_up_proj", "down_proj")
         )
 
@@ -210,12 +225,21 @@ class NativeExperts:
 
     def _pack(self, tensors: dict[str, Tensor], name: str, **order: Any) -> Packed:
         matrix = tensors[name]
-        if self.bits == 16:
+        if self.form is ExpertForm.PLAIN:
             return pack(self.lib, self._turned(matrix), **order)
-        # an expert from another worker is rounded already
-        rounded = matrix.dtype == torch.int8
-        values, scales = (matrix, tensors[name + SCALE]) if rounded else quantize(self._turned(matrix))
-        return pack8(self.lib, values, scales, **order)
+        # an expert from another worker is rounded already, and so is one that was packed in the checkpoint
+        rounded = not matrix.is_floating_point()
+        if self.form is ExpertForm.INT8:
+            values, scales = (matrix, tensors[name + SCALE]) if rounded else quantize(self._turned(matrix))
+            return pack8(self.lib, values, scales, self.form, **order)
+        if self.form is ExpertForm.FP8:
+            assert rounded, "nothing is rounded to FP8"
+            return pack8(self.lib, matrix, tensors[name + SCALE], self.form, **order)
+        if rounded:
+            codes = (matrix, tensors[name + SCALE], tensors.get(name + ZERO))
+        else:
+            codes = round4(self.lib, self._turned(matrix))
+        return pack4(self.lib, *codes, self.form, **order)
 
     # --- Experts in slots of a cache ----------------------------------------------------------------------------
 
@@ -230,7 +254,7 @@ class NativeExperts:
                 name: replace(item, data=nothing) if isinstance(item, Packed) else item for name, item in held.items()
             }
             raw = {name: item.data if isinstance(item, Packed) else item for name, item in held.items()}
-            self._layout = lay_out(f"panels of 64, {self.bits} bits", raw)
+            self._layout = lay_out(f"panels of 64, {_RECORDED.get(self.form, self.form)}", raw)
             offsets = {part.name: part.offset for part in self._layout.parts}
             self._offsets = [offsets.get(name) for name in _TABLES]
         return self._layout
@@ -267,7 +291,7 @@ class NativeExperts:
                 self._write(expert, self._slot_addresses(expert))
 
     def get(self, expert: int) -> dict[str, Tensor]:
-        """The tensors as they were put. But matrices in 8 bits are always [out, in], with their scales.
+        """The tensors as they were put. But matrices in 8 and 4 bits are always [out, in], with their scales.
 
         Raises KeyError for an expert that is not held.
         """
@@ -278,10 +302,14 @@ class NativeExperts:
         for name, item in held.items():
             if not isinstance(item, Packed):
                 tensors[name] = item
-            elif item.bits == 8:
+            elif item.form is ExpertForm.PLAIN:
+                tensors[name] = self._turned(unpack(item)).contiguous()
+            elif item.form in (ExpertForm.INT8, ExpertForm.FP8):
                 tensors[name], tensors[name + SCALE] = unpack8(item)
             else:
-                tensors[name] = self._turned(unpack(item)).contiguous()
+                tensors[name], tensors[name + SCALE], zeros = unpack4(item)
+                if zeros is not None:
+                    tensors[name + ZERO] = zeros
         return tensors
 
     def drop(self, expert: int) -> None:
@@ -310,7 +338,7 @@ class NativeExperts:
             width,
             tables.shape[1],
             tables.data_ptr(),
-            self.bits,
+            _NUMBERS[self.form],
             gate.interleaved,
             gate.kind,
             gate.alpha,

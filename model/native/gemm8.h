@@ -1,9 +1,10 @@
-// Products of rows with a matrix of 8-bit integers.
+// Products of rows with a matrix of 8-bit integers, and what products with narrower weights share (gemm4.h).
 //
 // Each column of weights is rounded to 8 bits in groups of 128 steps of K, and each group has a float32 scale. Rows are
 // rounded to 16 bits in the same groups. A matrix [N, K] is stored in panels of 64 columns, and a panel in groups: a group
 // is [64 pairs of K][64][2], followed by the scales [64]. Sums within a group are exact. The groups' sums are added in
-// ascending order, so a row's result does not depend on the other rows of the call.
+// ascending order, so a row's result does not depend on the other rows of the call. For many rows, a group is widened to
+// 16 bits once, and all rows are multiplied with it: the sums are the same, since they are exact.
 #pragma once
 
 #include "gemm.h"
@@ -13,35 +14,42 @@
 
 namespace emoe {
 
-constexpr int64_t kGroup = 128; // steps of K with one scale
+constexpr int64_t kGroup = 128; // steps of K with one scale of a row
+constexpr int64_t kFine = 32;   // steps of K with one scale of weights in 4 bits
 
 inline int64_t groups(int64_t depth) { return (depth + kGroup - 1) / kGroup; }
 inline int64_t panel_bytes8(int64_t depth) { return depth * kPanel + groups(depth) * kPanel * sizeof(float); }
 
 // A row of numbers in 16 bits.
 struct Row8 {
-    const int16_t* values; // [depth]
+    const int16_t* values; // [depth], filled up with zeros to a multiple of kFine
     const float* scales;   // [groups]
+    const int32_t* sums;   // [depth / kFine] of the values
 };
 
 // Rows [rows, depth] of numbers in 16 bits, one after the other.
 struct Rows8 {
-    int64_t depth = 0;
+    int64_t depth = 0, stride = 0;
     std::vector<int16_t> values;
     std::vector<float> scales;
+    std::vector<int32_t> sums;
 
     void resize(int64_t rows, int64_t size) {
         depth = size;
-        if (int64_t(values.size()) < rows * depth) values.resize(rows * depth);
+        stride = (size + kFine - 1) / kFine * kFine;
+        if (int64_t(values.size()) < rows * stride) values.resize(rows * stride);
         if (int64_t(scales.size()) < rows * groups(depth)) scales.resize(rows * groups(depth));
+        if (int64_t(sums.size()) < rows * stride / kFine) sums.resize(rows * stride / kFine);
     }
-    Row8 at(int64_t row) const { return {values.data() + row * depth, scales.data() + row * groups(depth)}; }
+    Row8 at(int64_t row) const {
+        return {values.data() + row * stride, scales.data() + row * groups(depth), sums.data() + row * stride / kFine};
+    }
 
     // Rounds a row to 14 bits and a sign. So the sum of 128 products with 8-bit weights stays below 2^31, and the rounding
     // error stays below that of bfloat16.
     void set(int64_t row, const bf16* from) {
         constexpr float kMost = 16383.f;
-        int16_t* to = values.data() + row * depth;
+        int16_t* to = values.data() + row * stride;
         for (int64_t g = 0, first = 0; first < depth; ++g, first += kGroup) {
             const int64_t end = std::min(depth, first + kGroup);
             Floats largest = zero(), broken = zero();
@@ -56,14 +64,80 @@ struct Rows8 {
             const float factor = most > 0 ? kMost / most : 0.f;
             for (int64_t k = first; k < end; ++k) to[k] = int16_t(std::nearbyint(to_float(from[k]) * factor));
         }
+        std::fill(to + depth, to + stride, int16_t(0));
+        for (int64_t g = 0; g < stride / kFine; ++g) {
+            int32_t total = 0;
+            for (int64_t k = 0; k < kFine; ++k) total += to[g * kFine + k];
+            sums[row * (stride / kFine) + g] = total;
+        }
     }
 };
 
-// Multiplies R rows by one group of `pairs` pairs. The products are added to `sums` [R][64] if `more` is true, else they
-// replace it.
+// One group of a panel in 16 bits, with the scales of its parts.
+struct Wide {
+    alignas(64) int16_t values[kGroup / 2][kPanel][2]; // [pairs of K][columns]
+    alignas(64) float scales[kGroup / kFine][kPanel];
+    int64_t pairs, parts; // of K in the group; parts with scales of their own, all but the last of equal size
+};
+
+// Adds a group's products to `sums` [R][64] if `more` is true; else they replace it. `total` is the sum of the products of
+// all parts times their scales.
+inline void add_group(float* to, Register total, float scale, bool more) {
+    const Register scales = all_lanes(scale);
+    store_sum(to, more ? times_plus(total, scales, load_sum(to)) : times(total, scales));
+}
+
+// Multiplies R rows by a group in 16 bits.
+template <int R> void multiply_wide(const Row8* rows, int64_t group, const Wide& wide, float* sums) {
+    constexpr int C = kRegisters == 32 ? 2 : R <= 3 ? 2 : 1; // registers of columns: there are two sums for each
+    const int32_t* a[R];
+    for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r].values + group * kGroup);
+    const int64_t step = wide.parts == 1 ? wide.pairs : kFine / 2;
+    for (int64_t first = 0; first < kPanel; first += C * kLanes) {
+        Register total[R][C];
+        for (int64_t part = 0; part < wide.parts; ++part) {
+            Integers acc[R][C];
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < C; ++c) acc[r][c] = no_integers();
+            for (int64_t k = part * step; k < (part + 1) * step; ++k) {
+                Integers column[C];
+                for (int c = 0; c < C; ++c) column[c] = load_integers(wide.values[k][first + c * kLanes]);
+                for (int r = 0; r < R; ++r) {
+                    const Integers pair = all_integers(a[r][k]);
+                    for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, column[c]);
+                }
+            }
+            for (int c = 0; c < C; ++c) {
+                const Register scale = load_sum(wide.scales[part] + first + c * kLanes);
+                for (int r = 0; r < R; ++r) {
+                    const Register sum = to_register(acc[r][c]);
+                    total[r][c] = part == 0 ? times(sum, scale) : times_plus(sum, scale, total[r][c]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c)
+                add_group(sums + r * kPanel + first + c * kLanes, total[r][c], rows[r].scales[group], group > 0);
+    }
+}
+
+constexpr int64_t kRowsWide = kRegisters == 32 ? 6 : 3; // rows of the register tile of multiply_wide
+constexpr int64_t kFewRows = 6;                         // up to which a group is not widened in memory
+
+inline void multiply_all_wide(int64_t count, const Row8* rows, int64_t group, const Wide& wide, float* sums) {
+    const int64_t blocks = (count + kRowsWide - 1) / kRowsWide;
+    for (int64_t block = 0, at = 0; block < blocks; ++block) {
+        const int64_t here = count / blocks + (block < count % blocks);
+        with_rows<kRowsWide>(here, [&](auto number) {
+            multiply_wide<decltype(number)::value>(rows + at, group, wide, sums + at * kPanel);
+        });
+        at += here;
+    }
+}
+
+// Multiplies R rows by one group of `pairs` pairs, as it lies in a panel.
 template <int R, int LINES>
-void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums, bool more,
-               const char* ahead) {
+void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums, const char* ahead) {
     constexpr int C = kColumns<R>;
     constexpr int kPasses = kPanel / (C * kLanes), kLines = (LINES + kPasses - 1) / kPasses;
     const int32_t* a[R];
@@ -84,41 +158,44 @@ void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* wei
                 for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, column[c]);
             }
         }
-        for (int r = 0; r < R; ++r)
-            for (int c = 0; c < C; ++c) {
-                float* to = sums + r * kPanel + first + c * kLanes;
-                const Register scale = scaled(load_sum(scales + first + c * kLanes), rows[r].scales[group]);
-                store_sum(to, product(acc[r][c], scale, more ? load_sum(to) : no_sum()));
+        for (int c = 0; c < C; ++c) {
+            const Register scale = load_sum(scales + first + c * kLanes);
+            for (int r = 0; r < R; ++r) {
+                const Register total = times(to_register(acc[r][c]), scale);
+                add_group(sums + r * kPanel + first + c * kLanes, total, rows[r].scales[group], group > 0);
             }
+        }
     }
 }
 
-constexpr int64_t kRows8 = 6; // rows of the register tile, which needs fewer registers beside its sums than bfloat16's
-
-template <int LINES>
-void multiply_some8(int64_t count, const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums,
-                    const char* ahead) {
-    with_rows<kRows8>(count, [&](auto number) {
-        multiply8<decltype(number)::value, LINES>(rows, group, pairs, weights, sums, group > 0, ahead);
-    });
+inline void widen8(const int8_t* weights, int64_t pairs, Wide& wide) {
+    wide.pairs = pairs;
+    wide.parts = 1;
+    for (int64_t k = 0; k < pairs; ++k)
+        for (int64_t c = 0; c < kPanel; c += kLanes)
+            store_integers(wide.values[k][c], load_bytes(weights + (k * kPanel + c) * 2));
+    std::memcpy(wide.scales[0], weights + pairs * 2 * kPanel, kPanel * sizeof(float));
 }
 
 // Does what multiply_chunk does, for a panel in 8 bits.
 inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
                             bool fetch) {
     constexpr int64_t kDistance = 2; // groups that prefetching is ahead
-    const int64_t blocks = (count + kRows8 - 1) / kRows8;
+    Wide wide;
     for (int64_t group = 0; group < groups(depth); ++group) {
         const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
         const char* next = (const char*)panel + kDistance * (kGroup + sizeof(float)) * kPanel;
-        for (int64_t block = 0, at = 0; block < blocks; ++block) {
-            const int64_t here = count / blocks + (block < count % blocks);
-            float* to = sums + at * kPanel;
-            // one pair of K takes two cache lines
-            if (fetch && blocks == 1) multiply_some8<2>(here, rows, group, pairs, panel, to, next);
-            else if (fetch && block < 2) multiply_some8<1>(here, rows + at, group, pairs, panel, to, next + block * pairs * 64);
-            else multiply_some8<0>(here, rows + at, group, pairs, panel, to, next);
-            at += here;
+        if (count > kFewRows) {
+            if (fetch)
+                for (int64_t line = 0; line < pairs * 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T1);
+            widen8(panel, pairs, wide);
+            multiply_all_wide(count, rows, group, wide, sums);
+        } else {
+            with_rows<kFewRows>(count, [&](auto number) {
+                // one pair of K takes two cache lines
+                if (fetch) multiply8<decltype(number)::value, 2>(rows, group, pairs, panel, sums, next);
+                else multiply8<decltype(number)::value, 0>(rows, group, pairs, panel, sums, next);
+            });
         }
         panel += pairs * 2 * kPanel + kPanel * sizeof(float);
     }

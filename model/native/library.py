@@ -31,7 +31,7 @@ _FLAGS = (
     "-fPIC",
     "-shared",
 )
-_NEEDED = ("avx2", "fma")
+_NEEDED = ("avx2", "fma", "f16c")
 """CPU features that the library needs, by their names in /proc/cpuinfo. With avx512_bf16, vector.h uses AVX-512."""
 _COMPILE_TIMEOUT_S = 300
 
@@ -40,6 +40,9 @@ _SIGNATURES = {
     "emoe_unpack": "piiitp",
     "emoe_pack8": "ppiiitp",
     "emoe_unpack8": "piiitpp",
+    "emoe_round4": "piipppt",
+    "emoe_pack4": "pppiiitp",
+    "emoe_unpack4": "piiitppp",
     "emoe_linear": "piiipippt",
     "emoe_rms_norm": "piipftpt",
     "emoe_rotate": "piiiiippp",

@@ -1,24 +1,12 @@
 // Packs matrices into panels, unpacks them, and computes a linear layer.
 #include "gemm8.h"
+#include "panels.h"
 
 #include <omp.h>
 
 #include <vector>
 
 using namespace emoe;
-
-namespace {
-
-// Returns the row of the matrix that becomes column `c` of panel `p`, or -1 past the end. A matrix may have two parts,
-// gate and up. Then the panels of the two take turns. The parts are the two halves of the matrix's rows or, if
-// `interleaved`, its even and odd rows.
-int64_t source(int64_t p, int64_t c, int64_t columns, int64_t parts, int interleaved) {
-    const int64_t each = columns / parts, n = p / parts * kPanel + c, part = p % parts;
-    if (n >= each) return -1;
-    return interleaved ? n * parts + part : part * each + n;
-}
-
-} // namespace
 
 // Packs a matrix [N, K] into panels. Columns past the end are zero. K is even, and N is a multiple of `parts`.
 extern "C" void emoe_pack(const uint32_t* matrix, int64_t columns, int64_t depth, int64_t parts, int interleaved,

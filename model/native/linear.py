@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.model.int4 import GROUP as FINE
 from elastic_moe.model.int8 import GROUP
 from elastic_moe.model.native.memory import allocate
 
@@ -18,7 +21,7 @@ _PANEL = 64
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Packed:
-    """A matrix [columns, depth] (as in nn.Linear) in panels; see gemm.h, and gemm8.h for 8 bits.
+    """A matrix [columns, depth] (as in nn.Linear) in panels; see gemm.h, gemm8.h for 8 bits, and gemm4.h for 4 bits.
 
     Its memory is released when the object is garbage.
     """
@@ -31,16 +34,29 @@ class Packed:
     """2 if the columns are those of gate and of up, whose panels take turns."""
     interleaved: bool = False
     """With 2 parts: whether gate and up are the even and the odd columns, and not the first and the second half."""
-    bits: int = 16
+    form: ExpertForm = ExpertForm.PLAIN
 
     @property
     def nbytes(self) -> int:
         """Bytes of the matrix itself, without the padding of its last panel."""
-        return self.columns * _column_bytes(self.depth, self.bits)
+        return int(self.columns * _column_bytes(self.depth, self.form))
 
 
-def _column_bytes(depth: int, bits: int) -> int:
-    return depth * 2 if bits == 16 else depth + -(-depth // GROUP) * 4
+def _column_bytes(depth: int, form: ExpertForm) -> float:
+    if form is ExpertForm.PLAIN:
+        return depth * 2
+    if form in (ExpertForm.INT8, ExpertForm.FP8):
+        return depth + -(-depth // GROUP) * 4
+    # nibbles and scales, and zero points of 4 bits where there are any
+    return -(-depth // FINE) * (FINE / 2 + (2 if form is ExpertForm.MXFP4 else 2.5))
+
+
+def _panel_bytes(depth: int, form: ExpertForm) -> int:
+    """Bytes of a panel. With 4 bits, zero points are filled up to whole cache lines (block_bytes4 in gemm4.h)."""
+    if form not in (ExpertForm.INT4, ExpertForm.INT4_HALF):
+        return int(_PANEL * _column_bytes(depth, form))
+    groups = -(-depth // FINE)
+    return groups * (FINE // 2 + 2) * _PANEL + groups // 4 * 128 + -(-(groups % 4) * 32 // 64) * 64
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -58,7 +74,7 @@ def pack(
 ) -> Packed:
     """Copy a matrix [N, K], for which `can_pack` is true, into panels. They lie in the bytes `into` if it is given."""
     weight = weight.contiguous()
-    packed = _allocate(lib, weight, parts, interleaved, 16, into)
+    packed = _allocate(lib, weight.shape, parts, interleaved, ExpertForm.PLAIN, into)
     lib.emoe_pack(weight.data_ptr(), *_shape(packed), packed.data.data_ptr())
     return packed
 
@@ -67,27 +83,74 @@ def pack8(
     lib: ctypes.CDLL,
     values: Tensor,
     scales: Tensor,
+    form: ExpertForm = ExpertForm.INT8,
     *,
     parts: int = 1,
     interleaved: bool = False,
     into: Tensor | None = None,
 ) -> Packed:
-    """Copy a matrix that `quantize` has rounded into panels, as `pack` does. K must be even."""
+    """Copy a matrix of 8 bits with scales (model/int8.py, or bytes of E4M3) into panels, as `pack` does. K is even."""
     values, scales = values.contiguous(), scales.contiguous()
-    packed = _allocate(lib, values, parts, interleaved, 8, into)
+    packed = _allocate(lib, values.shape, parts, interleaved, form, into)
     lib.emoe_pack8(values.data_ptr(), scales.data_ptr(), *_shape(packed), packed.data.data_ptr())
     return packed
 
 
-def _allocate(
-    lib: ctypes.CDLL, matrix: Tensor, parts: int, interleaved: bool, bits: int, into: Tensor | None
+def pack4(
+    lib: ctypes.CDLL,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    form: ExpertForm,
+    *,
+    parts: int = 1,
+    interleaved: bool = False,
+    into: Tensor | None = None,
 ) -> Packed:
-    columns, depth = matrix.shape
+    """Copy a matrix in 4 bits (model/int4.py) into panels, as `pack` does."""
+    codes, scales = codes.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    columns, half = codes.shape
+    packed = _allocate(lib, (columns, 2 * half), parts, interleaved, form, into)
+    lib.emoe_pack4(
+        codes.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        *_shape(packed),
+        packed.data.data_ptr(),
+    )
+    return packed
+
+
+def round4(lib: ctypes.CDLL, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a matrix [N, K] of bfloat16, K even, to INT4: (codes [N, K/2], scales [N, G], zero points [N, G]).
+
+    Scale and zero point of a group are those, of the ones tried, that leave the smallest squared error.
+    """
+    matrix = matrix.contiguous()
+    rows, depth = matrix.shape
+    codes = torch.empty(rows, depth // 2, dtype=torch.uint8)
+    scales = torch.empty(rows, -(-depth // FINE), dtype=torch.bfloat16)
+    zeros = torch.empty(scales.shape, dtype=torch.uint8)
+    addresses = (codes.data_ptr(), scales.data_ptr(), zeros.data_ptr())
+    lib.emoe_round4(matrix.data_ptr(), rows, depth, *addresses, torch.get_num_threads())
+    return codes, scales, zeros
+
+
+def _allocate(
+    lib: ctypes.CDLL,
+    shape: Sequence[int],
+    parts: int,
+    interleaved: bool,
+    form: ExpertForm,
+    into: Tensor | None,
+) -> Packed:
+    columns, depth = shape
     if into is not None:
-        return Packed(lib, into, columns, depth, parts, interleaved, bits)
-    padded = -(-columns // parts // _PANEL) * parts * _PANEL
-    data, release = allocate(padded * _column_bytes(depth, bits))
-    packed = Packed(lib, data, columns, depth, parts, interleaved, bits)
+        return Packed(lib, into, columns, depth, parts, interleaved, form)
+    panels = -(-columns // parts // _PANEL) * parts
+    data, release = allocate(panels * _panel_bytes(depth, form))
+    packed = Packed(lib, data, columns, depth, parts, interleaved, form)
     weakref.finalize(packed, release).atexit = False
     return packed
 
@@ -109,6 +172,22 @@ def unpack8(packed: Packed) -> tuple[Tensor, Tensor]:
     scales = torch.empty(packed.columns, -(-packed.depth // GROUP), dtype=torch.float32)
     packed.lib.emoe_unpack8(packed.data.data_ptr(), *_shape(packed), values.data_ptr(), scales.data_ptr())
     return values, scales
+
+
+def unpack4(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copy codes, scales and zero points out of the panels of `pack4`. They have the bits that were packed."""
+    codes = torch.zeros(packed.columns, packed.depth // 2, dtype=torch.uint8)
+    half = packed.form is ExpertForm.INT4_HALF
+    scales = torch.empty(packed.columns, -(-packed.depth // FINE), dtype=torch.float16 if half else torch.bfloat16)
+    zeros = None if packed.form is ExpertForm.MXFP4 else torch.empty(scales.shape, dtype=torch.uint8)
+    packed.lib.emoe_unpack4(
+        packed.data.data_ptr(),
+        *_shape(packed),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+    )
+    return codes, scales, zeros
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

@@ -66,6 +66,14 @@ inline Floats load(const bf16* from, Lanes lanes = 0xffff) { return widened(_mm2
 inline void store(bf16* to, Floats value, Lanes lanes = 0xffff) { _mm256_mask_storeu_epi16(to, lanes, narrowed(value)); }
 
 inline Pairs load_pairs(const bf16* from) { return (Pairs)_mm512_loadu_si512(from); }
+inline void store_pairs(bf16* to, Pairs value) { _mm512_storeu_si512(to, (__m512i)value); }
+// Numbers in E4M3, divided by 256: shifted, they are numbers in float16, whose exponents are 8 larger.
+inline Pairs load_e4m3(const int8_t* from) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(int16_t(0xbf80)));
+    return (Pairs)_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)),
+                                      _mm512_cvtph_ps(_mm512_castsi512_si256(half)));
+}
 inline Pairs all_pairs(int32_t pair) { return (Pairs)_mm512_set1_epi32(pair); }
 // Adds both products of each pair to `so_far`.
 inline Register dot(Register so_far, Pairs a, Pairs b) { return _mm512_dpbf16_ps(so_far, a, b); }
@@ -78,10 +86,28 @@ inline Integers no_integers() { return _mm512_setzero_si512(); }
 inline Integers all_integers(int32_t value) { return _mm512_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
 inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm512_dpwssd_epi32(so_far, a, b); }
-inline Register scaled(Register a, float by) { return _mm512_mul_ps(a, _mm512_set1_ps(by)); }
-inline Register product(Integers a, Register b, Register so_far) { // a * b + so_far
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), b, so_far);
+inline Integers load_integers(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_integers(void* to, Integers value) { _mm512_storeu_si512(to, value); }
+// Four bits of each 16-bit integer, from bit `first` on.
+inline Integers four_bits(Integers words, int first) {
+    return _mm512_and_si512(_mm512_srli_epi16(words, first), _mm512_set1_epi16(15));
 }
+inline Integers load_table(const int8_t* from) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from)); }
+// The bytes of a table of 16, without a sign, at 16-bit integers below 16.
+inline Integers at(Integers table, Integers where) {
+    return _mm512_shuffle_epi8(table, _mm512_or_si512(where, _mm512_set1_epi16(int16_t(0x8000))));
+}
+inline Integers minus16(Integers a, Integers b) { return _mm512_sub_epi16(a, b); }
+inline Integers twice16(Integers a) { return _mm512_or_si512(a, _mm512_slli_epi32(a, 16)); }
+inline Integers less_product(Integers a, Integers b, Integers c) { return _mm512_sub_epi32(a, _mm512_mullo_epi32(b, c)); } // a - b * c
+inline Integers load_words(const uint16_t* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
+inline Integers shifted_right(Integers a, int by) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+inline Register load_bf16(const uint16_t* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_words(from), 16)); }
+inline Register load_f16(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+inline Register to_register(Integers a) { return _mm512_cvtepi32_ps(a); }
+inline Register all_lanes(float value) { return _mm512_set1_ps(value); }
+inline Register times(Register a, Register b) { return _mm512_mul_ps(a, b); }
+inline Register times_plus(Register a, Register b, Register so_far) { return _mm512_fmadd_ps(a, b, so_far); } // a * b + so_far
 
 #else
 
@@ -193,6 +219,16 @@ inline void store(bf16* to, Floats value, Lanes lanes = 0xffff) {
 }
 
 inline Pairs load_pairs(const bf16* from) { return _mm256_loadu_si256((const __m256i*)from); }
+inline void store_pairs(bf16* to, Pairs value) { _mm256_storeu_si256((__m256i*)to, value); }
+inline Pairs load_e4m3(const int8_t* from) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+    const __m256i low = _mm256_castps_si256(_mm256_cvtph_ps(_mm256_castsi256_si128(half)));
+    const __m256i high = _mm256_castps_si256(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)));
+    // bfloat16 has all bits of them
+    const __m256i both = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
+    return _mm256_permute4x64_epi64(both, 0xd8);
+}
 inline Pairs all_pairs(int32_t pair) { return _mm256_set1_epi32(pair); }
 inline Register first_of(Pairs pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 inline Register second_of(Pairs pairs) {
@@ -211,10 +247,26 @@ inline Integers no_integers() { return _mm256_setzero_si256(); }
 inline Integers all_integers(int32_t value) { return _mm256_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); }
 inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm256_add_epi32(so_far, _mm256_madd_epi16(a, b)); }
-inline Register scaled(Register a, float by) { return _mm256_mul_ps(a, _mm256_set1_ps(by)); }
-inline Register product(Integers a, Register b, Register so_far) {
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(a), b, so_far);
+inline Integers load_integers(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+inline void store_integers(void* to, Integers value) { _mm256_storeu_si256((__m256i*)to, value); }
+inline Integers four_bits(Integers words, int first) {
+    return _mm256_and_si256(_mm256_srli_epi16(words, first), _mm256_set1_epi16(15));
 }
+inline Integers load_table(const int8_t* from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)); }
+inline Integers at(Integers table, Integers where) {
+    return _mm256_shuffle_epi8(table, _mm256_or_si256(where, _mm256_set1_epi16(int16_t(0x8000))));
+}
+inline Integers minus16(Integers a, Integers b) { return _mm256_sub_epi16(a, b); }
+inline Integers twice16(Integers a) { return _mm256_or_si256(a, _mm256_slli_epi32(a, 16)); }
+inline Integers less_product(Integers a, Integers b, Integers c) { return _mm256_sub_epi32(a, _mm256_mullo_epi32(b, c)); }
+inline Integers load_words(const uint16_t* from) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)); }
+inline Integers shifted_right(Integers a, int by) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+inline Register load_bf16(const uint16_t* from) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_words(from), 16)); }
+inline Register load_f16(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+inline Register to_register(Integers a) { return _mm256_cvtepi32_ps(a); }
+inline Register all_lanes(float value) { return _mm256_set1_ps(value); }
+inline Register times(Register a, Register b) { return _mm256_mul_ps(a, b); }
+inline Register times_plus(Register a, Register b, Register so_far) { return _mm256_fmadd_ps(a, b, so_far); }
 
 #endif
 

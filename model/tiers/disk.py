@@ -118,7 +118,7 @@ def checkpoint_digest(checkpoint: Checkpoint, dtype: str) -> str:
     """Tells checkpoints apart: by the names, sizes and times of the files that hold weights, by what their headers say
     of each tensor, and by the dtype that is served. Reads no weight.
     """
-    digest = hashlib.sha256(f"{dtype}\n{checkpoint.config.to_json_string()}\n".encode())
+    digest = hashlib.sha256(f"{dtype}\n{checkpoint.packing}\n{checkpoint.config.to_json_string()}\n".encode())
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import psutil
 import torch
 
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted, UserError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.facts.tiering import pins_of
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ExpertCopy, RoutingCounts, TierCounts, WorkerSpec
@@ -42,6 +44,7 @@ from elastic_moe.model.fitting.fit import Fit, fit
 from elastic_moe.model.grammars.compiling import Compiler
 from elastic_moe.model.grammars.masks import MaskThreads
 from elastic_moe.model.grammars.vocabulary import Vocabulary, read_vocabulary
+from elastic_moe.model.native import unavailable
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.experts import ExpertUnavailable
 from elastic_moe.model.sampling.next_tokens import choose
@@ -93,7 +96,6 @@ class Worker:
         """Share of the weights' bytes that is loaded, from 0 to 1."""
         self._device = torch.device(spec.model.device)
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
-        self._int8 = spec.model.expert_dtype == "int8"
         self._sequences: dict[RequestId, _Sequence] = {}
         self._grammars: Compiler
         self._masks = MaskThreads()
@@ -104,8 +106,11 @@ class Worker:
         """Doors that were opened and not used yet, by their tokens, the oldest first."""
         self._joining: dict[Epoch, Meeting] = {}
         """Those of groups that are being joined now."""
+        self._abandoned: deque[Epoch] = deque(maxlen=_DOORS)
+        """Epochs that were abandoned lately. Calls overtake one another, so their `prepare` may come later."""
         self._epoch: _EpochState | None = None
         self._checkpoint: Checkpoint
+        self._form = ExpertForm.PLAIN
         self._fit: Fit
         self.report: FitReport
         """Which path serves each part of the model on this worker. It is set when the model is loaded."""
@@ -140,9 +145,12 @@ class Worker:
         if self.spec.num_threads:
             torch.set_num_threads(self.spec.num_threads)
         self._checkpoint = open_checkpoint(self.spec.model.path)
+        info = self._checkpoint.info
+        native = info.kept is ExpertForm.PLAIN or unavailable() is None
+        self._form = info.form(self.spec.model.expert_dtype, self.spec.model.dtype, self._device.type, native=native)
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
-        self._fit = fit(trunk, modules, block_size=self.spec.block_size, int8=self._int8)
+        self._fit = fit(trunk, modules, block_size=self.spec.block_size, form=self._form)
         self._store = ExpertStore(self._fit.experts)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
@@ -150,7 +158,6 @@ class Worker:
         self._store.reserve([len(row) for row in experts])
         self._read([(layer, e) for layer, row in enumerate(experts) for e in row])
         self._runner = ModelRunner(trunk, modules, self._fit, device=self._device)
-        info = self._checkpoint.info
         self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
         self._cache = self._runner.allocate(
             num_blocks=self._kv_blocks(), block_size=self.spec.block_size, dtype=self._dtype
@@ -225,14 +232,14 @@ class Worker:
 
     @property
     def _expert_bytes(self) -> int:
-        return self._checkpoint.info.served_in(self.spec.model.dtype, int8=self._int8).expert_bytes
+        return self._checkpoint.info.served_in(self.spec.model.dtype, self._form).expert_bytes
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> None:
         def note(done: int, total: int) -> None:
             self.progress = done / max(1, total)
 
         for layer, expert, tensors in iter_experts(
-            self._checkpoint, pairs, dtype=self._dtype, device=self._device, progress=note
+            self._checkpoint, pairs, dtype=self._dtype, device=self._device, form=self._form, progress=note
         ):
             self._store.put(layer, expert, tensors)
         self.progress = 1.0
@@ -324,6 +331,8 @@ class Worker:
 
         Raises PlacementError if an expert is not held on this worker, and StepAborted if a peer does not join.
         """
+        if spec.epoch in self._abandoned:
+            raise StepAborted(f"epoch {spec.epoch} was abandoned")
         rank = spec.placement.rank_of(self.spec.worker)
         for layer in range(spec.placement.num_layers):
             missing = self._resident(spec, layer) - self._store.held(layer)
@@ -392,8 +401,9 @@ class Worker:
 
     def _load_expert(self, layer: int, expert: int) -> Tensors:
         """From the checkpoint into the host's memory."""
-        host = torch.device("cpu")
-        [(_, _, tensors)] = iter_experts(self._checkpoint, [(layer, expert)], dtype=self._dtype, device=host)
+        [(_, _, tensors)] = iter_experts(
+            self._checkpoint, [(layer, expert)], dtype=self._dtype, device=torch.device("cpu"), form=self._form
+        )
         return tensors
 
     def commit(self, epoch: Epoch) -> None:
@@ -446,6 +456,7 @@ class Worker:
 
         Where a step runs that may compute what was copied, it is dropped as soon as that step has ended.
         """
+        self._abandoned.append(epoch)
         joining = self._joining.get(epoch)
         if joining is not None:
             joining.give_up()

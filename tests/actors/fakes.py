@@ -36,6 +36,7 @@ from elastic_moe.cluster.messages.epochs import (
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.cluster.redeploy import Generation
 from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
 from tests.cluster.simulation import MODEL as SIMULATED
 
@@ -201,11 +202,14 @@ async def wrap(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
+FAKE = Generation("fake")
+
+
 class FakeRayFleet(RayFleet):
     """Real actors of the fake classes; no checkpoint is read."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        super().__init__(config, worker_class=FakeWorker, engine_class=FakeEngine)
+    def __init__(self, config: ServeConfig, generation: Generation = FAKE, *, alone: bool = True) -> None:
+        super().__init__(config, generation, alone=alone, worker_class=FakeWorker, engine_class=FakeEngine)
 
     def read_model(self, model_dir: str) -> ModelInfo:
         return MODEL
@@ -263,6 +267,11 @@ class PlainFleet:
         self.error: Exception | None = None
         self.last_saved: bytes | None = None
         self.resumes = False
+        self.is_wanted = True
+        self.rivals: list[Remote[Any]] = []
+        self.has_left = False
+        self.waits_for: str | None = None
+        self.draining: dict[str, float | None] = {}
 
     def attach(self) -> None: ...
 
@@ -288,8 +297,29 @@ class PlainFleet:
             raise self.error
         return MODEL
 
+    def configure(self, config: ServeConfig) -> None:
+        self.config = config
+
+    def wanted(self) -> bool:
+        return self.is_wanted
+
+    def others(self) -> list[Remote[Any]]:
+        return self.rivals
+
+    def leave(self) -> None:
+        self.has_left = True
+
     def device(self) -> str:
         return "cpu"
+
+    def settle_device(self, device: str) -> None:
+        assert device == "cpu"
+
+    def shortage(self) -> str | None:
+        return self.waits_for
+
+    def draining_nodes(self) -> dict[str, float | None]:
+        return self.draining
 
     num_nodes = 1
 

@@ -12,7 +12,8 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -22,6 +23,8 @@ OUTPUT_TOKENS = 64
 LONG_PROMPT_TOKENS = 1024
 PER_SLOT = 4
 """Requests that one slot of the client sends, one after the other."""
+LIKELIEST = 5
+"""Tokens whose log probabilities are asked for: as many as every server tells."""
 TIMEOUT_S = 600.0
 _FIRST_TOKEN = 10
 """Smaller ids are special in some tokenizers."""
@@ -46,6 +49,17 @@ class _Answer:
     ttft_s: float
     gaps_s: list[float]
     text: str = ""
+    logprobs: dict[str, float] = field(default_factory=dict)
+    """Of the first token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """The first token of an answer."""
+
+    text: str
+    logprobs: Mapping[str, float]
+    """Of the likeliest tokens, by their texts; empty where the server tells none."""
 
 
 class Client:
@@ -90,30 +104,30 @@ class Client:
     def warm_up(self) -> None:
         asyncio.run(self._run(self._prompts(4, PROMPT_TOKENS), 4, 2))
 
-    def first_texts(self, prompts: Sequence[list[int]]) -> list[str]:
-        """The first token after each prompt, as text."""
-        answers, _ = asyncio.run(self._run(prompts, 1, 4))
-        return [answer.text for answer in answers]
+    def first_tokens(self, prompts: Sequence[list[int]]) -> list[FirstToken]:
+        """What comes first after each prompt."""
+        answers, _ = asyncio.run(self._run(prompts, 1, 4, logprobs=LIKELIEST))
+        return [FirstToken(text=answer.text, logprobs=answer.logprobs) for answer in answers]
 
     def _prompts(self, count: int, length: int) -> list[list[int]]:
         return [[self._rng.randrange(_FIRST_TOKEN, self._vocab) for _ in range(length)] for _ in range(count)]
 
     async def _run(
-        self, prompts: Sequence[list[int]], output_tokens: int, concurrency: int
+        self, prompts: Sequence[list[int]], output_tokens: int, concurrency: int, **more: object
     ) -> tuple[list[_Answer], float]:
         """Answers, and the seconds from the first request to the last answer's end."""
         slots = asyncio.Semaphore(concurrency)
 
         async def take(prompt: list[int]) -> _Exchange:
             async with slots:
-                return await self._ask(prompt, output_tokens)
+                return await self._ask(prompt, output_tokens, more)
 
         begin = time.perf_counter()
         exchanges = await asyncio.gather(*(take(prompt) for prompt in prompts))
         elapsed = time.perf_counter() - begin
         return [_answer(exchange, output_tokens) for exchange in exchanges], elapsed
 
-    async def _ask(self, prompt: list[int], output_tokens: int) -> _Exchange:
+    async def _ask(self, prompt: list[int], output_tokens: int, more: Mapping[str, object]) -> _Exchange:
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -123,6 +137,7 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
             **self._extra,
+            **more,
         }
         exchange = _Exchange(f"{self._host}:{self._port}", json.dumps(body).encode())
         # a connection for each request: llama.cpp's server closes those that it has answered on, now and then
@@ -197,6 +212,17 @@ def _answer(exchange: _Exchange, output_tokens: int) -> _Answer:
                 answer.gaps_s.append(came - last)
             last = came
             answer.text += event["choices"][0].get("text") or ""
+            answer.logprobs = answer.logprobs or _likeliest(event["choices"][0].get("logprobs"))
     if answer.tokens != output_tokens:
         raise RuntimeError(f"{answer.tokens} tokens came, {output_tokens} were asked for")
     return answer
+
+
+def _likeliest(logprobs: Any) -> dict[str, float]:
+    """The log probabilities of a choice's first token by text, in the form of completions or in that of chats."""
+    if not logprobs:
+        return {}
+    if first := next(iter(logprobs.get("top_logprobs") or ()), None):
+        return dict(first)
+    content = next(iter(logprobs.get("content") or ()), {})
+    return {one["token"]: one["logprob"] for one in content.get("top_logprobs") or ()}

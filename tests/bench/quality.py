@@ -1,18 +1,20 @@
-"""Measures what 8-bit experts cost in quality: bits per byte of a text on one worker, with and without them.
+"""Measures what narrow experts cost in quality: bits per byte of a text, and KL divergence from bfloat16 experts.
 
 `python -m tests.bench.quality --model DIR FILE...` (without --model: the built-in one). The beginning of each file is
 cut into windows. The model predicts every token of a window from the tokens before it, by the steps that serve
-requests.
+requests. A packed checkpoint is compared with itself unpacked (--forms auto).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -24,13 +26,13 @@ from tests.bench.workers import BLOCK
 WINDOW = 160
 WINDOWS = 32
 """Run side by side."""
+PLAIN = "bfloat16"
 
 
-def bits_per_token(worker: Worker, windows: Sequence[Sequence[int]]) -> float:
-    """Mean over all tokens but each window's first. Windows are of equal length."""
+def logprobs_of(worker: Worker, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """After each token of the windows, which are of equal length, but the last: [windows, vocabulary]."""
     length = len(windows[0])
     per_window = -(-length // BLOCK)
-    total = 0.0
     for at in range(length - 1):
         slices = [
             SequenceSlice(
@@ -44,32 +46,50 @@ def bits_per_token(worker: Worker, windows: Sequence[Sequence[int]]) -> float:
         ]
         with torch.inference_mode():
             logprobs = worker._runner.run(slices, [len(windows)]).float().log_softmax(dim=-1)
-        following = torch.tensor([window[at + 1] for window in windows])
-        total -= float(logprobs.gather(1, following[:, None]).sum())
-    return total / math.log(2) / len(windows) / (length - 1)
+        yield logprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of a form of the experts, per token, over all tokens but each window's first."""
+
+    bits: float
+    kl: float
+    """Nats of KL divergence from bfloat16 experts."""
+
+
+def costs(workers: Sequence[Worker], windows: Sequence[Sequence[int]]) -> list[Cost]:
+    """Of each worker. The first one has the experts that the others are compared with."""
+    bits, kls = [0.0] * len(workers), [0.0] * len(workers)
+    for at, rows in enumerate(zip(*(logprobs_of(worker, windows) for worker in workers), strict=True), 1):
+        following = torch.tensor([window[at] for window in windows])[:, None]
+        for n, row in enumerate(rows):
+            bits[n] -= float(row.gather(1, following).sum())
+            kls[n] += float((rows[0].exp() * (rows[0] - row)).sum())
+    count = len(windows) * (len(windows[0]) - 1)
+    return [Cost(bits=b / count / math.log(2), kl=k / count) for b, k in zip(bits, kls, strict=True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--forms", nargs="+", default=["int8", "int4"], help="values of --expert-dtype")
     parser.add_argument("file", type=Path, nargs="+")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(str(args.model))
-    texts = {}
+    names = [PLAIN, *args.forms]
+    workers = [load_worker(args.model, args.threads, dtype="bfloat16", expert_dtype=name) for name in names]
+    print("| text | experts | bits per byte | difference | KL, nats per token |\n|---|---|---|---|---|")
     for path in args.file:
         ids = tokenizer.encode(path.read_text(errors="replace")[: 8 * WINDOWS * WINDOW])
         count = min(WINDOWS, len(ids) // WINDOW)
         windows = [ids[n * WINDOW : (n + 1) * WINDOW] for n in range(count)]
-        size = sum(len(tokenizer.decode(window).encode()) for window in windows)
-        texts[path.name] = windows, count * WINDOW / size
-    workers = {
-        name: load_worker(args.model, args.threads, dtype="bfloat16", expert_dtype=name) for name in ("auto", "int8")
-    }
-    print("| text | bits per byte, bfloat16 | with int8 experts | difference |\n|---|---|---|---|")
-    for name, (windows, tokens_per_byte) in texts.items():
-        plain, rounded = (tokens_per_byte * bits_per_token(worker, windows) for worker in workers.values())
-        print(f"| {name} | {plain:.4f} | {rounded:.4f} | {100 * (rounded / plain - 1):+.2f} % |")
+        per_byte = count * WINDOW / sum(len(tokenizer.decode(window).encode()) for window in windows)
+        plain, *_ = found = costs(workers, windows)
+        for name, cost in zip(names, found, strict=True):
+            difference = 100 * (cost.bits / plain.bits - 1)
+            print(f"| {path.name} | {name} | {cost.bits * per_byte:.4f} | {difference:+.2f} % | {cost.kl:.5f} |")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import statistics
 import sys
 import time
@@ -155,6 +156,8 @@ def mask_times(model: Path, answers: Sequence[tuple[Schema, Outcome]]) -> None:
 
 
 def main() -> int:
+    # so that a server never outlives what asks it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUILTIN)
     parser.add_argument("--url", help="a server that runs already; its model must be --model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.bench.client import Client
-from tests.bench.truth import Truth
+from tests.bench.truth import Truth, divergence
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -72,6 +73,40 @@ def test_a_server_that_answers_something_else_is_not_measured() -> None:
         Truth(prompts=prompts, texts=["a", "a", "b", "a"]).check(client(url), "it")
         with pytest.raises(RuntimeError, match=r"it answers 1 of 4 prompts as the model does: 'a' instead of 'b'"):
             Truth(prompts=prompts, texts=["a", "b", "b", "b"]).check(client(url), "it")
+
+
+def likeliest(logprobs: dict[str, float], chat: bool) -> bytes:
+    if chat:
+        tops = [{"token": token, "logprob": p} for token, p in logprobs.items()]
+        told: object = {"content": [{"token": "a", "top_logprobs": tops}]}
+    else:
+        told = {"tokens": ["a"], "top_logprobs": [logprobs]}
+    return event(choices=[{"text": "a", "logprobs": told}], usage=None)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_other_first_tokens_are_taken_where_they_were_about_as_likely(chat: bool) -> None:
+    """As with weights in 4 bits. Noise is refused all the same."""
+    near, noise = {"a": math.log(0.4), "b": math.log(0.35)}, {"a": math.log(0.9), "x": math.log(0.05)}
+    truth = {"a": 0.3, "b": 0.4, "c": 0.3}
+    for said, refused in ((near, False), (noise, True)):
+        events = chunked(likeliest(said, chat), *stream(1)[1:])
+        checked = Truth(
+            prompts=[[1, 2]] * 3, texts=["b"] * 3, probabilities=[truth | {"a": 1e-4 if refused else 0.3}] * 3
+        )
+        with serving(HEAD + events, cut=100_000) as url:
+            if not refused:
+                checked.check(client(url), "it")
+                continue
+            with pytest.raises(RuntimeError, match=r"0 of 3 prompts as the model does, with a divergence of \d"):
+                checked.check(client(url), "it")
+
+
+def test_divergence() -> None:
+    truth = {"a": 0.5, "b": 0.25, "c": 0.25}
+    assert divergence({"a": math.log(0.5), "b": math.log(0.25)}, truth) == pytest.approx(0)
+    expected = 0.25 * math.log(0.5) + 0.5 * math.log(2) + 0.25 * math.log(1)
+    assert divergence({"a": math.log(0.25), "b": math.log(0.5)}, truth) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

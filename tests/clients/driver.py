@@ -38,6 +38,8 @@ class Skipped(Exception):
 
 
 def main() -> int:
+    # so that a server never outlives what asks it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="names of clients")
     parser.add_argument("--url", help="a server that runs already, such as http://localhost:8000")

@@ -41,7 +41,8 @@ def _check_members(facts: Facts) -> None:
     assert len(facts.staying) <= facts.target, "no more workers are started than asked for"
     settings = facts.settings
     most = min(settings.max_workers or facts.model.num_logical_experts, facts.model.num_logical_experts)
-    assert (settings.min_workers or 1) <= facts.target <= most, "the wanted size stays within its limits"
+    least = 1 if settings.min_workers is None else settings.min_workers
+    assert least <= facts.target <= most, "the wanted size stays within its limits"
     for member in facts.records.values():
         if not member.alive:
             assert not member.has.any(), "nothing is counted on at a dead worker"
@@ -95,5 +96,5 @@ def _check_operations(state: ControlState, facts: Facts) -> None:
             assert member is None or not (member.alive or member.has.any() or serves), "safe means out of use"
     if facts.planning is not None:
         assert facts.change is None, "no plan is made while the placement changes"
-    if facts.spec is not None and facts.outage is not None and running is None:
+    if facts.spec is not None and facts.outage is not None and running is None and not facts.rests:
         assert any(op.kind is OperationKind.RECOVER for op in open_ones), "a recovery is on record"

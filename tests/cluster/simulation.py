@@ -94,8 +94,11 @@ class Simulation:
         capacity: int | None = None,
         disk: float | None = None,
         drain_timeout_s: float = 30.0,
+        nodes: bool = False,
+        least: int | None = None,
     ) -> None:
-        """capacity: experts that each host has memory for, over all layers. disk: bytes/s of its disk tier, if any."""
+        """capacity: experts that each host has memory for, over all layers. disk: bytes/s of its disk tier, if any.
+        nodes: each worker has a node of its own, called n0 for w0; else all are on n0."""
         self.now = 0.0
         self.rng = np.random.default_rng(seed)
         self.state = ControlState(
@@ -103,12 +106,14 @@ class Simulation:
                 workers=workers,
                 redundant_experts=redundant,
                 rebalance_interval_s=interval_s,
+                min_workers=least,
                 max_workers=most,
                 drain_timeout_s=drain_timeout_s,
             ),
             MODEL,
         )
         self.capacity, self.disk = capacity, disk
+        self.nodes = nodes
         self.draining: tuple[WorkerId, ...] = ()
         self.workers: dict[WorkerId, SimulatedWorker] = {}
         self.todo: list[Command] = []
@@ -184,7 +189,8 @@ class Simulation:
             self.feed(WorkerFailed(worker=command.worker, reason="out of memory"))
         else:
             held = None if self.disk is None else tuple(self._loads(command))
-            self.feed(WorkerLoaded(info=info(command.worker, capacity=self.capacity, disk=self.disk, held=held)))
+            node = node_of(command.worker) if self.nodes else "n0"
+            self.feed(WorkerLoaded(info=info(command.worker, node, capacity=self.capacity, disk=self.disk, held=held)))
 
     def _find_lost(self, workers: list[WorkerId]) -> None:
         for worker in workers:
@@ -314,8 +320,15 @@ class Simulation:
     def settled(self) -> bool:
         facts = self.facts
         serves = facts.serves and len(facts.ranks) == facts.target
+        if facts.rests and not facts.target:
+            return not any(worker.alive for worker in self.workers.values())
         reached = facts.spec is not None and facts.goal == facts.spec.placement
         return serves and reached and facts.change is None and self.state.operations.find_open() is None
+
+
+def node_of(worker: WorkerId) -> str:
+    """The node of a worker that has one of its own."""
+    return worker.replace("w", "n")
 
 
 def info(

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementError, RequestError, UserError
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
@@ -25,6 +26,7 @@ from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest,
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.views import (
     ClusterView,
+    ConfigView,
     EngineStatus,
     LoadView,
     Operation,
@@ -40,6 +42,7 @@ from elastic_moe.cluster.messages.views import (
     WorkerView,
 )
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId, contiguous
+from elastic_moe.cluster.redeploy import Generation
 
 EOS = 0
 TEMPLATE = (
@@ -243,6 +246,10 @@ class FakeBackend:
             eos_token_ids=(EOS,),
             dtype="float32",
         )
+
+    async def config(self) -> ConfigView:
+        config = ServeConfig(workers=3, api_key="the cluster's")
+        return ConfigView(generation=Generation("g"), model_dir="/models/tiny-moe", device="cpu", config=config)
 
     async def placement(self) -> PlacementView:
         workers = [Worker(id=WorkerId(f"w{n}"), node="n0", slots=2) for n in range(2)]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from tests.e2e.conftest import MODEL, READY_S, Reference, Server, kill_family, start
 from tests.e2e.streams import PROMPT, Stream
@@ -40,6 +46,62 @@ def has_api_replica(node: Any) -> bool:
     return any("ServeReplica" in " ".join(process.cmdline()) for process in raylet.children())
 
 
+def joined(address: str, notice_s: float) -> subprocess.Popen[bytes]:
+    """A node as it is started on a machine of its own. On SIGTERM it gives notice of so many seconds."""
+    ray = Path(sys.executable).with_name("ray")
+    environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(notice_s)}
+    command = [ray, "start", "--address", address, "--num-cpus", "1", "--block", "--disable-usage-stats"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def drain(address: str, node_id: str, seconds: float) -> None:
+    """As a spot notice does, or `ray drain-node`."""
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    ends_ms = int(1000 * (time.time() + seconds))
+    accepted, why = GcsClient(address=address).drain_node(node_id, reason, "the machine is taken away", ends_ms)
+    assert accepted, why
+
+
+def recoveries(server: Server) -> int:
+    return sum(operation["kind"] == "recover" for operation in server.get("/admin/operations"))
+
+
+def leave_with_notice(server: Server, cluster: Any, expected: str) -> None:
+    """Two workers serve, each on a node. One node after the other is told to leave, and streams go on."""
+    before = recoveries(server)
+    leaving = str(members(server)[0]["node"])
+    processes = [joined(cluster.address, notice_s=30)]
+    tell: Callable[[], None] = lambda: drain(cluster.address, leaving, 30)  # noqa: E731
+    try:
+        for next_notice_s in (1, None):
+            stay = {worker["node"] for worker in members(server)} - {leaving}
+            watch(server, expected, tell, leaving)
+            assert recoveries(server) == before
+            server.wait("a worker in its place", lambda: len(members(server)) == 2, 90)
+            (leaving,) = {worker["node"] for worker in members(server)} - stay
+            tell = processes[-1].terminate
+            if next_notice_s is not None:
+                processes.append(joined(cluster.address, next_notice_s))
+        # the last one ends before its worker has left
+        watch(server, expected, tell, leaving)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def watch(server: Server, expected: str, tell: Callable[[], None], leaving: str) -> None:
+    """Tell a node to leave while streams run: they end whole, and the workers are elsewhere."""
+    streams = [Stream(server, 400) for _ in range(2)]
+    for stream in streams:
+        stream.wait_for_pieces(10)
+    tell()
+    server.wait("its worker to leave", lambda: leaving not in {worker["node"] for worker in members(server)})
+    for stream in streams:
+        stream.join(120)
+        assert stream.text == expected
+
+
 def test_a_node_dies_and_another_comes(cluster: Any, checkpoint: Path, reference: Reference, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     flags = ["--address", cluster.address, "--workers", "2", "--dtype", "float32", "--served-model-name", MODEL]
@@ -69,7 +131,23 @@ def test_a_node_dies_and_another_comes(cluster: Any, checkpoint: Path, reference
         stream = Stream(server, 100)
         stream.join(60)
         assert stream.text == reference.text(reference.greedy(PROMPT, 100))
+
         # what was joined goes on without us
+        assert server.stop() == 0
+    finally:
+        kill_family(server)
+
+
+@pytest.mark.hosts
+def test_nodes_that_are_told_to_leave(cluster: Any, checkpoint: Path, reference: Reference, tmp_path: Path) -> None:
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    flags = ["--address", cluster.address, "--workers", "2", "--dtype", "float32", "--served-model-name", MODEL]
+    flags += ["--max-model-len", "1024", "--rebalance-interval", "0", "--kv-cache-memory-bytes", "50000000"]
+    server = start([str(checkpoint), *flags], tmp_path / "log")
+    try:
+        server.wait("readiness", server.ready, READY_S)
+        leave_with_notice(server, cluster, reference.text(reference.greedy(PROMPT, 400)))
         assert server.stop() == 0
     finally:
         kill_family(server)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -114,6 +115,8 @@ def flat(value: Any) -> list[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    # so that a server never outlives what asks it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL_DIR), help="directory of the checkpoint")
     parser.add_argument("--keep", type=Path, help="directory for everything that is written")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,8 @@ def faked(directory: Path) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    # so that a server never outlives what asks it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=50, help="examples for each call")
     given = parser.parse_args(arguments)

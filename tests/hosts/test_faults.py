@@ -117,7 +117,7 @@ def test_a_lost_gcs_ends_streams_with_an_error(cluster: HostCluster, checkpoint:
             stream.join(60)
             assert stream.finish_reason is None, "it was over before"
             assert "Ray's GCS" in (stream.error or "it was cut off")
-        assert "Ray's GCS at" in server.log.read_text()
+        server.wait("the server to say so", lambda: "Ray's GCS at" in server.log.read_text())
     finally:
         cluster.lab.limit(1, None)
 

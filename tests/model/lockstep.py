@@ -80,7 +80,7 @@ class Lockstep:
         expert_memory_bytes = None
         if pinned is not None:
             self.placement = with_pinned(self.placement, pinned, hosted)
-            served = self.info.served_in(dtype, int8=expert_dtype == "int8")
+            served = self.info.served_in(dtype, self.info.form(expert_dtype, dtype, device))
             expert_memory_bytes = (pinned + cache_slots) * self.info.num_layers * served.expert_bytes
         self.pool = ThreadPoolExecutor(len(slots))
         self.workers: dict[WorkerId, Worker] = {}

@@ -25,7 +25,7 @@ from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
 def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", KERNELS[request.param])
     monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_variant", try_variants)
-    monkeypatch.setattr(elastic_moe.model.fitting.fit, "layer_experts", lambda module, int8: TieredStacks(module))
+    monkeypatch.setattr(elastic_moe.model.fitting.fit, "layer_experts", lambda module, form: TieredStacks(module))
 
 
 @pytest.mark.usefixtures("as_on_gpus")

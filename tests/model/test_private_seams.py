@@ -40,7 +40,6 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (transformers_private.WeightConverter.add_tensor, "self target_key source_key source_pattern future"),
     (transformers_private.WeightConverter.convert, "self layer_name model config"),
     (transformers_private.WeightRenaming, "source_patterns target_patterns"),
-    (transformers_private.Mxfp4Dequantize, "hf_quantizer"),
     (transformers_private.ALL_EXPERTS_FUNCTIONS.register, "key value"),
     (transformers_private.ExpertsInterface.register, "key value"),
     (modeling_mixtral.apply_rotary_pos_emb, "q k cos sin"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,18 @@ from elastic_moe.actors.control.control_loop import ControlLoop
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import CheckpointError, ConfigError, ConflictError, NotReadyError, StepAborted
+from elastic_moe.cluster.errors import (
+    CheckpointError,
+    ConfigError,
+    ConflictError,
+    NotReadyError,
+    PlacementError,
+    StepAborted,
+)
 from elastic_moe.cluster.facts.facts import Stage
 from elastic_moe.cluster.messages.views import Operation, Phase, RebalancePreview, Revision
 from elastic_moe.cluster.placement import WorkerId
-from tests.actors.fakes import FIT, MODEL, PlainFleet
+from tests.actors.fakes import FIT, MODEL, Handle, PlainFleet
 
 W0, W1, W2 = WorkerId("w0"), WorkerId("w1"), WorkerId("w2")
 
@@ -646,5 +654,156 @@ def test_a_restarted_coordinator_adopts_a_worker_that_still_loads(tmp_path: Path
             assert made == [W2]
             assert [w.id for w in (await second.placement()).placement.workers] == [W0, W1, W2]
             await second.shutdown()
+
+    asyncio.run(story())
+
+
+# --- Redeploys ----------------------------------------------------------------------------------------------------
+
+
+def test_a_redeploy_of_the_same_model_is_taken_over_and_outlives_the_coordinator(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            wanted = replace(fleet.config, workers=3, heartbeat_timeout=0.7, planner="greedy")
+            await coordinator.reconfigure(wanted)
+            assert (await coordinator.config()).config == fleet.config == wanted
+            assert control_loop(coordinator).poller.timeout_s == 0.7
+
+            async def scaled() -> bool:
+                return (await coordinator.scaling()).serving == 3
+
+            await until(scaled)
+            with pytest.raises(PlacementError, match="expected 1 to 8"):
+                await coordinator.reconfigure(replace(wanted, workers=9))
+            assert (await coordinator.config()).config == wanted
+
+            fleet.resumes = True
+            successor = Coordinator(ServeConfig(), str(tmp_path), fleet)
+            await ready(successor)
+            assert (await successor.config()).config == wanted
+            await successor.shutdown()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("when", ["opens", "loads"])
+def test_an_error_does_not_outlive_a_redeploy(tmp_path: Path, when: str) -> None:
+    (tmp_path / "damaged").touch()
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            fleet.error = CheckpointError("config.json is missing") if when == "opens" else None
+
+            async def failed() -> bool:
+                return (await coordinator.readiness()).error is not None
+
+            await until(failed)
+            (tmp_path / "damaged").unlink()
+            fleet.error = None
+            await coordinator.reconfigure(fleet.config)
+            await ready(coordinator)
+            assert len([handle for handle in fleet.workers.values() if not handle.dead]) == 2
+
+    asyncio.run(story())
+
+
+def test_a_cluster_that_is_replaced_finishes_its_requests_and_ends(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            await coordinator.check_in("a", 1, refuses=False)
+            fleet.is_wanted = False
+            await coordinator.give_way()
+            assert await coordinator.check_in("a", 1, refuses=True), "new requests are to be refused"
+            await asyncio.sleep(0.1)
+            assert (await coordinator.readiness()).ready
+            assert not fleet.has_left
+            await coordinator.check_in("a", 0, refuses=True)
+
+            async def left() -> bool:
+                return fleet.has_left
+
+            await until(left)
+            assert all(worker.dead for worker in fleet.workers.values())
+
+    asyncio.run(story())
+
+
+def test_a_cluster_that_is_wanted_again_accepts_requests_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            await coordinator.check_in("a", 1, refuses=False)
+            fleet.is_wanted = False
+            await coordinator.give_way()
+            fleet.is_wanted = True
+            await coordinator.reconfigure(fleet.config)
+            assert not await coordinator.check_in("b", 0, refuses=False)
+            assert not fleet.has_left
+
+    asyncio.run(story())
+
+
+# --- Nodes --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_waited_for_is_told_and_the_cluster_before_asked_to_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(liveness, "STARTING_S", 0.05)
+
+    async def story() -> None:
+        async with running(tmp_path, handover_timeout=0.3) as (coordinator, fleet):
+            fleet.waits_for = "a GPU: the cluster has none"
+            there = asyncio.Event()
+            make = fleet.start_worker
+
+            async def wait(called: str) -> None:
+                await there.wait()
+
+            def start_worker(worker: WorkerId) -> Any:
+                actor = make(worker)
+                actor.handle.before = wait
+                return actor
+
+            monkeypatch.setattr(fleet, "start_worker", start_worker)
+            asked = asyncio.Event()
+
+            class Before:
+                async def give_way(self) -> None:
+                    asked.set()
+
+            fleet.rivals = [Remote(Handle(Before()))]
+
+            async def told() -> bool:
+                return "; w0, w1 wait for a GPU: the cluster has none" in (await coordinator.readiness()).reason
+
+            await until(told)
+            assert {worker.waits_for for worker in await coordinator.workers()} == {fleet.waits_for}
+            assert not asked.is_set()
+            async with asyncio.timeout(5):
+                await asked.wait()
+            there.set()
+            await ready(coordinator)
+            assert {worker.waits_for for worker in await coordinator.workers()} == {None}
+
+    asyncio.run(story())
+    warned = [line for line in caplog.messages if "wait for" in line]
+    assert warned == ["w0, w1 wait for a GPU: the cluster has none; Ray's autoscaler, if there is one, has been asked"]
+
+
+def test_workers_on_a_node_that_leaves_are_replaced(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            fleet.draining = {"n0": 60.0}
+
+            async def drained() -> bool:
+                fleet.draining = {} if W2 in fleet.workers else fleet.draining
+                return bool({w.id for w in await coordinator.workers() if w.state == "serving"} - {W0, W1})
+
+            await until(drained)
+            assert fleet.workers[W0].dead
 
     asyncio.run(story())

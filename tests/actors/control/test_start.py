@@ -14,9 +14,8 @@ import psutil
 import pytest
 import ray
 
-from elastic_moe.actors import names
 from elastic_moe.actors.control.start import start_cluster, stop_cluster
-from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.actors.remote import generations
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.messages.views import Operation, Phase, Readiness, WorkerView
 from tests.actors.fakes import FakeRayFleet
@@ -45,11 +44,13 @@ def coordinator(local_ray: None, tmp_path: Path) -> Iterator[Any]:
     stop_cluster(10)
     stop_cluster(10)  # harmless
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-    assert not [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == "emoe"]
+    left = ray.util.list_named_actors(all_namespaces=True)
+    assert not [actor for actor in left if actor["namespace"].startswith("emoe")]
 
 
 def ask_all_workers() -> list[WorkerView]:
-    return ask(Remote(ray.get_actor(names.COORDINATOR, namespace=names.NAMESPACE)), "workers")
+    (coordinator,) = generations.coordinators().values()
+    return ask(coordinator, "workers")
 
 
 def ask(coordinator: Any, method: str, *arguments: Any) -> Any:
@@ -80,7 +81,8 @@ def serving(coordinator: Any) -> list[WorkerView]:
 @pytest.mark.parametrize("slow", ["export_expert", "prepare"])
 def test_kill_9_while_a_placement_changes(coordinator: Any, tmp_path: Path, slow: str) -> None:
     config = ServeConfig()
-    assert start_cluster(config, "elsewhere") is not None, "there is one already, and it is found"
+    found = start_cluster(config, "elsewhere", FakeRayFleet(config))
+    assert pid_of(found) == pid_of(coordinator), "there is one already, and it is found"
     wait_ready(coordinator)
     wait_until(lambda: ask(coordinator, "routing").tokens)
     (tmp_path / f"slow-{slow}").touch()

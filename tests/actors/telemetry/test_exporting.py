@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from elastic_moe.actors.telemetry.exporting import GRPC, HTTP, Exporter, check_installed, transport
 from elastic_moe.actors.telemetry.spans import Span
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
+from tests.actors.telemetry.collector import Collector, collecting
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-class Collector(HTTPServer):
-    def __init__(self) -> None:
-        self.got: list[ExportTraceServiceRequest] = []
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1/traces"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
-        assert isinstance(self.server, Collector)
-        self.server.got.append(ExportTraceServiceRequest.FromString(body))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with collecting() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_a_collector_gets_the_spans(collector: Collector) -> None:
@@ -65,7 +35,7 @@ def test_a_collector_gets_the_spans(collector: Collector) -> None:
     sent = [resource for got in collector.got for resource in got.resource_spans]
     fields = {field.key: field.value.string_value for field in sent[0].resource.attributes}
     assert (fields["service.name"], fields["gen_ai.response.model"]) == ("elastic-moe", "tiny")
-    spans = {span.name: span for resource in sent for scope in resource.scope_spans for span in scope.spans}
+    spans = collector.spans
     request, queue, alone = spans["llm_request"], spans["queue"], spans["alone"]
     assert request.trace_id.hex() == PARENT.split("-")[1]
     assert request.parent_span_id.hex() == PARENT.split("-")[2]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from elastic_moe.cluster.control.autoscaling import (
     DOWN_COOLDOWN,
+    REST,
     UP_COOLDOWN,
     Policy,
     Sample,
@@ -72,6 +73,26 @@ def test_limits_hold_at_once() -> None:
     tight = Policy(min_workers=3, max_workers=4, seats_per_worker=10)
     assert after([], 2, since=0, policy=tight) == Verdict(target=3, reason="at least 3 workers must serve")
     assert after([], 6, since=0, policy=tight) == Verdict(target=4, reason="at most 4 workers may serve")
+
+
+@pytest.mark.parametrize(
+    ("workers", "idle_s", "since", "running", "may_rest", "target"),
+    [
+        (1, REST * 15, 500.0, 0, True, 0),
+        (1, REST * 15 - 1, 500.0, 0, True, 1),
+        (1, REST * 15, REST * 15 - 1, 0, True, 1),
+        (1, REST * 15, 500.0, 1, True, 1),
+        (1, REST * 15, 500.0, 0, False, 1),
+        (2, REST * 15, 500.0, 0, True, 1),
+    ],
+)
+def test_no_worker_is_kept_where_there_was_no_request_for_long(
+    workers: int, idle_s: float, since: float, running: int, may_rest: bool, target: int
+) -> None:
+    policy = Policy(min_workers=1, max_workers=8, seats_per_worker=10, may_rest=may_rest)
+    verdict = recommend(policy, steady(0, running, 0.0), workers=workers, now=1000.0, changed_at=1000.0 - since,
+                        idle_since=1000.0 - idle_s)  # fmt: skip
+    assert verdict.target == target
 
 
 samples_strategy = st.lists(

@@ -2,13 +2,16 @@
 
 import pytest
 
-from elastic_moe.cluster.control.draining import Draining, drained, leaving
+from elastic_moe.cluster.control.draining import FLIP_S, Draining, drained, leaving
 from elastic_moe.cluster.facts.events import (
     Commit,
     Drain,
     LoadSeen,
+    NodesDrain,
+    PlaceRequested,
     Prepare,
     ScaleRequested,
+    StartWorker,
     StopWorker,
     Tick,
     Transfer,
@@ -16,8 +19,8 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.facts import Cause, Change, Facts, Outage, Stage
 from elastic_moe.cluster.facts.transfers import Transfers
-from elastic_moe.cluster.messages.views import OperationKind, WorkerState
-from tests.cluster.simulation import info
+from elastic_moe.cluster.messages.views import OperationKind, Phase, WorkerState
+from tests.cluster.simulation import info, shuffled
 from tests.cluster.stories import IDLE, W0, W1, W2, facts_of, member, newest, placement_of, sent, serving, spec_of
 
 
@@ -81,6 +84,79 @@ def test_a_worker_that_is_needed_after_all_gets_requests_again() -> None:
     sim.settle()
     assert sim.facts.ranks == (W0, W2)
     assert sim.draining == ()
+
+
+# --- Nodes that leave ---------------------------------------------------------------------------------------------
+
+
+def test_workers_on_a_node_that_leaves_are_replaced_before_it_ends() -> None:
+    sim = serving(2, nodes=True)
+    sim.feed(NodesDrain(nodes={"n1": 60.0, "elsewhere": None}))
+    assert newest(sim).reason == "the node of w1 leaves, in 60 s"
+    assert sim.draining == (W1,)
+    assert [command.worker for command in sent(sim, StartWorker)] == [W2], "a worker in its place"
+    assert [transfer.urgent for transfer in sent(sim, Transfer)] == [True], "no limit of bandwidth"
+    sim.feed(NodesDrain(nodes={"n1": 59.0}))
+    assert len(sent(sim, Drain)) == 1, "the notice is repeated"
+    sim.settle()
+    assert sim.facts.ranks == (W0, W2)
+    assert sent(sim, StopWorker) == [StopWorker(worker=W1, info=info(W1, "n1"))]
+    moved = [op for op in sim.state.operations.all() if op.retiring]
+    assert [(op.phase, sim.state.progress(op)) for op in moved] == [(Phase.COMPLETED, (1.0, True))]
+
+
+def test_requests_move_a_little_before_the_node_ends() -> None:
+    sim = serving(3, drain_timeout_s=300.0, nodes=True)
+    busy = LoadSeen(waiting=0, running=1, kv_usage=0.1, busy=(W0,))
+    sim.feed(NodesDrain(nodes={"n0": 20.0}))
+    sim.finish(next(i for i, command in enumerate(sim.todo) if isinstance(command, Transfer)))
+    sim.now += 20.0 - FLIP_S - 0.1
+    sim.feed(busy)
+    assert not sent(sim, Prepare)
+    sim.now += 0.1
+    sim.feed(busy)
+    assert len(sent(sim, Prepare)) == 1
+
+
+def test_where_every_node_leaves_they_serve_until_others_are_there() -> None:
+    sim = serving(2, nodes=True)
+    sim.feed(NodesDrain(nodes={"n0": 30.0, "n1": 30.0}))
+    assert sim.state.readiness().ready
+    assert len(sent(sim, StartWorker)) == 2
+    sim.settle()
+    assert not {W0, W1} & set(sim.facts.ranks)
+
+
+def test_a_worker_that_has_no_part_yet_ends_at_once_and_another_is_started_elsewhere() -> None:
+    sim = serving(1, nodes=True)
+    sim.feed(ScaleRequested(workers=3))
+    # both load; the first to be done waits for the other
+    sim.finish(0)
+    sim.feed(NodesDrain(nodes={"n1": None}))
+    assert sent(sim, StopWorker) == [StopWorker(worker=W1, info=info(W1, "n1"))]
+    sim.settle()
+    assert (W1 in sim.facts.ranks, len(sim.facts.ranks)) == (False, 3)
+
+
+def test_a_re_placement_gives_way_to_a_node_that_leaves() -> None:
+    sim = serving(3, nodes=True)
+    sim.feed(PlaceRequested(placement=shuffled(sim.facts.spec.placement, sim.rng)))  # type: ignore[union-attr]
+    sim.feed(NodesDrain(nodes={"n2": 30.0}))
+    failed = [op.error for op in sim.state.operations.all() if op.phase is Phase.FAILED]
+    assert failed == ["the node of w2 leaves, in 30 s"]
+    sim.settle()
+    assert W2 not in sim.facts.ranks
+
+
+def test_a_coordinator_that_was_restarted_hears_the_end_again() -> None:
+    sim = serving(3, drain_timeout_s=300.0, nodes=True)
+    sim.feed(NodesDrain(nodes={"n0": 100.0}))
+    sim.restart_coordinator(flipped=0.0)
+    assert sim.facts.records[W0].leave_by is None
+    sim.feed(NodesDrain(nodes={"n0": 50.0}))
+    assert sim.facts.records[W0].leave_by == sim.now + 50.0
+    sim.settle()
+    assert W0 not in sim.facts.ranks
 
 
 # --- The decision alone -------------------------------------------------------------------------------------------

@@ -9,14 +9,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementError
 from elastic_moe.cluster.facts.events import (
     LoadSeen,
+    NodesDrain,
     PlaceRequested,
     RebalanceRequested,
+    Reconfigured,
     ScaleRequested,
     StepFailed,
     Tick,
     Unpin,
 )
-from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, shuffled
+from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, node_of, shuffled
 from tests.properties import most
 
 
@@ -29,7 +31,7 @@ class Faults(RuleBasedStateMachine):
         interval_s=st.sampled_from([0.0, 3.0]),
         seed=st.integers(0, 99),
         settled=st.booleans(),
-        most=st.sampled_from([None, 5]),
+        limits=st.sampled_from([(None, None), (None, 5), (0, 5)]),
         capacity=st.sampled_from([None, LAYERS * EXPERTS, LAYERS * EXPERTS // 2, LAYERS * 2, LAYERS]),
         disk=st.sampled_from([None, 400.0, 4000.0, 1e6]),
     )
@@ -40,7 +42,7 @@ class Faults(RuleBasedStateMachine):
         interval_s: float,
         seed: int,
         settled: bool,
-        most: int | None,
+        limits: tuple[int | None, int | None],
         capacity: int | None,
         disk: float | None,
     ) -> None:
@@ -51,9 +53,11 @@ class Faults(RuleBasedStateMachine):
             redundant=redundant,
             interval_s=interval_s,
             seed=seed,
-            most=most,
+            least=limits[0],
+            most=limits[1],
             capacity=capacity,
             disk=disk,
+            nodes=True,
         )
         self.sim.feed(Tick())
         if settled:
@@ -106,6 +110,26 @@ class Faults(RuleBasedStateMachine):
     def somebody_wants_another_size(self, workers: int, name: str | None, replace: bool) -> None:
         with contextlib.suppress(ConflictError, NotReadyError, PlacementError):
             self.sim.feed(ScaleRequested(workers=workers, operation_id=name, replace=replace))
+
+    @rule(workers=st.integers(0, 6), most=st.sampled_from([None, 4]), interval_s=st.sampled_from([0.0, 3.0]))
+    def somebody_redeploys(self, workers: int, most: int | None, interval_s: float) -> None:
+        with contextlib.suppress(PlacementError):
+            self.sim.feed(
+                Reconfigured(
+                    workers=workers,
+                    min_workers=None,
+                    max_workers=most,
+                    autoscale_window_s=15.0,
+                    rebalance_interval_s=interval_s,
+                    drain_timeout_s=30.0,
+                )
+            )
+
+    @precondition(lambda self: self.sim.facts.records)
+    @rule(pick=st.integers(0, 20), left_s=st.sampled_from([None, 2.0, 60.0]))
+    def a_node_is_about_to_leave(self, pick: int, left_s: float | None) -> None:
+        records = list(self.sim.facts.records)
+        self.sim.feed(NodesDrain(nodes={node_of(records[pick % len(records)]): left_s}))
 
     @rule(pinned=st.sampled_from([None, True, False]), same=st.booleans())
     def somebody_brings_a_placement(self, pinned: bool | None, same: bool) -> None:

@@ -599,11 +599,23 @@ def test_admin_views(call: Call) -> None:
     assert (routing["prefill"]["tokens"], routing["decode"]["tokens"], routing["decode"]["weight"]) == (5, 5, 3.0)
     worker = call("GET", "/admin/workers").json()[0]
     fields = {"id", "rank", "state", "pid", "node", "device", "running_requests", "kv_usage", "fit"}
-    assert set(worker) == fields | {"experts_served", "experts_resident", "address", "link_gbps"}
+    more = {"experts_served", "experts_resident", "address", "link_gbps", "waits_for"}
+    assert set(worker) == fields | more
     assert worker["fit"] == [
         {"part": "experts", "modules": "MoE layers", "count": 2, "path": "native", "reason": None},
         {"part": "norms", "modules": "LayerNorm", "count": 3, "path": "transformers", "reason": "it has a bias"},
     ]
+
+
+def test_what_is_in_force(call: Call) -> None:
+    told = call("GET", "/admin/config").json()
+    settings = told.pop("settings")
+    assert told == {
+        "generation": "g", "model_name": "tiny-moe", "model_dir": "/models/tiny-moe", "device": "cpu"
+    }  # fmt: skip
+    assert settings.keys() == {field.name for field in dataclasses.fields(ServeConfig)}
+    assert (settings["workers"], settings["dtype"]) == (3, "auto")
+    assert "the cluster's" not in str(settings)
 
 
 def test_rebalancing(call: Call) -> None:

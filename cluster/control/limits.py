@@ -1,0 +1,35 @@
+"""What a configuration may ask of a model, checked before anything starts."""
+
+from __future__ import annotations
+
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.messages.epochs import ModelInfo
+
+
+def check_limits(config: ServeConfig, info: ModelInfo) -> None:
+    """Raises ConfigError, naming the setting, for what this model does not allow."""
+    if config.workers > info.num_logical_experts:
+        raise ConfigError(
+            f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "
+            "every worker holds at least one"
+        )
+    _check_expert_memory(config, info)
+    if config.max_model_len is not None and config.max_model_len > info.max_model_len:
+        raise ConfigError(
+            f"max_model_len: {config.max_model_len} is more than the {info.max_model_len} that the model allows"
+        )
+
+
+def _check_expert_memory(config: ServeConfig, info: ModelInfo) -> None:
+    """Raises ConfigError if a worker may not hold one expert of each layer."""
+    dtype = info.dtype if config.dtype == "auto" else config.dtype
+    # whether there are GPUs is not known yet
+    device = "cpu" if config.device == "auto" else config.device
+    served = info.served_in(dtype, info.form(config.expert_dtype, dtype, device))
+    least = served.num_layers * served.expert_bytes
+    if config.expert_memory_bytes is not None and config.expert_memory_bytes < least:
+        raise ConfigError(
+            f"expert_memory_bytes: expected at least {least}, room for one expert of each of the {served.num_layers}"
+            f" layers, got {config.expert_memory_bytes}"
+        )

@@ -1,0 +1,64 @@
+"""The forms in which a worker keeps experts, and which form a configuration asks for."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from elastic_moe.cluster.errors import ConfigError
+
+
+class ExpertForm(StrEnum):
+    """How the matrices of an expert are kept. All forms but PLAIN are computed by the native library on CPUs."""
+
+    PLAIN = "plain"
+    """In the served dtype."""
+    INT8 = "int8"
+    """8 bits, with a float32 scale for every 128 weights."""
+    INT4 = "int4"
+    """4 bits, with a bfloat16 scale and a zero point for every 32 weights."""
+    INT4_HALF = "int4-float16"
+    """As INT4, with scales in float16."""
+    FP8 = "fp8"
+    """8 bits in E4M3, with a float32 scale for every 128 weights."""
+    MXFP4 = "mxfp4"
+    """E2M1 codes, with a power of 2 for every 32 weights."""
+
+
+_WEIGHT_BYTES = {
+    ExpertForm.INT8: 1 + 4 / 128,
+    ExpertForm.FP8: 1 + 4 / 128,
+    ExpertForm.INT4: 0.5 + 2.5 / 32,
+    ExpertForm.INT4_HALF: 0.5 + 2.5 / 32,
+    ExpertForm.MXFP4: 0.5 + 2 / 32,
+}
+
+
+def weight_bytes(form: ExpertForm, plain_bytes: float) -> float:
+    """Bytes of a weight with its share of scales and zero points. `plain_bytes`: of a weight in the served dtype."""
+    return _WEIGHT_BYTES.get(form, plain_bytes)
+
+
+def expert_form(
+    asked: str, *, kept: ExpertForm, packed_as: str | None, dtype: str, device: str, native: bool = True
+) -> ExpertForm:
+    """The form for a setting `asked` of --expert-dtype.
+
+    `kept` is the form in which the checkpoint's experts come, or PLAIN if they come in no form that is computed;
+    `packed_as` names the format of its packed experts, or is None. `native`: whether the native library is there.
+    Raises ConfigError where experts would be rounded a second time.
+    """
+    computed = dtype == "bfloat16" and device == "cpu"
+    if asked == "auto":
+        return kept if computed and native else ExpertForm.PLAIN
+    if asked == "bfloat16":
+        if dtype != "bfloat16":
+            raise ConfigError(f"expert_dtype: bfloat16 needs dtype bfloat16, and {dtype} is served")
+        return ExpertForm.PLAIN
+    if packed_as is None:
+        return ExpertForm(asked)
+    if kept.value.startswith(asked):
+        return kept
+    raise ConfigError(
+        f"expert_dtype: the checkpoint has its experts in {packed_as}, and {asked} would round them a second time; "
+        "expected auto or bfloat16"
+    )

@@ -1,0 +1,75 @@
+"""An API replica of a redeploy takes over: from the replicas before it, whose cluster may be its own or another one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import NotReadyError
+from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.cluster.redeploy import Generation
+
+READY_POLL_S = 0.5
+"""Seconds between two questions whether a cluster can serve."""
+
+
+class Clusters(Protocol):
+    """The clusters on this Ray; the module actors/remote/generations.py is one. Functions block."""
+
+    def coordinators(self) -> Mapping[Generation, Remote[Any]]: ...
+
+    def withdraw(self, generation: Generation) -> None: ...
+
+
+async def take_over(
+    config: ServeConfig,
+    generation: Generation,
+    coordinator: Remote[Coordinator],
+    readiness: Callable[[], Awaitable[Readiness]],
+    clusters: Clusters,
+) -> None:
+    """Have the cluster take over these settings; while another cluster serves, wait until this one can.
+
+    generation, coordinator: of this replica's cluster. readiness: as the replica tells it. Raises NotReadyError where
+    the cluster cannot take the settings over, or can never serve: in the latter case, the one before it is the wanted
+    one again.
+    """
+    try:
+        # the coordinator may have to start first
+        await within(ask(coordinator, Coordinator.reconfigure, config), config.recovery_timeout)
+        while await _another_serves(generation, clusters):
+            state = await readiness()
+            if state.ready:
+                return
+            if state.error is not None:
+                raise NotReadyError(state.error)
+            await asyncio.sleep(READY_POLL_S)
+    except CALL_ERRORS as error:
+        if not await _serves(coordinator):
+            await asyncio.to_thread(clusters.withdraw, generation)
+        raise NotReadyError(f"this deployment cannot take over: {one_line(error)}") from None
+
+
+async def _another_serves(generation: Generation, clusters: Clusters) -> bool:
+    for name, coordinator in (await asyncio.to_thread(clusters.coordinators)).items():
+        if name != generation and await _serves(coordinator):
+            return True
+    return False
+
+
+async def _serves(coordinator: Remote[Coordinator]) -> bool:
+    with contextlib.suppress(*CALL_ERRORS):
+        return (await ready(coordinator)).ready
+    return False
+
+
+async def ready(coordinator: Remote[Coordinator]) -> Readiness:
+    """Raises CALL_ERRORS."""
+    return await within(ask(coordinator, Coordinator.readiness), CALL_TIMEOUT_S)

@@ -1,0 +1,85 @@
+"""On a Ray whose autoscaler adds and removes real raylets: workers that wait for GPU nodes, and nodes that leave."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray._raylet import GcsClient
+from ray.core.generated import autoscaler_pb2
+
+from elastic_moe.actors.control.start import start_cluster, stop_cluster
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.redeploy import Generation
+from tests.actors.control.test_start import ask, serving, wait_ready, wait_until
+from tests.actors.fakes import FakeRayFleet
+from tests.growing_ray import growing_ray
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.hosts,
+    pytest.mark.timeout(300),
+    # Ray leaves sockets and subprocesses to the interpreter's end
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A head that has cores and no GPU, and room for two nodes with a GPU each, of which none is there yet."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    gpu = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": 80 << 20}, "max_workers": 2}
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-", ignore_cleanup_errors=True) as directory,
+        growing_ray(Path(directory), {"CPU": 2}, {"gpu": gpu}, idle_s=3) as address,
+    ):
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        yield
+        ray.shutdown()
+
+
+def gpu_nodes() -> list[str]:
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+
+
+def drain(node: str, seconds: float) -> None:
+    """As a spot notice does, or `ray drain-node`."""
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, why = client.drain_node(node, reason, "the machine is taken away", int(1000 * (time.time() + seconds)))
+    assert accepted, why
+
+
+def test_gpu_nodes_come_and_go(joined: None, tmp_path: Path) -> None:
+    config = ServeConfig(workers=1, device="cuda", rebalance_interval=0, drain_timeout=1)
+    coordinator = start_cluster(config, str(tmp_path), FakeRayFleet(config, Generation("grows"), alone=False))
+    assert not gpu_nodes()
+    reasons: set[str] = set()
+
+    def waits() -> bool:
+        reasons.add(ask(coordinator, "readiness").reason)
+        return any("w0 waits for a GPU: the cluster has none" in reason for reason in reasons)
+
+    wait_until(waits)
+    wait_ready(coordinator)
+    (first,) = gpu_nodes()
+    assert [(worker.id, worker.node) for worker in serving(coordinator)] == [("w0", first)]
+
+    # the node is told to leave, and serves until Ray has brought another one
+    drain(first, 60)
+    wait_until(lambda: [worker.id for worker in serving(coordinator)] == ["w1"], 90)
+    assert not any(operation.kind == "recover" for operation in ask(coordinator, "operations"))
+    (worker,) = serving(coordinator)
+    assert worker.node != first
+    # a node that drains ends once it is idle
+    wait_until(lambda: gpu_nodes() == [worker.node])
+
+    # nobody needs a node any more
+    stop_cluster(10)
+    wait_until(lambda: not gpu_nodes(), 60)

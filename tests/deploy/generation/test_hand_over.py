@@ -1,0 +1,108 @@
+"""An API replica takes over from the ones before it, over coordinators that only pretend."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import NotReadyError, PlacementError
+from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.cluster.redeploy import Generation
+from elastic_moe.deploy.generation import hand_over
+from tests.actors.fakes import Handle
+
+OLD, NEW = Generation("old"), Generation("new")
+READY = Readiness(ready=True, reason="serving")
+LOADS = Readiness(ready=False, reason="starting")
+FAILED = Readiness(ready=False, reason="damaged", error="shard 3 is damaged")
+
+
+class FakeCoordinator:
+    def __init__(self, state: Readiness, refuses: bool = False) -> None:
+        self.state, self.refuses = state, refuses
+        self.configured: list[ServeConfig] = []
+
+    async def readiness(self) -> Readiness:
+        return self.state
+
+    async def reconfigure(self, config: ServeConfig) -> None:
+        if self.refuses:
+            raise PlacementError("workers: expected 1 to 8, got 9")
+        self.configured.append(config)
+
+
+class FakeClusters:
+    def __init__(self, **coordinators: FakeCoordinator) -> None:
+        self.handles = {Generation(name): Handle(actor) for name, actor in coordinators.items()}
+        self.withdrawn: list[Generation] = []
+
+    def coordinators(self) -> dict[Generation, Remote[Any]]:
+        return {name: Remote(handle) for name, handle in self.handles.items()}
+
+    def withdraw(self, generation: Generation) -> None:
+        self.withdrawn.append(generation)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hand_over, "READY_POLL_S", 0.01)
+
+
+def begin(new: FakeCoordinator, clusters: FakeClusters, config: ServeConfig) -> asyncio.Task[None]:
+    taking = hand_over.take_over(config, NEW, Remote(clusters.handles[NEW]), new.readiness, clusters)
+    return asyncio.get_running_loop().create_task(taking)
+
+
+@pytest.mark.parametrize("end", ["ready", "old one ends", "old one fails"])
+def test_it_waits_while_the_old_cluster_serves_and_no_longer(end: str) -> None:
+    async def story() -> None:
+        old, new = FakeCoordinator(READY), FakeCoordinator(LOADS)
+        clusters, config = FakeClusters(old=old, new=new), ServeConfig(workers=3)
+        taking = begin(new, clusters, config)
+        await asyncio.sleep(0.1)
+        assert new.configured == [config]
+        assert not taking.done(), "the old replicas go on meanwhile"
+        if end == "ready":
+            new.state = READY
+        elif end == "old one ends":
+            clusters.handles[OLD].dead = True
+        else:
+            old.state = FAILED
+        async with asyncio.timeout(5):
+            await taking
+        assert clusters.withdrawn == []
+
+    asyncio.run(story())
+
+
+def test_without_another_cluster_it_answers_at_once_and_ready_says_why_it_cannot_serve() -> None:
+    async def story() -> None:
+        new = FakeCoordinator(FAILED)
+        async with asyncio.timeout(5):
+            await begin(new, FakeClusters(new=new), ServeConfig())
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("new", "message", "withdrawn"),
+    [
+        (FakeCoordinator(FAILED), "cannot take over: shard 3 is damaged", [NEW]),
+        # it serves, with the settings that it has
+        (FakeCoordinator(READY, refuses=True), "cannot take over: workers: expected 1 to 8, got 9", []),
+    ],
+)
+def test_one_that_cannot_serve_leaves_the_old_cluster_wanted(
+    new: FakeCoordinator, message: str, withdrawn: list[Generation]
+) -> None:
+    async def story() -> None:
+        clusters = FakeClusters(old=FakeCoordinator(READY), new=new)
+        with pytest.raises(NotReadyError, match=message):
+            await begin(new, clusters, ServeConfig())
+        assert clusters.withdrawn == withdrawn
+
+    asyncio.run(story())

@@ -1,0 +1,139 @@
+"""Redeploys on a joined cluster, as `serve deploy` makes them: settings are taken over, models handed over to.
+
+Serve's own HTTP proxy is used, since this process starts Serve.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from elastic_moe.actors.remote import generations
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.deploy.launch.local_ray import free_port
+from elastic_moe.deploy.launch.ray_environment import patience
+from tests.e2e.conftest import PLAIN, READY_S, Reference, load_reference
+from tests.e2e.streams import PROMPT
+from tests.model.families import tiny_checkpoint
+
+with warnings.catch_warnings():
+    # Serve's import warns of its own use of pydantic
+    warnings.simplefilter("ignore")
+    from ray import serve
+
+    from elastic_moe.deploy.launch.serve_app import build_app
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.hosts,
+    pytest.mark.timeout(600),
+    # Ray leaves sockets and subprocesses to the interpreter's end
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
+]
+
+TOKENS = 24
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serve's address, on a cluster with a head without cores and room for two models."""
+    for name, value in {**patience(), "RAY_AUTH_MODE": "disabled"}.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=3)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def deploy(checkpoint: Path, name: str, **settings: Any) -> None:
+    """Returns once Serve has the answer: the application runs, or it could not be deployed."""
+    args = {"model": str(checkpoint), "served_model_name": name, "dtype": "float32", "max_model_len": 256}
+    args |= {"kv_cache_memory_bytes": 20_000_000, "rebalance_interval": 0, "workers": 1, **settings}
+    serve.run(build_app(args), name="emoe", route_prefix="/")
+
+
+def get(url: str, path: str) -> Any:
+    return httpx.get(url + path, timeout=30, verify=PLAIN).json()
+
+
+class Asking(threading.Thread):
+    """Asks both models again and again, and keeps every answer: (model, status, text)."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self._url = url
+        self.answers: list[tuple[str, int, str]] = []
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.wait(0.05):
+            for name in ("first", "second"):
+                body = {"model": name, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+                answer = httpx.post(f"{self._url}/v1/completions", json=body, timeout=60, verify=PLAIN)
+                text = answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.text
+                self.answers.append((name, answer.status_code, text))
+
+    def stop(self) -> list[tuple[str, int, str]]:
+        self.over.set()
+        self.join(60)
+        return self.answers
+
+
+def test_redeploys(url: str, reference: Reference, tmp_path: Path) -> None:
+    first, second = reference, load_reference(tiny_checkpoint("mixtral", tmp_path))
+    texts = {name: r.text(r.greedy(PROMPT, TOKENS)) for name, r in (("first", first), ("second", second))}
+    deploy(first.checkpoint, "first")
+    # the application runs: so it can serve
+    assert httpx.get(f"{url}/ready", timeout=30, verify=PLAIN).status_code == 200
+    before = get(url, "/admin/config")
+    asking = Asking(url)
+
+    deploy(first.checkpoint, "first", workers=2, drain_timeout=1.0)
+    told = get(url, "/admin/config")
+    assert told["generation"] == before["generation"]
+    assert (told["settings"]["workers"], told["settings"]["drain_timeout"]) == (2, 1.0)
+    deadline = time.monotonic() + READY_S
+    while len(get(url, "/admin/placement")["workers"]) != 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+    # more workers than experts: nothing is deployed
+    with pytest.raises(ConfigError, match="workers: 99 is more than"):
+        deploy(first.checkpoint, "first", workers=99)
+    assert get(url, "/admin/config")["settings"]["workers"] == 2
+
+    deploy(second.checkpoint, "second")
+    assert get(url, "/v1/models")["data"][0]["id"] == "second"
+    told = get(url, "/admin/config")
+    assert (told["model_dir"], told["settings"]["workers"]) == (str(second.checkpoint), 1)
+    time.sleep(1)
+    answers = asking.stop()
+    # each name gets its own model's answer, or hears that there is no such model; nothing else ever
+    assert {(name, status) for name, status, _ in answers} == {
+        ("first", 200), ("first", 404), ("second", 200), ("second", 404)
+    }  # fmt: skip
+    assert {(name, text) for name, status, text in answers if status == 200} == set(texts.items())
+
+    deadline = time.monotonic() + 60
+    while len(generations.coordinators()) > 1:
+        assert time.monotonic() < deadline, "the old cluster goes on"
+        time.sleep(0.5)
+    serve.delete("emoe")
+    assert not generations.coordinators()
