@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos hosts bench bench-gating bench-tiers bench-gpu clean
+.PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos hosts bench bench-gating bench-tiers bench-scale bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ bench-gating: $(VENV)/.installed-dev ## compare dynamic gating with its rivals' 
 
 bench-tiers: $(VENV)/.installed-dev ## half of a model's experts on disk, and llama.cpp under the same memory limit
 	@$(BIN)/python -m tests.bench.tiers $(ARGS)
+
+bench-scale: $(VENV)/.installed-dev ## the engine and the coordinator with up to 256 simulated workers and 65,536 sequences
+	@$(BIN)/python -m tests.bench.scale $(ARGS)
 
 bench-gpu: $(VENV)/.installed-dev ## compare with transformers' continuous batching on a CUDA GPU
 	@$(BIN)/python -m tests.bench.gpu $(ARGS)

@@ -1,6 +1,6 @@
 """The Ray actors, and what they share. The order of the rooms; a room imports only from those above it:
 
-(this folder)  names of actors, time-outs (liveness), log lines
+(this folder)  names of actors, time-outs (liveness), log lines, a watch over event loops
 remote/        typed calls to actors; connections for steps, requests and tokens
 scheduler/     which request runs on which worker in the next step; pure
 worker/        the actor around one worker's model

@@ -28,6 +28,7 @@ from elastic_moe.actors.control.views import (
 )
 from elastic_moe.actors.crew import Crew
 from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
@@ -76,6 +77,7 @@ class Coordinator:
         self._loop: ControlLoop | None = None
         self._background = Background(self._has_failed)
         self._opened = asyncio.Event()
+        self.watch = LoopWatch("the coordinator")
         self._crew = Crew(config.api_replicas)
         self._stopping = asyncio.Event()
         """Set when the API replicas are to refuse new requests."""
@@ -389,6 +391,7 @@ class Coordinator:
 
     def _begin(self, state: ControlState, spec: ModelSpec, processes: Processes) -> ControlLoop:
         self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._background.start)
+        self._background.start(self.watch.watch())
         self._opened.set()
         return self._loop
 

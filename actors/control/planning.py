@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,7 +40,7 @@ def build_problem(
     model: ModelInfo,
     placement: Placement,
     load: Loads,
-    transitions: Counts,
+    transitions: Loads,
     *,
     dtype: str,
     parts: Counts | None = None,
@@ -52,7 +53,8 @@ def build_problem(
 
     load: [L, E] tokens of the window for each expert, which may be weighted by their cost. A layer without any token
     counts as evenly loaded.
-    transitions: [L-1, E, E] of the window. The problem estimates co-activation from them, since it is not counted.
+    transitions: [L-1, E, E] of the window, estimated from a sample of its tokens. The problem estimates co-activation
+    from them, since it is not counted.
     parts: [P, L, E] loads of P parts of the window, from which their variation is estimated; None: no variation.
     room: experts that each worker has memory for beside its own, while experts move; None: not limited.
     memory: [W] the tiers of each worker; empty if every expert fits.
@@ -64,7 +66,7 @@ def build_problem(
         loads=counted,
         workers=placement.workers,
         top_k=model.top_k,
-        transitions=transitions.astype(np.float64) if transitions.any() else None,
+        transitions=transitions if transitions.any() else None,
         load_covariance=None if parts is None else covariance_of_window(parts),
         current=placement,
         expert_bytes=model.expert_bytes,
@@ -191,12 +193,13 @@ class Planners:
         assert facts.spec is not None
         now = time.monotonic()
         prefill, decode = self._window.phases(now)
+        sample = self._window.sample(now)
         memory = memory_of_members(facts)
         problem = build_problem(
             self._model,
             facts.spec.placement,
             weighted_load(prefill, decode),
-            self._window.transitions(now),
+            await asyncio.to_thread(sample.transitions),
             dtype=self._dtype,
             parts=self._window.load_parts(now),
             room=room(facts),

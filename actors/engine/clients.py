@@ -31,10 +31,13 @@ from elastic_moe.cluster.messages.requests import (
     RequestId,
     Submit,
     TokenOutput,
+    Tokens,
 )
 from elastic_moe.cluster.messages.steps import Done
 
 logger = logging.getLogger(__name__)
+
+_NO_TOKENS = Tokens()
 
 
 class Requests(Protocol):
@@ -53,6 +56,8 @@ class _Client:
     lost_at: float = 0.0
     outputs: list[TokenOutput] = field(default_factory=list)
     """Outputs that have not been sent yet."""
+    tokens: Tokens = _NO_TOKENS
+    """Tokens that are sent at once, with `outputs`."""
 
 
 @dataclass(slots=True)
@@ -105,10 +110,14 @@ class Clients:
             if wait is not None and wait.begun is None:
                 wait.begun = now
 
-    def deliver(self, outputs: Iterable[TokenOutput]) -> None:
-        """Send each output to the replica that its request came from; of a lasting one, to all that follow it."""
+    def deliver(self, outputs: Iterable[TokenOutput], tokens: Tokens = _NO_TOKENS) -> None:
+        """Send each output to the replica that its request came from; of a lasting one, to all that follow it.
+
+        `tokens` are outputs of requests that have had outputs before.
+        """
         touched: dict[str, _Client] = {}
         now = time.monotonic()
+        outputs = [*outputs, *self._send_tokens(tokens, touched)]
         for output in outputs:
             readers = self._readers(output, now)
             if readers is None:
@@ -125,6 +134,22 @@ class Clients:
                 client.outputs.append(output)
         for client in touched.values():
             _flush(client)
+
+    def _send_tokens(self, tokens: Tokens, touched: dict[str, _Client]) -> list[TokenOutput]:
+        """Have columns sent where that is enough. Returns the outputs that have to be looked at one by one."""
+        if not tokens:
+            return []
+        owners = list(map(self._owners.get, tokens.request_ids))
+        rest: list[TokenOutput] = []
+        for owner in set(owners):
+            client = None if owner is None else self._clients[owner]
+            part = tokens if owners.count(owner) == len(owners) else tokens.chosen([own == owner for own in owners])
+            if owner is None or client is None or client.link is None or client.outputs:
+                rest += part
+            else:
+                touched[owner] = client
+                client.tokens = part
+        return rest
 
     def _readers(self, output: TokenOutput, now: float) -> Collection[str] | None:
         """The names of the replicas that get this output; None where its request is not known any more."""
@@ -249,6 +274,7 @@ class Clients:
 
 
 def _flush(client: _Client) -> None:
-    if client.outputs and client.link is not None:
+    if (client.outputs or client.tokens) and client.link is not None:
         outputs, client.outputs = tuple(client.outputs), []
-        client.link.send(Outputs(outputs=outputs))
+        tokens, client.tokens = client.tokens, _NO_TOKENS
+        client.link.send(Outputs(outputs=outputs, tokens=tokens))

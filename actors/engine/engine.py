@@ -17,6 +17,7 @@ from elastic_moe.actors import liveness, names
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.engine.step_loop import StepLoop
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.addresses import node_address
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import call_all, one_line
@@ -90,7 +91,8 @@ class Engine:
             report=self._report,
             late=self._late,
         )
-        self._tasks = [asyncio.create_task(loop.run()), asyncio.create_task(clients.watch())]
+        watch = LoopWatch("the engine")
+        self._tasks = [asyncio.create_task(work) for work in (loop.run(), clients.watch(), watch.watch())]
         for task in self._tasks:
             task.add_done_callback(_die_of)
         self._endpoint = await clients.listen(node_address(config.interface))

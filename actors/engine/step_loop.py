@@ -28,7 +28,7 @@ from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.errors import StepAborted, WorkerError
 from elastic_moe.cluster.messages.epochs import STEPS_IN_FLIGHT, Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
-from elastic_moe.cluster.messages.steps import StepPlan, StepResult
+from elastic_moe.cluster.messages.steps import StepResult
 from elastic_moe.cluster.placement import WorkerId
 
 logger = logging.getLogger(__name__)
@@ -44,17 +44,16 @@ STOOD_STILL_S = 0.25
 class _Flight:
     """A step that has been sent and not committed."""
 
-    plans: dict[WorkerId, StepPlan]
     answers: dict[WorkerId, asyncio.Future[StepResult]]
+    tokens: int
+    """Tokens of the worker that has the most tokens in this step."""
+    unanswered: int
+    """Number of answers that have not come."""
+    failed: bool = False
     begun: float = 0.0
     """Time at which it became the oldest step in flight."""
     looked_at: float = 0.0
     """Time at which it was last found late; 0 before that."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the worker that has the most tokens in this step."""
-        return max(next(iter(self.plans.values())).tokens_per_rank)
 
     @property
     def pending(self) -> list[WorkerId]:
@@ -62,11 +61,14 @@ class _Flight:
 
     @property
     def finished(self) -> bool:
-        return all(answer.done() for answer in self.answers.values())
+        return not self.unanswered
 
-    @property
-    def failed(self) -> bool:
-        return any(answer.done() and answer.exception() is not None for answer in self.answers.values())
+    def answered(self, answer: asyncio.Future[StepResult]) -> bool:
+        """Count an answer. Returns whether the loop has to look at this step now."""
+        self.unanswered -= 1
+        # this asks for the error in any case: nobody else does, if the answer comes after its step was given up
+        self.failed |= answer.cancelled() or answer.exception() is not None
+        return self.failed or self.finished
 
 
 @dataclass(slots=True)
@@ -210,18 +212,22 @@ class StepLoop:
         plans = self._scheduler.schedule(epoch, self._step)
         if plans is None:
             return False
-        flight = _Flight(plans=plans, answers=self._links.send(plans), begun=self._now())
+        flight = _Flight(
+            answers=self._links.send(plans),
+            tokens=max(next(iter(plans.values())).tokens_per_rank),
+            unanswered=len(plans),
+            begun=self._now(),
+        )
+
+        def answered(answer: asyncio.Future[StepResult]) -> None:
+            if flight.answered(answer):
+                self._wake.set()
+
         for answer in flight.answers.values():
-            answer.add_done_callback(self._answered)
+            answer.add_done_callback(answered)
         self._flights.append(flight)
         self._clients.began(sequence.request_id for plan in plans.values() for sequence in plan.new)
         return True
-
-    def _answered(self, answer: asyncio.Future[StepResult]) -> None:
-        if not answer.cancelled():
-            # nobody asks for the error of an answer that comes after its step was given up
-            answer.exception()
-        self._wake.set()
 
     def _commit(self) -> None:
         flight, now = self._flights.popleft(), self._now()
@@ -230,7 +236,8 @@ class StepLoop:
         if self._flights:
             self._flights[0].begun = now
         results = {worker: answer.result() for worker, answer in flight.answers.items()}
-        self._clients.deliver(self._scheduler.commit(results))
+        outputs = self._scheduler.commit(results)
+        self._clients.deliver(outputs.told, outputs.tokens)
 
     # --- Failures -----------------------------------------------------------------------------------------------
 
@@ -253,6 +260,7 @@ class StepLoop:
             await self._hear(ABORT_S - SILENT_S)
         oldest, *later = self._flights
         self._flights.clear()
+        running = {worker: self._scheduler.in_oldest_step(worker) for worker in oldest.answers}
         self._scheduler.rollback()
         reasons: list[str] = []
         suspects: list[WorkerId] = []
@@ -268,7 +276,7 @@ class StepLoop:
             reasons.append(f"{worker}: {one_line(error)}")
             if isinstance(error, WorkerError):
                 # the model itself failed on these tokens; to run them again would fail again
-                self._fail([chunk.request_id for chunk in oldest.plans[worker].chunks], error)
+                self._fail(running[worker], error)
             else:
                 suspects.append(worker)
         self._break(suspects, "; ".join(reasons) or "the workers lost one another")

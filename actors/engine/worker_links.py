@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from elastic_moe.actors.remote.calls import within
-from elastic_moe.actors.remote.codec import Message, WireError
+from elastic_moe.actors.remote.codec import Message, WireError, encode
 from elastic_moe.actors.remote.links import Link, connect
 from elastic_moe.cluster.messages.epochs import Epoch, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
@@ -56,7 +56,9 @@ class WorkerLinks:
 
     def send(self, plans: Mapping[WorkerId, StepPlan]) -> dict[WorkerId, asyncio.Future[StepResult]]:
         """Send each worker its plan. A result may be StepAborted, WorkerError or ConnectionError."""
-        return {worker: self._links[worker][1].call(plan) for worker, plan in plans.items()}
+        # workers that just go on have the same plan
+        frames = {id(plan): encode(plan) for plan in {id(plan): plan for plan in plans.values()}.values()}
+        return {worker: self._links[worker][1].call(plan, frames[id(plan)]) for worker, plan in plans.items()}
 
     def _ended(self, link: Link) -> None:
         for worker, (_, known) in self._links.items():

@@ -36,19 +36,22 @@ class Link(asyncio.Protocol):
         self._asked: deque[asyncio.Future[Any]] = deque()
         self.closed = False
 
-    def send(self, message: Message) -> None:
-        """Send `message`. It is dropped if the connection has ended."""
+    def send(self, message: Message, frame: bytes | None = None) -> None:
+        """Send `message`, which is dropped if the connection has ended. `frame`: the same, if it is encoded already."""
         if self._transport is not None and not self.closed:
-            self._transport.write(encode(message))
+            self._transport.write(encode(message) if frame is None else frame)
 
-    def call(self, message: Message) -> asyncio.Future[Any]:
-        """Returns a future of the answer. It raises the answer's error, or ConnectionError if the connection ends."""
+    def call(self, message: Message, frame: bytes | None = None) -> asyncio.Future[Any]:
+        """Returns a future of the answer. It raises the answer's error, or ConnectionError if the connection ends.
+
+        `frame` as for `send`.
+        """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self.closed:
             future.set_exception(ConnectionError("the connection has ended"))
             return future
         self._asked.append(future)
-        self.send(message)
+        self.send(message, frame)
         return future
 
     def close(self) -> None:

@@ -14,11 +14,15 @@ worker yet claims one: that worker accepts no later request until this one fits,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+import numpy as np
+
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
+from elastic_moe.actors.scheduler.kv_blocks import blocks_for
+from elastic_moe.actors.scheduler.rows import Rows
 from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.messages.requests import RequestId
@@ -59,6 +63,10 @@ class Part:
     def decode(self, request: RunningRequest) -> None:
         self._run(request, 1)
 
+    def decode_rows(self, count: int) -> None:
+        """Leave tokens for so many requests that go on by rule."""
+        self.budget -= count
+
     def prefill(self, request: RunningRequest) -> None:
         """Run as much of the request's prompt as there is room for. There must be room for at least one token."""
         length = min(request.remaining, self.room)
@@ -72,58 +80,137 @@ class Part:
 
 def admit(waiting: FairQueue, parts: Collection[Part], max_num_seqs: int, max_num_batched_tokens: int) -> None:
     """Assign waiting requests to workers, in order of their turns, while there are seats, blocks and tokens."""
-
-    def load(part: Part, cached: list[int]) -> float:
-        """The worker's work with the request, in tokens. A full KV cache counts as a whole step."""
-        cache = part.cache
-        running = RUNNING_TOKENS * len(cache.running) + max_num_batched_tokens * cache.pool.usage
-        return cache.backlog + running - len(cached) * cache.block_size
-
-    takers = {p.cache.worker: p for p in parts if not p.cache.draining}
+    if not len(waiting):
+        return
+    takers = _Takers([part for part in parts if not part.cache.draining], max_num_seqs, max_num_batched_tokens)
     at = passed = 0
-    while at < len(waiting) and passed <= len(parts):
-        takers = {w: p for w, p in takers.items() if p.room and p.cache.has_seat(max_num_seqs)}
-        if not takers:
-            return
+    while at < len(waiting) and passed <= len(parts) and takers.open.any():
         request = waiting.items[at]
-        offers = [(p, p.cache.cached(request)) for p in takers.values() if p.cache.can_ever_hold(request)]
-        fitting = [(part, cached) for part, cached in offers if part.cache.slack(request, cached) >= 0]
-        if fitting:
-            part, cached = min(fitting, key=lambda offer: load(*offer))
+        offer = takers.offer(request)
+        if offer.taker is not None:
             waiting.start(request)
-            part.take(request, cached)
+            takers.take(request, offer)
             continue
-        request.claim = _claim(request, [part.cache for part in parts])
+        request.claim = offer.claim
         if request.claim is not None:
-            takers.pop(request.claim, None)
+            takers.claimed(request.claim)
             # this limit keeps making a step quick, however long the queue is
             passed += 1
         at += 1
 
 
-def shortest_served(waiting: FairQueue, caches: Iterable[WorkerCache]) -> RunningRequest:
+@dataclass(slots=True, kw_only=True)
+class _Offer:
+    """Where a request may run."""
+
+    taker: int | None = None
+    """The number of the worker that takes it now; None if none does."""
+    claim: WorkerId | None = None
+    """Otherwise the worker that the request claims: the one that lacks the fewest blocks. The claim stays until the
+    request runs or the worker is gone."""
+    cached: list[int] = field(default_factory=list)
+    """Blocks of the taker that hold the beginning of the request."""
+
+
+class _Takers:
+    """The workers that take requests in one step, in columns: a request is compared with all of them at once.
+
+    Legend: W workers.
+    """
+
+    def __init__(self, parts: Sequence[Part], max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self._parts = parts
+        self._max_num_seqs = max_num_seqs
+        self._step_tokens = max_num_batched_tokens
+        self._numbers = {part.cache.worker: number for number, part in enumerate(parts)}
+        self._capacity = np.array([part.cache.pool.num_blocks for part in parts], dtype=np.int64)
+        self.open = np.zeros(len(parts), dtype=np.bool_)
+        """[W] whether the worker has a seat and room for tokens, and is not claimed."""
+        self._free = np.zeros(len(parts), dtype=np.int64)
+        """[W] blocks that a new request may take."""
+        self._load = np.zeros(len(parts))
+        """[W] the worker's work, in tokens. A full KV cache counts as a whole step."""
+        for number in range(len(parts)):
+            self._look(number)
+
+    def _look(self, number: int) -> None:
+        part = self._parts[number]
+        cache = part.cache
+        self.open[number] = part.room > 0 and cache.has_seat(self._max_num_seqs)
+        self._free[number] = cache.free_for_new
+        running = RUNNING_TOKENS * len(cache.running) + self._step_tokens * cache.pool.usage
+        self._load[number] = cache.backlog + running
+
+    def claimed(self, worker: WorkerId) -> None:
+        self.open[self._numbers[worker]] = False
+
+    def take(self, request: RunningRequest, offer: _Offer) -> None:
+        assert offer.taker is not None
+        self._parts[offer.taker].take(request, offer.cached)
+        self._look(offer.taker)
+
+    def offer(self, request: RunningRequest) -> _Offer:
+        if not self._parts:
+            return _Offer()
+        block_size = self._parts[0].cache.block_size
+        able = self._capacity >= blocks_for(request.longest - 1, block_size)
+        slack, load = self._free - blocks_for(request.length, block_size), self._load
+        cached = self._cached(request)
+        if cached:
+            load = load.copy()
+            for number, blocks in cached.items():
+                slack[number] += len(blocks) - self._parts[number].cache.pool.num_idle(blocks)
+                load[number] -= len(blocks) * block_size
+        fitting = self.open & able & (slack >= 0)
+        if fitting.any():
+            taker = int(np.where(fitting, load, np.inf).argmin())
+            return _Offer(taker=taker, cached=cached.get(taker, []))
+        if not able.any():
+            return _Offer()
+        held = self._numbers.get(request.claim) if request.claim is not None else None
+        if held is not None and able[held]:
+            return _Offer(claim=request.claim)
+        nearest = int(np.where(able, slack, np.iinfo(np.int64).min).argmax())
+        return _Offer(claim=self._parts[nearest].cache.worker)
+
+    def _cached(self, request: RunningRequest) -> dict[int, list[int]]:
+        """By worker, the blocks that hold the beginning of the request; of those workers that have any."""
+        cache = self._parts[0].cache
+        count = request.cacheable(cache.block_size)
+        if not count or not cache.prefix_caching:
+            return {}
+        (first,) = request.keys(1, cache.block_size)
+        return {
+            number: part.cache.cached(request) for number, part in enumerate(self._parts) if first in part.cache.pool
+        }
+
+
+def shortest_served(waiting: FairQueue, rows: Rows) -> RunningRequest:
     """The waiting request whose client, and then whose call, has the fewest running; of equals, the next in turn.
 
     Of one client's requests, those of the highest priority come first.
     Turns move on only when a request starts. While all places are taken, turns do not tell who is short of them.
     """
-    running = [request for cache in caches for request in cache.running.items]
-    clients, calls = Counter(map(_client, running)), Counter(map(_call, running))
     firsts = waiting.firsts()
     urgent = {r.client: r.priority for r in sorted(firsts, key=lambda r: -r.priority)}
     return min(
         (r for r in firsts if r.priority == urgent[r.client]),
-        key=lambda r: (clients[r.client], calls[r.call], r.turn, r.arrival),
+        key=lambda r: (rows.clients[r.client], rows.calls[r.call], r.turn, r.arrival),
     )
 
 
-def in_the_way(request: RunningRequest, caches: Collection[WorkerCache], max_num_seqs: int) -> RunningRequest | None:
+def in_the_way(
+    request: RunningRequest, caches: Collection[WorkerCache], rows: Rows, max_num_seqs: int
+) -> RunningRequest | None:
     """The running request that has to make way for `request`. None while there is room anyway.
 
     It is the newest of the client that has most running, if that is at least two more than the client of `request`
     has; or else, of calls of that same client, whose priority is not higher. Each preemption brings the two numbers
     closer, so requests never preempt each other in turn.
     """
+    # most steps end here, without a look at every request
+    if _most(rows.clients) - rows.clients[request.client] < 2 and _most(rows.calls) < 2:
+        return None
     able = [cache for cache in caches if not cache.draining and cache.can_ever_hold(request)]
     if any(cache.has_seat(max_num_seqs) and cache.slack(request, cache.cached(request)) >= 0 for cache in able):
         return None
@@ -131,7 +218,11 @@ def in_the_way(request: RunningRequest, caches: Collection[WorkerCache], max_num
     greedy = _most_of(running, _client, request)
     own = [other for other in running if other.client == request.client and other.priority >= request.priority]
     greedy = greedy or _most_of(own, _call, request)
-    return max((other for other in greedy if other.cache in able), key=lambda other: other.arrival, default=None)
+    return max((other for other in greedy if other.cache in able), key=_arrival, default=None)
+
+
+def _most(counts: Counter[str]) -> int:
+    return max(counts.values(), default=0)
 
 
 def _most_of(
@@ -139,7 +230,7 @@ def _most_of(
 ) -> list[RunningRequest]:
     """The running requests of the owner that has the most, unless the owner of `request` has nearly as many."""
     counts = Counter(map(whose, running))
-    most = max(counts.values(), default=0)
+    most = _most(counts)
     if most - counts[whose(request)] < 2:
         return []
     return [other for other in running if counts[whose(other)] == most]
@@ -147,15 +238,4 @@ def _most_of(
 
 _client = attrgetter("client")
 _call = attrgetter("call")
-
-
-def _claim(request: RunningRequest, caches: Iterable[WorkerCache]) -> WorkerId | None:
-    """The worker that the request claims: the one that lacks the fewest blocks. The claim stays until the request runs
-    or the worker is gone."""
-    able = [cache for cache in caches if not cache.draining and cache.can_ever_hold(request)]
-    if not able:
-        return None
-    return next(
-        (cache.worker for cache in able if cache.worker == request.claim),
-        max(able, key=lambda cache: cache.slack(request, cache.cached(request))).worker,
-    )
+_arrival = attrgetter("arrival")

@@ -28,7 +28,9 @@ def root_key(*, salt: str, variant: int) -> bytes:
 
 def next_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The key of a full block of `token_ids`, if the block before it has the key `parent`."""
-    return blake2b(parent + array("q", token_ids).tobytes(), digest_size=_KEY_BYTES).digest()
+    numbers = token_ids if isinstance(token_ids, array) else array("q", token_ids)
+    assert numbers.typecode == "q"
+    return blake2b(parent + numbers.tobytes(), digest_size=_KEY_BYTES).digest()
 
 
 class BlockPool:
@@ -67,6 +69,17 @@ class BlockPool:
             self._references[block] = 1
         return taken
 
+    def allocate_one(self) -> int | None:
+        """Take one block to write to; None if none is free."""
+        if self._blank:
+            block = self._blank.pop()
+        elif self._idle:
+            block = self._overwrite()
+        else:
+            return None
+        self._references[block] = 1
+        return block
+
     def _overwrite(self) -> int:
         block = next(iter(self._idle))
         del self._idle[block]
@@ -96,6 +109,10 @@ class BlockPool:
                 break
             found.append(block)
         return found
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a block has this key."""
+        return key in self._blocks
 
     def num_idle(self, blocks: Iterable[int]) -> int:
         return sum(block in self._idle for block in blocks)

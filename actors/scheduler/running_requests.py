@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
+from elastic_moe.actors.scheduler.kv_blocks import blocks_for, next_key, root_key
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse
 from elastic_moe.cluster.placement import WorkerId
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 class RunningRequest:
     """A request that has not ended. It waits while `cache` is None; otherwise it runs at that cache's worker.
 
-    `tokens`, `computed`, `introduced` and `introduced_blocks` change only when a step is committed, so a step that
-    failed leaves no trace. `flight` holds what the steps in flight will have done.
+    What changes with every token lies in a row of the scheduler's columns while the request runs (actors/scheduler/
+    rows.py). `tokens`, `computed`, `introduced` and `introduced_blocks` change only when a step is committed, so a step
+    that failed leaves no trace. `flight` holds the chunks in flight that were made one by one. After them, tokens may
+    be in flight that the row alone knows of.
     """
 
     __slots__ = (
         "_keys",
+        "_tokens",
         "arrival",
         "blocks",
         "borders",
@@ -32,7 +36,6 @@ class RunningRequest:
         "call",
         "claim",
         "client",
-        "computed",
         "counted",
         "ended",
         "eos_token_ids",
@@ -45,14 +48,15 @@ class RunningRequest:
         "overtaken",
         "params",
         "priority",
+        "published",
         "rank",
         "request_id",
         "restore",
         "resumptions",
+        "row",
         "scored",
         "stop_token_ids",
         "tail",
-        "tokens",
         "turn",
     )
 
@@ -74,8 +78,7 @@ class RunningRequest:
         self.overtaken = 0
         """Number of later requests of a lower priority number that have been let past in the queue."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
-        """Prompt, then output."""
+        self._tokens = array("q", [*request.prompt_token_ids, *request.output_token_ids])
         self.longest = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         """Number of tokens at which the request ends because of its length."""
         if not params.max_tokens:
@@ -87,9 +90,9 @@ class RunningRequest:
         """Positions whose next token has been scored, from the first one on."""
         self.eos_token_ids = tuple(eos)
         self.stop_token_ids = frozenset(params.stop_token_ids)
-        self.computed = 0
-        """Number of tokens whose keys and values are in the worker's KV cache."""
         self.cache: WorkerCache | None = None
+        self.row = -1
+        """Its row in the columns while it runs."""
         self.claim: WorkerId | None = None
         """While the request waits for memory: the worker that accepts no later request until this one fits."""
         self.blocks: list[int] = []
@@ -109,6 +112,8 @@ class RunningRequest:
         """Whether the worker has been sent the request's tokens."""
         self.introduced_blocks = 0
         """Number of the request's blocks that the worker has been sent."""
+        self.published = 0
+        """Number of the request's blocks that have become known."""
         self.counted = False
         """Whether the request's prompt has been counted in the statistics."""
         self.ended = False
@@ -116,18 +121,47 @@ class RunningRequest:
         """The request's chunks in the steps in flight, oldest first. Chunks sent to an earlier worker are not in it."""
 
     @property
+    def tokens(self) -> array[int]:
+        """Prompt, then output."""
+        if self.cache is not None:
+            self.cache.rows.flush(self.row, self._tokens)
+        return self._tokens
+
+    def fill(self, newest: Sequence[int]) -> None:
+        """Append the tokens that are lacking. `newest` are all newest tokens of the row, the last one in front."""
+        place = len(self._tokens) % len(newest)
+        if place:
+            self._tokens.extend(newest[place:])
+        self._tokens.append(newest[0])
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self._tokens) if self.cache is None else int(self.cache.rows.length[self.row])
+
+    @property
     def num_output(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
+        return self.length - self.num_prompt_tokens
+
+    @property
+    def computed(self) -> int:
+        """Number of tokens whose keys and values are in the worker's KV cache."""
+        return 0 if self.cache is None else int(self.cache.rows.computed[self.row])
 
     @property
     def known(self) -> int:
         """Number of tokens that the request has after the steps in flight, unless one of these steps ends it."""
-        return len(self.tokens) + sum(chunk.samples for chunk in self.flight)
+        return len(self._tokens) if self.cache is None else int(self.cache.rows.known[self.row])
 
     @property
     def started(self) -> int:
         """Number of tokens that have been run or are in flight."""
-        return self.computed + sum(chunk.length for chunk in self.flight)
+        return 0 if self.cache is None else int(self.cache.rows.started[self.row])
+
+    @property
+    def steady(self) -> bool:
+        """Whether the request goes on by rule (actors/scheduler/rows.py)."""
+        return self.cache is not None and bool(self.cache.rows.steady[self.row])
 
     @property
     def remaining(self) -> int:
@@ -141,15 +175,17 @@ class RunningRequest:
 
     def cacheable(self, block_size: int) -> int:
         """Most blocks that may come from a cache: the last token is always run, and so is what is yet to be scored."""
-        most = len(self.tokens) - 1
+        most = self.length - 1
         return (most if self.scored == self.num_to_score else min(most, self.scored)) // block_size
 
-    def keys(self, count: int, block_size: int) -> list[bytes]:
-        """Keys of the first `count` blocks, which must be full. `block_size` is the same at every call."""
+    def keys(self, count: int, block_size: int, first: int = 0) -> list[bytes]:
+        """Keys of blocks number `first` to `count` - 1. The first `count` blocks must be full, and `block_size` is the
+        same at every call."""
+        tokens = self._tokens if count * block_size <= len(self._tokens) else self.tokens
         while len(self._keys) <= count:
             begin = (len(self._keys) - 1) * block_size
-            self._keys.append(next_key(self._keys[-1], self.tokens[begin : begin + block_size]))
-        return self._keys[1 : count + 1]
+            self._keys.append(next_key(self._keys[-1], tokens[begin : begin + block_size]))
+        return self._keys[first + 1 : count + 1]
 
     def finish_reason(self) -> FinishReason | None:
         """Why the last output token ends the request; None: it goes on. A stop token at the limit is a STOP."""
@@ -160,7 +196,7 @@ class RunningRequest:
             ends = last in self.eos_token_ids and (params.grammar is not None or not (params.ignore_eos or early))
             if ends or (last in self.stop_token_ids and not early):
                 return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= self.longest else None
+        return FinishReason.LENGTH if self.length >= self.longest else None
 
     def stop_token_id(self) -> int | None:
         """The stop token that ended the request; None if an end-of-sequence token ended it."""
@@ -169,40 +205,96 @@ class RunningRequest:
             return None
         return last
 
+    @property
+    def stop_candidates(self) -> Iterator[int]:
+        """Tokens that may end the request."""
+        yield from self.eos_token_ids
+        yield from self.stop_token_ids
+
     def introduction(self) -> NewSequence:
+        """For the worker that it runs at."""
+        assert self.cache is not None
         return NewSequence(
             request_id=self.request_id,
             token_ids=tuple(self.tokens),
             num_prompt_tokens=self.num_prompt_tokens,
             params=self.params,
             eos_token_ids=self.eos_token_ids,
+            seat=self.row - self.cache.base,
         )
 
     def run(self, length: int, state: StateUse | None = None) -> Chunk:
-        """Put the next `length` tokens into flight. Returns the chunk to send. `state`: what it does with states."""
+        """Put the next `length` tokens into flight. Returns the chunk to send. `state`: what it does with states.
+
+        The request goes on by rule from the token on that the chunk samples, unless it has states.
+        """
+        assert self.cache is not None
+        rows, row = self.cache.rows, self.row
         introduced = _end(self.flight[-1]) if self.flight else self.introduced_blocks
-        score_from = max(self.started, self.scored)
+        started, known = self.started, self.known
+        score_from = max(started, self.scored)
         chunk = Chunk(
             request_id=self.request_id,
-            start=self.started,
+            start=started,
             length=length,
-            known=self.known,
+            known=known,
             block_offset=introduced,
             block_ids=tuple(self.blocks[introduced:]) if introduced < len(self.blocks) else (),
-            score_from=score_from if score_from < min(self.started + length, self.num_to_score) else None,
+            score_from=score_from if score_from < min(started + length, self.num_to_score) else None,
             state=state,
         )
         self.flight.append(chunk)
+        rows.started[row] = started + length
+        rows.known[row] = known + chunk.samples
+        rows.steady[row] = chunk.samples and state is None
         return chunk
 
     def in_flight(self, chunk: Chunk) -> bool:
         """False if `chunk` no longer counts: the request has ended or has lost its worker since it was sent."""
         return any(own is chunk for own in self.flight)
 
-    def land(self, *, short: int = 0) -> None:
-        """Record that the oldest chunk in flight has been run, but for its last `short` tokens."""
+    def land(self) -> None:
+        """Record that the oldest token or chunk in flight has been run. What it samples comes with `append`."""
+        assert self.cache is not None
+        rows, row = self.cache.rows, self.row
+        if not self.flight:
+            rows.computed[row] += 1
+            rows.known[row] -= 1
+            return
         chunk = self.flight.pop(0)
-        self.computed += chunk.length - short
+        rows.computed[row] += chunk.length
+        rows.known[row] -= chunk.samples
+        self._landed(chunk)
+
+    def append(self, token: int) -> None:
+        """Add a token that has been sampled."""
+        assert self.cache is not None
+        self.tokens.append(token)
+        self.cache.rows.length[self.row] += 1
+        self.cache.rows.known[self.row] += 1
+
+    def cut(self) -> None:
+        """Drop everything that is in flight."""
+        assert self.cache is not None
+        rows, row = self.cache.rows, self.row
+        if self.introduced:
+            # blocks that a committed step has written to are known to the worker
+            self.introduced_blocks = max(self.introduced_blocks, blocks_for(self.computed, rows.block_size))
+        self.flight.clear()
+        rows.known[row], rows.started[row] = rows.length[row], rows.computed[row]
+        rows.cut(row)
+
+    def land_but_last(self) -> None:
+        """Record that the oldest token or chunk in flight has been run but for its last token. Everything later in
+        flight has run with a wrong token, and is dropped."""
+        assert self.cache is not None
+        if self.flight:
+            chunk = self.flight.pop(0)
+            self.cache.rows.computed[self.row] += chunk.length - 1
+            self._landed(chunk)
+        self.cut()
+
+    def _landed(self, chunk: Chunk) -> None:
         self.introduced = True
         self.introduced_blocks = _end(chunk)
         if chunk.score_from is not None:

@@ -7,6 +7,10 @@ queue, which is the front. It is computed again later from its prompt and output
 happens to every request whose worker is gone. Prefixes that a worker's cache still holds are not computed again (see
 actors/scheduler/worker_caches.py).
 
+A request that goes on decoding costs a step nothing of its own: it is a row of columns (actors/scheduler/rows.py), it
+has no message, and its token is an entry of a column too. `schedule` handles one by one only what begins, ends, needs a
+block, or was cut.
+
 Several steps may be in flight. Each step is made as if the steps before it had ended: a worker feeds the token that it
 has just sampled. The scheduler knows ahead when a request ends because of its length. It does not know ahead when a
 stop token ends a request; the next step then runs one token too many, which is thrown away. Workers run steps in order,
@@ -21,26 +25,35 @@ again in the next step that is made, and nobody waits for it.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Mapping
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
+from operator import attrgetter
 from types import MappingProxyType
+
+import numpy as np
 
 from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shortest_served
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
+from elastic_moe.actors.scheduler.flights import Answers, Flight, StepOutputs, failure, output
 from elastic_moe.actors.scheduler.kv_blocks import blocks_for
+from elastic_moe.actors.scheduler.rows import RECENT_TOKENS, Indices, Rows, StopTokens
 from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.messages.columns import column_of
 from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
-from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput
+from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput, Tokens
 from elastic_moe.cluster.messages.scores import PromptScores
-from elastic_moe.cluster.messages.steps import Chunk, Sample, StepPlan, StepResult
+from elastic_moe.cluster.messages.steps import Chunk, Decoding, Sample, StepPlan, StepResult
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
 
 ALONE_TOKENS = 512
 """Most prompt tokens in a worker's step while no request decodes. Matrix products run at full speed with so many, and
 the step is short enough that a new request soon gets its part of the next one."""
+
+_UNCHANGED = Decoding()
 
 CORRUPTED = (
     "the model's logits for this request are not numbers (NaN or infinity): its weights may be damaged, "
@@ -87,8 +100,14 @@ class Scheduler:
         self._waiting = FairQueue()
         self._requests: dict[RequestId, RunningRequest] = {}
         self._arrivals = 0
-        self._flights: deque[tuple[int, dict[WorkerId, Part]]] = deque()
-        """Steps in flight, with every worker's part, oldest first."""
+        self._rows = Rows(block_size)
+        self._bases: Indices = np.zeros(0, dtype=np.intp)
+        """The first row of each worker, in rank order."""
+        self._stops = StopTokens()
+        self._flights: deque[Flight] = deque()
+        """Steps in flight, oldest first."""
+        self._last: Flight | None = None
+        """The step from which workers can go on by rule, if there is one."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._epoch = 0
         self._prefix_queries = self._prefix_hits = self._corrupted = 0
         self.set_workers(workers, state_rooms or {})
@@ -109,7 +128,7 @@ class Scheduler:
             variant=self._variant(len(request.prompt_token_ids)),
         )
         if reason := running_request.finish_reason():
-            return _output(running_request, (), reason)
+            return output(running_request, (), reason)
         # while there are no workers, no size is known, and the request waits
         if self._caches and not any(cache.can_ever_hold(running_request) for cache in self._caches.values()):
             room = self._block_size * max((cache.pool.num_blocks for cache in self._caches.values()), default=0)
@@ -121,6 +140,7 @@ class Scheduler:
             )
         self._arrivals += 1
         self._requests[request.request_id] = running_request
+        self._stops.add(running_request.stop_candidates)
         self._waiting.enter(running_request)
         return None
 
@@ -164,160 +184,293 @@ class Scheduler:
         """
         self._make_way()
         budget = self._max_num_batched_tokens
-        decoding = any(cache.decoding for cache in self._caches.values())
+        rows = self._rows.ready()
+        slow = {worker: cache.unsteady_in_order() for worker, cache in self._caches.items() if cache.unsteady}
+        any_decodes = len(rows) > 0 or any(_decodes(request) for requests in slow.values() for request in requests)
         prompts = min(
-            budget, self._max_num_prefill_tokens if decoding else max(ALONE_TOKENS, self._max_num_prefill_tokens)
+            budget, self._max_num_prefill_tokens if any_decodes else max(ALONE_TOKENS, self._max_num_prefill_tokens)
         )
         parts = {worker: Part(cache, budget, prompts) for worker, cache in self._caches.items()}
-        for part in parts.values():
-            self._continue(part)
-        admit(self._waiting, parts.values(), self._max_num_seqs, self._max_num_batched_tokens)
-        if not any(part.work for part in parts.values()):
+        rows, grown = self._continue_rows(rows, parts, slow)
+        for worker, requests in slow.items():
+            self._continue(parts[worker], requests)
+        admit(self._waiting, parts.values(), self._max_num_seqs, budget)
+        if not len(rows) and not any(part.work for part in parts.values()):
             return None
-        self._flights.append((step, parts))
+        last = self._last if epoch == self._epoch else None
+        self._last = flight = self._flight(step, parts, rows)
+        self._flights.append(flight)
         self._epoch = epoch
         self._prefix_queries += sum(part.prefix_queries for part in parts.values())
         self._prefix_hits += sum(part.prefix_hits for part in parts.values())
-        tokens_per_rank = tuple(self._max_num_batched_tokens - part.budget for part in parts.values())
+        tokens_per_rank = tuple(budget - part.budget for part in parts.values())
+        silent = StepPlan(epoch=epoch, step=step, tokens_per_rank=tokens_per_rank)
         plans = {}
         for worker, part in parts.items():
             part.forget, part.cache.forget = tuple(part.cache.forget), []
+            decoding = self._decoding(part.cache, flight, last, grown.get(worker, ()))
+            if not part.work and not part.forget and decoding is _UNCHANGED:
+                # one plan for all workers that just go on, which is encoded once
+                plans[worker] = silent
+                continue
             plans[worker] = StepPlan(
                 epoch=epoch,
                 step=step,
                 tokens_per_rank=tokens_per_rank,
                 new=tuple(s.introduction() for s, chunk in part.work if not s.introduced and s.flight[0] is chunk),
+                decoding=decoding,
                 chunks=tuple(chunk for _, chunk in part.work),
                 finished=part.forget,
             )
         return plans
 
-    def commit(self, results: Mapping[WorkerId, StepResult]) -> list[TokenOutput]:
-        """Take the results of the oldest step. Returns the sampled tokens in the order of the plans.
+    def commit(self, results: Mapping[WorkerId, StepResult]) -> StepOutputs:
+        """Take the results of the oldest step. Returns the sampled tokens.
 
         Raises AssertionError if the results do not answer the plans, which is a defect of a worker. The step then
         stays in flight.
         """
         assert self._flights, "no step is in flight"
-        step, parts = self._flights[0]
-        assert set(results) == set(parts), "a worker's result is missing, or is of no member"
-        assert all(result.step == step for result in results.values()), "a result of another step"
-        samples = {worker: {sample.request_id: sample for sample in results[worker].samples} for worker in parts}
-        scores = {worker: {one.request_id: one.scores for one in results[worker].scored} for worker in parts}
-        for worker, part in parts.items():
-            sampled, scored = samples[worker].keys(), scores[worker].keys()
-            to_sample = {chunk.request_id for _, chunk in part.work if chunk.samples}
-            to_score = {chunk.request_id for _, chunk in part.work if chunk.score_from is not None}
-            corrupted, without = set(results[worker].corrupted), results[worker].without_sample
-            assert without <= to_sample | corrupted & to_score, f"{worker} gives up what it was not asked for"
-            assert sampled | without & to_sample == to_sample, f"{worker} has not sampled what it was asked to"
-            assert not sampled & without, f"{worker} has sampled what it says it could not"
-            assert scored | corrupted & to_score == to_score, f"{worker} has not scored what it was asked to"
-            assert not scored & corrupted, f"{worker} has scored what it says it could not"
+        flight = self._flights[0]
+        answers = Answers(flight, results)
         self._flights.popleft()
         self._steps += 1
         outputs: list[TokenOutput] = []
-        for worker, part in parts.items():
+        tokens = self._commit_rows(flight, answers, outputs)
+        for worker, part in flight.parts.items():
             for request, chunk in part.work:
-                if not request.in_flight(chunk):
-                    continue
-                if request.request_id in results[worker].corrupted:
-                    outputs.append(self._give_up(request))
-                    continue
-                if reason := results[worker].reason_of_end(request.request_id):
-                    self._end(request)
-                    outputs.append(_failure(request, reason, refused=True))
-                    continue
-                unready = request.request_id in results[worker].unready
-                if unready:
-                    landed = part.cache.commit_but_last(request)
-                else:
-                    landed = True
-                    part.cache.commit(request)
-                wanted = landed and chunk.score_from is not None
-                found = scores[worker].get(request.request_id) if wanted else None
-                assert found is None or found.end == request.scored + 1, f"{worker} has scored other tokens"
-                if chunk.samples and not unready:
-                    outputs.append(self._append(request, samples[worker][request.request_id], found))
-                elif found is not None:
-                    outputs.append(_output(request, (), None, scores=found))
-        return outputs
+                if request.in_flight(chunk):
+                    self._commit_one(request, chunk, answers, worker, outputs)
+        return StepOutputs(outputs, tokens)
 
     def rollback(self) -> None:
         """The oldest step has failed: drop the work of all steps in flight, so that it is scheduled again."""
         assert self._flights, "no step is in flight"
         while self._flights:
-            _, parts = self._flights.pop()
-            for part in parts.values():
+            for part in self._flights.pop().parts.values():
                 part.cache.forget = [*part.forget, *part.cache.forget]
+        self._last = None
         for cache in self._caches.values():
             for request in cache.running.items:
                 cache.rollback(request)
 
-    def _continue(self, part: Part) -> None:
-        """Continue the requests of this worker: one token of each that decodes, then the prompts that have begun."""
-        cache = part.cache
-        ready = [request for request in cache.running.items if not request.exhausted]
-        prefilling = [request for request in ready if request.remaining > 1]
-        decoding = [request for request in ready if request.remaining == 1]
-        for request in decoding:
-            # an older request has preempted this one meanwhile
-            if request.cache is None:
-                continue
-            if not part.budget:
-                break
-            if self._grow(part, request):
+    def in_oldest_step(self, worker: WorkerId) -> list[RequestId]:
+        """The requests that `worker` runs in the oldest step in flight."""
+        flight = self._flights[0]
+        begin, end = flight.bounds[worker]
+        return [*flight.names[begin:end], *(request.request_id for request, _ in flight.parts[worker].work)]
+
+    # --- Requests that go on by rule ----------------------------------------------------------------------------
+
+    def _continue_rows(
+        self, rows: Indices, parts: Mapping[WorkerId, Part], slow: Mapping[WorkerId, Sequence[RunningRequest]]
+    ) -> tuple[Indices, dict[WorkerId, list[int]]]:
+        """Run the next token of `rows`, as far as there is room. Returns those that run, and the blocks that workers
+        must be told of, as in Decoding."""
+        columns = self._rows
+        rows = self._within_budget(rows, slow)
+        preemptions = self._preemptions
+        grown = self._grow_rows(rows[columns.known[rows] > columns.room[rows]])
+        # the others take their blocks now too, so that nothing is preempted that runs in this step
+        for request in (request for requests in slow.values() for request in requests):
+            if request.cache is not None and _decodes(request):
+                self._grow(request)
+        if self._preemptions != preemptions:
+            rows = rows[columns.steady[rows]]
+            # a preempted request needs nothing, and another may have got its block
+            grown = [request for request in grown if request.cache is not None]
+        columns.run(rows)
+        told: dict[WorkerId, list[int]] = {}
+        for request in grown:
+            if (cache := request.cache) is not None:
+                blocks = request.blocks
+                told.setdefault(cache.worker, []).extend((request.row - cache.base, len(blocks) - 1, blocks[-1]))
+        for worker, (begin, end) in self._bounds(rows).items():
+            parts[worker].decode_rows(end - begin)
+        return rows, told
+
+    def _grow_rows(self, rows: Indices) -> list[RunningRequest]:
+        """Get a block for each of these rows, if necessary by preempting newer requests. Returns their requests."""
+        needy = sorted(map(self._rows.at, rows.tolist()), key=_arrival)
+        for request in needy:
+            # an older request may have preempted this one meanwhile
+            if request.cache is not None:
+                block = request.cache.pool.allocate_one()
+                if block is None:
+                    self._grow(request)
+                else:
+                    request.blocks.append(block)
+        seated = [request for request in needy if request.cache is not None]
+        room = [len(request.blocks) * self._block_size for request in seated]
+        self._rows.room[[request.row for request in seated]] = room
+        return seated
+
+    def _within_budget(self, rows: Indices, slow: Mapping[WorkerId, Sequence[RunningRequest]]) -> Indices:
+        """Those of `rows` that may run: the oldest of each worker where there are too many."""
+        budget = self._max_num_batched_tokens
+        if self._max_num_seqs <= budget:
+            return rows
+        kept: list[Indices] = []
+        for worker, (begin, end) in self._bounds(rows).items():
+            own = rows[begin:end]
+            others = [request for request in slow.get(worker, ()) if _decodes(request)]
+            if len(own) + len(others) > budget:
+                oldest = sorted([*map(self._rows.at, own.tolist()), *others], key=_arrival)[:budget]
+                own = np.array(sorted(request.row for request in oldest if request.steady), dtype=np.intp)
+            kept.append(own)
+        if sum(map(len, kept)) == len(rows):
+            return rows
+        return np.sort(np.concatenate(kept))
+
+    def _flight(self, step: int, parts: Mapping[WorkerId, Part], rows: Indices) -> Flight:
+        marks, last = self._rows.mark[rows], self._last
+        if last is not None and np.array_equal(last.rows, rows) and np.array_equal(last.marks, marks):
+            names = last.names
+        else:
+            names = tuple(map(self._rows.names.__getitem__, rows.tolist()))
+        return Flight(step=step, parts=parts, rows=rows, marks=marks, names=names, bounds=self._bounds(rows))
+
+    def _decoding(self, cache: WorkerCache, flight: Flight, last: Flight | None, grown: Sequence[int]) -> Decoding:
+        """What to tell a worker of its rows in this step. `last`: the step before, if workers can go on from it."""
+        begin, end = flight.bounds[cache.worker]
+        rows = flight.rows[begin:end]
+        told = column_of(grown) if grown else b""
+        if last is not None:
+            before, after = last.bounds[cache.worker]
+            same = last.names is flight.names or np.array_equal(last.rows[before:after], rows)
+            if end - begin == after - before and same:
+                return Decoding(grown=told) if told else _UNCHANGED
+        # the columns already have the token that this step will sample
+        known = self._rows.known[rows] - 1
+        return Decoding(seats=(rows - cache.base).astype(np.int32).tobytes(), known=known.tobytes(), grown=told)
+
+    def _bounds(self, rows: Indices) -> dict[WorkerId, tuple[int, int]]:
+        """Where the rows of each worker begin and end in `rows`."""
+        begins = np.searchsorted(rows, self._bases).tolist()
+        ends = np.searchsorted(rows, self._bases + self._max_num_seqs).tolist()
+        return dict(zip(self._caches, zip(begins, ends, strict=True), strict=True))
+
+    def _commit_rows(self, flight: Flight, answers: Answers, outputs: list[TokenOutput]) -> Tokens:
+        """Land the step's rows. Adds the outputs that say more than one token, and returns the others."""
+        columns, rows, tokens, names = self._rows, flight.rows, answers.tokens, flight.names
+        if not len(rows):
+            return Tokens()
+        live = columns.mark[rows] == flight.marks
+        plain = live & (tokens >= 0)
+        if not plain.all():
+            for at in np.flatnonzero(live & ~plain).tolist():
+                self._commit_one(columns.at(rows[at]), None, answers, flight.worker_at(at), outputs)
+            rows, tokens, names = rows[plain], tokens[plain], tuple(compress(names, plain.tolist()))
+        columns.land(rows, tokens)
+        self._generation_tokens += len(rows)
+        # the columns have room for so many of a request's newest tokens
+        full = rows[columns.length[rows] % RECENT_TOKENS == 1]
+        for row, newest in zip(full.tolist(), columns.recent[full].tolist(), strict=True):
+            columns.at(row).fill(newest)
+        offsets = columns.length[rows] - columns.start[rows] - 1
+        ends = (columns.length[rows] >= columns.limit[rows]) | self._stops.among(tokens)
+        if ends.any():
+            for at in np.flatnonzero(ends).tolist():
+                request = columns.at(rows[at])
+                reason = request.finish_reason()
+                ends[at] = reason is not None
+                if reason is not None:
+                    self._end(request)
+                    outputs.append(output(request, (int(tokens[at]),), reason))
+            names = tuple(compress(names, (~ends).tolist()))
+            offsets, tokens = offsets[~ends], tokens[~ends]
+        return Tokens(request_ids=names, offsets=offsets.tobytes(), token_ids=tokens.tobytes())
+
+    # --- Requests one by one ------------------------------------------------------------------------------------
+
+    def _commit_one(
+        self,
+        request: RunningRequest,
+        chunk: Chunk | None,
+        answers: Answers,
+        worker: WorkerId,
+        outputs: list[TokenOutput],
+    ) -> None:
+        """Land a request's chunk; None: its token that went by rule. Adds the output, if there is one."""
+        cache, result, name = request.cache, answers.results[worker], request.request_id
+        assert cache is not None
+        if name in result.corrupted:
+            outputs.append(self._give_up(request))
+            return
+        if reason := result.reason_of_end(name):
+            self._end(request)
+            outputs.append(failure(request, reason, refused=True))
+            return
+        unready = name in result.unready
+        landed = True
+        if unready:
+            landed = cache.commit_but_last(request)
+        else:
+            cache.commit(request)
+        wanted = landed and chunk is not None and chunk.score_from is not None
+        found = answers.scores[worker].get(name) if wanted else None
+        assert found is None or found.end == request.scored + 1, f"{worker} has scored other tokens"
+        if (chunk is None or chunk.samples) and not unready:
+            outputs.append(self._append(request, answers.samples[worker][name], found))
+        elif found is not None:
+            outputs.append(output(request, (), None, scores=found))
+
+    def _continue(self, part: Part, requests: Sequence[RunningRequest]) -> None:
+        """Continue these requests of this worker: one token of each that decodes, then the prompts that have begun."""
+        present = [request for request in requests if request.cache is not None and not request.exhausted]
+        for request in present:
+            if request.remaining == 1 and part.budget:
                 part.decode(request)
-        for request in prefilling:
-            if part.room and request.cache is not None:
+        for request in present:
+            # those that have just run their newest token go on by rule
+            if request.remaining > 1 and part.room:
                 part.prefill(request)
 
-    def _grow(self, part: Part, request: RunningRequest) -> bool:
-        """Get a block for the request's newest token, if necessary by preempting the worker's newest request.
-
-        Returns False if `request` itself was the newest and was preempted.
-        """
-        cache = part.cache
+    def _grow(self, request: RunningRequest) -> None:
+        """Get a block for the request's newest token, if necessary by preempting the worker's newest request, which
+        may be this one."""
+        cache = request.cache
+        assert cache is not None
         while len(request.blocks) * self._block_size < request.known:
             if cache.pool.num_free:
-                request.blocks += cache.pool.allocate(1)
-                break
+                cache.grow(request, cache.pool.allocate(1))
+                return
             newest = cache.running.items[-1]
             self._requeue(newest)
             self._preemptions += 1
             if newest is request:
-                return False
-        return True
+                return
 
     def _append(self, request: RunningRequest, sample: Sample, scores: PromptScores | None) -> TokenOutput:
         if not request.counted:
             request.counted = True
             self._prompt_tokens += request.num_prompt_tokens
-        request.tokens.append(sample.token_id)
+        request.append(sample.token_id)
         if not request.params.max_tokens:
             self._end(request)
             # nobody gets the token that has ended it
             del request.tokens[-1]
-            return _output(request, (), FinishReason.LENGTH, scores=scores)
+            return output(request, (), FinishReason.LENGTH, scores=scores)
         self._generation_tokens += 1
         reason = request.finish_reason()
         if reason is not None:
             self._end(request)
-        return _output(request, (sample.token_id,), reason, sample, scores)
+        return output(request, (sample.token_id,), reason, sample, scores)
 
     def _give_up(self, request: RunningRequest) -> TokenOutput:
         """End a request whose logits are not numbers, and make sure that no request shares its KV-cache blocks."""
         assert request.cache is not None
         request.cache.unshare(request)
         self._corrupted += 1
-        self._end(request)
-        return _failure(request, CORRUPTED)
+        self._end(request, spoilt=True)
+        return failure(request, CORRUPTED)
 
-    def _end(self, request: RunningRequest) -> None:
+    def _end(self, request: RunningRequest, *, spoilt: bool = False) -> None:
         request.ended = True
+        self._stops.remove(request.stop_candidates)
         del self._requests[request.request_id]
         if request.cache is not None:
-            request.cache.drop(request)
+            request.cache.drop(request, spoilt=spoilt)
         else:
             self._waiting.remove(request)
 
@@ -330,8 +483,8 @@ class Scheduler:
         """Preempt at most one request, if one client has all places, for the client that has the fewest running."""
         if not self._waiting.items:
             return
-        request = shortest_served(self._waiting, self._caches.values())
-        victim = in_the_way(request, self._caches.values(), self._max_num_seqs)
+        request = shortest_served(self._waiting, self._rows)
+        victim = in_the_way(request, self._caches.values(), self._rows, self._max_num_seqs)
         if victim is not None:
             assert victim.cache is not None
             victim.cache.drop(victim)
@@ -363,15 +516,23 @@ class Scheduler:
         self._caches = {}
         for worker, (blocks, state_room) in rooms.items():
             kept = old.get(worker)
-            if kept is None or (kept.pool.num_blocks, kept.state_room) != (blocks, state_room):
-                kept = WorkerCache(
-                    worker,
-                    blocks,
-                    self._block_size,
-                    prefix_caching=self._enable_prefix_caching,
-                    state_room=state_room,
-                )
-            self._caches[worker] = kept
+            if kept is not None and (kept.pool.num_blocks, kept.state_room) == (blocks, state_room):
+                self._caches[worker] = old.pop(worker)
+        for cache in old.values():
+            cache.close()
+        for worker, (blocks, state_room) in rooms.items():
+            # this keeps the order of ranks
+            kept = self._caches.pop(worker, None)
+            self._caches[worker] = kept or WorkerCache(
+                worker,
+                blocks,
+                self._rows,
+                max_num_seqs=self._max_num_seqs,
+                prefix_caching=self._enable_prefix_caching,
+                state_room=state_room,
+            )
+        self._bases = np.array([cache.base for cache in self._caches.values()], dtype=np.intp)
+        self._last = None
         return requeued
 
     def drain(self, workers: Collection[WorkerId]) -> None:
@@ -407,6 +568,8 @@ class Scheduler:
         for cache in self._caches.values():
             cache.validate()
             assert len(cache.running) <= min(self._max_num_seqs, cache.seats)
+        assert self._rows.clients == Counter(s.client for s in self._requests.values() if s.cache is not None)
+        assert self._rows.calls == Counter(s.call for s in self._requests.values() if s.cache is not None)
         placed = {s.request_id: s for cache in self._caches.values() for s in cache.running.items}
         waiting = {s.request_id: s for s in self._waiting.items}
         assert len(placed) == sum(len(cache.running) for cache in self._caches.values()), "a request has two workers"
@@ -424,17 +587,26 @@ class Scheduler:
             assert request.computed == request.introduced_blocks == 0
             assert not request.flight
         flying: dict[RequestId, list[Chunk]] = {}
-        for _, parts in self._flights:
-            self._validate_flight(parts)
-            for request, chunk in (piece for part in parts.values() for piece in part.work):
+        by_rule: Counter[RequestId] = Counter()
+        for flight in self._flights:
+            self._validate_flight(flight)
+            for request, chunk in (piece for part in flight.parts.values() for piece in part.work):
                 if request.in_flight(chunk):
                     flying.setdefault(request.request_id, []).append(chunk)
+            live = self._rows.mark[flight.rows] == flight.marks
+            by_rule.update(name for name, counts in zip(flight.names, live.tolist(), strict=True) if counts)
         assert flying == {s.request_id: s.flight for s in self._requests.values() if s.flight}
+        for request in self._requests.values():
+            rule, chunks = by_rule[request.request_id], request.flight
+            assert not rule or request.steady
+            assert request.started == request.computed + rule + sum(chunk.length for chunk in chunks)
+            assert request.known == request.length + rule + sum(chunk.samples for chunk in chunks)
 
-    def _validate_flight(self, parts: Mapping[WorkerId, Part]) -> None:
-        for worker, part in parts.items():
+    def _validate_flight(self, flight: Flight) -> None:
+        for worker, part in flight.parts.items():
             assert part.cache is self._caches[worker]
-            tokens = sum(chunk.length for _, chunk in part.work)
+            begin, end = flight.bounds[worker]
+            tokens = end - begin + sum(chunk.length for _, chunk in part.work)
             assert tokens == self._max_num_batched_tokens - part.budget
             assert part.budget >= 0
             for request, chunk in part.work:
@@ -444,32 +616,9 @@ class Scheduler:
                 assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
 
 
-def _failure(request: RunningRequest, error: str, *, refused: bool = False) -> TokenOutput:
-    return TokenOutput(
-        request_id=request.request_id,
-        offset=request.num_output,
-        token_ids=(),
-        finish_reason=FinishReason.ERROR,
-        error=error,
-        refused=refused,
-    )
+def _decodes(request: RunningRequest) -> bool:
+    """Whether a running request has only its newest token to run."""
+    return request.remaining == 1 and not request.exhausted
 
 
-def _output(
-    request: RunningRequest,
-    tokens: tuple[int, ...],
-    reason: FinishReason | None,
-    sample: Sample | None = None,
-    scores: PromptScores | None = None,
-) -> TokenOutput:
-    return TokenOutput(
-        request_id=request.request_id,
-        offset=request.num_output - len(tokens),
-        token_ids=tokens,
-        cached_tokens=request.cached_tokens or 0,
-        resumptions=0 if reason is None else request.resumptions,
-        logprobs=(sample.logprobs,) if sample is not None and sample.logprobs is not None else (),
-        scores=scores,
-        finish_reason=reason,
-        stop_token_id=request.stop_token_id() if reason is FinishReason.STOP else None,
-    )
+_arrival = attrgetter("arrival")

@@ -2,13 +2,15 @@
 
 Prefix caching: a request begins with the longest known prefix of its tokens. It shares the blocks of that prefix and
 never writes to them. Its own full blocks become known when the step that computed them is committed, and not before,
-because a step in flight may fail halfway. The last token is always computed, because its logits are needed. A worker
-that ends takes its cached blocks with it.
+because a step in flight may fail halfway; those of tokens that it generates by rule become known when it leaves the
+worker. The last token is always computed, because its logits are needed. A worker that ends takes its cached blocks
+with it.
 
 In a model with a state per sequence, a request can begin only where there is also a snapshot of the states
 (actors/scheduler/snapshots.py). Snapshots are taken after three blocks: the last full one of a prompt; the one up to
 which a prompt's keys are cached further than its states, since other prompts share that beginning; and the last full
-one of an answer, where the next turn of a conversation goes on.
+one of an answer, where the next turn of a conversation goes on. Such a request never goes on by rule: each of its
+chunks says what to do with the states.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from elastic_moe.actors.scheduler.kv_blocks import BlockPool, blocks_for
+from elastic_moe.actors.scheduler.rows import Rows
 from elastic_moe.actors.scheduler.running_requests import OrderedRequests, RunningRequest
 from elastic_moe.actors.scheduler.snapshots import SnapshotPool
 from elastic_moe.cluster.messages.epochs import StateRoom
@@ -30,15 +33,20 @@ class WorkerCache:
     """One worker's KV blocks, the requests that run there, and the ended requests that it must still forget."""
 
     __slots__ = (
+        "_free_rows",
         "backlog",
+        "base",
         "block_size",
         "draining",
         "forget",
+        "max_num_seqs",
         "pool",
         "prefix_caching",
+        "rows",
         "running",
         "snapshots",
         "state_room",
+        "unsteady",
         "worker",
     )
 
@@ -46,24 +54,38 @@ class WorkerCache:
         self,
         worker: WorkerId,
         num_kv_blocks: int,
-        block_size: int,
+        rows: Rows,
         *,
+        max_num_seqs: int,
         prefix_caching: bool = True,
         state_room: StateRoom | None = None,
     ) -> None:
-        """`state_room`: None if the model keeps nothing but keys and values."""
+        """`rows` is shared by all workers. At most `max_num_seqs` requests run here. `state_room`: None if the model
+        keeps nothing but keys and values."""
         self.worker = worker
-        self.block_size = block_size
+        self.block_size = rows.block_size
         self.prefix_caching = prefix_caching
         self.pool = BlockPool(num_kv_blocks)
         self.state_room = state_room
         self.snapshots = SnapshotPool(0 if state_room is None else state_room.snapshots)
+        self.rows = rows
+        self.max_num_seqs = max_num_seqs
+        self.base = rows.take_range(max_num_seqs)
+        """The first row of this worker's requests. A request's seat is its row's number from there on."""
+        self._free_rows = list(range(self.base + max_num_seqs - 1, self.base - 1, -1))
         self.running = OrderedRequests(attrgetter("arrival"))
+        self.unsteady: set[RunningRequest] = set()
+        """The running requests that do not go on by rule."""
         self.backlog = 0
         """Sum of `remaining` over the running requests, in tokens."""
         self.forget: list[RequestId] = []
         """Requests that have left the worker, and that no committed plan has named for it to forget."""
         self.draining = False
+
+    def close(self) -> None:
+        """Give the rows back. Nothing may run here any more."""
+        assert not self.running.items
+        self.rows.give_range(self.base, self.max_num_seqs)
 
     @property
     def seats(self) -> float:
@@ -73,10 +95,8 @@ class WorkerCache:
     def has_seat(self, max_num_seqs: int) -> bool:
         return len(self.running) < min(max_num_seqs, self.seats)
 
-    @property
-    def decoding(self) -> bool:
-        """Whether a request here is past its prompt and its last token is not in flight yet."""
-        return any(request.remaining == 1 and not request.exhausted for request in self.running.items)
+    def unsteady_in_order(self) -> list[RunningRequest]:
+        return sorted(self.unsteady, key=attrgetter("arrival")) if self.unsteady else []
 
     def can_ever_hold(self, request: RunningRequest) -> bool:
         """Whether the empty cache has room for the request at its longest. The last token is never run."""
@@ -95,26 +115,36 @@ class WorkerCache:
 
         Some blocks stay reserved for running requests to grow; otherwise the new request would soon be preempted.
         """
-        headroom = min(len(self.running), self.pool.num_blocks // 32)
-        free = self.pool.num_free - self.pool.num_idle(cached)
-        return free - headroom - blocks_for(len(request.tokens), self.block_size) + len(cached)
+        own = blocks_for(request.length, self.block_size) - len(cached)
+        return self.free_for_new - self.pool.num_idle(cached) - own
+
+    @property
+    def free_for_new(self) -> int:
+        """Free blocks beside the reserved ones."""
+        return self.pool.num_free - min(len(self.running), self.pool.num_blocks // 32)
 
     def take(self, request: RunningRequest, cached: Sequence[int]) -> None:
         """Run the request here, with blocks for all its tokens: a prefill that has begun never waits for memory."""
         assert request.cache is None
+        length = len(request.tokens)
+        request.row = self._free_rows.pop()
+        self.rows.sit(request.row, request, length)
         request.cache = self
         request.claim = None
         self.pool.hold(cached)
-        own = blocks_for(len(request.tokens), self.block_size) - len(cached)
-        request.blocks = [*cached, *self.pool.allocate(own)]
-        request.computed = len(cached) * self.block_size
+        self.grow(request, list(cached))
+        request.published = len(cached)
+        self.grow(request, self.pool.allocate(blocks_for(length, self.block_size) - len(cached)))
+        computed = len(cached) * self.block_size
+        self.rows.computed[request.row] = self.rows.started[request.row] = computed
         if request.cached_tokens is None:
-            request.cached_tokens = min(request.computed, request.num_prompt_tokens)
+            request.cached_tokens = min(computed, request.num_prompt_tokens)
         else:
             request.resumptions += 1
         if self.state_room is not None and self.prefix_caching:
             self._choose_snapshots(request, len(cached))
         self.running.add(request)
+        self.unsteady.add(request)
         self.backlog += request.remaining
 
     def _choose_snapshots(self, request: RunningRequest, cached: int) -> None:
@@ -125,10 +155,17 @@ class WorkerCache:
         shared = len(self.pool.find(keys))
         request.borders = sorted(border for border in {shared, len(keys)} if border > cached)
 
+    def grow(self, request: RunningRequest, blocks: list[int]) -> None:
+        """Give the request further blocks."""
+        request.blocks += blocks
+        self.rows.room[request.row] = len(request.blocks) * self.block_size
+
     def run(self, request: RunningRequest, length: int) -> Chunk:
         """Put the request's next `length` tokens into flight."""
         before = request.remaining
         chunk = request.run(length, None if self.state_room is None else self._use_states(request, length))
+        if request.steady:
+            self.unsteady.discard(request)
         self.backlog += request.remaining - before
         return chunk
 
@@ -147,14 +184,19 @@ class WorkerCache:
     def rollback(self, request: RunningRequest) -> None:
         """Drop the request's tokens in flight, so that they are run again."""
         before = request.remaining
-        self._clear_flight(request)
+        self._cut(request)
         self.backlog += request.remaining - before
 
-    def _clear_flight(self, request: RunningRequest) -> None:
+    def _cut(self, request: RunningRequest) -> None:
+        self._give_back(request)
+        request.cut()
+        self.unsteady.add(request)
+
+    def _give_back(self, request: RunningRequest) -> None:
+        """Give back the places of snapshots that steps in flight write to."""
         for chunk in request.flight:
             for saved in _saved(chunk):
                 self.snapshots.give_back(saved.place)
-        request.flight = []
 
     def commit_but_last(self, request: RunningRequest) -> bool:
         """Record the request's oldest chunk but for its last token, which has to run again, since no token was sampled
@@ -163,40 +205,43 @@ class WorkerCache:
         Returns False if the whole chunk has to run again: a state cannot be set back by one token.
         """
         before = request.remaining
-        landed = self.state_room is None or request.flight[0].length == 1
+        landed = self.state_room is None
         if landed:
-            self._land(request, short=1)
-        self._clear_flight(request)
+            request.land_but_last()
+            self.unsteady.add(request)
+            self.publish(request)
+        else:
+            self._cut(request)
         self.backlog += request.remaining - before
         return landed
 
     def commit(self, request: RunningRequest) -> None:
         """Record that the request's oldest chunk is in the KV cache for good. Blocks that are full now become known."""
-        self._land(request)
+        chunk = request.flight[0] if request.flight else None
+        request.land()
+        self.publish(request)
+        if chunk is not None and chunk.state is not None:
+            self._land_states(request, chunk)
 
-    def _land(self, request: RunningRequest, *, short: int = 0) -> None:
-        first = request.computed // self.block_size
-        chunk = request.flight[0]
-        request.land(short=short)
-        full = request.computed // self.block_size
+    def publish(self, request: RunningRequest) -> None:
+        """Make known the request's full blocks that are not."""
+        first, full = request.published, request.computed // self.block_size
         if self.prefix_caching and full > first:
-            for number, key in enumerate(request.keys(full, self.block_size)[first:], first):
-                self.pool.publish(request.blocks[number], key)
+            request.published = full
+            keys = request.keys(full, self.block_size, first)
+            for block, key in zip(request.blocks[first:full], keys, strict=True):
+                self.pool.publish(block, key)
+
+    def _land_states(self, request: RunningRequest, chunk: Chunk) -> None:
         self._unpin(request)
         for saved in _saved(chunk):
-            self._land_state(request, saved)
-
-    def _land_state(self, request: RunningRequest, saved: SavedState) -> None:
-        if saved.position > request.computed:
-            self.snapshots.give_back(saved.place)
-            return
-        border = saved.position // self.block_size
-        key = request.keys(border, self.block_size)[-1]
-        if self.snapshots.publish(saved.place, key) and border not in request.borders:
-            # an answer leaves one snapshot, at its last block
-            if request.tail is not None:
-                self.snapshots.retire(request.tail)
-            request.tail = key
+            border = saved.position // self.block_size
+            key = request.keys(border, self.block_size)[-1]
+            if self.snapshots.publish(saved.place, key) and border not in request.borders:
+                # an answer leaves one snapshot, at its last block
+                if request.tail is not None:
+                    self.snapshots.retire(request.tail)
+                request.tail = key
 
     def _unpin(self, request: RunningRequest) -> None:
         if request.restore is not None:
@@ -206,26 +251,37 @@ class WorkerCache:
     def unshare(self, request: RunningRequest) -> None:
         """Make sure that no other request uses what this one has computed."""
         self.pool.forget(request.blocks)
-        for key in request.keys(request.computed // self.block_size, self.block_size):
-            self.snapshots.retire(key)
+        if self.state_room is not None:
+            for key in request.keys(request.computed // self.block_size, self.block_size):
+                self.snapshots.retire(key)
 
-    def drop(self, request: RunningRequest) -> None:
+    def drop(self, request: RunningRequest, *, spoilt: bool = False) -> None:
         """Take the request and its blocks off this worker. The request keeps its tokens and loses what it computed.
 
         Another request may get the blocks at once, although a step in flight still writes to them: the worker runs
         that step before any later one, and a block becomes known only through what is written later.
+        `spoilt`: its blocks must not become known.
         """
         assert request.cache is self
+        if not spoilt:
+            self.publish(request)
         self.running.remove(request)
+        self.unsteady.discard(request)
         self.backlog -= request.remaining
         self.pool.free(request.blocks)
         self.forget.append(request.request_id)
-        self._clear_flight(request)
+        self._give_back(request)
         self._unpin(request)
-        request.cache = None
+        # this brings the newest tokens out of the row
+        tokens = request.tokens
+        assert len(tokens) == request.length
+        self.rows.rise(request.row)
+        self._free_rows.append(request.row)
+        request.cache, request.row = None, -1
         request.borders, request.tail = [], None
+        request.flight = []
         request.blocks = []
-        request.computed = request.introduced_blocks = 0
+        request.introduced_blocks = request.published = 0
         request.introduced = False
 
     def validate(self) -> None:
@@ -239,8 +295,16 @@ class WorkerCache:
             pinned=[request.restore for request in items if request.restore is not None],
             writing=[saved.place for request in items for chunk in request.flight for saved in _saved(chunk)],
         )
+        assert self.state_room is None or self.unsteady == set(items), "a state has no place in the columns"
+        assert self.unsteady == {request for request in items if not request.steady}
+        seated = [self.rows.requests[row] for row in range(self.base, self.base + self.max_num_seqs)]
+        assert {r for r in seated if r is not None} == set(items)
+        assert sorted(self._free_rows) == [row for row, r in enumerate(seated, self.base) if r is None]
         for request in items:
             known = len(request.tokens)
+            assert known == request.length
+            assert self.rows.requests[request.row] is request
+            assert self.rows.room[request.row] == len(request.blocks) * self.block_size
             assert request.cache is self
             assert not request.ended
             assert 0 <= request.computed < known

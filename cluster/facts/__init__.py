@@ -6,6 +6,7 @@ membership   every worker, and the experts that it has
 adaptation   what follows from a set of workers: slots, the placement that moves the fewest experts, the transport
 transfers    the experts to bring before an epoch can begin
 routing      tokens per layer and expert over a sliding window, and how uneven they make the load
+sampling     a sample of tokens with their experts, from which transitions are estimated
 operations   the record of operations, each with its reason
 counters     totals for /metrics
 """

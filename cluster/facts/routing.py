@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.cluster.facts.sampling import PART_BYTES, RoutingSample, SampledTokens, most_tokens
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import EMPTY, Placement
 
@@ -27,18 +28,27 @@ class _Bucket:
     number: int
     prefill: PhaseCounts
     decode: PhaseCounts
-    transitions: npt.NDArray[np.uint32]
+    sample: SampledTokens
 
 
 class RoutingWindow:
     """Sums of the workers' reports over the last `window_s` seconds.
 
     The window is cut into `buckets` parts, and each keeps one sum. So memory does not grow with the number of reports,
-    and the window's beginning moves in steps of window_s / buckets. Transitions have 32 bits, because they need most
-    of the memory (58 layers of 256 experts: 15 MB for each bucket).
+    and the window's beginning moves in steps of window_s / buckets. Adding a report takes microseconds: transitions are
+    only counted when a planner asks for them, from a sample of the tokens.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, *, window_s: float, buckets: int = 6) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        window_s: float,
+        buckets: int = 6,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        """`rng` thins samples; seeded with 0 if not given."""
         assert window_s > 0
         assert buckets >= 1
         self.window_s = window_s
@@ -48,6 +58,7 @@ class RoutingWindow:
         self.reports = 0
         """Number of reports that the window has taken."""
         self._buckets: list[_Bucket] = []
+        self._rng = rng or np.random.default_rng(0)
 
     def add(self, counts: RoutingCounts, now: float) -> None:
         """Add one worker's report, which counts what it ran since its previous report."""
@@ -56,10 +67,10 @@ class RoutingWindow:
         self.reports += 1
         if counts.tokens == 0:
             return
-        bucket = self._bucket_of(now)
+        bucket = self._bucket_of(now, counts.sample.shape[1:])
         bucket.prefill += counts.prefill
         bucket.decode += counts.decode
-        np.add(bucket.transitions, counts.transitions, out=bucket.transitions, casting="unsafe")
+        bucket.sample.add(counts.sample, counts.tokens)
 
     def tokens(self, now: float) -> int:
         return sum(phase.tokens for phase in self.phases(now))
@@ -82,24 +93,23 @@ class RoutingWindow:
         prefill = sum((bucket.prefill for bucket in self._buckets), nothing)
         return prefill, sum((bucket.decode for bucket in self._buckets), nothing)
 
-    def transitions(self, now: float) -> IntCounts:
-        """[L-1, E, E] pairs of experts that one token chose in adjacent layers."""
+    def sample(self, now: float) -> RoutingSample:
+        """A sample of the window's tokens."""
         self._drop_old(now)
-        total = np.zeros(self._transitions_shape, dtype=np.int64)
-        for bucket in self._buckets:
-            total += bucket.transitions
-        return total
-
-    @property
-    def _transitions_shape(self) -> tuple[int, int, int]:
         layers, experts = self._shape
-        return (max(0, layers - 1), experts, experts)
+        parts = [(bucket.sample.choices(), bucket.sample.tokens) for bucket in self._buckets]
+        return RoutingSample(
+            num_layers=layers,
+            num_experts=experts,
+            parts=tuple((choices, tokens) for choices, tokens in parts if choices is not None and len(choices)),
+        )
 
-    def _bucket_of(self, now: float) -> _Bucket:
+    def _bucket_of(self, now: float, choices: tuple[int, ...]) -> _Bucket:
         number = int(now // self._bucket_s)
         if not self._buckets or self._buckets[-1].number < number:
             nothing = PhaseCounts(tokens=0, load=np.zeros(self._shape, dtype=np.int64))
-            self._buckets.append(_Bucket(number, nothing, nothing, np.zeros(self._transitions_shape, dtype=np.uint32)))
+            sample = SampledTokens(self._shape[1], most_tokens(PART_BYTES, choices), self._rng)
+            self._buckets.append(_Bucket(number, nothing, nothing, sample))
         return self._buckets[-1]
 
     def _drop_old(self, now: float) -> None:

@@ -226,8 +226,9 @@ class RoutingCounts:
 
     prefill: PhaseCounts
     decode: PhaseCounts
-    transitions: npt.NDArray[np.int64]
-    """[L-1, E, E] (expert in layer l, expert in layer l+1) pairs of one token, of both phases."""
+    sample: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+    """[S, L, K] choices of some of the tokens, in which every token is with the same probability
+    (cluster/facts/sampling.py)."""
 
     @property
     def tokens(self) -> int:

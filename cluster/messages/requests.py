@@ -6,10 +6,13 @@ engine -> API   Done or Refused as the answer to a Submit, Adopted to an Adopt; 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import compress
 from typing import NewType
 
+from elastic_moe.cluster.messages.columns import column_of, integers
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.scores import PromptScores
 
@@ -205,7 +208,38 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """One more token of each of many requests, with nothing else to say about it."""
+
+    request_ids: tuple[RequestId, ...] = ()
+    offsets: bytes = b""
+    """[n] 32-bit integers, as in TokenOutput."""
+    token_ids: bytes = b""
+    """[n] 32-bit integers."""
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        """The same as outputs of one token each. Raises ValueError if the columns do not match."""
+        for request_id, offset, token in zip(
+            self.request_ids, integers(self.offsets), integers(self.token_ids), strict=True
+        ):
+            yield TokenOutput(request_id=request_id, offset=offset, token_ids=(token,))
+
+    def chosen(self, which: Sequence[bool]) -> Tokens:
+        """Those of the requests for which `which` [n] is true."""
+        return Tokens(
+            request_ids=tuple(compress(self.request_ids, which)),
+            offsets=column_of(list(compress(integers(self.offsets), which))),
+            token_ids=column_of(list(compress(integers(self.token_ids), which))),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
     """New outputs for one client, sent without a question."""
 
     outputs: tuple[TokenOutput, ...]
+    tokens: Tokens = Tokens()
+    """Outputs of further requests."""

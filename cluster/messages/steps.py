@@ -24,6 +24,8 @@ class NewSequence:
     params: SamplingParams
     eos_token_ids: tuple[int, ...]
     """Tokens that must not be sampled before `min_tokens`, besides `params.stop_token_ids`."""
+    seat: int = 0
+    """Its number among the worker's sequences. It takes the seat of the sequence that had this number before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,21 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """The sequences of a worker that go on decoding: they run their newest token. Columns of 32-bit integers.
+
+    cluster/messages/seats.py says why this is enough.
+    """
+
+    seats: bytes | None = None
+    """[n] their seats; None: those of the plan before."""
+    known: bytes = b""
+    """[n] tokens of each before this step; empty where `seats` is None: one more than in the plan before."""
+    grown: bytes = b""
+    """[3 g] seat, number of a block in its sequence, and block id, for each new block. Blocks before are unchanged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """One worker's part of a lock-step step. A plan of another epoch is refused."""
 
@@ -87,7 +104,10 @@ class StepPlan:
     tokens_per_rank: tuple[int, ...]
     """[W] tokens that each worker runs, so that exchanges of known size need no size exchange."""
     new: tuple[NewSequence, ...] = ()
+    decoding: Decoding = Decoding()
+    """The sequences that go on decoding. They come before `chunks`."""
     chunks: tuple[Chunk, ...] = ()
+    """All other sequences of the step: prompts, and those that go on after a cut or a failed step."""
     finished: tuple[RequestId, ...] = ()
     """Sequences to forget, before anything else is done."""
 
@@ -117,8 +137,12 @@ class Stuck:
 class StepResult:
     step: int
     samples: tuple[Sample, ...]
+    """Those that are not in `tokens`."""
     compute_s: float
     """Seconds of the step inside the worker, including waits for peers."""
+    tokens: bytes = b""
+    """[n] 32-bit tokens of the sequences that go on decoding, in the plan's order; NO_TOKEN where there is a Sample, or
+    no token at all. Empty: there is a Sample for each, or none."""
     corrupted: tuple[RequestId, ...] = ()
     """Requests that have no sample or no scores, because their logits were not numbers."""
     unready: tuple[RequestId, ...] = ()

@@ -20,6 +20,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from itertools import chain
 from typing import TypeVar
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -27,6 +28,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.liveness import ADOPT_S, CALL_TIMEOUT_S, HANG_S, LIFE_S, dry_run_timeout_s
+from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote, ask, kill
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import within
@@ -79,7 +81,7 @@ READINESS_S = 0.25
 
 
 class RayBackend:
-    """Made and used on one event loop. `begin` starts its two tasks; `end` stops them."""
+    """Made and used on one event loop. `begin` starts its tasks; `end` stops them."""
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class RayBackend:
         self._background = Background(_has_failed)
 
     def begin(self) -> None:
-        for work in (self._watch_readiness(), self._follow_engines()):
+        for work in (self._watch_readiness(), self._follow_engines(), LoopWatch("an API replica").watch()):
             self._background.start(work)
         if self._gcs is not None:
             self._background.start(self._watch_gcs(self._gcs))
@@ -228,7 +230,7 @@ class RayBackend:
     def _received(self, link: Link, message: Message) -> None:
         assert isinstance(message, Outputs), message
         unknown: list[RequestId] = []
-        for output in message.outputs:
+        for output in chain(message.tokens, message.outputs):
             stream = self._streams.get(output.request_id)
             if stream is None:
                 if output.finish_reason is None:

@@ -74,8 +74,8 @@ def load_whole(checkpoint: Checkpoint) -> PreTrainedModel:
             model = cls.from_pretrained(checkpoint.path, dtype=checkpoint.stored_dtype, local_files_only=True)
         else:
             reading = _Reading(total=0, progress=None)
-            state = {name: _LazyTensor(tensor, reading) for name, tensor in checkpoint.tensors.items()}
             dtype = checkpoint.stored_dtype
+            state = {name: _LazyTensor(tensor, reading, dtype) for name, tensor in checkpoint.tensors.items()}
             model = cls.from_pretrained(None, config=checkpoint.config, state_dict=state, dtype=dtype)
     loaded: PreTrainedModel = model.eval()
     return loaded

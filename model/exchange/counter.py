@@ -1,9 +1,10 @@
-"""Counts routing decisions on one worker: load per layer and expert, and transitions between adjacent layers.
+"""Counts routing decisions on one worker: exact load per layer and expert, and a sample of tokens with their choices.
 
-All layers' choices are counted at once, after the step. A step that failed is not counted. Prefill and decode are
-counted apart, with the time that steps of each kind take.
+All layers' choices are counted at once, after the step, on the device where they are: nothing is copied to the host
+before `take`. A step that failed is not counted. Prefill and decode are counted apart, with the time that steps of each
+kind take. cluster/facts/sampling.py says how exact the sample is.
 
-Legend: P phases (prefill, decode), T tokens, K choices, L MoE layers, E logical experts.
+Legend: P phases (prefill, decode), T tokens, S sampled tokens, K choices, L MoE layers, E logical experts.
 """
 
 from __future__ import annotations
@@ -11,20 +12,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from elastic_moe.cluster.facts.sampling import REPORT_BYTES, as_choices, most_tokens
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
+from elastic_moe.model.staging import to_device
 
 
 class RoutingCounter:
     """Collects counts. One thread notes the steps; another thread may call `take` at any time."""
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int, *, rng: np.random.Generator | None = None) -> None:
+        """`rng` draws the sample; seeded with 0 if not given."""
         self._layers = num_layers
         self._experts = num_experts
         self._step: list[Tensor] = []
         self._lock = threading.Lock()
+        self._rng = rng or np.random.default_rng(0)
+        self._rate = 1.0
+        """The probability with which a token is in the sample."""
+        self._load_PLE: Tensor | None = None
+        self._sample: list[Tensor] = []
+        """[S, L, K] each."""
+        self._sampled = 0
         self._reset()
 
     def note(self, index_LTK: Tensor) -> None:
@@ -36,9 +48,10 @@ class RoutingCounter:
 
     def commit_step(self, chunks: Sequence[int]) -> None:
         """Count the step's choices. `chunks` are the tokens of each sequence, in order; one token means decode."""
-        if sum(map(len, self._step)) == self._layers and self._step[0].numel():
-            self._add_step(torch.cat(self._step).to("cpu", torch.int64), chunks)
-        self._step = []
+        step, self._step = self._step, []
+        if sum(map(len, step)) == self._layers and step[0].numel():
+            with self._lock:
+                self._add_step(step[0] if len(step) == 1 else torch.cat(step), chunks)
 
     def note_time(self, seconds: float, tokens: int, *, decode: bool) -> None:
         """Note that a step of `tokens` tokens on all workers took `seconds`. `decode`: no worker ran a long prompt in
@@ -51,46 +64,62 @@ class RoutingCounter:
     def take(self) -> RoutingCounts:
         """Return the counts since the last call, and start anew."""
         with self._lock:
-            phases = [
-                PhaseCounts(tokens=tokens, load=load.numpy(), steps_s=seconds, steps_tokens=step_tokens)
-                for tokens, load, seconds, step_tokens in zip(
-                    self._tokens, self._load_PLE, self._seconds, self._step_tokens, strict=True
-                )
-            ]
-            transitions = self._transitions
+            tokens, seconds, step_tokens = self._tokens, self._seconds, self._step_tokens
+            load_PLE, sample = self._load_PLE, self._sample
+            # a time like the last one needs this rate; if it has fewer tokens, the next one gets more of them
+            self._rate = min(1.0, 2 * self._rate)
             self._reset()
-        return RoutingCounts(
-            prefill=phases[0],
-            decode=phases[1],
-            transitions=transitions.numpy().reshape(-1, self._experts, self._experts),
-        )
+        loads = np.zeros((2, self._layers, self._experts), np.int64) if load_PLE is None else load_PLE.cpu().numpy()
+        phases = [
+            PhaseCounts(tokens=tokens[p], load=loads[p], steps_s=seconds[p], steps_tokens=step_tokens[p])
+            for p in range(2)
+        ]
+        choices = torch.cat(sample).cpu().numpy() if sample else np.zeros((0, self._layers, 1), np.uint8)
+        return RoutingCounts(prefill=phases[0], decode=phases[1], sample=as_choices(choices, self._experts))
 
     def _add_step(self, index_LTK: Tensor, chunks: Sequence[int]) -> None:
         total = index_LTK.shape[1]
         assert sum(chunks) == total
+        if self._load_PLE is None:
+            shape = (2, self._layers, self._experts)
+            self._load_PLE = torch.zeros(shape, dtype=torch.int64, device=index_LTK.device)
         decoding = chunks.count(1)
-        with self._lock:
-            self._tokens[0] += total - decoding
-            self._tokens[1] += decoding
-            if decoding in (0, total):
-                _add(self._load_PLE[int(decoding > 0)], index_LTK.flatten(1))
-            else:
-                decode_T = torch.tensor(chunks).eq(1).repeat_interleave(torch.tensor(chunks))
-                _add(self._load_PLE[0], index_LTK[:, ~decode_T].flatten(1))
-                _add(self._load_PLE[1], index_LTK[:, decode_T].flatten(1))
-            if self._layers > 1:
-                pairs = index_LTK[:-1, :, :, None] * self._experts + index_LTK[1:, :, None, :]
-                _add(self._transitions, pairs.flatten(1))
+        self._tokens[0] += total - decoding
+        self._tokens[1] += decoding
+        if decoding in (0, total):
+            _add(self._load_PLE[int(decoding > 0)], index_LTK)
+        else:
+            lengths = np.asarray(chunks)
+            places = (np.cumsum(lengths) - 1)[lengths == 1]
+            decode_LTK = index_LTK[:, to_device([places], index_LTK.device)[0]]
+            _add(self._load_PLE[0], index_LTK)
+            _add(self._load_PLE[0], decode_LTK, -1)
+            _add(self._load_PLE[1], decode_LTK)
+        self._add_sample(index_LTK)
+
+    def _add_sample(self, index_LTK: Tensor) -> None:
+        chosen = np.flatnonzero(self._rng.random(index_LTK.shape[1]) < self._rate)
+        if not len(chosen):
+            return
+        small = torch.uint8 if self._experts <= 256 else torch.int16
+        device = index_LTK.device
+        self._sample.append(index_LTK[:, to_device([chosen], device)[0]].transpose(0, 1).to(small))
+        self._sampled += len(chosen)
+        size_bytes = REPORT_BYTES // small.itemsize
+        while self._sampled > most_tokens(size_bytes, (self._layers, index_LTK.shape[2])):
+            kept = np.flatnonzero(self._rng.random(self._sampled) < 0.5)
+            self._sample = [torch.cat(self._sample)[to_device([kept], device)[0]]]
+            self._sampled, self._rate = len(kept), self._rate / 2
 
     def _reset(self) -> None:
         self._tokens = [0, 0]
         self._seconds = [0.0, 0.0]
         self._step_tokens = [0, 0]
-        self._load_PLE = [torch.zeros(self._layers, self._experts, dtype=torch.int64) for _ in range(2)]
-        self._transitions = torch.zeros(max(0, self._layers - 1), self._experts**2, dtype=torch.int64)
+        self._load_PLE, self._sample, self._sampled = None, [], 0
 
 
-def _add(table_LC: Tensor, index_LN: Tensor) -> None:
-    """Count the indices of each row into the same row of the table."""
-    ones = torch.ones((), dtype=torch.int64).expand_as(index_LN)
-    table_LC.scatter_add_(1, index_LN, ones)
+def _add(table_LE: Tensor, index_LTK: Tensor, change: int = 1) -> None:
+    """Count the indices of each layer into the same row of the table."""
+    index_LN = index_LTK.flatten(1).long()
+    changes = torch.full((), change, dtype=torch.int64, device=table_LE.device).expand_as(index_LN)
+    table_LE.scatter_add_(1, index_LN, changes)

@@ -45,4 +45,5 @@ def fp4_values(packed: Tensor) -> Tensor:
 def integers(words: Tensor, bits: int) -> Tensor:
     """Unsigned numbers [..., n, 32 / bits] from words of 32 bits [..., n]: the lowest bits come first. uint8."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8)
+    numbers: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
+    return numbers.to(torch.uint8)

@@ -118,7 +118,8 @@ template <class Block, bool TABLE> void widen4(const Block& block, int64_t group
         }
 }
 
-constexpr int64_t kRows4 = 3; // rows of the register tile of multiply4
+constexpr int64_t kRows4 = 3;    // rows of the register tile of multiply4
+constexpr int64_t kFewRows4 = 6; // up to which a block is not widened in memory
 
 // Does what multiply_chunk does, for a panel in 4 bits.
 template <bool TABLE, bool HALF>
@@ -130,7 +131,7 @@ void multiply_chunk4(int64_t count, const Row8* rows, int64_t depth, const char*
         const Block block(panel, fines);
         panel += block_bytes4(fines, TABLE);
         const char* next = panel + block_bytes4(kFines, TABLE); // the block after the next
-        if (count > kFewRows) {
+        if (count > kFewRows4) {
             if (fetch)
                 for (int64_t line = 0; line < block_bytes4(kFines, TABLE); line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
             widen4<Block, TABLE>(block, fines, wide);

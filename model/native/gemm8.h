@@ -122,7 +122,6 @@ template <int R> void multiply_wide(const Row8* rows, int64_t group, const Wide&
 }
 
 constexpr int64_t kRowsWide = kRegisters == 32 ? 6 : 3; // rows of the register tile of multiply_wide
-constexpr int64_t kFewRows = 6;                         // up to which a group is not widened in memory
 
 inline void multiply_all_wide(int64_t count, const Row8* rows, int64_t group, const Wide& wide, float* sums) {
     const int64_t blocks = (count + kRowsWide - 1) / kRowsWide;
@@ -168,6 +167,17 @@ void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* wei
     }
 }
 
+constexpr int64_t kRows8 = 6;     // rows of the register tile of multiply8
+constexpr int64_t kFewRows8 = 12; // up to which a group is not widened in memory
+
+template <int LINES>
+void multiply_some8(int64_t count, const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums,
+                    const char* ahead) {
+    with_rows<kRows8>(count, [&](auto number) {
+        multiply8<decltype(number)::value, LINES>(rows, group, pairs, weights, sums, ahead);
+    });
+}
+
 inline void widen8(const int8_t* weights, int64_t pairs, Wide& wide) {
     wide.pairs = pairs;
     wide.parts = 1;
@@ -181,21 +191,25 @@ inline void widen8(const int8_t* weights, int64_t pairs, Wide& wide) {
 inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
                             bool fetch) {
     constexpr int64_t kDistance = 2; // groups that prefetching is ahead
+    const int64_t blocks = (count + kRows8 - 1) / kRows8;
     Wide wide;
     for (int64_t group = 0; group < groups(depth); ++group) {
         const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
         const char* next = (const char*)panel + kDistance * (kGroup + sizeof(float)) * kPanel;
-        if (count > kFewRows) {
+        if (count > kFewRows8) {
             if (fetch)
                 for (int64_t line = 0; line < pairs * 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T1);
             widen8(panel, pairs, wide);
             multiply_all_wide(count, rows, group, wide, sums);
-        } else {
-            with_rows<kFewRows>(count, [&](auto number) {
-                // one pair of K takes two cache lines
-                if (fetch) multiply8<decltype(number)::value, 2>(rows, group, pairs, panel, sums, next);
-                else multiply8<decltype(number)::value, 0>(rows, group, pairs, panel, sums, next);
-            });
+        }
+        for (int64_t block = 0, at = 0; count <= kFewRows8 && block < blocks; ++block) {
+            const int64_t here = count / blocks + (block < count % blocks);
+            float* to = sums + at * kPanel;
+            // one pair of K takes two cache lines
+            if (fetch && blocks == 1) multiply_some8<2>(here, rows, group, pairs, panel, to, next);
+            else if (fetch && block < 2) multiply_some8<1>(here, rows + at, group, pairs, panel, to, next + block * pairs * 64);
+            else multiply_some8<0>(here, rows + at, group, pairs, panel, to, next);
+            at += here;
         }
         panel += pairs * 2 * kPanel + kPanel * sizeof(float);
     }

@@ -36,6 +36,7 @@ from elastic_moe.cluster.messages.epochs import (
     WorkerSpec,
 )
 from elastic_moe.cluster.messages.requests import Endpoint, RequestId
+from elastic_moe.cluster.messages.seats import Seats
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY, Tier, WorkerId
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -108,6 +109,7 @@ class Worker:
         self._device = torch.device(spec.model.device)
         self._dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._seats = Seats()
         self._grammars: Compiler
         self._masks = MaskThreads()
         self._share = max(1, spec.num_threads)
@@ -602,14 +604,15 @@ class Worker:
         for new in plan.new:
             self._forget_states(new.request_id)
             self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[])
-        slices = [self._slice(chunk) for chunk in plan.chunks]
-        scoring = self._scoring(plan)
-        sampling = {chunk.request_id: self._sequences[chunk.request_id].state for chunk in plan.chunks if chunk.samples}
+        chunks = self._seats.chunks(plan)
+        slices = [self._slice(chunk) for chunk in chunks]
+        scoring = self._scoring(chunks)
+        sampling = {chunk.request_id: self._sequences[chunk.request_id].state for chunk in chunks if chunk.samples}
         constrained = [state.progress for state in sampling.values() if state.progress is not None]
         if constrained:
             self._masks.begin(constrained)
         logits = self._runner.run(
-            slices, plan.tokens_per_rank, self._counter, keep=bool(scoring), states=self._move_states(plan)
+            slices, plan.tokens_per_rank, self._counter, keep=bool(scoring), states=self._move_states(chunks)
         )
         if constrained:
             self._masks.finish(constrained)
@@ -619,7 +622,7 @@ class Worker:
         assert self._epoch is not None
         self._epoch.dispatcher.finish()
         chosen.append_to(sampling)
-        self._counter.commit_step([chunk.length for chunk in plan.chunks])
+        self._counter.commit_step([chunk.length for chunk in chunks])
         if self._tiers is not None:
             self._tiers.settle()
         compute_s = time.perf_counter() - begin
@@ -628,9 +631,11 @@ class Worker:
         self._counter.note_time(compute_s, sum(plan.tokens_per_rank), decode=decode)
         broken = {one for one in scored if not isinstance(one, ScoredPrompt)}
         corrupted = {*chosen.corrupted, *broken}
+        tokens, samples = self._seats.packed(one for one in chosen.samples if one.request_id not in broken)
         return StepResult(
             step=plan.step,
-            samples=tuple(one for one in chosen.samples if one.request_id not in broken),
+            samples=samples,
+            tokens=tokens,
             compute_s=compute_s,
             corrupted=tuple(corrupted),
             unready=tuple(request_id for request_id in chosen.unready if request_id not in broken),
@@ -642,16 +647,16 @@ class Worker:
         if self._states is not None:
             self._states.forget(request_id)
 
-    def _move_states(self, plan: StepPlan) -> StateBatch | None:
+    def _move_states(self, chunks: Sequence[Chunk]) -> StateBatch | None:
         if self._states is None:
             return None
-        moves = [(chunk.length, self._states.begin(chunk)) for chunk in plan.chunks]
+        moves = [(chunk.length, self._states.begin(chunk)) for chunk in chunks]
         return StateBatch.build(moves, self._states, self._device)
 
-    def _scoring(self, plan: StepPlan) -> list[Scoring]:
+    def _scoring(self, chunks: Sequence[Chunk]) -> list[Scoring]:
         wanted: list[Scoring] = []
         row = 0
-        for chunk in plan.chunks:
+        for chunk in chunks:
             one = Scoring.of(chunk, row, self._sequences[chunk.request_id].state)
             if one is not None:
                 wanted.append(one)
@@ -678,6 +683,7 @@ class Worker:
     def forget_sequences(self) -> None:
         """Forget all sequences when a new engine starts: it will never report those of the last engine as finished."""
         self._sequences.clear()
+        self._seats = Seats()
         if self._states is not None:
             self._states.forget_all()
 

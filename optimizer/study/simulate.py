@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from elastic_moe.cluster.facts.routing import RoutingWindow
+from elastic_moe.cluster.facts.sampling import as_choices
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import Placement, Worker, contiguous
 from elastic_moe.optimizer.core.estimate import covariance_of_window
@@ -123,11 +124,11 @@ def simulate(
 def _plan(
     window: RoutingWindow, placement: Placement, top_k: int, settings: SimulationSettings, now: float
 ) -> PlanResult:
-    load, transitions = window.load(now), window.transitions(now)
+    load = window.load(now)
     budget = None if settings.move_share is None else int(settings.move_share * load.size)
     problem = PlacementProblem(
         loads=np.maximum(load, 0).astype(np.float64),
-        transitions=transitions.astype(np.float64),
+        transitions=window.sample(now).transitions(),
         load_covariance=covariance_of_window(window.load_parts(now)),
         workers=placement.workers,
         top_k=top_k,
@@ -158,10 +159,6 @@ def count_routing(trace: Trace) -> RoutingCounts:
     """The counts that workers would report for these tokens."""
     layers, experts, ids = trace.num_layers, trace.num_experts, trace.topk_ids.astype(np.int64)
     load = np.stack([np.bincount(ids[:, layer].ravel(), minlength=experts) for layer in range(layers)])
-    transitions = np.zeros((layers - 1, experts, experts), dtype=np.int64)
-    for layer in range(layers - 1):
-        pairs = ids[:, layer, :, None] * experts + ids[:, layer + 1, None, :]
-        transitions[layer] = np.bincount(pairs.ravel(), minlength=experts**2).reshape(experts, experts)
     counted = PhaseCounts(tokens=trace.num_tokens, load=load.astype(np.int64))
     none = PhaseCounts(tokens=0, load=np.zeros_like(counted.load))
-    return RoutingCounts(prefill=none, decode=counted, transitions=transitions)
+    return RoutingCounts(prefill=none, decode=counted, sample=as_choices(trace.topk_ids, experts))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
-from elastic_moe.cluster.messages.steps import Sample, StepPlan, StepResult
+from elastic_moe.cluster.messages.seats import Seats
+from elastic_moe.cluster.messages.steps import Decoding, Sample, StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
 
 EOS = 0
@@ -33,9 +38,21 @@ def request(name: str, prompt: int = 4, output: tuple[int, ...] = (), **params: 
     )
 
 
-def plan(s: Scheduler, step: int = 0) -> Plans:
+_SEATS: WeakKeyDictionary[Scheduler, defaultdict[WorkerId, Seats]] = WeakKeyDictionary()
+
+
+def try_plan(s: Scheduler, step: int = 0) -> Plans | None:
+    """The next plans as workers see them: with a chunk for each sequence that goes on by rule."""
     plans = s.schedule(Epoch(1), step)
     s.validate()
+    seats = _SEATS.setdefault(s, defaultdict(Seats))
+    return plans and {
+        worker: replace(p, chunks=seats[worker].chunks(p), decoding=Decoding()) for worker, p in plans.items()
+    }
+
+
+def plan(s: Scheduler, step: int = 0) -> Plans:
+    plans = try_plan(s, step)
     assert plans is not None
     return plans
 
@@ -52,7 +69,7 @@ def answers(plans: Plans, token: int = 7) -> dict[WorkerId, StepResult]:
 
 
 def step(s: Scheduler, token: int = 7) -> list[TokenOutput]:
-    outputs = s.commit(answers(plan(s), token))
+    outputs = list(s.commit(answers(plan(s), token)))
     s.validate()
     return outputs
 

@@ -135,7 +135,7 @@ class FakeWorker:
         return RoutingCounts(
             prefill=PhaseCounts(tokens=6, load=LOAD - LOAD // 2, steps_s=0.1, steps_tokens=100),
             decode=PhaseCounts(tokens=4, load=LOAD // 2, steps_s=0.3, steps_tokens=100),
-            transitions=np.ones((1, 8, 8), dtype=np.int64),
+            sample=np.zeros((10, 2, 1), dtype=np.uint8),
         )
 
     @in_group("io")

@@ -16,6 +16,7 @@ import torch
 from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenLogprobs
 from elastic_moe.cluster.messages.scores import PromptScores
+from elastic_moe.cluster.messages.seats import Seats
 from elastic_moe.cluster.messages.steps import Chunk, Sample, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.model.states.store import StateStore
 
@@ -86,8 +87,10 @@ class SimulatedWorker:
         self.rope_limit = rope_limit
         self.cache: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.known: dict[RequestId, _Known] = {}
+        self.seats = Seats()
 
     def run(self, plan: StepPlan, rank: int) -> StepResult:
+        chunks = self.seats.chunks(plan)
         for request_id in plan.finished:
             self.known.pop(request_id, None)
             if self.store is not None:
@@ -104,12 +107,12 @@ class SimulatedWorker:
                     params=new.params,
                 ),
             )
-        assert plan.tokens_per_rank[rank] == sum(chunk.length for chunk in plan.chunks)
-        ids = [chunk.request_id for chunk in plan.chunks]
+        assert plan.tokens_per_rank[rank] == sum(chunk.length for chunk in chunks)
+        ids = [chunk.request_id for chunk in chunks]
         assert len(ids) == len(set(ids))
         samples, scored = [], []
         unready = []
-        for chunk in plan.chunks:
+        for chunk in chunks:
             sequence = self.known[chunk.request_id]
             del sequence.tokens[chunk.known :]
             if sequence.spoilt is not None and sequence.spoilt >= chunk.known:
@@ -133,8 +136,14 @@ class SimulatedWorker:
                 sequence.tokens.append(VOCABULARY)
             else:
                 samples.append(self._sample(sequence))
+        tokens, rest = self.seats.packed(samples)
         return StepResult(
-            step=plan.step, samples=tuple(samples), compute_s=0.0, unready=tuple(unready), scored=tuple(scored)
+            step=plan.step,
+            samples=rest,
+            tokens=tokens,
+            compute_s=0.0,
+            unready=tuple(unready),
+            scored=tuple(scored),
         )
 
     def _move_state(self, sequence: _Known, chunk: Chunk) -> None:

@@ -13,15 +13,15 @@ import torch
 
 from elastic_moe.model.exchange.counter import RoutingCounter
 
-STEPS = 300
-TOKENS = (1, 8, 32, 512)
+STEPS = 100
+TOKENS = (1, 8, 32, 64, 512, 2048)
 
 
 def seconds_per_step(layers: int, experts: int, choices: int, tokens: int) -> float:
-    """Of decode steps of `tokens` sequences; more than 32 tokens are one prompt."""
+    """Of decode steps of `tokens` sequences; more than 64 tokens are one prompt."""
     counter = RoutingCounter(layers, experts)
     index_LTK = torch.randint(experts, (layers, tokens, choices), generator=torch.Generator().manual_seed(0))
-    chunks = [1] * tokens if tokens <= 32 else [tokens]
+    chunks = [1] * tokens if tokens <= 64 else [tokens]
     begin = time.thread_time()
     for _ in range(STEPS):
         for index_TK in index_LTK:

@@ -8,6 +8,8 @@ import errno
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
 
 import pytest
 
@@ -172,7 +174,7 @@ class Client:
 
     def _received(self, link: Link, message: Message) -> None:
         assert isinstance(message, Outputs)
-        for output in message.outputs:
+        for output in chain(message.tokens, message.outputs):
             tokens = self.tokens[output.request_id]
             assert output.offset == len(tokens) or output.error is not None
             assert output.request_id not in self.ends
@@ -325,12 +327,13 @@ def test_a_worker_that_aborts_is_not_to_blame() -> None:
 
 def test_a_request_that_the_model_fails_on_fails_alone() -> None:
     async def scenario(cluster: Cluster, client: Client) -> None:
-        def stumble(plan: StepPlan) -> None:
-            if any(chunk.request_id == "bad" and chunk.start > 8 for chunk in plan.chunks):
+        def stumble(worker: ConnectedWorker, plan: StepPlan) -> None:
+            bad = worker.simulated.known.get(RequestId("bad"))
+            if bad is not None and len(bad.tokens) > 9 and "bad" not in plan.finished:
                 raise ValueError("cannot")
 
-        for simulated in cluster.workers.values():
-            simulated.before = stumble
+        for worker in cluster.workers.values():
+            worker.before = partial(stumble, worker)
         await client.submit(request("good"))
         await client.submit(request("bad"))
         assert (await cluster.reports.get())[1] == []

@@ -332,7 +332,7 @@ def test_a_new_request_of_an_aborted_ones_name_does_not_get_its_token() -> None:
     plans = plan(s)
     s.abort(RequestId("r"))
     s.add(request("r", prompt=6))
-    assert s.commit(answers(plans)) == []
+    assert not s.commit(answers(plans))
     plans = plan(s)
     assert plans[A].finished == ("r",)
     assert plans[A].new[0].num_prompt_tokens == 6

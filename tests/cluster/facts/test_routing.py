@@ -20,7 +20,7 @@ def counts(value: int) -> RoutingCounts:
     return RoutingCounts(
         prefill=phase,
         decode=PhaseCounts(tokens=0, load=np.zeros((L, E), dtype=np.int64)),
-        transitions=np.full((L - 1, E, E), value, dtype=np.int64),
+        sample=np.ones((value, L, 2), dtype=np.uint8),
     )
 
 
@@ -31,7 +31,8 @@ def test_reports_add_up_and_leave_the_window() -> None:
     window.add(counts(4), 130.0)
     assert window.tokens(131.0) == 7
     assert (window.load(131.0) == 7).all()
-    assert (window.transitions(131.0) == 7).all()
+    transitions = window.sample(131.0).transitions()
+    assert transitions.sum() == transitions[0, 1, 1] == 7 * 2 * 2
     assert window.load(131.0).dtype == np.int64
     assert window.load_parts(131.0)[:, 0, 0].tolist() == [3, 4]
     assert RoutingWindow(L, E, window_s=60.0).load_parts(0.0).shape == (0, L, E)
@@ -39,7 +40,7 @@ def test_reports_add_up_and_leave_the_window() -> None:
     assert window.tokens(159.0) == 7
     assert window.tokens(160.0) == 4
     assert window.tokens(1000.0) == 0
-    assert not window.transitions(1000.0).any()
+    assert not window.sample(1000.0).transitions().any()
 
 
 def test_memory_does_not_grow_with_reports() -> None:
@@ -53,8 +54,8 @@ def test_memory_does_not_grow_with_reports() -> None:
 def test_a_model_of_one_layer_has_no_transitions() -> None:
     window = RoutingWindow(1, E, window_s=60.0)
     phase = PhaseCounts(tokens=1, load=np.ones((1, E), np.int64))
-    window.add(RoutingCounts(prefill=phase, decode=phase, transitions=np.zeros((0, E, E), np.int64)), 0.0)
-    assert window.transitions(0.0).shape == (0, E, E)
+    window.add(RoutingCounts(prefill=phase, decode=phase, sample=np.zeros((2, 1, 1), np.uint8)), 0.0)
+    assert window.sample(0.0).transitions().shape == (0, E, E)
 
 
 def placement(table: list[list[int]], slots: tuple[int, ...]) -> Placement:
@@ -81,10 +82,10 @@ def phase(load: list[int], steps_s: float = 0.0, steps_tokens: int = 0) -> Phase
 
 def test_phases_are_kept_apart() -> None:
     window = RoutingWindow(1, E, window_s=60.0)
-    nothing = np.zeros((0, E, E), np.int64)
+    nothing = np.zeros((0, 1, 1), np.uint8)
     for n in (1, 2):
         window.add(
-            RoutingCounts(prefill=phase([n, 0, 0, 0], 0.5, 100), decode=phase([0, n, 0, 0]), transitions=nothing), 0.0
+            RoutingCounts(prefill=phase([n, 0, 0, 0], 0.5, 100), decode=phase([0, n, 0, 0]), sample=nothing), 0.0
         )
     prefill, decode = window.phases(1.0)
     assert (prefill.load.tolist(), decode.load.tolist()) == ([[3, 0, 0, 0]], [[0, 3, 0, 0]])

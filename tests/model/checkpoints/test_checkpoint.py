@@ -342,6 +342,7 @@ def test_missing_layer(copy: Callable[[str], Path]) -> None:
         ("longcat_flash", {}, "experts interface"),
         ("zaya", {"num_experts": 4, "moe_intermediate_size": 64}, "ZayaCCAProjection keeps states and does not map"),
         ("granitemoehybrid", {"num_local_experts": 4}, "no layer of it attends to earlier tokens"),
+        ("deepseek_v4", {"num_key_value_heads": 2, "moe_intermediate_size": 16}, "cannot be served: "),
         ("t5", {}, "encoder-decoder"),
         ("qwen3_vl_moe", {}, "other input than text"),
         ("bert", {"num_attention_heads": 4}, "Mixture-of-Experts"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.placement import Placement, contiguous
 from elastic_moe.optimizer.core.problem import Semantics
 from elastic_moe.optimizer.study.generate import generate_trace
@@ -139,7 +140,9 @@ def test_counts_are_those_of_a_loop() -> None:
     assert np.array_equal(part_loads(trace).sum(axis=0), loads)
     report = count_routing(trace)
     assert np.array_equal(report.load, loads)
-    assert np.array_equal(report.transitions, transitions)
+    window = RoutingWindow(3, 6, window_s=60.0)
+    window.add(report, 0.0)
+    assert np.array_equal(window.sample(0.0).transitions(), transitions)
 
 
 @pytest.mark.parametrize("redundant", [0, 6])

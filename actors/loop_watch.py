@@ -1,0 +1,95 @@
+"""Says in the log where something holds an event loop for too long, while nothing else on it can run.
+
+The loop notes the time every `HELD_S` seconds. Where a note is late, a thread looks at what the loop's thread does, and
+when the loop goes on, one line tells how long it was held and where. A process that got no processor is not blamed: the
+loop's thread must have computed for `HELD_S` seconds, or have been found somewhere and stood still for `BLOCKED_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+HELD_S = 0.010
+"""Seconds from which on a loop counts as held."""
+BLOCKED_S = 0.250
+"""Seconds from which on it counts as held although its thread did not compute, if it was not waiting for events."""
+_WAITING = ("select", "run_forever", "run_until_complete")
+"""Innermost functions of a loop that has nothing to do. Where it is late then, its process had no processor."""
+QUIET_S = 60.0
+"""Seconds in which each place is told once at most."""
+_DEPTH = 4
+"""Number of calls of a place that are told."""
+
+
+class LoopWatch:
+    """Watches the event loop that runs `watch`."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the process's in the log."""
+        self._name = name
+        self._noted_at = 0.0
+        self._thread = 0
+        self._place = ""
+        """Where the loop's thread was when a note was late; empty if none is."""
+        self._ended = threading.Event()
+        self._told: dict[str, float] = {}
+        self.longest_s = 0.0
+        """The longest time for which the loop was held."""
+
+    async def watch(self) -> None:
+        """Never returns."""
+        self._thread = threading.get_ident()
+        self._noted_at = time.monotonic()
+        threading.Thread(target=self._look, name="loop watch", daemon=True).start()
+        try:
+            while True:
+                computed_s = time.thread_time()
+                await asyncio.sleep(HELD_S)
+                now = time.monotonic()
+                late_s, place = now - self._noted_at - HELD_S, self._place
+                self._noted_at, self._place = now, ""
+                self._judge(late_s, time.thread_time() - computed_s, place, now)
+        finally:
+            self._ended.set()
+
+    def _look(self) -> None:
+        while not self._ended.wait(HELD_S):
+            if not self._place and time.monotonic() - self._noted_at > 2 * HELD_S:
+                frame = sys._current_frames().get(self._thread)
+                waits = frame is None or frame.f_code.co_name in _WAITING
+                self._place = "" if frame is None or waits else place_of(frame)
+
+    def _judge(self, late_s: float, computed_s: float, place: str, now: float) -> None:
+        blocked = bool(place) and late_s >= BLOCKED_S
+        if late_s < HELD_S or (computed_s < HELD_S and not blocked):
+            return
+        self.longest_s = max(self.longest_s, late_s)
+        place = place or "a place that was left too soon to be seen"
+        if now - self._told.get(place, -QUIET_S) < QUIET_S:
+            return
+        self._told[place] = now
+        logger.warning(
+            "the event loop of %s was held for %.0f ms, in which it computed for %.0f ms, at %s",
+            self._name,
+            1e3 * late_s,
+            1e3 * computed_s,
+            place,
+        )
+
+
+def place_of(frame: FrameType) -> str:
+    """The innermost calls of a thread, the innermost first."""
+    calls: list[str] = []
+    at: FrameType | None = frame
+    while at is not None and len(calls) < _DEPTH:
+        code = at.f_code
+        calls.append(f"{code.co_qualname} ({code.co_filename.rpartition('/')[2]}:{at.f_lineno})")
+        at = at.f_back
+    return ", called by ".join(calls)

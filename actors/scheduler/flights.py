@@ -1,0 +1,139 @@
+"""A step in flight, what workers answer to it, and what comes of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_moe.actors.scheduler.admission import Part
+from elastic_moe.actors.scheduler.rows import Column, Indices
+from elastic_moe.actors.scheduler.running_requests import RunningRequest
+from elastic_moe.cluster.messages.columns import NO_TOKEN
+from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput, Tokens
+from elastic_moe.cluster.messages.scores import PromptScores
+from elastic_moe.cluster.messages.steps import Sample, StepResult
+from elastic_moe.cluster.placement import WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flight:
+    """A step in flight."""
+
+    step: int
+    parts: Mapping[WorkerId, Part]
+    rows: Indices
+    """[n] rows of the requests that go on by rule, in order."""
+    marks: Column
+    """[n] the rows' marks. What is in flight for a row counts while its mark stays the same."""
+    names: tuple[RequestId, ...]
+    """[n] the rows' requests."""
+    bounds: Mapping[WorkerId, tuple[int, int]]
+    """Where the rows of each worker begin and end in `rows`."""
+
+    def worker_at(self, at: int) -> WorkerId:
+        """The worker of entry `at` of `rows`."""
+        return next(worker for worker, (begin, end) in self.bounds.items() if begin <= at < end)
+
+
+class Answers:
+    """All workers' results of a step. Raises AssertionError if they do not answer its plans."""
+
+    def __init__(self, flight: Flight, results: Mapping[WorkerId, StepResult]) -> None:
+        assert set(results) == set(flight.parts), "a worker's result is missing, or is of no member"
+        assert all(result.step == flight.step for result in results.values()), "a result of another step"
+        self.results = results
+        self.tokens: Column = np.full(len(flight.rows), NO_TOKEN, dtype=np.int32)
+        """[n] of the flight's rows; negative where something else is told of a row."""
+        for worker, (begin, end) in flight.bounds.items():
+            if column := results[worker].tokens:
+                self.tokens[begin:end] = _column(column, end - begin, worker)
+        self.samples: dict[WorkerId, dict[RequestId, Sample]] = {}
+        self.scores: dict[WorkerId, dict[RequestId, PromptScores]] = {}
+        odd = self.tokens < 0
+        some_odd = bool(odd.any())
+        for worker, part in flight.parts.items():
+            result, (begin, end) = results[worker], flight.bounds[worker]
+            self.samples[worker] = {sample.request_id: sample for sample in result.samples}
+            self.scores[worker] = {one.request_id: one.scores for one in result.scored}
+            if part.work or result.samples or result.without_sample or (some_odd and odd[begin:end].any()):
+                self._check(worker, part, flight.names[begin:end], odd[begin:end])
+
+    def _check(self, worker: WorkerId, part: Part, names: Sequence[RequestId], odd: npt.NDArray[np.bool_]) -> None:
+        result = self.results[worker]
+        sampled, scored = self.samples[worker].keys(), self.scores[worker].keys()
+        to_sample = {chunk.request_id for _, chunk in part.work if chunk.samples}
+        to_sample |= {name for name, is_odd in zip(names, odd.tolist(), strict=True) if is_odd}
+        to_score = {chunk.request_id for _, chunk in part.work if chunk.score_from is not None}
+        corrupted, without = set(result.corrupted), result.without_sample
+        assert without <= to_sample | corrupted & to_score, f"{worker} gives up what it was not asked for"
+        assert sampled | without & to_sample == to_sample, f"{worker} has not sampled what it was asked to"
+        assert not sampled & without, f"{worker} has sampled what it says it could not"
+        assert scored | corrupted & to_score == to_score, f"{worker} has not scored what it was asked to"
+        assert not scored & corrupted, f"{worker} has scored what it says it could not"
+
+
+def _column(column: bytes, size: int, worker: WorkerId) -> Column:
+    assert len(column) == 4 * size, f"{worker} has sampled {len(column) / 4:g} tokens by rule, {size} were asked for"
+    return np.frombuffer(column, dtype=np.int32)
+
+
+class StepOutputs(Sequence[TokenOutput]):
+    """What a step made: outputs that say something in particular, and columns of the others. As a sequence: all."""
+
+    __slots__ = ("tokens", "told")
+
+    def __init__(self, told: Sequence[TokenOutput], tokens: Tokens) -> None:
+        self.told = told
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.told) + len(self.tokens)
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        yield from self.tokens
+        yield from self.told
+
+    @overload
+    def __getitem__(self, at: int) -> TokenOutput: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[TokenOutput]: ...
+
+    def __getitem__(self, at: int | slice) -> TokenOutput | list[TokenOutput]:
+        return list(self)[at]
+
+
+def failure(request: RunningRequest, error: str, *, refused: bool = False) -> TokenOutput:
+    return TokenOutput(
+        request_id=request.request_id,
+        offset=request.num_output,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=error,
+        refused=refused,
+    )
+
+
+def output(
+    request: RunningRequest,
+    tokens: tuple[int, ...],
+    reason: FinishReason | None,
+    sample: Sample | None = None,
+    scores: PromptScores | None = None,
+) -> TokenOutput:
+    """The output of the request's last `tokens`, with what else there is to say."""
+    return TokenOutput(
+        request_id=request.request_id,
+        offset=request.num_output - len(tokens),
+        token_ids=tokens,
+        cached_tokens=request.cached_tokens or 0,
+        resumptions=0 if reason is None else request.resumptions,
+        logprobs=(sample.logprobs,) if sample is not None and sample.logprobs is not None else (),
+        scores=scores,
+        finish_reason=reason,
+        stop_token_id=request.stop_token_id() if reason is FinishReason.STOP else None,
+    )
