@@ -113,8 +113,8 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form
     if not notes.count(Part.ATTENTION_HALF):
         why = refusal or "no layer has a part named self_attn"
         notes.add(Part.ATTENTION_HALF, "attention layers", CodePath.TRANSFORMERS, why, count=len(shapes.kv))
-    for layer in states.layers:
-        notes.add(Part.LAYERS, type(layer.module).__name__, CodePath.TRANSFORMERS, apart)
+    for stateful in states.layers:
+        notes.add(Part.LAYERS, type(stateful.module).__name__, CodePath.TRANSFORMERS, apart)
     expert_layers = [layer_experts(module, form) for module in experts]
     return Fit(
         packed_bytes=packed_bytes,
