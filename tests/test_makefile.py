@@ -20,6 +20,7 @@ from tests.properties import QUICK
 VENV = Path(sys.executable).parents[1]
 RAN = {
     *("help", "serve", "test", "check", "lint", "format", "chaos", "bench", "bench-gating", "bench-gpu", "bench-tiers"),
+    "bench-scale",
     *("hosts", "test-clients", "test-lm-eval", "test-schema", "clean"),
 }
 """Targets that a test below runs."""
@@ -146,7 +147,8 @@ def test_hosts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "flag"), [("test-lm-eval", "--keep"), ("test-schema", "--examples"), ("bench-tiers", "--share")]
+    ("target", "flag"),
+    [("test-lm-eval", "--keep"), ("test-schema", "--examples"), ("bench-tiers", "--share"), ("bench-scale", "--quick")],
 )
 def test_checks_by_other_programs(target: str, flag: str) -> None:
     """That they start; each needs an environment of its own to run."""

@@ -28,6 +28,8 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
     Whether input and output embeddings are one matrix is decided by the whole model, which has the output matrix.
     """
     text = config.get_text_config(decoder=True)
+    if not isinstance(text, PretrainedConfig):
+        raise CheckpointError(f"config.json: text_config: expected an object, found {type(text).__name__}")
     if text is config or causal_class(text) is None:
         return config
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))

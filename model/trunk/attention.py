@@ -113,7 +113,8 @@ class StepBatch:
             fused = NativeBatch(cache.path.lib, pieces, block_size=size)
         elif cache.path.varlen is not None:
             fused = FlashBatch(cache.path.varlen, pieces, block_size=size, device=device)
-        if fused is not None:
+        # attention over latents on GPUs is by matrix products, so those of the step are needed too
+        if fused is not None and not (isinstance(fused, FlashBatch) and cache.has_latents):
             nothing = torch.empty(0)
             return cls(
                 cache=cache,
@@ -143,6 +144,7 @@ class StepBatch:
             prefills=[part for part in _prefills(pieces, size, device) if part.end - part.start > 1],
             pieces=pieces,
             device=device,
+            fused=fused,
         )
 
     @property

@@ -62,6 +62,11 @@ class KVCache:
         return sum(shape.elements for shape in shapes.values()) * block_size * dtype.itemsize
 
     @property
+    def has_latents(self) -> bool:
+        """Whether any layer keeps latents instead of keys and values."""
+        return bool(self._latents)
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self._keys.values(), *self._values.values()))
 

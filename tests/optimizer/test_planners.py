@@ -97,7 +97,7 @@ def test_a_plan_moves_traffic_off_a_slow_link() -> None:
     blind = plan(tiny(5, **fields), planner="local_search", deadline_s=5)
     seeing = plan(problem, planner="local_search", deadline_s=5)
     before = price_table(problem, blind.placement.physical_to_logical_map).traffic_s
-    assert seeing.cost.traffic_s < 0.9 * before
+    assert seeing.cost.traffic_s < 0.95 * before
 
 
 def test_round_robin_and_random_fill_uneven_workers() -> None:

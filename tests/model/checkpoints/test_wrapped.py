@@ -60,9 +60,9 @@ def test_what_is_missing_in_the_text_part_is_named(copy: Callable[[str], Path]) 
 def test_quantized_weights_of_the_text_part_are_refused(copy: Callable[[str], Path]) -> None:
     path = copy("mistral3")
     config = json.loads((path / "config.json").read_text())
-    config["text_config"]["quantization_config"] = {"quant_method": "awq"}
+    config["text_config"]["quantization_config"] = {"quant_method": "quark"}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="quantized by 'awq'"):
+    with pytest.raises(CheckpointError, match="quantized by 'quark'"):
         open_checkpoint(path)
 
 

@@ -168,7 +168,9 @@ def test_sums_are_right(
     expected = reference(GATES[gate], experts, transposed, x, index, weight)
     # A value that lies near the middle of two bfloat16 numbers may be rounded either way: of each expert's hidden
     # values some differ by 2^-8, of its outputs and of the sum too. Weights are below 1, values some units large.
-    assert ((got - expected).abs() <= 2**-6 * (expected.abs() + 1)).all()
+    # Rows that are rounded to integers add to that: the largest of 40,000 differences seen was 1.2 times 2^-6.
+    tolerance = 2**-6 if form in (ExpertForm.PLAIN, ExpertForm.FP8) else 2**-5
+    assert ((got - expected).abs() <= tolerance * (expected.abs() + 1)).all()
     assert native.held() == set(held)
 
 
