@@ -75,7 +75,7 @@ class LoopWatch:
         if now - self._told.get(place, -QUIET_S) < QUIET_S:
             return
         self._told[place] = now
-        logger.warning(
+        logger.info(
             "the event loop of %s was held for %.0f ms, in which it computed for %.0f ms, at %s",
             self._name,
             1e3 * late_s,

@@ -6,7 +6,8 @@ Legend: G key heads, D head size (keys and values may differ), P blocks, B token
 A layer's keys are [G, P, B, D]. A block of one head is contiguous, so gathering blocks copies long rows, and the result
 has the layout that matmul needs. If the native library computes attention, blocks have its layout
 (model/native/attention.cpp), and only the library reads and writes them. If FlashAttention computes it, they are
-[P, B, G, D] (model/trunk/flash.py). A layer of latents (model/trunk/latent.py) has keys of one head and no values.
+[P, B, G, D] (model/trunk/flash.py). A layer of latents (model/trunk/latent.py) has keys of one head and no values, and
+never the layout of FlashAttention.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ class KVCache:
                 return torch.zeros(shape, dtype=dtype, device=device)
             return _untouched(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
-        # only torch reads keys that have no value: those of indexers
-        self._keys = {layer: blocks(s.num_heads, s.key_size, plain=not s.value_size) for layer, s in shapes.items()}
+        # FlashAttention reads no latents, and no keys that have no value: those of indexers
+        plain = {layer: s.latent or not s.value_size for layer, s in shapes.items()}
+        self._keys = {layer: blocks(s.num_heads, s.key_size, plain[layer]) for layer, s in shapes.items()}
         self._values = {layer: blocks(s.num_heads, s.value_size) for layer, s in shapes.items() if not s.latent}
         self._latents = {layer: s.value_size for layer, s in shapes.items() if s.latent}
         """Layers of latents, with the numbers of a key that are its value."""

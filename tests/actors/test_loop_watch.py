@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import time
 
 import pytest
@@ -13,6 +14,8 @@ def compute(seconds: float) -> None:
 
 
 def test_a_loop_that_is_held_is_told_once_with_the_place(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
     async def story() -> None:
         watch = LoopWatch("the test")
         task = asyncio.create_task(watch.watch())
@@ -29,6 +32,7 @@ def test_a_loop_that_is_held_is_told_once_with_the_place(caplog: pytest.LogCaptu
 
 
 def test_a_loop_that_waits_is_not_held(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     watch = LoopWatch("the test")
     # late by 200 ms without having computed: others had the processor
     watch._judge(0.5, 0.001, "", 100.0)
