@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev ## set up and run the tests
 test-clients: $(VENV)/.installed-dev ## third-party clients against a real server, each in its own environment
 	@$(BIN)/python -m tests.clients.driver $(ARGS)
 
-check: lint ## lint, the pure tests with few examples, and one model family: about a minute
+check: lint ## lint, the pure tests with few examples, and one model family: some minutes
 	@$(BIN)/python -m pytest -m "not ray" --hypothesis-profile=quick tests/cluster tests/optimizer tests/actors tests/deploy
 	@$(BIN)/python -m pytest tests/model/test_parity.py -k "qwen3_moe"
 

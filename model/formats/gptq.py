@@ -27,10 +27,8 @@ from elastic_moe.model.formats.interface import (
     finite,
     in_range,
 )
-from elastic_moe.model.formats.small_floats import in_nibbles, integers
+from elastic_moe.model.formats.small_floats import WORD_BITS, in_nibbles, integers
 from elastic_moe.model.int4 import FORMS, by_fine_groups, divides
-
-_WORD = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +56,7 @@ class Gptq:
         return dtype == torch.int32
 
     def shape(self, parts: Mapping[str, Header]) -> tuple[int, ...]:
-        values, each = parts[VALUES], _WORD // self.bits
+        values, each = parts[VALUES], WORD_BITS // self.bits
         if len(values.shape) != 2:
             raise BadPart(VALUES, f"has {values}, expected a matrix")
         words, outputs = values.shape

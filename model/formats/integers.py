@@ -28,11 +28,9 @@ from elastic_moe.model.formats.interface import (
     in_range,
     multiply_groups,
 )
-from elastic_moe.model.formats.small_floats import in_nibbles, integers
+from elastic_moe.model.formats.small_floats import WORD_BITS, in_nibbles, integers
 from elastic_moe.model.int4 import FORMS, by_fine_groups, divides
 from elastic_moe.model.int8 import GROUP
-
-_WORD = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +67,7 @@ class PackedIntegers:
         if len(values.shape) != 2:
             raise BadPart(VALUES, f"has {values}, expected a matrix")
         rows, words = values.shape
-        each = _WORD // self.bits
+        each = WORD_BITS // self.bits
         groups, columns = 1, words * each
         if self.group is not None:
             # the last word may be filled up, but groups are whole

@@ -16,6 +16,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 _E8M0_BIAS = 127
 _E8M0_NAN = 255
 
+WORD_BITS = 32
+"""Of the words that `integers` reads."""
+
 
 def powers_of_two(role: str, scales: Tensor) -> Tensor:
     """E8M0 scales in float32. Raises BadPart if one is not a number."""
@@ -44,6 +47,6 @@ def fp4_values(packed: Tensor) -> Tensor:
 
 def integers(words: Tensor, bits: int) -> Tensor:
     """Unsigned numbers [..., n, 32 / bits] from words of 32 bits [..., n]: the lowest bits come first. uint8."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
     numbers: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
     return numbers.to(torch.uint8)

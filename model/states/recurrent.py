@@ -24,6 +24,11 @@ class Slots:
     targets: Tensor
     """[R] slots that nobody reads in the same call."""
 
+    @property
+    def pointers(self) -> tuple[int, int, int]:
+        """The addresses that every call of the native library takes."""
+        return self.states.data_ptr(), self.sources.data_ptr(), self.targets.data_ptr()
+
 
 def delta_rule(
     lib: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, slots: Slots
@@ -44,9 +49,7 @@ def delta_rule(
         key_size,
         value_size,
         decay.dim() == 3,
-        slots.states.data_ptr(),
-        slots.sources.data_ptr(),
-        slots.targets.data_ptr(),
+        *slots.pointers,
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -72,9 +75,7 @@ def selective_update(
         groups,
         head_size,
         state_size,
-        slots.states.data_ptr(),
-        slots.sources.data_ptr(),
-        slots.targets.data_ptr(),
+        *slots.pointers,
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -94,9 +95,7 @@ def convolve(
         weight_CW.data_ptr(),
         None if bias_C is None else bias_C.data_ptr(),
         silu,
-        slots.states.data_ptr(),
-        slots.sources.data_ptr(),
-        slots.targets.data_ptr(),
+        *slots.pointers,
         out.data_ptr(),
         torch.get_num_threads(),
     )
