@@ -148,23 +148,33 @@ class Scaling:
             facts, target, event.retire, asked=asked, reason=f"scale {asked}", operation_id=event.operation_id, now=now
         )
 
-    def check(self, settings: ControlSettings) -> None:
+    def check(self, facts: Facts, settings: ControlSettings) -> None:
         """Raises PlacementError if `settings` of a redeploy ask for a number of workers that is not possible."""
-        check_target(settings, self._model, self._target_of(settings))
+        target = self._target_of(settings)
+        check_target(settings, self._model, target)
+        if target != self.target:
+            check_memory(facts, target, ())
 
     def configured(self, facts: Facts, settings: ControlSettings, now: float) -> list[Command]:
         """Take over the settings of a redeploy, which have been checked.
 
         A number of workers that a user or the autoscaler has chosen stays, within the new limits, unless the redeploy
-        changes the setting.
+        changes the setting. One that has too little memory for the model is refused by a failed operation.
         """
         target = self._target_of(settings)
         self._settings = settings
         self._samples.clear()
         if target == self.target:
             return []
-        self._replace_pending(allowed=True)
         asked = f"to {target} workers"
+        try:
+            # workers may have told their memory since the redeploy was checked
+            check_memory(facts, target, ())
+        except PlacementError as error:
+            refused = self._operations.open(OperationKind.SCALE, facts.next_epoch, f"redeployed {asked}", asked=asked)
+            self._operations.fail(refused.operation_id, str(error))
+            return []
+        self._replace_pending(allowed=True)
         return self._scale(facts, target, (), asked=asked, reason=f"redeployed {asked}", operation_id=None, now=now)
 
     def _target_of(self, settings: ControlSettings) -> int:

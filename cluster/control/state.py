@@ -259,7 +259,7 @@ class ControlState:
             rebalance_interval_s=event.rebalance_interval_s,
             drain_timeout_s=event.drain_timeout_s,
         )
-        self._scaling.check(settings)
+        self._scaling.check(self.facts, settings)
         self._redeployed = settings
 
     def _take_over(self, now: float) -> list[Command]:

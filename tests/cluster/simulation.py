@@ -18,6 +18,7 @@ from elastic_moe.cluster.facts.events import (
     Drain,
     EngineLost,
     Event,
+    LoadSeen,
     PlanReady,
     Prepare,
     Prepared,
@@ -305,12 +306,15 @@ class Simulation:
             self._check_memory(worker)
 
     def settle(self, *, rounds: int = 200) -> None:
-        """No more faults: everything under way ends, time passes, the dead are found."""
+        """No more faults: everything under way ends, requests too, time passes, the dead are found."""
         for _ in range(rounds):
             while self.todo:
                 self.finish(0)
             self._find_lost([m.id for m in self.facts.loaded])
             self.now += 1.0
+            if not self.facts.target:
+                # workers rest only once the engine says that they run nothing
+                self.feed(LoadSeen(waiting=0, running=0, kv_usage=0.0, busy=()))
             self.feed(Tick())
             if self.facts.fatal or (not self.todo and self.settled):
                 return

@@ -229,6 +229,41 @@ def test_a_redeploy_that_does_not_speak_of_workers_leaves_the_number_that_was_as
     assert sim.state.view().autoscaler is not None
 
 
+def test_a_redeploy_that_leaves_too_little_memory_is_refused_and_nothing_changes() -> None:
+    sim = serving(2, capacity=LAYERS * EXPERTS // 2)
+    with pytest.raises(PlacementError, match="workers: expected at least 2"):
+        sim.feed(redeployed(workers=1))
+    sim.settle()
+    assert (sim.facts.target, len(sim.facts.ranks)) == (2, 2)
+
+
+def test_a_redeploy_before_the_first_epoch_is_refused_for_memory_too() -> None:
+    sim = Simulation(workers=2, capacity=LAYERS * EXPERTS // 2)
+    sim.feed(Tick())
+    sim.finish(0)
+    with pytest.raises(PlacementError, match="workers: expected at least 2"):
+        sim.feed(redeployed(workers=1))
+    sim.settle()
+    assert len(sim.facts.ranks) == 2
+
+
+def test_a_redeploy_that_finds_smaller_workers_when_its_turn_comes_fails_as_an_operation() -> None:
+    sim = serving(2, capacity=LAYERS * EXPERTS)
+    sim.capacity = LAYERS * EXPERTS // 2
+    sim.feed(ScaleRequested(workers=3))
+    sim.finish(0)
+    assert sim.facts.change is not None
+    sim.feed(redeployed(workers=1, rebalance_interval_s=7.0))
+    sim.kill(W0)
+    sim.kill(W1)
+    sim.settle()
+    assert (sim.facts.target, len(sim.facts.ranks), sim.facts.settings.rebalance_interval_s) == (3, 3, 7.0)
+    refused = next(each for each in sim.state.operations.all() if each.reason == "redeployed to 1 workers")
+    assert refused.phase is Phase.FAILED
+    assert refused.error is not None
+    assert "workers: expected at least 2" in refused.error
+
+
 def test_a_redeploy_waits_until_the_change_under_way_is_made() -> None:
     sim = serving(2)
     sim.feed(ScaleRequested(workers=1))
