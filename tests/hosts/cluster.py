@@ -80,10 +80,6 @@ class HostCluster:
         """The worker's process, as its host numbers it."""
         return int(next(record["pid"] for record in server.get("/admin/workers") if record["id"] == worker))
 
-    def has_api_replica(self, number: int) -> bool:
-        """Whether the host runs a process of the API, whose end ends its connections."""
-        return "ServeReplica" in self.lab.hosts[number].run("ps", "-e", "-o", "args")
-
     def stop_ray(self, number: int, timeout_s: float = 60) -> int:
         """As SIGTERM of `ray start --block` does. Returns its exit code."""
         process = self.rays.pop(number)
