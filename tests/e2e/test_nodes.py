@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,13 @@ def watch(server: Server, expected: str, tell: Callable[[], None], leaving: str)
     for stream in streams:
         stream.wait_for_pieces(10)
     tell()
+    since = time.monotonic()
     server.wait("its worker to leave", lambda: leaving not in {worker["node"] for worker in members(server)})
     for stream in streams:
         stream.join(120)
         assert stream.text == expected
+    gaps = [b - a for stream in streams for a, b in pairwise(stream.stamps) if b > since]
+    print(f"\na node leaves: the longest gap in a stream is {max(gaps):.2f} s")
 
 
 def test_a_node_dies_and_another_comes(cluster: Any, checkpoint: Path, reference: Reference, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.hosts.lab import Host, HostProcess, Lab
 
 GCS_PORT = 6379
 API_PORT = 8000
+DASHBOARD_PORT = 8265
 GCS_S = 60.0
 OBJECT_STORE_BYTES = 100_000_000
 CPU_FLAGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "50000000")
@@ -46,10 +47,10 @@ class HostCluster:
     def address(self) -> str:
         return f"{self.head.address}:{GCS_PORT}"
 
-    def start_head(self, *, cpus: int = 0, block: bool = True, **env: str) -> None:
+    def start_head(self, *, cpus: int = 0, block: bool = True, dashboard: bool = False, **env: str) -> None:
         """A head on host 0, without cores unless told, so that workers are on other hosts. Without `block`, a part of
-        Ray that ends takes no other along."""
-        words = ["--head", "--port", str(GCS_PORT), "--include-dashboard=false"]
+        Ray that ends takes no other along. `serve deploy` needs the dashboard."""
+        words = ["--head", "--port", str(GCS_PORT), f"--include-dashboard={str(dashboard).lower()}"]
         self._start(self.head, words, cpus, env, block=block)
         self._wait_for_gcs()
 
@@ -66,6 +67,14 @@ class HostCluster:
         words += ["--log-file", f"{file}.processes", *CPU_FLAGS, *flags]
         process = host.popen(*words, log=file, env=self.env)
         return Server(process=process, url=f"http://{host.address}:{API_PORT}", log=file)
+
+    def deploy(self, config: str) -> Server:
+        """`serve deploy` on the head. config: YAML whose HTTP listens at API_PORT of every address."""
+        file = self.logs / "serve.yaml"
+        file.write_text(config)
+        serve = str(Path(sys.executable).with_name("serve"))
+        self.head.run(serve, "deploy", "--address", f"http://127.0.0.1:{DASHBOARD_PORT}", str(file), **self.env)
+        return Server(process=self.rays[0], url=f"http://{self.head.address}:{API_PORT}", log=self.logs / "ray-eh0")
 
     def workers(self, server: Server) -> dict[str, str]:
         """The node of each worker that serves."""
