@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from elastic_moe.deploy.launch.haproxy import CLIENT_TIMEOUT_S, HEALTH_PERIOD_S
+from elastic_moe.deploy.launch.ray_environment import PATIENCE_S
 
 HAPROXY = "emoe-haproxy"
 """The command that Serve runs in place of HAProxy."""
@@ -28,6 +29,9 @@ def cluster_environment(haproxy: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(HEALTH_PERIOD_S),
+        # Serve kills a proxy that has not started by then; its default of 5 s is too short where nothing is cached yet
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(PATIENCE_S),
+        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": str(PATIENCE_S),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Serve and the API share one event loop: a thread between them would cost a millisecond per chunk
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

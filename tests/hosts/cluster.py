@@ -17,7 +17,7 @@ from tests.hosts.lab import Host, HostProcess, Lab
 GCS_PORT = 6379
 API_PORT = 8000
 DASHBOARD_PORT = 8265
-GCS_S = 60.0
+START_S = 60.0
 OBJECT_STORE_BYTES = 100_000_000
 CPU_FLAGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "50000000")
 ENVIRONMENT = {
@@ -51,8 +51,9 @@ class HostCluster:
         """A head on host 0, without cores unless told, so that workers are on other hosts. Without `block`, a part of
         Ray that ends takes no other along. `serve deploy` needs the dashboard."""
         words = ["--head", "--port", str(GCS_PORT), f"--include-dashboard={str(dashboard).lower()}"]
+        words += ["--dashboard-host", "0.0.0.0"] if dashboard else []
         self._start(self.head, words, cpus, env, block=block)
-        self._wait_for_gcs()
+        self._wait_for_port(GCS_PORT)
 
     def join(self, number: int, *, cpus: int = 1, **env: str) -> None:
         """Host `number` joins with `cpus` cores. Returns before it has."""
@@ -72,6 +73,7 @@ class HostCluster:
         """`serve deploy` on the head. config: YAML whose HTTP listens at API_PORT of every address."""
         file = self.logs / "serve.yaml"
         file.write_text(config)
+        self._wait_for_port(DASHBOARD_PORT)
         serve = str(Path(sys.executable).with_name("serve"))
         self.head.run(serve, "deploy", "--address", f"http://127.0.0.1:{DASHBOARD_PORT}", str(file), **self.env)
         return Server(process=self.rays[0], url=f"http://{self.head.address}:{API_PORT}", log=self.logs / "ray-eh0")
@@ -132,11 +134,12 @@ class HostCluster:
             ray, "start", *words, *fixed, log=self.logs / f"ray-{host.name}", env={**self.env, **env}
         )
 
-    def _wait_for_gcs(self) -> None:
-        deadline = time.monotonic() + GCS_S
+    def _wait_for_port(self, port: int) -> None:
+        """Of the head."""
+        deadline = time.monotonic() + START_S
         while True:
             try:
-                socket.create_connection((self.head.address, GCS_PORT), timeout=1).close()
+                socket.create_connection((self.head.address, port), timeout=1).close()
             except OSError:
                 log = self.logs / f"ray-{self.head.name}"
                 assert self.rays[0].poll() in (None, 0), log.read_text()

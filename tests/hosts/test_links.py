@@ -38,7 +38,17 @@ def test_the_plan_moves_traffic_off_a_slow_link(cluster: HostCluster, checkpoint
         cluster.join(number)
     cluster.lab.limit(SLOW, MBIT)
     try:
-        flags = ["--workers", "3", "--redundant-experts", "7", "--rebalance-interval", "0", "--step-timeout", "600"]
+        flags = [
+            "--workers",
+            "3",
+            "--redundant-experts",
+            "7",
+            "--rebalance-interval",
+            "0",
+            "--step-timeout",
+            "600",
+            "--workers-on-head",
+        ]
         server = cluster.serve(checkpoint, *flags)
         server.wait("readiness", server.ready, READY_S)
         slow = next(w for w in cluster.workers(server) if cluster.host_of(server, w) == SLOW)
