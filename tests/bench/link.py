@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from elastic_moe.cluster.config import cache_directory
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from tests.bench.client import OUTPUT_TOKENS, PER_SLOT, Client
 from tests.bench.machine import where_and_when
@@ -160,8 +159,7 @@ def main() -> None:
         try:
             for number in range(args.rounds):
                 for hosts in (1, 2)[:: -1 if number % 2 else 1]:
-                    # the machine's own native library, so that no host compiles one
-                    cluster = HostCluster(lab, args.out, {"XDG_CACHE_HOME": str(cache_directory().parent)})
+                    cluster = HostCluster(lab, args.out)
                     rows += rows_of(cluster, model, args, hosts=hosts, seed=number)
         finally:
             lab.down()

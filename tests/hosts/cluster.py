@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from elastic_moe.cluster.config import cache_directory
 from tests.e2e.conftest import MODEL, Server
 from tests.hosts.lab import Host, HostProcess, Lab
 
@@ -25,6 +26,8 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # the machine's own native library, so that no host compiles one
+    "XDG_CACHE_HOME": str(cache_directory().parent),
 }
 
 
