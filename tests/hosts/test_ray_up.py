@@ -24,7 +24,8 @@ SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("
 BIN = Path(sys.executable).parent
 HOME = "/tmp/home"
 """Each host has its own /tmp."""
-ANSWER_S = 180.0
+ANSWER_S = 400.0
+"""Each host compiles the native library first."""
 COMPLETION = {"prompt": "And it came to pass", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
 
 
@@ -94,9 +95,9 @@ class Up:
         return self.ray("exec", str(self.file), f"RAY_AUTH_MODE=token {command}")
 
     def get(self, path: str, body: Any = None) -> Any:
-        """An answer of the server, which listens on the head's loopback."""
+        """An answer of the server, which listens on the head's loopback. Raises AssertionError for an error."""
         sent = [] if body is None else ["-H", "content-type: application/json", "-d", json.dumps(body)]
-        return json.loads(self.lab.hosts[0].run("curl", "-s", "-m", "60", f"http://127.0.0.1:8000{path}", *sent))
+        return json.loads(self.lab.hosts[0].run("curl", "-sf", "-m", "60", f"http://127.0.0.1:8000{path}", *sent))
 
     def wait_for(self, what: Callable[[], bool]) -> None:
         deadline = time.monotonic() + ANSWER_S
