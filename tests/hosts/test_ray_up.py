@@ -43,6 +43,9 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start_sshd(host: Host, key: Path) -> None:
     host.run("mkdir", "-p", HOME, "/tmp/sshd")
+    # ssh takes the home from there, and not from the environment, to find the key by which the head reaches the others
+    passwd = f"sed 's#:/root:#:{HOME}:#' /etc/passwd > /tmp/passwd && mount --bind /tmp/passwd /etc/passwd"
+    host.run("sh", "-c", passwd)
     options = {
         "HostKey": key.with_name("host"),
         "AuthorizedKeysFile": key.with_suffix(".pub"),
