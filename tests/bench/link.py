@@ -90,17 +90,6 @@ def measure(cluster: HostCluster, client: Client, name: str, args: argparse.Name
     return row
 
 
-def place(server: Server, planner: str) -> str:
-    """Have a planner's placement made, and return what came of it."""
-    answer = server.post("/admin/rebalance", {"planner": planner})
-    assert answer.status_code in (200, 202), answer.text
-    ended = ("completed", "failed")
-    server.wait("the re-placement", lambda: server.get("/admin/operations")[0]["phase"] in ended, 300)
-    operation = server.get("/admin/operations")[0]
-    assert operation["phase"] == "completed", operation
-    return str(operation["reason"])
-
-
 def rows_of(cluster: HostCluster, model: Path, args: argparse.Namespace, *, hosts: int, seed: int) -> list[Row]:
     with served(cluster, model, args, hosts=hosts) as server:
         client = Client(server.url, MODEL, vocab=open_checkpoint(model).info.vocab_size, seed=seed)
@@ -113,7 +102,7 @@ def rows_of(cluster: HostCluster, model: Path, args: argparse.Namespace, *, host
         for planner in args.planners.split(","):
             # the counts that the planner sees
             client.measure(args.streams, per_slot=1)
-            print(f"{planner}: {place(server, planner)}", flush=True)
+            print(f"{planner}: {cluster.rebalance(server, planner, 300)}", flush=True)
             rows.append(measure(cluster, client, f"two hosts, {planner}", args))
         return rows
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import httpx
 import psutil
 
 from elastic_moe.cluster.config import cache_directory
@@ -18,6 +19,8 @@ from tests.hosts.lab import Host, HostProcess, Lab
 GCS_PORT = 6379
 API_PORT = 8000
 DASHBOARD_PORT = 8265
+ADMIN_KEY = "admin"
+"""A server that others reach takes no admin call without one."""
 START_S = 60.0
 OBJECT_STORE_BYTES = 100_000_000
 CPU_FLAGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "50000000")
@@ -67,7 +70,16 @@ class HostCluster:
         host = self.lab.hosts[on]
         file = self.logs / log
         words = [str(Path(sys.executable).with_name("emoe")), "serve", str(checkpoint), "--address", self.address]
-        words += ["--host", "0.0.0.0", "--port", str(API_PORT), "--served-model-name", MODEL]
+        words += [
+            "--admin-api-key",
+            ADMIN_KEY,
+            "--host",
+            "0.0.0.0",
+            "--port",
+            str(API_PORT),
+            "--served-model-name",
+            MODEL,
+        ]
         words += ["--log-file", f"{file}.processes", *CPU_FLAGS, *flags]
         process = host.popen(*words, log=file, env=self.env)
         return Server(process=process, url=f"http://{host.address}:{API_PORT}", log=file)
@@ -80,6 +92,17 @@ class HostCluster:
         serve = str(Path(sys.executable).with_name("serve"))
         self.head.run(serve, "deploy", "--address", f"http://127.0.0.1:{DASHBOARD_PORT}", str(file), **self.env)
         return Server(process=self.rays[0], url=f"http://{self.head.address}:{API_PORT}", log=self.logs / "ray-eh0")
+
+    def rebalance(self, server: Server, planner: str, timeout_s: float) -> str:
+        """Have the placement of a planner made. Returns what came of it; raises AssertionError if it failed."""
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        answer = httpx.post(f"{server.url}/admin/rebalance", json={"planner": planner}, headers=headers, timeout=60)
+        assert answer.status_code in (200, 202), answer.text
+        path = f"/admin/operations/{answer.json()['operation_id']}"
+        server.wait("the operation", lambda: server.get(path)["phase"] in ("completed", "failed"), timeout_s)
+        operation = server.get(path)
+        assert operation["phase"] == "completed", operation
+        return str(operation["reason"])
 
     def workers(self, server: Server) -> dict[str, str]:
         """The node of each worker that serves."""
