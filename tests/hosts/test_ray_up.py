@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ HOME = "/tmp/home"
 """Each host has its own /tmp."""
 ANSWER_S = 400.0
 """Each host compiles the native library first."""
+NODES = "import ray; ray.init(address='auto', logging_level=40); print(*[n['NodeManagerAddress'] for n in ray.nodes()])"
 COMPLETION = {"prompt": "And it came to pass", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
 
 
@@ -134,6 +136,11 @@ def up(lab: Lab, key: Path, tmp_path: Path) -> Iterator[Up]:
 
 
 def test_the_shipped_file_starts_a_cluster_that_serves(up: Up, key: Path) -> None:
+    # workers go where there is room, and `ray up` returns before the other machines have joined
+    joining = [host.address for host in up.lab.hosts[1:]]
+    up.wait_for(
+        lambda: set(joining) <= set(up.execute("~/elastic-moe/.venv/bin/python -c " + shlex.quote(NODES)).split())
+    )
     up.execute("~/elastic-moe/.venv/bin/serve deploy ~/elastic-moe/deploy/serve.yaml")
     up.wait_for(lambda: up.serving(2))
     nodes = {worker["node"] for worker in up.get("/admin/workers")}
