@@ -85,8 +85,8 @@ class Up:
         head, *workers = (host.address for host in self.lab.hosts)
         config["provider"] |= {"head_ip": head, "worker_ips": workers}
         config["auth"] = {"ssh_user": "root", "ssh_private_key": str(self._key)}
-        assert config["setup_commands"] == ["make -C ~/elastic-moe .venv/.installed"]
-        config["setup_commands"] = [f"ln -sfn {sys.prefix} ~/elastic-moe/.venv"]
+        assert config["setup_commands"][0] == "make -C ~/elastic-moe .venv/.installed"
+        config["setup_commands"][0] = f"ln -sfn {sys.prefix} ~/elastic-moe/.venv"
         return config
 
     def ray(self, *words: str, timeout_s: float = 300) -> str:
