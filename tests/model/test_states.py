@@ -169,7 +169,7 @@ def test_steps_that_are_run_again_change_nothing(delta: Path, depth: int) -> Non
 
 def test_requests_of_a_worker_that_is_gone_are_computed_again(delta: Path) -> None:
     cluster = Lockstep(delta, [4, 4])
-    blocks = {worker: cache.pool.num_blocks for worker, cache in cluster.scheduler._caches.items()}
+    blocks = {worker: cache.pool.num_blocks for worker, cache in cluster.scheduler._caches.by_worker.items()}
     rooms = {name: worker.state_room for name, worker in cluster.workers.items() if worker.state_room is not None}
     texts = [text for text in prompts(delta) if len(text) in COMPARED]
     tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts}

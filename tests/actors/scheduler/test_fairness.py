@@ -132,7 +132,7 @@ def fill(s: Scheduler, count: int, client: str = "g") -> None:
 
 
 def clients(s: Scheduler) -> Counter[str]:
-    return Counter(q.client for home in s._caches.values() for q in home.running.items)
+    return Counter(q.client for home in s._caches.by_worker.values() for q in home.running.items)
 
 
 def test_a_newcomer_need_not_wait_for_another_clients_answers() -> None:

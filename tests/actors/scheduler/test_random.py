@@ -283,7 +283,7 @@ class Batching(RuleBasedStateMachine):
         """Whatever a step in flight, whole or halfway, writes: it is never to a block that may be shared."""
         if not hasattr(self, "scheduler"):
             return
-        for worker, home in self.scheduler._caches.items():
+        for worker, home in self.scheduler._caches.by_worker.items():
             for key, block in home.pool._blocks.items():
                 variant, content = self.texts[key]
                 assert self.workers[worker].cache[block] == [(variant, token) for token in content]
