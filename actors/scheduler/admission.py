@@ -20,11 +20,11 @@ from operator import attrgetter
 
 import numpy as np
 
+from elastic_moe.actors.caches.kv_blocks import blocks_for
+from elastic_moe.actors.caches.rows import Rows
+from elastic_moe.actors.caches.running_requests import RunningRequest
+from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
-from elastic_moe.actors.scheduler.kv_blocks import blocks_for
-from elastic_moe.actors.scheduler.rows import Rows
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
-from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk
 from elastic_moe.cluster.placement import WorkerId

@@ -1,6 +1,6 @@
 """Decides which running requests go on in a step, and gets them KV blocks.
 
-Those that decode by rule go on as rows of columns (actors/scheduler/rows.py), the others one by one. Where a worker has
+Those that decode by rule go on as rows of columns (actors/caches/rows.py), the others one by one. Where a worker has
 no free block left, its newest request makes way.
 """
 
@@ -12,11 +12,11 @@ from operator import attrgetter
 
 import numpy as np
 
+from elastic_moe.actors.caches.rows import Indices, Rows
+from elastic_moe.actors.caches.running_requests import RunningRequest
+from elastic_moe.actors.caches.worker_caches import WorkerCaches
 from elastic_moe.actors.scheduler.admission import Part
 from elastic_moe.actors.scheduler.request_book import RequestBook
-from elastic_moe.actors.scheduler.rows import Indices, Rows
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
-from elastic_moe.actors.scheduler.worker_caches import WorkerCaches
 from elastic_moe.cluster.placement import WorkerId
 
 

@@ -9,10 +9,10 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.actors.caches.rows import Column, Indices, Rows
+from elastic_moe.actors.caches.running_requests import RunningRequest
+from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.actors.scheduler.admission import Part
-from elastic_moe.actors.scheduler.rows import Column, Indices, Rows
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
-from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.messages.columns import NO_TOKEN, column_of
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput, Tokens
 from elastic_moe.cluster.messages.scores import PromptScores

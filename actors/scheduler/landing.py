@@ -6,10 +6,10 @@ from itertools import compress
 
 import numpy as np
 
+from elastic_moe.actors.caches.rows import RECENT_TOKENS, Rows
+from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.flights import Answers, Flight, StepOutputs, failure, output
 from elastic_moe.actors.scheduler.request_book import RequestBook
-from elastic_moe.actors.scheduler.rows import RECENT_TOKENS, Rows
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.cluster.messages.requests import FinishReason, TokenOutput, Tokens
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Chunk, Sample

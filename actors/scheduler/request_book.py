@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from elastic_moe.actors.caches.rows import StopTokens
+from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
-from elastic_moe.actors.scheduler.rows import StopTokens
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId
 

@@ -5,9 +5,9 @@ all its tokens and runs its prompt in chunks, then one token in each step. `comm
 reports when the request ends. When a worker has no free block left, its newest request returns to its old place in the
 queue, which is the front. It is computed again later from its prompt and output, perhaps at another worker. The same
 happens to every request whose worker is gone. Prefixes that a worker's cache still holds are not computed again (see
-actors/scheduler/worker_caches.py).
+actors/caches/worker_cache.py).
 
-A request that goes on decoding costs a step nothing of its own: it is a row of columns (actors/scheduler/rows.py), it
+A request that goes on decoding costs a step nothing of its own: it is a row of columns (actors/caches/rows.py), it
 has no message, and its token is an entry of a column too. `schedule` handles one by one only what begins, ends, needs a
 block, or was cut.
 
@@ -29,14 +29,14 @@ from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
+from elastic_moe.actors.caches.kv_blocks import blocks_for
+from elastic_moe.actors.caches.rows import Rows
+from elastic_moe.actors.caches.worker_caches import WorkerCaches
 from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shortest_served
 from elastic_moe.actors.scheduler.continuing import Continuing
 from elastic_moe.actors.scheduler.flights import UNCHANGED, Answers, Flight, StepOutputs, output
-from elastic_moe.actors.scheduler.kv_blocks import blocks_for
 from elastic_moe.actors.scheduler.landing import Landing
 from elastic_moe.actors.scheduler.request_book import RequestBook
-from elastic_moe.actors.scheduler.rows import Rows
-from elastic_moe.actors.scheduler.worker_caches import WorkerCaches
 from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.cluster.messages.steps import Chunk, StepPlan, StepResult

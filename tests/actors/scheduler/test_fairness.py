@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.fair_queue import OVERTAKEN, FairQueue
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.messages.requests import GenerateRequest
 from tests.actors.batches import A, B, ids, plan, request, scheduler, step

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from elastic_moe.actors.caches.snapshots import SnapshotPool
 from elastic_moe.actors.scheduler.scheduler import Scheduler
-from elastic_moe.actors.scheduler.snapshots import SnapshotPool
 from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
