@@ -506,9 +506,10 @@ class ControlState:
         self._rebalancing.cancel("there are no requests")
         commands: list[Command] = [self._membership.stop(record.id) for record in self._membership.alive]
         self._epochs.rest(now)
-        scaling = self.operations.find_open(OperationKind.SCALE)
-        if scaling is not None:
-            self.operations.complete(scaling.operation_id, f"{scaling.reason}; no worker is kept")
+        for kind in (OperationKind.SCALE, OperationKind.RECOVER):
+            ended = self.operations.find_open(kind)
+            if ended is not None:
+                self.operations.complete(ended.operation_id, f"{ended.reason}; no worker is kept")
         return commands
 
     def _promote(self, now: float) -> list[Command]:

@@ -330,6 +330,20 @@ def test_a_request_that_comes_before_the_rest_keeps_the_workers() -> None:
     assert (sim.facts.ranks, sim.facts.target, sim.state.operations.find_open()) == ((W0,), 1, None)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cluster_rests_if_its_workers_die_while_none_is_wanted(workers: int) -> None:
+    sim = serving(workers, least=0, most=3, capacity=LAYERS * EXPERTS // workers)
+    sim.kill(W0)
+    sim.feed(ScaleRequested(workers=0))
+    sim.settle()
+    assert sim.facts.rests
+    assert sim.state.readiness().reason.startswith("at rest: no worker is kept")
+    assert sim.state.operations.find_open() is None
+    sim.feed(LoadSeen(waiting=1, running=0, kv_usage=0.0, busy=()))
+    sim.settle()
+    assert len(sim.facts.ranks) == workers
+
+
 @pytest.mark.parametrize("event", ["engine", "restart", "scale"])
 def test_what_ends_a_rest(event: str) -> None:
     sim = serving(2, least=0, most=3)
