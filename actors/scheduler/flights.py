@@ -31,6 +31,10 @@ class Flight:
     """[n] the rows' marks. What is in flight for a row counts while its mark stays the same."""
     names: tuple[RequestId, ...]
     """[n] the rows' requests."""
+    decodes: int
+    """Most tokens of a worker that decodes run."""
+    prompts: int
+    """Most tokens of a worker that are its prompts'."""
     bounds: Mapping[WorkerId, tuple[int, int]]
     """Where the rows of each worker begin and end in `rows`."""
 

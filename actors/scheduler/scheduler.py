@@ -37,6 +37,7 @@ from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shor
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
 from elastic_moe.actors.scheduler.flights import Answers, Flight, StepOutputs, failure, output
 from elastic_moe.actors.scheduler.kv_blocks import blocks_for
+from elastic_moe.actors.scheduler.prefill_pace import PrefillPace
 from elastic_moe.actors.scheduler.rows import RECENT_TOKENS, Indices, Rows, StopTokens
 from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.worker_caches import WorkerCache
@@ -74,6 +75,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int],
         max_num_prefill_tokens: int | None = None,
+        pace: PrefillPace | None = None,
         enable_prefix_caching: bool = True,
         rope_limits: Collection[int] = (),
         rope_growth_limit: int | None = None,
@@ -82,7 +84,8 @@ class Scheduler:
         """`workers`: KV blocks of each, in rank order. `state_rooms` as in `set_workers`. `max_num_seqs` and
         `max_num_batched_tokens` are per worker.
 
-        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` and
+        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode, and so does `pace`, which
+        learns how many. `rope_limits` and
         `rope_growth_limit` as in ModelInfo.
         """
         if min(block_size, max_num_seqs, max_num_batched_tokens, max_model_len - 1) < 1:
@@ -91,6 +94,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_prefill_tokens = max_num_prefill_tokens or max_num_batched_tokens
+        self._pace = pace
         self._max_model_len = max_model_len
         self._eos_token_ids = tuple(eos_token_ids)
         self._enable_prefix_caching = enable_prefix_caching
@@ -186,10 +190,7 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         rows = self._rows.ready()
         slow = {worker: cache.unsteady_in_order() for worker, cache in self._caches.items() if cache.unsteady}
-        any_decodes = len(rows) > 0 or any(_decodes(request) for requests in slow.values() for request in requests)
-        prompts = min(
-            budget, self._max_num_prefill_tokens if any_decodes else max(ALONE_TOKENS, self._max_num_prefill_tokens)
-        )
+        prompts = min(budget, self._prompt_tokens_beside(rows, slow))
         parts = {worker: Part(cache, budget, prompts) for worker, cache in self._caches.items()}
         rows, grown = self._continue_rows(rows, parts, slow)
         for worker, requests in slow.items():
@@ -198,7 +199,7 @@ class Scheduler:
         if not len(rows) and not any(part.work for part in parts.values()):
             return None
         last = self._last if epoch == self._epoch else None
-        self._last = flight = self._flight(step, parts, rows)
+        self._last = flight = self._flight(step, parts, rows, budget, prompts)
         self._flights.append(flight)
         self._epoch = epoch
         self._prefix_queries += sum(part.prefix_queries for part in parts.values())
@@ -224,8 +225,8 @@ class Scheduler:
             )
         return plans
 
-    def commit(self, results: Mapping[WorkerId, StepResult]) -> StepOutputs:
-        """Take the results of the oldest step. Returns the sampled tokens.
+    def commit(self, results: Mapping[WorkerId, StepResult], step_s: float | None = None) -> StepOutputs:
+        """Take the results of the oldest step, which took `step_s` where that is known. Returns the sampled tokens.
 
         Raises AssertionError if the results do not answer the plans, which is a defect of a worker. The step then
         stays in flight.
@@ -235,6 +236,8 @@ class Scheduler:
         answers = Answers(flight, results)
         self._flights.popleft()
         self._steps += 1
+        if self._pace is not None and step_s is not None:
+            self._pace.met(flight.decodes, flight.prompts, step_s)
         outputs: list[TokenOutput] = []
         tokens = self._commit_rows(flight, answers, outputs)
         for worker, part in flight.parts.items():
@@ -322,13 +325,37 @@ class Scheduler:
             return rows
         return np.sort(np.concatenate(kept))
 
-    def _flight(self, step: int, parts: Mapping[WorkerId, Part], rows: Indices) -> Flight:
+    def _prompt_tokens_beside(self, rows: Indices, slow: Mapping[WorkerId, Sequence[RunningRequest]]) -> int:
+        """Most prompt tokens of a worker in a step in which these rows and requests go on."""
+        decodes = {worker: sum(map(_decodes, requests)) for worker, requests in slow.items()}
+        most = max(decodes.values(), default=0)
+        if not len(rows) and not most:
+            return max(ALONE_TOKENS, self._max_num_prefill_tokens)
+        if self._pace is None:
+            return self._max_num_prefill_tokens
+        for worker, (begin, end) in self._bounds(rows).items():
+            most = max(most, end - begin + decodes.get(worker, 0))
+        return min(self._max_num_prefill_tokens, self._pace.tokens(most))
+
+    def _flight(self, step: int, parts: Mapping[WorkerId, Part], rows: Indices, budget: int, prompts: int) -> Flight:
+        """budget, prompts: tokens, and prompt tokens, that each part might run."""
+        prompt_tokens = [prompts - part.prefill_budget for part in parts.values()]
+        tokens = [budget - part.budget for part in parts.values()]
         marks, last = self._rows.mark[rows], self._last
         if last is not None and np.array_equal(last.rows, rows) and np.array_equal(last.marks, marks):
             names = last.names
         else:
             names = tuple(map(self._rows.names.__getitem__, rows.tolist()))
-        return Flight(step=step, parts=parts, rows=rows, marks=marks, names=names, bounds=self._bounds(rows))
+        return Flight(
+            step=step,
+            parts=parts,
+            rows=rows,
+            marks=marks,
+            names=names,
+            bounds=self._bounds(rows),
+            prompts=max(prompt_tokens, default=0),
+            decodes=max((both - some for both, some in zip(tokens, prompt_tokens, strict=True)), default=0),
+        )
 
     def _decoding(self, cache: WorkerCache, flight: Flight, last: Flight | None, grown: Sequence[int]) -> Decoding:
         """What to tell a worker of its rows in this step. `last`: the step before, if workers can go on from it."""
