@@ -108,7 +108,7 @@ class ServeConfig:
     max_num_prefill_tokens: int | None = setting(
         None,
         "largest number of prompt tokens that one worker runs in a step in which other requests wait for their next "
-        "token; if not given, it is 48 on CPUs, and elsewhere only --max-num-batched-tokens limits it",
+        "token; if not given, as many as make such a step three quarters longer, or 40 ms where that is more",
         at_least=1,
     )
     block_size: int = setting(16, "number of tokens in one block of the KV cache", at_least=1)

@@ -33,9 +33,10 @@ from elastic_moe.actors.caches.kv_blocks import blocks_for
 from elastic_moe.actors.caches.rows import Rows
 from elastic_moe.actors.caches.worker_caches import WorkerCaches
 from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shortest_served
-from elastic_moe.actors.scheduler.continuing import Continuing
+from elastic_moe.actors.scheduler.continuing import Candidates, Continuing
 from elastic_moe.actors.scheduler.flights import UNCHANGED, Answers, Flight, StepOutputs, output
 from elastic_moe.actors.scheduler.landing import Landing
+from elastic_moe.actors.scheduler.prefill_pace import PrefillPace
 from elastic_moe.actors.scheduler.request_book import RequestBook
 from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
@@ -61,6 +62,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int],
         max_num_prefill_tokens: int | None = None,
+        pace: PrefillPace | None = None,
         enable_prefix_caching: bool = True,
         rope_limits: Collection[int] = (),
         rope_growth_limit: int | None = None,
@@ -69,14 +71,15 @@ class Scheduler:
         """`workers`: KV blocks of each, in rank order. `state_rooms` as in `set_workers`. `max_num_seqs` and
         `max_num_batched_tokens` are per worker.
 
-        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` and
-        `rope_growth_limit` as in ModelInfo.
+        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode, and so does `pace`, which
+        learns how many. `rope_limits` and `rope_growth_limit` as in ModelInfo.
         """
         if min(block_size, max_num_seqs, max_num_batched_tokens, max_model_len - 1) < 1:
             raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be positive, max_model_len > 1")
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_prefill_tokens = max_num_prefill_tokens or max_num_batched_tokens
+        self._pace = pace
         self._rows = Rows(block_size)
         self._caches = WorkerCaches(self._rows, max_num_seqs=max_num_seqs, prefix_caching=enable_prefix_caching)
         self._book = RequestBook(
@@ -133,20 +136,29 @@ class Scheduler:
         self._make_way()
         budget = self._max_num_batched_tokens
         candidates = self._continuing.candidates()
-        prompts = self._max_num_prefill_tokens
-        prompts = min(budget, prompts if candidates.any_decodes() else max(ALONE_TOKENS, prompts))
+        prompts = min(budget, self._prompt_tokens_beside(candidates))
         parts = {worker: Part(cache, budget, prompts) for worker, cache in self._caches.by_worker.items()}
         rows, grown = self._continuing.run(candidates, parts)
         admit(self._book.waiting, parts.values(), self._max_num_seqs, budget)
         if not len(rows) and not any(part.work for part in parts.values()):
             return None
         last = self._last if epoch == self._epoch else None
-        flight = Flight.of(step, parts, rows, self._rows, self._caches.bounds(rows), self._last)
+        flight = Flight.of(
+            step, parts, rows, self._rows, self._caches.bounds(rows), self._last, budget=budget, prompts=prompts
+        )
         self._last, self._epoch = flight, epoch
         self._flights.append(flight)
         self._prefix_queries += sum(part.prefix_queries for part in parts.values())
         self._prefix_hits += sum(part.prefix_hits for part in parts.values())
         return self._plans(flight, last, epoch, grown)
+
+    def _prompt_tokens_beside(self, candidates: Candidates) -> int:
+        """Most prompt tokens of a worker in a step in which these requests go on."""
+        if not candidates.any_decodes():
+            return max(ALONE_TOKENS, self._max_num_prefill_tokens)
+        if self._pace is None:
+            return self._max_num_prefill_tokens
+        return min(self._max_num_prefill_tokens, self._pace.tokens(self._continuing.most_decodes(candidates)))
 
     def _make_way(self) -> None:
         """Preempt at most one request, if one client has all places, for the client that has the fewest running."""
@@ -183,8 +195,8 @@ class Scheduler:
             )
         return plans
 
-    def commit(self, results: Mapping[WorkerId, StepResult]) -> StepOutputs:
-        """Take the results of the oldest step. Returns the sampled tokens.
+    def commit(self, results: Mapping[WorkerId, StepResult], step_s: float | None = None) -> StepOutputs:
+        """Take the results of the oldest step, which took `step_s` where that is known. Returns the sampled tokens.
 
         Raises AssertionError if the results do not answer the plans, which is a defect of a worker. The step then
         stays in flight.
@@ -194,6 +206,8 @@ class Scheduler:
         answers = Answers(flight, results)
         self._flights.popleft()
         self._steps += 1
+        if self._pace is not None and step_s is not None:
+            self._pace.met(flight.decodes, flight.prompts, step_s)
         return self._landing.land(flight, answers)
 
     def rollback(self) -> None:
