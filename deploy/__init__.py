@@ -15,7 +15,8 @@ The life of a request:
 
 The rooms: `launch` starts and ends a server's processes, `api` owns routes and responses, `bodies` request bodies,
 `text` the tokenizer and chat templates, `structured` the grammars of answers, `parsing` reasoning and tool calls,
-`tools` how a chat uses both, `backend` the way to the engine and back, `generation` answers, `responses` stored and background responses,
-`web` what browsers, proxies and tools need, `joined` what the nodes of a cluster need, `cli` the command `emoe`.
+`tools` how a chat uses both, `backend` the way to the engine and back, `generation` answers,
+`responses` stored and background responses, `web` what browsers, proxies and tools need, `joined` what the nodes of a
+cluster need, `cli` the command `emoe`.
 `models` holds the built-in model, `page` the start page and `grafana` a dashboard.
 """
