@@ -21,9 +21,19 @@ def test_what_is_not_known_yet_is_as_given() -> None:
     assert pace.tokens(4) == 48
     pace.met(4, 0, 0.06)
     assert pace.tokens(4) == 48
-    # prompts alone tell nothing about what they cost beside decodes
-    pace.met(0, 512, 1.0)
+    pace.met(1, 48, 0.2)
     assert pace.tokens(4) == 48
+
+
+def test_while_prompts_wait_all_the_time_steps_with_them_tell_what_decodes_take() -> None:
+    pace = PrefillPace(48)
+    pace.met(0, 512, 0.512)
+    for _ in range(3):
+        pace.met(4, 48, 0.4 + 48 * 0.001)
+    assert pace.tokens(4) == pytest.approx(SHARE * 0.4 / 0.001, abs=1)
+    # what is seen counts more than what is guessed
+    pace.met(4, 0, 0.1)
+    assert pace.tokens(4) == pytest.approx(SHARE * 0.1 / 0.001, abs=1)
 
 
 @given(st.floats(0.001, 2.0), st.floats(1e-6, 0.01), st.integers(1, 512))
