@@ -1,13 +1,16 @@
 """How many prompt tokens run beside decodes: as many as the other requests can wait for, by what steps have taken.
 
 A step with prompt tokens is taken to last as long as one with the same decodes alone, plus a time for each prompt
-token. Both are learned. Prompts may make a step last by `SHARE` of that time longer, or by `ROOM_S` where that is more.
+token. Both are learned. Prompts may make a step last by `SHARE` of its decodes' time longer, and by more where many
+requests wait for their first token beside few that decode: both kinds of readers wait.
 """
 
 from __future__ import annotations
 
 SHARE = 0.75
-"""Of the time that a step takes without prompts, the part that prompts may take beside it."""
+"""Of the time that a step takes without prompts, the part that prompts may take beside it if few requests wait."""
+MOST_SHARE = 3.0
+"""The part that they may take at most, however many wait."""
 ROOM_S = 0.04
 """Seconds that prompts may always take in a step: readers of a stream do not notice them."""
 FEWEST_TOKENS = 16
@@ -33,13 +36,16 @@ class PrefillPace:
         self._without = _Rate()
         """What they take in steps without decodes, which is more: such a step reads the weights for them alone."""
 
-    def tokens(self, decodes: int) -> int:
-        """Number of prompt tokens of a worker to run beside so many decodes of a worker."""
+    def tokens(self, decodes: int, crowd: float = 0.0) -> int:
+        """Number of prompt tokens of a worker to run beside so many decodes of a worker.
+
+        crowd: number of requests that wait for their first token, for each that decodes.
+        """
         size = decodes.bit_length()
         alone_s, token_s = self._alone_s.get(size, self._guessed_s.get(size)), self._token_s
         if alone_s is None or not token_s:
             return self._first
-        return max(FEWEST_TOKENS, int(max(ROOM_S, SHARE * alone_s) / token_s))
+        return max(FEWEST_TOKENS, int(max(ROOM_S, min(MOST_SHARE, SHARE * (1 + crowd)) * alone_s) / token_s))
 
     @property
     def _token_s(self) -> float | None:

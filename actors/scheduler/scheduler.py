@@ -160,7 +160,9 @@ class Scheduler:
         decodes = Counter(request.cache.worker for request in candidates.decoding_others() if request.cache is not None)
         for worker, (begin, end) in self._caches.bounds(candidates.rows).items():
             decodes[worker] += end - begin
-        return min(most, self._pace.tokens(max(decodes.values())))
+        begun = sum(map(len, candidates.others.values())) + len(candidates.rows) - decodes.total()
+        crowd = (begun + len(self._book.waiting)) / decodes.total()
+        return min(most, self._pace.tokens(max(decodes.values()), crowd))
 
     def _make_way(self) -> None:
         """Preempt at most one request, if one client has all places, for the client that has the fewest running."""

@@ -44,6 +44,11 @@ def test_prompts_take_their_share_of_the_time(alone_s: float, token_s: float, pr
     assert tokens == pytest.approx(max(FEWEST_TOKENS, expected), abs=1.5, rel=1e-3)
 
 
+def test_prompts_take_more_where_many_wait_beside_few() -> None:
+    pace = learned(0.1, 0.001)
+    assert [pace.tokens(4, crowd) for crowd in (0, 1, 2, 100)] == pytest.approx([75, 150, 225, 300], abs=1)
+
+
 def test_each_number_of_decodes_has_its_own_time() -> None:
     pace = learned(0.1, 0.001, decodes=4)
     pace.met(32, 0, 0.4)
