@@ -58,12 +58,6 @@ class Continuing:
         others = {worker: cache.unsteady_in_order() for worker, cache in caches.items() if cache.unsteady}
         return Candidates(rows=self._rows.ready(), others=others)
 
-    def most_decodes(self, candidates: Candidates) -> int:
-        """Most requests of a worker that would run one token each."""
-        others = {worker: sum(map(_decodes, requests)) for worker, requests in candidates.others.items()}
-        rows = self._caches.bounds(candidates.rows)
-        return max((end - begin + others.get(worker, 0) for worker, (begin, end) in rows.items()), default=0)
-
     def run(
         self, candidates: Candidates, parts: Mapping[WorkerId, Part]
     ) -> tuple[Indices, Mapping[WorkerId, Sequence[int]]]:

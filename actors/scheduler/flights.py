@@ -35,10 +35,6 @@ class Flight:
     """[n] the rows' marks. What is in flight for a row counts while its mark stays the same."""
     names: tuple[RequestId, ...]
     """[n] the rows' requests."""
-    decodes: int
-    """Most tokens of a worker that decodes run."""
-    prompts: int
-    """Most tokens of a worker that are its prompts'."""
     bounds: Mapping[WorkerId, tuple[int, int]]
     """Where the rows of each worker begin and end in `rows`."""
 
@@ -51,29 +47,14 @@ class Flight:
         columns: Rows,
         bounds: Mapping[WorkerId, tuple[int, int]],
         last: Flight | None,
-        *,
-        budget: int,
-        prompts: int,
     ) -> Flight:
-        """`last`: the step before, whose names are taken where its rows are the same. `budget`, `prompts`: tokens, and
-        prompt tokens, that each part might run."""
-        prompt_tokens = [prompts - part.prefill_budget for part in parts.values()]
-        tokens = [budget - part.budget for part in parts.values()]
+        """`last`: the step before, whose names are taken where its rows are the same."""
         marks = columns.mark[rows]
         if last is not None and np.array_equal(last.rows, rows) and np.array_equal(last.marks, marks):
             names = last.names
         else:
             names = tuple(map(columns.names.__getitem__, rows.tolist()))
-        return cls(
-            step=step,
-            parts=parts,
-            rows=rows,
-            marks=marks,
-            names=names,
-            bounds=bounds,
-            prompts=max(prompt_tokens, default=0),
-            decodes=max((both - some for both, some in zip(tokens, prompt_tokens, strict=True)), default=0),
-        )
+        return cls(step=step, parts=parts, rows=rows, marks=marks, names=names, bounds=bounds)
 
     def decoding(self, cache: WorkerCache, last: Flight | None, grown: Sequence[int], known: Column) -> Decoding:
         """What to tell a worker of its rows in this step. `last`: the step before, if the worker can go on from it.
@@ -90,6 +71,16 @@ class Flight:
         return Decoding(
             seats=(rows - cache.base).astype(np.int32).tobytes(), known=(known[rows] - 1).tobytes(), grown=told
         )
+
+    @property
+    def decodes(self) -> int:
+        """Most tokens of a worker that its decodes run."""
+        return max((part.decodes for part in self.parts.values()), default=0)
+
+    @property
+    def prompts(self) -> int:
+        """Most tokens of a worker that are its prompts'."""
+        return max((part.prompts for part in self.parts.values()), default=0)
 
     def worker_at(self, at: int) -> WorkerId:
         """The worker of entry `at` of `rows`."""

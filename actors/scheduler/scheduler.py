@@ -71,8 +71,8 @@ class Scheduler:
         """`workers`: KV blocks of each, in rank order. `state_rooms` as in `set_workers`. `max_num_seqs` and
         `max_num_batched_tokens` are per worker.
 
-        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode, and so does `pace`, which
-        learns how many. `rope_limits` and `rope_growth_limit` as in ModelInfo.
+        `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode; so does `pace`, by the time
+        that steps take. `rope_limits` and `rope_growth_limit` as in ModelInfo.
         """
         if min(block_size, max_num_seqs, max_num_batched_tokens, max_model_len - 1) < 1:
             raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be positive, max_model_len > 1")
@@ -143,9 +143,7 @@ class Scheduler:
         if not len(rows) and not any(part.work for part in parts.values()):
             return None
         last = self._last if epoch == self._epoch else None
-        flight = Flight.of(
-            step, parts, rows, self._rows, self._caches.bounds(rows), self._last, budget=budget, prompts=prompts
-        )
+        flight = Flight.of(step, parts, rows, self._rows, self._caches.bounds(rows), self._last)
         self._last, self._epoch = flight, epoch
         self._flights.append(flight)
         self._prefix_queries += sum(part.prefix_queries for part in parts.values())
@@ -154,11 +152,17 @@ class Scheduler:
 
     def _prompt_tokens_beside(self, candidates: Candidates) -> int:
         """Most prompt tokens of a worker in a step in which these requests go on."""
+        most = self._max_num_prefill_tokens
         if not candidates.any_decodes():
-            return max(ALONE_TOKENS, self._max_num_prefill_tokens)
+            return max(ALONE_TOKENS, most)
         if self._pace is None:
-            return self._max_num_prefill_tokens
-        return min(self._max_num_prefill_tokens, self._pace.tokens(self._continuing.most_decodes(candidates)))
+            return most
+        decodes = Counter(request.cache.worker for request in candidates.decoding_others() if request.cache is not None)
+        for worker, (begin, end) in self._caches.bounds(candidates.rows).items():
+            decodes[worker] += end - begin
+        begun = sum(map(len, candidates.others.values())) + len(candidates.rows) - decodes.total()
+        crowd = (begun + len(self._book.waiting)) / decodes.total()
+        return min(most, self._pace.tokens(max(decodes.values()), crowd))
 
     def _make_way(self) -> None:
         """Preempt at most one request, if one client has all places, for the client that has the fewest running."""
@@ -196,7 +200,7 @@ class Scheduler:
         return plans
 
     def commit(self, results: Mapping[WorkerId, StepResult], step_s: float | None = None) -> StepOutputs:
-        """Take the results of the oldest step, which took `step_s` where that is known. Returns the sampled tokens.
+        """Take the results of the oldest step, which took `step_s` if that is known. Returns the sampled tokens.
 
         Raises AssertionError if the results do not answer the plans, which is a defect of a worker. The step then
         stays in flight.

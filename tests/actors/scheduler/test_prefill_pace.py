@@ -21,9 +21,19 @@ def test_what_is_not_known_yet_is_as_given() -> None:
     assert pace.tokens(4) == 48
     pace.met(4, 0, 0.06)
     assert pace.tokens(4) == 48
-    # prompts alone tell nothing about what they cost beside decodes
-    pace.met(0, 512, 1.0)
+    pace.met(1, 48, 0.2)
     assert pace.tokens(4) == 48
+
+
+def test_while_prompts_wait_all_the_time_steps_with_them_tell_what_decodes_take() -> None:
+    pace = PrefillPace(48)
+    pace.met(0, 512, 0.512)
+    for _ in range(3):
+        pace.met(4, 48, 0.4 + 48 * 0.001)
+    assert pace.tokens(4) == pytest.approx(SHARE * 0.4 / 0.001, abs=1)
+    # what is seen counts more than what is guessed
+    pace.met(4, 0, 0.1)
+    assert pace.tokens(4) == pytest.approx(SHARE * 0.1 / 0.001, abs=1)
 
 
 @given(st.floats(0.001, 2.0), st.floats(1e-6, 0.01), st.integers(1, 512))
@@ -32,6 +42,11 @@ def test_prompts_take_their_share_of_the_time(alone_s: float, token_s: float, pr
     tokens = learned(alone_s, token_s, prompts=prompts).tokens(4)
     expected = max(ROOM_S, SHARE * alone_s) / token_s
     assert tokens == pytest.approx(max(FEWEST_TOKENS, expected), abs=1.5, rel=1e-3)
+
+
+def test_prompts_take_more_where_many_wait_beside_few() -> None:
+    pace = learned(0.1, 0.001)
+    assert [pace.tokens(4, crowd) for crowd in (0, 1, 2, 100)] == pytest.approx([75, 150, 225, 300], abs=1)
 
 
 def test_each_number_of_decodes_has_its_own_time() -> None:
