@@ -8,5 +8,6 @@ fair_queue         the waiting requests, in which clients take turns
 running_requests   one request: its tokens, its blocks, and its steps in flight
 worker_caches      one worker's KV blocks and running requests
 snapshots          the snapshots of states that one worker keeps
+windows            the blocks of layers with a sliding window
 kv_blocks          the blocks of one worker: free, in use, or found again by their tokens
 """

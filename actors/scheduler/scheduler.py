@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import compress
 from operator import attrgetter
 from types import MappingProxyType
@@ -42,7 +43,7 @@ from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.columns import column_of
-from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
+from elastic_moe.cluster.messages.epochs import Epoch, StateRoom, WindowRoom
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenOutput, Tokens
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Chunk, Decoding, Sample, StepPlan, StepResult
@@ -78,9 +79,10 @@ class Scheduler:
         rope_limits: Collection[int] = (),
         rope_growth_limit: int | None = None,
         state_rooms: Mapping[WorkerId, StateRoom] | None = None,
+        window_rooms: Mapping[WorkerId, WindowRoom] | None = None,
     ) -> None:
-        """`workers`: KV blocks of each, in rank order. `state_rooms` as in `set_workers`. `max_num_seqs` and
-        `max_num_batched_tokens` are per worker.
+        """`workers`: KV blocks of each, in rank order. `state_rooms` and `window_rooms` as in `set_workers`.
+        `max_num_seqs` and `max_num_batched_tokens` are per worker.
 
         `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode. `rope_limits` and
         `rope_growth_limit` as in ModelInfo.
@@ -110,7 +112,7 @@ class Scheduler:
         """The step from which workers can go on by rule, if there is one."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._epoch = 0
         self._prefix_queries = self._prefix_hits = self._corrupted = 0
-        self.set_workers(workers, state_rooms or {})
+        self.set_workers(workers, state_rooms or {}, window_rooms or {})
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
@@ -208,7 +210,7 @@ class Scheduler:
         plans = {}
         for worker, part in parts.items():
             part.forget, part.cache.forget = tuple(part.cache.forget), []
-            decoding = self._decoding(part.cache, flight, last, grown.get(worker, ()))
+            decoding = self._decoding(part.cache, flight, last, grown.get(worker))
             if not part.work and not part.forget and decoding is _UNCHANGED:
                 # one plan for all workers that just go on, which is encoded once
                 plans[worker] = silent
@@ -264,7 +266,7 @@ class Scheduler:
 
     def _continue_rows(
         self, rows: Indices, parts: Mapping[WorkerId, Part], slow: Mapping[WorkerId, Sequence[RunningRequest]]
-    ) -> tuple[Indices, dict[WorkerId, list[int]]]:
+    ) -> tuple[Indices, dict[WorkerId, Grown]]:
         """Run the next token of `rows`, as far as there is room. Returns those that run, and the blocks that workers
         must be told of, as in Decoding."""
         columns = self._rows
@@ -280,11 +282,10 @@ class Scheduler:
             # a preempted request needs nothing, and another may have got its block
             grown = [request for request in grown if request.cache is not None]
         columns.run(rows)
-        told: dict[WorkerId, list[int]] = {}
+        told: dict[WorkerId, Grown] = {}
         for request in grown:
             if (cache := request.cache) is not None:
-                blocks = request.blocks
-                told.setdefault(cache.worker, []).extend((request.row - cache.base, len(blocks) - 1, blocks[-1]))
+                told.setdefault(cache.worker, Grown()).add(cache, request)
         for worker, (begin, end) in self._bounds(rows).items():
             parts[worker].decode_rows(end - begin)
         return rows, told
@@ -301,6 +302,9 @@ class Scheduler:
                 else:
                     request.blocks.append(block)
         seated = [request for request in needy if request.cache is not None]
+        for request in seated:
+            if request.window is not None and request.cache is not None:
+                request.cache.grow_window(request)
         room = [len(request.blocks) * self._block_size for request in seated]
         self._rows.room[[request.row for request in seated]] = room
         return seated
@@ -330,19 +334,20 @@ class Scheduler:
             names = tuple(map(self._rows.names.__getitem__, rows.tolist()))
         return Flight(step=step, parts=parts, rows=rows, marks=marks, names=names, bounds=self._bounds(rows))
 
-    def _decoding(self, cache: WorkerCache, flight: Flight, last: Flight | None, grown: Sequence[int]) -> Decoding:
+    def _decoding(self, cache: WorkerCache, flight: Flight, last: Flight | None, grown: Grown | None) -> Decoding:
         """What to tell a worker of its rows in this step. `last`: the step before, if workers can go on from it."""
         begin, end = flight.bounds[cache.worker]
         rows = flight.rows[begin:end]
-        told = column_of(grown) if grown else b""
+        blocks, windows = (b"", b"") if grown is None else (column_of(grown.blocks), column_of(grown.windows))
         if last is not None:
             before, after = last.bounds[cache.worker]
             same = last.names is flight.names or np.array_equal(last.rows[before:after], rows)
             if end - begin == after - before and same:
-                return Decoding(grown=told) if told else _UNCHANGED
+                return _UNCHANGED if grown is None else Decoding(grown=blocks, grown_windows=windows)
         # the columns already have the token that this step will sample
         known = self._rows.known[rows] - 1
-        return Decoding(seats=(rows - cache.base).astype(np.int32).tobytes(), known=known.tobytes(), grown=told)
+        seats = (rows - cache.base).astype(np.int32)
+        return Decoding(seats=seats.tobytes(), known=known.tobytes(), grown=blocks, grown_windows=windows)
 
     def _bounds(self, rows: Indices) -> dict[WorkerId, tuple[int, int]]:
         """Where the rows of each worker begin and end in `rows`."""
@@ -495,32 +500,35 @@ class Scheduler:
     # --- Membership ---------------------------------------------------------------------------------------------
 
     def set_workers(
-        self, workers: Mapping[WorkerId, int], state_rooms: Mapping[WorkerId, StateRoom] = MappingProxyType({})
+        self,
+        workers: Mapping[WorkerId, int],
+        state_rooms: Mapping[WorkerId, StateRoom] = MappingProxyType({}),
+        window_rooms: Mapping[WorkerId, WindowRoom] = MappingProxyType({}),
     ) -> int:
         """Set the workers from the next step on, with their numbers of KV blocks, in rank order.
 
-        `state_rooms` has the workers whose model keeps states. Requests whose worker is gone return to the queue with
-        all their tokens; the number of these requests is returned. A worker with another number of blocks or room for
-        states than before counts as a new worker. A worker that restarted under its old name must be left out of one
-        call first.
+        `state_rooms` has the workers whose model keeps states, and `window_rooms` those whose model has layers with a
+        sliding window. Requests whose worker is gone return to the queue with all their tokens; the number of these
+        requests is returned. A worker with room for more or less than before counts as a new worker. A worker that
+        restarted under its old name must be left out of one call first.
         """
         assert not self._flights, "the membership changes between steps"
         requeued = 0
-        rooms = {worker: (blocks, state_rooms.get(worker)) for worker, blocks in workers.items()}
+        rooms = {worker: (n, state_rooms.get(worker), window_rooms.get(worker)) for worker, n in workers.items()}
         for worker, cache in self._caches.items():
-            if rooms.get(worker) != (cache.pool.num_blocks, cache.state_room):
+            if rooms.get(worker) != cache.whole_room:
                 requeued += len(cache.running)
                 for request in cache.running.items.copy():
                     self._requeue(request)
         old = self._caches
         self._caches = {}
-        for worker, (blocks, state_room) in rooms.items():
+        for worker, room in rooms.items():
             kept = old.get(worker)
-            if kept is not None and (kept.pool.num_blocks, kept.state_room) == (blocks, state_room):
+            if kept is not None and kept.whole_room == room:
                 self._caches[worker] = old.pop(worker)
         for cache in old.values():
             cache.close()
-        for worker, (blocks, state_room) in rooms.items():
+        for worker, (blocks, state_room, window_room) in rooms.items():
             # this keeps the order of ranks
             kept = self._caches.pop(worker, None)
             self._caches[worker] = kept or WorkerCache(
@@ -530,6 +538,7 @@ class Scheduler:
                 max_num_seqs=self._max_num_seqs,
                 prefix_caching=self._enable_prefix_caching,
                 state_room=state_room,
+                window_room=window_room,
             )
         self._bases = np.array([cache.base for cache in self._caches.values()], dtype=np.intp)
         self._last = None
@@ -552,7 +561,7 @@ class Scheduler:
         return EngineStatus(
             running={worker: len(cache.running) for worker, cache in self._caches.items()},
             waiting=len(self._waiting),
-            kv_usage={worker: cache.pool.usage for worker, cache in self._caches.items()},
+            kv_usage={worker: cache.usage for worker, cache in self._caches.items()},
             steps=self._steps,
             preemptions=self._preemptions,
             corrupted_requests=self._corrupted,
@@ -614,6 +623,21 @@ class Scheduler:
                 assert not request.in_flight(chunk) or request.cache is part.cache
                 covered = chunk.block_offset + len(chunk.block_ids)
                 assert covered >= blocks_for(chunk.start + chunk.length, self._block_size)
+
+
+@dataclass(slots=True)
+class Grown:
+    """The blocks that one worker must be told of in a step, as in Decoding."""
+
+    blocks: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+
+    def add(self, cache: WorkerCache, request: RunningRequest) -> None:
+        """Add the last block of a request."""
+        seat, number = request.row - cache.base, len(request.blocks) - 1
+        self.blocks += (seat, number, request.blocks[-1])
+        if request.window is not None:
+            self.windows += (seat, number, request.window.blocks[-1])
 
 
 def _decodes(request: RunningRequest) -> bool:

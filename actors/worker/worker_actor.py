@@ -107,6 +107,7 @@ class WorkerActor:
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
             state_room=worker.state_room,
+            window_room=worker.window_room,
             expert_capacity=worker.capacity,
             held=worker.held(),
             host_capacity=worker.host_capacity,

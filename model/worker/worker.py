@@ -33,10 +33,11 @@ from elastic_moe.cluster.messages.epochs import (
     RoutingCounts,
     StateRoom,
     TierCounts,
+    WindowRoom,
     WorkerSpec,
 )
 from elastic_moe.cluster.messages.requests import Endpoint, RequestId
-from elastic_moe.cluster.messages.seats import Seats
+from elastic_moe.cluster.messages.seats import LiveBlocks, Seats
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import EMPTY, Tier, WorkerId
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -66,8 +67,9 @@ from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, HostRates, host_r
 from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.windows import WindowGroup, window_group
 from elastic_moe.model.worker.budgets import KV_SHARE, KV_SHARE_CUDA, LATER_SHARE, kv_bytes, room_for_experts
-from elastic_moe.model.worker.cache_room import CacheRoom, CacheSizes, divide
+from elastic_moe.model.worker.cache_room import CacheRoom, CacheSizes, WindowSizes, divide
 from elastic_moe.model.worker.runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ _DOORS = 4
 class _Sequence:
     state: SamplingState
     blocks: list[int]
+    windows: LiveBlocks
 
 
 @dataclass(slots=True)
@@ -133,6 +136,9 @@ class Worker:
         self._states: StateStore | None = None
         self.state_room: StateRoom | None = None
         """None if the model keeps nothing but keys and values."""
+        self._windows: WindowGroup | None = None
+        self.window_room: WindowRoom | None = None
+        """None if every layer keeps the keys and values of all tokens."""
         self._counter: RoutingCounter
         self._tiers: Tiers | None = None
         """Made when an epoch places an expert of this worker on the disk."""
@@ -167,6 +173,7 @@ class Worker:
         trunk = load_trunk(self._checkpoint, dtype=self._dtype, device=self._device)
         modules = expert_modules(trunk)
         self._fit = fit(trunk, modules, block_size=self.spec.block_size, form=self._form)
+        self._windows = window_group(self._fit.shapes.kv, max_model_len=self.spec.model.max_model_len)
         self._store = ExpertStore(self._fit.experts)
         if len(self.spec.experts) != len(modules):
             raise CheckpointError(f"{len(modules)} MoE layers were found, {len(self.spec.experts)} expected")
@@ -176,7 +183,14 @@ class Worker:
         self._runner = ModelRunner(trunk, modules, self._fit, device=self._device)
         self._counter = RoutingCounter(info.num_layers, info.num_logical_experts)
         room = self._cache_room()
-        self._cache = self._runner.allocate(num_blocks=room.blocks, block_size=self.spec.block_size, dtype=self._dtype)
+        self.window_room = room.windows
+        self._cache = self._runner.allocate(
+            num_blocks=room.blocks,
+            block_size=self.spec.block_size,
+            dtype=self._dtype,
+            windows=self._windows,
+            num_window_blocks=0 if room.windows is None else room.windows.blocks,
+        )
         if room.states is not None:
             self.state_room = room.states
             self._states = StateStore(
@@ -269,10 +283,28 @@ class Worker:
         self.progress = 1.0
 
     def _cache_sizes(self) -> CacheSizes:
-        spec = self.spec
+        spec, group = self.spec, self._windows
         state_bytes = sum(layer.nbytes for layer in self._fit.states)
+        windowed = frozenset[int]() if group is None else group.layers
+        block_bytes, window_bytes = (
+            KVCache.block_bytes(
+                {layer: shape for layer, shape in self._fit.shapes.kv.items() if (layer in windowed) is among},
+                block_size=spec.block_size,
+                dtype=self._dtype,
+            )
+            for among in (False, True)
+        )
         return CacheSizes(
-            block_bytes=KVCache.block_bytes(self._fit.shapes.kv, block_size=spec.block_size, dtype=self._dtype),
+            block_bytes=block_bytes,
+            windows=None
+            if group is None
+            else WindowSizes(
+                tokens=group.tokens,
+                block_bytes=window_bytes,
+                block_size=spec.block_size,
+                max_num_batched_tokens=spec.max_num_batched_tokens,
+                steps_in_flight=spec.steps_in_flight,
+            ),
             blocks_per_sequence=-(-spec.model.max_model_len // spec.block_size),
             max_num_seqs=spec.max_num_seqs,
             state_bytes=state_bytes,
@@ -603,7 +635,7 @@ class Worker:
             self._forget_states(request_id)
         for new in plan.new:
             self._forget_states(new.request_id)
-            self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[])
+            self._sequences[new.request_id] = _Sequence(state=self._state(new), blocks=[], windows=LiveBlocks())
         chunks = self._seats.chunks(plan)
         slices = [self._slice(chunk) for chunk in chunks]
         scoring = self._scoring(chunks)
@@ -671,11 +703,16 @@ class Worker:
         sequence = self._sequences[chunk.request_id]
         sequence.state.truncate(chunk.known)
         sequence.blocks[chunk.block_offset :] = chunk.block_ids
+        if self._windows is not None:
+            if chunk.windows is not None:
+                sequence.windows.put(chunk.windows)
+            sequence.windows.drop_before(self._windows.first_block(chunk.start, self.spec.block_size))
         end = chunk.start + chunk.length
         return SequenceSlice(
             token_ids=sequence.state.token_ids[chunk.start : end],
             start=chunk.start,
             block_ids=sequence.blocks,
+            windows=None if self._windows is None else sequence.windows,
             prompt_length=sequence.state.num_prompt_tokens,
             wants_logits=chunk.samples,
         )

@@ -155,6 +155,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 """Cases like those of FAMILIES, of models that keep a state per sequence in some layers."""
 
+WINDOWED: dict[str, dict[str, Any]] = {
+    "gpt_oss-short": {"family": "gpt_oss", "layers": 4, "sliding_window": 8},
+    "mimo_v2_flash-short": {"family": "mimo_v2_flash", "layers": 4, "sliding_window": 8},
+}
+"""Cases of models whose prompts are longer than the window of some layers, beside "mixtral-sliding"."""
+
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -177,7 +183,8 @@ _made: dict[tuple[str, Path], Path] = {}
 
 
 def tiny_checkpoint(name: str, where: Path | pytest.TempPathFactory) -> Path:
-    """The directory of case `name` of FAMILIES, HYBRIDS or WRAPPED, or of one of MORE_FAMILIES, made below `where`.
+    """The directory of case `name` of FAMILIES, HYBRIDS, WINDOWED or WRAPPED, or of one of MORE_FAMILIES, made below
+    `where`.
 
     One process makes it once.
     """
@@ -188,6 +195,6 @@ def tiny_checkpoint(name: str, where: Path | pytest.TempPathFactory) -> Path:
         _made[key] = wrap_random_checkpoint(tiny_checkpoint(text, where), base / "checkpoints" / name, family, **parts)
     elif key not in _made:
         _made[key] = make_random_checkpoint(
-            base / "checkpoints" / name, **(_SIZES | (FAMILIES | HYBRIDS).get(name, {"family": name}))
+            base / "checkpoints" / name, **(_SIZES | (FAMILIES | HYBRIDS | WINDOWED).get(name, {"family": name}))
         )
     return _made[key]
