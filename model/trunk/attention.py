@@ -93,7 +93,7 @@ class StepBatch:
     """
     decodes: list[_DecodeGroup]
     prefills: list[Prefill]
-    pieces: list[Piece]
+    pieces: Sequence[Piece]
     """The sequences, whose tokens follow one another in the step."""
     device: torch.device
     fused: NativeBatch | FlashBatch | None = None

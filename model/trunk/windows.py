@@ -39,7 +39,7 @@ class WindowGroup:
         begin = live * block_size // unit * unit
         ids = block_ids[live - first : -(-end // block_size) - first]
         # a block that is read and masked must be finite, which another sequence's might not be
-        return start - begin, end - begin, [*ids[:1] * (live - begin // block_size), *ids]
+        return start - begin, end - begin, [*list(ids[:1]) * (live - begin // block_size), *ids]
 
 
 def window_group(shapes: Mapping[int, KVShape], *, max_model_len: int) -> WindowGroup | None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from elastic_moe.cluster.messages.seats import LiveBlocks
 from elastic_moe.cluster.messages.steps import WindowBlocks
 from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, Window, paged_attention, step_context
-from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape
+from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
+from elastic_moe.model.trunk.flash import try_variants
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.windows import WindowGroup, window_group
+from tests.model.kernels import KERNELS
 
 CPU = torch.device("cpu")
 HEADS, LENGTH, WINDOW = 4, 700, 40
@@ -52,10 +55,22 @@ def test_a_sequence_begins_shortly_before_its_window(block_size: int) -> None:
         assert set(got) <= set(table[first:]), "a block that is not the sequence's own is read"
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_results_are_those_with_all_blocks(native: bool, request: pytest.FixtureRequest) -> None:
+def path_of(name: str, request: pytest.FixtureRequest) -> AttentionPath:
+    if name == "native":
+        lib: ctypes.CDLL = request.getfixturevalue("lib")
+        return AttentionPath(lib=lib)
+    if name == "matmul":
+        return MATMUL
+    request.getfixturevalue("monkeypatch").setattr(varlen, "varlen_attn", KERNELS[name])
+    variant = try_variants(SHAPES.values(), dtype=torch.float32, device=CPU, block_size=16)
+    assert isinstance(variant, VarlenVariant)
+    return AttentionPath(varlen=variant)
+
+
+@pytest.mark.parametrize("name", ["matmul", "native", *KERNELS])
+def test_results_are_those_with_all_blocks(name: str, request: pytest.FixtureRequest) -> None:
     """Same bits in bfloat16 by the native library. What the sequence does not hold is not a number."""
-    lib: ctypes.CDLL | None = request.getfixturevalue("lib") if native else None
+    path, native = path_of(name, request), name == "native"
     dtype = torch.bfloat16 if native else torch.float32
     g = torch.Generator().manual_seed(3)
     texts = {
@@ -67,7 +82,6 @@ def test_results_are_those_with_all_blocks(native: bool, request: pytest.Fixture
     }
     group = window_group(SHAPES, max_model_len=LENGTH)
     assert group is not None
-    path = MATMUL if lib is None else AttentionPath(lib=lib)
     made = {"num_blocks": 44, "block_size": 16, "dtype": dtype, "device": CPU, "path": path}
     whole, kept = KVCache(SHAPES, **made), KVCache(SHAPES, **made, windows=group, num_window_blocks=30)  # type: ignore[arg-type]
     assert kept.stores(1)[0].nbytes < whole.stores(1)[0].nbytes
@@ -79,7 +93,7 @@ def test_results_are_those_with_all_blocks(native: bool, request: pytest.Fixture
         last = live.first + len(live.ids)
         live.put(WindowBlocks(first=last, ids=tuple(free.pop(0) for _ in range(-(-end // 16) - last))))
         for store in kept.stores(1):
-            # the library's blocks are not apart by heads, and this layer has one head anyway
+            # this layer has one head, so its blocks lie alike in all layouts
             store.view(30, -1)[free] = math.nan
         outs = []
         for cache, blocks in ((whole, None), (kept, live)):
