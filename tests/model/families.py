@@ -174,6 +174,14 @@ WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "mistral3",
         {"vision_config": {"model_type": "pixtral", "head_dim": 16} | _VISION, "tie_word_embeddings": False},
     ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        "qwen3_5_moe",
+        {
+            "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "depth": 1}
+            | {"out_hidden_size": 64, "num_position_embeddings": 16},
+        },
+    ),
     "gemma4": ("gemma4_text", "gemma4", {"vision_config": None, "audio_config": None}),
 }
 """Name of a model with more input than text -> case of its text part, its family, and fields of its configuration."""
