@@ -1,6 +1,6 @@
 """Layers with a sliding window: which layers have a pool of blocks of their own, and what they see of a sequence.
 
-The scheduler gives back the blocks before a window (actors/scheduler/windows.py), so these layers have block tables of
+The scheduler gives back the blocks before a window (actors/caches/windows.py), so these layers have block tables of
 their own. For them a sequence begins shortly before its window: attention does not depend on where keys lie.
 """
 

@@ -75,7 +75,7 @@ def measure(case: str, machine: Machine, threads: int) -> Measured:
         path = make_random_checkpoint(Path(made) / case, **arguments_of(case))
         floor, vocabulary = floor_of(path), open_checkpoint(path).info.vocab_size
         worker: Worker = load_worker(path, threads)
-        state_bytes = worker._cache_sizes().state_bytes
+        state_bytes = worker.loaded.memory.sizes().state_bytes
         shares = [
             decode_floor_s(floor, batch, machine, state_bytes) / decode_s(worker, batch, vocabulary)
             for batch in BATCHES

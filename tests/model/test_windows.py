@@ -68,7 +68,7 @@ def spoil(cache: KVCache, blocks: Sequence[int]) -> None:
 def test_logits_of_mixed_prompts(checkpoint: Path, cuts: tuple[int, ...]) -> None:
     """Prompts of up to nine windows in one batch, chunked and not: logits within 1e-4 at the end of each chunk."""
     [worker] = Lockstep(checkpoint, [8]).workers.values()
-    cache = worker._cache
+    cache = worker.loaded.cache
     free = list(range(60))
     held = [Held(free) for _ in LENGTHS]
     for first, last in zip((0, *cuts), cuts, strict=False):
@@ -132,7 +132,7 @@ def test_a_long_answer_takes_as_many_blocks_as_a_short_one(gpt_oss: Path) -> Non
     used = {}
     for count in (20, 100):
         cluster = Lockstep(gpt_oss, [8], prefix_caching=False)
-        [cache] = cluster.scheduler._caches.values()
+        [cache] = cluster.scheduler._caches.by_worker.values()
         assert cache.windows is not None
         pool, most = cache.windows.pool, 0
         cluster.scheduler.add(request("one", texts()[0], max_tokens=count))
@@ -171,18 +171,18 @@ def test_requests_are_preempted_and_computed_again(gpt_oss: Path) -> None:
 def test_little_memory_cuts_prompts_and_makes_requests_wait(gpt_oss: Path) -> None:
     """Memory for one sequence of full length and its chunk: more sequences run as far as their windows fit."""
     [worker] = Lockstep(gpt_oss, [8]).workers.values()
-    sizes = worker._cache_sizes()
+    sizes = worker.loaded.memory.sizes()
     cluster = Lockstep(gpt_oss, [8], kv_cache_bytes=sizes.one)
     [small] = cluster.workers.values()
     assert small.window_room is not None
     assert small.window_room.blocks == sizes.first_window
-    assert small._cache.nbytes == sizes.one
+    assert small.loaded.cache.nbytes == sizes.one
     compare(cluster, gpt_oss, copies=3)
 
 
 def test_requests_of_a_worker_that_is_gone_are_computed_again(gpt_oss: Path) -> None:
     cluster = Lockstep(gpt_oss, [4, 4])
-    blocks = {worker: cache.pool.num_blocks for worker, cache in cluster.scheduler._caches.items()}
+    blocks = {worker: cache.pool.num_blocks for worker, cache in cluster.scheduler._caches.by_worker.items()}
     rooms = {name: worker.window_room for name, worker in cluster.workers.items() if worker.window_room is not None}
     tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts()}
     for name, text in zip(tokens, texts(), strict=True):

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from elastic_moe.actors.scheduler.kv_blocks import BlockPool
+from elastic_moe.actors.caches.kv_blocks import BlockPool
+from elastic_moe.actors.caches.windows import Windows
 from elastic_moe.actors.scheduler.scheduler import Scheduler
-from elastic_moe.actors.scheduler.windows import Windows
 from elastic_moe.cluster.messages.epochs import WindowRoom, window_blocks
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.seats import LiveBlocks
@@ -35,7 +35,7 @@ def ask(name: str, prompt: Iterable[int], **params: int) -> GenerateRequest:
 
 
 def windows(s: Scheduler) -> Windows:
-    found = s._caches[A].windows
+    found = s._caches.by_worker[A].windows
     assert found is not None
     return found
 
@@ -80,7 +80,7 @@ def test_a_request_that_decodes_says_only_what_is_new() -> None:
         plans = plan(s)
         growth += [(number, blocks) for number, blocks in enumerate(told(plans)) if blocks is not None]
         s.commit(answers(plans))
-        [request] = s._caches[A].running.items
+        [request] = s._caches.by_worker[A].running.items
         assert request.window is not None
         assert len(request.window.blocks) <= 3
     assert [blocks.first for _, blocks in growth] == list(range(2, 12))
@@ -95,8 +95,8 @@ def test_requests_reserve_what_they_hold_while_they_decode() -> None:
     step(s)
     step(s)
     # the third does not fit yet, while the short one needs no more than its own length
-    assert [request.request_id for request in s._caches[A].running.items] == ["a", "b"]
-    assert s._waiting.items[0].claim == A
+    assert [request.request_id for request in s._caches.by_worker[A].running.items] == ["a", "b"]
+    assert s._book.waiting.items[0].claim == A
     assert s.status().kv_usage[A] == 2 * ONE / (2 * ONE + 2)
     while s.num_requests:
         step(s)

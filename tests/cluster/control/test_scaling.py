@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.cluster.control.autoscaling import Sample
 from elastic_moe.cluster.control.scaling import (
     advise,
     check_memory,
@@ -15,6 +14,7 @@ from elastic_moe.cluster.control.scaling import (
     surplus,
 )
 from elastic_moe.cluster.control.state import ControlState
+from elastic_moe.cluster.decisions.autoscaling import Sample
 from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import LoadSeen, Reconfigured, ScaleRequested, Tick, WorkerLost
 from elastic_moe.cluster.facts.facts import ControlSettings

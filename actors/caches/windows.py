@@ -16,12 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from elastic_moe.actors.scheduler.kv_blocks import BlockPool, blocks_for
+from elastic_moe.actors.caches.kv_blocks import BlockPool, blocks_for
 from elastic_moe.cluster.messages.epochs import WindowRoom, window_blocks
 from elastic_moe.cluster.messages.steps import WindowBlocks
 
 if TYPE_CHECKING:
-    from elastic_moe.actors.scheduler.running_requests import RunningRequest
+    from elastic_moe.actors.caches.running_requests import RunningRequest
 
 
 @dataclass(slots=True)
