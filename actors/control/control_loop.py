@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import pickle
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import Outline, log_changes
 from elastic_moe.actors.remote.ask import ask
 from elastic_moe.actors.remote.calls import one_line
+from elastic_moe.actors.remote.saving import Saver
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.actors.telemetry.spans import OperationSpans
 from elastic_moe.cluster.config import ServeConfig
@@ -69,9 +69,13 @@ class ControlLoop:
         processes: Processes,
         config: ServeConfig,
         fleet: Fleet,
+        saver: Saver,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
-        """`spawn` runs a coroutine beside the others, and reports its failure."""
+        """`saver` keeps the state, the specification and the configuration for a successor.
+
+        `spawn` runs a coroutine beside the others, and reports its failure.
+        """
         model = state.model
         heartbeat_timeout_s = config.heartbeat_timeout
         self.state = state
@@ -103,6 +107,7 @@ class ControlLoop:
         self._looking = False
         """Whether Ray is being asked about its nodes."""
         self._fleet = fleet
+        self._saver = saver
         self._spawn = spawn
         self._exporter = Exporter.open(config, "coordinator", config.served_model_name or Path(spec.path).name)
         self._spans = OperationSpans()
@@ -171,7 +176,7 @@ class ControlLoop:
         self._save()
 
     def _save(self) -> None:
-        self._fleet.save(pickle.dumps((self.state, self._spec, self._config)))
+        self._saver.save((self.state, self._spec, self._config))
 
     def feed(self, event: Event) -> None:
         """Have the state take an event, and begin to carry out its commands.

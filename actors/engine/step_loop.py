@@ -235,12 +235,13 @@ class StepLoop:
 
     def _commit(self) -> None:
         flight, now = self._flights.popleft(), self._now()
-        self._took[flight.tokens.bit_length()] = now - flight.begun
-        self._allowed.met(flight.tokens, now - flight.begun)
+        took_s = now - flight.begun
+        self._took[flight.tokens.bit_length()] = took_s
+        self._allowed.met(flight.tokens, took_s)
         if self._flights:
             self._flights[0].begun = now
         results = {worker: answer.result() for worker, answer in flight.answers.items()}
-        outputs = self._scheduler.commit(results)
+        outputs = self._scheduler.commit(results, took_s)
         self._clients.deliver(outputs.told, outputs.tokens)
 
     # --- Failures -----------------------------------------------------------------------------------------------
@@ -341,6 +342,7 @@ class StepLoop:
         moved = self._scheduler.set_workers(
             {worker: info.num_kv_blocks for worker, info in members.items()},
             {worker: info.state_room for worker, info in members.items() if info.state_room is not None},
+            {worker: info.window_room for worker, info in members.items() if info.window_room is not None},
         )
         flip.done.set_result(moved)
 

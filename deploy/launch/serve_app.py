@@ -49,10 +49,10 @@ from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.cluster.redeploy import generation_of
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
-from elastic_moe.deploy.generation.check_in import check_in
-from elastic_moe.deploy.generation.gcs_watch import GcsWatch, limit_s
-from elastic_moe.deploy.generation.hand_over import READY_POLL_S, ready, take_over
-from elastic_moe.deploy.generation.ray_backend import RayBackend
+from elastic_moe.deploy.backend.check_in import check_in
+from elastic_moe.deploy.backend.gcs_watch import GcsWatch, limit_s
+from elastic_moe.deploy.backend.hand_over import READY_POLL_S, ready, take_over
+from elastic_moe.deploy.backend.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.launch.ray_private import keep_grpc_local
 from elastic_moe.deploy.text.prompts import BoundedPrompts

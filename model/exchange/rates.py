@@ -59,5 +59,5 @@ def _swap_s(transport: TcpTransport, peer: int, message: bytes) -> float:
     begin = time.perf_counter()
     transport.swap(peer, message)
     mine = time.perf_counter() - begin
-    (other,) = _SECONDS.unpack(transport.swap(peer, _SECONDS.pack(mine)))
-    return max(mine, float(other))
+    (theirs,) = _SECONDS.unpack(transport.swap(peer, _SECONDS.pack(mine)))
+    return max(mine, float(theirs))

@@ -12,7 +12,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, PlacementError
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.cluster.redeploy import Generation
-from elastic_moe.deploy.generation import hand_over
+from elastic_moe.deploy.backend import hand_over
 from tests.actors.fakes import Handle
 
 OLD, NEW = Generation("old"), Generation("new")
