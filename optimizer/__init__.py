@@ -6,6 +6,7 @@ planner     plan(problem) -> PlanResult: the one entry point, with every planner
 auto        the planner `auto`, which is no worse than any other
 drift       re-placement from a placement in force, within a budget of moves
 decision    the rule whether a re-placement is worth its moves; production and the simulator share it
+subjects    what changes of the traffic's subject ask of a placement
 core        the problem, its price, and what planners share
 search      the planner `local_search`
 ilp         the planner `ilp`

@@ -135,16 +135,17 @@ def estimate_coactivation(problem: PlacementProblem) -> FloatArray:
     """[L, E, E] co-activation from transitions: two experts that follow the same experts are chosen together.
 
     The estimate assumes that a token's choices are independent, given its expert in the layer before:
-    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e).
+    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e), with load_e = sum_f T[e, f] / K.
     Layer 0 has no layer before, so it is estimated from layer 1 in the same way. Without transitions, all choices are
     assumed to be independent.
     """
     if problem.transitions is None or problem.num_layers < 2 or problem.top_k < 2:
         return independent_pairs(problem)
     share = (problem.top_k - 1) / problem.top_k**2
-    before = problem.transitions / np.maximum(problem.loads[:-1, :, None], 1e-300)
+    counted = problem.transitions / problem.top_k
+    before = problem.transitions / np.maximum(counted.sum(axis=2, keepdims=True), 1e-300)
     later = share * np.matmul(problem.transitions.transpose(0, 2, 1), before)
-    after = problem.transitions[0] / np.maximum(problem.loads[1][None, :], 1e-300)
+    after = problem.transitions[0] / np.maximum(counted[0].sum(axis=0), 1e-300)
     first = share * np.matmul(problem.transitions[0], after.T)
     return _without_diagonal(np.concatenate([first[None], later]))
 

@@ -16,12 +16,14 @@ from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.facts.sampling import as_choices
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import Placement, Worker, contiguous
+from elastic_moe.optimizer.core.cost import price
 from elastic_moe.optimizer.core.estimate import covariance_of_window
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult
 from elastic_moe.optimizer.decision import MOVE_SHARE, Policy, decide
 from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.metrics import measure
+from elastic_moe.optimizer.study.scenario import problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, TraceError
 
 
@@ -61,6 +63,9 @@ class Look:
     """Load imbalance of the same tokens under the first placement."""
     fan_out: float
     fan_out_static: float
+    step_cost: float
+    """Seconds per step for the interval's tokens under the placement that served them, without risk."""
+    step_cost_static: float
     changed: bool
     moves: int
     bytes: int
@@ -107,6 +112,8 @@ def simulate(
             imbalance_static=there.load_imbalance,
             fan_out=here.fan_out,
             fan_out_static=there.fan_out,
+            step_cost=_step_cost(served, placement, settings),
+            step_cost_static=_step_cost(served, static, settings),
             changed=decision.worthwhile,
             moves=result.moves if decision.worthwhile else 0,
             bytes=result.bytes if decision.worthwhile else 0,
@@ -146,6 +153,11 @@ def _plan(
         deadline_s=settings.deadline_s,
         seed=settings.seed,
     )
+
+
+def _step_cost(served: Trace, placement: Placement, settings: SimulationSettings) -> float:
+    problem = problem_from_trace(served, placement.workers, semantics=settings.semantics, links=settings.links)
+    return price(problem, placement).realised_s
 
 
 def _slice(trace: Trace, begin: int, end: int) -> Trace:

@@ -1,0 +1,4 @@
+"""What is asked of a placement when the subject of the traffic changes. Pure; it knows no problem and no planner.
+
+scenarios   several subjects that a placement must serve, and how their prices become one
+"""
