@@ -1,5 +1,9 @@
 """The rule whether a re-placement is worth its moves. It is pure; the coordinator and the simulator share it.
 
+Where subjects are remembered, a plan has two gains: the one on what was seen, which the present window shows, and the
+one that lasts, for the present and the remembered subjects together, which is what the plan is priced for. The second
+must be above the threshold, and the first must be no loss to speak of.
+
 The rule has hysteresis, so that the noise of a window does not make experts wander. A change must promise a net gain
 above a threshold, which is the higher the fewer tokens were counted. After a change, the next one waits for a while.
 """
@@ -24,6 +28,8 @@ class Policy:
     noise_gain: float = 0.7
     """The least gain rises by noise_gain / sqrt(tokens counted per expert): a small window shows gains that are not
     real."""
+    most_loss: float = 0.01
+    """Largest loss on what was seen, after the cost of migration, for a gain that lasts."""
     cooldown_s: float = 30.0
     """Seconds after a change before the next one may begin."""
 
@@ -35,7 +41,9 @@ class Decision:
     worthwhile: bool
     net_gain: float
     """Share of the present cost of a step that the change saves, after the cost of migration, spread over the
-    horizon."""
+    horizon: for all subjects that the plan was priced for."""
+    seen_gain: float
+    """The same on what was seen in the window."""
     reason: str
 
 
@@ -53,19 +61,27 @@ def decide(
     """
     policy = policy or Policy()
     if result.cost_before is None:
-        return Decision(worthwhile=True, net_gain=0.0, reason="the present placement is for other workers")
+        reason = "the present placement is for other workers"
+        return Decision(worthwhile=True, net_gain=0.0, seen_gain=0.0, reason=reason)
     before = result.cost_before.total_s
     gain = (before - result.cost.total_s) / before
+    seen = (result.each_before[0] - result.each[0] - result.cost.migration_s) / result.each_before[0]
+    if len(result.each) == 1:
+        seen = gain
     needed = policy.min_gain + policy.noise_gain / max(tokens_per_expert, 1e-9) ** 0.5
+    worthwhile, reason = False, ""
+    told = f"gain {gain:.1%}"
+    if len(result.each) > 1:
+        told = f"gain {gain:.1%} with {len(result.each) - 1} remembered subjects, {seen:.1%} on what was seen,"
     if result.moves == 0:
-        return Decision(worthwhile=False, net_gain=0.0, reason="nothing to move")
+        return Decision(worthwhile=False, net_gain=0.0, seen_gain=0.0, reason="nothing to move")
     if since_change_s is not None and since_change_s < policy.cooldown_s:
-        wait_s = policy.cooldown_s - since_change_s
-        return Decision(worthwhile=False, net_gain=gain, reason=f"gain {gain:.1%}, but cooling down for {wait_s:.0f} s")
-    if gain < needed:
-        return Decision(worthwhile=False, net_gain=gain, reason=f"gain {gain:.1%} is below the {needed:.1%} asked for")
-    return Decision(
-        worthwhile=True,
-        net_gain=gain,
-        reason=f"gain {gain:.1%} of a step for {result.moves} moves, above the {needed:.1%} asked for",
-    )
+        reason = f"{told.removesuffix(',')}, but cooling down for {policy.cooldown_s - since_change_s:.0f} s"
+    elif gain < needed:
+        reason = f"{told} is below the {needed:.1%} asked for"
+    elif seen < -policy.most_loss:
+        reason = f"{told} which is a loss of more than {policy.most_loss:.1%} now"
+    else:
+        worthwhile = True
+        reason = f"{told.removesuffix(',')} of a step for {result.moves} moves, above the {needed:.1%} asked for"
+    return Decision(worthwhile=worthwhile, net_gain=gain, seen_gain=seen, reason=reason)

@@ -53,6 +53,7 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.epochs import ModelSpec
+from elastic_moe.optimizer.subjects.memory import SubjectMemory
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,10 @@ class ControlLoop:
         self.window = RoutingWindow(
             model.num_layers, model.num_logical_experts, window_s=config.rebalance_interval or 60.0
         )
+        self.memory = SubjectMemory(model.num_layers, model.num_logical_experts)
+        self._remembered_part = -1
+        """Number of the last part of the window that the memory has taken."""
+        self._saved_memory = b""
         self.roll_call = RollCall(processes, heartbeat_timeout_s)
         self.poller = Poller(
             processes,
@@ -94,6 +99,7 @@ class ControlLoop:
             model,
             spec.dtype,
             self.window,
+            self.memory,
             running_requests=lambda: sum(self.poller.status.running.values()),
             link_gbps=lambda: self.poller.link_gbps,
         )
@@ -120,6 +126,7 @@ class ControlLoop:
 
     def _poll(self, now: float) -> None:
         self.feed(RoutingCounted(load=self.window.load(now)))
+        self._remember(now)
         facts = self.state.facts
         self.poller.poll(facts)
         if not self._looking:
@@ -127,6 +134,21 @@ class ControlLoop:
             self._spawn(self._look_at_nodes())
         if self.processes.wants_standby and facts.whole and now - facts.epoch_since > liveness.STANDBY_AFTER_S:
             self._spawn(self.processes.start_standby(self.state.next_worker))
+
+    def _remember(self, now: float) -> None:
+        """Have the memory of subjects take the parts of the window that are over, and save it."""
+        parts = self.window.closed(self._remembered_part, now)
+        for number, load in parts:
+            self._remembered_part = number
+            self.memory.add(load, now)
+        if parts:
+            self._saved_memory = self.memory.to_bytes(now)
+            self._save()
+
+    def restore_memory(self, saved: bytes) -> None:
+        """Take over the subjects that an earlier coordinator remembered."""
+        self.memory.restore(saved, time.monotonic())
+        self._saved_memory = saved
 
     async def _look_at_nodes(self) -> None:
         """Hear which nodes are about to leave, and what workers without a process wait for."""
@@ -171,7 +193,7 @@ class ControlLoop:
         self._save()
 
     def _save(self) -> None:
-        self._fleet.save(pickle.dumps((self.state, self._spec, self._config)))
+        self._fleet.save(pickle.dumps((self.state, self._spec, self._config, self._saved_memory)))
 
     def feed(self, event: Event) -> None:
         """Have the state take an event, and begin to carry out its commands.

@@ -370,7 +370,7 @@ class Coordinator:
 
     async def _resume(self, saved: bytes) -> bool:
         """Continue from the state that an earlier coordinator saved. Returns False if it had no epoch yet."""
-        state, spec, config = pickle.loads(saved)
+        state, spec, config, memory = pickle.loads(saved)
         # a redeploy may have changed what this coordinator was made with
         self._config = config
         self._fleet.configure(config)
@@ -385,6 +385,7 @@ class Coordinator:
         engine_epoch = await processes.engine_epoch() if flipping else None
         logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(processes.workers))
         loop = self._begin(state, spec, processes)
+        loop.restore_memory(memory)
         for event in (Resumed(engine_epoch=engine_epoch), *events):
             loop.feed(event)
         return True

@@ -86,6 +86,17 @@ class RoutingWindow:
         parts = [bucket.prefill.load + bucket.decode.load for bucket in self._buckets]
         return np.array(parts, dtype=np.int64).reshape(-1, *self._shape)
 
+    def closed(self, after: int, now: float) -> list[tuple[int, IntCounts]]:
+        """(number, [L, E] tokens that chose each expert) of the parts of the window that are over, and whose number is
+        above `after`, the oldest first."""
+        self._drop_old(now)
+        current = int(now // self._bucket_s)
+        return [
+            (bucket.number, bucket.prefill.load + bucket.decode.load)
+            for bucket in self._buckets
+            if after < bucket.number < current
+        ]
+
     def phases(self, now: float) -> tuple[PhaseCounts, PhaseCounts]:
         """The sums over the window: of prefill steps, and of decode steps."""
         self._drop_old(now)

@@ -104,6 +104,13 @@ def price_table(problem: PlacementProblem, table: IntArray, levels: LevelArray |
     )
 
 
+def step_on_each(problem: PlacementProblem, placement: Placement, cost: Cost) -> tuple[float, ...]:
+    """[C] seconds per step under `placement`, whose cost is known, in each scenario: its own computing, and everything
+    else as it is priced for their mean."""
+    computes = scenario_computes(problem, shares(problem, placement.physical_to_logical_map)).sum(axis=1)
+    return tuple(float(cost.step_s - cost.compute_s + compute_s) for compute_s in computes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetches:
     """What workers are expected to fetch in a step."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.optimizer.subjects.memory import Variation
+
 if TYPE_CHECKING:
     from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem
 
@@ -98,6 +100,21 @@ def covariance_of_window(parts: npt.ArrayLike) -> FloatArray | None:
     if len(loads) < FEWEST_PARTS:
         return None
     return drift_covariance(shrunk_covariance(covariance_between_parts(loads), len(loads)), loads)
+
+
+def expected_covariance(
+    loads: npt.ArrayLike, parts: npt.ArrayLike | None, variation: Variation | None
+) -> FloatArray | None:
+    """[L, E, E] covariance of a window's loads [L, E]: what its parts [P, L, E] show and what was remembered of earlier
+    ones, averaged by the number of stretches that each was seen on. None where nothing is known."""
+    shown = None if parts is None else covariance_of_window(parts)
+    if variation is None:
+        return shown
+    number = 1 if parts is None else max(len(np.asarray(parts)), 1)
+    known = variation.of_window(loads, number)
+    if shown is None:
+        return known
+    return np.asarray((number * shown + variation.stretches * known) / (number + variation.stretches))
 
 
 def covariance_of_requests(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:

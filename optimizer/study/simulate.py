@@ -17,7 +17,7 @@ from elastic_moe.cluster.facts.sampling import as_choices
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import Placement, Worker, contiguous
 from elastic_moe.optimizer.core.cost import price
-from elastic_moe.optimizer.core.estimate import covariance_of_window
+from elastic_moe.optimizer.core.estimate import expected_covariance
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult
 from elastic_moe.optimizer.decision import MOVE_SHARE, Policy, decide
@@ -25,6 +25,7 @@ from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, TraceError
+from elastic_moe.optimizer.subjects.memory import SubjectMemory, scenarios
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,8 @@ class SimulationSettings:
     """Tokens of the trace that are served in a virtual second."""
     move_share: float | None = MOVE_SHARE
     """Largest share of all experts that one change moves; None sets no limit."""
+    memory: bool = True
+    """Whether placements are planned for the subjects that came before, too."""
     policy: Policy = field(default_factory=Policy)
     semantics: Semantics = Semantics.HOME
     links: Links = field(default_factory=Links)
@@ -91,13 +94,17 @@ def simulate(
         raise TraceError(f"trace: {trace.num_tokens} tokens are less than one interval of {per_look}")
     static = first or contiguous(trace.num_layers, trace.num_experts, workers)
     window = RoutingWindow(trace.num_layers, trace.num_experts, window_s=settings.window_s)
+    memory, part = SubjectMemory(trace.num_layers, trace.num_experts), -1
     placement, changed_at, looks = static, None, []
     for begin in range(0, trace.num_tokens - per_look + 1, per_look):
         now = (begin + per_look) / settings.tokens_per_s
         served = _slice(trace, begin, begin + per_look)
         # a report arrives just before the check that reads it
         window.add(count_routing(served), now - 1e-6)
-        result = _plan(window, placement, trace.top_k, settings, now)
+        for number, part_load in window.closed(part, now) if settings.memory else ():
+            memory.add(part_load, now)
+            part = number
+        result = _plan(window, memory, placement, trace.top_k, settings, now)
         load = window.load(now)
         decision = decide(
             result,
@@ -129,14 +136,22 @@ def simulate(
 
 
 def _plan(
-    window: RoutingWindow, placement: Placement, top_k: int, settings: SimulationSettings, now: float
+    window: RoutingWindow,
+    memory: SubjectMemory,
+    placement: Placement,
+    top_k: int,
+    settings: SimulationSettings,
+    now: float,
 ) -> PlanResult:
-    load = window.load(now)
+    load, parts = window.load(now), window.load_parts(now)
+    loads, each, weights = scenarios(load, memory.others(load, now))
     budget = None if settings.move_share is None else int(settings.move_share * load.size)
     problem = PlacementProblem(
-        loads=np.maximum(load, 0).astype(np.float64),
+        loads=loads,
+        scenario_loads=each,
+        scenario_weights=weights,
         transitions=window.sample(now).transitions(),
-        load_covariance=covariance_of_window(window.load_parts(now)),
+        load_covariance=expected_covariance(load, parts, memory.variation(now)),
         workers=placement.workers,
         top_k=top_k,
         current=placement,

@@ -104,3 +104,13 @@ def test_tokens_are_weighted_by_their_time() -> None:
 def test_weights_are_bounded(prefill_s: float, decode_s: float, weight: float) -> None:
     assert decode_weight(phase([1, 0, 0, 0], prefill_s, 10), phase([1, 0, 0, 0], decode_s, 10)) == weight
     assert weighted_load(phase([0] * E), phase([0] * E)).tolist() == [[0.0] * E]
+
+
+def test_parts_that_are_over_are_told_once() -> None:
+    window = RoutingWindow(L, E, window_s=60, buckets=6)
+    for now in (5.0, 15.0, 16.0, 25.0):
+        window.add(counts(1), now)
+    assert [(number, int(load.sum())) for number, load in window.closed(-1, 25.0)] == [(0, L * E), (1, 2 * L * E)]
+    assert [number for number, _ in window.closed(0, 25.0)] == [1]
+    assert [number for number, _ in window.closed(1, 25.0)] == []
+    assert [number for number, _ in window.closed(1, 31.0)] == [2]
