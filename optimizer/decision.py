@@ -34,6 +34,11 @@ class Policy:
     """Seconds after a change before the next one may begin."""
 
 
+RELIEF = Policy(noise_gain=0.2, cooldown_s=0.0)
+"""The thresholds for the few moves that answer a change of subject at once. They take a part of a large excess, which
+few tokens show well enough, and what they cost is little."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """Whether to carry a plan out, and the reason."""

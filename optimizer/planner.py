@@ -19,6 +19,7 @@ from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import PlanResult, SolutionStatus, Termination
 from elastic_moe.optimizer.core.solvers import SOLVERS, SolverError
 from elastic_moe.optimizer.core.table import to_placement
+from elastic_moe.optimizer.relief import relief_plan
 from elastic_moe.optimizer.search.local_search import local_search_plan
 
 LEAD = 0.1
@@ -55,6 +56,7 @@ _PLANNERS: dict[str, Planner] = {
     "pinning": pinning_plan,
     "load_ilp": _formulation("elastic_moe.optimizer.baselines.load_planner", "load_ilp_plan"),
     "moetuner": _formulation("elastic_moe.optimizer.baselines.moetuner", "moetuner_plan"),
+    "relief": relief_plan,
     "local_search": local_search_plan,
     "ilp": _formulation("elastic_moe.optimizer.ilp.planner", "ilp_plan"),
     "auto": auto_plan,

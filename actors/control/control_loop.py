@@ -48,12 +48,14 @@ from elastic_moe.cluster.facts.events import (
     Solve,
     StartWorker,
     StopWorker,
+    SubjectChanged,
     Tick,
     Transfer,
 )
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.epochs import ModelSpec
 from elastic_moe.optimizer.subjects.memory import SubjectMemory
+from elastic_moe.optimizer.subjects.watch import SubjectWatch
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class ControlLoop:
         self._remembered_part = -1
         """Number of the last part of the window that the memory has taken."""
         self._saved_memory = b""
+        self._watch, self._watched = SubjectWatch(), self.window.taken.copy()
         self.roll_call = RollCall(processes, heartbeat_timeout_s)
         self.poller = Poller(
             processes,
@@ -127,6 +130,7 @@ class ControlLoop:
     def _poll(self, now: float) -> None:
         self.feed(RoutingCounted(load=self.window.load(now)))
         self._remember(now)
+        self._watch_subject(now)
         facts = self.state.facts
         self.poller.poll(facts)
         if not self._looking:
@@ -144,6 +148,14 @@ class ControlLoop:
         if parts:
             self._saved_memory = self.memory.to_bytes(now)
             self._save()
+
+    def _watch_subject(self, now: float) -> None:
+        """Notice a change of subject. The window then holds the new one only, and the memory keeps the old one."""
+        new, self._watched = self.window.taken - self._watched, self.window.taken.copy()
+        if new.any() and self._watch.look(new):
+            logger.info("the subject of the traffic has changed")
+            self.window.begin_with(new, self.state.model.top_k, now)
+            self.feed(SubjectChanged())
 
     def restore_memory(self, saved: bytes) -> None:
         """Take over the subjects that an earlier coordinator remembered."""

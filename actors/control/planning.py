@@ -27,7 +27,7 @@ from elastic_moe.optimizer import PlacementProblem, PlanResult
 from elastic_moe.optimizer.core.cost import expected_fetches
 from elastic_moe.optimizer.core.estimate import expected_covariance
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links
-from elastic_moe.optimizer.decision import MOVE_SHARE, Decision, decide
+from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy, decide
 from elastic_moe.optimizer.residency.memory import WorkerMemory
 from elastic_moe.optimizer.subjects.memory import Remembered, SubjectMemory, Variation, scenarios
 
@@ -119,9 +119,10 @@ def memory_of_members(facts: Facts) -> tuple[WorkerMemory, ...]:
     return tuple(memory)
 
 
-def judge(result: PlanResult, *, load: Counts, since_change_s: float | None) -> Decision:
+def judge(result: PlanResult, *, load: Counts, since_change_s: float | None, policy: Policy | None = None) -> Decision:
     # at least 1.0: if nothing was counted, the gain that `decide` requires is large, but finite
-    return decide(result, tokens_per_expert=max(1.0, float(load.mean())), since_change_s=since_change_s)
+    tokens = max(1.0, float(load.mean()))
+    return decide(result, tokens_per_expert=tokens, since_change_s=since_change_s, policy=policy)
 
 
 def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:
@@ -241,7 +242,8 @@ class Planners:
         work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
         result = await within(work, liveness.plan_timeout_s(deadline_s))
         since_s = now - facts.epoch_since if facts.epoch > 1 else None
-        return problem, result, judge(result, load=prefill.load + decode.load, since_change_s=since_s)
+        load, policy = prefill.load + decode.load, RELIEF if planner == "relief" else None
+        return problem, result, judge(result, load=load, since_change_s=since_s, policy=policy)
 
     async def answer(self, command: Solve, facts: Facts) -> list[PlanReady]:
         """Carry out the command to ask a planner. Returns one event, also if the planner failed."""

@@ -45,6 +45,7 @@ from elastic_moe.cluster.facts.events import (
     RoutingCounted,
     ScaleRequested,
     StepFailed,
+    SubjectChanged,
     Tick,
     TransferDone,
     TransferFailed,
@@ -188,6 +189,8 @@ class ControlState:
             case RoutingCounted():
                 self._load = event.load
                 return []
+            case SubjectChanged():
+                return self._rebalancing.subject_changed(self.facts, now)
             case Unpin():
                 self._rebalancing.unpin()
                 return []
