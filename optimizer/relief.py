@@ -94,4 +94,4 @@ def _doubles(problem: PlacementProblem, row: IntArray, mine: np.ndarray, theirs:
     on[row, problem.owner] = True
     on[EMPTY] = False
     worst = problem.owner[mine[0]]
-    return on[row[mine]][:, problem.owner[theirs]] | on[row[theirs], worst][None, :]
+    return np.asarray(on[row[mine]][:, problem.owner[theirs]] | on[row[theirs], worst][None, :])

@@ -60,7 +60,7 @@ class _Subject:
     """Number of stretches in `factors`."""
 
     def weight(self, now: float) -> float:
-        return self.stretches * 0.5 ** (max(now - self.seen_s, 0.0) / HALF_LIFE_S)
+        return float(self.stretches * 0.5 ** (max(now - self.seen_s, 0.0) / HALF_LIFE_S))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
