@@ -2,7 +2,9 @@
 
 (this folder)  names of actors, time-outs (liveness), log lines, a watch over event loops
 remote/        typed calls to actors; connections for steps, requests and tokens
+caches/        what the scheduler knows of each worker: KV blocks and running requests; pure
 scheduler/     which request runs on which worker in the next step; pure
+telemetry/     traces of requests and operations
 worker/        the actor around one worker's model
 engine/        the actor that has the queue and runs the steps
 control/       the coordinator and the migrator

@@ -2,7 +2,8 @@
 
 A process that dies is mostly noticed at once, because a connection to it or a call to it ends. These times are for what
 ends nothing: a process that hangs, a machine that is cut off. Times of decisions (how long workers wait for one another
-before an epoch begins) are in cluster/control/reconcile.py; times that the user sets are settings (cluster/config.py).
+before an epoch begins) are in cluster/decisions/reconcile.py. Times that the user sets are settings, in
+cluster/config.py.
 
 The coordinator's state machine looks at the clock every TICK_S. A standby is started STANDBY_AFTER_S after an epoch has
 begun. A process that has not begun to load after STARTING_S is said to wait for a GPU or a core where none is free, and

@@ -1,19 +1,15 @@
 """Every setting of the server: one frozen value, from flags, a YAML file or Serve's `args`.
 
 Each field is a flag of `emoe serve` (`max_num_seqs` is `--max-num-seqs`) and a key of the YAML file. Unknown keys are
-errors. A field's metadata carries the help text, the least value and, where the values are few, the choices; the
-command line is made from it.
+errors. cluster/setting.py says how a field is declared and checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import re
 import reprlib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +20,7 @@ import yaml
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.peers import Networks
-
-
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
-    """A field of ServeConfig: its default, its text in --help, and the values that are allowed."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
-
+from elastic_moe.cluster.setting import checked, names, setting
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -117,7 +108,7 @@ class ServeConfig:
     max_num_prefill_tokens: int | None = setting(
         None,
         "largest number of prompt tokens that one worker runs in a step in which other requests wait for their next "
-        "token; if not given, it is 48 on CPUs, and elsewhere only --max-num-batched-tokens limits it",
+        "token; if not given, as many as make such a step three quarters longer, or 40 ms where that is more",
         at_least=1,
     )
     block_size: int = setting(16, "number of tokens in one block of the KV cache", at_least=1)
@@ -308,7 +299,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, hints[field.name], getattr(self, field.name)))
+            object.__setattr__(self, field.name, checked(field, hints[field.name], getattr(self, field.name)))
         if self.port > 65535:
             raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
         Networks.parse(self.forwarded_allow_ips)
@@ -346,15 +337,15 @@ class ServeConfig:
 
     @property
     def origins(self) -> tuple[str, ...]:
-        return _names("allowed_origins", self.allowed_origins or "")
+        return names("allowed_origins", self.allowed_origins or "")
 
     @property
     def cors_methods(self) -> tuple[str, ...]:
-        return _names("allowed_methods", self.allowed_methods)
+        return names("allowed_methods", self.allowed_methods)
 
     @property
     def cors_headers(self) -> tuple[str, ...]:
-        return _names("allowed_headers", self.allowed_headers)
+        return names("allowed_headers", self.allowed_headers)
 
     @property
     def most_workers(self) -> int:
@@ -394,19 +385,6 @@ class ServeConfig:
         return data
 
 
-def _names(field: str, text: str) -> tuple[str, ...]:
-    """The names in a text, separated by commas or in a JSON list. Raises ConfigError."""
-    if not text.lstrip().startswith("["):
-        return tuple(filter(None, (part.strip() for part in text.split(","))))
-    try:
-        names = json.loads(text)
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{field}: expected names separated by commas, or a JSON list of them, got {text[:80]!r}")
-    return tuple(names)
-
-
 def cache_directory() -> Path:
     """The directory of files that can be made again: elastic-moe under $XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME")
@@ -416,33 +394,3 @@ def cache_directory() -> Path:
 def native_wanted() -> bool:
     """Whether workers may use the native library: not if the environment variable EMOE_NATIVE is 0."""
     return os.environ.get("EMOE_NATIVE") != "0"
-
-
-def base_type(hint: Any) -> type:
-    """The type of a setting without its `| None`."""
-    if isinstance(hint, types.UnionType):
-        return typing.cast(type, next(arm for arm in typing.get_args(hint) if arm is not type(None)))
-    return typing.cast(type, hint)
-
-
-def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    if value is None and hint != base_type(hint):
-        return None
-    expected = base_type(hint)
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        # an integer beyond the range of floats becomes infinity, which is refused below
-        value = float(value) if abs(value) < 2**1000 else math.inf
-    # a few lines of YAML can stand for a value of gigabytes, which must not be written out
-    shown = reprlib.repr(value)
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ConfigError(f"{field.name}: expected {expected.__name__}, got {shown}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{field.name}: expected a finite number, got {shown}")
-    choices = field.metadata["choices"]
-    if choices and value not in choices:
-        raise ConfigError(f"{field.name}: expected one of {', '.join(choices)}, got {shown}")
-    at_least = field.metadata["at_least"]
-    # written so that a NaN fails too
-    if at_least is not None and not value >= at_least:
-        raise ConfigError(f"{field.name}: expected at least {at_least:g}, got {shown}")
-    return value

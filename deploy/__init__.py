@@ -7,7 +7,7 @@ The life of a request:
     Bodies.read               reads, decodes and validates the JSON body              bodies/bodies.py, schema.py
     Service.render_chat       makes a prompt of the messages by the chat template     text/prompts.py
     sampling_params           joins the request's fields with the model's defaults    api/sampling.py
-    Service.answers, run      takes places in the queue, and begins the answers       api/service.py, places.py
+    Service.answers, run      takes places in the queue, and begins the answers       api/service.py
     RayBackend.generate       sends a GenerateRequest to the engine                   generation/ray_backend.py
     actors/engine             schedules it; workers run its steps; tokens come back
     Answer.feed               turns tokens into text, and looks for stop strings      generation/answer.py

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import pickle
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from elastic_moe.actors.control.processes import Processes
 from elastic_moe.actors.control.views import Outline, log_changes
 from elastic_moe.actors.remote.ask import ask
 from elastic_moe.actors.remote.calls import one_line
+from elastic_moe.actors.remote.saving import Saver
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.actors.telemetry.spans import OperationSpans
 from elastic_moe.cluster.config import ServeConfig
@@ -54,7 +54,7 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.epochs import ModelSpec
-from elastic_moe.optimizer.subjects.memory import SubjectMemory
+from elastic_moe.optimizer.subjects.memory import SavedSubjects, SubjectMemory
 from elastic_moe.optimizer.subjects.watch import SubjectWatch
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,13 @@ class ControlLoop:
         processes: Processes,
         config: ServeConfig,
         fleet: Fleet,
+        saver: Saver,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
-        """`spawn` runs a coroutine beside the others, and reports its failure."""
+        """`saver` keeps the state, the specification and the configuration for a successor.
+
+        `spawn` runs a coroutine beside the others, and reports its failure.
+        """
         model = state.model
         heartbeat_timeout_s = config.heartbeat_timeout
         self.state = state
@@ -85,7 +89,7 @@ class ControlLoop:
         self.memory = SubjectMemory(model.num_layers, model.num_logical_experts)
         self._remembered_part = -1
         """Number of the last part of the window that the memory has taken."""
-        self._saved_memory = b""
+        self._saved_memory = SavedSubjects(content=b"")
         self._watch, self._watched = SubjectWatch(), self.window.taken.copy()
         self.roll_call = RollCall(processes, heartbeat_timeout_s)
         self.poller = Poller(
@@ -112,6 +116,7 @@ class ControlLoop:
         self._looking = False
         """Whether Ray is being asked about its nodes."""
         self._fleet = fleet
+        self._saver = saver
         self._spawn = spawn
         self._exporter = Exporter.open(config, "coordinator", config.served_model_name or Path(spec.path).name)
         self._spans = OperationSpans()
@@ -146,7 +151,7 @@ class ControlLoop:
             self._remembered_part = number
             self.memory.add(load, now)
         if parts:
-            self._saved_memory = self.memory.to_bytes(now)
+            self._saved_memory = SavedSubjects(content=self.memory.to_bytes(now))
             self._save()
 
     def _watch_subject(self, now: float) -> None:
@@ -157,9 +162,9 @@ class ControlLoop:
             self.window.begin_with(new, self.state.model.top_k, now)
             self.feed(SubjectChanged())
 
-    def restore_memory(self, saved: bytes) -> None:
+    def restore_memory(self, saved: SavedSubjects) -> None:
         """Take over the subjects that an earlier coordinator remembered."""
-        self.memory.restore(saved, time.monotonic())
+        self.memory.restore(saved.content, time.monotonic())
         self._saved_memory = saved
 
     async def _look_at_nodes(self) -> None:
@@ -205,7 +210,7 @@ class ControlLoop:
         self._save()
 
     def _save(self) -> None:
-        self._fleet.save(pickle.dumps((self.state, self._spec, self._config, self._saved_memory)))
+        self._saver.save((self.state, self._spec, self._config, self._saved_memory))
 
     def feed(self, event: Event) -> None:
         """Have the state take an event, and begin to carry out its commands.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import pickle
 import textwrap
 import time
 
@@ -32,6 +31,7 @@ from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
+from elastic_moe.actors.remote.saving import Saver
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.control.succession import Succession, asks_for_way
@@ -46,6 +46,7 @@ from elastic_moe.cluster.facts.events import (
     Unpin,
 )
 from elastic_moe.cluster.facts.facts import Stage
+from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, ModelSpec
 from elastic_moe.cluster.messages.views import (
     ClusterView,
@@ -62,6 +63,7 @@ from elastic_moe.cluster.messages.views import (
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.cluster.redeploy import changes, generation_of, in_words
 from elastic_moe.optimizer import PLANNERS
+from elastic_moe.optimizer.subjects.memory import SavedSubjects
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Coordinator:
         self._config = config
         self._model_dir = model_dir
         self._fleet = fleet
+        self._saver = Saver(fleet, (WorkerRecord, Placement, SavedSubjects))
         self._error: str | None = None
         self._loop: ControlLoop | None = None
         self._background = Background(self._has_failed)
@@ -349,8 +352,8 @@ class Coordinator:
     async def _run(self) -> None:
         try:
             self._fleet.attach()
-            saved = self._fleet.saved()
-            if saved is None or not await self._resume(saved):
+            saved = self._saver.load()
+            if saved is None or not await self._resume(*saved):
                 self._fleet.clear()
                 await self._open()
         except (UserError, OSError) as error:
@@ -368,9 +371,8 @@ class Coordinator:
         logger.info("%s: %s with %d MoE layers of %d experts, %s on %s", self._model_dir, model.architecture,
                     model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip
 
-    async def _resume(self, saved: bytes) -> bool:
+    async def _resume(self, state: ControlState, spec: ModelSpec, config: ServeConfig, memory: SavedSubjects) -> bool:
         """Continue from the state that an earlier coordinator saved. Returns False if it had no epoch yet."""
-        state, spec, config, memory = pickle.loads(saved)
         # a redeploy may have changed what this coordinator was made with
         self._config = config
         self._fleet.configure(config)
@@ -391,7 +393,7 @@ class Coordinator:
         return True
 
     def _begin(self, state: ControlState, spec: ModelSpec, processes: Processes) -> ControlLoop:
-        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._background.start)
+        self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._saver, self._background.start)
         self._background.start(self.watch.watch())
         self._opened.set()
         return self._loop

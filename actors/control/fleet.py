@@ -63,6 +63,14 @@ class Fleet(Protocol):
         """The state that an earlier incarnation of this coordinator saved; None if there is none."""
         ...
 
+    def save_part(self, name: str, part: bytes) -> None:
+        """Keep what a state refers to."""
+        ...
+
+    def saved_part(self, name: str) -> bytes | None: ...
+
+    def drop_part(self, name: str) -> None: ...
+
     def find_worker(self, worker: WorkerId) -> Remote[WorkerActor] | None:
         """The worker's actor, made by an earlier coordinator; None if it is gone."""
         ...
@@ -209,6 +217,15 @@ class RayFleet:
         if state is None or not state.startswith(self._actor_id):
             return None
         return state.removeprefix(self._actor_id)
+
+    def save_part(self, name: str, part: bytes) -> None:
+        generations.save_part(self.generation, name, part)
+
+    def saved_part(self, name: str) -> bytes | None:
+        return generations.saved_part(self.generation, name)
+
+    def drop_part(self, name: str) -> None:
+        generations.drop_part(self.generation, name)
 
     @property
     def _actor_id(self) -> bytes:

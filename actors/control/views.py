@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from elastic_moe.cluster.control import status as cluster_status
 from elastic_moe.cluster.control.state import ControlState, Reasons
+from elastic_moe.cluster.decisions import status as cluster_status
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.facts import Facts, Outage
 from elastic_moe.cluster.facts.links import Rates

@@ -22,6 +22,7 @@ from elastic_moe.actors.remote.addresses import node_address
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import call_all, one_line
 from elastic_moe.actors.remote.links import can_connect
+from elastic_moe.actors.scheduler.prefill_pace import PrefillPace
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
@@ -34,7 +35,7 @@ from elastic_moe.cluster.placement import WorkerId
 log = logging.getLogger(__name__)
 
 CPU_PREFILL_TOKENS = 48
-"""Most prompt tokens of a worker in a step that also decodes. On a CPU more tokens only lengthen the step."""
+"""Most prompt tokens of a worker in the first steps that also decode, until it is known how long they take."""
 
 Workers = dict[WorkerId, Remote[WorkerActor]]
 
@@ -75,7 +76,8 @@ class Engine:
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_prefill_tokens=config.max_num_prefill_tokens or _prefill_tokens(infos),
+            max_num_prefill_tokens=config.max_num_prefill_tokens,
+            pace=None if config.max_num_prefill_tokens else PrefillPace(_first_prefill_tokens(config, infos)),
             max_model_len=min(model.max_model_len, config.max_model_len or model.max_model_len),
             eos_token_ids=model.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
@@ -163,8 +165,8 @@ class Engine:
         ask(self._coordinator, StepReports.report_late_step, list(workers))
 
 
-def _prefill_tokens(infos: dict[WorkerId, WorkerInfo]) -> int | None:
-    return CPU_PREFILL_TOKENS if any(info.device == "cpu" for info in infos.values()) else None
+def _first_prefill_tokens(config: ServeConfig, infos: dict[WorkerId, WorkerInfo]) -> int:
+    return CPU_PREFILL_TOKENS if any(info.device == "cpu" for info in infos.values()) else config.max_num_batched_tokens
 
 
 def _die_of(task: asyncio.Task[None]) -> None:

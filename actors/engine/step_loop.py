@@ -231,12 +231,13 @@ class StepLoop:
 
     def _commit(self) -> None:
         flight, now = self._flights.popleft(), self._now()
-        self._took[flight.tokens.bit_length()] = now - flight.begun
-        self._allowed.met(flight.tokens, now - flight.begun)
+        took_s = now - flight.begun
+        self._took[flight.tokens.bit_length()] = took_s
+        self._allowed.met(flight.tokens, took_s)
         if self._flights:
             self._flights[0].begun = now
         results = {worker: answer.result() for worker, answer in flight.answers.items()}
-        outputs = self._scheduler.commit(results)
+        outputs = self._scheduler.commit(results, took_s)
         self._clients.deliver(outputs.told, outputs.tokens)
 
     # --- Failures -----------------------------------------------------------------------------------------------

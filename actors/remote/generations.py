@@ -71,6 +71,7 @@ def find(generation: Generation, name: str) -> Remote[Any] | None:
 def end_actors(generation: Generation) -> None:
     """End every actor of this cluster but its coordinator, and of clusters without one; forget what it saved."""
     internal_kv._internal_kv_del(_state_key(generation), namespace=_KV_NAMESPACE)
+    internal_kv._internal_kv_del(_part_key(generation, ""), del_by_prefix=True, namespace=_KV_NAMESPACE)
     alive = set(coordinators())
     for other, name in _actors():
         if names.is_ours(name) and (other == generation or other not in alive):
@@ -87,6 +88,23 @@ def save(generation: Generation, state: bytes) -> None:
 def saved(generation: Generation) -> bytes | None:
     state: bytes | None = internal_kv._internal_kv_get(_state_key(generation), namespace=_KV_NAMESPACE)
     return state
+
+
+def save_part(generation: Generation, name: str, part: bytes) -> None:
+    internal_kv._internal_kv_put(_part_key(generation, name), part, overwrite=True, namespace=_KV_NAMESPACE)
+
+
+def saved_part(generation: Generation, name: str) -> bytes | None:
+    part: bytes | None = internal_kv._internal_kv_get(_part_key(generation, name), namespace=_KV_NAMESPACE)
+    return part
+
+
+def drop_part(generation: Generation, name: str) -> None:
+    internal_kv._internal_kv_del(_part_key(generation, name), namespace=_KV_NAMESPACE)
+
+
+def _part_key(generation: Generation, name: str) -> bytes:
+    return f"coordinator-part-{generation}-{name}".encode()
 
 
 def _state_key(generation: Generation) -> bytes:

@@ -20,11 +20,11 @@ from operator import attrgetter
 
 import numpy as np
 
+from elastic_moe.actors.caches.kv_blocks import blocks_for
+from elastic_moe.actors.caches.rows import Rows
+from elastic_moe.actors.caches.running_requests import RunningRequest
+from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
-from elastic_moe.actors.scheduler.kv_blocks import blocks_for
-from elastic_moe.actors.scheduler.rows import Rows
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
-from elastic_moe.actors.scheduler.worker_caches import WorkerCache
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk
 from elastic_moe.cluster.placement import WorkerId
@@ -47,6 +47,9 @@ class Part:
     prefix_queries: int = 0
     """Tokens of the requests admitted in this step; `prefix_hits` counts those that were in the cache."""
     prefix_hits: int = 0
+    decodes: int = 0
+    """Tokens of the requests that decode; `prompts` counts those of prompts."""
+    prompts: int = 0
 
     def take(self, request: RunningRequest, cached: list[int]) -> None:
         self.cache.take(request, cached)
@@ -61,16 +64,19 @@ class Part:
         return min(self.budget, self.prefill_budget)
 
     def decode(self, request: RunningRequest) -> None:
+        self.decodes += 1
         self._run(request, 1)
 
     def decode_rows(self, count: int) -> None:
         """Leave tokens for so many requests that go on by rule."""
         self.budget -= count
+        self.decodes += count
 
     def prefill(self, request: RunningRequest) -> None:
         """Run as much of the request's prompt as there is room for. There must be room for at least one token."""
         length = min(request.remaining, self.room)
         self.prefill_budget -= length
+        self.prompts += length
         self._run(request, length)
 
     def _run(self, request: RunningRequest, length: int) -> None:

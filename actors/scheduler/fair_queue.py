@@ -17,7 +17,7 @@ does not starve either.
 
 from __future__ import annotations
 
-from elastic_moe.actors.scheduler.running_requests import OrderedRequests, RunningRequest
+from elastic_moe.actors.caches.running_requests import OrderedRequests, RunningRequest
 
 REQUEST_TOKENS = 256
 """Cost of a request besides its known tokens, because the tokens that it will generate are not known yet."""

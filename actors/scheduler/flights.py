@@ -9,14 +9,18 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.actors.caches.rows import Column, Indices, Rows
+from elastic_moe.actors.caches.running_requests import RunningRequest
+from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.actors.scheduler.admission import Part
-from elastic_moe.actors.scheduler.rows import Column, Indices
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
-from elastic_moe.cluster.messages.columns import NO_TOKEN
+from elastic_moe.cluster.messages.columns import NO_TOKEN, column_of
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput, Tokens
 from elastic_moe.cluster.messages.scores import PromptScores
-from elastic_moe.cluster.messages.steps import Sample, StepResult
+from elastic_moe.cluster.messages.steps import Decoding, Sample, StepResult
 from elastic_moe.cluster.placement import WorkerId
+
+UNCHANGED = Decoding()
+"""What a worker is told whose rows just go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,50 @@ class Flight:
     """[n] the rows' requests."""
     bounds: Mapping[WorkerId, tuple[int, int]]
     """Where the rows of each worker begin and end in `rows`."""
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        parts: Mapping[WorkerId, Part],
+        rows: Indices,
+        columns: Rows,
+        bounds: Mapping[WorkerId, tuple[int, int]],
+        last: Flight | None,
+    ) -> Flight:
+        """`last`: the step before, whose names are taken where its rows are the same."""
+        marks = columns.mark[rows]
+        if last is not None and np.array_equal(last.rows, rows) and np.array_equal(last.marks, marks):
+            names = last.names
+        else:
+            names = tuple(map(columns.names.__getitem__, rows.tolist()))
+        return cls(step=step, parts=parts, rows=rows, marks=marks, names=names, bounds=bounds)
+
+    def decoding(self, cache: WorkerCache, last: Flight | None, grown: Sequence[int], known: Column) -> Decoding:
+        """What to tell a worker of its rows in this step. `last`: the step before, if the worker can go on from it.
+        `grown` as in Decoding. `known`: the column of that name in Rows, where the rows have been run."""
+        begin, end = self.bounds[cache.worker]
+        rows = self.rows[begin:end]
+        told = column_of(grown) if grown else b""
+        if last is not None:
+            before, after = last.bounds[cache.worker]
+            same = last.names is self.names or np.array_equal(last.rows[before:after], rows)
+            if end - begin == after - before and same:
+                return Decoding(grown=told) if told else UNCHANGED
+        # the columns already have the token that this step will sample
+        return Decoding(
+            seats=(rows - cache.base).astype(np.int32).tobytes(), known=(known[rows] - 1).tobytes(), grown=told
+        )
+
+    @property
+    def decodes(self) -> int:
+        """Most tokens of a worker that its decodes run."""
+        return max((part.decodes for part in self.parts.values()), default=0)
+
+    @property
+    def prompts(self) -> int:
+        """Most tokens of a worker that are its prompts'."""
+        return max((part.prompts for part in self.parts.values()), default=0)
 
     def worker_at(self, at: int) -> WorkerId:
         """The worker of entry `at` of `rows`."""

@@ -96,7 +96,7 @@ class WorkerActor:
         worker = Worker(spec)
         self._worker = worker
         blocks, held_bytes = worker.load()
-        host = worker.host_rates
+        loaded, rates = worker.loaded, worker.loaded.host.rates
         self._steps = StepServer(worker, self._address)
         return WorkerInfo(
             worker=spec.worker,
@@ -106,14 +106,14 @@ class WorkerActor:
             device=torch.cuda.get_device_name() if spec.model.device == "cuda" else "cpu",
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
-            state_room=worker.state_room,
-            expert_capacity=worker.capacity,
+            state_room=loaded.state_room,
+            expert_capacity=loaded.capacity,
             held=worker.held(),
-            host_capacity=worker.host_capacity,
-            disk_bytes_per_s=worker.disk_bytes_per_s,
-            host_bytes_per_s=None if host is None else host.bytes_per_s,
-            host_token_s=None if host is None else host.token_s,
-            fit=worker.report,
+            host_capacity=loaded.host.capacity,
+            disk_bytes_per_s=loaded.disk_bytes_per_s,
+            host_bytes_per_s=None if rates is None else rates.bytes_per_s,
+            host_token_s=None if rates is None else rates.token_s,
+            fit=loaded.report,
         )
 
     @in_group("io")

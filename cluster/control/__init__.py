@@ -1,12 +1,17 @@
-"""The decisions of the control plane. Events in, commands out; pure functions of the facts and of the time.
+"""The control plane without its processes: events in, commands out. Each fact has one owner.
 
-state         ControlState: passes each event to the owners of the facts that it is about
-reconcile     compares the cluster with what it should be: which workers to start, and which serve
+state         ControlState: passes each event on to those whom it concerns
+owners        the owners of the facts, together
+losses        workers that fail or leave with their nodes
+transitions   how changes begin and end, and what that means for other owners
+upkeep        brings the cluster to what it should be
 change        one change of the epoch, from its transfer to its commit, or back
 rebalancing   when to ask a planner, and whether to carry out its plan
 scaling       how many workers there should be, by request or by the autoscaler
-autoscaling   the autoscaler's rule
 draining      workers that leave, and the time that their requests get
 starting      workers that die while they load
-status        readiness, and the progress of an operation
+limits        what a configuration may ask of a model
+succession    the hand-over from one cluster to the next
+
+Decisions are functions of the facts and of the time (cluster/decisions/, and beside each owner).
 """

@@ -1,7 +1,7 @@
 """The life of a change: transfer missing experts, drain workers that leave, prepare every worker, commit; or roll back.
 
 `Epochs` owns the epoch in force, an outage of it, and the one change that makes the next epoch, from its beginning to
-its end. Other modules decide what to change, and when (cluster/control/reconcile.py, cluster/control/rebalancing.py).
+its end. Other modules decide what to change, and when (cluster/decisions/reconcile.py, cluster/control/rebalancing.py).
 """
 
 from __future__ import annotations

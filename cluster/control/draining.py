@@ -42,8 +42,10 @@ def _until(record: WorkerRecord, drain_timeout_s: float) -> float:
 
 def may_rest(facts: Facts) -> bool:
     """Whether the last workers may end, because none is wanted and no request needs them."""
-    idle = facts.serves and facts.change is None and not facts.probing
-    return idle and not facts.target and facts.busy == ()
+    if facts.target or facts.rests or facts.spec is None or facts.change is not None or facts.probing:
+        return False
+    # those that are left after a failure end too if they cannot serve: a request that waits starts others
+    return facts.busy == () if facts.serves else not facts.fits(facts.loaded)
 
 
 # --- Nodes that leave ---------------------------------------------------------------------------------------------

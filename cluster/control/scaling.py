@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from elastic_moe.cluster.control.autoscaling import Policy, Sample, Verdict, recommend
+from elastic_moe.cluster.decisions.autoscaling import Policy, Sample, Verdict, recommend
 from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import Command, LoadSeen, ScaleRequested
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts

@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from elastic_moe.cluster.config import ServeConfig, base_type
+from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.keys import with_keys
+from elastic_moe.cluster.setting import base_type
 from elastic_moe.deploy.cli import plan as cli_plan
 from elastic_moe.deploy.cli import top as cli_top
 from elastic_moe.deploy.cli import trace as cli_trace

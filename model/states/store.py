@@ -4,7 +4,7 @@ A step is a transaction: it may be run again, while another one that builds on i
 never overwritten. Each step writes a sequence's states to another slot than it reads them from; a slot is free again
 when a step behind it has been committed. A sequence has so many slots that this always works out.
 
-The scheduler numbers the snapshots and decides what each holds (actors/scheduler/snapshots.py).
+The scheduler numbers the snapshots and decides what each holds (actors/caches/snapshots.py).
 """
 
 from __future__ import annotations

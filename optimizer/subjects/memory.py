@@ -90,6 +90,14 @@ class Variation:
         return np.asarray(self.covariance * (choices**2 / max(parts, 1))[:, None, None])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedSubjects:
+    """A memory as it is saved."""
+
+    content: bytes
+    """What `SubjectMemory.to_bytes` gave; empty for a memory that has seen nothing."""
+
+
 def scenarios(
     present: npt.ArrayLike, remembered: Sequence[Remembered]
 ) -> tuple[FloatArray, FloatArray | None, tuple[float, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from elastic_moe.actors.scheduler.scheduler import Scheduler
@@ -18,7 +19,7 @@ A, B = WorkerId("a"), WorkerId("b")
 Plans = dict[WorkerId, StepPlan]
 
 
-def scheduler(workers: dict[WorkerId, int], *, enable_prefix_caching: bool = False, **changes: int) -> Scheduler:
+def scheduler(workers: dict[WorkerId, int], *, enable_prefix_caching: bool = False, **changes: Any) -> Scheduler:
     """Without prefix caching: the prompts of these tests begin alike."""
     settings = {
         "block_size": 4,

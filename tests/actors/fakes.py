@@ -266,6 +266,7 @@ class PlainFleet:
         self.engines: list[Handle] = []
         self.error: Exception | None = None
         self.last_saved: bytes | None = None
+        self.parts: dict[str, bytes] = {}
         self.resumes = False
         self.is_wanted = True
         self.rivals: list[Remote[Any]] = []
@@ -282,6 +283,15 @@ class PlainFleet:
 
     def saved(self) -> bytes | None:
         return self.last_saved if self.resumes else None
+
+    def save_part(self, name: str, part: bytes) -> None:
+        self.parts[name] = part
+
+    def saved_part(self, name: str) -> bytes | None:
+        return self.parts.get(name)
+
+    def drop_part(self, name: str) -> None:
+        del self.parts[name]
 
     def find_worker(self, worker: WorkerId) -> Remote[Any] | None:
         return alive(self.workers.get(worker))

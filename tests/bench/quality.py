@@ -3,12 +3,16 @@
 `python -m tests.bench.quality --model DIR FILE...` (without --model: the built-in one). The beginning of each file is
 cut into windows. The model predicts every token of a window from the tokens before it, by the steps that serve
 requests. A packed checkpoint is compared with itself unpacked (--forms auto).
+
+`--llama-cpp SOURCE` adds llama.cpp's formats of the same checkpoint (llama-perplexity --kl-divergence, over its own
+bf16 form and windows of the same length). It rounds every matrix, where ours rounds the experts alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,7 @@ from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.worker.worker import Worker
+from tests.bench.servers import gguf_of, run_tool
 from tests.bench.step import load_worker
 from tests.bench.workers import BLOCK
 
@@ -70,11 +75,34 @@ def costs(workers: Sequence[Worker], windows: Sequence[Sequence[int]]) -> list[C
     return [Cost(bits=b / count / math.log(2), kl=k / count) for b, k in zip(bits, kls, strict=True)]
 
 
+def of_llama_cpp(source: Path, model: Path, kind: str, text: str, out: Path) -> tuple[float, float]:
+    """(per cent more bits, nats of KL divergence) per token than with llama.cpp's own bf16 form."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as path:
+        prose, base = Path(path) / "text", Path(path) / "base"
+        prose.write_text(text)
+        common = ["-f", str(prose), "-c", str(WINDOW), "--kl-divergence-base", str(base)]
+        run_tool(source, "llama-perplexity", "-m", str(gguf_of(source, model, out, "bf16")), *common)
+        packed = str(gguf_of(source, model, out, kind))
+        told = run_tool(source, "llama-perplexity", "-m", packed, *common, "--kl-divergence")
+    plain, rounded = (math.log(_told(told, f"Mean PPL({which})")) for which in ("base", "Q"))
+    return 100 * (rounded / plain - 1), _told(told, "Mean    KLD")
+
+
+def _told(text: str, name: str) -> float:
+    """The value that llama.cpp prints behind a name."""
+    line = next(line for line in text.splitlines() if name in line)
+    return float(line.split(":")[1].split()[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--forms", nargs="+", default=["int8", "int4"], help="values of --expert-dtype")
+    parser.add_argument("--llama-cpp", type=Path, metavar="SOURCE", help="llama.cpp's source tree, built in build/")
+    parser.add_argument("--llama-types", nargs="+", default=["q8_0", "q4_k_m"], help="its formats")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="where llama.cpp's files are kept")
     parser.add_argument("file", type=Path, nargs="+")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(str(args.model))
@@ -82,7 +110,8 @@ def main() -> None:
     workers = [load_worker(args.model, args.threads, dtype="bfloat16", expert_dtype=name) for name in names]
     print("| text | experts | bits per byte | difference | KL, nats per token |\n|---|---|---|---|---|")
     for path in args.file:
-        ids = tokenizer.encode(path.read_text(errors="replace")[: 8 * WINDOWS * WINDOW])
+        text = path.read_text(errors="replace")[: 8 * WINDOWS * WINDOW]
+        ids = tokenizer.encode(text)
         count = min(WINDOWS, len(ids) // WINDOW)
         windows = [ids[n * WINDOW : (n + 1) * WINDOW] for n in range(count)]
         per_byte = count * WINDOW / sum(len(tokenizer.decode(window).encode()) for window in windows)
@@ -90,6 +119,9 @@ def main() -> None:
         for name, cost in zip(names, found, strict=True):
             difference = 100 * (cost.bits / plain.bits - 1)
             print(f"| {path.name} | {name} | {cost.bits * per_byte:.4f} | {difference:+.2f} % | {cost.kl:.5f} |")
+        for kind in args.llama_types if args.llama_cpp else ():
+            difference, kl = of_llama_cpp(args.llama_cpp, args.model, kind, text, args.out)
+            print(f"| {path.name} | llama.cpp {kind} | | {difference:+.2f} % | {kl:.5f} |")
 
 
 if __name__ == "__main__":

@@ -74,15 +74,11 @@ def vllm(venv: Path, model: Path) -> Server:
 
 
 def llama_cpp(source: Path, model: Path, out: Path, kind: str, *, sequence: int = MAX_MODEL_LEN) -> Server:
-    """`source` is llama.cpp's source tree, built in its folder build. Writes `out`/NAME-KIND.gguf once.
+    """`source` is llama.cpp's source tree, built in its folder build. `kind` as in `gguf_of`.
 
-    `sequence` is the number of tokens of its longest sequence.
-
-    `kind` is a type of its converter, such as bf16 or q8_0. Only bf16 is a peer: the same numbers as ours.
+    `sequence` is the number of tokens of its longest sequence. Only bf16 is a peer: the same numbers as ours.
     """
-    gguf = (out / f"{model.name}-{kind}.gguf").resolve()
-    if not gguf.exists():
-        _convert(source.resolve(), model.resolve(), gguf, kind)
+    gguf = gguf_of(source, model, out, kind)
     cores = str(os.cpu_count() or 1)
     return Server(
         name=f"llama.cpp, {kind}",
@@ -95,6 +91,35 @@ def llama_cpp(source: Path, model: Path, out: Path, kind: str, *, sequence: int 
         peer=kind == "bf16",
     )
 
+
+def gguf_of(source: Path, model: Path, out: Path, kind: str) -> Path:
+    """llama.cpp's file of a checkpoint, which is written to `out` once.
+
+    `kind` is a type of its converter (bf16, q8_0), or of its llama-quantize (q4_k_m), which reads the bf16 file.
+    """
+    gguf = (out / f"{model.name}-{kind}.gguf").resolve()
+    if gguf.exists():
+        return gguf
+    if kind in CONVERTED:
+        _convert(source.resolve(), model.resolve(), gguf, kind)
+        return gguf
+    plain, unfinished = gguf_of(source, model, out, "bf16"), gguf.with_suffix(".part")
+    run_tool(source, "llama-quantize", str(plain), str(unfinished), kind.upper())
+    unfinished.rename(gguf)
+    return gguf
+
+
+def run_tool(source: Path, tool: str, *arguments: str) -> str:
+    """Run one of llama.cpp's tools. Returns what it printed."""
+    command = [str(source / "build" / "bin" / tool), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed with {done.returncode}:\n{done.stdout[-2000:]}")
+    return done.stdout
+
+
+CONVERTED = ("bf16", "f16", "f32", "q8_0")
+"""What llama.cpp's converter writes itself."""
 
 _CONVERTER = """
 import runpy, sys

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -95,6 +96,13 @@ def _tier_metrics(running: Running) -> str:
     )
 
 
+def forget(path: Path) -> None:
+    """Drop a file from the page cache. A cgroup answers only for pages that its own processes have read."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def run_llama_cpp(
     server: Server, group: MemoryGroup, mapped_bytes: int, vocab: int, args: argparse.Namespace
 ) -> Result:
@@ -167,6 +175,7 @@ def main() -> int:
         mapped = gguf.stat().st_size - int((1 - args.share) * experts_bytes)
         with ExitStack() as stack:
             group = stack.enter_context(memory_group())
+            forget(gguf)
             results.append(run_llama_cpp(peer, group, mapped, info.vocab_size, args))
     about = where_and_when() | {"model": model.name, "share": f"{args.share:.0%}"}
     (args.out / "tiers.json").write_text(json.dumps([asdict(result) for result in results], indent=1))

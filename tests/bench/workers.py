@@ -223,7 +223,7 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     transport = "local" if size == 1 else "shm"
     worker.prepare(EpochSpec(epoch=EPOCH, placement=placement, group=group, transport=transport, rendezvous=""))
     worker.commit(EPOCH)
-    pipe.send((worker.report.summary(), worker.disk_bytes_per_s))
+    pipe.send((worker.report.summary(), worker.loaded.disk_bytes_per_s))
     loads: dict[int, Load] = {}
     while (number := pipe.recv()) is not None:
         first = number not in loads

@@ -14,7 +14,7 @@ from tests.model.lockstep import Lockstep, request
 def test_a_copy_is_one_unit_with_its_digest(tmp_path_factory: pytest.TempPathFactory) -> None:
     workers = list(Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4]).workers.values())
     source, target = workers
-    expert = min(set(range(8)) - set(target._store.held(0)))
+    expert = min(set(range(8)) - set(target.loaded.store.held(0)))
     copy = source.export_expert(0, expert)
     assert len(copy.tensors) > 1
     for name, raw in copy.tensors.items():
@@ -22,7 +22,7 @@ def test_a_copy_is_one_unit_with_its_digest(tmp_path_factory: pytest.TempPathFac
         damaged[len(raw) // 2] ^= 1
         with pytest.raises(PlacementError, match=f"expert {expert} of layer 0 arrived damaged"):
             target.import_expert(replace(copy, tensors={**copy.tensors, name: damaged}))
-        assert expert not in target._store.held(0)
+        assert expert not in target.loaded.store.held(0)
     # tensors of two experts, each whole
     other = source.export_expert(0, expert + 1)
     first = next(iter(copy.tensors))
@@ -45,7 +45,7 @@ def test_nothing_is_kept_of_the_memory_that_a_copy_came_in(
         pytest.skip(f"no native library: {unavailable()}")
     cluster = Lockstep(tiny_checkpoint(family, tmp_path_factory), [4, 4], dtype=dtype, expert_dtype=expert_dtype)
     source, target = cluster.workers.values()
-    expert = min(set(range(8)) - set(target._store.held(0)))
+    expert = min(set(range(8)) - set(target.loaded.store.held(0)))
     copy = source.export_expert(0, expert)
     arrived = {name: raw.copy() for name, raw in copy.tensors.items()}
     target.import_expert(replace(copy, tensors=arrived))
@@ -57,9 +57,9 @@ def test_nothing_is_kept_of_the_memory_that_a_copy_came_in(
 def test_memory_is_counted_in_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
     cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4])
     worker = cluster.workers[WorkerId("w0")]
-    assert worker.expert_capacity() > 4 * cluster.info.num_layers
-    worker.spec = replace(worker.spec, expert_memory_bytes=5 * cluster.info.expert_bytes)
-    assert worker.expert_capacity() == 5
+    assert worker.capacity > 4 * cluster.info.num_layers
+    given = replace(worker.spec, expert_memory_bytes=5 * cluster.info.expert_bytes)
+    assert replace(worker.loaded.memory, spec=given).expert_capacity(None, cache_bytes=0) == 5
 
 
 @pytest.mark.skipif(unavailable() is not None, reason=f"no native library: {unavailable()}")

@@ -89,8 +89,8 @@ def test_greedy_tokens_where_experts_lie_in_pinned_memory_and_on_disk(
 def far_way(cluster: Lockstep) -> FarWay:
     """The only worker's way into its GPU, once its pinned memory is filled."""
     [worker] = cluster.workers.values()
-    assert worker._tiers is not None
-    way = worker._tiers.way
+    assert worker._experts.tiers is not None
+    way = worker._experts.tiers.way
     assert isinstance(way, FarWay)
     assert way.host.filled(60)
     return way

@@ -61,9 +61,9 @@ def test_greedy_tokens_where_experts_lie_in_memory_beside_the_gpu_and_on_disk(
     path = tiny_checkpoint("gpt_oss", tmp_path_factory)
     cluster = Lockstep(path, [4, 4], transport="tcp", pinned=pinned, hosted=hosted, cache_dir=tmp_path)
     for worker in cluster.workers.values():
-        assert worker.host_capacity == 8 * cluster.info.num_layers
-        assert worker._tiers is not None
-        assert worker._tiers.way.host.filled(20)  # type: ignore[attr-defined]
+        assert worker.loaded.host.capacity == 8 * cluster.info.num_layers
+        assert worker._experts.tiers is not None
+        assert worker._experts.tiers.way.host.filled(20)  # type: ignore[attr-defined]
     [text] = [text for text in prompts(path) if len(text) == COMPARED[0]]
     tokens = cluster.run([request("one", text, max_tokens=NEW_TOKENS)])
     assert tokens["one"] == greedy(path, tuple(text))
@@ -82,7 +82,8 @@ def test_a_step_whose_exchanges_came_to_nothing_counts_nothing(
     cluster.scheduler.add(request("one", [5, 6, 7], max_tokens=20))
     for _ in range(4):
         cluster.step()
-    [state] = [s.state for worker in cluster.workers.values() for s in worker._sequences.values()]
+    sequences = [s for worker in cluster.workers.values() for s in worker._sequences._sequences.values()]
+    [state] = [sequence.state for sequence in sequences]
     before = list(state.token_ids)
 
     def check(self: TcpTransport) -> None:

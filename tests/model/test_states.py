@@ -30,7 +30,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def run(worker: Worker, pieces: dict[int, SequenceSlice]) -> torch.Tensor:
     """Logits of each piece's last token. The keys are the numbers of the sequences."""
-    assert worker._states is not None
+    assert worker.loaded.states is not None
     moves = []
     for number, piece in pieces.items():
         chunk = Chunk(
@@ -42,8 +42,8 @@ def run(worker: Worker, pieces: dict[int, SequenceSlice]) -> torch.Tensor:
             block_ids=(),
             state=StateUse(keep_from=piece.start),
         )
-        moves.append((chunk.length, worker._states.begin(chunk)))
-    states = StateBatch.build(moves, worker._states, torch.device("cpu"))
+        moves.append((chunk.length, worker.loaded.states.begin(chunk)))
+    states = StateBatch.build(moves, worker.loaded.states, torch.device("cpu"))
     return worker._runner.run([*pieces.values()], [sum(length for length, _ in moves)], states=states)
 
 
@@ -169,7 +169,7 @@ def test_steps_that_are_run_again_change_nothing(delta: Path, depth: int) -> Non
 
 def test_requests_of_a_worker_that_is_gone_are_computed_again(delta: Path) -> None:
     cluster = Lockstep(delta, [4, 4])
-    blocks = {worker: cache.pool.num_blocks for worker, cache in cluster.scheduler._caches.items()}
+    blocks = {worker: cache.pool.num_blocks for worker, cache in cluster.scheduler._caches.by_worker.items()}
     rooms = {name: worker.state_room for name, worker in cluster.workers.items() if worker.state_room is not None}
     texts = [text for text in prompts(delta) if len(text) in COMPARED]
     tokens: dict[str, list[int]] = {f"r{len(text)}": [] for text in texts}
@@ -208,7 +208,7 @@ def test_a_token_too_many_changes_no_other_request(delta: Path) -> None:
 def test_few_states_make_requests_wait(delta: Path) -> None:
     """Memory for three sequences' states and little else: requests take turns, and all are answered."""
     [worker] = Lockstep(delta, [8]).workers.values()
-    sizes = worker._cache_sizes()
+    sizes = worker.loaded.memory.sizes()
     one = sizes.blocks_per_sequence * sizes.block_bytes + sizes.seat_bytes
     cluster = Lockstep(
         delta, [8], kv_cache_bytes=one + 2 * (sizes.seat_bytes + sizes.blocks_per_sequence * sizes.block_bytes // 4)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.fair_queue import OVERTAKEN, FairQueue
-from elastic_moe.actors.scheduler.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.messages.requests import GenerateRequest
 from tests.actors.batches import A, B, ids, plan, request, scheduler, step
@@ -132,7 +132,7 @@ def fill(s: Scheduler, count: int, client: str = "g") -> None:
 
 
 def clients(s: Scheduler) -> Counter[str]:
-    return Counter(q.client for home in s._caches.values() for q in home.running.items)
+    return Counter(q.client for home in s._caches.by_worker.values() for q in home.running.items)
 
 
 def test_a_newcomer_need_not_wait_for_another_clients_answers() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from elastic_moe.actors.caches.kv_blocks import BlockPool, next_key, root_key
 from elastic_moe.actors.scheduler.admission import RUNNING_TOKENS
-from elastic_moe.actors.scheduler.kv_blocks import BlockPool, next_key, root_key
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.placement import WorkerId

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from elastic_moe.actors.scheduler.kv_blocks import next_key, root_key
+from elastic_moe.actors.caches.kv_blocks import next_key, root_key
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
@@ -283,7 +283,7 @@ class Batching(RuleBasedStateMachine):
         """Whatever a step in flight, whole or halfway, writes: it is never to a block that may be shared."""
         if not hasattr(self, "scheduler"):
             return
-        for worker, home in self.scheduler._caches.items():
+        for worker, home in self.scheduler._caches.by_worker.items():
             for key, block in home.pool._blocks.items():
                 variant, content = self.texts[key]
                 assert self.workers[worker].cache[block] == [(variant, token) for token in content]

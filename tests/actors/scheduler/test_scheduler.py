@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 
+from elastic_moe.actors.scheduler.prefill_pace import PrefillPace
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, TokenLogprobs, TokenOutput
@@ -220,6 +221,24 @@ def test_prompts_run_in_small_pieces_while_anybody_decodes() -> None:
         [{"long alone": 1, "r": 2}, {"q": 2, "p": 4}],
         [{"long alone": 1, "r": 1}, {"q": 1, "p": 4}],
     ]
+
+
+def test_prompts_beside_decodes_are_cut_by_the_time_that_steps_take() -> None:
+    s = scheduler({A: 60}, max_num_batched_tokens=64, pace=PrefillPace(8))
+    s.add(request("decodes", prompt=4, max_tokens=60))
+    step(s)
+    lengths = []
+    for name in ("", "", "first", "", "", "second", ""):
+        if name:
+            s.add(request(name, prompt=44))
+        plans = plan(s)
+        prompt = plans[A].tokens_per_rank[0] - 1
+        # a decode takes 40 ms, and a prompt's token 1.6 ms
+        s.commit(answers(plans), 0.04 + 0.0016 * max(0, prompt))
+        lengths.append(prompt)
+    assert lengths[:3] == [0, 0, 8]
+    # as many wait as decode
+    assert lengths[3] == pytest.approx(37, abs=1)
 
 
 def test_a_request_whose_last_token_is_in_flight_does_not_decode() -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from elastic_moe.actors.caches.snapshots import SnapshotPool
 from elastic_moe.actors.scheduler.scheduler import Scheduler
-from elastic_moe.actors.scheduler.snapshots import SnapshotPool
 from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
@@ -88,7 +88,7 @@ def test_an_answer_leaves_one_snapshot_after_its_last_full_block() -> None:
     s.add(ask("first", 1, 2, 3, 4, 5, max_tokens=12))
     while s.num_requests:
         step(s)
-    assert len(s._caches[A].snapshots._places) == 2, "that of the prompt, and that of the answer"
+    assert len(s._caches.by_worker[A].snapshots._places) == 2, "that of the prompt, and that of the answer"
     turn = serve(s, ask("next turn", 1, 2, 3, 4, 5, *[7] * 12, 8, 9))
     assert turn.start == 16
 
@@ -102,7 +102,7 @@ def test_a_snapshot_of_a_step_that_is_not_committed_is_not_found() -> None:
     assert [one.start for one in ahead[A].chunks] == [10, 0]
     s.rollback()
     s.validate()
-    assert not s._caches[A].snapshots._places
+    assert not s._caches.by_worker[A].snapshots._places
     plans = plan(s)
     assert [one.start for one in plans[A].chunks] == [0, 0]
 

@@ -89,7 +89,11 @@ class BigFleet(PlainFleet):
         self.saves += 1
         self.written_bytes += len(state)
         super().save(state)
-        self.saved_bytes = max(self.saved_bytes, len(state))
+        self.saved_bytes = max(self.saved_bytes, len(state) + sum(map(len, self.parts.values())))
+
+    def save_part(self, name: str, part: bytes) -> None:
+        self.written_bytes += len(part)
+        super().save_part(name, part)
 
     def read_model(self, model_dir: str) -> ModelInfo:
         return replace(MODEL, num_layers=LAYERS, num_logical_experts=EXPERTS, top_k=CHOICES, hidden_size=7168)

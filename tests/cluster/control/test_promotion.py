@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elastic_moe.cluster.control.rebalancing import too_much, with_tiers
-from elastic_moe.cluster.control.reconcile import shares
+from elastic_moe.cluster.decisions.reconcile import shares
 from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import (
     Abandon,

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.cluster.control.autoscaling import Sample
 from elastic_moe.cluster.control.scaling import (
     advise,
     check_memory,
@@ -15,6 +14,7 @@ from elastic_moe.cluster.control.scaling import (
     surplus,
 )
 from elastic_moe.cluster.control.state import ControlState
+from elastic_moe.cluster.decisions.autoscaling import Sample
 from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import LoadSeen, Reconfigured, ScaleRequested, Tick, WorkerLost
 from elastic_moe.cluster.facts.facts import ControlSettings
@@ -328,6 +328,20 @@ def test_a_request_that_comes_before_the_rest_keeps_the_workers() -> None:
     sim.feed(LoadSeen(waiting=0, running=1, kv_usage=0.1, busy=(W0,)))
     sim.settle()
     assert (sim.facts.ranks, sim.facts.target, sim.state.operations.find_open()) == ((W0,), 1, None)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cluster_rests_if_its_workers_die_while_none_is_wanted(workers: int) -> None:
+    sim = serving(workers, least=0, most=3, capacity=LAYERS * EXPERTS // workers)
+    sim.kill(W0)
+    sim.feed(ScaleRequested(workers=0))
+    sim.settle()
+    assert sim.facts.rests
+    assert sim.state.readiness().reason.startswith("at rest: no worker is kept")
+    assert sim.state.operations.find_open() is None
+    sim.feed(LoadSeen(waiting=1, running=0, kv_usage=0.0, busy=()))
+    sim.settle()
+    assert len(sim.facts.ranks) == workers
 
 
 @pytest.mark.parametrize("event", ["engine", "restart", "scale"])

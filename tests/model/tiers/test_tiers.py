@@ -200,7 +200,7 @@ def test_where_memory_is_short_the_kv_cache_gives_way_to_experts_but_not_further
 ) -> None:
     cluster = Lockstep(tiny_checkpoint("qwen3_moe", tmp_path_factory), (8,))
     [loaded] = cluster.workers.values()
-    least = (loaded.spec.model.max_model_len // 4 + 8 - 1) * loaded._cache_sizes().block_bytes
+    least = (loaded.spec.model.max_model_len // 4 + 8 - 1) * loaded.loaded.memory.sizes().block_bytes
     expert_bytes, layers = cluster.info.expert_bytes, cluster.info.num_layers
 
     def load_with(available: float, **fields: Any) -> tuple[Worker, int]:
@@ -212,7 +212,7 @@ def test_where_memory_is_short_the_kv_cache_gives_way_to_experts_but_not_further
     worker, blocks = load_with((least + 4.1 * layers * expert_bytes) / 0.9)
     assert (worker.capacity, blocks) == (int(4.1 * layers), 128 // 4 + 8 - 1)
     assert [len(row) for row in worker.held()] == [3] * layers, "a fourth slot of each layer is the cache area"
-    kv = 100 * loaded._cache_sizes().block_bytes
+    kv = 100 * loaded.loaded.memory.sizes().block_bytes
     worker, blocks = load_with((kv + 2.1 * layers * expert_bytes) / 0.9, kv_cache_bytes=kv)
     assert (worker.capacity, blocks) == (int(2.1 * layers), 100)
     with pytest.raises(UserError, match=f"w0 has memory for 1 experts .*, and needs {layers * expert_bytes} bytes"):

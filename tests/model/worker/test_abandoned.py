@@ -37,7 +37,7 @@ def test_an_abandoned_epoch_is_not_joined(tmp_path_factory: pytest.TempPathFacto
     with pytest.raises(StepAborted, match="epoch 51 was abandoned"):
         worker.prepare(attempt(51))
     spent = attempt(52)
-    worker._meetings.clear()
+    worker._groups._open.clear()
     with pytest.raises(StepAborted, match="the door of w0 for epoch 53 is closed"):
         worker.prepare(replace(spent, epoch=Epoch(53)))
     # what serves goes on

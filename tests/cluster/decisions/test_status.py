@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from elastic_moe.cluster.control.status import readiness
+from elastic_moe.cluster.decisions.status import readiness
 from elastic_moe.cluster.facts.events import ScaleRequested
 from elastic_moe.cluster.facts.facts import Cause, Facts, Outage
 from elastic_moe.cluster.facts.operations import OperationLog

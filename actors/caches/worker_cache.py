@@ -7,7 +7,7 @@ worker. The last token is always computed, because its logits are needed. A work
 with it.
 
 In a model with a state per sequence, a request can begin only where there is also a snapshot of the states
-(actors/scheduler/snapshots.py). Snapshots are taken after three blocks: the last full one of a prompt; the one up to
+(actors/caches/snapshots.py). Snapshots are taken after three blocks: the last full one of a prompt; the one up to
 which a prompt's keys are cached further than its states, since other prompts share that beginning; and the last full
 one of an answer, where the next turn of a conversation goes on. Such a request never goes on by rule: each of its
 chunks says what to do with the states.
@@ -19,10 +19,10 @@ import math
 from collections.abc import Sequence
 from operator import attrgetter
 
-from elastic_moe.actors.scheduler.kv_blocks import BlockPool, blocks_for
-from elastic_moe.actors.scheduler.rows import Rows
-from elastic_moe.actors.scheduler.running_requests import OrderedRequests, RunningRequest
-from elastic_moe.actors.scheduler.snapshots import SnapshotPool
+from elastic_moe.actors.caches.kv_blocks import BlockPool, blocks_for
+from elastic_moe.actors.caches.rows import Rows
+from elastic_moe.actors.caches.running_requests import OrderedRequests, RunningRequest
+from elastic_moe.actors.caches.snapshots import SnapshotPool
 from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk, SavedState, StateUse

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from elastic_moe.cluster.control.reconcile import (
+from elastic_moe.cluster.decisions.reconcile import (
     JOIN_PATIENCE_S,
     SURVIVORS_FIRST_S,
     kept,

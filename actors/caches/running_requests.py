@@ -7,13 +7,13 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.actors.scheduler.kv_blocks import blocks_for, next_key, root_key
+from elastic_moe.actors.caches.kv_blocks import blocks_for, next_key, root_key
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse
 from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
-    from elastic_moe.actors.scheduler.worker_caches import WorkerCache
+    from elastic_moe.actors.caches.worker_cache import WorkerCache
 
 
 class RunningRequest:
@@ -160,7 +160,7 @@ class RunningRequest:
 
     @property
     def steady(self) -> bool:
-        """Whether the request goes on by rule (actors/scheduler/rows.py)."""
+        """Whether the request goes on by rule (actors/caches/rows.py)."""
         return self.cache is not None and bool(self.cache.rows.steady[self.row])
 
     @property

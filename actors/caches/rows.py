@@ -20,7 +20,7 @@ import numpy.typing as npt
 from elastic_moe.cluster.messages.requests import RequestId
 
 if TYPE_CHECKING:
-    from elastic_moe.actors.scheduler.running_requests import RunningRequest
+    from elastic_moe.actors.caches.running_requests import RunningRequest
 
 Column = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.intp]

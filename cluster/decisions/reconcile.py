@@ -1,6 +1,7 @@
 """Compares the cluster with what it should be: which workers to start or keep, and which serve which experts.
 
-Each function takes the facts and the time, and returns a choice with its reason. ControlState carries the choices out.
+Each function takes the facts and the time, and returns a choice with its reason. cluster/control/upkeep.py carries the
+choices out.
 
 Legend: L MoE layers, E logical experts.
 """
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from elastic_moe.cluster.control.joining import together
+from elastic_moe.cluster.decisions.joining import together
 from elastic_moe.cluster.facts.adaptation import adapt
 from elastic_moe.cluster.facts.facts import Choice, Facts
 from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord, serves

@@ -1,7 +1,7 @@
 """Workers that cannot join: they do not keep the others from serving, and are given up with the reason."""
 
-from elastic_moe.cluster.control.joining import MAX_JOINS, blamed, together
 from elastic_moe.cluster.control.starting import JOIN_PAUSE_S, MAX_JOIN_PAUSE_S, Starts
+from elastic_moe.cluster.decisions.joining import MAX_JOINS, blamed, together
 from elastic_moe.cluster.facts.events import ScaleRequested, StartWorker, StopWorker, Tick
 from elastic_moe.cluster.facts.facts import Cause, Outage
 from elastic_moe.cluster.messages.views import Phase, WorkerState

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.cluster.control.autoscaling import (
+from elastic_moe.cluster.decisions.autoscaling import (
     DOWN_COOLDOWN,
     REST,
     UP_COOLDOWN,

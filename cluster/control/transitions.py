@@ -1,0 +1,100 @@
+"""How changes of the epoch begin and end, and what that means for the owners of other facts.
+
+The change itself is carried out by its owner (cluster/control/change.py).
+"""
+
+from __future__ import annotations
+
+from elastic_moe.cluster.control.draining import drained
+from elastic_moe.cluster.control.owners import Owners
+from elastic_moe.cluster.decisions import reconcile
+from elastic_moe.cluster.facts.events import Command
+from elastic_moe.cluster.facts.facts import Cause, Change, Stage
+from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
+from elastic_moe.cluster.placement import Placement
+
+
+class Transitions:
+    """See the module."""
+
+    def __init__(self, owners: Owners) -> None:
+        self._owners = owners
+        self.drained = ""
+        """Why the change under way goes on, or waits for those that leave."""
+
+    # --- Forwards -----------------------------------------------------------------------------------------------
+
+    def begin(self, change: tuple[Operation, Placement] | None, now: float) -> list[Command]:
+        """Begin the change that ends in the given placement, at once or by a later promotion."""
+        if change is None:
+            return []
+        operation, goal = change
+        commands = self.give_way(operation.reason, now)
+        # nothing is served meanwhile: what is lost is soon there, or is read from disk when it is needed
+        budget_s = reconcile.READ_FIRST_S if self._owners.epochs.outage is not None else None
+        return commands + self._owners.epochs.begin(
+            operation, reconcile.step_to(self._owners.facts, goal, budget_s), now, goal=goal
+        )
+
+    def go_on(self, now: float) -> list[Command]:
+        """Prepare the next epoch, once the workers that leave have finished or used up their time."""
+        facts = self._owners.facts
+        if facts.change is None or facts.change.stage is not Stage.DRAINING:
+            return []
+        choice = drained(facts, now)
+        self.drained = choice.reason
+        return self._owners.epochs.prepare(now) if choice.value else []
+
+    def committed(self, now: float, moved_requests: int = 0) -> list[Command]:
+        change, commands = self._owners.epochs.flip(now, moved_requests)
+        self._owners.rebalancing.changed(change, now)
+        if change.forms_group and len(change.workers) > 1:
+            self._owners.starts.joined()
+        self._end_operations(change)
+        commands += self._owners.epochs.look_back(now)
+        self._owners.membership.forget_dead(self._owners.epochs.in_use)
+        return commands
+
+    def _end_operations(self, change: Change) -> None:
+        """End the operations that the new epoch completes."""
+        facts, operations = self._owners.facts, self._owners.operations
+        operation = operations.get(change.operation_id)
+        assert operation is not None
+        if operation.operation_id == self._owners.scaling.operation_id and not facts.scaled:
+            # some workers are still to come
+            operations.advance(operation.operation_id, phase=Phase.PREPARING)
+        else:
+            moved = f"{len(change.transfers.copies)} experts copied, {len(change.transfers.reads)} read"
+            done = f"{operation.reason}; epoch {facts.epoch} with {len(facts.ranks)} workers, {moved}"
+            operations.complete(operation.operation_id, done)
+        scaling = operations.find_open(OperationKind.SCALE)
+        if scaling is not None and facts.scaled:
+            # a recovery has brought it about
+            operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {facts.epoch}")
+
+    # --- Back ---------------------------------------------------------------------------------------------------
+
+    def give_way(self, reason: str, now: float) -> list[Command]:
+        """End a promotion for something else."""
+        change = self._owners.epochs.change
+        if change is None or not change.yields:
+            return []
+        return self._owners.epochs.give_up(f"it gave way: {reason}", now, at_once=True)
+
+    def make_haste(self, reason: str, now: float) -> list[Command]:
+        """End a re-placement: what it moves would keep a leaving node's experts waiting."""
+        self._owners.rebalancing.cancel(reason)
+        change = self._owners.epochs.change
+        elective = change is not None and change.kind in (OperationKind.REBALANCE, OperationKind.PROMOTE)
+        if change is None or not elective or change.stage is Stage.COMMITTING:
+            return []
+        return self._owners.epochs.give_up(reason, now, at_once=True)
+
+    def interrupt(self, reason: str, cause: Cause, now: float) -> list[Command]:
+        """The epoch in force cannot serve: give up every change that is not a recovery."""
+        commands = self._owners.epochs.fail(reason, cause, now)
+        self._owners.rebalancing.cancel(reason)
+        change = self._owners.epochs.change
+        if change is not None and change.stage is not Stage.COMMITTING and change.kind is not OperationKind.RECOVER:
+            commands += self._owners.epochs.give_up(reason, now, at_once=True)
+        return commands

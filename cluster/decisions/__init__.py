@@ -1,0 +1,9 @@
+"""What is decided from the facts and the time alone. Each decision comes with its reason; who owns what is elsewhere.
+
+reconcile     which workers to start or keep, which serve, and which experts they hold
+joining       workers that cannot join the others: who is tried next, and who is given up
+autoscaling   how many workers a load is worth
+status        readiness, and the progress of an operation
+
+The owners of the facts, who carry the decisions out, are in cluster/control/.
+"""

@@ -1,0 +1,159 @@
+"""What a worker's memory is enough for. Asks the device, or the node, how much of it is free.
+
+How free memory is split is a matter of numbers alone: model/worker/budgets.py and model/worker/cache_room.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.cluster.facts.tiering import pins_of
+from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerSpec
+from elastic_moe.cluster.placement import EMPTY
+from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.fitting.fit import Fit
+from elastic_moe.model.states.store import slots_per_sequence
+from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.worker.budgets import KV_SHARE, KV_SHARE_CUDA, LATER_SHARE, kv_bytes, room_for_experts
+from elastic_moe.model.worker.cache_room import CacheRoom, CacheSizes, divide
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstExperts:
+    """The experts that a worker holds before its first epoch."""
+
+    rows: list[list[int]]
+    """[L] logical experts."""
+    limit: int | None = None
+    """Experts of all layers for which there is memory, if they are fewer than the spec names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerMemory:
+    """The memory of one worker, as it is when a method is called."""
+
+    spec: WorkerSpec
+    info: ModelInfo
+    form: ExpertForm
+    fit: Fit
+    store: ExpertStore
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert."""
+        return self.info.served_in(self.spec.model.dtype, self.form).expert_bytes
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.spec.model.device == "cuda"
+
+    def sizes(self) -> CacheSizes:
+        """What sequences take."""
+        spec = self.spec
+        dtype: torch.dtype = getattr(torch, spec.model.dtype)
+        return CacheSizes(
+            block_bytes=KVCache.block_bytes(self.fit.shapes.kv, block_size=spec.block_size, dtype=dtype),
+            blocks_per_sequence=-(-spec.model.max_model_len // spec.block_size),
+            max_num_seqs=spec.max_num_seqs,
+            state_bytes=sum(layer.nbytes for layer in self.fit.states),
+            states_per_sequence=slots_per_sequence(spec.steps_in_flight),
+            snapshots=spec.enable_prefix_caching,
+        )
+
+    # --- Before the experts are loaded --------------------------------------------------------------------------
+
+    def first_experts(self, trunk_bytes: int) -> FirstExperts:
+        """The spec's experts for which this worker has memory: all, or the first ones of each layer.
+
+        Raises UserError if there is no memory for one expert of each layer.
+        """
+        wanted = [[e for e in experts if e != EMPTY] for experts in self.spec.experts]
+        if self.store.slotted is None:
+            return FirstExperts(rows=wanted)
+        capacity = self._room_for_experts(trunk_bytes) // self.expert_bytes
+        if sum(map(len, wanted)) <= capacity:
+            return FirstExperts(rows=wanted)
+        if capacity < len(wanted):
+            least = f"{len(wanted) * self.expert_bytes} bytes, which is one expert of each of the {len(wanted)} layers"
+            given = self.spec.expert_memory_bytes
+            raise UserError(
+                f"{self.spec.worker} has memory for {max(0, capacity)} experts beside its KV cache, and needs {least}:"
+                " lower --max-model-len, --max-num-seqs or --kv-cache-memory-bytes"
+                if given is None
+                else f"--expert-memory-bytes: expected at least {least}, got {given}"
+            )
+        return FirstExperts(rows=[row[: pins_of(capacity // len(wanted))] for row in wanted], limit=capacity)
+
+    def _room_for_experts(self, trunk_bytes: int) -> int:
+        """Bytes that experts may take."""
+        spec = self.spec
+        if spec.expert_memory_bytes is not None:
+            return spec.expert_memory_bytes
+        free: float
+        if self._on_gpu:
+            free, _ = torch.cuda.mem_get_info()
+        else:
+            memory = psutil.virtual_memory()
+            free = min(memory.available, memory.total / spec.node_workers - trunk_bytes)
+        return room_for_experts(free, least_kv=self.sizes().least, given_kv=spec.kv_cache_bytes)
+
+    # --- When the experts are loaded ----------------------------------------------------------------------------
+
+    def cache_room(self, limit: int | None) -> CacheRoom:
+        """How the memory for KV cache and states is divided. `limit` as in FirstExperts.
+
+        Raises UserError if no sequence of full length fits.
+        """
+        spec, sizes = self.spec, self.sizes()
+        room = spec.kv_cache_bytes
+        if room is None:
+            room = self._free_for_kv(sizes.least, limit)
+        return divide(room, sizes, max_model_len=spec.model.max_model_len)
+
+    def _free_for_kv(self, least: int, limit: int | None) -> int:
+        """Bytes for the KV cache, beside the experts that have been loaded and those that will come into the device."""
+        spec, info = self.spec, self.info
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+        else:
+            free = psutil.virtual_memory().available // spec.node_workers
+        budget = spec.expert_memory_bytes or (limit or 0) * self.expert_bytes
+        every = info.num_layers * info.num_logical_experts * self.expert_bytes
+        return kv_bytes(
+            free,
+            experts_to_come=max(0, min(budget, every) - self.store.nbytes),
+            least=least,
+            share=KV_SHARE_CUDA if self._on_gpu else KV_SHARE,
+            short=limit is not None and spec.expert_memory_bytes is None,
+        )
+
+    # --- When the caches are made -------------------------------------------------------------------------------
+
+    def expert_capacity(self, limit: int | None, *, cache_bytes: int) -> int:
+        """How many experts fit over all layers, those that are held included. `limit` as in FirstExperts."""
+        spec = self.spec
+        if spec.expert_memory_bytes is not None:
+            return spec.expert_memory_bytes // self.expert_bytes
+        if limit is not None:
+            return limit
+        held = sum(len(self.store.held(layer)) for layer in range(self.store.num_layers))
+        if self._on_gpu:
+            free, _ = torch.cuda.mem_get_info()
+        else:
+            # pages of KV caches take memory only when they are first used
+            caches = spec.node_workers * cache_bytes
+            free = max(0, psutil.virtual_memory().available - caches) // spec.node_workers
+        return held + int(free * LATER_SHARE) // max(self.expert_bytes, self.store.nbytes // max(1, held))
+
+    def host_capacity(self, expert_bytes: int) -> int:
+        """How many experts of `expert_bytes` fit in pinned memory beside a GPU."""
+        room = self.spec.host_expert_memory_bytes
+        if room is None:
+            room = int(psutil.virtual_memory().available * LATER_SHARE / self.spec.node_workers)
+        return min(room // expert_bytes, self.info.num_layers * self.info.num_logical_experts)
