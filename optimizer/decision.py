@@ -57,12 +57,15 @@ def decide(
     *,
     tokens_per_expert: float,
     since_change_s: float | None,
+    present_share: float = 1.0,
     policy: Policy | None = None,
 ) -> Decision:
     """Decide whether to carry `result` out.
 
     `tokens_per_expert` is the mean number of tokens that an expert was chosen by in the window;
-    `since_change_s` is the number of seconds since the last change, None before the first.
+    `since_change_s` is the number of seconds since the last change, None before the first; `present_share` is the
+    weight of the window in the plan's price, beside the remembered subjects. A gain on the window counts by that share,
+    and so does the threshold.
     """
     policy = policy or Policy()
     if result.cost_before is None:
@@ -73,7 +76,7 @@ def decide(
     seen = (result.each_before[0] - result.each[0] - result.cost.migration_s) / result.each_before[0]
     if len(result.each) == 1:
         seen = gain
-    needed = policy.min_gain + policy.noise_gain / max(tokens_per_expert, 1e-9) ** 0.5
+    needed = present_share * (policy.min_gain + policy.noise_gain / max(tokens_per_expert, 1e-9) ** 0.5)
     worthwhile, reason = False, ""
     told = f"gain {gain:.1%}"
     if len(result.each) > 1:

@@ -29,7 +29,7 @@ from elastic_moe.optimizer.core.estimate import expected_covariance
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links
 from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy, decide
 from elastic_moe.optimizer.residency.memory import WorkerMemory
-from elastic_moe.optimizer.subjects.memory import Remembered, SubjectMemory, Variation, scenarios
+from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, Remembered, SubjectMemory, Variation, scenarios
 
 Counts = npt.NDArray[np.int64]
 Loads = npt.NDArray[np.float64]
@@ -122,7 +122,8 @@ def memory_of_members(facts: Facts) -> tuple[WorkerMemory, ...]:
 def judge(result: PlanResult, *, load: Counts, since_change_s: float | None, policy: Policy | None = None) -> Decision:
     # at least 1.0: if nothing was counted, the gain that `decide` requires is large, but finite
     tokens = max(1.0, float(load.mean()))
-    return decide(result, tokens_per_expert=tokens, since_change_s=since_change_s, policy=policy)
+    share = PRESENT_SHARE if len(result.each) > 1 else 1.0
+    return decide(result, tokens_per_expert=tokens, since_change_s=since_change_s, present_share=share, policy=policy)
 
 
 def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:

@@ -27,6 +27,15 @@ LEAST_EXPECTED = 0.01
 that is divided by its spread."""
 
 
+PRIOR = 0.016
+"""Strength of the prior for a change of subject, with much evidence. Like the other weights, it was set on first halves
+of traces only: the least that keeps plans at the cost of the contiguous placement on other subjects, on average over
+pairs of them (docs/benchmarks/placement.md)."""
+
+PRIOR_REQUESTS = 8.0
+"""Number of requests at which the prior is twice as strong: the fewer were seen, the less they tell what may come."""
+
+
 def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
     """[L, E, E] covariance of a window's loads, from loads of its parts [P, L, E] (requests, or stretches of time).
 
@@ -118,8 +127,29 @@ def expected_covariance(
 
 
 def covariance_of_requests(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
-    """[L, E, E] covariance from the loads of whole requests [P, L, E] and of short runs within them [Q, L, E]."""
-    return drift_covariance(blended_covariance(requests, chunks), requests)
+    """[L, E, E] covariance from the loads of whole requests [P, L, E] and of short runs within them [Q, L, E], with the
+    prior for a change of subject."""
+    loads = np.asarray(requests, dtype=np.float64)
+    seen = drift_covariance(blended_covariance(requests, chunks), requests)
+    return np.asarray(seen + prior_covariance(loads.sum(axis=0), chunks, len(loads)))
+
+
+def prior_covariance(loads: FloatArray, runs: npt.ArrayLike, requests: int) -> FloatArray:
+    """[L, E, E] covariance of loads [L, E] if the subject of the traffic changes, from runs [Q, L, E] of `requests`
+    requests of one subject.
+
+    Between subjects an expert's load deviates by about the root of its load (on the traces at hand: its power 0.3 to
+    0.5), and experts rise and fall together as they do between short runs of one subject: of what one subject shows,
+    that predicts other subjects best (docs/benchmarks/placement.md). It is the stronger the fewer requests there are.
+    """
+    strength = PRIOR * (1 + PRIOR_REQUESTS / max(requests, 1))
+    parts = np.asarray(runs, dtype=np.float64)
+    together = shrunk_covariance(covariance_between_parts(parts), len(parts))
+    spread = np.sqrt(np.einsum("lee->le", together))
+    correlation = together / np.maximum(spread[:, :, None] * spread[:, None, :], 1e-300)
+    # the sum of all squared deviations over expected loads, which is near 1 between subjects, is shared by all experts
+    deviation = np.sqrt(loads * loads.sum(axis=1, keepdims=True) / loads.shape[1])
+    return np.asarray(strength * correlation * (deviation[:, :, None] * deviation[:, None, :]))
 
 
 def blended_covariance(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:

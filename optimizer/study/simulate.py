@@ -25,7 +25,7 @@ from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, TraceError
-from elastic_moe.optimizer.subjects.memory import SubjectMemory, scenarios
+from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, SubjectMemory, scenarios
 from elastic_moe.optimizer.subjects.watch import SubjectWatch
 from elastic_moe.optimizer.trial import Trial, Verdict
 
@@ -197,6 +197,7 @@ class _Run:
             result,
             tokens_per_expert=float(self._window.load(now).mean()),
             since_change_s=None if self._changed_at is None else now - self._changed_at,
+            present_share=PRESENT_SHARE if len(result.each) > 1 else 1.0,
             policy=policy,
         )
 

@@ -39,7 +39,8 @@ class SubjectWatch:
         self._strange: FloatArray | None = None
         """[L, E] counts that were unlike the reference so far."""
         self._in_a_row = 0
-        self._usual = 0.0
+        self._usual = UNLIKE
+        """Unlikeness of the stretches of one subject; learned, from a cautious beginning."""
 
     def look(self, loads: npt.ArrayLike) -> bool:
         """Take the counts [L, E] since the last look. Returns whether the subject has changed; then what was unlike the

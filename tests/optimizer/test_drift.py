@@ -103,6 +103,9 @@ def test_the_rule_tells_a_gain_that_lasts_from_one_on_what_was_seen() -> None:
     assert f"{done.net_gain:.1%} with 1 remembered subjects, {done.seen_gain:.1%} on what was seen" in done.reason
     fleeting = decide(better, tokens_per_expert=1e9, since_change_s=None, policy=Policy(min_gain=done.net_gain + 0.01))
     assert not fleeting.worthwhile, "what only the window shows does not count"
+    half = Policy(min_gain=1.5 * done.net_gain)
+    assert not decide(better, tokens_per_expert=1e9, since_change_s=None, policy=half).worthwhile
+    assert decide(better, tokens_per_expert=1e9, since_change_s=None, present_share=0.5, policy=half).worthwhile
 
 
 def test_the_simulation_gains_under_drift_and_rests_without() -> None:
