@@ -249,7 +249,9 @@ class Planners:
     async def answer(self, command: Solve, facts: Facts) -> list[PlanReady]:
         """Carry out the command to ask a planner. Returns one event, also if the planner failed."""
         try:
-            _, result, decision = await self.solve(command.planner or self._config.planner, facts, self._remembered())
+            # the quick answer is to the present subject alone
+            remembered = [] if command.planner == "relief" else self._remembered()
+            _, result, decision = await self.solve(command.planner or self._config.planner, facts, remembered)
         except CALL_ERRORS as error:
             reason = one_line(error)
             return [PlanReady(ticket=command.ticket, placement=None, worthwhile=False, no_worse=False, reason=reason)]

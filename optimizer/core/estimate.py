@@ -27,10 +27,10 @@ LEAST_EXPECTED = 0.01
 that is divided by its spread."""
 
 
-PRIOR = 0.016
-"""Strength of the prior for a change of subject, with much evidence. Like the other weights, it was set on first halves
-of traces only: the least that keeps plans at the cost of the contiguous placement on other subjects, on average over
-pairs of them (docs/benchmarks/placement.md)."""
+PRIOR = 0.008
+"""Strength of the prior for a change of subject, with much evidence. It is the strongest that leaves plans nine tenths
+of their gain on the subject that they were profiled on; on other subjects they then cost as much as greedy's, on
+average. Set on first halves of traces only (docs/benchmarks/placement.md)."""
 
 PRIOR_REQUESTS = 8.0
 """Number of requests at which the prior is twice as strong: the fewer were seen, the less they tell what may come."""
