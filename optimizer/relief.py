@@ -15,7 +15,7 @@ from elastic_moe.optimizer.core.cost import price_table
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem
 
 RELIEF_SHARE = 0.04
-"""Largest share of all experts that are moved, where no budget of moves is given or it is larger."""
+"""Largest share of all experts that are moved, but for one swap for each layer, where no smaller budget is given."""
 
 MOST_SWAPS_A_LAYER = 8
 
@@ -26,7 +26,7 @@ def relief_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     if current is None or current.workers != problem.workers:
         current = contiguous(problem.num_layers, problem.num_experts, problem.workers)
     start = current.physical_to_logical_map
-    most = int(RELIEF_SHARE * problem.loads.size)
+    most = max(int(RELIEF_SHARE * problem.loads.size), 2 * problem.num_layers)
     most = most if problem.move_budget is None else min(most, problem.move_budget)
     stay_s, swaps = price_table(problem, start).total_s, most // 2
     while swaps > 0:

