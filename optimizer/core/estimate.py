@@ -29,7 +29,7 @@ that is divided by its spread."""
 
 PRIOR = 0.008
 """Strength of the prior for a change of subject, with much evidence. It is the strongest that leaves plans nine tenths
-of their gain on the subject that they were profiled on; on other subjects they then cost as much as greedy's, on
+of their gain on the subject that they were profiled on; on other subjects they then cost no more than greedy's, on
 average. Set on first halves of traces only (docs/benchmarks/placement.md)."""
 
 PRIOR_REQUESTS = 8.0
