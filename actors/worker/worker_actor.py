@@ -1,4 +1,4 @@
-"""WorkerActor: the actor around one worker's data plane (model/worker/data_plane.py). Ray and the node are its business alone.
+"""WorkerActor: the actor around one worker's data plane (model/worker/data_plane.py). Only what Ray needs is here.
 
 Ray's calls are for the control plane; they run side by side in the concurrency group "io". Joining other workers and
 copying experts have groups of their own: a join may hang for long and must not keep a ping waiting, and the threads of
