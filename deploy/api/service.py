@@ -186,7 +186,7 @@ class Service:
         if self._tokenizer_error is not None:
             return Readiness(ready=False, reason="failed", error=self._tokenizer_error)
         if self.draining:
-            return Readiness(ready=False, reason="shutting down")
+            return Readiness(ready=False, reason="it is shutting down: ask again in some seconds")
         state = await self.backend.readiness()
         if state.ready and self._tokenizer is None:
             return Readiness(ready=False, reason="loading the tokenizer")

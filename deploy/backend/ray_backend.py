@@ -87,6 +87,10 @@ class RayBackend:
         if self._gcs is not None:
             self._background.start(self._watch_gcs(self._gcs))
 
+    def expect_service(self) -> None:
+        """From now on requests may wait for the cluster to serve, although it has not done so yet."""
+        self._has_served, self._served_at = True, time.monotonic()
+
     async def end(self) -> None:
         self._background.cancel()
         await self._background.settle()
