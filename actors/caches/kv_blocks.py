@@ -38,9 +38,10 @@ class BlockPool:
 
     A block without references is free. It is *blank*, or it is *idle*: then it has a key, and a request with the same
     tokens can use it again. An idle block is overwritten only if no blank one is left, the least recently used first.
+    Those that a window has passed are overwritten before the others.
     """
 
-    __slots__ = ("_blank", "_blocks", "_idle", "_keys", "_references", "num_blocks")
+    __slots__ = ("_blank", "_blocks", "_idle", "_keys", "_passed", "_references", "num_blocks")
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -48,13 +49,15 @@ class BlockPool:
         """A stack: the block that became blank last is allocated first, as a processor's cache may still hold it."""
         self._idle: dict[int, None] = {}
         """A set in the order in which the blocks became idle."""
+        self._passed: dict[int, None] = {}
+        """The same of those that a window has passed. They are not in `_idle`."""
         self._references = [0] * num_blocks
         self._keys: dict[int, bytes] = {}
         self._blocks: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._blank) + len(self._idle)
+        return len(self._blank) + len(self._idle) + len(self._passed)
 
     @property
     def usage(self) -> float:
@@ -73,7 +76,7 @@ class BlockPool:
         """Take one block to write to; None if none is free."""
         if self._blank:
             block = self._blank.pop()
-        elif self._idle:
+        elif self._idle or self._passed:
             block = self._overwrite()
         else:
             return None
@@ -81,8 +84,9 @@ class BlockPool:
         return block
 
     def _overwrite(self) -> int:
-        block = next(iter(self._idle))
-        del self._idle[block]
+        idle = self._passed or self._idle
+        block = next(iter(idle))
+        del idle[block]
         del self._blocks[self._keys.pop(block)]
         return block
 
@@ -100,6 +104,20 @@ class BlockPool:
             if block in self._keys:
                 del self._blocks[self._keys.pop(block)]
 
+    def retire(self, keys: Iterable[bytes]) -> None:
+        """Let nobody find the blocks with these keys any more."""
+        for key in keys:
+            block = self._blocks.pop(key, None)
+            if block is not None:
+                del self._keys[block]
+                if not self._references[block]:
+                    self._wake(block)
+                    self._blank.append(block)
+
+    def _wake(self, block: int) -> None:
+        self._idle.pop(block, None)
+        self._passed.pop(block, None)
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks with these keys, up to the first key that no block has."""
         found: list[int] = []
@@ -115,24 +133,26 @@ class BlockPool:
         return key in self._blocks
 
     def num_idle(self, blocks: Iterable[int]) -> int:
-        return sum(block in self._idle for block in blocks)
+        return sum(block in self._idle or block in self._passed for block in blocks)
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Add a reference to each of these blocks, which have keys and must not be written to."""
         for block in blocks:
             self._references[block] += 1
-            self._idle.pop(block, None)
+            self._wake(block)
 
-    def free(self, blocks: Sequence[int]) -> None:
+    def free(self, blocks: Sequence[int], *, passed: bool = False) -> None:
         """Remove a reference from each of a sequence's blocks.
 
-        The end of the sequence is overwritten before its beginning, which more requests may share.
+        The end of the sequence is overwritten before its beginning, which more requests may share. `passed`: a window
+        has passed these blocks.
         """
+        idle = self._passed if passed else self._idle
         for block in reversed(blocks):
             self._references[block] -= 1
             if not self._references[block]:
                 if block in self._keys:
-                    self._idle[block] = None
+                    idle[block] = None
                 else:
                     self._blank.append(block)
 
@@ -140,7 +160,8 @@ class BlockPool:
         """Assert that `used` has each block as often as it has references, and that the others are blank or idle."""
         counts = Counter(used)
         assert self._references == [counts[block] for block in range(self.num_blocks)], "a KV block is leaked"
-        assert sorted([*self._blank, *self._idle, *counts]) == list(range(self.num_blocks)), "a free KV block is in use"
-        assert self._idle.keys() <= self._keys.keys()
+        idle = [*self._idle, *self._passed]
+        assert sorted([*self._blank, *idle, *counts]) == list(range(self.num_blocks)), "a free KV block is in use"
+        assert self._keys.keys() >= set(idle)
         assert not self._keys.keys() & set(self._blank)
         assert {block: key for key, block in self._blocks.items()} == self._keys

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_moe.actors.caches.kv_blocks import blocks_for, next_key, root_key
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId
-from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse, WindowBlocks
 from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
+    from elastic_moe.actors.caches.windows import WindowTable
     from elastic_moe.actors.caches.worker_cache import WorkerCache
 
 
@@ -58,6 +59,7 @@ class RunningRequest:
         "stop_token_ids",
         "tail",
         "turn",
+        "window",
     )
 
     def __init__(
@@ -96,6 +98,8 @@ class RunningRequest:
         self.claim: WorkerId | None = None
         """While the request waits for memory: the worker that accepts no later request until this one fits."""
         self.blocks: list[int] = []
+        self.window: WindowTable | None = None
+        """Its blocks in layers with a sliding window while it runs, if the model has any."""
         self.cached_tokens: int | None = None
         """Prompt tokens that the first worker had in its cache; None before the request has run anywhere."""
         self.restore: int | None = None
@@ -223,8 +227,9 @@ class RunningRequest:
             seat=self.row - self.cache.base,
         )
 
-    def run(self, length: int, state: StateUse | None = None) -> Chunk:
+    def run(self, length: int, state: StateUse | None = None, windows: WindowBlocks | None = None) -> Chunk:
         """Put the next `length` tokens into flight. Returns the chunk to send. `state`: what it does with states.
+        `windows`: its blocks in layers with a sliding window.
 
         The request goes on by rule from the token on that the chunk samples, unless it has states.
         """
@@ -242,6 +247,7 @@ class RunningRequest:
             block_ids=tuple(self.blocks[introduced:]) if introduced < len(self.blocks) else (),
             score_from=score_from if score_from < min(started + length, self.num_to_score) else None,
             state=state,
+            windows=windows,
         )
         self.flight.append(chunk)
         rows.started[row] = started + length

@@ -23,7 +23,8 @@ from elastic_moe.actors.caches.kv_blocks import BlockPool, blocks_for
 from elastic_moe.actors.caches.rows import Rows
 from elastic_moe.actors.caches.running_requests import OrderedRequests, RunningRequest
 from elastic_moe.actors.caches.snapshots import SnapshotPool
-from elastic_moe.cluster.messages.epochs import StateRoom
+from elastic_moe.actors.caches.windows import Windows
+from elastic_moe.cluster.messages.epochs import StateRoom, WindowRoom
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk, SavedState, StateUse
 from elastic_moe.cluster.placement import WorkerId
@@ -47,6 +48,8 @@ class WorkerCache:
         "snapshots",
         "state_room",
         "unsteady",
+        "window_room",
+        "windows",
         "worker",
     )
 
@@ -59,15 +62,19 @@ class WorkerCache:
         max_num_seqs: int,
         prefix_caching: bool = True,
         state_room: StateRoom | None = None,
+        window_room: WindowRoom | None = None,
     ) -> None:
         """`rows` is shared by all workers. At most `max_num_seqs` requests run here. `state_room`: None if the model
-        keeps nothing but keys and values."""
+        keeps nothing but keys and values. `window_room`: None if it keeps those of all tokens in every layer."""
         self.worker = worker
         self.block_size = rows.block_size
         self.prefix_caching = prefix_caching
         self.pool = BlockPool(num_kv_blocks)
         self.state_room = state_room
         self.snapshots = SnapshotPool(0 if state_room is None else state_room.snapshots)
+        self.window_room = window_room
+        self.windows = None if window_room is None else Windows(window_room, rows.block_size)
+        """The blocks of layers with a sliding window. `pool` has those of the other layers."""
         self.rows = rows
         self.max_num_seqs = max_num_seqs
         self.base = rows.take_range(max_num_seqs)
@@ -88,6 +95,10 @@ class WorkerCache:
         self.rows.give_range(self.base, self.max_num_seqs)
 
     @property
+    def whole_room(self) -> tuple[int, StateRoom | None, WindowRoom | None]:
+        return self.pool.num_blocks, self.state_room, self.window_room
+
+    @property
     def seats(self) -> float:
         """Most requests whose states the worker has memory for."""
         return math.inf if self.state_room is None else self.state_room.seats
@@ -100,6 +111,8 @@ class WorkerCache:
 
     def can_ever_hold(self, request: RunningRequest) -> bool:
         """Whether the empty cache has room for the request at its longest. The last token is never run."""
+        if self.windows is not None and self.windows.needs(request) > self.windows.pool.num_blocks:
+            return False
         return blocks_for(request.longest - 1, self.block_size) <= self.pool.num_blocks
 
     def cached(self, request: RunningRequest) -> list[int]:
@@ -108,7 +121,23 @@ class WorkerCache:
             return []
         keys = request.keys(request.cacheable(self.block_size), self.block_size)
         found = self.pool.find(keys)
-        return found if self.state_room is None else found[: self.snapshots.longest(keys[: len(found)])]
+        return found[: self._longest(keys[: len(found)])]
+
+    def _longest(self, keys: list[bytes]) -> int:
+        """Number of the first of these keys up to the last one at whose end a request may begin."""
+        while True:
+            count = len(keys)
+            if self.windows is not None:
+                keys = keys[: self.windows.longest(keys)]
+            if self.state_room is not None:
+                keys = keys[: self.snapshots.longest(keys)]
+            if len(keys) == count:
+                return count
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks that are taken, 0..1, of the kind of blocks that is scarcer."""
+        return self.pool.usage if self.windows is None else max(self.pool.usage, self.windows.usage)
 
     def slack(self, request: RunningRequest, cached: Sequence[int]) -> int:
         """Blocks left over if the request ran here and shared `cached`; negative if it does not fit now.
@@ -116,7 +145,8 @@ class WorkerCache:
         Some blocks stay reserved for running requests to grow; otherwise the new request would soon be preempted.
         """
         own = blocks_for(request.length, self.block_size) - len(cached)
-        return self.free_for_new - self.pool.num_idle(cached) - own
+        left = self.free_for_new - self.pool.num_idle(cached) - own
+        return left if self.windows is None else min(left, self.windows.spare - self.windows.needs(request))
 
     @property
     def free_for_new(self) -> int:
@@ -137,6 +167,8 @@ class WorkerCache:
         self.grow(request, self.pool.allocate(blocks_for(length, self.block_size) - len(cached)))
         computed = len(cached) * self.block_size
         self.rows.computed[request.row] = self.rows.started[request.row] = computed
+        if self.windows is not None:
+            self.windows.begin(request, len(cached))
         if request.cached_tokens is None:
             request.cached_tokens = min(computed, request.num_prompt_tokens)
         else:
@@ -163,11 +195,23 @@ class WorkerCache:
     def run(self, request: RunningRequest, length: int) -> Chunk:
         """Put the request's next `length` tokens into flight."""
         before = request.remaining
-        chunk = request.run(length, None if self.state_room is None else self._use_states(request, length))
+        windows = None if self.windows is None else self.windows.run(request, length)
+        chunk = request.run(length, None if self.state_room is None else self._use_states(request, length), windows)
         if request.steady:
             self.unsteady.discard(request)
         self.backlog += request.remaining - before
         return chunk
+
+    def room(self, request: RunningRequest) -> float:
+        """Tokens of its prompt that the request has room for now. At least one, if none of them is in flight."""
+        return math.inf if self.windows is None else self.windows.room(request)
+
+    def grow_window(self, request: RunningRequest) -> None:
+        """Get the block for the newest token of a request that goes on by rule, in layers with a sliding window."""
+        assert self.windows is not None
+        # before the window passes them
+        self.publish(request)
+        self.windows.grow(request)
 
     def _use_states(self, request: RunningRequest, length: int) -> StateUse:
         begin, end = request.started, request.started + length
@@ -191,6 +235,8 @@ class WorkerCache:
         self._give_back(request)
         request.cut()
         self.unsteady.add(request)
+        if self.windows is not None:
+            self.windows.cut(request)
 
     def _give_back(self, request: RunningRequest) -> None:
         """Give back the places of snapshots that steps in flight write to."""
@@ -210,6 +256,9 @@ class WorkerCache:
             request.land_but_last()
             self.unsteady.add(request)
             self.publish(request)
+            if self.windows is not None:
+                self.windows.slide(request)
+                self.windows.cut(request)
         else:
             self._cut(request)
         self.backlog += request.remaining - before
@@ -220,6 +269,8 @@ class WorkerCache:
         chunk = request.flight[0] if request.flight else None
         request.land()
         self.publish(request)
+        if self.windows is not None:
+            self.windows.slide(request)
         if chunk is not None and chunk.state is not None:
             self._land_states(request, chunk)
 
@@ -231,6 +282,8 @@ class WorkerCache:
             keys = request.keys(full, self.block_size, first)
             for block, key in zip(request.blocks[first:full], keys, strict=True):
                 self.pool.publish(block, key)
+            if self.windows is not None:
+                self.windows.publish(request, first, keys)
 
     def _land_states(self, request: RunningRequest, chunk: Chunk) -> None:
         self._unpin(request)
@@ -251,9 +304,11 @@ class WorkerCache:
     def unshare(self, request: RunningRequest) -> None:
         """Make sure that no other request uses what this one has computed."""
         self.pool.forget(request.blocks)
-        if self.state_room is not None:
-            for key in request.keys(request.computed // self.block_size, self.block_size):
-                self.snapshots.retire(key)
+        keys = request.keys(request.computed // self.block_size, self.block_size)
+        if self.windows is not None:
+            self.windows.pool.retire(keys)
+        for key in keys:
+            self.snapshots.retire(key)
 
     def drop(self, request: RunningRequest, *, spoilt: bool = False) -> None:
         """Take the request and its blocks off this worker. The request keeps its tokens and loses what it computed.
@@ -269,6 +324,8 @@ class WorkerCache:
         self.unsteady.discard(request)
         self.backlog -= request.remaining
         self.pool.free(request.blocks)
+        if self.windows is not None:
+            self.windows.end(request)
         self.forget.append(request.request_id)
         self._give_back(request)
         self._unpin(request)
@@ -290,6 +347,8 @@ class WorkerCache:
         arrivals = [request.arrival for request in items]
         assert arrivals == sorted(set(arrivals)), "running sequences are out of order"
         self.pool.validate(block for request in items for block in request.blocks)
+        if self.windows is not None:
+            self.windows.validate(items)
         assert self.backlog == sum(request.remaining for request in items)
         self.snapshots.validate(
             pinned=[request.restore for request in items if request.restore is not None],

@@ -10,7 +10,7 @@ from elastic_moe.actors.caches.rows import Indices, Rows
 from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.messages.epochs import StateRoom
+from elastic_moe.cluster.messages.epochs import StateRoom, WindowRoom
 from elastic_moe.cluster.placement import WorkerId
 
 
@@ -27,16 +27,19 @@ class WorkerCaches:
         """The first row of each worker."""
 
     def replace(
-        self, workers: Mapping[WorkerId, int], state_rooms: Mapping[WorkerId, StateRoom]
+        self,
+        workers: Mapping[WorkerId, int],
+        state_rooms: Mapping[WorkerId, StateRoom],
+        window_rooms: Mapping[WorkerId, WindowRoom],
     ) -> list[RunningRequest]:
-        """Set the workers, with their numbers of KV blocks and their room for states, in rank order. Returns the
-        requests that have lost their worker.
+        """Set the workers, with their numbers of KV blocks and their room for states and windows, in rank order.
+        Returns the requests that have lost their worker.
 
-        A worker with another number of blocks or room for states than before counts as a new worker.
+        A worker with room for more or less than before counts as a new worker.
         """
-        rooms = {worker: (blocks, state_rooms.get(worker)) for worker, blocks in workers.items()}
+        rooms = {worker: (n, state_rooms.get(worker), window_rooms.get(worker)) for worker, n in workers.items()}
         old, self.by_worker = self.by_worker, {}
-        kept = {worker: c for worker, c in old.items() if rooms.get(worker) == (c.pool.num_blocks, c.state_room)}
+        kept = {worker: c for worker, c in old.items() if rooms.get(worker) == c.whole_room}
         homeless: list[RunningRequest] = []
         gone = [cache for worker, cache in old.items() if worker not in kept]
         for cache in gone:
@@ -45,7 +48,7 @@ class WorkerCaches:
                 homeless.append(request)
         for cache in gone:
             cache.close()
-        for worker, (blocks, state_room) in rooms.items():
+        for worker, (blocks, state_room, window_room) in rooms.items():
             self.by_worker[worker] = kept.get(worker) or WorkerCache(
                 worker,
                 blocks,
@@ -53,6 +56,7 @@ class WorkerCaches:
                 max_num_seqs=self._max_num_seqs,
                 prefix_caching=self._prefix_caching,
                 state_room=state_room,
+                window_room=window_room,
             )
         self._bases = np.array([cache.base for cache in self.by_worker.values()], dtype=np.intp)
         return homeless

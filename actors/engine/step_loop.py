@@ -342,6 +342,7 @@ class StepLoop:
         moved = self._scheduler.set_workers(
             {worker: info.num_kv_blocks for worker, info in members.items()},
             {worker: info.state_room for worker, info in members.items() if info.state_room is not None},
+            {worker: info.window_room for worker, info in members.items() if info.window_room is not None},
         )
         flip.done.set_result(moved)
 

@@ -73,11 +73,12 @@ class Part:
         self.decodes += count
 
     def prefill(self, request: RunningRequest) -> None:
-        """Run as much of the request's prompt as there is room for. There must be room for at least one token."""
-        length = min(request.remaining, self.room)
-        self.prefill_budget -= length
-        self.prompts += length
-        self._run(request, length)
+        """Run as much of the request's prompt as there is room for."""
+        length = int(min(request.remaining, self.room, self.cache.room(request)))
+        if length > 0:
+            self.prefill_budget -= length
+            self.prompts += length
+            self._run(request, length)
 
     def _run(self, request: RunningRequest, length: int) -> None:
         self.work.append((request, self.cache.run(request, length)))
@@ -136,6 +137,8 @@ class _Takers:
         """[W] blocks that a new request may take."""
         self._load = np.zeros(len(parts))
         """[W] the worker's work, in tokens. A full KV cache counts as a whole step."""
+        self._windows = None if not parts or parts[0].cache.windows is None else np.zeros(len(parts), dtype=np.int64)
+        """[W] blocks of layers with a sliding window that a new request may take; None without such layers."""
         for number in range(len(parts)):
             self._look(number)
 
@@ -144,7 +147,9 @@ class _Takers:
         cache = part.cache
         self.open[number] = part.room > 0 and cache.has_seat(self._max_num_seqs)
         self._free[number] = cache.free_for_new
-        running = RUNNING_TOKENS * len(cache.running) + self._step_tokens * cache.pool.usage
+        if self._windows is not None and cache.windows is not None:
+            self._windows[number] = cache.windows.spare
+        running = RUNNING_TOKENS * len(cache.running) + self._step_tokens * cache.usage
         self._load[number] = cache.backlog + running
 
     def claimed(self, worker: WorkerId) -> None:
@@ -167,6 +172,9 @@ class _Takers:
             for number, blocks in cached.items():
                 slack[number] += len(blocks) - self._parts[number].cache.pool.num_idle(blocks)
                 load[number] -= len(blocks) * block_size
+        windows = self._parts[0].cache.windows
+        if self._windows is not None and windows is not None:
+            slack = np.minimum(slack, self._windows - windows.needs(request))
         fitting = self.open & able & (slack >= 0)
         if fitting.any():
             taker = int(np.where(fitting, load, np.inf).argmin())

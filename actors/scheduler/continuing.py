@@ -16,6 +16,7 @@ from elastic_moe.actors.caches.rows import Indices, Rows
 from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.caches.worker_caches import WorkerCaches
 from elastic_moe.actors.scheduler.admission import Part
+from elastic_moe.actors.scheduler.flights import Grown
 from elastic_moe.actors.scheduler.request_book import RequestBook
 from elastic_moe.cluster.placement import WorkerId
 
@@ -58,9 +59,7 @@ class Continuing:
         others = {worker: cache.unsteady_in_order() for worker, cache in caches.items() if cache.unsteady}
         return Candidates(rows=self._rows.ready(), others=others)
 
-    def run(
-        self, candidates: Candidates, parts: Mapping[WorkerId, Part]
-    ) -> tuple[Indices, Mapping[WorkerId, Sequence[int]]]:
+    def run(self, candidates: Candidates, parts: Mapping[WorkerId, Part]) -> tuple[Indices, Mapping[WorkerId, Grown]]:
         """Put what goes on into `parts`. Returns the rows that run, and the blocks that workers must be told of, as in
         Decoding."""
         rows, grown = self._run_rows(candidates, parts)
@@ -70,7 +69,7 @@ class Continuing:
 
     def _run_rows(
         self, candidates: Candidates, parts: Mapping[WorkerId, Part]
-    ) -> tuple[Indices, dict[WorkerId, list[int]]]:
+    ) -> tuple[Indices, dict[WorkerId, Grown]]:
         """Run the next token of the rows, as far as there is room."""
         columns = self._rows
         rows = self._within_budget(candidates)
@@ -84,11 +83,10 @@ class Continuing:
             # a preempted request needs nothing, and another may have got its block
             grown = [request for request in grown if request.cache is not None]
         columns.run(rows)
-        told: dict[WorkerId, list[int]] = {}
+        told: dict[WorkerId, Grown] = {}
         for request in grown:
             if (cache := request.cache) is not None:
-                blocks = request.blocks
-                told.setdefault(cache.worker, []).extend((request.row - cache.base, len(blocks) - 1, blocks[-1]))
+                told.setdefault(cache.worker, Grown()).add(cache, request)
         for worker, (begin, end) in self._caches.bounds(rows).items():
             parts[worker].decode_rows(end - begin)
         return rows, told
@@ -122,6 +120,9 @@ class Continuing:
                 else:
                     request.blocks.append(block)
         seated = [request for request in needy if request.cache is not None]
+        for request in seated:
+            if request.window is not None and request.cache is not None:
+                request.cache.grow_window(request)
         room = [len(request.blocks) * self._block_size for request in seated]
         self._rows.room[[request.row for request in seated]] = room
         return seated

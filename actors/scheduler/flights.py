@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -21,6 +21,21 @@ from elastic_moe.cluster.placement import WorkerId
 
 UNCHANGED = Decoding()
 """What a worker is told whose rows just go on."""
+
+
+@dataclass(slots=True)
+class Grown:
+    """The blocks that one worker must be told of in a step, as in Decoding."""
+
+    blocks: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+
+    def add(self, cache: WorkerCache, request: RunningRequest) -> None:
+        """Add the last block of a request."""
+        seat, number = request.row - cache.base, len(request.blocks) - 1
+        self.blocks += (seat, number, request.blocks[-1])
+        if request.window is not None:
+            self.windows += (seat, number, request.window.blocks[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +71,23 @@ class Flight:
             names = tuple(map(columns.names.__getitem__, rows.tolist()))
         return cls(step=step, parts=parts, rows=rows, marks=marks, names=names, bounds=bounds)
 
-    def decoding(self, cache: WorkerCache, last: Flight | None, grown: Sequence[int], known: Column) -> Decoding:
+    def decoding(self, cache: WorkerCache, last: Flight | None, grown: Grown | None, known: Column) -> Decoding:
         """What to tell a worker of its rows in this step. `last`: the step before, if the worker can go on from it.
         `grown` as in Decoding. `known`: the column of that name in Rows, where the rows have been run."""
         begin, end = self.bounds[cache.worker]
         rows = self.rows[begin:end]
-        told = column_of(grown) if grown else b""
+        blocks, windows = (b"", b"") if grown is None else (column_of(grown.blocks), column_of(grown.windows))
         if last is not None:
             before, after = last.bounds[cache.worker]
             same = last.names is self.names or np.array_equal(last.rows[before:after], rows)
             if end - begin == after - before and same:
-                return Decoding(grown=told) if told else UNCHANGED
+                return UNCHANGED if grown is None else Decoding(grown=blocks, grown_windows=windows)
         # the columns already have the token that this step will sample
         return Decoding(
-            seats=(rows - cache.base).astype(np.int32).tobytes(), known=(known[rows] - 1).tobytes(), grown=told
+            seats=(rows - cache.base).astype(np.int32).tobytes(),
+            known=(known[rows] - 1).tobytes(),
+            grown=blocks,
+            grown_windows=windows,
         )
 
     @property

@@ -26,7 +26,7 @@ again in the next step that is made, and nobody waits for it.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from elastic_moe.actors.caches.kv_blocks import blocks_for
@@ -34,11 +34,11 @@ from elastic_moe.actors.caches.rows import Rows
 from elastic_moe.actors.caches.worker_caches import WorkerCaches
 from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shortest_served
 from elastic_moe.actors.scheduler.continuing import Candidates, Continuing
-from elastic_moe.actors.scheduler.flights import UNCHANGED, Answers, Flight, StepOutputs, output
+from elastic_moe.actors.scheduler.flights import UNCHANGED, Answers, Flight, Grown, StepOutputs, output
 from elastic_moe.actors.scheduler.landing import Landing
 from elastic_moe.actors.scheduler.prefill_pace import PrefillPace
 from elastic_moe.actors.scheduler.request_book import RequestBook
-from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
+from elastic_moe.cluster.messages.epochs import Epoch, StateRoom, WindowRoom
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.cluster.messages.steps import Chunk, StepPlan, StepResult
 from elastic_moe.cluster.messages.views import EngineStatus
@@ -67,9 +67,10 @@ class Scheduler:
         rope_limits: Collection[int] = (),
         rope_growth_limit: int | None = None,
         state_rooms: Mapping[WorkerId, StateRoom] | None = None,
+        window_rooms: Mapping[WorkerId, WindowRoom] | None = None,
     ) -> None:
-        """`workers`: KV blocks of each, in rank order. `state_rooms` as in `set_workers`. `max_num_seqs` and
-        `max_num_batched_tokens` are per worker.
+        """`workers`: KV blocks of each, in rank order. `state_rooms` and `window_rooms` as in `set_workers`.
+        `max_num_seqs` and `max_num_batched_tokens` are per worker.
 
         `max_num_prefill_tokens`, per worker too, bounds prompts in steps that also decode; so does `pace`, by the time
         that steps take. `rope_limits` and `rope_growth_limit` as in ModelInfo.
@@ -101,7 +102,7 @@ class Scheduler:
         self._last: Flight | None = None
         """The step from which workers can go on by rule, if there is one."""
         self._epoch = self._steps = self._prefix_queries = self._prefix_hits = 0
-        self.set_workers(workers, state_rooms or {})
+        self.set_workers(workers, state_rooms or {}, window_rooms or {})
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class Scheduler:
             self._book.replace(victim, request)
 
     def _plans(
-        self, flight: Flight, last: Flight | None, epoch: Epoch, grown: Mapping[WorkerId, Sequence[int]]
+        self, flight: Flight, last: Flight | None, epoch: Epoch, grown: Mapping[WorkerId, Grown]
     ) -> dict[WorkerId, StepPlan]:
         """`last` and `grown` as in `Flight.decoding`."""
         tokens_per_rank = tuple(self._max_num_batched_tokens - part.budget for part in flight.parts.values())
@@ -183,7 +184,7 @@ class Scheduler:
         plans = {}
         for worker, part in flight.parts.items():
             part.forget, part.cache.forget = tuple(part.cache.forget), []
-            decoding = flight.decoding(part.cache, last, grown.get(worker, ()), self._rows.known)
+            decoding = flight.decoding(part.cache, last, grown.get(worker), self._rows.known)
             if not part.work and not part.forget and decoding is UNCHANGED:
                 # one plan for all workers that just go on, which is encoded once
                 plans[worker] = silent
@@ -234,17 +235,20 @@ class Scheduler:
     # --- Membership ---------------------------------------------------------------------------------------------
 
     def set_workers(
-        self, workers: Mapping[WorkerId, int], state_rooms: Mapping[WorkerId, StateRoom] = MappingProxyType({})
+        self,
+        workers: Mapping[WorkerId, int],
+        state_rooms: Mapping[WorkerId, StateRoom] = MappingProxyType({}),
+        window_rooms: Mapping[WorkerId, WindowRoom] = MappingProxyType({}),
     ) -> int:
         """Set the workers from the next step on, with their numbers of KV blocks, in rank order.
 
-        `state_rooms` has the workers whose model keeps states. Requests whose worker is gone return to the queue with
-        all their tokens; the number of these requests is returned. A worker with another number of blocks or room for
-        states than before counts as a new worker. A worker that restarted under its old name must be left out of one
-        call first.
+        `state_rooms` has the workers whose model keeps states, and `window_rooms` those whose model has layers with a
+        sliding window. Requests whose worker is gone return to the queue with all their tokens; the number of these
+        requests is returned. A worker with room for more or less than before counts as a new worker. A worker that
+        restarted under its old name must be left out of one call first.
         """
         assert not self._flights, "the membership changes between steps"
-        homeless = self._caches.replace(workers, state_rooms)
+        homeless = self._caches.replace(workers, state_rooms, window_rooms)
         for request in homeless:
             self._book.waiting.put_back(request)
         self._last = None
@@ -267,7 +271,7 @@ class Scheduler:
         return EngineStatus(
             running={worker: len(cache.running) for worker, cache in caches.items()},
             waiting=len(self._book.waiting),
-            kv_usage={worker: cache.pool.usage for worker, cache in caches.items()},
+            kv_usage={worker: cache.usage for worker, cache in caches.items()},
             steps=self._steps,
             preemptions=self._book.preemptions,
             corrupted_requests=self._landing.corrupted,

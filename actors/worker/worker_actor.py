@@ -107,6 +107,7 @@ class WorkerActor:
             num_kv_blocks=blocks,
             memory_bytes=held_bytes,
             state_room=loaded.state_room,
+            window_room=loaded.window_room,
             expert_capacity=loaded.capacity,
             held=worker.held(),
             host_capacity=loaded.host.capacity,

@@ -137,6 +137,24 @@ class StateRoom:
     """Most snapshots of states, from which a sequence with the same beginning may go on."""
 
 
+def window_blocks(tokens: int, *, steps_in_flight: int, block_size: int) -> int:
+    """Most blocks that a sequence holds in layers with a window of `tokens`, unless a chunk of its prompt is in flight.
+
+    They hold the window, tokens in flight on both sides of it, and a block that has just been begun.
+    """
+    return 1 + -(-(tokens + 2 * steps_in_flight) // block_size) + -(-steps_in_flight // block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowRoom:
+    """What a worker's memory holds of layers with a sliding window, whose blocks are a pool of their own."""
+
+    tokens: int
+    """Last tokens that such a layer attends to, the newest one included."""
+    blocks: int
+    steps_in_flight: int = STEPS_IN_FLIGHT
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """What a worker reports once it has loaded."""
@@ -149,10 +167,13 @@ class WorkerInfo:
     pid: int
     device: str
     num_kv_blocks: int
+    """Blocks for the layers that keep all tokens."""
     memory_bytes: int
     """Bytes of weights, KV cache and states."""
     state_room: StateRoom | None = None
     """None if the model keeps nothing but keys and values."""
+    window_room: WindowRoom | None = None
+    """None if every layer keeps the keys and values of all tokens."""
     expert_capacity: int | None = None
     """Number of experts that fit in this worker's device, over all layers, including those it holds and the cache area;
     None: no limit."""

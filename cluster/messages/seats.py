@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from elastic_moe.cluster.messages.columns import NO_TOKEN, column_of, integers
 from elastic_moe.cluster.messages.requests import RequestId
-from elastic_moe.cluster.messages.steps import Chunk, Decoding, NewSequence, Sample, StepPlan
+from elastic_moe.cluster.messages.steps import Chunk, Decoding, NewSequence, Sample, StepPlan, WindowBlocks
 
 
 class Seats:
@@ -56,10 +56,7 @@ class Seats:
             self._known = [known + 1 for known in self._known]
         else:
             self._decoding, self._known = integers(decoding.seats), integers(decoding.known)
-        grown = integers(decoding.grown)
-        blocks = {
-            seat: (number, block) for seat, number, block in zip(grown[::3], grown[1::3], grown[2::3], strict=True)
-        }
+        blocks, windows = _by_seat(decoding.grown), _by_seat(decoding.grown_windows)
         for seat, known in zip(self._decoding, self._known, strict=True):
             ids: tuple[int, ...] = ()
             offset = self._num_blocks[seat]
@@ -74,6 +71,7 @@ class Seats:
                 known=known,
                 block_offset=offset,
                 block_ids=ids,
+                windows=WindowBlocks(first=windows[seat][0], ids=windows[seat][1:]) if seat in windows else None,
             )
 
     def packed(self, samples: Iterable[Sample]) -> tuple[bytes, tuple[Sample, ...]]:
@@ -88,3 +86,37 @@ class Seats:
                 tokens.append(sample.token_id)
                 del rest[sample.request_id]
         return column_of(tokens), tuple(rest.values())
+
+
+class LiveBlocks:
+    """A worker's record of a sequence's blocks in the layers with a sliding window: those that may still be read."""
+
+    __slots__ = ("first", "ids")
+
+    def __init__(self) -> None:
+        self.first = 0
+        """Number of the first of these blocks in the sequence."""
+        self.ids: list[int] = []
+
+    def put(self, told: WindowBlocks) -> None:
+        """Blocks that a plan tells. Before them, blocks are kept only if none is missing in between."""
+        if self.first <= told.first <= self.first + len(self.ids):
+            self.ids[told.first - self.first :] = told.ids
+        else:
+            self.first, self.ids = told.first, list(told.ids)
+
+    def drop_before(self, first: int) -> None:
+        """Forget the blocks before number `first`, which no step reads any more unless a plan tells them again."""
+        if first > self.first:
+            del self.ids[: first - self.first]
+            self.first = first
+
+
+def _by_seat(grown: bytes) -> dict[int, tuple[int, int]]:
+    """Seat -> number of a new block in its sequence, and block id."""
+    if not grown:
+        return {}
+    numbers = integers(grown)
+    return {
+        seat: (number, block) for seat, number, block in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    }

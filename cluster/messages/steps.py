@@ -53,6 +53,16 @@ class StateUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WindowBlocks:
+    """Blocks of a sequence in the layers with a sliding window. The numbers are those of its other blocks."""
+
+    first: int
+    """Number of the first of these blocks in the sequence."""
+    ids: tuple[int, ...]
+    """Block ids from there on. Those before are unchanged, as far as the window still reaches them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Tokens of one sequence to run in this step: positions start .. start + length - 1.
 
@@ -73,6 +83,8 @@ class Chunk:
     none."""
     state: StateUse | None = None
     """None in a model without such states."""
+    windows: WindowBlocks | None = None
+    """None if there are no new blocks, and in a model that has no layers with a sliding window."""
 
     @property
     def samples(self) -> bool:
@@ -93,6 +105,8 @@ class Decoding:
     """[n] tokens of each before this step; empty where `seats` is None: one more than in the plan before."""
     grown: bytes = b""
     """[3 g] seat, number of a block in its sequence, and block id, for each new block. Blocks before are unchanged."""
+    grown_windows: bytes = b""
+    """The same of the layers with a sliding window, if the model has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ class FittedLayer:
             return self._original(hidden_states, *args, **kwargs)
         cosines, sines = embeddings
         sum_TH, normed_TH = self.block(
-            batch.fused,
+            batch.of(self.attention_layer).fused,
             batch.cache.stores(self.attention_layer),
             hidden_states[0],
             cosines[0],

@@ -53,17 +53,19 @@ def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence
             return "the layers differ in experts per token or in their heads' size"
         if not _one_after_another(trunk, parent, name, len(layers)):
             return "the trunk does more between its layers than hand on what the one before has made"
-    setattr(parent, name, nn.ModuleList([_LayerRun(layers, JointLayers(parts))]))
+    setattr(parent, name, nn.ModuleList([_LayerRun(layers, JointLayers(parts), parts[0].attention_layer)]))
     return None
 
 
 class _LayerRun(nn.Module):
     """All decoder layers of a trunk. It runs them in one native call, or one after the other for other inputs."""
 
-    def __init__(self, layers: Sequence[nn.Module], joint: JointLayers) -> None:
+    def __init__(self, layers: Sequence[nn.Module], joint: JointLayers, first: int) -> None:
+        """`first`: number of the first layer in the KV cache. All layers get the same mask, and so the same blocks."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._joint = joint
+        self._first = first
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         batch: Any = current_batch()
@@ -79,7 +81,7 @@ class _LayerRun(nn.Module):
                 hidden_states = layer(hidden_states, **kwargs)
             return hidden_states
         out_TH, index_LTK = self._joint(
-            batch.fused,
+            batch.of(self._first).fused,
             batch.cache,
             dispatcher.joint,
             hidden_states[0],

@@ -15,6 +15,8 @@ from torch import Tensor
 
 TILE = 16
 """Tokens in a tile of the cache. A block consists of whole tiles."""
+CHUNK = 256
+"""Keys that are taken at a time, from multiples of this number on (`kKeys` in attention.cpp)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from elastic_moe.cluster.messages.seats import LiveBlocks
 from elastic_moe.model.native.attention import NativeBatch, Rules
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.trunk.attention_path import KVShape
@@ -46,6 +47,8 @@ class SequenceSlice:
     """The sequence's block table from its first block up to at least its last token of this step."""
     prompt_length: int
     """Tokens of the sequence's prompt. Length-dependent rotary embeddings depend on it."""
+    windows: LiveBlocks | None = None
+    """Its blocks in layers with a sliding window; None: the same as in the other layers."""
     wants_logits: bool = True
     """Whether logits of the last token are needed."""
 
@@ -90,13 +93,15 @@ class StepBatch:
     """
     decodes: list[_DecodeGroup]
     prefills: list[Prefill]
-    pieces: list[Piece]
+    pieces: Sequence[Piece]
     """The sequences, whose tokens follow one another in the step."""
     device: torch.device
     fused: NativeBatch | FlashBatch | None = None
     """If set, one call computes attention for all sequences, and the fields above are empty."""
     dispatcher: Any = None
     """The dispatcher of the step, for layers that run in one call (model/fitting/whole_stack.py)."""
+    windowed: StepBatch | None = None
+    """The same sequences for the layers of `cache.windows`, if there are such layers and others."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Additive masks of decode groups, by (group, window). They are the same for every layer."""
     splits: dict[int, tuple[list[Prefill], Tensor | None]] = field(default_factory=dict)
@@ -106,8 +111,19 @@ class StepBatch:
 
     @classmethod
     def build(cls, slices: Sequence[SequenceSlice], cache: KVCache, device: torch.device) -> StepBatch:
-        size = cache.block_size
         pieces = [(piece.start, piece.end, piece.block_ids) for piece in slices]
+        if cache.windows is None:
+            return cls._of_pieces(pieces, cache, device)
+        windowed = cls._of_pieces([_seen(piece, cache) for piece in slices], cache, device)
+        if cache.only_windows:
+            return windowed
+        batch = cls._of_pieces(pieces, cache, device)
+        batch.windowed = windowed
+        return batch
+
+    @classmethod
+    def _of_pieces(cls, pieces: Sequence[Piece], cache: KVCache, device: torch.device) -> StepBatch:
+        size = cache.block_size
         fused: NativeBatch | FlashBatch | None = None
         if cache.path.lib is not None:
             fused = NativeBatch(cache.path.lib, pieces, block_size=size)
@@ -146,6 +162,11 @@ class StepBatch:
             device=device,
             fused=fused,
         )
+
+    def of(self, layer: int) -> StepBatch:
+        """The batch as a layer sees it."""
+        windows = self.cache.windows
+        return self if self.windowed is None or windows is None or layer not in windows.layers else self.windowed
 
     @property
     def places(self) -> Tensor:
@@ -198,6 +219,14 @@ class StepBatch:
         return mask
 
 
+def _seen(piece: SequenceSlice, cache: KVCache) -> Piece:
+    """The sequence as layers with a window see it."""
+    assert cache.windows is not None
+    blocks = piece.windows
+    first, ids = (0, piece.block_ids) if blocks is None else (blocks.first, blocks.ids)
+    return cache.windows.seen(piece.start, piece.end, first, ids, cache.block_size)
+
+
 def _rows(pieces: Sequence[Piece]) -> Iterator[tuple[int, Piece]]:
     """Each sequence with the number of its first row in the step."""
     return zip(accumulate((end - start for start, end, _ in pieces), initial=0), pieces, strict=False)
@@ -245,9 +274,13 @@ class ShapeProbe:
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
 
-    def record(self, layer: int, key: Tensor, value: Tensor, softcap: float | None) -> None:
+    def record(self, layer: int, key: Tensor, value: Tensor, softcap: float | None, window: int | None) -> None:
         self.shapes[layer] = KVShape(
-            num_heads=key.shape[1], key_size=key.shape[3], value_size=value.shape[3], softcap=softcap is not None
+            num_heads=key.shape[1],
+            key_size=key.shape[3],
+            value_size=value.shape[3],
+            softcap=softcap is not None,
+            window=window,
         )
 
 
@@ -320,16 +353,17 @@ def paged_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     batch = _current.get()
     latent: Latents | None = getattr(module, LATENTS, None)
+    window = None if attention_mask is None else attention_mask.size
     if isinstance(batch, ShapeProbe):
         size = value.shape[3] if latent is None else latent.value_size
-        batch.record(layer, key, value, softcap)
+        batch.record(layer, key, value, softcap, window)
         return query.new_zeros(1, query.shape[2], query.shape[1], size), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = None if attention_mask is None else attention_mask.size
     rules = Rules(scale=scale, window=window, softcap=softcap, sinks=s_aux)
     if latent is not None:
         return latent.attend(batch, layer, query[0], key[0, 0], value[0, 0], rules, indices or {})[None], None
     assert not indices, "only layers whose latents are cached attend to chosen keys"
+    batch = batch.of(layer)
     if batch.fused is not None:
         return batch.fused.attend(batch.cache.stores(layer), query[0], key[0], value[0], rules)[None], None
     return attend(batch, layer, query[0], key[0], value[0], rules)[None], None

@@ -19,6 +19,8 @@ class KVShape:
     value_size: int
     softcap: bool = False
     """Whether the layer bounds its scores by a soft-cap, which not all kernels can do."""
+    window: int | None = None
+    """Last tokens that the layer attends to; None if it attends to all earlier ones."""
     latent: bool = False
     """Whether the key's first `value_size` numbers are the value, so that keys alone are stored (latent.py)."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from elastic_moe.model.native.attention import unpack_latents
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape
+from elastic_moe.model.trunk.windows import WindowGroup
 
 
 class KVCache:
@@ -36,25 +37,33 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         path: AttentionPath = MATMUL,
+        windows: WindowGroup | None = None,
+        num_window_blocks: int = 0,
     ) -> None:
-        """`path` says which code computes attention. The blocks have the layout for that code."""
+        """`path` says which code computes attention. The blocks have the layout for that code. The layers of `windows`
+        have `num_window_blocks` blocks, which are numbered apart from those of the other layers."""
         self.path = path
+        self.windows = windows
+        windowed = frozenset[int]() if windows is None else windows.layers
+        self.only_windows = windowed >= shapes.keys()
+        """Whether all layers are layers of `windows`."""
         self.num_blocks = num_blocks
         self.block_size = block_size
 
-        def blocks(heads: int, size: int, plain: bool = False) -> Tensor:
+        def blocks(layer: int, heads: int, size: int, plain: bool = False) -> Tensor:
             # memory is zeroed, since masked keys must be finite
-            shape = (heads, num_blocks, block_size, size)
+            number = num_window_blocks if layer in windowed else num_blocks
+            shape = (heads, number, block_size, size)
             if path.varlen is not None and not plain:
-                shape = (num_blocks, block_size, heads, size)
+                shape = (number, block_size, heads, size)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             return _untouched(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
         # FlashAttention reads no latents, and no keys that have no value: those of indexers
         plain = {layer: s.latent or not s.value_size for layer, s in shapes.items()}
-        self._keys = {layer: blocks(s.num_heads, s.key_size, plain[layer]) for layer, s in shapes.items()}
-        self._values = {layer: blocks(s.num_heads, s.value_size) for layer, s in shapes.items() if not s.latent}
+        self._keys = {layer: blocks(layer, s.num_heads, s.key_size, plain[layer]) for layer, s in shapes.items()}
+        self._values = {layer: blocks(layer, s.num_heads, s.value_size) for layer, s in shapes.items() if not s.latent}
         self._latents = {layer: s.value_size for layer, s in shapes.items() if s.latent}
         """Layers of latents, with the numbers of a key that are its value."""
 

@@ -23,6 +23,7 @@ from elastic_moe.cluster.messages.epochs import (
     RoutingCounts,
     StateRoom,
     TierCounts,
+    WindowRoom,
     WorkerSpec,
 )
 from elastic_moe.cluster.messages.requests import Endpoint, RequestId
@@ -89,7 +90,13 @@ class DataPlane:
             host_capacity=loaded.host.capacity,
             host_rates=loaded.host.rates,
         )
-        self._sequences = Sequences(loaded.grammars, loaded.states, torch.device(self.spec.model.device))
+        self._sequences = Sequences(
+            loaded.grammars,
+            loaded.states,
+            torch.device(self.spec.model.device),
+            windows=loaded.windows,
+            block_size=self.spec.block_size,
+        )
         self._counter = RoutingCounter(loaded.memory.info.num_layers, loaded.memory.info.num_logical_experts)
         return loaded.cache.num_blocks, loaded.nbytes
 
@@ -105,6 +112,11 @@ class DataPlane:
     def state_room(self) -> StateRoom | None:
         """None if the model keeps nothing but keys and values."""
         return self.loaded.state_room
+
+    @property
+    def window_room(self) -> WindowRoom | None:
+        """None if every layer keeps the keys and values of all tokens."""
+        return self.loaded.window_room
 
     @property
     def capacity(self) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from elastic_moe.cluster.errors import CheckpointError
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import FitReport
-from elastic_moe.cluster.messages.epochs import StateRoom, WorkerSpec
+from elastic_moe.cluster.messages.epochs import StateRoom, WindowRoom, WorkerSpec
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
 from elastic_moe.model.experts.store import ExpertStore
@@ -24,6 +24,7 @@ from elastic_moe.model.native import unavailable
 from elastic_moe.model.states.store import StateStore
 from elastic_moe.model.tiers.rates import ASSUMED_BYTES_PER_S, HostRates, host_rates, read_rate
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.windows import WindowGroup
 from elastic_moe.model.worker.expert_sources import CheckpointExperts
 from elastic_moe.model.worker.memory import WorkerMemory
 from elastic_moe.model.worker.runner import ModelRunner
@@ -57,6 +58,10 @@ class LoadedModel:
     states: StateStore | None
     state_room: StateRoom | None
     """None if the model keeps nothing but keys and values. The same holds for `states`."""
+    windows: WindowGroup | None
+    """The layers whose blocks before a window are given back; None if there are none. The same holds for `window_room`.
+    """
+    window_room: WindowRoom | None
     grammars: Compiler
     weight_bytes: int
     capacity: int
@@ -98,7 +103,13 @@ def load_model(spec: WorkerSpec, note: Callable[[float], None]) -> LoadedModel:
     _read(source, store, first.rows, device, note)
     runner = ModelRunner(trunk, modules, fitted, device=device)
     room = memory.cache_room(first.limit)
-    cache = runner.allocate(num_blocks=room.blocks, block_size=spec.block_size, dtype=dtype)
+    cache = runner.allocate(
+        num_blocks=room.blocks,
+        block_size=spec.block_size,
+        dtype=dtype,
+        windows=memory.windows,
+        num_window_blocks=0 if room.windows is None else room.windows.blocks,
+    )
     states = None
     if room.states is not None:
         states = StateStore(fitted.states, room.states, steps_in_flight=spec.steps_in_flight, device=device)
@@ -115,6 +126,8 @@ def load_model(spec: WorkerSpec, note: Callable[[float], None]) -> LoadedModel:
         cache=cache,
         states=states,
         state_room=room.states,
+        windows=memory.windows,
+        window_room=room.windows,
         weight_bytes=_trunk_bytes(trunk, fitted) + store.nbytes,
         capacity=memory.expert_capacity(first.limit, cache_bytes=_cache_bytes(cache, states)),
         disk_bytes_per_s=_disk_rate(checkpoint) if slotted else None,

@@ -5,6 +5,7 @@ How free memory is split is a matter of numbers alone: model/worker/budgets.py a
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import psutil
@@ -19,8 +20,9 @@ from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.states.store import slots_per_sequence
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.windows import WindowGroup, window_group
 from elastic_moe.model.worker.budgets import KV_SHARE, KV_SHARE_CUDA, LATER_SHARE, kv_bytes, room_for_experts
-from elastic_moe.model.worker.cache_room import CacheRoom, CacheSizes, divide
+from elastic_moe.model.worker.cache_room import CacheRoom, CacheSizes, WindowSizes, divide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,18 +54,39 @@ class WorkerMemory:
     def _on_gpu(self) -> bool:
         return self.spec.model.device == "cuda"
 
+    @property
+    def windows(self) -> WindowGroup | None:
+        """The layers whose blocks before a window are given back; None if there are none."""
+        return window_group(self.fit.shapes.kv, max_model_len=self.spec.model.max_model_len)
+
     def sizes(self) -> CacheSizes:
         """What sequences take."""
-        spec = self.spec
-        dtype: torch.dtype = getattr(torch, spec.model.dtype)
+        spec, group = self.spec, self.windows
+        short = frozenset[int]() if group is None else group.layers
         return CacheSizes(
-            block_bytes=KVCache.block_bytes(self.fit.shapes.kv, block_size=spec.block_size, dtype=dtype),
+            block_bytes=self._block_bytes(self.fit.shapes.kv.keys() - short),
+            windows=None if group is None else self._window_sizes(group),
             blocks_per_sequence=-(-spec.model.max_model_len // spec.block_size),
             max_num_seqs=spec.max_num_seqs,
             state_bytes=sum(layer.nbytes for layer in self.fit.states),
             states_per_sequence=slots_per_sequence(spec.steps_in_flight),
             snapshots=spec.enable_prefix_caching,
         )
+
+    def _window_sizes(self, group: WindowGroup) -> WindowSizes:
+        return WindowSizes(
+            tokens=group.tokens,
+            block_bytes=self._block_bytes(group.layers),
+            block_size=self.spec.block_size,
+            max_num_batched_tokens=self.spec.max_num_batched_tokens,
+            steps_in_flight=self.spec.steps_in_flight,
+        )
+
+    def _block_bytes(self, layers: Set[int]) -> int:
+        """Bytes of a block in these layers."""
+        shapes = {layer: shape for layer, shape in self.fit.shapes.kv.items() if layer in layers}
+        dtype: torch.dtype = getattr(torch, self.spec.model.dtype)
+        return KVCache.block_bytes(shapes, block_size=self.spec.block_size, dtype=dtype)
 
     # --- Before the experts are loaded --------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, step_con
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead
 from elastic_moe.model.trunk.rotation import rotate_by_length
+from elastic_moe.model.trunk.windows import WindowGroup
 
 
 class ModelRunner:
@@ -48,8 +49,16 @@ class ModelRunner:
     def vocabulary(self) -> int:
         return self._head.vocabulary
 
-    def allocate(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
-        """Make the KV cache. `block_size` must be the one that the trunk was fitted for."""
+    def allocate(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        windows: WindowGroup | None = None,
+        num_window_blocks: int = 0,
+    ) -> KVCache:
+        """Make the KV cache. `block_size` must be the one that the trunk was fitted for. `windows` as in KVCache."""
         self._cache = KVCache(
             self.kv_shapes,
             num_blocks=num_blocks,
@@ -57,6 +66,8 @@ class ModelRunner:
             dtype=dtype,
             device=self._device,
             path=self._attention,
+            windows=windows,
+            num_window_blocks=num_window_blocks,
         )
         return self._cache
 

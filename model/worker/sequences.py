@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from elastic_moe.cluster.messages.requests import RequestId
-from elastic_moe.cluster.messages.seats import Seats
+from elastic_moe.cluster.messages.seats import LiveBlocks, Seats
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan
 from elastic_moe.model.grammars.compiling import Compiler
 from elastic_moe.model.sampling.scoring import Scoring
@@ -16,19 +16,31 @@ from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.states.packed import StateBatch
 from elastic_moe.model.states.store import StateStore
 from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.windows import WindowGroup
 
 
 @dataclass(slots=True, kw_only=True)
 class _Sequence:
     state: SamplingState
     blocks: list[int] = field(default_factory=list)
+    windows: LiveBlocks = field(default_factory=LiveBlocks)
 
 
 class Sequences:
     """Owns the sequences. One thread calls it."""
 
-    def __init__(self, grammars: Compiler, states: StateStore | None, device: torch.device) -> None:
-        """`states` is None if the model keeps nothing but keys and values."""
+    def __init__(
+        self,
+        grammars: Compiler,
+        states: StateStore | None,
+        device: torch.device,
+        *,
+        windows: WindowGroup | None,
+        block_size: int,
+    ) -> None:
+        """`states` is None if the model keeps nothing but keys and values, `windows` if all of these are kept."""
+        self._windows = windows
+        self._block_size = block_size
         self._grammars = grammars
         self._states = states
         self._device = device
@@ -61,11 +73,16 @@ class Sequences:
         sequence = self._sequences[chunk.request_id]
         sequence.state.truncate(chunk.known)
         sequence.blocks[chunk.block_offset :] = chunk.block_ids
+        if self._windows is not None:
+            if chunk.windows is not None:
+                sequence.windows.put(chunk.windows)
+            sequence.windows.drop_before(self._windows.first_block(chunk.start, self._block_size))
         end = chunk.start + chunk.length
         return SequenceSlice(
             token_ids=sequence.state.token_ids[chunk.start : end],
             start=chunk.start,
             block_ids=sequence.blocks,
+            windows=None if self._windows is None else sequence.windows,
             prompt_length=sequence.state.num_prompt_tokens,
             wants_logits=chunk.samples,
         )

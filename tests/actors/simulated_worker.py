@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from elastic_moe.cluster.messages.epochs import StateRoom
+from elastic_moe.cluster.messages.epochs import StateRoom, WindowRoom
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenLogprobs
 from elastic_moe.cluster.messages.scores import PromptScores
-from elastic_moe.cluster.messages.seats import Seats
+from elastic_moe.cluster.messages.seats import LiveBlocks, Seats
 from elastic_moe.cluster.messages.steps import Chunk, Sample, ScoredPrompt, StepPlan, StepResult
 from elastic_moe.model.states.store import StateStore
 
@@ -66,6 +66,7 @@ class _Known:
     tokens: list[int]
     request: GenerateRequest
     blocks: list[int] = field(default_factory=list)
+    windows: LiveBlocks = field(default_factory=LiveBlocks)
     spoilt: int | None = None
     """Place of the first token that stands for one that was not sampled."""
 
@@ -74,10 +75,22 @@ class SimulatedWorker:
     """The mask of a request with a grammar is late in some steps."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, rope_limit: int, room: StateRoom | None = None, *, depth: int = 2
+        self,
+        num_blocks: int,
+        block_size: int,
+        rope_limit: int,
+        room: StateRoom | None = None,
+        windows: WindowRoom | None = None,
+        *,
+        depth: int = 2,
     ) -> None:
-        """`room`: for states, if the model keeps any. `depth`: most steps in flight."""
+        """`room`: for states, if the model keeps any. `windows`: for layers with a window, if there are any. `depth`:
+        most steps in flight."""
         self.room = room
+        self.windows = windows
+        self.window_cache: list[list[tuple[int, int] | None]] = [
+            [None] * block_size for _ in range(0 if windows is None else windows.blocks)
+        ]
         self.store = None
         if room is not None:
             self.store = StateStore((), room, steps_in_flight=depth, device=torch.device("cpu"))
@@ -123,6 +136,7 @@ class SimulatedWorker:
             for position in range(chunk.start, chunk.start + chunk.length):
                 block, offset = divmod(position, self.block_size)
                 self.cache[sequence.blocks[block]][offset] = (self._variant(sequence), sequence.tokens[position])
+            self._write_window(sequence, chunk)
             self._move_state(sequence, chunk)
             if chunk.score_from is not None:
                 scored.append(self._score(sequence, chunk))
@@ -136,6 +150,8 @@ class SimulatedWorker:
                 sequence.tokens.append(VOCABULARY)
             else:
                 samples.append(self._sample(sequence))
+        for chunk in chunks:
+            self._check_window(self.known[chunk.request_id], chunk)
         tokens, rest = self.seats.packed(samples)
         return StepResult(
             step=plan.step,
@@ -145,6 +161,31 @@ class SimulatedWorker:
             unready=tuple(unready),
             scored=tuple(scored),
         )
+
+    def _write_window(self, sequence: _Known, chunk: Chunk) -> None:
+        assert chunk.windows is None or self.windows is not None
+        if self.windows is None:
+            return
+        if chunk.windows is not None:
+            sequence.windows.put(chunk.windows)
+        sequence.windows.drop_before(max(0, chunk.start - self.windows.tokens + 1) // self.block_size)
+        for position in range(chunk.start, chunk.start + chunk.length):
+            self._in_window(sequence, position)[position % self.block_size] = self._text(sequence, position)
+
+    def _check_window(self, sequence: _Known, chunk: Chunk) -> None:
+        """No other sequence of the step, and none before, has written to what the chunk reads."""
+        if self.windows is not None:
+            for position in range(max(0, chunk.start - self.windows.tokens + 1), chunk.start + chunk.length):
+                found = self._in_window(sequence, position)[position % self.block_size]
+                assert found == self._text(sequence, position), "a window holds other tokens than the sequence"
+
+    def _in_window(self, sequence: _Known, position: int) -> list[tuple[int, int] | None]:
+        number = position // self.block_size - sequence.windows.first
+        assert number >= 0
+        return self.window_cache[sequence.windows.ids[number]]
+
+    def _text(self, sequence: _Known, position: int) -> tuple[int, int]:
+        return self._variant(sequence), sequence.tokens[position]
 
     def _move_state(self, sequence: _Known, chunk: Chunk) -> None:
         assert (chunk.state is None) == (self.store is None)

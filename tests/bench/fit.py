@@ -67,7 +67,7 @@ def decode_pairs(path: Path, threads: int, turns: int, batch: int) -> tuple[Step
     loads = []
     for worker in (joined, single):
         case = Case(requests=batch, context=CONTEXT, steps=turns, most_requests=batch)
-        loads.append(Load(case, 0, 0, 1, open_checkpoint(path).info.vocab_size))
+        loads.append(Load(case, 0, 0, 1, open_checkpoint(path).info.vocab_size, worker.window_room))
         worker.step(loads[-1].prefill())
     for turn in range(turns):
         order: Sequence[tuple[int, DataPlane]] = [(0, joined), (1, single)]

@@ -65,13 +65,15 @@ def step_s(worker: DataPlane, plan: StepPlan) -> float:
 
 
 def decode_s(worker: DataPlane, batch: int, vocabulary: int, steps: int = 24) -> float:
-    load = Load(Case(requests=batch, context=CONTEXT, steps=steps, most_requests=batch), 0, 0, 1, vocabulary)
+    load = Load(
+        Case(requests=batch, context=CONTEXT, steps=steps, most_requests=batch), 0, 0, 1, vocabulary, worker.window_room
+    )
     worker.step(load.prefill())
     return statistics.median([step_s(worker, load.decode()) for _ in range(steps)][2:])
 
 
 def prefill_s(worker: DataPlane, tokens: int, vocabulary: int) -> float:
-    load = Load(Case(requests=1, context=tokens, steps=0, most_requests=1), 0, 0, 1, vocabulary)
+    load = Load(Case(requests=1, context=tokens, steps=0, most_requests=1), 0, 0, 1, vocabulary, worker.window_room)
     return statistics.median([step_s(worker, load.prefill()) for _ in range(4)][1:])
 
 

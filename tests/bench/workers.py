@@ -24,9 +24,17 @@ from typing import Any
 
 from elastic_moe.cluster import placement as placements
 from elastic_moe.cluster.facts.tiering import pins_of
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, ModelSpec, RoutingCounts, WorkerSpec
+from elastic_moe.cluster.messages.epochs import (
+    Epoch,
+    EpochSpec,
+    ModelInfo,
+    ModelSpec,
+    RoutingCounts,
+    WindowRoom,
+    WorkerSpec,
+)
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams
-from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse, StepPlan
+from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse, StepPlan, WindowBlocks
 from elastic_moe.cluster.placement import Tier, Worker, WorkerId
 from tests.model.lockstep import with_pinned
 
@@ -51,7 +59,18 @@ class Case:
 class Load:
     """The plans of one worker's share of a case. Its sequences go on from turn to turn."""
 
-    def __init__(self, case: Case, number: int, rank: int, size: int, vocabulary: int) -> None:
+    def __init__(
+        self,
+        case: Case,
+        number: int,
+        rank: int,
+        size: int,
+        vocabulary: int,
+        windows: WindowRoom | None = None,
+        num_cases: int = 1,
+    ) -> None:
+        """The `number`-th of `num_cases`. `windows`: the worker's blocks of layers with a sliding window, which all
+        sequences share evenly."""
         self._shares = [case.requests // size + (r < case.requests % size) for r in range(size)]
         self._rank = rank
         self._context = case.context
@@ -59,7 +78,12 @@ class Load:
         share = self._shares[rank]
         self._prompts = [tuple(rng.randrange(vocabulary) for _ in range(case.context)) for _ in range(share)]
         self._ids = [RequestId(f"{number}-{n}") for n in range(share)]
-        self._blocks = LONGEST // BLOCK
+        self._blocks = -(-max(LONGEST, case.context + case.steps) // BLOCK)
+        self._windows = windows
+        self._ring = 0 if windows is None else windows.blocks // (num_cases * case.most_requests)
+        """Blocks of a sequence's window, which it uses in turn."""
+        if windows is not None and self._ring * BLOCK < windows.tokens + case.context + BLOCK:
+            raise ValueError(f"no room for windows of {windows.tokens} tokens of {case.requests} sequences")
         # no two cases share a block
         self._first_block = number * case.most_requests * self._blocks
         self._decoded = 0
@@ -100,7 +124,14 @@ class Load:
             block_offset=0,
             block_ids=tuple(range(first, first + self._blocks)),
             state=StateUse(keep_from=start),
+            windows=self._window(n, start + length),
         )
+
+    def _window(self, n: int, end: int) -> WindowBlocks | None:
+        if self._windows is None:
+            return None
+        first = (self._first_block // self._blocks + n) * self._ring
+        return WindowBlocks(first=0, ids=tuple(first + k % self._ring for k in range(-(-end // BLOCK))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +258,9 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     while (number := pipe.recv()) is not None:
         first = number not in loads
         if first:
-            loads[number] = Load(cases[number], number, rank, size, info.vocab_size)
+            loads[number] = Load(
+                cases[number], number, rank, size, info.vocab_size, worker.window_room, num_cases=len(cases)
+            )
         pipe.send(measure(worker, loads[number], cases[number], first))
 
 

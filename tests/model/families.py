@@ -155,6 +155,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 """Cases like those of FAMILIES, of models that keep a state per sequence in some layers."""
 
+WINDOWED: dict[str, dict[str, Any]] = {
+    "gpt_oss-short": {"family": "gpt_oss", "layers": 4, "sliding_window": 8},
+    "mimo_v2_flash-short": {"family": "mimo_v2_flash", "layers": 4, "sliding_window": 8},
+}
+"""Cases of models whose prompts are longer than the window of some layers, beside "mixtral-sliding"."""
+
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -168,6 +174,14 @@ WRAPPED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "mistral3",
         {"vision_config": {"model_type": "pixtral", "head_dim": 16} | _VISION, "tie_word_embeddings": False},
     ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        "qwen3_5_moe",
+        {
+            "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "depth": 1}
+            | {"out_hidden_size": 64, "num_position_embeddings": 16},
+        },
+    ),
     "gemma4": ("gemma4_text", "gemma4", {"vision_config": None, "audio_config": None}),
 }
 """Name of a model with more input than text -> case of its text part, its family, and fields of its configuration."""
@@ -177,7 +191,8 @@ _made: dict[tuple[str, Path], Path] = {}
 
 
 def tiny_checkpoint(name: str, where: Path | pytest.TempPathFactory) -> Path:
-    """The directory of case `name` of FAMILIES, HYBRIDS or WRAPPED, or of one of MORE_FAMILIES, made below `where`.
+    """The directory of case `name` of FAMILIES, HYBRIDS, WINDOWED or WRAPPED, or of one of MORE_FAMILIES, made below
+    `where`.
 
     One process makes it once.
     """
@@ -188,6 +203,6 @@ def tiny_checkpoint(name: str, where: Path | pytest.TempPathFactory) -> Path:
         _made[key] = wrap_random_checkpoint(tiny_checkpoint(text, where), base / "checkpoints" / name, family, **parts)
     elif key not in _made:
         _made[key] = make_random_checkpoint(
-            base / "checkpoints" / name, **(_SIZES | (FAMILIES | HYBRIDS).get(name, {"family": name}))
+            base / "checkpoints" / name, **(_SIZES | (FAMILIES | HYBRIDS | WINDOWED).get(name, {"family": name}))
         )
     return _made[key]

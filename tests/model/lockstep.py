@@ -127,6 +127,7 @@ class Lockstep:
             eos_token_ids=self.info.eos_token_ids,
             enable_prefix_caching=prefix_caching,
             state_rooms={id_: w.state_room for id_, w in self.workers.items() if w.state_room is not None},
+            window_rooms={id_: w.window_room for id_, w in self.workers.items() if w.window_room is not None},
         )
 
     def _flip(self, placement: Placement) -> None:

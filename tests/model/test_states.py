@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from transformers import AutoModelForCausalLM
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk, StateUse
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.sampling.next_tokens import NextTokens, choose
+from elastic_moe.model.sampling.sampling import NO_TOKEN
+from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.states.packed import StateBatch
 from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.worker.data_plane import DataPlane
@@ -69,7 +74,12 @@ def test_logits_of_mixed_prompts_in_chunks(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("slots", [(8,), (4, 4), (3, 3, 2)], ids=str)
-def test_greedy_tokens_for_any_number_of_workers(checkpoint: Path, slots: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("family", ["qwen3_next", "granitemoehybrid-mamba"])
+def test_greedy_tokens_for_any_number_of_workers(
+    family: str, slots: tuple[int, ...], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The other families answer on two workers in `test_a_prefix_goes_on_from_a_snapshot`."""
+    checkpoint = tiny_checkpoint(family, tmp_path_factory)
     texts = prompts(checkpoint)
     got = Lockstep(checkpoint, slots).run([request(f"r{len(text)}", text, max_tokens=NEW_TOKENS) for text in texts])
     for text in texts:
@@ -107,13 +117,13 @@ def test_bfloat16_is_as_near_to_the_truth_as_transformers(
     assert error <= 1.5 * usual + 1e-3 * truth.norm(dim=1).median()
 
 
-def compare(cluster: Lockstep, path: Path, *, copies: int = 2) -> None:
+def compare(cluster: Lockstep, path: Path, *, copies: int = 2, tokens: int = NEW_TOKENS) -> None:
     """Serve prompts, several of each, and compare their answers with transformers'."""
     texts = [text for text in prompts(path) if len(text) in COMPARED] * copies
     names = [f"r{cluster.steps}-{number}" for number in range(len(texts))]
-    got = cluster.run([request(name, text, max_tokens=NEW_TOKENS) for name, text in zip(names, texts, strict=True)])
+    got = cluster.run([request(name, text, max_tokens=tokens) for name, text in zip(names, texts, strict=True)])
     for name, text in zip(names, texts, strict=True):
-        assert got[name] == greedy(path, tuple(text)), name
+        assert got[name] == greedy(path, tuple(text))[:tokens], name
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +135,39 @@ def test_a_prefix_goes_on_from_a_snapshot(checkpoint: Path) -> None:
     cluster = Lockstep(checkpoint, [4, 4])
     compare(cluster, checkpoint, copies=1)
     assert cluster.scheduler.status().prefix_hits == 0
-    compare(cluster, checkpoint, copies=1)
+    compare(cluster, checkpoint, copies=1, tokens=16)
     # 5 and 30 tokens, of which the last full blocks of 4 that leave a token to run hold 4 and 28
     assert cluster.scheduler.status().prefix_hits == 4 + 28
+
+
+def test_a_late_mask_behind_a_snapshot_changes_nothing(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first chunk is the one token behind the snapshot. It is run again, from the snapshot again, beside others."""
+    cluster = Lockstep(delta, [8])
+    text = prompts(delta)[1]
+    assert len(text) == 5
+    cluster.run([request("first", text, max_tokens=1)])
+    asked: list[int] = []
+
+    def late(logits: torch.Tensor, states: Mapping[RequestId, SamplingState]) -> NextTokens:
+        chosen = choose(logits, states)
+        if RequestId("again") not in states:
+            return chosen
+        asked.append(len(states[RequestId("again")].token_ids))
+        if len(asked) not in (1, 3, 6):
+            return chosen
+        return replace(
+            chosen,
+            samples=tuple(one for one in chosen.samples if one.request_id != "again"),
+            unready=(RequestId("again"),),
+            tokens={**chosen.tokens, RequestId("again"): NO_TOKEN},
+        )
+
+    monkeypatch.setattr("elastic_moe.model.worker.worker.choose", late)
+    got = cluster.run([request("again", text, max_tokens=12), request("other", prompts(delta)[2], max_tokens=12)])
+    assert cluster.scheduler.status().prefix_hits == 4
+    assert asked.count(5) > 1, "the chunk was not run again"
+    assert got["again"] == greedy(delta, tuple(text), 12)
+    assert got["other"] == greedy(delta, tuple(prompts(delta)[2]), 12)
 
 
 def test_a_conversation_goes_on_behind_its_answer(delta: Path) -> None:
@@ -141,8 +181,8 @@ def test_a_conversation_goes_on_behind_its_answer(delta: Path) -> None:
 
 
 def test_requests_are_preempted_and_computed_again(delta: Path) -> None:
-    cluster = Lockstep(delta, [4, 4], kv_blocks=30)
-    compare(cluster, delta, copies=6)
+    cluster = Lockstep(delta, [4, 4], kv_blocks=24)
+    compare(cluster, delta, copies=4)
     assert cluster.scheduler.status().preemptions > 0
 
 

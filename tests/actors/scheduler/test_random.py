@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from elastic_moe.actors.caches.kv_blocks import next_key, root_key
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.messages.epochs import Epoch, StateRoom
+from elastic_moe.cluster.messages.epochs import Epoch, StateRoom, WindowRoom, window_blocks
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
@@ -68,6 +68,7 @@ class Batching(RuleBasedStateMachine):
         max_num_prefill_tokens=st.none() | st.integers(1, 24),
         enable_prefix_caching=st.sampled_from([True, True, False]),
         room=st.none() | st.builds(StateRoom, seats=st.integers(1, 4), snapshots=st.integers(0, 4)),
+        window=st.none() | st.tuples(st.integers(1, 9), st.integers(0, 20)),
     )
     def start(
         self,
@@ -78,8 +79,15 @@ class Batching(RuleBasedStateMachine):
         max_num_prefill_tokens: int | None,
         enable_prefix_caching: bool,
         room: StateRoom | None,
+        window: tuple[int, int] | None,
     ) -> None:
+        """`window`: tokens of it, and blocks beyond those of one request, if the model has layers with a window."""
         self.room = room
+        self.windows = None
+        if window is not None:
+            tokens, more = window
+            one = window_blocks(tokens, steps_in_flight=MOST_FLIGHTS, block_size=block_size)
+            self.windows = WindowRoom(tokens=tokens, blocks=one + more, steps_in_flight=MOST_FLIGHTS)
         self.block_size = block_size
         self.budget = max_num_batched_tokens
         self.names = count()
@@ -90,6 +98,7 @@ class Batching(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             self._workers(),
             state_rooms=self._rooms(),
+            window_rooms=self._window_rooms(),
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -113,7 +122,7 @@ class Batching(RuleBasedStateMachine):
     def _new_worker(self, size: int) -> None:
         worker = WorkerId(f"w{next(self.names)}")
         self.workers[worker] = SimulatedWorker(
-            size, self.block_size, rope_limit=LIMIT, room=self.room, depth=MOST_FLIGHTS
+            size, self.block_size, rope_limit=LIMIT, room=self.room, windows=self.windows, depth=MOST_FLIGHTS
         )
 
     def _workers(self) -> dict[WorkerId, int]:
@@ -121,6 +130,9 @@ class Batching(RuleBasedStateMachine):
 
     def _rooms(self) -> dict[WorkerId, StateRoom]:
         return {} if self.room is None else dict.fromkeys(self.workers, self.room)
+
+    def _window_rooms(self) -> dict[WorkerId, WindowRoom]:
+        return {} if self.windows is None else dict.fromkeys(self.workers, self.windows)
 
     @rule(spec=requests)
     def add(self, spec: tuple[tuple[int, ...], SamplingParams, int, str, int]) -> None:
@@ -229,7 +241,7 @@ class Batching(RuleBasedStateMachine):
         for size in sizes:
             self._new_worker(size)
         self.draining &= set(self.workers)
-        self.scheduler.set_workers(self._workers(), self._rooms())
+        self.scheduler.set_workers(self._workers(), self._rooms(), self._window_rooms())
 
     @precondition(lambda self: self.workers)
     @rule(pick=st.randoms(use_true_random=False))
@@ -287,6 +299,10 @@ class Batching(RuleBasedStateMachine):
             for key, block in home.pool._blocks.items():
                 variant, content = self.texts[key]
                 assert self.workers[worker].cache[block] == [(variant, token) for token in content]
+            windows = {} if home.windows is None else home.windows.pool._blocks
+            for key, block in windows.items():
+                variant, content = self.texts[key]
+                assert self.workers[worker].window_cache[block] == [(variant, token) for token in content]
             for key, place in home.snapshots._places.items():
                 variant, content = self.texts[key]
                 seen = self.workers[worker].snapshot(place)
@@ -299,7 +315,7 @@ class Batching(RuleBasedStateMachine):
         while self.flights:
             self.commit()
         self._new_worker(MAX_MODEL_LEN)
-        self.scheduler.set_workers(self._workers(), self._rooms())
+        self.scheduler.set_workers(self._workers(), self._rooms(), self._window_rooms())
         work = sum(len(r.prompt_token_ids) + r.params.max_tokens for r in self.requests.values())
         for _ in range(50 + 20 * work):
             for _ in range(MOST_FLIGHTS - len(self.flights)):

@@ -150,6 +150,27 @@ def test_a_chunk_whose_mask_is_late_runs_again_as_a_whole() -> None:
     assert chunk(plan(s)).start == chunk(alone).start == 5, "a single token needs only the state before it"
 
 
+def test_a_late_mask_behind_a_snapshot_restores_it_again() -> None:
+    """The chunk is the one token behind the snapshot, and a step that goes on from it is in flight too."""
+    s = hybrid()
+    serve(s, ask("first", *range(1, 9), 50))
+    s.add(ask("one", *range(1, 9), 51, max_tokens=8, grammar=Grammar(kind=GrammarKind.REGEX, text="a*")))
+    restored = chunk(plan(s))
+    plan(s)
+    assert (restored.start, restored.length) == (8, 1)
+    assert restored.state is not None
+    assert restored.state.restore is not None
+    late = StepResult(step=0, samples=(), compute_s=0.0, unready=(RequestId("one"),))
+    assert not s.commit({A: late})
+    s.validate()
+    again = plan(s)
+    assert chunk(again) == restored
+    assert not s.commit({A: late})
+    s.commit(answers(again))
+    s.validate()
+    assert chunk(plan(s)).start == 9
+
+
 def test_states_of_a_damaged_request_are_not_shared() -> None:
     s = hybrid()
     s.add(ask("bad", *range(1, 11), max_tokens=4))

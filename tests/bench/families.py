@@ -1,0 +1,123 @@
+"""Which path serves each family, and how near its steps come to what the machine allows.
+
+`python -m tests.bench.families qwen3_moe gpt_oss qwen3_next` makes a random checkpoint of hidden size 1024 of each
+family in bfloat16. It prints the share of the memory or compute floor that is reached on one core: by decode steps of
+1, 8 and 32 sequences of 160 tokens, and by a prompt of 512 tokens. Without arguments it takes all families of the
+tests, which takes several minutes. To be run alone on the machine.
+
+A step reads each weight that it needs once, keys and values, and the states of its sequences, which it also writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_moe.cluster.fit import CodePath, FitReport
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.worker.data_plane import DataPlane
+from tests.bench.machine import Floor, Machine, floor_of, measure_machine, where_and_when
+from tests.bench.report import markdown
+from tests.bench.step import CONTEXT, decode_s, load_worker, prefill_s
+from tests.model.families import FAMILIES, HYBRIDS
+from tests.model.random_checkpoint import make_random_checkpoint
+
+BATCHES = (1, 8, 32)
+PROMPT = 512
+SIZES = {"hidden": 1024, "layers": 4, "experts": 32, "top_k": 4, "ff": 512, "vocab": 4096}
+WIDE: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_next": {"linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 128}
+    | {"linear_value_head_dim": 128},
+    "qwen3_5_moe_text": {"linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 128}
+    | {"linear_value_head_dim": 128},
+    "kimi_linear": {"linear_num_heads": 8, "linear_head_dim": 128, "num_local_experts": SIZES["experts"]},
+    "granitemoehybrid-mamba": {"mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_chunk_size": 256},
+    "nemotron_h": {"mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8}
+    | {"chunk_size": 256, "moe_latent_size": 512, "moe_shared_expert_intermediate_size": 1024},
+    "jamba": {"mamba_d_state": 16},
+    "minimax": {"intermediate_size": SIZES["ff"], "block_size": 256},
+}
+"""Case -> fields in place of those that are small for tests."""
+_SLOW = (CodePath.TRANSFORMERS, CodePath.TORCH)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One family's steps."""
+
+    family: str
+    shares: tuple[float, ...]
+    """Of the floor, 0..1: decode steps, and the prompt."""
+    report: FitReport
+
+
+def arguments_of(case: str) -> dict[str, Any]:
+    """Arguments of `make_random_checkpoint` for a case of FAMILIES or HYBRIDS, or for a family."""
+    small = (FAMILIES | HYBRIDS).get(case, {"family": case})
+    return SIZES | small | WIDE.get(case, {}) | {"dtype": "bfloat16"}
+
+
+def decode_floor_s(floor: Floor, batch: int, machine: Machine, state_bytes: int) -> float:
+    """Least seconds of a decode step. `state_bytes`: of one sequence's states, which a step reads and writes."""
+    moved_s = 2 * batch * state_bytes / machine.read_gb_per_s / 1e9
+    return floor.decode_step_ms(batch, CONTEXT, machine) / 1e3 + moved_s
+
+
+def measure(case: str, machine: Machine, threads: int) -> Measured:
+    with tempfile.TemporaryDirectory() as made:
+        path = make_random_checkpoint(Path(made) / case, **arguments_of(case))
+        floor, vocabulary = floor_of(path), open_checkpoint(path).info.vocab_size
+        worker: DataPlane = load_worker(path, threads)
+        state_bytes = worker.loaded.memory.sizes().state_bytes
+        shares = [
+            decode_floor_s(floor, batch, machine, state_bytes) / decode_s(worker, batch, vocabulary)
+            for batch in BATCHES
+        ]
+        shares.append(PROMPT / floor.prefill_tokens_per_s(machine) / prefill_s(worker, PROMPT, vocabulary))
+    return Measured(family=case, shares=tuple(shares), report=worker.report)
+
+
+def row(one: Measured) -> list[str]:
+    slow: dict[str, None] = {}
+    for part in one.report.rows:
+        if part.path in _SLOW:
+            slow[part.part.replace("_", " ")] = None
+    return [one.family, *(f"{share:.0%}" for share in one.shares), ", ".join(slow)]
+
+
+HEAD = (
+    "family",
+    *(f"decode of {batch}" for batch in BATCHES),
+    f"prompt of {PROMPT}",
+    "in transformers' or PyTorch's code",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="cases of the tests, or model types of transformers")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--reasons", action="store_true", help="print why no faster path serves a part")
+    args = parser.parse_args(arguments)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    torch.set_num_threads(args.threads)
+    machine = measure_machine()
+    print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
+    speeds = f"read {machine.read_gb_per_s:.0f} GB/s, multiply {machine.gemm_gflop_per_s:.0f} GFLOP/s"
+    print(f"{args.threads} threads {speeds}\n")
+    measured = [measure(case, machine, args.threads) for case in args.families or [*FAMILIES, *HYBRIDS]]
+    print(markdown(HEAD, [row(one) for one in measured]))
+    if args.reasons:
+        for one in measured:
+            print("\n  ".join((one.family, *one.report.reasons())))
+
+
+if __name__ == "__main__":
+    main()
