@@ -19,6 +19,7 @@ from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem, Seman
 from elastic_moe.optimizer.core.result import Termination
 from elastic_moe.optimizer.core.solvers import solve
 from elastic_moe.optimizer.ilp import joint as joint_ilp
+from elastic_moe.optimizer.ilp import joint_sets
 from elastic_moe.optimizer.ilp.layer import LayerModel
 from elastic_moe.optimizer.search.local_search import JointSearch, local_search_plan
 
@@ -42,7 +43,7 @@ def ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
 
 def improved(problem: PlacementProblem, seed: Draft, budget: Budget) -> Draft:
     """Improve `seed` by ILPs; the result is never worse. Raises SolverError where the solver cannot be used."""
-    if joint_ilp.size(problem) <= SMALL and budget.left_s > 0:
+    if joint_sets.size(problem) <= SMALL and budget.left_s > 0:
         return _exact(problem, seed.table, budget)
     if seed.termination is Termination.DEADLINE:
         return dataclasses.replace(seed, reason=f"{seed.reason}; no time for ILPs")
@@ -85,7 +86,7 @@ def _add_tangents(problem: PlacementProblem, joint: joint_ilp.JointModel, table:
     """Add tangents to the model's arrivals at the slopes of a table. Returns whether any were added."""
     if problem.semantics is not Semantics.HOME or len(problem.workers) == 1:
         return False
-    for layer, slopes in enumerate(joint_ilp.arrival_slopes(problem, shares(problem, table))):
+    for layer, slopes in enumerate(joint_sets.arrival_slopes(problem, shares(problem, table))):
         for rank, slope in enumerate(slopes):
             joint.add_tangent(layer, rank, float(slope))
     return True
