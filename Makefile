@@ -35,9 +35,9 @@ test: $(VENV)/.installed-dev ## set up and run the tests
 test-clients: $(VENV)/.installed-dev ## third-party clients against a real server, each in its own environment
 	@$(BIN)/python -m tests.clients.driver $(ARGS)
 
-check: lint ## lint, the pure tests with few examples, and one model family: some minutes
-	@$(BIN)/python -m pytest -m "not ray" --hypothesis-profile=quick tests/cluster tests/optimizer tests/actors tests/deploy
-	@$(BIN)/python -m pytest tests/model/test_parity.py -k "qwen3_moe"
+check: lint ## lint, the pure tests with few examples, and one model family: a minute or two on 2 idle cores
+	@$(BIN)/python -m pytest -n 2 -m "not ray and not slow" --hypothesis-profile=quick -k "not test_parity.py or qwen3_moe" \
+		tests/cluster tests/optimizer tests/actors tests/deploy tests/model/test_parity.py
 
 lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/elastic_moe

@@ -55,7 +55,8 @@ class Crew:
 
     def check_out(self, name: str, now: float) -> int:
         """The replica ends. Returns how many others there are."""
-        self._reports.pop(name, None)
+        if self._reports.pop(name, None) is not None:
+            self._expected = max(0, self._expected - 1)
         return self.present(now)
 
     def left(self, now: float) -> int:

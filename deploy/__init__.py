@@ -8,14 +8,15 @@ The life of a request:
     Service.render_chat       makes a prompt of the messages by the chat template     text/prompts.py
     sampling_params           joins the request's fields with the model's defaults    api/sampling.py
     Service.answers, run      takes places in the queue, and begins the answers       api/service.py
-    RayBackend.generate       sends a GenerateRequest to the engine                   generation/ray_backend.py
+    RayBackend.generate       sends a GenerateRequest to the engine                   backend/ray_backend.py
     actors/engine             schedules it; workers run its steps; tokens come back
     Answer.feed               turns tokens into text, and looks for stop strings      generation/answer.py
     Run.respond               writes the response, or an event for each piece         api/responses.py
 
 The rooms: `launch` starts and ends a server's processes, `api` owns routes and responses, `bodies` request bodies,
 `text` the tokenizer and chat templates, `structured` the grammars of answers, `parsing` reasoning and tool calls,
-`tools` how a chat uses both, `generation` the way to the engine and back, `responses` stored and background responses,
-`web` what browsers, proxies and tools need, `joined` what the nodes of a cluster need, `cli` the command `emoe`.
+`tools` how a chat uses both, `backend` the way to the engine and back, `generation` answers,
+`responses` stored and background responses, `web` what browsers, proxies and tools need, `joined` what the nodes of a
+cluster need, `cli` the command `emoe`.
 `models` holds the built-in model, `page` the start page and `grafana` a dashboard.
 """

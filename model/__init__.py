@@ -1,6 +1,6 @@
 """The data plane in torch, without Ray. The order of the rooms; a room imports only from those above it:
 
-    (this folder)  int8, int4, record_layout, staging, heap; private functions in torch_private, transformers_private
+    (this folder)  int8, int4, record_layout, staging, heap; all uses of private functions of torch and transformers
     formats/       reads packed weights: FP8, INT4, AWQ, GPTQ, MXFP4 and others
     grammars/      which tokens a request's grammar allows next
     native/        kernels in C++ for bfloat16 on CPU

@@ -43,7 +43,9 @@ def growing_ray(
         "max_workers": 8,
         "idle_timeout_minutes": idle_s / 60,
         "provider": {
-            "type": "fake_multinode",
+            # by its class: the defaults of "fake_multinode" are a file that Ray's wheels do not have
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "launch_multiple": True,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "gcs_address": address,

@@ -206,7 +206,7 @@ class ControlLoop:
                 self._begin(executor.start_worker, command)
             case StopWorker():
                 self.poller.forget(command.worker)
-                self.processes.stop_worker(command.worker, command.info)
+                executor.stop_worker(command)
             case Transfer():
                 self._begin(executor.transfer, command)
             case Prepare():

@@ -84,6 +84,8 @@ class Coordinator:
         self._stopping = asyncio.Event()
         """Set when the API replicas are to refuse new requests."""
         self._succession = Succession()
+        self._asked_for_way = False
+        """Whether other clusters have been asked to give way to this one."""
         self._configuring = asyncio.Lock()
         self._background.start(self._run())
         self._watching = Background(self._has_failed)
@@ -231,9 +233,12 @@ class Coordinator:
     async def give_way(self) -> None:
         """Called by the coordinator of the cluster that is to replace this one, and that lacks resources."""
         if self._succession.gives_way_since is None:
-            logger.warning("another cluster needs the resources of this one: new requests are refused")
+            logger.warning("another cluster needs the resources of this one, which ends after its last request")
         self._succession.give_way(time.monotonic())
-        self._stopping.set()
+
+    async def needs_way(self) -> bool:
+        """Whether this cluster has asked others to give way, and could not serve since."""
+        return self._asked_for_way and self._loop is not None and self._loop.state.facts.spec is None
 
     async def engine(self) -> Remote[Engine] | None:
         """The engine's handle; None before the first epoch, and while a lost engine has no successor."""
@@ -319,10 +324,12 @@ class Coordinator:
     async def _is_over(self) -> bool:
         replaced = not await asyncio.to_thread(self._fleet.wanted)
         now = time.monotonic()
+        if replaced and self._succession.refuses(now):
+            self._stopping.set()
         choice = self._succession.look(
             replaced=replaced,
             replicas=self._crew.present(now),
-            running=self._crew.left(now) if self._stopping.is_set() else 1,
+            running=1 if self._succession.gives_way_since is None else self._crew.left(now),
             most_s=self._config.shutdown_timeout,
             now=now,
         )
@@ -347,6 +354,7 @@ class Coordinator:
         if choice.value:
             for other in await asyncio.to_thread(self._fleet.others):
                 await within(ask(other, Coordinator.give_way), liveness.NOTIFY_TIMEOUT_S)
+            self._asked_for_way = True
 
     async def _run(self) -> None:
         try:

@@ -37,6 +37,7 @@ from elastic_moe.cluster.facts.events import (
     Probe,
     Probed,
     StartWorker,
+    StopWorker,
     Transfer,
     TransferDone,
     TransferFailed,
@@ -233,6 +234,12 @@ class Executor:
             for epoch in command.epochs
         }
         self._notify(calls, self._notifying)
+
+    def stop_worker(self, command: StopWorker) -> None:
+        engine = self._processes.engine
+        if engine is not None:
+            self._notify({"engine": ask(engine, Engine.lose, command.worker)}, self._notifying)
+        self._processes.stop_worker(command.worker, command.info)
 
     def drain(self, command: Drain) -> None:
         engine = self._processes.engine

@@ -131,6 +131,12 @@ class Engine:
             self._scheduler.drain(workers)
             self._loop.wake()
 
+    async def lose(self, worker: WorkerId) -> None:
+        """The coordinator has ended this worker, or believes that it is dead. Where its host is cut off, its connection
+        would not end by itself."""
+        if self._loop is not None:
+            self._loop.lose(worker)
+
     async def stay(self) -> None:
         """Never answers. A caller that waits notices at once when this process dies."""
         await asyncio.Event().wait()

@@ -133,6 +133,10 @@ class StepLoop:
         self._wake.set()
         return await self._flip.done
 
+    def lose(self, worker: WorkerId) -> None:
+        """The coordinator has given this worker up: from now on nothing that it may still send counts."""
+        self._links.cut(worker)
+
     async def run(self) -> None:
         """Never returns. Raises OSError if this process can open no connection: then it must be replaced."""
         while True:

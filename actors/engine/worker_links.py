@@ -60,6 +60,11 @@ class WorkerLinks:
         frames = {id(plan): encode(plan) for plan in {id(plan): plan for plan in plans.values()}.values()}
         return {worker: self._links[worker][1].call(plan, frames[id(plan)]) for worker, plan in plans.items()}
 
+    def cut(self, worker: WorkerId) -> None:
+        """End the connection to a worker, if there is one. It counts as ended by the worker."""
+        if worker in self._links:
+            self._links[worker][1].close()
+
     def _ended(self, link: Link) -> None:
         for worker, (_, known) in self._links.items():
             if known is link:

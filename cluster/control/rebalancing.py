@@ -162,7 +162,9 @@ class Rebalancing:
         return self._ask(facts, event.planner, f"requested, planner {event.planner}", now, requested=True)
 
     def _ask(self, facts: Facts, planner: str | None, reason: str, now: float, *, requested: bool) -> list[Command]:
-        operation = self._operations.open(OperationKind.REBALANCE, facts.next_epoch, reason)
+        operation = self._operations.open(
+            OperationKind.REBALANCE, facts.next_epoch, reason, asked=f"planner {planner}" if requested else ""
+        )
         self.planning = Planning(
             ticket=self._next_ticket,
             operation_id=operation.operation_id,
@@ -202,7 +204,9 @@ class Rebalancing:
         assert facts.spec is not None
         placement = of_members(facts, event.placement)
         self.pinned = self.pinned and event.pinned is not False
-        operation = self._operations.open(OperationKind.REBALANCE, facts.next_epoch, "requested, a given placement")
+        operation = self._operations.open(
+            OperationKind.REBALANCE, facts.next_epoch, "requested, a given placement", asked="a given placement"
+        )
         if placement != facts.goal:
             self._pins = operation.operation_id if event.pinned else None
             return operation, placement

@@ -201,16 +201,23 @@ class ControlState:
                 if self._owners.scaling.is_repeated(event):
                     return []
                 if not (self.facts.rests and not self.facts.target):
-                    self._require_idle()
+                    self._require_idle(unless_own=True)
                 return self._owners.scaling.requested(self.facts, event, now)
 
-    def _require_idle(self) -> None:
+    def _require_idle(self, *, unless_own: bool = False) -> None:
+        """Raises ConflictError while something is under way that does not give way, and NotReadyError where nothing is
+        served. unless_own: a re-placement or promotion that nobody asked for is no conflict, since it may end first."""
         change = self._owners.epochs.change
         running = self._owners.rebalancing.planning if change is None or change.yields else change
-        if running is not None:
+        if running is not None and not (unless_own and self._is_own(running.operation_id)):
             raise ConflictError(f"operation {running.operation_id} is under way")
         if not self.facts.serves or self._owners.membership.probing:
             raise NotReadyError(self.readiness().reason)
+
+    def _is_own(self, operation_id: str) -> bool:
+        operation = self.operations.get(operation_id)
+        elective = (OperationKind.REBALANCE, OperationKind.PROMOTE)
+        return operation is not None and operation.kind in elective and not operation.asked
 
     def _tick(self, now: float) -> list[Command]:
         if self._owners.epochs.is_stable(now):

@@ -1,8 +1,8 @@
 """The hand-over from one cluster to the next, when a redeploy brings another model or settings that need new workers.
 
 The old cluster serves until the new one can, where the resources allow both. The new one waits `handover_timeout` for
-its resources. Then it asks the old one to give way: that one refuses new requests, finishes those that it has accepted,
-and ends. An old cluster that no API replica uses any more ends in any case.
+its resources. Then it asks the old one to give way, and Serve sends new requests to the new one, where they wait. The
+old one finishes those that it has accepted, and ends. An old cluster that no API replica uses ends in any case.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from elastic_moe.cluster.facts.facts import Choice
 UNUSED_S = 10.0
 """Seconds without an API replica after which a cluster that another one has replaced ends."""
 
+SWITCH_S = 15.0
+"""Seconds that Serve has to send requests to the next cluster, before one that gives way refuses them."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Succession:
@@ -24,11 +27,15 @@ class Succession:
     unused_since: float | None = None
     """Since when no API replica has used this cluster."""
     gives_way_since: float | None = None
-    """Since when it refuses new requests, because its successor needs its resources."""
+    """Since when it has to end after its last request, because its successor needs its resources."""
 
     def give_way(self, now: float) -> None:
         if self.gives_way_since is None:
             self.gives_way_since = now
+
+    def refuses(self, now: float) -> bool:
+        """Whether new requests are refused, because they go on coming here and not to the next cluster."""
+        return self.gives_way_since is not None and now - self.gives_way_since >= SWITCH_S
 
     def look(self, *, replaced: bool, replicas: int, running: int, most_s: float, now: float) -> Choice[bool]:
         """Whether the cluster is to end now.

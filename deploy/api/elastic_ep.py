@@ -16,8 +16,8 @@ from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.deploy.api.service import Service
+from elastic_moe.deploy.backend.backend import Backend
 from elastic_moe.deploy.bodies.schema import ElasticEpRequest
-from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.web.openapi import described, json_answer
 
 LOOK_S = 0.1

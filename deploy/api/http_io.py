@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from elastic_moe.cluster.errors import ConflictError, NotReadyError, RequestError, UserError
-from elastic_moe.deploy.generation.answer import GenerationFailed
+from elastic_moe.deploy.backend.backend import GenerationFailed
 
 logger = logging.getLogger(__name__)
 

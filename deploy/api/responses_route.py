@@ -19,8 +19,8 @@ from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest
 from elastic_moe.deploy.api.chat import chat_prompt
 from elastic_moe.deploy.api.http_io import EventStream, client_name, first_then_rest, unless_gone
 from elastic_moe.deploy.api.service import Service, logger
+from elastic_moe.deploy.backend.backend import GenerationFailed
 from elastic_moe.deploy.bodies.responses import ResponsesRequest, renamed
-from elastic_moe.deploy.generation.answer import GenerationFailed
 from elastic_moe.deploy.responses.counting import Counting
 from elastic_moe.deploy.responses.events import Event, Item
 from elastic_moe.deploy.responses.following import failed

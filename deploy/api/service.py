@@ -27,13 +27,13 @@ from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, Sa
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.cluster.redeploy import in_force
 from elastic_moe.deploy.api.sampling import Limits, SamplingDefaults, check_token_ids, seed_of_choice
+from elastic_moe.deploy.backend.backend import Backend
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
 from elastic_moe.deploy.bodies.bounds import TokenIds
 from elastic_moe.deploy.bodies.schema import ChatCompletionRequest, Message, SamplingFields, TemplateFields, parse
 from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
-from elastic_moe.deploy.generation.backend import Backend
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.generation.places import Places
 from elastic_moe.deploy.parsing.formats import AnswerForm
@@ -186,7 +186,7 @@ class Service:
         if self._tokenizer_error is not None:
             return Readiness(ready=False, reason="failed", error=self._tokenizer_error)
         if self.draining:
-            return Readiness(ready=False, reason="shutting down")
+            return Readiness(ready=False, reason="it is shutting down: ask again in some seconds")
         state = await self.backend.readiness()
         if state.ready and self._tokenizer is None:
             return Readiness(ready=False, reason="loading the tokenizer")

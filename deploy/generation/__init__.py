@@ -1,11 +1,11 @@
-"""The way of a request from the API to the engine, and of its tokens back.
+"""The life of a request in the API: its place among those that wait, its answer, its times.
 
-backend          the interface of the API to the cluster
-ray_backend      that interface on Ray: it finds the coordinator and the engine, and resumes requests after a loss
-gcs_watch        whether Ray's GCS answers, without which Ray ends processes
-request_stream   a running request: the tokens that it has, and those that nobody has read yet
-answer           from tokens to text, up to the end of the answer
-metrics          Prometheus metrics of this replica and of the cluster
+places            places for requests that wait
+answer            from tokens to text, up to the end of the answer
+prompt_logprobs   writes the log probabilities of a prompt
+life              the times of one request
+metrics           Prometheus metrics of this replica and of the cluster
+counts            what all replicas have counted together
 
-HTTP is in deploy/api; the engine is in actors/engine.
+HTTP is in deploy/api; the way to the engine is in deploy/backend.
 """

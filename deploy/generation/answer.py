@@ -13,20 +13,16 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
+from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores, joined
-from elastic_moe.deploy.generation.backend import Backend
+from elastic_moe.deploy.backend.backend import Backend, GenerationFailed
 from elastic_moe.deploy.generation.life import Life
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.parsing.events import Event, TextKind, TextPiece
 from elastic_moe.deploy.parsing.parser import AnswerParser
 from elastic_moe.deploy.text.detokenizer import StopStrings
 from elastic_moe.deploy.text.tokenizer import Tokenizer
-
-
-class GenerationFailed(EmoeError):
-    """The engine has ended a request because of a fault that is not in the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

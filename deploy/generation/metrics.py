@@ -33,7 +33,7 @@ from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.counters import BOUNDS_S, ClusterCounters, Distribution
 from elastic_moe.cluster.messages.requests import FinishReason
 from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, ScaleView, WorkerView
-from elastic_moe.deploy.generation.backend import Backend
+from elastic_moe.deploy.backend.backend import Backend
 from elastic_moe.deploy.generation.counts import AddedUp, Counts, SharedCounts, counts_of
 from elastic_moe.deploy.generation.life import Life, Times
 

@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from elastic_moe.deploy.launch.haproxy import CLIENT_TIMEOUT_S, HEALTH_PERIOD_S
+from elastic_moe.deploy.launch.ray_private import HAPROXY_VARIABLE, OUR_HAPROXY
 
-HAPROXY = "emoe-haproxy"
-"""The command that Serve runs in place of HAProxy."""
-BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
+PROXY_START_S = "60"
 
 
 def cluster_environment(haproxy: str) -> dict[str, str]:
@@ -24,10 +23,13 @@ def cluster_environment(haproxy: str) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # without it, HAProxy shows its statistics on ports 8404 and 9101 of every interface
-        BINARY_VARIABLE: haproxy,
+        HAPROXY_VARIABLE: haproxy,
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(CLIENT_TIMEOUT_S),
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(HEALTH_PERIOD_S),
+        # Serve kills a proxy that has not started by then; its default of 5 s is too short where nothing is cached yet
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": PROXY_START_S,
+        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": PROXY_START_S,
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Serve and the API share one event loop: a thread between them would cost a millisecond per chunk
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -45,8 +47,8 @@ def cluster_environment(haproxy: str) -> dict[str, str]:
 
 def haproxy_path() -> str:
     """The path of `emoe-haproxy` beside this Python, or else on the PATH; its name alone where it is not installed."""
-    beside = Path(sys.executable).with_name(HAPROXY)
-    return str(beside) if beside.exists() else shutil.which(HAPROXY) or HAPROXY
+    beside = Path(sys.executable).with_name(OUR_HAPROXY)
+    return str(beside) if beside.exists() else shutil.which(OUR_HAPROXY) or OUR_HAPROXY
 
 
 def exports(environment: Mapping[str, str]) -> str:

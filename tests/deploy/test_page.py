@@ -21,7 +21,10 @@ from tests.browser import Browser, Tab, chromium, find_chromium
 from tests.deploy.moving_cluster import MovingCluster, served
 
 CHROMIUM = find_chromium()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path"),
+]
 
 SIZES = {"phone": (390, 844), "laptop": (1366, 768), "wall": (2560, 1440)}
 HOSTILE = """# Title

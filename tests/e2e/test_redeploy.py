@@ -73,12 +73,13 @@ def get(url: str, path: str) -> Any:
 
 
 class Asking(threading.Thread):
-    """Asks both models again and again, and keeps every answer: (model, status, text)."""
+    """Asks both models again and again. `answers` has (model, status, text) of each; status 0 is a lost connection."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
         self._url = url
         self.answers: list[tuple[str, int, str]] = []
+        self.longest_s = 0.0
         self.over = threading.Event()
         self.start()
 
@@ -86,13 +87,22 @@ class Asking(threading.Thread):
         while not self.over.wait(0.05):
             for name in ("first", "second"):
                 body = {"model": name, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-                answer = httpx.post(f"{self._url}/v1/completions", json=body, timeout=60, verify=PLAIN)
-                text = answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.text
-                self.answers.append((name, answer.status_code, text))
+                begin = time.monotonic()
+                self.answers.append((name, *self._ask(body)))
+                self.longest_s = max(self.longest_s, time.monotonic() - begin)
+
+    def _ask(self, body: dict[str, Any]) -> tuple[int, str]:
+        try:
+            answer = httpx.post(f"{self._url}/v1/completions", json=body, timeout=120, verify=PLAIN)
+        except httpx.HTTPError as error:
+            return 0, repr(error)
+        text: str = answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.text
+        return answer.status_code, text
 
     def stop(self) -> list[tuple[str, int, str]]:
         self.over.set()
-        self.join(60)
+        self.join(120)
+        assert not self.is_alive(), "it waits for an answer"
         return self.answers
 
 
@@ -113,6 +123,7 @@ def test_redeploys(url: str, reference: Reference, tmp_path: Path) -> None:
     while len(get(url, "/admin/placement")["workers"]) != 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    print(f"\nother workers: the longest answer took {asking.longest_s:.2f} s")
 
     # more workers than experts: nothing is deployed
     with pytest.raises(ConfigError, match="workers: 99 is more than"):
@@ -130,7 +141,29 @@ def test_redeploys(url: str, reference: Reference, tmp_path: Path) -> None:
         ("first", 200), ("first", 404), ("second", 200), ("second", 404)
     }  # fmt: skip
     assert {(name, text) for name, status, text in answers if status == 200} == set(texts.items())
+    print(f"another model: the longest answer took {asking.longest_s:.2f} s")
+    end_of_the_old_cluster()
 
+
+def test_another_model_without_room_for_both(url: str, reference: Reference, tmp_path: Path) -> None:
+    """The old one ends its requests and then itself, and those that come meanwhile wait for the new one."""
+    first, second = reference, load_reference(tiny_checkpoint("mixtral", tmp_path))
+    texts = {name: r.text(r.greedy(PROMPT, TOKENS)) for name, r in (("first", first), ("second", second))}
+    deploy(first.checkpoint, "first", workers=2)
+    asking = Asking(url)
+    deploy(second.checkpoint, "second", workers=2, handover_timeout=3.0)
+    assert httpx.get(f"{url}/ready", timeout=30, verify=PLAIN).status_code == 200
+    time.sleep(1)
+    answers = asking.stop()
+    assert {(name, status) for name, status, _ in answers} == {
+        ("first", 200), ("first", 404), ("second", 200), ("second", 404)
+    }  # fmt: skip
+    assert {(name, text) for name, status, text in answers if status == 200} == set(texts.items())
+    print(f"\nno room for both: the longest answer took {asking.longest_s:.2f} s")
+    end_of_the_old_cluster()
+
+
+def end_of_the_old_cluster() -> None:
     deadline = time.monotonic() + 60
     while len(generations.coordinators()) > 1:
         assert time.monotonic() < deadline, "the old cluster goes on"

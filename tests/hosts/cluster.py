@@ -9,14 +9,19 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import httpx
 import psutil
 
+from elastic_moe.cluster.config import cache_directory
 from tests.e2e.conftest import MODEL, Server
 from tests.hosts.lab import Host, HostProcess, Lab
 
 GCS_PORT = 6379
 API_PORT = 8000
-GCS_S = 60.0
+DASHBOARD_PORT = 8265
+ADMIN_KEY = "admin"
+"""A server that others reach takes no admin call without one."""
+START_S = 60.0
 OBJECT_STORE_BYTES = 100_000_000
 CPU_FLAGS = ("--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", "50000000")
 ENVIRONMENT = {
@@ -24,6 +29,8 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # the machine's own native library, so that no host compiles one
+    "XDG_CACHE_HOME": str(cache_directory().parent),
 }
 
 
@@ -46,12 +53,13 @@ class HostCluster:
     def address(self) -> str:
         return f"{self.head.address}:{GCS_PORT}"
 
-    def start_head(self, *, cpus: int = 0, block: bool = True, **env: str) -> None:
+    def start_head(self, *, cpus: int = 0, block: bool = True, dashboard: bool = False, **env: str) -> None:
         """A head on host 0, without cores unless told, so that workers are on other hosts. Without `block`, a part of
-        Ray that ends takes no other along."""
-        words = ["--head", "--port", str(GCS_PORT), "--include-dashboard=false"]
+        Ray that ends takes no other along. `serve deploy` needs the dashboard."""
+        words = ["--head", "--port", str(GCS_PORT), f"--include-dashboard={str(dashboard).lower()}"]
+        words += ["--dashboard-host", "0.0.0.0"] if dashboard else []
         self._start(self.head, words, cpus, env, block=block)
-        self._wait_for_gcs()
+        self._wait_for_port(GCS_PORT)
 
     def join(self, number: int, *, cpus: int = 1, **env: str) -> None:
         """Host `number` joins with `cpus` cores. Returns before it has."""
@@ -62,10 +70,39 @@ class HostCluster:
         host = self.lab.hosts[on]
         file = self.logs / log
         words = [str(Path(sys.executable).with_name("emoe")), "serve", str(checkpoint), "--address", self.address]
-        words += ["--host", "0.0.0.0", "--port", str(API_PORT), "--served-model-name", MODEL]
+        words += [
+            "--admin-api-key",
+            ADMIN_KEY,
+            "--host",
+            "0.0.0.0",
+            "--port",
+            str(API_PORT),
+            "--served-model-name",
+            MODEL,
+        ]
         words += ["--log-file", f"{file}.processes", *CPU_FLAGS, *flags]
         process = host.popen(*words, log=file, env=self.env)
         return Server(process=process, url=f"http://{host.address}:{API_PORT}", log=file)
+
+    def deploy(self, config: str) -> Server:
+        """`serve deploy` on the head. config: YAML whose HTTP listens at API_PORT of every address."""
+        file = self.logs / "serve.yaml"
+        file.write_text(config)
+        self._wait_for_port(DASHBOARD_PORT)
+        serve = str(Path(sys.executable).with_name("serve"))
+        self.head.run(serve, "deploy", "--address", f"http://127.0.0.1:{DASHBOARD_PORT}", str(file), **self.env)
+        return Server(process=self.rays[0], url=f"http://{self.head.address}:{API_PORT}", log=self.logs / "ray-eh0")
+
+    def rebalance(self, server: Server, planner: str, timeout_s: float) -> str:
+        """Have the placement of a planner made. Returns what came of it; raises AssertionError if it failed."""
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        answer = httpx.post(f"{server.url}/admin/rebalance", json={"planner": planner}, headers=headers, timeout=60)
+        assert answer.status_code in (200, 202), answer.text
+        path = f"/admin/operations/{answer.json()['operation_id']}"
+        server.wait("the operation", lambda: server.get(path)["phase"] in ("completed", "failed"), timeout_s)
+        operation = server.get(path)
+        assert operation["phase"] == "completed", operation
+        return str(operation["reason"])
 
     def workers(self, server: Server) -> dict[str, str]:
         """The node of each worker that serves."""
@@ -79,10 +116,6 @@ class HostCluster:
     def pid_of(self, server: Server, worker: str) -> int:
         """The worker's process, as its host numbers it."""
         return int(next(record["pid"] for record in server.get("/admin/workers") if record["id"] == worker))
-
-    def has_api_replica(self, number: int) -> bool:
-        """Whether the host runs a process of the API, whose end ends its connections."""
-        return "ServeReplica" in self.lab.hosts[number].run("ps", "-e", "-o", "args")
 
     def stop_ray(self, number: int, timeout_s: float = 60) -> int:
         """As SIGTERM of `ray start --block` does. Returns its exit code."""
@@ -127,11 +160,12 @@ class HostCluster:
             ray, "start", *words, *fixed, log=self.logs / f"ray-{host.name}", env={**self.env, **env}
         )
 
-    def _wait_for_gcs(self) -> None:
-        deadline = time.monotonic() + GCS_S
+    def _wait_for_port(self, port: int) -> None:
+        """Of the head."""
+        deadline = time.monotonic() + START_S
         while True:
             try:
-                socket.create_connection((self.head.address, GCS_PORT), timeout=1).close()
+                socket.create_connection((self.head.address, port), timeout=1).close()
             except OSError:
                 log = self.logs / f"ray-{self.head.name}"
                 assert self.rays[0].poll() in (None, 0), log.read_text()

@@ -37,9 +37,8 @@ def served(cluster: HostCluster, checkpoint: Path) -> Iterator[tuple[HostCluster
 
 
 def victim(cluster: HostCluster, server: Server) -> int:
-    """A host with a worker and without an API process."""
-    hosts = [cluster.host_of(server, worker) for worker in cluster.workers(server)]
-    return next(host for host in hosts if not cluster.has_api_replica(host))
+    """A host with a worker. The API's processes are on the head."""
+    return cluster.host_of(server, next(iter(cluster.workers(server))))
 
 
 def outage_s(streams: list[HostStream], since: float) -> float:

@@ -38,7 +38,17 @@ def test_the_plan_moves_traffic_off_a_slow_link(cluster: HostCluster, checkpoint
         cluster.join(number)
     cluster.lab.limit(SLOW, MBIT)
     try:
-        flags = ["--workers", "3", "--redundant-experts", "7", "--rebalance-interval", "0", "--step-timeout", "600"]
+        flags = [
+            "--workers",
+            "3",
+            "--redundant-experts",
+            "7",
+            "--rebalance-interval",
+            "0",
+            "--step-timeout",
+            "600",
+            "--workers-on-head",
+        ]
         server = cluster.serve(checkpoint, *flags)
         server.wait("readiness", server.ready, READY_S)
         slow = next(w for w in cluster.workers(server) if cluster.host_of(server, w) == SLOW)
@@ -50,10 +60,7 @@ def test_the_plan_moves_traffic_off_a_slow_link(cluster: HostCluster, checkpoint
 
         before = load(cluster, server, reference)
         server.wait("counts", lambda: server.get("/admin/routing")["tokens"] > 0, 60)
-        answer = server.post("/admin/rebalance", {"planner": "local_search"})
-        assert answer.status_code in (200, 202), answer.text
-        server.wait("the operation", lambda: server.get("/admin/operations")[0]["phase"] in ("completed", "failed"), 60)
-        print(server.get("/admin/operations")[0]["reason"])
+        print(cluster.rebalance(server, "local_search", 60))
         after = load(cluster, server, reference)
         print(f"before {before[0]:.1f} tokens/s, {before[1]:.0f} bytes per token over the slow link")
         print(f"after  {after[0]:.1f} tokens/s, {after[1]:.0f} bytes per token over the slow link")

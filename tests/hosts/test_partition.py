@@ -35,7 +35,9 @@ def test_a_silent_partition_and_its_end(cluster: HostCluster, checkpoint: Path, 
     server.wait("readiness", server.ready, READY_S)
     places = {worker: cluster.host_of(server, worker) for worker in cluster.workers(server)}
     assert set(places.values()) == {1, 2}
-    lost, host = next((worker, host) for worker, host in places.items() if not cluster.has_api_replica(host))
+    api_processes = [h.run("ps", "-e", "-o", "args").count("ServeReplica:") for h in cluster.lab.hosts]
+    assert api_processes[1:] == [0, 0], "they would end with a worker's host, and their connections with them"
+    lost, host = next(iter(places.items()))
     pid = cluster.pid_of(server, lost)
 
     streams = begin(server, 4, 200)

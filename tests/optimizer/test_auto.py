@@ -79,6 +79,7 @@ def test_auto_is_never_worse_than_any_other_planner(problem: PlacementProblem, d
         assert auto.cost.total_s <= other.cost.total_s * (1 + 1e-9), planner
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -14,6 +14,8 @@ from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, load_trace
 
+pytestmark = pytest.mark.slow
+
 FOUR = make_workers(4, nodes=1, num_experts=16)
 
 

@@ -15,6 +15,8 @@ from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
 from elastic_moe.optimizer.study.traces import load_trace
 
+pytestmark = pytest.mark.slow
+
 EIGHT = make_workers(8, nodes=1, num_experts=64)
 
 

@@ -18,6 +18,7 @@ from elastic_moe.actors.control.control_loop import ControlLoop
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.control import succession
 from elastic_moe.cluster.errors import (
     CheckpointError,
     ConfigError,
@@ -708,14 +709,41 @@ def test_an_error_does_not_outlive_a_redeploy(tmp_path: Path, when: str) -> None
     asyncio.run(story())
 
 
-def test_a_cluster_that_is_replaced_finishes_its_requests_and_ends(tmp_path: Path) -> None:
+def test_a_cluster_that_gives_way_ends_with_its_last_replica(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (coordinator, fleet):
             await ready(coordinator)
             await coordinator.check_in("a", 1, refuses=False)
             fleet.is_wanted = False
             await coordinator.give_way()
-            assert await coordinator.check_in("a", 1, refuses=True), "new requests are to be refused"
+            assert not await coordinator.check_in("a", 1, refuses=False), "requests may come until Serve has switched"
+            assert not fleet.has_left
+            await coordinator.check_out("a")
+
+            async def left() -> bool:
+                return fleet.has_left
+
+            await until(left)
+
+    asyncio.run(story())
+
+
+def test_a_cluster_that_is_replaced_finishes_its_requests_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(succession, "SWITCH_S", 0.0)
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            await coordinator.check_in("a", 1, refuses=False)
+            fleet.is_wanted = False
+            await coordinator.give_way()
+
+            async def refuses() -> bool:
+                return await coordinator.check_in("a", 1, refuses=True)
+
+            await until(refuses)
             await asyncio.sleep(0.1)
             assert (await coordinator.readiness()).ready
             assert not fleet.has_left
@@ -784,8 +812,10 @@ def test_what_is_waited_for_is_told_and_the_cluster_before_asked_to_give_way(
             assert not asked.is_set()
             async with asyncio.timeout(5):
                 await asked.wait()
+            await until(coordinator.needs_way)
             there.set()
             await ready(coordinator)
+            assert not await coordinator.needs_way()
             assert {worker.waits_for for worker in await coordinator.workers()} == {None}
 
     asyncio.run(story())

@@ -23,6 +23,14 @@ def test_a_slow_step_keeps_the_deadline_long_for_a_while() -> None:
     assert deadline.seconds(4) == deadline.late_s(4) == 40.0
 
 
+def test_a_slow_step_is_soon_forgotten_where_it_is_only_about_a_ping() -> None:
+    deadline = StepDeadline(60.0)
+    deadline.met(4, 0.5)
+    for _ in range(8):
+        deadline.met(4, 0.02)
+    assert (deadline.late_s(4), deadline.seconds(4)) == (LATE_FLOOR_S, 60.0)
+
+
 def test_quick_small_steps_do_not_shorten_the_deadline_of_large_ones() -> None:
     deadline = known(0.02, tokens=4)
     assert deadline.seconds(7) == FLOOR_S

@@ -349,8 +349,7 @@ def test_a_request_that_the_model_fails_on_fails_alone() -> None:
 def test_a_worker_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_loop, "SILENT_S", 0.05)
     monkeypatch.setattr(step_loop, "ABORT_S", 0.1)
-    monkeypatch.setattr(step_deadline, "LATE_FACTOR", 1.0)
-    monkeypatch.setattr(step_deadline, "LATE_FLOOR_S", 0.0)
+    monkeypatch.setattr(step_deadline, "LATE_FLOOR_S", 0.2)
     hangs, goes_on = threading.Event(), threading.Event()
 
     async def scenario(cluster: Cluster, client: Client) -> None:
@@ -396,6 +395,37 @@ def test_a_worker_that_the_next_epoch_leaves_out_is_not_waited_for(monkeypatch: 
         await client.until(lambda: len(client.tokens[RequestId("r")]) >= 5)
         while not cluster.late:
             await asyncio.sleep(0.01)
+        await cluster.begin_epoch("a")
+        await client.finish(request("r"))
+
+    try:
+        run(["a", "b"], scenario)
+    finally:
+        mended.set()
+
+
+def test_a_worker_that_is_given_up_after_the_others_have_finished_is_not_waited_for() -> None:
+    """It is cut off when only its own answer is missing: nobody is left whom an abort could wake."""
+    cut, mended = threading.Event(), threading.Event()
+
+    async def scenario(cluster: Cluster, client: Client) -> None:
+        cluster.loop._allowed = step_deadline.StepDeadline(600.0)
+        silent = cluster.workers[WorkerId("b")]
+        compute = silent.simulated.run
+
+        def be_cut_off(plan: StepPlan, rank: int) -> StepResult:
+            if silent.steps == 5:
+                cut.set()
+                mended.wait(30)
+            return compute(plan, rank)
+
+        silent.simulated.run = be_cut_off  # type: ignore[method-assign]
+        await client.submit(request("r"))
+        await asyncio.to_thread(cut.wait)
+        while any("a" in flight.pending for flight in cluster.loop._flights):
+            await asyncio.sleep(0.01)
+        cluster.loop.lose(WorkerId("b"))
+        assert (await cluster.reports.get())[1] == ["b"]
         await cluster.begin_epoch("a")
         await client.finish(request("r"))
 

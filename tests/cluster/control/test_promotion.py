@@ -149,11 +149,18 @@ def test_a_promotion_gives_way_to_a_given_placement_but_not_to_one_that_is_refus
     assert (share(sim), sim.facts.spec.placement) == (0.0, on_disk), "no promotion changes what was asked for"
 
 
-def test_nothing_gives_way_once_a_promotion_is_being_prepared() -> None:
+def test_a_promotion_that_is_being_prepared_ends_before_what_is_asked_for() -> None:
     sim = promoting()
+    promotion = newest(sim).operation_id
     sim.finish(next(n for n, c in enumerate(sim.todo) if isinstance(c, Transfer)))
-    with pytest.raises(ConflictError):
-        sim.feed(ScaleRequested(workers=2))
+    with pytest.raises(ConflictError, match=promotion):
+        sim.feed(RebalanceRequested(planner="auto"))
+    sim.feed(ScaleRequested(workers=2))
+    scaling = newest(sim).operation_id
+    sim.settle()
+    ended = [sim.state.operations.get(name) for name in (promotion, scaling)]
+    assert [operation.phase for operation in ended if operation is not None] == [Phase.COMPLETED, Phase.COMPLETED]
+    assert (share(sim), len(sim.facts.ranks)) == (1.0, 2)
 
 
 def test_a_promotion_that_fails_is_tried_again_after_a_pause() -> None:

@@ -7,7 +7,15 @@ import pytest
 
 from elastic_moe.cluster.control.rebalancing import Judgement, judge, room, too_much, worth_a_look
 from elastic_moe.cluster.errors import PlacementError
-from elastic_moe.cluster.facts.events import PlaceRequested, PlanReady, RebalanceRequested, Solve, Tick, Unpin
+from elastic_moe.cluster.facts.events import (
+    PlaceRequested,
+    PlanReady,
+    RebalanceRequested,
+    ScaleRequested,
+    Solve,
+    Tick,
+    Unpin,
+)
 from elastic_moe.cluster.facts.facts import Choice, Planning
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.messages.views import Phase
@@ -38,6 +46,23 @@ def test_a_periodic_plan_must_be_worthwhile_a_requested_one_only_no_worse() -> N
     sim.feed(RebalanceRequested(planner="auto"))
     answer(sim, worthwhile=False, no_worse=True)
     assert sim.facts.change is not None
+
+
+@pytest.mark.parametrize("stage", ["planning", "copying"])
+def test_a_periodic_re_placement_ends_before_the_scaling_that_is_asked_for_meanwhile(stage: str) -> None:
+    sim = serving(2, interval_s=5.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.now += 10
+    sim.feed(Tick())
+    if stage == "copying":
+        answer(sim, worthwhile=True, no_worse=True)
+        assert sim.facts.change is not None
+    sim.feed(ScaleRequested(workers=1, operation_id="mine"))
+    sim.settle()
+    assert sim.facts.ranks == (W0,)
+    operation = sim.state.operations.get("mine")
+    assert operation is not None
+    assert operation.phase is Phase.COMPLETED
 
 
 @pytest.mark.parametrize("workers", [1, 2])

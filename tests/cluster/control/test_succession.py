@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic_moe.cluster.control.succession import UNUSED_S, Succession, asks_for_way
+from elastic_moe.cluster.control.succession import SWITCH_S, UNUSED_S, Succession, asks_for_way
 
 
 def looks(succession: Succession, now: float, **facts: object) -> bool:
@@ -29,6 +29,14 @@ def test_one_that_gives_way_finishes_its_requests_first() -> None:
     assert looks(old, 12.0, running=0)
     assert not looks(old, 39.9)
     assert looks(old, 40.0), "they had their time, from the first request on"
+
+
+def test_one_that_gives_way_refuses_requests_only_where_they_go_on_coming() -> None:
+    old = Succession()
+    assert not old.refuses(1000.0)
+    old.give_way(10.0)
+    assert not old.refuses(10.0)
+    assert old.refuses(10.0 + SWITCH_S)
 
 
 def test_one_that_is_wanted_again_stays() -> None:

@@ -102,15 +102,18 @@ def test_help_and_version() -> None:
     assert emoe("--version").stdout.startswith("emoe ")
 
 
+@pytest.mark.slow
 def test_a_missing_model() -> None:
     assert "/no/such/model" in one_line(emoe("serve", "/no/such/model"))
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in one_line(emoe("serve", str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_more_workers_than_experts(tmp_path: Path) -> None:
     model = make_random_checkpoint(tmp_path / "tiny", layers=1, experts=4)
     assert "4 experts" in one_line(emoe("serve", str(model), "--workers", "5"))

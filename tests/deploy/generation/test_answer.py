@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from elastic_moe.deploy.generation.answer import Delta, GenerationFailed, merged
+from elastic_moe.deploy.backend.backend import GenerationFailed
+from elastic_moe.deploy.generation.answer import Delta, merged
 
 
 async def answer(

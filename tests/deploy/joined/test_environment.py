@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.deploy.cli.main import main
-from elastic_moe.deploy.joined.environment import BINARY_VARIABLE, cluster_environment, exports
-from elastic_moe.deploy.launch.ray_private import ENVIRONMENT
+from elastic_moe.deploy.joined.environment import cluster_environment, exports
+from elastic_moe.deploy.launch.ray_private import ENVIRONMENT, HAPROXY_VARIABLE
 from tests.paths import ROOT
 
 
@@ -26,7 +26,7 @@ def test_a_shell_takes_over_what_is_printed() -> None:
 
 def test_the_command_names_a_script_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cluster-env"]) == 0
-    (path,) = re.findall(rf"^export {BINARY_VARIABLE}=(.*)$", capsys.readouterr().out, re.MULTILINE)
+    (path,) = re.findall(rf"^export {HAPROXY_VARIABLE}=(.*)$", capsys.readouterr().out, re.MULTILINE)
     assert os.access(path, os.X_OK)
     assert Path(path).is_absolute()
 
@@ -35,7 +35,7 @@ def test_the_image_has_it() -> None:
     """KubeRay's own command starts Ray there, and nobody could set it before."""
     (block,) = re.findall(r"^ENV ((?:.*\\\n)*.*)$", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE)
     written = dict(word.split("=", 1) for word in shlex.split(block.replace("\\\n", " ")))
-    assert written == cluster_environment(written[BINARY_VARIABLE])
+    assert written == cluster_environment(written[HAPROXY_VARIABLE])
 
 
 def test_ray_reads_each() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.deploy.joined.environment import haproxy_path
+from elastic_moe.deploy.joined.environment import cluster_environment, haproxy_path
 from elastic_moe.deploy.joined.haproxy import corrections_of
 from elastic_moe.deploy.launch.haproxy_config import corrected
 from tests.deploy.proxied import serves_configuration
@@ -27,10 +28,13 @@ def test_only_the_api_listens_where_serve_was_told_to(tmp_path: Path, host: str,
 
 
 def test_serve_can_run_it(tmp_path: Path) -> None:
-    """HAProxy checks the configuration that it has corrected, error pages included."""
+    """HAProxy checks the configuration that it has corrected, error pages included. In Serve's environment, HAProxy is
+    the command itself."""
     serves_configuration(tmp_path, port=8000, host="0.0.0.0", backend_port=1)
     config = tmp_path / "haproxy.cfg"
-    done = subprocess.run([haproxy_path(), "-c", "-f", str(config)], capture_output=True, text=True, check=False)
+    command = [haproxy_path(), "-c", "-f", str(config)]
+    environment = os.environ | cluster_environment(haproxy_path())
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert config.read_text().startswith("# corrected\n")
     assert (tmp_path / "503.http").exists()

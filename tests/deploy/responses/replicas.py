@@ -16,8 +16,8 @@ from elastic_moe.actors.remote.key_value import LocalKeyValue
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
-from elastic_moe.deploy.generation.ray_backend import RayBackend
-from tests.deploy.generation.standins import ENGINES, Coordinator, Engine, until
+from elastic_moe.deploy.backend.ray_backend import RayBackend
+from tests.deploy.backend.standins import ENGINES, Coordinator, Engine, until
 
 
 class LetterEngine(Engine):
@@ -84,7 +84,7 @@ class Scene:
         watching = asyncio.create_task(service.following.watch())
         replica = Replica(backend=backend, service=service, client=client, watching=watching)
         self.replicas.append(replica)
-        await until(lambda: backend._link is not None and backend.can_wait)
+        await until(lambda: backend._client.engine is not None and backend.can_wait)
         return replica
 
     def new_engine(self) -> LetterEngine:

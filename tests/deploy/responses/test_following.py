@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.deploy.generation import ray_backend
+from elastic_moe.deploy.backend import engine_client, ray_backend
 from elastic_moe.deploy.responses import following
-from tests.deploy.generation.standins import release, until
+from tests.deploy.backend.standins import release, until
 from tests.deploy.responses.replicas import Replica, Scene, run
 
 TOKENS = 20
@@ -20,9 +20,9 @@ BACKGROUND: dict[str, Any] = {"background": True, "max_output_tokens": TOKENS}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_backend, "RETRY_S", 0.005)
+    monkeypatch.setattr(engine_client, "RETRY_S", 0.005)
     monkeypatch.setattr(ray_backend, "READINESS_S", 0.005)
-    monkeypatch.setattr(ray_backend, "ADOPT_S", 0.01)
+    monkeypatch.setattr(engine_client, "ADOPT_S", 0.01)
     monkeypatch.setattr(following, "ADOPT_S", 0.01)
 
 

@@ -23,6 +23,8 @@ from elastic_moe.deploy.text.tokenizer import Tokenizer
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
 from tests.deploy.fakes import FakeBackend, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LOOP = "{% for a in range(90000) %}{% for b in range(90000) %}{{ '' }}{% endfor %}{% endfor %}"
 GROW = "{{ ('x' * 2000000000) | length }}"
 TEMPLATE = (

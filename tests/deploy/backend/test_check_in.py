@@ -17,7 +17,7 @@ from elastic_moe.cluster.messages.requests import GenerateRequest, TokenOutput
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
-from elastic_moe.deploy.generation.check_in import check_in
+from elastic_moe.deploy.backend.check_in import check_in
 from tests.actors.fakes import Handle, PlainFleet
 from tests.deploy.fakes import FakeBackend
 

@@ -13,11 +13,11 @@ import ray
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams
-from elastic_moe.deploy.generation import ray_backend
-from elastic_moe.deploy.generation.answer import GenerationFailed
-from elastic_moe.deploy.generation.gcs_watch import GcsWatch
-from elastic_moe.deploy.generation.ray_backend import RayBackend
-from tests.deploy.generation.standins import ENGINES, Coordinator, Engine, release, until
+from elastic_moe.deploy.backend import engine_client, ray_backend
+from elastic_moe.deploy.backend.backend import GenerationFailed
+from elastic_moe.deploy.backend.gcs_watch import GcsWatch
+from elastic_moe.deploy.backend.ray_backend import RayBackend
+from tests.deploy.backend.standins import ENGINES, Coordinator, Engine, release, until
 
 LENGTH = 20
 
@@ -63,7 +63,7 @@ EXPECTED = [100 + n for n in range(LENGTH)]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_backend, "RETRY_S", 0.005)
+    monkeypatch.setattr(engine_client, "RETRY_S", 0.005)
     monkeypatch.setattr(ray_backend, "READINESS_S", 0.005)
 
 
@@ -97,7 +97,7 @@ def test_a_lost_engine_costs_no_token(made: int) -> None:
 
 
 def test_an_engine_replaced_while_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_backend, "LIFE_S", 0.05)
+    monkeypatch.setattr(engine_client, "LIFE_S", 0.05)
 
     async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
         answer = asyncio.create_task(collect(backend))
@@ -164,8 +164,8 @@ def test_a_request_that_was_never_served_may_come_again_later() -> None:
 
 def test_unread_outputs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads least is cut off; the others go on."""
-    monkeypatch.setattr(ray_backend, "MAX_UNREAD", 5)
-    monkeypatch.setattr(ray_backend, "UNREAD_EVERY", 1)
+    monkeypatch.setattr(engine_client, "MAX_UNREAD", 5)
+    monkeypatch.setattr(engine_client, "UNREAD_EVERY", 1)
 
     async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
         slow = backend.generate(request("slow"))
@@ -228,7 +228,7 @@ def test_lost_outputs_are_made_again() -> None:
 
 def test_refusals_reach_the_client() -> None:
     async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
-        await until(lambda: backend._link is not None)
+        await until(lambda: backend._client.engine is not None)
         engine.refuses = True
         with pytest.raises(RequestError) as refused:
             await collect(backend)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
-from elastic_moe.deploy.generation.request_stream import RequestStream
+from elastic_moe.deploy.backend.request_stream import RequestStream
 from tests.actors.simulated_worker import scores_of
 
 PROMPT = tuple(range(1, 20))

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from elastic_moe.deploy.generation.gcs_watch import GcsWatch, limit_s
+from elastic_moe.deploy.backend.gcs_watch import GcsWatch, limit_s
 
 
 def test_silence_counts_from_the_last_answer() -> None:

@@ -12,7 +12,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, PlacementError
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.cluster.redeploy import Generation
-from elastic_moe.deploy.generation import hand_over
+from elastic_moe.deploy.backend import hand_over
 from tests.actors.fakes import Handle
 
 OLD, NEW = Generation("old"), Generation("new")
@@ -24,10 +24,14 @@ FAILED = Readiness(ready=False, reason="damaged", error="shard 3 is damaged")
 class FakeCoordinator:
     def __init__(self, state: Readiness, refuses: bool = False) -> None:
         self.state, self.refuses = state, refuses
+        self.has_asked = False
         self.configured: list[ServeConfig] = []
 
     async def readiness(self) -> Readiness:
         return self.state
+
+    async def needs_way(self) -> bool:
+        return self.has_asked
 
     async def reconfigure(self, config: ServeConfig) -> None:
         if self.refuses:
@@ -52,12 +56,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hand_over, "READY_POLL_S", 0.01)
 
 
-def begin(new: FakeCoordinator, clusters: FakeClusters, config: ServeConfig) -> asyncio.Task[None]:
+def begin(new: FakeCoordinator, clusters: FakeClusters, config: ServeConfig) -> asyncio.Task[bool]:
     taking = hand_over.take_over(config, NEW, Remote(clusters.handles[NEW]), new.readiness, clusters)
     return asyncio.get_running_loop().create_task(taking)
 
 
-@pytest.mark.parametrize("end", ["ready", "old one ends", "old one fails"])
+@pytest.mark.parametrize("end", ["ready", "old one ends", "old one fails", "asked for way"])
 def test_it_waits_while_the_old_cluster_serves_and_no_longer(end: str) -> None:
     async def story() -> None:
         old, new = FakeCoordinator(READY), FakeCoordinator(LOADS)
@@ -70,10 +74,12 @@ def test_it_waits_while_the_old_cluster_serves_and_no_longer(end: str) -> None:
             new.state = READY
         elif end == "old one ends":
             clusters.handles[OLD].dead = True
+        elif end == "asked for way":
+            new.has_asked = True
         else:
             old.state = FAILED
         async with asyncio.timeout(5):
-            await taking
+            assert await taking is (end != "ready"), "whether requests are to wait"
         assert clusters.withdrawn == []
 
     asyncio.run(story())
@@ -83,7 +89,7 @@ def test_without_another_cluster_it_answers_at_once_and_ready_says_why_it_cannot
     async def story() -> None:
         new = FakeCoordinator(FAILED)
         async with asyncio.timeout(5):
-            await begin(new, FakeClusters(new=new), ServeConfig())
+            assert not await begin(new, FakeClusters(new=new), ServeConfig())
 
     asyncio.run(story())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
@@ -25,6 +26,10 @@ from elastic_moe.cluster.messages.views import (
     WorkerView,
 )
 from elastic_moe.cluster.placement import Placement, WorkerId
+
+
+class GenerationFailed(EmoeError):
+    """The engine has ended a request because of a fault that is not in the request."""
 
 
 class Backend(Protocol):

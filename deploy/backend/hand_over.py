@@ -34,27 +34,36 @@ async def take_over(
     coordinator: Remote[Coordinator],
     readiness: Callable[[], Awaitable[Readiness]],
     clusters: Clusters,
-) -> None:
+) -> bool:
     """Have the cluster take over these settings; while another cluster serves, wait until this one can.
+
+    Where this one needs the resources of the other, the wait ends when it has asked for them, since the other one ends
+    as soon as it gets no more requests. Returns whether requests are to wait here for this cluster: because of that, or
+    because the other one has ended meanwhile.
 
     generation, coordinator: of this replica's cluster. readiness: as the replica tells it. Raises NotReadyError where
     the cluster cannot take the settings over, or can never serve: in the latter case, the one before it is the wanted
     one again.
     """
+    served = False
     try:
         # the coordinator may have to start first
         await within(ask(coordinator, Coordinator.reconfigure, config), config.recovery_timeout)
         while await _another_serves(generation, clusters):
+            served = True
             state = await readiness()
             if state.ready:
-                return
+                return False
             if state.error is not None:
                 raise NotReadyError(state.error)
+            if await within(ask(coordinator, Coordinator.needs_way), CALL_TIMEOUT_S):
+                return True
             await asyncio.sleep(READY_POLL_S)
     except CALL_ERRORS as error:
         if not await _serves(coordinator):
             await asyncio.to_thread(clusters.withdraw, generation)
         raise NotReadyError(f"this deployment cannot take over: {one_line(error)}") from None
+    return served
 
 
 async def _another_serves(generation: Generation, clusters: Clusters) -> bool:

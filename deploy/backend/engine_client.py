@@ -1,0 +1,233 @@
+"""The API's requests at the engine: they travel over one connection, and go on with the next engine if one is lost.
+
+    generate() -> Submit to the engine          Outputs from the engine -> the requests' queues -> generate()
+
+The tokens that each request has got are kept here. When the engine is lost, every unfinished request is submitted to
+the next engine together with its tokens, and `offset` says which tokens of the new engine are repeats. Meanwhile the
+request's stream pauses.
+
+A lasting request outlives this process too: the engine keeps its tokens, and another replica may `generate` it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from itertools import chain
+
+from ray.exceptions import RayActorError, RayError
+
+from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.liveness import ADOPT_S, CALL_TIMEOUT_S, LIFE_S
+from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.background import Background
+from elastic_moe.actors.remote.calls import within
+from elastic_moe.actors.remote.codec import Message
+from elastic_moe.actors.remote.links import Link, connect
+from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
+from elastic_moe.cluster.messages.requests import (
+    AbortRequests,
+    Adopt,
+    Adopted,
+    CancelRequests,
+    GenerateRequest,
+    Hello,
+    Outputs,
+    RequestId,
+    Submit,
+    TokenOutput,
+)
+from elastic_moe.deploy.backend.backend import GenerationFailed
+from elastic_moe.deploy.backend.ray_calls import result
+from elastic_moe.deploy.backend.request_stream import RequestStream
+
+logger = logging.getLogger(__name__)
+
+MAX_UNREAD = 2**21
+"""Most tokens and log probabilities of all requests that clients have not read yet: some 200 MB."""
+UNREAD_EVERY = 64
+"""Number of messages from the engine between two checks of `MAX_UNREAD`."""
+RETRY_S = 0.1
+
+
+class EngineClient:
+    """Made and used on one event loop. `follow` runs as long as there are requests."""
+
+    def __init__(self, find: Callable[[], Awaitable[Remote[Engine] | None]], background: Background) -> None:
+        """`find` asks for the engine; None: there is none now. `background` runs what outlasts a call."""
+        self._find = find
+        self._background = background
+        self._client_id = uuid.uuid4().hex
+        self._streams: dict[RequestId, RequestStream] = {}
+        self.engine: Remote[Engine] | None = None
+        """The engine that is connected; None while none is."""
+        self.has_connected = False
+        """Whether an engine has ever been connected."""
+        self.resumed = 0
+        """Number of requests that went on with another engine."""
+        self._link: Link | None = None
+        self._linked_at = 0.0
+        self._messages = 0
+
+    # --- Requests -----------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        stream = RequestStream(request)
+        self._streams[request.request_id] = stream
+        ended = False
+        try:
+            await self._submit(self._link, stream)
+            while not ended:
+                output = await stream.next()
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            del self._streams[request.request_id]
+            if not ended and stream.link is not None:
+                stream.link.send(AbortRequests(request_ids=(request.request_id,)))
+
+    def cancel(self, request_id: RequestId) -> None:
+        stream = self._streams[request_id]
+        stream.cancelled = True
+        if stream.link is not None:
+            stream.link.send(CancelRequests(request_ids=(request_id,)))
+
+    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
+        # a new engine knows a request only once those who follow it have submitted it again
+        if self._link is None or time.monotonic() - self._linked_at < ADOPT_S:
+            return ()
+        try:
+            answer = await within(self._link.call(Adopt(request_ids=tuple(request_ids))), CALL_TIMEOUT_S)
+        except (ConnectionError, TimeoutError):
+            return ()
+        assert isinstance(answer, Adopted), answer
+        return answer.request_ids
+
+    def forget(self, request_id: RequestId) -> None:
+        if self._link is not None:
+            self._link.send(AbortRequests(request_ids=(request_id,)))
+
+    async def _submit(self, link: Link | None, stream: RequestStream) -> None:
+        """Raises RequestError if the engine refuses it. The next engine gets it if this one is gone."""
+        if link is None:
+            return
+        stream.link = link
+        try:
+            await within(link.call(Submit(requests=(stream.resumed,))), CALL_TIMEOUT_S)
+            if stream.cancelled:
+                link.send(CancelRequests(request_ids=(stream.request.request_id,)))
+        except (ConnectionError, TimeoutError) as error:
+            logger.info("the engine did not take a request: %s", type(error).__name__)
+            stream.link = None
+            self._background.start(self._submit_later(stream))
+
+    async def _submit_later(self, stream: RequestStream) -> None:
+        """Submit again to the same engine. A new engine gets all requests in `_follow`."""
+        await asyncio.sleep(RETRY_S)
+        if stream.link is not None or self._streams.get(stream.request.request_id) is not stream:
+            return
+        await self._resubmit(self._link, stream)
+
+    async def _resubmit(self, link: Link | None, stream: RequestStream) -> None:
+        try:
+            await self._submit(link, stream)
+        except RequestError as error:
+            stream.fail(str(error))
+
+    def end_all(self, message: str) -> None:
+        """End every request with an error."""
+        for stream in self._streams.values():
+            if stream.received:
+                stream.fail(message)
+            else:
+                # nothing was sent yet, so the client can get a status that says: try again later
+                stream.refuse(NotReadyError(message))
+            if stream.link is not None:
+                stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))
+
+    # --- The engine ---------------------------------------------------------------------------------------------
+
+    async def follow(self) -> None:
+        lost: Remote[Engine] | None = None
+        while True:
+            engine = await self._next_engine()
+            try:
+                await self._follow(engine)
+            except (RayActorError, NotReadyError, OSError) as error:
+                # the coordinator may return the old engine for a while
+                level = logging.DEBUG if engine == lost else logging.WARNING
+                logger.log(level, "the engine is lost (%s); asking for another", type(error).__name__)
+                lost = engine
+            except (RayError, EmoeError):
+                logger.exception("following the engine failed")
+            self.engine = self._link = None
+            await asyncio.sleep(RETRY_S)
+
+    async def _follow(self, engine: Remote[Engine]) -> None:
+        """Submit all requests that `engine` does not have, and watch the engine. Ends by raising, when it is lost."""
+        hello = Hello(client_id=self._client_id)
+        ended = asyncio.Event()
+        link = await connect(await result(ask(engine, Engine.endpoint)), self._received, lambda _: ended.set())
+        try:
+            await within(link.call(hello), CALL_TIMEOUT_S)
+            self.has_connected = True
+            # set before the loop: a stream that begins later is submitted by its own generate()
+            self.engine, self._link, self._linked_at = engine, link, time.monotonic()
+            for stream in [s for s in self._streams.values() if s.link is not link]:
+                had_engine = stream.link is not None or bool(stream.received)
+                await self._resubmit(link, stream)
+                resumed = had_engine and stream.link is link
+                self.resumed += resumed
+                stream.resubmissions += resumed
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LIFE_S):
+                        await ended.wait()
+                # raises where it has ended
+                await within(link.call(hello), LIFE_S)
+        finally:
+            link.close()
+
+    def _received(self, link: Link, message: Message) -> None:
+        assert isinstance(message, Outputs), message
+        unknown: list[RequestId] = []
+        for output in chain(message.tokens, message.outputs):
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                if output.finish_reason is None:
+                    unknown.append(output.request_id)
+            elif stream.link is link and not stream.take(output):
+                logger.warning(
+                    "tokens of request %s were lost; it is run again from there", output.request_id,
+                    extra={"request_id": output.request_id},
+                )  # fmt: skip
+                unknown.append(output.request_id)
+                stream.link = None
+                self._background.start(self._submit_later(stream))
+        self._messages += 1
+        if self._messages % UNREAD_EVERY == 0:
+            self._bound_unread()
+        if unknown:
+            # requests that lost tokens, and requests whose clients hung up while they were being submitted
+            link.send(AbortRequests(request_ids=tuple(unknown)))
+
+    def _bound_unread(self) -> None:
+        """End the requests of the slowest readers until `MAX_UNREAD` is kept."""
+        unread = sum(stream.unread for stream in self._streams.values())
+        while unread > MAX_UNREAD:
+            slowest = max(self._streams.values(), key=lambda stream: stream.unread)
+            unread -= slowest.unread
+            name = slowest.request.request_id
+            logger.warning("request %s is ended: its client reads too slowly", name, extra={"request_id": name})
+            slowest.refuse(GenerationFailed("the client reads more slowly than tokens are made, and many are unread"))
+            if slowest.link is not None:
+                slowest.link.send(AbortRequests(request_ids=(slowest.request.request_id,)))
+
+    async def _next_engine(self) -> Remote[Engine]:
+        while (engine := await self._find()) is None:
+            await asyncio.sleep(RETRY_S)
+        return engine
