@@ -41,6 +41,8 @@ WIDE: Mapping[str, Mapping[str, Any]] = {
     "granitemoehybrid-mamba": {"mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_chunk_size": 256},
     "nemotron_h": {"mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8}
     | {"chunk_size": 256, "moe_latent_size": 512, "moe_shared_expert_intermediate_size": 1024},
+    "gpt_oss": {"sliding_window": 128},
+    "gemma4_text": {"sliding_window": 512},
     "jamba": {"mamba_d_state": 16},
     "minimax": {"intermediate_size": SIZES["ff"], "block_size": 256},
 }

@@ -45,7 +45,8 @@ def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dt
                 expert_dtype=expert_dtype,
             ),
             experts=tuple(placement.experts_of(member.id, layer) for layer in range(info.num_layers)),
-            kv_cache_bytes=1 << 30,
+            # much, so that windows of many sequences have blocks; no more memory is taken than is written to
+            kv_cache_bytes=1 << 33,
             block_size=BLOCK,
             max_num_seqs=64,
             max_num_batched_tokens=max(max(BATCHES) * CONTEXT, *PROMPTS),
