@@ -93,3 +93,4 @@ def growing_ray(
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(family, timeout=20)
+        process.wait(20)
