@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev ## set up and run the tests
 test-clients: $(VENV)/.installed-dev ## third-party clients against a real server, each in its own environment
 	@$(BIN)/python -m tests.clients.driver $(ARGS)
 
-check: lint ## lint, the pure tests with few examples, and one model family: a minute or two on 2 idle cores
+check: lint ## lint, the pure tests with few examples, and one model family: a minute or two
 	@$(BIN)/python -m pytest -n 2 -m "not ray and not slow" --hypothesis-profile=quick -k "not test_parity.py or qwen3_moe" \
 		tests/cluster tests/optimizer tests/actors tests/deploy tests/model/test_parity.py
 

@@ -14,7 +14,7 @@
     tiers/         experts that lie on the disk or in the host's memory, and come when a step needs them
     worker/        one worker: loading, epochs, steps
 
-The life of a step: `Worker.step` (worker/worker.py) turns a StepPlan into slices of tokens. `ModelRunner.run`
+The life of a step: `DataPlane.step` (worker/data_plane.py) turns a StepPlan into slices of tokens. `ModelRunner.run`
 (worker/runner.py) packs them into one row and runs transformers' trunk. In each layer, attention (trunk/attention.py)
 writes keys and values to the KV cache and reads them (trunk/kv_cache.py). The router chooses experts. The dispatcher
 (exchange/dispatch.py) sends each token to the workers of its experts, where an ExpertStore (experts/store.py) computes

@@ -14,11 +14,12 @@ from elastic_moe.optimizer.baselines.pinning import pinning_plan
 from elastic_moe.optimizer.baselines.quick import QUICK_PLANNERS, QuickPlanner
 from elastic_moe.optimizer.core.bounds import lower_bound
 from elastic_moe.optimizer.core.contract import Budget, Clock, Draft, Planner
-from elastic_moe.optimizer.core.cost import Cost, load_imbalance, moves_to, price, shares
+from elastic_moe.optimizer.core.cost import Cost, load_imbalance, moves_to, price, shares, step_on_each
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import PlanResult, SolutionStatus, Termination
 from elastic_moe.optimizer.core.solvers import SOLVERS, SolverError
 from elastic_moe.optimizer.core.table import to_placement
+from elastic_moe.optimizer.relief import relief_plan
 from elastic_moe.optimizer.search.local_search import local_search_plan
 
 LEAD = 0.1
@@ -55,6 +56,7 @@ _PLANNERS: dict[str, Planner] = {
     "pinning": pinning_plan,
     "load_ilp": _formulation("elastic_moe.optimizer.baselines.load_planner", "load_ilp_plan"),
     "moetuner": _formulation("elastic_moe.optimizer.baselines.moetuner", "moetuner_plan"),
+    "relief": relief_plan,
     "local_search": local_search_plan,
     "ilp": _formulation("elastic_moe.optimizer.ilp.planner", "ilp_plan"),
     "auto": auto_plan,
@@ -130,6 +132,12 @@ def _result(
         termination=draft.termination,
         cost_before=cost_before,
         cost=cost,
+        each_before=(
+            ()
+            if cost_before is None or problem.current is None
+            else step_on_each(problem, problem.current, cost_before)
+        ),
+        each=step_on_each(problem, placement, cost),
         imbalance_before=imbalance_before,
         imbalance=mean_imbalance(problem, table),
         lower_bound=bound,

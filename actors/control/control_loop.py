@@ -48,11 +48,14 @@ from elastic_moe.cluster.facts.events import (
     Solve,
     StartWorker,
     StopWorker,
+    SubjectChanged,
     Tick,
     Transfer,
 )
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.epochs import ModelSpec
+from elastic_moe.optimizer.subjects.memory import SavedSubjects, SubjectMemory
+from elastic_moe.optimizer.subjects.watch import SubjectWatch
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,11 @@ class ControlLoop:
         self.window = RoutingWindow(
             model.num_layers, model.num_logical_experts, window_s=config.rebalance_interval or 60.0
         )
+        self.memory = SubjectMemory(model.num_layers, model.num_logical_experts)
+        self._remembered_part = -1
+        """Number of the last part of the window that the memory has taken."""
+        self._saved_memory = SavedSubjects(content=b"")
+        self._watch, self._watched = SubjectWatch(), self.window.taken.copy()
         self.roll_call = RollCall(processes, heartbeat_timeout_s)
         self.poller = Poller(
             processes,
@@ -98,6 +106,7 @@ class ControlLoop:
             model,
             spec.dtype,
             self.window,
+            self.memory,
             running_requests=lambda: sum(self.poller.status.running.values()),
             link_gbps=lambda: self.poller.link_gbps,
         )
@@ -125,6 +134,8 @@ class ControlLoop:
 
     def _poll(self, now: float) -> None:
         self.feed(RoutingCounted(load=self.window.load(now)))
+        self._remember(now)
+        self._watch_subject(now)
         facts = self.state.facts
         self.poller.poll(facts)
         if not self._looking:
@@ -132,6 +143,29 @@ class ControlLoop:
             self._spawn(self._look_at_nodes())
         if self.processes.wants_standby and facts.whole and now - facts.epoch_since > liveness.STANDBY_AFTER_S:
             self._spawn(self.processes.start_standby(self.state.next_worker))
+
+    def _remember(self, now: float) -> None:
+        """Have the memory of subjects take the parts of the window that are over, and save it."""
+        parts = self.window.closed(self._remembered_part, now)
+        for number, load in parts:
+            self._remembered_part = number
+            self.memory.add(load, now)
+        if parts:
+            self._saved_memory = SavedSubjects(content=self.memory.to_bytes(now))
+            self._save()
+
+    def _watch_subject(self, now: float) -> None:
+        """Notice a change of subject. The window then holds the new one only, and the memory keeps the old one."""
+        new, self._watched = self.window.taken - self._watched, self.window.taken.copy()
+        if new.any() and self._watch.look(new):
+            logger.info("the subject of the traffic has changed")
+            self.window.begin_with(new, self.state.model.top_k, now)
+            self.feed(SubjectChanged())
+
+    def restore_memory(self, saved: SavedSubjects) -> None:
+        """Take over the subjects that an earlier coordinator remembered."""
+        self.memory.restore(saved.content, time.monotonic())
+        self._saved_memory = saved
 
     async def _look_at_nodes(self) -> None:
         """Hear which nodes are about to leave, and what workers without a process wait for."""
@@ -176,7 +210,7 @@ class ControlLoop:
         self._save()
 
     def _save(self) -> None:
-        self._saver.save((self.state, self._spec, self._config))
+        self._saver.save((self.state, self._spec, self._config, self._saved_memory))
 
     def feed(self, event: Event) -> None:
         """Have the state take an event, and begin to carry out its commands.

@@ -63,6 +63,7 @@ from elastic_moe.cluster.messages.views import (
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.cluster.redeploy import changes, generation_of, in_words
 from elastic_moe.optimizer import PLANNERS
+from elastic_moe.optimizer.subjects.memory import SavedSubjects
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Coordinator:
         self._config = config
         self._model_dir = model_dir
         self._fleet = fleet
-        self._saver = Saver(fleet, (WorkerRecord, Placement))
+        self._saver = Saver(fleet, (WorkerRecord, Placement, SavedSubjects))
         self._error: str | None = None
         self._loop: ControlLoop | None = None
         self._background = Background(self._has_failed)
@@ -378,7 +379,7 @@ class Coordinator:
         logger.info("%s: %s with %d MoE layers of %d experts, %s on %s", self._model_dir, model.architecture,
                     model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip
 
-    async def _resume(self, state: ControlState, spec: ModelSpec, config: ServeConfig) -> bool:
+    async def _resume(self, state: ControlState, spec: ModelSpec, config: ServeConfig, memory: SavedSubjects) -> bool:
         """Continue from the state that an earlier coordinator saved. Returns False if it had no epoch yet."""
         # a redeploy may have changed what this coordinator was made with
         self._config = config
@@ -394,6 +395,7 @@ class Coordinator:
         engine_epoch = await processes.engine_epoch() if flipping else None
         logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(processes.workers))
         loop = self._begin(state, spec, processes)
+        loop.restore_memory(memory)
         for event in (Resumed(engine_epoch=engine_epoch), *events):
             loop.feed(event)
         return True

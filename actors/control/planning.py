@@ -21,14 +21,15 @@ from elastic_moe.cluster.facts.links import Rates, port_rates, uplink_rates
 from elastic_moe.cluster.facts.routing import RoutingWindow, weighted_load
 from elastic_moe.cluster.facts.tiering import cache_slots_of
 from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.messages.views import RebalancePreview
+from elastic_moe.cluster.messages.views import RebalancePreview, SubjectPreview
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 from elastic_moe.optimizer.core.cost import expected_fetches
-from elastic_moe.optimizer.core.estimate import covariance_of_window
+from elastic_moe.optimizer.core.estimate import expected_covariance
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links
-from elastic_moe.optimizer.decision import MOVE_SHARE, Decision, decide
+from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy, decide
 from elastic_moe.optimizer.residency.memory import WorkerMemory
+from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, Remembered, SubjectMemory, Variation, scenarios
 
 Counts = npt.NDArray[np.int64]
 Loads = npt.NDArray[np.float64]
@@ -44,6 +45,8 @@ def build_problem(
     *,
     dtype: str,
     parts: Counts | None = None,
+    remembered: Sequence[Remembered] = (),
+    variation: Variation | None = None,
     room: int | None = None,
     memory: tuple[WorkerMemory, ...] = (),
     links: Links | None = None,
@@ -56,18 +59,23 @@ def build_problem(
     transitions: [L-1, E, E] of the window, estimated from a sample of its tokens. The problem estimates co-activation
     from them, since it is not counted.
     parts: [P, L, E] loads of P parts of the window, from which their variation is estimated; None: no variation.
+    remembered: subjects that the traffic has had before, for which the placement is planned too.
+    variation: how their stretches varied; None: unknown.
     room: experts that each worker has memory for beside its own, while experts move; None: not limited.
     memory: [W] the tiers of each worker; empty if every expert fits.
     links: bandwidths; None: those of eight H100.
     tokens_per_step: of the whole cluster.
     """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
+    loads, each, weights = scenarios(counted, remembered)
     return PlacementProblem(
-        loads=counted,
+        loads=loads,
+        scenario_loads=each,
+        scenario_weights=weights,
         workers=placement.workers,
         top_k=model.top_k,
         transitions=transitions if transitions.any() else None,
-        load_covariance=None if parts is None else covariance_of_window(parts),
+        load_covariance=expected_covariance(counted, parts, variation),
         current=placement,
         expert_bytes=model.expert_bytes,
         token_bytes=model.hidden_size * ACTIVATION_BYTES[dtype],
@@ -111,9 +119,11 @@ def memory_of_members(facts: Facts) -> tuple[WorkerMemory, ...]:
     return tuple(memory)
 
 
-def judge(result: PlanResult, *, load: Counts, since_change_s: float | None) -> Decision:
+def judge(result: PlanResult, *, load: Counts, since_change_s: float | None, policy: Policy | None = None) -> Decision:
     # at least 1.0: if nothing was counted, the gain that `decide` requires is large, but finite
-    return decide(result, tokens_per_expert=max(1.0, float(load.mean())), since_change_s=since_change_s)
+    tokens = max(1.0, float(load.mean()))
+    share = PRESENT_SHARE if len(result.each) > 1 else 1.0
+    return decide(result, tokens_per_expert=tokens, since_change_s=since_change_s, present_share=share, policy=policy)
 
 
 def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:
@@ -127,7 +137,10 @@ def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:
     )
 
 
-def preview(problem: PlacementProblem, result: PlanResult, decision: Decision) -> RebalancePreview:
+def preview(
+    problem: PlacementProblem, result: PlanResult, decision: Decision, remembered: Sequence[Remembered] = ()
+) -> RebalancePreview:
+    """`remembered` are the subjects of the problem, the heaviest first."""
     before = result.cost_before or result.cost
     assert problem.current is not None
     misses_before = expected_fetches(problem, problem.current).experts
@@ -142,6 +155,12 @@ def preview(problem: PlacementProblem, result: PlanResult, decision: Decision) -
         cost_after=result.cost.step_s,
         moves=result.moves,
         bytes=result.bytes,
+        subjects=tuple(
+            SubjectPreview(age_s=subject.age_s, weight=weight, cost_before=before_s, cost_after=after_s)
+            for subject, weight, before_s, after_s in zip(
+                remembered, problem.scenario_weights[1:], result.each_before[1:], result.each[1:], strict=False
+            )
+        ),
         misses_before=misses_before,
         misses_after=misses_after,
         fetch_bytes_before=misses_before * problem.expert_bytes,
@@ -163,6 +182,7 @@ class Planners:
         model: ModelInfo,
         dtype: str,
         window: RoutingWindow,
+        memory: SubjectMemory,
         running_requests: Callable[[], int],
         link_gbps: Callable[[], Rates],
     ) -> None:
@@ -175,6 +195,7 @@ class Planners:
         self._model = model
         self._dtype = dtype
         self._window = window
+        self._memory = memory
 
     def configure(self, config: ServeConfig) -> None:
         """Use the settings of a redeploy from now on."""
@@ -182,10 +203,18 @@ class Planners:
 
     async def preview(self, planner: str, facts: Facts) -> RebalancePreview:
         """What a re-placement would do. Raises CALL_ERRORS."""
-        problem, result, decision = await self.solve(planner, facts)
-        return preview(problem, replace(result, placement=with_tiers(facts, result.placement)), decision)
+        remembered = self._remembered()
+        problem, result, decision = await self.solve(planner, facts, remembered)
+        return preview(problem, replace(result, placement=with_tiers(facts, result.placement)), decision, remembered)
 
-    async def solve(self, planner: str, facts: Facts) -> tuple[PlacementProblem, PlanResult, Decision]:
+    def _remembered(self) -> list[Remembered]:
+        """The subjects that the traffic has had, other than the present one."""
+        now = time.monotonic()
+        return self._memory.others(self._window.load(now), now)
+
+    async def solve(
+        self, planner: str, facts: Facts, remembered: Sequence[Remembered]
+    ) -> tuple[PlacementProblem, PlanResult, Decision]:
         """Returns the problem as it is now, a plan for the workers in force, and whether it is worthwhile.
 
         Raises CALL_ERRORS.
@@ -202,6 +231,8 @@ class Planners:
             await asyncio.to_thread(sample.transitions),
             dtype=self._dtype,
             parts=self._window.load_parts(now),
+            remembered=remembered,
+            variation=self._memory.variation(now),
             room=room(facts),
             memory=memory,
             links=links_of(self._config, facts.spec.placement.workers, self._link_gbps()),
@@ -212,12 +243,15 @@ class Planners:
         work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
         result = await within(work, liveness.plan_timeout_s(deadline_s))
         since_s = now - facts.epoch_since if facts.epoch > 1 else None
-        return problem, result, judge(result, load=prefill.load + decode.load, since_change_s=since_s)
+        load, policy = prefill.load + decode.load, RELIEF if planner == "relief" else None
+        return problem, result, judge(result, load=load, since_change_s=since_s, policy=policy)
 
     async def answer(self, command: Solve, facts: Facts) -> list[PlanReady]:
         """Carry out the command to ask a planner. Returns one event, also if the planner failed."""
         try:
-            _, result, decision = await self.solve(command.planner or self._config.planner, facts)
+            # the quick answer is to the present subject alone
+            remembered = [] if command.planner == "relief" else self._remembered()
+            _, result, decision = await self.solve(command.planner or self._config.planner, facts, remembered)
         except CALL_ERRORS as error:
             reason = one_line(error)
             return [PlanReady(ticket=command.ticket, placement=None, worthwhile=False, no_worse=False, reason=reason)]

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 COUNTS_PER_WINDOW = 12
 """Times that routing counts are fetched per window. They are megabytes for a large model."""
+
+COUNTS_S = 5.0
+"""Most seconds between two fetches, so that a change of subject is noticed soon."""
 ENGINE = "engine"
 
 
@@ -226,7 +229,7 @@ class Poller:
 
     async def _fetch_counts(self, worker: WorkerId, actor: Remote[WorkerActor]) -> None:
         now = time.monotonic()
-        if now - self._counted_at.get(worker, 0.0) >= self._window.window_s / COUNTS_PER_WINDOW:
+        if now - self._counted_at.get(worker, 0.0) >= min(self._window.window_s / COUNTS_PER_WINDOW, COUNTS_S):
             self._counted_at[worker] = now
             self._window.add(await ask(actor, WorkerActor.routing_counts), time.monotonic())
             self.link_gbps[worker] = await ask(actor, WorkerActor.link_gbps)

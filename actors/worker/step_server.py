@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
-    """The methods of model/worker/worker.py that the engine's messages call."""
+    """The methods of model/worker/data_plane.py that the engine's messages call."""
 
     def step(self, plan: StepPlan) -> StepResult: ...
 

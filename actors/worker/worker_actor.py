@@ -1,4 +1,4 @@
-"""WorkerActor: the actor around one worker's model. Only what Ray and the node add is here; see model/worker/worker.py.
+"""WorkerActor: the actor around one worker's data plane (model/worker/data_plane.py). Only what Ray needs is here.
 
 Ray's calls are for the control plane; they run side by side in the concurrency group "io". Joining other workers and
 copying experts have groups of their own: a join may hang for long and must not keep a ping waiting, and the threads of
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from elastic_moe.actors.worker.step_server import StepServer
-    from elastic_moe.model.worker.worker import Worker
+    from elastic_moe.model.worker.data_plane import DataPlane
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class WorkerActor:
         """`logs`: where this process's log lines go, under `name`; left as it is if not given."""
         if logs is not None:
             set_up(name, logs)
-        self._worker: Worker | None = None
+        self._worker: DataPlane | None = None
         self._steps: StepServer | None = None
         self._loading = threading.Lock()
         self._info: WorkerInfo | None = None
@@ -90,10 +90,10 @@ class WorkerActor:
         import torch
 
         from elastic_moe.actors.worker.step_server import StepServer
-        from elastic_moe.model.worker.worker import Worker
+        from elastic_moe.model.worker.data_plane import DataPlane
 
         self._address = node_address(spec.interface)
-        worker = Worker(spec)
+        worker = DataPlane(spec)
         self._worker = worker
         blocks, held_bytes = worker.load()
         loaded, rates = worker.loaded, worker.loaded.host.rates
@@ -192,7 +192,7 @@ class WorkerActor:
             raise TimeoutError("a step hangs")
 
     @property
-    def _ready(self) -> Worker:
+    def _ready(self) -> DataPlane:
         if self._worker is None:
             raise NotReadyError("the worker has no model yet: `load` has not been called")
         return self._worker
@@ -203,7 +203,7 @@ def _import_model() -> None:
     # other workers soon (about 0.1 ms), instead of after some milliseconds
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     with no_collection():
-        import elastic_moe.model.worker.worker  # noqa: F401
+        import elastic_moe.model.worker.data_plane  # noqa: F401
 
 
 def _give_way(niceness: int = COPY_NICENESS) -> None:

@@ -15,6 +15,14 @@ from elastic_moe.cluster.facts.tiering import assign_tiers, fits_in
 from elastic_moe.cluster.messages.views import Operation, OperationKind
 from elastic_moe.cluster.placement import Placement
 
+RELIEF = "relief"
+"""The planner that answers a change of subject: a few moves, found at once."""
+
+FULL_LOOK_S = 45.0
+"""Seconds from a change of subject to the next periodic look, if it would be later: until then the window has counted
+enough of the new subject for a full plan, and the cool-down after the quick answer is over."""
+
+
 # --- Decisions ----------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +155,8 @@ class Rebalancing:
         """Id of the operation that pins the placement when it completes."""
         self._look_at: float | None = None
         """Time of the next periodic look; None before the first epoch, and if re-placement is only done on request."""
+        self._full_look_at: float | None = None
+        """Time by which the whole placement is looked at after a change of subject."""
         self._next_ticket = 1
         self._last_skipped: str | None = None
 
@@ -154,9 +164,20 @@ class Rebalancing:
         """The periodic look at the placement."""
         if self._look_at is None or now < self._look_at or not (facts.idle and facts.serves):
             return []
-        self._look_at = now + self._interval_s
+        self._look_at, self._full_look_at = now + self._interval_s, None
         look = worth_a_look(facts)
         return self._ask(facts, None, look.reason, now, requested=False) if look.value else []
+
+    def subject_changed(self, facts: Facts, now: float) -> list[Command]:
+        """Ask for the few moves that help most, and look at the whole placement soon. Where re-placement is only done
+        on request, or something else is under way, nothing is asked for."""
+        if self._look_at is None:
+            return []
+        self._full_look_at = now + FULL_LOOK_S
+        self._look_at = min(self._look_at, self._full_look_at)
+        if not (facts.idle and facts.serves and worth_a_look(facts).value):
+            return []
+        return self._ask(facts, RELIEF, "the subject of the traffic has changed", now, requested=False)
 
     def requested(self, facts: Facts, event: RebalanceRequested, now: float) -> list[Command]:
         return self._ask(facts, event.planner, f"requested, planner {event.planner}", now, requested=True)
@@ -228,6 +249,8 @@ class Rebalancing:
         """A change has been made: its epoch has begun."""
         if self._interval_s > 0:
             self._look_at = now + self._interval_s
+            if self._full_look_at is not None:
+                self._look_at = min(self._look_at, max(self._full_look_at, now))
         if change.kind is OperationKind.REBALANCE:
             self._counters.rebalances[RebalanceResult.COMPLETED] += 1
             if change.operation_id == self._pins:
@@ -241,6 +264,7 @@ class Rebalancing:
 
     def resume(self, now: float) -> None:
         """Set all times by the clock of a restarted coordinator."""
+        self._full_look_at = None
         if self._look_at is not None:
             self._look_at = now + self._interval_s
 

@@ -41,6 +41,7 @@ from elastic_moe.cluster.facts.events import (
     RoutingCounted,
     ScaleRequested,
     StepFailed,
+    SubjectChanged,
     Tick,
     TransferDone,
     TransferFailed,
@@ -177,6 +178,8 @@ class ControlState:
             case RoutingCounted():
                 self._owners.load = event.load
                 return []
+            case SubjectChanged():
+                return self._owners.rebalancing.subject_changed(self.facts, now)
             case Unpin():
                 self._owners.rebalancing.unpin()
                 return []

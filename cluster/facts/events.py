@@ -143,6 +143,11 @@ class PlanReady:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectChanged:
+    """The counts of the last seconds are of another subject than those before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceRequested:
     """A user asks for a re-placement. `handle` raises ConflictError or NotReadyError if it is refused."""
 
@@ -242,6 +247,7 @@ Event = (
     | EngineLost
     | Resumed
     | PlanReady
+    | SubjectChanged
     | RebalanceRequested
     | PlaceRequested
     | Unpin

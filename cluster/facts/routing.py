@@ -55,6 +55,8 @@ class RoutingWindow:
         self._shape = (num_layers, num_experts)
         self._bucket_s = window_s / buckets
         self._count = buckets
+        self.taken = np.zeros(self._shape, dtype=np.int64)
+        """[L, E] tokens that chose each expert in all reports that the window has ever taken."""
         self.reports = 0
         """Number of reports that the window has taken."""
         self._buckets: list[_Bucket] = []
@@ -67,10 +69,19 @@ class RoutingWindow:
         self.reports += 1
         if counts.tokens == 0:
             return
+        self.taken += counts.load
         bucket = self._bucket_of(now, counts.sample.shape[1:])
         bucket.prefill += counts.prefill
         bucket.decode += counts.decode
         bucket.sample.add(counts.sample, counts.tokens)
+
+    def begin_with(self, load: IntCounts, top_k: int, now: float) -> None:
+        """Begin again with nothing but these tokens [L, E], whose own choices are not known, of decode steps."""
+        sample = [bucket.sample.choices() for bucket in self._buckets[-1:]]
+        self._buckets = []
+        if sample and sample[0] is not None and load.any():
+            tokens = max(1, int(load.sum(axis=1).max()) // top_k)
+            self._bucket_of(now, sample[0].shape[1:]).decode += PhaseCounts(tokens=tokens, load=load)
 
     def tokens(self, now: float) -> int:
         return sum(phase.tokens for phase in self.phases(now))
@@ -85,6 +96,17 @@ class RoutingWindow:
         self._drop_old(now)
         parts = [bucket.prefill.load + bucket.decode.load for bucket in self._buckets]
         return np.array(parts, dtype=np.int64).reshape(-1, *self._shape)
+
+    def closed(self, after: int, now: float) -> list[tuple[int, IntCounts]]:
+        """(number, [L, E] tokens that chose each expert) of the parts of the window that are over, and whose number is
+        above `after`, the oldest first."""
+        self._drop_old(now)
+        current = int(now // self._bucket_s)
+        return [
+            (bucket.number, bucket.prefill.load + bucket.decode.load)
+            for bucket in self._buckets
+            if after < bucket.number < current
+        ]
 
     def phases(self, now: float) -> tuple[PhaseCounts, PhaseCounts]:
         """The sums over the window: of prefill steps, and of decode steps."""

@@ -223,6 +223,19 @@ class ClusterView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectPreview:
+    """What a re-placement would do to a subject that the traffic has had before."""
+
+    age_s: float
+    """Seconds since the subject was last seen."""
+    weight: float
+    """Its share in the plan's price, 0..1; the present window has the rest."""
+    cost_before: float
+    cost_after: float
+    """Predicted seconds per step under the cost model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RebalancePreview:
     """What a re-placement would do; the answer to a dry run."""
 
@@ -245,5 +258,8 @@ class RebalancePreview:
     solver_status: str
     gap: float | None
     seconds: float
+    subjects: tuple[SubjectPreview, ...] = ()
+    """The remembered subjects that the plan was priced for; `cost_before` and `cost_after` are for them and the present
+    window together."""
     placement: Placement | None = None
     """The placement that the re-placement would make."""

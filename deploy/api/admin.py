@@ -119,7 +119,8 @@ def operation_json(operation: Operation) -> dict[str, Any]:
 def preview_json(preview: RebalancePreview) -> dict[str, Any]:
     fields = {field.name: getattr(preview, field.name) for field in dataclasses.fields(preview)}
     placement = preview.placement
-    return fields | {"placement": None if placement is None else placement.to_dict()}
+    subjects = [dataclasses.asdict(subject) for subject in preview.subjects]
+    return fields | {"subjects": subjects, "placement": None if placement is None else placement.to_dict()}
 
 
 def worker_json(worker: WorkerView) -> dict[str, Any]:

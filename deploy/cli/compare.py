@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.cluster.placement import Worker
+from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.cli.plan_input import (
     choose_workers,
     load_old,
@@ -19,7 +21,10 @@ from elastic_moe.deploy.cli.plan_input import (
     make_problem,
     move_budget,
     move_share,
+    names_of,
     read_trace,
+    same_experts,
+    weights_of,
     write_text,
 )
 from elastic_moe.deploy.tiers.caches import line_of, run_cache, save
@@ -39,21 +44,16 @@ def run_compare(args: argparse.Namespace) -> int:
     """Run planners on a trace, and write table.csv, table.md and figures."""
     names = _planner_names(args.planners)
     old = load_old(args)
-    profile = read_trace(args, args.trace, old)
-    if args.test is None:
-        profile, test = profile.halves()
-    else:
-        test = load_trace(args.test, args.experts or (None if old is None else old.num_logical_experts))
-        experts = max(profile.num_experts, test.num_experts)
-        if (profile.num_layers, profile.top_k) != (test.num_layers, test.top_k):
-            raise TraceError(
-                f"{args.test} and {args.trace} are of different models: their layers or experts per token differ"
-            )
-        profile, test = (dataclasses.replace(trace, num_experts=experts) for trace in (profile, test))
-    workers = choose_workers(args, old, profile.num_experts)
-    problem = make_problem(args, profile, workers, old)
-    test_problem = make_problem(args, test, workers, old)
+    profiles, tests = _read_compared(args, old)
+    workers = choose_workers(args, old, profiles[0].num_experts)
+    problem = make_problem(args, profiles[0], workers, old, others=profiles[1:], weights=weights_of(args))
+    # what is measured is what comes on average, and no tail
+    test_problem = dataclasses.replace(make_problem(args, tests[0], workers, old, others=tests[1:]), tail=0.0)
     limited = dataclasses.replace(problem, move_budget=move_budget(args, problem))
+    each = {}
+    if len(paths := [args.trace, *args.scenarios, *args.tests]) > 1:
+        traces = [*profiles, *tests] if args.tests else tests
+        each = {name: make_problem(args, one, workers, old) for name, one in zip(names_of(paths), traces, strict=True)}
     make_folder(args.out)
 
     def progress(row: Row) -> None:
@@ -64,9 +64,10 @@ def run_compare(args: argparse.Namespace) -> int:
 
     answers = compare(
         limited,
-        test,
+        concatenate(tests),
         test_problem,
         names,
+        subjects=each,
         deadline_s=args.deadline,
         solver=args.solver,
         seed=args.seed,
@@ -83,6 +84,23 @@ def run_compare(args: argparse.Namespace) -> int:
         print(table, end="")
         print(f"table.csv, table.md and figures are in {args.out}", file=sys.stderr)
     return 0
+
+
+def _read_compared(args: argparse.Namespace, old: Placement | None) -> tuple[list[Trace], list[Trace]]:
+    """The traces that the planners see, and those that are measured on."""
+    seen = [read_trace(args, path, old) for path in (args.trace, *args.scenarios)]
+    if not args.tests:
+        halves = [trace.halves() for trace in same_experts(seen)]
+        return [first for first, _ in halves], [second for _, second in halves]
+    experts = args.experts or (None if old is None else old.num_logical_experts)
+    tests = [load_trace(path, experts) for path in args.tests]
+    for path, trace in zip([*args.scenarios, *args.tests], [*seen[1:], *tests], strict=True):
+        if (trace.num_layers, trace.top_k) != (seen[0].num_layers, seen[0].top_k):
+            raise TraceError(
+                f"{path} and {args.trace} are of different models: their layers or experts per token differ"
+            )
+    traces = same_experts([*seen, *tests])
+    return traces[: len(seen)], traces[len(seen) :]
 
 
 def _planner_names(given: str) -> list[str]:
@@ -131,9 +149,8 @@ def run_simulate(args: argparse.Namespace) -> int:
     """Serve traces on a virtual clock, and re-place experts as the server would; with --cache, replay them through
     caches of experts."""
     old = load_old(args)
-    traces = [read_trace(args, path, old) for path in args.traces]
-    experts = max(trace.num_experts for trace in traces)
-    trace = concatenate([dataclasses.replace(trace, num_experts=experts) for trace in traces])
+    traces = same_experts([read_trace(args, path, old) for path in args.traces])
+    experts, trace = traces[0].num_experts, concatenate(traces)
     if args.cache:
         return _replay_caches(args, trace, choose_workers(args, old, experts))
     settings = SimulationSettings(
@@ -164,7 +181,8 @@ def run_simulate(args: argparse.Namespace) -> int:
         from elastic_moe.optimizer.study import figures
 
         _drawn(lambda: figures.imbalance_over_time(args.out / "imbalance.png", looks))
-    summary = _summary(looks)
+    ends = dict(zip(names_of(args.traces), np.cumsum([each.num_tokens for each in traces]), strict=True))
+    summary = _summary(looks) | {"traces": _by_trace(looks, ends, settings)}
     print(json.dumps(summary) if args.json else _simulation_text(summary))
     return 0
 
@@ -201,7 +219,30 @@ def _summary(looks: list[Look]) -> dict[str, Any]:
     }
 
 
+def _by_trace(looks: list[Look], ends: dict[str, int], settings: SimulationSettings) -> list[dict[str, Any]]:
+    """Seconds per step on each trace, on average over its intervals; an interval belongs to the trace of its middle."""
+    middles = [(look.time_s - settings.interval_s / 2) * settings.tokens_per_s for look in looks]
+    found, begin = [], 0
+    for name, end in ends.items():
+        mine = [look for look, middle in zip(looks, middles, strict=True) if begin <= middle < end]
+        begin = end
+        if mine:
+            cost = sum(look.step_cost for look in mine) / len(mine)
+            static = sum(look.step_cost_static for look in mine) / len(mine)
+            found.append({"trace": name, "step_cost": cost, "step_cost_static": static})
+    return found
+
+
 def _simulation_text(summary: dict[str, Any]) -> str:
+    lines = [
+        f"on {each['trace']}: a step costs {each['step_cost'] * 1e6:.1f} us against "
+        f"{each['step_cost_static'] * 1e6:.1f} us without"
+        for each in summary["traces"]
+    ]
+    return "\n".join([_simulation_line(summary), *lines])
+
+
+def _simulation_line(summary: dict[str, Any]) -> str:
     return (
         f"{summary['intervals']} intervals, {summary['changes']} changes, {summary['moves']} moves "
         f"({summary['bytes'] / 1e9:.1f} GB); load {summary['load_imbalance']:.3f} max/mean against "

@@ -111,8 +111,21 @@ def _from_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _weights_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", metavar="W,W,..", help="how much each trace that the planner sees counts (all the same)"
+    )
+
+
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", type=trace_path, metavar="TRACE.npz")
+    parser.add_argument(
+        "traces",
+        type=trace_path,
+        nargs="+",
+        metavar="TRACE.npz",
+        help="traces of the subjects that the placement must serve",
+    )
+    _weights_argument(parser)
     _cluster_arguments(parser)
     parser.add_argument(
         "--planner", choices=PLANNERS, default="auto", help="name of the planner (auto)", metavar="NAME"
@@ -136,12 +149,21 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", type=trace_path, metavar="TRACE.npz", help="trace that the planners see")
     parser.add_argument(
-        "test",
+        "tests",
         type=trace_path,
-        nargs="?",
+        nargs="*",
         metavar="TEST.npz",
-        help="trace to measure on; without it, the planners see the first half and the second half is measured",
+        help="traces to measure on; without any, the planners see the first half and the second half is measured",
     )
+    parser.add_argument(
+        "--scenarios",
+        type=trace_path,
+        nargs="+",
+        default=[],
+        metavar="TRACE.npz",
+        help="further traces that the planners see, each a subject that the placement must serve",
+    )
+    _weights_argument(parser)
     _cluster_arguments(parser)
     parser.add_argument("--planners", default="all", metavar="A,B,..", help="names of planners, or all (all)")
     _solving_arguments(parser, 10.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,43 @@ def read_trace(args: argparse.Namespace, path: Path, *others: Placement | None) 
     return load_trace(path, known if args.experts is None else args.experts)
 
 
+def same_experts(traces: Sequence[Trace]) -> list[Trace]:
+    """The traces with as many experts as the one with most, since not every id need occur in each."""
+    experts = max(trace.num_experts for trace in traces)
+    return [dataclasses.replace(trace, num_experts=experts) for trace in traces]
+
+
+def weights_of(args: argparse.Namespace) -> tuple[float, ...]:
+    """The weights of the traces that the planner sees, the first trace's first; none where all count the same."""
+    if args.weights is None:
+        return ()
+    try:
+        return tuple(float(weight) for weight in args.weights.split(","))
+    except ValueError:
+        raise ConfigError(f"--weights: expected numbers with commas between, got {args.weights!r}") from None
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """A short name for each trace: its file's name without the ending, and a number where two have the same."""
+    stems = [path.stem for path in paths]
+    return [stem if stems.count(stem) == 1 else f"{stem}-{n + 1}" for n, stem in enumerate(stems)]
+
+
 def make_problem(
-    args: argparse.Namespace, trace: Trace, workers: tuple[Worker, ...], old: Placement | None
+    args: argparse.Namespace,
+    trace: Trace,
+    workers: tuple[Worker, ...],
+    old: Placement | None,
+    *,
+    others: Sequence[Trace] = (),
+    weights: Sequence[float] = (),
 ) -> PlacementProblem:
+    """The problem of serving the trace, and further subjects where `others` are given."""
     problem = problem_from_trace(
         trace,
         workers,
+        others=others,
+        weights=weights,
         semantics=Semantics(args.semantics),
         current=old,
         links=Links(worker_gbps=args.worker_gbps, node_gbps=args.node_gbps),

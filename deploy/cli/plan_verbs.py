@@ -16,25 +16,36 @@ from elastic_moe.deploy.cli.plan_input import (
     load_old,
     make_problem,
     move_budget,
+    names_of,
     read_trace,
+    same_experts,
+    weights_of,
     write_text,
 )
 from elastic_moe.optimizer.core.cost import load_imbalance, shares
 from elastic_moe.optimizer.core.result import PlanResult
 from elastic_moe.optimizer.planner import plan
-from elastic_moe.optimizer.study.traces import TraceError
+from elastic_moe.optimizer.study.traces import TraceError, concatenate
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Plan for a trace, and write the placement."""
+    """Plan for one trace, or for several subjects, and write the placement."""
     old = load_old(args)
-    trace = read_trace(args, args.trace, old)
-    problem = make_problem(args, trace, choose_workers(args, old, trace.num_experts), old)
+    traces = same_experts([read_trace(args, path, old) for path in args.traces])
+    trace = concatenate(traces)
+    workers = choose_workers(args, old, trace.num_experts)
+    problem = make_problem(args, traces[0], workers, old, others=traces[1:], weights=weights_of(args))
     problem = dataclasses.replace(problem, move_budget=move_budget(args, problem))
     result = plan(problem, planner=args.planner, deadline_s=args.deadline, solver=args.solver, seed=args.seed)
     if args.out is not None:
         write_text(args.out, json.dumps(result.placement.to_dict()))
     report = describe(trace, problem, result.placement) | _outcome(result)
+    if len(traces) > 1:
+        each = [describe(one, make_problem(args, one, workers, old), result.placement) for one in traces]
+        report["scenarios"] = [
+            {"trace": name, "load_imbalance": one["load_imbalance"], "step_cost": one["step_cost"]}
+            for name, one in zip(names_of(args.traces), each, strict=True)
+        ]
     if args.json:
         print(json.dumps(report))
         return 0
@@ -72,6 +83,10 @@ def _plan_text(report: dict[str, Any], result: PlanResult, out: Path | None) -> 
         f"lower bound   {result.lower_bound * 1e6:.1f} us, gap {result.gap:.1%}",
         f"moves         {report['moves']} ({report['bytes'] / 1e9:.2f} GB)",
         *([f"tiers         {_tiers(report)}"] if "fetches" in report else []),
+        *(
+            f"on {one['trace']:10} {one['step_cost'] * 1e6:.1f} us, load {one['load_imbalance']:.3f} max/mean"
+            for one in report.get("scenarios", [])
+        ),
     ]
     return "\n".join(lines + ([f"written to    {out}"] if out else []))
 

@@ -1,6 +1,6 @@
 """One worker's data plane: it loads its share of a model, changes epochs, and runs steps.
 
-    worker           the epoch in force, and a step from its plan to its result
+    data_plane       the epoch in force, and a step from its plan to its result
     loaded_model     loads the trunk and the first experts, and makes the caches
     memory           how much of the worker's memory experts and caches get
     budgets          the same, as functions of numbers of bytes

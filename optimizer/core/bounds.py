@@ -1,9 +1,10 @@
 """Lower bounds on the cost of every placement of a problem. They are cheap, and do not depend on any planner.
 
 Each item of the cost is bounded by itself, so the sum of the bounds bounds the total; risk and migration are bounded by
-0. A worker with c slots can hold, of one expert's pairs, at most the c - 1 heaviest. Where no expert can have a
-replica, eigenvalues give a sharper bound (Donath and Hoffman 1973 for the pairs of a layer; singular values in the same
-way for the flows between two layers).
+0. Computing is bounded for the mean loads of the scenarios: the mean of several loads' prices, and the more their tail,
+is never below the price of their mean. A worker with c slots can hold, of one expert's pairs, at most the c - 1
+heaviest. Where no expert can have a replica, eigenvalues give a sharper bound (Donath and Hoffman 1973 for the pairs of
+a layer; singular values in the same way for the flows between two layers).
 """
 
 from __future__ import annotations

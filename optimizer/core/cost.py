@@ -1,12 +1,15 @@
 """The price of a placement: one model for planners, simulator and production.
 
-Legend: L MoE layers, E logical experts, W workers, N nodes, K experts per token, B tokens of a step.
+Legend: L MoE layers, E logical experts, W workers, N nodes, K experts per token, B tokens of a step, C scenarios.
 
 Everything is seconds per step of B tokens; counts are scaled by B / tokens of the window. With x[e,w] the share of
 expert e's tokens that worker w serves (1 / replicas of e on each holder: the even split of dispatch), and y[f,w]
 that of the next layer,
 
-  compute    sum_l  token_expert_s * max_w load_w / speed_w,       load_w = sum_e load_e x[e,w]
+  compute    (1 - tail) mean_c P_c + tail * (mean of the worst quarter of the P_c), both by the scenarios' weights:
+             P_c = sum_l  token_expert_s * max_w load_w / speed_w,      load_w = sum_e load_e x[e,w]
+             for the loads of scenario c. Everything else is priced for `loads`, the mean of the scenarios; without
+             scenarios they are the only one.
   traffic    sum_l  token_bytes * (busiest link's tokens / its bandwidth), links being every worker's port and every
              node's uplink, each way apart
     home       twice (there and back). A token goes once to each worker that holds one of its experts; n_w tokens go to
@@ -41,6 +44,7 @@ from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.tiering import LevelArray, placed_by
 from elastic_moe.optimizer.residency.activity import activity
+from elastic_moe.optimizer.subjects.scenarios import blended_weights
 
 BITS = 8.0
 GIGA = 1e9
@@ -100,6 +104,13 @@ def price_table(problem: PlacementProblem, table: IntArray, levels: LevelArray |
     )
 
 
+def step_on_each(problem: PlacementProblem, placement: Placement, cost: Cost) -> tuple[float, ...]:
+    """[C] seconds per step under `placement`, whose cost is known, in each scenario: its own computing, and everything
+    else as it is priced for their mean."""
+    computes = scenario_computes(problem, shares(problem, placement.physical_to_logical_map)).sum(axis=1)
+    return tuple(float(cost.step_s - cost.compute_s + compute_s) for compute_s in computes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetches:
     """What workers are expected to fetch in a step."""
@@ -155,9 +166,16 @@ def load_imbalance(problem: PlacementProblem, x: FloatArray) -> FloatArray:
     return np.asarray((worker_loads(problem, x) / problem.speed).max(axis=1) / ideal)
 
 
+def scenario_computes(problem: PlacementProblem, x: FloatArray) -> FloatArray:
+    """[C, L] seconds in which the slowest worker of each layer computes, in each scenario."""
+    loads = np.matmul(problem.scenarios[0].transpose(1, 0, 2), x)
+    return np.asarray((problem.token_expert_s * problem.scale)[:, None] * (loads / problem.speed).max(axis=2)).T
+
+
 def layer_costs(problem: PlacementProblem, x: FloatArray) -> tuple[FloatArray, FloatArray]:
     """([L] compute, [L] traffic) seconds. The traffic of `follow` between l and l+1 stands at l; the last is 0."""
-    compute = problem.token_expert_s * problem.scale * (worker_loads(problem, x) / problem.speed).max(axis=1)
+    of_scenarios = scenario_computes(problem, x)
+    compute = blended_weights(of_scenarios.sum(axis=1), problem.scenarios[1], problem.tail) @ of_scenarios
     if problem.semantics is Semantics.HOME:
         return compute, home_traffic(problem, arrivals(problem, x)) * problem.scale
     traffic = np.zeros(problem.num_layers)

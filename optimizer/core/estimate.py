@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.optimizer.subjects.memory import Variation
+
 if TYPE_CHECKING:
     from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem
 
@@ -23,6 +25,15 @@ was set by planning on some requests and measuring on others."""
 LEAST_EXPECTED = 0.01
 """Least expected load, as a share of an average expert's load in a part: below it, chance would dominate a deviation
 that is divided by its spread."""
+
+
+PRIOR = 0.008
+"""Strength of the prior for a change of subject, with much evidence. It is the strongest that leaves plans nine tenths
+of their gain on the subject that they were profiled on; on other subjects they then cost no more than greedy's, on
+average. Set on first halves of traces only (docs/benchmarks/placement.md)."""
+
+PRIOR_REQUESTS = 8.0
+"""Number of requests at which the prior is twice as strong: the fewer were seen, the less they tell what may come."""
 
 
 def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:
@@ -100,9 +111,45 @@ def covariance_of_window(parts: npt.ArrayLike) -> FloatArray | None:
     return drift_covariance(shrunk_covariance(covariance_between_parts(loads), len(loads)), loads)
 
 
+def expected_covariance(
+    loads: npt.ArrayLike, parts: npt.ArrayLike | None, variation: Variation | None
+) -> FloatArray | None:
+    """[L, E, E] covariance of a window's loads [L, E]: what its parts [P, L, E] show and what was remembered of earlier
+    ones, averaged by the number of stretches that each was seen on. None where nothing is known."""
+    shown = None if parts is None else covariance_of_window(parts)
+    if variation is None:
+        return shown
+    number = 1 if parts is None else max(len(np.asarray(parts)), 1)
+    known = variation.of_window(loads, number)
+    if shown is None:
+        return known
+    return np.asarray((number * shown + variation.stretches * known) / (number + variation.stretches))
+
+
 def covariance_of_requests(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
-    """[L, E, E] covariance from the loads of whole requests [P, L, E] and of short runs within them [Q, L, E]."""
-    return drift_covariance(blended_covariance(requests, chunks), requests)
+    """[L, E, E] covariance from the loads of whole requests [P, L, E] and of short runs within them [Q, L, E], with the
+    prior for a change of subject."""
+    loads = np.asarray(requests, dtype=np.float64)
+    seen = drift_covariance(blended_covariance(requests, chunks), requests)
+    return np.asarray(seen + prior_covariance(loads.sum(axis=0), chunks, len(loads)))
+
+
+def prior_covariance(loads: FloatArray, runs: npt.ArrayLike, requests: int) -> FloatArray:
+    """[L, E, E] covariance of loads [L, E] if the subject of the traffic changes, from runs [Q, L, E] of `requests`
+    requests of one subject.
+
+    Between subjects an expert's load deviates by about the root of its load (on the traces at hand: its power 0.3 to
+    0.5), and experts rise and fall together as they do between short runs of one subject: of what one subject shows,
+    that predicts other subjects best (docs/benchmarks/placement.md). It is the stronger the fewer requests there are.
+    """
+    strength = PRIOR * (1 + PRIOR_REQUESTS / max(requests, 1))
+    parts = np.asarray(runs, dtype=np.float64)
+    together = shrunk_covariance(covariance_between_parts(parts), len(parts))
+    spread = np.sqrt(np.einsum("lee->le", together))
+    correlation = together / np.maximum(spread[:, :, None] * spread[:, None, :], 1e-300)
+    # the sum of all squared deviations over expected loads, which is near 1 between subjects, is shared by all experts
+    deviation = np.sqrt(loads * loads.sum(axis=1, keepdims=True) / loads.shape[1])
+    return np.asarray(strength * correlation * (deviation[:, :, None] * deviation[:, None, :]))
 
 
 def blended_covariance(requests: npt.ArrayLike, chunks: npt.ArrayLike) -> FloatArray:
@@ -135,16 +182,17 @@ def estimate_coactivation(problem: PlacementProblem) -> FloatArray:
     """[L, E, E] co-activation from transitions: two experts that follow the same experts are chosen together.
 
     The estimate assumes that a token's choices are independent, given its expert in the layer before:
-    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e).
+    C_l[f, g] = (K-1)/K * sum_e T[e, f] T[e, g] / (K load_e), with load_e = sum_f T[e, f] / K.
     Layer 0 has no layer before, so it is estimated from layer 1 in the same way. Without transitions, all choices are
     assumed to be independent.
     """
     if problem.transitions is None or problem.num_layers < 2 or problem.top_k < 2:
         return independent_pairs(problem)
     share = (problem.top_k - 1) / problem.top_k**2
-    before = problem.transitions / np.maximum(problem.loads[:-1, :, None], 1e-300)
+    counted = problem.transitions / problem.top_k
+    before = problem.transitions / np.maximum(counted.sum(axis=2, keepdims=True), 1e-300)
     later = share * np.matmul(problem.transitions.transpose(0, 2, 1), before)
-    after = problem.transitions[0] / np.maximum(problem.loads[1][None, :], 1e-300)
+    after = problem.transitions[0] / np.maximum(counted[0].sum(axis=0), 1e-300)
     first = share * np.matmul(problem.transitions[0], after.T)
     return _without_diagonal(np.concatenate([first[None], later]))
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.optimizer.core.tiering import Tiering, is_tiered
 from elastic_moe.optimizer.residency.memory import WorkerMemory
+from elastic_moe.optimizer.subjects.scenarios import of_tokens, shares_of
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
@@ -68,6 +69,14 @@ class PlacementProblem:
     load_covariance: FloatArray | None = None
     """[L, E, E] covariance of the window's loads from one window to the next, in tokens squared; see
     `estimate.drift_covariance`. None: loads are assumed to stay as they are."""
+    scenario_loads: FloatArray | None = None
+    """[C, L, E] loads of each subject that the placement must serve, on any scale; `loads` must be their mean by
+    `scenario_weights`, with every layer of every scenario scaled to the same tokens (`mean_of_scenarios`). None:
+    `loads` are the only scenario."""
+    scenario_weights: tuple[float, ...] = ()
+    """[C] weight of each scenario, on any scale; empty where all weigh the same."""
+    tail: float = 0.5
+    """Weight of the worst quarter of the scenarios in the price of computing, 0..1; the rest is their mean."""
     speeds: tuple[float, ...] = ()
     """[W] relative speed of each worker; empty where all are the same."""
     memory: tuple[WorkerMemory, ...] = ()
@@ -141,6 +150,14 @@ class PlacementProblem:
     def tokens(self) -> FloatArray:
         """[L] number of tokens that were counted in each layer."""
         return np.asarray(self.loads.sum(axis=1) / self.top_k)
+
+    @cached_property
+    def scenarios(self) -> tuple[FloatArray, FloatArray]:
+        """([C, L, E] loads of each scenario, with as many tokens as `loads`; [C] weights, which sum to 1)."""
+        if self.scenario_loads is None:
+            return self.loads[None], np.ones(1)
+        weights = shares_of(self.scenario_weights, len(self.scenario_loads))
+        return of_tokens(self.scenario_loads, self.loads.sum(axis=1)), weights
 
     @cached_property
     def pairs(self) -> FloatArray:

@@ -44,6 +44,11 @@ class PlanResult:
     cost_before: Cost | None
     """Cost of the current placement; None without one, or where its workers are not the problem's."""
     cost: Cost
+    each_before: tuple[float, ...]
+    """Seconds per step of the current placement in each of the problem's scenarios, in their order; empty as
+    `cost_before` is None."""
+    each: tuple[float, ...]
+    """Seconds per step in each of the problem's scenarios; the cost alone where the loads are the only one."""
     imbalance_before: float | None
     """Mean over layers of the slowest worker's load divided by an even split; None as for `cost_before`."""
     imbalance: float

@@ -9,6 +9,7 @@ import numpy as np
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.placement import Worker
 from elastic_moe.optimizer.residency.memory import WorkerMemory
+from elastic_moe.optimizer.subjects.scenarios import mean_of_scenarios
 
 if TYPE_CHECKING:
     from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem
@@ -28,6 +29,10 @@ def validated_fields(problem: PlacementProblem) -> dict[str, Any]:
         fields["coactivation"] = _coactivation(problem.coactivation, layers, experts)
     if problem.load_covariance is not None:
         fields["load_covariance"] = _covariance(problem.load_covariance, layers, experts)
+    if problem.scenario_loads is not None:
+        fields["scenario_loads"] = _scenarios(problem, loads)
+    elif problem.scenario_weights:
+        raise PlacementError("scenario_weights: there are no scenario_loads")
     try:
         fields["semantics"] = Semantics(problem.semantics)
     except ValueError:
@@ -85,6 +90,19 @@ def _covariance(array: object, layers: int, experts: int) -> FloatArray:
     return values
 
 
+def _scenarios(problem: PlacementProblem, loads: FloatArray) -> FloatArray:
+    values = np.array(problem.scenario_loads, dtype=np.float64)
+    if values.ndim != 3 or values.shape[1:] != loads.shape or not len(values):
+        raise PlacementError(f"scenario_loads: expected [scenarios, {loads.shape[0]}, {loads.shape[1]}]")
+    for each in values:
+        counts("scenario_loads", each, None)
+    mean = mean_of_scenarios(values, problem.scenario_weights, loads.sum(axis=1))
+    if not np.allclose(mean, loads, rtol=1e-6, atol=1e-9 * loads.max()):
+        raise PlacementError("scenario_loads: loads must be their mean by scenario_weights; see mean_of_scenarios")
+    values.flags.writeable = False
+    return values
+
+
 def _check_numbers(problem: PlacementProblem, experts: int) -> None:
     if not 1 <= problem.top_k <= experts:
         raise PlacementError(f"top_k: expected 1 to {experts}, got {problem.top_k}")
@@ -97,6 +115,8 @@ def _check_numbers(problem: PlacementProblem, experts: int) -> None:
         value = getattr(problem, name)
         if not 0 <= value < np.inf:
             raise PlacementError(f"{name}: expected at least 0, got {value!r}")
+    if not 0 <= problem.tail <= 1:
+        raise PlacementError(f"tail: expected 0 to 1, got {problem.tail!r}")
     if problem.move_budget is not None and problem.move_budget < 0:
         raise PlacementError(f"move_budget: expected at least 0, got {problem.move_budget}")
     for name in ("worker_gbps", "node_gbps"):

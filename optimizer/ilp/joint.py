@@ -27,13 +27,12 @@ from elastic_moe.optimizer.core.cost import (
     held_before,
     move_price,
     port_price,
-    remote_share,
     risk_price,
-    uplink_price,
 )
-from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
+from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.table import row_of
 from elastic_moe.optimizer.core.tiering import NOT_HELD, LevelArray, Tiering
+from elastic_moe.optimizer.ilp.joint_sets import links, modes, near_pairs
 from elastic_moe.optimizer.ilp.tiers import Served, add_tiers, both, fetched, fit, on_disk, start_tiers
 
 MICRO = 1e6
@@ -51,7 +50,7 @@ class JointModel:
     def __init__(self, problem: PlacementProblem) -> None:
         self.problem = problem
         self.modes = modes(problem)
-        self._near = _near_pairs(problem)
+        self._near = near_pairs(problem)
         self.model = pyo.ConcreteModel()
         self._declare()
         self._replicas_agree()
@@ -234,7 +233,7 @@ class JointModel:
             for slope in FIRST_TANGENTS:
                 self.add_tangent(layer, w, slope)
         width = len(problem.workers)
-        groups = _links(problem)
+        groups = links(problem)
         for layer, (ranks, price) in itertools.product(model.layers, groups):
             size = len(ranks) / width
             into = sum(model.arrive[layer, w] for w in ranks) * (1 - size)
@@ -264,7 +263,7 @@ class JointModel:
     def _follow_links(self) -> None:
         """The seconds of every port and uplink, each way, <= link[l], for the flow between l and l + 1."""
         model, problem = self.model, self.problem
-        groups = _links(problem)
+        groups = links(problem)
         for layer, (ranks, price) in itertools.product(range(problem.num_layers - 1), groups):
             unit = float(MICRO * price * problem.scale[layer] / problem.top_k)
             stay = self._flow(layer, [(v, w) for v, w in self._near if v in ranks and w in ranks])
@@ -387,50 +386,3 @@ class JointModel:
                     for item, (e, _) in zip(items, self.modes, strict=True)
                 ]
                 start_tiers(self.model, items, chosen_levels)
-
-
-def arrival_slopes(problem: PlacementProblem, x: FloatArray) -> FloatArray:
-    """[L, W] the slope t = S1 / (S1 + S2) of every worker at which a tangent is exact; 1 where nothing arrives."""
-    away = remote_share(x, len(problem.workers))
-    first = np.einsum("le,lew->lw", problem.loads, away)
-    together = 0.5 * np.einsum("lew,lew->lw", np.matmul(problem.pairs, away), away)
-    return np.asarray(np.where(first > 0, first / np.maximum(first + together, 1e-300), 1.0))
-
-
-def modes(problem: PlacementProblem) -> list[tuple[int, int]]:
-    """(expert, replicas) for every number of replicas that the slots allow."""
-    spare = sum(min(worker.slots, problem.num_experts) for worker in problem.workers) - problem.num_experts
-    most = min(len(problem.workers), 1 + spare)
-    return [(e, r) for e in range(problem.num_experts) for r in range(1, most + 1)]
-
-
-def size(problem: PlacementProblem) -> int:
-    """Number of products that the model would have, with which its time grows."""
-    count, width = len(modes(problem)), len(problem.workers)
-    pairs = problem.num_layers * count * (count - 1) // 2 * width
-    fetched = 0
-    if problem.tiering is not None:
-        outside = count * width * (2 if problem.tiering.host.any() else 1)
-        fetched = problem.num_layers * outside * (outside - 1) // 2
-    return pairs + fetched + (problem.num_layers - 1) * count**2 * len(_near_pairs(problem))
-
-
-def _near_pairs(problem: PlacementProblem) -> list[tuple[int, int]]:
-    """Pairs of workers with cheaper traffic: a worker and itself, and under `follow` also two workers of one node."""
-    width, node = len(problem.workers), problem.node_of
-    if problem.semantics is Semantics.HOME or node.max() == 0:
-        return [(w, w) for w in range(width)]
-    return [(v, w) for v in range(width) for w in range(width) if node[v] == node[w]]
-
-
-def _links(problem: PlacementProblem) -> list[tuple[list[int], float]]:
-    """The ranks behind every port and every uplink, with the seconds that one token takes on it."""
-    ports = [([w], float(price)) for w, price in enumerate(port_price(problem))]
-    # for a single node there are fewer groups than prices
-    return [*ports, *zip(_node_ranks(problem), uplink_price(problem).tolist(), strict=False)]
-
-
-def _node_ranks(problem: PlacementProblem) -> list[list[int]]:
-    """Ranks of the workers of every node; empty for a single node, whose uplink carries nothing."""
-    nodes = int(problem.node_of.max()) + 1
-    return [np.flatnonzero(problem.node_of == n).tolist() for n in range(nodes)] if nodes > 1 else []

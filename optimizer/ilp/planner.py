@@ -19,6 +19,7 @@ from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem, Seman
 from elastic_moe.optimizer.core.result import Termination
 from elastic_moe.optimizer.core.solvers import solve
 from elastic_moe.optimizer.ilp import joint as joint_ilp
+from elastic_moe.optimizer.ilp import joint_sets
 from elastic_moe.optimizer.ilp.layer import LayerModel
 from elastic_moe.optimizer.search.local_search import JointSearch, local_search_plan
 
@@ -42,7 +43,7 @@ def ilp_plan(problem: PlacementProblem, budget: Budget) -> Draft:
 
 def improved(problem: PlacementProblem, seed: Draft, budget: Budget) -> Draft:
     """Improve `seed` by ILPs; the result is never worse. Raises SolverError where the solver cannot be used."""
-    if joint_ilp.size(problem) <= SMALL and budget.left_s > 0:
+    if joint_sets.size(problem) <= SMALL and budget.left_s > 0:
         return _exact(problem, seed.table, budget)
     if seed.termination is Termination.DEADLINE:
         return dataclasses.replace(seed, reason=f"{seed.reason}; no time for ILPs")
@@ -57,21 +58,25 @@ def _exact(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
     while budget.left_s > 0 and bound < best_s * (1 - PROVEN):
         joint.start_from(best, levels)
         solution = solve(joint.model, solver=budget.solver, time_limit_s=budget.left_s, gap=PROVEN / 4)
-        bound = max(bound, solution.bound * 1e-6)
+        before, bound = bound, max(bound, solution.bound * 1e-6)
         rounds += 1
         if solution.objective is None:
             break
         table = joint.table()
         found_s = price_table(problem, table, joint.levels()).total_s
+        if problem.scenario_loads is not None and found_s >= best_s and bound <= before * (1 + PROVEN):
+            # the model knows the mean loads only, so it need not meet the true cost
+            break
         if found_s < best_s:
             best, best_s, levels = table, found_s, joint.levels()
         if not _add_tangents(problem, joint, table) and not solution.optimal:
             break
     proven = bound >= best_s * (1 - 10 * PROVEN)
+    how = "to proof" if proven else "until the deadline" if budget.left_s <= 0 else "for the scenarios' mean loads"
     return Draft(
         table=best,
         levels=levels,
-        reason=f"one joint model, solved {rounds} times" + (" to proof" if proven else " until the deadline"),
+        reason=f"one joint model, solved {rounds} times {how}",
         termination=Termination.COMPLETED if proven else Termination.DEADLINE,
         bound=bound,
     )
@@ -81,7 +86,7 @@ def _add_tangents(problem: PlacementProblem, joint: joint_ilp.JointModel, table:
     """Add tangents to the model's arrivals at the slopes of a table. Returns whether any were added."""
     if problem.semantics is not Semantics.HOME or len(problem.workers) == 1:
         return False
-    for layer, slopes in enumerate(joint_ilp.arrival_slopes(problem, shares(problem, table))):
+    for layer, slopes in enumerate(joint_sets.arrival_slopes(problem, shares(problem, table))):
         for rank, slope in enumerate(slopes):
             joint.add_tangent(layer, rank, float(slope))
     return True

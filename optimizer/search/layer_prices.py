@@ -19,12 +19,14 @@ from elastic_moe.optimizer.core.cost import (
     price_table,
     remote_share,
     risk_price,
+    scenario_computes,
     shares,
     uplink_price,
 )
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.search.fetches import LayerFetch
 from elastic_moe.optimizer.search.swaps import LayerTerms
+from elastic_moe.optimizer.subjects.scenarios import blended_weights
 
 
 class LayerPricer:
@@ -33,6 +35,7 @@ class LayerPricer:
     def __init__(self, problem: PlacementProblem, table: IntArray) -> None:
         self.problem = problem
         self.x = shares(problem, table)
+        self._computes = scenario_computes(problem, self.x)
         self.typical_s = self.total_s(table) / problem.num_layers
         self._before = held_before(problem)
         self._first_slot = np.cumsum([0] + [w.slots for w in problem.workers])[:-1].astype(np.int32)
@@ -78,17 +81,31 @@ class LayerPricer:
         x = np.zeros((self.problem.num_experts + 1, len(self.problem.workers)))  # the last row stands for EMPTY
         x[table[layer], self.problem.owner] = 1.0
         self.x[layer] = x[:-1] / x[:-1].sum(axis=1, keepdims=True)
+        self._computes[:, layer] = self._compute(layer)
+
+    def _compute(self, layer: int) -> FloatArray:
+        """[C] seconds in which the slowest worker of the layer computes, in each scenario."""
+        load = self.problem.scenarios[0][:, layer] @ self.x[layer]
+        return np.asarray(self.problem.token_expert_s * self.problem.scale[layer] * (load / self.problem.speed).max(1))
+
+    def scenario_weights(self) -> FloatArray:
+        """[C] weight of each scenario in the price of the present table."""
+        return blended_weights(self._computes.sum(axis=1), self.problem.scenarios[1], self.problem.tail)
 
     def around_s(self, *layers: int) -> float:
-        """The true cost of some layers and of the traffic among them and to their neighbours."""
+        """The true cost of some layers and of the traffic among them and to their neighbours, plus the computing of the
+        other layers in which the worst scenarios differ from their mean."""
         boundaries = {b for layer in layers for b in self._boundaries(layer)}
-        return sum(self._layer_s(layer) for layer in layers) + sum(self._boundary_s(b) for b in sorted(boundaries))
+        # what the worst scenarios are depends on all layers
+        weights = self.scenario_weights()
+        elsewhere = (weights - self.problem.scenarios[1]) @ np.delete(self._computes, layers, axis=1).sum(axis=1)
+        around = sum(self._layer_s(layer, weights) for layer in layers)
+        return around + float(elsewhere) + sum(self._boundary_s(b) for b in sorted(boundaries))
 
-    def _layer_s(self, layer: int) -> float:
+    def _layer_s(self, layer: int, weights: FloatArray) -> float:
         problem, x = self.problem, self.x[layer]
         scale = problem.scale[layer]
-        load = problem.loads[layer] @ x
-        total = float(problem.token_expert_s * scale * (load / problem.speed).max())
+        total = float(weights @ self._computes[:, layer])
         fetch = self._fetch(layer)
         if fetch is not None:
             total = max(total, float(fetch.waits(x).max()))
@@ -136,8 +153,12 @@ class LayerPricer:
         covariance = None
         if problem.load_covariance is not None and problem.caution > 0:
             covariance = problem.load_covariance[layer] * self._risk_price[layer]
+        weights = self.scenario_weights()
+        counted = weights > 0
+        scenario_s = weights[counted, None] * problem.scenarios[0][counted, layer] * (scale * problem.token_expert_s)
         return LayerTerms(
-            load_s=problem.loads[layer] * (scale * problem.token_expert_s),
+            scenario_s=scenario_s,
+            load_s=scenario_s.sum(axis=0),
             tokens=problem.loads[layer] * scale,
             pairs=problem.pairs[layer] * scale,
             arrival_s=self._arrival_s,

@@ -28,40 +28,63 @@ def best_redeals(terms: LayerTerms, row: IntArray, most: int) -> list[tuple[int,
     hot = np.argsort(-terms.load_s / replicas, kind="stable")[:CANDIDATES].astype(np.int32)
     on = np.zeros((len(terms.load_s), len(terms.speed)), dtype=bool)
     on[row[row != EMPTY], terms.owner[row != EMPTY]] = True
-    taken_load, taken_place = _taken(terms, row, spare, on)
-    given_load, here_load, given_place = _given(terms, hot, on)
-    busy = np.add.reduceat(np.where(row != EMPTY, (terms.load_s / replicas)[row], 0.0), terms.first_slot) / terms.speed
     worker = terms.owner[spare]
-    after = busy + taken_load[:, None, :] + given_load[None, :, :]
-    after[np.arange(len(spare))[:, None], np.arange(len(hot))[None, :], worker[:, None]] += here_load[:, worker].T
-    norm = potential_norm(busy, terms.load_power)
-    change = (raised(np.maximum(after, 0.0) / norm, terms.load_power)).sum(axis=2)
-    change = (change - raised(busy / norm, terms.load_power).sum()) * (norm / 2**terms.load_power)
-    change += taken_place[:, None] + given_place[:, worker].T
+    change = sum(
+        (_busy_changes(terms, load_s, row, spare, hot, on) for load_s in terms.scenario_s),
+        start=_taken_prices(terms, row, spare, on)[:, None] + _given_prices(terms, hot, on)[:, worker].T,
+    )
     change[on[hot][:, worker].T] = np.inf
     best = np.argsort(change, axis=None, kind="stable")[:most]
     chosen = [divmod(int(k), len(hot)) for k in best]
     return [(int(spare[p]), int(hot[f])) for p, f in chosen if change[p, f] < 0]
 
 
-def _taken(terms: LayerTerms, row: IntArray, spare: IntArray, on: np.ndarray) -> tuple[FloatArray, FloatArray]:
-    """([P, W] change of every worker's seconds, [P] of the prices) if each spare slot loses what it holds."""
+def _busy_changes(
+    terms: LayerTerms, load_s: FloatArray, row: IntArray, spare: IntArray, hot: IntArray, on: np.ndarray
+) -> FloatArray:
+    """[P, F] change of the norm of the workers' seconds, for experts' seconds [E] of one scenario."""
+    replicas = np.bincount(row[row != EMPTY], minlength=len(load_s))
+    taken, (given, here) = _taken(terms, load_s, row, spare, on), _given(terms, load_s, hot, on)
+    busy = np.add.reduceat(np.where(row != EMPTY, (load_s / replicas)[row], 0.0), terms.first_slot) / terms.speed
+    worker = terms.owner[spare]
+    after = busy + taken[:, None, :] + given[None, :, :]
+    after[np.arange(len(spare))[:, None], np.arange(len(hot))[None, :], worker[:, None]] += here[:, worker].T
+    norm = potential_norm(busy, terms.load_power)
+    change = (raised(np.maximum(after, 0.0) / norm, terms.load_power)).sum(axis=2)
+    return np.asarray((change - raised(busy / norm, terms.load_power).sum()) * (norm / 2**terms.load_power))
+
+
+def _taken(terms: LayerTerms, load_s: FloatArray, row: IntArray, spare: IntArray, on: np.ndarray) -> FloatArray:
+    """[P, W] change of every worker's seconds if each spare slot loses what it holds."""
     expert, worker = row[spare], terms.owner[spare]
     held = expert != EMPTY
     count = np.maximum(on[expert].sum(axis=1), 2)
-    load, place = terms.load_s[expert], terms.place_s[expert]
+    load = load_s[expert]
     more = np.where(on[expert], (load * (1 / (count - 1) - 1 / count))[:, None], 0.0)
     more[np.arange(len(spare)), worker] = -load / count
+    return np.where(held[:, None], more / terms.speed, 0.0)
+
+
+def _taken_prices(terms: LayerTerms, row: IntArray, spare: IntArray, on: np.ndarray) -> FloatArray:
+    """[P] change of the prices if each spare slot loses what it holds."""
+    expert, worker = row[spare], terms.owner[spare]
+    count, place = np.maximum(on[expert].sum(axis=1), 2), terms.place_s[expert]
     total = np.where(on[expert], place, 0.0).sum(axis=1)
     price = (total - place[np.arange(len(spare)), worker]) / (count - 1) - total / count
-    return np.where(held[:, None], more / terms.speed, 0.0), np.where(held, price, 0.0)
+    return np.where(expert != EMPTY, price, 0.0)
 
 
-def _given(terms: LayerTerms, hot: IntArray, on: np.ndarray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """The change where expert f gets one more replica: ([F, W] of its holders' seconds, [F, W] seconds on the worker
-    that gets the replica, [F, W] of the prices by that worker)."""
+def _given(terms: LayerTerms, load_s: FloatArray, hot: IntArray, on: np.ndarray) -> tuple[FloatArray, FloatArray]:
+    """Where expert f gets one more replica: ([F, W] change of its holders' seconds, [F, W] seconds on the worker that
+    gets the replica)."""
     count = on[hot].sum(axis=1)[:, None]
-    load, place = terms.load_s[hot][:, None], terms.place_s[hot]
-    total = np.where(on[hot], place, 0.0).sum(axis=1, keepdims=True)
+    load = load_s[hot][:, None]
     less = np.where(on[hot], load * (1 / (count + 1) - 1 / count), 0.0) / terms.speed
-    return less, load / (count + 1) / terms.speed, (total + place) / (count + 1) - total / count
+    return less, load / (count + 1) / terms.speed
+
+
+def _given_prices(terms: LayerTerms, hot: IntArray, on: np.ndarray) -> FloatArray:
+    """[F, W] change of the prices where expert f gets one more replica, by the worker that gets it."""
+    count, place = on[hot].sum(axis=1)[:, None], terms.place_s[hot]
+    total = np.where(on[hot], place, 0.0).sum(axis=1, keepdims=True)
+    return np.asarray((total + place) / (count + 1) - total / count)

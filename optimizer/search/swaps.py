@@ -27,7 +27,9 @@ class LayerTerms:
     """The statistics of one layer in seconds; everything outside of the layer is frozen."""
 
     load_s: FloatArray
-    """[E] seconds of each expert's tokens on a worker of speed 1."""
+    """[E] seconds of each expert's tokens on a worker of speed 1, on average over the scenarios."""
+    scenario_s: FloatArray
+    """[C, E] the same in each scenario, times the scenario's weight in the price at present."""
     tokens: FloatArray
     """[E] tokens of each expert in a step."""
     pairs: FloatArray
@@ -54,6 +56,12 @@ class LayerTerms:
     """The norm's exponent as a number of squarings: 6 is the 64-norm."""
     link_power: int
 
+    @property
+    def weights(self) -> FloatArray:
+        """[C] weight of each scenario in the price at present."""
+        total = self.scenario_s.sum(axis=1)
+        return np.asarray(total / max(float(total.sum()), 1e-300))
+
     def arrivals(self, row: IntArray) -> FloatArray:
         """[W] tokens of a step that arrive at each worker if the slots hold `row` [S]."""
         away = self.by_worker(row, self.remote_shares(row))
@@ -72,10 +80,11 @@ class LayerTerms:
         held = row != EMPTY
         replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
         share = np.where(held, 1.0 / replicas[row], 0.0)
-        busy = np.add.reduceat(self.load_s[row] * share, self.first_slot) / self.speed
-        if self.fetch is not None:
-            busy = np.concatenate([busy, self.fetch.waits(self.by_worker(row, share))])
-        total = potential_norm(busy, self.load_power)
+        total = 0.0
+        waits = None if self.fetch is None else self.fetch.waits(self.by_worker(row, share))
+        for load_s, weight in zip(self.scenario_s, self.weights, strict=True):
+            busy = np.add.reduceat(load_s[row] * share, self.first_slot) / self.speed
+            total += potential_norm(busy if waits is None else np.append(busy, weight * waits), self.load_power)
         total += float((self.place_s[row, self.owner] * share).sum())
         if self.arrival_s.any():
             arrive = self.arrivals(row)
@@ -116,24 +125,34 @@ def swap_deltas(terms: LayerTerms, row: IntArray) -> FloatArray:
 
 def _busy_half(terms: LayerTerms, row: IntArray, share: FloatArray) -> FloatArray:
     """[S, S] change of the time in which worker owner[i] computes and waits if it gives item i for item j."""
-    load = terms.load_s[row] * share
+    loads = terms.scenario_s[:, row] * share
     if terms.fetch is None:
-        return _load_half(terms, load)
-    fetch, owner = terms.fetch, terms.owner
+        return sum((_load_half(terms, load) for load in loads[1:]), start=_load_half(terms, loads[0]))
+    return _fetching_half(terms, terms.fetch, row, share, loads)
+
+
+def _fetching_half(
+    terms: LayerTerms, fetch: LayerFetch, row: IntArray, share: FloatArray, loads: FloatArray
+) -> FloatArray:
+    """[S, S] `_busy_half` for items' loads [C, S] in each scenario, where workers wait for experts too."""
+    owner = terms.owner
     x = terms.by_worker(row, share)
     prices, waits = fetch.prices(x), fetch.waits(x)
-    worker = np.add.reduceat(load, terms.first_slot) / terms.speed
-    norm = potential_norm(np.concatenate([worker, waits]), terms.load_power)
     held = np.add.reduceat((row != EMPTY).astype(np.int32), terms.first_slot)
     # EMPTY has no tokens, since its share is 0
     fetched = fetch.swap_changes(fetch.chance[row] * share, held, owner, terms.first_slot)
-    change = raised(np.maximum(waits[owner][:, None] + fetched, 0.0) / norm, terms.load_power)
-    change -= raised(waits / norm, terms.load_power)[owner][:, None]
-    change *= norm / 2**terms.load_power
     unit = prices / np.maximum(fetch.active, 1e-300)[:, None]
     spread = fetch.slope * fetched + fetch.steep * fetch.variance_changes(unit, row, owner)
-    steepness = float(((waits / norm) ** (2**terms.load_power - 1)).sum())
-    return np.asarray(_load_half(terms, load, norm) + change + steepness * spread)
+    total = np.zeros((len(row), len(row)))
+    for load, weight in zip(loads, terms.weights, strict=True):
+        worker = np.add.reduceat(load, terms.first_slot) / terms.speed
+        norm = potential_norm(np.append(worker, weight * waits), terms.load_power)
+        change = raised(weight * np.maximum(waits[owner][:, None] + fetched, 0.0) / norm, terms.load_power)
+        change -= raised(weight * waits / norm, terms.load_power)[owner][:, None]
+        change *= norm / 2**terms.load_power
+        steepness = float(((weight * waits / norm) ** (2**terms.load_power - 1)).sum())
+        total += _load_half(terms, load, norm) + change + weight * steepness * spread
+    return total
 
 
 def _load_half(terms: LayerTerms, load: FloatArray, norm: float | None = None) -> FloatArray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,8 @@ class Row:
     bytes: int
     seconds: float
     reason: str
+    subject_costs: dict[str, float]
+    """Seconds per step under the statistics of each trace by itself, without risk; empty where there is one trace."""
 
 
 def compare(
@@ -55,27 +57,36 @@ def compare(
     planners: Sequence[str],
     *,
     deadline_s: float,
+    subjects: Mapping[str, PlacementProblem] | None = None,
     solver: str = "highs",
     seed: int = 0,
     progress: Callable[[Row], None] | None = None,
 ) -> list[tuple[Row, PlanResult]]:
     """Run the planners one after another. Blocks for up to `deadline_s` each. `test_problem` has the statistics of
-    `test`."""
+    `test`, and `subjects` those of each trace that is to be shown by itself."""
     answers = []
     for name in planners:
         result = plan(problem, planner=name, deadline_s=deadline_s, solver=solver, seed=seed)
         replayed = Replayed(miss_rate=0.0, fetches=0.0)
         if problem.tiering is not None:
             replayed = replay_problem(test, problem, result.placement)
-        row = _row(name, result, measure(test, result.placement, problem.semantics), test_problem, replayed)
+        row = _row(name, result, measure(test, result.placement, problem.semantics), test_problem, replayed, subjects)
         answers.append((row, result))
         if progress is not None:
             progress(row)
     return answers
 
 
-def _row(name: str, result: PlanResult, metrics: Metrics, test_problem: PlacementProblem, replayed: Replayed) -> Row:
+def _row(
+    name: str,
+    result: PlanResult,
+    metrics: Metrics,
+    test_problem: PlacementProblem,
+    replayed: Replayed,
+    subjects: Mapping[str, PlacementProblem] | None,
+) -> Row:
     return Row(
+        subject_costs={key: price(each, result.placement).realised_s for key, each in (subjects or {}).items()},
         planner=name,
         status=str(result.status),
         termination=str(result.termination),
@@ -94,11 +105,16 @@ def _row(name: str, result: PlanResult, metrics: Metrics, test_problem: Placemen
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write one line per planner, with every field."""
+    """Write one line per planner, with every field, and a column for the cost on each trace."""
+    flat = []
+    for row in rows:
+        fields = dataclasses.asdict(row)
+        of_subjects = fields.pop("subject_costs")
+        flat.append(fields | {f"step_cost on {name}": cost_s for name, cost_s in of_subjects.items()})
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, list(flat[0]) if flat else [], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+        writer.writerows(flat)
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -126,7 +142,11 @@ _TIER_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 def markdown(rows: Iterable[Row]) -> str:
     """The rows as a Markdown table; metrics are on the test tokens."""
     rows = list(rows)
-    columns = _COLUMNS + (_TIER_COLUMNS if any(row.replayed_waits for row in rows) else ())
+    subjects = tuple(
+        (f"step, {name} (us)", lambda row, name=name: f"{row.subject_costs[name] * 1e6:.1f}")
+        for name in (rows[0].subject_costs if rows else ())
+    )
+    columns = _COLUMNS + subjects + (_TIER_COLUMNS if any(row.replayed_waits for row in rows) else ())
     lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"

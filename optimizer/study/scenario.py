@@ -8,7 +8,8 @@ from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.residency.memory import WorkerMemory
-from elastic_moe.optimizer.study.traces import Trace, count
+from elastic_moe.optimizer.study.mixes import count_mix
+from elastic_moe.optimizer.study.traces import Trace
 
 MOST_WORKERS = 100_000
 """Largest number of workers. A larger one is a mistake, and its lists would take all memory."""
@@ -41,6 +42,8 @@ def problem_from_trace(
     trace: Trace,
     workers: Sequence[Worker],
     *,
+    others: Sequence[Trace] = (),
+    weights: Sequence[float] = (),
     semantics: Semantics = Semantics.HOME,
     current: Placement | None = None,
     links: Links | None = None,
@@ -50,13 +53,16 @@ def problem_from_trace(
     memory: tuple[WorkerMemory, ...] = (),
     tokens_per_step: int = DEFAULT_STEP_TOKENS,
 ) -> PlacementProblem:
-    """The problem of placing the trace's experts on `workers`."""
-    counted = count(trace)
+    """The problem of placing the trace's experts on `workers`. `others` are further subjects that the placement must
+    serve; `weights` say how much each counts, the trace's own first (all the same if not given)."""
+    counted = count_mix([trace, *others], weights)
     return PlacementProblem(
         loads=counted.loads,
         transitions=counted.transitions,
         coactivation=counted.coactivation,
         load_covariance=counted.load_covariance,
+        scenario_loads=counted.scenario_loads,
+        scenario_weights=tuple(weights) if others else (),
         top_k=counted.top_k,
         workers=tuple(workers),
         speeds=speeds,

@@ -22,7 +22,7 @@ import torch
 
 from elastic_moe.cluster.fit import CodePath, FitReport
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-from elastic_moe.model.worker.worker import Worker
+from elastic_moe.model.worker.data_plane import DataPlane
 from tests.bench.machine import Floor, Machine, floor_of, measure_machine, where_and_when
 from tests.bench.report import markdown
 from tests.bench.step import CONTEXT, decode_s, load_worker, prefill_s
@@ -41,6 +41,8 @@ WIDE: Mapping[str, Mapping[str, Any]] = {
     "granitemoehybrid-mamba": {"mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_chunk_size": 256},
     "nemotron_h": {"mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8}
     | {"chunk_size": 256, "moe_latent_size": 512, "moe_shared_expert_intermediate_size": 1024},
+    "gpt_oss": {"sliding_window": 128},
+    "gemma4_text": {"sliding_window": 512},
     "jamba": {"mamba_d_state": 16},
     "minimax": {"intermediate_size": SIZES["ff"], "block_size": 256},
 }
@@ -74,7 +76,7 @@ def measure(case: str, machine: Machine, threads: int) -> Measured:
     with tempfile.TemporaryDirectory() as made:
         path = make_random_checkpoint(Path(made) / case, **arguments_of(case))
         floor, vocabulary = floor_of(path), open_checkpoint(path).info.vocab_size
-        worker: Worker = load_worker(path, threads)
+        worker: DataPlane = load_worker(path, threads)
         state_bytes = worker.loaded.memory.sizes().state_bytes
         shares = [
             decode_floor_s(floor, batch, machine, state_bytes) / decode_s(worker, batch, vocabulary)

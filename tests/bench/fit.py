@@ -25,7 +25,7 @@ from elastic_moe.cluster.fit import FitReport, Part
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
 from elastic_moe.model.fitting import fit as fitting
-from elastic_moe.model.worker.worker import Worker
+from elastic_moe.model.worker.data_plane import DataPlane
 from tests.bench.report import markdown
 from tests.bench.step import CONTEXT, load_worker, step_s
 from tests.bench.workers import BLOCK, Case, Load
@@ -70,7 +70,7 @@ def decode_pairs(path: Path, threads: int, turns: int, batch: int) -> tuple[Step
         loads.append(Load(case, 0, 0, 1, open_checkpoint(path).info.vocab_size, worker.window_room))
         worker.step(loads[-1].prefill())
     for turn in range(turns):
-        order: Sequence[tuple[int, Worker]] = [(0, joined), (1, single)]
+        order: Sequence[tuple[int, DataPlane]] = [(0, joined), (1, single)]
         for n, worker in order[:: -1 if turn % 2 else 1]:
             begin_s = time.process_time()
             wall_s = step_s(worker, loads[n].decode())

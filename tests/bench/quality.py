@@ -23,7 +23,7 @@ from torch import Tensor
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 from elastic_moe.model.trunk.attention import SequenceSlice
-from elastic_moe.model.worker.worker import Worker
+from elastic_moe.model.worker.data_plane import DataPlane
 from tests.bench.servers import gguf_of, run_tool
 from tests.bench.step import load_worker
 from tests.bench.workers import BLOCK
@@ -34,7 +34,7 @@ WINDOWS = 32
 PLAIN = "bfloat16"
 
 
-def logprobs_of(worker: Worker, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+def logprobs_of(worker: DataPlane, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """After each token of the windows, which are of equal length, but the last: [windows, vocabulary]."""
     length = len(windows[0])
     per_window = -(-length // BLOCK)
@@ -63,7 +63,7 @@ class Cost:
     """Nats of KL divergence from bfloat16 experts."""
 
 
-def costs(workers: Sequence[Worker], windows: Sequence[Sequence[int]]) -> list[Cost]:
+def costs(workers: Sequence[DataPlane], windows: Sequence[Sequence[int]]) -> list[Cost]:
     """Of each worker. The first one has the experts that the others are compared with."""
     bits, kls = [0.0] * len(workers), [0.0] * len(workers)
     for at, rows in enumerate(zip(*(logprobs_of(worker, windows) for worker in workers), strict=True), 1):

@@ -18,10 +18,9 @@ import torch
 from elastic_moe.cluster import placement as placements
 from elastic_moe.cluster.messages.epochs import EpochSpec, ModelSpec, WorkerSpec
 from elastic_moe.cluster.messages.steps import StepPlan
-from elastic_moe.cluster.placement import Worker as Member
-from elastic_moe.cluster.placement import WorkerId
+from elastic_moe.cluster.placement import Worker, WorkerId
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-from elastic_moe.model.worker.worker import Worker
+from elastic_moe.model.worker.data_plane import DataPlane
 from tests.bench.machine import floor_of, measure_machine, where_and_when
 from tests.bench.workers import BLOCK, EPOCH, Case, Load
 
@@ -30,12 +29,12 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 PROMPTS = (128, 512, 2048)
 
 
-def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dtype: str = "auto") -> Worker:
+def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dtype: str = "auto") -> DataPlane:
     """The whole model on one worker. dtype: the stored one if not given."""
     info = open_checkpoint(str(path)).info
-    member = Member(id=WorkerId("w0"), node="n", slots=info.num_logical_experts)
+    member = Worker(id=WorkerId("w0"), node="n", slots=info.num_logical_experts)
     placement = placements.contiguous(info.num_layers, info.num_logical_experts, (member,))
-    worker = Worker(
+    worker = DataPlane(
         WorkerSpec(
             worker=member.id,
             model=ModelSpec(
@@ -46,7 +45,8 @@ def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dt
                 expert_dtype=expert_dtype,
             ),
             experts=tuple(placement.experts_of(member.id, layer) for layer in range(info.num_layers)),
-            kv_cache_bytes=1 << 30,
+            # much, so that windows of many sequences have blocks; no more memory is taken than is written to
+            kv_cache_bytes=1 << 33,
             block_size=BLOCK,
             max_num_seqs=64,
             max_num_batched_tokens=max(max(BATCHES) * CONTEXT, *PROMPTS),
@@ -59,13 +59,13 @@ def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dt
     return worker
 
 
-def step_s(worker: Worker, plan: StepPlan) -> float:
+def step_s(worker: DataPlane, plan: StepPlan) -> float:
     begin = time.perf_counter()
     worker.step(plan)
     return time.perf_counter() - begin
 
 
-def decode_s(worker: Worker, batch: int, vocabulary: int, steps: int = 24) -> float:
+def decode_s(worker: DataPlane, batch: int, vocabulary: int, steps: int = 24) -> float:
     load = Load(
         Case(requests=batch, context=CONTEXT, steps=steps, most_requests=batch), 0, 0, 1, vocabulary, worker.window_room
     )
@@ -73,7 +73,7 @@ def decode_s(worker: Worker, batch: int, vocabulary: int, steps: int = 24) -> fl
     return statistics.median([step_s(worker, load.decode()) for _ in range(steps)][2:])
 
 
-def prefill_s(worker: Worker, tokens: int, vocabulary: int) -> float:
+def prefill_s(worker: DataPlane, tokens: int, vocabulary: int) -> float:
     load = Load(Case(requests=1, context=tokens, steps=0, most_requests=1), 0, 0, 1, vocabulary, worker.window_room)
     return statistics.median([step_s(worker, load.prefill()) for _ in range(4)][1:])
 

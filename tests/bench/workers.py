@@ -35,8 +35,7 @@ from elastic_moe.cluster.messages.epochs import (
 )
 from elastic_moe.cluster.messages.requests import RequestId, SamplingParams
 from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse, StepPlan, WindowBlocks
-from elastic_moe.cluster.placement import Tier, WorkerId
-from elastic_moe.cluster.placement import Worker as Member
+from elastic_moe.cluster.placement import Tier, Worker, WorkerId
 from tests.model.lockstep import with_pinned
 
 BLOCK = 16
@@ -215,7 +214,7 @@ def placed(info: ModelInfo, setup: Setup) -> placements.Placement:
     """The placement of a setup: where not everything fits, the first experts of each layer stay in memory."""
     size, experts = setup.workers, info.num_logical_experts
     members = tuple(
-        Member(id=WorkerId(f"w{r}"), node="n", slots=experts // size + (r < experts % size)) for r in range(size)
+        Worker(id=WorkerId(f"w{r}"), node="n", slots=experts // size + (r < experts % size)) for r in range(size)
     )
     placement = placements.contiguous(info.num_layers, experts, members)
     return with_pinned(placement, pins_of(setup.device_experts)) if setup.device_experts else placement
@@ -228,7 +227,7 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
         os.sched_setaffinity(0, {cores[(rank * setup.threads + n) % len(cores)] for n in range(setup.threads)})
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
     from elastic_moe.model.tiers.area import Area
-    from elastic_moe.model.worker.worker import Worker
+    from elastic_moe.model.worker.data_plane import DataPlane
 
     info, size = open_checkpoint(path).info, setup.workers
     placement = placed(info, setup)
@@ -236,7 +235,7 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     if setup.device_experts:
         budget = setup.device_experts * info.num_layers * info.expert_bytes
         Area.READ_AHEAD = setup.read_ahead
-    worker = Worker(
+    worker = DataPlane(
         WorkerSpec(
             worker=placement.workers[rank].id,
             model=ModelSpec(path=path, dtype=info.dtype, device="cpu", max_model_len=LONGEST),

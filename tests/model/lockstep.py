@@ -20,8 +20,8 @@ from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, Sa
 from elastic_moe.cluster.messages.steps import StepResult
 from elastic_moe.cluster.placement import Placement, Tier, TierArray, WorkerId
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.worker.data_plane import DataPlane
 from elastic_moe.model.worker.runner import ModelRunner
-from elastic_moe.model.worker.worker import Worker
 from tests.model.groups import workers as make_workers
 
 
@@ -85,7 +85,7 @@ class Lockstep:
             served = self.info.served_in(dtype, self.info.form(expert_dtype, dtype, device))
             expert_memory_bytes = (pinned + cache_slots) * self.info.num_layers * served.expert_bytes
         self.pool = ThreadPoolExecutor(len(slots))
-        self.workers: dict[WorkerId, Worker] = {}
+        self.workers: dict[WorkerId, DataPlane] = {}
         for member in members:
             spec = WorkerSpec(
                 worker=member.id,
@@ -104,7 +104,7 @@ class Lockstep:
                 steps_in_flight=depth,
                 kv_cache_bytes=kv_cache_bytes,
             )
-            self.workers[member.id] = Worker(spec)
+            self.workers[member.id] = DataPlane(spec)
         blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
         if kv_blocks is not None:
             blocks = dict.fromkeys(blocks, kv_blocks)

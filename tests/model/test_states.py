@@ -19,7 +19,7 @@ from elastic_moe.model.sampling.sampling import NO_TOKEN
 from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.states.packed import StateBatch
 from elastic_moe.model.trunk.attention import SequenceSlice
-from elastic_moe.model.worker.worker import Worker
+from elastic_moe.model.worker.data_plane import DataPlane
 from tests.model.families import HYBRIDS, tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
 from tests.model.test_parity import COMPARED, LENGTHS, NEW_TOKENS, greedy, prompts, reference
@@ -33,7 +33,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return tiny_checkpoint(request.param, tmp_path_factory)
 
 
-def run(worker: Worker, pieces: dict[int, SequenceSlice]) -> torch.Tensor:
+def run(worker: DataPlane, pieces: dict[int, SequenceSlice]) -> torch.Tensor:
     """Logits of each piece's last token. The keys are the numbers of the sequences."""
     assert worker.loaded.states is not None
     moves = []

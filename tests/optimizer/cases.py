@@ -9,6 +9,7 @@ from elastic_moe.cluster.placement import Worker, WorkerId
 from elastic_moe.optimizer.core.cost import price_table
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.table import row_of
+from elastic_moe.optimizer.subjects.scenarios import mean_of_scenarios
 
 
 def tiny(
@@ -21,9 +22,11 @@ def tiny(
     slots: tuple[int, ...] = (),
     semantics: Semantics = Semantics.HOME,
     covariance: bool = True,
+    scenarios: int = 0,
     **fields: object,
 ) -> PlacementProblem:
-    """Random but consistent statistics: counted from tokens that choose two experts."""
+    """Random but consistent statistics: counted from tokens that choose two experts. With `scenarios`, the loads are
+    the mean of that many subjects of unlike sizes and weights."""
     rng = np.random.default_rng(seed)
     tokens, top_k = 60, min(2, experts)
     taste = rng.dirichlet(np.ones(experts), size=(layers, 3)) + 0.02
@@ -45,6 +48,11 @@ def tiny(
             for w, s in enumerate(slots or (-(-experts // workers),) * workers)
         ),
     }
+    if scenarios:
+        subjects = rng.dirichlet(np.ones(experts), size=(scenarios, layers)) * rng.integers(10, 100, (scenarios, 1, 1))
+        weights = tuple(rng.uniform(0.5, 2.0, scenarios))
+        mean = mean_of_scenarios(subjects, weights, np.full(layers, float(tokens * top_k)))
+        given |= {"loads": mean, "scenario_loads": subjects, "scenario_weights": weights}
     return PlacementProblem(**(given | fields))
 
 

@@ -72,6 +72,40 @@ def test_plan_then_evaluate_then_plan_from_it(
     assert "same_worker_transitions" in capsys.readouterr().out
 
 
+def test_a_plan_for_two_subjects_serves_both(
+    trace: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The subject that weighs more has the cheaper steps, and the report tells the cost on each."""
+    costs = {}
+    for weights in ("50,1", "1,1", "1,50"):
+        words = ("--workers", 4, "--deadline", 1, "--planner", "local_search", "--json", "--weights", weights)
+        assert emoe("plan", trace, other, *words, "--out", tmp_path / "made.json") == 0
+        costs[weights] = {each["trace"]: each["step_cost"] for each in printed(capsys)["scenarios"]}
+    assert costs["50,1"]["trace"] < costs["1,50"]["trace"]
+    assert costs["1,50"]["other"] < costs["50,1"]["other"]
+    assert emoe("evaluate", other, tmp_path / "made.json", "--json") == 0
+    assert printed(capsys)["step_cost"] == pytest.approx(costs["1,50"]["other"])
+    assert emoe("plan", trace, other, "--planner", "greedy", "--workers", 2) == 0
+    assert "on other" in capsys.readouterr().out
+
+
+def test_compare_shows_the_cost_on_each_trace(
+    trace: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # figures take longer than all the rest
+    third = tmp_path / "third.npz"
+    save_trace(third, generate_trace(num_layers=3, num_experts=8, top_k=2, num_tokens=300, num_themes=6, task_seed=5))
+    words = ("--workers", 2, "--planners", "greedy", "--out", tmp_path)
+    assert emoe("compare", trace, other, third, *words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["subject_costs"]
+    assert list(found) == ["trace", "other", "third"]
+    assert emoe("compare", trace, third, "--scenarios", other, "--weights", "1,3", *words) == 0
+    assert "| step, other (us) |" in capsys.readouterr().out
+    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["step_cost on other"]) < found["other"], "this time the planner has seen it"
+
+
 def test_plan_prints_what_it_did(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert emoe("plan", trace, "--workers", 2, "--planner", "greedy", "--semantics", "follow") == 0
     said = capsys.readouterr()
@@ -115,10 +149,12 @@ def test_simulate_prints_and_draws(
     assert emoe("simulate", trace, other, *words, "--json") == 0
     summary = printed(capsys)
     assert summary["intervals"] == 4
+    assert [each["trace"] for each in summary["traces"]] == ["trace", "other"]
+    assert all(each["step_cost"] > 0 for each in summary["traces"])
     assert len(json.loads((tmp_path / "sim" / "looks.json").read_text())) == 4
     assert (tmp_path / "sim" / "imbalance.png").read_bytes().startswith(b"\x89PNG")
     assert emoe("simulate", trace, "--workers", 4, "--deadline", 0.1, "--interval", 20, "--rate", 40) == 0
-    assert "without" in capsys.readouterr().out
+    assert "on trace: a step costs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -135,6 +171,10 @@ def test_simulate_prints_and_draws(
         (("plan", "TRACE", "--move-share", 0.1), "--from"),
         (("simulate", "TRACE", "--move-share", 7), "move-share"),
         (("plan", "TRACE", "--speeds", "1,x"), "speeds"),
+        (("plan", "TRACE", "TRACE", "--weights", "1,x"), "--weights: expected numbers"),
+        (("plan", "TRACE", "TRACE", "--weights", "1,2,3"), "weights: expected 2, one per scenario, got 3"),
+        (("plan", "TRACE", "TRACE", "--weights", "1,0"), "weights: expected positive"),
+        (("plan", "TRACE", "--weights", "1,2"), "weights: expected 1"),
         (("plan", "TRACE", "--speeds", "1,2"), "speeds"),
         (("plan", "TRACE", "--from", "absent.json"), "^absent.json: No such file or directory$"),
         (("plan", "TRACE", "--from", "TRACE"), "trace.npz: not JSON"),

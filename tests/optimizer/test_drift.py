@@ -87,6 +87,27 @@ def test_the_rule_has_hysteresis() -> None:
     )
 
 
+def test_the_rule_tells_a_gain_that_lasts_from_one_on_what_was_seen() -> None:
+    result = plan(dataclasses.replace(drifted(), move_budget=16), deadline_s=0.3)
+    assert result.cost_before is not None
+    before, after = result.cost_before.total_s, result.cost.total_s
+    worse = dataclasses.replace(result, each_before=(before, 2 * before), each=(1.05 * before, 0.9 * before))
+    refused = decide(worse, tokens_per_expert=1e9, since_change_s=None, policy=Policy(min_gain=0.01))
+    assert not refused.worthwhile
+    assert refused.net_gain == pytest.approx(1 - after / before)
+    assert refused.seen_gain <= -0.05
+    assert "a loss of more than 1.0% now" in refused.reason
+    better = dataclasses.replace(worse, each=(0.8 * before, 1.9 * before))
+    done = decide(better, tokens_per_expert=1e9, since_change_s=None, policy=Policy(min_gain=0.01))
+    assert done.worthwhile
+    assert f"{done.net_gain:.1%} with 1 remembered subjects, {done.seen_gain:.1%} on what was seen" in done.reason
+    fleeting = decide(better, tokens_per_expert=1e9, since_change_s=None, policy=Policy(min_gain=done.net_gain + 0.01))
+    assert not fleeting.worthwhile, "what only the window shows does not count"
+    half = Policy(min_gain=1.5 * done.net_gain)
+    assert not decide(better, tokens_per_expert=1e9, since_change_s=None, policy=half).worthwhile
+    assert decide(better, tokens_per_expert=1e9, since_change_s=None, present_share=0.5, policy=half).worthwhile
+
+
 def test_the_simulation_gains_under_drift_and_rests_without() -> None:
     workers = make_workers(4, nodes=1, num_experts=16)
     settings = SimulationSettings(

@@ -29,10 +29,25 @@ def test_auto_beats_two_step_planning_on_unseen_requests(traces: Path, task: str
     auto = plan(problem, deadline_s=1, clock=time.process_time)
     found = measure(test, auto.placement)
     # greedy's clusters, mapped at best, keep 0.15 of the transitions: what the two-step ILPs reach
-    assert found.same_worker_transitions > 1.5 * 0.15
-    assert found.fan_out < 0.85 * greedy.fan_out
-    assert found.load_imbalance < greedy.load_imbalance + 0.04
+    # some of both is given for loads that another subject shifts less
+    assert found.same_worker_transitions > 1.4 * 0.15
+    assert found.fan_out < 0.92 * greedy.fan_out
+    assert found.load_imbalance < greedy.load_imbalance + 0.025
     assert auto.lower_bound < auto.cost.total_s
+
+
+def test_on_other_subjects_auto_costs_no_more_than_greedy_on_average(traces: Path) -> None:
+    """Without the prior for a change of subject, it costs 3 % more, and in one pair 13 %."""
+    each = {name: load_trace(traces / f"{name}.npz") for name in ("intent", "law", "translation")}
+    problems = {name: problem_from_trace(trace, EIGHT) for name, trace in each.items()}
+    ratios = []
+    for name, problem in problems.items():
+        auto = plan(problem, deadline_s=0.6, clock=time.process_time).placement
+        greedy = plan(problem, planner="greedy").placement
+        others = [other for key, other in problems.items() if key != name]
+        ratios += [price(other, auto).realised_s / price(other, greedy).realised_s for other in others]
+    assert sum(ratios) / len(ratios) < 1.012
+    assert max(ratios) < 1.10
 
 
 def test_under_drift_few_moves_bring_most_of_the_gain(traces: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -28,6 +29,7 @@ from elastic_moe.cluster.errors import (
     StepAborted,
 )
 from elastic_moe.cluster.facts.facts import Stage
+from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.messages.views import Operation, Phase, RebalancePreview, Revision
 from elastic_moe.cluster.placement import WorkerId
 from tests.actors.fakes import FIT, MODEL, Handle, PlainFleet
@@ -455,6 +457,34 @@ def test_a_restarted_coordinator_goes_on_with_what_is_there(tmp_path: Path, dead
             await second.shutdown()
 
     asyncio.run(story())
+
+
+def test_a_restarted_coordinator_remembers_the_subjects(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path) as (first, fleet):
+            await ready(first)
+            loop = control_loop(first)
+            loop.window.add(busy_with_one_expert(), time.monotonic())
+            loop._remember(time.monotonic() + 20)
+            assert len(loop.memory) == 1
+            first._background.cancel()
+            fleet.resumes = True
+            second = Coordinator(fleet.config, str(tmp_path), fleet)
+            await asyncio.wait_for(second._opened.wait(), 5)
+            assert len(control_loop(second).memory) == 1
+            preview = await second.rebalance("greedy", True)
+            assert isinstance(preview, RebalancePreview)
+            await second.shutdown()
+
+    asyncio.run(story())
+
+
+def busy_with_one_expert() -> RoutingCounts:
+    load = np.ones((MODEL.num_layers, MODEL.num_logical_experts), dtype=np.int64)
+    load[:, 0] = 10**5
+    none = PhaseCounts(tokens=0, load=np.zeros_like(load))
+    decode = PhaseCounts(tokens=int(load[0].sum()), load=load)
+    return RoutingCounts(prefill=none, decode=decode, sample=np.zeros((0, MODEL.num_layers, 1), dtype=np.uint8))
 
 
 def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from elastic_moe.actors.control.planning import build_problem, links_of, memory_of_members
+from elastic_moe.actors.control.planning import build_problem, judge, links_of, memory_of_members, preview
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.facts.tiering import assign_tiers
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
 from elastic_moe.optimizer.core.cost import expected_fetches
 from elastic_moe.optimizer.core.estimate import estimate_coactivation
 from elastic_moe.optimizer.core.problem import Links
+from elastic_moe.optimizer.planner import plan
+from elastic_moe.optimizer.subjects.likeness import mixes
+from elastic_moe.optimizer.subjects.memory import Remembered
 from tests.actors.fakes import MODEL
 from tests.cluster.stories import facts_of, member
 
@@ -74,3 +77,25 @@ def test_planners_reckon_with_what_was_measured_or_set() -> None:
     assert one == Links(worker_gbps=10.0, uplinks_gbps=(0.1, 0.1))
     both = links_of(ServeConfig(worker_gbps=10, node_gbps=25), workers, measured)
     assert both == Links(worker_gbps=10.0, node_gbps=25.0)
+
+
+def test_placements_are_planned_for_remembered_subjects_and_the_preview_tells_each() -> None:
+    """The present loads two experts of one worker; what is remembered loads two others of one worker."""
+    load, before = np.ones((LAYERS, EXPERTS)), np.ones((LAYERS, EXPERTS))
+    load[:, [0, 1]] = 50.0
+    before[:, [3, 4]] = 50.0
+    nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS), dtype=np.int64)
+    remembered = [Remembered(mix=mixes(before), weight=2.0, age_s=60.0)]
+    problem = build_problem(TOLD, PLACEMENT, load, nothing, dtype="bfloat16", remembered=remembered)
+    problem = dataclasses.replace(problem, expert_bytes=0)
+    result = plan(problem, planner="local_search", deadline_s=1)
+    decision = judge(result, load=load.astype(np.int64) * 10**6, since_change_s=None)
+    assert decision.worthwhile
+    assert decision.seen_gain > 0.03
+    assert "with 1 remembered subjects" in decision.reason
+    assert f"{decision.seen_gain:.1%} on what was seen" in decision.reason
+    (subject,) = preview(problem, result, decision, remembered).subjects
+    assert (subject.age_s, subject.weight) == (60.0, 0.5)
+    assert subject.cost_after < subject.cost_before
+    alone = plan(build_problem(TOLD, PLACEMENT, load, nothing, dtype="bfloat16"), planner="local_search", deadline_s=1)
+    assert preview(problem, alone, decision).subjects == ()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from elastic_moe.cluster.control.rebalancing import Judgement, judge, room, too_much, worth_a_look
+from elastic_moe.cluster.control.rebalancing import FULL_LOOK_S, Judgement, judge, room, too_much, worth_a_look
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.facts.events import (
     PlaceRequested,
@@ -13,6 +13,7 @@ from elastic_moe.cluster.facts.events import (
     RebalanceRequested,
     ScaleRequested,
     Solve,
+    SubjectChanged,
     Tick,
     Unpin,
 )
@@ -208,3 +209,41 @@ def test_a_plan_needs_the_memory_for_what_comes_beside_what_is_there() -> None:
     full = [member(w, held=needs(placement, w), capacity=PART, disk=1e6) for w in (W0, W1)]
     assert room(facts_of(full, [W0, W1])) is None, "the disk takes what memory does not"
     assert too_much(facts_of(full, [W0, W1]), turned) is None
+
+
+def test_a_change_of_subject_is_answered_at_once_and_looked_at_whole_soon_after() -> None:
+    sim = serving(2, interval_s=600.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.feed(SubjectChanged())
+    assert [solve.planner for solve in sent(sim, Solve)] == ["relief"]
+    answer(sim, worthwhile=True, no_worse=True)
+    assert sim.facts.change is not None
+    assert "the subject of the traffic has changed" in newest(sim).reason
+    sim.settle()
+    sim.log.clear()
+    sim.now += FULL_LOOK_S - 20
+    sim.feed(Tick())
+    assert not sent(sim, Solve)
+    sim.now += 25
+    sim.feed(Tick())
+    assert [solve.planner for solve in sent(sim, Solve)] == [None]
+    answer(sim, worthwhile=True, no_worse=True)
+    sim.settle()
+    sim.log.clear()
+    sim.now += FULL_LOOK_S + 5
+    sim.feed(Tick())
+    assert not sent(sim, Solve), "after the full look the interval is the usual one"
+
+
+@pytest.mark.parametrize("why", ["on request only", "pinned", "planning", "lone"])
+def test_a_change_of_subject_waits_where_the_placement_must_stay(why: str) -> None:
+    sim = serving(1 if why == "lone" else 2, interval_s=0.0 if why == "on request only" else 600.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    if why == "pinned":
+        assert sim.facts.spec is not None
+        sim.feed(PlaceRequested(placement=sim.facts.spec.placement, pinned=True))
+    if why == "planning":
+        sim.feed(RebalanceRequested(planner="auto"))
+    sim.log.clear()
+    sim.feed(SubjectChanged())
+    assert not [solve for solve in sent(sim, Solve) if solve.planner == "relief"]

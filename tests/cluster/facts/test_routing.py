@@ -104,3 +104,30 @@ def test_tokens_are_weighted_by_their_time() -> None:
 def test_weights_are_bounded(prefill_s: float, decode_s: float, weight: float) -> None:
     assert decode_weight(phase([1, 0, 0, 0], prefill_s, 10), phase([1, 0, 0, 0], decode_s, 10)) == weight
     assert weighted_load(phase([0] * E), phase([0] * E)).tolist() == [[0.0] * E]
+
+
+def test_parts_that_are_over_are_told_once() -> None:
+    window = RoutingWindow(L, E, window_s=60, buckets=6)
+    for now in (5.0, 15.0, 16.0, 25.0):
+        window.add(counts(1), now)
+    assert [(number, int(load.sum())) for number, load in window.closed(-1, 25.0)] == [(0, L * E), (1, 2 * L * E)]
+    assert [number for number, _ in window.closed(0, 25.0)] == [1]
+    assert [number for number, _ in window.closed(1, 25.0)] == []
+    assert [number for number, _ in window.closed(1, 31.0)] == [2]
+
+
+def test_a_window_that_begins_again_has_the_new_subject_only() -> None:
+    window = RoutingWindow(L, E, window_s=60, buckets=6)
+    window.add(counts(5), 5.0)
+    window.add(counts(2), 15.0)
+    assert (window.taken == 7).all()
+    window.begin_with(np.full((L, E), 2), 2, 15.0)
+    assert (window.load(15.0) == 2).all()
+    assert window.tokens(15.0) == 4
+    assert not window.sample(15.0).transitions().any()
+    window.add(counts(1), 16.0)
+    assert (window.load(16.0) == 3).all()
+    assert (window.taken == 8).all(), "what was ever taken does not begin again"
+    empty = RoutingWindow(L, E, window_s=60)
+    empty.begin_with(np.ones((L, E), dtype=np.int64), 2, 0.0)
+    assert empty.tokens(0.0) == 0

@@ -29,11 +29,11 @@ LOG = Path("/logs/x.log")
     ("line", "text"),
     [
         (
-            "2026-01-01T00:00:00.000Z WARNING w0[12] elastic_moe.model.worker.worker: hot",
+            "2026-01-01T00:00:00.000Z WARNING w0[12] elastic_moe.model.worker.data_plane: hot",
             "warning: w0: hot (/logs/x.log)",
         ),
         ("2026-01-01T00:00:00.000Z CRITICAL engine[1] a: b: c", "critical: engine: b: c (/logs/x.log)"),
-        ("2026-01-01T00:00:00.000Z INFO w0[12] elastic_moe.model.worker.worker: warm", None),
+        ("2026-01-01T00:00:00.000Z INFO w0[12] elastic_moe.model.worker.data_plane: warm", None),
         ("  | 2026-01-01T00:00:00.000Z ERROR w0[12] a: written by a client into a traceback", None),
         ("Traceback (most recent call last):", None),
         ("", None),
@@ -59,8 +59,8 @@ def test_warnings_of_other_processes_are_shown(tmp_path: Path, capsys: pytest.Ca
     other.setFormatter(TextFormatter("w1"))
     with logged(ServeConfig(log_file=str(file)), {}) as config:
         assert config.log_file == str(file)
-        other.handle(logging.LogRecord("elastic_moe.model.worker.worker", logging.WARNING, "p", 1, "hot", (), None))
-        other.handle(logging.LogRecord("elastic_moe.model.worker.worker", logging.INFO, "p", 1, "warm", (), None))
+        other.handle(logging.LogRecord("elastic_moe.model.worker.data_plane", logging.WARNING, "p", 1, "hot", (), None))
+        other.handle(logging.LogRecord("elastic_moe.model.worker.data_plane", logging.INFO, "p", 1, "warm", (), None))
         logging.getLogger("deploy.x").error("here")
         assert str(file) in describe_error(RuntimeError("\x1b[31mno " + "x " * 1000 + "the cause"))
         assert "the cause (" in describe_error(RuntimeError("\x1b[31mno " + "x " * 1000 + "the cause"))
@@ -72,7 +72,7 @@ def test_lines_that_ray_brings_from_other_nodes(tmp_path: Path, capsys: pytest.C
     file = tmp_path / "log"
     keep_ray_lines({"lines": ["nowhere to put it"]})
     with logged(ServeConfig(log_file=str(file)), {}):
-        head = "2026-01-01T00:00:00.000Z WARNING w3[7] elastic_moe.model.worker.worker: hot"
+        head = "2026-01-01T00:00:00.000Z WARNING w3[7] elastic_moe.model.worker.data_plane: hot"
         keep_ray_lines({"lines": [head, "  | Traceback", "\x1b[36ma paragraph"], "pid": 7}, ignore_prefix=False)
     assert file.read_text().splitlines() == [head, "  | Traceback", "  | a paragraph"]
     assert capsys.readouterr().err.splitlines() == [f"warning: w3: hot ({file})"]

@@ -17,7 +17,7 @@ from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.messages.epochs import Epoch, FetchSource
 from elastic_moe.cluster.placement import Tier
 from elastic_moe.model.native import unavailable
-from elastic_moe.model.worker.worker import Worker
+from elastic_moe.model.worker.data_plane import DataPlane
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import run_group
 from tests.model.lockstep import Lockstep, request
@@ -130,7 +130,7 @@ def test_what_was_brought_for_an_abandoned_epoch_leaves(
     """At once, or when the step that runs has ended: the control plane brings the next experts into the same memory."""
     cluster = Lockstep(tiny_checkpoint("qwen3_moe", tmp_path_factory), (8,), pinned=1, cache_dir=tmp_path)
     worker = next(iter(cluster.workers.values()))
-    joins = Worker(worker.spec)
+    joins = DataPlane(worker.spec)
     joins.load()
     for one in (joins, worker):
         placed = one.held()
@@ -203,10 +203,10 @@ def test_where_memory_is_short_the_kv_cache_gives_way_to_experts_but_not_further
     least = (loaded.spec.model.max_model_len // 4 + 8 - 1) * loaded.loaded.memory.sizes().block_bytes
     expert_bytes, layers = cluster.info.expert_bytes, cluster.info.num_layers
 
-    def load_with(available: float, **fields: Any) -> tuple[Worker, int]:
+    def load_with(available: float, **fields: Any) -> tuple[DataPlane, int]:
         memory = SimpleNamespace(available=int(available), total=1 << 50)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-        worker = Worker(replace(loaded.spec, **fields))
+        worker = DataPlane(replace(loaded.spec, **fields))
         return worker, worker.load()[0]
 
     worker, blocks = load_with((least + 4.1 * layers * expert_bytes) / 0.9)

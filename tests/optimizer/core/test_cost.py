@@ -1,6 +1,7 @@
 """The cost model against its formulas written as loops; what the search sees against the cost model."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,13 @@ def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
         return (e in held[layer][w]) / sum(e in mine for mine in held[layer])
 
     experts = range(problem.num_experts)
-    flows = []
+    flows, computes = [], [0.0] * (1 if problem.scenario_loads is None else len(problem.scenario_loads))
     for layer in range(problem.num_layers):
         scale = problem.tokens_per_step / (problem.loads[layer].sum() / top_k)
-        load = [sum(problem.loads[layer, e] * x(layer, e, w) for e in experts) for w in range(width)]
-        total += problem.token_expert_s * scale * max(load[w] / problem.speed[w] for w in range(width))
+        for c, given_loads in enumerate([problem.loads] if problem.scenario_loads is None else problem.scenario_loads):
+            same = problem.loads[layer].sum() / given_loads[layer].sum()
+            load = [sum(same * given_loads[layer, e] * x(layer, e, w) for e in experts) for w in range(width)]
+            computes[c] += problem.token_expert_s * scale * max(load[w] / problem.speed[w] for w in range(width))
         if problem.load_covariance is not None:
             ideal = problem.loads[layer].sum() / problem.speed.sum()
             for w in range(width):
@@ -75,16 +78,27 @@ def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
                     into = sum(flow[v, w] for v in range(width) for w in ranks if v not in ranks)
                     links += [price * out, price * into]
                 total += scale * max(links)
-    return total
+    return total + mean_and_worst_quarter(computes, problem.scenario_weights, problem.tail)
 
 
-@pytest.mark.parametrize("uneven", [False, True])
+def mean_and_worst_quarter(computes: list[float], weights: tuple[float, ...], tail: float) -> float:
+    weights = weights or (1.0,) * len(computes)
+    left = quarter = sum(weights) / 4
+    worst = 0.0
+    for price, weight in sorted(zip(computes, weights, strict=True), reverse=True):
+        taken = min(weight, left)
+        worst, left = worst + taken * price, left - taken
+    mean = sum(p * w for p, w in zip(computes, weights, strict=True)) / sum(weights)
+    return (1 - tail) * mean + tail * worst / quarter
+
+
+@pytest.mark.parametrize(("uneven", "scenarios"), [(False, 0), (True, 0), (False, 3), (True, 7)])
 @pytest.mark.parametrize("semantics", Semantics)
 @pytest.mark.parametrize(
     ("workers", "nodes", "slots"), [(2, 1, ()), (3, 1, (2, 2, 2)), (4, 2, (1, 2, 2, 1)), (3, 3, (4, 1, 2))]
 )
 def test_cost_is_its_formulas(
-    semantics: Semantics, workers: int, nodes: int, slots: tuple[int, ...], uneven: bool
+    semantics: Semantics, workers: int, nodes: int, slots: tuple[int, ...], uneven: bool, scenarios: int
 ) -> None:
     rng = np.random.default_rng(1)
     links = Links(ports_gbps=(1.0, 20.0, 0.3, 5.0)[:workers], uplinks_gbps=(2.0, 0.1, 7.0)[:nodes])
@@ -96,6 +110,8 @@ def test_cost_is_its_formulas(
         semantics=semantics,
         speeds=(1.0, 2.0, 0.5, 1.5)[:workers],
         links=links if uneven else Links(),
+        scenarios=scenarios,
+        tail=0.3,
     )
     for table in (random_table(problem, rng), greedy_table(problem, rng)):
         assert price_table(problem, table).total_s == pytest.approx(by_loops(problem, table), rel=1e-9)
@@ -124,7 +140,7 @@ def test_a_home_keeps_the_tokens_of_its_replica() -> None:
         [(2, 1, (2, 2)), (2, 1, (3, 2)), (3, 1, (2, 2, 2)), (4, 2, (1, 1, 2, 1)), (4, 2, (2, 2, 2, 2))]
     ),
     semantics=st.sampled_from(list(Semantics)),
-    fields=st.sampled_from([{}, {"covariance": False}, {"affinity": 0.0}]),
+    fields=st.sampled_from([{}, {"covariance": False}, {"affinity": 0.0}, {"scenarios": 5}, {"scenarios": 2}]),
     uneven=st.booleans(),
 )
 def test_what_the_search_sees_of_a_layer_is_the_cost_of_changing_it(
@@ -159,18 +175,16 @@ def potential(terms: LayerTerms, row: np.ndarray, frozen: np.ndarray) -> float:
     replicas = np.maximum(np.bincount(row[held], minlength=len(terms.load_s)), 1)
     share = np.where(held, 1 / replicas[row], 0.0)
 
-    def busy(slots: np.ndarray) -> np.ndarray:
-        return (
-            np.bincount(terms.owner, terms.load_s[slots] * np.where(slots != EMPTY, 1 / replicas[slots], 0))
-            / terms.speed
-        )
+    def busy(load_s: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        return np.bincount(terms.owner, load_s[slots] * np.where(slots != EMPTY, 1 / replicas[slots], 0)) / terms.speed
 
     def links(slots: np.ndarray) -> np.ndarray:
         arrive = terms.arrivals(slots)
         return np.concatenate([arrive * terms.arrival_s, np.bincount(terms.node, arrive * terms.uplink_s)])
 
     total = float((terms.place_s[row, terms.owner] * share).sum())
-    for quantity, power in ((busy, 2**terms.load_power), (links, 2**terms.link_power)):
+    busies = [(partial(busy, load_s), 2**terms.load_power) for load_s in terms.scenario_s]
+    for quantity, power in (*busies, (links, 2**terms.link_power)):
         norm = (quantity(frozen) ** power).sum() ** (1 / power)
         if norm > 0:
             total += norm / power * ((quantity(row) / norm) ** power).sum()
@@ -187,13 +201,14 @@ def potential(terms: LayerTerms, row: np.ndarray, frozen: np.ndarray) -> float:
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(2, 1, (2, 2)), (3, 1, (2, 2, 2)), (4, 2, (1, 1, 2, 1)), (4, 2, (2, 2, 2, 2))]),
     semantics=st.sampled_from(list(Semantics)),
+    scenarios=st.sampled_from([0, 4]),
 )
 def test_swap_deltas_are_changes_of_the_potential(
-    seed: int, shape: tuple[int, int, tuple[int, ...]], semantics: Semantics
+    seed: int, shape: tuple[int, int, tuple[int, ...]], semantics: Semantics, scenarios: int
 ) -> None:
     workers, nodes, slots = shape
-    speeds = (1.0, 1.5, 1.0, 2.0)[:workers]
-    problem = tiny(seed, layers=2, workers=workers, nodes=nodes, slots=slots, semantics=semantics, speeds=speeds)
+    given = {"speeds": (1.0, 1.5, 1.0, 2.0)[:workers], "scenarios": scenarios}
+    problem = tiny(seed, layers=2, workers=workers, nodes=nodes, slots=slots, semantics=semantics, **given)
     table = greedy_table(problem, np.random.default_rng(seed))
     terms = LayerPricer(problem, table).terms(0, 3, 2)
     row = table[0]

@@ -55,7 +55,7 @@ class _EpochState:
     """The step that failed on this worker. It refuses later steps of the epoch: peers would take them for this one."""
 
 
-class Worker:
+class DataPlane:
     """See the module. Before `load` has returned, only `load`, `progress` and `open_door` are of use."""
 
     def __init__(self, spec: WorkerSpec) -> None:
