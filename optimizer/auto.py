@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from elastic_moe.optimizer.core.result import Termination
 from elastic_moe.optimizer.core.solvers import SolverError
 from elastic_moe.optimizer.core.tiering import LevelArray, placed_by
 from elastic_moe.optimizer.drift import within_budget
+from elastic_moe.optimizer.relief import relief_plan
 from elastic_moe.optimizer.search.local_search import JointSearch, local_search_plan
 
 UNLIMITED = 10**9
@@ -39,7 +41,7 @@ def auto_plan(problem: PlacementProblem, budget: Budget) -> Draft:
     draft = _searched(problem, budget.share(SEARCH))
     best_s = price_table(problem, draft.table, draft.levels).total_s
     # they come last: before the search they would take more of a short deadline than the lead of `auto`
-    for name, table in _quick_tables(problem, fresh).items():
+    for name, table in _quick_tables(problem, budget, fresh).items():
         levels = _present_levels(problem) if name == "current" else None
         cost_s = price_table(problem, table, levels).total_s
         if cost_s < best_s * (1 - 1e-12):
@@ -85,9 +87,11 @@ def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
     )
 
 
-def _quick_tables(problem: PlacementProblem, rng: np.random.Generator) -> dict[str, IntArray]:
+def _quick_tables(problem: PlacementProblem, budget: Budget, rng: np.random.Generator) -> dict[str, IntArray]:
     # a copy of the random numbers for each, so that each makes the table that the planner of its name makes
     tables = {name: quick.make_table(problem, copy.deepcopy(rng)) for name, quick in QUICK_PLANNERS.items()}
+    # its few swaps take milliseconds, whatever the deadline
+    tables["relief"] = relief_plan(problem, dataclasses.replace(budget, ends=math.inf)).table
     current = problem.current
     if current is not None and current.workers == problem.workers:
         tables["current"] = current.physical_to_logical_map

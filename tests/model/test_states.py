@@ -162,7 +162,7 @@ def test_a_late_mask_behind_a_snapshot_changes_nothing(delta: Path, monkeypatch:
             tokens={**chosen.tokens, RequestId("again"): NO_TOKEN},
         )
 
-    monkeypatch.setattr("elastic_moe.model.worker.worker.choose", late)
+    monkeypatch.setattr("elastic_moe.model.worker.data_plane.choose", late)
     got = cluster.run([request("again", text, max_tokens=12), request("other", prompts(delta)[2], max_tokens=12)])
     assert cluster.scheduler.status().prefix_hits == 4
     assert asked.count(5) > 1, "the chunk was not run again"

@@ -100,7 +100,7 @@ def test_kept_experts_are_computed(name: str, plain: Path, tmp_path: Path, lib: 
     path, _ = pack_checkpoint(plain, tmp_path, CASES[name])
     prompt, slots = list(range(5, 45)), [2, 2]
     cluster = Lockstep(path, slots, dtype="bfloat16")
-    store = cluster.workers[WorkerId("w0")]._store
+    store = cluster.workers[WorkerId("w0")]._experts._store
     served = cluster.info.served_in("bfloat16", FORMS[name])
     assert store.nbytes == pytest.approx(4 * served.expert_bytes, rel=0.3)  # their groups are not whole
     assert store.nbytes < 0.7 * 4 * cluster.info.served_in("bfloat16").expert_bytes
