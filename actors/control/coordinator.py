@@ -75,7 +75,7 @@ class Coordinator:
         self._config = config
         self._model_dir = model_dir
         self._fleet = fleet
-        self._saver = Saver(fleet, (WorkerRecord, Placement, SavedSubjects))
+        self._saver = Saver(fleet.store, (WorkerRecord, Placement, SavedSubjects))
         self._error: str | None = None
         self._loop: ControlLoop | None = None
         self._background = Background(self._has_failed)

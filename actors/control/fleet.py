@@ -21,6 +21,8 @@ from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations, key_value, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, kill
+from elastic_moe.actors.remote.generations import StateStore
+from elastic_moe.actors.remote.saving import Store
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
@@ -55,21 +57,10 @@ class Fleet(Protocol):
         """End the actors that an earlier coordinator made, and delete its saved state."""
         ...
 
-    def save(self, state: bytes) -> None:
-        """Keep `state` where it outlives the coordinator."""
+    @property
+    def store(self) -> Store:
+        """Keeps the coordinator's state where it outlives the coordinator."""
         ...
-
-    def saved(self) -> bytes | None:
-        """The state that an earlier incarnation of this coordinator saved; None if there is none."""
-        ...
-
-    def save_part(self, name: str, part: bytes) -> None:
-        """Keep what a state refers to."""
-        ...
-
-    def saved_part(self, name: str) -> bytes | None: ...
-
-    def drop_part(self, name: str) -> None: ...
 
     def find_worker(self, worker: WorkerId) -> Remote[WorkerActor] | None:
         """The worker's actor, made by an earlier coordinator; None if it is gone."""
@@ -208,28 +199,10 @@ class RayFleet:
         assert self._coordinator is not None
         self.kill(self._coordinator)
 
-    def save(self, state: bytes) -> None:
-        generations.save(self.generation, self._actor_id + state)
-
-    def saved(self) -> bytes | None:
-        # a restarted actor keeps its id; an actor of another id does not continue
-        state = generations.saved(self.generation)
-        if state is None or not state.startswith(self._actor_id):
-            return None
-        return state.removeprefix(self._actor_id)
-
-    def save_part(self, name: str, part: bytes) -> None:
-        generations.save_part(self.generation, name, part)
-
-    def saved_part(self, name: str) -> bytes | None:
-        return generations.saved_part(self.generation, name)
-
-    def drop_part(self, name: str) -> None:
-        generations.drop_part(self.generation, name)
-
     @property
-    def _actor_id(self) -> bytes:
-        return str(ray.get_runtime_context().get_actor_id()).encode()
+    def store(self) -> Store:
+        # a restarted actor keeps its id; an actor of another id does not continue
+        return StateStore(self.generation, str(ray.get_runtime_context().get_actor_id()))
 
     def find_worker(self, worker: WorkerId) -> Remote[WorkerActor] | None:
         return self._find(names.actor_name(worker))

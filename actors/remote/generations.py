@@ -81,26 +81,33 @@ def end_actors(generation: Generation) -> None:
                 logger.warning("ended %s, left over from an earlier coordinator", name)
 
 
-def save(generation: Generation, state: bytes) -> None:
-    internal_kv._internal_kv_put(_state_key(generation), state, overwrite=True, namespace=_KV_NAMESPACE)
+class StateStore:
+    """What one coordinator saves. Nothing is found of a coordinator with another `owner`."""
 
+    def __init__(self, generation: Generation, owner: str) -> None:
+        self._generation = generation
+        self._owner = owner.encode()
 
-def saved(generation: Generation) -> bytes | None:
-    state: bytes | None = internal_kv._internal_kv_get(_state_key(generation), namespace=_KV_NAMESPACE)
-    return state
+    def save(self, state: bytes) -> None:
+        internal_kv._internal_kv_put(
+            _state_key(self._generation), self._owner + state, overwrite=True, namespace=_KV_NAMESPACE
+        )
 
+    def saved(self) -> bytes | None:
+        state: bytes | None = internal_kv._internal_kv_get(_state_key(self._generation), namespace=_KV_NAMESPACE)
+        if state is None or not state.startswith(self._owner):
+            return None
+        return state.removeprefix(self._owner)
 
-def save_part(generation: Generation, name: str, part: bytes) -> None:
-    internal_kv._internal_kv_put(_part_key(generation, name), part, overwrite=True, namespace=_KV_NAMESPACE)
+    def save_part(self, name: str, part: bytes) -> None:
+        internal_kv._internal_kv_put(_part_key(self._generation, name), part, overwrite=True, namespace=_KV_NAMESPACE)
 
+    def saved_part(self, name: str) -> bytes | None:
+        part: bytes | None = internal_kv._internal_kv_get(_part_key(self._generation, name), namespace=_KV_NAMESPACE)
+        return part
 
-def saved_part(generation: Generation, name: str) -> bytes | None:
-    part: bytes | None = internal_kv._internal_kv_get(_part_key(generation, name), namespace=_KV_NAMESPACE)
-    return part
-
-
-def drop_part(generation: Generation, name: str) -> None:
-    internal_kv._internal_kv_del(_part_key(generation, name), namespace=_KV_NAMESPACE)
+    def drop_part(self, name: str) -> None:
+        internal_kv._internal_kv_del(_part_key(self._generation, name), namespace=_KV_NAMESPACE)
 
 
 def _part_key(generation: Generation, name: str) -> bytes:

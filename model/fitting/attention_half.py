@@ -21,10 +21,11 @@ from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native.attention import TILE, NativeBatch, refusal
 from elastic_moe.model.native.block import AttentionBlock, Matrix, Norm
 from elastic_moe.model.native.linear import Packed
-from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, Window, current_batch, step_context
+from elastic_moe.model.trunk.attention import Window
 from elastic_moe.model.trunk.attention_path import AttentionPath, KVShape
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.linear import PackedLinear
+from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, current_batch, step_context
 
 
 class FittedLayer:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from elastic_moe.model.exchange.dispatch import LayerShape
 from elastic_moe.model.experts.store import attach
-from elastic_moe.model.trunk.attention import ShapeProbe, step_context
 from elastic_moe.model.trunk.attention_path import KVShape
+from elastic_moe.model.trunk.step_batch import ShapeProbe, step_context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers
 from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native.layers import JointLayer, JointLayers
 from elastic_moe.model.native.router import Router
-from elastic_moe.model.trunk.attention import ShapeProbe, current_batch, step_context
+from elastic_moe.model.trunk.step_batch import ShapeProbe, current_batch, step_context
 
 _WHAT_LAYERS_SHARE = ("attention_mask", "position_embeddings")
 

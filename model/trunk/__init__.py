@@ -7,6 +7,7 @@
     kv_cache         blocks of keys and values of each layer
     latent           attention over latents, of which keys and values are made (MLA)
     linear           linear layers with packed matrices
+    step_batch       which tokens of the step that is being run belong to which sequence, and where its keys lie
     rotation         rotary embeddings that depend on a sequence's length
 
 The room leaves the choice of the code to model/fitting/, and the assignment of blocks to the scheduler.

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.model.transformers_private import INDEXER_CHOOSES, is_indexer
-from elastic_moe.model.trunk.attention import Chosen, ShapeProbe, StepBatch, current_batch
+from elastic_moe.model.trunk.attention import Chosen
 from elastic_moe.model.trunk.attention_path import KVShape
+from elastic_moe.model.trunk.step_batch import ShapeProbe, StepBatch, current_batch
 
 
 def index_layer(layer: int) -> int:

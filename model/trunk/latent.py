@@ -24,8 +24,9 @@ from torch import Tensor
 
 from elastic_moe.model.native.attention import NativeBatch, Rules, attend_apart
 from elastic_moe.model.native.linear import PackedHeads
-from elastic_moe.model.trunk.attention import Chosen, Prefill, StepBatch, attend, attend_rows
+from elastic_moe.model.trunk.attention import Chosen, attend, attend_rows
 from elastic_moe.model.trunk.attention_path import KVShape
+from elastic_moe.model.trunk.step_batch import Prefill, StepBatch
 
 _EXPANDED_BYTES = 64 << 20
 """Bytes of keys and values that are made at a time, unless one head takes more."""

@@ -18,10 +18,10 @@ from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.states.packed import StateBatch, states_of
-from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead
 from elastic_moe.model.trunk.rotation import rotate_by_length
+from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.windows import WindowGroup
 
 

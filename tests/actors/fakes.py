@@ -280,6 +280,10 @@ class PlainFleet:
 
     def clear(self) -> None: ...
 
+    @property
+    def store(self) -> PlainFleet:
+        return self
+
     def save(self, state: bytes) -> None:
         self.last_saved = state
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.text.tokenizer import Tokenizer
-from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.data_plane import DataPlane
 from tests.bench.servers import gguf_of, run_tool
 from tests.bench.step import load_worker

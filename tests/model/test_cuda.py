@@ -22,7 +22,7 @@ from elastic_moe.model.fitting.fit import layer_experts
 from elastic_moe.model.sampling.sampling import sample
 from elastic_moe.model.tiers.far import FarWay
 from elastic_moe.model.tiers.link import Link, Pinned
-from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import ToyExperts, workers

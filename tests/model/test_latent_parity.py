@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from elastic_moe.cluster.fit import Part
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.transformers_private import causal_class, multimodal_class
-from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from tests.model.families import HYBRIDS, WRAPPED, tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
 

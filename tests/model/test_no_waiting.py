@@ -24,8 +24,8 @@ from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.fit import fit
 from elastic_moe.model.sampling.sampling import sample
-from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.flash import VarlenVariant
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.groups import ToyExperts, workers

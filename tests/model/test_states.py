@@ -18,7 +18,7 @@ from elastic_moe.model.sampling.next_tokens import NextTokens, choose
 from elastic_moe.model.sampling.sampling import NO_TOKEN
 from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.states.packed import StateBatch
-from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.data_plane import DataPlane
 from tests.model.families import HYBRIDS, tiny_checkpoint
 from tests.model.lockstep import Lockstep, request

@@ -12,8 +12,8 @@ import torch
 from elastic_moe.cluster.messages.requests import GenerateRequest
 from elastic_moe.cluster.messages.seats import LiveBlocks
 from elastic_moe.cluster.messages.steps import WindowBlocks
-from elastic_moe.model.trunk.attention import SequenceSlice
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from tests.model.families import WINDOWED, tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
 from tests.model.test_parity import greedy, reference

@@ -17,7 +17,7 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import iter_experts, load_trunk
-from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from tests.model.lockstep import Lockstep, request
 from tests.model.packing import CASES, E2M1, pack_checkpoint
 from tests.model.random_checkpoint import make_random_checkpoint

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from elastic_moe.model.native import library
 from elastic_moe.model.native.attention import refusal
-from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, Window, paged_attention, step_context
+from elastic_moe.model.trunk.attention import Window, paged_attention
 from elastic_moe.model.trunk.attention_path import AttentionPath
 from elastic_moe.model.trunk.kv_cache import KVCache, KVShape
+from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 
 CPU = torch.device("cpu")
 LAYER: Any = SimpleNamespace(layer_idx=0)

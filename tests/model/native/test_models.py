@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
-from elastic_moe.model.trunk.attention import SequenceSlice
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.lockstep import Lockstep

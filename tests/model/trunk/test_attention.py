@@ -10,15 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_moe.model.trunk.attention import (
-    SequenceSlice,
-    StepBatch,
-    Window,
-    describe_mask,
-    paged_attention,
-    step_context,
-)
+from elastic_moe.model.trunk.attention import Window, describe_mask, paged_attention
 from elastic_moe.model.trunk.kv_cache import KVCache, KVShape
+from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 
 HEADS, KV_HEADS, SIZE, VALUE_SIZE, BLOCK = 4, 2, 8, 6, 4
 CPU = torch.device("cpu")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, Window, paged_attention, step_context
+from elastic_moe.model.trunk.attention import Window, paged_attention
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath
 from elastic_moe.model.trunk.flash import VarlenVariant, find_variant, try_variants
 from elastic_moe.model.trunk.kv_cache import KVCache, KVShape
+from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 from tests.model import kernels
 from tests.model.kernels import KERNELS
 

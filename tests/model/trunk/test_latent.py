@@ -13,10 +13,11 @@ from torch import Tensor
 
 from elastic_moe.model.native import library
 from elastic_moe.model.trunk import latent as latents
-from elastic_moe.model.trunk.attention import LATENTS, SequenceSlice, StepBatch, Window, paged_attention, step_context
+from elastic_moe.model.trunk.attention import LATENTS, Window, paged_attention
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.latent import LatentAttention
+from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 
 CPU = torch.device("cpu")
 HEADS, MADE, VALUE, LATENT, ROTATED = 5, 24, 16, 32, 8

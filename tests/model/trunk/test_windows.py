@@ -14,10 +14,11 @@ from torch.nn.attention import varlen
 
 from elastic_moe.cluster.messages.seats import LiveBlocks
 from elastic_moe.cluster.messages.steps import WindowBlocks
-from elastic_moe.model.trunk.attention import SequenceSlice, StepBatch, Window, paged_attention, step_context
+from elastic_moe.model.trunk.attention import Window, paged_attention
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
 from elastic_moe.model.trunk.flash import try_variants
 from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.windows import WindowGroup, window_group
 from tests.model.kernels import KERNELS
 
