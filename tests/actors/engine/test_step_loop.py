@@ -428,6 +428,7 @@ def test_a_worker_that_is_given_up_after_the_others_have_finished_is_not_waited_
         assert (await cluster.reports.get())[1] == ["b"]
         await cluster.begin_epoch("a")
         await client.finish(request("r"))
+        mended.set()
 
     try:
         run(["a", "b"], scenario)
