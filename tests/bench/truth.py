@@ -18,9 +18,9 @@ from tests.bench.client import Client, FirstToken
 PROMPTS, PROMPT_TOKENS = 24, 32
 LEAST_RIGHT = 0.5
 """Rounding turns the choice between two tokens that are about as likely."""
-MOST_KL = 1.0
-"""Nats. Weights in 4 bits turn most of the choices of a random model, whose tokens are all about as likely, and leave a
-divergence of some tenths; between a model and noise it is above 5."""
+MOST_KL = 2.5
+"""Nats. Weights in 4 bits turn most of the choices of a random model, whose tokens are all about as likely. llama.cpp's
+Q4_K_M, which rounds attention too, leaves a divergence of 1.6; between a model and noise it is above 5."""
 _LEAST_PROBABILITY = 1e-9
 
 
