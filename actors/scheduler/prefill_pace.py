@@ -1,8 +1,8 @@
-"""How many prompt tokens run beside decodes: as many as the other requests can wait for, by what steps have taken.
+"""Decides how many prompt tokens run beside decodes, by the time that earlier steps have taken.
 
-A step with prompt tokens is taken to last as long as one with the same decodes alone, plus a time for each prompt
-token. Both are learned. Prompts may make a step last by `SHARE` of its decodes' time longer, and by more where many
-requests wait for their first token beside few that decode: both kinds of readers wait.
+A step with prompt tokens is expected to last as long as one with the same decodes alone, plus a time for each prompt
+token. Both are learned. Prompts may lengthen a step by `SHARE` of its decodes' time, and by more where many requests
+wait for their first token beside few that decode, because both kinds of readers wait.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ class Scheduler:
         most = self._max_num_prefill_tokens
         if not candidates.any_decodes():
             return max(ALONE_TOKENS, most)
-        if self._pace is None:
+        if self._pace is None or not (candidates.others or len(self._book.waiting)):
+            # there is no prompt to run, or no pace that limits it
             return most
         decodes = Counter(request.cache.worker for request in candidates.decoding_others() if request.cache is not None)
         for worker, (begin, end) in self._caches.bounds(candidates.rows).items():
