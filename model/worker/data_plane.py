@@ -147,7 +147,7 @@ class DataPlane:
         else:
             exchange = self._join(spec, rank)
         device = torch.device(self.spec.model.device)
-        dispatcher = make_dispatcher(spec.placement, rank, self.loaded.store, exchange, device)
+        dispatcher = make_dispatcher(spec.placement, rank, self.loaded.store, exchange, device, self._experts)
         self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, exchange=exchange, dispatcher=dispatcher)
 
     def _join(self, spec: EpochSpec, rank: int) -> Exchange:
@@ -175,7 +175,7 @@ class DataPlane:
         if state is None:
             raise StepAborted(f"epoch {epoch} was not prepared on {self.spec.worker}")
         previous, self._epoch = self._epoch, state
-        self._experts.serve(state.spec.placement)
+        self._experts.serve(state.spec.placement, dealt=state.dispatcher.deals)
         self._cores.share(state.spec.placement, state.rank, state.exchange)
         self._prepared.clear()
         self._runner.dispatcher = state.dispatcher

@@ -17,6 +17,7 @@ from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.messages.epochs import Epoch, FetchSource
 from elastic_moe.cluster.placement import Tier
 from elastic_moe.model.native import unavailable
+from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.worker.data_plane import DataPlane
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import run_group
@@ -234,3 +235,17 @@ def test_without_a_directory_for_records_the_checkpoint_serves(
     assert sum("--expert-cache-dir" in record.message for record in caplog.records) == 1
     counts = next(iter(cluster.workers.values())).tier_counts()
     assert counts.fetched_bytes[FetchSource.DISK] == 0 < counts.fetched_bytes[FetchSource.CHECKPOINT]
+
+
+def test_workers_of_several_nodes_share_the_misses_of_a_step(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    expected = tokens(Lockstep(path, (6, 2)))
+    # the threads of one process get the disk in any order
+    monkeypatch.setattr(Tiers, "fetch_s", 0.001)
+    cluster = Lockstep(path, (6, 2), pinned=1, cache_dir=tmp_path, transport="tcp")
+    assert tokens(cluster) == expected
+    misses = [worker.tier_counts().accesses[Tier.DISK] for worker in cluster.workers.values()]
+    # by the placement, the first one would have forty times those of the other
+    assert 20 < max(misses) < 2 * min(misses)
