@@ -55,6 +55,7 @@ class Disk:
         form = hashlib.sha256("\n".join([model, *(layout.text() for layout in layouts)]).encode()).hexdigest()
         self.directory = directory / form[:_KEPT_NAME]
         self._writable = True
+        self._told_bad: set[Path] = set()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.directory, older_than=time.time() - UNFINISHED_S)
@@ -76,7 +77,7 @@ class Disk:
         except FileNotFoundError:
             pass
         except (BadRecord, OSError) as error:
-            log.warning("%s is read again from the checkpoint: %s", path, error)
+            self._note_bad(path, error)
         with self._loading:
             tensors = self._load(layer, expert)
             # what lies between and behind the tensors is part of the digest
@@ -84,6 +85,12 @@ class Disk:
             self._layers[layer].write(tensors, data)
         self._keep(path, head, data)
         return FetchSource.CHECKPOINT
+
+    def _note_bad(self, path: Path, error: Exception) -> None:
+        # where a record cannot be replaced, every step may come here
+        if path not in self._told_bad:
+            self._told_bad.add(path)
+            log.warning("%s is read again from the checkpoint: %s", path, error)
 
     def _page(self) -> mmap.mmap:
         """This thread's memory for headers."""

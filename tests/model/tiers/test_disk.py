@@ -98,6 +98,17 @@ def test_another_model_s_records_are_not_taken(tmp_path: Path, caplog: pytest.Lo
     assert mine.read(0) is FetchSource.DISK
 
 
+def test_a_damaged_record_that_cannot_be_replaced_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = Reader(tmp_path)
+    reader.read(0)
+    (reader.disk.directory / "0-0.expert").write_bytes(b"short")
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    assert [reader.read(0) for _ in range(3)] == [FetchSource.CHECKPOINT] * 3
+    assert len(warnings(caplog)) == 2, "of the record, and of the directory"
+
+
 def test_where_the_checkpoint_cannot_be_read_either_the_step_fails(tmp_path: Path) -> None:
     reader = Reader(tmp_path)
 
