@@ -5,14 +5,14 @@
 Workers of several nodes (processes here, which exchange tokens by TCP) run a small model with as many layers and
 experts as the trace; the router's choices are replaced by those of the trace. Every worker's disk takes `--fetch-ms`
 for an expert, whatever the real one does, and reads one at a time. Placements are planned on the first half of the
-requests, and the second half is run. Prints the mean milliseconds of a step, of sets of workers in turns.
+requests, and the second half is run. Prints the mean milliseconds of a step, of sets of workers in turns, and how many
+fetches the layers of a step wait for: those of the worker with the most in each layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 import tempfile
 import threading
 import time
@@ -54,12 +54,23 @@ class Setup:
     """[steps, requests, layers, top_k] experts that the router chooses in each decode step."""
 
 
-def _slow_disk(fetch_s: float) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A step of one worker."""
+
+    step_s: float
+    fetches: npt.NDArray[np.int64]
+    """[L]"""
+
+
+def _slow_disk(fetch_s: float, seen: list[int]) -> None:
+    """Make the disk slow, and append the layer of every fetch to `seen`."""
     from elastic_moe.model.tiers.disk import Disk
 
     read, turn = Disk.read, threading.Lock()
 
     def slow(self: Disk, layer: int, expert: int, slot: Any) -> Any:
+        seen.append(layer)
         with turn:
             end = time.perf_counter() + fetch_s
             source = read(self, layer, expert, slot)
@@ -77,7 +88,8 @@ def serve(path: str, cache: str, setup: Setup, rank: int, case: Case, pipe: Conn
     from elastic_moe.model.exchange import join
     from elastic_moe.model.worker import data_plane
 
-    _slow_disk(setup.fetch_s)
+    fetches: list[int] = []
+    _slow_disk(setup.fetch_s, fetches)
     if not setup.dealt:
         make = join.make_dispatcher
         data_plane.make_dispatcher = lambda *parts: make(*parts[:5])
@@ -115,13 +127,15 @@ def serve(path: str, cache: str, setup: Setup, rank: int, case: Case, pipe: Conn
 
     worker._runner.dispatcher.forward = chosen  # type: ignore[method-assign]
     while (steps := pipe.recv()) is not None:
-        times = []
+        seen = []
         for _ in range(steps):
+            fetches.clear()
             begin = time.perf_counter()
             worker.step(load.decode())
-            times.append(time.perf_counter() - begin)
+            passed_s = time.perf_counter() - begin
+            seen.append(Step(step_s=passed_s, fetches=np.bincount(fetches, minlength=info.num_layers)))
             number += 1
-        pipe.send(times)
+        pipe.send(seen)
 
 
 class Workers:
@@ -140,11 +154,15 @@ class Workers:
         for pipe in self._pipes:
             pipe.send(doors)
 
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each step, of its slowest worker."""
+    def run(self, steps: int) -> list[tuple[float, float]]:
+        """(seconds of the slowest worker, fetches that the layers wait for) of each step."""
         for pipe in self._pipes:
             pipe.send(steps)
-        return [max(times) for times in zip(*(pipe.recv() for pipe in self._pipes), strict=True)]
+        turns: list[list[Step]] = [pipe.recv() for pipe in self._pipes]
+        return [
+            (max(one.step_s for one in step), float(np.max([one.fetches for one in step], axis=0).sum()))
+            for step in zip(*turns, strict=True)
+        ]
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -168,16 +186,19 @@ def compare(test: Trace, placements: dict[str, Placement], device: int, path: st
     running = {key: Workers(path, str(args.cache), setup, case) for key, setup in setups.items()}
     for workers in running.values():
         workers.run(int(_WARM_UP * len(steps)))
-    times: dict[tuple[str, bool], list[float]] = {key: [] for key in setups}
+    seen: dict[tuple[str, bool], list[tuple[float, float]]] = {key: [] for key in setups}
     left = len(steps) - int(_WARM_UP * len(steps))
     for turn in range(args.turns):
         for key, workers in running.items():
-            times[key] += workers.run(left * (turn + 1) // args.turns - left * turn // args.turns)
+            seen[key] += workers.run(left * (turn + 1) // args.turns - left * turn // args.turns)
     for workers in running.values():
         workers.close()
-    means = {key: 1e3 * statistics.mean(seen) for key, seen in times.items()}
+    means = {key: np.mean(each, axis=0) for key, each in seen.items()}
     before = means["pinning", False]
-    cells = [f"{mean:.0f} ({mean / before - 1:+.1%})" for mean in means.values()]
+    cells = [
+        f"{1e3 * step_s:.0f} ({step_s / before[0] - 1:+.1%}) | {fetches:.1f} ({fetches / before[1] - 1:+.1%})"
+        for step_s, fetches in means.values()
+    ]
     print(f"| {args.name}, {device} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -193,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan-s", type=float, default=10.0)
     args = parser.parse_args(argv)
     print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
-    print("| trace, experts in memory | pinning ms | pinning, dealt | plan | plan, dealt |\n|---|---|---|---|---|")
+    heads = [f"{name} ms | fetches waited for" for name in ("pinning", "pinning, dealt:", "plan", "plan, dealt:")]
+    print("| trace, experts in memory | " + " | ".join(heads) + " |\n|" + "---|" * 9)
     with tempfile.TemporaryDirectory() as scratch:
         args.cache = Path(scratch) / "experts"
         for path in args.traces:
