@@ -126,7 +126,7 @@ def deals(facts: Facts) -> bool:
     """Whether the members deal the misses of each step: those of several nodes do on CPUs."""
     infos = [facts.records[worker].info for worker in facts.ranks]
     on_cpu = all(info is not None and info.device == "cpu" for info in infos)
-    return on_cpu and facts.spec is not None and facts.spec.transport is TransportKind.TCP
+    return on_cpu and facts.spec is not None and facts.spec.transport == TransportKind.TCP
 
 
 def judge(result: PlanResult, *, load: Counts, since_change_s: float | None, policy: Policy | None = None) -> Decision:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elastic_moe.actors.control.planning import build_problem
+from elastic_moe.cluster.facts.sampling import RoutingSample
 from elastic_moe.cluster.facts.tiering import cache_slots_of
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import Placement
@@ -60,7 +61,12 @@ def problem_of(
         for rate in rates
     )
     load = np.sum([counts.load for counts in routing], axis=0).astype(np.float64)
-    transitions = np.sum([counts.transitions for counts in routing], axis=0)
+    sample = RoutingSample(
+        num_layers=info.num_layers,
+        num_experts=info.num_logical_experts,
+        parts=tuple((counts.sample, counts.tokens) for counts in routing if len(counts.sample)),
+    )
+    transitions = sample.transitions()
     return build_problem(info, placement, load, transitions, dtype=info.dtype, memory=memory, tokens_per_step=batch)
 
 

@@ -37,6 +37,8 @@ class Bench:
     """How many there should be."""
     struck_at: float = 0.0
     """When the clock of the outage starts: at the fault, or when load comes back after it."""
+    into_move_s: tuple[float, float] = (0.05, 0.8)
+    """After a re-placement began: experts are being copied then, for the bandwidth is limited."""
     victims: list[psutil.Process] = field(default_factory=list)
     """Processes that must be gone once the cluster is whole again."""
 

@@ -11,8 +11,6 @@ from tests.chaos.figures import move_a_quarter, scale_up_and_down
 Figures = dict[str, str]
 Scenario = Callable[[Bench], "Figures | None"]
 
-INTO_COPIES_S = (0.05, 0.8)
-"""After a re-placement began: experts are being copied then, for the bandwidth is limited."""
 INTO_RECOVERY_S = 0.4
 
 
@@ -40,7 +38,7 @@ def strike_in_prefill(bench: Bench, *roles: str) -> None:
 
 def strike_while_moving(bench: Bench, *roles: str, hang: bool = False) -> None:
     bench.move_everything()
-    pause(bench.rng.uniform(*INTO_COPIES_S))
+    pause(bench.rng.uniform(*bench.into_move_s))
     bench.strike(*roles, hang=hang)
 
 
