@@ -55,7 +55,7 @@ class Disk:
         form = hashlib.sha256("\n".join([model, *(layout.text() for layout in layouts)]).encode()).hexdigest()
         self.directory = directory / form[:_KEPT_NAME]
         self._writable = True
-        self._told_bad: set[Path] = set()
+        self._told_bad = False
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.directory, older_than=time.time() - UNFINISHED_S)
@@ -74,7 +74,7 @@ class Disk:
         try:
             read_record(path, head, data, self._page())
             return FetchSource.DISK
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except (BadRecord, OSError) as error:
             self._note_bad(path, error)
@@ -87,10 +87,11 @@ class Disk:
         return FetchSource.CHECKPOINT
 
     def _note_bad(self, path: Path, error: Exception) -> None:
-        # where a record cannot be replaced, every step may come here
-        if path not in self._told_bad:
-            self._told_bad.add(path)
-            log.warning("%s is read again from the checkpoint: %s", path, error)
+        # a damaged directory has many such records, and where none can be replaced, every step comes here
+        if not self._told_bad:
+            more = "; further such records are not reported"
+            log.warning("%s is read again from the checkpoint: %s%s", path, error, more)
+        self._told_bad = True
 
     def _page(self) -> mmap.mmap:
         """This thread's memory for headers."""

@@ -94,8 +94,16 @@ def test_another_model_s_records_are_not_taken(tmp_path: Path, caplog: pytest.Lo
     os.replace(other.disk.directory / "0-0.expert", mine.disk.directory / "0-0.expert")
     assert mine.read(0) is FetchSource.CHECKPOINT
     [said] = warnings(caplog)
-    assert said.endswith("0-0.expert is read again from the checkpoint: it is a record of something else")
+    assert "0-0.expert is read again from the checkpoint: it is a record of something else" in said
     assert mine.read(0) is FetchSource.DISK
+
+
+def test_a_file_in_the_place_of_the_directory_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("{}")
+    reader = Reader(tmp_path / "file")
+    assert [reader.read(e) for e in (0, 1, 0)] == [FetchSource.CHECKPOINT] * 3
+    [said] = warnings(caplog)
+    assert said.endswith("Not a directory")
 
 
 def test_a_damaged_record_that_cannot_be_replaced_is_reported_once(
