@@ -82,11 +82,13 @@ class Bench:
 
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 
-    def strike_worker(self, worker: str, *, hang: bool = False) -> None:
-        pid = next(w["pid"] for w in self.server.get("/admin/workers") if w["id"] == worker)
-        self.victims.append(psutil.Process(pid))
+    def worker(self, worker: str) -> psutil.Process:
+        return psutil.Process(next(w["pid"] for w in self.server.get("/admin/workers") if w["id"] == worker))
+
+    def strike_process(self, process: psutil.Process, *, hang: bool = False) -> None:
+        self.victims.append(process)
         self.struck_at = time.monotonic()
-        os.kill(pid, signal.SIGSTOP if hang else signal.SIGKILL)
+        process.send_signal(signal.SIGSTOP if hang else signal.SIGKILL)
 
     def move_everything(self) -> str:
         """A re-placement that moves every expert: each layer's slots, shifted by a worker's. The operation's id."""

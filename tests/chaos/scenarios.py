@@ -73,9 +73,12 @@ def strike_who_leaves(bench: Bench, *, hang: bool = False) -> None:
     """The source of the copies dies while it gives its experts away and lets its requests finish."""
     bench.finish(bench.scale(bench.workers + 1))
     worker = bench.server.get("/admin/placement")["workers"][-1]["id"]
+    process = bench.worker(worker)
     bench.retire(worker)
-    pause(bench.rng.uniform(0.0, 0.5))
-    bench.strike_worker(worker, hang=hang)
+    pause(bench.rng.uniform(0.0, min(0.5, bench.into_move_s[1])))
+    # one whose experts need no copies may have left
+    if process.is_running():
+        bench.strike_process(process, hang=hang)
 
 
 def strike_api(bench: Bench, *others: str) -> None:
