@@ -51,6 +51,8 @@ class Disk:
         self._layouts = layouts
         self._load = load
         self._loading = threading.Lock()
+        self._telling = threading.Lock()
+        """Several readers may fail at the same time, and one of them says so."""
         self._own = threading.local()
         form = hashlib.sha256("\n".join([model, *(layout.text() for layout in layouts)]).encode()).hexdigest()
         self.directory = directory / form[:_KEPT_NAME]
@@ -88,10 +90,11 @@ class Disk:
 
     def _note_bad(self, path: Path, error: Exception) -> None:
         # a damaged directory has many such records, and where none can be replaced, every step comes here
-        if not self._told_bad:
+        with self._telling:
+            before, self._told_bad = self._told_bad, True
+        if not before:
             more = "; further such records are not reported"
             log.warning("%s is read again from the checkpoint: %s%s", path, error, more)
-        self._told_bad = True
 
     def _page(self) -> mmap.mmap:
         """This thread's memory for headers."""
@@ -109,12 +112,14 @@ class Disk:
             self._give_up_writing(error)
 
     def _give_up_writing(self, error: OSError) -> None:
-        self._writable = False
-        log.warning(
-            "experts are read from the checkpoint: no records of them can be written to --expert-cache-dir %s: %s",
-            self.directory,
-            error.strerror or error,
-        )
+        with self._telling:
+            before, self._writable = self._writable, False
+        if before:
+            log.warning(
+                "experts are read from the checkpoint: no records of them can be written to --expert-cache-dir %s: %s",
+                self.directory,
+                error.strerror or error,
+            )
 
 
 def default_directory() -> Path:

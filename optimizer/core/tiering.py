@@ -19,8 +19,9 @@ computed in the meantime; `stall` is what G exceeds them by. Where the misses of
 
   G = sum_w F_w / W + r,    r = (W - 1) / 2W (1 - exp(-2 m)) mean_w disk_fetch_s
 
-since M misses end when ceil(M / W) are fetched; r is for m misses on average, in even rooms. Where the KV cache gets
-what experts leave, every slot of a device costs resident_s.
+since M misses end when ceil(M / W) are fetched; r is for m misses on average, in even rooms. Workers that share a
+disk wait for sum_w F_w / W too, and r is 0. Where the KV cache gets what experts leave, every slot of a device costs
+resident_s.
 
 The tiers follow from the table: a worker keeps those experts in its device that save most. One slot of each layer that
 does not fit stays free for what passes through; a larger cache area is counted as if it held the best experts that are
@@ -79,9 +80,10 @@ class Tiering:
         self.resident_s = np.array([m.resident_s for m in memory])
         self.active = activity(self.chance, self.tokens)
         """[L, E]"""
-        self.own = 0.0 if problem.dealt else 1.0
+        together = problem.dealt or problem.shared_disk
+        self.own = 0.0 if together else 1.0
         """Seconds that a layer waits for each second that its slowest worker fetches on average."""
-        self.slope, self.steep, self.rest_s = self._dealt() if problem.dealt else (*self._spread(), self._zeros())
+        self.slope, self.steep, self.rest_s = self._dealt(problem) if together else (*self._spread(), self._zeros())
         """([L] seconds that a layer waits for each second of fetching, because workers differ in a step, [L] and for
         each squared second of their variance; [L] and whatever is fetched)"""
         self.covariance = self._covariance(problem)
@@ -99,7 +101,9 @@ class Tiering:
         inside = int((np.maximum(self.device // self._layers - 1, 0) + self.host // self._layers).sum())
         return np.sort(self.active, axis=1)[:, ::-1][:, inside:]
 
-    def _dealt(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def _dealt(self, problem: PlacementProblem) -> tuple[FloatArray, FloatArray, FloatArray]:
+        if problem.shared_disk:
+            return self._zeros() + 1 / self._width, self._zeros(), self._zeros()
         rounded_up = (1 - 1 / self._width) / 2 * (1 - np.exp(-2 * self._outside().sum(axis=1)))
         return self._zeros() + 1 / self._width, self._zeros(), rounded_up * float(self.disk_s.mean())
 

@@ -55,7 +55,7 @@ def problem_of(
     memory = tuple(
         WorkerMemory(
             device_experts=device * info.num_layers,
-            disk_fetch_s=info.expert_bytes / rate,
+            disk_fetch_s=len(rates) * info.expert_bytes / rate,
             cache_slots=cache_slots_of(device),
         )
         for rate in rates
@@ -67,7 +67,9 @@ def problem_of(
         parts=tuple((counts.sample, counts.tokens) for counts in routing if len(counts.sample)),
     )
     transitions = sample.transitions()
-    return build_problem(info, placement, load, transitions, dtype=info.dtype, memory=memory, tokens_per_step=batch)
+    return build_problem(
+        info, placement, load, transitions, dtype=info.dtype, memory=memory, tokens_per_step=batch, shared_disk=True
+    )
 
 
 def predicted(problem: PlacementProblem, placement: Placement, info: ModelInfo, resident_s: float) -> Step:

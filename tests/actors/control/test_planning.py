@@ -5,7 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from elastic_moe.actors.control.planning import build_problem, deals, judge, links_of, memory_of_members, preview
+from elastic_moe.actors.control.planning import (
+    build_problem,
+    deals,
+    judge,
+    links_of,
+    memory_of_members,
+    preview,
+    share_disk,
+)
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.facts.tiering import assign_tiers
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
@@ -52,7 +60,8 @@ def test_planners_know_the_tiers_of_workers_and_misses_are_predicted() -> None:
     facts = facts_of(members, ranks, model=TOLD, load=np.zeros((LAYERS, EXPERTS), dtype=np.int64))
     memory = memory_of_members(facts)
     assert [(m.device_experts, m.cache_slots) for m in memory] == [(4, 1), (4, 1)]
-    assert memory[0].disk_fetch_s == TOLD.expert_bytes / 1e6
+    assert memory[0].disk_fetch_s == 2 * TOLD.expert_bytes / 1e6, "both read from their node's disk"
+    assert share_disk(facts)
     rooms = facts.rooms(members)
     has = {worker: np.zeros((LAYERS, EXPERTS), dtype=bool) for worker in ranks}
     tiered = assign_tiers(PLACEMENT, rooms, has, facts.load)

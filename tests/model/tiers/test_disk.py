@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.tiers.disk import UNFINISHED_S, Disk
 from elastic_moe.model.tiers.slots import Slot
-from tests.model.groups import ToyExperts
+from tests.model.groups import ToyExperts, run_group
 
 MODULE = ToyExperts(4, 64, 32, 0)
 
@@ -75,6 +76,21 @@ def test_a_directory_that_cannot_be_written_is_told_of_once(
         f" {reader.disk.directory}: {os.strerror(number)}"
     )
     assert not list(reader.disk.directory.iterdir())
+
+
+def test_readers_that_fail_at_the_same_time_say_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, together = Reader(tmp_path), threading.Barrier(3)
+    size = reader.slot.data.numel()
+
+    def fail(**_: object) -> int:
+        together.wait(20)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    run_group(3, lambda expert: reader.disk.read(0, expert, Slot(size)))
+    assert len(warnings(caplog)) == 1
 
 
 def test_records_that_are_there_are_read_from_a_directory_that_is_full(

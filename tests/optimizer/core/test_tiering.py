@@ -87,6 +87,9 @@ def test_dealt_misses_are_priced_as_they_end(tokens: int) -> None:
     misses = (np.random.default_rng(0).random((20_000, len(chances))) < chances).sum(axis=1)
     [waits] = tiering.waits(x, levels[None])
     assert waits == pytest.approx(np.ceil(misses / 3).mean() * 50 * US, rel=0.12)
+    shared = dataclasses.replace(problem, dealt=False, shared_disk=True).tiering
+    assert shared is not None
+    assert shared.waits(x, levels[None])[0] == pytest.approx(misses.mean() * 50 / 3 * US, rel=0.02)
     apart = dataclasses.replace(problem, dealt=False).tiering
     assert apart is not None
     assert apart.waits(x, levels[None])[0] > waits
