@@ -147,9 +147,9 @@ def main() -> None:
         resident_s = measured_step(turns[number, 0]).step_s
         for n, setup in enumerate(setups[1:], start=1):
             placement = placed(info, setup)
-            last = turns[number, n][-1]
+            seen = [times for turn in turns[number, n] for times in turn]
             problem = problem_of(
-                info, placement, last, running[n].disk_bytes_per_s, setup.device_experts, case.requests
+                info, placement, seen, running[n].disk_bytes_per_s, setup.device_experts, case.requests
             )
             said = predicted(problem, placement, info, resident_s)
             print(line(case.requests, setup.device_experts, said, measured_step(turns[number, n]), resident_s))
