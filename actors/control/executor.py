@@ -113,6 +113,7 @@ class Executor:
             host_expert_memory_bytes=config.host_expert_memory_bytes,
             expert_cache_dir=config.expert_cache_dir,
             expert_cache_policy=config.expert_cache_policy,
+            enforce_eager=config.enforce_eager,
             interface=config.interface,
             step_timeout_s=config.step_timeout,
             enable_prefix_caching=config.enable_prefix_caching,

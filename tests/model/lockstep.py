@@ -68,6 +68,7 @@ class Lockstep:
         policy: str = "lfru",
         prefix_caching: bool = True,
         kv_cache_bytes: int | None = None,
+        enforce_eager: bool = False,
     ) -> None:
         """`depth`: steps in flight. `transport` of several workers: shm, or tcp, which workers of one GPU need.
 
@@ -79,6 +80,9 @@ class Lockstep:
         self.info = open_checkpoint(path).info
         members = make_workers(*slots)
         self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
+        if device == "cuda" and kv_cache_bytes is None:
+            # tests run side by side, and a worker would take most of the GPU
+            kv_cache_bytes = 1 << 28
         expert_memory_bytes = None
         if pinned is not None:
             self.placement = with_pinned(self.placement, pinned, hosted)
@@ -103,6 +107,7 @@ class Lockstep:
                 enable_prefix_caching=prefix_caching,
                 steps_in_flight=depth,
                 kv_cache_bytes=kv_cache_bytes,
+                enforce_eager=enforce_eager,
             )
             self.workers[member.id] = DataPlane(spec)
         blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
