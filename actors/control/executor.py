@@ -182,7 +182,7 @@ class Executor:
         if spec.transport is TransportKind.NCCL:
             first = next(iter(workers.values()))
             return replace(spec, rendezvous=await within(ask(first, WorkerActor.rendezvous), liveness.DOOR_S))
-        if spec.transport is TransportKind.TCP:
+        if spec.transport in (TransportKind.TCP, TransportKind.IPC):
             calls = [within(ask(worker, WorkerActor.open_door), liveness.DOOR_S) for worker in workers.values()]
             answers = await asyncio.gather(*calls, return_exceptions=True)
             for answer in answers:

@@ -190,6 +190,8 @@ class WorkerInfo:
     none."""
     fit: FitReport | None = None
     """Which code serves the model there."""
+    gpu: str | None = None
+    """UUID of its GPU; None on a CPU, and where it is not known."""
 
 
 class TransportKind(StrEnum):
@@ -200,8 +202,10 @@ class TransportKind(StrEnum):
     SHM = "shm"
     """Shared memory between the workers of one node."""
     TCP = "tcp"
-    """Connections between workers of several nodes, or of one GPU."""
+    """Connections between workers of several nodes, or that share GPUs in another way than IPC needs."""
     NCCL = "nccl"
+    IPC = "ipc"
+    """Device memory that all workers of one GPU map. Workers that cannot share it use TCP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +221,7 @@ class EpochSpec:
     rendezvous: str
     """host:port of the store for nccl; empty otherwise."""
     doors: tuple[Endpoint, ...] = ()
-    """For tcp: where each worker waits for the others, in rank order; empty otherwise."""
+    """For tcp and ipc: where each worker waits for the others, in rank order; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,7 +69,8 @@ class Lockstep:
         prefix_caching: bool = True,
         kv_cache_bytes: int | None = None,
     ) -> None:
-        """`depth`: steps in flight. `transport` of several workers: shm, or tcp, which workers of one GPU need.
+        """`depth`: steps in flight. `transport` of several workers: shm, or tcp, which workers of one GPU need that are
+        threads of one process; or ipc, with tests/model/fake_device.py in the GPU's place.
 
         `pinned`: experts of a layer that a worker keeps in memory; `hosted`: further ones beside a GPU. The others lie
         on the disk, with their records in `cache_dir`, and memory for `cache_slots` experts of each layer is their
@@ -115,7 +116,7 @@ class Lockstep:
         self.threads = {worker: ThreadPoolExecutor(1) for worker in self.workers}
         self.flights: deque[dict[WorkerId, Future[StepResult]]] = deque()
         self.landed: list[TokenOutput] = []
-        meets = [worker.open_door("127.0.0.1") for worker in self.workers.values() if self.transport == "tcp"]
+        meets = [worker.open_door("127.0.0.1") for worker in self.workers.values() if self.transport in ("tcp", "ipc")]
         self.doors = tuple(meets)
         self._flip(self.placement)
         self.scheduler = Scheduler(

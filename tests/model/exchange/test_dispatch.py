@@ -56,14 +56,14 @@ def check(placement: Placement, tokens: list[int], kind: str, dense_tokens: int 
                 torch.testing.assert_close(output, oracle(rank, tokens[rank], layer), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["shm", "tcp", "gpu"])
 @pytest.mark.parametrize("slots", [(3, 3), (2, 2, 2), (4, 2), (3, 2, 1), (1, 1, 1, 1, 1, 1)])
 def test_any_split_gives_the_same_sums(kind: str, slots: tuple[int, ...]) -> None:
     tokens = [5, 0, 3, 1, 2, 4][: len(slots)]
     check(contiguous(LAYERS, EXPERTS, workers(*slots)), tokens, kind)
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["shm", "tcp", "gpu"])
 def test_everything_to_everyone_gives_the_same_sums(kind: str) -> None:
     check(contiguous(LAYERS, EXPERTS, workers(2, 2, 2)), [3, 0, 2], kind, dense_tokens=100)
 
