@@ -25,6 +25,7 @@ from elastic_moe.model.tiers.link import Link, Pinned
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import tiny_checkpoint
+from tests.model.gpu_pair import Pair, compare, kill_one
 from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
@@ -275,3 +276,20 @@ def test_two_gpus_exchange_tokens_by_nccl() -> None:
         for process in ranks:
             process.kill()
             process.join()
+
+
+def test_two_processes_share_a_gpu_and_its_memory() -> None:
+    """Whatever the placement, the sums are exactly those that come over TCP, and nearly those of one worker."""
+    with Pair("cuda", compare) as pair:
+        pair.swap_doors()
+        assert [pair.answer(rank, 120) for rank in range(2)] == [60, 60]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_process_that_shares_a_gpu_is_killed(told: bool) -> None:
+    """The other notices it after the time-out, or as soon as it is told, and its GPU goes on."""
+    survived, took_s = kill_one("cuda", timeout_s=60 if told else 2, told=told)
+    assert survived.freed
+    assert survived.works
+    assert survived.reason == ("the exchange was aborted" if told else "w1 has not answered for 2 s")
+    assert took_s < 30
