@@ -119,11 +119,12 @@ class _Mapped:
         self.own = self.device.allocate(num_bytes)
         return self.device.export(self.own)
 
-    def open(self, handles: Sequence[bytes]) -> None:
-        """Raises DeviceError."""
+    def open(self, handles: Sequence[bytes]) -> bool:
+        """Returns True. Raises DeviceError."""
         for rank, handle in enumerate(handles):
             if rank != self._rank:
                 self.peers[rank] = self.device.open(handle)
+        return True
 
     def close_peers(self) -> None:
         while self.peers:
@@ -353,7 +354,7 @@ def join_on_device(
     try:
         pids = [int.from_bytes(raw, "little") for raw in _tell(host, os.getpid().to_bytes(8, "little"))]
         handles = _tell(host, _try(lambda: mapped.make(layout.num_bytes)) or b"")
-        opened = _agree(host, all(handles) and _try(lambda: mapped.open(handles) or True))
+        opened = _agree(host, all(handles) and _try(lambda: mapped.open(handles)))
         if not opened:
             mapped.close_peers()
             # nobody frees memory that another still maps
