@@ -91,15 +91,17 @@ class CudaDevice:
     def __init__(self) -> None:
         self._index = torch.cuda.current_device()
         self._stream: torch.cuda.Stream | None = None
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        _call("cuInit", 0)
-        _call("cuDeviceGet", ctypes.byref(device), self._index)
-        # torch uses this context too, and keeps it until the process ends
-        _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._context = context
+        self._context: ctypes.c_void_p | None = None
 
     def attach(self) -> None:
-        """Let this thread's next calls go to this GPU."""
+        """Let this thread's next calls go to this GPU. It comes before any other call of a thread."""
+        if self._context is None:
+            device, context = ctypes.c_int(), ctypes.c_void_p()
+            _call("cuInit", 0)
+            _call("cuDeviceGet", ctypes.byref(device), self._index)
+            # torch uses this context too, and keeps it until the process ends
+            _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+            self._context = context
         _call("cuCtxSetCurrent", self._context)
 
     def follow(self) -> None:

@@ -45,8 +45,8 @@ _ALIGNED = 256
 """Bytes to which a message is aligned."""
 _LOOK_S = 0.02
 """Seconds between two looks of the thread that watches."""
-_TURNS, _PROBE_S = 3, 20.0
-"""Exchanges that a new group makes to see that it works, and the seconds that they may take."""
+_TURNS, _PROBE_BYTES, _PROBE_S = 3, 1 << 16, 20.0
+"""Exchanges that a new group makes to see that it works, their bytes, and the seconds that they may take."""
 _SPINS, _YIELDS, _DOZE_S = 200, 20_000, 0.0001
 """Looks at a word before a CPU that waits yields its core, and before it sleeps, for how many seconds."""
 _LARGEST_CARD = 64
@@ -414,16 +414,16 @@ def _try(function: Callable[[], R]) -> R | None:
 
 
 def _probe(transport: DeviceMemoryTransport, layout: Inbox, device: Device, timeout_s: float) -> bool:
-    """Fill all places of all inboxes more than once. Uses a stream of its own, since steps of another group may wait
-    for one another on the present one.
+    """Use all places of all inboxes, and one of them again. It runs on a stream of its own, since steps of another
+    group may wait for one another on the present one.
 
     Raises DeviceError if something else arrives, or nothing in time, and StepAborted if a peer has found so.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline, num_bytes = time.monotonic() + timeout_s, min(layout.capacity, _PROBE_BYTES)
     with device.aside():
         for turn in range(_TURNS):
-            own = torch.full((layout.capacity,), _mark(transport.rank, turn), dtype=torch.uint8, device=transport.home)
-            received = transport.all_to_all([[own]] * layout.size, [layout.capacity] * layout.size)
+            own = torch.full((num_bytes,), _mark(transport.rank, turn), dtype=torch.uint8, device=transport.home)
+            received = transport.all_to_all([[own]] * layout.size, [num_bytes] * layout.size)
             done = device.mark()
             while not done():
                 transport.check()

@@ -227,6 +227,8 @@ class Survived:
     """Whether the exchange has freed its memory."""
     works: bool
     """Whether the device still computes."""
+    released_bytes: int
+    """Device memory that is free now and was not before the kill."""
 
 
 def exchange_until_aborted(place: Place, timeout_s: float, deep: int) -> Survived:
@@ -235,7 +237,7 @@ def exchange_until_aborted(place: Place, timeout_s: float, deep: int) -> Survive
     transport = join_ipc(place, 1 << 20, timeout_s)
     threading.Thread(target=lambda: (place.pipe.recv(), transport.abort()), daemon=True).start()
     message = torch.ones(1 << 16, device=place.torch_device)
-    rounds = 0
+    rounds = before = 0
     try:
         while True:
             for _ in range(deep):
@@ -244,13 +246,19 @@ def exchange_until_aborted(place: Place, timeout_s: float, deep: int) -> Survive
             transport.check()
             rounds += 1
             if rounds == 3:
+                before = _free_bytes(place)
                 tell(place, "ready")
     except StepAborted as error:
         reason, at_s = str(error), time.monotonic()
     transport.close()
     freed = transport.wait_freed(20)
     works = float((message @ message).item()) == len(message)
-    return Survived(reason=reason, at_s=at_s, freed=freed, works=works)
+    released = _free_bytes(place) - before
+    return Survived(reason=reason, at_s=at_s, freed=freed, works=works, released_bytes=released)
+
+
+def _free_bytes(place: Place) -> int:
+    return torch.cuda.mem_get_info()[0] if place.device == "cuda" else 0
 
 
 def kill_one(device: str, *, timeout_s: float, told: bool, deep: int = 50) -> tuple[Survived, float]:

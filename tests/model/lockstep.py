@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,13 +69,15 @@ class Lockstep:
         policy: str = "lfru",
         prefix_caching: bool = True,
         kv_cache_bytes: int | None = None,
+        plane: Callable[[WorkerSpec], Any] = DataPlane,
     ) -> None:
         """`depth`: steps in flight. `transport` of several workers: shm, or tcp, which workers of one GPU need that are
-        threads of one process; or ipc, with tests/model/fake_device.py in the GPU's place.
+        threads of one process; or ipc, with workers of their own processes or on tests/model/fake_device.py.
 
         `pinned`: experts of a layer that a worker keeps in memory; `hosted`: further ones beside a GPU. The others lie
         on the disk, with their records in `cache_dir`, and memory for `cache_slots` experts of each layer is their
         cache area.
+        `plane`: makes a worker; RemotePlane gives it a process of its own.
         """
         self.transport = "local" if len(slots) == 1 else transport
         self.info = open_checkpoint(path).info
@@ -105,7 +108,7 @@ class Lockstep:
                 steps_in_flight=depth,
                 kv_cache_bytes=kv_cache_bytes,
             )
-            self.workers[member.id] = DataPlane(spec)
+            self.workers[member.id] = plane(spec)
         blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
         if kv_blocks is not None:
             blocks = dict.fromkeys(blocks, kv_blocks)
