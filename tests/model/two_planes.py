@@ -14,6 +14,8 @@ from elastic_moe.cluster.placement import WorkerId
 from tests.model.lockstep import Lockstep, request
 from tests.model.remote_planes import RemotePlane
 
+KV_BYTES = 16 << 20
+
 
 @contextmanager
 def cluster_of_two(path: Path, device: str) -> Iterator[Lockstep]:
@@ -24,7 +26,8 @@ def cluster_of_two(path: Path, device: str) -> Iterator[Lockstep]:
         return planes[-1]
 
     try:
-        cluster = Lockstep(path, [4, 4], device=device, transport="ipc", plane=plane)
+        # without a number, each would take most of what is free when both begin
+        cluster = Lockstep(path, [4, 4], device=device, transport="ipc", plane=plane, kv_cache_bytes=KV_BYTES)
         assert [plane.exchange() for plane in planes] == ["DeviceMemoryTransport"] * 2
         yield cluster
     finally:
