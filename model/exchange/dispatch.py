@@ -195,9 +195,13 @@ class TransportDispatcher(Dispatcher):
         parts = (index_TK.to(torch.int32), weight_TK.float(), x_TH)
         row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
         # all workers come to the same answer, since a layer's rows are as wide on each
-        if self._dense and fits_dense(sum(self._tokens_per_rank) * row, self._slowest_gbps):
-            return self._forward_dense(layer, *parts)
-        return self._forward_sparse(layer, *parts)
+        dense = self._dense and fits_dense(sum(self._tokens_per_rank) * row, self._slowest_gbps)
+        try:
+            return self._forward_dense(layer, *parts) if dense else self._forward_sparse(layer, *parts)
+        except Exception:
+            # bytes of an aborted exchange may ask for experts that are not here
+            self._transport.check()
+            raise
 
     def _forward_dense(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
         parts = (index_TK, weight_TK, x_TH)
@@ -254,7 +258,9 @@ class TransportDispatcher(Dispatcher):
                 (index.view(torch.int32).view(-1, top_k), weight.view(torch.float32).view(-1, top_k), _view(x, hidden))
             )
         index_RK, weight_RK, x_RH = (torch.cat([part[i] for part in parts]) for i in range(3))
-        return index_RK, weight_RK, x_RH
+        # an exchange that a device does and that is aborted brings any bytes. Its results are refused later (`check`),
+        # but an index beyond a table would end the device's context, and with it the process
+        return index_RK.clamp_(ABSENT, self._routes_LE.shape[1] - 1), weight_RK, x_RH
 
 
 def _view(raw: Tensor, like: Tensor) -> Tensor:

@@ -25,11 +25,13 @@ from elastic_moe.model.tiers.link import Link, Pinned
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import FAMILIES, tiny_checkpoint
+from tests.model.gpu_pair import Pair, compare, kill_one
 from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.model.sampling.test_sampling import state
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
+from tests.model.two_planes import seconds_until_a_lost_worker_is_noticed, tokens_across_replacements
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")
@@ -311,3 +313,32 @@ def test_two_gpus_exchange_tokens_by_nccl() -> None:
         for process in ranks:
             process.kill()
             process.join()
+
+
+def test_two_processes_share_a_gpu_and_its_memory() -> None:
+    """Whatever the placement, the sums are exactly those that come over TCP, and nearly those of one worker."""
+    with Pair("cuda", compare) as pair:
+        pair.swap_doors()
+        assert [pair.answer(rank, 120) for rank in range(2)] == [60, 60]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_process_that_shares_a_gpu_is_killed(told: bool) -> None:
+    """The other notices it after the time-out, or as soon as it is told, and its GPU goes on."""
+    survived, took_s = kill_one("cuda", timeout_s=60 if told else 5, told=told)
+    assert survived.freed
+    assert survived.works
+    assert survived.reason == ("the exchange was aborted" if told else "w1 has not answered for 5 s")
+    assert took_s < 30
+
+
+def test_greedy_tokens_of_two_processes_that_share_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """float32, across re-placements, against transformers on CPU."""
+    path = tiny_checkpoint("gpt_oss", tmp_path_factory)
+    text = prompts(path)[3]
+    assert tokens_across_replacements(path, "cuda", text, NEW_TOKENS) == greedy(path, tuple(text))
+
+
+def test_a_worker_that_shares_a_gpu_is_killed_within_a_step(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tiny_checkpoint("gpt_oss", tmp_path_factory)
+    assert seconds_until_a_lost_worker_is_noticed(path, "cuda", prompts(path)[3]) < 30
