@@ -6,7 +6,7 @@ Legend: T tokens of the step, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.states.packed import StateBatch, states_of
+from elastic_moe.model.trunk.graphs import DecodeGraphs, GraphStep
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead
 from elastic_moe.model.trunk.rotation import depends_on_length, rotate_by_length
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.windows import WindowGroup
-
-if TYPE_CHECKING:
-    from elastic_moe.model.gpu.graphs import DecodeGraphs, GraphStep
 
 
 class ModelRunner:
@@ -92,8 +90,6 @@ class ModelRunner:
             return "layers with a state per sequence move it by the CPU"
         if depends_on_length(self._trunk):
             return "rotary embeddings depend on the lengths of sequences"
-        from elastic_moe.model.gpu.graphs import DecodeGraphs  # Triton, which it needs, is there only on GPUs
-
         self._graphs = DecodeGraphs(
             self._record, cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=self._device
         )

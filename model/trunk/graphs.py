@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_moe.model.gpu.decode import DecodeRows
 from elastic_moe.model.native.attention import CHUNK, Rules
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, seen_by_windows
@@ -28,7 +27,7 @@ _MOST_ROWS = 256
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The numbers of rows for which there are graphs. Each has at most an eighth of its rows, or 7, too many."""
+    """The numbers of rows for which there are graphs. A step has at most 7 rows to spare, and beyond 64 rows 15."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, _MOST_ROWS + 1, 16)]
     most = min(max_num_seqs, _MOST_ROWS)
     return [size for size in sizes if size < most] + [most]
@@ -54,7 +53,8 @@ Forward = Callable[[GraphStep], tuple[Tensor, Tensor]]
 class _Attention:
     """A Fused for the rows of a graph."""
 
-    def __init__(self, rows: DecodeRows) -> None:
+    def __init__(self, rows: Any) -> None:
+        """`rows`: a DecodeRows of model/gpu/decode.py."""
         self._rows = rows
 
     def attend(
@@ -65,7 +65,7 @@ class _Attention:
         return out_TND
 
 
-class _Inputs:
+class GraphInputs:
     """Where the graphs of all sizes read a step, and where the host writes it."""
 
     def __init__(self, most_rows: int, cache: KVCache, max_model_len: int, device: torch.device) -> None:
@@ -80,8 +80,12 @@ class _Inputs:
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
 
+    def parts(self, rows: int) -> list[Tensor]:
+        """What a graph of so many rows reads: [B] tokens, [B] positions, and for the layers without and those with a
+        window, as far as there are such, [B] keys and [B, C] block tables."""
+        return self._parts(self._device, rows)
+
     def _parts(self, flat: Tensor, rows: int) -> list[Tensor]:
-        """[B] tokens, [B] positions, and for each kind of layer [B] keys and [B, C] tables."""
         sizes = [rows, rows]
         for columns in self._columns:
             sizes += [rows, rows * columns]
@@ -92,7 +96,9 @@ class _Inputs:
 
     def step(self, rows: int) -> GraphStep:
         """A step of so many rows, in the memory of the device."""
-        tokens, positions, *tables = self._parts(self._device, rows)
+        from elastic_moe.model.gpu.decode import DecodeRows  # Triton, which it needs, is there only on GPUs
+
+        tokens, positions, *tables = self.parts(rows)
         batches = [
             StepBatch.fused_by(_Attention(DecodeRows(rows_R=None, keys_R=keys, tables_RC=table)), self._cache)
             for keys, table in zip(tables[::2], tables[1::2], strict=True)
@@ -143,7 +149,7 @@ class DecodeGraphs:
     ) -> None:
         self._forward = forward
         self._sizes = graph_sizes(max_num_seqs)
-        self._inputs = _Inputs(self._sizes[-1], cache, max_model_len, device)
+        self._inputs = GraphInputs(self._sizes[-1], cache, max_model_len, device)
         self._graphs: dict[int, _Graph] = {}
         self._memory: list[object] = []
         self._pool: Any = None
