@@ -20,9 +20,10 @@ from elastic_moe.actors import names
 from elastic_moe.actors.control.migrator import Migrator
 from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
-from elastic_moe.actors.remote import generations, key_value, ray_nodes
+from elastic_moe.actors.remote import generations, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.remote.generations import StateStore
+from elastic_moe.actors.remote.key_value import API_NAMESPACE, RayKeyValue
 from elastic_moe.actors.remote.saving import Store
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
@@ -387,4 +388,4 @@ def clear(generation: Generation) -> None:
     """
     generations.end_actors(generation)
     if not set(generations.coordinators()) - {generation}:
-        key_value.clear()
+        RayKeyValue(API_NAMESPACE).clear()

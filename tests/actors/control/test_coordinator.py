@@ -46,6 +46,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "TICK_S", 0.01)
     monkeypatch.setattr(liveness, "POLL_S", 0.02)
     monkeypatch.setattr(liveness, "STANDBY_AFTER_S", 0.05)
+    monkeypatch.setattr(liveness, "CHECK_IN_S", 0.1)
 
 
 @asynccontextmanager
