@@ -20,7 +20,7 @@ from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.links import Rates, port_rates, uplink_rates
 from elastic_moe.cluster.facts.routing import RoutingWindow, weighted_load
 from elastic_moe.cluster.facts.tiering import cache_slots_of
-from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.messages.epochs import ModelInfo, TransportKind
 from elastic_moe.cluster.messages.views import RebalancePreview, SubjectPreview
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.optimizer import PlacementProblem, PlanResult
@@ -51,6 +51,8 @@ def build_problem(
     memory: tuple[WorkerMemory, ...] = (),
     links: Links | None = None,
     tokens_per_step: int = DEFAULT_STEP_TOKENS,
+    dealt: bool = False,
+    shared_disk: bool = False,
 ) -> PlacementProblem:
     """The problem of placing `model`'s experts on the workers of `placement`.
 
@@ -65,6 +67,7 @@ def build_problem(
     memory: [W] the tiers of each worker; empty if every expert fits.
     links: bandwidths; None: those of eight H100.
     tokens_per_step: of the whole cluster.
+    dealt: whether workers deal the misses of each step. shared_disk: whether they read from one disk.
     """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
     loads, each, weights = scenarios(counted, remembered)
@@ -82,6 +85,8 @@ def build_problem(
         memory=memory,
         links=links or Links(),
         tokens_per_step=tokens_per_step,
+        dealt=dealt,
+        shared_disk=shared_disk,
         move_budget=min(max(1, round(MOVE_SHARE * counted.size)), counted.size if room is None else room),
     )
 
@@ -117,6 +122,18 @@ def memory_of_members(facts: Facts) -> tuple[WorkerMemory, ...]:
             )
         )
     return tuple(memory)
+
+
+def deals(facts: Facts) -> bool:
+    """Whether the members deal the misses of each step: those of several nodes do on CPUs."""
+    infos = [facts.records[worker].info for worker in facts.ranks]
+    on_cpu = all(info is not None and info.device == "cpu" for info in infos)
+    return on_cpu and facts.spec is not None and facts.spec.transport == TransportKind.TCP
+
+
+def share_disk(facts: Facts) -> bool:
+    """Whether all members are on one node."""
+    return len({info.node for worker in facts.ranks if (info := facts.records[worker].info) is not None}) == 1
 
 
 def judge(result: PlanResult, *, load: Counts, since_change_s: float | None, policy: Policy | None = None) -> Decision:
@@ -238,6 +255,8 @@ class Planners:
             links=links_of(self._config, facts.spec.placement.workers, self._link_gbps()),
             # how many tokens a step has decides how many experts it needs
             tokens_per_step=max(1, self._running_requests()) if memory else DEFAULT_STEP_TOKENS,
+            dealt=deals(facts),
+            shared_disk=share_disk(facts) and not any(each.host_experts for each in memory),
         )
         deadline_s = self._config.plan_deadline
         work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)

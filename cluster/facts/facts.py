@@ -8,6 +8,7 @@ Legend: L MoE layers, E logical experts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -247,7 +248,9 @@ class Facts:
         return all(record.tiered if record.info is not None else self.usually_tiered for record in members)
 
     def rooms(self, members: Sequence[WorkerRecord]) -> dict[WorkerId, Room | None]:
-        """What each has for experts; None for one without a disk tier, or with memory for everything."""
+        """What each has for experts; None for one without a disk tier, or with memory for everything. Workers of a node
+        share its disk, which each has measured alone."""
+        readers = Counter(record.info.node for record in members if record.info is not None)
         rooms: dict[WorkerId, Room | None] = {}
         for record in members:
             info = record.info
@@ -257,7 +260,7 @@ class Facts:
             rooms[record.id] = Room(
                 device=info.expert_capacity,
                 host=info.host_capacity,
-                disk_bytes_per_s=info.disk_bytes_per_s,
+                disk_bytes_per_s=info.disk_bytes_per_s / readers[info.node],
                 host_bytes_per_s=info.host_bytes_per_s,
             )
         return rooms

@@ -94,6 +94,7 @@ def make_problem(
         speeds=_speeds(args),
         memory=memories(args, len(workers), trace.num_layers),
         tokens_per_step=step_tokens(args, DEFAULT_STEP_TOKENS),
+        dealt=args.dealt,
     )
     return with_kv_price(args, problem)
 

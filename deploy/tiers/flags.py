@@ -48,6 +48,11 @@ def tier_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"rate at which experts come from the host's memory, in Gb/s ({DEFAULT_HOST_GBPS:g})",
     )
     parser.add_argument(
+        "--dealt",
+        action="store_true",
+        help="workers deal the misses of each step among them, as CPU workers of several nodes do",
+    )
+    parser.add_argument(
         "--kv-sequence-bytes",
         type=int,
         metavar="N",

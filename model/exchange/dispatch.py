@@ -4,6 +4,10 @@ Sizes are exact: there is no capacity, no padding and no dropped token. A token 
 of its experts, and each of these workers returns one partial sum (Huang et al., arXiv 2303.06182, section V). In a step
 of few tokens, every worker sends all its tokens to every other worker instead, and the receiver decides which experts
 it computes. That takes fewer operators, and the step's plan gives all sizes, so that no exchange of sizes is needed.
+Experts that lie in no memory are dealt among the workers in such a step (dealing.py).
+
+Partial sums are added up in float64 where tokens are in float32. So a token's sum does not depend on which workers
+computed its experts.
 
 Legend: T tokens of this worker, R rows sent to one worker, H hidden, K experts per token, W workers, E logical experts.
 """
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.model.exchange.counter import Notes
+from elastic_moe.model.exchange.dealing import NOBODY, Dealer, Memory
 from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import ExpertStore
@@ -95,6 +100,11 @@ class Dispatcher(ABC):
         """Threads that compute a layer's experts."""
         return torch.get_num_threads()
 
+    @property
+    def deals(self) -> bool:
+        """Whether this worker may have to compute any expert that the placement puts into no device."""
+        return False
+
     def note(self, index_LTK: Tensor) -> None:
         """Note the choices of the step's next MoE layers in the counter."""
         if self.counter is not None:
@@ -151,9 +161,11 @@ class TransportDispatcher(Dispatcher):
         device: torch.device,
         most_dense: int | None = None,
         slowest_gbps: float | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """`most_dense`: tokens of a step up to which all go to all workers; None takes the number for the device.
         `slowest_gbps`: bandwidth of the slowest link between workers, which all of them know; None: links are fast.
+        `memory`: what this worker has in memory. All workers give it or none does; without it nothing is dealt.
         """
         super().__init__()
         self._store = store
@@ -170,8 +182,15 @@ class TransportDispatcher(Dispatcher):
         if transport.size == 1 and store.native:
             self.joint = store.joint()
         self._dense = False
+        self._dealer: Dealer | None = None
+        if memory is not None and transport.size > 1 and device.type == "cpu" and not placement.all_resident:
+            self._dealer = Dealer(placement, routes_WLE[0].numpy(), memory)
         self._source_R = torch.empty(0)
         """In dense steps: [R] for every token of all ranks, where its rank's part of a row of `_mine_LX` begins."""
+
+    @property
+    def deals(self) -> bool:
+        return self._dealer is not None
 
     @property
     def graph_memory(self) -> list[object] | None:
@@ -205,19 +224,36 @@ class TransportDispatcher(Dispatcher):
 
     def _forward_dense(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
         parts = (index_TK, weight_TK, x_TH)
+        word = [] if self._dealer is None else [self._dealer.word(layer)]
+        extra = sum(map(len, word))
         row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
         received = self._transport.all_to_all(
-            [parts] * self._transport.size, [tokens * row for tokens in self._tokens_per_rank]
+            [[*parts, *word]] * self._transport.size, [tokens * row + extra for tokens in self._tokens_per_rank]
         )
-        index_RK, weight_RK, x_RH = self._join(received, parts)
-        mine_RK = self._mine_LX[layer][self._source_R + index_RK]
-        partial = torch.split(self._store.forward(layer, x_RH, mine_RK, weight_RK), list(self._tokens_per_rank))
-        back = self._transport.all_to_all([[part] for part in partial], [x_TH.nbytes] * self._transport.size)
-        out_TH = partial[self._rank].float()
+        words = [raw[len(raw) - extra :] if r != self._rank else word[0] for r, raw in enumerate(received) if word]
+        index_RK, weight_RK, x_RH = self._join([raw[: max(0, len(raw) - extra)] for raw in received], parts)
+        mine_RK = self._mine(layer, words, index_RK)[self._source_R + index_RK]
+        partial = torch.split(self._store.sums(layer, x_RH, mine_RK, weight_RK), list(self._tokens_per_rank))
+        own = partial[self._rank]
+        back = self._transport.all_to_all([[part] for part in partial], [own.nbytes] * self._transport.size)
+        out_TH = own.to(_sum_dtype(x_TH))
         for rank, raw in enumerate(back):
             if rank != self._rank:
-                out_TH += _view(raw, x_TH)
+                out_TH += _view(raw, own)
         return out_TH.to(x_TH.dtype)
+
+    def _mine(self, layer: int, words: Sequence[Tensor], index_RK: Tensor) -> Tensor:
+        """[W * E] for each rank and expert: the expert if this worker computes it for that rank, else ABSENT."""
+        mine_X = self._mine_LX[layer]
+        if self._dealer is None:
+            return mine_X
+        rank_E = self._dealer.ranks(layer, words, index_RK)
+        [dealt] = np.nonzero(rank_E != NOBODY)
+        if not len(dealt):
+            return mine_X
+        mine_WE = mine_X.view(self._transport.size, -1).clone()
+        mine_WE[:, dealt] = torch.from_numpy(np.where(rank_E[dealt] == self._rank, dealt, ABSENT))
+        return mine_WE.view(-1)
 
     def _forward_sparse(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
         rank_TK = self._routes_LE[layer][index_TK]
@@ -233,14 +269,15 @@ class TransportDispatcher(Dispatcher):
         row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
         counts = [len(rows[self._rank]) if r == self._rank else raw.numel() // row for r, raw in enumerate(received)]
         index_RK, weight_RK, x_RH = self._join(received, send[self._rank])
-        partial = torch.split(self._store.forward(layer, x_RH, index_RK, weight_RK), counts)
+        partial = torch.split(self._store.sums(layer, x_RH, index_RK, weight_RK), counts)
+        own = partial[self._rank]
         # as many rows come back as were sent, so the sizes are known now
-        size = x_TH.shape[1] * x_TH.dtype.itemsize
+        size = own.shape[1] * own.dtype.itemsize
         back = self._transport.all_to_all([[part] for part in partial], [size * len(chosen) for chosen in rows])
-        out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+        out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
         for rank, chosen in enumerate(rows):
-            part = partial[rank] if rank == self._rank else _view(back[rank], x_TH)
-            out_TH.index_add_(0, chosen, part.float())
+            part = own if rank == self._rank else _view(back[rank], own)
+            out_TH.index_add_(0, chosen, part.to(out_TH.dtype))
         return out_TH.to(x_TH.dtype)
 
     def _join(self, received: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,6 +298,11 @@ class TransportDispatcher(Dispatcher):
         # an exchange that a device does and that is aborted brings any bytes. Its results are refused later (`check`),
         # but an index beyond a table would end the device's context, and with it the process
         return index_RK.clamp_(ABSENT, self._routes_LE.shape[1] - 1), weight_RK, x_RH
+
+
+def _sum_dtype(x_TH: Tensor) -> torch.dtype:
+    """In which partial sums are added up."""
+    return torch.float64 if x_TH.dtype == torch.float32 and x_TH.device.type == "cpu" else torch.float32
 
 
 def _view(raw: Tensor, like: Tensor) -> Tensor:

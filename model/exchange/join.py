@@ -10,6 +10,7 @@ from elastic_moe.cluster.messages.epochs import EpochSpec
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.model.cuda_driver import CudaDevice
 from elastic_moe.model.exchange.device_memory import join_on_device
+from elastic_moe.model.exchange.dealing import Memory, word_bytes
 from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
@@ -52,7 +53,7 @@ def join_exchange(
             group=spec.group,
             rank=rank,
             names=names,
-            max_bytes=_message_bytes(shapes, max_tokens),
+            max_bytes=_message_bytes(spec, shapes, max_tokens),
             timeout_s=timeout_s,
         )
         if exchange is not None:
@@ -81,23 +82,31 @@ def join_exchange(
             one_round=not spec.placement.all_resident,
         )
     return SharedMemoryTransport(
-        group=spec.group, rank=rank, size=size, max_bytes=_message_bytes(shapes, max_tokens), timeout_s=timeout_s
+        group=spec.group, rank=rank, size=size, max_bytes=_message_bytes(spec, shapes, max_tokens), timeout_s=timeout_s
     )
 
 
-def _message_bytes(shapes: Sequence[LayerShape], max_tokens: int) -> int:
+def _message_bytes(spec: EpochSpec, shapes: Sequence[LayerShape], max_tokens: int) -> int:
     """The most bytes that one worker sends another at a time."""
-    return max_tokens * max(row_bytes(s.hidden, s.top_k, s.dtype) for s in shapes)
+    # sums of tokens in float32 come back in float64
+    row = max(max(row_bytes(s.hidden, s.top_k, s.dtype), 2 * s.hidden * s.dtype.itemsize) for s in shapes)
+    return row * max_tokens + word_bytes(spec.placement.num_logical_experts)
 
 
 def make_dispatcher(
-    placement: Placement, rank: int, store: ExpertStore, exchange: Exchange, device: torch.device
+    placement: Placement,
+    rank: int,
+    store: ExpertStore,
+    exchange: Exchange,
+    device: torch.device,
+    memory: Memory | None = None,
 ) -> Dispatcher:
-    """Make the dispatcher of one epoch. The exchange may serve several epochs, one after the other."""
+    """Make the dispatcher of one epoch. The exchange may serve several epochs, one after the other. `memory`: what this
+    worker has in memory, where experts may lie on disks."""
     if isinstance(exchange, NativeExchange):
         return NativeDispatcher(placement, rank, store, exchange)
     gbps = exchange.slowest_gbps if isinstance(exchange, TcpTransport) else None
-    return TransportDispatcher(placement, rank, store, exchange, device=device, slowest_gbps=gbps)
+    return TransportDispatcher(placement, rank, store, exchange, device=device, slowest_gbps=gbps, memory=memory)
 
 
 def _all_able(able: bool, *, group: str, rank: int, size: int, timeout_s: float) -> bool:

@@ -98,7 +98,12 @@ class CpuExperts:
         return sum(nbytes(weight) for tensors in self._weights.values() for weight in tensors.values())
 
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        """Compute LayerExperts.forward. Sums are in float32, whatever the dtype.
+        """Compute LayerExperts.forward."""
+        return self.sums(x_RH, index_RK, weight_RK).to(x_RH.dtype)
+
+    def sums(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
+        """As `forward`, but in float64 for rows in float32: a sum is then rounded once, by whoever has all its parts,
+        and is the same in whatever parts it comes. For other rows the sums are in float32, and rounded.
 
         Rows are sorted by expert; then come all gate-up products, one activation, and all down products. This is as
         fast as a loop over whole experts and needs fewer operators.
@@ -110,14 +115,16 @@ class CpuExperts:
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat + 1).tolist() if flat.numel() else [0]
         order_S = order[counts[0] :]
-        out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+        exact = x_RH.dtype == torch.float32
+        out_RH = torch.zeros(x_RH.shape, dtype=torch.float64 if exact else torch.float32, device=x_RH.device)
         if order_S.numel() == 0:
-            return out_RH.to(x_RH.dtype)
+            return out_RH if exact else out_RH.to(x_RH.dtype)
         row_S = order_S.div(num_choices, rounding_mode="floor")
         active = {e: n for e, n in enumerate(counts[1:]) if n}
         y_SH = self._outputs(x_RH, row_S, active)
         y_SH = y_SH.float() * weight_RK.reshape(-1)[order_S, None].float()
-        return out_RH.index_add_(0, row_S, y_SH).to(x_RH.dtype)
+        out_RH.index_add_(0, row_S, y_SH.to(out_RH.dtype))
+        return out_RH if exact else out_RH.to(x_RH.dtype)
 
     def _outputs(self, x_RH: Tensor, row_S: Tensor, active: Mapping[int, int]) -> Tensor:
         """Outputs [S, H] of the sorted pairs. `active` are the experts and their pairs, in order."""

@@ -107,6 +107,11 @@ class ExpertStore:
         """Weighted sum over those of each row's experts that are held here: [R, H]. ABSENT choices are left out."""
         return self._layers[layer].forward(x_RH, index_RK, weight_RK)
 
+    def sums(self, layer: int, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
+        """As `forward`, for sums to which other workers add theirs: on CPU in float64 where tokens are in float32."""
+        experts = self._layers[layer]
+        return (experts.sums if isinstance(experts, CpuExperts) else experts.forward)(x_RH, index_RK, weight_RK)
+
 
 def attach(modules: Sequence[nn.Module], forward: Forward) -> None:
     """Make the trunk's expert modules call `forward` from now on, with the number of their layer."""

@@ -51,10 +51,13 @@ class Disk:
         self._layouts = layouts
         self._load = load
         self._loading = threading.Lock()
+        self._telling = threading.Lock()
+        """Several readers may fail at the same time, and one of them says so."""
         self._own = threading.local()
         form = hashlib.sha256("\n".join([model, *(layout.text() for layout in layouts)]).encode()).hexdigest()
         self.directory = directory / form[:_KEPT_NAME]
         self._writable = True
+        self._told_bad = False
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.directory, older_than=time.time() - UNFINISHED_S)
@@ -73,10 +76,10 @@ class Disk:
         try:
             read_record(path, head, data, self._page())
             return FetchSource.DISK
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except (BadRecord, OSError) as error:
-            log.warning("%s is read again from the checkpoint: %s", path, error)
+            self._note_bad(path, error)
         with self._loading:
             tensors = self._load(layer, expert)
             # what lies between and behind the tensors is part of the digest
@@ -84,6 +87,14 @@ class Disk:
             self._layers[layer].write(tensors, data)
         self._keep(path, head, data)
         return FetchSource.CHECKPOINT
+
+    def _note_bad(self, path: Path, error: Exception) -> None:
+        # a damaged directory has many such records, and where none can be replaced, every step comes here
+        with self._telling:
+            before, self._told_bad = self._told_bad, True
+        if not before:
+            more = "; further such records are not reported"
+            log.warning("%s is read again from the checkpoint: %s%s", path, error, more)
 
     def _page(self) -> mmap.mmap:
         """This thread's memory for headers."""
@@ -101,12 +112,14 @@ class Disk:
             self._give_up_writing(error)
 
     def _give_up_writing(self, error: OSError) -> None:
-        self._writable = False
-        log.warning(
-            "experts are read from the checkpoint: no records of them can be written to --expert-cache-dir %s: %s",
-            self.directory,
-            error.strerror or error,
-        )
+        with self._telling:
+            before, self._writable = self._writable, False
+        if before:
+            log.warning(
+                "experts are read from the checkpoint: no records of them can be written to --expert-cache-dir %s: %s",
+                self.directory,
+                error.strerror or error,
+            )
 
 
 def default_directory() -> Path:

@@ -30,6 +30,8 @@ class Arrival:
     source: FetchSource | None
     error: Exception | None = None
     read_s: float = 0.0
+    """Seconds from the arrival before it, or from its own beginning if that was later. So the mean is the time of an
+    expert, however many are read at once."""
 
 
 @dataclass(order=True, slots=True)
@@ -52,6 +54,8 @@ class Readers:
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
+        self._latest = 0.0
+        """When the latest read ended."""
         self.arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
 
     def submit(self, layer: int, expert: int, slot: Slot, *, urgent: bool) -> None:
@@ -84,13 +88,9 @@ class Readers:
                 source = self._read(job.layer, job.expert, job.slot)
             except Exception as failure:  # noqa: BLE001 - the thread that runs the steps raises it
                 error = failure
+            with self._changed:
+                end = time.perf_counter()
+                read_s, self._latest = end - max(begin, self._latest), end
             self.arrivals.put(
-                Arrival(
-                    layer=job.layer,
-                    expert=job.expert,
-                    slot=job.slot,
-                    source=source,
-                    error=error,
-                    read_s=time.perf_counter() - begin,
-                )
+                Arrival(layer=job.layer, expert=job.expert, slot=job.slot, source=source, error=error, read_s=read_s)
             )

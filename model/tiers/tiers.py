@@ -6,14 +6,16 @@ that need an expert which is not in memory.
 
 from __future__ import annotations
 
+import statistics
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from elastic_moe.cluster.messages.epochs import StallCause, TierCounts
+from elastic_moe.cluster.messages.epochs import FetchSource, StallCause, TierCounts
 from elastic_moe.cluster.placement import Tier
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
 from elastic_moe.model.experts.interface import SlottedExperts, Tensors
@@ -26,6 +28,9 @@ from elastic_moe.model.tiers.readers import Arrival
 from elastic_moe.model.tiers.slots import Slot
 from elastic_moe.model.tiers.way import NearWay, Way
 from elastic_moe.optimizer.buffering.policies import make_policy
+
+_LATEST = 15
+"""Reads by which the disk is judged."""
 
 
 class Tiers:
@@ -72,6 +77,9 @@ class Tiers:
             slot_bytes=self._slot_bytes,
         )
         self._placed: Sequence[Collection[int]] = [() for _ in layers]
+        self._dealt: Sequence[Collection[int]] = self._placed
+        self._read_s: deque[float] = deque(maxlen=_LATEST)
+        """Seconds that the latest reads of records have taken."""
         self._counted = TierCounts()
         self._counting = threading.Lock()
         self.held_changed = False
@@ -95,11 +103,17 @@ class Tiers:
 
     # --- Between steps ----------------------------------------------------------------------------------------------
 
-    def place(self, placed: Sequence[Collection[int]], hosted: Sequence[Collection[int]]) -> None:
+    def place(
+        self,
+        placed: Sequence[Collection[int]],
+        hosted: Sequence[Collection[int]],
+        dealt: Sequence[Collection[int]] | None = None,
+    ) -> None:
         """An epoch begins in which this worker serves the experts `placed` [L], in whichever tier they lie, of which
-        `hosted` [L] lie in the host's memory beside a GPU.
+        `hosted` [L] lie in the host's memory beside a GPU. Steps may need the experts `dealt` [L] here as well.
         """
         self._placed = placed
+        self._dealt = [() for _ in self._layers] if dealt is None else dealt
         for layer, experts in zip(self._layers, placed, strict=True):
             layer.serve(experts)
         self.way.place(hosted)
@@ -113,8 +127,10 @@ class Tiers:
     def _resize(self) -> None:
         self.held_changed = False
         held = [layer.held() for layer in self._layers]
-        wanted = [len(set(placed) - there) for placed, there in zip(self._placed, held, strict=True)]
-        least = sum(count > 0 for count in wanted)
+        own = [set(placed) - there for placed, there in zip(self._placed, held, strict=True)]
+        wanted = [len(mine | (set(dealt) - there)) for mine, dealt, there in zip(own, self._dealt, held, strict=True)]
+        # experts that are dealt pass through any slot
+        least = max(sum(map(bool, own)), int(any(wanted)))
         room = self._capacity - sum(map(len, held))
         self._area.resize(min(max(least, room), sum(wanted)), wanted)
         for number in range(len(self._layers)):
@@ -144,6 +160,15 @@ class Tiers:
             now = replace(now, stall_s={**now.stall_s, StallCause.MISS: misses_s})
             before, self._counted = self._counted, now
         return difference(now, before)
+
+    @property
+    def fetch_s(self) -> float:
+        """Seconds in which an expert comes from the disk; 0 while that is not known."""
+        return statistics.mean(self._read_s) if len(self._read_s) == _LATEST else 0.0
+
+    def cached(self, layer: int) -> frozenset[int]:
+        """Experts in the cache area. The thread that runs the steps calls it."""
+        return self._area.cached(layer)
 
     def serves(self, layer: int, expert: int) -> bool:
         """Whether the epoch in force places this expert here, in whichever tier."""
@@ -181,4 +206,7 @@ class Tiers:
         self.way.fetch(layer, expert, slot, urgent=urgent)
 
     def arrival(self, *, wait: bool) -> Arrival | None:
-        return self.way.arrival(wait=wait)
+        arrival = self.way.arrival(wait=wait)
+        if arrival is not None and arrival.source is FetchSource.DISK:
+            self._read_s.append(arrival.read_s)
+        return arrival

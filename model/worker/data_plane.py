@@ -147,7 +147,7 @@ class DataPlane:
         else:
             exchange = self._join(spec, rank)
         device = torch.device(self.spec.model.device)
-        dispatcher = make_dispatcher(spec.placement, rank, self.loaded.store, exchange, device)
+        dispatcher = make_dispatcher(spec.placement, rank, self.loaded.store, exchange, device, self._experts)
         if self._epoch is None:
             # no step is running yet, so that this is the time for what would make the first ones longer
             self._runner.dispatcher = dispatcher
@@ -179,7 +179,7 @@ class DataPlane:
         if state is None:
             raise StepAborted(f"epoch {epoch} was not prepared on {self.spec.worker}")
         previous, self._epoch = self._epoch, state
-        self._experts.serve(state.spec.placement)
+        self._experts.serve(state.spec.placement, dealt=state.dispatcher.deals)
         self._cores.share(state.spec.placement, state.rank, state.exchange)
         self._prepared.clear()
         self._runner.dispatcher = state.dispatcher

@@ -11,11 +11,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.messages.epochs import ExpertCopy, TierCounts, WorkerSpec
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier
+from elastic_moe.model.exchange.dealing import loose_experts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native.experts import ExpertUnavailable
 from elastic_moe.model.tiers.disk import default_directory
@@ -51,6 +53,7 @@ class HeldExperts:
         """[L] The worker falls back to them until its first epoch begins."""
         self._placement: Placement | None = None
         """Of the epoch in force."""
+        self._dealt = False
         self.tiers: Tiers | None = None
         """Made when an epoch places an expert of this worker on the disk."""
         self.stepping = threading.Lock()
@@ -79,9 +82,10 @@ class HeldExperts:
         if self.tiers is None and any(self._resident(placement, n) != self._experts_of(placement, n) for n in layers):
             self.tiers = self._make_tiers()
 
-    def serve(self, placement: Placement) -> None:
-        """A prepared epoch begins: from now on, nothing is dropped that it places on this worker."""
-        self._placement = placement
+    def serve(self, placement: Placement, *, dealt: bool = False) -> None:
+        """A prepared epoch begins: from now on, nothing is dropped that it places on this worker. `dealt`: its steps
+        may need any expert here that it puts into no device."""
+        self._placement, self._dealt = placement, dealt
 
     def keep_placed(self) -> None:
         """Drop the experts that the epoch does not place on this worker."""
@@ -123,7 +127,8 @@ class HeldExperts:
         self._store.keep_only([self._resident(placement, layer) for layer in layers])
         if self.tiers is not None:
             placed, hosted = ([of(placement, layer) for layer in layers] for of in (self._experts_of, self._hosted))
-            self.tiers.place(placed, hosted)
+            loose = loose_experts(placement) if self._dealt else np.zeros((len(layers), 0), dtype=bool)
+            self.tiers.place(placed, hosted, [np.flatnonzero(row).tolist() for row in loose])
 
     def _experts_of(self, placement: Placement, layer: int) -> set[int]:
         return set(placement.experts_of(self._spec.worker, layer)) - {EMPTY}
@@ -153,6 +158,16 @@ class HeldExperts:
             host_capacity=self._host_capacity,
             rates=self._host_rates,
         )
+
+    # --- What other workers are told (Memory in exchange/dealing.py) -------------------------------------------
+
+    @property
+    def fetch_s(self) -> float:
+        return 0.0 if self.tiers is None else self.tiers.fetch_s
+
+    def in_memory(self, layer: int) -> frozenset[int]:
+        held = self._store.held(layer)
+        return held if self.tiers is None else held | self.tiers.cached(layer)
 
     # --- Steps --------------------------------------------------------------------------------------------------
 

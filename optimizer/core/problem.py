@@ -99,6 +99,12 @@ class PlacementProblem:
     says how many of them have tokens in a step."""
     token_bytes: int = 4096
     """Size of one token's hidden state on a link."""
+    dealt: bool = False
+    """Whether the workers deal the misses of each step among them, as those of several nodes do on CPUs
+    (optimizer/buffering/dealing.py). Which worker serves an expert on disk does not matter then."""
+    shared_disk: bool = False
+    """Whether all workers read from one disk, which takes `disk_fetch_s` divided by their number for an expert. Then it
+    does not matter either, and a layer waits for all that is fetched."""
     token_expert_s: float = 8e-8
     """Seconds that one token takes in one expert, on a worker of speed 1. The default: an expert of DeepSeek-V2-Lite
     (17 MB) is read from an H100's memory, at two thirds of 3.35 TB/s, for the hundred tokens of a step that chose

@@ -15,8 +15,13 @@ F0 is fetched in all, so a layer waits for
 
 with u_w[e] the seconds of fetching e if it is active, u their sum over the workers, and V the covariance of activity:
 experts that are active in the same steps should be fetched by different workers. Experts that are in the devices are
-computed in the meantime; `stall` is what G exceeds them by. Where the KV cache gets what experts leave, every slot of a
-device costs resident_s.
+computed in the meantime; `stall` is what G exceeds them by. Where the misses of a step are dealt, it is
+
+  G = sum_w F_w / W + r,    r = (W - 1) / 2W (1 - exp(-2 m)) mean_w disk_fetch_s
+
+since M misses end when ceil(M / W) are fetched; r is for m misses on average, in even rooms. Workers that share a
+disk wait for sum_w F_w / W too, and r is 0. Where the KV cache gets what experts leave, every slot of a device costs
+resident_s.
 
 The tiers follow from the table: a worker keeps those experts in its device that save most. One slot of each layer that
 does not fit stays free for what passes through; a larger cache area is counted as if it held the best experts that are
@@ -75,19 +80,35 @@ class Tiering:
         self.resident_s = np.array([m.resident_s for m in memory])
         self.active = activity(self.chance, self.tokens)
         """[L, E]"""
-        self.slope, self.steep = self._spread()
+        together = problem.dealt or problem.shared_disk
+        self.own = 0.0 if together else 1.0
+        """Seconds that a layer waits for each second that its slowest worker fetches on average."""
+        self.slope, self.steep, self.rest_s = self._dealt(problem) if together else (*self._spread(), self._zeros())
         """([L] seconds that a layer waits for each second of fetching, because workers differ in a step, [L] and for
-        each squared second of their variance)"""
+        each squared second of their variance; [L] and whatever is fetched)"""
         self.covariance = self._covariance(problem)
         """[L, E, E] of activity"""
         self._busy = self.chance * (self.tokens * problem.token_expert_s)
         self._speed = problem.speed
-        self.weight = self.slope + 1 / self._width
+        self.weight = self.slope + self.own / self._width
         """[L] seconds that a layer waits for each second of fetching, where workers are even."""
 
-    def _spread(self) -> tuple[FloatArray, FloatArray]:
+    def _zeros(self) -> FloatArray:
+        return np.zeros(self._layers)
+
+    def _outside(self) -> FloatArray:
+        """[L, n] how often those experts are active that lie in no memory, in even rooms."""
         inside = int((np.maximum(self.device // self._layers - 1, 0) + self.host // self._layers).sum())
-        outside = np.sort(self.active, axis=1)[:, ::-1][:, inside:]
+        return np.sort(self.active, axis=1)[:, ::-1][:, inside:]
+
+    def _dealt(self, problem: PlacementProblem) -> tuple[FloatArray, FloatArray, FloatArray]:
+        if problem.shared_disk:
+            return self._zeros() + 1 / self._width, self._zeros(), self._zeros()
+        rounded_up = (1 - 1 / self._width) / 2 * (1 - np.exp(-2 * self._outside().sum(axis=1)))
+        return self._zeros() + 1 / self._width, self._zeros(), rounded_up * float(self.disk_s.mean())
+
+    def _spread(self) -> tuple[FloatArray, FloatArray]:
+        outside = self._outside()
         unit_s = float(self.disk_s.mean())
         fetched = unit_s * outside.sum(axis=1)
         spread = unit_s * np.sqrt((outside * (1 - outside)).sum(axis=1) / self._width)
@@ -152,7 +173,8 @@ class Tiering:
             curve = np.take_along_axis(tails[:, :, rank], np.maximum(inside, 0), axis=1)
             keeps = least[:, rank, None] if least[:, rank].sum() <= self.device[rank] else np.minimum(n, 1)
             outside.append(np.where(slots < keeps, NEVER_S, curve))
-        slots = dealt(outside, self.device, busy, 2 * self.slope, self.resident_s)
+        slope = (1 + self.own) * self.slope
+        slots = dealt(outside, self.device, busy, slope, self.resident_s, self.own)
         return np.asarray(np.where((slots >= count) & (allowed == count), count, np.minimum(slots - 1, allowed)))
 
     def levels_within(self, x: FloatArray, before: FloatArray, most: int) -> LevelArray:
@@ -177,7 +199,8 @@ class Tiering:
         prices = self.prices(x, levels)
         fetch_s = prices.sum(axis=1)
         unit = prices / np.maximum(self.active, 1e-300)[:, :, None]
-        return np.asarray(fetch_s.max(axis=1) + spread_s(self.covariance, self.slope, self.steep, fetch_s, unit))
+        spread = spread_s(self.covariance, self.slope, self.steep, fetch_s, unit)
+        return np.asarray(self.own * fetch_s.max(axis=1) + spread + self.rest_s)
 
     def rooms(self, levels: LevelArray) -> tuple[IntArray, IntArray]:
         """([L, W] experts in the device, the slot for those that pass included; [L, W] experts in the host)."""

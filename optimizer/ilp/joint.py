@@ -173,7 +173,8 @@ class JointModel:
         self.model.slowest = pyo.Constraint(self.model.layers, self.model.w, rule=rule)
 
     def _wait_for_experts(self, tiering: Tiering) -> None:
-        """F[l, w] + slope sum_v F[l, v] + steep s2[l] <= peak[l], F what w fetches, s2 its variance; the rooms."""
+        """own F[l, w] + slope sum_v F[l, v] + steep s2[l] + rest <= peak[l], F what w fetches, s2 its variance; the
+        rooms."""
         problem, model = self.problem, self.model
         width = len(problem.workers)
         prices = {r: tiering.fetch_prices(np.full((*problem.loads.shape, width), 1 / r)) for _, r in self.modes}
@@ -196,10 +197,10 @@ class JointModel:
             fit(model, mine, [(layer, w) for layer in model.layers], int(tiering.device[w]), int(tiering.host[w]))
         for layer in model.layers:
             seconds = [fetched(model, self._items[layer, w]) for w in model.w]
-            spread = float(tiering.slope[layer]) * sum(seconds)
+            spread = MICRO * float(tiering.rest_s[layer]) + float(tiering.slope[layer]) * sum(seconds)
             spread += float(tiering.steep[layer]) * self._variance(tiering, layer)
             for each in seconds:
-                model.tiers.add(each + spread <= model.peak[layer])
+                model.tiers.add(tiering.own * each + spread <= model.peak[layer])
 
     def _variance(self, tiering: Tiering, layer: int) -> Any:
         """MICRO (sum_w u_w' V u_w - u' V u / W): products of two experts that are fetched, by any two workers."""

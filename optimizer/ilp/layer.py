@@ -96,12 +96,12 @@ class LayerModel:
             fit(model, self._items[w], [(w,)], int(fetch.room[w]), int(fetch.host_room[w]))
         x = self.terms.by_worker(self.row, self.terms.shares(self.row))
         now = fetch.prices(x).sum(axis=0)
-        varies = MICRO * float((fetch.waits(x) - now)[0] - fetch.slope * now.sum())
+        varies = MICRO * float((fetch.waits(x) - fetch.own * now)[0] - fetch.slope * now.sum())
         others = MICRO * np.delete(now, self.ranks)
         seconds = [fetched(model, self._items[w]) for w in self.ranks]
         spread = fetch.slope * (sum(seconds) + float(others.sum())) + varies
         for each in [*seconds, *([float(others.max())] if len(others) else [])]:
-            model.tiers.add(each + spread <= model.peak)
+            model.tiers.add(fetch.own * each + spread <= model.peak)
 
     def _products(self) -> None:
         """p <= x, p <= x', and p >= x + x' - 1 where sharing a worker costs."""

@@ -28,22 +28,27 @@ TIE = 1e-6
 
 
 def dealt(
-    outside: Sequence[FloatArray], budgets: IntArray, busy: FloatArray, slope: FloatArray, rent: FloatArray
+    outside: Sequence[FloatArray],
+    budgets: IntArray,
+    busy: FloatArray,
+    slope: FloatArray,
+    rent: FloatArray,
+    own: float = 1.0,
 ) -> IntArray:
     """[L, W] slots of each layer on each worker.
 
     `outside` [W] of [L, n+1]: seconds that a worker fetches in a layer with 0 .. n slots, or NEVER_S;
     `budgets` [W]; `busy` [L] seconds for which the layer lasts anyway; `slope` [L] seconds for each
-    second that any worker fetches; `rent` [W] seconds for each slot.
+    second that any worker fetches; `rent` [W] seconds for each slot; `own` seconds for each second of the slowest one.
     """
-    rooms = _alike(outside, budgets, busy, slope, rent)
+    rooms = _alike(outside, budgets, busy, slope, rent, own)
     seconds = np.stack([_at(curve, room) for curve, room in zip(outside, rooms, strict=True)])
     for _ in range(PASSES if len(outside) > 1 else 1):
         before = seconds.copy()
         for rank, curve in enumerate(outside):
             others = np.delete(seconds, rank, axis=0)
             most = others.max(axis=0, initial=0.0)[:, None]
-            waits = np.maximum(curve, most) + slope[:, None] * (curve + others.sum(axis=0)[:, None])
+            waits = own * np.maximum(curve, most) + slope[:, None] * (curve + others.sum(axis=0)[:, None])
             costs = np.maximum(waits, busy[:, None]) + TIE * curve + rent[rank] * np.arange(curve.shape[1])
             rooms[rank] = split(costs, int(budgets[rank]))
             seconds[rank] = _at(curve, rooms[rank])
@@ -53,7 +58,7 @@ def dealt(
 
 
 def _alike(
-    outside: Sequence[FloatArray], budgets: IntArray, busy: FloatArray, slope: FloatArray, rent: FloatArray
+    outside: Sequence[FloatArray], budgets: IntArray, busy: FloatArray, slope: FloatArray, rent: FloatArray, own: float
 ) -> list[IntArray]:
     """[W] of [L] slots: the same on all workers where their experts and budgets are alike in number, else the best of
     each worker by itself."""
@@ -62,7 +67,7 @@ def _alike(
         costs = [curve + price for curve, price in zip(outside, rents, strict=True)]
         return [split(each, int(budget)) for each, budget in zip(costs, budgets, strict=True)]
     curves = np.stack(outside)
-    waits = curves.max(axis=0) + slope[:, None] * curves.sum(axis=0)
+    waits = own * curves.max(axis=0) + slope[:, None] * curves.sum(axis=0)
     rents = rent.sum() * np.arange(curves.shape[2])
     room = split(np.maximum(waits, busy[:, None]) + TIE * curves.sum(axis=0) + rents, int(budgets[0]))
     return [room.copy() for _ in outside]

@@ -43,13 +43,18 @@ class LayerFetch:
     """Seconds that the layer waits for each second of fetching, because workers differ in a step."""
     steep: float
     """And for each squared second of the variance."""
+    own: float = 1.0
+    """And for each second that the slowest worker fetches on average."""
+    rest_s: float = 0.0
+    """And whatever is fetched."""
 
     def waits(self, x: FloatArray) -> FloatArray:
         """[W] seconds for which each worker makes the layer wait for shares x [E, W]; the largest counts."""
         prices = self.prices(x)
         fetch_s = prices.sum(axis=0)
         unit = prices / np.maximum(self.active, 1e-300)[:, None]
-        return np.asarray(fetch_s + spread_s(self.covariance, self.slope, self.steep, fetch_s, unit))
+        spread = spread_s(self.covariance, self.slope, self.steep, fetch_s, unit)
+        return np.asarray(self.own * fetch_s + spread + self.rest_s)
 
     def prices(self, x: FloatArray) -> FloatArray:
         """[E, W] seconds per step that each worker fetches each expert."""

@@ -68,6 +68,8 @@ class LayerPricer:
             covariance=tiering.covariance[layer],
             slope=float(tiering.slope[layer]),
             steep=float(tiering.steep[layer]),
+            own=tiering.own,
+            rest_s=float(tiering.rest_s[layer]),
         )
 
     def total_s(self, table: IntArray) -> float:

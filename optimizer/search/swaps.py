@@ -154,7 +154,7 @@ def _fetching_half(
     for load, weight in zip(loads, terms.weights, strict=True):
         worker = np.add.reduceat(load, terms.first_slot) / terms.speed
         norm = potential_norm(np.append(worker, weight * waits), terms.load_power)
-        change = raised(weight * np.maximum(waits[owner][:, None] + fetched, 0.0) / norm, terms.load_power)
+        change = raised(weight * np.maximum(waits[owner][:, None] + fetch.own * fetched, 0.0) / norm, terms.load_power)
         change -= raised(weight * waits / norm, terms.load_power)[owner][:, None]
         change *= norm / 2**terms.load_power
         steepness = float(((weight * waits / norm) ** (2**terms.load_power - 1)).sum())

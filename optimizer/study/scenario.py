@@ -52,6 +52,7 @@ def problem_from_trace(
     speeds: tuple[float, ...] = (),
     memory: tuple[WorkerMemory, ...] = (),
     tokens_per_step: int = DEFAULT_STEP_TOKENS,
+    dealt: bool = False,
 ) -> PlacementProblem:
     """The problem of placing the trace's experts on `workers`. `others` are further subjects that the placement must
     serve; `weights` say how much each counts, the trace's own first (all the same if not given)."""
@@ -73,4 +74,5 @@ def problem_from_trace(
         semantics=semantics,
         memory=memory,
         tokens_per_step=tokens_per_step,
+        dealt=dealt,
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elastic_moe.actors.control.planning import build_problem
+from elastic_moe.cluster.facts.sampling import RoutingSample
 from elastic_moe.cluster.facts.tiering import cache_slots_of
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import Placement
@@ -54,14 +55,21 @@ def problem_of(
     memory = tuple(
         WorkerMemory(
             device_experts=device * info.num_layers,
-            disk_fetch_s=info.expert_bytes / rate,
+            disk_fetch_s=len(rates) * info.expert_bytes / rate,
             cache_slots=cache_slots_of(device),
         )
         for rate in rates
     )
     load = np.sum([counts.load for counts in routing], axis=0).astype(np.float64)
-    transitions = np.sum([counts.transitions for counts in routing], axis=0)
-    return build_problem(info, placement, load, transitions, dtype=info.dtype, memory=memory, tokens_per_step=batch)
+    sample = RoutingSample(
+        num_layers=info.num_layers,
+        num_experts=info.num_logical_experts,
+        parts=tuple((counts.sample, counts.tokens) for counts in routing if len(counts.sample)),
+    )
+    transitions = sample.transitions()
+    return build_problem(
+        info, placement, load, transitions, dtype=info.dtype, memory=memory, tokens_per_step=batch, shared_disk=True
+    )
 
 
 def predicted(problem: PlacementProblem, placement: Placement, info: ModelInfo, resident_s: float) -> Step:
@@ -139,9 +147,9 @@ def main() -> None:
         resident_s = measured_step(turns[number, 0]).step_s
         for n, setup in enumerate(setups[1:], start=1):
             placement = placed(info, setup)
-            last = turns[number, n][-1]
+            seen = [times for turn in turns[number, n] for times in turn]
             problem = problem_of(
-                info, placement, last, running[n].disk_bytes_per_s, setup.device_experts, case.requests
+                info, placement, seen, running[n].disk_bytes_per_s, setup.device_experts, case.requests
             )
             said = predicted(problem, placement, info, resident_s)
             print(line(case.requests, setup.device_experts, said, measured_step(turns[number, n]), resident_s))

@@ -37,6 +37,8 @@ class Bench:
     """How many there should be."""
     struck_at: float = 0.0
     """When the clock of the outage starts: at the fault, or when load comes back after it."""
+    into_move_s: tuple[float, float] = (0.05, 0.8)
+    """After a re-placement began: experts are being copied then, for the bandwidth is limited."""
     victims: list[psutil.Process] = field(default_factory=list)
     """Processes that must be gone once the cluster is whole again."""
 
@@ -80,11 +82,13 @@ class Bench:
 
     # --- What is asked of the cluster ---------------------------------------------------------------------------
 
-    def strike_worker(self, worker: str, *, hang: bool = False) -> None:
-        pid = next(w["pid"] for w in self.server.get("/admin/workers") if w["id"] == worker)
-        self.victims.append(psutil.Process(pid))
+    def worker(self, worker: str) -> psutil.Process:
+        return psutil.Process(next(w["pid"] for w in self.server.get("/admin/workers") if w["id"] == worker))
+
+    def strike_process(self, process: psutil.Process, *, hang: bool = False) -> None:
+        self.victims.append(process)
         self.struck_at = time.monotonic()
-        os.kill(pid, signal.SIGSTOP if hang else signal.SIGKILL)
+        process.send_signal(signal.SIGSTOP if hang else signal.SIGKILL)
 
     def move_everything(self) -> str:
         """A re-placement that moves every expert: each layer's slots, shifted by a worker's. The operation's id."""

@@ -33,6 +33,10 @@ LONGEST = 160
 LONGEST_OF_OTHERS = 48
 SETTLED_CYCLES = 4
 LEAKS = "scale cycles"
+INTO_READS_S = (0.0, 0.1)
+"""After a re-placement began whose experts are read from disk: no bandwidth limits those reads."""
+NEED_COPIES = ("stop migrator in re-placement",)
+"""Scenarios that need copies of experts. A migrator without work is not missed until there is some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +84,18 @@ def resident_flags(checkpoint: Path, share: float) -> list[str]:
 
 
 def run(
-    server: Server, expected: Expected, scenarios: Mapping[str, Scenario], *, seed: int, tell: bool = False
+    server: Server,
+    expected: Expected,
+    scenarios: Mapping[str, Scenario],
+    *,
+    seed: int,
+    tell: bool = False,
+    resident: float = 1.0,
 ) -> list[Row]:
     """Each scenario under a load of its own, from a whole cluster to a whole cluster."""
     rows = []
     for name, scenario in scenarios.items():
-        rows.append(_run_one(server, expected, name, scenario, seed))
+        rows.append(_run_one(server, expected, name, scenario, seed, resident))
         if tell:
             print(line(rows[-1]), flush=True)
             for key, value in rows[-1].figures.items():
@@ -95,7 +105,7 @@ def run(
     return rows
 
 
-def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, seed: int) -> Row:
+def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, seed: int, resident: float) -> Row:
     troubles: list[str] = []
     figures: Mapping[str, str] = {}
     # where nothing fails, what clients feel is measured: on streams, and without prompts that hold everybody up
@@ -103,6 +113,8 @@ def _run_one(server: Server, expected: Expected, name: str, scenario: Scenario, 
     wait_for_spare(server)
     with Load(server, expected, threads=THREADS, seed=seed, **mix) as load:
         bench = Bench(server=server, load=load, rng=random.Random(f"{seed}/{name}"), workers=WORKERS)
+        if resident < 1:
+            bench.into_move_s = INTO_READS_S
         load.wait_for_tokens(100)
         bench.struck_at = time.monotonic()
         try:
@@ -135,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # as Ctrl-C: the server is ended too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     scenarios = {**CALM, **FAULTS, LEAKS: lambda bench: scale_cycles(bench, options.cycles, SETTLED_CYCLES)}
-    scenarios = {name: scenarios[name] for name in options.only or scenarios}
+    copies = options.resident == 1
+    scenarios = {name: scenarios[name] for name in options.only or scenarios if copies or name not in NEED_COPIES}
     with tempfile.TemporaryDirectory(prefix="emoe-chaos-") as directory:
         tiny = options.model is None
         checkpoint = tiny_checkpoint(options.family, Path(directory)) if tiny else Path(options.model)
@@ -151,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server = start_server(checkpoint, log, *flags, *options.flag)
         try:
             print(f"seed {options.seed}, {WORKERS} workers, {THREADS} clients\n{HEADER}", flush=True)
-            rows = run(server, expected, scenarios, seed=options.seed, tell=True)
+            rows = run(server, expected, scenarios, seed=options.seed, tell=True, resident=options.resident)
             code = server.stop()
         except BaseException:
             print(log.read_text()[-4000:], file=sys.stderr)

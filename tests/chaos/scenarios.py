@@ -11,8 +11,6 @@ from tests.chaos.figures import move_a_quarter, scale_up_and_down
 Figures = dict[str, str]
 Scenario = Callable[[Bench], "Figures | None"]
 
-INTO_COPIES_S = (0.05, 0.8)
-"""After a re-placement began: experts are being copied then, for the bandwidth is limited."""
 INTO_RECOVERY_S = 0.4
 
 
@@ -40,7 +38,7 @@ def strike_in_prefill(bench: Bench, *roles: str) -> None:
 
 def strike_while_moving(bench: Bench, *roles: str, hang: bool = False) -> None:
     bench.move_everything()
-    pause(bench.rng.uniform(*INTO_COPIES_S))
+    pause(bench.rng.uniform(*bench.into_move_s))
     bench.strike(*roles, hang=hang)
 
 
@@ -75,9 +73,12 @@ def strike_who_leaves(bench: Bench, *, hang: bool = False) -> None:
     """The source of the copies dies while it gives its experts away and lets its requests finish."""
     bench.finish(bench.scale(bench.workers + 1))
     worker = bench.server.get("/admin/placement")["workers"][-1]["id"]
+    process = bench.worker(worker)
     bench.retire(worker)
-    pause(bench.rng.uniform(0.0, 0.5))
-    bench.strike_worker(worker, hang=hang)
+    pause(bench.rng.uniform(0.0, min(0.5, bench.into_move_s[1])))
+    # one whose experts need no copies may have left
+    if process.is_running():
+        bench.strike_process(process, hang=hang)
 
 
 def strike_api(bench: Bench, *others: str) -> None:

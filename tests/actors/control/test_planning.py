@@ -5,7 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from elastic_moe.actors.control.planning import build_problem, judge, links_of, memory_of_members, preview
+from elastic_moe.actors.control.planning import (
+    build_problem,
+    deals,
+    judge,
+    links_of,
+    memory_of_members,
+    preview,
+    share_disk,
+)
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.facts.tiering import assign_tiers
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
@@ -16,7 +24,7 @@ from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.subjects.likeness import mixes
 from elastic_moe.optimizer.subjects.memory import Remembered
 from tests.actors.fakes import MODEL
-from tests.cluster.stories import facts_of, member
+from tests.cluster.stories import facts_of, member, team
 
 LAYERS, EXPERTS = 2, 6
 TOLD = dataclasses.replace(MODEL, num_layers=LAYERS, num_logical_experts=EXPERTS, top_k=2)
@@ -52,7 +60,8 @@ def test_planners_know_the_tiers_of_workers_and_misses_are_predicted() -> None:
     facts = facts_of(members, ranks, model=TOLD, load=np.zeros((LAYERS, EXPERTS), dtype=np.int64))
     memory = memory_of_members(facts)
     assert [(m.device_experts, m.cache_slots) for m in memory] == [(4, 1), (4, 1)]
-    assert memory[0].disk_fetch_s == TOLD.expert_bytes / 1e6
+    assert memory[0].disk_fetch_s == 2 * TOLD.expert_bytes / 1e6, "both read from their node's disk"
+    assert share_disk(facts)
     rooms = facts.rooms(members)
     has = {worker: np.zeros((LAYERS, EXPERTS), dtype=bool) for worker in ranks}
     tiered = assign_tiers(PLACEMENT, rooms, has, facts.load)
@@ -65,6 +74,21 @@ def test_planners_know_the_tiers_of_workers_and_misses_are_predicted() -> None:
     assert expected_fetches(fits, PLACEMENT).experts == 0.0
     without = facts_of([member(w) for w in ranks], ranks, model=TOLD)
     assert memory_of_members(without) == ()
+
+
+@pytest.mark.parametrize(
+    ("transport", "device", "dealt"), [("tcp", "cpu", True), ("shm", "cpu", False), ("tcp", "A10", False)]
+)
+def test_planners_know_whether_misses_are_dealt(transport: str, device: str, dealt: bool) -> None:
+    """Workers of several nodes do so on CPUs, whose groups exchange by TCP; so may groups that share a GPU."""
+    facts = team(WorkerId("w0"), WorkerId("w1"))
+    assert facts.spec is not None
+    records = {
+        worker: dataclasses.replace(record, info=dataclasses.replace(record.info, device=device))  # type: ignore[type-var]
+        for worker, record in facts.records.items()
+    }
+    spec = dataclasses.replace(facts.spec, transport=transport)  # type: ignore[arg-type]
+    assert deals(dataclasses.replace(facts, records=records, spec=spec)) == dealt
 
 
 def test_planners_reckon_with_what_was_measured_or_set() -> None:

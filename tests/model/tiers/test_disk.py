@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.tiers.disk import UNFINISHED_S, Disk
 from elastic_moe.model.tiers.slots import Slot
-from tests.model.groups import ToyExperts
+from tests.model.groups import ToyExperts, run_group
 
 MODULE = ToyExperts(4, 64, 32, 0)
 
@@ -77,6 +78,21 @@ def test_a_directory_that_cannot_be_written_is_told_of_once(
     assert not list(reader.disk.directory.iterdir())
 
 
+def test_readers_that_fail_at_the_same_time_say_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, together = Reader(tmp_path), threading.Barrier(3)
+    size = reader.slot.data.numel()
+
+    def fail(**_: object) -> int:
+        together.wait(20)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    run_group(3, lambda expert: reader.disk.read(0, expert, Slot(size)))
+    assert len(warnings(caplog)) == 1
+
+
 def test_records_that_are_there_are_read_from_a_directory_that_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,8 +110,27 @@ def test_another_model_s_records_are_not_taken(tmp_path: Path, caplog: pytest.Lo
     os.replace(other.disk.directory / "0-0.expert", mine.disk.directory / "0-0.expert")
     assert mine.read(0) is FetchSource.CHECKPOINT
     [said] = warnings(caplog)
-    assert said.endswith("0-0.expert is read again from the checkpoint: it is a record of something else")
+    assert "0-0.expert is read again from the checkpoint: it is a record of something else" in said
     assert mine.read(0) is FetchSource.DISK
+
+
+def test_a_file_in_the_place_of_the_directory_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("{}")
+    reader = Reader(tmp_path / "file")
+    assert [reader.read(e) for e in (0, 1, 0)] == [FetchSource.CHECKPOINT] * 3
+    [said] = warnings(caplog)
+    assert said.endswith("Not a directory")
+
+
+def test_a_damaged_record_that_cannot_be_replaced_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = Reader(tmp_path)
+    reader.read(0)
+    (reader.disk.directory / "0-0.expert").write_bytes(b"short")
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    assert [reader.read(0) for _ in range(3)] == [FetchSource.CHECKPOINT] * 3
+    assert len(warnings(caplog)) == 2, "of the record, and of the directory"
 
 
 def test_where_the_checkpoint_cannot_be_read_either_the_step_fails(tmp_path: Path) -> None:

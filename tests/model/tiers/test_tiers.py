@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ import torch
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.messages.epochs import Epoch, FetchSource
 from elastic_moe.cluster.placement import Tier
+from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.native import unavailable
+from elastic_moe.model.tiers.tiers import Tiers
 from elastic_moe.model.worker.data_plane import DataPlane
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import run_group
@@ -186,7 +189,7 @@ def test_damaged_and_foreign_records_are_read_again_from_the_checkpoint(
     with caplog.at_level(logging.WARNING):
         cluster = Lockstep(path, (8,), pinned=1, cache_dir=tmp_path)
         assert tokens(cluster) == expected
-    assert sum("read again from the checkpoint" in record.message for record in caplog.records) == 3
+    assert sum("read again from the checkpoint" in record.message for record in caplog.records) == 1
     counts = next(iter(cluster.workers.values())).tier_counts()
     assert counts.fetched_bytes[FetchSource.CHECKPOINT] > 0
     assert [record.read_bytes() for record in records] == whole
@@ -234,3 +237,42 @@ def test_without_a_directory_for_records_the_checkpoint_serves(
     assert sum("--expert-cache-dir" in record.message for record in caplog.records) == 1
     counts = next(iter(cluster.workers.values())).tier_counts()
     assert counts.fetched_bytes[FetchSource.DISK] == 0 < counts.fetched_bytes[FetchSource.CHECKPOINT]
+
+
+def test_workers_of_several_nodes_share_the_misses_of_a_step(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    expected = tokens(Lockstep(path, (6, 2)))
+    # the threads of one process get the disk in any order
+    monkeypatch.setattr(Tiers, "fetch_s", 0.001)
+    cluster = Lockstep(path, (6, 2), pinned=1, cache_dir=tmp_path, transport="tcp")
+    assert tokens(cluster) == expected
+    misses = [worker.tier_counts().accesses[Tier.DISK] for worker in cluster.workers.values()]
+    # by the placement, the first one would have forty times those of the other
+    assert 20 < max(misses) < 2 * min(misses)
+
+
+@pytest.mark.parametrize(("dtype", "transport"), [("bfloat16", "shm"), ("float32", "tcp")])
+def test_where_all_are_in_memory_no_step_runs_code_of_the_tiers(
+    dtype: str, transport: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+
+    def rooms(**more: Any) -> set[str]:
+        """The folders of the functions that the steps call."""
+        cluster = Lockstep(path, (4, 4), dtype=dtype, transport=transport, **more)
+        called: set[str] = set()
+        threading.setprofile(lambda frame, event, argument: called.add(frame.f_code.co_filename))
+        try:
+            cluster.run([request("r", prompts(1)[0], max_tokens=2)])  # its steps run in threads that begin now
+        finally:
+            threading.setprofile(None)
+        worker = next(iter(cluster.workers.values()))
+        assert (worker._experts.tiers is None) == (not more)
+        natives = [layer.native for layer in worker.loaded.fit.experts if isinstance(layer, CpuExperts)]
+        assert all(native is None or (native.supply is None) == (not more) for native in natives)
+        return {file for file in called if any(part in file for part in ("model/tiers", "buffering", "dealing"))}
+
+    assert not rooms()
+    assert rooms(pinned=1, cache_dir=tmp_path)

@@ -75,6 +75,26 @@ def test_the_price_is_that_of_the_docstring(seed: int, host: int, computes: bool
     )
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_dealt_misses_are_priced_as_they_end(tokens: int) -> None:
+    """M misses of which every worker fetches its share end when the next whole number of M / W is fetched."""
+    problem = tight(0, device=2, experts=12, layers=1, workers=3, slots=(4, 4, 4), tokens_per_step=tokens, dealt=True)
+    tiering = problem.tiering
+    assert tiering is not None
+    x = shares(problem, np.arange(12)[None])
+    [levels] = tiering.levels(x)
+    chances = tiering.active[0][(levels == Tier.DISK).any(axis=1)]
+    misses = (np.random.default_rng(0).random((20_000, len(chances))) < chances).sum(axis=1)
+    [waits] = tiering.waits(x, levels[None])
+    assert waits == pytest.approx(np.ceil(misses / 3).mean() * 50 * US, rel=0.12)
+    shared = dataclasses.replace(problem, dealt=False, shared_disk=True).tiering
+    assert shared is not None
+    assert shared.waits(x, levels[None])[0] == pytest.approx(misses.mean() * 50 / 3 * US, rel=0.02)
+    apart = dataclasses.replace(problem, dealt=False).tiering
+    assert apart is not None
+    assert apart.waits(x, levels[None])[0] > waits
+
+
 @pytest.mark.parametrize(
     ("seed", "device", "host", "rent_s"),
     [(0, 2, 0, 0), (1, 3, 0, 0), (2, 4, 1, 0), (3, 5, 2, 0), (4, 2, 1, 0), (5, 6, 0, 15 * US), (6, 5, 1, 30 * US)],
@@ -136,10 +156,11 @@ def test_where_everything_fits_memories_change_nothing(planner: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "device", "host", "tokens"), [(0, 2, 0, 1), (1, 2, 1, 4), (2, 3, 0, 64), (3, 3, 1, 4)]
+    ("seed", "device", "host", "tokens", "dealt"),
+    [(0, 2, 0, 1, False), (1, 2, 1, 4, False), (2, 3, 0, 64, False), (3, 3, 1, 4, False), (4, 2, 0, 4, True)],
 )
-def test_no_table_and_no_tiers_beat_the_bound(seed: int, device: int, host: int, tokens: int) -> None:
-    problem = tight(seed, device=device, host=host, tokens_per_step=tokens)
+def test_no_table_and_no_tiers_beat_the_bound(seed: int, device: int, host: int, tokens: int, dealt: bool) -> None:
+    problem = tight(seed, device=device, host=host, tokens_per_step=tokens, dealt=dealt)
     rng = np.random.default_rng(seed)
     tables = list(every_table(problem))
     chosen = [tables[int(k)] for k in rng.integers(len(tables), size=3)]
@@ -158,6 +179,8 @@ def test_no_table_and_no_tiers_beat_the_bound(seed: int, device: int, host: int,
         {"device": 3, "slots": (3, 2), "layers": 1, "tokens_per_step": 1},
         {"device": 2, "layers": 1, "workers": 3, "slots": (2, 2, 1), "experts": 4, "caution": 0.0},
         {"device": 5, "experts": 3, "slots": (2, 1), "layers": 1, "rent_s": 20 * US},
+        {"device": 2, "experts": 3, "slots": (2, 1), "dealt": True},
+        {"device": 2, "layers": 1, "workers": 3, "slots": (2, 2, 1), "experts": 4, "caution": 0.0, "dealt": True},
     ],
 )
 def test_the_ilp_proves_the_brute_force_optimum(fields: dict[str, object]) -> None:
