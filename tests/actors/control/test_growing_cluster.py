@@ -18,7 +18,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.redeploy import Generation
 from tests.actors.control.test_start import ask, serving, wait_ready, wait_until
 from tests.actors.fakes import FakeRayFleet
-from tests.growing_ray import growing_ray
+from tests.growing_ray import GrowingRay, growing_ray
 
 pytestmark = [
     pytest.mark.ray,
@@ -31,16 +31,16 @@ pytestmark = [
 
 
 @pytest.fixture
-def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[GrowingRay]:
     """A head that has cores and no GPU, and room for two nodes with a GPU each, of which none is there yet."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     gpu = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": 80 << 20}, "max_workers": 2}
     with (
         tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-", ignore_cleanup_errors=True) as directory,
-        growing_ray(Path(directory), {"CPU": 2}, {"gpu": gpu}, idle_s=3) as address,
+        growing_ray(Path(directory), {"CPU": 2}, {"gpu": gpu}, idle_s=3) as growing,
     ):
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        yield
+        ray.init(address=growing.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield growing
         ray.shutdown()
 
 
@@ -56,17 +56,12 @@ def drain(node: str, seconds: float) -> None:
     assert accepted, why
 
 
-def test_gpu_nodes_come_and_go(joined: None, tmp_path: Path) -> None:
+def test_gpu_nodes_come_and_go(joined: GrowingRay, tmp_path: Path) -> None:
     config = ServeConfig(workers=1, device="cuda", rebalance_interval=0, drain_timeout=1)
-    coordinator = start_cluster(config, str(tmp_path), FakeRayFleet(config, Generation("grows"), alone=False))
-    assert not gpu_nodes()
-    reasons: set[str] = set()
-
-    def waits() -> bool:
-        reasons.add(ask(coordinator, "readiness").reason)
-        return any("w0 waits for a GPU: the cluster has none" in reason for reason in reasons)
-
-    wait_until(waits)
+    with joined.held():
+        coordinator = start_cluster(config, str(tmp_path), FakeRayFleet(config, Generation("grows"), alone=False))
+        wait_until(lambda: "w0 waits for a GPU: the cluster has none" in ask(coordinator, "readiness").reason)
+        assert not gpu_nodes()
     wait_ready(coordinator)
     (first,) = gpu_nodes()
     assert [(worker.id, worker.node) for worker in serving(coordinator)] == [("w0", first)]
