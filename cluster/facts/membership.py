@@ -44,6 +44,8 @@ class WorkerRecord:
     loaded_at: float | None = None
     retired: bool = False
     """Whether the worker leaves because a user named it or its node leaves, and not because there are too many."""
+    moves: bool = False
+    """Whether another one is started in its place, on a node that came later. It serves until that one has loaded."""
     draining_since: float = 0.0
     leave_by: float | None = None
     """When its node ends; None where that is not known, or its node stays."""
@@ -120,8 +122,8 @@ class Membership:
 
     # --- Coming and going ---------------------------------------------------------------------------------------
 
-    def start(self, assigned: BoolArray, now: float) -> StartWorker:
-        """Ask for one more worker, which is to load `assigned` ([L, E])."""
+    def start(self, assigned: BoolArray, now: float, node: str | None = None) -> StartWorker:
+        """Ask for one more worker, which is to load `assigned` ([L, E]), on `node` if that has room."""
         worker = self.next_worker
         self._asked += 1
         self._records[worker] = WorkerRecord(
@@ -133,7 +135,7 @@ class Membership:
             perhaps=self._nothing,
             asked_at=now,
         )
-        return StartWorker(worker=worker, experts=expert_lists(assigned))
+        return StartWorker(worker=worker, experts=expert_lists(assigned), node=node)
 
     def loads(self, info: WorkerInfo, now: float) -> bool:
         """A worker has loaded. Returns False if it was known to be loaded, or is dead."""
@@ -159,6 +161,14 @@ class Membership:
     def keep(self, worker: WorkerId) -> None:
         """A worker that was to leave stays."""
         self._set(worker, state=WorkerState.SERVING)
+
+    def move(self, worker: WorkerId) -> None:
+        """Another one is to be started in its place."""
+        self._set(worker, moves=True)
+
+    def stay(self, worker: WorkerId) -> None:
+        """It does not move after all."""
+        self._set(worker, moves=False)
 
     def stop(self, worker: WorkerId) -> StopWorker:
         self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing, perhaps=self._nothing)

@@ -103,6 +103,10 @@ class FakeWorker:
         return 0.5
 
     @in_group("joins")
+    def open_door(self) -> Endpoint:
+        return Endpoint(address="127.0.0.1", port=1, token="")
+
+    @in_group("joins")
     def prepare(self, spec: EpochSpec) -> None:
         self._delay("prepare")
         if not self._placed(spec) <= self._held:
@@ -275,6 +279,7 @@ class PlainFleet:
         self.has_left = False
         self.waits_for: str | None = None
         self.draining: dict[str, float | None] = {}
+        self.free: dict[str, int] = {}
 
     def attach(self) -> None: ...
 
@@ -334,6 +339,9 @@ class PlainFleet:
     def shortage(self) -> str | None:
         return self.waits_for
 
+    def free_cores(self) -> dict[str, int]:
+        return self.free
+
     def draining_nodes(self) -> dict[str, float | None]:
         return self.draining
 
@@ -342,7 +350,7 @@ class PlainFleet:
     def node_threads(self) -> int:
         return 2
 
-    def start_worker(self, worker: WorkerId) -> Remote[Any]:
+    def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[Any]:
         self.workers[worker] = Handle(FakeWorker())
         return Remote(self.workers[worker])
 

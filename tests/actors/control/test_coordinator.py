@@ -386,7 +386,7 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
 
             make = fleet.start_worker
 
-            def start_worker(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId, node: str | None = None) -> Any:
                 actor = make(worker)
                 actor.handle.before = note if worker == W2 else None
                 return actor
@@ -614,7 +614,7 @@ def test_a_worker_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypa
 
             make = fleet.start_worker
 
-            def start_worker(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId, node: str | None = None) -> Any:
                 actor = make(worker)
                 actor.handle.before = hang if worker == W2 else None
                 return actor
@@ -666,7 +666,7 @@ def test_a_restarted_coordinator_adopts_a_worker_that_still_loads(tmp_path: Path
             make = fleet.start_worker
             made: list[WorkerId] = []
 
-            def start_worker(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId, node: str | None = None) -> Any:
                 made.append(worker)
                 actor = make(worker)
                 actor.handle.before = slow
@@ -820,7 +820,7 @@ def test_what_is_waited_for_is_told_and_the_cluster_before_asked_to_give_way(
             async def wait(called: str) -> None:
                 await there.wait()
 
-            def start_worker(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId, node: str | None = None) -> Any:
                 actor = make(worker)
                 actor.handle.before = wait
                 return actor

@@ -1,4 +1,4 @@
-"""On a Ray whose autoscaler adds and removes real raylets: workers that wait for GPU nodes, and nodes that leave."""
+"""On a Ray to which real raylets come and which they leave: by its autoscaler, with GPUs, and late, with cores."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from elastic_moe.actors.control.start import start_cluster, stop_cluster
@@ -28,6 +29,18 @@ pytestmark = [
     pytest.mark.filterwarnings("default::ResourceWarning"),
     pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without cores, as `ray up` leaves it: the workers' machines have yet to join."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture
@@ -78,3 +91,21 @@ def test_gpu_nodes_come_and_go(joined: GrowingRay, tmp_path: Path) -> None:
     # nobody needs a node any more
     stop_cluster(10)
     wait_until(lambda: not gpu_nodes(), 60)
+
+
+def test_workers_of_an_early_deploy_spread_over_the_machines_as_they_come(early: Cluster, tmp_path: Path) -> None:
+    config = ServeConfig(workers=3, device="cpu", rebalance_interval=0, drain_timeout=1)
+    coordinator = start_cluster(config, str(tmp_path), FakeRayFleet(config, Generation("early"), alone=False))
+
+    def homes() -> list[str]:
+        return sorted(worker.node for worker in serving(coordinator))
+
+    first = early.add_node(num_cpus=4, object_store_memory=80 << 20).node_id
+    wait_ready(coordinator)
+    wait_until(lambda: homes() == [first] * 3)
+
+    others = [early.add_node(num_cpus=4, object_store_memory=80 << 20).node_id for _ in range(2)]
+    wait_until(lambda: homes() == sorted([first, *others]))
+    assert [worker.id for worker in serving(coordinator)] == ["w0", "w3", "w4"]
+    assert not any(operation.kind == "recover" for operation in ask(coordinator, "operations"))
+    stop_cluster(10)
