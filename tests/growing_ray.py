@@ -24,7 +24,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from elastic_moe.deploy.launch.local_ray import free_port
 
-START_S = 60.0
+START_S = 120.0
 MONITOR = "/autoscaler/v2/monitor.py"
 NO_COMMANDS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
@@ -113,7 +113,7 @@ def growing_ray(
         deadline = time.monotonic() + START_S
         while "Ray runtime started" not in (directory / "log").read_text():
             assert process.poll() is None, (directory / "log").read_text()
-            assert time.monotonic() < deadline, "Ray did not start"
+            assert time.monotonic() < deadline, f"Ray did not start: {(directory / 'log').read_text()}"
             time.sleep(0.1)
         yield GrowingRay(address=address, process=psutil.Process(process.pid))
     finally:

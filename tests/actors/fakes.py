@@ -170,7 +170,9 @@ class FakeWorker:
 
 
 class FakeEngine:
-    """Commits epochs, and runs nothing."""
+    """Commits epochs, and runs nothing. The file `waiting` in `model_dir` says how many requests wait."""
+
+    model_dir: Path | None = None
 
     def __init__(self, config: ServeConfig, coordinator: Any) -> None:
         self._epoch = Epoch(0)
@@ -201,7 +203,10 @@ class FakeEngine:
         await asyncio.Event().wait()
 
     async def status(self) -> EngineStatus:
-        return EngineStatus(epoch=self._epoch, running={WorkerId("w0"): 3})
+        if self.model_dir is None:
+            return EngineStatus(epoch=self._epoch, running={WorkerId("w0"): 3})
+        waiting = self.model_dir / "waiting"
+        return EngineStatus(epoch=self._epoch, waiting=int(waiting.read_text()) if waiting.exists() else 0)
 
 
 async def wrap(awaitable: Awaitable[Any]) -> Any:

@@ -18,7 +18,7 @@ from elastic_moe.actors.control.start import start_cluster, stop_cluster
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.redeploy import Generation
 from tests.actors.control.test_start import ask, serving, wait_ready, wait_until
-from tests.actors.fakes import FakeRayFleet
+from tests.actors.fakes import FakeEngine, FakeRayFleet
 from tests.growing_ray import GrowingRay, growing_ray
 
 pytestmark = [
@@ -91,6 +91,38 @@ def test_gpu_nodes_come_and_go(joined: GrowingRay, tmp_path: Path) -> None:
     # nobody needs a node any more
     stop_cluster(10)
     wait_until(lambda: not gpu_nodes(), 60)
+
+
+def test_load_brings_nodes_and_rest_gives_them_back(joined: GrowingRay, tmp_path: Path) -> None:
+    config = ServeConfig(
+        workers=1,
+        min_workers=0,
+        max_workers=2,
+        autoscale_window=1.0,
+        device="cuda",
+        rebalance_interval=0,
+        drain_timeout=1,
+    )
+    fleet = FakeRayFleet(config, Generation("loaded"), alone=False)
+    waiting, fleet._engine_class = tmp_path / "waiting", type("Loaded", (FakeEngine,), {"model_dir": tmp_path})
+    coordinator = start_cluster(config, str(tmp_path), fleet)
+    wait_ready(coordinator)
+    assert len(gpu_nodes()) == 1
+
+    waiting.write_text("100")
+    wait_until(lambda: len(serving(coordinator)) == 2)
+    assert {worker.node for worker in serving(coordinator)} == set(gpu_nodes())
+
+    waiting.unlink()
+    wait_until(lambda: len(serving(coordinator)) == 1)
+    wait_until(lambda: not serving(coordinator))
+    assert "at rest" in ask(coordinator, "readiness").reason
+    wait_until(lambda: not gpu_nodes())
+
+    waiting.write_text("1")
+    wait_until(lambda: len(serving(coordinator)) == 1)
+    assert [worker.node for worker in serving(coordinator)] == gpu_nodes()
+    stop_cluster(10)
 
 
 def test_workers_of_an_early_deploy_spread_over_the_machines_as_they_come(early: Cluster, tmp_path: Path) -> None:
