@@ -188,6 +188,7 @@ def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
         {record.id: record.has for record in members},
         {record.id: record.has | record.perhaps for record in members},
         facts.load,
+        lately={record.id: record.perhaps_serves for record in members if record.perhaps_serves is not None},
         most_new={
             worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes)
             for worker, room in rooms.items()

@@ -40,6 +40,8 @@ class WorkerRecord:
     perhaps: BoolArray
     """[L, E] experts that may lie in its device besides, since the outcome of a flip is not known. They take memory."""
     asked_at: float
+    perhaps_serves: BoolArray | None = None
+    """[L, E] experts, in whichever tier, that it may have been told to serve by such a flip; None: not besides."""
     info: WorkerInfo | None = None
     loaded_at: float | None = None
     retired: bool = False
@@ -203,14 +205,18 @@ class Membership:
                 state = WorkerState.SERVING if record.state is WorkerState.STARTING else record.state
                 held = needs(placement, worker.id)
                 self._set(worker.id, held=held, staged=self._nothing, perhaps=self._nothing, state=state)
-                self._set(worker.id, failed_joins=0)
+                self._set(worker.id, perhaps_serves=None, failed_joins=0)
 
     def doubt(self, placement: Placement) -> None:
         """A worker may have begun an epoch with `placement` or not, so it holds only what it holds in both cases."""
         for worker in placement.workers:
             record, wanted = self._records[worker.id], needs(placement, worker.id)
             if record.alive:
-                self._set(worker.id, held=record.held & wanted, perhaps=record.perhaps | record.has | wanted)
+                served = serves(placement, worker.id)
+                if record.perhaps_serves is not None:
+                    served = served | record.perhaps_serves
+                perhaps = record.perhaps | record.has | wanted
+                self._set(worker.id, held=record.held & wanted, perhaps=perhaps, perhaps_serves=served)
 
     # --- Signs of life ------------------------------------------------------------------------------------------
 
