@@ -11,9 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -38,7 +37,6 @@ __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "CONFIG_MAPPING",
     "Concatenate",
-    "DummyLayer",
     "DynamicIndexedLayer",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -54,6 +52,18 @@ __all__ = [
     "get_model_conversion_mapping",
     "rename_source_key",
 ]
+
+SERVED_CACHE_LAYERS = {
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+    # keeps nothing; transformers 5.17 has no such layer yet
+    *([cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []),
+}
+"""The kinds of layers of transformers' cache that the data plane can stand in for."""
 
 EXPERT_FLAGS = ("_apply_gate", "is_transposed", "has_bias", "has_gate")
 """Attributes that transformers' decorator gives to expert modules and that its experts interface reads."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol
@@ -88,6 +89,11 @@ class Fleet(Protocol):
 
     @property
     def shared_gpus(self) -> bool: ...
+
+    @property
+    def gpu_workers(self) -> int:
+        """Most workers that share a GPU."""
+        ...
 
     @property
     def num_nodes(self) -> int:
@@ -259,7 +265,13 @@ class RayFleet:
 
     @property
     def shared_gpus(self) -> bool:
-        return self.device() == "cuda" and self._gpu_share < 1
+        return self.gpu_workers > 1
+
+    @property
+    def gpu_workers(self) -> int:
+        if self.device() != "cuda" or self._gpu_share == 1:
+            return 1
+        return math.ceil(self._config.most_workers / self._gpus)
 
     @property
     def _gpu_share(self) -> float:

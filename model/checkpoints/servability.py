@@ -28,15 +28,10 @@ from elastic_moe.model.torch_private import READS_A_VALUE, TorchDispatchMode
 from elastic_moe.model.transformers_private import (
     EXPANDS_LATENTS,
     EXPERT_FLAGS,
-    DummyLayer,
-    DynamicIndexedLayer,
+    SERVED_CACHE_LAYERS,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
     ExpertsInterface,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
     implementations,
     is_indexer,
     set_implementations,
@@ -48,17 +43,6 @@ TOKENS = 3
 
 _HONOURED = {"scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"}
 """Keyword arguments of an attention call that the engine's attention obeys, or that do not change its result."""
-
-_SERVED_CACHES = {
-    DummyLayer,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-}
-"""What a layer of transformers' cache may be. A dummy keeps nothing."""
 
 
 class NotServable(Exception):
@@ -168,7 +152,7 @@ def _check_structure(model: PreTrainedModel, experts: list[tuple[str, nn.Module]
         if not _mentions_experts(model):
             raise NotServable("it is not a Mixture-of-Experts model: no layer has experts")
         raise NotServable("its experts do not go through transformers' experts interface")
-    other = sorted(type(layer).__name__ for layer in _cache_layers(model) if type(layer) not in _SERVED_CACHES)
+    other = sorted(type(layer).__name__ for layer in _cache_layers(model) if type(layer) not in SERVED_CACHE_LAYERS)
     if other:
         raise NotServable(f"it keeps other state than keys and values per token, or a state per sequence ({other[0]})")
     for name, module in experts:

@@ -269,6 +269,7 @@ class PlainFleet:
     """No Ray at all."""
 
     shared_gpus = False
+    gpu_workers = 1
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
