@@ -22,6 +22,7 @@ from elastic_moe.model.fitting.fit import layer_experts
 from elastic_moe.model.sampling.sampling import sample
 from elastic_moe.model.tiers.far import FarWay
 from elastic_moe.model.tiers.link import Link, Pinned
+from elastic_moe.model.transformers_private import STATES_REFUSAL
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import FAMILIES, tiny_checkpoint
@@ -43,7 +44,7 @@ two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 CUDA GPUs, {GPUS} here"
 HYBRID = ["qwen3_next", "kimi_linear", "granitemoehybrid-mamba"]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *HYBRID])
+@pytest.mark.parametrize("family", [*FAMILIES, *([] if STATES_REFUSAL else HYBRID)])
 def test_greedy_tokens_of_one_worker(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """float32, against transformers on CPU."""
     path = tiny_checkpoint(family, tmp_path_factory)
@@ -161,7 +162,7 @@ def test_bfloat16_is_as_near_as_transformers_is(family: str, tmp_path_factory: p
     texts = [torch.randint(3, 512, (n,), generator=g).tolist() for n in range(9, 128, 7)]
     exact, rounded = reference(torch.float32), reference(torch.bfloat16)
     for cut in (1, 8, -1):
-        got = step_logits(runner, texts, cut).float()
+        got = torch.cat([step_logits(runner, texts[n : n + 6], cut).float() for n in range(0, len(texts), 6)])
         with torch.no_grad():
             want, theirs = (
                 torch.stack([model(torch.tensor([t], device="cuda")).logits[0, -1].float() for t in texts])
