@@ -286,6 +286,8 @@ class PlainFleet:
         self.waits_for: str | None = None
         self.draining: dict[str, float | None] = {}
         self.free: dict[str, int] = {}
+        self.places: dict[WorkerId, str | None] = {}
+        """Where each worker was to run."""
 
     def attach(self) -> None: ...
 
@@ -357,7 +359,7 @@ class PlainFleet:
         return 2
 
     def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[Any]:
-        self.workers[worker] = Handle(FakeWorker())
+        self.workers[worker], self.places[worker] = Handle(FakeWorker()), node
         return Remote(self.workers[worker])
 
     def start_engine(self) -> Remote[Any]:

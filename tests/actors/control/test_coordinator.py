@@ -28,6 +28,7 @@ from elastic_moe.cluster.errors import (
     PlacementError,
     StepAborted,
 )
+from elastic_moe.cluster.facts import homes
 from elastic_moe.cluster.facts.facts import Stage
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.messages.views import Operation, Phase, RebalancePreview, Revision
@@ -865,5 +866,24 @@ def test_workers_on_a_node_that_leaves_are_replaced(tmp_path: Path) -> None:
 
             await until(drained)
             assert fleet.workers[W0].dead
+
+    asyncio.run(story())
+
+
+def test_a_node_that_has_come_gets_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the worker in whose place it starts serves until it has loaded."""
+    monkeypatch.setattr(homes, "SETTLED_S", 0.05)
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            fleet.free = {"n0": 1, "later": 4}
+
+            async def moved() -> bool:
+                return [worker.id for worker in await coordinator.workers() if worker.state == "serving"] == [W0, W2]
+
+            await until(moved)
+            assert fleet.places == {W0: None, W1: None, W2: "later"}
+            assert not fleet.workers[W0].dead
 
     asyncio.run(story())
