@@ -225,4 +225,6 @@ def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]
     joining = [record.id for record in members if record.id not in facts.ranks]
     leaving = [worker for worker in facts.ranks if worker not in {record.id for record in members}]
     words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]
+    if any(facts.records[worker].moves for worker in leaving):
+        words[-1] += ", as workers spread over nodes that have come"
     return Choice(kind, ", ".join(words) or "a new group")

@@ -87,6 +87,7 @@ def test_workers_spread_over_a_node_that_has_come_and_serve_meanwhile() -> None:
     assert [stop.worker for stop in sent(sim, StopWorker)] == [W1]  # type: ignore[attr-defined]
     assert sim.facts.epoch == 2, "one epoch in all"
     assert newest(sim).phase is Phase.COMPLETED
+    assert newest(sim).reason.startswith("w2 to join, w1 to leave, as workers spread over nodes that have come")
     sim.now += 1000
     sim.feed(Tick())
     assert len(sent(sim, StartWorker)) == 1
