@@ -61,15 +61,17 @@ class StackedExperts:
         model/gpu/ serve its dtype and device."""
         self._module = module
         self._pairs: ModuleType | None = None
+        self._few: ModuleType | None = None
         self._gate: Gated | None = None
         if kernels:
             # Triton, which they need, is there only with torch for CUDA
-            from elastic_moe.model.gpu import pairs, rows
+            from elastic_moe.model.gpu import few, pairs, rows
 
             self._pairs = pairs
             gate = find_gate(module)
             if gate is not None and gate.kind == 0 and not gate.interleaved and math.isinf(gate.limit):
                 self._gate = rows.silu_gate
+                self._few = None if module.is_transposed else few
         self._lock = threading.Lock()
         self._slots = Slots()
         self._beside: dict[int, Tensors] = {}
@@ -172,11 +174,16 @@ class StackedExperts:
         size, (rows, choices) = len(slots.experts), index_RK.shape
         if not slots.stacks or not rows or not size:
             return torch.zeros_like(x_RH)
+        biased = any(name.endswith("_bias") for name in slots.stacks)
+        if self._few is not None and index_RK.numel() <= self._few.MOST_PAIRS and not biased:
+            stacks = slots.stacks["gate_up_proj"], slots.stacks["down_proj"]
+            few_RH: Tensor = self._few.run_few(*stacks, slots.slot_X, x_RH, index_RK, weight_RK)
+            return few_RH
         if self._pairs is not None:
             place_N, end_S = self._pairs.places(slots.slot_X, index_RK, size)
             x_NH = self._pairs.spread(x_RH, place_N, choices)
             slot_N = None
-            if any(name.endswith("_bias") for name in slots.stacks):
+            if biased:
                 number_N = torch.arange(len(x_NH), device=x_NH.device, dtype=torch.int32)
                 slot_N = torch.searchsorted(end_S, number_N, right=True).clamp(max=size - 1)
             sums_RH: Tensor = self._pairs.gather_sum(

@@ -4,6 +4,7 @@
     rows        root mean square norms, rotary embeddings, gates
     router      the choice of experts
     pairs       brings rows to their experts' order, and adds up what the experts return
+    few         experts of few rows
     decode      attention of one query row per sequence over a paged cache
     small_ops   gives the kernels to the modules of a trunk that compute the same
     graphs      launches a whole decode step as one CUDA graph

@@ -83,27 +83,37 @@ def _spread(x, place, out, width, choices, BLOCK: tl.constexpr):
         tl.store(out + tl.load(place + row * choices + k) * width + column, numbers, mask=inside)
 
 
-def gather_sum(y_NH: Tensor, place_N: Tensor, end_S: Tensor, weight_RK: Tensor) -> Tensor:
+def gather_sum(y_NH: Tensor, place_N: Tensor, end_S: Tensor | None, weight_RK: Tensor) -> Tensor:
     """Add up each row's pairs by weight, in the order of its choices and in float32: [R, H] in the dtype of `y_NH`.
 
-    Pairs without a slot count nothing: they were not computed, so their rows hold whatever was in memory, even NaN.
+    Pairs whose place is at or after the last of `end_S`, or after the last row of `y_NH`, count nothing: they were not
+    computed, so their rows hold whatever was in memory, even NaN.
     """
     rows, choices = weight_RK.shape
     width = y_NH.shape[1]
     out = torch.empty(rows, width, dtype=y_NH.dtype, device=y_NH.device)
     block = min(1024, triton.next_power_of_2(width))
     _gather_sum[(rows, triton.cdiv(width, block))](
-        y_NH, place_N, end_S[-1:], weight_RK.contiguous(), out, width, choices, BLOCK=block
+        y_NH,
+        place_N,
+        place_N if end_S is None else end_S[-1:],
+        weight_RK.contiguous(),
+        out,
+        len(y_NH),
+        width,
+        choices,
+        ENDS=end_S is not None,
+        BLOCK=block,
     )
     return out
 
 
-@triton.jit
-def _gather_sum(y, place, computed, weight, out, width, choices, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _gather_sum(y, place, computed, weight, out, rows, width, choices, ENDS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    count = tl.load(computed)
+    count = tl.load(computed).to(tl.int64) if ENDS else rows.to(tl.int64)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in range(choices):
         at = tl.load(place + row * choices + k)

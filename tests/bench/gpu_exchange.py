@@ -30,7 +30,7 @@ HIDDEN, TOP_K, EXPERTS = 2048, 8, 64
 TOKENS = (1, 32, 256, 4096)
 """Of each worker."""
 ROUNDS = 200
-MOST_S = 3.0
+MOST_S = 1.0
 """Seconds of one row's measurement at most."""
 ANSWER_S = 120.0
 
@@ -148,17 +148,16 @@ def main() -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     found: list[list[Row]] = []
-    passed = [
-        check("sums", lambda: sums(args.device)),
-        check("times", lambda: times(args.device, found)),
-        check("killed, nobody tells", lambda: lost(args.device, timeout_s=5.0, told=False)),
-        check("killed, and told", lambda: lost(args.device, timeout_s=60.0, told=True)),
-    ]
+    passed = [check("sums", lambda: sums(args.device)), check("times", lambda: times(args.device, found))]
     if found:
         about = where_and_when() | {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
         text = "; ".join(f"{name} {value}" for name, value in about.items()) + "\n\n" + table(found)
         (args.out / "gpu-exchange.md").write_text(text)
-        print(text)
+        print(text, flush=True)
+    passed += [
+        check("killed, nobody tells", lambda: lost(args.device, timeout_s=5.0, told=False)),
+        check("killed, and told", lambda: lost(args.device, timeout_s=60.0, told=True)),
+    ]
     return 0 if all(passed) else 1
 
 

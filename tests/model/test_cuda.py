@@ -29,6 +29,7 @@ from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.gpu_pair import Pair, compare, kill_one
 from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
+from tests.model.packing import CASES, pack_checkpoint
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.model.sampling.test_sampling import state
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
@@ -53,6 +54,17 @@ def test_greedy_tokens_of_one_worker(family: str, tmp_path_factory: pytest.TempP
     for text in texts:
         if len(text) in COMPARED:
             assert got[f"r{len(text)}"] == greedy(path, tuple(text))
+
+
+@pytest.mark.parametrize(("family", "name"), [("deepseek_v3", "fp8-blocks"), ("gpt_oss", "awq"), ("mixtral", "gptq")])
+def test_greedy_tokens_of_a_packed_checkpoint(family: str, name: str, tmp_path: Path) -> None:
+    """On a GPU, experts are unpacked when they are loaded."""
+    sizes = {"hidden": 64, "layers": 2, "experts": 8, "top_k": 2, "ff": 32, "vocab": 300}
+    source = make_random_checkpoint(tmp_path / "source", family, **sizes)
+    packed, meant = pack_checkpoint(source, tmp_path, CASES[name])
+    prompt = list(range(5, 25))
+    tokens = Lockstep(packed, [8], device="cuda").run([request("one", prompt, max_tokens=NEW_TOKENS)])
+    assert tokens["one"] == greedy(meant, tuple(prompt))
 
 
 def test_workers_that_share_a_gpu_across_replacements(tmp_path_factory: pytest.TempPathFactory) -> None:

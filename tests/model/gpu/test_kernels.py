@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("needs Triton, and a CUDA GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from elastic_moe.model.gpu import decode, pairs, router, rows  # noqa: E402 - they import Triton
+from elastic_moe.model.gpu import decode, few, pairs, router, rows  # noqa: E402 - they import Triton
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -100,6 +100,26 @@ def test_pairs_come_in_the_order_of_their_slots_and_back(shape: tuple[int, int])
     for k in range(shape[1]):
         total += torch.where(held[:, k, None], x.float() * weight[:, k, None], 0.0)
     torch.testing.assert_close(got, total.bfloat16(), rtol=ROUNDING, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "hidden", "width"), [((1, 8), 600, 64), ((5, 3), 64, 100)])
+def test_few_pairs(shape: tuple[int, int], hidden: int, width: int) -> None:
+    experts, size = 12, 5
+    g = torch.Generator().manual_seed(0)
+    slot_X = torch.full((experts + 1,), size)
+    slot_X[torch.tensor([3, 0, 7, 11, 5])] = torch.arange(size)
+    index, weight = torch.randint(-1, experts, shape, generator=g), torch.rand(shape, generator=g)
+    x, scale = draw(shape[0], hidden), hidden**-0.5
+    gate_up, down = draw(size, 2 * width, hidden, seed=1) * scale, draw(size, hidden, width, seed=2)
+    got = few.run_few(gate_up, down, slot_X.to(DEVICE), x, index.to(DEVICE), weight.to(DEVICE))
+    want = torch.zeros(shape[0], hidden, device=DEVICE)
+    for row, k in [(row, k) for row in range(shape[0]) for k in range(shape[1])]:
+        slot = int(slot_X[index[row, k]])
+        if slot < size:
+            gate, up = (x[row].float() @ gate_up[slot].float().T).chunk(2)
+            gated = torch.nn.functional.silu(gate) * up
+            want[row] += float(weight[row, k]) * (gated @ down[slot].float().T)
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("page", [4, 16])
