@@ -79,7 +79,7 @@ class Executor:
 
     async def start_worker(self, command: StartWorker) -> list[Event]:
         worker = command.worker
-        actor, was_standby = self._processes.start_worker(worker)
+        actor, was_standby = self._processes.start_worker(worker, command.node)
         if was_standby and (lost := await self._roll_call.find_silent([worker])):
             return [*lost]
         # the engine's process takes seconds to start, so it starts before it is needed
