@@ -9,8 +9,8 @@ import torch
 from elastic_moe.cluster.messages.epochs import EpochSpec
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.model.cuda_driver import CudaDevice
-from elastic_moe.model.exchange.device_memory import join_on_device
 from elastic_moe.model.exchange.dealing import Memory, word_bytes
+from elastic_moe.model.exchange.device_memory import join_on_device
 from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
