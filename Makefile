@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# containers set it, and every process of every test would compile this package again
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint format test-clients test-lm-eval test-schema chaos hosts bench bench-gating bench-tiers bench-scale bench-gpu clean
@@ -74,4 +76,5 @@ bench-gpu: $(VENV)/.installed-dev ## compare with transformers' continuous batch
 	@$(BIN)/python -m tests.bench.gpu $(ARGS)
 
 clean: ## remove the virtual environment and caches
+	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -rf $(VENV) build/types .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

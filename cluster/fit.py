@@ -44,6 +44,8 @@ class CodePath(StrEnum):
     """The module's own code, over a matrix in the native library's layout."""
     ONEDNN = "onednn"
     """oneDNN's product, over a matrix in its layout."""
+    TRITON = "triton"
+    """A kernel of model/gpu/."""
     FLASH = "flash"
     """torch's variable-length FlashAttention."""
     STACKED = "stacked"

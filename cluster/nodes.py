@@ -49,6 +49,12 @@ def shortage(nodes: Sequence[Node], device: str, *, on_head: bool) -> str | None
     return f"{what}: the cluster has none"
 
 
+def free_cores(nodes: Sequence[Node]) -> dict[str, int]:
+    """Whole cores that are free on each of these nodes that has any."""
+    cores = {node.id: int(node.free.get(CPU, 0)) for node in nodes}
+    return {node: free for node, free in cores.items() if free}
+
+
 def threads(nodes: Sequence[Node]) -> int:
     """Cores that the workers of one of these nodes share: of the smallest one, since any may get the next worker."""
     return max(1, int(min((node.total.get(CPU, 1.0) for node in nodes), default=1.0)))

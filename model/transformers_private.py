@@ -65,6 +65,14 @@ SERVED_CACHE_LAYERS = {
 }
 """The kinds of layers of transformers' cache that the data plane can stand in for."""
 
+STATES_REFUSAL = (
+    None
+    if hasattr(cache_utils.Cache, "get_conv_state")
+    else "layers with a state per sequence need transformers 5.21 or later"
+)
+"""Why models with a state per sequence cannot be served; None if they can. Older models take their states out of the
+cache's layers, and change them in place."""
+
 EXPERT_FLAGS = ("_apply_gate", "is_transposed", "has_bias", "has_gate")
 """Attributes that transformers' decorator gives to expert modules and that its experts interface reads."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             limit(item.obj)
     # with `-n 2` these are the longest piece of work, so it begins first
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+def pytest_collection_finish() -> None:
+    # the imported packages are most of the heap: the collector would go through them again in every long test
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,45 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from elastic_moe.deploy.launch.local_ray import free_port
 
-START_S = 60.0
+START_S = 120.0
+MONITOR = "/autoscaler/v2/monitor.py"
 NO_COMMANDS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
     *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"),
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowingRay:
+    address: str
+    process: psutil.Process
+    """`ray start`."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile no node comes or goes, however long that takes."""
+        started = self.process.children(recursive=True)
+        (autoscaler,) = (process for process in started if any(word.endswith(MONITOR) for word in words(process)))
+        autoscaler.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            autoscaler.send_signal(signal.SIGCONT)
+
+
+def words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 @contextmanager
 def growing_ray(
     directory: Path, head: Mapping[str, float], types: Mapping[str, Mapping[str, Any]], *, idle_s: float
-) -> Iterator[str]:
-    """Yields the address. head: Ray's resources of the head. types: the kinds of nodes, by name, as in a file for
-    `ray up`. idle_s: seconds after which an idle node is removed. `directory` must have a short path."""
+) -> Iterator[GrowingRay]:
+    """head: Ray's resources of the head. types: the kinds of nodes, by name, as in a file for `ray up`. idle_s: seconds
+    after which an idle node is removed. `directory` must have a short path."""
     port = free_port()
     address = f"{get_node_ip_address()}:{port}"
     kinds = {name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in types.items()}
@@ -47,6 +75,9 @@ def growing_ray(
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "launch_multiple": True,
+            # Its nodes come with Ray. Without this the autoscaler tries to install Ray over ssh, ends the node when
+            # that has failed three times, and stands still while a node drains that it has not seen run yet.
+            "disable_node_updaters": True,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "gcs_address": address,
         },
@@ -82,9 +113,9 @@ def growing_ray(
         deadline = time.monotonic() + START_S
         while "Ray runtime started" not in (directory / "log").read_text():
             assert process.poll() is None, (directory / "log").read_text()
-            assert time.monotonic() < deadline, "Ray did not start"
+            assert time.monotonic() < deadline, f"Ray did not start: {(directory / 'log').read_text()}"
             time.sleep(0.1)
-        yield address
+        yield GrowingRay(address=address, process=psutil.Process(process.pid))
     finally:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for member in family:

@@ -32,7 +32,8 @@ MOST_TOKEN_IDS = 1 << 22
 
 
 class Rows:
-    """The columns. `known`, `started`, `computed` and `length` have the meanings of RunningRequest's properties."""
+    """The columns, which others read and nobody else writes. `known`, `started`, `computed` and `length` have the
+    meanings of RunningRequest's properties."""
 
     __slots__ = (
         "_spare",
@@ -106,6 +107,14 @@ class Rows:
         self.started[row] = self.computed[row] = 0
         self.limit[row], self.start[row] = request.longest, request.num_prompt_tokens
 
+    def begin(self, row: int, computed: int) -> None:
+        """The row's first `computed` tokens come from the worker's cache."""
+        self.computed[row] = self.started[row] = computed
+
+    def hold(self, row: int, tokens: int) -> None:
+        """The row's request has blocks for so many tokens."""
+        self.room[row] = tokens
+
     def rise(self, row: int) -> None:
         """Free a row. Nothing that is in flight for it counts any longer."""
         request = self.at(row)
@@ -122,6 +131,11 @@ class Rows:
         self.steady[row] = False
         self.mark[row] += 1
 
+    def rewind(self, row: int) -> None:
+        """Everything that is in flight for the row is dropped, and has to run again."""
+        self.known[row], self.started[row] = self.length[row], self.computed[row]
+        self.cut(row)
+
     def ready(self) -> Indices:
         """The rows that can run their next token by rule, in order."""
         return np.flatnonzero(self.steady & (self.known < self.limit))
@@ -137,11 +151,27 @@ class Rows:
         self.known[rows] += 1
         self.started[rows] += 1
 
+    def run_chunk(self, row: int, end: int, known: int, *, steady: bool) -> None:
+        """Put the row's tokens up to number `end` into flight, after which `known` are known. `steady`: it goes on by
+        rule from there."""
+        self.started[row], self.known[row], self.steady[row] = end, known, steady
+
     def land(self, rows: Indices, tokens: Column) -> None:
         """The oldest token in flight of each row has been run, and `tokens` have been sampled after them."""
         self.recent[rows, self.length[rows] % RECENT_TOKENS] = tokens
         self.length[rows] += 1
         self.computed[rows] += 1
+
+    def land_chunk(self, row: int, length: int, samples: int) -> None:
+        """The oldest `length` tokens in flight of the row have been run. The `samples` that they were to yield count
+        as known only when they come."""
+        self.computed[row] += length
+        self.known[row] -= samples
+
+    def append(self, row: int) -> None:
+        """A token has been sampled, which the request itself holds."""
+        self.length[row] += 1
+        self.known[row] += 1
 
     def flush(self, row: int, tokens: array[int]) -> None:
         """Append to `tokens`, which are the row's first ones, those that it lacks."""

@@ -215,6 +215,23 @@ class RunningRequest:
         yield from self.eos_token_ids
         yield from self.stop_token_ids
 
+    def sit(self, cache: WorkerCache, row: int, computed: int) -> None:
+        """From now on it runs at the worker of `cache`, in this row, where `computed` of its tokens are cached."""
+        self.cache, self.row, self.claim = cache, row, None
+        if self.cached_tokens is None:
+            self.cached_tokens = min(computed, self.num_prompt_tokens)
+        else:
+            self.resumptions += 1
+
+    def rise(self) -> None:
+        """It runs nowhere any more, and loses what it has computed. It keeps its tokens, which must be here."""
+        self.cache, self.row = None, -1
+        self.borders, self.tail = [], None
+        self.flight = []
+        self.blocks = []
+        self.introduced_blocks = self.published = 0
+        self.introduced = False
+
     def introduction(self) -> NewSequence:
         """For the worker that it runs at."""
         assert self.cache is not None
@@ -250,9 +267,7 @@ class RunningRequest:
             windows=windows,
         )
         self.flight.append(chunk)
-        rows.started[row] = started + length
-        rows.known[row] = known + chunk.samples
-        rows.steady[row] = chunk.samples and state is None
+        rows.run_chunk(row, started + length, known + chunk.samples, steady=bool(chunk.samples and state is None))
         return chunk
 
     def in_flight(self, chunk: Chunk) -> bool:
@@ -264,20 +279,17 @@ class RunningRequest:
         assert self.cache is not None
         rows, row = self.cache.rows, self.row
         if not self.flight:
-            rows.computed[row] += 1
-            rows.known[row] -= 1
+            rows.land_chunk(row, 1, 1)
             return
         chunk = self.flight.pop(0)
-        rows.computed[row] += chunk.length
-        rows.known[row] -= chunk.samples
+        rows.land_chunk(row, chunk.length, chunk.samples)
         self._landed(chunk)
 
     def append(self, token: int) -> None:
         """Add a token that has been sampled."""
         assert self.cache is not None
         self.tokens.append(token)
-        self.cache.rows.length[self.row] += 1
-        self.cache.rows.known[self.row] += 1
+        self.cache.rows.append(self.row)
 
     def cut(self) -> None:
         """Drop everything that is in flight."""
@@ -287,8 +299,7 @@ class RunningRequest:
             # blocks that a committed step has written to are known to the worker
             self.introduced_blocks = max(self.introduced_blocks, blocks_for(self.computed, rows.block_size))
         self.flight.clear()
-        rows.known[row], rows.started[row] = rows.length[row], rows.computed[row]
-        rows.cut(row)
+        rows.rewind(row)
 
     def land_but_last(self) -> None:
         """Record that the oldest token or chunk in flight has been run but for its last token. Everything later in
@@ -296,7 +307,7 @@ class RunningRequest:
         assert self.cache is not None
         if self.flight:
             chunk = self.flight.pop(0)
-            self.cache.rows.computed[self.row] += chunk.length - 1
+            self.cache.rows.land_chunk(self.row, chunk.length - 1, chunk.samples)
             self._landed(chunk)
         self.cut()
 

@@ -156,23 +156,17 @@ class WorkerCache:
     def take(self, request: RunningRequest, cached: Sequence[int]) -> None:
         """Run the request here, with blocks for all its tokens: a prefill that has begun never waits for memory."""
         assert request.cache is None
-        length = len(request.tokens)
-        request.row = self._free_rows.pop()
-        self.rows.sit(request.row, request, length)
-        request.cache = self
-        request.claim = None
+        length, computed = len(request.tokens), len(cached) * self.block_size
+        row = self._free_rows.pop()
+        self.rows.sit(row, request, length)
+        self.rows.begin(row, computed)
+        request.sit(self, row, computed)
         self.pool.hold(cached)
         self.grow(request, list(cached))
         request.published = len(cached)
         self.grow(request, self.pool.allocate(blocks_for(length, self.block_size) - len(cached)))
-        computed = len(cached) * self.block_size
-        self.rows.computed[request.row] = self.rows.started[request.row] = computed
         if self.windows is not None:
             self.windows.begin(request, len(cached))
-        if request.cached_tokens is None:
-            request.cached_tokens = min(computed, request.num_prompt_tokens)
-        else:
-            request.resumptions += 1
         if self.state_room is not None and self.prefix_caching:
             self._choose_snapshots(request, len(cached))
         self.running.add(request)
@@ -190,7 +184,7 @@ class WorkerCache:
     def grow(self, request: RunningRequest, blocks: list[int]) -> None:
         """Give the request further blocks."""
         request.blocks += blocks
-        self.rows.room[request.row] = len(request.blocks) * self.block_size
+        self.rows.hold(request.row, len(request.blocks) * self.block_size)
 
     def run(self, request: RunningRequest, length: int) -> Chunk:
         """Put the request's next `length` tokens into flight."""
@@ -334,12 +328,7 @@ class WorkerCache:
         assert len(tokens) == request.length
         self.rows.rise(request.row)
         self._free_rows.append(request.row)
-        request.cache, request.row = None, -1
-        request.borders, request.tail = [], None
-        request.flight = []
-        request.blocks = []
-        request.introduced_blocks = request.published = 0
-        request.introduced = False
+        request.rise()
 
     def validate(self) -> None:
         """Asserts the invariants of this worker and of what runs on it."""

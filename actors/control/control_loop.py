@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -41,6 +41,7 @@ from elastic_moe.cluster.facts.events import (
     Commit,
     Drain,
     Event,
+    HomesSeen,
     NodesDrain,
     Prepare,
     Probe,
@@ -113,6 +114,8 @@ class ControlLoop:
         self._executor = Executor(fleet, config, model, spec, processes, self.roll_call)
         self._config = config
         self._spec = spec
+        self._free_cores: Mapping[str, int] = {}
+        """What Ray last told of nodes with room."""
         self._looking = False
         """Whether Ray is being asked about its nodes."""
         self._fleet = fleet
@@ -168,10 +171,14 @@ class ControlLoop:
         self._saved_memory = saved
 
     async def _look_at_nodes(self) -> None:
-        """Hear which nodes are about to leave, and what workers without a process wait for."""
+        """Hear which nodes are about to leave, which have room, and what workers without a process wait for."""
         try:
             if draining := await asyncio.to_thread(self._fleet.draining_nodes):
                 self.feed(NodesDrain(nodes=draining))
+            free = await asyncio.to_thread(self._fleet.free_cores)
+            if free != self._free_cores:
+                self._free_cores = free
+                self.feed(HomesSeen(free=free))
             waits = self.poller.waits(self.state.facts, time.monotonic())
             self._tell_shortage(await asyncio.to_thread(self._fleet.shortage) if waits else None)
         except RayError as error:

@@ -7,7 +7,6 @@ It opens the checkpoint, or continues from the state of an earlier coordinator, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import textwrap
 import time
@@ -25,7 +24,7 @@ from elastic_moe.actors.control.views import (
     with_progress,
     worker_views,
 )
-from elastic_moe.actors.crew import Crew
+from elastic_moe.actors.departure import Departure
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote, ask
@@ -34,7 +33,7 @@ from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.remote.saving import Saver
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
-from elastic_moe.cluster.control.succession import Succession, asks_for_way
+from elastic_moe.cluster.control.succession import asks_for_way
 from elastic_moe.cluster.errors import ConfigError, NotReadyError, UserError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import (
@@ -81,10 +80,7 @@ class Coordinator:
         self._background = Background(self._has_failed)
         self._opened = asyncio.Event()
         self.watch = LoopWatch("the coordinator")
-        self._crew = Crew(config.api_replicas)
-        self._stopping = asyncio.Event()
-        """Set when the API replicas are to refuse new requests."""
-        self._succession = Succession()
+        self._departure = Departure(config.api_replicas)
         self._asked_for_way = False
         """Whether other clusters have been asked to give way to this one."""
         self._configuring = asyncio.Lock()
@@ -213,11 +209,7 @@ class Coordinator:
         number of workers that is not possible; then nothing has changed.
         """
         async with self._configuring:
-            if self._succession.gives_way_since is not None:
-                # it was given up, and is wanted again
-                self._succession = Succession()
-                self._stopping.clear()
-                self._crew.go_on()
+            self._departure.take_back()
             if (await self.readiness()).error is not None:
                 logger.warning("begins again after a redeploy; before: %s", (await self.readiness()).error)
                 await self._begin_again(config)
@@ -228,14 +220,12 @@ class Coordinator:
             if self._loop is not None:
                 await self._loop.configure(config)
             self._config = config
-            self._crew.expect(config.api_replicas)
+            self._departure.crew.expect(config.api_replicas)
             logger.info("redeployed: %s", in_words(different))
 
     async def give_way(self) -> None:
         """Called by the coordinator of the cluster that is to replace this one, and that lacks resources."""
-        if self._succession.gives_way_since is None:
-            logger.warning("another cluster needs the resources of this one, which ends after its last request")
-        self._succession.give_way(time.monotonic())
+        self._departure.give_way(time.monotonic())
 
     async def needs_way(self) -> bool:
         """Whether this cluster has asked others to give way, and could not serve since."""
@@ -253,20 +243,15 @@ class Coordinator:
 
         Returns whether it must refuse new ones: at once if so, and else after CHECK_IN_S.
         """
-        self._crew.check_in(replica, running, refuses, time.monotonic())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(liveness.CHECK_IN_S):
-                await self._stopping.wait()
-        return self._stopping.is_set()
+        return await self._departure.check_in(replica, running, refuses, time.monotonic())
 
     async def check_out(self, replica: str) -> int:
         """Called by an API replica that ends. Returns how many others there are."""
-        return self._crew.check_out(replica, time.monotonic())
+        return self._departure.crew.check_out(replica, time.monotonic())
 
     async def stop_requests(self) -> int:
         """Have all API replicas refuse new requests. Returns the number of requests that still run."""
-        self._stopping.set()
-        return self._crew.left(time.monotonic())
+        return self._departure.stop_requests(time.monotonic())
 
     async def report_step_failure(self, epoch: Epoch, suspects: list[WorkerId], reason: str) -> None:
         """Called by the engine when a step has failed. Returns at once; a new epoch will follow."""
@@ -308,7 +293,7 @@ class Coordinator:
         self._opened.clear()
         self._fleet.configure(config)
         self._fleet.clear()
-        self._crew.expect(config.api_replicas)
+        self._departure.crew.expect(config.api_replicas)
         self._background.start(self._run())
 
     async def _watch_succession(self) -> None:
@@ -324,16 +309,8 @@ class Coordinator:
 
     async def _is_over(self) -> bool:
         replaced = not await asyncio.to_thread(self._fleet.wanted)
-        now = time.monotonic()
-        if replaced and self._succession.refuses(now):
-            self._stopping.set()
-        choice = self._succession.look(
-            replaced=replaced,
-            replicas=self._crew.present(now),
-            running=1 if self._succession.gives_way_since is None else self._crew.left(now),
-            most_s=self._config.shutdown_timeout,
-            now=now,
-        )
+        most_s = self._config.shutdown_timeout
+        choice = self._departure.look(replaced=replaced, most_s=most_s, now=time.monotonic())
         if not choice.value:
             return False
         logger.warning("this cluster ends: %s", choice.reason)
@@ -344,7 +321,7 @@ class Coordinator:
 
     async def _ask_for_way(self) -> None:
         """Have the other clusters give way, if this one is the wanted one and lacks their resources for too long."""
-        if self._loop is None or self._succession.replaced_since is not None:
+        if self._loop is None or self._departure.replaced:
             return
         facts = self._loop.state.facts
         choice = asks_for_way(

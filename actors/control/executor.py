@@ -79,7 +79,7 @@ class Executor:
 
     async def start_worker(self, command: StartWorker) -> list[Event]:
         worker = command.worker
-        actor, was_standby = self._processes.start_worker(worker)
+        actor, was_standby = self._processes.start_worker(worker, command.node)
         if was_standby and (lost := await self._roll_call.find_silent([worker])):
             return [*lost]
         # the engine's process takes seconds to start, so it starts before it is needed
@@ -109,10 +109,12 @@ class Executor:
             max_num_batched_tokens=config.max_num_batched_tokens,
             **self._threads(),
             node_workers=-(-config.most_workers // self._fleet.num_nodes),
+            gpu_workers=self._fleet.gpu_workers,
             expert_memory_bytes=config.expert_memory_bytes,
             host_expert_memory_bytes=config.host_expert_memory_bytes,
             expert_cache_dir=config.expert_cache_dir,
             expert_cache_policy=config.expert_cache_policy,
+            enforce_eager=config.enforce_eager,
             interface=config.interface,
             step_timeout_s=config.step_timeout,
             enable_prefix_caching=config.enable_prefix_caching,
@@ -182,7 +184,7 @@ class Executor:
         if spec.transport is TransportKind.NCCL:
             first = next(iter(workers.values()))
             return replace(spec, rendezvous=await within(ask(first, WorkerActor.rendezvous), liveness.DOOR_S))
-        if spec.transport is TransportKind.TCP:
+        if spec.transport in (TransportKind.TCP, TransportKind.IPC):
             calls = [within(ask(worker, WorkerActor.open_door), liveness.DOOR_S) for worker in workers.values()]
             answers = await asyncio.gather(*calls, return_exceptions=True)
             for answer in answers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol
@@ -19,16 +20,17 @@ from elastic_moe.actors import names
 from elastic_moe.actors.control.migrator import Migrator
 from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
-from elastic_moe.actors.remote import generations, key_value, ray_nodes
+from elastic_moe.actors.remote import generations, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.remote.generations import StateStore
+from elastic_moe.actors.remote.key_value import API_NAMESPACE, RayKeyValue
 from elastic_moe.actors.remote.saving import Store
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerInfo
-from elastic_moe.cluster.nodes import GPU, Node, homes, shortage, threads
+from elastic_moe.cluster.nodes import GPU, Node, free_cores, homes, shortage, threads
 from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.cluster.redeploy import Generation
 from elastic_moe.optimizer import PlacementProblem, PlanResult
@@ -90,6 +92,11 @@ class Fleet(Protocol):
     def shared_gpus(self) -> bool: ...
 
     @property
+    def gpu_workers(self) -> int:
+        """Most workers that share a GPU."""
+        ...
+
+    @property
     def num_nodes(self) -> int:
         """Number of nodes on which workers may run now; at least 1."""
         ...
@@ -100,6 +107,11 @@ class Fleet(Protocol):
 
     def shortage(self) -> str | None:
         """What a worker without a process waits for, in words; None if there is room for it. Blocks."""
+        ...
+
+    def free_cores(self) -> Mapping[str, int]:
+        """Whole cores that are free on each node where another worker may run; empty for workers that share no node's
+        cores, or cannot have another node. Blocks."""
         ...
 
     def draining_nodes(self) -> Mapping[str, float | None]:
@@ -129,7 +141,9 @@ class Fleet(Protocol):
         """Whether a worker's process may be started before it is needed, because it takes no resources from others."""
         ...
 
-    def start_worker(self, worker: WorkerId) -> Remote[WorkerActor]: ...
+    def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[WorkerActor]:
+        """node: where it is to run if there is room; None: anywhere, far from the others."""
+        ...
 
     def start_engine(self) -> Remote[Engine]: ...
 
@@ -252,7 +266,13 @@ class RayFleet:
 
     @property
     def shared_gpus(self) -> bool:
-        return self.device() == "cuda" and self._gpu_share < 1
+        return self.gpu_workers > 1
+
+    @property
+    def gpu_workers(self) -> int:
+        if self.device() != "cuda" or self._gpu_share == 1:
+            return 1
+        return math.ceil(self._config.most_workers / self._gpus)
 
     @property
     def _gpu_share(self) -> float:
@@ -278,6 +298,9 @@ class RayFleet:
     def shortage(self) -> str | None:
         return None if self._alone else shortage(ray_nodes.nodes(), self.device(), on_head=self._on_head)
 
+    def free_cores(self) -> Mapping[str, int]:
+        return {} if self._alone or self.device() == "cuda" else free_cores(self._homes)
+
     def draining_nodes(self) -> Mapping[str, float | None]:
         return {} if self._alone else ray_nodes.draining_nodes()
 
@@ -285,7 +308,7 @@ class RayFleet:
     def standby(self) -> bool:
         return self._config.standby and self._alone and self.device() == "cpu"
 
-    def start_worker(self, worker: WorkerId) -> Remote[WorkerActor]:
+    def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[WorkerActor]:
         worker_class = self._worker_class
         arguments: tuple[Any, ...] = ()
         if worker_class is None:
@@ -294,13 +317,19 @@ class RayFleet:
             resources: dict[str, Any] = {"num_gpus": self._gpu_share, "num_cpus": 0}
         else:
             # workers of one machine share its cores; if each reserved whole cores, some would not start
-            resources = {"num_cpus": 0 if self._alone else 1}
-            if not self._on_head:
-                resources["label_selector"] = {NODE_ID: f"!{ray_nodes.head_id()}"}
+            resources = {"num_cpus": 0} if self._alone else {"num_cpus": 1, **self._place(node)}
         groups = {"concurrency_groups": {"io": IO_THREADS, "joins": JOIN_THREADS, "copies": COPY_THREADS}}
         return self._create(
             worker_class, names.actor_name(worker), {"max_restarts": 0, **resources}, groups, *arguments
         )
+
+    def _place(self, node: str | None) -> dict[str, Any]:
+        """Ray's options for a worker on CPUs. Unless told to spread them, Ray fills half of a node first."""
+        barred = node if self._on_head else ray_nodes.head_id()
+        elsewhere = {} if barred is None else {"label_selector": {NODE_ID: f"!{barred}"}}
+        if node is None:
+            return {"scheduling_strategy": "SPREAD", **elsewhere}
+        return {"label_selector": {NODE_ID: node}, "fallback_strategy": [elsewhere]}
 
     def start_engine(self) -> Remote[Engine]:
         engine_class = self._engine_class
@@ -375,4 +404,4 @@ def clear(generation: Generation) -> None:
     """
     generations.end_actors(generation)
     if not set(generations.coordinators()) - {generation}:
-        key_value.clear()
+        RayKeyValue(API_NAMESPACE).clear()

@@ -65,10 +65,13 @@ class Processes:
 
     # --- Workers ------------------------------------------------------------------------------------------------
 
-    def start_worker(self, worker: WorkerId) -> tuple[Remote[WorkerActor], bool]:
-        """The worker's actor, new or made by an earlier coordinator, and whether it was the standby."""
+    def start_worker(self, worker: WorkerId, node: str | None = None) -> tuple[Remote[WorkerActor], bool]:
+        """The worker's actor, new or made by an earlier coordinator, and whether it was the standby.
+
+        node: where a new one is to run if there is room.
+        """
         standby, self._standby, self.standby = self._standby, None, None
-        actor = self._find_or_start(worker)
+        actor = self._find_or_start(worker, node)
         self.workers[worker] = actor
         return actor, standby == (worker, actor)
 
@@ -87,8 +90,8 @@ class Processes:
         """Those of `workers` that have not been stopped."""
         return {worker: self.workers[worker] for worker in workers if worker in self.workers}
 
-    def _find_or_start(self, worker: WorkerId) -> Remote[WorkerActor]:
-        return self._fleet.find_worker(worker) or self._fleet.start_worker(worker)
+    def _find_or_start(self, worker: WorkerId, node: str | None = None) -> Remote[WorkerActor]:
+        return self._fleet.find_worker(worker) or self._fleet.start_worker(worker, node)
 
     @property
     def wants_standby(self) -> bool:

@@ -242,7 +242,7 @@ class StepLoop:
             self._flights[0].begun = now
         results = {worker: answer.result() for worker, answer in flight.answers.items()}
         outputs = self._scheduler.commit(results, took_s)
-        self._clients.deliver(outputs.told, outputs.tokens)
+        self._clients.deliver(outputs.single, outputs.tokens)
 
     # --- Failures -----------------------------------------------------------------------------------------------
 

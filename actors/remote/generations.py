@@ -10,22 +10,23 @@ import logging
 from typing import Any
 
 import ray
-from ray.experimental import internal_kv
 
 from elastic_moe.actors import names
 from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.actors.remote.key_value import CLUSTERS_NAMESPACE, KeyValue, RayKeyValue
 from elastic_moe.cluster.redeploy import Generation
 
 logger = logging.getLogger(__name__)
 
-_KV_NAMESPACE = b"emoe"
-_WANTED = b"wanted-generation"
-_BEFORE = b"generation-before"
+_WANTED = "wanted-generation"
+_BEFORE = "generation-before"
+
+_values: KeyValue = RayKeyValue(CLUSTERS_NAMESPACE)
 
 
 def wanted() -> Generation | None:
     """The cluster of the last deploy; None if none was announced."""
-    value: bytes | None = internal_kv._internal_kv_get(_WANTED, namespace=_KV_NAMESPACE)
+    value = _values.get(_WANTED)
     return None if value is None else Generation(value.decode())
 
 
@@ -35,21 +36,21 @@ def announce(generation: Generation) -> None:
     if before == generation:
         return
     if before is not None:
-        internal_kv._internal_kv_put(_BEFORE, before.encode(), overwrite=True, namespace=_KV_NAMESPACE)
-    internal_kv._internal_kv_put(_WANTED, generation.encode(), overwrite=True, namespace=_KV_NAMESPACE)
+        _values.put(_BEFORE, before.encode())
+    _values.put(_WANTED, generation.encode())
 
 
 def withdraw(generation: Generation) -> None:
     """This cluster cannot serve: the one before it is wanted again, if it still lives."""
-    before: bytes | None = internal_kv._internal_kv_get(_BEFORE, namespace=_KV_NAMESPACE)
+    before = _values.get(_BEFORE)
     if before is not None and wanted() == generation and before.decode() in coordinators():
-        internal_kv._internal_kv_put(_WANTED, before, overwrite=True, namespace=_KV_NAMESPACE)
+        _values.put(_WANTED, before)
 
 
 def forget_wanted() -> None:
     """There is no cluster any more."""
     for key in (_WANTED, _BEFORE):
-        internal_kv._internal_kv_del(key, namespace=_KV_NAMESPACE)
+        _values.delete(key)
 
 
 def coordinators() -> dict[Generation, Remote[Any]]:
@@ -70,8 +71,7 @@ def find(generation: Generation, name: str) -> Remote[Any] | None:
 
 def end_actors(generation: Generation) -> None:
     """End every actor of this cluster but its coordinator, and of clusters without one; forget what it saved."""
-    internal_kv._internal_kv_del(_state_key(generation), namespace=_KV_NAMESPACE)
-    internal_kv._internal_kv_del(_part_key(generation, ""), del_by_prefix=True, namespace=_KV_NAMESPACE)
+    StateStore(generation, owner="").clear()
     alive = set(coordinators())
     for other, name in _actors():
         if names.is_ours(name) and (other == generation or other not in alive):
@@ -84,38 +84,34 @@ def end_actors(generation: Generation) -> None:
 class StateStore:
     """What one coordinator saves. Nothing is found of a coordinator with another `owner`."""
 
-    def __init__(self, generation: Generation, owner: str) -> None:
-        self._generation = generation
+    def __init__(self, generation: Generation, owner: str, values: KeyValue = _values) -> None:
         self._owner = owner.encode()
+        self._values = values
+        self._state_key = f"coordinator-state-{generation}"
+        self._part_prefix = f"coordinator-part-{generation}-"
 
     def save(self, state: bytes) -> None:
-        internal_kv._internal_kv_put(
-            _state_key(self._generation), self._owner + state, overwrite=True, namespace=_KV_NAMESPACE
-        )
+        self._values.put(self._state_key, self._owner + state)
 
     def saved(self) -> bytes | None:
-        state: bytes | None = internal_kv._internal_kv_get(_state_key(self._generation), namespace=_KV_NAMESPACE)
+        state = self._values.get(self._state_key)
         if state is None or not state.startswith(self._owner):
             return None
         return state.removeprefix(self._owner)
 
     def save_part(self, name: str, part: bytes) -> None:
-        internal_kv._internal_kv_put(_part_key(self._generation, name), part, overwrite=True, namespace=_KV_NAMESPACE)
+        self._values.put(self._part_prefix + name, part)
 
     def saved_part(self, name: str) -> bytes | None:
-        part: bytes | None = internal_kv._internal_kv_get(_part_key(self._generation, name), namespace=_KV_NAMESPACE)
-        return part
+        return self._values.get(self._part_prefix + name)
 
     def drop_part(self, name: str) -> None:
-        internal_kv._internal_kv_del(_part_key(self._generation, name), namespace=_KV_NAMESPACE)
+        self._values.delete(self._part_prefix + name)
 
-
-def _part_key(generation: Generation, name: str) -> bytes:
-    return f"coordinator-part-{generation}-{name}".encode()
-
-
-def _state_key(generation: Generation) -> bytes:
-    return f"coordinator-state-{generation}".encode()
+    def clear(self) -> None:
+        """Forget the state and its parts, whoever saved them."""
+        self._values.delete(self._state_key)
+        self._values.clear(self._part_prefix)
 
 
 def _actors() -> list[tuple[Generation, str]]:

@@ -1,7 +1,7 @@
-"""Ray's own key-value store, as a place for what all API replicas share. It lives as long as the Ray cluster does.
+"""Ray's own key-value store, for what outlives a process. It lives as long as the Ray cluster does.
 
 Ray's GCS holds it. A server with a Ray of its own ends with the GCS anyway; where a cluster's GCS is fault-tolerant, so
-is this store.
+is this store. Here alone Ray's private functions for it are called.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from typing import Protocol
 
 from ray.experimental import internal_kv
 
-_NAMESPACE = b"emoe-api"
+API_NAMESPACE = "emoe-api"
+"""Of what all API replicas share."""
+
+CLUSTERS_NAMESPACE = "emoe"
+"""Of what is known of clusters, and what their coordinators save."""
 
 
 class KeyValue(Protocol):
@@ -24,22 +28,32 @@ class KeyValue(Protocol):
 
     def keys(self, prefix: str) -> list[str]: ...
 
+    def clear(self, prefix: str = "") -> None:
+        """Delete every key with the prefix."""
+        ...
+
 
 class RayKeyValue:
-    """Raises what Ray raises where its GCS does not answer."""
+    """The keys of one namespace. Raises what Ray raises where its GCS does not answer."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
 
     def put(self, key: str, value: bytes) -> None:
-        internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+        internal_kv._internal_kv_put(key, value, overwrite=True, namespace=self._namespace)
 
     def get(self, key: str) -> bytes | None:
-        value: bytes | None = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+        value: bytes | None = internal_kv._internal_kv_get(key, namespace=self._namespace)
         return value
 
     def delete(self, key: str) -> None:
-        internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+        internal_kv._internal_kv_del(key, namespace=self._namespace)
 
     def keys(self, prefix: str) -> list[str]:
-        return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)]
+        return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=self._namespace)]
+
+    def clear(self, prefix: str = "") -> None:
+        internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=self._namespace)
 
 
 class LocalKeyValue:
@@ -60,7 +74,6 @@ class LocalKeyValue:
     def keys(self, prefix: str) -> list[str]:
         return [key for key in list(self._values) if key.startswith(prefix)]
 
-
-def clear() -> None:
-    """Forget what the replicas of an earlier server have shared."""
-    internal_kv._internal_kv_del("", del_by_prefix=True, namespace=_NAMESPACE)
+    def clear(self, prefix: str = "") -> None:
+        for key in self.keys(prefix):
+            self.delete(key)

@@ -60,7 +60,7 @@ class Continuing:
         return Candidates(rows=self._rows.ready(), others=others)
 
     def run(self, candidates: Candidates, parts: Mapping[WorkerId, Part]) -> tuple[Indices, Mapping[WorkerId, Grown]]:
-        """Put what goes on into `parts`. Returns the rows that run, and the blocks that workers must be told of, as in
+        """Put what goes on into `parts`. Returns the rows that run, and the blocks that their plans name, as in
         Decoding."""
         rows, grown = self._run_rows(candidates, parts)
         for worker, requests in candidates.others.items():
@@ -83,13 +83,13 @@ class Continuing:
             # a preempted request needs nothing, and another may have got its block
             grown = [request for request in grown if request.cache is not None]
         columns.run(rows)
-        told: dict[WorkerId, Grown] = {}
+        blocks: dict[WorkerId, Grown] = {}
         for request in grown:
             if (cache := request.cache) is not None:
-                told.setdefault(cache.worker, Grown()).add(cache, request)
+                blocks.setdefault(cache.worker, Grown()).add(cache, request)
         for worker, (begin, end) in self._caches.bounds(rows).items():
             parts[worker].decode_rows(end - begin)
-        return rows, told
+        return rows, blocks
 
     def _within_budget(self, candidates: Candidates) -> Indices:
         """Those rows that may run: the oldest of each worker where there are too many."""

@@ -20,12 +20,12 @@ from elastic_moe.cluster.messages.steps import Decoding, Sample, StepResult
 from elastic_moe.cluster.placement import WorkerId
 
 UNCHANGED = Decoding()
-"""What a worker is told whose rows just go on."""
+"""What a plan says to a worker whose rows just go on."""
 
 
 @dataclass(slots=True)
 class Grown:
-    """The blocks that one worker must be told of in a step, as in Decoding."""
+    """The new blocks of one worker that its plan names, as in Decoding."""
 
     blocks: list[int] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
@@ -113,7 +113,7 @@ class Answers:
         assert all(result.step == flight.step for result in results.values()), "a result of another step"
         self.results = results
         self.tokens: Column = np.full(len(flight.rows), NO_TOKEN, dtype=np.int32)
-        """[n] of the flight's rows; negative where something else is told of a row."""
+        """[n] of the flight's rows; negative where the result says something else of a row."""
         for worker, (begin, end) in flight.bounds.items():
             if column := results[worker].tokens:
                 self.tokens[begin:end] = _column(column, end - begin, worker)
@@ -150,18 +150,18 @@ def _column(column: bytes, size: int, worker: WorkerId) -> Column:
 class StepOutputs(Sequence[TokenOutput]):
     """What a step made: outputs that say something in particular, and columns of the others. As a sequence: all."""
 
-    __slots__ = ("tokens", "told")
+    __slots__ = ("single", "tokens")
 
-    def __init__(self, told: Sequence[TokenOutput], tokens: Tokens) -> None:
-        self.told = told
+    def __init__(self, single: Sequence[TokenOutput], tokens: Tokens) -> None:
+        self.single = single
         self.tokens = tokens
 
     def __len__(self) -> int:
-        return len(self.told) + len(self.tokens)
+        return len(self.single) + len(self.tokens)
 
     def __iter__(self) -> Iterator[TokenOutput]:
         yield from self.tokens
-        yield from self.told
+        yield from self.single
 
     @overload
     def __getitem__(self, at: int) -> TokenOutput: ...

@@ -115,6 +115,9 @@ class WorkerActor:
             host_bytes_per_s=None if rates is None else rates.bytes_per_s,
             host_token_s=None if rates is None else rates.token_s,
             fit=loaded.report,
+            gpu=str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+            if spec.model.device == "cuda"
+            else None,
         )
 
     @in_group("io")

@@ -12,6 +12,7 @@ from elastic_moe.cluster.control.scaling import Scaling
 from elastic_moe.cluster.control.starting import Starts
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
+from elastic_moe.cluster.facts.homes import Homes
 from elastic_moe.cluster.facts.membership import Membership
 from elastic_moe.cluster.facts.operations import OperationLog
 from elastic_moe.cluster.messages.epochs import ModelInfo
@@ -29,6 +30,7 @@ class Owners:
         self.load: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
         """[L, E] tokens that were routed to each expert, as it was last counted."""
         self.membership = Membership(shape)
+        self.homes = Homes()
         self.starts = Starts()
         self.draining = Draining()
         self.epochs = Epochs(settings, self.membership, self.operations, self.counters)

@@ -28,6 +28,7 @@ from elastic_moe.cluster.facts.events import (
     Committed,
     EngineLost,
     Event,
+    HomesSeen,
     LoadSeen,
     NodesDrain,
     PlaceRequested,
@@ -172,6 +173,9 @@ class ControlState:
                 return []
             case NodesDrain():
                 return self._losses.nodes_drain(event, now)
+            case HomesSeen():
+                self._owners.homes.seen(event.free, now)
+                return []
             case LoadSeen():
                 self._owners.draining.seen(event.busy)
                 return self._owners.scaling.load_seen(self.facts, event, now)
@@ -274,6 +278,7 @@ class ControlState:
         why = "the coordinator was restarted"
         self.counters.recoveries[Cause.COORDINATOR] += 1
         self._owners.starts.resume()
+        self._owners.homes.resume(now)
         self._owners.scaling.resume(now)
         self._owners.draining.resume()
         self._owners.rebalancing.resume(now)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
+
 from elastic_moe.cluster.control import draining
 from elastic_moe.cluster.control.owners import Owners
 from elastic_moe.cluster.control.transitions import Transitions
-from elastic_moe.cluster.decisions import reconcile
+from elastic_moe.cluster.decisions import reconcile, spreading
 from elastic_moe.cluster.facts.events import Command
 from elastic_moe.cluster.messages.views import OperationKind
 
@@ -31,8 +33,12 @@ class Upkeep:
             self._owners.membership.keep(worker)
         if draining.may_rest(self._owners.facts):
             return self._rest(now)
+        nodes = self._spread(now)
         starts = reconcile.starts(self._owners.facts, now)
-        commands: list[Command] = [self._owners.membership.start(assigned, now) for assigned in starts.value]
+        commands: list[Command] = [
+            self._owners.membership.start(assigned, now, node)
+            for assigned, node in zip(starts.value, chain(nodes, repeat(None)), strict=False)
+        ]
         facts = self._owners.facts
         members = reconcile.next_members(facts, now)
         self.starts, self.members = starts.reason, members.reason
@@ -45,6 +51,22 @@ class Upkeep:
             operation = self._owners.operations.open(wish.value, facts.next_epoch, wish.reason)
         commands += self._transitions.begin((operation, reconcile.placement_for(facts, members.value)), now)
         return commands + self._transitions.go_on(now)
+
+    def _spread(self, now: float) -> list[str]:
+        """Have workers move to nodes that have come: those from which they move leave once others have loaded in their
+        place. Returns the nodes for the workers to start now."""
+        owners = self._owners
+        owners.homes.use(record.info.node for record in owners.membership.alive if record.info is not None)
+        for worker in spreading.stranded(owners.facts):
+            owners.membership.stay(worker)
+        for worker in spreading.replaced(owners.facts):
+            owners.membership.drain(worker, now, retired=True)
+        moves = spreading.relocations(owners.facts, owners.homes.fresh(now), now).value
+        for move in moves:
+            owners.membership.move(move.worker)
+        nodes = [move.node for move in moves]
+        owners.homes.use(nodes)
+        return nodes
 
     def _rest(self, now: float) -> list[Command]:
         """Keep no worker, since there are no requests."""

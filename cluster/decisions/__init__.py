@@ -2,6 +2,7 @@
 
 reconcile     which workers to start or keep, which serve, and which experts they hold
 joining       workers that cannot join the others: who is tried next, and who is given up
+spreading     which workers move to nodes that came later
 autoscaling   how many workers a load is worth
 status        readiness, and the progress of an operation
 

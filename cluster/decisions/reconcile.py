@@ -188,6 +188,7 @@ def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
         {record.id: record.has for record in members},
         {record.id: record.has | record.perhaps for record in members},
         facts.load,
+        lately={record.id: record.perhaps_serves for record in members if record.perhaps_serves is not None},
         most_new={
             worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes)
             for worker, room in rooms.items()
@@ -224,4 +225,6 @@ def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]
     joining = [record.id for record in members if record.id not in facts.ranks]
     leaving = [worker for worker in facts.ranks if worker not in {record.id for record in members}]
     words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]
+    if any(facts.records[worker].moves for worker in leaving):
+        words[-1] += ", as workers spread over nodes that have come"
     return Choice(kind, ", ".join(words) or "a new group")

@@ -3,6 +3,7 @@
 facts        everything that is known at one moment, as one frozen value, and who owns each part
 events       what happens to the control plane, and the commands that it answers with
 membership   every worker, and the experts that it has
+homes        the nodes that workers may run on, and which of them are new
 adaptation   what follows from a set of workers: slots, the placement that moves the fewest experts, the transport
 transfers    the experts to bring before an epoch can begin
 routing      tokens per layer and expert over a sliding window, and how uneven they make the load

@@ -124,6 +124,9 @@ def choose_transport(infos: Sequence[WorkerInfo], *, shared_gpus: bool = False) 
     if len(infos) == 1:
         return TransportKind.LOCAL
     if all(info.device != "cpu" for info in infos):
+        gpus = {(info.node, info.gpu) for info in infos}
+        if len(gpus) == 1 and infos[0].gpu is not None:
+            return TransportKind.IPC
         # NCCL refuses two ranks on one GPU
         return TransportKind.TCP if shared_gpus else TransportKind.NCCL
     return TransportKind.SHM if len({info.node for info in infos}) == 1 else TransportKind.TCP

@@ -212,6 +212,13 @@ class NodesDrain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HomesSeen:
+    """The nodes that have a free core for a worker: node id -> free cores."""
+
+    free: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSeen:
     """The engine's load, on which the autoscaler decides."""
 
@@ -254,6 +261,7 @@ Event = (
     | ScaleRequested
     | Reconfigured
     | NodesDrain
+    | HomesSeen
     | LoadSeen
     | RoutingCounted
 )
@@ -268,6 +276,8 @@ class StartWorker:
 
     worker: WorkerId
     experts: tuple[tuple[int, ...], ...]
+    node: str | None = None
+    """Where it is to run if there is room; None: where Ray finds room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

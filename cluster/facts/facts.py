@@ -196,8 +196,13 @@ class Facts:
 
     @property
     def staying(self) -> list[WorkerRecord]:
-        """Living workers that are not to leave."""
-        return [record for record in self.alive if record.state is not WorkerState.DRAINING]
+        """Living workers that are not to leave, nor to move."""
+        return [r for r in self.alive if r.state is not WorkerState.DRAINING and not r.moves]
+
+    @property
+    def moving(self) -> list[WorkerRecord]:
+        """Living workers that serve until others have loaded in their place."""
+        return [r for r in self.alive if r.state is not WorkerState.DRAINING and r.moves]
 
     @property
     def idle(self) -> bool:

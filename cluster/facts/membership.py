@@ -40,10 +40,14 @@ class WorkerRecord:
     perhaps: BoolArray
     """[L, E] experts that may lie in its device besides, since the outcome of a flip is not known. They take memory."""
     asked_at: float
+    perhaps_serves: BoolArray | None = None
+    """[L, E] experts, in whichever tier, that it may have been told to serve by such a flip; None: not besides."""
     info: WorkerInfo | None = None
     loaded_at: float | None = None
     retired: bool = False
     """Whether the worker leaves because a user named it or its node leaves, and not because there are too many."""
+    moves: bool = False
+    """Whether another one is started in its place, on a node that came later. It serves until that one has loaded."""
     draining_since: float = 0.0
     leave_by: float | None = None
     """When its node ends; None where that is not known, or its node stays."""
@@ -120,8 +124,8 @@ class Membership:
 
     # --- Coming and going ---------------------------------------------------------------------------------------
 
-    def start(self, assigned: BoolArray, now: float) -> StartWorker:
-        """Ask for one more worker, which is to load `assigned` ([L, E])."""
+    def start(self, assigned: BoolArray, now: float, node: str | None = None) -> StartWorker:
+        """Ask for one more worker, which is to load `assigned` ([L, E]), on `node` if that has room."""
         worker = self.next_worker
         self._asked += 1
         self._records[worker] = WorkerRecord(
@@ -133,7 +137,7 @@ class Membership:
             perhaps=self._nothing,
             asked_at=now,
         )
-        return StartWorker(worker=worker, experts=expert_lists(assigned))
+        return StartWorker(worker=worker, experts=expert_lists(assigned), node=node)
 
     def loads(self, info: WorkerInfo, now: float) -> bool:
         """A worker has loaded. Returns False if it was known to be loaded, or is dead."""
@@ -159,6 +163,14 @@ class Membership:
     def keep(self, worker: WorkerId) -> None:
         """A worker that was to leave stays."""
         self._set(worker, state=WorkerState.SERVING)
+
+    def move(self, worker: WorkerId) -> None:
+        """Another one is to be started in its place."""
+        self._set(worker, moves=True)
+
+    def stay(self, worker: WorkerId) -> None:
+        """It does not move after all."""
+        self._set(worker, moves=False)
 
     def stop(self, worker: WorkerId) -> StopWorker:
         self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing, perhaps=self._nothing)
@@ -193,14 +205,18 @@ class Membership:
                 state = WorkerState.SERVING if record.state is WorkerState.STARTING else record.state
                 held = needs(placement, worker.id)
                 self._set(worker.id, held=held, staged=self._nothing, perhaps=self._nothing, state=state)
-                self._set(worker.id, failed_joins=0)
+                self._set(worker.id, perhaps_serves=None, failed_joins=0)
 
     def doubt(self, placement: Placement) -> None:
         """A worker may have begun an epoch with `placement` or not, so it holds only what it holds in both cases."""
         for worker in placement.workers:
             record, wanted = self._records[worker.id], needs(placement, worker.id)
             if record.alive:
-                self._set(worker.id, held=record.held & wanted, perhaps=record.perhaps | record.has | wanted)
+                served = serves(placement, worker.id)
+                if record.perhaps_serves is not None:
+                    served = served | record.perhaps_serves
+                perhaps = record.perhaps | record.has | wanted
+                self._set(worker.id, held=record.held & wanted, perhaps=perhaps, perhaps_serves=served)
 
     # --- Signs of life ------------------------------------------------------------------------------------------
 

@@ -117,6 +117,7 @@ def next_step(
     occupied: Mapping[WorkerId, BoolArray],
     load: IntCounts,
     *,
+    lately: Mapping[WorkerId, BoolArray] | None = None,
     most_new: Mapping[WorkerId, int | None],
 ) -> Placement:
     """The nearest placement to `goal` that can be reached by one change: some experts of devices still lie on disk.
@@ -124,6 +125,7 @@ def next_step(
     current: the placement in force. has: [L, E] per worker, what lies in its device. occupied: the same with whatever
     else may lie there until the change is made; what is new must fit beside that, and beside a slot for each layer in
     which the worker serves more than it has, now or then.
+    lately: [L, E] what a worker may serve besides, by a flip whose outcome is not known.
     most_new: experts that each worker may bring, over all layers; None: no limit. The heaviest come first.
     """
     tiers = goal.tiers.copy()
@@ -135,6 +137,8 @@ def next_step(
         served = held | serves(goal, worker.id)
         if current is not None and any(member.id == worker.id for member in current.workers):
             served = served | serves(current, worker.id)
+        if lately is not None and worker.id in lately:
+            served = served | lately[worker.id]
         new = needs(goal, worker.id) & ~held
         free = room.device - memory_of(held, served) - int((occupied[worker.id] & ~held).sum())
         outside = (served & ~held).sum(axis=1)

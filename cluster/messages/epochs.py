@@ -109,6 +109,8 @@ class WorkerSpec:
     """Threads that the workers of one node share in each epoch; 0: each worker keeps `num_threads`."""
     node_workers: int = 1
     """Most workers that will share the memory of this worker's node."""
+    gpu_workers: int = 1
+    """Most workers that will share the memory of this worker's GPU."""
     expert_memory_bytes: int | None = None
     """Most bytes that experts may take in this worker's device; None: the free memory that the worker finds."""
     host_expert_memory_bytes: int | None = None
@@ -125,6 +127,8 @@ class WorkerSpec:
     """Whether to have memory for snapshots of states."""
     steps_in_flight: int = STEPS_IN_FLIGHT
     """Most steps that are sent and not committed."""
+    enforce_eager: bool = False
+    """Whether the CPU launches each kernel of a decode step, also where a CUDA graph could do so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +194,8 @@ class WorkerInfo:
     none."""
     fit: FitReport | None = None
     """Which code serves the model there."""
+    gpu: str | None = None
+    """UUID of its GPU; None on a CPU, and where it is not known."""
 
 
 class TransportKind(StrEnum):
@@ -200,8 +206,10 @@ class TransportKind(StrEnum):
     SHM = "shm"
     """Shared memory between the workers of one node."""
     TCP = "tcp"
-    """Connections between workers of several nodes, or of one GPU."""
+    """Connections between workers of several nodes, or that share GPUs in another way than IPC needs."""
     NCCL = "nccl"
+    IPC = "ipc"
+    """Device memory that all workers of one GPU map. Workers that cannot share it use TCP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +225,7 @@ class EpochSpec:
     rendezvous: str
     """host:port of the store for nccl; empty otherwise."""
     doors: tuple[Endpoint, ...] = ()
-    """For tcp: where each worker waits for the others, in rank order; empty otherwise."""
+    """For tcp and ipc: where each worker waits for the others, in rank order; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,15 +98,15 @@ class LiveBlocks:
         """Number of the first of these blocks in the sequence."""
         self.ids: list[int] = []
 
-    def put(self, told: WindowBlocks) -> None:
-        """Blocks that a plan tells. Before them, blocks are kept only if none is missing in between."""
-        if self.first <= told.first <= self.first + len(self.ids):
-            self.ids[told.first - self.first :] = told.ids
+    def put(self, sent: WindowBlocks) -> None:
+        """Blocks that a plan names. Before them, blocks are kept only if none is missing in between."""
+        if self.first <= sent.first <= self.first + len(self.ids):
+            self.ids[sent.first - self.first :] = sent.ids
         else:
-            self.first, self.ids = told.first, list(told.ids)
+            self.first, self.ids = sent.first, list(sent.ids)
 
     def drop_before(self, first: int) -> None:
-        """Forget the blocks before number `first`, which no step reads any more unless a plan tells them again."""
+        """Forget the blocks before number `first`, which no step reads any more unless a plan names them again."""
         if first > self.first:
             del self.ids[: first - self.first]
             self.first = first

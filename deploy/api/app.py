@@ -151,7 +151,7 @@ def _tokenizer_router(service: Service) -> APIRouter:
 
     @router.get("/tokenizer_info", **described(answers={200: json_answer("The tokenizer.", "tokenizer_class")}))
     async def info() -> Response:
-        return Response(msgspec.json.encode(service.tokenizer.info()), media_type="application/json")
+        return Response(msgspec.json.encode(service.texts.tokenizer.info()), media_type="application/json")
 
     @router.post("/tokenize", **described(body=TokenizeRequest, answers={200: tokens}, errors=(404,)))
     async def tokenize(request: Request) -> Response:
@@ -159,12 +159,12 @@ def _tokenizer_router(service: Service) -> APIRouter:
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("prompt: expected either prompt or messages", param="prompt")
-        tokenizer = service.tokenizer
+        tokenizer = service.texts.tokenizer
         text, special, param = body.prompt or "", body.add_special_tokens is not False, "prompt"
         if body.messages is not None:
             text = await service.render_chat(body.messages, body)
             special, param = bool(body.add_special_tokens), "messages"
-        ids = await service.encode_any(text, add_special_tokens=special, param=param)
+        ids = await service.texts.encode(text, add_special_tokens=special, param=param)
         longest = (await service.limits()).max_model_len
         name = tokenizer.token_string if body.return_token_strs else None
         return StreamingResponse(_token_json(ids, longest, name), media_type="application/json")
@@ -179,7 +179,7 @@ def _tokenizer_router(service: Service) -> APIRouter:
         if len(body.tokens) > MAX_DETOKENIZED:
             raise RequestError(f"tokens: expected at most {MAX_DETOKENIZED}, got {len(body.tokens)}", param="tokens")
         check_token_ids(body.tokens, (await service.limits()).vocab_size, "tokens")
-        text = await service.decode(body.tokens)
+        text = await service.texts.decode(body.tokens)
         return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
 
     return router

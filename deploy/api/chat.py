@@ -44,12 +44,12 @@ def chat_router(service: Service) -> APIRouter:
         answers = await service.answers(body, [prompt], response_id=response_id, client=client)
         check_scores(body, [len(prompt.token_ids)])
         shape = ChatShape(
-            service.tokenizer,
-            token_names(service.tokenizer, body),
+            service.texts.tokenizer,
+            token_names(service.texts.tokenizer, body),
             prompt.text,
             (len(body.logprob_token_ids or ()) or body.top_logprobs or 0) if body.logprobs else None,
             prompt.token_ids if body.return_token_ids else None,
-            scored=Scored(service.tokenizer, answers, body) if body.prompt_logprobs is not None else None,
+            scored=Scored(service.texts.tokenizer, answers, body) if body.prompt_logprobs is not None else None,
             hides_reasoning=body.hides_reasoning and prompt.new_parser is not None,
             named_tool=body.named_tool is not None,
             shown_prompt=prompt.rendered if body.return_prompt_text else None,
@@ -65,7 +65,9 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
     tools = body.callable_tools
     text = await service.render_chat(body.messages, body, tools)
     asked = None if body.must_call else await service.grammar(body)
-    plan = await tool_plan(service.form, service.tokenizer, text, body, asked=asked, checked=service.checked_grammar)
+    plan = await tool_plan(
+        service.form, service.texts.tokenizer, text, body, asked=asked, checked=service.checked_grammar
+    )
     limits = await service.limits()
     # Without a wish of the client's, no special tokens are added: templates write them themselves.
     token_ids = await service.encode(
@@ -75,14 +77,14 @@ async def chat_prompt(service: Service, body: ChatCompletionRequest) -> Prompt:
         to_be_cut=body.truncate_prompt_tokens is not None,
     )
     token_ids = truncated(token_ids, body, defaults=service.defaults, limits=limits)
-    thinking = thinking_budget(service.form, service.tokenizer, text, body.thinking_token_budget)
+    thinking = thinking_budget(service.form, service.texts.tokenizer, text, body.thinking_token_budget)
     params = sampling_params(
         body,
         defaults=service.defaults,
         limits=limits,
         prompt_tokens=len(token_ids),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        bad_words=await service.bad_words(body.bad_words),
+        bad_words=await service.texts.bad_words(body.bad_words),
         grammar=plan.grammar,
         grammar_after=plan.grammar_after,
         thinking=thinking,

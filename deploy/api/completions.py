@@ -43,11 +43,11 @@ def completions_router(service: Service) -> APIRouter:
         check_scores(body, [len(answer.request.prompt_token_ids) for answer in answers])
         echoes = [prompt.text for prompt in prompts for _ in range(body.num_choices)]
         shape = CompletionShape(
-            token_names(service.tokenizer, body),
+            token_names(service.texts.tokenizer, body),
             echoes if body.echo else None,
             body.logprobs,
             [answer.request.prompt_token_ids for answer in answers] if body.return_token_ids else None,
-            scored=Scored(service.tokenizer, answers, body) if body.scored_alternatives is not None else None,
+            scored=Scored(service.texts.tokenizer, answers, body) if body.scored_alternatives is not None else None,
         )
         run = Run(service, body, shape, answers, shown_id("cmpl", response_id, body.request_id))
         return await run.respond(request)
@@ -61,7 +61,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     if not 1 <= len(given) <= MAX_PROMPTS:
         raise RequestError(f"prompt: expected 1 to {MAX_PROMPTS} prompts, got {len(given)}", param="prompt")
     limits = await service.limits()
-    bad_words = await service.bad_words(body.bad_words)
+    bad_words = await service.texts.bad_words(body.bad_words)
     grammar = await service.grammar(body)
     prompts: list[Prompt] = []
     for prompt in given:
@@ -96,7 +96,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
 async def _echo(service: Service, body: CompletionRequest, prompt: str | TokenIds) -> str:
     if not body.echo:
         return ""
-    return prompt if isinstance(prompt, str) else await service.decode([t for t in prompt if t >= 0])
+    return prompt if isinstance(prompt, str) else await service.texts.decode([t for t in prompt if t >= 0])
 
 
 class CompletionShape:

@@ -1,4 +1,4 @@
-"""What every handler needs: the backend, the tokenizer, the model's limits and defaults, and the server's readiness."""
+"""What every handler needs: the backend, the texts, the model's limits and defaults, and the server's readiness."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -44,23 +43,15 @@ from elastic_moe.deploy.responses.rendering import Rendering
 from elastic_moe.deploy.responses.store import Bounds, Store
 from elastic_moe.deploy.structured.checks import GrammarChecks
 from elastic_moe.deploy.structured.requested import requested_grammar
-from elastic_moe.deploy.text.prompts import DirectPrompts, Prompts
-from elastic_moe.deploy.text.tokenizer import Tokenizer
+from elastic_moe.deploy.text.texts import OpenPrompts, Texts
 from elastic_moe.deploy.tools.form import answer_form
 from elastic_moe.deploy.tools.plan import NewParser, tool_plan
 from elastic_moe.deploy.web.running import Running
 
 logger = logging.getLogger(__name__)
 
-OpenPrompts = Callable[[str, str | None], Awaitable[Prompts]]
-"""It takes the model's directory and a chat template's path. Raises CheckpointError and ConfigError."""
-
 MAX_SEQUENCES = 1024
 """Most answers of one request: its prompts times n."""
-LONG_TEXT = 4096
-"""Number of tokens from which on they are decoded in a thread, so that streams do not stall."""
-LARGE_TEXT = 2**16
-"""Characters from which on another process encodes a text, since its tokens come back packed."""
 ANSWERS_AT_ONCE = 16
 """Answers that are made before other requests get their turn."""
 PROMPT_END = 256
@@ -101,8 +92,8 @@ class Service:
         generation: str = "",
         lives: Lives | None = None,
     ) -> None:
-        """`open_prompts` makes the Prompts that render and encode; without it, this process does so. `values` is what
-        all replicas share; without it, this one shares nothing. `generation` and `lives`: as Following has them."""
+        """`open_prompts`: as Texts.open has it. `values` is what all replicas share; without it, this one shares
+        nothing. `generation` and `lives`: as Following has them."""
         self.config = config
         self.backend = backend
         self.model_dir = model_dir
@@ -126,15 +117,13 @@ class Service:
         self.generation = generation
         self.following = Following(backend, self.store, self.metrics, self.rendering, generation, lives)
         self._open_prompts = open_prompts
-        self._prompts: Prompts | None = None
         self.places = Places(config.max_waiting_requests)
         self.aside = Aside()
         self.bodies = Bodies(self.aside)
-        self._tokenizer: Tokenizer | None = None
+        self._texts: Texts | None = None
+        self._begun = False
         self._tokenizer_error: str | None = None
         self._grammars = GrammarChecks()
-        self._has_fast_tokenizer = False
-        """Whether the tokenizer can be given to the other process as JSON."""
         self._info: ModelInfo | None = None
         self.form = AnswerForm()
         """How the model writes reasoning and tool calls."""
@@ -143,19 +132,9 @@ class Service:
         self.metrics.exporter = await asyncio.to_thread(Exporter.open, self.config, "api", self.model_name)
         try:
             self.defaults = SamplingDefaults.read(self.model_dir)
-            loading = asyncio.to_thread(Tokenizer.load, self.model_dir, self.config.chat_template)
-            if self._open_prompts is None:
-                tokenizer = await loading
-                self._prompts = DirectPrompts(tokenizer)
-            else:
-                opening = self._open_prompts(self.model_dir, self.config.chat_template)
-                self._prompts, tokenizer = await asyncio.gather(opening, loading)
-            written = await asyncio.to_thread(tokenizer.to_json)
-            self._has_fast_tokenizer = written is not None
-            if written is not None:
-                self.aside.use_tokenizer(lambda: written)
-            self.form = await asyncio.to_thread(answer_form, tokenizer, self.model_dir, self.config)
-            self._tokenizer = tokenizer
+            self._texts = await Texts.open(self.model_dir, self.config.chat_template, self._open_prompts, self.aside)
+            self.form = await asyncio.to_thread(answer_form, self._texts.tokenizer, self.model_dir, self.config)
+            self._begun = True
         except UserError as error:
             self._tokenizer_error = str(error)
         except Exception:
@@ -169,8 +148,8 @@ class Service:
         exporter, self.metrics.exporter = self.metrics.exporter, None
         if exporter is not None:
             exporter.close()
-        if self._prompts is not None:
-            self._prompts.close()
+        if self._texts is not None:
+            self._texts.close()
 
     @property
     def running(self) -> int:
@@ -188,7 +167,7 @@ class Service:
         if self.draining:
             return Readiness(ready=False, reason="it is shutting down: ask again in some seconds")
         state = await self.backend.readiness()
-        if state.ready and self._tokenizer is None:
+        if state.ready and not self._begun:
             return Readiness(ready=False, reason="loading the tokenizer")
         return state
 
@@ -213,22 +192,17 @@ class Service:
         if not self.draining:
             self.requests.begin(request.scope)
         state = await self.readiness()
-        may_wait = self.backend.can_wait and self._tokenizer is not None and not self.draining
+        may_wait = self.backend.can_wait and self._begun and not self.draining
         if not state.ready and (state.error is not None or not may_wait):
             self.requests.end(request.scope)
             raise NotReadyError(f"the server cannot serve: {state.error or state.reason}")
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
+    def texts(self) -> Texts:
+        """Raises NotReadyError before `begin` has ended, and where it failed."""
+        if self._texts is None or not self._begun:
             raise NotReadyError(f"the server cannot serve: {self._tokenizer_error or 'loading the tokenizer'}")
-        return self._tokenizer
-
-    @property
-    def prompts(self) -> Prompts:
-        if self._prompts is None:
-            raise NotReadyError(f"the server cannot serve: {self._tokenizer_error or 'loading the tokenizer'}")
-        return self._prompts
+        return self._texts
 
     async def info(self) -> ModelInfo:
         while self._info is None:
@@ -247,7 +221,7 @@ class Service:
 
     async def limits(self) -> Limits:
         info, longest = await self.info(), await self.max_model_len()
-        ends = tuple(dict.fromkeys((*info.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        ends = tuple(dict.fromkeys((*info.eos_token_ids, *self.texts.tokenizer.eos_token_ids)))
         return Limits(max_model_len=longest, vocab_size=info.vocab_size, eos_token_ids=ends)
 
     def check_model(self, name: str | None) -> None:
@@ -264,7 +238,7 @@ class Service:
         self, messages: Sequence[Message], fields: TemplateFields, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
         """The prompt of a chat. Raises RequestError where the template refuses the messages, or does not end."""
-        return await self.prompts.render_chat(
+        return await self.texts.prompts.render_chat(
             [message.to_template() for message in messages],
             add_generation_prompt=fields.begins_turn,
             continue_final_message=bool(fields.continue_final_message),
@@ -278,35 +252,14 @@ class Service:
         Raises RequestError, before encoding, where the prompt is far too long for the model and will not be cut.
         """
         limits = await self.limits()
-        fewest = self.tokenizer.fewest_tokens(text)
+        fewest = self.texts.tokenizer.fewest_tokens(text)
         if fewest > limits.max_model_len and not to_be_cut:
             raise RequestError(
                 f"{param}: at least {fewest} tokens; this model's maximum context length is {limits.max_model_len}",
                 param=param,
                 code="context_length_exceeded",
             )
-        return await self.encode_any(text, add_special_tokens=add_special_tokens, param=param)
-
-    async def encode_any(self, text: str, *, add_special_tokens: bool, param: str) -> TokenIds:
-        """The tokens of a text of any length."""
-        if len(text) >= LARGE_TEXT and self._has_fast_tokenizer:
-            return await self.aside.encode(text, add_special_tokens=add_special_tokens)
-        return await self.prompts.encode(text, add_special_tokens=add_special_tokens, param=param)
-
-    async def bad_words(self, words: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
-        """The token sequences that vLLM bans for these words: the word at the beginning of a text, after a space, and
-        as one token."""
-        ways: dict[tuple[int, ...], None] = {}
-        for word in words or ():
-            bare = word.lstrip() or word
-            first = await self.encode_any(bare, add_special_tokens=False, param="bad_words")
-            spaced = await self.encode_any(" " + bare, add_special_tokens=False, param="bad_words")
-            ways[tuple(first)] = None
-            if first and len(spaced) == len(first) and spaced[0] != first[0]:
-                ways[tuple(spaced)] = None
-            if (single := self.tokenizer.id_of_piece(bare)) is not None:
-                ways[(single,)] = None
-        return tuple(way for way in ways if way)
+        return await self.texts.encode(text, add_special_tokens=add_special_tokens, param=param)
 
     async def grammar(self, fields: StructuredFields) -> Grammar | None:
         """The grammar that the fields ask for, if any, checked. Raises RequestError, which names the field."""
@@ -317,16 +270,8 @@ class Service:
 
     async def checked_grammar(self, grammar: Grammar, *, param: str) -> Grammar:
         """`grammar`, after it has been compiled once. Raises RequestError, which names `param`, where it cannot be."""
-        await self._grammars.check(self.prompts, grammar, param=param)
+        await self._grammars.check(self.texts.prompts, grammar, param=param)
         return grammar
-
-    async def decode(self, token_ids: TokenIds) -> str:
-        """The text of any number of tokens."""
-        if len(token_ids) < LONG_TEXT:
-            return self.tokenizer.decode(token_ids)
-        if not self._has_fast_tokenizer:
-            return await asyncio.to_thread(self.tokenizer.decode, token_ids)
-        return await self.aside.decode(array("i", token_ids))
 
     async def answers(
         self, body: SamplingFields, prompts: Sequence[Prompt], *, response_id: str, client: str
@@ -348,7 +293,7 @@ class Service:
                     prompt_token_ids=token_ids,
                     params=dataclasses.replace(prompt.params, seed=seed),
                     cache_salt=body.cache_salt or "",
-                    eos_token_ids=self.tokenizer.eos_token_ids,
+                    eos_token_ids=self.texts.tokenizer.eos_token_ids,
                     client=client,
                     priority=body.priority or 0,
                 )
@@ -373,7 +318,7 @@ class Service:
         return Answer(
             index=index,
             request=request,
-            tokenizer=self.tokenizer,
+            tokenizer=self.texts.tokenizer,
             stops=body.stops,
             include_stop=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
@@ -386,12 +331,12 @@ class Service:
     async def rendering(self, record: Record) -> Rendering:
         """A fresh rendering of a response: the same at every replica."""
         chat = parse(ChatCompletionRequest, {**record.chat, "messages": [{"role": "user", "content": ""}]})
-        prompt = self.tokenizer.decode(record.request.prompt_token_ids[-PROMPT_END:])
-        plan = await tool_plan(self.form, self.tokenizer, prompt, chat, asked=None, checked=_unchecked)
+        prompt = self.texts.tokenizer.decode(record.request.prompt_token_ids[-PROMPT_END:])
+        plan = await tool_plan(self.form, self.texts.tokenizer, prompt, chat, asked=None, checked=_unchecked)
         chars = None if self.form.tools is None else self.form.tools.call_id_chars
         parser = None if plan.new_parser is None else plan.new_parser(call_ids(record.id, chars))
         answer = self._answer(chat, record.request, await self.limits(), index=0, parser=parser, markers=plan.markers)
-        return Rendering(record, answer, self.tokenizer)
+        return Rendering(record, answer, self.texts.tokenizer)
 
     def check_room(self, client: str, body: SamplingFields, prompts: int = 1) -> None:
         """Raises RequestError 503 where so many requests wait that `run` would refuse this one."""

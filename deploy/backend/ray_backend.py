@@ -227,12 +227,12 @@ class RayBackend:
         self._client.end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")
 
     async def _watch_gcs(self, gcs: GcsWatch) -> None:
-        told = False
+        logged = False
         while True:
             await gcs.look(time.monotonic())
-            if gcs.lost is not None and not told:
+            if gcs.lost is not None and not logged:
                 logger.error("requests are ended: %s", gcs.lost)
-            told = gcs.lost is not None
+            logged = gcs.lost is not None
             if gcs.lost is not None:
                 self._client.end_all(gcs.lost)
             await asyncio.sleep(LOOK_S)

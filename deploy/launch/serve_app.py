@@ -39,7 +39,7 @@ from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
-from elastic_moe.actors.remote.key_value import RayKeyValue
+from elastic_moe.actors.remote.key_value import API_NAMESPACE, RayKeyValue
 from elastic_moe.actors.telemetry.exporting import check_installed
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.limits import check_limits
@@ -104,7 +104,7 @@ class Api:
             gcs=GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT))),
         )
         self._service = Service(
-            config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue(), self._generation, _lives
+            config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue(API_NAMESPACE), self._generation, _lives
         )
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -11,8 +11,8 @@ import numpy as np
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.tiering import cache_slots_of
 from elastic_moe.optimizer.baselines.heuristics import greedy_table
-from elastic_moe.optimizer.core.cost import BITS, GIGA, price_table
-from elastic_moe.optimizer.core.problem import PlacementProblem
+from elastic_moe.optimizer.core.cost import price_table
+from elastic_moe.optimizer.core.problem import BITS, GIGA, PlacementProblem
 from elastic_moe.optimizer.residency.memory import WorkerMemory, kv_price_s
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

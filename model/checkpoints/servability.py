@@ -29,6 +29,7 @@ from elastic_moe.model.transformers_private import (
     EXPANDS_LATENTS,
     EXPERT_FLAGS,
     SERVED_CACHE_LAYERS,
+    STATES_REFUSAL,
     DynamicLayer,
     ExpertsInterface,
     LinearAttentionCacheLayerMixin,
@@ -234,6 +235,8 @@ def _forward(model: PreTrainedModel, trace: _Trace) -> Tensor:
         try:
             positions = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
             if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in _cache_layers(model)):
+                if STATES_REFUSAL is not None:
+                    raise NotServable(STATES_REFUSAL)
                 trace.state_layers = find_state_layers(model, lambda: _run(model, ids, positions))
                 # the same calls come again
                 trace.forget_calls()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,25 @@ from torch import Tensor
 from elastic_moe.cluster.facts.sampling import REPORT_BYTES, as_choices, most_tokens
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.model.staging import to_device
+
+
+class Notes(Protocol):
+    """Notes the choices of a step's tokens."""
+
+    def note(self, index_LTK: Tensor) -> None:
+        """Note the choices [layers, T, K] of the step's next MoE layers."""
+        ...
+
+
+class RecordedChoices:
+    """Keeps the choices of one step."""
+
+    def __init__(self) -> None:
+        self.noted: list[Tensor] = []
+        """[layers, T, K] each."""
+
+    def note(self, index_LTK: Tensor) -> None:
+        self.noted.append(index_LTK)
 
 
 class RoutingCounter:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier
-from elastic_moe.model.exchange.counter import RoutingCounter
+from elastic_moe.model.exchange.counter import Notes
 from elastic_moe.model.exchange.dealing import NOBODY, Dealer, Memory
 from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.interface import ABSENT
@@ -90,7 +90,7 @@ class Dispatcher(ABC):
     """The expert side of one epoch on one worker. Every worker must call `forward` for every layer of a step."""
 
     def __init__(self) -> None:
-        self.counter: RoutingCounter | None = None
+        self.counter: Notes | None = None
         self.joint: JointExperts | None = None
         """What native functions that run many layers need in place of `forward`. Their caller calls `note` afterwards.
         """
@@ -110,7 +110,12 @@ class Dispatcher(ABC):
         if self.counter is not None:
             self.counter.note(index_LTK)
 
-    def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
+    @property
+    def graph_memory(self) -> list[object] | None:
+        """What a CUDA graph of a step's experts reads, as in ExpertStore; None if a step needs the CPU in a layer."""
+        return None
+
+    def begin(self, tokens_per_rank: Sequence[int], counter: Notes | None) -> None:
         """Begin a step. `counter` is None for a warm-up step, which must not be counted."""
         self.counter = counter
 
@@ -187,7 +192,11 @@ class TransportDispatcher(Dispatcher):
     def deals(self) -> bool:
         return self._dealer is not None
 
-    def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
+    @property
+    def graph_memory(self) -> list[object] | None:
+        return self._store.graph_memory if self._transport.size == 1 else None
+
+    def begin(self, tokens_per_rank: Sequence[int], counter: Notes | None) -> None:
         super().begin(tokens_per_rank, counter)
         self._tokens_per_rank = tokens_per_rank
         self._dense = self._transport.size > 1 and sum(tokens_per_rank) <= self._most_dense
@@ -205,9 +214,13 @@ class TransportDispatcher(Dispatcher):
         parts = (index_TK.to(torch.int32), weight_TK.float(), x_TH)
         row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
         # all workers come to the same answer, since a layer's rows are as wide on each
-        if self._dense and fits_dense(sum(self._tokens_per_rank) * row, self._slowest_gbps):
-            return self._forward_dense(layer, *parts)
-        return self._forward_sparse(layer, *parts)
+        dense = self._dense and fits_dense(sum(self._tokens_per_rank) * row, self._slowest_gbps)
+        try:
+            return self._forward_dense(layer, *parts) if dense else self._forward_sparse(layer, *parts)
+        except Exception:
+            # bytes of an aborted exchange may ask for experts that are not here
+            self._transport.check()
+            raise
 
     def _forward_dense(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
         parts = (index_TK, weight_TK, x_TH)
@@ -282,7 +295,9 @@ class TransportDispatcher(Dispatcher):
                 (index.view(torch.int32).view(-1, top_k), weight.view(torch.float32).view(-1, top_k), _view(x, hidden))
             )
         index_RK, weight_RK, x_RH = (torch.cat([part[i] for part in parts]) for i in range(3))
-        return index_RK, weight_RK, x_RH
+        # an exchange that a device does and that is aborted brings any bytes. Its results are refused later (`check`),
+        # but an index beyond a table would end the device's context, and with it the process
+        return index_RK.clamp_(ABSENT, self._routes_LE.shape[1] - 1), weight_RK, x_RH
 
 
 def _sum_dtype(x_TH: Tensor) -> torch.dtype:

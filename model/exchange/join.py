@@ -8,7 +8,9 @@ import torch
 
 from elastic_moe.cluster.messages.epochs import EpochSpec
 from elastic_moe.cluster.placement import Placement
+from elastic_moe.model.cuda_driver import CudaDevice
 from elastic_moe.model.exchange.dealing import Memory, word_bytes
+from elastic_moe.model.exchange.device_memory import join_on_device
 from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
@@ -44,9 +46,20 @@ def join_exchange(
     size = len(spec.placement.workers)
     if spec.transport == "local":
         return LocalTransport()
-    if spec.transport == "tcp":
+    names = [worker.id for worker in spec.placement.workers]
+    if spec.transport == "ipc":
+        exchange = join_on_device(
+            CudaDevice(),
+            group=spec.group,
+            rank=rank,
+            names=names,
+            max_bytes=_message_bytes(spec, shapes, max_tokens),
+            timeout_s=timeout_s,
+        )
+        if exchange is not None:
+            return exchange
+    if spec.transport in ("tcp", "ipc"):
         assert meeting is not None
-        names = [worker.id for worker in spec.placement.workers]
         connections = meeting.join(rank, spec.doors, names, timeout_s)
         transport = TcpTransport(rank=rank, connections=connections, names=names, timeout_s=timeout_s)
         measure(transport)
@@ -68,10 +81,16 @@ def join_exchange(
             timeout_s=timeout_s,
             one_round=not spec.placement.all_resident,
         )
+    return SharedMemoryTransport(
+        group=spec.group, rank=rank, size=size, max_bytes=_message_bytes(spec, shapes, max_tokens), timeout_s=timeout_s
+    )
+
+
+def _message_bytes(spec: EpochSpec, shapes: Sequence[LayerShape], max_tokens: int) -> int:
+    """The most bytes that one worker sends another at a time."""
     # sums of tokens in float32 come back in float64
     row = max(max(row_bytes(s.hidden, s.top_k, s.dtype), 2 * s.hidden * s.dtype.itemsize) for s in shapes)
-    most = row * max_tokens + word_bytes(spec.placement.num_logical_experts)
-    return SharedMemoryTransport(group=spec.group, rank=rank, size=size, max_bytes=most, timeout_s=timeout_s)
+    return row * max_tokens + word_bytes(spec.placement.num_logical_experts)
 
 
 def make_dispatcher(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.placement import Placement
-from elastic_moe.model.exchange.counter import RoutingCounter
+from elastic_moe.model.exchange.counter import Notes
 from elastic_moe.model.exchange.dispatch import Dispatcher, route_table
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native.exchange import NativeExchange
@@ -32,7 +32,7 @@ class NativeDispatcher(Dispatcher):
     def threads(self) -> int:
         return self._exchange.threads or super().threads
 
-    def begin(self, tokens_per_rank: Sequence[int], counter: RoutingCounter | None) -> None:
+    def begin(self, tokens_per_rank: Sequence[int], counter: Notes | None) -> None:
         super().begin(tokens_per_rank, counter)
         self._exchange.begin(tokens_per_rank)
 

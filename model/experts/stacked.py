@@ -1,6 +1,7 @@
 """The experts of one layer in slots of stacked tensors, for GPUs. One grouped product computes them.
 
-Rows are sorted and counted on the device, so that the CPU never waits for it. An expert that arrives while steps run
+Rows are sorted and counted on the device, so that the CPU never waits for it; in bfloat16 the kernels of model/gpu/ do
+this, and add up the outputs. An expert that arrives while steps run
 lies beside the stacks, in tensors of its own. `keep_only`, which runs between two steps, writes it into a slot that has
 become free. So a slot that a step may read is never written, and no spare slots are needed. If the number of experts
 changes, the layer's stacks are made anew, one parameter at a time.
@@ -13,9 +14,11 @@ S slots, E logical experts, X = E + 1.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -23,8 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.native.experts import find_gate
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.transformers_private import apply_gate
+
+Gated = Callable[[Tensor], Tensor]
+"""Applies a gate: [R, 2F] -> [R, F]."""
 
 _FREE = -1
 _ALIGNED = 16
@@ -40,7 +47,8 @@ class Slots:
     experts: tuple[int, ...] = ()
     """[S] logical expert in each slot, or _FREE."""
     slot_X: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Slot of each logical expert, or S if it has no slot. The last entry is for ABSENT and is S."""
+    """Slot of each logical expert, or S if it has no slot. The last entry is for ABSENT and is S. Its memory stays the
+    same while S does, so that a CUDA graph reads the entries as they are."""
     number_S: Tensor = field(default_factory=lambda: torch.empty(0))
     """0, 1, ... S - 1."""
 
@@ -48,9 +56,22 @@ class Slots:
 class StackedExperts:
     """A LayerExperts for GPUs."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """`module` is the trunk's expert module, without weights; it knows layout and gate."""
+    def __init__(self, module: nn.Module, *, kernels: bool = False) -> None:
+        """`module` is the trunk's expert module, without weights; it knows layout and gate. `kernels`: whether those of
+        model/gpu/ serve its dtype and device."""
         self._module = module
+        self._pairs: ModuleType | None = None
+        self._few: ModuleType | None = None
+        self._gate: Gated | None = None
+        if kernels:
+            # Triton, which they need, is there only with torch for CUDA
+            from elastic_moe.model.gpu import few, pairs, rows
+
+            self._pairs = pairs
+            gate = find_gate(module)
+            if gate is not None and gate.kind == 0 and not gate.interleaved and math.isinf(gate.limit):
+                self._gate = rows.silu_gate
+                self._few = None if module.is_transposed else few
         self._lock = threading.Lock()
         self._slots = Slots()
         self._beside: dict[int, Tensors] = {}
@@ -131,7 +152,16 @@ class StackedExperts:
                 slot_X[expert] = slot
         device = next(iter(stacks.values())).device if stacks else torch.device("cpu")
         table, number = to_device([slot_X, np.arange(size)], device)
+        old = self._slots
+        if old.stacks and len(old.number_S) == size:
+            table, number = old.slot_X.copy_(table), old.number_S
         return Slots(stacks=stacks, experts=tuple(filled), slot_X=table, number_S=number)
+
+    @property
+    def memory(self) -> object | None:
+        """What a CUDA graph of `forward` reads. The graph is right as long as this is the same object; None if forward
+        needs the CPU."""
+        return self._slots.stacks or None
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +174,22 @@ class StackedExperts:
         size, (rows, choices) = len(slots.experts), index_RK.shape
         if not slots.stacks or not rows or not size:
             return torch.zeros_like(x_RH)
+        biased = any(name.endswith("_bias") for name in slots.stacks)
+        if self._few is not None and index_RK.numel() <= self._few.MOST_PAIRS and not biased:
+            stacks = slots.stacks["gate_up_proj"], slots.stacks["down_proj"]
+            few_RH: Tensor = self._few.run_few(*stacks, slots.slot_X, x_RH, index_RK, weight_RK)
+            return few_RH
+        if self._pairs is not None:
+            place_N, end_S = self._pairs.places(slots.slot_X, index_RK, size)
+            x_NH = self._pairs.spread(x_RH, place_N, choices)
+            slot_N = None
+            if biased:
+                number_N = torch.arange(len(x_NH), device=x_NH.device, dtype=torch.int32)
+                slot_N = torch.searchsorted(end_S, number_N, right=True).clamp(max=size - 1)
+            sums_RH: Tensor = self._pairs.gather_sum(
+                self._run(slots.stacks, x_NH, slot_N, end_S), place_N, end_S, weight_RK
+            )
+            return sums_RH
         slot_N = slots.slot_X[index_RK.reshape(-1).long()]
         sorted_N, order_N = slot_N.sort(stable=True)
         end_S = torch.searchsorted(sorted_N, slots.number_S, right=True, out_int32=True)
@@ -151,21 +197,27 @@ class StackedExperts:
         y_NH = self._run(slots.stacks, x_NH, sorted_N.clamp(max=size - 1), end_S)
         return weighted_sum(y_NH, order_N, slot_N == size, weight_RK).to(x_RH.dtype)
 
-    def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor, end_S: Tensor) -> Tensor:
-        """Run rows, which are sorted by slot, through their experts."""
+    def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor | None, end_S: Tensor) -> Tensor:
+        """Run rows, which are sorted by slot, through their experts. Only biases need `slot_N`."""
 
         def project(x: Tensor, name: str) -> Tensor:
             weight = stacks[name] if self._module.is_transposed else stacks[name].transpose(1, 2)
             y, bias = grouped_product(x, weight, end_S), stacks.get(f"{name}_bias")
             return y if bias is None else y + bias[slot_N]
 
-        return feed_forward(self._module, x_NH, project)
+        return feed_forward(self._module, x_NH, project, self._gate)
 
 
-def feed_forward(module: nn.Module, x_NH: Tensor, project: Callable[[Tensor, str], Tensor]) -> Tensor:
-    """Run rows through experts. `project` multiplies rows by the matrix of the given name, and adds its bias."""
+def feed_forward(
+    module: nn.Module, x_NH: Tensor, project: Callable[[Tensor, str], Tensor], gate: Gated | None = None
+) -> Tensor:
+    """Run rows through experts. `project` multiplies rows by the matrix of the given name, and adds its bias. `gate`
+    computes what the module's gate does; None: the module's own code does it."""
     hidden_NF = project(x_NH, "gate_up_proj" if module.has_gate else "up_proj")
-    gated_NF = apply_gate(module, hidden_NF) if module.has_gate else module.act_fn(hidden_NF)  # type: ignore[operator]
+    if gate is not None:
+        gated_NF = gate(hidden_NF)
+    else:
+        gated_NF = apply_gate(module, hidden_NF) if module.has_gate else module.act_fn(hidden_NF)  # type: ignore[operator]
     return project(gated_NF, "down_proj")
 
 

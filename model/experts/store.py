@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.interface import LayerExperts, SlottedExperts, Tensors
+from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.transformers_private import ALL_EXPERTS_FUNCTIONS
@@ -42,6 +43,18 @@ class ExpertStore:
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    @property
+    def graph_memory(self) -> list[object] | None:
+        """What a CUDA graph of `forward` reads, by layer: a graph is right as long as all are the same objects. None if
+        a layer's forward needs the CPU."""
+        found: list[object] = []
+        for layer in self._layers:
+            memory = layer.memory if isinstance(layer, StackedExperts) else None
+            if memory is None:
+                return None
+            found.append(memory)
+        return found
 
     @property
     def native(self) -> bool:

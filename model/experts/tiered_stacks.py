@@ -71,8 +71,8 @@ class TieredStacks(StackedExperts):
 
     in_host_memory = False
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, *, kernels: bool = False) -> None:
+        super().__init__(module, kernels=kernels)
         self._layout: RecordLayout | None = None
         self._next: Next | None = None
         self._served: frozenset[int] = frozenset()
@@ -87,7 +87,7 @@ class TieredStacks(StackedExperts):
     def forward(self, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
         """See LayerExperts. Blocks until the device has computed `index_RK`, if not all experts are in the stacks."""
         slots = self._slots
-        if self._next is None or not len(x_RH) or self._served.issubset(slots.experts):
+        if not len(x_RH) or self._all_in_stacks(slots):
             return super().forward(x_RH, index_RK, weight_RK)
         self.can_borrow = self.borrows and len(x_RH) <= HOST_ROWS
         near = staging.to_host([index_RK.long(), x_RH] if self.can_borrow else [index_RK.long()])
@@ -97,6 +97,14 @@ class TieredStacks(StackedExperts):
             return super().forward(x_RH, index_RK, weight_RK)
         order_N, y_NH = self._as_they_come(slots, pairs, x_RH, near[-1], index_RK.shape[1])
         return weighted_sum(y_NH, order_N, index_RK.reshape(-1) == ABSENT, weight_RK).to(x_RH.dtype)
+
+    def _all_in_stacks(self, slots: Slots) -> bool:
+        """Whether the steps to come need no other experts than those of the stacks."""
+        return self._next is None or self._served.issubset(slots.experts)
+
+    @property
+    def memory(self) -> object | None:
+        return super().memory if self._all_in_stacks(self._slots) else None
 
     def _as_they_come(
         self, slots: Slots, pairs: _Pairs, x_RH: Tensor, near_RH: Tensor, choices: int

@@ -3,9 +3,10 @@
     part             the paths, fastest first
     layers           all in one native call (whole_stack.py); one after another
     attention half   a layer's half in one native call (attention_half.py); module by module
-    attention        native (native/attention.py); FlashAttention (trunk/flash.py); matrix products (trunk/attention.py)
-    router, norms,   native if a module is recognised by what it computes (small_ops.py); transformers' own code
-    rotary
+    attention        native (native/attention.py); FlashAttention (trunk/flash.py), with a kernel for single tokens
+                     (gpu/decode.py); matrix products (trunk/attention.py)
+    router, norms,   native (small_ops.py), or kernels on GPUs (gpu_ops.py), if a module is recognised by what it
+    rotary           computes; transformers' own code
     states           native for single tokens (states/rules.py); transformers' own code
     linears          native panels; oneDNN's layout; plain matrices (trunk/linear.py)
     experts          on CPU native or PyTorch, expert by expert (experts/cpu.py); on GPUs stacked (experts/stacked.py)
@@ -31,11 +32,13 @@ from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
+from elastic_moe.model.fitting.gpu_ops import fit_gpu_trunk
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
 from elastic_moe.model.fitting.state_layers import fit_states
 from elastic_moe.model.fitting.whole_stack import join_layers
+from elastic_moe.model.gpu.refusals import gpu_refusal
 from elastic_moe.model.native import attention as native_attention
 from elastic_moe.model.native import library, unavailable
 from elastic_moe.model.native.experts import NativeExperts, find_gate
@@ -103,13 +106,16 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form
     refusal = native_refusal(like.dtype, like.device)
     if refusal is None and (lib := library()) is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
+    kernels = gpu_refusal(like.dtype, like.device) is None
+    if kernels:
+        fit_gpu_trunk(trunk, notes)
     if attention.lib is not None:
         packed_bytes += latents.pack(attention.lib)
         joined = fit_layers(attention.lib, trunk, experts, notes)
         apart = _STATEFUL if states.layers else join_layers(trunk, joined, experts)
     else:
         apart = refusal or f"attention is not native: {apart}"
-    _note_trunk(trunk, len(experts), refusal, apart, notes)
+    _note_trunk(trunk, len(experts), None if kernels else refusal, apart, notes)
     if not notes.count(Part.ATTENTION_HALF):
         why = refusal or "no layer has a part named self_attn"
         notes.add(Part.ATTENTION_HALF, "attention layers", CodePath.TRANSFORMERS, why, count=len(shapes.kv))
@@ -141,7 +147,7 @@ def attention_path(
         return MATMUL, "FlashAttention does not read latents"
     variant = find_variant(shapes.values(), dtype=dtype, device=device, block_size=block_size)
     if isinstance(variant, VarlenVariant):
-        return AttentionPath(varlen=variant), None
+        return AttentionPath(varlen=variant, kernels=gpu_refusal(dtype, device) is None), None
     return MATMUL, refusal if device.type == "cpu" else variant
 
 
@@ -155,7 +161,7 @@ def layer_experts(module: nn.Module, form: ExpertForm = ExpertForm.PLAIN) -> Lay
     if like.device.type != "cpu":
         if form is not ExpertForm.PLAIN:
             raise not_native(form, "it is for CPUs")
-        return TieredStacks(module)
+        return TieredStacks(module, kernels=gpu_refusal(like.dtype, like.device) is None)
     refusal = native_refusal(like.dtype, like.device)
     lib = library() if refusal is None else None
     gate = None if lib is None else find_gate(module)

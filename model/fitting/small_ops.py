@@ -11,7 +11,8 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,18 +57,34 @@ def _fit_norm(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> None:
 
 
 def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | str:
-    """A native forward for the module if it is a root mean square normalisation over the last dimension.
+    """A native forward for the module if `find_norm` recognises it; otherwise the reason why it does not."""
+    found = find_norm(module)
+    if isinstance(found, str):
+        return found
+    return Norm(lib=lib, weight=found.weight, epsilon=found.epsilon, rounds=found.rounds)
 
-    Otherwise the reason why it is not recognised as one.
-    """
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormFormula:
+    """A root mean square normalisation over the last dimension."""
+
+    weight: Tensor
+    """The factors of the normalised values, in float32."""
+    epsilon: float
+    rounds: bool
+    """Whether the normalised value is rounded to bfloat16 before it is multiplied."""
+
+
+def find_norm(module: nn.Module) -> NormFormula | str:
+    """What the module computes in bfloat16; otherwise the reason why it is not recognised as a norm."""
     parameters = list(module.parameters())
     if len(parameters) != 1 or parameters[0].dim() != 1 or list(module.children()):
         return "it has other parameters than one vector"
     weight = parameters[0].detach()
-    if len(inspect.signature(module.forward).parameters) != 1 or weight.device.type != "cpu":
+    if len(inspect.signature(module.forward).parameters) != 1:
         return "it takes other arguments than rows"
     probe = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 8)[:, None]
-    probe = probe.bfloat16()
+    probe = probe.bfloat16().to(weight.device)
     try:
         expected = module(probe)
     except (RuntimeError, TypeError, ValueError) as error:  # it expects something else than rows
@@ -78,7 +95,7 @@ def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | str:
     factors = (weight.float(), 1 + weight.float())
     for factor, epsilon, rounds in itertools.product(factors, constants, (True, False)):
         if torch.equal(_rms_norm(probe, factor, epsilon, rounds), expected):
-            return Norm(lib=lib, weight=factor.contiguous(), epsilon=epsilon, rounds=rounds)
+            return NormFormula(weight=factor.contiguous(), epsilon=epsilon, rounds=rounds)
     return "no formula of a root mean square normalisation gives its values"
 
 
@@ -128,22 +145,43 @@ def _pack_routers(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> int:
 
 
 def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> Router | str:
-    """A native forward for the module if it is a router of the usual kind; otherwise the reason why it is not."""
+    """A native forward for the module if `find_router` recognises it; otherwise the reason why it does not."""
+
+    def make(top_k: int, normalises: bool, dtype: torch.dtype) -> Router:
+        return Router(lib=lib, packed=packed, top_k=top_k, normalises=normalises, dtype=dtype)
+
+    return find_router(module, packed.columns, packed.depth, make, torch.device("cpu"))
+
+
+Choice = TypeVar("Choice", bound=Callable[[Tensor], tuple[Tensor, Tensor, Tensor]])
+
+
+def find_router(
+    module: nn.Module,
+    experts: int,
+    hidden: int,
+    make: Callable[[int, bool, torch.dtype], Choice],
+    device: torch.device,
+) -> Choice | str:
+    """What takes the place of a router of the usual kind; otherwise the reason why the module is none.
+
+    `make` makes it of the number of choices, of whether their scores are scaled to add up to 1, and of their dtype.
+    """
     generator = torch.Generator().manual_seed(0)
     # values are of moderate size, so that no chosen probability is zero
-    probe = torch.randn(64, packed.depth, generator=generator) / packed.depth**0.5
+    probe = (torch.randn(64, hidden, generator=generator) / hidden**0.5).bfloat16().to(device)
     try:
-        expected = module(probe.bfloat16())
+        expected = module(probe)
     except OTHERWISE as error:
         return f"it takes other arguments than rows: a trial call failed with {type(error).__name__}"
     if not isinstance(expected, tuple) or len(expected) != 3 or not all(isinstance(t, Tensor) for t in expected):
         return "it does not return logits, scores and choices"
     logits, scores, index = expected
-    if scores.shape != index.shape or index.dtype != torch.int64 or not 0 < index.shape[-1] <= packed.columns:
+    if scores.shape != index.shape or index.dtype != torch.int64 or not 0 < index.shape[-1] <= experts:
         return "it does not return a score for each of a fixed number of choices"
     for normalises in (True, False):
-        router = Router(lib=lib, packed=packed, top_k=index.shape[-1], normalises=normalises, dtype=scores.dtype)
-        got = router(probe.bfloat16())
+        router = make(index.shape[-1], normalises, scores.dtype)
+        got = router(probe)
         # experts with equal logits may come in any order, since no code promises one
         same = torch.equal(got[0], logits) and torch.equal(logits.gather(1, got[2]), logits.gather(1, index))
         if same and got[1].shape == scores.shape and torch.allclose(got[1].float(), scores.float(), rtol=2**-7):
@@ -161,7 +199,7 @@ def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
         return
     file = module.__name__.rpartition(".")[2]
     replaced = hasattr(original, "emoe_original")
-    if not replaced and not _turns_halves(original):
+    if not replaced and not turns_halves(original):
         notes.add(Part.ROTARY, file, CodePath.TRANSFORMERS, "it does not turn halves of a head against each other")
         return
     notes.add(Part.ROTARY, file, CodePath.NATIVE)
@@ -177,7 +215,7 @@ def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
     replace_rotary_function(module, apply_rotary_pos_emb)
 
 
-def _turns_halves(function: Callable[..., Any]) -> bool:
+def turns_halves(function: Callable[..., Any]) -> bool:
     """Whether the function computes x * cos + (-second half, first half) * sin."""
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False

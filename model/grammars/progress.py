@@ -108,10 +108,10 @@ class Progress:
             return None
         if self._job is not None and not self._job.future.done():
             return None
-        told = self._job.told if self._job is not None else 0
+        consumed = self._job.consumed if self._job is not None else 0
         new = self._tokens[self._begin + self._kept :]
         self._job = MaskJob(
-            self._matching, self.compiled, told=self._kept + len(new), drop=told - self._kept, new=new,
+            self._matching, self.compiled, consumed=self._kept + len(new), drop=consumed - self._kept, new=new,
             eos=self._eos,
             held_back=self._held_back,
         )  # fmt: skip
@@ -160,24 +160,24 @@ SLOW_S = 0.002
 class MaskJob:
     """Makes one mask: takes tokens back first, then consumes new ones."""
 
-    __slots__ = ("_compiled", "_drop", "_eos", "_held_back", "_matching", "_new", "future", "told")
+    __slots__ = ("_compiled", "_drop", "_eos", "_held_back", "_matching", "_new", "consumed", "future")
 
     def __init__(
         self,
         matching: _Matching,
         compiled: Future[Compiled],
         *,
-        told: int,
+        consumed: int,
         drop: int,
         new: Sequence[int],
         eos: Sequence[int],
         held_back: Sequence[int],
     ) -> None:
-        """`told`: tokens of the grammar's part that the mask comes after. `held_back`: see Progress._held_back."""
+        """`consumed`: tokens of the grammar's part that the mask comes after. `held_back`: see Progress._held_back."""
         self._matching, self._compiled = matching, compiled
         self._drop, self._new = drop, new
         self._eos, self._held_back = eos, held_back
-        self.told = told
+        self.consumed = consumed
         self.future: Future[Mask] = Future()
         """The mask, or a GrammarError."""
 

@@ -43,12 +43,14 @@ class VarlenVariant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPath:
-    """Which code computes attention. At most one of both fields is set; without either, matrix products do it."""
+    """Which code computes attention. At most one of `lib` and `varlen` is set; else matrices are multiplied."""
 
     lib: ctypes.CDLL | None = None
     """The native library, if it computes attention."""
     varlen: VarlenVariant | None = None
     """How FlashAttention is called, if it computes attention."""
+    kernels: bool = False
+    """Whether a kernel of this project (model/gpu/decode.py) computes attention of single tokens, beside `varlen`."""
 
 
 MATMUL = AttentionPath()

@@ -3,7 +3,8 @@
 The abilities of torch and its kernels change with every release, so they are found by trial calls. If the kernels
 accept pages of our size, they read keys and values where these lie (FlashAttention 2 needs a multiple of 256 tokens).
 Otherwise keys and values are gathered first. Sinks are added afterwards, from the logarithm of the softmax's sum.
-Nothing here makes the CPU wait for the GPU.
+Sequences with one token in the step go to a kernel of this project (model/gpu/decode.py), which reads blocks of any
+size where they lie. Nothing here makes the CPU wait for the GPU.
 
 Legend: T tokens of the step, N query heads, G key heads, D head size, R sequences, L keys of all sequences, P blocks,
 B tokens per block.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from elastic_moe.model.native.attention import Rules
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.torch_private import varlen
 from elastic_moe.model.trunk.attention_path import KVShape, VarlenVariant
+
+if TYPE_CHECKING:
+    from elastic_moe.model.gpu.decode import DecodeRows
 
 Piece = tuple[int, int, Sequence[int]]
 """(start, end, block_ids) of a sequence, whose tokens of the step are at positions start .. end - 1."""
@@ -39,12 +43,55 @@ VARIANTS = tuple(
 
 
 class FlashBatch:
-    """A step's sequences, in the form of the kernels' arguments. It is the same for all layers."""
+    """A step's sequences. It is the same for all layers."""
+
+    def __init__(
+        self, variant: VarlenVariant, pieces: Sequence[Piece], *, block_size: int, device: torch.device, kernels: bool
+    ) -> None:
+        """The tokens of the pieces follow one another in the step. `kernels` as in AttentionPath."""
+        self._single: DecodeRows | None = None
+        self._rows_T: Tensor | None = None
+        """[T] number of each token in the step that FlashAttention attends for; None: all of them."""
+        single = [n for n, (start, end, _) in enumerate(pieces) if end - start == 1] if kernels else []
+        if single:
+            from elastic_moe.model.gpu.decode import decode_rows  # Triton, which it needs, is there only on GPUs
+
+            counts = [end - start for start, end, _ in pieces]
+            begins = np.fromiter(accumulate(counts, initial=0), dtype=np.int64)
+            others = [n for n, count in enumerate(counts) if count > 1]
+            self._single = decode_rows(
+                [pieces[n] for n in single], begins[single] if others else None, block_size=block_size, device=device
+            )
+            pieces = [pieces[n] for n in others]
+            if others:
+                rows = np.concatenate([np.arange(begins[n], begins[n + 1]) for n in others])
+                [self._rows_T] = to_device([rows], device)
+        self._varlen = _VarlenBatch(variant, pieces, block_size=block_size, device=device) if pieces else None
+
+    def attend(
+        self, caches: tuple[Tensor, Tensor], query_NTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, rules: Rules
+    ) -> Tensor:
+        """Write the step's keys and values to a layer's caches [P, B, G, D], and attend: [T, N, D of values]."""
+        new = (query_NTD, key_GTD, value_GTD)
+        if self._single is None:
+            assert self._varlen is not None
+            return self._varlen.attend(caches, *new, rules)
+        out_TND = query_NTD.new_empty(query_NTD.shape[1], query_NTD.shape[0], value_GTD.shape[2])
+        self._single.attend(caches, *new, rules, out_TND)
+        if self._varlen is not None:
+            rows_T = self._rows_T
+            assert rows_T is not None
+            query, key, value = (tensor.index_select(1, rows_T) for tensor in new)
+            out_TND.index_copy_(0, rows_T, self._varlen.attend(caches, query, key, value, rules))
+        return out_TND
+
+
+class _VarlenBatch:
+    """Sequences in the form of the kernels' arguments."""
 
     def __init__(
         self, variant: VarlenVariant, pieces: Sequence[Piece], *, block_size: int, device: torch.device
     ) -> None:
-        """The tokens of the pieces follow one another in the step."""
         self._variant = variant
         # newer versions of torch need this argument for grouped heads
         known = inspect.signature(varlen.varlen_attn).parameters
@@ -75,7 +122,7 @@ class FlashBatch:
     def attend(
         self, caches: tuple[Tensor, Tensor], query_NTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, rules: Rules
     ) -> Tensor:
-        """Write the step's keys and values to a layer's caches [P, B, G, D], and attend: [T, N, D of values]."""
+        """As FlashBatch.attend."""
         for cache, new_GTD in zip(caches, (key_GTD, value_GTD), strict=True):
             cache.flatten(0, 1).index_copy_(0, self._write_T, new_GTD.transpose(0, 1))
         if self._variant.paged:
@@ -154,7 +201,7 @@ def _is_right(
     caches = draw(blocks, block_size, groups, shape.key_size), draw(blocks, block_size, groups, shape.value_size)
     query, key = draw(heads, 1 + chunk, shape.key_size), draw(groups, 1 + chunk, shape.key_size)
     value = draw(groups, 1 + chunk, shape.value_size)
-    batch = FlashBatch(variant, pieces, block_size=block_size, device=device)
+    batch = _VarlenBatch(variant, pieces, block_size=block_size, device=device)
     for window, sinks in ((None, None), (3, None), (None, draw(heads).float())):
         rules = Rules(scale=shape.key_size**-0.5, window=window, softcap=None, sinks=sinks)
         got = batch.attend(caches, query, key, value, rules)

@@ -33,6 +33,11 @@ def rotate_by_length(trunk: nn.Module, lengths_T: list[Tensor]) -> None:
             module.forward = _by_length(module, module.forward, lengths_T)
 
 
+def depends_on_length(trunk: nn.Module) -> bool:
+    """Whether the trunk has rotary embeddings that depend on a sequence's length."""
+    return any(_kinds(module) & {LONGROPE, DYNAMIC} for module in trunk.modules())
+
+
 def growth_limit(model: nn.Module) -> int | None:
     """The length beyond which every length has frequencies of its own (dynamic NTK); None if the model has no such
     rule.

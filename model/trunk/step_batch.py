@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from elastic_moe.cluster.messages.seats import LiveBlocks
-from elastic_moe.model.native.attention import NativeBatch
+from elastic_moe.model.native.attention import NativeBatch, Rules
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.trunk.attention_path import KVShape
 from elastic_moe.model.trunk.flash import FlashBatch, Piece
@@ -44,6 +44,16 @@ class SequenceSlice:
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
+
+
+class Fused(Protocol):
+    """Computes attention for all sequences of a step in one call per layer."""
+
+    def attend(
+        self, caches: tuple[Tensor, Tensor], query_NTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, rules: Rules
+    ) -> Tensor:
+        """Write the step's keys and values to a layer's caches, and attend: [T, N, D of values]."""
+        ...
 
 
 @dataclass(slots=True)
@@ -85,7 +95,7 @@ class StepBatch:
     pieces: Sequence[Piece]
     """The sequences, whose tokens follow one another in the step."""
     device: torch.device
-    fused: NativeBatch | FlashBatch | None = None
+    fused: Fused | None = None
     """If set, one call computes attention for all sequences, and the fields above are empty."""
     dispatcher: Any = None
     """The dispatcher of the step, for layers that run in one call (model/fitting/whole_stack.py)."""
@@ -103,7 +113,7 @@ class StepBatch:
         pieces = [(piece.start, piece.end, piece.block_ids) for piece in slices]
         if cache.windows is None:
             return cls._of_pieces(pieces, cache, device)
-        windowed = cls._of_pieces([_seen(piece, cache) for piece in slices], cache, device)
+        windowed = cls._of_pieces([seen_by_windows(piece, cache) for piece in slices], cache, device)
         if cache.only_windows:
             return windowed
         batch = cls._of_pieces(pieces, cache, device)
@@ -113,24 +123,15 @@ class StepBatch:
     @classmethod
     def _of_pieces(cls, pieces: Sequence[Piece], cache: KVCache, device: torch.device) -> StepBatch:
         size = cache.block_size
-        fused: NativeBatch | FlashBatch | None = None
+        fused: Fused | None = None
         if cache.path.lib is not None:
             fused = NativeBatch(cache.path.lib, pieces, block_size=size)
         elif cache.path.varlen is not None:
-            fused = FlashBatch(cache.path.varlen, pieces, block_size=size, device=device)
+            kernels = cache.path.kernels
+            fused = FlashBatch(cache.path.varlen, pieces, block_size=size, device=device, kernels=kernels)
         # attention over latents on GPUs is by matrix products, so those of the step are needed too
         if fused is not None and not (isinstance(fused, FlashBatch) and cache.has_latents):
-            nothing = torch.empty(0)
-            return cls(
-                cache=cache,
-                positions=nothing,
-                begun=nothing,
-                decodes=[],
-                prefills=[],
-                pieces=pieces,
-                device=device,
-                fused=fused,
-            )
+            return cls.fused_by(fused, cache, pieces, device)
         places = [b[p // size] * size + p % size for start, end, b in pieces for p in range(start, end)]
         begun = [b[end // size] for start, end, b in pieces if end % size and end // size * size >= start]
         # sequences are grouped by powers of two, so that padding at most doubles the keys that are read
@@ -149,6 +150,23 @@ class StepBatch:
             prefills=[part for part in _prefills(pieces, size, device) if part.end - part.start > 1],
             pieces=pieces,
             device=device,
+            fused=fused,
+        )
+
+    @classmethod
+    def fused_by(
+        cls, fused: Fused, cache: KVCache, pieces: Sequence[Piece] = (), device: torch.device | None = None
+    ) -> StepBatch:
+        """A batch for which one call per layer computes attention. Layers of latents need `pieces` and `device`."""
+        nothing = torch.empty(0)
+        return cls(
+            cache=cache,
+            positions=nothing,
+            begun=nothing,
+            decodes=[],
+            prefills=[],
+            pieces=pieces,
+            device=device or torch.device("cpu"),
             fused=fused,
         )
 
@@ -208,7 +226,7 @@ class StepBatch:
         return mask
 
 
-def _seen(piece: SequenceSlice, cache: KVCache) -> Piece:
+def seen_by_windows(piece: SequenceSlice, cache: KVCache) -> Piece:
     """The sequence as layers with a window see it."""
     assert cache.windows is not None
     blocks = piece.windows

@@ -148,6 +148,10 @@ class DataPlane:
             exchange = self._join(spec, rank)
         device = torch.device(self.spec.model.device)
         dispatcher = make_dispatcher(spec.placement, rank, self.loaded.store, exchange, device, self._experts)
+        if self._epoch is None:
+            # no step is running yet, so that this is the time for what would make the first ones longer
+            self._runner.dispatcher = dispatcher
+            self._runner.record_graphs()
         self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, exchange=exchange, dispatcher=dispatcher)
 
     def _join(self, spec: EpochSpec, rank: int) -> Exchange:

@@ -119,11 +119,16 @@ class WorkerMemory:
             return spec.expert_memory_bytes
         free: float
         if self._on_gpu:
-            free, _ = torch.cuda.mem_get_info()
+            free = self._free_on_gpu()
         else:
             memory = psutil.virtual_memory()
             free = min(memory.available, memory.total / spec.node_workers - trunk_bytes)
         return room_for_experts(free, least_kv=self.sizes().least, given_kv=spec.kv_cache_bytes)
+
+    def _free_on_gpu(self) -> int:
+        """Bytes that this worker may still take of its GPU, of which workers that share it take equal parts."""
+        free, total = torch.cuda.mem_get_info()
+        return min(free, total // self.spec.gpu_workers - torch.cuda.memory_reserved())
 
     # --- When the experts are loaded ----------------------------------------------------------------------------
 
@@ -143,7 +148,7 @@ class WorkerMemory:
         spec, info = self.spec, self.info
         if self._on_gpu:
             torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info()
+            free = self._free_on_gpu()
         else:
             free = psutil.virtual_memory().available // spec.node_workers
         budget = spec.expert_memory_bytes or (limit or 0) * self.expert_bytes
@@ -167,7 +172,7 @@ class WorkerMemory:
             return limit
         held = sum(len(self.store.held(layer)) for layer in range(self.store.num_layers))
         if self._on_gpu:
-            free, _ = torch.cuda.mem_get_info()
+            free = self._free_on_gpu()
         else:
             # pages of KV caches take memory only when they are first used
             caches = spec.node_workers * cache_bytes

@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic_moe.model.exchange.counter import RoutingCounter
+from elastic_moe.model.exchange.counter import Notes, RecordedChoices
 from elastic_moe.model.exchange.dispatch import Dispatcher
+from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.states.packed import StateBatch, states_of
+from elastic_moe.model.trunk.graphs import DecodeGraphs, GraphStep
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead
-from elastic_moe.model.trunk.rotation import rotate_by_length
+from elastic_moe.model.trunk.rotation import depends_on_length, rotate_by_length
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.windows import WindowGroup
 
@@ -44,6 +46,9 @@ class ModelRunner:
         self._head = OutputHead(trunk)
         self._input_ids = torch.empty(0)
         """[1, T] of the last step."""
+        self._graphs: DecodeGraphs | None = None
+        self._empty_T1: Tensor | None = None
+        """[T, 1] whether a token stands for no sequence, in a step that is being recorded."""
 
     @property
     def vocabulary(self) -> int:
@@ -59,6 +64,7 @@ class ModelRunner:
         num_window_blocks: int = 0,
     ) -> KVCache:
         """Make the KV cache. `block_size` must be the one that the trunk was fitted for. `windows` as in KVCache."""
+        self._graphs = None
         self._cache = KVCache(
             self.kv_shapes,
             num_blocks=num_blocks,
@@ -71,12 +77,51 @@ class ModelRunner:
         )
         return self._cache
 
+    def use_graphs(self, *, max_num_seqs: int, max_model_len: int) -> str | None:
+        """Launch decode steps as CUDA graphs from now on, if that is possible. Otherwise returns the reason why not.
+
+        Call it after `allocate`.
+        """
+        cache = self._cache
+        assert cache is not None
+        if not self._attention.kernels:
+            return "attention needs the CPU in each layer"
+        if self._keeps_states:
+            return "layers with a state per sequence move it by the CPU"
+        if depends_on_length(self._trunk):
+            return "rotary embeddings depend on the lengths of sequences"
+        self._graphs = DecodeGraphs(
+            self._record, cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=self._device
+        )
+        return None
+
+    @torch.inference_mode()
+    def record_graphs(self) -> None:
+        """Record the graphs of all sizes with the present dispatcher and experts. Without this, the first step of each
+        size is longer."""
+        memory = None if self.dispatcher is None else self.dispatcher.graph_memory
+        if self._graphs is not None and memory is not None:
+            self._graphs.record_all(memory)
+
+    def _record(self, step: GraphStep) -> tuple[Tensor, Tensor]:
+        assert self.dispatcher is not None
+        choices = RecordedChoices()
+        self._head.keep(False)
+        self.dispatcher.begin([step.input_ids.shape[1]], choices)
+        self._empty_T1 = step.keys_B[:, None] == 0
+        try:
+            with step_context(step.batch), states_of(None):
+                kept = torch.arange(step.input_ids.shape[1], device=self._device)
+                return self._logits(step.input_ids, step.position_ids, kept), torch.cat(choices.noted)
+        finally:
+            self._empty_T1 = None
+
     @torch.inference_mode()
     def run(
         self,
         slices: Sequence[SequenceSlice],
         tokens_per_rank: Sequence[int],
-        counter: RoutingCounter | None = None,
+        counter: Notes | None = None,
         *,
         keep: bool = False,
         states: StateBatch | None = None,
@@ -96,6 +141,13 @@ class ModelRunner:
         if not slices:
             self.dispatcher.idle(self.layer_shapes, self._device)
             return torch.empty(0, 0, device=self._device)
+        if self._graphs is not None and not keep and (memory := self.dispatcher.graph_memory) is not None:
+            found = self._graphs.run(slices, memory)
+            if found is not None:
+                logits, choices = found
+                self.dispatcher.begin(tokens_per_rank, counter)
+                self.dispatcher.note(choices)
+                return logits
         batch = StepBatch.build(slices, self._cache, self._device)
         batch.dispatcher = self.dispatcher
         with step_context(batch), states_of(states):
@@ -120,6 +172,9 @@ class ModelRunner:
         arrays = [np.array(numbers, dtype=np.int64) for numbers in ([tokens], [positions], lengths, keep)]
         input_ids, position_ids, self._lengths_T[0], kept = to_device(arrays, self._device)
         self._input_ids = input_ids
+        return self._logits(input_ids, position_ids, kept)
+
+    def _logits(self, input_ids: Tensor, position_ids: Tensor, kept: Tensor) -> Tensor:
         out: Any = self._trunk(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -134,5 +189,8 @@ class ModelRunner:
     def _experts(self, layer: int, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         assert self.dispatcher is not None
         flat = hidden.reshape(-1, hidden.shape[-1])
-        out = self.dispatcher.forward(layer, flat, index.reshape(len(flat), -1), weight.reshape(len(flat), -1))
+        index = index.reshape(len(flat), -1)
+        if self._empty_T1 is not None:
+            index = index.masked_fill(self._empty_T1, ABSENT)
+        out = self.dispatcher.forward(layer, flat, index, weight.reshape(len(flat), -1))
         return out.view(hidden.shape)

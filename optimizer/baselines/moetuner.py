@@ -20,7 +20,6 @@ from elastic_moe.optimizer.baselines.heuristics import pack_layer
 from elastic_moe.optimizer.baselines.load_ilp import build_load_model, chosen_workers, start_from
 from elastic_moe.optimizer.core.chaining import chained, interchangeable
 from elastic_moe.optimizer.core.contract import Budget, Draft, Pace
-from elastic_moe.optimizer.core.cost import port_price, uplink_price
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import Termination
 from elastic_moe.optimizer.core.solvers import solve
@@ -126,7 +125,7 @@ def build_mapping_model(problem: PlacementProblem, flows: FloatArray, start: Int
     _stay_on_worker(model)
     _stay_on_node(model, problem.node_of, nodes)
     # MOETuner's model has one bandwidth for each kind of link
-    port, uplink = float(np.median(port_price(problem))), float(np.median(uplink_price(problem)))
+    port, uplink = problem.median_port_s, float(np.median(problem.uplink_s))
     total = float(flows.sum()) * (port + (uplink if nodes > 1 else 0.0))
     price = [port / total, uplink / total if nodes > 1 else 0.0]
     model.objective = pyo.Objective(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from elastic_moe.optimizer.core.cost import affinity_price, node_membership, port_price, uplink_price
+from elastic_moe.optimizer.core.cost import affinity_price
 from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.residency.activity import activity
 
@@ -63,19 +63,19 @@ def home_bound(problem: PlacementProblem) -> FloatArray:
     together = np.array([most_together(pairs, _sizes(problem), _spare(problem) == 0) for pairs in problem.pairs])
     arrive = first**2 / np.maximum(first + together, 1e-300)
     # the busiest link has least to do where all links are equally busy
-    seconds = arrive * (1 - 1 / width) / (1 / port_price(problem)).sum()
+    seconds = arrive * (1 - 1 / width) / (1 / problem.port_s).sum()
     if problem.node_of.max() > 0:
-        size = node_membership(problem).sum(axis=0) / width
-        seconds = np.maximum(seconds, arrive / (1 / ((1 - size) * uplink_price(problem))).sum())
+        size = problem.membership.sum(axis=0) / width
+        seconds = np.maximum(seconds, arrive / (1 / ((1 - size) * problem.uplink_s)).sum())
     return np.asarray(2 * seconds * problem.scale)
 
 
 def follow_bound(problem: PlacementProblem) -> FloatArray:
     """[L-1] least seconds of traffic where tokens stay at their expert (`follow`)."""
-    seconds = _leaving(problem, _sizes(problem)) / (1 / port_price(problem)).sum()
+    seconds = _leaving(problem, _sizes(problem)) / (1 / problem.port_s).sum()
     if problem.node_of.max() > 0:
-        room = np.asarray(_sizes(problem) @ node_membership(problem))
-        seconds = np.maximum(seconds, _leaving(problem, room) / (1 / uplink_price(problem)).sum())
+        room = np.asarray(_sizes(problem) @ problem.membership)
+        seconds = np.maximum(seconds, _leaving(problem, room) / (1 / problem.uplink_s).sum())
     return np.asarray(seconds * problem.scale[:-1])
 
 

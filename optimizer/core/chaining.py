@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from elastic_moe.optimizer.core.assignment import assign
-from elastic_moe.optimizer.core.cost import flow_between_workers, node_membership, port_price, shares, uplink_price
+from elastic_moe.optimizer.core.cost import flow_between_workers, shares
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem
 
 
@@ -40,12 +40,12 @@ def interchangeable(problem: PlacementProblem) -> FloatArray:
     """[W, W] 1 where two workers have the same slots, speed, memory and port: each can take the other's experts."""
     memories = [problem.memory.index(memory) for memory in problem.memory] or [0] * len(problem.workers)
     slots = [worker.slots for worker in problem.workers]
-    kind = np.column_stack([slots, problem.speed, memories, port_price(problem)])
+    kind = np.column_stack([slots, problem.speed, memories, problem.port_s])
     return np.asarray((kind[:, None, :] == kind[None, :, :]).all(axis=2).astype(np.float64))
 
 
 def kept(problem: PlacementProblem) -> FloatArray:
     """[W, W] seconds that one token saves where it goes from worker v to w and not to another node."""
-    member = node_membership(problem)
-    near = (member * uplink_price(problem)) @ member.T * float(member.shape[1] > 1)
-    return np.asarray(near + np.diag(port_price(problem)))
+    member = problem.membership
+    near = (member * problem.uplink_s) @ member.T * float(member.shape[1] > 1)
+    return np.asarray(near + np.diag(problem.port_s))

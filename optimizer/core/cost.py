@@ -46,9 +46,6 @@ from elastic_moe.optimizer.core.tiering import LevelArray, placed_by
 from elastic_moe.optimizer.residency.activity import activity
 from elastic_moe.optimizer.subjects.scenarios import blended_weights
 
-BITS = 8.0
-GIGA = 1e9
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
@@ -202,12 +199,12 @@ def home_traffic(problem: PlacementProblem, n: FloatArray) -> FloatArray:
     """[...] seconds of the busiest link for arrivals n [..., W], both ways."""
     width = len(problem.workers)
     total = n.sum(axis=-1, keepdims=True)
-    port = (np.maximum(n * (1 - 1 / width), (total - n) / width) * port_price(problem)).max(axis=-1)
+    port = (np.maximum(n * (1 - 1 / width), (total - n) / width) * problem.port_s).max(axis=-1)
     if problem.node_of.max() > 0:
-        member = node_membership(problem)
+        member = problem.membership
         size = member.sum(axis=0) / width
         inside = n @ member
-        uplink = (np.maximum(inside * (1 - size), (total - inside) * size) * uplink_price(problem)).max(axis=-1)
+        uplink = (np.maximum(inside * (1 - size), (total - inside) * size) * problem.uplink_s).max(axis=-1)
         port = np.maximum(port, uplink)
     return np.asarray(2 * port)
 
@@ -219,10 +216,10 @@ def flow_between_workers(problem: PlacementProblem, x: FloatArray) -> FloatArray
 
 def follow_traffic(problem: PlacementProblem, flow: FloatArray) -> FloatArray:
     """[...] seconds of the busiest link for flows [..., W, W]."""
-    port = _busiest_side(flow, port_price(problem))
+    port = _busiest_side(flow, problem.port_s)
     if problem.node_of.max() > 0:
-        member = node_membership(problem)
-        port = np.maximum(port, _busiest_side(member.T @ flow @ member, uplink_price(problem)))
+        member = problem.membership
+        port = np.maximum(port, _busiest_side(member.T @ flow @ member, problem.uplink_s))
     return np.asarray(port)
 
 
@@ -256,31 +253,14 @@ def affinity_cost(problem: PlacementProblem, x: FloatArray) -> float:
     return float((leaves * problem.scale[:-1]).sum() * affinity_price(problem))
 
 
-def node_membership(problem: PlacementProblem) -> FloatArray:
-    """[W, N] 1 where the worker runs on the node."""
-    return np.asarray(np.eye(int(problem.node_of.max()) + 1)[problem.node_of])
-
-
-def port_price(problem: PlacementProblem) -> FloatArray:
-    """[W] seconds that one token takes on each worker's port."""
-    gbps = problem.links.ports_gbps or (problem.links.worker_gbps,) * len(problem.workers)
-    return np.asarray(problem.token_bytes * BITS / (np.array(gbps) * GIGA))
-
-
-def uplink_price(problem: PlacementProblem) -> FloatArray:
-    """[N] seconds that one token takes on each node's uplink."""
-    gbps = problem.links.uplinks_gbps or (problem.links.node_gbps,) * (int(problem.node_of.max()) + 1)
-    return np.asarray(problem.token_bytes * BITS / (np.array(gbps) * GIGA))
-
-
 def affinity_price(problem: PlacementProblem) -> float:
     """Seconds that are charged for one transition that changes worker, through the median port."""
-    return 2 * problem.affinity * float(np.median(port_price(problem))) / len(problem.workers)
+    return 2 * problem.affinity * problem.median_port_s / len(problem.workers)
 
 
 def move_price(problem: PlacementProblem) -> float:
     """Seconds per step that one copy of an expert costs through the median port, spread over the horizon."""
-    per_byte = float(np.median(port_price(problem))) / problem.token_bytes
+    per_byte = problem.median_port_s / problem.token_bytes
     return problem.expert_bytes * per_byte / problem.horizon_steps
 
 

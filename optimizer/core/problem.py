@@ -20,6 +20,8 @@ from elastic_moe.optimizer.subjects.scenarios import of_tokens, shares_of
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
 
+BITS = 8.0
+GIGA = 1e9
 
 DEFAULT_STEP_TOKENS = 1024
 
@@ -184,10 +186,32 @@ class PlacementProblem:
         """The prices of tiers; None where every expert fits wherever it may be placed."""
         return Tiering(self) if is_tiered(self) else None
 
-    @property
+    @cached_property
+    def membership(self) -> FloatArray:
+        """[W, N] 1 where the worker runs on the node."""
+        return np.asarray(np.eye(int(self.node_of.max()) + 1)[self.node_of])
+
+    @cached_property
     def scale(self) -> FloatArray:
         """[L] factor from counts to a step of `tokens_per_step` tokens."""
         return np.asarray(self.tokens_per_step / self.tokens)
+
+    @cached_property
+    def port_s(self) -> FloatArray:
+        """[W] seconds that one token takes on each worker's port."""
+        gbps = self.links.ports_gbps or (self.links.worker_gbps,) * len(self.workers)
+        return np.asarray(self.token_bytes * BITS / (np.array(gbps) * GIGA))
+
+    @cached_property
+    def median_port_s(self) -> float:
+        """Seconds that one token takes on the median port."""
+        return float(np.median(self.port_s))
+
+    @cached_property
+    def uplink_s(self) -> FloatArray:
+        """[N] seconds that one token takes on each node's uplink."""
+        gbps = self.links.uplinks_gbps or (self.links.node_gbps,) * (int(self.node_of.max()) + 1)
+        return np.asarray(self.token_bytes * BITS / (np.array(gbps) * GIGA))
 
     def __getstate__(self) -> dict[str, object]:
         """Only the fields. Cached values can be computed again, and would double the size of the pickle."""

@@ -26,7 +26,6 @@ from elastic_moe.optimizer.core.cost import (
     affinity_price,
     held_before,
     move_price,
-    port_price,
     risk_price,
 )
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem, Semantics
@@ -111,7 +110,7 @@ class JointModel:
             sum(float(problem.loads[0, e] / r) * model.u[0, k, w] for k, (e, r) in enumerate(self.modes))
             for w in model.w
         ]
-        port = port_price(problem)
+        port = problem.port_s
         for w, (one, other) in enumerate(itertools.pairwise(problem.workers)):
             alike = (one.slots, one.node, problem.speed[w]) == (other.slots, other.node, problem.speed[w + 1])
             if alike and port[w] == port[w + 1] and len(set(problem.memory[w : w + 2])) < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from elastic_moe.optimizer.core.cost import port_price, remote_share, uplink_price
+from elastic_moe.optimizer.core.cost import remote_share
 from elastic_moe.optimizer.core.problem import FloatArray, PlacementProblem, Semantics
 
 
@@ -36,9 +36,9 @@ def near_pairs(problem: PlacementProblem) -> list[tuple[int, int]]:
 
 def links(problem: PlacementProblem) -> list[tuple[list[int], float]]:
     """The ranks behind every port and every uplink, with the seconds that one token takes on it."""
-    ports = [([w], float(price)) for w, price in enumerate(port_price(problem))]
+    ports = [([w], float(price)) for w, price in enumerate(problem.port_s)]
     # for a single node there are fewer groups than prices
-    return [*ports, *zip(_node_ranks(problem), uplink_price(problem).tolist(), strict=False)]
+    return [*ports, *zip(_node_ranks(problem), problem.uplink_s.tolist(), strict=False)]
 
 
 def _node_ranks(problem: PlacementProblem) -> list[list[int]]:

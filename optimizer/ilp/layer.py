@@ -94,9 +94,7 @@ class LayerModel:
         add_tiers(model, [item for items in self._items.values() for item in items], [(w,) for w in self.ranks])
         for w in self.ranks:
             fit(model, self._items[w], [(w,)], int(fetch.room[w]), int(fetch.host_room[w]))
-        held = self.row != EMPTY
-        replicas = np.maximum(np.bincount(self.row[held], minlength=len(fetch.chance)), 1)
-        x = self.terms.by_worker(self.row, np.where(held, 1.0 / replicas[self.row], 0.0))
+        x = self.terms.by_worker(self.row, self.terms.shares(self.row))
         now = fetch.prices(x).sum(axis=0)
         varies = MICRO * float((fetch.waits(x) - fetch.own * now)[0] - fetch.slope * now.sum())
         others = MICRO * np.delete(now, self.ranks)
@@ -134,7 +132,7 @@ class LayerModel:
             for slope in TANGENTS:
                 model.tangents.add(model.arrive[w] >= (2 * slope - slope**2) * first - slope**2 * second)
             model.links.add(float(MICRO * terms.arrival_s[w]) * model.arrive[w] <= model.link)
-        now = terms.arrivals(row)
+        now = terms.arrivals(row, terms.shares(row))
         others = np.delete(now * terms.arrival_s, self.ranks)
         model.links.add(model.link >= MICRO * float(others.max(initial=0.0)))
         for node in np.unique(terms.node) if terms.uplink_s.any() else ():

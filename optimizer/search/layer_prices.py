@@ -14,14 +14,11 @@ from elastic_moe.optimizer.core.cost import (
     held_before,
     home_traffic,
     move_price,
-    node_membership,
-    port_price,
     price_table,
     remote_share,
     risk_price,
     scenario_computes,
     shares,
-    uplink_price,
 )
 from elastic_moe.optimizer.core.problem import FloatArray, IntArray, PlacementProblem, Semantics
 from elastic_moe.optimizer.search.fetches import LayerFetch
@@ -40,8 +37,9 @@ class LayerPricer:
         self._before = held_before(problem)
         self._first_slot = np.cumsum([0] + [w.slots for w in problem.workers])[:-1].astype(np.int32)
         self._arrival_s, self._uplink_s = _arrival_prices(problem)
+        self._traffic = bool(self._arrival_s.any())
         width = len(problem.workers)
-        self._member = node_membership(problem)
+        self._member = problem.membership
         self._apart = 1.0 - np.eye(width)
         self._far = 1.0 - self._member @ self._member.T
         self._risk_price = risk_price(problem)
@@ -100,9 +98,14 @@ class LayerPricer:
         boundaries = {b for layer in layers for b in self._boundaries(layer)}
         # what the worst scenarios are depends on all layers
         weights = self.scenario_weights()
-        elsewhere = (weights - self.problem.scenarios[1]) @ np.delete(self._computes, layers, axis=1).sum(axis=1)
-        around = sum(self._layer_s(layer, weights) for layer in layers)
-        return around + float(elsewhere) + sum(self._boundary_s(b) for b in sorted(boundaries))
+        around = sum(self._layer_s(layer, weights) for layer in layers) + self._elsewhere_s(layers, weights)
+        return around + sum(self._boundary_s(b) for b in sorted(boundaries))
+
+    def _elsewhere_s(self, layers: tuple[int, ...], weights: FloatArray) -> float:
+        """Seconds of computing outside `layers` in which the scenarios under `weights` differ from their mean."""
+        if len(weights) == 1:
+            return 0.0
+        return float((weights - self.problem.scenarios[1]) @ np.delete(self._computes, layers, axis=1).sum(axis=1))
 
     def _layer_s(self, layer: int, weights: FloatArray) -> float:
         problem, x = self.problem, self.x[layer]
@@ -165,6 +168,7 @@ class LayerPricer:
             pairs=problem.pairs[layer] * scale,
             arrival_s=self._arrival_s,
             uplink_s=self._uplink_s,
+            traffic=self._traffic,
             covariance_s=covariance,
             place_s=self.place_prices(layer, link_power, eagerness),
             owner=problem.owner,
@@ -202,13 +206,13 @@ class LayerPricer:
             return affinity
         flow = self._flow(boundary)
         away, across = flow * self._apart, flow * self._far
-        ports = [away.sum(axis=1) * port_price(problem), away.sum(axis=0) * port_price(problem)]
+        ports = [away.sum(axis=1) * problem.port_s, away.sum(axis=0) * problem.port_s]
         uplinks = [
-            (self._member.T @ across.sum(axis=1)) * uplink_price(problem),
-            (self._member.T @ across.sum(axis=0)) * uplink_price(problem),
+            (self._member.T @ across.sum(axis=1)) * problem.uplink_s,
+            (self._member.T @ across.sum(axis=0)) * problem.uplink_s,
         ]
         port_out, port_in, up_out, up_in = _norm_slopes([*ports, *uplinks], 2**link_power)
-        port, uplink = port_price(problem), uplink_price(problem)
+        port, uplink = problem.port_s, problem.uplink_s
         toll = affinity + self._apart * ((port_out * port)[:, None] + (port_in * port)[None, :])
         up_out, up_in = self._member @ (up_out * uplink), self._member @ (up_in * uplink)
         toll += self._far * (up_out[:, None] + up_in[None, :])
@@ -232,8 +236,8 @@ def _arrival_prices(problem: PlacementProblem) -> tuple[FloatArray, FloatArray]:
     width = len(problem.workers)
     if problem.semantics is Semantics.FOLLOW or width == 1:
         return np.zeros(width), np.zeros(width)
-    port = np.asarray(2 * (1 - 1 / width) * port_price(problem))
+    port = np.asarray(2 * (1 - 1 / width) * problem.port_s)
     if problem.node_of.max() == 0:
         return port, np.zeros(width)
-    size = node_membership(problem).sum(axis=0) / width
-    return port, np.asarray((2 * uplink_price(problem) * (1 - size))[problem.node_of])
+    size = problem.membership.sum(axis=0) / width
+    return port, np.asarray((2 * problem.uplink_s * (1 - size))[problem.node_of])

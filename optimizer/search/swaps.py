@@ -56,15 +56,30 @@ class LayerTerms:
     """The norm's exponent as a number of squarings: 6 is the 64-norm."""
     link_power: int
 
+    traffic: bool
+    """Whether arriving tokens have a price on some worker's port."""
+
     @property
     def weights(self) -> FloatArray:
         """[C] weight of each scenario in the price at present."""
         total = self.scenario_s.sum(axis=1)
         return np.asarray(total / max(float(total.sum()), 1e-300))
 
-    def arrivals(self, row: IntArray) -> FloatArray:
+    def shares(self, row: IntArray) -> FloatArray:
+        """[S] share of its expert's tokens that each slot serves, over all homes; 0 for EMPTY."""
+        item = row - EMPTY  # 0 stands for EMPTY
+        of_item = 1.0 / np.maximum(np.bincount(item, minlength=len(self.load_s) + 1), 1)
+        of_item[0] = 0.0
+        return np.asarray(of_item[item])
+
+    def remote_shares(self, share: FloatArray) -> FloatArray:
+        """[S] share of its expert's tokens from other homes that each slot serves; 0 for EMPTY."""
+        alone = 1 / len(self.speed)
+        return np.where(share > 0, (share - alone) / (1 - alone), 0.0)
+
+    def arrivals(self, row: IntArray, share: FloatArray) -> FloatArray:
         """[W] tokens of a step that arrive at each worker if the slots hold `row` [S]."""
-        away = self.by_worker(row, self.remote_shares(row))
+        away = self.by_worker(row, self.remote_shares(share))
         first = self.tokens @ away
         second = 0.5 * ((self.pairs @ away) * away).sum(axis=0)
         return np.asarray(first**2 / np.maximum(first + second, 1e-300))
@@ -77,17 +92,11 @@ class LayerTerms:
 
     def objective(self, row: IntArray) -> float:
         """Seconds of the layer, with norms in place of maxima. Every swap that swap_deltas recommends lowers it."""
-        held = row != EMPTY
-        replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
-        share = np.where(held, 1.0 / replicas[row], 0.0)
-        total = 0.0
-        waits = None if self.fetch is None else self.fetch.waits(self.by_worker(row, share))
-        for load_s, weight in zip(self.scenario_s, self.weights, strict=True):
-            busy = np.add.reduceat(load_s[row] * share, self.first_slot) / self.speed
-            total += potential_norm(busy if waits is None else np.append(busy, weight * waits), self.load_power)
+        share = self.shares(row)
+        total = sum(potential_norm(each, self.load_power) for each in self._busy(row, share))
         total += float((self.place_s[row, self.owner] * share).sum())
-        if self.arrival_s.any():
-            arrive = self.arrivals(row)
+        if self.traffic:
+            arrive = self.arrivals(row, share)
             uplink = np.bincount(self.node, arrive * self.uplink_s)
             total += potential_norm(np.concatenate([arrive * self.arrival_s, uplink]), self.link_power)
         if self.covariance_s is not None:
@@ -95,31 +104,29 @@ class LayerTerms:
             total += float((((self.covariance_s @ x) * x).sum(axis=0) / self.speed**2).sum())
         return total
 
-    def remote_shares(self, row: IntArray) -> FloatArray:
-        """[S] share of its expert's tokens from other homes that each slot serves; 0 for EMPTY."""
-        held = row != EMPTY
-        replicas = np.maximum(np.bincount(row[held], minlength=len(self.load_s)), 1)
-        alone = 1 / len(self.speed)
-        return np.where(held, (1 / replicas[row] - alone) / (1 - alone), 0.0)
+    def _busy(self, row: IntArray, share: FloatArray) -> list[FloatArray]:
+        """C times [W] seconds in which each worker computes, and [W] in which each makes the layer wait."""
+        computes = [np.add.reduceat(load_s[row] * share, self.first_slot) / self.speed for load_s in self.scenario_s]
+        if self.fetch is None:
+            return computes
+        waits = self.fetch.waits(self.by_worker(row, share))
+        return [np.append(each, weight * waits) for each, weight in zip(computes, self.weights, strict=True)]
 
 
 def swap_deltas(terms: LayerTerms, row: IntArray) -> FloatArray:
     """[S, S] change of the potential if slots i and j trade their contents; BARRED where they must not. Symmetric."""
-    owner = terms.owner
-    held = row != EMPTY
-    replicas = np.maximum(np.bincount(row[held], minlength=len(terms.load_s)), 1)
-    share = np.where(held, 1.0 / replicas[row], 0.0)
+    owner, share = terms.owner, terms.shares(row)
     half = _busy_half(terms, row, share)
-    if terms.arrival_s.any():
-        half += _arrival_half(terms, row, terms.remote_shares(row))
+    if terms.traffic:
+        half += _arrival_half(terms, row, terms.remote_shares(share))
     if terms.covariance_s is not None:
         half += _risk_half(terms, terms.covariance_s, row, share)
     place = terms.place_s[row] * share[:, None]
     half += place[:, owner] - place[np.arange(len(row)), owner][:, None]
     deltas = half + half.T
     deltas[owner[:, None] == owner[None, :]] = BARRED
-    if replicas.max() > 1:
-        deltas[_doubles(terms, row, held)] = BARRED
+    if ((share > 0) & (share < 1)).any():
+        deltas[_doubles(terms, row, share > 0)] = BARRED
     return np.asarray(deltas)
 
 
@@ -266,6 +273,8 @@ def best_swaps(deltas: FloatArray, first_slot: IntArray, least: float) -> list[t
     """The best swaps that gain more than `least`. No worker is in two of them, so their changes add up and all can be
     done at once."""
     by_worker = np.minimum.reduceat(np.minimum.reduceat(deltas, first_slot, axis=0), first_slot, axis=1)
+    if by_worker.min() >= -least:
+        return []
     ends = np.append(first_slot[1:], len(deltas))
     first, second = np.nonzero(np.triu(by_worker < -least, 1))
     taken: set[int] = set()

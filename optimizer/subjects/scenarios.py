@@ -57,6 +57,8 @@ def tail_weights(prices: FloatArray, weights: FloatArray) -> FloatArray:
 
 def blended_weights(prices: FloatArray, weights: FloatArray, tail: float) -> FloatArray:
     """[C] weights, which sum to 1, under which the sum of `prices` [C] is their mean blended with their tail."""
+    if len(weights) == 1:
+        return weights
     return np.asarray((1 - tail) * weights + tail * tail_weights(prices, weights))
 
 

@@ -103,6 +103,10 @@ class FakeWorker:
         return 0.5
 
     @in_group("joins")
+    def open_door(self) -> Endpoint:
+        return Endpoint(address="127.0.0.1", port=1, token="")
+
+    @in_group("joins")
     def prepare(self, spec: EpochSpec) -> None:
         self._delay("prepare")
         if not self._placed(spec) <= self._held:
@@ -166,7 +170,9 @@ class FakeWorker:
 
 
 class FakeEngine:
-    """Commits epochs, and runs nothing."""
+    """Commits epochs, and runs nothing. The file `waiting` in `model_dir` says how many requests wait."""
+
+    model_dir: Path | None = None
 
     def __init__(self, config: ServeConfig, coordinator: Any) -> None:
         self._epoch = Epoch(0)
@@ -197,7 +203,10 @@ class FakeEngine:
         await asyncio.Event().wait()
 
     async def status(self) -> EngineStatus:
-        return EngineStatus(epoch=self._epoch, running={WorkerId("w0"): 3})
+        if self.model_dir is None:
+            return EngineStatus(epoch=self._epoch, running={WorkerId("w0"): 3})
+        waiting = self.model_dir / "waiting"
+        return EngineStatus(epoch=self._epoch, waiting=int(waiting.read_text()) if waiting.exists() else 0)
 
 
 async def wrap(awaitable: Awaitable[Any]) -> Any:
@@ -260,6 +269,7 @@ class PlainFleet:
     """No Ray at all."""
 
     shared_gpus = False
+    gpu_workers = 1
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
@@ -275,6 +285,9 @@ class PlainFleet:
         self.has_left = False
         self.waits_for: str | None = None
         self.draining: dict[str, float | None] = {}
+        self.free: dict[str, int] = {}
+        self.places: dict[WorkerId, str | None] = {}
+        """Where each worker was to run."""
 
     def attach(self) -> None: ...
 
@@ -334,6 +347,9 @@ class PlainFleet:
     def shortage(self) -> str | None:
         return self.waits_for
 
+    def free_cores(self) -> dict[str, int]:
+        return self.free
+
     def draining_nodes(self) -> dict[str, float | None]:
         return self.draining
 
@@ -342,8 +358,8 @@ class PlainFleet:
     def node_threads(self) -> int:
         return 2
 
-    def start_worker(self, worker: WorkerId) -> Remote[Any]:
-        self.workers[worker] = Handle(FakeWorker())
+    def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[Any]:
+        self.workers[worker], self.places[worker] = Handle(FakeWorker()), node
         return Remote(self.workers[worker])
 
     def start_engine(self) -> Remote[Any]:

@@ -1,11 +1,16 @@
 """This project's data plane against transformers' continuous batching, on one GPU, in one process, without HTTP.
 
-    python -m tests.bench.gpu [--model DIR] [--concurrency 1,8,32,128] [--out DIR]
+    python -m tests.bench.gpu [--model DIR] [--concurrency 1,8,32,128] [--prompts 1024,8192] [--out DIR]
 
-Both run the same checkpoint (the random "mid" of the serving benchmark, if none is given) in its own dtype and answer
-the same random prompts greedily, four for each place in the batch, all handed in at once; a smaller load warms up. Ours
-is the scheduler and one worker, two steps in flight, transformers' is `generate_batch` with its own defaults. Writes
-gpu.json and gpu.md.
+Both run the same checkpoint (a random Qwen3-MoE of 13 GB, if none is given) in its own dtype and answer the same random
+prompts greedily. Decode: so many requests at a time with prompts of 128 tokens, the time of a step between the first
+token and the last. Prefill: one prompt of each length, and 8192 tokens of the shorter ones in one step. Ours is the
+scheduler and one worker, two steps in flight; transformers' is `generate_batch` with its own defaults.
+
+Beside each figure stands its share of the floor. In decode, that is the time to read what the step must read once, at
+the rate of reading a large tensor: the matrices outside the experts, the experts that the step's tokens choose, which
+are counted, and the keys and values. In prefill, it is the time of the products at the rate of a large bfloat16
+product. Writes gpu.json and gpu.md.
 """
 
 from __future__ import annotations
@@ -24,18 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from tests.bench.machine import where_and_when
 from tests.bench.report import markdown
-from tests.bench.serving import mid_checkpoint
+from tests.bench.wide import wide_checkpoint
 from tests.model.lockstep import Lockstep, request
 
-PROMPT_TOKENS, OUTPUT_TOKENS, PER_PLACE = 128, 64, 4
-LONG_PROMPTS, LONG_TOKENS = 12, 1024
-"""The load that measures prefill: one output token each."""
+LAYERS = 16
+PROMPT_TOKENS, OUTPUT_TOKENS = 128, 65
 STEP_TOKENS = 8192
 
 Prompts = Sequence[Sequence[int]]
@@ -46,45 +51,127 @@ Generate = Callable[[Prompts, int], int]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     server: str
-    concurrency: int
-    """0: the prefill load."""
-    tokens: int
-    """Number of output tokens; in the prefill load, of prompt tokens."""
+    load: str
+    """`decode 32`, or `prefill 8x1024`."""
     seconds: float
+    """Of a decode step, or of a prefill."""
+    tokens: int
+    """That came, or were read, in this time."""
+    floor_s: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
 
 
-@contextmanager
-def ours(path: Path, dtype: str, device: str, concurrency: int) -> Iterator[Generate]:
-    cluster = Lockstep(
-        path,
-        [open_checkpoint(path).info.num_logical_experts],
-        dtype=dtype,
-        device=device,
-        max_model_len=LONG_TOKENS + OUTPUT_TOKENS,
-        max_num_batched_tokens=STEP_TOKENS,
-        max_num_seqs=concurrency,
-        block_size=16,
-    )
-    turns = iter(range(1 << 30))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What the device reaches."""
 
-    def generate(prompts: Prompts, tokens: int) -> int:
-        turn = next(turns)
+    read_bytes_per_s: float
+    flop_per_s: float
+    """Of a product of matrices of 8192 by 8192 in bfloat16."""
+
+
+def measure_rates() -> Rates:
+    big = torch.randn(1 << 29, device="cuda")
+    read_s = _seconds(lambda: big.sum())
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return Rates(read_bytes_per_s=big.nbytes / read_s, flop_per_s=2 * 8192**3 / _seconds(lambda: a @ b))
+
+
+def _seconds(run: Callable[[], Any], times: int = 20) -> float:
+    """Of one run, by the device's clock."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        run()
+    begin.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / times
+
+
+class Ours:
+    """One worker, which is loaded once."""
+
+    name = "elastic-moe, one worker"
+
+    def __init__(self, path: Path, dtype: str, device: str, concurrency: int, length: int) -> None:
+        info = open_checkpoint(path).info
+        self.cluster = Lockstep(
+            path,
+            [info.num_logical_experts],
+            dtype=dtype,
+            device=device,
+            max_model_len=max(length, PROMPT_TOKENS) + OUTPUT_TOKENS,
+            max_num_batched_tokens=STEP_TOKENS,
+            max_num_seqs=concurrency,
+            block_size=16,
+            prefix_caching=False,
+            kv_cache_bytes=16 << 30 if device == "cuda" else None,
+        )
+        [self.worker] = self.cluster.workers.values()
+        self._turns = iter(range(1 << 30))
+        print(f"ours is served by: {self.worker.report.summary()}", flush=True)
+
+    def generate(self, prompts: Prompts, tokens: int) -> int:
+        turn = next(self._turns)
         requests = [request(f"{turn}-{n}", prompt, max_tokens=tokens) for n, prompt in enumerate(prompts)]
-        return sum(len(answer) for answer in cluster.run(requests, most_steps=1 << 30).values())
+        return sum(len(answer) for answer in self.cluster.run(requests, most_steps=1 << 30).values())
 
-    [worker] = cluster.workers.values()
-    print(f"ours is served by: {worker.report.summary()}", flush=True)
-    yield generate
+    def active_experts(self, prompts: Prompts) -> float:
+        """Experts of a layer that a decode step of these prompts chooses: the mean over layers and three steps."""
+        counter, note, seen = self.worker._counter, self.worker._counter.note, list[Tensor]()
+        counter.note = lambda index_LTK: (seen.append(index_LTK.clone()), note(index_LTK))[1]  # type: ignore[method-assign]
+        try:
+            self.generate(prompts, 4)
+        finally:
+            counter.note = note  # type: ignore[method-assign]
+        layers = self.worker.loaded.store.num_layers
+        steps = [
+            len(set(row.flatten().tolist()))
+            for index in seen
+            if index.shape[:2] == (layers, len(prompts))
+            for row in index
+        ]
+        return sum(steps) / max(1, len(steps))
+
+    def decode_floor_s(self, rates: Rates, active: float, keys: int) -> float:
+        """Of a step that reads so many experts of each layer, and so many keys in all."""
+        loaded = self.worker.loaded
+        store, shapes = loaded.store, self.worker._runner.kv_shapes
+        per_expert = store.nbytes / sum(len(store.held(layer)) for layer in range(store.num_layers))
+        trunk: Any = self.worker._runner._trunk
+        outside = sum(p.nbytes for name, p in trunk.named_parameters() if "embed" not in name)
+        kv = sum(shape.elements for shape in shapes.values()) * 2 * keys
+        return (outside + active * store.num_layers * per_expert + kv) / rates.read_bytes_per_s
+
+    def prefill_floor_s(self, rates: Rates, prompts: int, length: int) -> float:
+        """Of products with matrices, and of queries and values with the keys that they see."""
+        loaded = self.worker.loaded
+        info, config = loaded.memory.info, self.worker._runner._trunk.config
+        trunk: Any = self.worker._runner._trunk
+        outside = sum(
+            p.numel() for name, p in trunk.named_parameters() if "embed" not in name and "lm_head" not in name
+        )
+        experts = info.num_layers * config.num_experts_per_tok * info.expert_bytes / 2
+        heads = config.num_attention_heads * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        attention = 2 * info.num_layers * heads * length * (length + 1)
+        return prompts * (2 * length * (outside + experts) + attention) / rates.flop_per_s
 
 
 @contextmanager
-def theirs(path: Path, dtype: str, device: str, concurrency: int) -> Iterator[Generate]:
+def theirs(path: Path, dtype: str, device: str) -> Iterator[Any]:
     with quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
+    yield model
+
+
+def generate_by(model: Any, concurrency: int) -> Generate:
     options: dict[str, Any] = {}
     try:
         from transformers import ContinuousBatchingConfig
@@ -99,41 +186,84 @@ def theirs(path: Path, dtype: str, device: str, concurrency: int) -> Iterator[Ge
         answers = model.generate_batch(inputs=[list(p) for p in prompts], generation_config=config, **options)
         return sum(len(answer.generated_tokens) for answer in answers.values())
 
-    yield generate
+    return generate
 
 
-SERVERS = {"elastic-moe, one worker": ours, "transformers, continuous batching": theirs}
+def timed(generate: Generate, prompts: Prompts, tokens: int) -> float:
+    """Seconds. Raises RuntimeError where tokens are missing."""
+    begin = time.perf_counter()
+    came = generate(prompts, tokens)
+    if came != len(prompts) * tokens:
+        raise RuntimeError(f"{came} tokens came, {len(prompts) * tokens} were asked for")
+    return time.perf_counter() - begin
 
 
-def measure(server: str, path: Path, dtype: str, device: str, concurrency: Sequence[int], seed: int) -> list[Result]:
-    """Every load on a server that is made for it. Raises RuntimeError where tokens are missing."""
-    vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
-    rng = random.Random(seed)
+class Draw:
+    """Random prompts, the same for both servers."""
 
-    def draw(count: int, length: int) -> Prompts:
-        return [[rng.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
+    def __init__(self, path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        self._vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+        self._rng = random.Random(0)
 
-    def timed(generate: Generate, prompts: Prompts, tokens: int) -> float:
-        begin = time.perf_counter()
-        came = generate(prompts, tokens)
-        if came != len(prompts) * tokens:
-            raise RuntimeError(f"{server}: {came} tokens came, {len(prompts) * tokens} were asked for")
-        return time.perf_counter() - begin
+    def __call__(self, count: int, length: int) -> Prompts:
+        return [[self._rng.randrange(3, self._vocabulary) for _ in range(length)] for _ in range(count)]
 
-    found = []
+
+def decode_s(generate: Generate, draw: Draw, places: int, tokens: int) -> float:
+    """Seconds of one step. Prompt and first token are taken off: their time is that of an answer of one token."""
+    timed(generate, draw(places, PROMPT_TOKENS), 3)
+    first = timed(generate, draw(places, PROMPT_TOKENS), 1)
+    return (timed(generate, draw(places, PROMPT_TOKENS), tokens) - first) / (tokens - 1)
+
+
+def measure_ours(
+    path: Path, dtype: str, device: str, concurrency: Sequence[int], lengths: Sequence[int]
+) -> list[Result]:
+    rates = measure_rates() if device == "cuda" else Rates(read_bytes_per_s=1.0, flop_per_s=1.0)
+    print(
+        f"reads {rates.read_bytes_per_s / 1e12:.2f} TB/s, multiplies {rates.flop_per_s / 1e12:.0f} TFLOP/s", flush=True
+    )
+    ours, draw, found = Ours(path, dtype, device, max(concurrency), max(lengths)), Draw(path), []
+
+    def add(load: str, seconds: float, tokens: int, floor_s: float) -> None:
+        found.append(Result(server=ours.name, load=load, seconds=seconds, tokens=tokens, floor_s=floor_s))
+        rate, share = found[-1].tokens_per_s, floor_s / seconds
+        print(f"ours, {load}: {seconds * 1e3:.2f} ms, {rate:.0f} tokens/s, {share:.2f} of the floor", flush=True)
+
     for places in concurrency:
-        with SERVERS[server](path, dtype, device, places) as generate:
-            timed(generate, draw(places, PROMPT_TOKENS), OUTPUT_TOKENS)
-            seconds = timed(generate, draw(PER_PLACE * places, PROMPT_TOKENS), OUTPUT_TOKENS)
-        tokens = PER_PLACE * places * OUTPUT_TOKENS
-        found.append(Result(server=server, concurrency=places, tokens=tokens, seconds=seconds))
-        print(f"{server}, {places} at a time: {found[-1].tokens_per_s:.0f} tokens/s", flush=True)
-        free()
-    with SERVERS[server](path, dtype, device, LONG_PROMPTS) as generate:
-        timed(generate, draw(2, LONG_TOKENS), 1)
-        seconds = timed(generate, draw(LONG_PROMPTS, LONG_TOKENS), 1)
-    found.append(Result(server=server, concurrency=0, tokens=LONG_PROMPTS * LONG_TOKENS, seconds=seconds))
-    free()
+        active = ours.active_experts(draw(places, PROMPT_TOKENS))
+        step_s = decode_s(ours.generate, draw, places, OUTPUT_TOKENS)
+        keys = places * (PROMPT_TOKENS + OUTPUT_TOKENS // 2)
+        add(f"decode {places}", step_s, places, ours.decode_floor_s(rates, active, keys))
+    for count, length in prefills(lengths):
+        timed(ours.generate, draw(count, length), 1)
+        seconds = min(timed(ours.generate, draw(count, length), 1) for _ in range(3))
+        add(f"prefill {count}x{length}", seconds, count * length, ours.prefill_floor_s(rates, count, length))
+    return found
+
+
+def prefills(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(prompts, tokens of each): one prompt, and a step full of them where it holds several."""
+    return [(count, length) for length in lengths for count in sorted({1, max(1, STEP_TOKENS // length)})]
+
+
+def measure_theirs(
+    path: Path, dtype: str, device: str, concurrency: Sequence[int], lengths: Sequence[int]
+) -> list[Result]:
+    draw, found, name = Draw(path), [], "transformers, continuous batching"
+
+    def add(load: str, seconds: float, tokens: int) -> None:
+        found.append(Result(server=name, load=load, seconds=seconds, tokens=tokens))
+        print(f"transformers, {load}: {seconds * 1e3:.2f} ms, {found[-1].tokens_per_s:.0f} tokens/s", flush=True)
+
+    with theirs(path, dtype, device) as model:
+        for places in concurrency:
+            add(f"decode {places}", decode_s(generate_by(model, places), draw, places, 17), places)
+        for count, length in prefills(lengths):
+            generate = generate_by(model, count)
+            timed(generate, draw(count, length), 1)
+            add(f"prefill {count}x{length}", timed(generate, draw(count, length), 1), count * length)
     return found
 
 
@@ -144,36 +274,42 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def table(results: Sequence[Result]) -> str:
-    loads = sorted({r.concurrency for r in results if r.concurrency})
-    head = ("tokens per second", *(f"{n} at a time" for n in loads), "prefill")
-    rates = {(r.server, r.concurrency): f"{r.tokens_per_s:.0f}" for r in results}
-    rows = [[name, *(rates[name, n] for n in (*loads, 0))] for name in SERVERS]
-    first, second = ([float(cell) for cell in row[1:]] for row in rows)
-    rows.append(["ours over theirs", *(f"{a / b:.2f}" for a, b in zip(first, second, strict=True))])
-    return markdown(head, rows)
+def table(ours: Sequence[Result], others: Sequence[Result]) -> str:
+    other = {result.load: result for result in others}
+    rows = []
+    for mine in ours:
+        share = "" if mine.floor_s is None else f"{mine.floor_s / mine.seconds:.0%}"
+        their = other.get(mine.load)
+        last = ["", ""] if their is None else [f"{their.tokens_per_s:.0f}", f"{their.seconds / mine.seconds:.1f}"]
+        rows.append([mine.load, f"{mine.seconds * 1e3:.2f}", f"{mine.tokens_per_s:.0f}", share, *last])
+    return markdown(("load", "ms", "tokens/s", "of the floor", "transformers' tokens/s", "times theirs"), rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--concurrency", default="1,8,32,128")
+    parser.add_argument("--prompts", default="1024,8192", help="tokens of the prompts of the prefill loads")
     parser.add_argument("--device", default="cuda", help="cpu tries the script, its figures mean nothing")
+    parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("this benchmark needs a CUDA GPU and a torch built for it; there is none here", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.model or mid_checkpoint(args.out)
+    path = args.model or wide_checkpoint(args.out / "wide", layers=LAYERS, device=args.device)
     dtype = open_checkpoint(path).info.dtype
-    loads = [int(n) for n in args.concurrency.split(",")]
+    loads, lengths = ([int(n) for n in text.split(",")] for text in (args.concurrency, args.prompts))
     about = where_and_when() | {"model": path.name, "dtype": dtype}
     about["device"] = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    results = [r for name in SERVERS for r in measure(name, path, dtype, args.device, loads, seed=0)]
-    text = "; ".join(f"{name} {value}" for name, value in about.items()) + "\n\n" + table(results)
+    ours = measure_ours(path, dtype, args.device, loads, lengths)
+    free()
+    others = [] if args.alone else measure_theirs(path, dtype, args.device, loads, lengths)
+    text = "; ".join(f"{name} {value}" for name, value in about.items()) + "\n\n" + table(ours, others)
     (args.out / "gpu.md").write_text(text)
-    (args.out / "gpu.json").write_text(json.dumps({"about": about, "results": [asdict(r) for r in results]}, indent=1))
+    found = {"about": about, "results": [asdict(r) for r in (*ours, *others)]}
+    (args.out / "gpu.json").write_text(json.dumps(found, indent=1))
     print(text)
     return 0
 

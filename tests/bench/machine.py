@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -119,6 +120,8 @@ def where_and_when() -> dict[str, str]:
     """The machine, the versions and the date that every table of figures must name."""
 
     def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return "unknown"
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 

@@ -101,7 +101,7 @@ class Engine:
         with times.of("commit"):
             outputs = self.scheduler.commit(arrived)  # type: ignore[arg-type]
         begin = time.thread_time()
-        encode(Outputs(outputs=tuple(outputs.told), tokens=outputs.tokens))
+        encode(Outputs(outputs=tuple(outputs.single), tokens=outputs.tokens))
         times.wire.append(wire_s + time.thread_time() - begin)
         return outputs
 

@@ -190,7 +190,7 @@ class Simulation:
             self.feed(WorkerFailed(worker=command.worker, reason="out of memory"))
         else:
             held = None if self.disk is None else tuple(self._loads(command))
-            node = node_of(command.worker) if self.nodes else "n0"
+            node = command.node or (node_of(command.worker) if self.nodes else "n0")
             self.feed(WorkerLoaded(info=info(command.worker, node, capacity=self.capacity, disk=self.disk, held=held)))
 
     def _find_lost(self, workers: list[WorkerId]) -> None:

@@ -18,8 +18,18 @@ PROMPTS = ([17, 42, 99, 7, 250], [5, 300, 12], [401, 33, 8, 90, 211, 77, 6], [64
 class HostStream(threading.Thread):
     """A streamed greedy completion of `tokens` tokens in a thread."""
 
-    def __init__(self, server: Server, prompt: list[int], tokens: int, timeout_s: float = 180) -> None:
+    def __init__(
+        self,
+        server: Server,
+        prompt: list[int],
+        tokens: int,
+        timeout_s: float = 180,
+        *,
+        model: str = MODEL,
+        key: str = "",
+    ) -> None:
         super().__init__(daemon=True)
+        self._model, self._headers = model, {"Authorization": f"Bearer {key}"} if key else {}
         self.prompt, self.tokens = prompt, tokens
         self.text = ""
         self.stamps: list[float] = []
@@ -31,10 +41,11 @@ class HostStream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        body: dict[str, Any] = {"model": MODEL, "prompt": self.prompt, "max_tokens": self.tokens, "stream": True}
+        body: dict[str, Any] = {"model": self._model, "prompt": self.prompt, "max_tokens": self.tokens, "stream": True}
         body |= {"temperature": 0, "ignore_eos": True}
+        call: dict[str, Any] = {"json": body, "headers": self._headers, "timeout": self._timeout_s}
         try:
-            with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=self._timeout_s) as response:
+            with httpx.stream("POST", f"{self._url}/v1/completions", **call) as response:
                 if response.status_code != 200:
                     self.error = f"{response.status_code}: {response.read().decode()}"
                     return
@@ -60,6 +71,32 @@ class HostStream(threading.Thread):
         """The longest time after `since` in which nothing came, until the end of the stream."""
         stamps = [since, *(stamp for stamp in self.stamps if stamp > since)]
         return max((b - a for a, b in pairwise(stamps)), default=0.0)
+
+
+class Streaming(threading.Thread):
+    """One stream after another until it is told to stop, all of the same prompt."""
+
+    def __init__(self, server: Server, prompt: list[int], tokens: int, **named: str) -> None:
+        super().__init__(daemon=True)
+        self.streams: list[HostStream] = []
+        self.over = threading.Event()
+        self._begin = lambda: HostStream(server, prompt, tokens, **named)
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            stream = self._begin()
+            stream.join()
+            self.streams.append(stream)
+
+    def end(self) -> float:
+        """The longest time in which a stream that had begun got nothing. All must have ended well, with one text."""
+        self.over.set()
+        self.join(180)
+        assert not self.is_alive(), "a stream has not ended"
+        assert {stream.error for stream in self.streams} == {None}
+        assert len({stream.text for stream in self.streams}) == 1, "other tokens than before"
+        return max(stream.longest_gap_s(stream.stamps[0]) for stream in self.streams)
 
 
 def begin(server: Server, count: int, tokens: int) -> list[HostStream]:

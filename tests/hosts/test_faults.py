@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL, READY_S, Reference, Server
 from tests.hosts.cluster import HostCluster
-from tests.hosts.streams import HostStream, begin, end
+from tests.hosts.streams import PROMPTS, HostStream, Streaming, begin, end
 
 pytestmark = [pytest.mark.ray, pytest.mark.hosts, pytest.mark.timeout(1200)]
 
@@ -226,3 +226,22 @@ def test_random_faults(served: tuple[HostCluster, Server], reference: Reference,
         elif kind == "raylet":
             cluster.join(host)
         whole_again(cluster, server)
+
+
+def test_workers_move_to_a_machine_that_joins_late(
+    cluster: HostCluster, checkpoint: Path, reference: Reference
+) -> None:
+    """As after `ray up`, which returns before the machines join: both workers begin on the first one."""
+    cluster.start_head()
+    cluster.join(1, cpus=2)
+    server = cluster.serve(checkpoint, "--workers", "2", "--rebalance-interval", "0")
+    server.wait("readiness", server.ready, READY_S)
+    assert len(set(cluster.workers(server).values())) == 1
+    streaming = Streaming(server, PROMPTS[0], TOKENS)
+    cluster.join(2, cpus=2)
+    server.wait("a worker on each", lambda: len(set(cluster.workers(server).values())) == 2, 120)
+    gap_s = streaming.end()
+    print(f"\n{'workers move to a later host':32} longest gap in {len(streaming.streams)} streams {gap_s:5.2f} s")
+    assert streaming.streams[0].text == reference.text(reference.greedy(PROMPTS[0], TOKENS))
+    assert len(cluster.workers(server)) == 2
+    assert gap_s < 2

@@ -13,6 +13,7 @@ import yaml
 from elastic_moe.deploy.joined.environment import cluster_environment, haproxy_path
 from tests.e2e.conftest import PLAIN, READY_S, Server
 from tests.hosts.cluster import HostCluster
+from tests.hosts.streams import Streaming
 from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.hosts, pytest.mark.timeout(900)]
@@ -86,11 +87,15 @@ def test_the_application_of_the_manifests_is_deployed_and_edited(cluster: HostCl
     replicas = [host.run("ps", "-e", "-o", "args").count("ServeReplica:emoe:api") for host in cluster.lab.hosts]
     assert replicas == [2, 0, 0]
 
-    asking = Asking(server)
+    model = call(server, "GET", "/v1/models", KEY).json()["data"][0]["id"]
+    asking, streaming = Asking(server), Streaming(server, [17, 42, 99, 7], 200, model=model, key=KEY)
     cluster.deploy(application(workers=1, max_workers=2))
     server.wait("the edit", lambda: serves(server, 1), READY_S, every_s=0.5)
     time.sleep(2)
     asking.over.set()
     asking.join(60)
-    print(f"\n{'serveConfigV2 with other workers':32} longest answer {asking.longest_s:5.2f} s")
+    gap_s, count = streaming.end(), len(streaming.streams)
+    print(f"\n{'serveConfigV2 with other workers':32} longest answer {asking.longest_s:5.2f} s", end=", ")
+    print(f"longest gap in {count} streams {gap_s:5.2f} s")
+    assert gap_s < 4
     assert set(asking.answers) == {(200, expected)}

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, WorkerId, contiguous
+from elastic_moe.model.exchange.device_memory import Device, DeviceMemoryTransport, join_on_device
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.exchange.transports import LocalTransport, Transport
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
+from tests.model.fake_device import FakeDevice
 
 R = TypeVar("R")
 
@@ -40,7 +42,7 @@ def run_group(size: int, function: Callable[[int], R]) -> list[R]:
 
 
 def make_transports(kind: str, size: int, *, max_bytes: int = 1 << 20, timeout_s: float = 20.0) -> list[Transport]:
-    """One per rank, joined. `kind`: local, shm or tcp."""
+    """One per rank, joined. `kind`: local, shm, tcp, or gpu, which is a fake one that all share."""
     group = f"emoe-test-{uuid.uuid4().hex[:8]}"
     if kind == "local":
         return [LocalTransport()]
@@ -51,7 +53,33 @@ def make_transports(kind: str, size: int, *, max_bytes: int = 1 << 20, timeout_s
                 group=group, rank=rank, size=size, max_bytes=max_bytes, timeout_s=timeout_s
             ),
         )
+    if kind == "gpu":
+        return list(join_by_gpu([FakeDevice() for _ in range(size)], max_bytes=max_bytes, timeout_s=timeout_s))
     return list(join_by_tcp(size, timeout_s))
+
+
+def join_by_gpu(
+    devices: Sequence[Device], *, max_bytes: int = 1 << 16, timeout_s: float = 20.0
+) -> list[DeviceMemoryTransport]:
+    """One per rank, joined. Each rank has its own view of one GPU."""
+    joined = try_by_gpu(devices, max_bytes=max_bytes, timeout_s=timeout_s)
+    transports = [transport for transport in joined if transport is not None]
+    assert len(transports) == len(devices)
+    return transports
+
+
+def try_by_gpu(
+    devices: Sequence[Device], *, max_bytes: int = 1 << 16, timeout_s: float = 20.0
+) -> list[DeviceMemoryTransport | None]:
+    """One per rank, or None for each."""
+    group, names = f"emoe-test-{uuid.uuid4().hex[:8]}", [f"w{rank}" for rank in range(len(devices))]
+
+    def join(rank: int) -> DeviceMemoryTransport | None:
+        return join_on_device(
+            devices[rank], group=group, rank=rank, names=names, max_bytes=max_bytes, timeout_s=timeout_s
+        )
+
+    return run_group(len(devices), join)
 
 
 def join_by_tcp(size: int, timeout_s: float = 20.0) -> list[TcpTransport]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,17 +69,24 @@ class Lockstep:
         policy: str = "lfru",
         prefix_caching: bool = True,
         kv_cache_bytes: int | None = None,
+        enforce_eager: bool = False,
+        plane: Callable[[WorkerSpec], Any] = DataPlane,
     ) -> None:
-        """`depth`: steps in flight. `transport` of several workers: shm, or tcp, which workers of one GPU need.
+        """`depth`: steps in flight. `transport` of several workers: shm, or tcp, which workers of one GPU need that are
+        threads of one process; or ipc, with workers of their own processes or on tests/model/fake_device.py.
 
         `pinned`: experts of a layer that a worker keeps in memory; `hosted`: further ones beside a GPU. The others lie
         on the disk, with their records in `cache_dir`, and memory for `cache_slots` experts of each layer is their
         cache area.
+        `plane`: makes a worker; RemotePlane gives it a process of its own.
         """
         self.transport = "local" if len(slots) == 1 else transport
         self.info = open_checkpoint(path).info
         members = make_workers(*slots)
         self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
+        if device == "cuda" and kv_cache_bytes is None:
+            # tests run side by side, and a worker would take most of the GPU
+            kv_cache_bytes = 1 << 28
         expert_memory_bytes = None
         if pinned is not None:
             self.placement = with_pinned(self.placement, pinned, hosted)
@@ -103,8 +111,9 @@ class Lockstep:
                 enable_prefix_caching=prefix_caching,
                 steps_in_flight=depth,
                 kv_cache_bytes=kv_cache_bytes,
+                enforce_eager=enforce_eager,
             )
-            self.workers[member.id] = DataPlane(spec)
+            self.workers[member.id] = plane(spec)
         blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
         if kv_blocks is not None:
             blocks = dict.fromkeys(blocks, kv_blocks)
@@ -115,7 +124,7 @@ class Lockstep:
         self.threads = {worker: ThreadPoolExecutor(1) for worker in self.workers}
         self.flights: deque[dict[WorkerId, Future[StepResult]]] = deque()
         self.landed: list[TokenOutput] = []
-        meets = [worker.open_door("127.0.0.1") for worker in self.workers.values() if self.transport == "tcp"]
+        meets = [worker.open_door("127.0.0.1") for worker in self.workers.values() if self.transport in ("tcp", "ipc")]
         self.doors = tuple(meets)
         self._flip(self.placement)
         self.scheduler = Scheduler(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from elastic_moe.cluster.placement import Tier, contiguous
+from elastic_moe.cluster.placement import Placement, Tier, contiguous
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.exchange.dispatch import TransportDispatcher
 from elastic_moe.model.exchange.transports import NcclTransport
@@ -22,14 +22,18 @@ from elastic_moe.model.fitting.fit import layer_experts
 from elastic_moe.model.sampling.sampling import sample
 from elastic_moe.model.tiers.far import FarWay
 from elastic_moe.model.tiers.link import Link, Pinned
+from elastic_moe.model.transformers_private import STATES_REFUSAL
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
-from tests.model.families import tiny_checkpoint
+from tests.model.families import FAMILIES, tiny_checkpoint
+from tests.model.gpu_pair import Pair, compare, kill_one
 from tests.model.groups import ToyExperts, workers
 from tests.model.lockstep import Lockstep, request
+from tests.model.packing import CASES, pack_checkpoint
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.model.sampling.test_sampling import state
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
+from tests.model.two_planes import seconds_until_a_lost_worker_is_noticed, tokens_across_replacements
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")
@@ -38,10 +42,10 @@ hopper = pytest.mark.skipif(
     reason="needs a Hopper GPU, on which torch multiplies groups without a wait",
 )
 two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 CUDA GPUs, {GPUS} here")
-FAMILIES = ["mixtral", "qwen3_moe-mixed", "gpt_oss", "deepseek_v3", "olmoe"]
+HYBRID = ["qwen3_next", "kimi_linear", "granitemoehybrid-mamba"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *([] if STATES_REFUSAL else HYBRID)])
 def test_greedy_tokens_of_one_worker(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """float32, against transformers on CPU."""
     path = tiny_checkpoint(family, tmp_path_factory)
@@ -50,6 +54,17 @@ def test_greedy_tokens_of_one_worker(family: str, tmp_path_factory: pytest.TempP
     for text in texts:
         if len(text) in COMPARED:
             assert got[f"r{len(text)}"] == greedy(path, tuple(text))
+
+
+@pytest.mark.parametrize(("family", "name"), [("deepseek_v3", "fp8-blocks"), ("gpt_oss", "awq"), ("mixtral", "gptq")])
+def test_greedy_tokens_of_a_packed_checkpoint(family: str, name: str, tmp_path: Path) -> None:
+    """On a GPU, experts are unpacked when they are loaded."""
+    sizes = {"hidden": 64, "layers": 2, "experts": 8, "top_k": 2, "ff": 32, "vocab": 300}
+    source = make_random_checkpoint(tmp_path / "source", family, **sizes)
+    packed, meant = pack_checkpoint(source, tmp_path, CASES[name])
+    prompt = list(range(5, 25))
+    tokens = Lockstep(packed, [8], device="cuda").run([request("one", prompt, max_tokens=NEW_TOKENS)])
+    assert tokens["one"] == greedy(meant, tuple(prompt))
 
 
 def test_workers_that_share_a_gpu_across_replacements(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -116,27 +131,35 @@ def test_a_copy_waits_for_the_products_that_read_its_slot_and_those_that_follow_
     assert link.stall_s() >= 0
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide_checkpoint(family: str, factory: pytest.TempPathFactory) -> Path:
     """With sizes that kernels for 16 bits take."""
     sizes = {"hidden": 256, "layers": 3, "experts": 8, "top_k": 2, "ff": 128, "vocab": 512}
-    return make_random_checkpoint(tmp_path_factory.mktemp("cuda") / "mid", "qwen3_moe", **sizes, dtype="bfloat16")
+    return make_random_checkpoint(factory.mktemp("cuda") / family, family, **sizes, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wide_checkpoint("qwen3_moe", tmp_path_factory)
 
 
 def step_logits(runner: ModelRunner, texts: list[list[int]], cut: int) -> Tensor:
     """Of the last token of each text, the first `cut` tokens of which were a step before."""
-    pieces = [
-        SequenceSlice(token_ids=text[start:end], start=start, block_ids=list(range(8 * n, 8 * n + 8)), prompt_length=1)
-        for start, end in ((0, cut), (cut, None))
-        for n, text in enumerate(texts)
-    ]
-    for step in (pieces[: len(texts)], pieces[len(texts) :]):
+    for first in (True, False):
+        step = []
+        for n, text in enumerate(texts):
+            begin = cut % len(text)
+            start, end = (0, begin) if first else (begin, len(text))
+            blocks = list(range(8 * n, 8 * n + 8))
+            step.append(SequenceSlice(token_ids=text[start:end], start=start, block_ids=blocks, prompt_length=1))
         logits = runner.run(step, [sum(len(piece.token_ids) for piece in step)])
     return logits
 
 
-def test_bfloat16_is_as_near_as_transformers_is(checkpoint: Path) -> None:
-    """The mean error over float32 is at most a quarter more than that of transformers' own bfloat16."""
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_bfloat16_is_as_near_as_transformers_is(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The error over float32 is at most a quarter more than that of transformers' own bfloat16, in the middle of many
+    texts: where two experts are about as good, rounding decides, and then a text is far off in either."""
+    checkpoint = wide_checkpoint(family, tmp_path_factory)
 
     def reference(dtype: torch.dtype) -> PreTrainedModel:
         with quiet_transformers():
@@ -146,31 +169,59 @@ def test_bfloat16_is_as_near_as_transformers_is(checkpoint: Path) -> None:
     runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
     assert runner._cache is not None
     assert runner._cache.path.varlen is not None, "FlashAttention was not found"
+    assert runner._graphs is not None
     g = torch.Generator().manual_seed(0)
-    texts = [torch.randint(3, 512, (n,), generator=g).tolist() for n in (9, 40, 100)]
+    texts = [torch.randint(3, 512, (n,), generator=g).tolist() for n in range(9, 128, 7)]
     exact, rounded = reference(torch.float32), reference(torch.bfloat16)
-    for cut in (1, 8):
-        got = step_logits(runner, texts, cut).float()
+    for cut in (1, 8, -1):
+        got = torch.cat([step_logits(runner, texts[n : n + 6], cut).float() for n in range(0, len(texts), 6)])
         with torch.no_grad():
             want, theirs = (
                 torch.stack([model(torch.tensor([t], device="cuda")).logits[0, -1].float() for t in texts])
                 for model in (exact, rounded)
             )
-        assert (got - want).abs().mean() < 1.25 * (theirs - want).abs().mean()
+        our_error, their_error = ((found - want).abs().mean(1).median() for found in (got, theirs))
+        assert our_error < 1.25 * their_error
+
+
+@hopper
+def test_a_graph_runs_as_the_kernels_one_by_one_also_with_rows_to_spare_and_other_experts(checkpoint: Path) -> None:
+    def made(eager: bool) -> Lockstep:
+        return Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16, enforce_eager=eager)
+
+    graphs, eager = made(False), made(True)
+    assert eager.workers_runner()._graphs is None
+    g = torch.Generator().manual_seed(0)
+    for turn, number in enumerate((4, 3, 1, 6, 7)):
+        texts = [torch.randint(3, 512, (5 + 9 * n,), generator=g).tolist() for n in range(number)]
+        if turn == 3:
+            for cluster in (graphs, eager):
+                cluster._flip(replaced(cluster, cluster.shuffled(3)))
+        got, want = (step_logits(cluster.workers_runner(), texts, -1).float() for cluster in (graphs, eager))
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.15)
+
+
+def replaced(cluster: Lockstep, table: list[list[int]]) -> Placement:
+    return Placement(
+        num_logical_experts=8,
+        workers=cluster.placement.workers,
+        physical_to_logical_map=table,  # type: ignore[arg-type]
+    )
 
 
 @hopper
 def test_a_step_never_makes_the_cpu_wait(checkpoint: Path) -> None:
     runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
     texts = [list(range(3, 3 + n)) for n in (9, 40, 100)]
-    warm = step_logits(runner, texts, 8)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        again = step_logits(runner, texts, 8)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(warm, again)
+    for cut in (8, -1):
+        warm = step_logits(runner, texts, cut).clone()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = step_logits(runner, texts, cut)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(warm, again)
 
 
 @hopper
@@ -275,3 +326,32 @@ def test_two_gpus_exchange_tokens_by_nccl() -> None:
         for process in ranks:
             process.kill()
             process.join()
+
+
+def test_two_processes_share_a_gpu_and_its_memory() -> None:
+    """Whatever the placement, the sums are exactly those that come over TCP, and nearly those of one worker."""
+    with Pair("cuda", compare) as pair:
+        pair.swap_doors()
+        assert [pair.answer(rank, 120) for rank in range(2)] == [60, 60]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_process_that_shares_a_gpu_is_killed(told: bool) -> None:
+    """The other notices it after the time-out, or as soon as it is told, and its GPU goes on."""
+    survived, took_s = kill_one("cuda", timeout_s=60 if told else 5, told=told)
+    assert survived.freed
+    assert survived.works
+    assert survived.reason == ("the exchange was aborted" if told else "w1 has not answered for 5 s")
+    assert took_s < 30
+
+
+def test_greedy_tokens_of_two_processes_that_share_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """float32, across re-placements, against transformers on CPU."""
+    path = tiny_checkpoint("gpt_oss", tmp_path_factory)
+    text = prompts(path)[3]
+    assert tokens_across_replacements(path, "cuda", text, NEW_TOKENS) == greedy(path, tuple(text))
+
+
+def test_a_worker_that_shares_a_gpu_is_killed_within_a_step(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tiny_checkpoint("gpt_oss", tmp_path_factory)
+    assert seconds_until_a_lost_worker_is_noticed(path, "cuda", prompts(path)[3]) < 30

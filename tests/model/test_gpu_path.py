@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 from torch.nn.attention import varlen
 
+import elastic_moe.model.exchange.join
 import elastic_moe.model.fitting.fit
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.placement import Tier
+from elastic_moe.model.exchange.device_memory import DeviceMemoryTransport
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.trunk.flash import try_variants
+from tests.model.fake_device import FakeDevice
 from tests.model.families import tiny_checkpoint
 from tests.model.kernels import KERNELS
 from tests.model.lockstep import Lockstep, request
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
+
+EXCHANGES = {"tcp": TcpTransport, "ipc": DeviceMemoryTransport}
 
 
 @pytest.fixture(params=list(KERNELS))
@@ -29,10 +34,18 @@ def as_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("as_on_gpus")
-@pytest.mark.parametrize("family", ["qwen3_moe-mixed", "gpt_oss", "deepseek_v3"])
-def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(
+    ("family", "transport"),
+    [("qwen3_moe-mixed", "tcp"), ("gpt_oss", "tcp"), ("deepseek_v3", "tcp"), ("gpt_oss", "ipc")],
+)
+def test_greedy_tokens_across_replacements(
+    family: str, transport: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elastic_moe.model.exchange.join, "CudaDevice", FakeDevice)
     path = tiny_checkpoint(family, tmp_path_factory)
-    cluster = Lockstep(path, [4, 4], transport="tcp")
+    cluster = Lockstep(path, [4, 4], transport=transport)
+    exchanges = [worker._epoch.exchange for worker in cluster.workers.values() if worker._epoch is not None]
+    assert [type(exchange) for exchange in exchanges] == [EXCHANGES[transport]] * 2
     assert cluster.workers_runner()._cache is not None
     assert cluster.workers_runner()._cache.path.varlen is not None
     texts = prompts(path)

@@ -71,7 +71,7 @@ def problems(draw: st.DrawFn) -> PlacementProblem:
 
 
 @settings(max_examples=40, deadline=None)
-@given(problem=problems(), deadline_s=st.sampled_from([0.005, 0.03, 0.1, 0.3]))
+@given(problem=problems(), deadline_s=st.sampled_from([0.005, 0.03, 0.1, 0.2]))
 def test_auto_is_never_worse_than_any_other_planner(problem: PlacementProblem, deadline_s: float) -> None:
     auto = plan(problem, deadline_s=deadline_s, clock=Steps())
     for planner in set(PLANNERS) - {"auto", *SOLVED}:
@@ -84,14 +84,15 @@ def test_auto_is_never_worse_than_any_other_planner(problem: PlacementProblem, d
 @given(
     seed=st.integers(0, 10**6),
     semantics=st.sampled_from(Semantics),
-    slots=st.sampled_from([(2, 2), (3, 2)]),
+    experts=st.sampled_from([3, 4]),
     affinity=st.sampled_from([0.0, 2.5]),
 )
 def test_auto_is_never_worse_than_what_solvers_balance_or_map(
-    seed: int, semantics: Semantics, slots: tuple[int, ...], affinity: float
+    seed: int, semantics: Semantics, experts: int, affinity: float
 ) -> None:
-    """Solvers take no steps, so the clock is real; `auto` returns as soon as its ILP has proven the optimum."""
-    problem = tiny(seed, slots=slots, semantics=semantics, affinity=affinity)
+    """Solvers take no steps, so the clock is real; `auto` returns as soon as its ILP has proven the optimum. Three
+    experts leave a slot for a replica."""
+    problem = tiny(seed, experts=experts, slots=(2, 2), semantics=semantics, affinity=affinity)
     auto = plan(problem, deadline_s=20.0)
     for planner in SOLVED:
         other = plan(problem, planner=planner, deadline_s=1.0)
@@ -108,6 +109,7 @@ def test_more_time_is_never_worse(problem: PlacementProblem) -> None:
     assert costs == sorted(costs, reverse=True)
 
 
+@pytest.mark.slow
 def test_auto_is_not_behind_the_local_search_where_there_is_no_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> None:
         raise SolverError("none here")

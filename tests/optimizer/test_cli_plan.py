@@ -50,7 +50,7 @@ def test_plan_then_evaluate_then_plan_from_it(
     trace: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = tmp_path / "made.json"
-    words = ("--workers", 4, "--nodes", 2, "--redundant", 4, "--deadline", 1, "--json")
+    words = ("--workers", 4, "--nodes", 2, "--redundant", 4, "--deadline", 0.4, "--json")
     assert emoe("plan", trace, *words, "--out", made) == 0
     report = printed(capsys)
     assert all(key in report for key in KEYS)
@@ -63,7 +63,7 @@ def test_plan_then_evaluate_then_plan_from_it(
     assert all(again[key] == pytest.approx(report[key]) for key in KEYS)
 
     new = tmp_path / "new.json"
-    assert emoe("plan", other, "--from", made, "--out", new, "--deadline", 1, "--json", "--expert-bytes", 100) == 0
+    assert emoe("plan", other, "--from", made, "--out", new, "--deadline", 0.4, "--json", "--expert-bytes", 100) == 0
     report = printed(capsys)
     assert report["bytes"] == 100 * report["moves"]
     assert report["moves"] <= 0.18 * 24
@@ -78,7 +78,7 @@ def test_a_plan_for_two_subjects_serves_both(
     """The subject that weighs more has the cheaper steps, and the report tells the cost on each."""
     costs = {}
     for weights in ("50,1", "1,1", "1,50"):
-        words = ("--workers", 4, "--deadline", 1, "--planner", "local_search", "--json", "--weights", weights)
+        words = ("--workers", 4, "--deadline", 0.3, "--planner", "local_search", "--json", "--weights", weights)
         assert emoe("plan", trace, other, *words, "--out", tmp_path / "made.json") == 0
         costs[weights] = {each["trace"]: each["step_cost"] for each in printed(capsys)["scenarios"]}
     assert costs["50,1"]["trace"] < costs["1,50"]["trace"]
@@ -114,11 +114,12 @@ def test_plan_prints_what_it_did(trace: Path, capsys: pytest.CaptureFixture[str]
     assert "--out" in said.err
 
 
+@pytest.mark.slow
 def test_compare_writes_a_table_and_figures(trace: Path, other: Path, tmp_path: Path, capsys: Any) -> None:
     old, out = tmp_path / "old.json", tmp_path / "out"
     assert emoe("plan", trace, "--workers", 4, "--planner", "greedy", "--out", old) == 0
     capsys.readouterr()
-    words = ("--deadline", 0.5, "--planners", "contiguous,greedy,auto", "--from", old, "--out", out)
+    words = ("--deadline", 0.2, "--planners", "contiguous,greedy,auto", "--from", old, "--out", out)
     assert emoe("compare", other, *words) == 0
     assert "| auto |" in capsys.readouterr().out
     with (out / "table.csv").open(encoding="utf-8") as file:
@@ -142,6 +143,7 @@ def test_compare_goes_without_figures_where_matplotlib_is_missing(
     assert (out / "table.md").exists()
 
 
+@pytest.mark.slow
 def test_simulate_prints_and_draws(
     trace: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

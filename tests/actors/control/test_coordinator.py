@@ -28,6 +28,7 @@ from elastic_moe.cluster.errors import (
     PlacementError,
     StepAborted,
 )
+from elastic_moe.cluster.facts import homes
 from elastic_moe.cluster.facts.facts import Stage
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.messages.views import Operation, Phase, RebalancePreview, Revision
@@ -46,6 +47,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "TICK_S", 0.01)
     monkeypatch.setattr(liveness, "POLL_S", 0.02)
     monkeypatch.setattr(liveness, "STANDBY_AFTER_S", 0.05)
+    monkeypatch.setattr(liveness, "CHECK_IN_S", 0.1)
 
 
 @asynccontextmanager
@@ -386,7 +388,7 @@ def test_a_spare_process_becomes_the_next_worker(tmp_path: Path, monkeypatch: py
 
             make = fleet.start_worker
 
-            def start_worker(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId, node: str | None = None) -> Any:
                 actor = make(worker)
                 actor.handle.before = note if worker == W2 else None
                 return actor
@@ -614,7 +616,7 @@ def test_a_worker_that_hangs_while_it_loads_is_replaced(tmp_path: Path, monkeypa
 
             make = fleet.start_worker
 
-            def start_worker(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId, node: str | None = None) -> Any:
                 actor = make(worker)
                 actor.handle.before = hang if worker == W2 else None
                 return actor
@@ -666,7 +668,7 @@ def test_a_restarted_coordinator_adopts_a_worker_that_still_loads(tmp_path: Path
             make = fleet.start_worker
             made: list[WorkerId] = []
 
-            def start_worker(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId, node: str | None = None) -> Any:
                 made.append(worker)
                 actor = make(worker)
                 actor.handle.before = slow
@@ -820,7 +822,7 @@ def test_what_is_waited_for_is_told_and_the_cluster_before_asked_to_give_way(
             async def wait(called: str) -> None:
                 await there.wait()
 
-            def start_worker(worker: WorkerId) -> Any:
+            def start_worker(worker: WorkerId, node: str | None = None) -> Any:
                 actor = make(worker)
                 actor.handle.before = wait
                 return actor
@@ -865,5 +867,24 @@ def test_workers_on_a_node_that_leaves_are_replaced(tmp_path: Path) -> None:
 
             await until(drained)
             assert fleet.workers[W0].dead
+
+    asyncio.run(story())
+
+
+def test_a_node_that_has_come_gets_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the worker in whose place it starts serves until it has loaded."""
+    monkeypatch.setattr(homes, "SETTLED_S", 0.05)
+
+    async def story() -> None:
+        async with running(tmp_path) as (coordinator, fleet):
+            await ready(coordinator)
+            fleet.free = {"n0": 1, "later": 4}
+
+            async def moved() -> bool:
+                return [worker.id for worker in await coordinator.workers() if worker.state == "serving"] == [W0, W2]
+
+            await until(moved)
+            assert fleet.places == {W0: None, W1: None, W2: "later"}
+            assert not fleet.workers[W0].dead
 
     asyncio.run(story())

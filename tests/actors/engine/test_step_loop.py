@@ -420,14 +420,16 @@ def test_a_worker_that_is_given_up_after_the_others_have_finished_is_not_waited_
             return compute(plan, rank)
 
         silent.simulated.run = be_cut_off  # type: ignore[method-assign]
-        await client.submit(request("r"))
+        # no step follows this one, in which the other worker would wait for the silent one
+        last = request("r", max_tokens=5)
+        await client.submit(last)
         await asyncio.to_thread(cut.wait)
         while any("a" in flight.pending for flight in cluster.loop._flights):
             await asyncio.sleep(0.01)
         cluster.loop.lose(WorkerId("b"))
         await cluster.begin_epoch("a")
         assert (await cluster.reports.get())[1] == ["b"]
-        await client.finish(request("r"))
+        await client.finish(last)
 
     try:
         run(["a", "b"], scenario)

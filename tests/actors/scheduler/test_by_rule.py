@@ -67,7 +67,7 @@ def test_a_plan_is_silent_about_requests_that_go_on() -> None:
     assert not second[A].chunks
     assert decoding(second) == ([0, 1], [5, 5], [0, 1, 2, 1, 1, 3]), "each has needed a block"
     outputs = s.commit(workers.results(second, 8))
-    assert not outputs.told
+    assert not outputs.single
     assert [(o.request_id, o.offset, o.token_ids) for o in outputs] == [("p", 1, (8,)), ("q", 1, (8,))]
     for _ in range(3):
         plans = workers.plan()
@@ -127,10 +127,12 @@ def test_ends_are_told_and_columns_have_the_rest() -> None:
     s.add(request("stops", prompt=3, max_tokens=20, stop_token_ids=(9,)))
     workers.step()
     outputs = workers.step(9)
-    assert [(o.request_id, o.finish_reason, o.stop_token_id) for o in outputs.told] == [("stops", FinishReason.STOP, 9)]
+    assert [(o.request_id, o.finish_reason, o.stop_token_id) for o in outputs.single] == [
+        ("stops", FinishReason.STOP, 9)
+    ]
     assert outputs.tokens.request_ids == ("short", "deaf", "long")
     outputs = workers.step(EOS)
-    assert {o.request_id: o.finish_reason for o in outputs.told} == {
+    assert {o.request_id: o.finish_reason for o in outputs.single} == {
         "short": FinishReason.STOP,
         "long": FinishReason.STOP,
     }

@@ -98,7 +98,7 @@ class BigFleet(PlainFleet):
     def read_model(self, model_dir: str) -> ModelInfo:
         return replace(MODEL, num_layers=LAYERS, num_logical_experts=EXPERTS, top_k=CHOICES, hidden_size=7168)
 
-    def start_worker(self, worker: WorkerId) -> Remote[Any]:
+    def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[Any]:
         self.workers[worker] = Handle(BigWorker())
         return Remote(self.workers[worker])
 

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementError
 from elastic_moe.cluster.facts.events import (
+    HomesSeen,
     LoadSeen,
     NodesDrain,
     PlaceRequested,
@@ -18,6 +19,7 @@ from elastic_moe.cluster.facts.events import (
     Tick,
     Unpin,
 )
+from elastic_moe.cluster.facts.homes import SETTLED_S
 from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, node_of, shuffled
 from tests.properties import most
 
@@ -34,6 +36,7 @@ class Faults(RuleBasedStateMachine):
         limits=st.sampled_from([(None, None), (None, 5), (0, 5)]),
         capacity=st.sampled_from([None, LAYERS * EXPERTS, LAYERS * EXPERTS // 2, LAYERS * 2, LAYERS]),
         disk=st.sampled_from([None, 400.0, 4000.0, 1e6]),
+        nodes=st.booleans(),
     )
     def start(
         self,
@@ -45,6 +48,7 @@ class Faults(RuleBasedStateMachine):
         limits: tuple[int | None, int | None],
         capacity: int | None,
         disk: float | None,
+        nodes: bool,
     ) -> None:
         if disk is None and capacity is not None and workers * capacity < LAYERS * EXPERTS:
             capacity = None
@@ -57,7 +61,7 @@ class Faults(RuleBasedStateMachine):
             most=limits[1],
             capacity=capacity,
             disk=disk,
-            nodes=True,
+            nodes=nodes,
         )
         self.sim.feed(Tick())
         if settled:
@@ -130,6 +134,12 @@ class Faults(RuleBasedStateMachine):
     def a_node_is_about_to_leave(self, pick: int, left_s: float | None) -> None:
         records = list(self.sim.facts.records)
         self.sim.feed(NodesDrain(nodes={node_of(records[pick % len(records)]): left_s}))
+
+    @rule(number=st.integers(0, 3), cores=st.integers(0, 3), after_s=st.sampled_from([0.0, SETTLED_S]))
+    def a_node_has_come(self, number: int, cores: int, after_s: float) -> None:
+        self.sim.feed(HomesSeen(free={f"later{number}": cores} if cores else {}))
+        self.sim.now += after_s
+        self.sim.feed(Tick())
 
     @rule(pinned=st.sampled_from([None, True, False]), same=st.booleans())
     def somebody_brings_a_placement(self, pinned: bool | None, same: bool) -> None:

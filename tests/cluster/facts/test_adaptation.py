@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,3 +88,26 @@ def test_transport() -> None:
     assert choose_transport(cpu[:1]) == "local"
     assert choose_transport(cpu) == "shm"
     assert choose_transport([cpu[0], info(WorkerId("w1"), "n1")]) == "tcp"
+
+
+@pytest.mark.parametrize(
+    ("places", "shared", "transport"),
+    [
+        ("n0:a n0:a", True, "ipc"),
+        ("n0:a n0:a n0:a", True, "ipc"),
+        ("n0:a n0:b", False, "nccl"),
+        ("n0:a n1:b", False, "nccl"),
+        ("n0:a n0:a n0:b", True, "tcp"),
+        ("n0:a n1:a", True, "tcp"),
+        ("n0:? n0:?", True, "tcp"),
+        ("n0:? n0:?", False, "nccl"),
+    ],
+)
+def test_transport_of_workers_with_gpus(places: str, shared: bool, transport: str) -> None:
+    """Each worker's node and GPU; a GPU whose UUID is not known is '?'."""
+    infos = []
+    for number, place in enumerate(places.split()):
+        node, gpu = place.split(":")
+        one = info(WorkerId(f"w{number}"), node)
+        infos.append(replace(one, device="NVIDIA H100", gpu=None if gpu == "?" else gpu))
+    assert choose_transport(infos, shared_gpus=shared) == transport

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from elastic_moe.cluster.facts.events import Probe, StartWorker, StopWorker
-from elastic_moe.cluster.facts.membership import DEAD_REMEMBERED, Membership, needs
+from elastic_moe.cluster.facts.membership import DEAD_REMEMBERED, Membership, needs, serves
 from elastic_moe.cluster.messages.views import WorkerState
 from elastic_moe.cluster.placement import WorkerId
 from tests.cluster.simulation import EXPERTS, LAYERS, info
@@ -52,6 +52,9 @@ def test_transferred_experts_are_held_from_the_next_epoch_on_or_dropped(two: Mem
     assert not two[W1].staged.any()
     two.doubt(placement_of(W1, W0))
     assert not two[W1].held.any(), "what it holds in either of two epochs"
+    assert np.array_equal(two[W1].perhaps_serves, serves(placement_of(W1, W0), W1))  # type: ignore[arg-type]
+    two.join(placement)
+    assert two[W1].perhaps_serves is None, "the outcome is known again"
 
 
 def test_nothing_is_counted_on_at_a_dead_worker(two: Membership) -> None:

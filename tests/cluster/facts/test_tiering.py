@@ -95,6 +95,17 @@ def test_what_may_still_lie_in_a_device_takes_room() -> None:
     assert next_step(goal, None, room, NOTHING, NOTHING, RISING, most_new={A: None}) == goal
 
 
+def test_what_a_worker_may_still_serve_takes_a_slot_in_each_layer() -> None:
+    """It began an epoch that others did not, and has no part in the one in force."""
+    two = contiguous(LAYERS, EXPERTS, [Worker(id=A, node="n", slots=1), Worker(id=B, node="n", slots=7)])
+    room = {A: Room(device=LAYERS), B: None}
+    lately = {A: np.ones((LAYERS, EXPERTS), dtype=bool)}
+    most = {A: None, B: None}
+    assert next_step(two, None, room, NOTHING, NOTHING, RISING, most_new=most) == two
+    step = next_step(two, None, room, NOTHING, NOTHING, RISING, lately=lately, most_new=most)
+    assert (step.resident(A, 0), step.resident(A, 1)) == ((), ())
+
+
 @settings(deadline=None)
 @given(
     workers=st.integers(1, 4),

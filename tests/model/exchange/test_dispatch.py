@@ -10,11 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.placement import EMPTY, Placement, contiguous
 from elastic_moe.model.exchange.counter import RoutingCounter
 from elastic_moe.model.exchange.dispatch import LayerShape, TransportDispatcher, route_table, row_bytes
 from elastic_moe.model.exchange.transports import LocalTransport
+from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.store import ExpertStore
 from tests.model.groups import ToyExperts, make_transports, one_worker, run_group, toy_store, workers
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, TOP_K = 2, 6, 8, 12, 3
@@ -56,14 +59,14 @@ def check(placement: Placement, tokens: list[int], kind: str, dense_tokens: int 
                 torch.testing.assert_close(output, oracle(rank, tokens[rank], layer), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["shm", "tcp", "gpu"])
 @pytest.mark.parametrize("slots", [(3, 3), (2, 2, 2), (4, 2), (3, 2, 1), (1, 1, 1, 1, 1, 1)])
 def test_any_split_gives_the_same_sums(kind: str, slots: tuple[int, ...]) -> None:
     tokens = [5, 0, 3, 1, 2, 4][: len(slots)]
     check(contiguous(LAYERS, EXPERTS, workers(*slots)), tokens, kind)
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["shm", "tcp", "gpu"])
 def test_everything_to_everyone_gives_the_same_sums(kind: str) -> None:
     check(contiguous(LAYERS, EXPERTS, workers(2, 2, 2)), [3, 0, 2], kind, dense_tokens=100)
 
@@ -135,6 +138,48 @@ def test_routes_lead_to_holders_and_prefer_home(placement: Placement) -> None:
             away = [rank for rank in range(len(chosen)) if rank not in holders]
             shares = [sum(chosen[rank] == holder for rank in away) for holder in holders]
             assert max(shares) - min(shares) <= 1
+
+
+class Aborted(LocalTransport):
+    """On a device, an exchange that is aborted ends with any bytes, and the CPU learns of it later."""
+
+    size = 2
+
+    def all_to_all(
+        self, send: Sequence[Sequence[torch.Tensor]], recv_bytes: Sequence[int] | None
+    ) -> list[torch.Tensor]:
+        row = row_bytes(HIDDEN, TOP_K, torch.float32)
+        sizes = [row * 4] * 2 if recv_bytes is None else recv_bytes
+        return [torch.full((int(n),), 0x7F, dtype=torch.uint8) for n in sizes]
+
+    def check(self) -> None:
+        raise StepAborted("aborted")
+
+
+@pytest.mark.parametrize("most_dense", [0, 100])
+def test_bytes_of_an_aborted_exchange_are_computed_without_harm(most_dense: int) -> None:
+    """An index beyond a table would end a device's context."""
+    placement = contiguous(LAYERS, EXPERTS, workers(3, 3))
+    stacked = StackedExperts(MODULES[0])
+    for expert in placement.experts_of(placement.workers[0].id, 0):
+        stacked.put(expert, MODULES[0].weights[expert])
+    stacked.keep_only({0, 1, 2})
+    dispatcher = TransportDispatcher(placement, 0, ExpertStore([stacked]), Aborted(), device=CPU, most_dense=most_dense)
+    dispatcher.begin([3, 4], None)
+    assert dispatcher.forward(0, *choices(3, 0)).shape == (3, HIDDEN)
+    with pytest.raises(StepAborted):
+        dispatcher.finish()
+
+
+def test_an_error_that_comes_from_an_aborted_exchange_is_its_abort() -> None:
+    """Its bytes ask for an expert that is not here."""
+    placement = contiguous(LAYERS, EXPERTS, workers(3, 3))
+    dispatcher = TransportDispatcher(
+        placement, 0, toy_store(MODULES, placement, 0), Aborted(), device=CPU, most_dense=0
+    )
+    dispatcher.begin([3, 4], None)
+    with pytest.raises(StepAborted):
+        dispatcher.forward(0, *choices(3, 0))
 
 
 def test_counts_follow_the_choices() -> None:

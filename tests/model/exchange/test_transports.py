@@ -18,7 +18,9 @@ from elastic_moe.model.native.segments import DIRECTORY
 from tests.model.groups import make_transports, run_group
 
 
-@pytest.mark.parametrize(("kind", "size"), [("local", 1), ("shm", 2), ("shm", 4), ("tcp", 2), ("tcp", 4)])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("local", 1), ("shm", 2), ("shm", 4), ("tcp", 2), ("tcp", 4), ("gpu", 2), ("gpu", 3)]
+)
 def test_every_byte_arrives(kind: str, size: int) -> None:
     transports = make_transports(kind, size)
 

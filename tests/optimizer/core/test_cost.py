@@ -179,7 +179,7 @@ def potential(terms: LayerTerms, row: np.ndarray, frozen: np.ndarray) -> float:
         return np.bincount(terms.owner, load_s[slots] * np.where(slots != EMPTY, 1 / replicas[slots], 0)) / terms.speed
 
     def links(slots: np.ndarray) -> np.ndarray:
-        arrive = terms.arrivals(slots)
+        arrive = terms.arrivals(slots, terms.shares(slots))
         return np.concatenate([arrive * terms.arrival_s, np.bincount(terms.node, arrive * terms.uplink_s)])
 
     total = float((terms.place_s[row, terms.owner] * share).sum())

@@ -1,0 +1,208 @@
+"""Launches a whole decode step as one CUDA graph.
+
+A decode step of a model of 16 layers is some hundred kernels, and the CPU needs longer to launch them one by one than
+the GPU to run them. So the steps of each size are recorded once, and then launched by one call. A graph reads its
+tokens, lengths and block tables from memory that stays in place. A step of fewer sequences than its graph has rows
+leaves the other rows empty: they write nothing, and no expert computes them.
+
+Legend: B rows of a graph, C blocks of a table, V vocabulary, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_moe.model.native.attention import CHUNK, Rules
+from elastic_moe.model.trunk.kv_cache import KVCache
+from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, seen_by_windows
+
+_MOST_ROWS = 256
+"""Rows of the largest graph. Larger steps keep the GPU busy while the CPU launches them."""
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """The numbers of rows for which there are graphs. A step has at most 7 rows to spare, and beyond 64 rows 15."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, _MOST_ROWS + 1, 16)]
+    most = min(max_num_seqs, _MOST_ROWS)
+    return [size for size in sizes if size < most] + [most]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphStep:
+    """What a decode step reads and how it is described, of B rows."""
+
+    input_ids: Tensor
+    """[1, B]"""
+    position_ids: Tensor
+    """[1, B]"""
+    keys_B: Tensor
+    """[B] keys of each sequence. 0 stands for no sequence."""
+    batch: StepBatch
+
+
+Forward = Callable[[GraphStep], tuple[Tensor, Tensor]]
+"""Runs the trunk over a step: (logits [B, V], chosen experts [L, B, K])."""
+
+
+class _Attention:
+    """A Fused for the rows of a graph."""
+
+    def __init__(self, rows: Any) -> None:
+        """`rows`: a DecodeRows of model/gpu/decode.py."""
+        self._rows = rows
+
+    def attend(
+        self, caches: tuple[Tensor, Tensor], query_NTD: Tensor, key_GTD: Tensor, value_GTD: Tensor, rules: Rules
+    ) -> Tensor:
+        out_TND = query_NTD.new_empty(query_NTD.shape[1], query_NTD.shape[0], value_GTD.shape[2])
+        self._rows.attend(caches, query_NTD, key_GTD, value_GTD, rules, out_TND)
+        return out_TND
+
+
+class GraphInputs:
+    """Where the graphs of all sizes read a step, and where the host writes it."""
+
+    def __init__(self, most_rows: int, cache: KVCache, max_model_len: int, device: torch.device) -> None:
+        self._cache = cache
+        self._columns = [-(-max_model_len // cache.block_size)]
+        if cache.windows is not None:
+            # a window, and the tokens before it in its first block and in its first chunk
+            tokens = cache.windows.tokens + cache.block_size + lcm(CHUNK, cache.block_size)
+            windowed = min(self._columns[0], -(-tokens // cache.block_size) + 1)
+            self._columns = [windowed] if cache.only_windows else [*self._columns, windowed]
+        size = most_rows * (2 + sum(1 + columns for columns in self._columns))
+        self._device = torch.zeros(size, dtype=torch.int64, device=device)
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def parts(self, rows: int) -> list[Tensor]:
+        """What a graph of so many rows reads: [B] tokens, [B] positions, and for the layers without and those with a
+        window, as far as there are such, [B] keys and [B, C] block tables."""
+        return self._parts(self._device, rows)
+
+    def _parts(self, flat: Tensor, rows: int) -> list[Tensor]:
+        sizes = [rows, rows]
+        for columns in self._columns:
+            sizes += [rows, rows * columns]
+        parts = list(torch.split(flat[: sum(sizes)], sizes))
+        for number, columns in enumerate(self._columns):
+            parts[3 + 2 * number] = parts[3 + 2 * number].view(rows, columns)
+        return parts
+
+    def step(self, rows: int) -> GraphStep:
+        """A step of so many rows, in the memory of the device."""
+        from elastic_moe.model.gpu.decode import DecodeRows  # Triton, which it needs, is there only on GPUs
+
+        tokens, positions, *tables = self.parts(rows)
+        batches = [
+            StepBatch.fused_by(_Attention(DecodeRows(rows_R=None, keys_R=keys, tables_RC=table)), self._cache)
+            for keys, table in zip(tables[::2], tables[1::2], strict=True)
+        ]
+        batch = batches[0]
+        if len(batches) > 1:
+            batch.windowed = batches[1]
+        return GraphStep(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            keys_B=tables[0],
+            batch=batch,
+        )
+
+    def put(self, slices: Sequence[SequenceSlice], rows: int) -> None:
+        """Copy a step to the device, for which the CPU does not wait."""
+        tokens, positions, *tables = (part.numpy() for part in self._parts(self._host, rows))
+        num = len(slices)
+        tokens[:num] = [piece.token_ids[0] for piece in slices]
+        positions[:num] = [piece.start for piece in slices]
+        views = [[(piece.start, piece.end, piece.block_ids) for piece in slices]]
+        if self._cache.windows is not None:
+            windowed = [seen_by_windows(piece, self._cache) for piece in slices]
+            views = [windowed] if self._cache.only_windows else [*views, windowed]
+        size = self._cache.block_size
+        for view, keys, table in zip(views, tables[::2], tables[1::2], strict=True):
+            keys[:num] = [end for _, end, _ in view]
+            keys[num:] = 0
+            for row, (_, end, blocks) in enumerate(view):
+                used = -(-end // size)
+                table[row, :used] = blocks[:used]
+        used = sum(part.size for part in (tokens, positions, *tables))
+        self._device[:used].copy_(self._host[:used], non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    logits_BV: Tensor
+    choices_LBK: Tensor
+
+
+class DecodeGraphs:
+    """The graphs of one worker. One thread uses it, and waits for each step's results before the next step."""
+
+    def __init__(
+        self, forward: Forward, cache: KVCache, *, max_num_seqs: int, max_model_len: int, device: torch.device
+    ) -> None:
+        self._forward = forward
+        self._sizes = graph_sizes(max_num_seqs)
+        self._inputs = GraphInputs(self._sizes[-1], cache, max_model_len, device)
+        self._graphs: dict[int, _Graph] = {}
+        self._memory: list[object] = []
+        self._pool: Any = None
+
+    def record_all(self, memory: list[object]) -> None:
+        """Record the graphs of all sizes, the largest first, since the others then use its memory."""
+        for rows in reversed(self._sizes):
+            self._graph(rows, memory)
+
+    def run(self, slices: Sequence[SequenceSlice], memory: list[object]) -> tuple[Tensor, Tensor] | None:
+        """Run a decode step: (logits [n, V], chosen experts [L, n, K]) of its n sequences. They are valid until the
+        next step. None if there is no graph for it.
+
+        `memory` is what the experts read (ExpertStore.graph_memory). Graphs of other memory are recorded again.
+        """
+        num = len(slices)
+        if not 0 < num <= self._sizes[-1] or any(len(piece.token_ids) != 1 for piece in slices):
+            return None
+        if not all(piece.wants_logits for piece in slices):
+            return None
+        rows = next(size for size in self._sizes if size >= num)
+        graph = self._graph(rows, memory)
+        self._inputs.put(slices, rows)
+        graph.graph.replay()
+        return graph.logits_BV[:num], graph.choices_LBK[:, :num]
+
+    def _graph(self, rows: int, memory: list[object]) -> _Graph:
+        if len(memory) != len(self._memory) or any(
+            new is not old for new, old in zip(memory, self._memory, strict=True)
+        ):
+            self._graphs.clear()
+            self._memory = memory
+        if rows not in self._graphs:
+            self._graphs[rows] = self._record(rows)
+        return self._graphs[rows]
+
+    def _record(self, rows: int) -> _Graph:
+        self._inputs.put([], rows)
+        step = self._inputs.step(rows)
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # kernels are compiled and memory is found before
+            self._forward(step)
+            graph = torch.cuda.CUDAGraph()
+            side.synchronize()
+            # other threads copy experts meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                logits_BV, choices_LBK = self._forward(step)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        if self._pool is None:
+            self._pool = graph.pool()
+        return _Graph(graph=graph, logits_BV=logits_BV, choices_LBK=choices_LBK)

@@ -1,0 +1,177 @@
+"""The kernels for GPUs compute what torch's operators do. Without a GPU, Triton's interpreter runs them, if it is asked
+to: TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from elastic_moe.model.native.attention import Rules
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED):
+    pytest.skip("needs Triton, and a CUDA GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from elastic_moe.model.gpu import decode, few, pairs, router, rows  # noqa: E402 - they import Triton
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+ROUNDING = 2**-5 if INTERPRETED else 2**-7
+"""Of bfloat16, which the interpreter rounds towards zero."""
+
+
+ATTENDED = torch.float16 if INTERPRETED else torch.bfloat16
+"""The interpreter multiplies no matrices of bfloat16."""
+
+
+def draw(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (1, 5, 3, 128), (3, 2048), (2, 100), (0, 64)])
+@pytest.mark.parametrize("rounds", [True, False])
+def test_norm(shape: tuple[int, ...], rounds: bool) -> None:
+    x, weight = draw(*shape) * 3, draw(shape[-1], seed=1, dtype=torch.float32)
+    wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    want = ((wide.bfloat16().float() if rounds else wide) * weight).bfloat16()
+    got = rows.GpuNorm(weight=weight, epsilon=1e-6, rounds=rounds)(x)
+    torch.testing.assert_close(got, want, rtol=ROUNDING, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 64), (5, 1, 128), (3, 3, 96)])
+def test_rotation(heads: int, groups: int, size: int) -> None:
+    q, k = draw(1, 9, heads, size).transpose(1, 2), draw(1, 9, groups, size, seed=1).transpose(1, 2)
+    cos, sin = draw(1, 9, size, seed=2), draw(1, 9, size, seed=3)
+    for x, got in zip((q, k), rows.rotate(q, k, cos, sin), strict=True):
+        first, second = x.chunk(2, -1)
+        want = x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+        if INTERPRETED:
+            torch.testing.assert_close(got, want, rtol=ROUNDING, atol=0.05)
+        else:
+            assert torch.equal(got, want)
+
+
+def test_gate() -> None:
+    x = draw(5, 2 * 96) * 4
+    gate, up = x.chunk(2, -1)
+    torch.testing.assert_close(rows.silu_gate(x), torch.nn.functional.silu(gate) * up, rtol=ROUNDING, atol=1e-6)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (60, 6), (256, 8)])
+@pytest.mark.parametrize("normalises", [True, False])
+def test_router(experts: int, top_k: int, normalises: bool) -> None:
+    x, weight = draw(17, 64), draw(experts, 64, seed=1)
+    choose = router.GpuRouter(weight=weight, top_k=top_k, normalises=normalises, dtype=torch.float32)
+    logits, scores, index = choose(x)
+    want, order = torch.softmax(x @ weight.T, -1, dtype=torch.float32).topk(top_k, -1)
+    if normalises:
+        want = want / want.sum(-1, keepdim=True)
+    torch.testing.assert_close(scores, want, rtol=1e-2, atol=1e-4)
+    assert torch.equal(logits.gather(1, index), logits.gather(1, order))
+    assert all(len(set(row)) == top_k for row in index.tolist())
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 2), (70, 4), (700, 4)])
+def test_pairs_come_in_the_order_of_their_slots_and_back(shape: tuple[int, int]) -> None:
+    experts, size = 12, 5
+    g = torch.Generator().manual_seed(0)
+    slot_X = torch.full((experts + 1,), size)
+    slot_X[torch.tensor([3, 0, 7, 11, 5])] = torch.arange(size)
+    index = torch.randint(-1, experts, shape, generator=g)
+    slots = slot_X[index.flatten()]
+    place, end = pairs.places(slot_X.to(DEVICE), index.to(DEVICE), size)
+    order = slots.argsort(stable=True)
+    want = torch.empty_like(order)
+    want[order] = torch.arange(len(order))
+    assert torch.equal(place.cpu(), want)
+    assert end.tolist() == [int((slots <= slot).sum()) for slot in range(size)]
+    x, weight = draw(shape[0], 200), torch.rand(shape, generator=g).to(DEVICE)
+    sorted_x = pairs.spread(x, place, shape[1])
+    assert torch.equal(sorted_x[place], x.repeat_interleave(shape[1], 0))
+    sorted_x[int(end[-1]) :] = float("nan")
+    got = pairs.gather_sum(sorted_x, place, end, weight)
+    held = (slots < size).view(shape).to(DEVICE)
+    total = torch.zeros(shape[0], 200, device=DEVICE)
+    for k in range(shape[1]):
+        total += torch.where(held[:, k, None], x.float() * weight[:, k, None], 0.0)
+    torch.testing.assert_close(got, total.bfloat16(), rtol=ROUNDING, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "hidden", "width"), [((1, 8), 600, 64), ((5, 3), 64, 100)])
+def test_few_pairs(shape: tuple[int, int], hidden: int, width: int) -> None:
+    experts, size = 12, 5
+    g = torch.Generator().manual_seed(0)
+    slot_X = torch.full((experts + 1,), size)
+    slot_X[torch.tensor([3, 0, 7, 11, 5])] = torch.arange(size)
+    index, weight = torch.randint(-1, experts, shape, generator=g), torch.rand(shape, generator=g)
+    x, scale = draw(shape[0], hidden), hidden**-0.5
+    gate_up, down = draw(size, 2 * width, hidden, seed=1) * scale, draw(size, hidden, width, seed=2)
+    got = few.run_few(gate_up, down, slot_X.to(DEVICE), x, index.to(DEVICE), weight.to(DEVICE))
+    want = torch.zeros(shape[0], hidden, device=DEVICE)
+    for row, k in [(row, k) for row in range(shape[0]) for k in range(shape[1])]:
+        slot = int(slot_X[index[row, k]])
+        if slot < size:
+            gate, up = (x[row].float() @ gate_up[slot].float().T).chunk(2)
+            gated = torch.nn.functional.silu(gate) * up
+            want[row] += float(weight[row, k]) * (gated @ down[slot].float().T)
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("page", [4, 16])
+@pytest.mark.parametrize(("heads", "groups", "key", "value"), [(4, 2, 64, 64), (8, 1, 128, 128), (6, 2, 96, 64)])
+@pytest.mark.parametrize(
+    "rules", [{}, {"window": 9}, {"softcap": 5.0}, {"sinks": True}, {"window": 70, "sinks": True}], ids=str
+)
+def test_attention_of_single_rows(
+    page: int, heads: int, groups: int, key: int, value: int, rules: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_processors", lambda _: 8)
+    lengths = [1, 5, 0, 70, 200, 64]
+    columns = -(-max(lengths) // page)
+    g = torch.Generator().manual_seed(0)
+    tables = torch.randperm(columns * len(lengths), generator=g).view(len(lengths), columns)
+    caches = (
+        draw(tables.numel(), page, groups, key, dtype=ATTENDED),
+        draw(tables.numel(), page, groups, value, seed=1, dtype=ATTENDED),
+    )
+    # a step of other tokens too: the rows are every second one, and q, k, v are views as transformers makes them
+    tokens, at = 2 * len(lengths), torch.arange(len(lengths)) * 2 + 1
+    q = draw(tokens, heads, key, seed=2, dtype=ATTENDED).transpose(0, 1)
+    k, v = (
+        draw(tokens, groups, key, seed=3, dtype=ATTENDED).transpose(0, 1),
+        draw(tokens, groups, value, seed=4, dtype=ATTENDED).transpose(0, 1),
+    )
+    sinks = draw(heads, seed=5) if rules.get("sinks") else None
+    rule = Rules(scale=key**-0.5, window=rules.get("window"), softcap=rules.get("softcap"), sinks=sinks)  # type: ignore[arg-type]
+    before = [cache.clone() for cache in caches]
+    out = torch.zeros(tokens, heads, value, dtype=ATTENDED, device=DEVICE)
+    batch = decode.DecodeRows(
+        rows_R=at.to(DEVICE), tables_RC=tables.to(DEVICE), keys_R=torch.tensor(lengths, device=DEVICE)
+    )
+    batch.attend(caches, q, k, v, rule, out)
+    for n, length in enumerate(lengths):
+        if not length:
+            continue
+        places = [(int(tables[n, p // page]), p % page) for p in range(length)]
+        for cache, new in zip(before, (k, v), strict=True):
+            cache[places[-1]] = new[:, at[n]]
+        keys = torch.stack([before[0][place] for place in places]).float().repeat_interleave(heads // groups, 1)
+        values = torch.stack([before[1][place] for place in places]).float().repeat_interleave(heads // groups, 1)
+        scores = torch.einsum("nd,lnd->nl", q[:, at[n]].float(), keys) * rule.scale
+        if rule.softcap is not None:
+            scores = rule.softcap * torch.tanh(scores / rule.softcap)
+        if rule.window is not None:
+            scores[:, : max(0, length - rule.window)] = float("-inf")
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float()[:, None]], 1)
+        weights = scores.softmax(-1)[:, :length]
+        want = torch.einsum("nl,lnd->nd", weights, values)
+        torch.testing.assert_close(out[at[n]].float(), want, rtol=0.02, atol=0.02)
+    for cache, want in zip(caches, before, strict=True):
+        assert torch.equal(cache, want)
+    assert not out[::2].any()
