@@ -98,9 +98,9 @@ def word_bytes(num_experts: int) -> int:
 
 
 def loose_experts(placement: Placement) -> BoolArray:
-    """[L, E] the experts that the placement puts into no device."""
+    """[L, E] the experts that the placement puts into no worker's memory."""
     loose = np.ones((placement.num_layers, placement.num_logical_experts), dtype=bool)
     table = placement.physical_to_logical_map
-    layer, slot = np.nonzero((table != EMPTY) & (placement.tiers == Tier.DEVICE))
+    layer, slot = np.nonzero((table != EMPTY) & (placement.tiers != Tier.DISK))
     loose[layer, table[layer, slot]] = False
     return loose

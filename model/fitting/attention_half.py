@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -28,12 +29,22 @@ from elastic_moe.model.trunk.linear import PackedLinear
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, current_batch, step_context
 
 
+class Rotation(Enum):
+    """What a layer makes of cosines and sines that are narrower than its heads."""
+
+    REFUSES = "it takes none"
+    PART = "it rotates the first numbers of a head"
+    TWICE = "they are for both halves of a head"
+    """They are half as wide as a head."""
+
+
 class FittedLayer:
     """The forward of a decoder layer whose attention half is joined. It calls the original for other inputs."""
 
     def __init__(
         self, original: Callable[..., Any], block: AttentionBlock, feed_forward: nn.Module, attention_layer: int
     ) -> None:
+        self.rotation = Rotation.REFUSES
         self.block = block
         self.feed_forward = feed_forward
         self.attention_layer = attention_layer
@@ -43,18 +54,25 @@ class FittedLayer:
         batch: Any = current_batch()
         mask: Any = kwargs.get("attention_mask")
         embeddings: Any = kwargs.get("position_embeddings")
-        if args or not native_input(batch, hidden_states, mask, embeddings, self.block.head_size):
+        embeddings = native_embeddings(embeddings, hidden_states.shape[1], self.block.head_size, self.rotation)
+        if args or embeddings is None or not native_input(batch, hidden_states, mask):
             return self._original(hidden_states, *args, **kwargs)
         cosines, sines = embeddings
         sum_TH, normed_TH = self.block(
             batch.of(self.attention_layer).fused,
             batch.cache.stores(self.attention_layer),
             hidden_states[0],
-            cosines[0],
-            sines[0],
+            cosines,
+            sines,
             mask.size,
         )
-        return sum_TH + self.feed_forward(normed_TH[None])
+        return sum_TH + fed_forward(self.feed_forward, normed_TH[None])
+
+
+def fed_forward(module: nn.Module, x: Tensor) -> Any:
+    """The output of a feed-forward half. Some return their router's scores beside it."""
+    out = module(x)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def decoder_layers(trunk: nn.Module) -> list[nn.Module]:
@@ -84,18 +102,30 @@ def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module],
     return found
 
 
-def native_input(batch: Any, hidden: Tensor, mask: Any, embeddings: Any, head_size: int) -> bool:
+def native_input(batch: Any, hidden: Tensor, mask: Any) -> bool:
     """Whether native functions accept the arguments that a trunk passes to a layer in a step."""
-    if not isinstance(batch, StepBatch) or not isinstance(batch.fused, NativeBatch):
-        return False
-    if not isinstance(mask, Window) or not isinstance(embeddings, tuple) or len(embeddings) != 2:
-        return False
-    rows = (1, hidden.shape[1], head_size)
     return (
-        hidden.dtype == torch.bfloat16
+        isinstance(batch, StepBatch)
+        and isinstance(batch.fused, NativeBatch)
+        and isinstance(mask, Window)
+        and hidden.dtype == torch.bfloat16
         and hidden.is_contiguous()
-        and all(t.shape == rows and t.dtype == torch.bfloat16 and t.is_contiguous() for t in embeddings)
     )
+
+
+def native_embeddings(embeddings: Any, tokens: int, head_size: int, rotation: Rotation) -> tuple[Tensor, Tensor] | None:
+    """The cosines and sines [T, D] of so many tokens that native functions take; None if a trunk's are none."""
+    if not isinstance(embeddings, tuple) or len(embeddings) != 2:
+        return None
+    cosines, sines = embeddings
+    width = cosines.shape[-1]
+    if not all(t.shape == (1, tokens, width) and t.dtype == torch.bfloat16 for t in embeddings):
+        return None
+    if width == head_size or (width < head_size and width % 2 == 0 and rotation is Rotation.PART):
+        return cosines[0].contiguous(), sines[0].contiguous()
+    if 2 * width == head_size and rotation is Rotation.TWICE:
+        return torch.cat((cosines[0], cosines[0]), -1), torch.cat((sines[0], sines[0]), -1)
+    return None
 
 
 def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
@@ -123,6 +153,7 @@ def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
             scale=float(attention.scaling),  # type: ignore[arg-type]
             query_norm=_norm(getattr(attention, "q_norm", None)),
             key_norm=_norm(getattr(attention, "k_norm", None)),
+            sinks=getattr(attention, "sinks", None),
             **matrices,  # type: ignore[arg-type]
             **norms,  # type: ignore[arg-type]
         )
@@ -149,15 +180,28 @@ def _norm(module: Any) -> Norm | None:
 
 def _tried(lib: ctypes.CDLL, layer: nn.Module, fitted: FittedLayer) -> FittedLayer | str:
     """The joined forward if it agrees with the layer on random input; otherwise the reason why it is not used."""
-    try:
-        agrees = _same(lib, layer, fitted)
-    except OTHERWISE as error:
-        return f"a trial call with the usual arguments failed with {type(error).__name__}"
-    return fitted if agrees else "it does not just add attention to its input, or attends in another way"
+    size = fitted.block.head_size
+    why = "it does not just add attention to its input, or attends in another way"
+    agrees = False
+    for width, rotation in ((size, Rotation.REFUSES), (size // 2, Rotation.PART), (size // 2, Rotation.TWICE)):
+        fitted.rotation = rotation
+        try:
+            if _same(lib, layer, fitted, width):
+                agrees, accepted = True, rotation
+        except OTHERWISE as error:
+            if width == size:
+                why = f"a trial call with the usual arguments failed with {type(error).__name__}"
+    if not agrees:
+        return why
+    fitted.rotation = accepted
+    return fitted
 
 
-def _same(lib: ctypes.CDLL, layer: nn.Module, fitted: Callable[..., Any]) -> bool:
-    """Whether a layer and its joined forward agree: on a prompt and the token after it, with and without a window."""
+def _same(lib: ctypes.CDLL, layer: nn.Module, fitted: Callable[..., Any], width: int) -> bool:
+    """Whether a layer and its joined forward agree: on a prompt and the token after it, with and without a window.
+
+    `width`: that of cosines and sines.
+    """
     attention: Any = layer.self_attn
     hidden_size = attention.q_proj.packed.depth
     heads = attention.k_proj.packed.columns // attention.head_dim
@@ -187,7 +231,7 @@ def _same(lib: ctypes.CDLL, layer: nn.Module, fitted: Callable[..., Any]) -> boo
             piece = SequenceSlice(token_ids=[0] * (last - first), start=first, block_ids=[0], prompt_length=5)
             tokens = last - first
             hidden = random(1, tokens, hidden_size)
-            embeddings = random(1, tokens, attention.head_dim), random(1, tokens, attention.head_dim)
+            embeddings = random(1, tokens, width), random(1, tokens, width)
             outputs = []
             for forward, cache in zip((layer.forward, fitted), caches, strict=True):
                 with step_context(StepBatch.build([piece], cache, cpu)):

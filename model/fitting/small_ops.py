@@ -147,8 +147,11 @@ def _pack_routers(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> int:
 def _native_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed) -> Router | str:
     """A native forward for the module if `find_router` recognises it; otherwise the reason why it does not."""
 
+    own = dict(module.named_parameters(recurse=False)).get("bias")
+    bias = None if own is None or own.shape != (packed.columns,) else own.detach().contiguous()
+
     def make(top_k: int, normalises: bool, dtype: torch.dtype) -> Router:
-        return Router(lib=lib, packed=packed, top_k=top_k, normalises=normalises, dtype=dtype)
+        return Router(lib=lib, packed=packed, bias=bias, top_k=top_k, normalises=normalises, dtype=dtype)
 
     return find_router(module, packed.columns, packed.depth, make, torch.device("cpu"))
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.model.experts.store import attach
-from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers, native_input
+from elastic_moe.model.fitting.attention_half import (
+    FittedLayer,
+    Rotation,
+    decoder_layers,
+    fed_forward,
+    native_embeddings,
+    native_input,
+)
 from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native.layers import JointLayer, JointLayers
 from elastic_moe.model.native.router import Router
@@ -49,33 +56,41 @@ def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence
             if isinstance(part, str):
                 return part
             parts.append(part)
+        rotations = {layer.forward.rotation for layer in layers if isinstance(layer.forward, FittedLayer)}
+        if len(rotations) != 1:
+            return "the layers take cosines of different widths"
         if len({(p.router.top_k, p.block.head_size) for p in parts}) > 1:
             return "the layers differ in experts per token or in their heads' size"
         if not _one_after_another(trunk, parent, name, len(layers)):
             return "the trunk does more between its layers than hand on what the one before has made"
-    setattr(parent, name, nn.ModuleList([_LayerRun(layers, JointLayers(parts), parts[0].attention_layer)]))
+    run = _LayerRun(layers, JointLayers(parts), parts[0].attention_layer, rotations.pop())
+    setattr(parent, name, nn.ModuleList([run]))
     return None
 
 
 class _LayerRun(nn.Module):
     """All decoder layers of a trunk. It runs them in one native call, or one after the other for other inputs."""
 
-    def __init__(self, layers: Sequence[nn.Module], joint: JointLayers, first: int) -> None:
+    def __init__(self, layers: Sequence[nn.Module], joint: JointLayers, first: int, rotation: Rotation) -> None:
         """`first`: number of the first layer in the KV cache. All layers get the same mask, and so the same blocks."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._joint = joint
         self._first = first
+        self._rotation = rotation
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         batch: Any = current_batch()
         mask: Any = kwargs.get("attention_mask")
-        embeddings: Any = kwargs.get("position_embeddings")
+        embeddings = native_embeddings(
+            kwargs.get("position_embeddings"), hidden_states.shape[1], self._joint.head_size, self._rotation
+        )
         dispatcher = getattr(batch, "dispatcher", None)
         if (
             dispatcher is None
             or dispatcher.joint is None
-            or not native_input(batch, hidden_states, mask, embeddings, self._joint.head_size)
+            or embeddings is None
+            or not native_input(batch, hidden_states, mask)
         ):
             for layer in self.layers:
                 hidden_states = layer(hidden_states, **kwargs)
@@ -85,8 +100,7 @@ class _LayerRun(nn.Module):
             batch.cache,
             dispatcher.joint,
             hidden_states[0],
-            embeddings[0][0],
-            embeddings[1][0],
+            *embeddings,
             mask.size,
             dispatcher.threads,
         )
@@ -112,7 +126,7 @@ def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) ->
     x_TH = torch.randn(6, router.packed.depth, generator=torch.Generator().manual_seed(0)).bfloat16()
     _, scores, index = router(x_TH)
     try:
-        got = feed_forward(x_TH[None])
+        got = fed_forward(feed_forward, x_TH[None])
     except OTHERWISE as error:
         return f"a trial call of a feed-forward half failed with {type(error).__name__}"
     expected = probe(number, x_TH, index, scores)[None]

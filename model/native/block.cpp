@@ -32,6 +32,7 @@ struct Block {
     int64_t hidden, heads, key_heads, key_size, value_size;
     Norm before, query_norm, key_norm, after;
     Matrix query, key, value, out;
+    const float* sinks; // null: there are none
     float scale;
 };
 
@@ -48,10 +49,11 @@ bf16* of_size(std::vector<bf16>& scratch, int64_t size) {
 using namespace emoe;
 
 // x [T, H] is the layer's input. `sum` [T, H] becomes x plus the output of attention, and `normed` [T, H] becomes `sum`
-// after the norm of the feed-forward half. cosines and sines are [T, key_size]; other arguments are as in emoe_attention.
+// after the norm of the feed-forward half. cosines and sines are [T, rotated]: so many numbers of each head, the first ones,
+// are rotated. Other arguments are as in emoe_attention.
 extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines,
-                           bf16* keys, bf16* values, int64_t block_size, const void* sequences, int64_t num_sequences,
-                           const int32_t* tables, int64_t window, bf16* sum, bf16* normed, int threads) {
+                           int64_t rotated, bf16* keys, bf16* values, int64_t block_size, const void* sequences,
+                           int64_t num_sequences, const int32_t* tables, int64_t window, bf16* sum, bf16* normed, int threads) {
     const Block& b = *block;
     const int64_t wide = b.heads * b.key_size, narrow = b.key_heads * b.key_size, values_wide = b.key_heads * b.value_size;
     // this memory is kept from call to call, since fresh memory costs page faults
@@ -68,15 +70,15 @@ extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, co
     for (int64_t t = 0; t < tokens; ++t) {
         b.query_norm(q + t * wide, wide, q + t * wide);
         b.key_norm(k + t * narrow, narrow, k + t * narrow);
-        const bf16 *cosine = cosines + t * b.key_size, *sine = sines + t * b.key_size;
+        const bf16 *cosine = cosines + t * rotated, *sine = sines + t * rotated;
         for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.key_size)
-            rotate_row(head, cosine, sine, b.key_size, head);
+            rotate_row(head, cosine, sine, rotated, head);
         for (bf16* head = k + t * narrow; head < k + (t + 1) * narrow; head += b.key_size)
-            rotate_row(head, cosine, sine, b.key_size, head);
+            rotate_row(head, cosine, sine, rotated, head);
     }
     const int64_t strides[6] = {b.key_size, wide, b.key_size, narrow, b.value_size, values_wide};
     emoe_attention(q, k, v, strides, b.heads, b.key_heads, b.key_size, b.value_size, keys, values, block_size, sequences,
-                   num_sequences, tables, b.scale, window, 0.f, nullptr, attended, threads);
+                   num_sequences, tables, b.scale, window, 0.f, b.sinks, attended, threads);
     emoe_linear(attended, tokens, b.heads * b.value_size, b.heads * b.value_size, b.out.packed, b.hidden, b.out.bias, sum,
                 threads);
 #pragma omp parallel for num_threads(threads) if (shared)

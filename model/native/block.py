@@ -69,8 +69,10 @@ class AttentionBlock:
         out: Matrix,
         query_norm: Norm | None,
         key_norm: Norm | None,
+        sinks: Tensor | None = None,
     ) -> None:
-        """Norms of queries and keys normalise one head, or all heads of a token, as the length of their weights says.
+        """`sinks` [heads] as in Rules. Norms of queries and keys normalise one head, or all heads of a token, as the
+        length of their weights says.
 
         Raises ValueError if sizes do not fit together.
         """
@@ -85,11 +87,13 @@ class AttentionBlock:
             key.packed.depth == value.packed.depth == len(before.weight) == len(after.weight) == hidden,
             query_norm is None or query.packed.columns % len(query_norm.weight) == 0,
             key_norm is None or key.packed.columns % len(key_norm.weight) == 0,
+            sinks is None or sinks.shape == (heads,),
         ]
         if not all(whole + fits):
             raise ValueError("matrices and norms of other sizes")
         self._function = lib.emoe_block
-        self._kept = (before, after, query, key, value, out, query_norm, key_norm)
+        logits = None if sinks is None else sinks.detach().float().contiguous()
+        self._kept = (before, after, query, key, value, out, query_norm, key_norm, logits)
         self._block = structs.Block(
             hidden=hidden,
             heads=heads,
@@ -104,6 +108,7 @@ class AttentionBlock:
             key=_matrix(key),
             value=_matrix(value),
             out=_matrix(out),
+            sinks=None if logits is None else logits.data_ptr(),
             scale=scale,
         )
         self.address = ctypes.addressof(self._block)
@@ -119,7 +124,10 @@ class AttentionBlock:
         sines_TD: Tensor,
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns (sum [T, H], normalised sum [T, H]) for dense bfloat16 rows. Writes keys and values to the caches."""
+        """Returns (sum [T, H], normalised sum [T, H]) for dense bfloat16 rows. Writes keys and values to the caches.
+
+        The first D numbers of each head are rotated, where D may be less than the head's size.
+        """
         sum_TH, normed_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
         self._function(
             self.address,
@@ -127,6 +135,7 @@ class AttentionBlock:
             len(x_TH),
             cosines_TD.data_ptr(),
             sines_TD.data_ptr(),
+            cosines_TD.shape[1],
             caches[0].data_ptr(),
             caches[1].data_ptr(),
             *batch.described,

@@ -15,7 +15,7 @@ namespace {
 // model/native/structs.py mirrors these structures.
 struct Layer {
     const Block* block;
-    const bf16* router; // its packed matrix
+    const bf16 *router, *router_bias; // its packed matrix; null: it has no bias
     int64_t num_experts, top_k;
     int32_t normalise, rounds; // whether the scores add up to 1; whether they are rounded to bfloat16, as in the trunk
     bf16 *keys, *values;
@@ -45,9 +45,9 @@ int run_experts(const Experts& e, Exchange* exchange, const bf16* x, int64_t tok
 // [count, T, top_k] gets the experts that the tokens chose. Other arguments are as in emoe_block. Returns a Status: that
 // of the first layer that failed, or 0.
 extern "C" int emoe_layers(const Layer* layers, const Experts* experts, int64_t count, Exchange* exchange, int64_t hidden,
-                           bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines, int64_t block_size,
-                           const void* sequences, int64_t num_sequences, const int32_t* tables, int64_t window,
-                           int64_t* index, int trunk_threads, int expert_threads) {
+                           bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines, int64_t rotated,
+                           int64_t block_size, const void* sequences, int64_t num_sequences, const int32_t* tables,
+                           int64_t window, int64_t* index, int trunk_threads, int expert_threads) {
     // this memory is kept from call to call, since fresh memory costs page faults
     thread_local std::vector<bf16> sum, normed, logits, out;
     thread_local std::vector<float> scores;
@@ -57,10 +57,10 @@ extern "C" int emoe_layers(const Layer* layers, const Experts* experts, int64_t 
         const int64_t chosen = tokens * layer->top_k;
         if (int64_t(logits.size()) < tokens * layer->num_experts) logits.resize(tokens * layer->num_experts);
         if (int64_t(scores.size()) < chosen) scores.resize(chosen);
-        emoe_block(layer->block, x, tokens, cosines, sines, layer->keys, layer->values, block_size, sequences,
+        emoe_block(layer->block, x, tokens, cosines, sines, rotated, layer->keys, layer->values, block_size, sequences,
                    num_sequences, tables, window, sum.data(), normed.data(), trunk_threads);
-        emoe_route(normed.data(), tokens, hidden, layer->router, layer->num_experts, layer->top_k, layer->normalise,
-                   logits.data(), scores.data(), index, trunk_threads);
+        emoe_route(normed.data(), tokens, hidden, layer->router, layer->router_bias, layer->num_experts, layer->top_k,
+                   layer->normalise, logits.data(), scores.data(), index, trunk_threads);
         for (int64_t i = 0; layer->rounds && i < chosen; i += 16) {
             const Lanes lanes = lanes_before(i, chosen);
             store(scores.data() + i, rounded(load(scores.data() + i, lanes)), lanes);

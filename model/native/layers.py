@@ -74,6 +74,7 @@ class JointLayers:
                 Layer(
                     block=layer.block.address,
                     router=layer.router.packed.data.data_ptr(),
+                    router_bias=None if layer.router.bias is None else layer.router.bias.data_ptr(),
                     num_experts=layer.router.packed.columns,
                     top_k=layer.router.top_k,
                     normalise=layer.router.normalises,
@@ -115,6 +116,7 @@ class JointLayers:
             len(x_TH),
             cosines_TD.data_ptr(),
             sines_TD.data_ptr(),
+            cosines_TD.shape[1],
             *batch.described,
             window or 0,
             index_LTK.data_ptr(),

@@ -47,9 +47,9 @@ void choose(float* row, int64_t experts, int64_t top_k, bool normalise, float* s
 
 // Computes the logits [rows, experts] of x [rows, depth], and a softmax over them. `scores` and `index` [rows, top_k] get
 // its `top_k` largest values and their experts. If `normalise`, the scores of a row are scaled to add up to 1.
-extern "C" void emoe_route(const bf16* x, int64_t rows, int64_t depth, const bf16* packed, int64_t experts, int64_t top_k,
-                           int normalise, bf16* logits, float* scores, int64_t* index, int threads) {
-    emoe_linear(x, rows, depth, depth, packed, experts, nullptr, logits, threads);
+extern "C" void emoe_route(const bf16* x, int64_t rows, int64_t depth, const bf16* packed, const bf16* bias, int64_t experts,
+                           int64_t top_k, int normalise, bf16* logits, float* scores, int64_t* index, int threads) {
+    emoe_linear(x, rows, depth, depth, packed, experts, bias, logits, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows >= 16)
     {
         std::vector<float> row(experts);

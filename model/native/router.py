@@ -22,6 +22,8 @@ class Router:
 
     lib: ctypes.CDLL
     packed: Packed
+    bias: Tensor | None = None
+    """[E], added to the logits."""
     top_k: int
     normalises: bool
     """Whether the chosen scores are scaled to add up to 1."""
@@ -41,6 +43,7 @@ class Router:
             rows,
             self.packed.depth,
             self.packed.data.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
             self.packed.columns,
             self.top_k,
             self.normalises,

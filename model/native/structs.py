@@ -29,6 +29,7 @@ class Block(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "key_heads", "key_size", "value_size")),
         *((name, Norm) for name in ("before", "query_norm", "key_norm", "after")),
         *((name, Matrix) for name in ("query", "key", "value", "out")),
+        ("sinks", ctypes.c_void_p),
         ("scale", ctypes.c_float),
     )
 
@@ -37,7 +38,7 @@ class Layer(ctypes.Structure):
     """See layers.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("block", "router")),
+        *((name, ctypes.c_void_p) for name in ("block", "router", "router_bias")),
         *((name, ctypes.c_int64) for name in ("num_experts", "top_k")),
         *((name, ctypes.c_int32) for name in ("normalise", "rounds")),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),

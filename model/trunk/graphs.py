@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.model.native.attention import CHUNK, Rules
+from elastic_moe.model.staging import recorded
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, seen_by_windows
 
@@ -31,6 +33,10 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, _MOST_ROWS + 1, 16)]
     most = min(max_num_seqs, _MOST_ROWS)
     return [size for size in sizes if size < most] + [most]
+
+
+class RecordingFailed(EmoeError):
+    """A graph could not be recorded, for lack of memory for example."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +85,8 @@ class GraphInputs:
         size = most_rows * (2 + sum(1 + columns for columns in self._columns))
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied: torch.cuda.Event | None = None
+        """When the device has the last step, whose place in the host's memory is free then."""
 
     def parts(self, rows: int) -> list[Tensor]:
         """What a graph of so many rows reads: [B] tokens, [B] positions, and for the layers without and those with a
@@ -115,6 +123,8 @@ class GraphInputs:
 
     def put(self, slices: Sequence[SequenceSlice], rows: int) -> None:
         """Copy a step to the device, for which the CPU does not wait."""
+        if self._copied is not None:
+            self._copied.synchronize()
         tokens, positions, *tables = (part.numpy() for part in self._parts(self._host, rows))
         num = len(slices)
         tokens[:num] = [piece.token_ids[0] for piece in slices]
@@ -132,6 +142,8 @@ class GraphInputs:
                 table[row, :used] = blocks[:used]
         used = sum(part.size for part in (tokens, positions, *tables))
         self._device[:used].copy_(self._host[:used], non_blocking=True)
+        if self._device.is_cuda:
+            self._copied = recorded()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +167,10 @@ class DecodeGraphs:
         self._pool: Any = None
 
     def record_all(self, memory: list[object]) -> None:
-        """Record the graphs of all sizes, the largest first, since the others then use its memory."""
+        """Record the graphs of all sizes, the largest first, since the others then use its memory.
+
+        Raises RecordingFailed.
+        """
         for rows in reversed(self._sizes):
             self._graph(rows, memory)
 
@@ -163,7 +178,8 @@ class DecodeGraphs:
         """Run a decode step: (logits [n, V], chosen experts [L, n, K]) of its n sequences. They are valid until the
         next step. None if there is no graph for it.
 
-        `memory` is what the experts read (ExpertStore.graph_memory). Graphs of other memory are recorded again.
+        `memory` is what the experts read (ExpertStore.graph_memory). Graphs of other memory are recorded again. Raises
+        RecordingFailed; then the step may be run without a graph.
         """
         num = len(slices)
         if not 0 < num <= self._sizes[-1] or any(len(piece.token_ids) != 1 for piece in slices):
@@ -187,6 +203,12 @@ class DecodeGraphs:
         return self._graphs[rows]
 
     def _record(self, rows: int) -> _Graph:
+        try:
+            return self._recorded(rows)
+        except RuntimeError as error:
+            raise RecordingFailed(str(error).splitlines()[0]) from error
+
+    def _recorded(self, rows: int) -> _Graph:
         self._inputs.put([], rows)
         step = self._inputs.step(rows)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ Legend: T tokens of the step, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +20,14 @@ from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.states.packed import StateBatch, states_of
-from elastic_moe.model.trunk.graphs import DecodeGraphs, GraphStep
+from elastic_moe.model.trunk.graphs import DecodeGraphs, GraphStep, RecordingFailed
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead
 from elastic_moe.model.trunk.rotation import depends_on_length, rotate_by_length
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.windows import WindowGroup
+
+log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -101,7 +104,14 @@ class ModelRunner:
         size is longer."""
         memory = None if self.dispatcher is None else self.dispatcher.graph_memory
         if self._graphs is not None and memory is not None:
-            self._graphs.record_all(memory)
+            try:
+                self._graphs.record_all(memory)
+            except RecordingFailed as error:
+                self._drop_graphs(error)
+
+    def _drop_graphs(self, error: RecordingFailed) -> None:
+        log.warning("decode steps are not launched as CUDA graphs: %s", error)
+        self._graphs = None
 
     def _record(self, step: GraphStep) -> tuple[Tensor, Tensor]:
         assert self.dispatcher is not None
@@ -142,10 +152,15 @@ class ModelRunner:
             self.dispatcher.idle(self.layer_shapes, self._device)
             return torch.empty(0, 0, device=self._device)
         if self._graphs is not None and not keep and (memory := self.dispatcher.graph_memory) is not None:
-            found = self._graphs.run(slices, memory)
+            found = None
+            try:
+                found = self._graphs.run(slices, memory)
+            except RecordingFailed as error:
+                self._drop_graphs(error)
+            # a graph may just have been recorded, which is a step too
+            self.dispatcher.begin(tokens_per_rank, counter)
             if found is not None:
                 logits, choices = found
-                self.dispatcher.begin(tokens_per_rank, counter)
                 self.dispatcher.note(choices)
                 return logits
         batch = StepBatch.build(slices, self._cache, self._device)

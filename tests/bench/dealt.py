@@ -171,6 +171,13 @@ class Workers:
             process.join()
 
 
+def _label(planner: str, dealt: bool) -> str:
+    return f"{planner}, dealt" if dealt else planner
+
+
+SETS = tuple(_label(planner, dealt) for planner in ("pinning", "plan") for dealt in (False, True))
+
+
 def compare(test: Trace, placements: dict[str, Placement], device: int, path: str, args: argparse.Namespace) -> None:
     """Measure each placement with and without dealing, in turns, and print a line."""
     steps = decoding_steps(test, args.requests, args.steps)
@@ -182,6 +189,7 @@ def compare(test: Trace, placements: dict[str, Placement], device: int, path: st
         )
         for name, placement in placements.items()
         for dealt in (False, True)
+        if _label(name, dealt) in args.sets
     }
     running = {key: Workers(path, str(args.cache), setup, case) for key, setup in setups.items()}
     for workers in running.values():
@@ -194,7 +202,7 @@ def compare(test: Trace, placements: dict[str, Placement], device: int, path: st
     for workers in running.values():
         workers.close()
     means = {key: np.mean(each, axis=0) for key, each in seen.items()}
-    before = means["pinning", False]
+    before = next(iter(means.values()))
     cells = [
         f"{1e3 * step_s:.0f} ({step_s / before[0] - 1:+.1%}) | {fetches:.1f} ({fetches / before[1] - 1:+.1%})"
         for step_s, fetches in means.values()
@@ -212,10 +220,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--plan-s", type=float, default=10.0)
+    parser.add_argument(
+        "--sets", nargs="+", choices=SETS, default=SETS, help="the first one is what others are compared with"
+    )
     args = parser.parse_args(argv)
     print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
-    heads = [f"{name} ms | fetches waited for" for name in ("pinning", "pinning, dealt:", "plan", "plan, dealt:")]
-    print("| trace, experts in memory | " + " | ".join(heads) + " |\n|" + "---|" * 9)
+    heads = [f"{name}: ms | fetches waited for" for name in SETS if name in args.sets]
+    print("| trace, experts in memory | " + " | ".join(heads) + " |\n|" + "---|" * (1 + 2 * len(heads)))
     with tempfile.TemporaryDirectory() as scratch:
         args.cache = Path(scratch) / "experts"
         for path in args.traces:

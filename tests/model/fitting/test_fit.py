@@ -33,6 +33,7 @@ WHY_APART = {
     "qwen3_moe-mixed": "1 of 4 layers are dense",
     "qwen2_moe": "a feed-forward half computes more than a router and experts, such as a shared expert",
     "minimax_m2": "a feed-forward half has no native router",
+    "gpt_oss": "the trunk does more between its layers than hand on what the one before has made",
     "gemma4_text": "the attention half of 3 of 3 layers is not joined",
 }
 WHY_NO_HALF = {
@@ -40,7 +41,6 @@ WHY_NO_HALF = {
     "phimoe": "its norm before and after attention is not native",
     "granitemoe": "it does not just add attention to its input, or attends in another way",
     "flex_olmo": "it lacks one of self_attn, input_layernorm and post_attention_layernorm",
-    "gpt_oss": "a trial call with the usual arguments failed with RuntimeError",
 }
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 import torch
 
 from elastic_moe.cluster.messages.seats import LiveBlocks
+from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.trunk.attention_path import KVShape
-from elastic_moe.model.trunk.graphs import GraphInputs, graph_sizes
+from elastic_moe.model.trunk.graphs import GraphInputs, RecordingFailed, graph_sizes
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.trunk.windows import window_group
+from tests.model.families import tiny_checkpoint
+from tests.model.lockstep import Lockstep, request
 
 CPU = torch.device("cpu")
 LENGTH, BLOCK = 4096, 16
@@ -34,6 +40,24 @@ def inputs(windows: dict[int, int | None], rows: int = 8) -> GraphInputs:
 def single(token: int, position: int, first: int, windows: LiveBlocks | None = None) -> SequenceSlice:
     blocks = list(range(first, first + position // BLOCK + 1))
     return SequenceSlice(token_ids=[token], start=position, block_ids=blocks, prompt_length=1, windows=windows)
+
+
+class Broken:
+    """Stands for graphs of which none can be recorded."""
+
+    def run(self, slices: Sequence[SequenceSlice], memory: list[object]) -> None:
+        raise RecordingFailed("CUDA out of memory")
+
+
+def test_without_graphs_a_worker_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_checkpoint("qwen3_moe", tmp_path)
+    want = Lockstep(path, [8]).run([request("one", [5, 6, 7], max_tokens=5)])
+    monkeypatch.setattr(ExpertStore, "graph_memory", [])
+    cluster = Lockstep(path, [8])
+    runner = cluster.workers_runner()
+    runner._graphs = Broken()  # type: ignore[assignment]
+    assert cluster.run([request("one", [5, 6, 7], max_tokens=5)]) == want
+    assert runner._graphs is None
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 64, 100, 1000])
