@@ -23,7 +23,6 @@ from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.remote.generations import StateStore
-from elastic_moe.actors.remote.key_value import API_NAMESPACE, RayKeyValue
 from elastic_moe.actors.remote.saving import Store
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
@@ -201,7 +200,7 @@ class RayFleet:
         set_up(names.COORDINATOR, self._logs)
 
     def clear(self) -> None:
-        clear(self.generation)
+        generations.clear(self.generation)
 
     def wanted(self) -> bool:
         return self._alone or generations.wanted() in (None, self.generation)
@@ -395,13 +394,3 @@ def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
 
     os.setpriority(os.PRIO_PROCESS, 0, 19)
     return plan(*arguments, **named)
-
-
-def clear(generation: Generation) -> None:
-    """End every actor that an earlier coordinator made and could not end itself, and forget what it saved.
-
-    What API replicas share is forgotten too, unless there is another cluster, whose replicas share it.
-    """
-    generations.end_actors(generation)
-    if not set(generations.coordinators()) - {generation}:
-        RayKeyValue(API_NAMESPACE).clear()

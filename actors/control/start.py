@@ -9,7 +9,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from elastic_moe.actors import names
 from elastic_moe.actors.control.coordinator import Coordinator
-from elastic_moe.actors.control.fleet import ON_HEAD, RayFleet, clear
+from elastic_moe.actors.control.fleet import ON_HEAD, RayFleet
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask, kill, wait
 from elastic_moe.cluster.config import ServeConfig
@@ -56,7 +56,7 @@ def stop_cluster(timeout_s: float, generation: Generation | None = None) -> None
             with contextlib.suppress(GetTimeoutError, RayActorError):
                 wait(ask(coordinator, Coordinator.shutdown), timeout_s)
             kill(coordinator)
-        clear(name)
+        generations.clear(name)
     if not set(found) - ending:
         generations.forget_wanted()
 

@@ -13,7 +13,7 @@ import ray
 
 from elastic_moe.actors import names
 from elastic_moe.actors.remote.ask import Remote
-from elastic_moe.actors.remote.key_value import CLUSTERS_NAMESPACE, KeyValue, RayKeyValue
+from elastic_moe.actors.remote.key_value import API_NAMESPACE, CLUSTERS_NAMESPACE, KeyValue, RayKeyValue
 from elastic_moe.cluster.redeploy import Generation
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,16 @@ def end_actors(generation: Generation) -> None:
             if actor is not None:
                 ray.kill(actor.handle, no_restart=True)
                 logger.warning("ended %s, left over from an earlier coordinator", name)
+
+
+def clear(generation: Generation) -> None:
+    """End every actor that an earlier coordinator made and could not end itself, and forget what it saved.
+
+    What API replicas share is forgotten too, unless there is another cluster, whose replicas share it.
+    """
+    end_actors(generation)
+    if not set(coordinators()) - {generation}:
+        RayKeyValue(API_NAMESPACE).clear()
 
 
 class StateStore:

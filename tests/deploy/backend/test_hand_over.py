@@ -25,12 +25,14 @@ class FakeCoordinator:
     def __init__(self, state: Readiness, refuses: bool = False) -> None:
         self.state, self.refuses = state, refuses
         self.has_asked = False
+        self.polls = 0
         self.configured: list[ServeConfig] = []
 
     async def readiness(self) -> Readiness:
         return self.state
 
     async def needs_way(self) -> bool:
+        self.polls += 1
         return self.has_asked
 
     async def reconfigure(self, config: ServeConfig) -> None:
@@ -67,7 +69,10 @@ def test_it_waits_while_the_old_cluster_serves_and_no_longer(end: str) -> None:
         old, new = FakeCoordinator(READY), FakeCoordinator(LOADS)
         clusters, config = FakeClusters(old=old, new=new), ServeConfig(workers=3)
         taking = begin(new, clusters, config)
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            # by then the old cluster has been seen to serve
+            while new.polls < 2:
+                await asyncio.sleep(0.01)
         assert new.configured == [config]
         assert not taking.done(), "the old replicas go on meanwhile"
         if end == "ready":
