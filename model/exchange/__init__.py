@@ -7,8 +7,7 @@
     meeting           how its workers find one another
     rates             how fast the links between them are
     shared_memory     all-to-all between processes of one node
-    device_memory     all-to-all between processes of one GPU
-    device_signals    the words by which these tell each other how far they are
+    device_joining    joins processes of one GPU (model/shared_gpu/)
     join              chooses the exchange of an epoch and joins it
     counter           counts routing decisions
 

@@ -8,9 +8,8 @@ import torch
 
 from elastic_moe.cluster.messages.epochs import EpochSpec
 from elastic_moe.cluster.placement import Placement
-from elastic_moe.model.cuda_driver import CudaDevice
 from elastic_moe.model.exchange.dealing import Memory, word_bytes
-from elastic_moe.model.exchange.device_memory import join_on_device
+from elastic_moe.model.exchange.device_joining import join_on_device
 from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
@@ -21,6 +20,7 @@ from elastic_moe.model.exchange.transports import LocalTransport, NcclTransport,
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native import library
 from elastic_moe.model.native.exchange import NativeExchange
+from elastic_moe.model.shared_gpu.driver import CudaDevice
 
 Exchange = Transport | NativeExchange
 """How workers in lock-step exchange tokens: bytes through a transport, or natively within a node."""

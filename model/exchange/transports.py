@@ -2,7 +2,7 @@
 
     LocalTransport         one worker: there is nothing to do
     SharedMemoryTransport  CPU workers of one node: publish, wait for the others, read (shared_memory.py)
-    DeviceMemoryTransport  workers that share one GPU: write into the others' memory there (device_memory.py)
+    DeviceMemoryTransport  workers that share one GPU: write into the others' memory there (model/shared_gpu/)
     TcpTransport           CPU workers of several nodes, and workers that cannot use any other (tcp.py)
     NcclTransport          GPUs, through torch.distributed's process group
 

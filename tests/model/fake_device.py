@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_moe.model.cuda_driver import DeviceError
-from elastic_moe.model.exchange.device_signals import reached
+from elastic_moe.model.shared_gpu.driver import DeviceError
+from elastic_moe.model.shared_gpu.signals import reached
 
 
 class FakeDevice:

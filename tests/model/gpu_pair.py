@@ -21,14 +21,16 @@ from torch import Tensor
 
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.placement import Placement, contiguous
-from elastic_moe.model.cuda_driver import CudaDevice
-from elastic_moe.model.exchange.device_memory import Device, DeviceMemoryTransport, join_on_device
+from elastic_moe.model.exchange.device_joining import join_on_device
 from elastic_moe.model.exchange.dispatch import TransportDispatcher
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
+from elastic_moe.model.shared_gpu.driver import CudaDevice
+from elastic_moe.model.shared_gpu.memory import Device
+from elastic_moe.model.shared_gpu.transport import DeviceMemoryTransport
 from tests.model.fake_device import FakeDevice
 from tests.model.groups import ToyExperts, workers
 

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, WorkerId, contiguous
-from elastic_moe.model.exchange.device_memory import Device, DeviceMemoryTransport, join_on_device
+from elastic_moe.model.exchange.device_joining import join_on_device
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.exchange.transports import LocalTransport, Transport
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
+from elastic_moe.model.shared_gpu.memory import Device
+from elastic_moe.model.shared_gpu.transport import DeviceMemoryTransport
 from tests.model.fake_device import FakeDevice
 
 R = TypeVar("R")

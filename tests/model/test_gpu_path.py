@@ -13,9 +13,9 @@ import elastic_moe.model.exchange.join
 import elastic_moe.model.fitting.fit
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.placement import Tier
-from elastic_moe.model.exchange.device_memory import DeviceMemoryTransport
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
+from elastic_moe.model.shared_gpu.transport import DeviceMemoryTransport
 from elastic_moe.model.trunk.flash import try_variants
 from tests.model.fake_device import FakeDevice
 from tests.model.families import tiny_checkpoint

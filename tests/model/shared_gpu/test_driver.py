@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from elastic_moe.model import cuda_driver
-from elastic_moe.model.cuda_driver import CudaDevice, DeviceError
+from elastic_moe.model.shared_gpu import driver as cuda_driver
+from elastic_moe.model.shared_gpu.driver import CudaDevice, DeviceError
 
 SOURCE = r"""
 #include <stdint.h>

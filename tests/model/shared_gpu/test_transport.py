@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from elastic_moe.cluster.errors import StepAborted
-from elastic_moe.model.exchange.device_memory import DeviceMemoryTransport, inbox
-from elastic_moe.model.exchange.device_signals import Silence, following, reached, segment_bytes
+from elastic_moe.model.shared_gpu.memory import inbox
+from elastic_moe.model.shared_gpu.signals import Silence, following, reached, segment_bytes
+from elastic_moe.model.shared_gpu.transport import DeviceMemoryTransport
 from tests.model.fake_device import FakeDevice, StreamedDevice
 from tests.model.groups import join_by_gpu, run_group, try_by_gpu
 
