@@ -157,9 +157,17 @@ def test_the_others_hear_of_an_abort_before_what_it_releases_reaches_them() -> N
         close(transports)
 
 
+def impatient(timeout_s: float) -> list[DeviceMemoryTransport]:
+    """Two ranks that wait so long for one another, once they have joined."""
+    transports = join_by_gpu([FakeDevice() for _ in range(2)])
+    for transport in transports:
+        transport._watch._timeout_s = timeout_s
+    return list(transports)
+
+
 @pytest.mark.parametrize("host_waits", [False, True])
 def test_a_silent_peer_is_given_up_after_the_timeout(host_waits: bool) -> None:
-    transports = join_by_gpu([FakeDevice() for _ in range(2)], timeout_s=0.3)
+    transports = impatient(0.3)
     transports[0].host_waits = host_waits
 
     def exchange() -> None:
@@ -174,7 +182,7 @@ def test_a_silent_peer_is_given_up_after_the_timeout(host_waits: bool) -> None:
 
 
 def test_a_group_that_is_idle_is_not_given_up() -> None:
-    transports = join_by_gpu([FakeDevice() for _ in range(2)], timeout_s=0.1)
+    transports = impatient(0.1)
     time.sleep(0.3)
     run_group(2, lambda rank: transports[rank].all_to_all([[], []], [0, 0]))
     for transport in transports:
