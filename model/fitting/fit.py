@@ -45,7 +45,7 @@ from elastic_moe.model.native.experts import NativeExperts, find_gate
 from elastic_moe.model.native.refusals import native_refusal
 from elastic_moe.model.states.finding import StateLayer
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape, VarlenVariant
-from elastic_moe.model.trunk.flash import find_variant
+from elastic_moe.model.trunk.flash import find_variant, singles_are_right
 from elastic_moe.model.trunk.indexer import choose_by_cache, index_layer
 from elastic_moe.model.trunk.linear import pack_linears
 
@@ -147,7 +147,9 @@ def attention_path(
         return MATMUL, "FlashAttention does not read latents"
     variant = find_variant(shapes.values(), dtype=dtype, device=device, block_size=block_size)
     if isinstance(variant, VarlenVariant):
-        return AttentionPath(varlen=variant, kernels=gpu_refusal(dtype, device) is None), None
+        kernels = gpu_refusal(dtype, device) is None
+        kernels = kernels and singles_are_right(shapes.values(), dtype=dtype, device=device, block_size=block_size)
+        return AttentionPath(varlen=variant, kernels=kernels), None
     return MATMUL, refusal if device.type == "cpu" else variant
 
 

@@ -13,6 +13,7 @@ B tokens per block.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ from elastic_moe.model.trunk.attention_path import KVShape, VarlenVariant
 
 if TYPE_CHECKING:
     from elastic_moe.model.gpu.decode import DecodeRows
+
+log = logging.getLogger(__name__)
 
 Piece = tuple[int, int, Sequence[int]]
 """(start, end, block_ids) of a sequence, whose tokens of the step are at positions start .. end - 1."""
@@ -213,6 +216,40 @@ def _is_right(
             if not torch.allclose(got[row : row + count].float(), want, atol=0.03, rtol=0.03):
                 return False
             row += count
+    return True
+
+
+@torch.inference_mode()
+def singles_are_right(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
+    """Whether the kernel for single tokens gives right results for caches of these shapes."""
+    try:
+        return all(_single_is_right(shape, dtype, device, block_size) for shape in set(shapes))
+    except Exception as error:  # noqa: BLE001 - Triton raises errors of many kinds, for sizes that are too large too
+        log.warning("single tokens do not get a kernel of their own: %s", error)
+        return False
+
+
+def _single_is_right(shape: KVShape, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=g).to(device, dtype)
+
+    groups, heads = shape.num_heads, 2 * shape.num_heads
+    ends = (block_size + 3, 2)
+    pieces: list[Piece] = [(ends[0] - 1, ends[0], (3, 1)), (ends[1] - 1, ends[1], (2,))]
+    caches = draw(4, block_size, groups, shape.key_size), draw(4, block_size, groups, shape.value_size)
+    query, key = draw(heads, 2, shape.key_size), draw(groups, 2, shape.key_size)
+    value = draw(groups, 2, shape.value_size)
+    batch = FlashBatch(VARIANTS[0], pieces, block_size=block_size, device=device, kernels=True)
+    for window, sinks in ((None, None), (3, None), (None, draw(heads).float())):
+        rules = Rules(scale=shape.key_size**-0.5, window=window, softcap=None, sinks=sinks)
+        got = batch.attend(caches, query, key, value, rules)
+        for row, (_, end, table) in enumerate(pieces):
+            keys, values = (cache[list(table)].flatten(0, 1)[:end].transpose(0, 1) for cache in caches)
+            want = _plain(query[:, row : row + 1], keys, values, rules)
+            if not torch.allclose(got[row : row + 1].float(), want, atol=0.03, rtol=0.03):
+                return False
     return True
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from elastic_moe.model.native.attention import Rules
+from elastic_moe.model.trunk import flash
+from elastic_moe.model.trunk.attention_path import KVShape
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED):
@@ -120,6 +122,17 @@ def test_few_pairs(shape: tuple[int, int], hidden: int, width: int) -> None:
             gated = torch.nn.functional.silu(gate) * up
             want[row] += float(weight[row, k]) * (gated @ down[slot].float().T)
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (96, 64), (256, 128)])
+def test_the_kernel_for_single_tokens_is_tried_before_it_is_used(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [KVShape(num_heads=2, key_size=sizes[0], value_size=sizes[1])]
+    settings = {"dtype": ATTENDED, "device": torch.device(DEVICE), "block_size": 16}
+    assert flash.singles_are_right(shapes, **settings)  # type: ignore[arg-type]
+    monkeypatch.setattr(decode, "_KEYS", 0)
+    assert not flash.singles_are_right(shapes, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("page", [4, 16])
