@@ -88,7 +88,7 @@ class ModelRunner:
         cache = self._cache
         assert cache is not None
         if not self._attention.kernels:
-            return "attention needs the CPU in each layer"
+            return "single tokens have no kernel for attention"
         if self._keeps_states:
             return "layers with a state per sequence move it by the CPU"
         if depends_on_length(self._trunk):

@@ -204,6 +204,16 @@ def _stop_under_a_stream(server: EmoeServe, client: openai.OpenAI) -> None:
     assert not directory.exists()
 
 
+def _named(processes: list[psutil.Process], name: str) -> list[psutil.Process]:
+    """Those of this name. A helper of the start may have ended since it was listed."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == name:
+                found.append(process)
+    return found
+
+
 def _ended(server: EmoeServe, code: int, everything: list[psutil.Process]) -> None:
     assert server.process.wait(20) == code, server.progress
     assert psutil.wait_procs(everything, timeout=5)[1] == []
@@ -214,7 +224,7 @@ def test_the_death_of_the_raylet_ends_the_server_with_a_line(server: EmoeServe) 
     """So does the death of GCS, which the supervisor is told of in the same way."""
     assert server.first_line().startswith("serving "), server.progress
     everything, directory = server.descendants(), run_directory(server)
-    next(process for process in everything if process.name() == "raylet").kill()
+    _named(everything, "raylet")[0].kill()
     _ended(server, 1, everything)
     server.finish()
     assert server.progress[-1].startswith("emoe: error: Ray's raylet (process ")
@@ -227,7 +237,7 @@ def test_the_death_of_the_raylet_ends_the_server_with_a_line(server: EmoeServe) 
 )
 def test_a_signal_during_the_start_leaves_nothing(server: EmoeServe, signals: list[int]) -> None:
     deadline = time.monotonic() + READY_S
-    while not [process for process in server.descendants() if process.name() == "gcs_server"]:
+    while not _named(server.descendants(), "gcs_server"):
         assert time.monotonic() < deadline, server.progress
         time.sleep(0.05)
     everything = server.descendants()
