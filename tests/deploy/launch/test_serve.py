@@ -102,7 +102,7 @@ def server(tmp_path: Path) -> Iterator[EmoeServe]:
 
 def run_directory(server: EmoeServe) -> Path:
     """Of a server that has started Ray: where its raylet's socket is."""
-    raylet = next(process for process in server.descendants() if process.name() == "raylet")
+    [raylet] = _named(server.descendants(), "raylet")
     found = re.search(r"=(/[^ =]*/emoe-\w+)/ray/session", " ".join(raylet.cmdline()))
     assert found
     return Path(found[1])
