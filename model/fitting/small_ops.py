@@ -197,6 +197,19 @@ def find_router(
 
 def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
     """Replace a modelling file's rotary function by one that gives the same bits with one native call per tensor."""
+
+    def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return _rotate(lib, q, cos, sin), _rotate(lib, k, cos, sin)
+
+    fit_rotary(module, "cpu", turn, CodePath.NATIVE, notes)
+
+
+Turn = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Turns q and k [1, heads, T, size] by cosines and sines [1, T, size]."""
+
+
+def fit_rotary(module: Any, device: str, turn: Turn, path: CodePath, notes: FitNotes) -> None:
+    """Let `turn` serve what a modelling file's rotary function is given in bfloat16 on a kind of device."""
     original = rotary_function(module)
     if original is None:
         return
@@ -205,14 +218,14 @@ def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
     if not replaced and not turns_halves(original):
         notes.add(Part.ROTARY, file, CodePath.TRANSFORMERS, "it does not turn halves of a head against each other")
         return
-    notes.add(Part.ROTARY, file, CodePath.NATIVE)
+    notes.add(Part.ROTARY, file, path)
     if replaced:
         return
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not all(_fits(x, cos, sin) for x in (q, k)):
+        if args or kwargs or not all(_fits(x, cos, sin, device) for x in (q, k)):
             return original(q, k, cos, sin, *args, **kwargs)
-        return _rotate(lib, q, cos, sin), _rotate(lib, k, cos, sin)
+        return turn(q, k, cos, sin)
 
     apply_rotary_pos_emb.emoe_original = original  # type: ignore[attr-defined]
     replace_rotary_function(module, apply_rotary_pos_emb)
@@ -238,11 +251,11 @@ def turns_halves(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether x is [1, heads, T, size] and cosines and sines are [1, T, size], all of them bfloat16 on CPU."""
+def _fits(x: Tensor, cos: Tensor, sin: Tensor, device: str) -> bool:
+    """Whether x is [1, heads, T, size] and cosines and sines are [1, T, size], all of them bfloat16 on the device."""
     return (
         x.dtype == cos.dtype == sin.dtype == torch.bfloat16
-        and x.device.type == "cpu"
+        and x.device.type == device
         and x.dim() == 4
         and x.shape[0] == 1
         and x.stride(3) == 1

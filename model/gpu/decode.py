@@ -57,12 +57,14 @@ class DecodeRows:
         value_size = values.shape[3]
         members = query_NTD.shape[0] // groups
         rows = self.rows_R
+        # without rows, kernels read no numbers of rows
+        picked = self.keys_R if rows is None else rows
         _write[(num, groups)](
             keys,
             values,
             key_GTD,
             value_GTD,
-            self.keys_R if rows is None else rows,
+            picked,
             self.tables_RC,
             self.keys_R,
             columns,
@@ -87,7 +89,7 @@ class DecodeRows:
             query_NTD,
             keys,
             values,
-            self.keys_R if rows is None else rows,
+            picked,
             self.tables_RC,
             self.keys_R,
             partial,
@@ -116,7 +118,7 @@ class DecodeRows:
         _join[(num, query_NTD.shape[0])](
             partial,
             sums,
-            self.keys_R if rows is None else rows,
+            picked,
             self.keys_R if rules.sinks is None else rules.sinks,
             out_TND,
             sums.stride(0),

@@ -188,23 +188,48 @@ def try_variants(
 
 
 @torch.inference_mode()
+def singles_are_right(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
+    """Whether the kernel for single tokens gives right results for caches of these shapes."""
+    pieces: list[Piece] = [(block_size + 2, block_size + 3, (3, 1)), (1, 2, (2,))]
+    try:
+        batch = FlashBatch(VARIANTS[0], pieces, block_size=block_size, device=device, kernels=True)
+        return all(_attends(batch, pieces, shape, dtype, device, block_size) for shape in set(shapes))
+    except Exception as error:  # noqa: BLE001 - Triton raises errors of many kinds, for sizes that are too large too
+        log.warning("single tokens do not get a kernel of their own: %s", error)
+        return False
+
+
+@torch.inference_mode()
 def _is_right(
     variant: VarlenVariant, shape: KVShape, dtype: torch.dtype, device: torch.device, block_size: int
 ) -> bool:
-    """Try a decode in one sequence and a chunk in the middle of another, with and without window and sinks."""
+    """Try a decode in one sequence and a chunk in the middle of another."""
+    first, chunk = block_size + 3, 2 * shape.num_heads + 2
+    pieces: list[Piece] = [(first - 1, first, (3, 1)), (4, 4 + chunk, tuple(range(4, 5 + (4 + chunk) // block_size)))]
+    batch = _VarlenBatch(variant, pieces, block_size=block_size, device=device)
+    return _attends(batch, pieces, shape, dtype, device, block_size)
+
+
+def _attends(
+    batch: FlashBatch | _VarlenBatch,
+    pieces: Sequence[Piece],
+    shape: KVShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    block_size: int,
+) -> bool:
+    """Whether the batch of these sequences gives right results, with and without window and sinks."""
     g = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=g).to(device, dtype)
 
     groups, heads = shape.num_heads, 2 * shape.num_heads
-    first, chunk = block_size + 3, heads + 2
-    pieces: list[Piece] = [(first - 1, first, (3, 1)), (4, 4 + chunk, tuple(range(4, 5 + (4 + chunk) // block_size)))]
+    tokens = sum(end - start for start, end, _ in pieces)
     blocks = 1 + max(block for _, _, table in pieces for block in table)
     caches = draw(blocks, block_size, groups, shape.key_size), draw(blocks, block_size, groups, shape.value_size)
-    query, key = draw(heads, 1 + chunk, shape.key_size), draw(groups, 1 + chunk, shape.key_size)
-    value = draw(groups, 1 + chunk, shape.value_size)
-    batch = _VarlenBatch(variant, pieces, block_size=block_size, device=device)
+    query, key = draw(heads, tokens, shape.key_size), draw(groups, tokens, shape.key_size)
+    value = draw(groups, tokens, shape.value_size)
     for window, sinks in ((None, None), (3, None), (None, draw(heads).float())):
         rules = Rules(scale=shape.key_size**-0.5, window=window, softcap=None, sinks=sinks)
         got = batch.attend(caches, query, key, value, rules)
@@ -216,40 +241,6 @@ def _is_right(
             if not torch.allclose(got[row : row + count].float(), want, atol=0.03, rtol=0.03):
                 return False
             row += count
-    return True
-
-
-@torch.inference_mode()
-def singles_are_right(shapes: Iterable[KVShape], *, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
-    """Whether the kernel for single tokens gives right results for caches of these shapes."""
-    try:
-        return all(_single_is_right(shape, dtype, device, block_size) for shape in set(shapes))
-    except Exception as error:  # noqa: BLE001 - Triton raises errors of many kinds, for sizes that are too large too
-        log.warning("single tokens do not get a kernel of their own: %s", error)
-        return False
-
-
-def _single_is_right(shape: KVShape, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
-    g = torch.Generator().manual_seed(0)
-
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=g).to(device, dtype)
-
-    groups, heads = shape.num_heads, 2 * shape.num_heads
-    ends = (block_size + 3, 2)
-    pieces: list[Piece] = [(ends[0] - 1, ends[0], (3, 1)), (ends[1] - 1, ends[1], (2,))]
-    caches = draw(4, block_size, groups, shape.key_size), draw(4, block_size, groups, shape.value_size)
-    query, key = draw(heads, 2, shape.key_size), draw(groups, 2, shape.key_size)
-    value = draw(groups, 2, shape.value_size)
-    batch = FlashBatch(VARIANTS[0], pieces, block_size=block_size, device=device, kernels=True)
-    for window, sinks in ((None, None), (3, None), (None, draw(heads).float())):
-        rules = Rules(scale=shape.key_size**-0.5, window=window, softcap=None, sinks=sinks)
-        got = batch.attend(caches, query, key, value, rules)
-        for row, (_, end, table) in enumerate(pieces):
-            keys, values = (cache[list(table)].flatten(0, 1)[:end].transpose(0, 1) for cache in caches)
-            want = _plain(query[:, row : row + 1], keys, values, rules)
-            if not torch.allclose(got[row : row + 1].float(), want, atol=0.03, rtol=0.03):
-                return False
     return True
 
 
