@@ -78,7 +78,7 @@ class Look:
     async def _ask(self) -> ClusterView | None:
         """None while nobody can answer."""
         try:
-            return await self._service.backend.cluster(self._known)
+            return await self._service.backend.group(0).cluster(self._known)
         except NotReadyError:
             return None
 

@@ -99,7 +99,9 @@ class Service:
         self.model_dir = model_dir
         self.model_name = config.served_model_name or Path(model_dir).resolve().name
         values = values or LocalKeyValue()
-        self.metrics = Metrics(self.model_name, values, log_requests=config.enable_log_requests)
+        self.metrics = Metrics(
+            self.model_name, values, log_requests=config.enable_log_requests, engines=backend.num_groups
+        )
         self.created = int(time.time())
         self.draining = False
         """Whether the server stops: running requests go on, and new ones are refused."""
@@ -173,7 +175,7 @@ class Service:
 
     async def settings(self) -> dict[str, Any]:
         """What is in force, for people to read: keys are masked. Raises NotReadyError while the cluster is silent."""
-        view = await self.backend.config()
+        view = await self.backend.group(0).config()
         return {
             "generation": view.generation,
             "model_name": self.model_name,

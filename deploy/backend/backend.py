@@ -1,6 +1,7 @@
 """The interface between HTTP and the cluster: the questions of the API, without the ways to answer them.
 
-`RayBackend` (ray_backend.py) implements it on Ray; tests have a backend that runs in one process.
+`Groups` (groups.py) implements it over the groups of a cluster, each of which is a `RayBackend` (ray_backend.py); tests
+have a backend that runs in one process.
 """
 
 from __future__ import annotations
@@ -32,44 +33,14 @@ class GenerationFailed(EmoeError):
     """The engine has ended a request because of a fault that is not in the request."""
 
 
-class Backend(Protocol):
-    """Every method raises NotReadyError while there is no cluster to ask."""
+class Group(Protocol):
+    """One group of workers with its engine. Every method raises NotReadyError while there is nobody to ask."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
-        """The request's tokens as they come, in order and without repeats. The last output has a finish_reason.
-
-        Closing the iterator before the last output aborts the request, unless it is lasting. Raises RequestError where
-        the engine refuses it. Of a lasting request that the engine has already, all tokens come, from the first one.
-        """
-        ...
-
-    def cancel(self, request_id: RequestId) -> None:
-        """End a lasting request: its last output will have the reason ABORT.
-
-        Raises KeyError where this replica does not generate it.
-        """
-        ...
-
-    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
-        """Those of these lasting requests that no replica generates; none while there is no engine that could know."""
-        ...
-
-    def forget(self, request_id: RequestId) -> None:
-        """The engine need not keep the answer of this lasting request, which has ended, any longer."""
+    async def readiness(self) -> Readiness:
+        """As of the Backend, of this group alone."""
         ...
 
     async def engine_status(self) -> EngineStatus: ...
-
-    async def readiness(self) -> Readiness:
-        """Whether the cluster is ready. Returns at once and never raises, since /ready is made of it."""
-        ...
-
-    @property
-    def can_wait(self) -> bool:
-        """Whether a request may wait while no worker can serve it: some worker has served, and not too long ago."""
-        ...
-
-    async def model_info(self) -> ModelInfo: ...
 
     async def config(self) -> ConfigView:
         """What is in force in the cluster, with keys."""
@@ -108,6 +79,55 @@ class Backend(Protocol):
     async def operation(self, operation_id: str) -> Operation | None: ...
 
     async def counters(self) -> ClusterCounters: ...
+
+
+class Backend(Protocol):
+    """All groups together. Every method raises NotReadyError while there is no group to ask."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
+        """The request's tokens as they come, in order and without repeats. The last output has a finish_reason.
+
+        Closing the iterator before the last output aborts the request, unless it is lasting. Raises RequestError where
+        the engine refuses it. Of a lasting request that the engine has already, all tokens come, from the first one.
+        """
+        ...
+
+    def cancel(self, request_id: RequestId) -> None:
+        """End a lasting request: its last output will have the reason ABORT.
+
+        Raises KeyError where this replica does not generate it.
+        """
+        ...
+
+    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
+        """Those of these lasting requests that no replica generates; none while there is no engine that could know."""
+        ...
+
+    def forget(self, request_id: RequestId) -> None:
+        """The engine need not keep the answer of this lasting request, which has ended, any longer."""
+        ...
+
+    async def readiness(self) -> Readiness:
+        """Whether the cluster is ready. Returns at once and never raises, since /ready is made of it."""
+        ...
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether a request may wait while no worker can serve it: some worker has served, and not too long ago."""
+        ...
+
+    async def model_info(self) -> ModelInfo: ...
+
+    @property
+    def num_groups(self) -> int: ...
+
+    def group(self, number: int) -> Group:
+        """One of the groups, from 0. Raises RequestError where there is none of this number."""
+        ...
+
+    def group_of(self, request_id: RequestId) -> int:
+        """Number of the group that generates the request; 0 where it has ended."""
+        ...
 
     @property
     def resumed_requests(self) -> int:

@@ -1,25 +1,25 @@
-"""The real Backend: the coordinator and the engine as Ray actors.
+"""A group of workers as the API sees it: its coordinator and its engine, which are Ray actors.
 
-Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or the cluster
-does not serve for `recovery_timeout_s`. Requests are the business of engine_client.py; everything else is a call to the
-coordinator.
+Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or the group does
+not serve for `recovery_timeout_s`. Requests are the business of engine_client.py; everything else is a call to the
+coordinator. Where there are several groups, groups.py joins them to one Backend.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from ray.exceptions import RayActorError, RayError
 
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
-from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, dry_run_timeout_s
-from elastic_moe.actors.loop_watch import LoopWatch
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, MOVE_S, dry_run_timeout_s
 from elastic_moe.actors.remote.ask import Remote, ask, kill
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
@@ -66,9 +66,11 @@ class RayBackend:
         plan_deadline_s: float,
         recovery_timeout_s: float,
         gcs: GcsWatch | None = None,
+        number: int = 0,
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """recovery_timeout_s: seconds without a serving cluster after which requests end with an error. They do so too
-        when `gcs`, if given, says that Ray's GCS is lost.
+        """recovery_timeout_s: seconds without a serving group after which requests end with an error. They do so too
+        when `gcs`, if given, says that Ray's GCS is lost. number: of the group. lost: as EngineClient has it.
         """
         self._gcs = gcs
         self._coordinator = coordinator
@@ -79,10 +81,12 @@ class RayBackend:
         self._has_served = False
         self._readiness = Readiness(ready=False, reason="starting")
         self._background = Background(_has_failed)
-        self._client = EngineClient(self._engine, self._background)
+        self._unready_since: float | None = None
+        """When the group was first seen not to be ready after it was; None while it is, or has never been."""
+        self.client = EngineClient(self._engine, self._background, group=number, lost=lost)
 
     def begin(self) -> None:
-        for work in (self._watch_readiness(), self._client.follow(), LoopWatch("an API replica").watch()):
+        for work in (self._watch_readiness(), self.client.follow()):
             self._background.start(work)
         if self._gcs is not None:
             self._background.start(self._watch_gcs(self._gcs))
@@ -98,16 +102,16 @@ class RayBackend:
     # --- Requests -----------------------------------------------------------------------------------------------
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        return self._client.generate(request)
+        return self.client.generate(request)
 
     def cancel(self, request_id: RequestId) -> None:
-        self._client.cancel(request_id)
+        self.client.cancel(request_id)
 
     async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
-        return await self._client.orphans(request_ids)
+        return await self.client.orphans(request_ids)
 
     def forget(self, request_id: RequestId) -> None:
-        self._client.forget(request_id)
+        self.client.forget(request_id)
 
     async def _engine(self) -> Remote[Engine] | None:
         try:
@@ -129,13 +133,30 @@ class RayBackend:
         waited_s = time.monotonic() - self._served_at
         if self._lost is not None or self._readiness.error is not None:
             return False
-        return (self._has_served or self._client.has_connected) and waited_s < self._recovery_timeout_s
+        return (self._has_served or self.client.has_connected) and waited_s < self._recovery_timeout_s
+
+    @property
+    def serves(self) -> bool:
+        """Whether a request that comes now is answered without a wait, as far as is known here."""
+        return self._lost is None and self._readiness.ready and self.client.engine is not None
+
+    @property
+    def served_at(self) -> float:
+        """When the group was last seen to serve, by the monotonic clock."""
+        return self._served_at
+
+    def is_lost(self, now: float) -> bool:
+        """Whether its requests had better go on in another group: its engine is gone, or its workers are for MOVE_S."""
+        if self.serves:
+            return False
+        away_s = math.inf if self._unready_since is None else now - self._unready_since
+        return self.client.engine is None or away_s >= MOVE_S
 
     async def engine_status(self) -> EngineStatus:
-        if self._client.engine is None:
+        if self.client.engine is None:
             raise NotReadyError("there is no engine at the moment")
         try:
-            return await result(ask(self._client.engine, Engine.status))
+            return await result(ask(self.client.engine, Engine.status))
         except (RayActorError, TimeoutError):
             raise NotReadyError("the engine does not answer") from None
 
@@ -189,7 +210,7 @@ class RayBackend:
 
     @property
     def resumed_requests(self) -> int:
-        return self._client.resumed
+        return self.client.resumed
 
     async def _watch_readiness(self) -> None:
         answered = False
@@ -205,7 +226,7 @@ class RayBackend:
                     kill(self._coordinator, restart=True)
                     answered = False
                 # requests need the engine alone
-                if self._client.engine is None:
+                if self.client.engine is None:
                     self._readiness = Readiness(ready=False, reason="the coordinator does not answer")
             except (RayError, EmoeError) as error:
                 logger.exception("asking for readiness failed")
@@ -221,10 +242,13 @@ class RayBackend:
         if self._readiness.ready:
             self._served_at = now
             self._has_served = True
+            self._unready_since = None
+        elif self._unready_since is None and self._has_served:
+            self._unready_since = now
         if now - self._served_at < self._recovery_timeout_s:
             return
         waited = f"{self._recovery_timeout_s:g} s"
-        self._client.end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")
+        self.client.end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")
 
     async def _watch_gcs(self, gcs: GcsWatch) -> None:
         logged = False
@@ -234,7 +258,7 @@ class RayBackend:
                 logger.error("requests are ended: %s", gcs.lost)
             logged = gcs.lost is not None
             if gcs.lost is not None:
-                self._client.end_all(gcs.lost)
+                self.client.end_all(gcs.lost)
             await asyncio.sleep(LOOK_S)
 
     async def _answer(self, answer: Awaitable[R], timeout_s: float = CALL_TIMEOUT_S) -> R:

@@ -209,18 +209,22 @@ async def answer_deltas(
     reason = FinishReason.ABORT
     tokens = 0
     waits = True
-    metrics.request_began(len(answer.request.prompt_token_ids))
+    engine = 0
+    prompt_tokens = len(answer.request.prompt_token_ids)
     try:
         async with contextlib.aclosing(_generator(backend.generate(answer.request))) as outputs:
             async for output in outputs:
+                # a request may go on in another group
+                engine = backend.group_of(answer.request.request_id)
                 if waits:
                     waits = False
                     began()
+                    metrics.request_began(prompt_tokens, engine)
                 delta = answer.feed(output)
                 now = time.perf_counter()
                 life.came(output, answer.completion_tokens)
                 if answer.completion_tokens > tokens:
-                    metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
+                    metrics.tokens_came(answer.completion_tokens - tokens, now - last, engine, first=tokens == 0)
                     last, tokens = now, answer.completion_tokens
                 if delta.finish_reason is not None:
                     reason = delta.finish_reason
@@ -233,7 +237,9 @@ async def answer_deltas(
         reason = FinishReason.ERROR
         raise
     finally:
-        metrics.request_ended(life, reason)
+        if waits:
+            metrics.request_began(prompt_tokens, engine)
+        metrics.request_ended(life, reason, engine)
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -273,7 +273,7 @@ class Following:
                     if rendering.ending is not None:
                         break
                 if counting is not None:
-                    counting.came(output, len(followed.tokens))
+                    counting.came(output, len(followed.tokens), self._backend.group_of(request.request_id))
                 if rendering.ending is not None:
                     if output.finish_reason is None:  # a stop string was found
                         self._backend.cancel(request.request_id)

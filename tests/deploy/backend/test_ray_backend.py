@@ -228,7 +228,7 @@ def test_lost_outputs_are_made_again() -> None:
 
 def test_refusals_reach_the_client() -> None:
     async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
-        await until(lambda: backend._client.engine is not None)
+        await until(lambda: backend.client.engine is not None)
         engine.refuses = True
         with pytest.raises(RequestError) as refused:
             await collect(backend)
