@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ PROMPT_END = 256
 RETRY_S = 0.1
 
 
+@cache
 def version() -> str:
     return metadata.version("elastic-moe")
 

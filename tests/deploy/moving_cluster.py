@@ -67,7 +67,7 @@ class MovingCluster(FakeBackend):
             for row, counts in zip(table, load, strict=True):
                 hot = np.argsort(-counts)
                 parts = np.split(row, self.size)
-                free = [[int(e) for e in hot if e not in part][: self.spare] for part in parts]
+                free = [hot[np.isin(hot, part, invert=True)][: self.spare] for part in parts]
                 rows.append(np.concatenate([np.concatenate([p, f]) for p, f in zip(parts, free, strict=True)]))
             table = np.array(rows)
             workers = [replace(worker, slots=slots + self.spare) for worker in workers]
