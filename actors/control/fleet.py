@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Awaitable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import ray
@@ -35,6 +35,8 @@ from elastic_moe.cluster.redeploy import Generation
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
 
 NODE_ID = "ray.io/node-id"
 """The label in which every node has its id."""
@@ -344,8 +346,8 @@ class RayFleet:
         return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, bytes_per_s, self._logs)
 
     def _create(
-        self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
-    ) -> Remote[Any]:
+        self, cls: type[A], name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
+    ) -> Remote[A]:
         actor: Any = ray.remote(**decoration)(cls) if decoration else ray.remote(cls)
         namespace = names.namespace_of(self.generation)
         named = actor.options(name=name, namespace=namespace, lifetime="detached", **options)

@@ -12,8 +12,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.cluster.errors import NotReadyError, RequestError
-from elastic_moe.cluster.facts.operations import ENDED
+from elastic_moe.cluster.facts.operations import ENDED, new_operation_id
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.backend import Backend
@@ -35,8 +36,8 @@ def elastic_ep_router(service: Service) -> APIRouter:
         size = body.new_data_parallel_size or body.new_ep_size
         if size is None:
             raise RequestError("new_data_parallel_size: this field is required", param="new_data_parallel_size")
-        before = len((await backend.placement()).placement.workers)
-        operation = await backend.scale(size, (), None, False)
+        before = len((await backend.ask(Coordinator.placement)).placement.workers)
+        operation = await backend.ask(Coordinator.scale, size, operation_id=new_operation_id(OperationKind.SCALE))
         await _wait(backend, operation, body.drain_timeout)
         if body.new_data_parallel_size is None:
             return {"message": f"Scaled to {size} workers", "old_ep_size": before, "new_ep_size": size}
@@ -46,7 +47,8 @@ def elastic_ep_router(service: Service) -> APIRouter:
         "/is_scaling_elastic_ep", **described(answers={200: json_answer("Whether it scales.", "is_scaling_elastic_ep")})
     )
     async def is_scaling() -> dict[str, bool]:
-        under_way = any(op.kind is OperationKind.SCALE and op.phase not in ENDED for op in await backend.operations())
+        operations = await backend.ask(Coordinator.operations)
+        under_way = any(op.kind is OperationKind.SCALE and op.phase not in ENDED for op in operations)
         return {"is_scaling_elastic_ep": under_way}
 
     return router
@@ -65,7 +67,8 @@ async def _wait(backend: Backend, operation: Operation, timeout_s: float) -> Non
             )
         await asyncio.sleep(LOOK_S)
         try:
-            operation = await backend.operation(name) or operation
+            found = await backend.ask(Coordinator.operation, name)
+            operation = found or operation
         except NotReadyError:
             continue  # a new coordinator takes over, and knows the operation
     if operation.phase is Phase.FAILED:

@@ -220,8 +220,7 @@ class _Direct:
         taken = service.places.take(request.client, 1)
         counting = Counting(service.metrics, request)
         reason = FinishReason.ABORT
-        outputs = service.backend.generate(request)
-        assert isinstance(outputs, AsyncGenerator)
+        outputs = service.backend.engine.generate(request)
         begun = False
         try:
             async with contextlib.aclosing(outputs):

@@ -1,8 +1,7 @@
 """The real Backend: the coordinator and the engine as Ray actors.
 
 Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or the cluster
-does not serve for `recovery_timeout_s`. Requests are the business of engine_client.py; everything else is a call to the
-coordinator.
+does not serve for `recovery_timeout_s`. The requests are in the hands of `engine` (engine_client.py).
 """
 
 from __future__ import annotations
@@ -10,47 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from typing import TypeVar
 
 from ray.exceptions import RayActorError, RayError
 
 from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
-from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, dry_run_timeout_s
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote, ask, kill
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
-from elastic_moe.cluster.facts.counters import ClusterCounters
-from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.messages.requests import (
-    GenerateRequest,
-    RequestId,
-    TokenOutput,
-)
-from elastic_moe.cluster.messages.views import (
-    ClusterView,
-    ConfigView,
-    EngineStatus,
-    Operation,
-    PlacementView,
-    Readiness,
-    RebalancePreview,
-    Revision,
-    RoutingView,
-    ScaleView,
-    WorkerView,
-)
-from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.deploy.backend.backend import P, Question, R
 from elastic_moe.deploy.backend.engine_client import EngineClient
 from elastic_moe.deploy.backend.gcs_watch import LOOK_S, GcsWatch
 from elastic_moe.deploy.backend.ray_calls import result
 
 logger = logging.getLogger(__name__)
-
-R = TypeVar("R")
 
 READINESS_S = 0.25
 """Seconds between two questions whether the cluster is ready, until it is; then four times as many."""
@@ -63,7 +38,6 @@ class RayBackend:
         self,
         coordinator: Remote[Coordinator],
         *,
-        plan_deadline_s: float,
         recovery_timeout_s: float,
         gcs: GcsWatch | None = None,
     ) -> None:
@@ -72,17 +46,16 @@ class RayBackend:
         """
         self._gcs = gcs
         self._coordinator = coordinator
-        self._dry_run_timeout_s = dry_run_timeout_s(plan_deadline_s)
         self._recovery_timeout_s = recovery_timeout_s
         self._served_at = 0.0
         """When the cluster was last seen to serve."""
         self._has_served = False
         self._readiness = Readiness(ready=False, reason="starting")
         self._background = Background(_has_failed)
-        self._client = EngineClient(self._engine, self._background)
+        self.engine = EngineClient(self._find_engine, self._background)
 
     def begin(self) -> None:
-        for work in (self._watch_readiness(), self._client.follow(), LoopWatch("an API replica").watch()):
+        for work in (self._watch_readiness(), self.engine.follow(), LoopWatch("an API replica").watch()):
             self._background.start(work)
         if self._gcs is not None:
             self._background.start(self._watch_gcs(self._gcs))
@@ -95,27 +68,11 @@ class RayBackend:
         self._background.cancel()
         await self._background.settle()
 
-    # --- Requests -----------------------------------------------------------------------------------------------
-
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        return self._client.generate(request)
-
-    def cancel(self, request_id: RequestId) -> None:
-        self._client.cancel(request_id)
-
-    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
-        return await self._client.orphans(request_ids)
-
-    def forget(self, request_id: RequestId) -> None:
-        self._client.forget(request_id)
-
-    async def _engine(self) -> Remote[Engine] | None:
+    async def _find_engine(self) -> Remote[Engine] | None:
         try:
-            return await self._answer(ask(self._coordinator, Coordinator.engine))
+            return await self.ask(Coordinator.engine)
         except NotReadyError:
             return None
-
-    # --- Questions ----------------------------------------------------------------------------------------------
 
     @property
     def _lost(self) -> str | None:
@@ -129,67 +86,16 @@ class RayBackend:
         waited_s = time.monotonic() - self._served_at
         if self._lost is not None or self._readiness.error is not None:
             return False
-        return (self._has_served or self._client.has_connected) and waited_s < self._recovery_timeout_s
+        return (self._has_served or self.engine.has_connected) and waited_s < self._recovery_timeout_s
 
-    async def engine_status(self) -> EngineStatus:
-        if self._client.engine is None:
-            raise NotReadyError("there is no engine at the moment")
+    async def ask(self, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        return await self.ask_within(CALL_TIMEOUT_S, question, *arguments, **named)
+
+    async def ask_within(self, timeout_s: float, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         try:
-            return await result(ask(self._client.engine, Engine.status))
+            return await result(ask(self._coordinator, question, *arguments, **named), timeout_s)
         except (RayActorError, TimeoutError):
-            raise NotReadyError("the engine does not answer") from None
-
-    async def model_info(self) -> ModelInfo:
-        return await self._answer(ask(self._coordinator, Coordinator.model_info))
-
-    async def config(self) -> ConfigView:
-        return await self._answer(ask(self._coordinator, Coordinator.config))
-
-    async def placement(self) -> PlacementView:
-        return await self._answer(ask(self._coordinator, Coordinator.placement))
-
-    async def routing(self) -> RoutingView:
-        return await self._answer(ask(self._coordinator, Coordinator.routing))
-
-    async def workers(self) -> list[WorkerView]:
-        return await self._answer(ask(self._coordinator, Coordinator.workers))
-
-    async def cluster(self, known: Revision) -> ClusterView:
-        return await self._answer(ask(self._coordinator, Coordinator.cluster, known))
-
-    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
-        return await self._answer(
-            ask(self._coordinator, Coordinator.rebalance, planner, dry_run), self._dry_run_timeout_s
-        )
-
-    async def scale(
-        self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
-    ) -> Operation:
-        # the id lets a call be repeated if the coordinator dies during it
-        name = operation_id or f"scale-{uuid.uuid4().hex[:8]}"
-        return await self._answer(ask(self._coordinator, Coordinator.scale, workers, retire, name, replace))
-
-    async def scaling(self) -> ScaleView:
-        return await self._answer(ask(self._coordinator, Coordinator.scaling))
-
-    async def place(self, placement: Placement, pinned: bool | None) -> Operation:
-        return await self._answer(ask(self._coordinator, Coordinator.place, placement, pinned))
-
-    async def unpin(self) -> None:
-        await self._answer(ask(self._coordinator, Coordinator.unpin))
-
-    async def operations(self) -> list[Operation]:
-        return await self._answer(ask(self._coordinator, Coordinator.operations))
-
-    async def operation(self, operation_id: str) -> Operation | None:
-        return await self._answer(ask(self._coordinator, Coordinator.operation, operation_id))
-
-    async def counters(self) -> ClusterCounters:
-        return await self._answer(ask(self._coordinator, Coordinator.counters))
-
-    @property
-    def resumed_requests(self) -> int:
-        return self._client.resumed
+            raise NotReadyError("the coordinator does not answer") from None
 
     async def _watch_readiness(self) -> None:
         answered = False
@@ -205,7 +111,7 @@ class RayBackend:
                     kill(self._coordinator, restart=True)
                     answered = False
                 # requests need the engine alone
-                if self._client.engine is None:
+                if self.engine.current is None:
                     self._readiness = Readiness(ready=False, reason="the coordinator does not answer")
             except (RayError, EmoeError) as error:
                 logger.exception("asking for readiness failed")
@@ -224,7 +130,7 @@ class RayBackend:
         if now - self._served_at < self._recovery_timeout_s:
             return
         waited = f"{self._recovery_timeout_s:g} s"
-        self._client.end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")
+        self.engine.end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")
 
     async def _watch_gcs(self, gcs: GcsWatch) -> None:
         logged = False
@@ -234,15 +140,8 @@ class RayBackend:
                 logger.error("requests are ended: %s", gcs.lost)
             logged = gcs.lost is not None
             if gcs.lost is not None:
-                self._client.end_all(gcs.lost)
+                self.engine.end_all(gcs.lost)
             await asyncio.sleep(LOOK_S)
-
-    async def _answer(self, answer: Awaitable[R], timeout_s: float = CALL_TIMEOUT_S) -> R:
-        """The coordinator's answer. Raises what the coordinator raises, and NotReadyError while it does not answer."""
-        try:
-            return await result(answer, timeout_s)
-        except (RayActorError, TimeoutError):
-            raise NotReadyError("the coordinator does not answer") from None
 
 
 def _has_failed(error: BaseException) -> None:

@@ -99,7 +99,6 @@ class Api:
         """As the coordinator knows this replica."""
         self._backend = RayBackend(
             self._coordinator,
-            plan_deadline_s=config.plan_deadline,
             recovery_timeout_s=config.recovery_timeout,
             gcs=GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT))),
         )
@@ -113,7 +112,7 @@ class Api:
         loading = asyncio.create_task(self._load())
         work = (
             self._service.following.watch(),
-            self._service.metrics.share(self._backend),
+            self._service.metrics.share(self._backend.engine),
             check_in(self._coordinator, self._name, self._service),
         )
         self._tasks = [loading, *map(asyncio.create_task, work)]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.errors import EmoeError
+from elastic_moe.model.block_tables import fill_block_tables
 from elastic_moe.model.graph_pieces import SIZES, GraphTerms, Recorder, Work, padded
 from elastic_moe.model.native.attention import CHUNK, Rules
 from elastic_moe.model.staging import recorded
@@ -186,13 +187,10 @@ class GraphInputs:
         if self._cache.windows is not None:
             windowed = [seen_by_windows(piece, self._cache) for piece in slices]
             views = [windowed] if self._cache.only_windows else [*views, windowed]
-        size = self._cache.block_size
         for view, keys, table in zip(views, tables[::2], tables[1::2], strict=True):
             keys[:num] = [end for _, end, _ in view]
             keys[num:] = 0
-            for row, (_, end, blocks) in enumerate(view):
-                used = -(-end // size)
-                table[row, :used] = blocks[:used]
+            fill_block_tables(table, view, self._cache.block_size)
         self._fixed.send(sum(part.size for part in (tokens, positions, *tables)))
 
 

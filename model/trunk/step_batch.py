@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.messages.seats import LiveBlocks
+from elastic_moe.model.block_tables import Piece
 from elastic_moe.model.foreign_memory import borrowed
 from elastic_moe.model.graph_pieces import recording
 from elastic_moe.model.native.attention import NativeBatch, Rules
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.trunk.attention_path import KVShape
-from elastic_moe.model.trunk.flash import FlashBatch, Piece
+from elastic_moe.model.trunk.flash import FlashBatch
 from elastic_moe.model.trunk.kv_cache import KVCache
 
 

@@ -76,7 +76,7 @@ class Scene:
     replicas: list[Replica]
 
     async def add(self) -> Replica:
-        backend = RayBackend(Remote(self.coordinator), plan_deadline_s=1, recovery_timeout_s=600)
+        backend = RayBackend(Remote(self.coordinator), recovery_timeout_s=600)
         service = Service(ServeConfig(**self.settings), backend, str(self.model_dir), values=self.values)
         await service.begin()
         backend.begin()
@@ -84,7 +84,7 @@ class Scene:
         watching = asyncio.create_task(service.following.watch())
         replica = Replica(backend=backend, service=service, client=client, watching=watching)
         self.replicas.append(replica)
-        await until(lambda: backend._client.engine is not None and backend.can_wait)
+        await until(lambda: backend.engine.current is not None and backend.can_wait)
         return replica
 
     def new_engine(self) -> LetterEngine:
