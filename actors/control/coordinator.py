@@ -141,15 +141,18 @@ class Coordinator:
         workers = self._worker_views(loop)
         return cluster_view(loop.state, loop.window, workers, status, poller.status_at, known, time.monotonic())
 
-    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
-        """Raises ConflictError, NotReadyError, and ConfigError for an unknown planner."""
-        if planner not in PLANNERS:
-            raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {planner!r}")
+    async def preview(self, planner: str) -> RebalancePreview:
+        """What a re-placement would gain. Raises NotReadyError, and ConfigError for an unknown planner."""
+        _check_planner(planner)
         loop = self._require_loop()
-        if dry_run:
-            # raises NotReadyError before there is anything to plan for
-            placement_view(loop.state)
-            return await loop.planners.preview(planner, loop.state.facts)
+        # raises NotReadyError before there is anything to plan for
+        placement_view(loop.state)
+        return await loop.planners.preview(planner, loop.state.facts)
+
+    async def rebalance(self, planner: str) -> Operation:
+        """Raises ConflictError, which names the running operation, NotReadyError, and ConfigError as `preview`."""
+        _check_planner(planner)
+        loop = self._require_loop()
         loop.feed(RebalanceRequested(planner=planner))
         return _newest(loop.state)
 
@@ -392,6 +395,11 @@ class Coordinator:
         if self._loop is None:
             raise NotReadyError(self._error or "opening the checkpoint")
         return self._loop
+
+
+def _check_planner(name: str) -> None:
+    if name not in PLANNERS:
+        raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {name!r}")
 
 
 def _newest(state: ControlState) -> Operation:

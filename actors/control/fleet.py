@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Awaitable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import ray
@@ -36,6 +36,8 @@ from elastic_moe.optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)
 
+A = TypeVar("A")
+
 NODE_ID = "ray.io/node-id"
 """The label in which every node has its id."""
 ON_HEAD = {"node:__internal_head__": 0.001}
@@ -45,8 +47,8 @@ IO_THREADS = 16
 """Threads of a worker for the control plane's calls."""
 JOIN_THREADS = 4
 """Threads of a worker that join other workers: one does, and others may still hang in groups that were given up."""
-COPY_THREADS = 2
-"""Threads of a worker for copies of experts: one copy runs at a time, and one more must run while one hangs."""
+COPY_THREADS = 3
+"""Threads of a worker for copies of experts: one copy runs at a time, or two on GPUs. One more runs while they hang."""
 
 
 class Fleet(Protocol):
@@ -344,11 +346,12 @@ class RayFleet:
     def start_migrator(self, expert_bytes: int) -> Remote[Migrator]:
         options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
         bytes_per_s = self._config.migration_bandwidth * 1e6
-        return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, bytes_per_s, self._logs)
+        arguments = (expert_bytes, bytes_per_s, self._logs, self.device() == "cuda")
+        return self._create(Migrator, names.MIGRATOR, options, {}, *arguments)
 
     def _create(
-        self, cls: type, name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
-    ) -> Remote[Any]:
+        self, cls: type[A], name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
+    ) -> Remote[A]:
         actor: Any = ray.remote(**decoration)(cls) if decoration else ray.remote(cls)
         namespace = names.namespace_of(self.generation)
         named = actor.options(name=name, namespace=namespace, lifetime="detached", **options)

@@ -13,8 +13,11 @@ from typing import Any
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
+from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.liveness import dry_run_timeout_s
 from elastic_moe.cluster.errors import NotReadyError, RequestError
-from elastic_moe.cluster.messages.views import Operation, RebalancePreview, RoutingView, WorkerView
+from elastic_moe.cluster.facts.operations import new_operation_id
+from elastic_moe.cluster.messages.views import Operation, OperationKind, RebalancePreview, RoutingView, WorkerView
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.backend import Group
@@ -53,7 +56,7 @@ def admin_router(service: Service) -> APIRouter:
 
     @router.get("/placement", **described(answers={200: json_answer("Where the experts are.", *PLACEMENT["required"])}))
     async def placement(group: Group = chosen) -> dict[str, Any]:
-        view = await group.placement()
+        view = await group.ask(Coordinator.placement)
         return {"epoch": view.epoch, "pinned": view.pinned, **view.placement.to_dict()}
 
     @router.put("/placement", **described(body=PLACEMENT, answers={202: OPERATION}, errors=(409,)))
@@ -65,21 +68,21 @@ def admin_router(service: Service) -> APIRouter:
         pinned = {"true": True, "false": False}.get(pinned, pinned) if isinstance(pinned, str) else pinned
         if not isinstance(pinned, bool | None):
             raise RequestError("pinned: expected true or false", param="pinned")
-        operation = await group.place(Placement.from_dict(data), pinned)
+        operation = await group.ask(Coordinator.place, Placement.from_dict(data), pinned)
         return JSONResponse(operation_json(operation), 202)
 
     @router.delete("/placement/pin", **described(answers={200: json_answer("It is not pinned now.", "pinned")}))
     async def unpin(group: Group = chosen) -> dict[str, Any]:
-        await group.unpin()
+        await group.ask(Coordinator.unpin)
         return {"pinned": False}
 
     @router.get("/routing", **described(answers={200: json_answer("Tokens and load.", "tokens", "window_s", "load")}))
     async def routing(group: Group = chosen) -> dict[str, Any]:
-        return routing_json(await group.routing())
+        return routing_json(await group.ask(Coordinator.routing))
 
     @router.get("/workers", **described(answers={200: json_answer("The workers.", kind="array")}))
     async def workers(group: Group = chosen) -> list[dict[str, Any]]:
-        return [worker_json(worker) for worker in await group.workers()]
+        return [worker_json(worker) for worker in await group.ask(Coordinator.workers)]
 
     in_force = json_answer("What is in force.", "generation", "model_name", "model_dir", "device", "settings")
 
@@ -89,11 +92,11 @@ def admin_router(service: Service) -> APIRouter:
 
     @router.get("/operations", **described(answers={200: json_answer("What was done, and why.", kind="array")}))
     async def operations(group: Group = chosen) -> list[dict[str, Any]]:
-        return [operation_json(operation) for operation in await group.operations()]
+        return [operation_json(operation) for operation in await group.ask(Coordinator.operations)]
 
     @router.get("/operations/{operation_id}", **described(answers={200: OPERATION}, errors=(404,)))
     async def operation(operation_id: str, group: Group = chosen) -> dict[str, Any]:
-        found = await group.operation(operation_id)
+        found = await group.ask(Coordinator.operation, operation_id)
         if found is None:
             raise RequestError(f"there is no operation {operation_id[:100]!r}", code="operation_not_found", status=404)
         return operation_json(found)
@@ -108,14 +111,14 @@ def admin_router(service: Service) -> APIRouter:
         empty = request.headers.get("content-length") == "0" or "content-type" not in request.headers
         none = empty and not await request.body()
         body = RebalanceRequest() if none else await service.bodies.read(request, RebalanceRequest)
-        outcome = await group.rebalance(body.planner, body.dry_run)
-        if isinstance(outcome, Operation):
-            return JSONResponse(operation_json(outcome), 202)
-        return JSONResponse(preview_json(outcome))
+        if body.dry_run:
+            timeout_s = dry_run_timeout_s(service.config.plan_deadline)
+            return JSONResponse(preview_json(await group.ask_within(timeout_s, Coordinator.preview, body.planner)))
+        return JSONResponse(operation_json(await group.ask(Coordinator.rebalance, body.planner)), 202)
 
     @router.get("/scale", **described(answers={200: json_answer("Numbers of workers.", "serving", "target")}))
     async def scaling(group: Group = chosen) -> dict[str, Any]:
-        return dataclasses.asdict(await group.scaling())
+        return dataclasses.asdict(await group.ask(Coordinator.scaling))
 
     @router.post("/scale", **described(body=ScaleRequest, answers={202: OPERATION}, errors=(409,)))
     async def scale(request: Request, group: Group = chosen) -> Response:
@@ -123,7 +126,8 @@ def admin_router(service: Service) -> APIRouter:
         if body.workers is None and body.retire is None:
             raise RequestError("workers: expected workers, retire, or both", param="workers")
         retire = tuple(WorkerId(worker) for worker in body.retire or ())
-        operation = await group.scale(body.workers, retire, body.operation_id, body.replace)
+        name = body.operation_id or new_operation_id(OperationKind.SCALE)
+        operation = await group.ask(Coordinator.scale, body.workers, retire, name, body.replace)
         return JSONResponse(operation_json(operation), 202)
 
     return router
@@ -139,9 +143,9 @@ async def engine_json(number: int, group: Group) -> dict[str, Any]:
     body: dict[str, Any] = {"engine": number, "ready": state.ready, "reason": state.error or state.reason}
     body |= dict.fromkeys(("workers", "target", "running", "waiting", "kv_usage"))
     with contextlib.suppress(NotReadyError):
-        scale = await group.scaling()
+        scale = await group.ask(Coordinator.scaling)
         body |= {"workers": scale.serving, "target": scale.target}
-        status = await group.engine_status()
+        status = await group.engine.status()
         usage = max(status.kv_usage.values(), default=0.0)
         body |= {"running": sum(status.running.values()), "waiting": status.waiting, "kv_usage": usage}
     return body

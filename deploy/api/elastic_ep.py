@@ -12,8 +12,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.cluster.errors import NotReadyError, RequestError
-from elastic_moe.cluster.facts.operations import ENDED
+from elastic_moe.cluster.facts.operations import ENDED, new_operation_id
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.backend import Group
@@ -36,8 +37,9 @@ def elastic_ep_router(service: Service) -> APIRouter:
         if size is None:
             raise RequestError("new_data_parallel_size: this field is required", param="new_data_parallel_size")
         groups = [backend.group(number) for number in range(backend.num_groups)]
-        before = len((await groups[0].placement()).placement.workers)
-        operations = [await group.scale(size, (), None, False) for group in groups]
+        before = len((await groups[0].ask(Coordinator.placement)).placement.workers)
+        name = new_operation_id(OperationKind.SCALE)
+        operations = [await group.ask(Coordinator.scale, size, operation_id=name) for group in groups]
         for group, operation in zip(groups, operations, strict=True):
             await _wait(group, operation, body.drain_timeout)
         if body.new_data_parallel_size is None:
@@ -48,7 +50,8 @@ def elastic_ep_router(service: Service) -> APIRouter:
         "/is_scaling_elastic_ep", **described(answers={200: json_answer("Whether it scales.", "is_scaling_elastic_ep")})
     )
     async def is_scaling() -> dict[str, bool]:
-        operations = [op for n in range(backend.num_groups) for op in await backend.group(n).operations()]
+        groups = [backend.group(number) for number in range(backend.num_groups)]
+        operations = [operation for group in groups for operation in await group.ask(Coordinator.operations)]
         under_way = any(op.kind is OperationKind.SCALE and op.phase not in ENDED for op in operations)
         return {"is_scaling_elastic_ep": under_way}
 
@@ -68,7 +71,8 @@ async def _wait(group: Group, operation: Operation, timeout_s: float) -> None:
             )
         await asyncio.sleep(LOOK_S)
         try:
-            operation = await group.operation(name) or operation
+            found = await group.ask(Coordinator.operation, name)
+            operation = found or operation
         except NotReadyError:
             continue  # a new coordinator takes over, and knows the operation
     if operation.phase is Phase.FAILED:

@@ -1,7 +1,8 @@
 """The cluster as the API sees it: requests go to the engine and tokens come back; the coordinator answers questions.
 
 backend          the interface of the API to the cluster
-groups           that interface over the groups of a cluster, from one to another of which requests move
+groups           that interface over the groups of a cluster
+router           gives requests to the groups' engines, and moves them from a group that is lost
 routing          which group a request goes to; pure
 ray_backend      one group on Ray: the coordinator's answers, and whether the group can serve
 engine_client    the requests at an engine, which go on with the next engine after a loss

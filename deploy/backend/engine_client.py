@@ -43,6 +43,7 @@ from elastic_moe.cluster.messages.requests import (
     Submit,
     TokenOutput,
 )
+from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.deploy.backend.backend import GenerationFailed
 from elastic_moe.deploy.backend.ray_calls import result
 from elastic_moe.deploy.backend.request_stream import RequestStream
@@ -75,7 +76,7 @@ class EngineClient:
         self._background = background
         self._client_id = uuid.uuid4().hex
         self._streams: dict[RequestId, RequestStream] = {}
-        self.engine: Remote[Engine] | None = None
+        self.current: Remote[Engine] | None = None
         """The engine that is connected; None while none is."""
         self.has_connected = False
         """Whether an engine has ever been connected."""
@@ -126,6 +127,9 @@ class EngineClient:
         """The requests of this client."""
         return list(self._streams.values())
 
+    def group_of(self, request_id: RequestId) -> int:
+        return self._group
+
     def __len__(self) -> int:
         return len(self._streams)
 
@@ -152,6 +156,14 @@ class EngineClient:
     def forget(self, request_id: RequestId) -> None:
         if self._link is not None:
             self._link.send(AbortRequests(request_ids=(request_id,)))
+
+    async def status(self) -> EngineStatus:
+        if self.current is None:
+            raise NotReadyError("there is no engine at the moment")
+        try:
+            return await result(ask(self.current, Engine.status))
+        except (RayActorError, TimeoutError):
+            raise NotReadyError("the engine does not answer") from None
 
     async def _submit(self, link: Link | None, stream: RequestStream) -> None:
         """Raises RequestError if the engine refuses it. The next engine gets it if this one is gone."""
@@ -214,7 +226,7 @@ class EngineClient:
                 lost = engine
             except (RayError, EmoeError):
                 logger.exception("following the engine failed")
-            self.engine = self._link = None
+            self.current = self._link = None
             self._lost()
             await asyncio.sleep(RETRY_S)
 
@@ -227,7 +239,7 @@ class EngineClient:
             await within(link.call(hello), CALL_TIMEOUT_S)
             self.has_connected = True
             # set before the loop: a stream that begins later is submitted by its own generate()
-            self.engine, self._link, self._linked_at = engine, link, time.monotonic()
+            self.current, self._link, self._linked_at = engine, link, time.monotonic()
             for stream in [s for s in self._streams.values() if s.link is not link]:
                 if self._streams.get(stream.request.request_id) is not stream:
                     continue

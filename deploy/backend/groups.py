@@ -1,47 +1,27 @@
-"""The groups of a cluster as one Backend: each request goes to one of them, and on to another one if that one is lost.
+"""The groups of a cluster as one Backend.
 
-    generate() -> routing.choose() -> the client of a group's engine -> (the group is lost) -> the client of another one
-
-A request moves with the tokens that it has, as it goes on with the next engine of one group (engine_client.py). With
-one group nothing of this runs: requests go straight to its client.
+With one group, requests go straight to the client of its engine; with several, router.py chooses. Questions about one
+group go to that group, and questions about what all groups have in common to the first one that answers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import NotReadyError, RequestError
-from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.deploy.backend.backend import P, Question, R, Requests
 from elastic_moe.deploy.backend.ray_backend import RayBackend
-from elastic_moe.deploy.backend.request_stream import RequestStream
-from elastic_moe.deploy.backend.routing import GroupState, KnownPrefixes, by_name, choose, chunk_keys
+from elastic_moe.deploy.backend.router import Router
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.25
-"""Seconds between two looks for groups that are lost, if no engine says so by its end."""
-LOAD_S = 1.0
-"""Seconds between two questions to each engine about the requests of all replicas."""
-
 MakeGroup = Callable[[int, Callable[[], None]], RayBackend]
-
-
-@dataclass(slots=True)
-class _Load:
-    """What an engine has said last."""
-
-    others: int = 0
-    """Requests of other API replicas."""
-    workers: int = 1
 
 
 class Groups:
@@ -49,20 +29,18 @@ class Groups:
 
     def __init__(self, number: int, make: MakeGroup) -> None:
         """`number`: of groups. `make` is given a group's number and what it is to call when it has lost its engine."""
-        self._changed = asyncio.Event()
-        """Set when an engine was lost."""
-        self._groups = [make(n, self._changed.set) for n in range(number)]
-        self._loads = [_Load() for _ in range(number)]
-        self._prefixes = KnownPrefixes(number)
-        self._background = Background(_has_failed)
+        changed = asyncio.Event()
+        self._groups = [make(n, changed.set) for n in range(number)]
+        self._router = Router(self._groups, changed)
+        self.engine: Requests = self._groups[0].engine if number == 1 else self._router
+        self._watch = Background(_has_failed)
 
     def begin(self) -> None:
         for group in self._groups:
             group.begin()
-        self._background.start(LoopWatch("an API replica").watch())
+        self._watch.start(LoopWatch("an API replica").watch())
         if len(self._groups) > 1:
-            for work in (self._watch(), *map(self._watch_load, range(len(self._groups)))):
-                self._background.start(work)
+            self._router.begin()
 
     def expect_service(self) -> None:
         """From now on requests may wait for the cluster to serve, although it has not done so yet."""
@@ -70,8 +48,9 @@ class Groups:
             group.expect_service()
 
     async def end(self) -> None:
-        self._background.cancel()
-        await self._background.settle()
+        self._watch.cancel()
+        await self._watch.settle()
+        await self._router.end()
         for group in self._groups:
             await group.end()
 
@@ -84,78 +63,17 @@ class Groups:
             raise RequestError(f"engine: expected 0 to {len(self._groups) - 1}, got {number}", param="engine")
         return self._groups[number]
 
-    # --- Requests -----------------------------------------------------------------------------------------------
+    async def ask(self, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        return await self.ask_within(CALL_TIMEOUT_S, question, *arguments, **named)
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        if len(self._groups) == 1:
-            return self._groups[0].generate(request)
-        return self._generate(request)
-
-    async def _generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        stream = RequestStream(request)
-        self._groups[self._place(stream)].client.take(stream)
-        ended = False
-        try:
-            await self._groups[stream.group].client.submit(stream)
-            while not ended:
-                output = await stream.next()
-                ended = output.finish_reason is not None
-                yield output
-        finally:
-            # by now it may be another group than at the beginning
-            self._groups[stream.group].client.give_up(stream, ended=ended)
-            self._learn(stream)
-
-    def _place(self, stream: RequestStream) -> int:
-        """The group for a request. While no group serves, the one that served last."""
-        states = self.states()
-        request = stream.request
-        if request.lasting:
-            best = by_name(states, request.request_id).value
-        else:
-            known = self._prefixes.known(chunk_keys(request.prompt_token_ids, request.cache_salt))
-            best = choose(states, known).value
-        if best is None:
-            return max(range(len(self._groups)), key=lambda number: self._groups[number].served_at)
-        stream.group = best
-        self._learn(stream)
-        return best
-
-    def _learn(self, stream: RequestStream) -> None:
-        """The group of this request has its tokens so far in its prefix caches, or will have them soon."""
-        tokens = (*stream.request.prompt_token_ids, *stream.received)
-        self._prefixes.learn(chunk_keys(tokens, stream.request.cache_salt), stream.group)
-
-    def states(self) -> list[GroupState]:
-        """What is known here of each group now."""
-        return [
-            GroupState(serves=group.serves, requests=len(group.client) + load.others, workers=load.workers)
-            for group, load in zip(self._groups, self._loads, strict=True)
-        ]
-
-    def cancel(self, request_id: RequestId) -> None:
-        next((g for g in self._groups if request_id in g.client), self._groups[0]).cancel(request_id)
-
-    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
-        """Those that no group has under a replica that lives. A group without an engine has none."""
-        asked = [group for group in self._groups if group.client.engine is not None]
-        answers = await asyncio.gather(*(group.orphans(request_ids) for group in asked))
-        return tuple(name for name in request_ids if answers and all(name in answer for answer in answers))
-
-    def forget(self, request_id: RequestId) -> None:
-        for group in self._groups:
-            group.forget(request_id)
-
-    def group_of(self, request_id: RequestId) -> int:
-        if len(self._groups) == 1:
-            return 0
-        return next((number for number, group in enumerate(self._groups) if request_id in group.client), 0)
-
-    @property
-    def resumed_requests(self) -> int:
-        return sum(group.client.resumed for group in self._groups)
-
-    # --- All groups together ------------------------------------------------------------------------------------
+    async def ask_within(self, timeout_s: float, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        *others, last = self._groups
+        for group in others:
+            try:
+                return await group.ask_within(timeout_s, question, *arguments, **named)
+            except NotReadyError:
+                continue
+        return await last.ask_within(timeout_s, question, *arguments, **named)
 
     async def readiness(self) -> Readiness:
         return together([await group.readiness() for group in self._groups])
@@ -163,50 +81,6 @@ class Groups:
     @property
     def can_wait(self) -> bool:
         return any(group.can_wait for group in self._groups)
-
-    async def model_info(self) -> ModelInfo:
-        """As the first group says that knows it: all serve the same model."""
-        for group in self._groups[:-1]:
-            with contextlib.suppress(NotReadyError):
-                return await group.model_info()
-        return await self._groups[-1].model_info()
-
-    # --- Groups that are lost -----------------------------------------------------------------------------------
-
-    async def _watch(self) -> None:
-        """Move requests away from groups that are lost. Never returns."""
-        lost: set[int] = set()
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
-                    await self._changed.wait()
-            self._changed.clear()
-            before, lost = lost, {n for n, group in enumerate(self._groups) if group.is_lost(time.monotonic())}
-            for number in lost - before:
-                self._prefixes.forget(number)
-            for number in lost:
-                self._move_requests(number)
-
-    def _move_requests(self, lost: int) -> None:
-        """Have the requests of a lost group go on in others, if one serves."""
-        streams = self._groups[lost].client.streams
-        if not streams or not any(state.serves for state in self.states()):
-            return
-        logger.warning("group %d is lost: %d requests go on in other groups", lost, len(streams))
-        for stream in streams:
-            self._groups[lost].client.give_up(stream, ended=False)
-            self._groups[self._place(stream)].client.take_over(stream)
-
-    async def _watch_load(self, number: int) -> None:
-        """Ask a group's engine for the requests of all replicas, again and again. Never returns."""
-        group = self._groups[number]
-        while True:
-            with contextlib.suppress(NotReadyError):
-                status = await group.engine_status()
-                total = sum(status.running.values()) + status.waiting
-                others = max(0, total - len(group.client))
-                self._loads[number] = _Load(others=others, workers=len(status.running) or 1)
-            await asyncio.sleep(LOAD_S)
 
 
 def together(states: Sequence[Readiness]) -> Readiness:

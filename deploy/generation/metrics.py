@@ -28,13 +28,14 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from ray.exceptions import RayError
 
+from elastic_moe.actors.control.coordinator import Coordinator
 from elastic_moe.actors.remote.key_value import KeyValue
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.counters import BOUNDS_S, ClusterCounters, Distribution
 from elastic_moe.cluster.messages.requests import FinishReason
 from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, ScaleView, WorkerView
-from elastic_moe.deploy.backend.backend import Backend, Group
+from elastic_moe.deploy.backend.backend import Backend, Group, Requests
 from elastic_moe.deploy.generation.counts import AddedUp, Counts, SharedCounts, counts_of
 from elastic_moe.deploy.generation.life import Life, Times
 
@@ -187,17 +188,17 @@ class Metrics:
         """The text that Prometheus reads. Cluster metrics are left out while there is no cluster to ask."""
         cluster = self._cluster
         cluster.ready = (await backend.readiness()).ready
-        await self._add_up(backend.resumed_requests)
+        await self._add_up(backend.engine.resumed)
         groups = zip(cluster.groups, map(backend.group, range(backend.num_groups)), strict=True)
         await asyncio.gather(*(collector.ask(group) for collector, group in groups))
         return prometheus_client.generate_latest(self._whole)
 
-    async def share(self, backend: Backend) -> None:
+    async def share(self, engine: Requests) -> None:
         """Put this replica's counts where the others see them, again and again. Never returns."""
         while True:
             await asyncio.sleep(SHARE_S)
             with contextlib.suppress(RayError):
-                await asyncio.to_thread(self._shared.put, self._counts(backend.resumed_requests))
+                await asyncio.to_thread(self._shared.put, self._counts(engine.resumed))
 
     async def _add_up(self, resumed: int) -> None:
         counts = self._counts(resumed)
@@ -282,11 +283,11 @@ class _GroupCollector:
         # each by itself: while there is no engine, the coordinator still knows which workers have died
         counters: ClusterCounters | None
         self.engine, self.workers, self.scale, self.routing, counters = await asyncio.gather(
-            _unless_away(group.engine_status()),
-            _unless_away(group.workers()),
-            _unless_away(group.scaling()),
-            _unless_away(group.routing()),
-            _unless_away(group.counters()),
+            _unless_away(group.engine.status()),
+            _unless_away(group.ask(Coordinator.workers)),
+            _unless_away(group.ask(Coordinator.scaling)),
+            _unless_away(group.ask(Coordinator.routing)),
+            _unless_away(group.ask(Coordinator.counters)),
         )
         # totals stay true; anything else that was read last would look as if it were
         self.counters = counters or self.counters

@@ -108,7 +108,6 @@ class Api:
     def _group(self, number: int, lost: Callable[[], None]) -> RayBackend:
         return RayBackend(
             self._coordinators[number],
-            plan_deadline_s=self._config.plan_deadline,
             recovery_timeout_s=self._config.recovery_timeout,
             gcs=self._gcs,
             number=number,
@@ -120,7 +119,7 @@ class Api:
         loading = asyncio.create_task(self._load())
         work = (
             self._service.following.watch(),
-            self._service.metrics.share(self._backend),
+            self._service.metrics.share(self._backend.engine),
             *(check_in(coordinator, self._name, self._service) for coordinator in self._coordinators),
         )
         self._tasks = [loading, *map(asyncio.create_task, work)]

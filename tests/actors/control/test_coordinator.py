@@ -177,15 +177,15 @@ def test_rebalance(tmp_path: Path) -> None:
             await ready(coordinator)
             await asyncio.sleep(0.1)
             with pytest.raises(ConfigError, match="planner"):
-                await coordinator.rebalance("crystal ball", True)
-            preview = await coordinator.rebalance("greedy", True)
+                await coordinator.preview("crystal ball")
+            preview = await coordinator.preview("greedy")
             assert isinstance(preview, RebalancePreview)
             assert preview.load_imbalance_after < preview.load_imbalance_before
             assert (await coordinator.placement()).epoch == 1
-            operation = await coordinator.rebalance("greedy", False)
+            operation = await coordinator.rebalance("greedy")
             assert isinstance(operation, Operation)
             with pytest.raises(ConflictError, match=operation.operation_id):
-                await coordinator.rebalance("greedy", False)
+                await coordinator.rebalance("greedy")
             assert (await ended(coordinator, operation.operation_id)).phase is Phase.COMPLETED
             assert (await coordinator.placement()).epoch == 2
             counters = await coordinator.counters()
@@ -222,7 +222,7 @@ def test_a_worker_that_dies_during_a_rebalance(tmp_path: Path, method: str, vict
                     fleet.workers[victim].dead = True
 
             fleet.workers[victim].before = die
-            operation = await coordinator.rebalance("greedy", False)
+            operation = await coordinator.rebalance("greedy")
             assert isinstance(operation, Operation)
             assert (await ended(coordinator, operation.operation_id)).phase is Phase.FAILED
 
@@ -244,7 +244,7 @@ def test_a_damaged_copy_fails_the_rebalance_and_harms_nothing(tmp_path: Path) ->
             await ready(coordinator)
             await asyncio.sleep(0.1)
             (tmp_path / "damage-copies").touch()
-            operation = await coordinator.rebalance("greedy", False)
+            operation = await coordinator.rebalance("greedy")
             assert isinstance(operation, Operation)
             failed = await ended(coordinator, operation.operation_id)
             assert failed.phase is Phase.FAILED
@@ -474,7 +474,7 @@ def test_a_restarted_coordinator_remembers_the_subjects(tmp_path: Path) -> None:
             second = Coordinator(fleet.config, str(tmp_path), fleet)
             await asyncio.wait_for(second._opened.wait(), 5)
             assert len(control_loop(second).memory) == 1
-            preview = await second.rebalance("greedy", True)
+            preview = await second.preview("greedy")
             assert isinstance(preview, RebalancePreview)
             await second.shutdown()
 
@@ -500,7 +500,7 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
                     await asyncio.sleep(3600)
 
             fleet.workers[W1].before = stall
-            operation = await first.rebalance("greedy", False)
+            operation = await first.rebalance("greedy")
             assert isinstance(operation, Operation)
 
             async def preparing() -> bool:
@@ -517,7 +517,7 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
             assert (await ended(second, operation.operation_id)).error == "the coordinator was restarted"
             assert (await second.placement()).epoch == 1
             await asyncio.sleep(0.1)
-            again = await second.rebalance("greedy", False)
+            again = await second.rebalance("greedy")
             assert isinstance(again, Operation)
             assert (await ended(second, again.operation_id)).phase is Phase.COMPLETED
             await second.shutdown()
@@ -547,7 +547,7 @@ def test_a_placement_that_was_saved_is_loaded_and_pinned(tmp_path: Path) -> None
             await ready(coordinator)
             await asyncio.sleep(0.1)
             saved = (await coordinator.placement()).placement
-            operation = await coordinator.rebalance("greedy", False)
+            operation = await coordinator.rebalance("greedy")
             assert isinstance(operation, Operation)
             await ended(coordinator, operation.operation_id)
             assert (await coordinator.placement()).placement != saved
@@ -590,12 +590,12 @@ def test_a_migrator_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch
 
             migrator = control_loop(coordinator).processes.migrator.handle
             migrator.before = hang
-            operation = await coordinator.rebalance("greedy", False)
+            operation = await coordinator.rebalance("greedy")
             assert isinstance(operation, Operation)
             failed = await ended(coordinator, operation.operation_id)
             assert failed.error == "the migrator failed: no answer in time"
             assert migrator.dead
-            again = await coordinator.rebalance("greedy", False)
+            again = await coordinator.rebalance("greedy")
             assert isinstance(again, Operation)
             assert (await ended(coordinator, again.operation_id)).phase is Phase.COMPLETED
 

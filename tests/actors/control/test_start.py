@@ -86,7 +86,7 @@ def test_kill_9_while_a_placement_changes(coordinator: Any, tmp_path: Path, slow
     wait_ready(coordinator)
     wait_until(lambda: ask(coordinator, "routing").tokens)
     (tmp_path / f"slow-{slow}").touch()
-    operation: Operation = ask(coordinator, "rebalance", "greedy", False)
+    operation: Operation = ask(coordinator, "rebalance", "greedy")
     stage = "transferring" if slow == "export_expert" else "preparing"
     time.sleep(0.7)
     assert ask(coordinator, "operation", operation.operation_id).phase is Phase.PREPARING, stage

@@ -11,7 +11,7 @@ from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.deploy.backend import engine_client, groups, ray_backend
+from elastic_moe.deploy.backend import engine_client, ray_backend, router
 from elastic_moe.deploy.backend.groups import Groups, together
 from elastic_moe.deploy.backend.ray_backend import RayBackend
 from elastic_moe.deploy.backend.routing import CHUNK
@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_client, "ADOPT_S", 0.0)
     monkeypatch.setattr(ray_backend, "READINESS_S", 0.005)
     monkeypatch.setattr(ray_backend, "MOVE_S", 0.03)
-    monkeypatch.setattr(groups, "LOOK_S", 0.01)
+    monkeypatch.setattr(router, "LOOK_S", 0.01)
 
 
 class Cluster:
@@ -36,19 +36,19 @@ class Cluster:
         self.engines = [Engine() for _ in range(number)]
         self.coordinators = [Coordinator(engine) for engine in self.engines]
         self.backend = Groups(number, self._make)
+        self.router = self.backend._router
 
     def _make(self, number: int, lost: Callable[[], None]) -> RayBackend:
         coordinator = Remote[Coordinator](self.coordinators[number])
         return RayBackend(
             coordinator,  # type: ignore[arg-type]
-            plan_deadline_s=1,
             recovery_timeout_s=600.0,
             number=number,
             lost=lost,
         )
 
     async def serves(self) -> None:
-        await until(lambda: all(state.serves for state in self.backend.states()))
+        await until(lambda: all(state.serves for state in self.router.states()))
 
     def ask(self, name: str, prompt: tuple[int, ...] = (1, 2), *, lasting: bool = False) -> asyncio.Task[list[int]]:
         params = SamplingParams(max_tokens=LENGTH, seed=3)
@@ -56,7 +56,7 @@ class Cluster:
 
         async def collect() -> list[int]:
             tokens: list[int] = []
-            async for output in self.backend.generate(request):
+            async for output in self.backend.engine.generate(request):
                 assert output.offset == len(tokens)
                 tokens += output.token_ids
             return tokens
@@ -136,7 +136,7 @@ def test_a_lost_engine_costs_no_token(made: int) -> None:
         assert {len(r.output_token_ids) for r in resumed} == {made}
         release(other, 100)
         assert await asyncio.gather(*answers) == [EXPECTED] * 4
-        assert cluster.backend.resumed_requests == 2
+        assert cluster.backend.engine.resumed == 2
         # new ones avoid the lost group too
         assert await cluster.ask("late") == EXPECTED
 
@@ -169,7 +169,7 @@ def test_a_short_outage_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         answer = cluster.ask("a")
         await until(lambda: "a" in cluster.engines[0].running)
         cluster.coordinators[0].reason = "recovering"
-        await until(lambda: not cluster.backend.states()[0].serves)
+        await until(lambda: not cluster.router.states()[0].serves)
         await asyncio.sleep(0.05)
         assert cluster.names() == [{"a"}, set()]
         late = cluster.ask("late", PROMPT)
@@ -188,7 +188,7 @@ def test_while_no_group_serves_requests_wait_for_the_first_that_does() -> None:
         for coordinator, engine in zip(cluster.coordinators, cluster.engines, strict=True):
             coordinator.current = None
             engine.kill()
-        await until(lambda: not any(state.serves for state in cluster.backend.states()))
+        await until(lambda: not any(state.serves for state in cluster.router.states()))
         answers.append(cluster.ask("c"))
         assert cluster.backend.can_wait
         while (await cluster.backend.readiness()).ready:
@@ -208,13 +208,13 @@ def test_lasting_requests_are_looked_for_in_all_groups() -> None:
         assert all(cluster.names()), "names are spread over both groups"
         unknown = RequestId("unknown")
         # this replica follows them, so that nobody else needs to
-        assert await cluster.backend.orphans([*names, unknown]) == (unknown,)
-        cluster.backend.cancel(names[0])
+        assert await cluster.backend.engine.orphans([*names, unknown]) == (unknown,)
+        cluster.backend.engine.cancel(names[0])
         assert (await answers[0]) == []
         for engine in cluster.engines:
             release(engine, 100)
         assert await asyncio.gather(*answers[1:]) == [EXPECTED] * 7
-        cluster.backend.forget(names[1])
+        cluster.backend.engine.forget(names[1])
 
     run(scenario)
 
@@ -224,8 +224,8 @@ def test_one_group_is_asked_directly() -> None:
         (engine,) = cluster.engines
         release(engine, 100)
         assert await cluster.ask("a") == EXPECTED
-        assert cluster.backend.group_of(RequestId("a")) == 0
-        assert len(cluster.backend._prefixes) == 0
+        assert cluster.backend.engine.group_of(RequestId("a")) == 0
+        assert len(cluster.router._prefixes) == 0
         with pytest.raises(RequestError, match="engine: expected 0 to 0, got 1"):
             cluster.backend.group(1)
 

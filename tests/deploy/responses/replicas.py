@@ -38,7 +38,7 @@ class Replica:
         """As a death does: its connections end, and nothing is tidied up."""
         self.watching.cancel()
         self.service.following._background.cancel()
-        self.backend._background.cancel()
+        self.backend._watch.cancel()
         self.backend.group(0)._background.cancel()
         await asyncio.sleep(0)
 
@@ -86,11 +86,11 @@ class Scene:
         watching = asyncio.create_task(service.following.watch())
         replica = Replica(backend=backend, service=service, client=client, watching=watching)
         self.replicas.append(replica)
-        await until(lambda: backend.group(0).client.engine is not None and backend.can_wait)
+        await until(lambda: backend.group(0).engine.current is not None and backend.can_wait)
         return replica
 
     def _group(self, number: int, lost: Callable[[], None]) -> RayBackend:
-        return RayBackend(Remote(self.coordinator), plan_deadline_s=1, recovery_timeout_s=600, number=number, lost=lost)
+        return RayBackend(Remote(self.coordinator), recovery_timeout_s=600, number=number, lost=lost)
 
     def new_engine(self) -> LetterEngine:
         self.engine.kill()
