@@ -96,7 +96,7 @@ class Api:
         self._redeployable = model is not None
         self._coordinator = start(config, model_dir)
         self._name = uuid.uuid4().hex
-        """As the coordinator knows this replica."""
+        """The name by which the coordinator knows this replica."""
         self._backend = RayBackend(
             self._coordinator,
             recovery_timeout_s=config.recovery_timeout,

@@ -187,7 +187,7 @@ class _Shown:
         return spaces
 
     def forget(self) -> None:
-        """What was pushed so far is not the answer's."""
+        """What was pushed so far does not belong to the answer."""
         self._spaces, self._any = [], False
 
 
