@@ -74,7 +74,7 @@ class HostRates:
     bytes_per_s: float
     """Bytes per second of copies to the GPU."""
     token_s: float
-    """Seconds that the host's cores take for one row in one expert, most of it for reading weights where rows are few."""
+    """Seconds that the host's cores take for one row in one expert, most of it for reading weights if rows are few."""
 
 
 def host_rates(device: torch.device, layer: TieredStacks, tensors: Tensors) -> HostRates:
