@@ -27,6 +27,8 @@ _KEEP_ALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 class TcpTransport:
     """See the module."""
 
+    launches = False
+
     def __init__(
         self, *, rank: int, connections: Mapping[int, socket.socket], names: Sequence[str], timeout_s: float
     ) -> None:

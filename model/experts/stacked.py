@@ -160,8 +160,8 @@ class StackedExperts:
     @property
     def memory(self) -> object | None:
         """What a CUDA graph of `forward` reads. The graph is right as long as this is the same object; None if forward
-        needs the CPU."""
-        return self._slots.stacks or None
+        needs the CPU: without kernels it reads how many rows each expert has."""
+        return self._slots.stacks or None if self._pairs is not None else None
 
     @property
     def nbytes(self) -> int:

@@ -1,9 +1,10 @@
-"""Launches a whole decode step as one CUDA graph.
+"""Launches decode steps as CUDA graphs, attention included (token_graphs.py: other steps, attention apart).
 
 A decode step of a model of 16 layers is some hundred kernels, and the CPU needs longer to launch them one by one than
-the GPU to run them. So the steps of each size are recorded once, and then launched by one call. A graph reads its
-tokens, lengths and block tables from memory that stays in place. A step of fewer sequences than its graph has rows
-leaves the other rows empty: they write nothing, and no expert computes them.
+the GPU to run them. So the steps of each size are recorded once, and then launched by one call, or by one for each
+piece between exchanges with other workers. A graph reads its tokens, lengths and block tables from memory that stays in
+place. A step of fewer sequences than its graph has rows leaves the other rows empty: they write nothing, and no expert
+computes them.
 
 Legend: B rows of a graph, C blocks of a table, V vocabulary, L MoE layers, K experts per token.
 """
@@ -13,31 +14,89 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import lcm
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.model.block_tables import fill_block_tables
+from elastic_moe.model.graph_pieces import SIZES, GraphTerms, Recorder, Work, padded
 from elastic_moe.model.native.attention import CHUNK, Rules
 from elastic_moe.model.staging import recorded
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, seen_by_windows
 
+R = TypeVar("R")
+
 _MOST_ROWS = 256
-"""Rows of the largest graph. Larger steps keep the GPU busy while the CPU launches them."""
+"""Rows of the largest graph. Larger steps are recorded as those with prompts."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """The numbers of rows for which there are graphs. A step has at most 7 rows to spare, and beyond 64 rows 15."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, _MOST_ROWS + 1, 16)]
-    most = min(max_num_seqs, _MOST_ROWS)
-    return [size for size in sizes if size < most] + [most]
+    most = padded(min(max_num_seqs, _MOST_ROWS))
+    return [size for size in SIZES if size <= most]
 
 
 class RecordingFailed(EmoeError):
     """A graph could not be recorded, for lack of memory for example."""
+
+
+Launch = Callable[[], tuple[Tensor, Tensor]]
+"""Runs a step that has been recorded: (logits [n, V] of the sequences that want them, chosen experts [L, T, K] of its
+tokens). They are valid until the next step."""
+
+
+class Recordings(Generic[R]):
+    """The recordings of steps of all sizes, as long as they are right."""
+
+    def __init__(self, recorder: Recorder, *, prepare: Callable[[int], None], run: Callable[[int], R]) -> None:
+        """`run` runs a step of so many rows. `prepare` writes what such a step reads while it is recorded."""
+        self._recorder = recorder
+        self._prepare = prepare
+        self._run = run
+        self._made: dict[int, tuple[Work, R]] = {}
+        self._memory: list[object] = []
+
+    def get(self, rows: int, memory: list[object]) -> tuple[Work, R]:
+        """What replays a step of so many rows, and what it writes. `memory` as in GraphTerms: recordings of other
+        memory are dropped. Raises RecordingFailed."""
+        if len(memory) != len(self._memory) or any(
+            new is not old for new, old in zip(memory, self._memory, strict=True)
+        ):
+            self._made.clear()
+            self._memory = memory
+        if rows not in self._made:
+            self._prepare(rows)
+            try:
+                self._made[rows] = self._recorder.record(lambda: self._run(rows))
+            except RuntimeError as error:
+                raise RecordingFailed(str(error).splitlines()[0]) from error
+        return self._made[rows]
+
+
+class FixedInputs:
+    """What recordings read, in memory of the device that stays in place, and where the host writes it."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        """`size`: numbers of 64 bits."""
+        self.device = torch.zeros(size, dtype=torch.int64, device=device)
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied: torch.cuda.Event | None = None
+        """When the device has the last step, whose place in the host's memory is free then."""
+
+    def begin(self) -> Tensor:
+        """Where the host writes the next step."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
+
+    def send(self, used: int) -> None:
+        """Copy the first numbers to the device. The CPU does not wait."""
+        self.device[:used].copy_(self._host[:used], non_blocking=True)
+        if self.device.is_cuda:
+            self._copied = recorded()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +142,12 @@ class GraphInputs:
             tokens = cache.windows.tokens + cache.block_size + lcm(CHUNK, cache.block_size)
             windowed = min(self._columns[0], -(-tokens // cache.block_size) + 1)
             self._columns = [windowed] if cache.only_windows else [*self._columns, windowed]
-        size = most_rows * (2 + sum(1 + columns for columns in self._columns))
-        self._device = torch.zeros(size, dtype=torch.int64, device=device)
-        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._copied: torch.cuda.Event | None = None
-        """When the device has the last step, whose place in the host's memory is free then."""
+        self._fixed = FixedInputs(most_rows * (2 + sum(1 + columns for columns in self._columns)), device)
 
     def parts(self, rows: int) -> list[Tensor]:
         """What a graph of so many rows reads: [B] tokens, [B] positions, and for the layers without and those with a
         window, as far as there are such, [B] keys and [B, C] block tables."""
-        return self._parts(self._device, rows)
+        return self._parts(self._fixed.device, rows)
 
     def _parts(self, flat: Tensor, rows: int) -> list[Tensor]:
         sizes = [rows, rows]
@@ -124,9 +179,7 @@ class GraphInputs:
 
     def put(self, slices: Sequence[SequenceSlice], rows: int) -> None:
         """Copy a step to the device, for which the CPU does not wait."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        tokens, positions, *tables = (part.numpy() for part in self._parts(self._host, rows))
+        tokens, positions, *tables = (part.numpy() for part in self._parts(self._fixed.begin(), rows))
         num = len(slices)
         tokens[:num] = [piece.token_ids[0] for piece in slices]
         positions[:num] = [piece.start for piece in slices]
@@ -138,31 +191,33 @@ class GraphInputs:
             keys[:num] = [end for _, end, _ in view]
             keys[num:] = 0
             fill_block_tables(table, view, self._cache.block_size)
-        used = sum(part.size for part in (tokens, positions, *tables))
-        self._device[:used].copy_(self._host[:used], non_blocking=True)
-        if self._device.is_cuda:
-            self._copied = recorded()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    logits_BV: Tensor
-    choices_LBK: Tensor
+        self._fixed.send(sum(part.size for part in (tokens, positions, *tables)))
 
 
 class DecodeGraphs:
     """The graphs of one worker. One thread uses it, and waits for each step's results before the next step."""
 
+    keeps = False
+    """Logits of a step's other tokens are not to be had after the step."""
+
     def __init__(
-        self, forward: Forward, cache: KVCache, *, max_num_seqs: int, max_model_len: int, device: torch.device
+        self,
+        forward: Forward,
+        cache: KVCache,
+        *,
+        recorder: Recorder,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
     ) -> None:
         self._forward = forward
         self._sizes = graph_sizes(max_num_seqs)
         self._inputs = GraphInputs(self._sizes[-1], cache, max_model_len, device)
-        self._graphs: dict[int, _Graph] = {}
-        self._memory: list[object] = []
-        self._pool: Any = None
+        self._recordings = Recordings(
+            recorder,
+            prepare=lambda rows: self._inputs.put([], rows),
+            run=lambda rows: self._forward(self._inputs.step(rows)),
+        )
 
     def record_all(self, memory: list[object]) -> None:
         """Record the graphs of all sizes, the largest first, since the others then use its memory.
@@ -170,59 +225,23 @@ class DecodeGraphs:
         Raises RecordingFailed.
         """
         for rows in reversed(self._sizes):
-            self._graph(rows, memory)
+            self._recordings.get(rows, memory)
 
-    def run(self, slices: Sequence[SequenceSlice], memory: list[object]) -> tuple[Tensor, Tensor] | None:
-        """Run a decode step: (logits [n, V], chosen experts [L, n, K]) of its n sequences. They are valid until the
-        next step. None if there is no graph for it.
+    def find(self, slices: Sequence[SequenceSlice], terms: GraphTerms) -> Launch | None:
+        """What runs a decode step of these sequences; None if there is no graph for it.
 
-        `memory` is what the experts read (ExpertStore.graph_memory). Graphs of other memory are recorded again. Raises
-        RecordingFailed; then the step may be run without a graph.
+        Raises RecordingFailed; then the step may be run without a graph.
         """
-        num = len(slices)
-        if not 0 < num <= self._sizes[-1] or any(len(piece.token_ids) != 1 for piece in slices):
+        rows = padded(max(1, len(slices))) if terms.rows is None else terms.rows
+        if not len(slices) <= rows <= self._sizes[-1] or any(len(piece.token_ids) != 1 for piece in slices):
             return None
         if not all(piece.wants_logits for piece in slices):
             return None
-        rows = next(size for size in self._sizes if size >= num)
-        graph = self._graph(rows, memory)
-        self._inputs.put(slices, rows)
-        graph.graph.replay()
-        return graph.logits_BV[:num], graph.choices_LBK[:, :num]
+        replay, (logits_BV, choices_LBK) = self._recordings.get(rows, terms.memory)
 
-    def _graph(self, rows: int, memory: list[object]) -> _Graph:
-        if len(memory) != len(self._memory) or any(
-            new is not old for new, old in zip(memory, self._memory, strict=True)
-        ):
-            self._graphs.clear()
-            self._memory = memory
-        if rows not in self._graphs:
-            self._graphs[rows] = self._record(rows)
-        return self._graphs[rows]
+        def launch() -> tuple[Tensor, Tensor]:
+            self._inputs.put(slices, rows)
+            replay()
+            return logits_BV[: len(slices)], choices_LBK[:, : len(slices)]
 
-    def _record(self, rows: int) -> _Graph:
-        try:
-            return self._recorded(rows)
-        except RuntimeError as error:
-            raise RecordingFailed(str(error).splitlines()[0]) from error
-
-    def _recorded(self, rows: int) -> _Graph:
-        self._inputs.put([], rows)
-        step = self._inputs.step(rows)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            # kernels are compiled and memory is found before
-            self._forward(step)
-            graph = torch.cuda.CUDAGraph()
-            side.synchronize()
-            # other threads copy experts meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                logits_BV, choices_LBK = self._forward(step)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
-        if self._pool is None:
-            self._pool = graph.pool()
-        return _Graph(graph=graph, logits_BV=logits_BV, choices_LBK=choices_LBK)
+        return launch
