@@ -47,8 +47,8 @@ IO_THREADS = 16
 """Threads of a worker for the control plane's calls."""
 JOIN_THREADS = 4
 """Threads of a worker that join other workers: one does, and others may still hang in groups that were given up."""
-COPY_THREADS = 2
-"""Threads of a worker for copies of experts: one copy runs at a time, and one more must run while one hangs."""
+COPY_THREADS = 3
+"""Threads of a worker for copies of experts: one copy runs at a time, or two on GPUs. One more runs while they hang."""
 
 
 class Fleet(Protocol):
@@ -343,7 +343,8 @@ class RayFleet:
     def start_migrator(self, expert_bytes: int) -> Remote[Migrator]:
         options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
         bytes_per_s = self._config.migration_bandwidth * 1e6
-        return self._create(Migrator, names.MIGRATOR, options, {}, expert_bytes, bytes_per_s, self._logs)
+        arguments = (expert_bytes, bytes_per_s, self._logs, self.device() == "cuda")
+        return self._create(Migrator, names.MIGRATOR, options, {}, *arguments)
 
     def _create(
         self, cls: type[A], name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,13 +41,16 @@ class MigrationReport:
 
 class Migrator:
     """At most one copy per worker at a time, so that none of them is held up for long; disjoint pairs run together.
-    While requests run, the two workers of a copy rest after it for as long as it took: steps get their memory.
+    While requests run, the two workers of a copy rest after it for as long as it took: steps get their memory. Workers
+    on GPUs take two at a time and do not rest: a copy takes none of what their steps need, and half of it is waiting.
 
     A newer `copy` supersedes an older one, which stops before its next expert.
     """
 
-    def __init__(self, expert_bytes: int, bytes_per_s: float = 0.0, logs: LogSettings | None = None) -> None:
-        """bytes_per_s: what all copies together may take while requests run; 0: no limit.
+    def __init__(
+        self, expert_bytes: int, bytes_per_s: float = 0.0, logs: LogSettings | None = None, on_gpus: bool = False
+    ) -> None:
+        """bytes_per_s: what all copies together may take while requests run; 0: no limit. on_gpus: the workers are.
 
         logs: where this process's log lines go; left as it is if not given.
         """
@@ -59,7 +62,10 @@ class Migrator:
         self._next_at = 0.0
         """When the next copy may begin."""
         self._generation = 0
-        self._busy: set[WorkerId] = set()
+        self._rests = not on_gpus
+        self._at_once = 2 if on_gpus else 1
+        self._busy: Counter[WorkerId] = Counter()
+        """Copies that each worker takes part in."""
         self._freed = asyncio.Event()
 
     def limit(self, bytes_per_s: float) -> None:
@@ -93,7 +99,7 @@ class Migrator:
             # one look at the clock: a pause that ended between two would be neither slept through nor made use of
             now = time.monotonic()
             if error is None:
-                self._start_free(queues, workers, running, interval_s, now, rest=not urgent)
+                self._start_free(queues, workers, running, interval_s, now, rest=self._rests and not urgent)
             pause_s = self._next_at - now if interval_s and error is None and any(queues.values()) else 0.0
             if not running:
                 if error is not None or not any(queues.values()):
@@ -133,13 +139,13 @@ class Migrator:
     ) -> None:
         # longest queue first, or the busiest pair would be left for the end
         for (source, target), queue in sorted(queues.items(), key=lambda item: -len(item[1])):
-            if queue and not self._busy & {source, target}:
+            while queue and max(self._busy[source], self._busy[target]) < self._at_once:
                 if interval_s and now < self._next_at:
                     return
                 if interval_s:
                     self._next_at = now + interval_s
                 move = queue.popleft()
-                self._busy |= {source, target}
+                self._busy.update((source, target))
                 copying = self._copy_one(move, workers[source], workers[target], rest=rest)
                 running[asyncio.ensure_future(copying)] = move
 
@@ -156,6 +162,6 @@ class Migrator:
         except CALL_ERRORS as error:
             return f"layer {move.layer} expert {move.expert} from {move.source} to {move.target}: {one_line(error)}"
         finally:
-            self._busy -= {move.source, move.target}
+            self._busy.subtract((move.source, move.target))
             self._freed.set()
         return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.model.graph_pieces import SIZES, GraphTerms, Recorder, Work, padded
-from elastic_moe.model.trunk.graphs import FixedInputs, Launch, Recordings
+from elastic_moe.model.graphs.recordings import FixedInputs, Launch, Recordings
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.step_batch import Deferred, SequenceSlice, StepBatch, step_context
 

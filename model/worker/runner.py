@@ -21,15 +21,16 @@ from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.graph_pieces import CudaRecorder, Recorder
+from elastic_moe.model.graphs.decode_graphs import DecodeGraphs, GraphStep
+from elastic_moe.model.graphs.recordings import Launch, RecordingFailed
+from elastic_moe.model.graphs.token_graphs import Body, TokenGraphs, TokenStep
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.states.packed import StateBatch, states_of
 from elastic_moe.model.transformers_private import is_indexer
-from elastic_moe.model.trunk.graphs import DecodeGraphs, GraphStep, Launch, RecordingFailed
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead
 from elastic_moe.model.trunk.rotation import depends_on_length, rotate_by_length
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
-from elastic_moe.model.trunk.token_graphs import Body, TokenGraphs, TokenStep
 from elastic_moe.model.trunk.windows import WindowGroup
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from elastic_moe.model.graph_pieces import Work, recorded_by
-from elastic_moe.model.trunk.token_graphs import Body
+from elastic_moe.model.graphs.token_graphs import Body
 from elastic_moe.model.worker.runner import ModelRunner
 
 R = TypeVar("R")

@@ -50,6 +50,23 @@ def test_every_expert_arrives_once() -> None:
     assert sorted(arrived) == [(0, n) for n in range(9)]
 
 
+def test_workers_on_gpus_take_two_at_a_time_and_do_not_rest() -> None:
+    running: list[int] = []
+
+    class Slow(PlainWorker):
+        busy = 0
+
+        async def import_expert(self, copy: object) -> None:
+            self.busy += 1
+            running.append(self.busy)
+            await asyncio.sleep(0.05)
+            self.busy -= 1
+
+    there = {WorkerId(f"{side}0"): Remote(Handle(Slow())) for side in "st"}
+    assert asyncio.run(Migrator(BYTES, on_gpus=True).copy(moves(6), there)).seconds < 0.3
+    assert max(running) == 2
+
+
 def test_all_copies_together_keep_to_the_bandwidth() -> None:
     """Ten experts on two pairs at 50 experts a second: the tenth begins after 0.18 s."""
     migrator = Migrator(BYTES, bytes_per_s=50 * BYTES)

@@ -11,8 +11,9 @@ import torch
 from elastic_moe.cluster.messages.seats import LiveBlocks
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.graph_pieces import GraphTerms
+from elastic_moe.model.graphs.decode_graphs import GraphInputs, graph_sizes
+from elastic_moe.model.graphs.recordings import RecordingFailed
 from elastic_moe.model.trunk.attention_path import KVShape
-from elastic_moe.model.trunk.graphs import GraphInputs, RecordingFailed, graph_sizes
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.trunk.windows import window_group
