@@ -50,7 +50,7 @@ class BlockPool:
         self._idle: dict[int, None] = {}
         """A set in the order in which the blocks became idle."""
         self._passed: dict[int, None] = {}
-        """The same of those that a window has passed. They are not in `_idle`."""
+        """The idle blocks that a window has passed, in the same order. They are not in `_idle`."""
         self._references = [0] * num_blocks
         self._keys: dict[int, bytes] = {}
         self._blocks: dict[bytes, int] = {}

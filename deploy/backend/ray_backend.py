@@ -12,7 +12,7 @@ import time
 
 from ray.exceptions import RayActorError, RayError
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S
 from elastic_moe.actors.loop_watch import LoopWatch

@@ -32,9 +32,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from elastic_moe.actors.control.coordinator import Coordinator
-from elastic_moe.actors.control.fleet import ON_HEAD
-from elastic_moe.actors.control.start import start_cluster, stop_cluster, stop_unused_clusters
+from elastic_moe.actors.coordinator.coordinator import Coordinator
+from elastic_moe.actors.coordinator.fleet import ON_HEAD
+from elastic_moe.actors.coordinator.start import start_cluster, stop_cluster, stop_unused_clusters
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask
@@ -96,7 +96,7 @@ class Api:
         self._redeployable = model is not None
         self._coordinator = start(config, model_dir)
         self._name = uuid.uuid4().hex
-        """As the coordinator knows this replica."""
+        """The name by which the coordinator knows this replica."""
         self._backend = RayBackend(
             self._coordinator,
             recovery_timeout_s=config.recovery_timeout,

@@ -373,7 +373,7 @@ class TransportDispatcher(Dispatcher):
 
 
 def _sum_dtype(x_TH: Tensor) -> torch.dtype:
-    """In which partial sums are added up."""
+    """The dtype in which partial sums are added up."""
     return torch.float64 if x_TH.dtype == torch.float32 and x_TH.device.type == "cpu" else torch.float32
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from elastic_moe.actors.control.planning import (
+from elastic_moe.actors.coordinator.planning import (
     build_problem,
     deals,
     judge,

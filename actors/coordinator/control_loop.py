@@ -18,14 +18,14 @@ from typing import Any, ParamSpec
 from ray.exceptions import RayError
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.executor import Executor
-from elastic_moe.actors.control.fleet import Fleet
-from elastic_moe.actors.control.migrator import Migrator
-from elastic_moe.actors.control.opening import reconfigured
-from elastic_moe.actors.control.planning import Planners
-from elastic_moe.actors.control.polling import Poller, RollCall, wait_clause
-from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.control.views import Outline, log_changes
+from elastic_moe.actors.coordinator.executor import Executor
+from elastic_moe.actors.coordinator.fleet import Fleet
+from elastic_moe.actors.coordinator.migrator import Migrator
+from elastic_moe.actors.coordinator.opening import reconfigured
+from elastic_moe.actors.coordinator.planning import Planners
+from elastic_moe.actors.coordinator.polling import Poller, RollCall, wait_clause
+from elastic_moe.actors.coordinator.processes import Processes
+from elastic_moe.actors.coordinator.views import Outline, log_changes
 from elastic_moe.actors.remote.ask import ask
 from elastic_moe.actors.remote.calls import one_line
 from elastic_moe.actors.remote.saving import Saver

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.fleet import Fleet
+from elastic_moe.actors.coordinator.fleet import Fleet
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.rebalancing import room, with_tiers

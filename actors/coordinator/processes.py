@@ -10,8 +10,8 @@ import logging
 from collections.abc import Iterable
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.fleet import Fleet
-from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.coordinator.fleet import Fleet
+from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within

@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_moe.actors import names
-from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations, ray_nodes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from elastic_moe.actors.control.fleet import Fleet
+from elastic_moe.actors.coordinator.fleet import Fleet
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.events import Reconfigured

@@ -8,8 +8,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from elastic_moe.actors import names
-from elastic_moe.actors.control.coordinator import Coordinator
-from elastic_moe.actors.control.fleet import ON_HEAD, RayFleet
+from elastic_moe.actors.coordinator.coordinator import Coordinator
+from elastic_moe.actors.coordinator.fleet import ON_HEAD, RayFleet
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask, kill, wait
 from elastic_moe.cluster.config import ServeConfig

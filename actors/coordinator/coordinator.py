@@ -1,7 +1,7 @@
 """The coordinator: the actor that others call to ask about the cluster and to change it.
 
 It opens the checkpoint, or continues from the state of an earlier coordinator, and then runs the control loop
-(actors/control/control_loop.py). It is an async actor: everything runs on its event loop. Nothing here decides.
+(actors/coordinator/control_loop.py). It is an async actor: everything runs on its event loop. Nothing here decides.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import textwrap
 import time
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.control_loop import ControlLoop
-from elastic_moe.actors.control.fleet import Fleet
-from elastic_moe.actors.control.opening import control_settings, model_spec
-from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.control.views import (
+from elastic_moe.actors.coordinator.control_loop import ControlLoop
+from elastic_moe.actors.coordinator.fleet import Fleet
+from elastic_moe.actors.coordinator.opening import control_settings, model_spec
+from elastic_moe.actors.coordinator.processes import Processes
+from elastic_moe.actors.coordinator.views import (
     cluster_view,
     operation_views,
     placement_view,

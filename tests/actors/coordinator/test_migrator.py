@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.actors.control import migrator as migrator_module
-from elastic_moe.actors.control.migrator import MigrationReport, Migrator
+from elastic_moe.actors.coordinator import migrator as migrator_module
+from elastic_moe.actors.coordinator.migrator import MigrationReport, Migrator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.placement import Move, WorkerId
 from tests.actors.fakes import Handle

@@ -6,8 +6,8 @@ import asyncio
 import logging
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.migrator import MigrationReport, Migrator
-from elastic_moe.actors.control.processes import Processes
+from elastic_moe.actors.coordinator.migrator import MigrationReport, Migrator
+from elastic_moe.actors.coordinator.processes import Processes
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.actors.control.opening import control_settings, model_spec
+from elastic_moe.actors.coordinator.opening import control_settings, model_spec
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
 from tests.actors.fakes import MODEL, PlainFleet

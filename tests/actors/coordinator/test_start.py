@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 
-from elastic_moe.actors.control.start import start_cluster, stop_cluster
+from elastic_moe.actors.coordinator.start import start_cluster, stop_cluster
 from elastic_moe.actors.remote import generations
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.messages.views import Operation, Phase, Readiness, WorkerView

@@ -15,8 +15,8 @@ import pytest
 import ray
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.control_loop import ControlLoop
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.control_loop import ControlLoop
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control import succession

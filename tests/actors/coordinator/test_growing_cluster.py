@@ -14,10 +14,10 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from elastic_moe.actors.control.start import start_cluster, stop_cluster
+from elastic_moe.actors.coordinator.start import start_cluster, stop_cluster
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.redeploy import Generation
-from tests.actors.control.test_start import ask, serving, wait_ready, wait_until
+from tests.actors.coordinator.test_start import ask, serving, wait_ready, wait_until
 from tests.actors.fakes import FakeEngine, FakeRayFleet
 from tests.growing_ray import GrowingRay, growing_ray
 

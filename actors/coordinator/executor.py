@@ -1,6 +1,6 @@
 """Carries out the control plane's commands on the actors, and returns the outcomes as events.
 
-Every decision is in cluster/control/state.py, and every handle in actors/control/processes.py.
+Every decision is in cluster/control/state.py, and every handle in actors/coordinator/processes.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.fleet import Fleet
-from elastic_moe.actors.control.polling import RollCall
-from elastic_moe.actors.control.processes import Processes
-from elastic_moe.actors.control.transferring import Transferring
+from elastic_moe.actors.coordinator.fleet import Fleet
+from elastic_moe.actors.coordinator.polling import RollCall
+from elastic_moe.actors.coordinator.processes import Processes
+from elastic_moe.actors.coordinator.transferring import Transferring
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.background import Background

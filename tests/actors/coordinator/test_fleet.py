@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.actors.control import fleet as fleets
-from elastic_moe.actors.control.fleet import NODE_ID, RayFleet
+from elastic_moe.actors.coordinator import fleet as fleets
+from elastic_moe.actors.coordinator.fleet import NODE_ID, RayFleet
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.nodes import Node
 from elastic_moe.cluster.placement import WorkerId

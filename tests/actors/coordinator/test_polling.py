@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from elastic_moe.actors import liveness
-from elastic_moe.actors.control.polling import unless_refused
+from elastic_moe.actors.coordinator.polling import unless_refused
 from elastic_moe.cluster.errors import StepAborted, WorkerError
 from elastic_moe.cluster.messages.requests import Endpoint
 
