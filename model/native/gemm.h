@@ -85,41 +85,41 @@ void multiply_some(int64_t count, const bf16* const* rows, int64_t first, int64_
 
 #ifdef EMOE_TILES
 
-// Multiplies `count` rows at equal distances by `steps` steps of 32 of K of a panel. The products are added to `sums` if
-// `more` is true, else they replace it. If `fetch`, the memory behind these steps is prefetched.
-inline void multiply_steps(int64_t count, TileOperand rows, int64_t steps, const bf16* panel, float* sums, bool more,
+// Multiplies `count` rows by `steps` steps of 32 of K of a panel. The products are added to `sums` if `more` is true, else
+// they replace it. If `fetch`, the memory behind these steps is prefetched.
+inline void multiply_steps(int64_t count, TileRows rows, int64_t steps, const bf16* panel, float* sums, bool more,
                            bool fetch) {
-    constexpr int64_t kBoth = 2 * kTileRows, kStepLines = 64; // cache lines of a step
-    const char* columns = (const char*)panel;
-    const int64_t rest = count % kBoth;
-    const int64_t passes = count / kBoth * 2 + (rest > kTileRows ? 2 : rest > 0);
+    constexpr int64_t kBoth = 2 * kTileRows, kLine = kPanel * 4; // bytes of a row of sums, and of a pair of K
+    constexpr int64_t kStep = 16 * kLine, kStepLines = kStep / 64;
+    const int64_t rest = count % kBoth, passes = count / kBoth * 2 + (rest > kTileRows ? 2 : rest > 0);
     const int64_t lines = fetch ? kStepLines / std::min<int64_t>(passes, 4) : 0;
     // a single pass waits for memory all the time, so it prefetches a little ahead of itself
-    Ahead ahead{passes == 1 ? columns + kAhead : columns + steps * kStepLines * 64, lines};
-    int64_t pass = 0;
-    const auto next = [&] {
-        const Ahead now{ahead.from, pass < 4 ? ahead.lines : 0};
-        ahead.from += steps * lines * 64;
-        ++pass;
-        return now;
+    const char* ahead = (const char*)panel + (passes == 1 ? kAhead : steps * kStep);
+    auto next = [&, pass = 0]() mutable {
+        const Ahead part{ahead, pass++ < 4 ? lines : 0};
+        ahead += steps * lines * 64;
+        return part;
+    };
+    const auto columns_from = [&](int64_t first) {
+        return [at = (const char*)panel + first * 4](int column, int64_t k) { return at + k * kStep + column * 64; };
     };
     for (int64_t at = 0; at < count; at += kBoth) {
         const int64_t here = std::min(kBoth, count - at);
-        const TileOperand some{rows.data + at * rows.stride, rows.stride};
+        const TileRows some{rows.data + at * rows.stride, rows.stride};
         float* to = sums + at * kPanel;
         if (here <= kTileRows) {
             TileSizes::one(here).load();
-            multiply_1x4(some, columns, steps, to, more, next());
+            multiply_1x4(some, columns_from(0), kLine, steps, {to, kLine}, more, next());
             continue;
         }
         if (at == 0 || here < kBoth) TileSizes::two(here).load();
-        for (int64_t half = 0; half < 2; ++half)
-            multiply_2x2(some, columns + half * 128, steps, to + half * 32, more, next());
+        multiply_2x2(some, columns_from(0), kLine, steps, {to, kLine}, more, next());
+        multiply_2x2(some, columns_from(32), kLine, steps, {to + 32, kLine}, more, next());
     }
 }
 
 // Copies the last `rest` of `depth` numbers of each row, and fills them up with zeros to 32.
-inline TileOperand last_of_rows(int64_t count, TileOperand rows, int64_t depth, int64_t rest, bf16* to) {
+inline TileRows last_of_rows(int64_t count, TileRows rows, int64_t depth, int64_t rest, bf16* to) {
     std::memset(to, 0, count * kTileBytes);
     for (int64_t r = 0; r < count; ++r)
         std::memcpy(to + r * 32, rows.data + r * rows.stride + (depth - rest) * 2, rest * sizeof(bf16));
@@ -129,7 +129,7 @@ inline TileOperand last_of_rows(int64_t count, TileOperand rows, int64_t depth, 
 inline void multiply_chunk_tiles(int64_t count, const bf16* const* rows, int64_t depth, const bf16* panel, float* sums,
                                  bool fetch) {
     thread_local std::vector<bf16> copied;
-    TileOperand even{(const char*)rows[0], count > 1 ? (const char*)rows[1] - (const char*)rows[0] : kTileBytes};
+    TileRows even{(const char*)rows[0], count > 1 ? (const char*)rows[1] - (const char*)rows[0] : kTileBytes};
     if (!evenly_spaced(count, rows)) {
         if (int64_t(copied.size()) < count * depth) copied.resize(count * depth);
         for (int64_t r = 0; r < count; ++r) std::memcpy(copied.data() + r * depth, rows[r], depth * sizeof(bf16));
@@ -137,7 +137,7 @@ inline void multiply_chunk_tiles(int64_t count, const bf16* const* rows, int64_t
     }
     const int64_t steps = depth / 32, rest = depth % 32;
     for (int64_t first = 0; first < steps; first += kPairs / 16) {
-        const TileOperand some{even.data + first * kTileBytes, even.stride};
+        const TileRows some{even.data + first * kTileBytes, even.stride};
         multiply_steps(count, some, std::min(kPairs / 16, steps - first), panel + first * 32 * kPanel,
                        sums, first > 0, fetch);
     }

@@ -31,7 +31,6 @@ extern bool tiles_used;
 
 constexpr int64_t kTileRows = 16;  // most rows of a tile
 constexpr int64_t kTileBytes = 64; // most bytes of a row of a tile
-constexpr int64_t kLineBytes = 256; // from a row of sums, or of a panel's columns, to the next
 
 // Whether the rows lie at equal distances, as the rows of a tile must.
 inline bool evenly_spaced(int64_t count, const bf16* const* rows) {
@@ -42,40 +41,56 @@ inline bool evenly_spaced(int64_t count, const bf16* const* rows) {
 
 #ifdef EMOE_TILES
 
-// The sizes of the 8 tiles of a thread. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns.
+// The sizes of the 8 tiles of a thread. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns. `depth_bytes` of each row are
+// multiplied at a time.
 struct alignas(64) TileSizes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 
     // For up to 16 rows, whose sums are all four tiles. Tile 5 has columns too.
-    static TileSizes one(int64_t rows) { return TileSizes({rows, rows, rows, rows, rows, 16, 16, 16}); }
+    static TileSizes one(int64_t rows, int64_t depth_bytes = kTileBytes) {
+        TileSizes sizes(rows, rows, depth_bytes);
+        sizes.rows[5] = depth_bytes / 4;
+        sizes.row_bytes[5] = kTileBytes;
+        return sizes;
+    }
     // For 17 to 32 rows: the first 16, whose sums are tiles 0 and 1, and the others.
-    static TileSizes two(int64_t rows) {
-        const int64_t rest = rows - kTileRows;
-        return TileSizes({kTileRows, kTileRows, rest, rest, kTileRows, rest, 16, 16});
+    static TileSizes two(int64_t rows, int64_t depth_bytes = kTileBytes) {
+        return TileSizes(kTileRows, rows - kTileRows, depth_bytes);
     }
     // the compilers' own function is said to read 8 bytes only
     void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
 
   private:
-    explicit TileSizes(std::initializer_list<int64_t> sizes) {
-        std::copy(sizes.begin(), sizes.end(), rows);
-        std::fill(row_bytes, row_bytes + sizes.size(), kTileBytes);
+    TileSizes(int64_t first, int64_t second, int64_t depth_bytes) {
+        for (int tile = 0; tile < 8; ++tile) {
+            rows[tile] = tile > 5 ? depth_bytes / 4 : tile == 5 || tile == 2 || tile == 3 ? second : first;
+            row_bytes[tile] = tile == 4 || tile == 5 ? depth_bytes : kTileBytes;
+        }
     }
 };
 
-// Rows of bfloat16 at equal distances, in bytes.
-struct TileOperand {
+// Rows of a product, `stride` bytes apart. `step` bytes of each are multiplied at a time.
+struct TileRows {
     const char* data;
+    int64_t stride, step = kTileBytes;
+};
+
+// Sums of 64 or of 32 columns: those of 16 columns each, and the bytes from a row to the next.
+struct TileSums {
+    float* columns[4];
     int64_t stride;
+
+    TileSums(float* data, int64_t stride) : columns{data, data + 16, data + 32, data + 48}, stride(stride) {}
+    float* below(int i) const { return columns[i] + kTileRows * stride / int64_t(sizeof(float)); } // of the 17th row
 };
 
 // Compilers do not know that loads of tiles read memory. After this, all that was written before is there.
 inline void written() { asm volatile("" ::: "memory"); }
 
-// Loads the tiles 0 to 3, or clears them. Tiles 0 and 1 lie side by side, and 2 and 3 at `second`.
-inline void begin_sums(float* first, float* second, bool more) {
+// Loads the tiles 0 to 3, or clears them.
+inline void begin_sums(const float* const* at, int64_t stride, bool more) {
     written();
     if (!more) {
         _tile_zero(0);
@@ -84,64 +99,67 @@ inline void begin_sums(float* first, float* second, bool more) {
         _tile_zero(3);
         return;
     }
-    _tile_loadd(0, first, kLineBytes);
-    _tile_loadd(1, first + 16, kLineBytes);
-    _tile_loadd(2, second, kLineBytes);
-    _tile_loadd(3, second + 16, kLineBytes);
+    _tile_loadd(0, at[0], stride);
+    _tile_loadd(1, at[1], stride);
+    _tile_loadd(2, at[2], stride);
+    _tile_loadd(3, at[3], stride);
 }
 
-inline void end_sums(float* first, float* second) {
-    _tile_stored(0, first, kLineBytes);
-    _tile_stored(1, first + 16, kLineBytes);
-    _tile_stored(2, second, kLineBytes);
-    _tile_stored(3, second + 16, kLineBytes);
+inline void end_sums(float* const* at, int64_t stride) {
+    _tile_stored(0, at[0], stride);
+    _tile_stored(1, at[1], stride);
+    _tile_stored(2, at[2], stride);
+    _tile_stored(3, at[3], stride);
 }
 
 // What one pass over some columns prefetches in each of its steps.
 struct Ahead {
-    const char* from;
-    int64_t lines; // of the caches
+    const char* from = nullptr;
+    int64_t lines = 0; // of the caches
 
     void step() {
         for (int64_t line = 0; line < lines; ++line, from += 64) _mm_prefetch(from, _MM_HINT_T0);
     }
 };
 
-// Multiplies up to 16 rows by 64 columns, over `steps` steps of 32 of K. The products are added to `sums` if `more` is
-// true, else they replace it.
-inline void multiply_1x4(TileOperand rows, const char* columns, int64_t steps, float* sums, bool more, Ahead ahead) {
-    begin_sums(sums, sums + 32, more);
-    for (int64_t k = 0; k < steps; ++k, columns += 16 * kLineBytes) {
+// Multiplies up to 16 rows by 64 columns, over `steps` steps of K. The products are added to `sums` if `more` is true, else
+// they replace it. `columns(i, k)` is the tile of the columns from 16 i on at step k, whose rows are `stride` bytes apart.
+template <class Columns>
+void multiply_1x4(TileRows rows, Columns columns, int64_t stride, int64_t steps, TileSums sums, bool more, Ahead ahead = {}) {
+    begin_sums(sums.columns, sums.stride, more);
+    for (int64_t k = 0; k < steps; ++k) {
         ahead.step();
-        _tile_loadd(4, rows.data + k * kTileBytes, rows.stride);
-        _tile_loadd(6, columns, kLineBytes);
+        _tile_loadd(4, rows.data + k * rows.step, rows.stride);
+        _tile_loadd(6, columns(0, k), stride);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, columns + 64, kLineBytes);
+        _tile_loadd(7, columns(1, k), stride);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, columns + 128, kLineBytes);
+        _tile_loadd(5, columns(2, k), stride);
         _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(6, columns + 192, kLineBytes);
+        _tile_loadd(6, columns(3, k), stride);
         _tile_dpbf16ps(3, 4, 6);
     }
-    end_sums(sums, sums + 32);
+    end_sums(sums.columns, sums.stride);
 }
 
 // As above, for 17 to 32 rows and 32 columns.
-inline void multiply_2x2(TileOperand rows, const char* columns, int64_t steps, float* sums, bool more, Ahead ahead) {
-    begin_sums(sums, sums + kTileRows * 64, more);
+template <class Columns>
+void multiply_2x2(TileRows rows, Columns columns, int64_t stride, int64_t steps, TileSums sums, bool more, Ahead ahead = {}) {
+    float* const at[4] = {sums.columns[0], sums.columns[1], sums.below(0), sums.below(1)};
+    begin_sums(at, sums.stride, more);
     const char* second = rows.data + kTileRows * rows.stride;
-    for (int64_t k = 0; k < steps; ++k, columns += 16 * kLineBytes) {
+    for (int64_t k = 0; k < steps; ++k) {
         ahead.step();
-        _tile_loadd(6, columns, kLineBytes);
-        _tile_loadd(4, rows.data + k * kTileBytes, rows.stride);
+        _tile_loadd(6, columns(0, k), stride);
+        _tile_loadd(4, rows.data + k * rows.step, rows.stride);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, columns + 64, kLineBytes);
+        _tile_loadd(7, columns(1, k), stride);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, second + k * kTileBytes, rows.stride);
+        _tile_loadd(5, second + k * rows.step, rows.stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    end_sums(sums, sums + kTileRows * 64);
+    end_sums(at, sums.stride);
 }
 
 #endif
