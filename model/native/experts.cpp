@@ -70,13 +70,14 @@ struct Bits16 {
     // Brings an expert's rows into the form that `multiply` is fastest with. They may then lie in `memory`.
     static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
         if (!tiles_used || evenly_spaced(rows.size(), rows.data())) return;
-        const int64_t bytes = depth * sizeof(bf16);
-        if (int64_t(memory.size()) < int64_t(rows.size()) * bytes) memory.resize(rows.size() * bytes);
+        // rows that are a power of 2 apart would share few places of the cache
+        const int64_t size = depth * sizeof(bf16), stride = size + 64;
+        if (int64_t(memory.size()) < int64_t(rows.size()) * stride) memory.resize(rows.size() * stride);
         char* to = memory.data();
         for (Row& row : rows) {
-            std::memcpy(to, row, bytes);
+            std::memcpy(to, row, size);
             row = (Row)to;
-            to += bytes;
+            to += stride;
         }
     }
     struct Rows {

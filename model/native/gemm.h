@@ -90,31 +90,29 @@ void multiply_some(int64_t count, const bf16* const* rows, int64_t first, int64_
 inline void multiply_steps(int64_t count, TileRows rows, int64_t steps, const bf16* panel, float* sums, bool more,
                            bool fetch) {
     constexpr int64_t kBoth = 2 * kTileRows, kLine = kPanel * 4; // bytes of a row of sums, and of a pair of K
-    constexpr int64_t kStep = 16 * kLine, kStepLines = kStep / 64;
+    constexpr int64_t kStep = 16 * kLine, kParts = kStep / 64 / 4;  // parts of what a step takes: 4 lines of the caches
     const int64_t rest = count % kBoth, passes = count / kBoth * 2 + (rest > kTileRows ? 2 : rest > 0);
-    const int64_t lines = fetch ? kStepLines / std::min<int64_t>(passes, 4) : 0;
-    // a single pass waits for memory all the time, so it prefetches a little ahead of itself
-    const char* ahead = (const char*)panel + (passes == 1 ? kAhead : steps * kStep);
-    auto next = [&, pass = 0]() mutable {
-        const Ahead part{ahead, pass++ < 4 ? lines : 0};
-        ahead += steps * lines * 64;
-        return part;
-    };
+    const int64_t fetching = std::min<int64_t>(passes, 6), lines = fetch ? (kParts + fetching - 1) / fetching : 0;
+    const char* next = (const char*)panel + steps * kStep;
     const auto columns_from = [&](int64_t first) {
         return [at = (const char*)panel + first * 4](int column, int64_t k) { return at + k * kStep + column * 64; };
     };
-    for (int64_t at = 0; at < count; at += kBoth) {
+    for (int64_t at = 0, pass = 0; at < count; at += kBoth) {
         const int64_t here = std::min(kBoth, count - at);
         const TileRows some{rows.data + at * rows.stride, rows.stride};
         float* to = sums + at * kPanel;
         if (here <= kTileRows) {
+            // a single pass waits for memory all the time, so it prefetches a little ahead of itself
+            const AheadOfItself ahead{(const char*)panel + kAhead, fetch && passes == 1 ? kParts * 4 : 0};
             TileSizes::one(here).load();
-            multiply_1x4(some, columns_from(0), kLine, steps, {to, kLine}, more, next());
+            multiply_1x4(some, columns_from(0), kLine, steps, {to, kLine}, more, ahead);
             continue;
         }
         if (at == 0 || here < kBoth) TileSizes::two(here).load();
-        multiply_2x2(some, columns_from(0), kLine, steps, {to, kLine}, more, next());
-        multiply_2x2(some, columns_from(32), kLine, steps, {to + 32, kLine}, more, next());
+        for (int64_t first = 0; first < kPanel; first += 32, ++pass, next += lines * 4 * steps * 64) {
+            const AheadOfNext ahead{next, pass < fetching ? lines : 0};
+            multiply_2x2(some, columns_from(first), kLine, steps, {to + first, kLine}, more, ahead);
+        }
     }
 }
 

@@ -112,23 +112,27 @@ inline void end_sums(float* const* at, int64_t stride) {
     _tile_stored(3, at[3], stride);
 }
 
-// What one pass over some columns prefetches in each of its steps.
-struct Ahead {
+// What one pass over some columns prefetches, `lines` of the caches at a time.
+template <_mm_hint HINT> struct Ahead {
     const char* from = nullptr;
-    int64_t lines = 0; // of the caches
+    int64_t lines = 0;
 
-    void step() {
-        for (int64_t line = 0; line < lines; ++line, from += 64) _mm_prefetch(from, _MM_HINT_T0);
+    void some() {
+        for (int64_t line = 0; line < lines; ++line, from += 64) _mm_prefetch(from, HINT);
     }
 };
+using AheadOfItself = Ahead<_MM_HINT_T0>;
+using AheadOfNext = Ahead<_MM_HINT_T1>;
 
 // Multiplies up to 16 rows by 64 columns, over `steps` steps of K. The products are added to `sums` if `more` is true, else
 // they replace it. `columns(i, k)` is the tile of the columns from 16 i on at step k, whose rows are `stride` bytes apart.
+// Every step prefetches once.
 template <class Columns>
-void multiply_1x4(TileRows rows, Columns columns, int64_t stride, int64_t steps, TileSums sums, bool more, Ahead ahead = {}) {
+void multiply_1x4(TileRows rows, Columns columns, int64_t stride, int64_t steps, TileSums sums, bool more,
+                  AheadOfItself ahead = {}) {
     begin_sums(sums.columns, sums.stride, more);
     for (int64_t k = 0; k < steps; ++k) {
-        ahead.step();
+        ahead.some();
         _tile_loadd(4, rows.data + k * rows.step, rows.stride);
         _tile_loadd(6, columns(0, k), stride);
         _tile_dpbf16ps(0, 4, 6);
@@ -142,22 +146,27 @@ void multiply_1x4(TileRows rows, Columns columns, int64_t stride, int64_t steps,
     end_sums(sums.columns, sums.stride);
 }
 
-// As above, for 17 to 32 rows and 32 columns.
+// As above, for 17 to 32 rows and 32 columns. Every step prefetches four times, since a burst would hold up the loads of
+// tiles.
 template <class Columns>
-void multiply_2x2(TileRows rows, Columns columns, int64_t stride, int64_t steps, TileSums sums, bool more, Ahead ahead = {}) {
+void multiply_2x2(TileRows rows, Columns columns, int64_t stride, int64_t steps, TileSums sums, bool more,
+                  AheadOfNext ahead = {}) {
     float* const at[4] = {sums.columns[0], sums.columns[1], sums.below(0), sums.below(1)};
     begin_sums(at, sums.stride, more);
     const char* second = rows.data + kTileRows * rows.stride;
     for (int64_t k = 0; k < steps; ++k) {
-        ahead.step();
         _tile_loadd(6, columns(0, k), stride);
         _tile_loadd(4, rows.data + k * rows.step, rows.stride);
         _tile_dpbf16ps(0, 4, 6);
+        ahead.some();
         _tile_loadd(7, columns(1, k), stride);
         _tile_dpbf16ps(1, 4, 7);
+        ahead.some();
         _tile_loadd(5, second + k * rows.step, rows.stride);
         _tile_dpbf16ps(2, 5, 6);
+        ahead.some();
         _tile_dpbf16ps(3, 5, 7);
+        ahead.some();
     }
     end_sums(at, sums.stride);
 }
