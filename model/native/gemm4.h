@@ -118,6 +118,48 @@ template <class Block, bool TABLE> void widen4(const Block& block, int64_t group
         }
 }
 
+#ifdef EMOE_TILES
+
+// As widen4, for the matrix unit.
+template <class Block, bool TABLE> void widen_bytes4(const Block& block, int64_t groups, WideBytes& wide) {
+    const __m512i table = load_table(kE2m1), mask = _mm512_set1_epi8(15);
+    wide.parts = groups;
+    wide.part_bytes = kFine;
+    for (int64_t group = 0; group < groups; ++group)
+        for (int64_t c = 0; c < kPanel; c += 16) {
+            store_sum(wide.scales[group] + c, block.scale(group, c));
+            const __m512i zero = _mm512_mullo_epi32(block.zero(group, c), _mm512_set1_epi32(0x01010101));
+            for (int64_t eight = 0; eight < kFine / 8; ++eight) {
+                const __m512i words = load_integers(block.codes + group * kCodes + (eight * kPanel + c) * 4);
+                for (int i = 0; i < 2; ++i) {
+                    __m512i values = _mm512_and_si512(i == 0 ? words : _mm512_srli_epi32(words, 4), mask);
+                    if (TABLE) values = _mm512_shuffle_epi8(table, values);
+                    store_integers(wide.values[group * kFine / 4 + eight * 2 + i][c], _mm512_sub_epi8(values, zero));
+                }
+            }
+        }
+}
+
+template <bool TABLE, bool HALF>
+void multiply_chunk4_tiles(int64_t count, const Row8* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+    using Block = Block4<TABLE, HALF>;
+    WideBytes wide;
+    TileSizes::apart(kFine).load();
+    for (int64_t number = 0; number < groups(depth); ++number) {
+        const int64_t fines = std::min(kFines, groups4(depth) - number * kFines);
+        const Block block(panel, fines);
+        panel += block_bytes4(fines, TABLE);
+        const char* next = panel + block_bytes4(kFines, TABLE); // the block after the next
+        for (int64_t line = 0; fetch && line < block_bytes4(kFines, TABLE); line += 64)
+            _mm_prefetch(next + line, _MM_HINT_T1);
+        widen_bytes4<Block, TABLE>(block, fines, wide);
+        multiply_all_bytes(count, rows, depth, number, wide, sums);
+    }
+    _tile_release();
+}
+
+#endif
+
 constexpr int64_t kRows4 = 3;    // rows of the register tile of multiply4
 constexpr int64_t kFewRows4 = 6; // up to which a block is not widened in memory
 
@@ -125,6 +167,9 @@ constexpr int64_t kFewRows4 = 6; // up to which a block is not widened in memory
 template <bool TABLE, bool HALF>
 void multiply_chunk4(int64_t count, const Row8* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
     using Block = Block4<TABLE, HALF>;
+#ifdef EMOE_TILES
+    if (rows[0].bytes != nullptr) return multiply_chunk4_tiles<TABLE, HALF>(count, rows, depth, panel, sums, fetch);
+#endif
     Wide wide;
     for (int64_t number = 0; number < groups(depth); ++number) {
         const int64_t fines = std::min(kFines, groups4(depth) - number * kFines);

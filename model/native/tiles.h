@@ -6,10 +6,7 @@
 // as zero. So the bits differ from those of vector.h's instructions. But they depend on nothing but the row and the
 // column: products in bfloat16 therefore take this unit for any number of rows.
 //
-// Products with integers of 8 and of 4 bits are exact in any order, so they take it where it is faster. Rows are in 16 bits
-// there (gemm8.h). A row is taken apart into its low and its high bytes, which are multiplied one after the other. A tile
-// of columns has 4 steps of K of one column in 32 bits. Of 8 steps of K, these are first 0, 4, 1, 5 and then 2, 6, 3, 7, as
-// 4-bit codes give them (gemm4.h).
+// Products with weights of 8 and of 4 bits (tiles8.h) are exact in any order, so they take the unit where it is faster.
 //
 // Each call configures the tiles of its thread and releases them: while tiles are in use, a switch to another thread has to
 // store them.
@@ -59,6 +56,8 @@ struct alignas(64) TileSizes {
     static TileSizes two(int64_t rows, int64_t depth_bytes = kTileBytes) {
         return TileSizes(kTileRows, rows - kTileRows, depth_bytes);
     }
+    // For rows that are taken apart (tiles8.h): tile 4 are their low bytes, with the sums 0 and 1, and tile 5 their high ones.
+    static TileSizes apart(int64_t depth_bytes) { return TileSizes(kTileRows, kTileRows, depth_bytes); }
     // the compilers' own function is said to read 8 bytes only
     void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
 
