@@ -101,19 +101,14 @@ struct Floats8 : Bits16 {
     }
 };
 
-// Takes many rows apart for the matrix unit.
-void prepare_wide(std::vector<Row8>& rows, int64_t depth, std::vector<char>& memory) {
-#ifdef EMOE_TILES
-    if (tiles_used && int64_t(rows.size()) > kFewRowsTiles) take_apart(rows, depth, memory);
-#endif
-}
-
 // Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (wide.h).
 struct Bits8 {
     using Row = Row8;
     using Rows = Rows8;
     static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
-        prepare_wide(rows, depth, memory);
+#ifdef EMOE_TILES
+        if (tiles_used && int64_t(rows.size()) > kFewTiles8) take_apart(rows, depth, memory);
+#endif
     }
     static int64_t panel_bytes(int64_t depth) { return panel_bytes8(depth); }
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
@@ -126,7 +121,9 @@ template <bool TABLE, bool HALF> struct Bits4 {
     using Row = Row8;
     using Rows = Rows8;
     static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
-        prepare_wide(rows, depth, memory);
+#ifdef EMOE_TILES
+        if (tiles_used && int64_t(rows.size()) > kFewTiles4) take_apart4(rows, depth, memory);
+#endif
     }
     static int64_t panel_bytes(int64_t depth) { return panel_bytes4(depth, TABLE); }
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {

@@ -73,9 +73,8 @@ inline void widen_bytes8(const int8_t* weights, int64_t pairs, WideBytes& wide) 
     alignas(64) uint8_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = i / 4 * 2 + i % 4 / 2 + i % 2 * 64;
     const __m512i first = _mm512_load_si512(order), second = _mm512_add_epi8(first, _mm512_set1_epi8(32));
-    wide.parts = 1;
-    wide.part_bytes = half_bytes(2 * pairs);
-    for (int64_t quad = 0; quad < wide.part_bytes / 4; ++quad) {
+    wide.steps = byte_steps(2 * pairs);
+    for (int64_t quad = 0; quad < wide.steps * kTileBytes / 4; ++quad) {
         const int64_t pair = quad / 2 * 4 + quad % 2; // the quad has this pair and the one after the next
         for (int64_t c = 0; c < kPanel; c += 32) {
             const auto at = [&](int64_t k) {
@@ -86,13 +85,13 @@ inline void widen_bytes8(const int8_t* weights, int64_t pairs, WideBytes& wide) 
             _mm512_store_si512(wide.values[quad][c + 16], _mm512_permutex2var_epi8(a, second, b));
         }
     }
-    std::memcpy(wide.scales[0], weights + pairs * 2 * kPanel, kPanel * sizeof(float));
+    std::memcpy(wide.scales, weights + pairs * 2 * kPanel, kPanel * sizeof(float));
 }
 
 inline void multiply_chunk8_tiles(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
                                   bool fetch) {
     WideBytes wide;
-    TileSizes::apart(kTileBytes).load();
+    TileSizes::apart().load();
     for (int64_t group = 0; group < groups(depth); ++group) {
         const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
         const int8_t* next = panel + kAhead8;

@@ -6,7 +6,8 @@
 // as zero. So the bits differ from those of vector.h's instructions. But they depend on nothing but the row and the
 // column: products in bfloat16 therefore take this unit for any number of rows.
 //
-// Products with weights of 8 and of 4 bits (tiles8.h) are exact in any order, so they take the unit where it is faster.
+// Products with weights of 8 bits (tiles8.h) and of 4 bits (tiles4.h) are exact in any order, so they take the unit where it
+// is faster.
 //
 // Each call configures the tiles of its thread and releases them: while tiles are in use, a switch to another thread has to
 // store them.
@@ -56,8 +57,8 @@ struct alignas(64) TileSizes {
     static TileSizes two(int64_t rows, int64_t depth_bytes = kTileBytes) {
         return TileSizes(kTileRows, rows - kTileRows, depth_bytes);
     }
-    // For rows that are taken apart (tiles8.h): tile 4 are their low bytes, with the sums 0 and 1, and tile 5 their high ones.
-    static TileSizes apart(int64_t depth_bytes) { return TileSizes(kTileRows, kTileRows, depth_bytes); }
+    // For rows that are taken apart (tiles8.h, tiles4.h).
+    static TileSizes apart() { return TileSizes(kTileRows, kTileRows, kTileBytes); }
     // the compilers' own function is said to read 8 bytes only
     void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
 
