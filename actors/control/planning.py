@@ -15,7 +15,7 @@ from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.rebalancing import room, with_tiers
-from elastic_moe.cluster.facts.events import PlanReady, Solve
+from elastic_moe.cluster.facts.events import PlanReady, Solve, Weigh, Weighed
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.links import Rates, port_rates, uplink_rates
 from elastic_moe.cluster.facts.routing import RoutingWindow, weighted_load
@@ -24,11 +24,12 @@ from elastic_moe.cluster.messages.epochs import ModelInfo, TransportKind
 from elastic_moe.cluster.messages.views import RebalancePreview, SubjectPreview
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.optimizer import PlacementProblem, PlanResult
-from elastic_moe.optimizer.core.cost import expected_fetches
+from elastic_moe.optimizer.core.cost import expected_fetches, price
 from elastic_moe.optimizer.core.estimate import expected_covariance
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links
 from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy, decide
 from elastic_moe.optimizer.residency.memory import WorkerMemory
+from elastic_moe.optimizer.subjects.likeness import tells_subject
 from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, Remembered, SubjectMemory, Variation, scenarios
 
 Counts = npt.NDArray[np.int64]
@@ -143,6 +144,14 @@ def judge(result: PlanResult, *, load: Counts, since_change_s: float | None, pol
     return decide(result, tokens_per_expert=tokens, since_change_s=since_change_s, present_share=share, policy=policy)
 
 
+def weighed(problem: PlacementProblem, before: Sequence[Placement]) -> tuple[float, tuple[float, ...]]:
+    """Seconds of a step that computes what the problem has counted: under its current placement, and under each of
+    `before`, with what going there costs. Risk does not count, since the tokens have come."""
+    assert problem.current is not None
+    costs = [price(problem, placement) for placement in (problem.current, *before)]
+    return costs[0].realised_s, tuple(cost.realised_s + cost.migration_s for cost in costs[1:])
+
+
 def to_event(ticket: int, result: PlanResult, decision: Decision) -> PlanReady:
     before = result.cost_before
     return PlanReady(
@@ -236,12 +245,22 @@ class Planners:
 
         Raises CALL_ERRORS.
         """
-        assert facts.spec is not None
         now = time.monotonic()
+        load, policy = self._window.load(now), RELIEF if planner == "relief" else None
+        problem = await self._problem(facts, remembered, now)
+        deadline_s = self._config.plan_deadline
+        work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
+        result = await within(work, liveness.plan_timeout_s(deadline_s))
+        since_s = now - facts.epoch_since if facts.epoch > 1 else None
+        return problem, result, judge(result, load=load, since_change_s=since_s, policy=policy)
+
+    async def _problem(self, facts: Facts, remembered: Sequence[Remembered], now: float) -> PlacementProblem:
+        """The problem of the workers in force and the present window."""
+        assert facts.spec is not None
         prefill, decode = self._window.phases(now)
         sample = self._window.sample(now)
         memory = memory_of_members(facts)
-        problem = build_problem(
+        return build_problem(
             self._model,
             facts.spec.placement,
             weighted_load(prefill, decode),
@@ -258,12 +277,15 @@ class Planners:
             dealt=deals(facts),
             shared_disk=share_disk(facts) and not any(each.host_experts for each in memory),
         )
-        deadline_s = self._config.plan_deadline
-        work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
-        result = await within(work, liveness.plan_timeout_s(deadline_s))
-        since_s = now - facts.epoch_since if facts.epoch > 1 else None
-        load, policy = prefill.load + decode.load, RELIEF if planner == "relief" else None
-        return problem, result, judge(result, load=load, since_change_s=since_s, policy=policy)
+
+    async def weigh(self, command: Weigh, facts: Facts) -> list[Weighed]:
+        """Carry out the command to price placements on the window. Returns one event."""
+        now = time.monotonic()
+        counted = tells_subject(self._window.load(now))
+        problem = await self._problem(facts, (), now)
+        present_s, before_s = await asyncio.to_thread(weighed, problem, command.before)
+        tokens = self._window.tokens(now) if counted else 0
+        return [Weighed(ticket=command.ticket, present_s=present_s, before_s=before_s, tokens=tokens)]
 
     async def answer(self, command: Solve, facts: Facts) -> list[PlanReady]:
         """Carry out the command to ask a planner. Returns one event, also if the planner failed."""
