@@ -25,7 +25,7 @@ from elastic_moe.cluster.messages.views import RebalancePreview, SubjectPreview
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 from elastic_moe.optimizer.core.cost import expected_fetches, price
-from elastic_moe.optimizer.core.estimate import expected_covariance
+from elastic_moe.optimizer.core.estimate import RUN, expected_covariance
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links
 from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy, decide
 from elastic_moe.optimizer.residency.memory import WorkerMemory
@@ -46,6 +46,8 @@ def build_problem(
     *,
     dtype: str,
     parts: Counts | None = None,
+    runs: Loads | None = None,
+    requests: int = 1,
     remembered: Sequence[Remembered] = (),
     variation: Variation | None = None,
     room: int | None = None,
@@ -62,6 +64,8 @@ def build_problem(
     transitions: [L-1, E, E] of the window, estimated from a sample of its tokens. The problem estimates co-activation
     from them, since it is not counted.
     parts: [P, L, E] loads of P parts of the window, from which their variation is estimated; None: no variation.
+    runs: [Q, L, E] loads of short runs of the window's tokens, of at least `requests` requests: how experts rise
+    together there tells what a change of subject may bring. None: no change is reckoned with.
     remembered: subjects that the traffic has had before, for which the placement is planned too.
     variation: how their stretches varied; None: unknown.
     room: experts that each worker has memory for beside its own, while experts move; None: not limited.
@@ -79,7 +83,7 @@ def build_problem(
         workers=placement.workers,
         top_k=model.top_k,
         transitions=transitions if transitions.any() else None,
-        load_covariance=expected_covariance(counted, parts, variation),
+        load_covariance=expected_covariance(counted, parts, variation, runs, requests),
         current=placement,
         expert_bytes=model.expert_bytes,
         token_bytes=model.hidden_size * ACTIVATION_BYTES[dtype],
@@ -258,25 +262,34 @@ class Planners:
         """The problem of the workers in force and the present window."""
         assert facts.spec is not None
         prefill, decode = self._window.phases(now)
-        sample = self._window.sample(now)
-        memory = memory_of_members(facts)
-        return build_problem(
-            self._model,
-            facts.spec.placement,
-            weighted_load(prefill, decode),
-            await asyncio.to_thread(sample.transitions),
-            dtype=self._dtype,
-            parts=self._window.load_parts(now),
-            remembered=remembered,
-            variation=self._memory.variation(now),
-            room=room(facts),
-            memory=memory,
-            links=links_of(self._config, facts.spec.placement.workers, self._link_gbps()),
-            # how many tokens a step has decides how many experts it needs
-            tokens_per_step=max(1, self._running_requests()) if memory else DEFAULT_STEP_TOKENS,
-            dealt=deals(facts),
-            shared_disk=share_disk(facts) and not any(each.host_experts for each in memory),
-        )
+        sample, parts = self._window.sample(now), self._window.load_parts(now)
+        memory, running = memory_of_members(facts), max(1, self._running_requests())
+        links = links_of(self._config, facts.spec.placement.workers, self._link_gbps())
+        variation, placement = self._memory.variation(now), facts.spec.placement
+
+        def build() -> PlacementProblem:
+            return build_problem(
+                self._model,
+                placement,
+                weighted_load(prefill, decode),
+                sample.transitions(),
+                dtype=self._dtype,
+                parts=parts,
+                runs=sample.runs(RUN),
+                requests=running,
+                remembered=remembered,
+                variation=variation,
+                room=room(facts),
+                memory=memory,
+                links=links,
+                # how many tokens a step has decides how many experts it needs
+                tokens_per_step=running if memory else DEFAULT_STEP_TOKENS,
+                dealt=deals(facts),
+                shared_disk=share_disk(facts) and not any(each.host_experts for each in memory),
+            )
+
+        # covariances of a large model take a good part of a second
+        return await asyncio.to_thread(build)
 
     async def weigh(self, command: Weigh, facts: Facts) -> list[Weighed]:
         """Carry out the command to price placements on the window. Returns one event."""

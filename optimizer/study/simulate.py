@@ -19,7 +19,7 @@ from elastic_moe.cluster.facts.sampling import as_choices
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import Placement, Worker, contiguous
 from elastic_moe.optimizer.core.cost import moves_to, price
-from elastic_moe.optimizer.core.estimate import expected_covariance
+from elastic_moe.optimizer.core.estimate import RUN, expected_covariance
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult
 from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy, decide
@@ -50,6 +50,10 @@ class SimulationSettings:
     """Largest share of all experts that one change moves; None sets no limit."""
     memory: bool = True
     """Whether placements are planned for the subjects that came before, too."""
+    prior: bool = True
+    """Whether plans reckon with a change of subject that the window does not show."""
+    requests: int = 16
+    """Requests that are running, on each of which the prior is weaker."""
     quick: bool = True
     """Whether a change of subject is noticed in the counts, and answered by a few moves at once."""
     report_s: float = 5.0
@@ -295,7 +299,13 @@ def _problem(
         scenario_loads=each,
         scenario_weights=weights,
         transitions=window.sample(now).transitions(),
-        load_covariance=expected_covariance(load, parts, None if memory is None else memory.variation(now)),
+        load_covariance=expected_covariance(
+            load,
+            parts,
+            None if memory is None else memory.variation(now),
+            window.sample(now).runs(RUN) if settings.prior else None,
+            settings.requests,
+        ),
         workers=placement.workers,
         top_k=top_k,
         current=placement,

@@ -36,10 +36,11 @@ from elastic_moe.optimizer.study.traces import Trace, concatenate, load_trace
 from tests.bench.machine import where_and_when
 
 SETTINGS = {
-    "before": {"memory": False, "quick": False},
-    "memory": {"memory": True, "quick": False},
-    "quick": {"memory": False, "quick": True},
-    "both": {"memory": True, "quick": True},
+    "before": {"memory": False, "quick": False, "prior": False},
+    "memory": {"memory": True, "quick": False, "prior": False},
+    "quick": {"memory": False, "quick": True, "prior": False},
+    "both": {"memory": True, "quick": True, "prior": False},
+    "all": {"memory": True, "quick": True},
 }
 
 

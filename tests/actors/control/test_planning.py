@@ -44,6 +44,23 @@ def test_problems_carry_how_loads_vary_and_the_transitions() -> None:
     assert np.array_equal(problem.pairs, estimate_coactivation(problem))
 
 
+def test_problems_reckon_with_a_change_of_subject() -> None:
+    """Two experts rise together in short runs: they may do so between subjects, the more the fewer requests there
+    were."""
+    rng = np.random.default_rng(0)
+    runs = rng.integers(1, 9, size=(40, LAYERS, EXPERTS)).astype(float)
+    runs[:, :, 1] = runs[:, :, 0]
+    nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS))
+    few, many = (
+        build_problem(TOLD, PLACEMENT, runs.sum(axis=0), nothing, dtype="bfloat16", runs=runs, requests=requests)
+        for requests in (1, 100)
+    )
+    assert few.load_covariance is not None
+    assert many.load_covariance is not None
+    assert 0 < many.load_covariance[0, 0, 1] < few.load_covariance[0, 0, 1]
+    assert abs(many.load_covariance[0, 0, 2]) < many.load_covariance[0, 0, 1]
+
+
 @pytest.mark.parametrize("parts", [None, np.ones((2, LAYERS, EXPERTS), dtype=np.int64)])
 def test_too_few_parts_give_no_variation(parts: np.ndarray | None) -> None:
     nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS), dtype=np.int64)
