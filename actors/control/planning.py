@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from elastic_moe.actors.control.fleet import Fleet
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.rebalancing import room, with_tiers
+from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.events import PlanReady, Solve, Weigh, Weighed
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.links import Rates, port_rates, uplink_rates
@@ -24,6 +27,7 @@ from elastic_moe.cluster.messages.epochs import ModelInfo, TransportKind
 from elastic_moe.cluster.messages.views import RebalancePreview, SubjectPreview
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.optimizer import PlacementProblem, PlanResult
+from elastic_moe.optimizer.constants import Constants, calibration_file, load_constants, nearest
 from elastic_moe.optimizer.core.cost import expected_fetches, price
 from elastic_moe.optimizer.core.estimate import RUN, expected_covariance
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links
@@ -31,6 +35,8 @@ from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy,
 from elastic_moe.optimizer.residency.memory import WorkerMemory
 from elastic_moe.optimizer.subjects.likeness import tells_subject
 from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, Remembered, SubjectMemory, Variation, scenarios
+
+logger = logging.getLogger(__name__)
 
 Counts = npt.NDArray[np.int64]
 Loads = npt.NDArray[np.float64]
@@ -54,6 +60,7 @@ def build_problem(
     memory: tuple[WorkerMemory, ...] = (),
     links: Links | None = None,
     tokens_per_step: int = DEFAULT_STEP_TOKENS,
+    token_expert_s: float | None = None,
     dealt: bool = False,
     shared_disk: bool = False,
 ) -> PlacementProblem:
@@ -72,6 +79,7 @@ def build_problem(
     memory: [W] the tiers of each worker; empty if every expert fits.
     links: bandwidths; None: those of eight H100.
     tokens_per_step: of the whole cluster.
+    token_expert_s: seconds of a token in an expert, as measured; None: those of an H100.
     dealt: whether workers deal the misses of each step. shared_disk: whether they read from one disk.
     """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
@@ -90,21 +98,41 @@ def build_problem(
         memory=memory,
         links=links or Links(),
         tokens_per_step=tokens_per_step,
+        token_expert_s=PlacementProblem.token_expert_s if token_expert_s is None else token_expert_s,
         dealt=dealt,
         shared_disk=shared_disk,
         move_budget=min(max(1, round(MOVE_SHARE * counted.size)), counted.size if room is None else room),
     )
 
 
-def links_of(config: ServeConfig, workers: Sequence[Worker], measured: Rates) -> Links:
-    """The bandwidths to plan with: the settings', what was measured, or else those of eight H100."""
-    usual, ports, uplinks = Links(), port_rates(workers, measured), uplink_rates(workers, measured)
+def links_of(
+    config: ServeConfig, workers: Sequence[Worker], measured: Rates, constants: Constants | None = None
+) -> Links:
+    """The bandwidths to plan with: the settings', what was measured, what `emoe calibrate` found, or else those of
+    eight H100."""
+    usual = Links()
+    if constants is not None and constants.worker_gbps is not None:
+        usual = Links(worker_gbps=constants.worker_gbps)
+    ports, uplinks = port_rates(workers, measured), uplink_rates(workers, measured)
     return Links(
         worker_gbps=config.worker_gbps or usual.worker_gbps,
         node_gbps=config.node_gbps or usual.node_gbps,
         ports_gbps=() if config.worker_gbps else ports,
         uplinks_gbps=() if config.node_gbps else uplinks,
     )
+
+
+def constants_for(config: ServeConfig, model: ModelInfo, dtype: str, device: str) -> tuple[Constants, ...]:
+    """What `emoe calibrate` has measured of the model: in the named file, or else in the one for this model on this
+    machine, if there is one. A file that cannot be read is told of in the log."""
+    path = calibration_file(model, dtype, device) if config.calibration is None else Path(config.calibration)
+    if config.calibration is None and not path.exists():
+        return ()
+    try:
+        return load_constants(path)
+    except ConfigError as error:
+        logger.warning("planners reckon with the usual constants: %s", error)
+        return ()
 
 
 def memory_of_members(facts: Facts) -> tuple[WorkerMemory, ...]:
@@ -227,9 +255,12 @@ class Planners:
         self._window = window
         self._memory = memory
 
+        self._constants = constants_for(config, model, dtype, fleet.device())
+
     def configure(self, config: ServeConfig) -> None:
         """Use the settings of a redeploy from now on."""
         self._config = config
+        self._constants = constants_for(config, self._model, self._dtype, self._fleet.device())
 
     async def preview(self, planner: str, facts: Facts) -> RebalancePreview:
         """What a re-placement would do. Raises CALL_ERRORS."""
@@ -264,7 +295,8 @@ class Planners:
         prefill, decode = self._window.phases(now)
         sample, parts = self._window.sample(now), self._window.load_parts(now)
         memory, running = memory_of_members(facts), max(1, self._running_requests())
-        links = links_of(self._config, facts.spec.placement.workers, self._link_gbps())
+        constants = nearest(self._constants, len(facts.ranks))
+        links = links_of(self._config, facts.spec.placement.workers, self._link_gbps(), constants)
         variation, placement = self._memory.variation(now), facts.spec.placement
 
         def build() -> PlacementProblem:
@@ -284,6 +316,7 @@ class Planners:
                 links=links,
                 # how many tokens a step has decides how many experts it needs
                 tokens_per_step=running if memory else DEFAULT_STEP_TOKENS,
+                token_expert_s=None if constants is None else constants.token_expert_s,
                 dealt=deals(facts),
                 shared_disk=share_disk(facts) and not any(each.host_experts for each in memory),
             )
