@@ -21,7 +21,7 @@ Generation = NewType("Generation", str)
 LIVE = frozenset({
     "workers", "min_workers", "max_workers", "autoscale_window", "rebalance_interval", "planner", "solver",
     "migration_bandwidth", "plan_deadline", "standby", "heartbeat_timeout", "drain_timeout", "api_replicas",
-    "handover_timeout",
+    "handover_timeout", "calibration",
 })  # fmt: skip
 """Settings that a serving cluster takes over."""
 

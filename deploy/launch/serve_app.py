@@ -42,7 +42,7 @@ from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.remote.key_value import API_NAMESPACE, RayKeyValue
 from elastic_moe.actors.telemetry.exporting import check_installed
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.control.limits import check_limits
+from elastic_moe.cluster.decisions.limits import check_limits
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.messages.views import Readiness
