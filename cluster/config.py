@@ -84,6 +84,11 @@ class ServeConfig:
         "bandwidth in Gb/s of the link of each node, which its workers share; if not given, it is measured as well",
         at_least=0.001,
     )
+    calibration: str | None = setting(
+        None,
+        "file of constants by which planners reckon, as `emoe calibrate` writes it; if not given, what it has measured "
+        "of this model on the head node, if anything",
+    )
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
     )
@@ -122,7 +127,7 @@ class ServeConfig:
         None, "bytes of KV cache on each worker; if not given, they are computed from the free memory", at_least=1
     )
     enforce_eager: bool = setting(
-        False, "launch the kernels of a GPU's decode steps one by one, instead of whole steps as CUDA graphs"
+        False, "launch the kernels of a GPU's steps one by one, instead of as CUDA graphs that were recorded before"
     )
     enable_prefix_caching: bool = setting(
         True, "reuse the KV cache of an earlier request whose prompt began with the same tokens"
@@ -315,6 +320,8 @@ class ServeConfig:
         if self.expert_cache_dir is not None:
             # workers have other working directories
             object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", os.path.abspath(os.path.expanduser(self.calibration)))
         if self.otlp_traces_endpoint is not None and not COLLECTOR.fullmatch(self.otlp_traces_endpoint):
             raise ConfigError(
                 "otlp_traces_endpoint: expected a URL such as http://localhost:4318/v1/traces, "

@@ -14,6 +14,7 @@
     experts/       the experts that a worker holds, and their products
     exchange/      carries tokens to the workers of their experts and back; counts routing
     fitting/       chooses the code that serves each part of a model on this machine
+    graphs/        launches steps as CUDA graphs
     tiers/         experts that lie on the disk or in the host's memory, and come when a step needs them
     worker/        one worker: loading, epochs, steps
 

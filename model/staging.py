@@ -58,7 +58,7 @@ def beside_steps(device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
 
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def recorded(stream: torch.cuda.Stream | None = None, *, timed: bool = False) -> torch.cuda.Event:

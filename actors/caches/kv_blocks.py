@@ -52,7 +52,7 @@ class BlockPool:
         self._idle: dict[int, None] = {}
         """A set in the order in which the blocks became idle."""
         self._passed: dict[int, None] = {}
-        """The same of those that a window has passed. They are not in `_idle`."""
+        """The idle blocks that a window has passed, in the same order. They are not in `_idle`."""
         self._references = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         """The key of each block; None: it has none. A list, because an entry of a dict takes four times as much."""

@@ -125,7 +125,7 @@ class Rows:
         self.cut(row)
 
     def cut(self, row: int) -> None:
-        """What is in flight for the row counts no longer."""
+        """From now on, tokens that are in flight for the row do not count."""
         self.steady[row] = False
         self.mark[row] += 1
 

@@ -240,7 +240,7 @@ class RunningRequest:
         self.introduced = False
 
     def introduction(self) -> NewSequence:
-        """For the worker that it runs at."""
+        """What the worker is told of the request before its first step there."""
         assert self.cache is not None
         return NewSequence(
             request_id=self.request_id,

@@ -32,7 +32,7 @@ class RequestBook:
         """Those that wait and those that run."""
         self.waiting = FairQueue()
         self.stops = StopTokens()
-        """Of all requests."""
+        """The stop tokens of all requests."""
         self.preemptions = 0
 
     def read(self, request: GenerateRequest) -> RunningRequest:

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.liveness import dry_run_timeout_s
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import new_operation_id

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Revision
 from elastic_moe.deploy.api.http_io import EventStream

@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.key_value import KeyValue, LocalKeyValue
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.config import ServeConfig

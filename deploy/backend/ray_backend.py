@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ray.exceptions import RayActorError, RayError
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, MOVE_S
 from elastic_moe.actors.remote.ask import Remote, ask, kill

@@ -37,7 +37,7 @@ class RequestStream:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._scores: list[PromptScores] = []
-        """Those of all unread outputs."""
+        """Scores of the prompt in all unread outputs."""
         self._last: TokenOutput | None = None
         self._end: TokenOutput | Exception | None = None
         """The error that ends the stream after its unread tokens."""

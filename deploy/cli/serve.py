@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.control.limits import check_limits
+from elastic_moe.cluster.decisions.limits import check_limits
 from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.gc_pause import no_collection

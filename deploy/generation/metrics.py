@@ -28,7 +28,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from ray.exceptions import RayError
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.key_value import KeyValue
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.errors import NotReadyError

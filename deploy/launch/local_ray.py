@@ -38,7 +38,7 @@ from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.model import native
 
 if TYPE_CHECKING:
-    from elastic_moe.actors.control.coordinator import Coordinator
+    from elastic_moe.actors.coordinator.coordinator import Coordinator
     from elastic_moe.actors.remote.ask import Remote
 
 APP_NAME = "emoe"
@@ -135,7 +135,7 @@ class ServerProcesses:
         """Start Serve and the application. Returns once the API answers, while the model loads."""
         from ray import serve
 
-        from elastic_moe.actors.control.start import start_groups
+        from elastic_moe.actors.coordinator.start import start_groups
         from elastic_moe.deploy.launch.serve_app import application
 
         self._check_unused()
@@ -189,7 +189,7 @@ class ServerProcesses:
     def _running_requests(self) -> int:
         from ray.exceptions import RayError
 
-        from elastic_moe.actors.control.coordinator import Coordinator
+        from elastic_moe.actors.coordinator.coordinator import Coordinator
         from elastic_moe.actors.remote.ask import ask, wait
 
         assert self._coordinator is not None
@@ -221,7 +221,7 @@ class ServerProcesses:
             ray.shutdown()
 
     def _stop_actors(self) -> None:
-        from elastic_moe.actors.control.start import stop_cluster
+        from elastic_moe.actors.coordinator.start import stop_cluster
 
         stop_cluster(END_TIMEOUT_S)
         if not self.local:

@@ -32,9 +32,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from elastic_moe.actors.control.coordinator import Coordinator
-from elastic_moe.actors.control.fleet import ON_HEAD
-from elastic_moe.actors.control.start import start_groups, stop_cluster, stop_unused_clusters
+from elastic_moe.actors.coordinator.coordinator import Coordinator
+from elastic_moe.actors.coordinator.fleet import ON_HEAD
+from elastic_moe.actors.coordinator.start import start_groups, stop_cluster, stop_unused_clusters
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask
@@ -42,7 +42,7 @@ from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.remote.key_value import API_NAMESPACE, RayKeyValue
 from elastic_moe.actors.telemetry.exporting import check_installed
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.control.limits import check_limits
+from elastic_moe.cluster.decisions.limits import check_limits
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.messages.views import Readiness
@@ -97,7 +97,7 @@ class Api:
         self._redeployable = model is not None
         self._coordinators = start(config, model_dir)
         self._name = uuid.uuid4().hex
-        """As the coordinator knows this replica."""
+        """The name by which the coordinators know this replica."""
         self._gcs = GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT)))
         self._backend = Groups(len(self._coordinators), self._group)
         self._service = Service(

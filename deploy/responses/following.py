@@ -49,7 +49,7 @@ class Followed:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        """With its outcome, once it has one."""
+        """The response's record, which has the outcome once there is one."""
         self.tokens: list[int] = []
         self.cached_tokens = 0
         self.ending: Ending | None = None

@@ -4,7 +4,7 @@ from inspect import iscoroutinefunction, signature
 
 import pytest
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from tests.deploy.fakes import FakeBackend
 from tests.deploy.moving_cluster import MovingCluster
 

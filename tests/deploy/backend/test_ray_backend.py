@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from elastic_moe.actors.control.coordinator import Coordinator as Questions
+from elastic_moe.actors.coordinator.coordinator import Coordinator as Questions
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams
