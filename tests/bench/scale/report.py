@@ -88,15 +88,17 @@ def plot(path: Path, engine: Sequence[EngineCost], control: Sequence[ControlCost
     for workers in sorted({row.workers for row in engine}):
         rows = [row for row in engine if row.workers == workers]
         left.plot([r.sequences for r in rows], [1e3 * r.cpu_s for r in rows], marker="o", label=f"{workers} workers")
-    left.axhline(1e3 * min(row.device_s for row in engine), color="grey", linestyle=":", label="the device's step")
-    left.set(xscale="log", yscale="log", xlabel="sequences", ylabel="engine CPU, ms a step")
-    left.legend()
+    if engine:
+        left.axhline(1e3 * min(row.device_s for row in engine), color="grey", linestyle=":", label="the device's step")
+        left.set(xscale="log", yscale="log", xlabel="sequences", ylabel="engine CPU, ms a step")
+        left.legend()
     sizes = [row.workers for row in control]
     right.plot(sizes, [100 * r.poll_share for r in control], marker="o", label="polling, % of a core")
     right.plot(sizes, [1e3 * r.flip_s for r in control], marker="o", label="flip, ms")
     right.plot(sizes, [1e3 * r.death_s for r in control], marker="o", label="a death until survivors serve, ms")
-    right.set(xscale="log", yscale="log", xlabel="workers")
-    right.legend()
+    if control:
+        right.set(xscale="log", yscale="log", xlabel="workers")
+        right.legend()
     figure.tight_layout()
     figure.savefig(path)
 
