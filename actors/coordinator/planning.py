@@ -203,7 +203,7 @@ class Planners:
         running_requests: Callable[[], int],
         link_gbps: Callable[[], Rates],
     ) -> None:
-        """`running_requests` returns the number of those that run now: so many tokens has a step if none of them is new.
+        """`running_requests` returns how many run now. A step has as many tokens if none of them is new.
         `link_gbps` returns what was measured of the links between workers."""
         self._fleet = fleet
         self._running_requests = running_requests
