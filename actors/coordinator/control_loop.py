@@ -52,6 +52,7 @@ from elastic_moe.cluster.facts.events import (
     SubjectChanged,
     Tick,
     Transfer,
+    Weigh,
 )
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.epochs import ModelSpec
@@ -264,6 +265,8 @@ class ControlLoop:
                 self._begin(executor.probe, command)
             case Solve():
                 self._begin(self.planners.answer, command, self.state.facts)
+            case Weigh():
+                self._begin(self.planners.weigh, command, self.state.facts)
 
     def _begin(self, work: Callable[P, Awaitable[Sequence[Event]]], *command: P.args, **named: P.kwargs) -> None:
         """Begin `work`, and feed its events when it is done."""

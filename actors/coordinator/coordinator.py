@@ -311,7 +311,7 @@ class Coordinator:
                 logger.info("the other clusters cannot be seen: %s", one_line(error))
 
     async def _is_over(self) -> bool:
-        replaced = not await asyncio.to_thread(self._fleet.wanted)
+        replaced = not await asyncio.to_thread(self._fleet.wanted, self._config.data_parallel_size)
         most_s = self._config.shutdown_timeout
         choice = self._departure.look(replaced=replaced, most_s=most_s, now=time.monotonic())
         if not choice.value:

@@ -108,7 +108,7 @@ class Executor:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             **self._threads(),
-            node_workers=-(-config.most_workers // self._fleet.num_nodes),
+            node_workers=-(-config.all_workers // self._fleet.num_nodes),
             gpu_workers=self._fleet.gpu_workers,
             expert_memory_bytes=config.expert_memory_bytes,
             host_expert_memory_bytes=config.host_expert_memory_bytes,
@@ -124,7 +124,7 @@ class Executor:
         if self._spec.device == "cuda":
             return {"num_threads": 0}
         threads = self._fleet.node_threads()
-        beside = -(-self._config.workers // self._fleet.num_nodes)
+        beside = -(-self._config.data_parallel_size * self._config.workers // self._fleet.num_nodes)
         return {"num_threads": max(1, threads // beside), "node_threads": threads}
 
     async def probe(self, command: Probe) -> list[Event]:

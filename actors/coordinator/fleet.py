@@ -31,7 +31,7 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerInfo
 from elastic_moe.cluster.nodes import GPU, Node, free_cores, homes, shortage, threads
 from elastic_moe.cluster.placement import WorkerId
-from elastic_moe.cluster.redeploy import Generation
+from elastic_moe.cluster.redeploy import Generation, cluster_of, number_of
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)
@@ -125,8 +125,9 @@ class Fleet(Protocol):
 
     # --- Clusters beside one another, while a redeploy hands over ---------------------------------------------------
 
-    def wanted(self) -> bool:
-        """Whether this cluster is the one that the last redeploy wants. Blocks."""
+    def wanted(self, groups: int) -> bool:
+        """Whether the last redeploy wants this cluster, and this one of its groups. `groups`: number of them that it
+        has. Blocks."""
         ...
 
     def others(self) -> list[Remote[Any]]:
@@ -190,7 +191,7 @@ class RayFleet:
         self._engine_class = engine_class
         self._coordinator: Remote[StepReports] | None = None
         self._device: str | None = None
-        self._logs = LogSettings.of(config)
+        self._logs = LogSettings.of(config, number_of(generation))
 
     def attach(self) -> None:
         set_up(names.COORDINATOR, self._logs)
@@ -198,17 +199,19 @@ class RayFleet:
 
     def configure(self, config: ServeConfig) -> None:
         self._config = config
-        self._logs = LogSettings.of(config)
+        self._logs = LogSettings.of(config, number_of(self.generation))
         set_up(names.COORDINATOR, self._logs)
 
     def clear(self) -> None:
         generations.clear(self.generation)
 
-    def wanted(self) -> bool:
-        return self._alone or generations.wanted() in (None, self.generation)
+    def wanted(self, groups: int) -> bool:
+        cluster, number = cluster_of(self.generation), number_of(self.generation)
+        return self._alone or (number < groups and generations.wanted() in (None, cluster))
 
     def others(self) -> list[Remote[Any]]:
-        return [actor for name, actor in generations.coordinators().items() if name != self.generation]
+        ours = cluster_of(self.generation)
+        return [actor for name, actor in generations.coordinators().items() if cluster_of(name) != ours]
 
     def leave(self) -> None:
         assert self._coordinator is not None
@@ -273,13 +276,13 @@ class RayFleet:
     def gpu_workers(self) -> int:
         if self.device() != "cuda" or self._gpu_share == 1:
             return 1
-        return math.ceil(self._config.most_workers / self._gpus)
+        return math.ceil(self._config.all_workers / self._gpus)
 
     @property
     def _gpu_share(self) -> float:
-        if not self._alone or not 0 < self._gpus < self._config.most_workers:
+        if not self._alone or not 0 < self._gpus < self._config.all_workers:
             return 1.0
-        return int(1000 * self._gpus / self._config.most_workers) / 1000
+        return int(1000 * self._gpus / self._config.all_workers) / 1000
 
     @property
     def _on_head(self) -> bool:

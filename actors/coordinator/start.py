@@ -13,18 +13,31 @@ from elastic_moe.actors.coordinator.fleet import ON_HEAD, RayFleet
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask, kill, wait
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.redeploy import Generation, generation_of
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.redeploy import Generation, cluster_of, generation_of, group_name, number_of
 
 
-def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet | None = None) -> Remote[Coordinator]:
-    """The handle of the coordinator for this model and these settings: of the one that runs, or of a new one.
+def start_groups(
+    config: ServeConfig, model_dir: str, *, alone: bool = False, model: ModelInfo | None = None
+) -> list[Remote[Coordinator]]:
+    """The coordinators of all groups of the cluster for this model and these settings, as `start_cluster` returns them.
+
+    alone, model: as RayFleet has them.
+    """
+    generation = generation_of(config, model_dir)
+    names = [group_name(generation, number) for number in range(config.data_parallel_size)]
+    fleets = [RayFleet(config, name, alone=alone, model=model) for name in names]
+    return [start_cluster(config, model_dir, fleet) for fleet in fleets]
+
+
+def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet) -> Remote[Coordinator]:
+    """The handle of a group's coordinator for this model and these settings: of the one that runs, or of a new one.
 
     This cluster is the wanted one from now on. Returns at once; ask `readiness()`. A coordinator that runs may have
     other settings of `cluster.redeploy.LIVE`: tell it by `reconfigure`. It is detached: it and its workers outlive this
     process, until `stop_cluster`.
     """
-    fleet = fleet or RayFleet(config, generation_of(config, model_dir))
-    generations.announce(fleet.generation)
+    generations.announce(cluster_of(fleet.generation))
     return Remote(
         ray.remote(Coordinator)
         .options(
@@ -44,14 +57,14 @@ def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet | None = 
 
 
 def stop_cluster(timeout_s: float, generation: Generation | None = None) -> None:
-    """End the coordinator of one cluster, or of every one, and all that it made. Harmless where there is none.
+    """End the coordinators of one cluster, or of every one, and all that they made. Harmless where there is none.
 
-    Blocks up to `timeout_s` for each.
+    Blocks up to `timeout_s` for each group.
     """
     found = generations.coordinators()
-    ending = set(found) if generation is None else {generation}
+    ending = {name for name in found if generation in (None, cluster_of(name))}
     # without any, what an earlier one has left is ended
-    for name in ending or {Generation("")}:
+    for name in sorted(ending) or [generation or Generation("")]:
         if (coordinator := found.get(name)) is not None:
             with contextlib.suppress(GetTimeoutError, RayActorError):
                 wait(ask(coordinator, Coordinator.shutdown), timeout_s)
@@ -67,6 +80,9 @@ def stop_unused_clusters(timeout_s: float) -> None:
     A cluster that was about to take over, and whose first replica was still starting, is such a one.
     """
     for name, coordinator in generations.coordinators().items():
+        # all replicas of a cluster use its first group
+        if number_of(name):
+            continue
         with contextlib.suppress(GetTimeoutError, RayActorError):
             if wait(ask(coordinator, Coordinator.check_out, ""), timeout_s):
                 continue

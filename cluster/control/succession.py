@@ -54,7 +54,7 @@ class Succession:
         elif self.unused_since is None:
             self.unused_since = now
         if self.unused_since is not None and now - self.unused_since >= UNUSED_S:
-            return Choice(True, "another cluster has replaced it, and no API replica uses it")
+            return Choice(True, "it is no longer wanted, and no API replica uses it")
         if self.gives_way_since is None:
             return Choice(False, "it serves until the next cluster can")
         if not running:

@@ -21,6 +21,8 @@ class RebalanceResult(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     SKIPPED = "skipped"
+    UNDONE = "undone"
+    """Undone later, because it had made steps longer; it was counted as completed before."""
 
 
 @dataclass(slots=True)

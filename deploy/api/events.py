@@ -79,7 +79,7 @@ class Look:
     async def _ask(self) -> ClusterView | None:
         """None while nobody can answer."""
         try:
-            return await self._service.backend.ask(Coordinator.cluster, self._known)
+            return await self._service.backend.group(0).ask(Coordinator.cluster, self._known)
         except NotReadyError:
             return None
 

@@ -228,7 +228,7 @@ class _Direct:
                     taken.give_back()
                     events = [*([] if begun else rendering.begin()), *rendering.feed(output)]
                     begun = True
-                    counting.came(output, rendering.tokens)
+                    counting.came(output, rendering.tokens, service.backend.engine.group_of(request.request_id))
                     if rendering.ending is not None:
                         reason = rendering.ending.reason
                         await self._keep(rendering)

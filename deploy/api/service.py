@@ -102,7 +102,9 @@ class Service:
         self.model_dir = model_dir
         self.model_name = config.served_model_name or Path(model_dir).resolve().name
         values = values or LocalKeyValue()
-        self.metrics = Metrics(self.model_name, values, log_requests=config.enable_log_requests)
+        self.metrics = Metrics(
+            self.model_name, values, log_requests=config.enable_log_requests, engines=backend.num_groups
+        )
         self.created = int(time.time())
         self.draining = False
         """Whether the server stops: running requests go on, and new ones are refused."""

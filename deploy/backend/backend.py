@@ -1,6 +1,7 @@
 """The interface between HTTP and the cluster: the engine takes requests, and the coordinator answers questions.
 
-`RayBackend` (ray_backend.py) implements it on Ray; tests have a backend that runs in one process.
+`Groups` (groups.py) implements it over the groups of a cluster, each of which is a `RayBackend` (ray_backend.py); tests
+have a backend that runs in one process.
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ class GenerationFailed(EmoeError):
     """The engine has ended a request because of a fault that is not in the request."""
 
 
-class Engine(Protocol):
-    """The engine that serves now. Requests go on with the next one if it is lost."""
+class Requests(Protocol):
+    """Takes requests, for the engine of one group or of any. They go on with another engine if theirs is lost."""
 
-    resumed: int
-    """Number of requests that this replica has submitted again because their engine was lost."""
+    @property
+    def resumed(self) -> int:
+        """Number of requests that this replica has submitted again because their engine was lost."""
+        ...
+
+    def group_of(self, request_id: RequestId) -> int:
+        """Number of the group that generates the request; 0 where it has ended."""
+        ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         """The request's tokens as they come, in order and without repeats. The last output has a finish_reason.
@@ -52,16 +59,17 @@ class Engine(Protocol):
         """The engine need not keep the answer of this lasting request, which has ended, any longer."""
         ...
 
+
+class Engine(Requests, Protocol):
+    """The engine of one group that serves now."""
+
     async def status(self) -> EngineStatus:
         """Raises NotReadyError while there is no engine that answers."""
         ...
 
 
-class Backend(Protocol):
-    """What the API has of the cluster."""
-
-    @property
-    def engine(self) -> Engine: ...
+class Asked(Protocol):
+    """Whoever has a coordinator to ask."""
 
     async def ask(self, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         """The coordinator's answer: `placement = await backend.ask(Coordinator.placement)`.
@@ -72,6 +80,33 @@ class Backend(Protocol):
 
     async def ask_within(self, timeout_s: float, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         """`ask` for a question whose answer may take this long."""
+        ...
+
+
+class Group(Asked, Protocol):
+    """One group of workers, with its engine and its coordinator."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    async def readiness(self) -> Readiness:
+        """As that of Backend, of this group alone."""
+        ...
+
+
+class Backend(Asked, Protocol):
+    """What the API has of the cluster. A question goes to the first group whose coordinator answers."""
+
+    @property
+    def engine(self) -> Requests:
+        """Gives each request to the engine of some group."""
+        ...
+
+    @property
+    def num_groups(self) -> int: ...
+
+    def group(self, number: int) -> Group:
+        """One of the groups, from 0. Raises RequestError where there is none of this number."""
         ...
 
     async def readiness(self) -> Readiness:

@@ -1,21 +1,23 @@
-"""The real Backend: the coordinator and the engine as Ray actors.
+"""A group of workers as the API sees it: its coordinator and its engine, which are Ray actors.
 
-Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or the cluster
-does not serve for `recovery_timeout_s`. The requests are in the hands of `engine` (engine_client.py).
+Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or the group does
+not serve for `recovery_timeout_s`. The requests are in the hands of `engine` (engine_client.py). groups.py makes one
+Backend of all groups.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
+from collections.abc import Callable
 
 from ray.exceptions import RayActorError, RayError
 
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
-from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S
-from elastic_moe.actors.loop_watch import LoopWatch
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, MOVE_S
 from elastic_moe.actors.remote.ask import Remote, ask, kill
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
@@ -40,29 +42,33 @@ class RayBackend:
         *,
         recovery_timeout_s: float,
         gcs: GcsWatch | None = None,
+        number: int = 0,
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """recovery_timeout_s: seconds without a serving cluster after which requests end with an error. They do so too
-        when `gcs`, if given, says that Ray's GCS is lost.
+        """recovery_timeout_s: seconds without a serving group after which requests end with an error. They do so too
+        when `gcs`, if given, says that Ray's GCS is lost. number: of the group. lost: as EngineClient has it.
         """
         self._gcs = gcs
         self._coordinator = coordinator
         self._recovery_timeout_s = recovery_timeout_s
-        self._served_at = 0.0
-        """When the cluster was last seen to serve."""
+        self.served_at = 0.0
+        """When the group was last seen to serve, by the monotonic clock."""
+        self._unready_since: float | None = None
+        """When the group was first seen not to be ready after it was; None while it is, or has never been."""
         self._has_served = False
         self._readiness = Readiness(ready=False, reason="starting")
         self._background = Background(_has_failed)
-        self.engine = EngineClient(self._find_engine, self._background)
+        self.engine = EngineClient(self._find_engine, self._background, group=number, lost=lost)
 
     def begin(self) -> None:
-        for work in (self._watch_readiness(), self.engine.follow(), LoopWatch("an API replica").watch()):
+        for work in (self._watch_readiness(), self.engine.follow()):
             self._background.start(work)
         if self._gcs is not None:
             self._background.start(self._watch_gcs(self._gcs))
 
     def expect_service(self) -> None:
         """From now on requests may wait for the cluster to serve, although it has not done so yet."""
-        self._has_served, self._served_at = True, time.monotonic()
+        self._has_served, self.served_at = True, time.monotonic()
 
     async def end(self) -> None:
         self._background.cancel()
@@ -83,10 +89,22 @@ class RayBackend:
 
     @property
     def can_wait(self) -> bool:
-        waited_s = time.monotonic() - self._served_at
+        waited_s = time.monotonic() - self.served_at
         if self._lost is not None or self._readiness.error is not None:
             return False
         return (self._has_served or self.engine.has_connected) and waited_s < self._recovery_timeout_s
+
+    @property
+    def serves(self) -> bool:
+        """Whether a request that comes now is answered without a wait, as far as is known here."""
+        return self._lost is None and self._readiness.ready and self.engine.current is not None
+
+    def is_lost(self, now: float) -> bool:
+        """Whether its requests had better go on in another group: its engine is gone, or its workers are for MOVE_S."""
+        if self.serves:
+            return False
+        away_s = math.inf if self._unready_since is None else now - self._unready_since
+        return self.engine.current is None or away_s >= MOVE_S
 
     async def ask(self, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         return await self.ask_within(CALL_TIMEOUT_S, question, *arguments, **named)
@@ -99,7 +117,7 @@ class RayBackend:
 
     async def _watch_readiness(self) -> None:
         answered = False
-        self._served_at = time.monotonic()
+        self.served_at = time.monotonic()
         while True:
             try:
                 self._readiness = await result(ask(self._coordinator, Coordinator.readiness), HANG_S)
@@ -125,9 +143,12 @@ class RayBackend:
         Without this a client would wait for ever, and learn nothing.
         """
         if self._readiness.ready:
-            self._served_at = now
+            self.served_at = now
             self._has_served = True
-        if now - self._served_at < self._recovery_timeout_s:
+            self._unready_since = None
+        elif self._unready_since is None and self._has_served:
+            self._unready_since = now
+        if now - self.served_at < self._recovery_timeout_s:
             return
         waited = f"{self._recovery_timeout_s:g} s"
         self.engine.end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")

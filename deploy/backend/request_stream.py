@@ -26,6 +26,8 @@ class RequestStream:
         """The connection to the engine that has accepted the request; None while no engine has."""
         self.resubmissions = 0
         """How often another engine was given the request."""
+        self.group = 0
+        """Number of the group that has the request."""
         self.cancelled = False
         """Whether the engine is to end the request, as soon as it has it."""
         self.unread = 0

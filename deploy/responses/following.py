@@ -22,7 +22,7 @@ from elastic_moe.actors.liveness import ADOPT_S
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
-from elastic_moe.deploy.backend.backend import Engine, GenerationFailed
+from elastic_moe.deploy.backend.backend import GenerationFailed, Requests
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.responses.counting import Counting
 from elastic_moe.deploy.responses.events import Event
@@ -88,7 +88,7 @@ class Following:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Requests,
         store: Store,
         metrics: Metrics,
         open_rendering: OpenRendering,
@@ -272,7 +272,7 @@ class Following:
                     if rendering.ending is not None:
                         break
                 if counting is not None:
-                    counting.came(output, len(followed.tokens))
+                    counting.came(output, len(followed.tokens), self._engine.group_of(request.request_id))
                 if rendering.ending is not None:
                     if output.finish_reason is None:  # a stop string was found
                         self._engine.cancel(request.request_id)

@@ -4,9 +4,10 @@ Sizes are exact: there is no capacity, no padding and no dropped token. A token 
 of its experts, and each of these workers returns one partial sum (Huang et al., arXiv 2303.06182, section V). In a step
 of few tokens, every worker sends all its tokens to every other worker instead, and the receiver decides which experts
 it computes. That takes fewer operators, and the step's plan gives all sizes, so that no exchange of sizes is needed.
-Experts that lie in no memory are dealt among the workers in such a step (dealing.py). Where a GPU exchanges tokens,
-all workers pad theirs to the same number of rows then, so that the steps of each number can be recorded as CUDA graphs
-(graph_pieces.py), with the exchanges between the graphs.
+In such a step, workers on CPUs deal the experts that lie in no memory among them (dealing.py), and choose replicas by
+the step's own counts (optimizer/buffering/replicas.py); else each worker takes its own replica, or one by its rank.
+Where GPUs exchange tokens, all workers pad theirs to the same number of rows then, so that the steps of each number can
+be recorded as CUDA graphs (graph_pieces.py), with the exchanges between the graphs.
 
 Partial sums are added up in float64 where tokens are in float32. So a token's sum does not depend on which workers
 computed its experts.
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,7 @@ from elastic_moe.model.foreign_memory import borrowed
 from elastic_moe.model.graph_pieces import GraphTerms, padded, recording
 from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.staging import to_device
+from elastic_moe.optimizer.buffering.replicas import ReplicaChoice
 
 _DENSE_TOKENS_CPU, _DENSE_TOKENS_GPU = 64, 8192
 
@@ -63,16 +66,7 @@ def route_table(placement: Placement, rank: int) -> Tensor:
     least, and the load of a replicated expert is spread. Of an expert's replicas, only those in the fastest tier are
     used. The table depends on placement and rank alone, so it is made once per epoch.
     """
-    size = len(placement.workers)
-    owners = placement.slot_to_worker
-    held = np.zeros((placement.num_layers, size, placement.num_logical_experts), dtype=bool)
-    for layer in range(placement.num_layers):
-        experts, tiers = placement.physical_to_logical_map[layer], placement.tiers[layer]
-        used = experts != EMPTY
-        best = np.full(placement.num_logical_experts, max(Tier), dtype=tiers.dtype)
-        np.minimum.at(best, experts[used], tiers[used])
-        used &= tiers == best[experts]
-        held[layer, owners[used], experts[used]] = True
+    held = held_table(placement)
     # how many workers before this one lack the expert too
     turn = (~held[:, :rank]).sum(1)
     copies = held.sum(1)
@@ -80,6 +74,21 @@ def route_table(placement: Placement, rank: int) -> Tensor:
     table = (nth & held).argmax(1)
     table[held[:, rank]] = rank
     return torch.from_numpy(table.astype(np.int64))
+
+
+def held_table(placement: Placement) -> npt.NDArray[np.bool_]:
+    """[L, W, E] whether a worker's replica of an expert is used: it lies in the fastest tier of all replicas."""
+    owners = placement.slot_to_worker
+    shape = (placement.num_layers, len(placement.workers), placement.num_logical_experts)
+    held = np.zeros(shape, dtype=bool)
+    for layer in range(placement.num_layers):
+        experts, tiers = placement.physical_to_logical_map[layer], placement.tiers[layer]
+        used = experts != EMPTY
+        best = np.full(placement.num_logical_experts, max(Tier), dtype=tiers.dtype)
+        np.minimum.at(best, experts[used], tiers[used])
+        used &= tiers == best[experts]
+        held[layer, owners[used], experts[used]] = True
+    return held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +209,10 @@ class TransportDispatcher(Dispatcher):
         self._dealer: Dealer | None = None
         if memory is not None and transport.size > 1 and device.type == "cpu" and not placement.all_resident:
             self._dealer = Dealer(placement, routes_WLE[0].numpy(), memory)
+        self._choices: list[ReplicaChoice] = []
+        """[L] of replicas; empty where there are none, or none are chosen step by step."""
+        if self._dealer is None and transport.size > 1 and device.type == "cpu":
+            self._choices = [ReplicaChoice(holds_WE) for holds_WE in held_table(placement)]
         self._source_R = torch.empty(0)
         """In dense steps: [R] for every row of all ranks, where its rank's experts begin in a row of `_mine_LX`."""
         self._sources: dict[int, Tensor] = {}
@@ -317,6 +330,8 @@ class TransportDispatcher(Dispatcher):
     def _mine(self, layer: int, words: Sequence[Tensor], index_RK: Tensor) -> Tensor:
         """[W * (1 + E)] a layer's row of `_mine_LX`, for this step."""
         mine_X = self._mine_LX[layer]
+        if self._choices and len(self._choices[layer].replicated):
+            return self._mine_of_choice(self._choices[layer], index_RK)
         if self._dealer is None:
             return mine_X
         rank_E = self._dealer.ranks(layer, words, index_RK)
@@ -326,6 +341,16 @@ class TransportDispatcher(Dispatcher):
         mine_WE = mine_X.view(self._transport.size, -1).clone()
         mine_WE[:, 1 + dealt] = torch.from_numpy(np.where(rank_E[dealt] == self._rank, dealt, ABSENT))
         return mine_WE.view(-1)
+
+    def _mine_of_choice(self, choice: ReplicaChoice, index_RK: Tensor) -> Tensor:
+        """The same where replicas are chosen by the step's own counts, which all workers know."""
+        size = self._transport.size
+        places = (self._source_R + index_RK).numpy().ravel()
+        tokens_WE = np.bincount(places, minlength=self._mine_LX.shape[1]).reshape(size, -1)[:, 1:]
+        ranks_WE = choice.ranks(tokens_WE)
+        experts_E = np.arange(tokens_WE.shape[1])
+        mine_WE = np.where(ranks_WE == self._rank, experts_E, ABSENT)
+        return torch.from_numpy(np.pad(mine_WE, ((0, 0), (1, 0)), constant_values=ABSENT).ravel())
 
     def _forward_sparse(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
         rank_TK = self._routes_LE[layer][index_TK]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -79,6 +81,8 @@ class GraphInputs:
             tokens = cache.windows.tokens + cache.block_size + lcm(CHUNK, cache.block_size)
             windowed = min(self._columns[0], -(-tokens // cache.block_size) + 1)
             self._columns = [windowed] if cache.only_windows else [*self._columns, windowed]
+        self._host_parts: dict[int, list[npt.NDArray[np.int64]]] = {}
+        """Where the host writes a step, by its rows."""
         self._fixed = FixedInputs(most_rows * (2 + sum(1 + columns for columns in self._columns)), device)
 
     def parts(self, rows: int) -> list[Tensor]:
@@ -116,7 +120,10 @@ class GraphInputs:
 
     def put(self, slices: Sequence[SequenceSlice], rows: int) -> None:
         """Copy a step to the device, for which the CPU does not wait."""
-        tokens, positions, *tables = (part.numpy() for part in self._parts(self._fixed.begin(), rows))
+        host = self._fixed.begin()
+        if rows not in self._host_parts:
+            self._host_parts[rows] = [part.numpy() for part in self._parts(host, rows)]
+        tokens, positions, *tables = self._host_parts[rows]
         num = len(slices)
         tokens[:num] = [piece.token_ids[0] for piece in slices]
         positions[:num] = [piece.start for piece in slices]

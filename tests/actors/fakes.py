@@ -329,7 +329,7 @@ class PlainFleet:
     def configure(self, config: ServeConfig) -> None:
         self.config = config
 
-    def wanted(self) -> bool:
+    def wanted(self, groups: int) -> bool:
         return self.is_wanted
 
     def others(self) -> list[Remote[Any]]:

@@ -34,6 +34,8 @@ from elastic_moe.cluster.facts.events import (
     Transfer,
     TransferDone,
     TransferFailed,
+    Weigh,
+    Weighed,
     WorkerFailed,
     WorkerLoaded,
     WorkerLost,
@@ -177,6 +179,9 @@ class Simulation:
                 self.feed(Probed(lost=tuple((w, "no answer") for w in command.workers if not self.workers[w].alive)))
             case Solve():
                 self._solve(command, fault)
+            case Weigh():
+                prices = self.rng.uniform(0.9, 1.1, len(command.before))
+                self.feed(Weighed(ticket=command.ticket, present_s=1.0, before_s=tuple(prices), tokens=100))
 
     def _loads(self, command: StartWorker) -> list[tuple[int, ...]]:
         """What a host holds of the experts that it is asked to load."""

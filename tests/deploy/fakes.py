@@ -225,6 +225,16 @@ class FakeBackend:
             error=error,
         )
 
+    num_groups = 1
+
+    def group(self, number: int) -> FakeBackend:
+        if number:
+            raise RequestError(f"engine: expected 0 to 0, got {number}", param="engine")
+        return self
+
+    def group_of(self, request_id: RequestId) -> int:
+        return 0
+
     async def readiness(self) -> Readiness:
         return self.state
 

@@ -209,6 +209,30 @@ def test_periodic_rebalance(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_forced_plan_that_makes_steps_longer_is_undone(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with running(tmp_path, rebalance_interval=0.5, planner="greedy") as (coordinator, _):
+            await ready(coordinator)
+            await asyncio.sleep(0.1)
+            for planner in ("greedy", "contiguous"):
+                operation = await coordinator.rebalance(planner, False)
+                assert isinstance(operation, Operation)
+                await ended(coordinator, operation.operation_id)
+                if planner == "greedy":
+                    good = (await coordinator.placement()).placement
+
+            async def undone() -> bool:
+                return (await coordinator.counters()).rebalances["undone"] == 1
+
+            await until(undone)
+            undo = next(op for op in await coordinator.operations() if op.reason.startswith(operation.operation_id))
+            assert "had made steps" in undo.reason
+            assert (await ended(coordinator, undo.operation_id)).phase is Phase.COMPLETED
+            assert (await coordinator.placement()).placement == good
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize("method", ["export_expert", "import_expert", "prepare", "commit"])
 @pytest.mark.parametrize("victim", [W0, W1])
 def test_a_worker_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim: WorkerId) -> None:

@@ -74,3 +74,35 @@ def test_nodes_with_room_for_a_worker_on_cpus(monkeypatch: pytest.MonkeyPatch) -
     assert fleet(monkeypatch, device="cpu", workers_on_head=True)[0].free_cores() == {"head": 4, "roomy": 2}
     assert fleet(monkeypatch, device="cuda")[0].free_cores() == {}, "workers on GPUs share none"
     assert fleet(monkeypatch, device="cpu", alone=True)[0].free_cores() == {}
+
+
+def test_workers_of_all_groups_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one GPU, and there are two groups of two workers."""
+    maker, made = fleet(monkeypatch, alone=True, device="cuda", workers=2, data_parallel_size=2)
+    assert (maker.gpu_workers, maker.shared_gpus) == (4, True)
+    maker.start_worker(WorkerId("w0"))
+    assert made["num_gpus"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "last", "expected"),
+    [
+        ("g", 1, "g", True),
+        ("g", 1, None, True),
+        ("g", 1, "other", False),
+        ("g.1", 2, "g", True),
+        ("g.1", 2, "other", False),
+        ("g.1", 1, "g", False),
+    ],
+)
+def test_a_group_ends_with_its_cluster_or_when_there_are_to_be_fewer(
+    monkeypatch: pytest.MonkeyPatch, name: str, groups: int, last: str | None, expected: bool
+) -> None:
+    monkeypatch.setattr(fleets.generations, "wanted", lambda: last)
+    assert RayFleet(ServeConfig(), Generation(name)).wanted(groups) is expected
+
+
+def test_groups_of_one_cluster_are_not_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {Generation(name): name for name in ("g", "g.1", "g.2", "other", "other.1")}
+    monkeypatch.setattr(fleets.generations, "coordinators", lambda: found)
+    assert RayFleet(ServeConfig(), Generation("g.1")).others() == ["other", "other.1"]

@@ -1,12 +1,14 @@
 """What the coordinator tells planners of a window."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from elastic_moe.actors.coordinator.planning import (
     build_problem,
+    constants_for,
     deals,
     judge,
     links_of,
@@ -17,6 +19,7 @@ from elastic_moe.actors.coordinator.planning import (
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.facts.tiering import assign_tiers
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
+from elastic_moe.optimizer.constants import Constants, calibration_file, save_constants
 from elastic_moe.optimizer.core.cost import expected_fetches
 from elastic_moe.optimizer.core.estimate import estimate_coactivation
 from elastic_moe.optimizer.core.problem import Links
@@ -42,6 +45,23 @@ def test_problems_carry_how_loads_vary_and_the_transitions() -> None:
     assert problem.transitions is not None
     # workers count no co-activation: what shares successors counts as chosen together
     assert np.array_equal(problem.pairs, estimate_coactivation(problem))
+
+
+def test_problems_reckon_with_a_change_of_subject() -> None:
+    """Two experts rise together in short runs: they may do so between subjects, the more the fewer requests there
+    were."""
+    rng = np.random.default_rng(0)
+    runs = rng.integers(1, 9, size=(40, LAYERS, EXPERTS)).astype(float)
+    runs[:, :, 1] = runs[:, :, 0]
+    nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS))
+    few, many = (
+        build_problem(TOLD, PLACEMENT, runs.sum(axis=0), nothing, dtype="bfloat16", runs=runs, requests=requests)
+        for requests in (1, 100)
+    )
+    assert few.load_covariance is not None
+    assert many.load_covariance is not None
+    assert 0 < many.load_covariance[0, 0, 1] < few.load_covariance[0, 0, 1]
+    assert abs(many.load_covariance[0, 0, 2]) < many.load_covariance[0, 0, 1]
 
 
 @pytest.mark.parametrize("parts", [None, np.ones((2, LAYERS, EXPERTS), dtype=np.int64)])
@@ -101,6 +121,33 @@ def test_planners_reckon_with_what_was_measured_or_set() -> None:
     assert one == Links(worker_gbps=10.0, uplinks_gbps=(0.1, 0.1))
     both = links_of(ServeConfig(worker_gbps=10, node_gbps=25), workers, measured)
     assert both == Links(worker_gbps=10.0, node_gbps=25.0)
+
+
+def test_planners_reckon_with_what_was_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    measured = Constants(workers=2, step_tokens=64, base_s=1e-3, token_expert_s=5e-6, worker_gbps=2.0)
+    path = tmp_path / "constants.json"
+    save_constants(path, [measured])
+    config = ServeConfig(calibration=str(path))
+    assert constants_for(config, TOLD, "bfloat16", "cpu") == (measured,)
+    workers = PLACEMENT.workers
+    assert links_of(ServeConfig(), workers, {}, measured) == Links(worker_gbps=2.0)
+    assert links_of(ServeConfig(worker_gbps=10), workers, {}, measured).worker_gbps == 10.0
+    nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS))
+    load = np.ones((LAYERS, EXPERTS))
+    problem = build_problem(TOLD, PLACEMENT, load, nothing, dtype="bfloat16", token_expert_s=measured.token_expert_s)
+    assert problem.token_expert_s == 5e-6
+    path.write_text("{")
+    assert constants_for(config, TOLD, "bfloat16", "cpu") == ()
+    assert "planners reckon with the usual constants" in caplog.text
+
+
+def test_constants_of_a_model_are_found_where_they_were_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert constants_for(ServeConfig(), TOLD, "bfloat16", "cpu") == ()
+    measured = Constants(workers=2, step_tokens=64, base_s=0.0, token_expert_s=5e-6)
+    save_constants(calibration_file(TOLD, "bfloat16", "cpu"), [measured])
+    assert constants_for(ServeConfig(), TOLD, "bfloat16", "cpu") == (measured,)
+    assert constants_for(ServeConfig(), TOLD, "bfloat16", "cuda") == ()
 
 
 def test_placements_are_planned_for_remembered_subjects_and_the_preview_tells_each() -> None:
