@@ -36,9 +36,10 @@ class Machine:
 def measure_machine(*, read_bytes: int = 1 << 29, tries: int = 8) -> Machine:
     """Best of a few tries, on all cores: a read of so many bytes, and a product.
 
-    A last-level cache of some hundred MB holds a small model, so its floor is a read of as many bytes as it has. Reads are
-    torch's sum, or a native product with one row if that is faster: it fetches ahead, and reads huge pages. Products are
-    of bfloat16 or float32 numbers, whichever is faster: CPUs without instructions for bfloat16 multiply in float32.
+    A last-level cache of some hundred MB holds a small model, so its floor is a read of as many bytes as it has. Reads
+    are torch's sum, or a native product with one row if that is faster: it fetches ahead, and reads huge pages.
+    Products are of bfloat16 or float32 numbers, whichever is faster: CPUs without instructions for bfloat16 multiply in
+    float32.
     """
     read_s = min(_best(read, 2 * tries) for read in _reads(read_bytes))
     gflop_per_s = 0.0
