@@ -57,6 +57,12 @@ class ServeConfig:
         "adds workers, and for 8 before it removes some",
         at_least=1,
     )
+    data_parallel_size: int = setting(
+        1,
+        "number of groups of workers, each with an engine, all experts and --workers workers of its own; a request "
+        "runs in one group, and goes on in another one if that is lost",
+        at_least=1,
+    )
     host: str = setting("127.0.0.1", "address that the server listens on")
     port: int = setting(8000, "port that the server listens on", at_least=1)
     address: str | None = setting(
@@ -77,6 +83,11 @@ class ServeConfig:
         None,
         "bandwidth in Gb/s of the link of each node, which its workers share; if not given, it is measured as well",
         at_least=0.001,
+    )
+    calibration: str | None = setting(
+        None,
+        "file of constants by which planners reckon, as `emoe calibrate` writes it; if not given, what it has measured "
+        "of this model on the head node, if anything",
     )
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
@@ -116,7 +127,7 @@ class ServeConfig:
         None, "bytes of KV cache on each worker; if not given, they are computed from the free memory", at_least=1
     )
     enforce_eager: bool = setting(
-        False, "launch the kernels of a GPU's decode steps one by one, instead of whole steps as CUDA graphs"
+        False, "launch the kernels of a GPU's steps one by one, instead of as CUDA graphs that were recorded before"
     )
     enable_prefix_caching: bool = setting(
         True, "reuse the KV cache of an earlier request whose prompt began with the same tokens"
@@ -309,6 +320,8 @@ class ServeConfig:
         if self.expert_cache_dir is not None:
             # workers have other working directories
             object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", os.path.abspath(os.path.expanduser(self.calibration)))
         if self.otlp_traces_endpoint is not None and not COLLECTOR.fullmatch(self.otlp_traces_endpoint):
             raise ConfigError(
                 "otlp_traces_endpoint: expected a URL such as http://localhost:4318/v1/traces, "
@@ -353,6 +366,11 @@ class ServeConfig:
     @property
     def most_workers(self) -> int:
         return max(self.workers, self.max_workers or 0)
+
+    @property
+    def all_workers(self) -> int:
+        """The most workers of all groups together."""
+        return self.data_parallel_size * self.most_workers
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, source: str = "configuration") -> ServeConfig:

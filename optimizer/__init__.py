@@ -6,8 +6,8 @@ planner     plan(problem) -> PlanResult: the one entry point, with every planner
 auto        the planner `auto`, which is no worse than any other
 drift       re-placement from a placement in force, within a budget of moves
 relief      the planner `relief`: the few swaps that answer a change of subject at once
-trial       whether a re-placement that was carried out did harm
 decision    the rule whether a re-placement is worth its moves; production and the simulator share it
+constants   the cost model's constants as they were measured, and their fit
 subjects    what changes of the traffic's subject ask of a placement
 core        the problem, its price, and what planners share
 search      the planner `local_search`
@@ -16,7 +16,7 @@ baselines   planners from the literature, and simple rules
 study       traces, comparisons and simulations
 
 The routing statistics are counted elsewhere (cluster/facts/routing.py), and so are placements carried out
-(actors/control).
+(actors/coordinator).
 """
 
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics

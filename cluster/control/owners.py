@@ -10,6 +10,7 @@ from elastic_moe.cluster.control.draining import Draining
 from elastic_moe.cluster.control.rebalancing import Rebalancing
 from elastic_moe.cluster.control.scaling import Scaling
 from elastic_moe.cluster.control.starting import Starts
+from elastic_moe.cluster.control.undoing import Undoing
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
 from elastic_moe.cluster.facts.homes import Homes
@@ -35,6 +36,7 @@ class Owners:
         self.draining = Draining()
         self.epochs = Epochs(settings, self.membership, self.operations, self.counters)
         self.rebalancing = Rebalancing(settings, self.operations, self.counters)
+        self.undoing = Undoing(settings, self.operations, self.counters)
         self.scaling = Scaling(settings, model, self.membership, self.operations)
 
     @property

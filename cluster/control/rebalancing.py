@@ -153,6 +153,8 @@ class Rebalancing:
         """Whether periodic re-placement must not change the placement."""
         self._pins: str | None = None
         """Id of the operation that pins the placement when it completes."""
+        self._adopted: str | None = None
+        """Id of the operation that carries out the last plan that was adopted."""
         self._look_at: float | None = None
         """Time of the next periodic look; None before the first epoch, and if re-placement is only done on request."""
         self._full_look_at: float | None = None
@@ -214,6 +216,7 @@ class Rebalancing:
         else:
             assert event.placement is not None
             self._operations.advance(operation.operation_id, reason=reason)
+            self._adopted = operation.operation_id
             return operation, with_tiers(facts, event.placement)
         return None
 
@@ -244,6 +247,10 @@ class Rebalancing:
         if settings.rebalance_interval_s != self._interval_s:
             self._interval_s = settings.rebalance_interval_s
             self._look_at = now + self._interval_s if self._interval_s > 0 else None
+
+    def has_planned(self, change: Change) -> bool:
+        """Whether a planner made the placement of the change."""
+        return change.operation_id == self._adopted
 
     def changed(self, change: Change, now: float) -> None:
         """A change has been made: its epoch has begun."""

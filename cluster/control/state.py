@@ -47,6 +47,7 @@ from elastic_moe.cluster.facts.events import (
     TransferDone,
     TransferFailed,
     Unpin,
+    Weighed,
     WorkerFailed,
     WorkerLoaded,
     WorkerLost,
@@ -187,6 +188,8 @@ class ControlState:
             case Unpin():
                 self._owners.rebalancing.unpin()
                 return []
+            case Weighed():
+                return self._transitions.begin(self._owners.undoing.weighed(self.facts, event, now), now)
             case PlanReady() | PlaceRequested() | RebalanceRequested() | ScaleRequested():
                 return self._wished(event, now)
 
@@ -230,7 +233,9 @@ class ControlState:
         if self._owners.epochs.is_stable(now):
             self._owners.epochs.forgive(now)
             self._owners.membership.forgive()
-        return self._owners.rebalancing.tick(self.facts, now)
+        commands = self._owners.undoing.tick(self.facts, now)
+        # a look at the whole placement waits until it is known whether the last change is undone
+        return commands if self._owners.undoing.weighing else self._owners.rebalancing.tick(self.facts, now)
 
     # --- A redeploy ---------------------------------------------------------------------------------------------
 
@@ -257,6 +262,7 @@ class ControlState:
         commands = self._transitions.give_way("the server was redeployed", now)
         self._redeployed = None
         self._owners.rebalancing.configured(settings, now)
+        self._owners.undoing.configured(settings)
         commands += self._owners.scaling.configured(self.facts, settings, now)
         self._owners.settings = settings
         return commands
@@ -282,6 +288,7 @@ class ControlState:
         self._owners.scaling.resume(now)
         self._owners.draining.resume()
         self._owners.rebalancing.resume(now)
+        self._owners.undoing.resume(now)
         self._owners.rebalancing.cancel(why)
         self._owners.epochs.resume(now)
         # a worker that is asked again loads no second time

@@ -46,7 +46,9 @@ class Transitions:
         return self._owners.epochs.prepare(now) if choice.value else []
 
     def committed(self, now: float, moved_requests: int = 0) -> list[Command]:
+        before = self._owners.epochs.goal
         change, commands = self._owners.epochs.flip(now, moved_requests)
+        self._owners.undoing.changed(change, before, now, planned=self._owners.rebalancing.has_planned(change))
         self._owners.rebalancing.changed(change, now)
         if change.forms_group and len(change.workers) > 1:
             self._owners.starts.joined()

@@ -9,6 +9,7 @@ something that has been given up since is stale, and ignored.
     Commit      -> Committed | CommitFailed
     Probe       -> Probed
     Solve       -> PlanReady
+    Weigh       -> Weighed
     StopWorker, Abandon, AbortSteps, Drain: no answer
 """
 
@@ -143,6 +144,18 @@ class PlanReady:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed:
+    """Seconds of a step, priced on the window: under the placement in force, and under each of the command's, with what
+    going there costs."""
+
+    ticket: int
+    present_s: float
+    before_s: tuple[float, ...]
+    tokens: int
+    """Number of tokens in the window; 0 where there were too few to tell anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SubjectChanged:
     """The counts of the last seconds are of another subject than those before."""
 
@@ -254,6 +267,7 @@ Event = (
     | EngineLost
     | Resumed
     | PlanReady
+    | Weighed
     | SubjectChanged
     | RebalanceRequested
     | PlaceRequested
@@ -361,4 +375,12 @@ class Solve:
     """None: the planner of the periodic re-placement."""
 
 
-Command = StartWorker | StopWorker | Transfer | Prepare | Commit | Abandon | AbortSteps | Drain | Probe | Solve
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weigh:
+    """Price the placement in force on the window, and each of `before`, which earlier re-placements replaced."""
+
+    ticket: int
+    before: tuple[Placement, ...]
+
+
+Command = StartWorker | StopWorker | Transfer | Prepare | Commit | Abandon | AbortSteps | Drain | Probe | Solve | Weigh

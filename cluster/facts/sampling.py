@@ -88,6 +88,22 @@ class RoutingSample:
     num_experts: int
     parts: tuple[tuple[Choices, int], ...]
 
+    def runs(self, length: int) -> FloatArray:
+        """[Q, L, E] tokens that chose each expert, in runs of `length` tokens of the sample. Their order is the one in
+        which a worker ran them, so that a run is of one prompt, or of the few requests that it decoded together."""
+        experts, layers = self.num_experts, self.num_layers
+        counts = [np.zeros((0, layers, experts))]
+        offsets = np.arange(layers, dtype=np.int64)[:, None] * experts
+        for choices, _ in self.parts:
+            number = len(choices) // length
+            if number == 0:
+                continue
+            of_run = (choices[: number * length].astype(np.int64) + offsets).reshape(number, -1)
+            of_run += np.arange(number)[:, None] * (layers * experts)
+            flat = np.bincount(of_run.ravel(), minlength=number * layers * experts)
+            counts.append(flat.reshape(number, layers, experts).astype(np.float64))
+        return np.concatenate(counts)
+
     def transitions(self) -> FloatArray:
         """[L-1, E, E] estimated number of tokens that chose e in layer l and f in layer l + 1.
 

@@ -20,6 +20,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.setting import base_type
+from elastic_moe.deploy.calibrating import flags as calibrating
 from elastic_moe.deploy.cli import plan as cli_plan
 from elastic_moe.deploy.cli import top as cli_top
 from elastic_moe.deploy.cli import trace as cli_trace
@@ -62,6 +63,7 @@ def _parser() -> _Parser:
     _add_until_notice(verbs)
     cli_plan.add_parsers(verbs)
     cli_trace.add_parser(verbs)
+    calibrating.add_parser(verbs)
     cli_top.add_parser(verbs)
     return parser
 

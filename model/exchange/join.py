@@ -10,7 +10,8 @@ from elastic_moe.cluster.messages.epochs import EpochSpec
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.model.exchange.dealing import Memory, word_bytes
 from elastic_moe.model.exchange.device_joining import join_on_device
-from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
+from elastic_moe.model.exchange.dispatch import TransportDispatcher, row_bytes
+from elastic_moe.model.exchange.dispatcher import Dispatcher, LayerShape
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
 from elastic_moe.model.exchange.rates import measure
@@ -18,6 +19,7 @@ from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.exchange.transports import LocalTransport, NcclTransport, Transport
 from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.graph_pieces import padded
 from elastic_moe.model.native import library
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.shared_gpu.driver import CudaDevice
@@ -90,7 +92,8 @@ def _message_bytes(spec: EpochSpec, shapes: Sequence[LayerShape], max_tokens: in
     """The most bytes that one worker sends another at a time."""
     # sums of tokens in float32 come back in float64
     row = max(max(row_bytes(s.hidden, s.top_k, s.dtype), 2 * s.hidden * s.dtype.itemsize) for s in shapes)
-    return row * max_tokens + word_bytes(spec.placement.num_logical_experts)
+    # workers of GPUs pad their tokens
+    return row * padded(max_tokens) + word_bytes(spec.placement.num_logical_experts)
 
 
 def make_dispatcher(

@@ -7,6 +7,8 @@ lfu         the expert that was used in the fewest steps
 lfru        recency and frequency together: the default
 static      the expert that was used least in a profile; such a cache hardly changes
 belady      the fewest misses that any policy can have: offline only, for comparison
+dealing     which worker fetches an expert that no worker has in memory
+replicas    which replica computes the tokens of a step whose choices are known
 simulate    a policy on the steps of a trace: accesses and hits
 
 The caches that hold weights are in model/tiers; they ask the same policies.

@@ -27,6 +27,10 @@ LEAST_EXPECTED = 0.01
 that is divided by its spread."""
 
 
+RUN = 32
+"""Number of tokens in a run of one request. Runs give many more samples than requests of which experts rise
+together."""
+
 PRIOR = 0.008
 """Strength of the prior for a change of subject, with much evidence. It is the strongest that leaves plans nine tenths
 of their gain on the subject that they were profiled on; on other subjects they then cost no more than greedy's, on
@@ -112,10 +116,24 @@ def covariance_of_window(parts: npt.ArrayLike) -> FloatArray | None:
 
 
 def expected_covariance(
-    loads: npt.ArrayLike, parts: npt.ArrayLike | None, variation: Variation | None
+    loads: npt.ArrayLike,
+    parts: npt.ArrayLike | None,
+    variation: Variation | None,
+    runs: npt.ArrayLike | None = None,
+    requests: int = 1,
 ) -> FloatArray | None:
     """[L, E, E] covariance of a window's loads [L, E]: what its parts [P, L, E] show and what was remembered of earlier
-    ones, averaged by the number of stretches that each was seen on. None where nothing is known."""
+    ones, averaged by the number of stretches that each was seen on, and the prior for a change of subject, where short
+    runs [Q, L, E] of `requests` requests are given. None where nothing is known."""
+    counted = np.asarray(loads, dtype=np.float64)
+    seen = _seen_covariance(counted, parts, variation)
+    if runs is None or len(np.asarray(runs)) < FEWEST_PARTS:
+        return seen
+    prior = prior_covariance(counted, runs, requests)
+    return prior if seen is None else seen + prior
+
+
+def _seen_covariance(loads: FloatArray, parts: npt.ArrayLike | None, variation: Variation | None) -> FloatArray | None:
     shown = None if parts is None else covariance_of_window(parts)
     if variation is None:
         return shown

@@ -3,6 +3,7 @@
 traces     routing traces: reading, checking, cutting, counting
 generate   traces with the statistics of a real model, at any size
 scenario   from a trace and a description of a cluster to a problem
+graded     placements from the most even load to the most uneven one
 metrics    what a placement does to a trace, token by token
 compare    every planner on one problem, judged on other tokens
 simulate   the production code on a virtual clock

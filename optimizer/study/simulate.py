@@ -7,17 +7,19 @@ and a new placement serves from the next interval on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 
+from elastic_moe.cluster.decisions.trials import Trials
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.facts.sampling import as_choices
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import Placement, Worker, contiguous
-from elastic_moe.optimizer.core.cost import price
-from elastic_moe.optimizer.core.estimate import expected_covariance
+from elastic_moe.optimizer.core.cost import moves_to, price
+from elastic_moe.optimizer.core.estimate import RUN, expected_covariance
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult
 from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy, decide
@@ -25,9 +27,9 @@ from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.metrics import measure
 from elastic_moe.optimizer.study.scenario import problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, TraceError
+from elastic_moe.optimizer.subjects.likeness import tells_subject
 from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, SubjectMemory, scenarios
 from elastic_moe.optimizer.subjects.watch import SubjectWatch
-from elastic_moe.optimizer.trial import Trial, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,10 @@ class SimulationSettings:
     """Largest share of all experts that one change moves; None sets no limit."""
     memory: bool = True
     """Whether placements are planned for the subjects that came before, too."""
+    prior: bool = True
+    """Whether plans reckon with a change of subject that the window does not show."""
+    requests: int = 16
+    """Requests that are running, on each of which the prior is weaker."""
     quick: bool = True
     """Whether a change of subject is noticed in the counts, and answered by a few moves at once."""
     report_s: float = 5.0
@@ -58,6 +64,30 @@ class SimulationSettings:
     expert_bytes: int = 17_301_504
     horizon_steps: float = 10_000.0
     seed: int = 0
+
+
+class ChangeKind(StrEnum):
+    """Why a placement was changed."""
+
+    PLANNED = "planned"
+    """A planner was asked at the end of an interval."""
+    QUICK = "quick"
+    """A change of subject was answered by a few moves at once."""
+    UNDONE = "undone"
+    """The change before had made steps longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A change of the placement."""
+
+    kind: ChangeKind
+    time_s: float
+    """Virtual time from which `after` serves."""
+    before: Placement
+    after: Placement
+    moves: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +109,7 @@ class Look:
     relieved: bool
     """Whether a change of subject within the interval was answered by a few moves at once."""
     undone: bool
-    """Whether the change before was undone, because it had made steps longer."""
+    """Whether an earlier change was undone within the interval, because it had made steps longer."""
     moves: int
     bytes: int
     gain: float
@@ -94,31 +124,40 @@ def simulate(
     *,
     first: Placement | None = None,
     progress: Callable[[Look], None] | None = None,
+    on_change: Callable[[Change], None] | None = None,
 ) -> list[Look]:
     """Serve the trace, beginning with the placement `first` (contiguous if None). Blocks: planning takes real time.
+    `progress` hears of each interval, `on_change` of each change of the placement.
 
     Raises TraceError where the trace is shorter than one interval.
     """
     per_look = int(settings.interval_s * settings.tokens_per_s)
     if per_look < 1 or trace.num_tokens < per_look:
         raise TraceError(f"trace: {trace.num_tokens} tokens are less than one interval of {per_look}")
-    return _Run(trace, workers, settings, first).looks(per_look, progress)
+    return _Run(trace, workers, settings, first, on_change).looks(per_look, progress)
 
 
 class _Run:
     """The simulated server while it serves."""
 
     def __init__(
-        self, trace: Trace, workers: tuple[Worker, ...], settings: SimulationSettings, first: Placement | None
+        self,
+        trace: Trace,
+        workers: tuple[Worker, ...],
+        settings: SimulationSettings,
+        first: Placement | None,
+        on_change: Callable[[Change], None] | None,
     ) -> None:
-        self._trace, self._settings = trace, settings
+        self._trace, self._settings, self._on_change = trace, settings, on_change
         self._static = first or contiguous(trace.num_layers, trace.num_experts, workers)
         self._placement = self._static
         self._window = RoutingWindow(trace.num_layers, trace.num_experts, window_s=settings.window_s)
         self._memory, self._part = SubjectMemory(trace.num_layers, trace.num_experts), -1
         self._watch = SubjectWatch()
         self._changed_at: float | None = None
-        self._trial: Trial | None = None
+        self._trials = Trials(settings.window_s)
+        self._changes: list[Change] = []
+        """Of the present interval."""
 
     def looks(self, per_look: int, progress: Callable[[Look], None] | None) -> list[Look]:
         looks = []
@@ -131,66 +170,76 @@ class _Run:
     def _interval(self, begin: int, end: int) -> Look:
         """Serve the tokens begin .. end - 1, and look at the placement once they are served."""
         step = max(1, int(self._settings.report_s * self._settings.tokens_per_s))
-        spans, relieved = [(begin, self._placement)], None
+        spans, self._changes = [(begin, self._placement)], []
         for at in range(begin, end, step):
-            relieved = self._report(at, min(at + step, end)) or relieved
+            self._report(at, min(at + step, end))
             if self._placement is not spans[-1][1] and at + step < end:
                 spans.append((at + step, self._placement))
-        now = end / self._settings.tokens_per_s
-        served = _slice(self._trace, begin, end)
+        served = part_of(self._trace, begin, end)
         parts = [
-            (measure(_slice(self._trace, first, last), placement), (last - first) / (end - begin))
+            (part_of(self._trace, first, last), placement)
             for (first, placement), last in zip(spans, [*(at for at, _ in spans[1:]), end], strict=True)
         ]
-        there = measure(served, self._static)
-        serving = self._placement
-        self._try(served, now)
+        decision = self._look(end / self._settings.tokens_per_s)
+        return self._seen(served, parts, decision, end / self._settings.tokens_per_s)
+
+    def _look(self, now: float) -> Decision:
+        """Look at the whole placement, unless a change is undone just now."""
         undone = self._undo(now)
+        if undone is not None:
+            return Decision(worthwhile=False, net_gain=0.0, seen_gain=0.0, reason=undone)
         result = _plan(self._window, self._memory, self._placement, self._trace.top_k, self._settings, now)
         decision = self._decide(result, self._settings.policy, now)
-        change = decision.worthwhile and undone is None
-        if change:
-            self._adopt(result.placement, now)
+        if decision.worthwhile:
+            self._adopt(ChangeKind.PLANNED, result.placement, decision.reason, now)
+        return decision
+
+    def _seen(self, served: Trace, parts: Sequence[tuple[Trace, Placement]], decision: Decision, now: float) -> Look:
+        """What the interval showed of the placements that served its parts."""
+        there, settings = measure(served, self._static), self._settings
+        share = [part.num_tokens / served.num_tokens for part, _ in parts]
+        here = [measure(part, placement) for part, placement in parts]
+        kinds, moves = {change.kind for change in self._changes}, sum(change.moves for change in self._changes)
         return Look(
             time_s=now,
-            imbalance=sum(one.load_imbalance * share for one, share in parts),
+            imbalance=sum(s * one.load_imbalance for s, one in zip(share, here, strict=True)),
             imbalance_static=there.load_imbalance,
-            fan_out=sum(one.fan_out * share for one, share in parts),
+            fan_out=sum(s * one.fan_out for s, one in zip(share, here, strict=True)),
             fan_out_static=there.fan_out,
-            step_cost=_step_cost(served, serving, self._settings),
-            step_cost_static=_step_cost(served, self._static, self._settings),
-            changed=change or relieved is not None or undone is not None,
-            relieved=relieved is not None,
-            undone=undone is not None,
-            moves=(result.moves if change else 0) + (relieved.moves if relieved else 0) + (undone or 0),
-            bytes=self._settings.expert_bytes
-            * ((result.moves if change else 0) + (relieved.moves if relieved else 0) + (undone or 0)),
+            step_cost=sum(s * step_cost(*part, settings) for s, part in zip(share, parts, strict=True)),
+            step_cost_static=step_cost(served, self._static, settings),
+            changed=bool(kinds),
+            relieved=ChangeKind.QUICK in kinds,
+            undone=ChangeKind.UNDONE in kinds,
+            moves=moves,
+            bytes=moves * settings.expert_bytes,
             gain=decision.net_gain,
-            reason=decision.reason if undone is None else "the last change had made steps longer, and is undone",
+            reason=decision.reason,
         )
 
-    def _report(self, begin: int, end: int) -> PlanResult | None:
-        """Take the counts of some tokens. Returns the plan of a quick answer that was carried out."""
+    def _report(self, begin: int, end: int) -> None:
+        """Take the counts of some tokens, and answer at once what they show."""
         # a report arrives just before the check that reads it
         now = end / self._settings.tokens_per_s - 1e-6
-        counts = count_routing(_slice(self._trace, begin, end))
+        counts = count_routing(part_of(self._trace, begin, end))
         self._window.add(counts, now)
         for number, part_load in self._window.closed(self._part, now) if self._settings.memory else ():
             self._memory.add(part_load, now)
             self._part = number
-        if not self._settings.quick:
-            return None
-        if not self._watch.look(counts.load):
-            return None
-        # the memory keeps the old subject
-        self._window.begin_with(counts.load, self._trace.top_k, now)
+        if self._settings.quick and self._watch.look(counts.load):
+            # the memory keeps the old subject
+            self._window.begin_with(counts.load, self._trace.top_k, now)
+            self._relieve(now)
+        self._undo(now)
+
+    def _relieve(self, now: float) -> None:
+        """Answer a change of subject by a few moves, if they are worth it."""
         result = _plan(
             self._window, self._memory, self._placement, self._trace.top_k, self._settings, now, planner="relief"
         )
-        if not self._decide(result, RELIEF, now).worthwhile:
-            return None
-        self._adopt(result.placement, now)
-        return result
+        decision = self._decide(result, RELIEF, now)
+        if decision.worthwhile:
+            self._adopt(ChangeKind.QUICK, result.placement, decision.reason, now)
 
     def _decide(self, result: PlanResult, policy: Policy, now: float) -> Decision:
         return decide(
@@ -201,30 +250,71 @@ class _Run:
             policy=policy,
         )
 
-    def _adopt(self, placement: Placement, now: float) -> None:
-        if self._trial is None:
-            self._trial = Trial(before=self._placement, begun_s=now, window_s=self._settings.window_s)
+    def _undo(self, now: float) -> str | None:
+        """Go back to the placement before a change that has done harm. Returns the reason of that."""
+        if not self._trials.is_due(now):
+            return None
+        load = self._window.load(now)
+        # the old subjects do not count: these tokens have come
+        problem = _problem(self._window, None, self._placement, self._trace.top_k, self._settings, now)
+        costs = [price(problem, placement) for placement in (self._placement, *self._trials.placements)]
+        undo = self._trials.weigh(
+            costs[0].realised_s,
+            [cost.realised_s + cost.migration_s for cost in costs[1:]],
+            self._window.tokens(now) if tells_subject(load) else 0,
+            now,
+        )
+        if undo is None:
+            return None
+        self._adopt(ChangeKind.UNDONE, undo.placement, undo.reason, now)
+        return undo.reason
+
+    def _adopt(self, kind: ChangeKind, placement: Placement, reason: str, now: float) -> None:
+        before = self._placement
+        problem = _problem(self._window, None, before, self._trace.top_k, self._settings, now)
+        change = Change(
+            kind=kind, time_s=now, before=before, after=placement, moves=moves_to(problem, placement), reason=reason
+        )
+        if kind is not ChangeKind.UNDONE:
+            self._trials.begin(f"the {kind} change at {now:.0f} s", before, now)
         self._placement, self._changed_at = placement, now
+        self._changes.append(change)
+        if self._on_change is not None:
+            self._on_change(change)
 
-    def _try(self, served: Trace, now: float) -> None:
-        """Price the interval under the placement before the last change, too."""
-        if self._trial is not None:
-            old_s = _step_cost(served, self._trial.before, self._settings)
-            new_s = _step_cost(served, self._placement, self._settings)
-            self._trial.add(old_s=old_s, new_s=new_s, tokens=served.num_tokens)
 
-    def _undo(self, now: float) -> int | None:
-        """Go back to the placement before a change that has done harm. Returns the moves of that."""
-        if self._trial is None:
-            return None
-        verdict, before = self._trial.verdict(now), self._trial.before
-        if verdict is not Verdict.OPEN:
-            self._trial = None
-        if verdict is not Verdict.HARMFUL:
-            return None
-        moved = int((before.physical_to_logical_map != self._placement.physical_to_logical_map).sum())
-        self._placement, self._changed_at = before, now
-        return moved
+def _problem(
+    window: RoutingWindow,
+    memory: SubjectMemory | None,
+    placement: Placement,
+    top_k: int,
+    settings: SimulationSettings,
+    now: float,
+) -> PlacementProblem:
+    """The problem of the window. memory: what is remembered of other subjects, for which it is priced too."""
+    load, parts = window.load(now), window.load_parts(now)
+    loads, each, weights = scenarios(load, () if memory is None else memory.others(load, now))
+    return PlacementProblem(
+        loads=loads,
+        scenario_loads=each,
+        scenario_weights=weights,
+        transitions=window.sample(now).transitions(),
+        load_covariance=expected_covariance(
+            load,
+            parts,
+            None if memory is None else memory.variation(now),
+            window.sample(now).runs(RUN) if settings.prior else None,
+            settings.requests,
+        ),
+        workers=placement.workers,
+        top_k=top_k,
+        current=placement,
+        links=settings.links,
+        semantics=settings.semantics,
+        expert_bytes=settings.expert_bytes,
+        horizon_steps=settings.horizon_steps,
+        move_budget=None if settings.move_share is None else int(settings.move_share * load.size),
+    )
 
 
 def _plan(
@@ -236,25 +326,8 @@ def _plan(
     now: float,
     planner: str | None = None,
 ) -> PlanResult:
-    load, parts = window.load(now), window.load_parts(now)
     # the quick answer is to the present subject alone
-    loads, each, weights = scenarios(load, () if planner == "relief" else memory.others(load, now))
-    budget = None if settings.move_share is None else int(settings.move_share * load.size)
-    problem = PlacementProblem(
-        loads=loads,
-        scenario_loads=each,
-        scenario_weights=weights,
-        transitions=window.sample(now).transitions(),
-        load_covariance=expected_covariance(load, parts, memory.variation(now)),
-        workers=placement.workers,
-        top_k=top_k,
-        current=placement,
-        links=settings.links,
-        semantics=settings.semantics,
-        expert_bytes=settings.expert_bytes,
-        horizon_steps=settings.horizon_steps,
-        move_budget=budget,
-    )
+    problem = _problem(window, None if planner == "relief" else memory, placement, top_k, settings, now)
     return plan(
         problem,
         planner=planner or settings.planner,
@@ -264,12 +337,13 @@ def _plan(
     )
 
 
-def _step_cost(served: Trace, placement: Placement, settings: SimulationSettings) -> float:
+def step_cost(served: Trace, placement: Placement, settings: SimulationSettings) -> float:
+    """Seconds of a step that serves these tokens under a placement, without risk."""
     problem = problem_from_trace(served, placement.workers, semantics=settings.semantics, links=settings.links)
     return price(problem, placement).realised_s
 
 
-def _slice(trace: Trace, begin: int, end: int) -> Trace:
+def part_of(trace: Trace, begin: int, end: int) -> Trace:
     """Tokens begin .. end - 1, with the requests, or parts of requests, that they belong to."""
     ends = np.cumsum(trace.request_lengths)
     inside = np.minimum(ends, end) - np.maximum(ends - trace.request_lengths, begin)

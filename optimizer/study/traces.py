@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.errors import UserError
-from elastic_moe.optimizer.core.estimate import covariance_of_requests
+from elastic_moe.optimizer.core.estimate import RUN, covariance_of_requests
 from elastic_moe.optimizer.core.problem import FloatArray
 
 KEYS = ("topk_ids", "request_lengths", "topk_weights", "num_logical_experts")
@@ -29,10 +29,6 @@ MOST_EXPERTS = 2**15
 
 MOST_PARTS = 64
 """Most requests, or groups of requests, whose loads are compared to estimate how loads vary."""
-
-CHUNK = 32
-"""Number of tokens in a run of one request. Runs give many more samples than requests of which experts rise
-together."""
 
 MOST_PAIRS = 2**27
 """Most pairs of experts, over all layers: the statistics have several arrays with 8 bytes for each pair."""
@@ -248,12 +244,12 @@ def part_loads(trace: Trace) -> FloatArray:
 
 
 def chunk_loads(trace: Trace) -> FloatArray:
-    """[P, L, E] loads of runs of at most CHUNK tokens; no run crosses two requests."""
-    runs = -(-trace.request_lengths // CHUNK)
+    """[P, L, E] loads of runs of at most RUN tokens; no run crosses two requests."""
+    runs = -(-trace.request_lengths // RUN)
     first = np.cumsum(runs) - runs
     begin = np.cumsum(trace.request_lengths) - trace.request_lengths
     position = np.arange(trace.num_tokens) - np.repeat(begin, trace.request_lengths)
-    part_of = np.repeat(first, trace.request_lengths) + position // CHUNK
+    part_of = np.repeat(first, trace.request_lengths) + position // RUN
     return _loads_of(trace, part_of, int(runs.sum()))
 
 

@@ -45,7 +45,7 @@ MOST_PRICED = 6
 """Most remembered subjects that a placement is planned for, the heaviest ones; each takes planning time."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Subject:
     mix: Stored
     """[L, E] shares of each layer's tokens."""

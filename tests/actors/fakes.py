@@ -14,8 +14,8 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError
 
-from elastic_moe.actors.control.fleet import RayFleet
-from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.coordinator.fleet import RayFleet
+from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.remote.ask import Remote, ask, in_group
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted
@@ -176,14 +176,10 @@ class FakeEngine:
 
     def __init__(self, config: ServeConfig, coordinator: Any) -> None:
         self._epoch = Epoch(0)
-        self._started = False
 
-    async def start(self, model: ModelInfo, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any) -> int:
-        assert not self._started
-        self._started = True
-        return await self.change_epoch(spec, workers, infos)
-
-    async def change_epoch(self, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any) -> int:
+    async def change_epoch(
+        self, model: ModelInfo, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any
+    ) -> int:
         members = [worker.id for worker in spec.placement.workers]
         assert set(members) <= set(workers)
         calls = (wrap(ask(workers[worker], FakeWorker.commit, spec.epoch)) for worker in members)
@@ -329,7 +325,7 @@ class PlainFleet:
     def configure(self, config: ServeConfig) -> None:
         self.config = config
 
-    def wanted(self) -> bool:
+    def wanted(self, groups: int) -> bool:
         return self.is_wanted
 
     def others(self) -> list[Remote[Any]]:

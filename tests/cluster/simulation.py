@@ -34,6 +34,8 @@ from elastic_moe.cluster.facts.events import (
     Transfer,
     TransferDone,
     TransferFailed,
+    Weigh,
+    Weighed,
     WorkerFailed,
     WorkerLoaded,
     WorkerLost,
@@ -177,6 +179,9 @@ class Simulation:
                 self.feed(Probed(lost=tuple((w, "no answer") for w in command.workers if not self.workers[w].alive)))
             case Solve():
                 self._solve(command, fault)
+            case Weigh():
+                prices = self.rng.uniform(0.9, 1.1, len(command.before))
+                self.feed(Weighed(ticket=command.ticket, present_s=1.0, before_s=tuple(prices), tokens=100))
 
     def _loads(self, command: StartWorker) -> list[tuple[int, ...]]:
         """What a host holds of the experts that it is asked to load."""
@@ -364,7 +369,3 @@ def shuffled(placement: Placement, rng: np.random.Generator) -> Placement:
         row[:EXPERTS] = rng.permutation(EXPERTS)
         rows.append(row)
     return Placement(num_logical_experts=EXPERTS, workers=placement.workers, physical_to_logical_map=np.array(rows))
-
-
-def epochs_of(commands: list[Command]) -> list[Epoch]:
-    return [command.spec.epoch for command in commands if isinstance(command, Commit)]

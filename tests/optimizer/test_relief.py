@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.cluster.placement import Placement, contiguous
+from elastic_moe.cluster.placement import contiguous
 from elastic_moe.optimizer import plan
 from elastic_moe.optimizer.core.contract import Budget
 from elastic_moe.optimizer.core.cost import load_imbalance, shares
 from elastic_moe.optimizer.relief import RELIEF_SHARE, relieved
 from elastic_moe.optimizer.search.local_search import JointSearch
-from elastic_moe.optimizer.trial import MOST_HARM, Trial, Verdict
 from tests.optimizer.cases import tiny
 
 
@@ -59,33 +58,3 @@ def test_two_swaps_take_most_of_the_excess_of_two_layers() -> None:
     table, swaps = relieved(problem, contiguous(2, 8, problem.workers).physical_to_logical_map, 2, Budget.of(60))
     assert swaps == 2
     assert load_imbalance(problem, shares(problem, table)) == pytest.approx([51 / 26.5] * 2)
-
-
-def placement() -> Placement:
-    return contiguous(2, 4, tiny().workers)
-
-
-@pytest.mark.parametrize(
-    ("harm", "at", "verdict"),
-    [
-        (0.5, 59.0, Verdict.OPEN),
-        (0.5, 60.0, Verdict.HARMFUL),
-        (MOST_HARM / 2, 60.0, Verdict.OPEN),
-        (MOST_HARM / 2, 120.0, Verdict.SETTLED),
-        (-0.5, 119.0, Verdict.OPEN),
-        (-0.5, 120.0, Verdict.SETTLED),
-    ],
-)
-def test_a_change_is_on_trial_for_two_windows(harm: float, at: float, verdict: Verdict) -> None:
-    trial = Trial(before=placement(), begun_s=0.0, window_s=60.0)
-    trial.add(old_s=1.0, new_s=1.0 + harm, tokens=100)
-    assert trial.harm == pytest.approx(harm)
-    assert trial.verdict(at) is verdict
-
-
-def test_the_trial_weighs_tokens_and_nothing_counted_is_no_harm() -> None:
-    trial = Trial(before=placement(), begun_s=0.0, window_s=60.0)
-    assert trial.harm == 0.0
-    trial.add(old_s=1.0, new_s=2.0, tokens=1)
-    trial.add(old_s=1.0, new_s=0.9, tokens=99)
-    assert trial.harm == pytest.approx((2.0 + 99 * 0.9) / 100 - 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, PhaseCounts, RoutingCounts
@@ -72,10 +72,12 @@ class BigWorker(FakeWorker):
 class TimedEngine(FakeEngine):
     flip_s = 0.0
 
-    async def change_epoch(self, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any) -> int:
+    async def change_epoch(
+        self, model: ModelInfo, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any
+    ) -> int:
         begin = time.perf_counter()
         try:
-            return await super().change_epoch(spec, workers, infos)
+            return await super().change_epoch(model, spec, workers, infos)
         finally:
             self.flip_s = time.perf_counter() - begin
 

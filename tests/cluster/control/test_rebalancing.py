@@ -43,7 +43,7 @@ def test_a_periodic_plan_must_be_worthwhile_a_requested_one_only_no_worse() -> N
     answer(sim, worthwhile=False, no_worse=True)
     assert sim.facts.change is None
     assert "placement kept, gain 1 %" in newest(sim).reason
-    assert sim.state.counters.rebalances == {"completed": 0, "failed": 0, "skipped": 1}
+    assert sim.state.counters.rebalances == {"completed": 0, "failed": 0, "skipped": 1, "undone": 0}
     sim.feed(RebalanceRequested(planner="auto"))
     answer(sim, worthwhile=False, no_worse=True)
     assert sim.facts.change is not None

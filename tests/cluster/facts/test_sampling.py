@@ -32,6 +32,18 @@ def test_a_sample_of_all_tokens_is_exact() -> None:
     assert np.array_equal(sample.transitions(), counted(choices))
 
 
+def test_runs_are_loads_of_tokens_that_follow_one_another() -> None:
+    choices = draw(np.random.default_rng(0), 25)
+    sample = RoutingSample(num_layers=LAYERS, num_experts=EXPERTS, parts=((choices[:15], 30), (choices[15:], 10)))
+    runs = sample.runs(7)
+    assert runs.shape == (3, LAYERS, EXPERTS), "what is left of each part is too short"
+    for run, begin in zip(runs, (0, 7, 15), strict=True):
+        for layer in range(LAYERS):
+            counted_one_by_one = np.bincount(choices[begin : begin + 7, layer].ravel(), minlength=EXPERTS)
+            assert np.array_equal(run[layer], counted_one_by_one)
+    assert sample.runs(16).shape == (0, LAYERS, EXPERTS)
+
+
 def test_shares_are_within_the_stated_error() -> None:
     """Reports are samples of different rates, and their sum is a sample of one rate."""
     rng = np.random.default_rng(1)

@@ -14,7 +14,8 @@ from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.placement import EMPTY, Placement, contiguous
 from elastic_moe.model.exchange.counter import RoutingCounter
-from elastic_moe.model.exchange.dispatch import LayerShape, TransportDispatcher, route_table, row_bytes
+from elastic_moe.model.exchange.dispatch import TransportDispatcher, row_bytes
+from elastic_moe.model.exchange.dispatcher import LayerShape, route_table
 from elastic_moe.model.exchange.transports import LocalTransport
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.store import ExpertStore
@@ -122,6 +123,42 @@ def placements(draw: st.DrawFn) -> Placement:
 def test_any_placement_gives_the_same_sums(placement: Placement, data: st.DataObject) -> None:
     tokens = [data.draw(st.integers(0, 4)) for _ in placement.workers]
     check(placement, tokens, "shm", dense_tokens=data.draw(st.sampled_from([0, 100])))
+
+
+def test_replicas_are_chosen_by_the_steps_counts_and_no_token_changes() -> None:
+    """Expert 0 is on both workers, and worker 0 has more to do: worker 1 computes it, for worker 0's tokens too."""
+    table = [[0, 1, 2, 3, 0, 4, 5, EMPTY]] * LAYERS
+    placement = Placement(num_logical_experts=EXPERTS, workers=workers(4, 4), physical_to_logical_map=np.array(table))
+    index = torch.tensor([[0, 1, 2], [0, 1, 3], [1, 2, 3], [0, 2, 3]])
+    values = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0)), torch.full((4, TOP_K), 0.3)
+
+    def outputs(chosen: bool) -> tuple[list[torch.Tensor], list[list[int]]]:
+        transports = make_transports("shm", 2)
+        computed: list[list[int]] = [[], []]
+
+        def serve(rank: int) -> torch.Tensor:
+            store = toy_store(MODULES, placement, rank)
+            sums = store.sums
+
+            def note(layer: int, x: torch.Tensor, mine: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+                computed[rank] = sorted({int(expert) for expert in mine.unique() if expert < EXPERTS} - {-1})
+                return sums(layer, x, mine, weight)
+
+            store.sums = note  # type: ignore[method-assign]
+            dispatcher = TransportDispatcher(placement, rank, store, transports[rank], device=CPU, most_dense=100)
+            if not chosen:
+                dispatcher._choices = []
+            dispatcher.begin([4, 4], None)
+            return dispatcher.forward(0, values[0], index, values[1])
+
+        return run_group(2, serve), computed
+
+    by_counts, computed = outputs(True)
+    by_rank, both = outputs(False)
+    assert computed == [[1, 2, 3], [0]]
+    assert both == [[0, 1, 2, 3], [0]]
+    for one, other in zip(by_counts, by_rank, strict=True):
+        assert torch.equal(one, other)
 
 
 @settings(max_examples=100, deadline=None)

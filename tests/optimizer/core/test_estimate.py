@@ -62,3 +62,17 @@ def test_what_was_remembered_joins_what_the_window_shows_by_its_stretches() -> N
     assert alone is not None
     assert np.allclose(alone, known.of_window(loads, 2))
     assert expected_covariance(loads, None, None) is None
+
+
+def test_the_window_reckons_with_a_change_of_subject_where_runs_are_given() -> None:
+    seen = runs(1)
+    loads, parts = seen.sum(axis=0), np.array_split(seen, 5)
+    known = expected_covariance(loads, [part.sum(axis=0) for part in parts], None)
+    assert known is not None
+    more = expected_covariance(loads, [part.sum(axis=0) for part in parts], None, seen, 16)
+    assert more is not None
+    assert np.allclose(more - known, prior_covariance(loads.astype(float), seen, 16))
+    alone = expected_covariance(loads, None, None, seen, 16)
+    assert alone is not None
+    assert np.allclose(alone, more - known)
+    assert expected_covariance(loads, None, None, seen[:2], 16) is None, "too few runs tell nothing"

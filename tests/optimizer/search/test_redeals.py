@@ -1,5 +1,7 @@
 """Moves of replicas: ranked by what they do to load and prices, and never onto a worker that has the expert."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,18 @@ def test_a_spare_slot_goes_to_the_expert_that_makes_a_worker_late() -> None:
     assert best_redeals(terms, np.array([0, 1, 2, 3, 0, EMPTY], dtype=np.int32), 1)[0][1] != 0
 
 
+@pytest.mark.parametrize("uncertain", [2, 3])
+def test_of_two_experts_alike_the_one_whose_load_is_less_certain_gets_the_spare_slot(uncertain: int) -> None:
+    covariance = np.eye(4)
+    covariance[uncertain, uncertain] = 50.0
+    problem = dataclasses.replace(
+        tiny(0, layers=1, slots=(3, 3), loads=np.array([[4.0, 4.0, 10.0, 10.0]]), transitions=None, covariance=False),
+        load_covariance=covariance[None],
+    )
+    row = np.array([0, 1, EMPTY, 2, 3, EMPTY], dtype=np.int32)
+    assert best_redeals(LayerPricer(problem, row[None]).terms(0, 6, 3), row, 1) == [(2, uncertain)]
+
+
 def test_without_spare_slots_nothing_moves() -> None:
     problem = tiny(0)
     table = greedy_table(problem, np.random.default_rng(0))
@@ -32,8 +46,8 @@ def test_without_spare_slots_nothing_moves() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), power=st.sampled_from([1, 3, 6]))
-def test_the_promise_is_the_change_of_load_and_prices(seed: int, power: int) -> None:
+@given(seed=st.integers(0, 10**6), power=st.sampled_from([1, 3, 6]), covariance=st.booleans())
+def test_the_promise_is_the_change_of_load_risk_and_prices(seed: int, power: int, covariance: bool) -> None:
     """Without traffic to weigh, a move that promises to gain gains, and leaves a legal table."""
     problem = tiny(
         seed,
@@ -41,7 +55,7 @@ def test_the_promise_is_the_change_of_load_and_prices(seed: int, power: int) -> 
         experts=5,
         workers=3,
         slots=(3, 3, 2),
-        covariance=False,
+        covariance=covariance,
         token_bytes=1e-9,
         speeds=(1.0, 2.0, 1.0),
     )

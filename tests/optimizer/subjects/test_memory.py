@@ -145,3 +145,16 @@ def test_the_present_has_half_and_the_heaviest_of_the_rest_share_the_other_half(
     assert np.allclose(each[1], subject(MOST_PRICED + 1))
     assert mean.sum(axis=1) == pytest.approx(present.sum(axis=1))
     assert scenarios(present, [])[1:] == (None, ())
+
+
+def test_the_lightest_subject_is_forgotten_where_there_are_too_many() -> None:
+    """Each subject uses experts of its own; the first one was seen for longest, the second one least."""
+    memory = SubjectMemory(2, 2 * MOST_SUBJECTS)
+    for subject, stretches in enumerate([3, 1, *[2] * (MOST_SUBJECTS - 2), 1]):
+        loads = np.ones((2, 2 * MOST_SUBJECTS))
+        loads[:, subject] = 10_000.0
+        for _ in range(stretches):
+            memory.add(loads, now=0.0)
+    assert len(memory) == MOST_SUBJECTS
+    known = [int(other.mix[0].argmax()) for other in memory.others(np.ones((2, 2 * MOST_SUBJECTS)) * 1e4, now=0.0)]
+    assert sorted(known) == [0, *range(2, MOST_SUBJECTS + 1)]

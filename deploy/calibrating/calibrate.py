@@ -1,0 +1,170 @@
+"""`emoe calibrate`: measures steps under placements from best to worst, fits the cost model's constants to some, and
+checks what it predicts of the others."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.facts.sampling import RoutingSample, as_choices
+from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.placement import Placement, Worker, contiguous
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.measuring.group import Measured, MeasuredGroup
+from elastic_moe.model.measuring.process import Job
+from elastic_moe.optimizer.constants import (
+    Constants,
+    Observation,
+    calibration_file,
+    fit,
+    load_constants,
+    observation,
+    predicted_s,
+    rank_correlation,
+    save_constants,
+)
+from elastic_moe.optimizer.core.problem import PlacementProblem
+from elastic_moe.optimizer.planner import plan
+from elastic_moe.optimizer.study.graded import graded
+from elastic_moe.optimizer.study.scenario import make_workers
+
+CHECKED = 10
+"""Number of placements, from best to worst, on which the prediction is checked."""
+
+FITTED = 6
+"""Number of other ones, from best to worst, to which the constants are fitted."""
+
+PLAN_S = 2.0
+"""Seconds for a placement with little traffic, which is fitted to as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """How well steps were predicted that the constants were not fitted to."""
+
+    predicted_s: tuple[float, ...]
+    measured_s: tuple[float, ...]
+
+    @property
+    def rank_correlation(self) -> float:
+        return rank_correlation(self.predicted_s, self.measured_s)
+
+    @property
+    def median_error(self) -> float:
+        """Median of the relative errors."""
+        pairs = zip(self.predicted_s, self.measured_s, strict=True)
+        return statistics.median(abs(said / seen - 1) for said, seen in pairs)
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Measure, fit, check, and write the constants. Returns the exit code."""
+    for name in ("step_tokens", "steps", "turns"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")
+    info = open_checkpoint(args.model).info
+    dtype = info.dtype if args.dtype == "auto" else args.dtype
+    served = info.served_in(dtype, info.form(args.expert_dtype, dtype, "cpu"))
+    out = args.out or calibration_file(served, dtype, "cpu")
+    measured = []
+    for number in args.workers:
+        if not 2 <= number <= info.num_logical_experts:
+            raise ConfigError(f"--workers: expected 2 to {info.num_logical_experts} (the experts), got {number}")
+        constants, checked = calibrate(args, served, dtype, number)
+        measured.append(constants)
+        print(_as_json(constants, checked) if args.json else _as_text(constants, checked), flush=True)
+    # what was measured before with other numbers of workers stays
+    before = load_constants(out) if out.exists() and args.out is None else ()
+    numbers = {one.workers for one in measured}
+    save_constants(out, [*(one for one in before if one.workers not in numbers), *measured])
+    print(f"the constants are in {out}", file=sys.stderr)
+    return 0
+
+
+def calibrate(args: argparse.Namespace, info: ModelInfo, dtype: str, number: int) -> tuple[Constants, Checked]:
+    """Measure with `number` workers. Raises ConfigError where nothing can be fitted, WorkerError where one ends."""
+    workers = make_workers(number, nodes=1, num_experts=info.num_logical_experts)
+    first = contiguous(info.num_layers, info.num_logical_experts, workers)
+    job = Job(
+        path=str(args.model),
+        dtype=dtype,
+        expert_dtype=args.expert_dtype,
+        first=first,
+        group="emoe-calibrate",
+        tokens=args.step_tokens,
+        threads=len(os.sched_getaffinity(0)),
+    )
+    with MeasuredGroup(job) as group:
+        problem = problem_of(info, workers, group.measure(first, args.steps), args.step_tokens, dtype)
+        rng = np.random.default_rng(0)
+        quiet = plan(dataclasses.replace(problem, token_expert_s=1e-15), planner="local_search", deadline_s=PLAN_S)
+        fitted = [*graded(problem, FITTED, rng), quiet.placement]
+        placements = [*fitted, *graded(problem, CHECKED, rng)]
+        seen = _measured_in_turns(group, placements, args, problem)
+    constants = fit(seen[: len(fitted)], workers=number, step_tokens=args.step_tokens)
+    rest = seen[len(fitted) :]
+    checked = Checked(
+        predicted_s=tuple(predicted_s(constants, one) for one in rest), measured_s=tuple(one.step_s for one in rest)
+    )
+    return constants, checked
+
+
+def problem_of(
+    info: ModelInfo, workers: tuple[Worker, ...], seen: Measured, step_tokens: int, dtype: str
+) -> PlacementProblem:
+    """The problem of the steps that were measured."""
+    sample = RoutingSample(
+        num_layers=info.num_layers,
+        num_experts=info.num_logical_experts,
+        parts=((as_choices(seen.samples, info.num_logical_experts), int(seen.load[0].sum()) // info.top_k),),
+    )
+    transitions = sample.transitions()
+    return PlacementProblem(
+        loads=np.maximum(seen.load, 1e-9).astype(np.float64),
+        workers=workers,
+        top_k=info.top_k,
+        transitions=transitions if transitions.any() else None,
+        tokens_per_step=step_tokens,
+        token_bytes=info.hidden_size * (4 if dtype == "float32" else 2),
+    )
+
+
+def _measured_in_turns(
+    group: MeasuredGroup, placements: list[Placement], args: argparse.Namespace, problem: PlacementProblem
+) -> list[Observation]:
+    """Measure each placement in every turn, in another order each time, since the machine's speed changes."""
+    rng, times = np.random.default_rng(1), [list[float]() for _ in placements]
+    for _ in range(args.turns):
+        for number in rng.permutation(len(placements)):
+            times[number].append(group.measure(placements[number], args.steps).step_s)
+    return [observation(problem, placement, min(seconds)) for placement, seconds in zip(placements, times, strict=True)]
+
+
+def _as_json(constants: Constants, checked: Checked) -> str:
+    figures = {"rank_correlation": checked.rank_correlation, "median_error": checked.median_error}
+    return json.dumps(dataclasses.asdict(constants) | dataclasses.asdict(checked) | figures)
+
+
+def _as_text(constants: Constants, checked: Checked) -> str:
+    link = (
+        "no cost of traffic" if constants.worker_gbps is None else f"{constants.worker_gbps:.1f} Gb/s between workers"
+    )
+    rows = "\n".join(
+        f"  {1e3 * said:9.2f} {1e3 * seen:9.2f}  {said / seen - 1:+6.1%}"
+        for said, seen in zip(checked.predicted_s, checked.measured_s, strict=True)
+    )
+    return (
+        f"{constants.workers} workers, steps of {constants.step_tokens} tokens:"
+        f" {1e6 * constants.token_expert_s:.3f} us for a token in an expert, {1e3 * constants.base_s:.2f} ms of a step"
+        f" beside that, {link}\n"
+        f"placements that were not fitted, from best to worst, in ms:\n"
+        f"  predicted  measured\n{rows}\n"
+        f"rank correlation {checked.rank_correlation:.3f}, median error {checked.median_error:.1%}"
+    )

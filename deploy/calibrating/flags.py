@@ -1,0 +1,56 @@
+"""The flags of `emoe calibrate`. The verb is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.deploy.launch.builtin import MODEL_DIR
+from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add the verb; the parser's `run` takes the parsed arguments and returns the exit code."""
+    what = "fit the planners' cost model to steps that are measured on this machine"
+    parser = subparsers.add_parser(
+        "calibrate",
+        help=what,
+        description=what.capitalize() + ", with CPU workers and without a server. `emoe serve` of the same model then"
+        " plans with the constants.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", nargs="?", type=Path, default=MODEL_DIR, metavar="MODEL_DIR",
+        help="directory of the model (the built-in model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[2], metavar="N", help="numbers of workers to measure with (2)"
+    )
+    parser.add_argument(
+        "--step-tokens", type=int, default=DEFAULT_STEP_TOKENS, metavar="N",
+        help=f"prompt tokens of a step, of all workers ({DEFAULT_STEP_TOKENS})",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps under a placement in a turn (8)")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="turns over all placements (3)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="as for `emoe serve` (auto)"
+    )
+    parser.add_argument(
+        "--expert-dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "int8", "int4"),
+        help="as for `emoe serve` (auto)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json",
+        help="file for the constants, for `emoe serve --calibration` (the one that `emoe serve` of this model reads)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each number of workers")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from elastic_moe.deploy.calibrating.calibrate import run_calibrate
+
+    return run_calibrate(args)

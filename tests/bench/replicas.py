@@ -1,0 +1,102 @@
+"""What it gains to choose replicas by a step's own counts: a replay of traces, nothing measured.
+
+    python -m tests.bench.replicas TRACE.npz --workers 8 --redundant 16 --step-tokens 64
+
+Planned on the first half of the requests, replayed on the second one. Prints the busiest worker's tokens over the mean,
+on average over steps and layers: where replicas are taken in turn (by rank alone), where they are chosen by the counts
+of the step before, and by the step's own; and what no choice can beat: the optimum of the linear program that splits
+each expert's tokens among its replicas at will, which is what DeepSeek's LPLB solves on GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import highspy
+import numpy as np
+
+from elastic_moe.cluster.placement import Placement
+from elastic_moe.deploy.launch.builtin import trace_path
+from elastic_moe.model.exchange.dispatcher import held_table, route_table
+from elastic_moe.optimizer.buffering.replicas import ReplicaChoice
+from elastic_moe.optimizer.planner import plan
+from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
+from elastic_moe.optimizer.study.steps import decoding_steps
+from elastic_moe.optimizer.study.traces import Trace, load_trace
+
+
+def counts(trace: Trace, tokens: np.ndarray, layer: int, size: int) -> np.ndarray:
+    """[W, E] tokens of each worker, which is home to every `size`-th request, that chose each expert."""
+    table = np.zeros((size, trace.num_experts), dtype=np.int64)
+    for seat, token in enumerate(tokens):
+        np.add.at(table[seat % size], trace.topk_ids[token, layer].astype(np.int64), 1)
+    return table
+
+
+def busiest(tokens_WE: np.ndarray, ranks_WE: np.ndarray) -> float:
+    """Tokens of the busiest worker over the mean."""
+    size = len(tokens_WE)
+    load = np.bincount(ranks_WE[tokens_WE > 0], tokens_WE[tokens_WE > 0], size)
+    return float(load.max() / load.mean())
+
+
+def optimum(tokens_E: np.ndarray, holds_WE: np.ndarray) -> float:
+    """The least load of the busiest worker over the mean, if each expert's tokens may be split at will."""
+    model = highspy.Highs()
+    model.setOptionValue("output_flag", False)
+    peak = model.addVariable(lb=0.0, obj=1.0)
+    rows: list[list[highspy.highs.highs_var]] = [[] for _ in holds_WE]
+    for expert in np.flatnonzero(tokens_E):
+        parts = [model.addVariable(lb=0.0) for _ in range(int(holds_WE[:, expert].sum()))]
+        for rank, part in zip(np.flatnonzero(holds_WE[:, expert]), parts, strict=True):
+            rows[rank].append(part)
+        model.addConstr(sum(parts[1:], parts[0] + 0.0) == float(tokens_E[expert]))
+    for row in rows:
+        if row:
+            model.addConstr(sum(row[1:], row[0] + 0.0) <= peak)
+    model.run()
+    return float(model.getObjectiveValue()) / (tokens_E.sum() / len(holds_WE))
+
+
+def replay(trace: Trace, placement: Placement, batch: int, most: int) -> np.ndarray:
+    """[4] mean over steps and layers: by rank, by the step before, by the step's own counts, the optimum."""
+    size = len(placement.workers)
+    routes = np.stack([route_table(placement, rank).numpy() for rank in range(size)])
+    seen = []
+    steps = decoding_steps(trace, min(batch, len(trace.request_lengths)), most)
+    for layer in range(trace.num_layers):
+        holds = held_table(placement)[layer]
+        choice = ReplicaChoice(holds)
+        before = None
+        for tokens in steps:
+            now = counts(trace, tokens, layer, size)
+            own = choice.ranks(now)
+            late = routes[:, layer] if before is None else before
+            seen.append([busiest(now, routes[:, layer]), busiest(now, late), busiest(now, own),
+                         optimum(now.sum(axis=0), holds)])  # fmt: skip
+            before = own
+    return np.mean(seen, axis=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("traces", nargs="+")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--redundant", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--step-tokens", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--deadline", type=float, default=2.0)
+    args = parser.parse_args()
+    print("| trace | redundant | requests | by rank | step before | own counts | optimum |\n" + 7 * "|---" + "|")
+    for name in args.traces:
+        profile, test = load_trace(trace_path(name)).halves()
+        for redundant in args.redundant:
+            workers = make_workers(args.workers, nodes=1, num_experts=profile.num_experts, redundant=redundant)
+            placement = plan(problem_from_trace(profile, workers), planner="auto", deadline_s=args.deadline).placement
+            for batch in args.step_tokens:
+                figures = " | ".join(f"{figure:.3f}" for figure in replay(test, placement, batch, args.steps))
+                print(f"| {name.rpartition('/')[2]} | {redundant} | {batch} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

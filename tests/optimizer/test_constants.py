@@ -1,0 +1,129 @@
+"""Constants are recovered from steps that follow the cost model, and files of them are checked."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.optimizer.constants import (
+    Constants,
+    Observation,
+    calibration_file,
+    fit,
+    load_constants,
+    nearest,
+    observation,
+    predicted_s,
+    rank_correlation,
+    save_constants,
+)
+from elastic_moe.optimizer.core.cost import price
+from elastic_moe.optimizer.core.problem import Links
+from elastic_moe.optimizer.study.graded import graded
+from tests.cluster.simulation import MODEL
+from tests.optimizer.cases import tiny
+
+TRUE = Constants(workers=3, step_tokens=64, base_s=2e-3, token_expert_s=3e-6, worker_gbps=0.5)
+
+
+def seen(rng: np.random.Generator, true: Constants, noise: float = 0.0) -> list[Observation]:
+    """Steps that follow the cost model but for noise, under placements whose loads and links differ."""
+    rows = [(u, b) for u in (300.0, 450.0, 600.0) for b in (1e5, 2e5, 4e5)]
+    steps = [Observation(compute_tokens=u, link_bytes=b, step_s=1.0) for u, b in rows]
+    times = [predicted_s(true, one) * (1 + noise * rng.standard_normal()) for one in steps]
+    return [dataclasses.replace(one, step_s=step_s) for one, step_s in zip(steps, times, strict=True)]
+
+
+def test_constants_are_recovered() -> None:
+    found = fit(seen(np.random.default_rng(0), TRUE), workers=3, step_tokens=64)
+    assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(TRUE))
+    noisy = fit(seen(np.random.default_rng(0), TRUE, noise=0.01), workers=3, step_tokens=64)
+    assert noisy.token_expert_s == pytest.approx(TRUE.token_expert_s, rel=0.2)
+
+
+def test_traffic_that_costs_nothing_gets_no_bandwidth() -> None:
+    free = dataclasses.replace(TRUE, worker_gbps=None)
+    found = fit(seen(np.random.default_rng(0), free, noise=1e-4), workers=3, step_tokens=64)
+    assert found.worker_gbps is None
+    assert found.token_expert_s == pytest.approx(TRUE.token_expert_s, rel=0.01)
+
+
+def test_steps_that_do_not_depend_on_the_slowest_worker_are_no_measure() -> None:
+    flat = [dataclasses.replace(one, step_s=2e-3) for one in seen(np.random.default_rng(0), TRUE)]
+    with pytest.raises(ConfigError, match="did not take longer"):
+        fit(flat, workers=3, step_tokens=64)
+
+
+def test_an_observation_is_what_the_cost_model_counts() -> None:
+    """With the constants in the problem, its price and the prediction are the same."""
+    problem = tiny(0, layers=3, experts=12, workers=3, speeds=(1.0, 2.0, 1.0), affinity=0.0, covariance=False)
+    problem = dataclasses.replace(
+        problem, token_expert_s=TRUE.token_expert_s, links=Links(worker_gbps=0.5, node_gbps=0.5)
+    )
+    for placement in graded(problem, 4, np.random.default_rng(0)):
+        one = observation(problem, placement, 1.0)
+        assert predicted_s(TRUE, one) == pytest.approx(TRUE.base_s + price(problem, placement).realised_s)
+
+
+def test_graded_placements_go_from_even_to_uneven() -> None:
+    problem = tiny(1, layers=5, experts=24, workers=4)
+    unit = [
+        observation(problem, placement, 1.0).compute_tokens
+        for placement in graded(problem, 10, np.random.default_rng(0))
+    ]
+    assert unit[0] == min(unit)
+    assert unit[-1] == max(unit)
+    assert rank_correlation(unit, range(10)) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "correlation"),
+    [((1, 2, 3), (10, 20, 90), 1.0), ((1, 2, 3), (3, 2, 1), -1.0), ((1, 1, 2, 2), (1, 2, 3, 4), 4 / 20**0.5)],
+)
+def test_rank_correlation(one: tuple[float, ...], other: tuple[float, ...], correlation: float) -> None:
+    assert rank_correlation(one, other) == pytest.approx(correlation)
+
+
+def test_files_keep_constants_and_the_nearest_number_of_workers_counts(tmp_path: Path) -> None:
+    path, four = tmp_path / "new" / "constants.json", dataclasses.replace(TRUE, workers=6, worker_gbps=None)
+    save_constants(path, [TRUE, four])
+    assert load_constants(path) == (TRUE, four)
+    assert nearest(load_constants(path), 4) == TRUE
+    assert nearest(load_constants(path), 5) == four
+    assert nearest((), 5) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "which is JSON"),
+        ("[]", "calibration: expected a list"),
+        ('{"calibration": []}', "calibration: expected a list"),
+        ('{"calibration": [{"workers": 2}]}', "expected the keys base_s, step_tokens"),
+        (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"base_s": "2"}]}), "base_s: expected a number"),
+        (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"token_expert_s": 0}]}), "token_expert_s: expected"),
+        (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"workers": None}]}), "workers: expected a number"),
+        (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"worker_gbps": -1}]}), "worker_gbps: expected"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "constants.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_constants(path)
+    assert str(path) in str(error.value)
+
+
+def test_each_model_dtype_and_device_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files = {
+        calibration_file(MODEL, "bfloat16", "cpu"),
+        calibration_file(MODEL, "float32", "cpu"),
+        calibration_file(MODEL, "bfloat16", "cuda"),
+        calibration_file(dataclasses.replace(MODEL, hidden_size=8), "bfloat16", "cpu"),
+    }
+    assert len(files) == 4
+    assert all(tmp_path in file.parents for file in files)
