@@ -21,7 +21,6 @@ from elastic_moe.model.exchange.dispatch import held_table, route_table
 from elastic_moe.optimizer.buffering.replicas import ReplicaChoice
 from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
-from elastic_moe.optimizer.study.steps import decoding_steps
 from elastic_moe.optimizer.study.traces import Trace, load_trace
 
 
@@ -58,12 +57,18 @@ def optimum(tokens_E: np.ndarray, holds_WE: np.ndarray) -> float:
     return float(model.getObjectiveValue()) / (tokens_E.sum() / len(holds_WE))
 
 
-def replay(trace: Trace, placement: Placement, batch: int, most: int) -> np.ndarray:
+def steps_of(trace: Trace, batch: int, number: int) -> list[np.ndarray]:
+    """[B] tokens of each step: `batch` requests, each from a place of its own on, as prompts begin alike."""
+    starts = np.random.default_rng(0).integers(0, trace.num_tokens - number, batch)
+    return [starts + step for step in range(number)]
+
+
+def replay(trace: Trace, placement: Placement, batch: int, number: int) -> np.ndarray:
     """[4] mean over steps and layers: by rank, by the step before, by the step's own counts, the optimum."""
     size = len(placement.workers)
     routes = np.stack([route_table(placement, rank).numpy() for rank in range(size)])
     seen = []
-    steps = decoding_steps(trace, min(batch, len(trace.request_lengths)), most)
+    steps = steps_of(trace, batch, number)
     for layer in range(trace.num_layers):
         holds = held_table(placement)[layer]
         choice = ReplicaChoice(holds)
