@@ -58,7 +58,7 @@ chaos: $(VENV)/.installed-dev ## kill and stop every process of a server under l
 	@$(BIN)/python -m tests.chaos.driver $(ARGS)
 
 hosts: $(VENV)/.installed-dev ## cut off, slow down and kill the hosts of a cluster under load (as root; some 15 minutes)
-	@$(BIN)/python -m pytest -m hosts -rs -s tests/hosts tests/e2e tests/actors/control $(ARGS)
+	@$(BIN)/python -m pytest -m hosts -rs -s tests/hosts tests/e2e tests/actors/coordinator $(ARGS)
 
 bench: $(VENV)/.installed-dev ## measure the server (and its peers where installed) on this machine
 	@$(BIN)/python -m tests.bench.serving $(ARGS)

@@ -7,5 +7,5 @@ scheduler/     which request runs on which worker in the next step; pure
 telemetry/     traces of requests and operations
 worker/        the actor around one worker's model
 engine/        the actor that has the queue and runs the steps
-control/       the coordinator and the migrator
+coordinator/   the coordinator, which runs the control plane, and the migrator
 """

@@ -44,6 +44,8 @@ after WAITING_FOR_RESOURCES_S in any case.
     API              a sign of life of the engine,            LIFE_S                            it looks for another
                      asked for every LIFE_S
     API              a sign of life of the coordinator        HANG_S                            Ray restarts it
+    API              a group that cannot serve, while         MOVE_S                            its requests go on in
+                     another group can                                                          another group
     API              a dry run of a planner                   the planner's time-out            the request has failed
                                                               + CALL_TIMEOUT_S
     API              responses in progress that no replica    ADOPT_S between two looks         it follows them
@@ -130,6 +132,8 @@ TCP_KEEP_ALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)
 # --- The API --------------------------------------------------------------------------------------------------------
 
 CALL_TIMEOUT_S = 30.0
+MOVE_S = 1.0
+"""A group that has lost some of its workers serves again sooner, and then its requests need not be computed again."""
 LIFE_S = 10.0
 """Seconds for an engine's sign of life. A dead engine closes its connection; a hanging engine does not."""
 ADOPT_S = 5.0

@@ -37,14 +37,17 @@ class LogSettings:
     json: bool = False
     file: str | None = None
     """Path of the log file. None: standard error."""
+    group: int = 0
+    """Number of the group that the process belongs to. Lines name it beside the process, except in group 0."""
 
     @classmethod
-    def of(cls, config: ServeConfig) -> LogSettings:
-        return cls(level=config.log_level, json=config.log_format == "json", file=config.log_file)
+    def of(cls, config: ServeConfig, group: int = 0) -> LogSettings:
+        return cls(level=config.log_level, json=config.log_format == "json", file=config.log_file, group=group)
 
 
 def set_up(process: str, settings: LogSettings) -> None:
     """Log this process's lines, warnings and uncaught errors of threads as `settings` say."""
+    process = f"{process}.{settings.group}" if settings.group else process
     handler = _handler(settings)
     handler.setFormatter((JsonFormatter if settings.json else TextFormatter)(process))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -4,7 +4,7 @@ from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.cluster.redeploy import Generation
 
 NAMESPACE = "emoe"
-"""Of processes that connect to Ray. Each cluster's actors have a namespace of their own, which begins with it."""
+"""The namespace of processes that connect to Ray. Each cluster's actors have one of their own, which begins with it."""
 COORDINATOR = "coordinator"
 ENGINE = "engine"
 MIGRATOR = "migrator"

@@ -57,6 +57,12 @@ class ServeConfig:
         "adds workers, and for 8 before it removes some",
         at_least=1,
     )
+    data_parallel_size: int = setting(
+        1,
+        "number of groups of workers, each with an engine, all experts and --workers workers of its own; a request "
+        "runs in one group, and goes on in another one if that is lost",
+        at_least=1,
+    )
     host: str = setting("127.0.0.1", "address that the server listens on")
     port: int = setting(8000, "port that the server listens on", at_least=1)
     address: str | None = setting(
@@ -360,6 +366,11 @@ class ServeConfig:
     @property
     def most_workers(self) -> int:
         return max(self.workers, self.max_workers or 0)
+
+    @property
+    def all_workers(self) -> int:
+        """The most workers of all groups together."""
+        return self.data_parallel_size * self.most_workers
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, source: str = "configuration") -> ServeConfig:

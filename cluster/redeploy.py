@@ -16,12 +16,13 @@ from typing import Any, NewType
 from elastic_moe.cluster.config import ServeConfig
 
 Generation = NewType("Generation", str)
-"""Names a cluster: two clusters with the same name serve the same model with the same settings, apart from LIVE."""
+"""Names a cluster: two clusters with the same name serve the same model with the same settings, apart from LIVE. The
+further groups of a cluster, after the first one, have names of their own: the cluster's, a dot and their number."""
 
 LIVE = frozenset({
     "workers", "min_workers", "max_workers", "autoscale_window", "rebalance_interval", "planner", "solver",
     "migration_bandwidth", "plan_deadline", "standby", "heartbeat_timeout", "drain_timeout", "api_replicas",
-    "handover_timeout", "calibration",
+    "handover_timeout", "calibration", "data_parallel_size",
 })  # fmt: skip
 """Settings that a serving cluster takes over."""
 
@@ -41,10 +42,25 @@ MASK = "********"
 
 
 def generation_of(config: ServeConfig, model_dir: str) -> Generation:
-    """The name of the cluster that serves this model with these settings."""
+    """The name of the cluster that serves this model with these settings, and of its first group."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in LIVE | API}
     text = json.dumps([model_dir, values], sort_keys=True)
     return Generation(hashlib.blake2b(text.encode(), digest_size=5).hexdigest())
+
+
+def group_name(generation: Generation, number: int) -> Generation:
+    """The name of one group of the cluster with this name."""
+    return Generation(f"{generation}.{number}") if number else generation
+
+
+def cluster_of(group: Generation) -> Generation:
+    """The name of the cluster that this group is a part of."""
+    return Generation(group.partition(".")[0])
+
+
+def number_of(group: Generation) -> int:
+    """The number of this group in its cluster, from 0."""
+    return int(group.partition(".")[2] or 0)
 
 
 def changes(old: ServeConfig, new: ServeConfig) -> dict[str, tuple[Any, Any]]:

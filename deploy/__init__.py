@@ -8,7 +8,7 @@ The life of a request:
     Service.render_chat       makes a prompt of the messages by the chat template     text/prompts.py
     sampling_params           joins the request's fields with the model's defaults    api/sampling.py
     Service.answers, run      takes places in the queue, and begins the answers       api/service.py
-    RayBackend.generate       sends a GenerateRequest to the engine                   backend/ray_backend.py
+    EngineClient.generate     sends a GenerateRequest to the engine                   backend/engine_client.py
     actors/engine             schedules it; workers run its steps; tokens come back
     Answer.feed               turns tokens into text, and looks for stop strings      generation/answer.py
     Run.respond               writes the response, or an event for each piece         api/responses.py

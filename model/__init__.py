@@ -1,16 +1,20 @@
 """The data plane in torch, without Ray. The order of the rooms; a room imports only from those above it:
 
-    (this folder)  int8, int4, record_layout, staging, heap; all uses of private functions of torch and transformers
+    (this folder)  what several rooms use: int8, int4, records of experts, copies to devices, block tables, the
+                   formula of norms; and all uses of private functions of torch and transformers
     formats/       reads packed weights: FP8, INT4, AWQ, GPTQ, MXFP4 and others
     grammars/      which tokens a request's grammar allows next
     native/        kernels in C++ for bfloat16 on CPU
+    gpu/           kernels in Triton for bfloat16 on GPUs
     sampling/      chooses the next token of each sequence, and scores prompts
+    shared_gpu/    memory and signals of workers that share one GPU
     states/        layers that keep a state per sequence
     trunk/         attention over the paged KV cache, packed linear layers, rotary embeddings
     checkpoints/   opens a model directory, checks that it can be served, loads the trunk or single experts
     experts/       the experts that a worker holds, and their products
     exchange/      carries tokens to the workers of their experts and back; counts routing
     fitting/       chooses the code that serves each part of a model on this machine
+    graphs/        launches steps as CUDA graphs
     tiers/         experts that lie on the disk or in the host's memory, and come when a step needs them
     worker/        one worker: loading, epochs, steps
 

@@ -25,7 +25,7 @@ class Part:
 
     name: str
     dtype: str
-    """Without the prefix `torch.`."""
+    """The name of torch's dtype, without the prefix `torch.`."""
     shape: tuple[int, ...]
     offset: int
     nbytes: int

@@ -1,8 +1,10 @@
-"""Copies small arrays of numbers to a device, for which the CPU does not wait, and back, for which it waits once."""
+"""Copies between the host and a device: small arrays of numbers for a step, and large ones beside the steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,34 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
         copy.copy_(tensor, non_blocking=True)
     recorded().synchronize()
     return copies
+
+
+@contextmanager
+def beside_steps(device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the block, this thread's work on a GPU runs beside the steps, on a stream of its own. The block ends when
+    it is done. Gives a function that hands a tensor over to the steps, on the device.
+
+    On a CPU nothing changes, and the function returns the tensor itself.
+    """
+    if device.type != "cuda":
+        yield lambda tensor: tensor
+        return
+    steps, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+
+    def hand_over(tensor: Tensor) -> Tensor:
+        there = tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
+        # its memory is not given away while a step may still read it
+        there.record_stream(steps)
+        return there
+
+    with torch.cuda.stream(side):
+        yield hand_over
+        side.synchronize()
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def recorded(stream: torch.cuda.Stream | None = None, *, timed: bool = False) -> torch.cuda.Event:

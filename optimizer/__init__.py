@@ -16,7 +16,7 @@ baselines   planners from the literature, and simple rules
 study       traces, comparisons and simulations
 
 The routing statistics are counted elsewhere (cluster/facts/routing.py), and so are placements carried out
-(actors/control).
+(actors/coordinator).
 """
 
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -40,13 +41,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 class OneRayAtATime(LoadScopeScheduling):
-    """Gives all files that start Ray to one process, and the other tests to whichever is free.
+    """Gives all files that start Ray to one process, all tests of a model family to one, and every other test to
+    whichever is free. A family's checkpoint, and transformers' answers on it, are made once in a process.
 
     xdist's own groups (--dist loadgroup) have no effect with pytest 9.2, which keeps names of tests elsewhere.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "ray" if starts_ray(ROOT / nodeid.partition("::")[0]) else nodeid
+        if starts_ray(ROOT / nodeid.partition("::")[0]):
+            return "ray"
+        family = families().search(nodeid.partition("[")[2])
+        return nodeid if family is None else family[0]
+
+
+@cache
+def families() -> re.Pattern[str]:
+    """Finds a family's name. The names are read, because importing them takes seconds of this process."""
+    text = (ROOT / "tests/model/families.py").read_text()
+    names = sorted(set(re.findall(r'^    "(\w+)', text, re.MULTILINE)), key=len, reverse=True)
+    return re.compile(rf"\b({'|'.join(names)})\b")
 
 
 @cache

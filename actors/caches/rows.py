@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from elastic_moe.cluster.messages.requests import RequestId
 if TYPE_CHECKING:
     from elastic_moe.actors.caches.running_requests import RunningRequest
 
+Owner = TypeVar("Owner", str, int)
 Column = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.intp]
 
@@ -75,7 +76,7 @@ class Rows:
         """[R] the requests' ids."""
         self.clients: Counter[str] = Counter()
         """Number of running requests by client, and by API call below. Those without any are left out."""
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[int] = Counter()
         self._spare: dict[int, list[int]] = {}
         """First rows of ranges that no worker has, by the size of the range."""
 
@@ -118,16 +119,14 @@ class Rows:
     def rise(self, row: int) -> None:
         """Free a row. Nothing that is in flight for it counts any longer."""
         request = self.at(row)
-        for counts, owner in ((self.clients, request.client), (self.calls, request.call)):
-            counts[owner] -= 1
-            if not counts[owner]:
-                del counts[owner]
+        _count_off(self.clients, request.client)
+        _count_off(self.calls, request.call)
         self.requests[row] = None
         self.known[row] = self.started[row] = 0
         self.cut(row)
 
     def cut(self, row: int) -> None:
-        """What is in flight for the row counts no longer."""
+        """From now on, tokens that are in flight for the row do not count."""
         self.steady[row] = False
         self.mark[row] += 1
 
@@ -181,6 +180,12 @@ class Rows:
             newest = self.recent[row].tolist()
             tokens.extend(newest[place : place + lacking])
             tokens.extend(newest[: max(0, place + lacking - RECENT_TOKENS)])
+
+
+def _count_off(counts: Counter[Owner], owner: Owner) -> None:
+    counts[owner] -= 1
+    if not counts[owner]:
+        del counts[owner]
 
 
 class StopTokens:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from elastic_moe.actors.caches.worker_cache import WorkerCache
 
 
+_NONE: frozenset[int] = frozenset()
+"""One for all requests: every empty set takes 216 bytes."""
+
+
 class RunningRequest:
     """A request that has not ended. It waits while `cache` is None; otherwise it runs at that cache's worker.
 
@@ -63,7 +67,7 @@ class RunningRequest:
     )
 
     def __init__(
-        self, request: GenerateRequest, *, arrival: int, max_model_len: int, eos: Sequence[int], variant: int = 0
+        self, request: GenerateRequest, *, arrival: int, max_model_len: int, eos: tuple[int, ...], variant: int = 0
     ) -> None:
         """`variant` distinguishes requests whose keys and values differ although their tokens are the same."""
         params = request.params
@@ -71,8 +75,8 @@ class RunningRequest:
         self.params = params
         self.arrival = arrival
         self.client = request.client
-        self.call = request.request_id.rpartition("-")[0]
-        """Id of the API call that this request answers. One call may ask for several answers."""
+        self.call = hash(request.request_id.rpartition("-")[0])
+        """Stands for the API call that this request answers. One call may ask for several answers."""
         self.rank = 0
         self.turn = 0
         """`turn` and `rank` are the place in the queue (fair_queue.py). A preempted request keeps them."""
@@ -80,7 +84,7 @@ class RunningRequest:
         self.overtaken = 0
         """Number of later requests of a lower priority number that have been let past in the queue."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self._tokens = array("q", [*request.prompt_token_ids, *request.output_token_ids])
+        self._tokens = array("i", [*request.prompt_token_ids, *request.output_token_ids])
         self.longest = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         """Number of tokens at which the request ends because of its length."""
         if not params.max_tokens:
@@ -90,8 +94,8 @@ class RunningRequest:
         """Positions of the prompt whose next token is to be scored: all but the last."""
         self.scored = min(request.num_scored, self.num_to_score)
         """Positions whose next token has been scored, from the first one on."""
-        self.eos_token_ids = tuple(eos)
-        self.stop_token_ids = frozenset(params.stop_token_ids)
+        self.eos_token_ids = eos
+        self.stop_token_ids = frozenset(params.stop_token_ids) if params.stop_token_ids else _NONE
         self.cache: WorkerCache | None = None
         self.row = -1
         """Its row in the columns while it runs."""
@@ -104,7 +108,7 @@ class RunningRequest:
         """Prompt tokens that the first worker had in its cache; None before the request has run anywhere."""
         self.restore: int | None = None
         """The snapshot that the request's states come from, until its first chunk is committed."""
-        self.borders: list[int] = []
+        self.borders: Sequence[int] = ()
         """Numbers of blocks after which the prompt's states are worth a snapshot."""
         self.tail: bytes | None = None
         """Key of the last block of the answer after which the request has left a snapshot of its states."""
@@ -121,7 +125,7 @@ class RunningRequest:
         self.counted = False
         """Whether the request's prompt has been counted in the statistics."""
         self.ended = False
-        self.flight: list[Chunk] = []
+        self.flight: tuple[Chunk, ...] = ()
         """The request's chunks in the steps in flight, oldest first. Chunks sent to an earlier worker are not in it."""
 
     @property
@@ -226,14 +230,14 @@ class RunningRequest:
     def rise(self) -> None:
         """It runs nowhere any more, and loses what it has computed. It keeps its tokens, which must be here."""
         self.cache, self.row = None, -1
-        self.borders, self.tail = [], None
-        self.flight = []
+        self.borders, self.tail = (), None
+        self.flight = ()
         self.blocks = []
         self.introduced_blocks = self.published = 0
         self.introduced = False
 
     def introduction(self) -> NewSequence:
-        """For the worker that it runs at."""
+        """What the worker is told of the request before its first step there."""
         assert self.cache is not None
         return NewSequence(
             request_id=self.request_id,
@@ -266,7 +270,7 @@ class RunningRequest:
             state=state,
             windows=windows,
         )
-        self.flight.append(chunk)
+        self.flight += (chunk,)
         rows.run_chunk(row, started + length, known + chunk.samples, steady=bool(chunk.samples and state is None))
         return chunk
 
@@ -281,7 +285,8 @@ class RunningRequest:
         if not self.flight:
             rows.land_chunk(row, 1, 1)
             return
-        chunk = self.flight.pop(0)
+        chunk, *later = self.flight
+        self.flight = tuple(later)
         rows.land_chunk(row, chunk.length, chunk.samples)
         self._landed(chunk)
 
@@ -298,7 +303,7 @@ class RunningRequest:
         if self.introduced:
             # blocks that a committed step has written to are known to the worker
             self.introduced_blocks = max(self.introduced_blocks, blocks_for(self.computed, rows.block_size))
-        self.flight.clear()
+        self.flight = ()
         rows.rewind(row)
 
     def land_but_last(self) -> None:
@@ -306,7 +311,7 @@ class RunningRequest:
         flight has run with a wrong token, and is dropped."""
         assert self.cache is not None
         if self.flight:
-            chunk = self.flight.pop(0)
+            chunk, *_ = self.flight
             self.cache.rows.land_chunk(self.row, chunk.length - 1, chunk.samples)
             self._landed(chunk)
         self.cut()

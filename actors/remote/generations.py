@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from elastic_moe.actors import names
-from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.remote.key_value import API_NAMESPACE, CLUSTERS_NAMESPACE, KeyValue, RayKeyValue
 from elastic_moe.cluster.redeploy import Generation
 
@@ -77,7 +77,7 @@ def end_actors(generation: Generation) -> None:
         if names.is_ours(name) and (other == generation or other not in alive):
             actor = find(other, name)
             if actor is not None:
-                ray.kill(actor.handle, no_restart=True)
+                kill(actor)
                 logger.warning("ended %s, left over from an earlier coordinator", name)
 
 

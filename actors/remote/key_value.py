@@ -11,10 +11,10 @@ from typing import Protocol
 from ray.experimental import internal_kv
 
 API_NAMESPACE = "emoe-api"
-"""Of what all API replicas share."""
+"""The namespace of what all API replicas share."""
 
 CLUSTERS_NAMESPACE = "emoe"
-"""Of what is known of clusters, and what their coordinators save."""
+"""The namespace of what is known of clusters, and of what their coordinators save."""
 
 
 class KeyValue(Protocol):

@@ -21,7 +21,7 @@ from operator import attrgetter
 import numpy as np
 
 from elastic_moe.actors.caches.kv_blocks import blocks_for
-from elastic_moe.actors.caches.rows import Rows
+from elastic_moe.actors.caches.rows import Owner, Rows
 from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
@@ -235,12 +235,12 @@ def in_the_way(
     return max((other for other in greedy if other.cache in able), key=_arrival, default=None)
 
 
-def _most(counts: Counter[str]) -> int:
+def _most(counts: Counter[Owner]) -> int:
     return max(counts.values(), default=0)
 
 
 def _most_of(
-    running: Collection[RunningRequest], whose: Callable[[RunningRequest], str], request: RunningRequest
+    running: Collection[RunningRequest], whose: Callable[[RunningRequest], Owner], request: RunningRequest
 ) -> list[RunningRequest]:
     """The running requests of the owner that has the most, unless the owner of `request` has nearly as many."""
     counts = Counter(map(whose, running))

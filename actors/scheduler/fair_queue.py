@@ -82,7 +82,7 @@ class FairQueue(OrderedRequests):
 
     def firsts(self) -> list[RunningRequest]:
         """The next request of every client, and of each of a client's calls whose next is not far behind."""
-        found: dict[tuple[str, str], RunningRequest] = {}
+        found: dict[tuple[str, int], RunningRequest] = {}
         for client, line in self._lines.items():
             for request in line.items[:LOOK_AHEAD]:
                 found.setdefault((client, request.call), request)
@@ -116,7 +116,7 @@ class _Line(OrderedRequests):
         super().__init__(_place)
         self.round = 0
         """The highest rank of a request that has begun to run."""
-        self._ranks: dict[str, int] = {}
+        self._ranks: dict[int, int] = {}
         """Rank of the next request, by API call."""
 
     def enter(self, request: RunningRequest) -> list[RunningRequest]:

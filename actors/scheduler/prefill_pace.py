@@ -8,7 +8,7 @@ wait for their first token beside few that decode, because both kinds of readers
 from __future__ import annotations
 
 SHARE = 0.75
-"""Of the time that a step takes without prompts, the part that prompts may take beside it if few requests wait."""
+"""Most time that prompts may add to a step if few requests wait, as a share of the step's time without prompts."""
 MOST_SHARE = 3.0
 """The part that they may take at most, however many wait."""
 ROOM_S = 0.04
@@ -32,9 +32,9 @@ class PrefillPace:
         self._guessed_s: dict[int, float] = {}
         """The same, guessed from steps with prompts: while many prompts wait, there are no others."""
         self._beside = _Rate()
-        """What prompt tokens take beside decodes."""
+        """Seconds that prompt tokens take in steps with decodes."""
         self._without = _Rate()
-        """What they take in steps without decodes, which is more: such a step reads the weights for them alone."""
+        """Seconds that they take in other steps, which is more: such a step reads the weights for them alone."""
 
     def tokens(self, decodes: int, crowd: float = 0.0) -> int:
         """Number of prompt tokens of a worker to run beside so many decodes of a worker.

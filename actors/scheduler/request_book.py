@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from elastic_moe.actors.caches.rows import StopTokens
 from elastic_moe.actors.caches.running_requests import RunningRequest
@@ -32,7 +32,7 @@ class RequestBook:
         """Those that wait and those that run."""
         self.waiting = FairQueue()
         self.stops = StopTokens()
-        """Of all requests."""
+        """The stop tokens of all requests."""
         self.preemptions = 0
 
     def read(self, request: GenerateRequest) -> RunningRequest:
@@ -42,9 +42,14 @@ class RequestBook:
             request,
             arrival=self._arrivals,
             max_model_len=self._max_model_len,
-            eos=tuple(dict.fromkeys((*self._eos_token_ids, *request.eos_token_ids))),
+            eos=self._ends(request.eos_token_ids),
             variant=self._variant(len(request.prompt_token_ids)),
         )
+
+    def _ends(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The model's end-of-sequence tokens with those of a request: mostly the same ones, in one tuple for all."""
+        further = tuple(token for token in dict.fromkeys(eos_token_ids) if token not in self._eos_token_ids)
+        return (*self._eos_token_ids, *further) if further else self._eos_token_ids
 
     def _check(self, request: GenerateRequest) -> None:
         prompt, params = len(request.prompt_token_ids), request.params

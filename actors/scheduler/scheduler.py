@@ -293,13 +293,13 @@ class Scheduler:
         requests = self._book.requests.values()
         assert self._rows.clients == Counter(s.client for s in requests if s.cache is not None)
         assert self._rows.calls == Counter(s.call for s in requests if s.cache is not None)
-        flying: dict[RequestId, list[Chunk]] = {}
+        flying: dict[RequestId, tuple[Chunk, ...]] = {}
         by_rule: Counter[RequestId] = Counter()
         for flight in self._flights:
             self._validate_flight(flight)
             for request, chunk in (piece for part in flight.parts.values() for piece in part.work):
                 if request.in_flight(chunk):
-                    flying.setdefault(request.request_id, []).append(chunk)
+                    flying[request.request_id] = (*flying.get(request.request_id, ()), chunk)
             live = self._rows.mark[flight.rows] == flight.marks
             by_rule.update(name for name, counts in zip(flight.names, live.tolist(), strict=True) if counts)
         assert flying == {s.request_id: s.flight for s in requests if s.flight}

@@ -35,7 +35,7 @@ def drained(facts: Facts, now: float) -> Choice[bool]:
 
 
 def _until(record: WorkerRecord, drain_timeout_s: float) -> float:
-    """Until when the requests of a worker that leaves may run there."""
+    """The time until which the requests of a worker that leaves may run there."""
     until = record.draining_since + drain_timeout_s
     return until if record.leave_by is None else min(until, record.leave_by - FLIP_S)
 
@@ -77,7 +77,7 @@ def leavers(facts: Facts, nodes: Mapping[str, float | None]) -> tuple[Leaver, ..
 
 
 def notice(found: Sequence[Leaver]) -> str:
-    """What an operation says of them."""
+    """The words for these workers in an operation."""
     parts = []
     for leaver in found:
         when = "" if leaver.left_s is None else f", in {leaver.left_s:.0f} s"

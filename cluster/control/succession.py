@@ -20,14 +20,14 @@ SWITCH_S = 15.0
 
 @dataclass(slots=True, kw_only=True)
 class Succession:
-    """Of the old cluster: whether it goes on. Owned by its coordinator."""
+    """Whether a cluster goes on that a redeploy may replace. Its coordinator owns this object."""
 
     replaced_since: float | None = None
     """Since when another cluster is the wanted one; None: this one is."""
     unused_since: float | None = None
     """Since when no API replica has used this cluster."""
     gives_way_since: float | None = None
-    """Since when it has to end after its last request, because its successor needs its resources."""
+    """Since when this cluster has to end after its last request, because its successor needs its resources."""
 
     def give_way(self, now: float) -> None:
         if self.gives_way_since is None:
@@ -54,7 +54,7 @@ class Succession:
         elif self.unused_since is None:
             self.unused_since = now
         if self.unused_since is not None and now - self.unused_since >= UNUSED_S:
-            return Choice(True, "another cluster has replaced it, and no API replica uses it")
+            return Choice(True, "it is no longer wanted, and no API replica uses it")
         if self.gives_way_since is None:
             return Choice(False, "it serves until the next cluster can")
         if not running:

@@ -27,7 +27,7 @@ REST = 20.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     min_workers: int
-    """At least 1, as long as any is kept."""
+    """Fewest workers, at least 1. Only a rest (`may_rest`) keeps none."""
     max_workers: int
     may_rest: bool = False
     """Whether no worker is kept where there has been no request for long."""

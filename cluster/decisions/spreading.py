@@ -1,7 +1,7 @@
 """Which workers move to nodes that have come after they were started, so that they do not share one node's cores.
 
 A cluster often begins to serve before all its machines are there. Ray spreads workers over the nodes that it has when
-they start (actors/control/fleet.py), and moves none later.
+they start (actors/coordinator/fleet.py), and moves none later.
 """
 
 from __future__ import annotations

@@ -43,13 +43,13 @@ class ClusterCounters:
     rebalance_s: dict[Stage, Distribution] = field(
         default_factory=lambda: {stage: Distribution() for stage in TIMED_STAGES}
     )
-    """Of re-placements alone."""
+    """Seconds of each stage, in re-placements alone."""
     experts_moved: int = 0
     bytes_moved: int = 0
     recoveries: dict[Cause, int] = field(default_factory=lambda: dict.fromkeys(Cause, 0))
-    """By cause: the first one, where one recovery had several."""
+    """Number of recoveries by cause. One that had several causes counts for the first."""
     recovery_s: Distribution = field(default_factory=Distribution)
-    """From the moment an epoch was found broken until the next one served."""
+    """Seconds from the moment at which an epoch was found broken until the next one served."""
     requests_moved: int = 0
     """Requests that lost their worker, or had to leave it, and were computed again elsewhere."""
     expert_accesses: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -13,6 +14,11 @@ HISTORY = 100
 """Number of operations that are kept, so that memory does not grow over months."""
 
 ENDED = (Phase.COMPLETED, Phase.FAILED)
+
+
+def new_operation_id(kind: OperationKind) -> str:
+    """An id that a caller chooses. A call that is repeated, because the coordinator died, is carried out once by it."""
+    return f"{kind}-{uuid.uuid4().hex[:8]}"
 
 
 class OperationLog:

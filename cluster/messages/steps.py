@@ -106,7 +106,7 @@ class Decoding:
     grown: bytes = b""
     """[3 g] seat, number of a block in its sequence, and block id, for each new block. Blocks before are unchanged."""
     grown_windows: bytes = b""
-    """The same of the layers with a sliding window, if the model has any."""
+    """New blocks of the layers with a sliding window, in the form of `grown`, if the model has such layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,7 +108,7 @@ class ConfigView:
     device: str | None
     """cpu or cuda; None before the model is opened."""
     config: ServeConfig
-    """Of the cluster, with keys: for the API, which masks them."""
+    """The cluster's settings, keys included: the API masks them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,7 @@ class WorkerView:
     experts_served: int = 0
     """Over all layers."""
     experts_resident: int = 0
-    """Of those, the ones in its device now, its cache area included."""
+    """The experts of `experts_served` that are in its device now, its cache area included."""
     address: str = ""
     """IP address at which the engine and other workers reach it; empty while it loads."""
     link_gbps: Mapping[WorkerId, float] = field(default_factory=dict)

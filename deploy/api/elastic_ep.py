@@ -1,7 +1,7 @@
 """The scaling calls of vLLM and SGLang, so that tools which scale those servers can scale this one.
 
 Unlike those servers, this one refuses no request while it scales. Their data-parallel or expert-parallel size is our
-number of workers.
+number of workers, in each group where there are several.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import NotReadyError, RequestError
-from elastic_moe.cluster.facts.operations import ENDED
+from elastic_moe.cluster.facts.operations import ENDED, new_operation_id
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.deploy.api.service import Service
-from elastic_moe.deploy.backend.backend import Backend
+from elastic_moe.deploy.backend.backend import Group
 from elastic_moe.deploy.bodies.schema import ElasticEpRequest
 from elastic_moe.deploy.web.openapi import described, json_answer
 
@@ -35,9 +36,12 @@ def elastic_ep_router(service: Service) -> APIRouter:
         size = body.new_data_parallel_size or body.new_ep_size
         if size is None:
             raise RequestError("new_data_parallel_size: this field is required", param="new_data_parallel_size")
-        before = len((await backend.placement()).placement.workers)
-        operation = await backend.scale(size, (), None, False)
-        await _wait(backend, operation, body.drain_timeout)
+        groups = [backend.group(number) for number in range(backend.num_groups)]
+        before = len((await groups[0].ask(Coordinator.placement)).placement.workers)
+        name = new_operation_id(OperationKind.SCALE)
+        operations = [await group.ask(Coordinator.scale, size, operation_id=name) for group in groups]
+        for group, operation in zip(groups, operations, strict=True):
+            await _wait(group, operation, body.drain_timeout)
         if body.new_data_parallel_size is None:
             return {"message": f"Scaled to {size} workers", "old_ep_size": before, "new_ep_size": size}
         return {"message": f"Scaled to {size} data parallel engines"}
@@ -46,13 +50,15 @@ def elastic_ep_router(service: Service) -> APIRouter:
         "/is_scaling_elastic_ep", **described(answers={200: json_answer("Whether it scales.", "is_scaling_elastic_ep")})
     )
     async def is_scaling() -> dict[str, bool]:
-        under_way = any(op.kind is OperationKind.SCALE and op.phase not in ENDED for op in await backend.operations())
+        groups = [backend.group(number) for number in range(backend.num_groups)]
+        operations = [operation for group in groups for operation in await group.ask(Coordinator.operations)]
+        under_way = any(op.kind is OperationKind.SCALE and op.phase not in ENDED for op in operations)
         return {"is_scaling_elastic_ep": under_way}
 
     return router
 
 
-async def _wait(backend: Backend, operation: Operation, timeout_s: float) -> None:
+async def _wait(group: Group, operation: Operation, timeout_s: float) -> None:
     """Wait until the operation has succeeded. Raises RequestError 408 after `timeout_s`; the operation goes on then."""
     deadline = time.monotonic() + timeout_s
     name = operation.operation_id
@@ -65,7 +71,8 @@ async def _wait(backend: Backend, operation: Operation, timeout_s: float) -> Non
             )
         await asyncio.sleep(LOOK_S)
         try:
-            operation = await backend.operation(name) or operation
+            found = await group.ask(Coordinator.operation, name)
+            operation = found or operation
         except NotReadyError:
             continue  # a new coordinator takes over, and knows the operation
     if operation.phase is Phase.FAILED:

@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Revision
 from elastic_moe.deploy.api.http_io import EventStream
@@ -78,7 +79,7 @@ class Look:
     async def _ask(self) -> ClusterView | None:
         """None while nobody can answer."""
         try:
-            return await self._service.backend.cluster(self._known)
+            return await self._service.backend.group(0).ask(Coordinator.cluster, self._known)
         except NotReadyError:
             return None
 

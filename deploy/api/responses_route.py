@@ -220,8 +220,7 @@ class _Direct:
         taken = service.places.take(request.client, 1)
         counting = Counting(service.metrics, request)
         reason = FinishReason.ABORT
-        outputs = service.backend.generate(request)
-        assert isinstance(outputs, AsyncGenerator)
+        outputs = service.backend.engine.generate(request)
         begun = False
         try:
             async with contextlib.aclosing(outputs):
@@ -229,7 +228,7 @@ class _Direct:
                     taken.give_back()
                     events = [*([] if begun else rendering.begin()), *rendering.feed(output)]
                     begun = True
-                    counting.came(output, rendering.tokens)
+                    counting.came(output, rendering.tokens, service.backend.engine.group_of(request.request_id))
                     if rendering.ending is not None:
                         reason = rendering.ending.reason
                         await self._keep(rendering)

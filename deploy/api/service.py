@@ -10,12 +10,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.key_value import KeyValue, LocalKeyValue
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.config import ServeConfig
@@ -59,6 +61,7 @@ PROMPT_END = 256
 RETRY_S = 0.1
 
 
+@cache
 def version() -> str:
     return metadata.version("elastic-moe")
 
@@ -99,7 +102,9 @@ class Service:
         self.model_dir = model_dir
         self.model_name = config.served_model_name or Path(model_dir).resolve().name
         values = values or LocalKeyValue()
-        self.metrics = Metrics(self.model_name, values, log_requests=config.enable_log_requests)
+        self.metrics = Metrics(
+            self.model_name, values, log_requests=config.enable_log_requests, engines=backend.num_groups
+        )
         self.created = int(time.time())
         self.draining = False
         """Whether the server stops: running requests go on, and new ones are refused."""
@@ -115,7 +120,7 @@ class Service:
         )
         self.store = Store(values, bounds)
         self.generation = generation
-        self.following = Following(backend, self.store, self.metrics, self.rendering, generation, lives)
+        self.following = Following(backend.engine, self.store, self.metrics, self.rendering, generation, lives)
         self._open_prompts = open_prompts
         self.places = Places(config.max_waiting_requests)
         self.aside = Aside()
@@ -173,7 +178,7 @@ class Service:
 
     async def settings(self) -> dict[str, Any]:
         """What is in force, for people to read: keys are masked. Raises NotReadyError while the cluster is silent."""
-        view = await self.backend.config()
+        view = await self.backend.ask(Coordinator.config)
         return {
             "generation": view.generation,
             "model_name": self.model_name,
@@ -207,7 +212,7 @@ class Service:
     async def info(self) -> ModelInfo:
         while self._info is None:
             try:
-                self._info = await self.backend.model_info()
+                self._info = await self.backend.ask(Coordinator.model_info)
             except NotReadyError:
                 if not self.backend.can_wait:
                     raise
@@ -350,7 +355,7 @@ class Service:
         taken = self.places.take(answers[0].request.client, len(answers))
         try:
             streams = [
-                answer_deltas(self.backend, answer, self.metrics, began=lambda: taken.give_back(1))
+                answer_deltas(self.backend.engine, answer, self.metrics, began=lambda: taken.give_back(1))
                 for answer in answers
             ]
             async with contextlib.aclosing(merged(streams)) as deltas:

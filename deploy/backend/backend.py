@@ -1,41 +1,42 @@
-"""The interface between HTTP and the cluster: the questions of the API, without the ways to answer them.
+"""The interface between HTTP and the cluster: the engine takes requests, and the coordinator answers questions.
 
-`RayBackend` (ray_backend.py) implements it on Ray; tests have a backend that runs in one process.
+`Groups` (groups.py) implements it over the groups of a cluster, each of which is a `RayBackend` (ray_backend.py); tests
+have a backend that runs in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import EmoeError
-from elastic_moe.cluster.facts.counters import ClusterCounters
-from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
-from elastic_moe.cluster.messages.views import (
-    ClusterView,
-    ConfigView,
-    EngineStatus,
-    Operation,
-    PlacementView,
-    Readiness,
-    RebalancePreview,
-    Revision,
-    RoutingView,
-    ScaleView,
-    WorkerView,
-)
-from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.messages.views import EngineStatus, Readiness
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Question = Callable[Concatenate[Coordinator, P], Coroutine[Any, Any, R]]
+"""A method of the coordinator, such as `Coordinator.placement`. Only its name travels."""
 
 
 class GenerationFailed(EmoeError):
     """The engine has ended a request because of a fault that is not in the request."""
 
 
-class Backend(Protocol):
-    """Every method raises NotReadyError while there is no cluster to ask."""
+class Requests(Protocol):
+    """Takes requests, for the engine of one group or of any. They go on with another engine if theirs is lost."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
+    @property
+    def resumed(self) -> int:
+        """Number of requests that this replica has submitted again because their engine was lost."""
+        ...
+
+    def group_of(self, request_id: RequestId) -> int:
+        """Number of the group that generates the request; 0 where it has ended."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         """The request's tokens as they come, in order and without repeats. The last output has a finish_reason.
 
         Closing the iterator before the last output aborts the request, unless it is lasting. Raises RequestError where
@@ -58,7 +59,55 @@ class Backend(Protocol):
         """The engine need not keep the answer of this lasting request, which has ended, any longer."""
         ...
 
-    async def engine_status(self) -> EngineStatus: ...
+
+class Engine(Requests, Protocol):
+    """The engine of one group that serves now."""
+
+    async def status(self) -> EngineStatus:
+        """Raises NotReadyError while there is no engine that answers."""
+        ...
+
+
+class Asked(Protocol):
+    """Whoever has a coordinator to ask."""
+
+    async def ask(self, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        """The coordinator's answer: `placement = await backend.ask(Coordinator.placement)`.
+
+        Raises what the question raises, and NotReadyError while there is no coordinator that answers.
+        """
+        ...
+
+    async def ask_within(self, timeout_s: float, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        """`ask` for a question whose answer may take this long."""
+        ...
+
+
+class Group(Asked, Protocol):
+    """One group of workers, with its engine and its coordinator."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    async def readiness(self) -> Readiness:
+        """As that of Backend, of this group alone."""
+        ...
+
+
+class Backend(Asked, Protocol):
+    """What the API has of the cluster. A question goes to the first group whose coordinator answers."""
+
+    @property
+    def engine(self) -> Requests:
+        """Gives each request to the engine of some group."""
+        ...
+
+    @property
+    def num_groups(self) -> int: ...
+
+    def group(self, number: int) -> Group:
+        """One of the groups, from 0. Raises RequestError where there is none of this number."""
+        ...
 
     async def readiness(self) -> Readiness:
         """Whether the cluster is ready. Returns at once and never raises, since /ready is made of it."""
@@ -67,49 +116,4 @@ class Backend(Protocol):
     @property
     def can_wait(self) -> bool:
         """Whether a request may wait while no worker can serve it: some worker has served, and not too long ago."""
-        ...
-
-    async def model_info(self) -> ModelInfo: ...
-
-    async def config(self) -> ConfigView:
-        """What is in force in the cluster, with keys."""
-        ...
-
-    async def placement(self) -> PlacementView: ...
-
-    async def routing(self) -> RoutingView: ...
-
-    async def workers(self) -> list[WorkerView]: ...
-
-    async def cluster(self, known: Revision) -> ClusterView:
-        """Everything that an open page shows. `known` is the revision of the last answer, to leave out what it had."""
-        ...
-
-    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
-        """Raises ConflictError, which names the running operation, and UserError for an unknown planner."""
-        ...
-
-    async def scale(
-        self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
-    ) -> Operation:
-        """Raises ConflictError, and UserError for an impossible number of workers or an unknown worker."""
-        ...
-
-    async def scaling(self) -> ScaleView: ...
-
-    async def place(self, placement: Placement, pinned: bool | None) -> Operation:
-        """Raises ConflictError, and UserError for a placement of other workers or of another model."""
-        ...
-
-    async def unpin(self) -> None: ...
-
-    async def operations(self) -> list[Operation]: ...
-
-    async def operation(self, operation_id: str) -> Operation | None: ...
-
-    async def counters(self) -> ClusterCounters: ...
-
-    @property
-    def resumed_requests(self) -> int:
-        """Number of requests that this replica has submitted again because their engine was lost."""
         ...

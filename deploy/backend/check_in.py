@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Protocol
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.liveness import CHECK_IN_S, HANG_S
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within

@@ -7,6 +7,8 @@ the next engine together with its tokens, and `offset` says which tokens of the 
 request's stream pauses.
 
 A lasting request outlives this process too: the engine keeps its tokens, and another replica may `generate` it again.
+
+Where there are several groups, each has a client of its own, and groups.py moves requests from one to another.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from elastic_moe.cluster.messages.requests import (
     Submit,
     TokenOutput,
 )
+from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.deploy.backend.backend import GenerationFailed
 from elastic_moe.deploy.backend.ray_calls import result
 from elastic_moe.deploy.backend.request_stream import RequestStream
@@ -57,13 +60,23 @@ RETRY_S = 0.1
 class EngineClient:
     """Made and used on one event loop. `follow` runs as long as there are requests."""
 
-    def __init__(self, find: Callable[[], Awaitable[Remote[Engine] | None]], background: Background) -> None:
-        """`find` asks for the engine; None: there is none now. `background` runs what outlasts a call."""
+    def __init__(
+        self,
+        find: Callable[[], Awaitable[Remote[Engine] | None]],
+        background: Background,
+        *,
+        group: int = 0,
+        lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`find` asks for the engine; None: there is none now. `background` runs what outlasts a call. `group`: number
+        of the engine's group. `lost` is called when a connection to an engine has ended."""
         self._find = find
+        self._group = group
+        self._lost = lost
         self._background = background
         self._client_id = uuid.uuid4().hex
         self._streams: dict[RequestId, RequestStream] = {}
-        self.engine: Remote[Engine] | None = None
+        self.current: Remote[Engine] | None = None
         """The engine that is connected; None while none is."""
         self.has_connected = False
         """Whether an engine has ever been connected."""
@@ -77,18 +90,51 @@ class EngineClient:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         stream = RequestStream(request)
-        self._streams[request.request_id] = stream
+        self.take(stream)
         ended = False
         try:
-            await self._submit(self._link, stream)
+            await self.submit(stream)
             while not ended:
                 output = await stream.next()
                 ended = output.finish_reason is not None
                 yield output
         finally:
-            del self._streams[request.request_id]
-            if not ended and stream.link is not None:
-                stream.link.send(AbortRequests(request_ids=(request.request_id,)))
+            self.give_up(stream, ended=ended)
+
+    def take(self, stream: RequestStream) -> None:
+        """From now on the request is this client's, and goes to its engine as soon as there is one."""
+        self._streams[stream.request.request_id] = stream
+        stream.group = self._group
+
+    async def submit(self, stream: RequestStream) -> None:
+        """Send a request that was taken to the engine, if there is one. Raises RequestError if it refuses it."""
+        await self._submit(self._link, stream)
+
+    def give_up(self, stream: RequestStream, *, ended: bool) -> None:
+        """The request is no longer this client's. The engine aborts it unless it has ended, or is lasting."""
+        del self._streams[stream.request.request_id]
+        if not ended and stream.link is not None:
+            stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))
+
+    def take_over(self, stream: RequestStream) -> None:
+        """Take a request that another client has given up, and go on with it."""
+        had_engine, stream.link = stream.link is not None or bool(stream.received), None
+        self.take(stream)
+        self._background.start(self._resume(self._link, stream, had_engine))
+
+    @property
+    def streams(self) -> list[RequestStream]:
+        """The requests of this client."""
+        return list(self._streams.values())
+
+    def group_of(self, request_id: RequestId) -> int:
+        return self._group
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._streams
 
     def cancel(self, request_id: RequestId) -> None:
         stream = self._streams[request_id]
@@ -111,6 +157,14 @@ class EngineClient:
         if self._link is not None:
             self._link.send(AbortRequests(request_ids=(request_id,)))
 
+    async def status(self) -> EngineStatus:
+        if self.current is None:
+            raise NotReadyError("there is no engine at the moment")
+        try:
+            return await result(ask(self.current, Engine.status))
+        except (RayActorError, TimeoutError):
+            raise NotReadyError("the engine does not answer") from None
+
     async def _submit(self, link: Link | None, stream: RequestStream) -> None:
         """Raises RequestError if the engine refuses it. The next engine gets it if this one is gone."""
         if link is None:
@@ -122,8 +176,9 @@ class EngineClient:
                 link.send(CancelRequests(request_ids=(stream.request.request_id,)))
         except (ConnectionError, TimeoutError) as error:
             logger.info("the engine did not take a request: %s", type(error).__name__)
-            stream.link = None
-            self._background.start(self._submit_later(stream))
+            if stream.link is link:
+                stream.link = None
+                self._background.start(self._submit_later(stream))
 
     async def _submit_later(self, stream: RequestStream) -> None:
         """Submit again to the same engine. A new engine gets all requests in `_follow`."""
@@ -137,6 +192,13 @@ class EngineClient:
             await self._submit(link, stream)
         except RequestError as error:
             stream.fail(str(error))
+
+    async def _resume(self, link: Link | None, stream: RequestStream, had_engine: bool) -> None:
+        """Submit a request to another engine. `had_engine`: whether it was at an engine before."""
+        await self._resubmit(link, stream)
+        resumed = had_engine and link is not None and stream.link is link
+        self.resumed += resumed
+        stream.resubmissions += resumed
 
     def end_all(self, message: str) -> None:
         """End every request with an error."""
@@ -164,7 +226,8 @@ class EngineClient:
                 lost = engine
             except (RayError, EmoeError):
                 logger.exception("following the engine failed")
-            self.engine = self._link = None
+            self.current = self._link = None
+            self._lost()
             await asyncio.sleep(RETRY_S)
 
     async def _follow(self, engine: Remote[Engine]) -> None:
@@ -176,13 +239,11 @@ class EngineClient:
             await within(link.call(hello), CALL_TIMEOUT_S)
             self.has_connected = True
             # set before the loop: a stream that begins later is submitted by its own generate()
-            self.engine, self._link, self._linked_at = engine, link, time.monotonic()
+            self.current, self._link, self._linked_at = engine, link, time.monotonic()
             for stream in [s for s in self._streams.values() if s.link is not link]:
-                had_engine = stream.link is not None or bool(stream.received)
-                await self._resubmit(link, stream)
-                resumed = had_engine and stream.link is link
-                self.resumed += resumed
-                stream.resubmissions += resumed
+                if self._streams.get(stream.request.request_id) is not stream:
+                    continue
+                await self._resume(link, stream, stream.link is not None or bool(stream.received))
             while True:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LIFE_S):

@@ -1,56 +1,33 @@
-"""The real Backend: the coordinator and the engine as Ray actors.
+"""A group of workers as the API sees it: its coordinator and its engine, which are Ray actors.
 
-Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or the cluster
-does not serve for `recovery_timeout_s`. Requests are the business of engine_client.py; everything else is a call to the
-coordinator.
+Guarantee: a request that the engine has accepted ends with its full answer, unless this process dies or the group does
+not serve for `recovery_timeout_s`. The requests are in the hands of `engine` (engine_client.py). groups.py makes one
+Backend of all groups.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
 from ray.exceptions import RayActorError, RayError
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.engine.engine import Engine
-from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, dry_run_timeout_s
-from elastic_moe.actors.loop_watch import LoopWatch
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S, HANG_S, MOVE_S
 from elastic_moe.actors.remote.ask import Remote, ask, kill
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
-from elastic_moe.cluster.facts.counters import ClusterCounters
-from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.messages.requests import (
-    GenerateRequest,
-    RequestId,
-    TokenOutput,
-)
-from elastic_moe.cluster.messages.views import (
-    ClusterView,
-    ConfigView,
-    EngineStatus,
-    Operation,
-    PlacementView,
-    Readiness,
-    RebalancePreview,
-    Revision,
-    RoutingView,
-    ScaleView,
-    WorkerView,
-)
-from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.deploy.backend.backend import P, Question, R
 from elastic_moe.deploy.backend.engine_client import EngineClient
 from elastic_moe.deploy.backend.gcs_watch import LOOK_S, GcsWatch
 from elastic_moe.deploy.backend.ray_calls import result
 
 logger = logging.getLogger(__name__)
-
-R = TypeVar("R")
 
 READINESS_S = 0.25
 """Seconds between two questions whether the cluster is ready, until it is; then four times as many."""
@@ -63,59 +40,45 @@ class RayBackend:
         self,
         coordinator: Remote[Coordinator],
         *,
-        plan_deadline_s: float,
         recovery_timeout_s: float,
         gcs: GcsWatch | None = None,
+        number: int = 0,
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """recovery_timeout_s: seconds without a serving cluster after which requests end with an error. They do so too
-        when `gcs`, if given, says that Ray's GCS is lost.
+        """recovery_timeout_s: seconds without a serving group after which requests end with an error. They do so too
+        when `gcs`, if given, says that Ray's GCS is lost. number: of the group. lost: as EngineClient has it.
         """
         self._gcs = gcs
         self._coordinator = coordinator
-        self._dry_run_timeout_s = dry_run_timeout_s(plan_deadline_s)
         self._recovery_timeout_s = recovery_timeout_s
-        self._served_at = 0.0
-        """When the cluster was last seen to serve."""
+        self.served_at = 0.0
+        """When the group was last seen to serve, by the monotonic clock."""
+        self._unready_since: float | None = None
+        """When the group was first seen not to be ready after it was; None while it is, or has never been."""
         self._has_served = False
         self._readiness = Readiness(ready=False, reason="starting")
         self._background = Background(_has_failed)
-        self._client = EngineClient(self._engine, self._background)
+        self.engine = EngineClient(self._find_engine, self._background, group=number, lost=lost)
 
     def begin(self) -> None:
-        for work in (self._watch_readiness(), self._client.follow(), LoopWatch("an API replica").watch()):
+        for work in (self._watch_readiness(), self.engine.follow()):
             self._background.start(work)
         if self._gcs is not None:
             self._background.start(self._watch_gcs(self._gcs))
 
     def expect_service(self) -> None:
         """From now on requests may wait for the cluster to serve, although it has not done so yet."""
-        self._has_served, self._served_at = True, time.monotonic()
+        self._has_served, self.served_at = True, time.monotonic()
 
     async def end(self) -> None:
         self._background.cancel()
         await self._background.settle()
 
-    # --- Requests -----------------------------------------------------------------------------------------------
-
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        return self._client.generate(request)
-
-    def cancel(self, request_id: RequestId) -> None:
-        self._client.cancel(request_id)
-
-    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
-        return await self._client.orphans(request_ids)
-
-    def forget(self, request_id: RequestId) -> None:
-        self._client.forget(request_id)
-
-    async def _engine(self) -> Remote[Engine] | None:
+    async def _find_engine(self) -> Remote[Engine] | None:
         try:
-            return await self._answer(ask(self._coordinator, Coordinator.engine))
+            return await self.ask(Coordinator.engine)
         except NotReadyError:
             return None
-
-    # --- Questions ----------------------------------------------------------------------------------------------
 
     @property
     def _lost(self) -> str | None:
@@ -126,74 +89,35 @@ class RayBackend:
 
     @property
     def can_wait(self) -> bool:
-        waited_s = time.monotonic() - self._served_at
+        waited_s = time.monotonic() - self.served_at
         if self._lost is not None or self._readiness.error is not None:
             return False
-        return (self._has_served or self._client.has_connected) and waited_s < self._recovery_timeout_s
-
-    async def engine_status(self) -> EngineStatus:
-        if self._client.engine is None:
-            raise NotReadyError("there is no engine at the moment")
-        try:
-            return await result(ask(self._client.engine, Engine.status))
-        except (RayActorError, TimeoutError):
-            raise NotReadyError("the engine does not answer") from None
-
-    async def model_info(self) -> ModelInfo:
-        return await self._answer(ask(self._coordinator, Coordinator.model_info))
-
-    async def config(self) -> ConfigView:
-        return await self._answer(ask(self._coordinator, Coordinator.config))
-
-    async def placement(self) -> PlacementView:
-        return await self._answer(ask(self._coordinator, Coordinator.placement))
-
-    async def routing(self) -> RoutingView:
-        return await self._answer(ask(self._coordinator, Coordinator.routing))
-
-    async def workers(self) -> list[WorkerView]:
-        return await self._answer(ask(self._coordinator, Coordinator.workers))
-
-    async def cluster(self, known: Revision) -> ClusterView:
-        return await self._answer(ask(self._coordinator, Coordinator.cluster, known))
-
-    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
-        return await self._answer(
-            ask(self._coordinator, Coordinator.rebalance, planner, dry_run), self._dry_run_timeout_s
-        )
-
-    async def scale(
-        self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
-    ) -> Operation:
-        # the id lets a call be repeated if the coordinator dies during it
-        name = operation_id or f"scale-{uuid.uuid4().hex[:8]}"
-        return await self._answer(ask(self._coordinator, Coordinator.scale, workers, retire, name, replace))
-
-    async def scaling(self) -> ScaleView:
-        return await self._answer(ask(self._coordinator, Coordinator.scaling))
-
-    async def place(self, placement: Placement, pinned: bool | None) -> Operation:
-        return await self._answer(ask(self._coordinator, Coordinator.place, placement, pinned))
-
-    async def unpin(self) -> None:
-        await self._answer(ask(self._coordinator, Coordinator.unpin))
-
-    async def operations(self) -> list[Operation]:
-        return await self._answer(ask(self._coordinator, Coordinator.operations))
-
-    async def operation(self, operation_id: str) -> Operation | None:
-        return await self._answer(ask(self._coordinator, Coordinator.operation, operation_id))
-
-    async def counters(self) -> ClusterCounters:
-        return await self._answer(ask(self._coordinator, Coordinator.counters))
+        return (self._has_served or self.engine.has_connected) and waited_s < self._recovery_timeout_s
 
     @property
-    def resumed_requests(self) -> int:
-        return self._client.resumed
+    def serves(self) -> bool:
+        """Whether a request that comes now is answered without a wait, as far as is known here."""
+        return self._lost is None and self._readiness.ready and self.engine.current is not None
+
+    def is_lost(self, now: float) -> bool:
+        """Whether its requests had better go on in another group: its engine is gone, or its workers are for MOVE_S."""
+        if self.serves:
+            return False
+        away_s = math.inf if self._unready_since is None else now - self._unready_since
+        return self.engine.current is None or away_s >= MOVE_S
+
+    async def ask(self, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        return await self.ask_within(CALL_TIMEOUT_S, question, *arguments, **named)
+
+    async def ask_within(self, timeout_s: float, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return await result(ask(self._coordinator, question, *arguments, **named), timeout_s)
+        except (RayActorError, TimeoutError):
+            raise NotReadyError("the coordinator does not answer") from None
 
     async def _watch_readiness(self) -> None:
         answered = False
-        self._served_at = time.monotonic()
+        self.served_at = time.monotonic()
         while True:
             try:
                 self._readiness = await result(ask(self._coordinator, Coordinator.readiness), HANG_S)
@@ -205,7 +129,7 @@ class RayBackend:
                     kill(self._coordinator, restart=True)
                     answered = False
                 # requests need the engine alone
-                if self._client.engine is None:
+                if self.engine.current is None:
                     self._readiness = Readiness(ready=False, reason="the coordinator does not answer")
             except (RayError, EmoeError) as error:
                 logger.exception("asking for readiness failed")
@@ -219,12 +143,15 @@ class RayBackend:
         Without this a client would wait for ever, and learn nothing.
         """
         if self._readiness.ready:
-            self._served_at = now
+            self.served_at = now
             self._has_served = True
-        if now - self._served_at < self._recovery_timeout_s:
+            self._unready_since = None
+        elif self._unready_since is None and self._has_served:
+            self._unready_since = now
+        if now - self.served_at < self._recovery_timeout_s:
             return
         waited = f"{self._recovery_timeout_s:g} s"
-        self._client.end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")
+        self.engine.end_all(f"the cluster could not serve this request for {waited}: {self._readiness.reason}")
 
     async def _watch_gcs(self, gcs: GcsWatch) -> None:
         logged = False
@@ -234,15 +161,8 @@ class RayBackend:
                 logger.error("requests are ended: %s", gcs.lost)
             logged = gcs.lost is not None
             if gcs.lost is not None:
-                self._client.end_all(gcs.lost)
+                self.engine.end_all(gcs.lost)
             await asyncio.sleep(LOOK_S)
-
-    async def _answer(self, answer: Awaitable[R], timeout_s: float = CALL_TIMEOUT_S) -> R:
-        """The coordinator's answer. Raises what the coordinator raises, and NotReadyError while it does not answer."""
-        try:
-            return await result(answer, timeout_s)
-        except (RayActorError, TimeoutError):
-            raise NotReadyError("the coordinator does not answer") from None
 
 
 def _has_failed(error: BaseException) -> None:

@@ -26,6 +26,8 @@ class RequestStream:
         """The connection to the engine that has accepted the request; None while no engine has."""
         self.resubmissions = 0
         """How often another engine was given the request."""
+        self.group = 0
+        """Number of the group that has the request."""
         self.cancelled = False
         """Whether the engine is to end the request, as soon as it has it."""
         self.unread = 0
@@ -35,7 +37,7 @@ class RequestStream:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._scores: list[PromptScores] = []
-        """Those of all unread outputs."""
+        """Scores of the prompt in all unread outputs."""
         self._last: TokenOutput | None = None
         self._end: TokenOutput | Exception | None = None
         """The error that ends the stream after its unread tokens."""

@@ -42,7 +42,7 @@ CALL_S = 120.0
 """Seconds after which a call is ended together with its process."""
 LOOK_S = 0.5
 PIECE_BYTES = 2**17
-"""Of token ids, which are read piece by piece: to copy millions at once holds Python's lock for long."""
+"""Token ids are read in pieces of this size: to copy millions at once holds Python's lock for long."""
 
 _HEAD = struct.Struct("<QQ")
 """Before a message: its size in bytes, and how many buffers come after it."""

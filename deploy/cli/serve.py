@@ -224,7 +224,7 @@ def _wait_until_ready(config: ServeConfig, progress: _Progress) -> Readiness:
 
 def _watch(config: ServeConfig) -> None:
     """Print a line for each recovery and scaling while the server runs. Raises ServerFailed where it cannot go on."""
-    reported: set[str] = set()
+    reported: list[set[str]] = [set() for _ in range(config.data_parallel_size)]
     silence = Silence(time.monotonic())
     while True:
         time.sleep(2.0)
@@ -233,8 +233,9 @@ def _watch(config: ServeConfig) -> None:
             print(line, file=sys.stderr, flush=True)
         if state is not None and state.error is not None:
             raise ServerFailed(state.error)
-        for line in news(_get(config, "/admin/operations"), reported):
-            print(line, file=sys.stderr, flush=True)
+        for group, known in enumerate(reported):
+            for line in news(_get(config, f"/admin/operations?engine={group}"), known):
+                print(f"group {group}: {line}" if len(reported) > 1 else line, file=sys.stderr, flush=True)
 
 
 class Silence:

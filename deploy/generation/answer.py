@@ -1,6 +1,6 @@
 """One answer on its way from the engine to the client: makes its text, and finds its stop strings and its end.
 
-    prompt -> GenerateRequest -> backend.generate() -> TokenOutput -> Answer.feed() -> Delta -> a chunk of the response
+    prompt -> GenerateRequest -> engine.generate() -> TokenOutput -> Answer.feed() -> Delta -> a chunk of the response
 
 `Answer` is pure. `answer_deltas` runs one answer, `merged` several at a time.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores, joined
-from elastic_moe.deploy.backend.backend import Backend, GenerationFailed
+from elastic_moe.deploy.backend.backend import GenerationFailed, Requests
 from elastic_moe.deploy.generation.life import Life
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.parsing.events import Event, TextKind, TextPiece
@@ -198,7 +198,7 @@ class Answer:
 
 
 async def answer_deltas(
-    backend: Backend, answer: Answer, metrics: Metrics, *, began: Callable[[], None] = lambda: None
+    engine: Requests, answer: Answer, metrics: Metrics, *, began: Callable[[], None] = lambda: None
 ) -> AsyncGenerator[Delta, None]:
     """The deltas of one answer. The request is aborted in the engine at a stop string, or when the generator is closed.
 
@@ -209,18 +209,22 @@ async def answer_deltas(
     reason = FinishReason.ABORT
     tokens = 0
     waits = True
-    metrics.request_began(len(answer.request.prompt_token_ids))
+    group = 0
+    prompt_tokens = len(answer.request.prompt_token_ids)
     try:
-        async with contextlib.aclosing(_generator(backend.generate(answer.request))) as outputs:
+        async with contextlib.aclosing(engine.generate(answer.request)) as outputs:
             async for output in outputs:
+                # a request may go on in another group
+                group = engine.group_of(answer.request.request_id)
                 if waits:
                     waits = False
                     began()
+                    metrics.request_began(prompt_tokens, group)
                 delta = answer.feed(output)
                 now = time.perf_counter()
                 life.came(output, answer.completion_tokens)
                 if answer.completion_tokens > tokens:
-                    metrics.tokens_came(answer.completion_tokens - tokens, now - last, first=tokens == 0)
+                    metrics.tokens_came(answer.completion_tokens - tokens, now - last, group, first=tokens == 0)
                     last, tokens = now, answer.completion_tokens
                 if delta.finish_reason is not None:
                     reason = delta.finish_reason
@@ -233,7 +237,9 @@ async def answer_deltas(
         reason = FinishReason.ERROR
         raise
     finally:
-        metrics.request_ended(life, reason)
+        if waits:
+            metrics.request_began(prompt_tokens, group)
+        metrics.request_ended(life, reason, group)
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
@@ -277,8 +283,3 @@ async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerat
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _generator(outputs: AsyncIterator[TokenOutput]) -> AsyncGenerator[TokenOutput, None]:
-    assert isinstance(outputs, AsyncGenerator), "backends generate by async generators, which can be closed"
-    return outputs

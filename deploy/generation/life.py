@@ -65,7 +65,7 @@ class Life:
         self.tokens = tokens
 
     def times(self) -> Times:
-        """As of now."""
+        """The request's times up to now."""
 
         def since(moment: float | None) -> float | None:
             return None if moment is None else moment - self._began

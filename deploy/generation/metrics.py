@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import uuid
 from collections import Counter as Tally
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
@@ -27,13 +28,14 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from ray.exceptions import RayError
 
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.key_value import KeyValue
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.counters import BOUNDS_S, ClusterCounters, Distribution
 from elastic_moe.cluster.messages.requests import FinishReason
 from elastic_moe.cluster.messages.views import EngineStatus, RoutingView, ScaleView, WorkerView
-from elastic_moe.deploy.backend.backend import Backend
+from elastic_moe.deploy.backend.backend import Backend, Group, Requests
 from elastic_moe.deploy.generation.counts import AddedUp, Counts, SharedCounts, counts_of
 from elastic_moe.deploy.generation.life import Life, Times
 
@@ -51,7 +53,7 @@ SHARE_S = 2.0
 is lost if it dies."""
 
 LABELS = ("model_name", "engine")
-"""vLLM's labels. `engine` numbers its data-parallel engines; this server has one."""
+"""vLLM's labels. `engine` numbers the groups of workers, which have an engine each: what vLLM calls data parallel."""
 
 TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -83,38 +85,59 @@ class LatencyTotals:
     next_tokens_s: float = 0.0
 
 
+class _Engine:
+    """What this replica counts of the requests of one group."""
+
+    def __init__(self, families: Mapping[str, Counter | Histogram], labels: Mapping[str, str]) -> None:
+        self.labels = labels
+        self._children = {name: family.labels(**labels) for name, family in families.items()}
+
+    def add(self, name: str, count: int) -> None:
+        counter = self._children[name]
+        assert isinstance(counter, Counter)
+        counter.inc(count)
+
+    def observe(self, name: str, value: float) -> None:
+        histogram = self._children[name]
+        assert isinstance(histogram, Histogram)
+        histogram.observe(value)
+
+
 class Metrics:
-    def __init__(self, model_name: str, values: KeyValue, *, log_requests: bool = False) -> None:
-        """`values` is what all replicas share. log_requests: write a line for each request that has ended."""
+    def __init__(self, model_name: str, values: KeyValue, *, log_requests: bool = False, engines: int = 1) -> None:
+        """`values` is what all replicas share. log_requests: write a line for each request that has ended. engines:
+        number of groups."""
         self.exporter: Exporter | None = None
         """Takes a trace of each request, where there is one."""
         self._log_requests = log_requests
-        self._labels = {"model_name": model_name, "engine": "0"}
+        labels = [{"model_name": model_name, "engine": str(number)} for number in range(engines)]
         self.latency = LatencyTotals()
         self._registry = CollectorRegistry()
         """What this replica has counted."""
         self._added_up = AddedUp(self._registry)
         self._shared = SharedCounts(values, uuid.uuid4().hex)
-        self._cluster = _ClusterCollector(self._labels)
+        self._cluster = _ClusterCollector(labels)
         self._whole = CollectorRegistry()
         self._whole.register(self._cluster)
         self._whole.register(self._added_up)
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Number of prefill tokens processed.")
-        self._generation_tokens = self._counter("vllm:generation_tokens", "Number of generation tokens processed.")
-        self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS)
-        self._itl = self._histogram("vllm:inter_token_latency_seconds", "Time between tokens.", ITL_BUCKETS)
-        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Time of a whole request.", LATENCY_BUCKETS)
-        self._prompt_sizes = self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS)
-        self._answer_sizes = self._histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKEN_BUCKETS)
-        self._most_tokens = self._histogram(
-            "vllm:request_params_max_tokens", "The max_tokens of a request.", TOKEN_BUCKETS
-        )
-        self._token_time = self._histogram(
-            "vllm:request_time_per_output_token_seconds", "Mean time between the tokens of a request.", ITL_BUCKETS
-        )
-        self._times = {
-            name: self._histogram(f"vllm:request_{name}_time_seconds", text, LATENCY_BUCKETS)
-            for name, text in TIME_HISTOGRAMS.items()
+        families: dict[str, Counter | Histogram] = {
+            "prompt_tokens": self._counter("vllm:prompt_tokens", "Number of prefill tokens processed."),
+            "generation_tokens": self._counter("vllm:generation_tokens", "Number of generation tokens processed."),
+            "ttft": self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS),
+            "itl": self._histogram("vllm:inter_token_latency_seconds", "Time between tokens.", ITL_BUCKETS),
+            "e2e": self._histogram("vllm:e2e_request_latency_seconds", "Time of a whole request.", LATENCY_BUCKETS),
+            "prompt_size": self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS),
+            "answer_size": self._histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKEN_BUCKETS),
+            "most_tokens": self._histogram(
+                "vllm:request_params_max_tokens", "The max_tokens of a request.", TOKEN_BUCKETS
+            ),
+            "token_time": self._histogram(
+                "vllm:request_time_per_output_token_seconds", "Mean time between the tokens of a request.", ITL_BUCKETS
+            ),
+            **{
+                name: self._histogram(f"vllm:request_{name}_time_seconds", text, LATENCY_BUCKETS)
+                for name, text in TIME_HISTOGRAMS.items()
+            },
         }
         self._success = Counter(
             "vllm:request_success",
@@ -122,66 +145,60 @@ class Metrics:
             (*LABELS, "finished_reason"),
             registry=self._registry,
         )
-        for reason in FinishReason:
-            self._success.labels(**self._labels, finished_reason=reason.value)
+        self._engines = [_Engine(families, of) for of in labels]
+        for of, reason in itertools.product(labels, FinishReason):
+            self._success.labels(**of, finished_reason=reason.value)
 
-    def request_began(self, prompt_tokens: int) -> None:
-        self._prompt_tokens.inc(prompt_tokens)
+    def request_began(self, prompt_tokens: int, engine: int = 0) -> None:
+        """`engine`: number of the group that runs the request, here and below."""
+        self._engines[engine].add("prompt_tokens", prompt_tokens)
 
-    def tokens_came(self, count: int, elapsed_s: float, *, first: bool) -> None:
+    def tokens_came(self, count: int, elapsed_s: float, engine: int = 0, *, first: bool) -> None:
         """Count tokens that came `elapsed_s` after the previous ones, or after the request began."""
         if count < 1:
             return
-        self._generation_tokens.inc(count)
+        of = self._engines[engine]
+        of.add("generation_tokens", count)
         if first:
-            self._ttft.observe(elapsed_s)
+            of.observe("ttft", elapsed_s)
             self.latency.first_tokens += 1
             self.latency.first_tokens_s += elapsed_s
             return
         self.latency.next_tokens += count
         self.latency.next_tokens_s += elapsed_s
         for _ in range(count):
-            self._itl.observe(elapsed_s / count)
+            of.observe("itl", elapsed_s / count)
 
-    def request_ended(self, life: Life, reason: FinishReason) -> None:
+    def request_ended(self, life: Life, reason: FinishReason, engine: int = 0) -> None:
         """Count a request that has ended, and report it: as a trace and as a line, where these are asked for."""
-        times = life.times()
-        self._success.labels(**self._labels, finished_reason=reason.value).inc()
-        self._e2e.observe(times.whole_s)
-        self._prompt_sizes.observe(len(life.request.prompt_token_ids))
-        self._answer_sizes.observe(life.tokens)
-        self._most_tokens.observe(life.request.params.max_tokens)
+        times, of = life.times(), self._engines[engine]
+        self._success.labels(**of.labels, finished_reason=reason.value).inc()
+        of.observe("e2e", times.whole_s)
+        of.observe("prompt_size", len(life.request.prompt_token_ids))
+        of.observe("answer_size", life.tokens)
+        of.observe("most_tokens", life.request.params.max_tokens)
         for name, seconds in _stages(times).items():
             if seconds is not None:
-                self._times[name].observe(seconds)
+                of.observe(name, seconds)
         if times.decode_s is not None and life.tokens > 1:
-            self._token_time.observe(times.decode_s / (life.tokens - 1))
+            of.observe("token_time", times.decode_s / (life.tokens - 1))
         life.report(times, reason, self.exporter, log=self._log_requests)
 
     async def scrape(self, backend: Backend) -> bytes:
         """The text that Prometheus reads. Cluster metrics are left out while there is no cluster to ask."""
         cluster = self._cluster
         cluster.ready = (await backend.readiness()).ready
-        await self._add_up(backend.resumed_requests)
-        # each by itself: while there is no engine, the coordinator still knows which workers have died
-        counters: ClusterCounters | None
-        cluster.engine, cluster.workers, cluster.scale, cluster.routing, counters = await asyncio.gather(
-            _unless_away(backend.engine_status()),
-            _unless_away(backend.workers()),
-            _unless_away(backend.scaling()),
-            _unless_away(backend.routing()),
-            _unless_away(backend.counters()),
-        )
-        # totals stay true; anything else that was read last would look as if it were
-        cluster.counters = counters or cluster.counters
+        await self._add_up(backend.engine.resumed)
+        groups = zip(cluster.groups, map(backend.group, range(backend.num_groups)), strict=True)
+        await asyncio.gather(*(collector.ask(group) for collector, group in groups))
         return prometheus_client.generate_latest(self._whole)
 
-    async def share(self, backend: Backend) -> None:
+    async def share(self, engine: Requests) -> None:
         """Put this replica's counts where the others see them, again and again. Never returns."""
         while True:
             await asyncio.sleep(SHARE_S)
             with contextlib.suppress(RayError):
-                await asyncio.to_thread(self._shared.put, self._counts(backend.resumed_requests))
+                await asyncio.to_thread(self._shared.put, self._counts(engine.resumed))
 
     async def _add_up(self, resumed: int) -> None:
         counts = self._counts(resumed)
@@ -199,10 +216,10 @@ class Metrics:
         return {**counts, RESUMED: float(resumed)} if resumed else counts
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, LABELS, registry=self._registry).labels(**self._labels)
+        return Counter(name, text, LABELS, registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, LABELS, registry=self._registry, buckets=buckets).labels(**self._labels)
+        return Histogram(name, text, LABELS, registry=self._registry, buckets=buckets)
 
 
 def _stages(times: Times) -> dict[str, float | None]:
@@ -224,26 +241,58 @@ async def _unless_away(question: Awaitable[Answer]) -> Answer | None:
 
 
 class _ClusterCollector(Collector):
-    """Makes metrics of the last answers of the cluster."""
+    """Makes metrics of the last answers of all groups."""
 
-    def __init__(self, labels: dict[str, str]) -> None:
-        self._labels = labels
+    def __init__(self, labels: Sequence[Mapping[str, str]]) -> None:
+        """labels: of each group."""
+        self.groups = [_GroupCollector(of) for of in labels]
         self.ready = False
         self.resumed = 0
+
+    def collect(self) -> Iterable[Metric]:
+        # of the whole server: they stand in the row of the first group
+        whole = self.groups[0]
+        yield whole._gauge("emoe:ready", "1 while the server serves requests.", float(self.ready))
+        moved = sum(group.counters.requests_moved for group in self.groups if group.counters is not None)
+        yield whole._count(
+            "emoe:requests_resumed",
+            "Requests that went on elsewhere because their engine or worker was lost or their worker left.",
+            self.resumed + moved,
+        )
+        families: dict[str, Metric] = {}
+        for metric in (metric for group in self.groups for metric in group.collect()):
+            if metric.name in families:
+                families[metric.name].samples += metric.samples
+            else:
+                families[metric.name] = metric
+        yield from families.values()
+
+
+class _GroupCollector:
+    """Makes metrics of the last answers of one group."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._labels = labels
         self.engine: EngineStatus | None = None
         self.workers: list[WorkerView] | None = None
         self.scale: ScaleView | None = None
         self.routing: RoutingView | None = None
         self.counters: ClusterCounters | None = None
 
-    def collect(self) -> Iterable[Metric]:
-        yield self._gauge("emoe:ready", "1 while the server serves requests.", float(self.ready))
-        moved = self.counters.requests_moved if self.counters is not None else 0
-        yield self._count(
-            "emoe:requests_resumed",
-            "Requests that went on elsewhere because their engine or worker was lost or their worker left.",
-            self.resumed + moved,
+    async def ask(self, group: Group) -> None:
+        # each by itself: while there is no engine, the coordinator still knows which workers have died
+        counters: ClusterCounters | None
+        self.engine, self.workers, self.scale, self.routing, counters = await asyncio.gather(
+            _unless_away(group.engine.status()),
+            _unless_away(group.ask(Coordinator.workers)),
+            _unless_away(group.ask(Coordinator.scaling)),
+            _unless_away(group.ask(Coordinator.routing)),
+            _unless_away(group.ask(Coordinator.counters)),
         )
+        # totals stay true; anything else that was read last would look as if it were
+        self.counters = counters or self.counters
+
+    def collect(self) -> Iterable[Metric]:
         if self.engine is not None:
             yield from self._of_engine(self.engine)
         if self.counters is not None:

@@ -13,5 +13,5 @@ run_directory     the private directory of one server
 console           the log file, and the lines of it that the user sees
 builtin           the built-in model and its traces
 
-`emoe serve` itself is in deploy/cli/serve.py; the actors are started in actors/control.
+`emoe serve` itself is in deploy/cli/serve.py; the actors are started in actors/coordinator.
 """

@@ -138,7 +138,7 @@ def _changes(wanted: Corrections) -> dict[str, Change]:
 
 def _defaults(wanted: Corrections) -> list[str]:
     return [
-        f"timeout http-request {wanted.header_timeout_s:g}s",
+        f"timeout http-request {1000 * wanted.header_timeout_s:.0f}ms",
         # a connection that has sent nothing is closed without an answer, since its client expects none
         "option http-ignore-probes",
         "option disable-h2-upgrade",

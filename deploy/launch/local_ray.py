@@ -38,7 +38,7 @@ from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.model import native
 
 if TYPE_CHECKING:
-    from elastic_moe.actors.control.coordinator import Coordinator
+    from elastic_moe.actors.coordinator.coordinator import Coordinator
     from elastic_moe.actors.remote.ask import Remote
 
 APP_NAME = "emoe"
@@ -89,7 +89,7 @@ class ServerProcesses:
         # the processes of a local Ray write to our log file themselves
         common["log_to_driver"] = not self.local
         if self.local:
-            cpus = max(os.cpu_count() or 1, self._config.workers + 1)
+            cpus = max(os.cpu_count() or 1, self._config.data_parallel_size * self._config.workers + 1)
             with self._without_modules():
                 ray_private.connect_locally(str(self._directory.ray), cpus, common)
             return
@@ -135,17 +135,15 @@ class ServerProcesses:
         """Start Serve and the application. Returns once the API answers, while the model loads."""
         from ray import serve
 
-        from elastic_moe.actors.control.fleet import RayFleet
-        from elastic_moe.actors.control.start import start_cluster
-        from elastic_moe.cluster.redeploy import generation_of
+        from elastic_moe.actors.coordinator.start import start_groups
         from elastic_moe.deploy.launch.serve_app import application
 
         self._check_unused()
         self._owns_app = True
         # the weights load while Serve starts; the API then finds the coordinator
-        generation = generation_of(self._config, model_dir)
-        fleet = RayFleet(self._config, generation, alone=self.local, model=model)
-        self._coordinator = start_cluster(self._config, model_dir, fleet)
+        coordinators = start_groups(self._config, model_dir, alone=self.local, model=model)
+        # every API replica says to each of them what it runs, so any can be asked
+        self._coordinator = coordinators[0]
         for name in ("ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
         host = INSIDE if self._behind_haproxy else self._config.host
@@ -191,7 +189,7 @@ class ServerProcesses:
     def _running_requests(self) -> int:
         from ray.exceptions import RayError
 
-        from elastic_moe.actors.control.coordinator import Coordinator
+        from elastic_moe.actors.coordinator.coordinator import Coordinator
         from elastic_moe.actors.remote.ask import ask, wait
 
         assert self._coordinator is not None
@@ -223,7 +221,7 @@ class ServerProcesses:
             ray.shutdown()
 
     def _stop_actors(self) -> None:
-        from elastic_moe.actors.control.start import stop_cluster
+        from elastic_moe.actors.coordinator.start import stop_cluster
 
         stop_cluster(END_TIMEOUT_S)
         if not self.local:

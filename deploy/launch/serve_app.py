@@ -32,9 +32,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from elastic_moe.actors.control.coordinator import Coordinator
-from elastic_moe.actors.control.fleet import ON_HEAD
-from elastic_moe.actors.control.start import start_cluster, stop_cluster, stop_unused_clusters
+from elastic_moe.actors.coordinator.coordinator import Coordinator
+from elastic_moe.actors.coordinator.fleet import ON_HEAD
+from elastic_moe.actors.coordinator.start import start_groups, stop_cluster, stop_unused_clusters
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask
@@ -46,11 +46,12 @@ from elastic_moe.cluster.decisions.limits import check_limits
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.cluster.redeploy import generation_of
+from elastic_moe.cluster.redeploy import cluster_of, generation_of
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.check_in import check_in
 from elastic_moe.deploy.backend.gcs_watch import GcsWatch, limit_s
+from elastic_moe.deploy.backend.groups import Groups, together
 from elastic_moe.deploy.backend.hand_over import READY_POLL_S, ready, take_over
 from elastic_moe.deploy.backend.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
@@ -62,7 +63,7 @@ from elastic_moe.deploy.web.old_http import serve_old_http
 
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
-StartCluster = Callable[[ServeConfig, str], Remote[Coordinator]]
+StartGroups = Callable[[ServeConfig, str], list[Remote[Coordinator]]]
 
 MAX_ONGOING_REQUESTS = 10_000
 """More requests than the engine accepts, because requests must queue in the engine and not in Serve."""
@@ -81,9 +82,9 @@ class Api:
     """One replica. It serves HTTP, has the tokenizer, and keeps the requests that it has accepted."""
 
     def __init__(
-        self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster, model: Any = None
+        self, settings: dict[str, Any], model_dir: str, start: StartGroups = start_groups, model: Any = None
     ) -> None:
-        """`start` finds or makes the coordinator; tests give a function of their own in place of `start_cluster`.
+        """`start` finds or makes the groups' coordinators; tests give a function of their own for `start_groups`.
 
         model: the deployment Model, where the application may be redeployed.
         """
@@ -94,33 +95,38 @@ class Api:
         self._config = config
         self._generation = generation_of(config, model_dir)
         self._redeployable = model is not None
-        self._coordinator = start(config, model_dir)
+        self._coordinators = start(config, model_dir)
         self._name = uuid.uuid4().hex
-        """As the coordinator knows this replica."""
-        self._backend = RayBackend(
-            self._coordinator,
-            plan_deadline_s=config.plan_deadline,
-            recovery_timeout_s=config.recovery_timeout,
-            gcs=GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT))),
-        )
+        """The name by which the coordinators know this replica."""
+        self._gcs = GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT)))
+        self._backend = Groups(len(self._coordinators), self._group)
         self._service = Service(
             config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue(API_NAMESPACE), self._generation, _lives
         )
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _group(self, number: int, lost: Callable[[], None]) -> RayBackend:
+        return RayBackend(
+            self._coordinators[number],
+            recovery_timeout_s=self._config.recovery_timeout,
+            gcs=self._gcs,
+            number=number,
+            lost=lost,
+        )
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self._backend.begin()
         loading = asyncio.create_task(self._load())
         work = (
             self._service.following.watch(),
-            self._service.metrics.share(self._backend),
-            check_in(self._coordinator, self._name, self._service),
+            self._service.metrics.share(self._backend.engine),
+            *(check_in(coordinator, self._name, self._service) for coordinator in self._coordinators),
         )
         self._tasks = [loading, *map(asyncio.create_task, work)]
         # Serve sends requests here from the end of this call on, though other replicas may be able to answer them
         await asyncio.wait([loading], timeout=LOAD_TIMEOUT_S)
         if self._redeployable and await take_over(
-            self._config, self._generation, self._coordinator, self._service.readiness, generations
+            self._config, self._generation, self._coordinators, self._service.readiness, generations
         ):
             self._backend.expect_service()
         return create_app(self._service)
@@ -163,32 +169,38 @@ class Api:
 
     async def _others(self) -> int:
         """Number of other replicas, whose requests still need the cluster."""
-        try:
-            return await within(ask(self._coordinator, Coordinator.check_out, self._name), STOP_TIMEOUT_S)
-        except CALL_ERRORS:
-            return 0
+        calls = [
+            within(ask(coordinator, Coordinator.check_out, self._name), STOP_TIMEOUT_S)
+            for coordinator in self._coordinators
+        ]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        return max((answer for answer in answers if isinstance(answer, int)), default=0)
 
 
 class Model:
     """It is ready when /ready is, and Serve takes it for unhealthy while /ready is not. It does nothing else."""
 
     async def __init__(  # type: ignore[misc]
-        self, settings: dict[str, Any], model_dir: str, start: StartCluster = start_cluster
+        self, settings: dict[str, Any], model_dir: str, start: StartGroups = start_groups
     ) -> None:
         """Returns once the cluster can serve. Raises NotReadyError, with the reason, if it never can."""
         config = ServeConfig.from_mapping(settings)
         set_up("model", LogSettings.of(config))
-        self._coordinator = await asyncio.to_thread(start, config, model_dir)
+        self._coordinators = await asyncio.to_thread(start, config, model_dir)
         # one that could not serve tries again
-        await within(ask(self._coordinator, Coordinator.reconfigure, config), config.recovery_timeout)
+        for coordinator in self._coordinators:
+            await within(ask(coordinator, Coordinator.reconfigure, config), config.recovery_timeout)
         while not (state := await self._readiness()).ready:
             if state.error is not None:
                 raise NotReadyError(state.error)
             await asyncio.sleep(READY_POLL_S)
 
     async def _readiness(self) -> Readiness:
+        return together([await self._state(coordinator) for coordinator in self._coordinators])
+
+    async def _state(self, coordinator: Remote[Coordinator]) -> Readiness:
         try:
-            return await ready(self._coordinator)
+            return await ready(coordinator)
         except CALL_ERRORS as error:
             return Readiness(ready=False, reason=f"the coordinator does not answer: {one_line(error)}")
 
@@ -217,7 +229,7 @@ def build_app(args: dict[str, Any]) -> Application:
 
 
 def application(
-    config: ServeConfig, model_dir: str, start: StartCluster = start_cluster, *, redeployable: bool = False
+    config: ServeConfig, model_dir: str, start: StartGroups = start_groups, *, redeployable: bool = False
 ) -> Application:
     """redeployable: Serve waits for the model, and hands over from one deployment to the next."""
     make_deployment: Any = serve.deployment(
@@ -245,7 +257,7 @@ def application(
 
 async def _lives(generation: str) -> bool:
     """Whether this cluster has a coordinator, so that its replicas may still finish what they have begun."""
-    return generation in await asyncio.to_thread(generations.coordinators)
+    return any(cluster_of(name) == generation for name in await asyncio.to_thread(generations.coordinators))
 
 
 def _application_is_going() -> bool:

@@ -43,17 +43,6 @@ def change(before: State, after: State) -> State:
     return changes
 
 
-def apply(state: State, changes: State) -> State:
-    """The state after `changes`, which the page computes in the same way."""
-    result = {name: dict(section) for name, section in state.items()}
-    for name, keys in changes.items():
-        section = result.setdefault(name, {})
-        section |= {key: value for key, value in keys.items() if value is not None}
-        for key in [key for key, value in keys.items() if value is None]:
-            section.pop(key, None)
-    return {name: section for name, section in result.items() if section}
-
-
 def load_rows(load: npt.NDArray[np.number[Any]]) -> Section:
     """load: [L, E] tokens. One string for each layer: base64 of E bytes, LOAD_STEPS for the layer's mean."""
     mean = load.mean(axis=1, keepdims=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import string
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from elastic_moe.deploy.parsing.calls import CallLog, CallReader
@@ -187,7 +187,7 @@ class _Shown:
         return spaces
 
     def forget(self) -> None:
-        """What was pushed so far is not the answer's."""
+        """What was pushed so far does not belong to the answer."""
         self._spaces, self._any = [], False
 
 
@@ -252,10 +252,3 @@ def begun_answer(form: AnswerForm, prompt: str) -> str:
 
 def _pieces(kind: TextKind, text: str) -> list[Event]:
     return [TextPiece(kind=kind, text=text)] if text else []
-
-
-def all_events(parser: AnswerParser, pieces: Iterable[str]) -> Iterator[Event]:
-    """The events of a whole text in pieces."""
-    for text in pieces:
-        yield from parser.push(text)
-    yield from parser.end()

@@ -17,16 +17,25 @@ class Counting:
         self._life = Life(request)
         self._tokens = 0
         self._adopted = adopted
-        if not adopted:
-            metrics.request_began(len(request.prompt_token_ids))
+        self._engine = 0
+        self._waits = not adopted
+        """Whether the prompt is yet to be counted: it is known with the first output which group runs it."""
 
-    def came(self, output: TokenOutput, tokens: int) -> None:
-        """`tokens` is the number of tokens so far."""
+    def came(self, output: TokenOutput, tokens: int, engine: int) -> None:
+        """`tokens` is the number of tokens so far; `engine` that of the group that made them."""
         now = time.perf_counter()
+        self._engine = engine
+        self._begin()
         self._life.came(output, tokens)
         if self._tokens or not self._adopted:
-            self._metrics.tokens_came(tokens - self._tokens, now - self._last, first=self._tokens == 0)
+            self._metrics.tokens_came(tokens - self._tokens, now - self._last, engine, first=self._tokens == 0)
         self._last, self._tokens = now, tokens
 
     def ended(self, reason: FinishReason) -> None:
-        self._metrics.request_ended(self._life, reason)
+        self._begin()
+        self._metrics.request_ended(self._life, reason, self._engine)
+
+    def _begin(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._metrics.request_began(len(self._life.request.prompt_token_ids), self._engine)

@@ -22,7 +22,7 @@ from elastic_moe.actors.liveness import ADOPT_S
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput
-from elastic_moe.deploy.backend.backend import Backend, GenerationFailed
+from elastic_moe.deploy.backend.backend import GenerationFailed, Requests
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.responses.counting import Counting
 from elastic_moe.deploy.responses.events import Event
@@ -49,7 +49,7 @@ class Followed:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        """With its outcome, once it has one."""
+        """The response's record, which has the outcome once there is one."""
         self.tokens: list[int] = []
         self.cached_tokens = 0
         self.ending: Ending | None = None
@@ -88,18 +88,18 @@ class Following:
 
     def __init__(
         self,
-        backend: Backend,
+        engine: Requests,
         store: Store,
         metrics: Metrics,
         open_rendering: OpenRendering,
         generation: str = "",
         lives: Lives | None = None,
     ) -> None:
-        """generation: the cluster behind `backend`. lives: tells whether another cluster still finishes its own
+        """generation: the cluster of the engine. lives: tells whether another cluster still finishes its own
         responses; without it, there is no other."""
         self._generation = generation
         self._lives = lives
-        self._backend = backend
+        self._engine = engine
         self._store = store
         self._metrics = metrics
         self._open = open_rendering
@@ -159,7 +159,7 @@ class Following:
         followed = self.follow(record)
         while not followed.stored.is_set():
             with contextlib.suppress(KeyError):  # it is about to begin, or is being stored
-                self._backend.cancel(record.request.request_id)
+                self._engine.cancel(record.request.request_id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CANCEL_S):
                     await followed.stored.wait()
@@ -181,7 +181,7 @@ class Following:
             return
         await self._end_those_of_the_dead([record for record in records if record.generation != self._generation])
         records = [record for record in records if record.generation == self._generation]
-        orphans = set(await self._backend.orphans([record.request.request_id for record in records]))
+        orphans = set(await self._engine.orphans([record.request.request_id for record in records]))
         for record in records:
             if record.request.request_id not in orphans:
                 continue
@@ -258,8 +258,7 @@ class Following:
         if followed.record.generation != self._generation:
             raise NotReadyError("the model that this response was asked of has been replaced")
         request = followed.record.request
-        outputs = self._backend.generate(request)
-        assert isinstance(outputs, AsyncGenerator)
+        outputs = self._engine.generate(request)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 began()
@@ -273,10 +272,10 @@ class Following:
                     if rendering.ending is not None:
                         break
                 if counting is not None:
-                    counting.came(output, len(followed.tokens))
+                    counting.came(output, len(followed.tokens), self._engine.group_of(request.request_id))
                 if rendering.ending is not None:
                     if output.finish_reason is None:  # a stop string was found
-                        self._backend.cancel(request.request_id)
+                        self._engine.cancel(request.request_id)
                     return
 
     async def _finish(self, followed: Followed) -> None:
@@ -288,7 +287,7 @@ class Following:
             except RayError:
                 logger.warning("response %s cannot be stored at the moment", followed.record.id)
                 await asyncio.sleep(RETRY_S)
-        self._backend.forget(followed.record.request.request_id)
+        self._engine.forget(followed.record.request.request_id)
         del self._followed[followed.record.id]
         followed.stored.set()
 

@@ -40,7 +40,7 @@ class Rendering:
         self._tokenizer = tokenizer
         self._output = Output(suffix_of(record.id))
         self._logprobs: list[Logprob] = []
-        """Those of tokens whose text has not come yet."""
+        """Log probabilities of tokens whose text has not come yet."""
         self._events = 0
         self.ending: Ending | None = None
 

@@ -21,7 +21,7 @@ class GrammarCheck:
         """`tokenizer_json` gives the content of tokenizer.json; None where the model has none."""
         self._tokenizer_json = tokenizer_json
         self._vocabulary: Vocabulary | str | None = None
-        """Or why there is none."""
+        """The model's vocabulary, or the reason why there is none; None until it is needed."""
 
     def load(self) -> Vocabulary | str:
         if self._vocabulary is None:

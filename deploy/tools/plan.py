@@ -39,7 +39,7 @@ class ToolPlan:
     """The special tokens that the parser must see, with their texts."""
     grammar: Grammar | None = None
     grammar_after: tuple[int, ...] | None = None
-    """Both as in SamplingParams."""
+    """`grammar` and `grammar_after` as in SamplingParams."""
 
 
 async def tool_plan(

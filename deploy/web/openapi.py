@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -66,9 +67,14 @@ def described(
     responses = {s: error_answer(s) for s in statuses} | responses
     extra: dict[str, Any] = {}
     if body is not None:
-        schema = dict(body) if isinstance(body, Mapping) else body.model_json_schema(ref_template=_REF)
+        schema = body if isinstance(body, Mapping) else _schema(body)
         extra["requestBody"] = {"required": not optional, "content": {"application/json": {"schema": schema}}}
     return {"responses": responses, "openapi_extra": extra}
+
+
+@cache
+def _schema(body: type[Body]) -> Mapping[str, Any]:
+    return body.model_json_schema(ref_template=_REF)
 
 
 def error_answer(status: int) -> dict[str, Any]:
@@ -134,5 +140,6 @@ def _tidied(document: dict[str, Any]) -> dict[str, Any]:
                     answer.pop("content", None)
             content = operation.get("requestBody", {}).get("content", {}).get("application/json")
             if content is not None:
-                schemas.update(content["schema"].pop("$defs", {}))
+                schemas.update(content["schema"].get("$defs", {}))
+                content["schema"] = {key: value for key, value in content["schema"].items() if key != "$defs"}
     return document

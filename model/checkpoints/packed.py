@@ -33,7 +33,7 @@ class PackedTensor:
     name: str
     format: Format
     parts: Mapping[str, StoredTensor]
-    """By their roles."""
+    """The stored tensors by their roles."""
     names: Mapping[str, str]
     """Names of the stored tensors, by their roles."""
     shape: tuple[int, ...]

@@ -6,6 +6,8 @@ of few tokens, every worker sends all its tokens to every other worker instead, 
 it computes. That takes fewer operators, and the step's plan gives all sizes, so that no exchange of sizes is needed.
 In such a step, workers on CPUs deal the experts that lie in no memory among them (dealing.py), and choose replicas by
 the step's own counts (optimizer/buffering/replicas.py); else each worker takes its own replica, or one by its rank.
+Where GPUs exchange tokens, all workers pad theirs to the same number of rows then, so that the steps of each number can
+be recorded as CUDA graphs (graph_pieces.py), with the exchanges between the graphs.
 
 Partial sums are added up in float64 where tokens are in float32. So a token's sum does not depend on which workers
 computed its experts.
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier
@@ -30,6 +33,8 @@ from elastic_moe.model.exchange.dealing import NOBODY, Dealer, Memory
 from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.foreign_memory import borrowed
+from elastic_moe.model.graph_pieces import GraphTerms, padded, recording
 from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.staging import to_device
 from elastic_moe.optimizer.buffering.replicas import ReplicaChoice
@@ -119,14 +124,21 @@ class Dispatcher(ABC):
         if self.counter is not None:
             self.counter.note(index_LTK)
 
-    @property
-    def graph_memory(self) -> list[object] | None:
-        """What a CUDA graph of a step's experts reads, as in ExpertStore; None if a step needs the CPU in a layer."""
+    def graph_terms(self, tokens_per_rank: Sequence[int]) -> GraphTerms | None:
+        """What a recording of a step must keep to, in which rank r runs `tokens_per_rank[r]` tokens. None if such a
+        step needs the CPU in a layer."""
         return None
+
+    def follow(self, previous: Dispatcher) -> None:  # noqa: B027 - most dispatchers have no recordings
+        """Take the place of the last epoch's dispatcher between two steps. Its recordings stay right if possible."""
 
     def begin(self, tokens_per_rank: Sequence[int], counter: Notes | None) -> None:
         """Begin a step. `counter` is None for a warm-up step, which must not be counted."""
         self.counter = counter
+
+    def begin_recording(self, rows: int, notes: Notes) -> None:
+        """Begin a step that is recorded, of so many rows on each worker. It needs no other worker."""
+        self.begin([rows], notes)
 
     def forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Compute the layer's experts, on whichever workers they are: [T, H]. Blocks on the other workers.
@@ -183,14 +195,17 @@ class TransportDispatcher(Dispatcher):
         routes_WLE = torch.stack([route_table(placement, r) for r in range(transport.size)]).to(device)
         self._routes_LE = routes_WLE[rank]
         experts_E = torch.arange(routes_WLE.shape[2], device=device)
-        # [L, W * E] for each rank and expert: the expert if this worker computes it for that rank, else ABSENT
-        self._mine_LX = torch.where(routes_WLE == rank, experts_E, ABSENT).transpose(0, 1).flatten(1)
+        # [L, W * (1 + E)] for each rank: ABSENT for a row without a token, and for each expert its number if this
+        # worker computes it for that rank, else ABSENT
+        mine_WLE = torch.where(routes_WLE == rank, experts_E, ABSENT)
+        self._mine_LX = F.pad(mine_WLE, (1, 0), value=ABSENT).transpose(0, 1).flatten(1)
         self._most_dense = _dense_tokens(device) if most_dense is None else most_dense
         self._slowest_gbps = slowest_gbps
-        self._tokens_per_rank: Sequence[int] = ()
         if transport.size == 1 and store.native:
             self.joint = store.joint()
         self._dense = False
+        self._rows_per_rank: Sequence[int] = ()
+        """In dense steps: the rows that each worker sends."""
         self._dealer: Dealer | None = None
         if memory is not None and transport.size > 1 and device.type == "cpu" and not placement.all_resident:
             self._dealer = Dealer(placement, routes_WLE[0].numpy(), memory)
@@ -199,24 +214,57 @@ class TransportDispatcher(Dispatcher):
         if self._dealer is None and transport.size > 1 and device.type == "cpu":
             self._choices = [ReplicaChoice(holds_WE) for holds_WE in held_table(placement)]
         self._source_R = torch.empty(0)
-        """In dense steps: [R] for every token of all ranks, where its rank's part of a row of `_mine_LX` begins."""
+        """In dense steps: [R] for every row of all ranks, where its rank's experts begin in a row of `_mine_LX`."""
+        self._sources: dict[int, Tensor] = {}
+        """The same for steps that are padded, by the rows of each worker. Recordings read them where they lie."""
 
     @property
     def deals(self) -> bool:
         return self._dealer is not None
 
-    @property
-    def graph_memory(self) -> list[object] | None:
-        return self._store.graph_memory if self._transport.size == 1 else None
+    def graph_terms(self, tokens_per_rank: Sequence[int]) -> GraphTerms | None:
+        memory, rows = self._store.graph_memory, None
+        if memory is None:
+            return None
+        if self._transport.size > 1:
+            rows = self._common_rows(tokens_per_rank)
+            if rows is None:
+                return None
+            memory = [*memory, self._mine_LX, self._transport]
+        return GraphTerms(rows=rows, memory=memory)
+
+    def _common_rows(self, tokens_per_rank: Sequence[int]) -> int | None:
+        """The rows that all workers pad their tokens to; None if each sends its tokens alone."""
+        rows = padded(max(tokens_per_rank))
+        return rows if self._transport.launches and rows * self._transport.size <= self._most_dense else None
+
+    def follow(self, previous: Dispatcher) -> None:
+        if isinstance(previous, TransportDispatcher) and previous._transport is self._transport:
+            self._mine_LX = previous._mine_LX.copy_(self._mine_LX)
+            self._sources = previous._sources
 
     def begin(self, tokens_per_rank: Sequence[int], counter: Notes | None) -> None:
         super().begin(tokens_per_rank, counter)
-        self._tokens_per_rank = tokens_per_rank
-        self._dense = self._transport.size > 1 and sum(tokens_per_rank) <= self._most_dense
-        if self._dense:
-            experts = self._routes_LE.shape[1]
-            begins = (np.arange(len(tokens_per_rank)) * experts).repeat(tokens_per_rank)
-            [self._source_R] = to_device([begins[:, None]], self._routes_LE.device)
+        size = self._transport.size
+        rows = self._common_rows(tokens_per_rank) if size > 1 else None
+        self._rows_per_rank = tokens_per_rank if rows is None else [rows] * size
+        self._dense = size > 1 and sum(self._rows_per_rank) <= self._most_dense
+        if not self._dense:
+            return
+        if rows is None:
+            self._source_R = self._source(tokens_per_rank)
+        else:
+            if rows not in self._sources:
+                self._sources[rows] = self._source(self._rows_per_rank)
+            self._source_R = self._sources[rows]
+
+    def _source(self, rows_per_rank: Sequence[int]) -> Tensor:
+        begins = (np.arange(len(rows_per_rank)) * (1 + self._routes_LE.shape[1]) + 1).repeat(rows_per_rank)
+        [source_R] = to_device([begins[:, None]], self._routes_LE.device)
+        return source_R
+
+    def begin_recording(self, rows: int, notes: Notes) -> None:
+        self.begin([rows] * self._transport.size, notes)
 
     def finish(self) -> None:
         self._transport.check()
@@ -227,7 +275,7 @@ class TransportDispatcher(Dispatcher):
         parts = (index_TK.to(torch.int32), weight_TK.float(), x_TH)
         row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
         # all workers come to the same answer, since a layer's rows are as wide on each
-        dense = self._dense and fits_dense(sum(self._tokens_per_rank) * row, self._slowest_gbps)
+        dense = self._dense and fits_dense(sum(self._rows_per_rank) * row, self._slowest_gbps)
         try:
             return self._forward_dense(layer, *parts) if dense else self._forward_sparse(layer, *parts)
         except Exception:
@@ -236,27 +284,51 @@ class TransportDispatcher(Dispatcher):
             raise
 
     def _forward_dense(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
-        parts = (index_TK, weight_TK, x_TH)
+        tokens, rows = len(x_TH), self._rows_per_rank[self._rank]
+        parts = (_filled(index_TK, rows, ABSENT), _filled(weight_TK, rows, 0.0), _filled(x_TH, rows, 0.0))
         word = [] if self._dealer is None else [self._dealer.word(layer)]
         extra = sum(map(len, word))
         row = row_bytes(x_TH.shape[1], index_TK.shape[1], x_TH.dtype)
-        received = self._transport.all_to_all(
-            [[*parts, *word]] * self._transport.size, [tokens * row + extra for tokens in self._tokens_per_rank]
+        received = self._exchange(
+            [[*parts, *word]] * self._transport.size, [count * row + extra for count in self._rows_per_rank]
         )
         words = [raw[len(raw) - extra :] if r != self._rank else word[0] for r, raw in enumerate(received) if word]
         index_RK, weight_RK, x_RH = self._join([raw[: max(0, len(raw) - extra)] for raw in received], parts)
         mine_RK = self._mine(layer, words, index_RK)[self._source_R + index_RK]
-        partial = torch.split(self._store.sums(layer, x_RH, mine_RK, weight_RK), list(self._tokens_per_rank))
+        sums_RH = self._store.sums(layer, x_RH, mine_RK, weight_RK)
+        partial = torch.split(sums_RH, list(self._rows_per_rank))
         own = partial[self._rank]
-        back = self._transport.all_to_all([[part] for part in partial], [own.nbytes] * self._transport.size)
+        back = self._exchange([[part] for part in partial], [own.nbytes] * self._transport.size)
         out_TH = own.to(_sum_dtype(x_TH))
         for rank, raw in enumerate(back):
             if rank != self._rank:
                 out_TH += _view(raw, own)
-        return out_TH.to(x_TH.dtype)
+        return out_TH[:tokens].to(x_TH.dtype)
+
+    def _exchange(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int]) -> list[Tensor]:
+        """As Transport.all_to_all, also in a recording: then into memory that stays in place."""
+        recorder = recording()
+        if recorder is None:
+            return self._transport.all_to_all(send, recv_bytes)
+        sent = [[borrowed(tensor) for tensor in tensors] for tensors in send]
+        device = self._routes_LE.device
+        received = [
+            torch.empty(0 if rank == self._rank else size, dtype=torch.uint8, device=device)
+            for rank, size in enumerate(recv_bytes)
+        ]
+        places = [borrowed(raw) for raw in received]
+        transport = self._transport
+
+        def exchange() -> None:
+            for place, raw in zip(places, transport.all_to_all(sent, recv_bytes), strict=True):
+                if place.numel():
+                    place.copy_(raw)
+
+        recorder.outside(exchange)
+        return received
 
     def _mine(self, layer: int, words: Sequence[Tensor], index_RK: Tensor) -> Tensor:
-        """[W * E] for each rank and expert: the expert if this worker computes it for that rank, else ABSENT."""
+        """[W * (1 + E)] a layer's row of `_mine_LX`, for this step."""
         mine_X = self._mine_LX[layer]
         if self._choices and len(self._choices[layer].replicated):
             return self._mine_of_choice(self._choices[layer], index_RK)
@@ -267,17 +339,18 @@ class TransportDispatcher(Dispatcher):
         if not len(dealt):
             return mine_X
         mine_WE = mine_X.view(self._transport.size, -1).clone()
-        mine_WE[:, dealt] = torch.from_numpy(np.where(rank_E[dealt] == self._rank, dealt, ABSENT))
+        mine_WE[:, 1 + dealt] = torch.from_numpy(np.where(rank_E[dealt] == self._rank, dealt, ABSENT))
         return mine_WE.view(-1)
 
     def _mine_of_choice(self, choice: ReplicaChoice, index_RK: Tensor) -> Tensor:
         """The same where replicas are chosen by the step's own counts, which all workers know."""
         size = self._transport.size
         places = (self._source_R + index_RK).numpy().ravel()
-        tokens_WE = np.bincount(places, minlength=self._mine_LX.shape[1]).reshape(size, -1)
+        tokens_WE = np.bincount(places, minlength=self._mine_LX.shape[1]).reshape(size, -1)[:, 1:]
         ranks_WE = choice.ranks(tokens_WE)
         experts_E = np.arange(tokens_WE.shape[1])
-        return torch.from_numpy(np.where(ranks_WE == self._rank, experts_E, ABSENT).ravel())
+        mine_WE = np.where(ranks_WE == self._rank, experts_E, ABSENT)
+        return torch.from_numpy(np.pad(mine_WE, ((0, 0), (1, 0)), constant_values=ABSENT).ravel())
 
     def _forward_sparse(self, layer: int, index_TK: Tensor, weight_TK: Tensor, x_TH: Tensor) -> Tensor:
         rank_TK = self._routes_LE[layer][index_TK]
@@ -325,8 +398,12 @@ class TransportDispatcher(Dispatcher):
 
 
 def _sum_dtype(x_TH: Tensor) -> torch.dtype:
-    """In which partial sums are added up."""
+    """The dtype in which partial sums are added up."""
     return torch.float64 if x_TH.dtype == torch.float32 and x_TH.device.type == "cpu" else torch.float32
+
+
+def _filled(part: Tensor, rows: int, value: float) -> Tensor:
+    return part if len(part) == rows else F.pad(part, (0, 0, 0, rows - len(part)), value=value)
 
 
 def _view(raw: Tensor, like: Tensor) -> Tensor:

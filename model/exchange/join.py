@@ -18,6 +18,7 @@ from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.exchange.transports import LocalTransport, NcclTransport, Transport
 from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.graph_pieces import padded
 from elastic_moe.model.native import library
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.shared_gpu.driver import CudaDevice
@@ -90,7 +91,8 @@ def _message_bytes(spec: EpochSpec, shapes: Sequence[LayerShape], max_tokens: in
     """The most bytes that one worker sends another at a time."""
     # sums of tokens in float32 come back in float64
     row = max(max(row_bytes(s.hidden, s.top_k, s.dtype), 2 * s.hidden * s.dtype.itemsize) for s in shapes)
-    return row * max_tokens + word_bytes(spec.placement.num_logical_experts)
+    # workers of GPUs pad their tokens
+    return row * padded(max_tokens) + word_bytes(spec.placement.num_logical_experts)
 
 
 def make_dispatcher(

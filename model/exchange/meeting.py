@@ -42,11 +42,11 @@ class _Mesh:
     """What `Meeting.join` has reached so far."""
 
     connections: dict[int, Connection] = field(default_factory=dict)
-    """By rank."""
+    """Connections that are made, by rank."""
     knocking: dict[Connection, int] = field(default_factory=dict)
     """Connections that are being made, to which rank."""
     heard: dict[Connection, bytearray] = field(default_factory=dict)
-    """What others have said so far that knocked here, the oldest first."""
+    """Connections of others that knocked here, the oldest first, with the bytes that have come so far."""
 
 
 class Meeting:

@@ -27,6 +27,8 @@ _KEEP_ALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 class TcpTransport:
     """See the module."""
 
+    launches = False
+
     def __init__(
         self, *, rank: int, connections: Mapping[int, socket.socket], names: Sequence[str], timeout_s: float
     ) -> None:
@@ -47,7 +49,7 @@ class TcpTransport:
         self.gbps: dict[int, float] = {}
         """Gigabits per second between this worker and others, by rank, where they were measured."""
         self.slowest_gbps: float | None = None
-        """Those of the slowest link of the group, which all its workers know."""
+        """Gigabits per second of the slowest link in the group. All its workers know it."""
         for connection in connections.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -31,6 +31,8 @@ class Transport(Protocol):
 
     rank: int
     size: int
+    launches: bool
+    """An exchange whose sizes are known is only launched: the CPU does not wait for it."""
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         """Send `send[r]` (its tensors' bytes, one after another) to rank r. Returns each rank's message, as uint8.
@@ -58,6 +60,7 @@ class LocalTransport:
 
     rank = 0
     size = 1
+    launches = False
 
     def all_to_all(self, send: Sequence[Sequence[Tensor]], recv_bytes: Sequence[int] | None) -> list[Tensor]:
         return [torch.empty(0, dtype=torch.uint8)]
@@ -75,6 +78,8 @@ class NcclTransport:
     Sizes travel first if the caller does not know them. The CPU does not block: the engine notices a peer's death,
     `abort` ends the waiting kernels, and then `check` raises.
     """
+
+    launches = True
 
     def __init__(self, *, rendezvous: str, group: str, rank: int, size: int, timeout_s: float) -> None:
         """`rendezvous` is host:port of a store (`open_store`) that outlives the group; `group` prefixes its keys."""

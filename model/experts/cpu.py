@@ -28,8 +28,6 @@ from elastic_moe.model.trunk.linear import Weight, linear, nbytes, pack, unpack
 class CpuExperts:
     """A SlottedExperts for CPUs."""
 
-    in_host_memory = True
-
     def __init__(self, module: nn.Module, native: NativeExperts | str = "it was not asked for") -> None:
         """`module` is the trunk's expert module, without weights; it knows layout and gate.
 

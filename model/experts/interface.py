@@ -67,9 +67,6 @@ class SlottedExperts(LayerExperts, Protocol):
     `bind` and `unbind` are called between two products.
     """
 
-    in_host_memory: bool
-    """Whether it computes experts from the host's memory. Else its slots are in the memory of a device."""
-
     def layout(self, tensors: Tensors) -> RecordLayout:
         """How an expert lies in a slot. `tensors` are those of any expert of the layer. Call it first."""
         ...

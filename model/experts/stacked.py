@@ -6,7 +6,8 @@ lies beside the stacks, in tensors of its own. `keep_only`, which runs between t
 become free. So a slot that a step may read is never written, and no spare slots are needed. If the number of experts
 changes, the layer's stacks are made anew, one parameter at a time.
 
-All threads use the device's default stream, which runs operations in the order in which they were launched.
+Slots are written on the device's default stream, which runs operations in the order in which they were launched. What
+other threads read and bring runs beside it (staging.py).
 
 Legend: R rows (tokens sent to this worker), H hidden, F expert width, K experts per token, N = R*K (row, choice) pairs,
 S slots, E logical experts, X = E + 1.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.native.experts import find_gate
-from elastic_moe.model.staging import to_device
+from elastic_moe.model.staging import beside_steps, recorded, to_device
 from elastic_moe.model.transformers_private import apply_gate
 
 Gated = Callable[[Tensor], Tensor]
@@ -75,6 +76,8 @@ class StackedExperts:
         self._lock = threading.Lock()
         self._slots = Slots()
         self._beside: dict[int, Tensors] = {}
+        self._filled: torch.cuda.Event | None = None
+        """When the slots have what was last written."""
 
     def reserve(self, count: int) -> None:
         with self._lock:
@@ -102,9 +105,13 @@ class StackedExperts:
                 return self._beside[expert]
             if expert not in self._slots.experts:
                 raise KeyError(expert)
-            slot = self._slots.experts.index(expert)
-            # tensors are copied, since the slot may get another expert before they are read
-            return {name: stack[slot].clone() for name, stack in self._slots.stacks.items()}
+            slot, stacks = self._slots.experts.index(expert), self._slots.stacks
+            # tensors are copied, since the slot may get another expert before they are read. Until the copy is done,
+            # the lock keeps the steps' thread from writing the slot
+            with beside_steps(next(iter(stacks.values())).device):
+                if self._filled is not None:
+                    self._filled.wait()
+                return {name: stack[slot].clone() for name, stack in stacks.items()}
 
     def held(self) -> frozenset[int]:
         with self._lock:
@@ -152,6 +159,8 @@ class StackedExperts:
                 slot_X[expert] = slot
         device = next(iter(stacks.values())).device if stacks else torch.device("cpu")
         table, number = to_device([slot_X, np.arange(size)], device)
+        if device.type == "cuda":
+            self._filled = recorded()
         old = self._slots
         if old.stacks and len(old.number_S) == size:
             table, number = old.slot_X.copy_(table), old.number_S
@@ -160,8 +169,8 @@ class StackedExperts:
     @property
     def memory(self) -> object | None:
         """What a CUDA graph of `forward` reads. The graph is right as long as this is the same object; None if forward
-        needs the CPU."""
-        return self._slots.stacks or None
+        needs the CPU: without kernels it reads how many rows each expert has."""
+        return self._slots.stacks or None if self._pairs is not None else None
 
     @property
     def nbytes(self) -> int:

@@ -69,8 +69,6 @@ class _Pairs:
 class TieredStacks(StackedExperts):
     """A SlottedExperts for GPUs: the slots of its cache are memory of the device."""
 
-    in_host_memory = False
-
     def __init__(self, module: nn.Module, *, kernels: bool = False) -> None:
         super().__init__(module, kernels=kernels)
         self._layout: RecordLayout | None = None

@@ -11,32 +11,19 @@ import torch
 from torch import nn
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
-from elastic_moe.model.fitting.small_ops import find_norm, find_router, fit_rotary
+from elastic_moe.model.fitting.small_ops import find_router, fit_norm, fit_rotary
 
 
 @torch.inference_mode()
 def fit_gpu_trunk(trunk: nn.Module, notes: FitNotes) -> None:
     """Give kernels to the norms, routers and rotary embeddings of a trunk. `notes` gets all of them."""
-    from elastic_moe.model.gpu.rows import rotate  # Triton, which it needs, is there only on GPUs
+    from elastic_moe.model.gpu.rows import GpuNorm, rotate  # Triton, which it needs, is there only on GPUs
 
     for module in trunk.modules():
-        _fit_norm(module, notes)
+        fit_norm(module, GpuNorm, CodePath.TRITON, notes)
         _fit_router(module, notes)
     for name in sorted({type(module).__module__ for module in trunk.modules()}):
         fit_rotary(sys.modules[name], "cuda", rotate, CodePath.TRITON, notes)
-
-
-def _fit_norm(module: nn.Module, notes: FitNotes) -> None:
-    from elastic_moe.model.gpu.rows import GpuNorm  # as above
-
-    found = find_norm(module)
-    kind = type(module).__name__
-    if not isinstance(found, str):
-        module.forward = GpuNorm(weight=found.weight, epsilon=found.epsilon, rounds=found.rounds)
-        notes.add(Part.NORMS, kind, CodePath.TRITON)
-    elif "norm" in kind.lower():
-        # the name decides only whether the report mentions the module
-        notes.add(Part.NORMS, kind, CodePath.TRANSFORMERS, found)
 
 
 def _fit_router(module: nn.Module, notes: FitNotes) -> None:

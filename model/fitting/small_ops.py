@@ -11,8 +11,8 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from elastic_moe.cluster.fit import CodePath, FitNotes, Part
 from elastic_moe.model.native.block import Norm
 from elastic_moe.model.native.linear import Packed, can_pack, linear, pack
 from elastic_moe.model.native.router import Router
+from elastic_moe.model.rms_norm import RmsNorm
 from elastic_moe.model.torch_private import plain_tensors
 from elastic_moe.model.transformers_private import replace_rotary_function, rotary_function
 
@@ -35,7 +36,7 @@ def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module, notes: FitNotes) -> int:
     """
     packed_bytes = 0
     for module in trunk.modules():
-        _fit_norm(lib, module, notes)
+        fit_norm(module, partial(Norm, lib=lib), CodePath.NATIVE, notes)
         packed_bytes += _pack_routers(lib, module, notes)
     for name in sorted({type(module).__module__ for module in trunk.modules()}):
         _fit_rotary(lib, sys.modules[name], notes)
@@ -45,37 +46,23 @@ def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module, notes: FitNotes) -> int:
 # --- Norms ------------------------------------------------------------------------------------------------------------
 
 
-def _fit_norm(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> None:
-    found = _native_norm(lib, module)
+class MakeNorm(Protocol):
+    def __call__(self, *, formula: RmsNorm) -> Callable[[Tensor], Tensor]: ...
+
+
+def fit_norm(module: nn.Module, make: MakeNorm, path: CodePath, notes: FitNotes) -> None:
+    """Give the module a forward that `make` makes, if it is recognised as a norm."""
+    found = find_norm(module)
     kind = type(module).__name__
-    if isinstance(found, Norm):
-        module.forward = found
-        notes.add(Part.NORMS, kind, CodePath.NATIVE)
+    if not isinstance(found, str):
+        module.forward = make(formula=found)
+        notes.add(Part.NORMS, kind, path)
     elif "norm" in kind.lower():
         # the name decides only whether the report mentions the module
         notes.add(Part.NORMS, kind, CodePath.TRANSFORMERS, found)
 
 
-def _native_norm(lib: ctypes.CDLL, module: nn.Module) -> Norm | str:
-    """A native forward for the module if `find_norm` recognises it; otherwise the reason why it does not."""
-    found = find_norm(module)
-    if isinstance(found, str):
-        return found
-    return Norm(lib=lib, weight=found.weight, epsilon=found.epsilon, rounds=found.rounds)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NormFormula:
-    """A root mean square normalisation over the last dimension."""
-
-    weight: Tensor
-    """The factors of the normalised values, in float32."""
-    epsilon: float
-    rounds: bool
-    """Whether the normalised value is rounded to bfloat16 before it is multiplied."""
-
-
-def find_norm(module: nn.Module) -> NormFormula | str:
+def find_norm(module: nn.Module) -> RmsNorm | str:
     """What the module computes in bfloat16; otherwise the reason why it is not recognised as a norm."""
     parameters = list(module.parameters())
     if len(parameters) != 1 or parameters[0].dim() != 1 or list(module.children()):
@@ -92,18 +79,12 @@ def find_norm(module: nn.Module) -> NormFormula | str:
     if not isinstance(expected, Tensor) or expected.dtype != torch.bfloat16 or expected.shape != probe.shape:
         return "it does not make bfloat16 rows of bfloat16 rows"
     constants = [float(v) for v in vars(module).values() if isinstance(v, float)]
-    factors = (weight.float(), 1 + weight.float())
+    factors = [factor.contiguous() for factor in (weight.float(), 1 + weight.float())]
     for factor, epsilon, rounds in itertools.product(factors, constants, (True, False)):
-        if torch.equal(_rms_norm(probe, factor, epsilon, rounds), expected):
-            return NormFormula(weight=factor.contiguous(), epsilon=epsilon, rounds=rounds)
+        formula = RmsNorm(weight=factor, epsilon=epsilon, rounds=rounds)
+        if torch.equal(formula(probe), expected):
+            return formula
     return "no formula of a root mean square normalisation gives its values"
-
-
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, rounds: bool) -> Tensor:
-    """Compute what `emoe_rms_norm` computes, by torch's operators."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return ((wide.bfloat16().float() if rounds else wide) * weight).bfloat16()
 
 
 # --- Routers ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from elastic_moe.model.transformers_private import LinearAttentionCacheLayerMixi
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedStates:
     layers: tuple[StateLayer, ...] = ()
-    """In order. Their forward takes packed tokens."""
+    """The layers in the order in which they run. Their forward takes packed tokens."""
     plain: Collection[nn.Module] = ()
     """Linear layers whose weights the layers' own code reads, so that they must stay as they are."""
 

@@ -107,5 +107,5 @@ class Bytes8:
         return Codes(values=values.view(torch.int8), scales=by_fine_groups(scales, inputs, columns, GROUP))
 
     def _scales(self, scales: Tensor) -> Tensor:
-        """In float32."""
+        """The scales as float32."""
         return powers_of_two(SCALES, scales) if scales.dtype in POWERS else finite(SCALES, scales)

@@ -93,7 +93,7 @@ class BlocksMxfp4:
         return ExpertForm.MXFP4
 
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
-        """Of [N, K], which is not transposed."""
+        """The codes of a matrix [N, K], which is not transposed."""
         return Codes(values=parts[VALUES].flatten(-2), scales=_half_powers(parts[SCALES]))
 
 

@@ -17,7 +17,7 @@ _E8M0_BIAS = 127
 _E8M0_NAN = 255
 
 WORD_BITS = 32
-"""Of the words that `integers` reads."""
+"""Bits of a word that `integers` reads."""
 
 
 def powers_of_two(role: str, scales: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_moe.model.block_tables import Piece, block_tables
 from elastic_moe.model.native.attention import Rules
 from elastic_moe.model.staging import to_device
 
@@ -136,18 +137,15 @@ class DecodeRows:
 
 
 def decode_rows(
-    pieces: Sequence[tuple[int, int, Sequence[int]]],
+    pieces: Sequence[Piece],
     rows: npt.NDArray[np.int64] | None,
     *,
     block_size: int,
     device: torch.device,
 ) -> DecodeRows:
-    """The sequences (start, end, block_ids), which have one token each. `rows` as in DecodeRows."""
+    """The sequences, which have one token each. `rows` as in DecodeRows."""
     ends = np.array([end for _, end, _ in pieces], dtype=np.int64)
-    used = -(-ends // block_size)
-    tables = np.zeros((len(pieces), used.max()), dtype=np.int64)
-    for line, (_, _, blocks) in enumerate(pieces):
-        tables[line, : used[line]] = blocks[: used[line]]
+    tables = block_tables(pieces, block_size)
     arrays = [tables, ends] if rows is None else [tables, ends, rows]
     tables_RC, keys_R, *places = to_device(arrays, device)
     return DecodeRows(rows_R=places[0] if places else None, tables_RC=tables_RC, keys_R=keys_R)

@@ -24,10 +24,11 @@ def _unavailable() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or later"
     from elastic_moe.model.gpu.rows import GpuNorm
+    from elastic_moe.model.rms_norm import RmsNorm
 
     try:
         x = torch.ones(1, 16, dtype=torch.bfloat16, device="cuda")
-        GpuNorm(weight=torch.ones(16, device="cuda"), epsilon=0.0, rounds=False)(x)
+        GpuNorm(formula=RmsNorm(weight=torch.ones(16, device="cuda"), epsilon=0.0, rounds=False))(x)
     except Exception as error:  # noqa: BLE001 - without a C compiler, for example, Triton raises errors of many kinds
         return f"Triton cannot compile a kernel here: {str(error).splitlines()[0]}"
     return None

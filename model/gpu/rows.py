@@ -16,31 +16,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_moe.model.rms_norm import RmsNorm
+
 _HEADS = 8
 """Heads that a program turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuNorm:
-    """Root mean square normalisation of rows as long as `weight`."""
+    """Computes `formula` in one kernel."""
 
-    weight: Tensor
-    """The factors of the normalised values, in float32."""
-    epsilon: float
-    rounds: bool
-    """Whether the normalised value is rounded to bfloat16 before it is multiplied."""
+    formula: RmsNorm
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
-        width = len(self.weight)
+        formula = self.formula
+        width = len(formula.weight)
         rows = x.numel() // width
         block = triton.next_power_of_2(width)
         # narrow rows, such as those of heads, share a program
         together = max(1, min(16, 2048 // block))
         if rows:
             _norm[(triton.cdiv(rows, together),)](
-                x, self.weight, out, rows, width, self.epsilon, ROUNDS=self.rounds, ROWS=together, BLOCK=block
+                x, formula.weight, out, rows, width, formula.epsilon, ROUNDS=formula.rounds, ROWS=together, BLOCK=block
             )
         return out
 

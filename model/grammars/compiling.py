@@ -87,14 +87,14 @@ class Compiled:
 
     matcher: LLMatcher
     end: int
-    """As in Vocabulary."""
+    """The token that ends an answer, as in Vocabulary."""
 
 
 class Compiler:
     """The compiled grammars of a worker. Use it from one thread: another one, with a low priority, compiles."""
 
     def __init__(self, vocabulary: Vocabulary | CheckpointError) -> None:
-        """Or why the model has none: then no grammar compiles."""
+        """`vocabulary`: the model's, or the reason why it has none; then no grammar compiles."""
         self._vocabulary = vocabulary
         self._compiled: OrderedDict[Grammar, Future[Compiled]] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None

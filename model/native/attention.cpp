@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t kTile = 16;      // tokens of a tile of the cache
 constexpr int64_t kKeys = 256;     // keys of a chunk
-constexpr int64_t kQueries = 24;   // query rows computed together
+constexpr int64_t kQueries = 32;   // most query rows computed together
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 struct Strided { // [heads][tokens][size], the last dimension dense
@@ -144,6 +144,74 @@ void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64
     }
 }
 
+// Query rows that are computed together: two tiles of the matrix unit, or a few blocks of registers.
+int64_t queries_together() { return tiles_used ? 2 * kTileRows : 24; }
+
+#ifdef EMOE_TILES
+
+// Queries by the matrix unit (tiles.h).
+class TileQueries {
+  public:
+    // Copies `count` queries of `size` numbers, filled up with zeros.
+    void set(int64_t count, int64_t size, const bf16* const* queries) {
+        count_ = count;
+        size_ = size;
+        stride_ = (size + 31) / 32 * 32;
+        rows_.assign(count * stride_, 0);
+        for (int64_t r = 0; r < count; ++r) std::copy(queries[r], queries[r] + size, rows_.begin() + r * stride_);
+    }
+
+    // Dot products with the keys of `count` tiles: scores [queries][kKeys]. Of 4 tiles, `tiles` always has all.
+    void score(const bf16* const* tiles, int64_t count, float* scores) const {
+        const bool few = count_ <= kTileRows;
+        (few ? TileSizes::one(count_) : TileSizes::two(count_)).load();
+        const int64_t whole = size_ / 32;
+        alignas(64) bf16 last[4][kTile * 32]; // the last numbers of keys, filled up with zeros
+        for (int64_t t = 0; t < count; t += few ? 4 : 2) {
+            const TileSums sums{scores + t * kTile, kKeys * 4};
+            multiply(few, 0, whole, [&](int i, int64_t k) { return tiles[t + i] + k * kTile * 32; }, sums);
+            if (whole * 32 == size_) continue;
+            for (int i = 0; i < (few ? 4 : 2); ++i) {
+                std::memset(last[i], 0, sizeof last[i]);
+                std::memcpy(last[i], tiles[t + i] + whole * kTile * 32, (size_ - whole * 32) * kTile * sizeof(bf16));
+            }
+            multiply(few, whole, 1, [&](int i, int64_t) { return last[i]; }, sums);
+        }
+        _tile_release();
+    }
+
+    // Adds weights [queries][kKeys] times the values of `count` tiles to out [queries][size].
+    void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64_t size, float* out) const {
+        constexpr int64_t kBytes = kTile * sizeof(bf16); // weights of a tile of values
+        const bool few = count_ <= kTileRows;
+        (few ? TileSizes::one(count_, kBytes) : TileSizes::two(count_, kBytes)).load();
+        const TileRows rows{(const char*)weights, kKeys * sizeof(bf16), kBytes};
+        for (int64_t c = 0; c < size; c += few ? 64 : 32) {
+            // past the end, the last columns are computed again
+            const auto column = [&](int i) { return std::min<int64_t>(c + i * 16, size - 16); };
+            const auto values = [&](int i, int64_t t) { return (const char*)(tiles[t] + column(i) * 2); };
+            TileSums sums(out, size * sizeof(float));
+            for (int i = 0; i < 4; ++i) sums.columns[i] = out + column(i);
+            if (few) multiply_1x4(rows, values, size * 4, count, sums, true);
+            else multiply_2x2(rows, values, size * 4, count, sums, true);
+        }
+        _tile_release();
+    }
+
+  private:
+    template <class Columns> void multiply(bool few, int64_t first, int64_t steps, Columns columns, TileSums sums) const {
+        const TileRows rows{(const char*)(rows_.data() + first * 32), stride_ * int64_t(sizeof(bf16))};
+        const auto at = [&](int i, int64_t k) { return (const char*)columns(i, k); };
+        if (few) multiply_1x4(rows, at, kTile * 4, steps, sums, first > 0);
+        else multiply_2x2(rows, at, kTile * 4, steps, sums, first > 0);
+    }
+
+    int64_t count_ = 0, size_ = 0, stride_ = 0;
+    std::vector<bf16> rows_;
+};
+
+#endif
+
 // Up to kQueries query rows of one sequence and key head. Row i is query head i % members of the key head, for token
 // i / members.
 class Rows {
@@ -159,6 +227,9 @@ class Rows {
             maximum_[r] = kNone;
             total_[r] = zero();
         }
+#ifdef EMOE_TILES
+        if (tiles_used) tile_queries_.set(count_, call_.key_size, query_);
+#endif
         const int64_t end = last(count_ - 1);
         for (int64_t key = begin(0) / kKeys * kKeys; key < end; key += kKeys) chunk(key, std::min(kKeys, end - key));
         for (int64_t r = 0; r < count_; ++r) finish(r);
@@ -181,12 +252,26 @@ class Rows {
             values[t] = call_.values == nullptr ? turned(t) : call_.value_tile(tile);
             if (call_.values == nullptr && t < tiles) turn(keys[t], call_.value_size, turned(t));
         }
+        score_all(keys, tiles);
+        for (int64_t r = 0; r < count_; ++r) soften(r, first, tiles * kTile);
+        combine_all(values, tiles);
+    }
+
+    void score_all(const bf16* const* keys, int64_t tiles) {
+#ifdef EMOE_TILES
+        if (tiles_used) return tile_queries_.score(keys, tiles, scores_);
+#endif
         for (int64_t r = 0; r < count_; r += kRows)
             for (int64_t t = 0; t < tiles; t += 4)
                 with_rows<kRows>(count_ - r, [&](auto number) {
                     score<decltype(number)::value>(query_ + r, call_.key_size, keys + t, scores_ + r * kKeys + t * kTile);
                 });
-        for (int64_t r = 0; r < count_; ++r) soften(r, first, tiles * kTile);
+    }
+
+    void combine_all(const bf16* const* values, int64_t tiles) {
+#ifdef EMOE_TILES
+        if (tiles_used) return tile_queries_.combine(weights_, values, tiles, call_.value_size, out_.data());
+#endif
         for (int64_t r = 0; r < count_; r += kRows)
             for (int64_t c = 0; c < call_.value_size; c += 64)
                 with_rows<kRows>(count_ - r, [&](auto number) {
@@ -264,6 +349,9 @@ class Rows {
     const bf16* query_[kQueries];
     float maximum_[kQueries];
     Floats total_[kQueries]; // sums of weights, lane by lane
+#ifdef EMOE_TILES
+    TileQueries tile_queries_;
+#endif
     alignas(64) float scores_[kQueries * kKeys];
     alignas(64) bf16 weights_[kQueries * kKeys];
     std::vector<float> out_; // [count][value_size] weighted sums so far
@@ -280,7 +368,7 @@ void run(const Call& call, int64_t attended, int threads) {
     for (int64_t s = 0; s < attended; ++s) {
         const int64_t rows = (call.sequences[s].end - call.sequences[s].start) * (call.heads / call.key_heads);
         for (int64_t g = 0; g < call.key_heads; ++g)
-            for (int64_t first = 0; first < rows; first += kQueries) tasks.push_back({s, g, first});
+            for (int64_t first = 0; first < rows; first += queries_together()) tasks.push_back({s, g, first});
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -291,7 +379,7 @@ void run(const Call& call, int64_t attended, int threads) {
         for (int64_t i = 0; i < int64_t(tasks.size()); ++i) {
             const Sequence& sequence = call.sequences[tasks[i].sequence];
             const int64_t rows = (sequence.end - sequence.start) * (call.heads / call.key_heads);
-            Rows(call, sequence, tasks[i].head, tasks[i].first, std::min(kQueries, rows - tasks[i].first)).run();
+            Rows(call, sequence, tasks[i].head, tasks[i].first, std::min(queries_together(), rows - tasks[i].first)).run();
         }
     }
 }

@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from elastic_moe.model.block_tables import Piece
+
 TILE = 16
 """Tokens in a tile of the cache. A block consists of whole tiles."""
 CHUNK = 256
@@ -45,8 +47,8 @@ def refusal(*, block_size: int, key_size: int, value_size: int) -> str | None:
 class NativeBatch:
     """A step's sequences, in the form of the library's arguments. It is the same for all layers."""
 
-    def __init__(self, lib: ctypes.CDLL, pieces: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int) -> None:
-        """`pieces` are (start, end, block_ids) of each sequence. Their tokens follow one another in the step."""
+    def __init__(self, lib: ctypes.CDLL, pieces: Sequence[Piece], *, block_size: int) -> None:
+        """The tokens of the pieces follow one another in the step."""
         self.lib = lib
         used = [-(-end // block_size) for _, end, _ in pieces]
         rows = accumulate((end - start for start, end, _ in pieces), initial=0)

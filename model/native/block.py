@@ -14,30 +14,31 @@ from torch import Tensor
 from elastic_moe.model.native import structs
 from elastic_moe.model.native.attention import NativeBatch
 from elastic_moe.model.native.linear import Packed
+from elastic_moe.model.rms_norm import RmsNorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """Root mean square normalisation of rows as long as `weight`, in one call; see `norm_row` in trunk.h."""
+    """Computes `formula` in one call; see `norm_row` in trunk.h."""
 
     lib: ctypes.CDLL
-    weight: Tensor
-    """The factors of the normalised values, in float32."""
-    epsilon: float
-    rounds: bool
-    """Whether the normalised value is rounded to bfloat16 before it is multiplied."""
+    formula: RmsNorm
+
+    @property
+    def size(self) -> int:
+        return len(self.formula.weight)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
-        size = len(self.weight)
+        formula, size = self.formula, self.size
         self.lib.emoe_rms_norm(
             x.data_ptr(),
             x.numel() // size,
             size,
-            self.weight.data_ptr(),
-            self.epsilon,
-            self.rounds,
+            formula.weight.data_ptr(),
+            formula.epsilon,
+            formula.rounds,
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -84,9 +85,9 @@ class AttentionBlock:
             heads % max(1, key_heads) == 0,
             value.packed.columns == key_heads * value_size,
             (out.packed.depth, out.packed.columns) == (heads * value_size, hidden),
-            key.packed.depth == value.packed.depth == len(before.weight) == len(after.weight) == hidden,
-            query_norm is None or query.packed.columns % len(query_norm.weight) == 0,
-            key_norm is None or key.packed.columns % len(key_norm.weight) == 0,
+            key.packed.depth == value.packed.depth == before.size == after.size == hidden,
+            query_norm is None or query.packed.columns % query_norm.size == 0,
+            key_norm is None or key.packed.columns % key_norm.size == 0,
             sinks is None or sinks.shape == (heads,),
         ]
         if not all(whole + fits):
@@ -150,7 +151,10 @@ class AttentionBlock:
 def _norm(norm: Norm | None) -> structs.Norm:
     if norm is None:
         return structs.Norm(weight=None, size=1, epsilon=0.0, rounds=0)
-    return structs.Norm(weight=norm.weight.data_ptr(), size=len(norm.weight), epsilon=norm.epsilon, rounds=norm.rounds)
+    formula = norm.formula
+    return structs.Norm(
+        weight=formula.weight.data_ptr(), size=norm.size, epsilon=formula.epsilon, rounds=formula.rounds
+    )
 
 
 def _matrix(matrix: Matrix) -> structs.Matrix:

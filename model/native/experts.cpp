@@ -67,6 +67,19 @@ Floats gated(const Layer& layer, Floats gate, Floats up) {
 // Weights in bfloat16, and the rows that they are multiplied with, also in bfloat16.
 struct Bits16 {
     using Row = const bf16*;
+    // Brings an expert's rows into the form that `multiply` is fastest with. They may then lie in `memory`.
+    static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
+        if (!tiles_used || evenly_spaced(rows.size(), rows.data())) return;
+        // rows that are a power of 2 apart would share few places of the cache
+        const int64_t size = depth * sizeof(bf16), stride = size + 64;
+        if (int64_t(memory.size()) < int64_t(rows.size()) * stride) memory.resize(rows.size() * stride);
+        char* to = memory.data();
+        for (Row& row : rows) {
+            std::memcpy(to, row, size);
+            row = (Row)to;
+            to += stride;
+        }
+    }
     struct Rows {
         const bf16* data;
         int64_t depth;
@@ -88,10 +101,15 @@ struct Floats8 : Bits16 {
     }
 };
 
-// Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (gemm8.h).
+// Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (wide.h).
 struct Bits8 {
     using Row = Row8;
     using Rows = Rows8;
+    static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
+#ifdef EMOE_TILES
+        if (tiles_used && int64_t(rows.size()) > kFewTiles8) take_apart(rows, depth, memory);
+#endif
+    }
     static int64_t panel_bytes(int64_t depth) { return panel_bytes8(depth); }
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
         multiply_chunk8(count, rows, depth, (const int8_t*)panel, sums, fetch);
@@ -102,23 +120,51 @@ struct Bits8 {
 template <bool TABLE, bool HALF> struct Bits4 {
     using Row = Row8;
     using Rows = Rows8;
+    static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
+#ifdef EMOE_TILES
+        if (tiles_used && int64_t(rows.size()) > kFewTiles4) take_apart4(rows, depth, memory);
+#endif
+    }
     static int64_t panel_bytes(int64_t depth) { return panel_bytes4(depth, TABLE); }
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
         multiply_chunk4<TABLE, HALF>(count, rows, depth, panel, sums, fetch);
     }
 };
 
+// The rows of one expert, as `multiply` takes them. Each thread keeps those of the expert that it computes.
+template <class Bits> struct Gathered {
+    int64_t expert = -1;
+    std::vector<typename Bits::Row> rows;
+    std::vector<char> memory;
+
+    // `row` gives the row of one of the expert's pairs.
+    template <class Get> void of(int64_t e, const Sorted& sorted, int64_t depth, Get row) {
+        if (e == expert) return;
+        expert = e;
+        rows.clear();
+        for (int64_t i = sorted.begin[e]; i < sorted.begin[e + 1]; ++i) rows.push_back(row(i));
+        Bits::prepare(rows, depth, memory);
+    }
+    // One that has no expert's rows yet, for the thread that calls. Its memory is kept from call to call.
+    static Gathered& empty() {
+        thread_local Gathered gathered;
+        gathered.expert = -1;
+        return gathered;
+    }
+};
+
 // Multiplies all rows of expert `e` by panel `p` of gate and of up: this makes 64 columns of `hidden` [pairs, width].
 template <class Bits>
-void gate_up(const Layer& layer, const typename Bits::Rows& x, const Sorted& sorted, int64_t e, int64_t p, bf16* hidden) {
+void gate_up(const Layer& layer, const typename Bits::Rows& x, const Sorted& sorted, int64_t e, int64_t p,
+             Gathered<Bits>& gathered, bf16* hidden) {
     alignas(64) float sums[2][kChunk * kPanel];
-    typename Bits::Row rows[kChunk];
+    gathered.of(e, sorted, layer.hidden, [&](int64_t pair) { return x.at(sorted.row[pair]); });
     const char* panel = (const char*)layer.gate_up[e] + 2 * p * Bits::panel_bytes(layer.hidden);
     const bf16* bias = (const bf16*)layer.gate_up_bias[e];
     const int64_t step = layer.interleaved ? 2 : 1, second = layer.interleaved ? 1 : layer.width;
     for (int64_t first = sorted.begin[e]; first < sorted.begin[e + 1]; first += kChunk) {
         const int64_t count = std::min(kChunk, sorted.begin[e + 1] - first);
-        for (int64_t r = 0; r < count; ++r) rows[r] = x.at(sorted.row[first + r]);
+        const typename Bits::Row* rows = gathered.rows.data() + first - sorted.begin[e];
         for (int part = 0; part < 2; ++part)
             Bits::multiply(count, rows, layer.hidden, panel + part * Bits::panel_bytes(layer.hidden), sums[part],
                            first == sorted.begin[e]);
@@ -139,14 +185,15 @@ void gate_up(const Layer& layer, const typename Bits::Rows& x, const Sorted& sor
 // Multiplies all rows of expert `e` by panel `p` of down. Calls `take` with the pair, the column, the lanes and the products
 // of 16 columns.
 template <class Bits, class Take>
-void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& sorted, int64_t e, int64_t p, Take take) {
+void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& sorted, int64_t e, int64_t p,
+          Gathered<Bits>& gathered, Take take) {
     alignas(64) float sums[kChunk * kPanel];
-    typename Bits::Row rows[kChunk];
+    gathered.of(e, sorted, layer.width, [&](int64_t pair) { return hidden.at(pair); });
     const char* panel = (const char*)layer.down[e] + p * Bits::panel_bytes(layer.width);
     const bf16* down_bias = (const bf16*)layer.down_bias[e];
     for (int64_t first = sorted.begin[e]; first < sorted.begin[e + 1]; first += kChunk) {
         const int64_t count = std::min(kChunk, sorted.begin[e + 1] - first);
-        for (int64_t r = 0; r < count; ++r) rows[r] = hidden.at(first + r);
+        const typename Bits::Row* rows = gathered.rows.data() + first - sorted.begin[e];
         Bits::multiply(count, rows, layer.width, panel, sums, first == sorted.begin[e]);
         for (int64_t c = 0; c < kPanel; c += 16) {
             const int64_t column = p * kPanel + c;
@@ -176,15 +223,18 @@ void sum(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t r
     {
 #pragma omp for
         for (int64_t r = 0; r < rows; ++r) x.set(r, from + r * layer.hidden);
+        Gathered<Bits>& gathered = Gathered<Bits>::empty();
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items; ++i) gate_up<Bits>(layer, x, sorted, sorted.active[i / wide], i % wide, raw);
+        for (int64_t i = 0; i < items; ++i)
+            gate_up<Bits>(layer, x, sorted, sorted.active[i / wide], i % wide, gathered, raw);
 #pragma omp for
         for (int64_t i = 0; i < pairs; ++i) hidden.set(i, raw + i * layer.width);
+        gathered.expert = -1;
         // each thread takes columns of its own here, so that no two threads add to the same sum
         const Share mine(panels(layer.hidden), omp_get_thread_num(), omp_get_num_threads());
         for (int64_t e : sorted.active)
             for (int64_t p = mine.begin; p < mine.end; ++p)
-                down<Bits>(layer, hidden, sorted, e, p, [&](int64_t pair, int64_t column, Lanes lanes, Floats y) {
+                down<Bits>(layer, hidden, sorted, e, p, gathered, [&](int64_t pair, int64_t column, Lanes lanes, Floats y) {
                     add_output(layer, sorted, pair, column, lanes, y, out);
                 });
     }
@@ -197,15 +247,18 @@ void outputs(const Layer& layer, const typename Bits::Rows& x, typename Bits::Ro
     const int64_t wide = panels(layer.width), high = panels(layer.hidden);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        Gathered<Bits>& gathered = Gathered<Bits>::empty();
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count * wide; ++i) gate_up<Bits>(layer, x, sorted, experts[i / wide], i % wide, raw);
+        for (int64_t i = 0; i < count * wide; ++i)
+            gate_up<Bits>(layer, x, sorted, experts[i / wide], i % wide, gathered, raw);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < count; ++n)
             for (int64_t i = sorted.begin[experts[n]]; i < sorted.begin[experts[n] + 1]; ++i)
                 hidden.set(i, raw + i * layer.width);
+        gathered.expert = -1;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count * high; ++i)
-            down<Bits>(layer, hidden, sorted, experts[i / high], i % high,
+            down<Bits>(layer, hidden, sorted, experts[i / high], i % high, gathered,
                        [&](int64_t pair, int64_t column, Lanes lanes, Floats y) {
                            store(out + pair * layer.hidden + column, y, lanes);
                        });

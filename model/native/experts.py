@@ -171,7 +171,7 @@ class NativeExperts:
         """An expert without its data. It has what is known of every expert of the layer."""
         self._layout: RecordLayout | None = None
         self._offsets: list[int | None] = []
-        """Of the tables' tensors in a slot."""
+        """Where in a slot each of the tables' tensors begins, in bytes; None for a tensor that there is not."""
         self._lock = threading.Lock()
         """Held while an expert's row of the table changes. Steps read rows of other experts meanwhile."""
         self.supply: Supply | None = None

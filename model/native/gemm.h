@@ -3,12 +3,15 @@
 // A matrix [N, K] is stored in panels of 64 of its rows, which are columns of the product: [N/64][K/2][64][2]. So one
 // dot-product instruction takes two steps of K for 16 columns. A panel is read from memory once and is multiplied with
 // all rows, a few rows at a time. Each element of a product is summed over K in ascending order in one accumulator. So a
-// row's result does not depend on the other rows of the call.
+// row's result does not depend on the other rows of the call. Where the CPU has a matrix unit, it computes all products in
+// bfloat16 (tiles.h).
 #pragma once
 
+#include "tiles.h"
 #include "vector.h"
 
 #include <type_traits>
+#include <vector>
 
 namespace emoe {
 
@@ -80,10 +83,79 @@ void multiply_some(int64_t count, const bf16* const* rows, int64_t first, int64_
     });
 }
 
+#ifdef EMOE_TILES
+
+// Multiplies `count` rows by `steps` steps of 32 of K of a panel. The products are added to `sums` if `more` is true, else
+// they replace it. If `fetch`, the memory behind these steps is prefetched.
+inline void multiply_steps(int64_t count, TileRows rows, int64_t steps, const bf16* panel, float* sums, bool more,
+                           bool fetch) {
+    constexpr int64_t kBoth = 2 * kTileRows, kLine = kPanel * 4; // bytes of a row of sums, and of a pair of K
+    constexpr int64_t kStep = 16 * kLine, kParts = kStep / 64 / 4;  // parts of what a step takes: 4 lines of the caches
+    const int64_t rest = count % kBoth, passes = count / kBoth * 2 + (rest > kTileRows ? 2 : rest > 0);
+    const int64_t fetching = std::min<int64_t>(passes, 6), lines = fetch ? (kParts + fetching - 1) / fetching : 0;
+    const char* next = (const char*)panel + steps * kStep;
+    const auto columns_from = [&](int64_t first) {
+        return [at = (const char*)panel + first * 4](int column, int64_t k) { return at + k * kStep + column * 64; };
+    };
+    for (int64_t at = 0, pass = 0; at < count; at += kBoth) {
+        const int64_t here = std::min(kBoth, count - at);
+        const TileRows some{rows.data + at * rows.stride, rows.stride};
+        float* to = sums + at * kPanel;
+        if (here <= kTileRows) {
+            // a single pass waits for memory all the time, so it prefetches a little ahead of itself
+            const AheadOfItself ahead{(const char*)panel + kAhead, fetch && passes == 1 ? kParts * 4 : 0};
+            TileSizes::one(here).load();
+            multiply_1x4(some, columns_from(0), kLine, steps, {to, kLine}, more, ahead);
+            continue;
+        }
+        if (at == 0 || here < kBoth) TileSizes::two(here).load();
+        for (int64_t first = 0; first < kPanel; first += 32, ++pass, next += lines * 4 * steps * 64) {
+            const AheadOfNext ahead{next, pass < fetching ? lines : 0};
+            multiply_2x2(some, columns_from(first), kLine, steps, {to + first, kLine}, more, ahead);
+        }
+    }
+}
+
+// Copies the last `rest` of `depth` numbers of each row, and fills them up with zeros to 32.
+inline TileRows last_of_rows(int64_t count, TileRows rows, int64_t depth, int64_t rest, bf16* to) {
+    std::memset(to, 0, count * kTileBytes);
+    for (int64_t r = 0; r < count; ++r)
+        std::memcpy(to + r * 32, rows.data + r * rows.stride + (depth - rest) * 2, rest * sizeof(bf16));
+    return {(const char*)to, kTileBytes};
+}
+
+inline void multiply_chunk_tiles(int64_t count, const bf16* const* rows, int64_t depth, const bf16* panel, float* sums,
+                                 bool fetch) {
+    thread_local std::vector<bf16> copied;
+    TileRows even{(const char*)rows[0], count > 1 ? (const char*)rows[1] - (const char*)rows[0] : kTileBytes};
+    if (!evenly_spaced(count, rows)) {
+        if (int64_t(copied.size()) < count * depth) copied.resize(count * depth);
+        for (int64_t r = 0; r < count; ++r) std::memcpy(copied.data() + r * depth, rows[r], depth * sizeof(bf16));
+        even = {(const char*)copied.data(), depth * int64_t(sizeof(bf16))};
+    }
+    const int64_t steps = depth / 32, rest = depth % 32;
+    for (int64_t first = 0; first < steps; first += kPairs / 16) {
+        const TileRows some{even.data + first * kTileBytes, even.stride};
+        multiply_steps(count, some, std::min(kPairs / 16, steps - first), panel + first * 32 * kPanel,
+                       sums, first > 0, fetch);
+    }
+    if (rest > 0) {
+        alignas(64) bf16 last_rows[kChunk * 32], last_columns[32 * kPanel] = {};
+        std::memcpy(last_columns, panel + steps * 32 * kPanel, rest * kPanel * sizeof(bf16));
+        multiply_steps(count, last_of_rows(count, even, depth, rest, last_rows), 1, last_columns, sums, steps > 0, false);
+    }
+    _tile_release();
+}
+
+#endif
+
 // Multiplies up to kChunk rows by one panel of a matrix with `depth` columns, an even number: sums [count][64]. If `fetch`
 // is true, the memory behind the panel is prefetched, on the assumption that it is multiplied next.
 inline void multiply_chunk(int64_t count, const bf16* const* rows, int64_t depth, const bf16* panel, float* sums,
                            bool fetch) {
+#ifdef EMOE_TILES
+    if (tiles_used) return multiply_chunk_tiles(count, rows, depth, panel, sums, fetch);
+#endif
     const int64_t blocks = (count + kRows - 1) / kRows;
     for (int64_t first = 0; first < depth / 2; first += kPairs) {
         const int64_t pairs = std::min(kPairs, depth / 2 - first);
@@ -102,6 +174,13 @@ inline void multiply_chunk(int64_t count, const bf16* const* rows, int64_t depth
             at += here;
         }
     }
+}
+
+// Panels that are multiplied with the same rows before the next rows. The matrix unit is so fast that it would wait for
+// rows, if only one panel were multiplied with them while they are in L2. 512 KB of panels leave room for rows there.
+inline int64_t panels_together(int64_t depth) {
+    constexpr int64_t kTogether = 512 << 10;
+    return tiles_used ? std::max<int64_t>(1, kTogether / int64_t(panel_size(depth) * sizeof(bf16))) : 1;
 }
 
 // The items [begin, end) of `count` that thread `index` of `threads` computes.

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "gemm8.h"
+#include "tiles4.h"
 
 namespace emoe {
 
@@ -118,6 +119,53 @@ template <class Block, bool TABLE> void widen4(const Block& block, int64_t group
         }
 }
 
+#ifdef EMOE_TILES
+
+// As widen4, for the matrix unit. Values of codes are looked up: all that a code less a zero point can be, or those of E2M1.
+template <class Block, bool TABLE> void widen_floats4(const Block& block, int64_t groups, __m512i table, WideFloats& wide) {
+    wide.parts = groups;
+    for (int64_t group = 0; group < groups; ++group)
+        for (int64_t c = 0; c < kPanel; c += 16) {
+            store_sum(wide.scales[group] + c, block.scale(group, c));
+            const __m512i shift = _mm512_sub_epi16(_mm512_set1_epi16(15), twice16(block.zero(group, c)));
+            for (int64_t eight = 0; eight < kFine / 8; ++eight) {
+                const __m512i words = load_integers(block.codes + group * kCodes + (eight * kPanel + c) * 4);
+                for (int i = 0; i < 4; ++i) {
+                    __m512i codes = four_bits(words, 4 * i);
+                    if (!TABLE) codes = _mm512_add_epi16(codes, shift);
+                    store_integers(wide.values[group * kFine / 2 + eight * 4 + i][c], _mm512_permutexvar_epi16(codes, table));
+                }
+            }
+        }
+}
+
+template <bool TABLE> __m512i values_of_codes() {
+    alignas(64) float known[32];
+    for (int i = 0; i < 32; ++i) known[i] = TABLE ? float(kE2m1[i % 16] - kE2m1Zero) : float(i - 15);
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(known + 16), _mm512_load_ps(known));
+}
+
+template <bool TABLE, bool HALF>
+void multiply_chunk4_tiles(int64_t count, const Row8* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+    using Block = Block4<TABLE, HALF>;
+    const __m512i table = values_of_codes<TABLE>();
+    WideFloats wide;
+    TileSizes::apart().load();
+    for (int64_t number = 0; number < groups(depth); ++number) {
+        const int64_t fines = std::min(kFines, groups4(depth) - number * kFines);
+        const Block block(panel, fines);
+        panel += block_bytes4(fines, TABLE);
+        const char* next = panel + block_bytes4(kFines, TABLE); // the block after the next
+        for (int64_t line = 0; fetch && line < block_bytes4(kFines, TABLE); line += 64)
+            _mm_prefetch(next + line, _MM_HINT_T1);
+        widen_floats4<Block, TABLE>(block, fines, table, wide);
+        multiply_all_floats(count, rows, depth, number, wide, sums);
+    }
+    _tile_release();
+}
+
+#endif
+
 constexpr int64_t kRows4 = 3;    // rows of the register tile of multiply4
 constexpr int64_t kFewRows4 = 6; // up to which a block is not widened in memory
 
@@ -125,6 +173,9 @@ constexpr int64_t kFewRows4 = 6; // up to which a block is not widened in memory
 template <bool TABLE, bool HALF>
 void multiply_chunk4(int64_t count, const Row8* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
     using Block = Block4<TABLE, HALF>;
+#ifdef EMOE_TILES
+    if (rows[0].bytes != nullptr) return multiply_chunk4_tiles<TABLE, HALF>(count, rows, depth, panel, sums, fetch);
+#endif
     Wide wide;
     for (int64_t number = 0; number < groups(depth); ++number) {
         const int64_t fines = std::min(kFines, groups4(depth) - number * kFines);

@@ -1,138 +1,16 @@
-// Products of rows with a matrix of 8-bit integers, and what products with narrower weights share (gemm4.h).
+// Products of rows with a matrix of 8-bit integers.
 //
-// Each column of weights is rounded to 8 bits in groups of 128 steps of K, and each group has a float32 scale. Rows are
-// rounded to 16 bits in the same groups. A matrix [N, K] is stored in panels of 64 columns, and a panel in groups: a group
-// is [64 pairs of K][64][2], followed by the scales [64]. Sums within a group are exact. The groups' sums are added in
-// ascending order, so a row's result does not depend on the other rows of the call. For many rows, a group is widened to
-// 16 bits once, and all rows are multiplied with it: the sums are the same, since they are exact.
+// Each column of weights is rounded to 8 bits in groups of 128 steps of K, and each group has a float32 scale. Rows are in 16
+// bits (wide.h). A matrix [N, K] is stored in panels of 64 columns, and a panel in groups: a group is [64 pairs of
+// K][64][2], followed by the scales [64].
 #pragma once
 
-#include "gemm.h"
-
-#include <cmath>
-#include <vector>
+#include "tiles8.h"
+#include "wide.h"
 
 namespace emoe {
 
-constexpr int64_t kGroup = 128; // steps of K with one scale of a row
-constexpr int64_t kFine = 32;   // steps of K with one scale of weights in 4 bits
-
-inline int64_t groups(int64_t depth) { return (depth + kGroup - 1) / kGroup; }
 inline int64_t panel_bytes8(int64_t depth) { return depth * kPanel + groups(depth) * kPanel * sizeof(float); }
-
-// A row of numbers in 16 bits.
-struct Row8 {
-    const int16_t* values; // [depth], filled up with zeros to a multiple of kFine
-    const float* scales;   // [groups]
-    const int32_t* sums;   // [depth / kFine] of the values
-};
-
-// Rows [rows, depth] of numbers in 16 bits, one after the other.
-struct Rows8 {
-    int64_t depth = 0, stride = 0;
-    std::vector<int16_t> values;
-    std::vector<float> scales;
-    std::vector<int32_t> sums;
-
-    void resize(int64_t rows, int64_t size) {
-        depth = size;
-        stride = (size + kFine - 1) / kFine * kFine;
-        if (int64_t(values.size()) < rows * stride) values.resize(rows * stride);
-        if (int64_t(scales.size()) < rows * groups(depth)) scales.resize(rows * groups(depth));
-        if (int64_t(sums.size()) < rows * stride / kFine) sums.resize(rows * stride / kFine);
-    }
-    Row8 at(int64_t row) const {
-        return {values.data() + row * stride, scales.data() + row * groups(depth), sums.data() + row * stride / kFine};
-    }
-
-    // Rounds a row to 14 bits and a sign. So the sum of 128 products with 8-bit weights stays below 2^31, and the rounding
-    // error stays below that of bfloat16.
-    void set(int64_t row, const bf16* from) {
-        constexpr float kMost = 16383.f;
-        int16_t* to = values.data() + row * stride;
-        for (int64_t g = 0, first = 0; first < depth; ++g, first += kGroup) {
-            const int64_t end = std::min(depth, first + kGroup);
-            Floats largest = zero(), broken = zero();
-            for (int64_t k = first; k < end; k += 16) {
-                const Floats value = load(from + k, lanes_before(k, end));
-                largest = larger(largest, larger(value, sub(zero(), value)));
-                broken = fused(value, zero(), broken);
-            }
-            const float most = maximum(largest);
-            // if a value is infinite or not a number, the scale is not a number, so that the product shows it
-            scales[row * groups(depth) + g] = most / kMost + sum(broken);
-            const float factor = most > 0 ? kMost / most : 0.f;
-            for (int64_t k = first; k < end; ++k) to[k] = int16_t(std::nearbyint(to_float(from[k]) * factor));
-        }
-        std::fill(to + depth, to + stride, int16_t(0));
-        for (int64_t g = 0; g < stride / kFine; ++g) {
-            int32_t total = 0;
-            for (int64_t k = 0; k < kFine; ++k) total += to[g * kFine + k];
-            sums[row * (stride / kFine) + g] = total;
-        }
-    }
-};
-
-// One group of a panel in 16 bits, with the scales of its parts.
-struct Wide {
-    alignas(64) int16_t values[kGroup / 2][kPanel][2]; // [pairs of K][columns]
-    alignas(64) float scales[kGroup / kFine][kPanel];
-    int64_t pairs, parts; // of K in the group; parts with scales of their own, all but the last of equal size
-};
-
-// Adds a group's products to `sums` [R][64] if `more` is true; else they replace it. `total` is the sum of the products of
-// all parts times their scales.
-inline void add_group(float* to, Register total, float scale, bool more) {
-    const Register scales = all_lanes(scale);
-    store_sum(to, more ? times_plus(total, scales, load_sum(to)) : times(total, scales));
-}
-
-// Multiplies R rows by a group in 16 bits.
-template <int R> void multiply_wide(const Row8* rows, int64_t group, const Wide& wide, float* sums) {
-    constexpr int C = kRegisters == 32 ? 2 : R <= 3 ? 2 : 1; // registers of columns: there are two sums for each
-    const int32_t* a[R];
-    for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r].values + group * kGroup);
-    const int64_t step = wide.parts == 1 ? wide.pairs : kFine / 2;
-    for (int64_t first = 0; first < kPanel; first += C * kLanes) {
-        Register total[R][C];
-        for (int64_t part = 0; part < wide.parts; ++part) {
-            Integers acc[R][C];
-            for (int r = 0; r < R; ++r)
-                for (int c = 0; c < C; ++c) acc[r][c] = no_integers();
-            for (int64_t k = part * step; k < (part + 1) * step; ++k) {
-                Integers column[C];
-                for (int c = 0; c < C; ++c) column[c] = load_integers(wide.values[k][first + c * kLanes]);
-                for (int r = 0; r < R; ++r) {
-                    const Integers pair = all_integers(a[r][k]);
-                    for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, column[c]);
-                }
-            }
-            for (int c = 0; c < C; ++c) {
-                const Register scale = load_sum(wide.scales[part] + first + c * kLanes);
-                for (int r = 0; r < R; ++r) {
-                    const Register sum = to_register(acc[r][c]);
-                    total[r][c] = part == 0 ? times(sum, scale) : times_plus(sum, scale, total[r][c]);
-                }
-            }
-        }
-        for (int r = 0; r < R; ++r)
-            for (int c = 0; c < C; ++c)
-                add_group(sums + r * kPanel + first + c * kLanes, total[r][c], rows[r].scales[group], group > 0);
-    }
-}
-
-constexpr int64_t kRowsWide = kRegisters == 32 ? 6 : 3; // rows of the register tile of multiply_wide
-
-inline void multiply_all_wide(int64_t count, const Row8* rows, int64_t group, const Wide& wide, float* sums) {
-    const int64_t blocks = (count + kRowsWide - 1) / kRowsWide;
-    for (int64_t block = 0, at = 0; block < blocks; ++block) {
-        const int64_t here = count / blocks + (block < count % blocks);
-        with_rows<kRowsWide>(here, [&](auto number) {
-            multiply_wide<decltype(number)::value>(rows + at, group, wide, sums + at * kPanel);
-        });
-        at += here;
-    }
-}
 
 // Multiplies R rows by one group of `pairs` pairs, as it lies in a panel.
 template <int R, int LINES>
@@ -169,6 +47,7 @@ void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* wei
 
 constexpr int64_t kRows8 = 6;     // rows of the register tile of multiply8
 constexpr int64_t kFewRows8 = 12; // up to which a group is not widened in memory
+constexpr int64_t kAhead8 = 2 * (kGroup + sizeof(float)) * kPanel; // bytes that prefetching is ahead: two groups
 
 template <int LINES>
 void multiply_some8(int64_t count, const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums,
@@ -187,15 +66,56 @@ inline void widen8(const int8_t* weights, int64_t pairs, Wide& wide) {
     std::memcpy(wide.scales[0], weights + pairs * 2 * kPanel, kPanel * sizeof(float));
 }
 
+#ifdef EMOE_TILES
+
+// As widen8, for the matrix unit.
+inline void widen_bytes8(const int8_t* weights, int64_t pairs, WideBytes& wide) {
+    alignas(64) uint8_t order[64];
+    for (int i = 0; i < 64; ++i) order[i] = i / 4 * 2 + i % 4 / 2 + i % 2 * 64;
+    const __m512i first = _mm512_load_si512(order), second = _mm512_add_epi8(first, _mm512_set1_epi8(32));
+    wide.steps = byte_steps(2 * pairs);
+    for (int64_t quad = 0; quad < wide.steps * kTileBytes / 4; ++quad) {
+        const int64_t pair = quad / 2 * 4 + quad % 2; // the quad has this pair and the one after the next
+        for (int64_t c = 0; c < kPanel; c += 32) {
+            const auto at = [&](int64_t k) {
+                return k < pairs ? _mm512_loadu_si512(weights + (k * kPanel + c) * 2) : _mm512_setzero_si512();
+            };
+            const __m512i a = at(pair), b = at(pair + 2);
+            _mm512_store_si512(wide.values[quad][c], _mm512_permutex2var_epi8(a, first, b));
+            _mm512_store_si512(wide.values[quad][c + 16], _mm512_permutex2var_epi8(a, second, b));
+        }
+    }
+    std::memcpy(wide.scales, weights + pairs * 2 * kPanel, kPanel * sizeof(float));
+}
+
+inline void multiply_chunk8_tiles(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
+                                  bool fetch) {
+    WideBytes wide;
+    TileSizes::apart().load();
+    for (int64_t group = 0; group < groups(depth); ++group) {
+        const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
+        const int8_t* next = panel + kAhead8;
+        for (int64_t line = 0; fetch && line < pairs * 2; ++line) _mm_prefetch((const char*)next + line * 64, _MM_HINT_T1);
+        widen_bytes8(panel, pairs, wide);
+        multiply_all_bytes(count, rows, depth, group, wide, sums);
+        panel += pairs * 2 * kPanel + kPanel * sizeof(float);
+    }
+    _tile_release();
+}
+
+#endif
+
 // Does what multiply_chunk does, for a panel in 8 bits.
 inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
                             bool fetch) {
-    constexpr int64_t kDistance = 2; // groups that prefetching is ahead
+#ifdef EMOE_TILES
+    if (rows[0].bytes != nullptr) return multiply_chunk8_tiles(count, rows, depth, panel, sums, fetch);
+#endif
     const int64_t blocks = (count + kRows8 - 1) / kRows8;
     Wide wide;
     for (int64_t group = 0; group < groups(depth); ++group) {
         const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
-        const char* next = (const char*)panel + kDistance * (kGroup + sizeof(float)) * kPanel;
+        const char* next = (const char*)panel + kAhead8;
         if (count > kFewRows8) {
             if (fetch)
                 for (int64_t line = 0; line < pairs * 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T1);

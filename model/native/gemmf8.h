@@ -17,7 +17,6 @@ inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t de
     alignas(64) bf16 wide[kGroup * kPanel];
     alignas(64) float products[kChunk * kPanel];
     const bf16* at[kChunk];
-    const int64_t blocks = (count + kRows - 1) / kRows;
     for (int64_t group = 0; group < groups(depth); ++group) {
         const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
         const char* next = (const char*)panel + kDistance * (kGroup + sizeof(float)) * kPanel;
@@ -28,13 +27,7 @@ inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t de
                 store_pairs(wide + (k * kPanel + c) * 2, load_e4m3(panel + (k * kPanel + c) * 2));
         }
         for (int64_t r = 0; r < count; ++r) at[r] = rows[r] + group * kGroup;
-        for (int64_t block = 0, first = 0; block < blocks; ++block) {
-            const int64_t here = count / blocks + (block < count % blocks);
-            with_rows<kRows>(here, [&](auto number) {
-                multiply<decltype(number)::value, 0>(at + first, 0, pairs, wide, products + first * kPanel, false, next);
-            });
-            first += here;
-        }
+        multiply_chunk(count, at, 2 * pairs, wide, products, false);
         const float* scales = (const float*)(panel + pairs * 2 * kPanel);
         for (int64_t c = 0; c < kPanel; c += kLanes) {
             const Register scale = times(load_sum(scales + c), all_lanes(kE4m3Scale));

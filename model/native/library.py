@@ -67,6 +67,7 @@ _SIGNATURES = {
     "emoe_exchange_layer": "piiptttffppppppt>t",
     "emoe_layers": "ppipipippiipipiptt>t",
     "emoe_layers_idle": "pipt>t",
+    "emoe_tiles": "t>t",
     "emoe_attention_sizes": "p",
     "emoe_block_sizes": "p",
     "emoe_layers_sizes": "p",

@@ -77,21 +77,22 @@ extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t
     {
         alignas(64) float sums[kChunk * kPanel];
         const Share mine(panels(columns), omp_get_thread_num(), omp_get_num_threads());
-        for (int64_t p = mine.begin; p < mine.end; ++p) {
-            const bf16* panel = packed + p * panel_size(depth);
+        const int64_t together = panels_together(depth);
+        for (int64_t group = mine.begin; group < mine.end; group += together)
             for (int64_t first = 0; first < rows; first += kChunk) {
                 const int64_t count = std::min(kChunk, rows - first);
-                multiply_chunk(count, at.data() + first, depth, panel, sums, first == 0);
-                for (int64_t c = p * kPanel; c < std::min(columns, (p + 1) * kPanel); c += 16) {
-                    const Lanes lanes = lanes_before(c, columns);
-                    const Floats shift = bias == nullptr ? zero() : load(bias + c, lanes);
-                    for (int64_t r = 0; r < count; ++r) {
-                        const Floats sum = load(sums + r * kPanel + c - p * kPanel);
-                        store(out + (first + r) * columns + c, add(sum, shift), lanes);
+                for (int64_t p = group; p < std::min(mine.end, group + together); ++p) {
+                    multiply_chunk(count, at.data() + first, depth, packed + p * panel_size(depth), sums, first == 0);
+                    for (int64_t c = p * kPanel; c < std::min(columns, (p + 1) * kPanel); c += 16) {
+                        const Lanes lanes = lanes_before(c, columns);
+                        const Floats shift = bias == nullptr ? zero() : load(bias + c, lanes);
+                        for (int64_t r = 0; r < count; ++r) {
+                            const Floats sum = load(sums + r * kPanel + c - p * kPanel);
+                            store(out + (first + r) * columns + c, add(sum, shift), lanes);
+                        }
                     }
                 }
             }
-        }
     }
 }
 

@@ -72,11 +72,15 @@ def _choose(
     for method, members in groups.items():
         for part in parts(members, logits_XV):
             chosen = [rows[number] for number in part]
-            at = to_device(np.array([lines[number] for number in part], dtype=np.int64), logits_XV.device)
-            logits_RV = logits_XV if len(part) == len(logits_XV) else logits_XV[at]
+            logits_RV = logits_XV
+            if len(part) < len(logits_XV):
+                logits_RV = logits_XV[to_device(np.array([lines[n] for n in part], dtype=np.int64), logits_XV.device)]
             # the most likely token is found in float32 too, since bfloat16 has no fast argmax on CPU
             tokens_R = method(logits_RV.float(), [states[row] for row in chosen])
-            tokens_B[to_device(np.array(chosen, dtype=np.int64), logits_XV.device)] = tokens_R
+            if len(chosen) == len(states):
+                tokens_B.copy_(tokens_R)
+            else:
+                tokens_B[to_device(np.array(chosen, dtype=np.int64), logits_XV.device)] = tokens_R
 
 
 def _fetch(tokens_B: Tensor, tables: Sequence[tuple[list[int], Tensor]]) -> list[tuple[int, TokenLogprobs | None]]:

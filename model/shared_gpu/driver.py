@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_moe.model.foreign_memory import bytes_at
 from elastic_moe.model.staging import passed, recorded
 
 _PIECE_BYTES = 2 << 20
@@ -156,7 +157,7 @@ class CudaDevice:
 
     def view(self, address: int, num_bytes: int) -> Tensor:
         """The memory as a tensor of bytes, which does not own it."""
-        return torch.as_tensor(_Area(address, num_bytes), device=torch.device("cuda", self._index))
+        return bytes_at(address, num_bytes, torch.device("cuda", self._index))
 
     # --- On the stream of the last `follow` ---------------------------------------------------------------------
 
@@ -181,18 +182,6 @@ class CudaDevice:
     def _handle(self) -> int:
         assert self._stream is not None
         return int(self._stream.cuda_stream)
-
-
-class _Area:
-    """Memory as torch takes it from other libraries."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
 
 
 def _host_address(memory: mmap.mmap) -> int:

@@ -45,6 +45,8 @@ class Host(Protocol):
 class DeviceMemoryTransport:
     """See the module. `join_on_device` in model/exchange/device_joining.py makes it."""
 
+    launches = True
+
     def __init__(self, *, rank: int, layout: Inbox, mapped: Mapped, watch: Watch, signals: Signals, host: Host) -> None:
         """host: carries sizes that a receiver does not know."""
         self.rank = rank

@@ -57,7 +57,7 @@ class StateLayer:
     keeps: tuple[Kept, ...]
     hidden_size: int
     dtype: torch.dtype
-    """Of the hidden states that it gets."""
+    """The dtype of the hidden states that the module gets."""
 
     @property
     def nbytes(self) -> int:

@@ -72,9 +72,9 @@ class HostRates:
     """What a worker's host memory is good for beside a GPU."""
 
     bytes_per_s: float
-    """Of copies to the GPU."""
+    """Bytes per second of copies to the GPU."""
     token_s: float
-    """Seconds that the host's cores take for one row in one expert. Of a few rows, reading the weights is most."""
+    """Seconds that the host's cores take for one row in one expert, most of it for reading weights if rows are few."""
 
 
 def host_rates(device: torch.device, layer: TieredStacks, tensors: Tensors) -> HostRates:

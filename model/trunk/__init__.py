@@ -3,7 +3,6 @@
     attention        attention for transformers' interface, by matrix products or by the fastest available code
     attention_path   which code computes attention, and the shapes that decide it
     flash            attention by torch's variable-length FlashAttention, on CUDA
-    graphs           launches a whole decode step as one CUDA graph
     indexer          chooses the keys that tokens attend to, for sparse attention (DSA)
     kv_cache         blocks of keys and values of each layer
     latent           attention over latents, of which keys and values are made (MLA)

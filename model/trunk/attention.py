@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from elastic_moe.model.native.attention import Rules
 from elastic_moe.model.trunk.step_batch import (
+    Deferred,
     Prefill,
     ShapeProbe,
     StepBatch,
@@ -108,6 +109,16 @@ def paged_attention(
         size = value.shape[3] if latent is None else latent.value_size
         batch.record(layer, key, value, softcap, window)
         return query.new_zeros(1, query.shape[2], query.shape[1], size), None
+    if isinstance(batch, Deferred):
+        assert not indices, "an indexer chooses keys of the step that runs"
+        size = value.shape[3] if latent is None else latent.value_size
+        out = query.new_empty(1, query.shape[2], query.shape[1], size)
+
+        def later(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return paged_attention(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux)[0]
+
+        batch.attend((query, key, value), out, later)
+        return out, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rules = Rules(scale=scale, window=window, softcap=softcap, sinks=s_aux)
     if latent is not None:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_moe.model.block_tables import Piece, block_tables
 from elastic_moe.model.native.attention import Rules
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.torch_private import varlen
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from elastic_moe.model.gpu.decode import DecodeRows
 
 log = logging.getLogger(__name__)
-
-Piece = tuple[int, int, Sequence[int]]
-"""(start, end, block_ids) of a sequence, whose tokens of the step are at positions start .. end - 1."""
-
 
 VARIANTS = tuple(
     VarlenVariant(paged=paged, passes_begins=passes_begins, sums_by_token=sums_by_token)
@@ -101,10 +98,7 @@ class _VarlenBatch:
         self._options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
         counts = np.array([end - start for start, end, _ in pieces])
         ends = np.array([end for _, end, _ in pieces])
-        used = -(-ends // block_size)
-        table_RP = np.zeros((len(pieces), used.max()), dtype=np.int64)
-        for row, (_, _, blocks) in enumerate(pieces):
-            table_RP[row, : used[row]] = blocks[: used[row]]
+        table_RP = block_tables(pieces, block_size)
         begins = [np.fromiter(accumulate(sizes, initial=0), dtype=np.int64) for sizes in (counts, ends)]
         # the place of each token's key: block * block size + offset
         sequence_T = np.arange(len(pieces)).repeat(counts)

@@ -69,6 +69,7 @@ class _Indexer:
         if isinstance(batch, ShapeProbe):
             batch.shapes[self._layer] = KVShape(num_heads=1, key_size=new_TD.shape[1], value_size=0, latent=True)
             return {}
+        assert isinstance(batch, StepBatch), "a model with an indexer is not recorded"
         batch.cache.write_rows(self._layer, batch.places, new_TD)
         return {part.first_row: self._choice(arguments, len(new_TD), part, batch) for part in batch.longer(self._most)}
 

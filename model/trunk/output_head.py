@@ -30,6 +30,15 @@ class OutputHead:
         if not wanted:
             self._output = None
 
+    @property
+    def output(self) -> Any:
+        """The body's output in the last step that was kept. Whoever sets it lets the body seem to have run."""
+        return self._output
+
+    @output.setter
+    def output(self, output: Any) -> None:
+        self._output = output
+
     def logits(self, rows: Tensor, input_ids: Tensor) -> Tensor:
         """Logits [R, V] of the step's tokens number `rows` [R]; `input_ids` [1, T] are the step's."""
         assert self._output is not None, "the last step was not kept"

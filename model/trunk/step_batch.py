@@ -7,7 +7,7 @@ Legend: T tokens of the step, R sequences decoded together, Q query rows of a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.messages.seats import LiveBlocks
+from elastic_moe.model.block_tables import Piece
+from elastic_moe.model.foreign_memory import borrowed
+from elastic_moe.model.graph_pieces import recording
 from elastic_moe.model.native.attention import NativeBatch, Rules
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.trunk.attention_path import KVShape
-from elastic_moe.model.trunk.flash import FlashBatch, Piece
+from elastic_moe.model.trunk.flash import FlashBatch
 from elastic_moe.model.trunk.kv_cache import KVCache
 
 
@@ -257,16 +260,40 @@ def _decode_arrays(items: Sequence[tuple[int, Piece]], size: int) -> tuple[list[
     return [row for row, _ in items], tables, [end for _, (_, end, _) in items]
 
 
-_current: ContextVar[StepBatch | ShapeProbe] = ContextVar("step_batch")
+class Deferred:
+    """Stands for the batches of the steps that a recording will run: attention is computed between its graphs."""
+
+    def __init__(self) -> None:
+        self.batch: StepBatch | None = None
+        """Of the step that is replayed; None if it has no tokens here."""
+        self.tokens = 0
+        """Its tokens. The rows after them pad it."""
+
+    def attend(self, parts: Sequence[Tensor], out: Tensor, attend: Callable[..., Tensor]) -> None:
+        """Compute attention in every replay: `attend` gets `parts` [1, heads, T, D] without the rows that pad the step,
+        and returns what to write into the rows of `out` [1, T, N, D]."""
+        recorder = recording()
+        assert recorder is not None, "attention is only deferred in a recording"
+        kept, place = [borrowed(part) for part in parts], borrowed(out)
+
+        def work() -> None:
+            if self.batch is not None:
+                with step_context(self.batch):
+                    place[:, : self.tokens] = attend(*(part[:, :, : self.tokens] for part in kept))
+
+        recorder.outside(work)
 
 
-def current_batch() -> StepBatch | ShapeProbe:
+_current: ContextVar[StepBatch | ShapeProbe | Deferred] = ContextVar("step_batch")
+
+
+def current_batch() -> StepBatch | ShapeProbe | Deferred:
     """The batch that this thread's attention calls belong to. Raises LookupError outside of a step."""
     return _current.get()
 
 
 @contextmanager
-def step_context(batch: StepBatch | ShapeProbe) -> Iterator[None]:
+def step_context(batch: StepBatch | ShapeProbe | Deferred) -> Iterator[None]:
     """While the block runs, attention calls of this thread belong to `batch`."""
     token = _current.set(batch)
     try:

@@ -151,7 +151,7 @@ class DataPlane:
         if self._epoch is None:
             # no step is running yet, so that this is the time for what would make the first ones longer
             self._runner.dispatcher = dispatcher
-            self._runner.record_graphs()
+            self._runner.record_graphs(len(spec.placement.workers))
         self._prepared[spec.epoch] = _EpochState(spec=spec, rank=rank, exchange=exchange, dispatcher=dispatcher)
 
     def _join(self, spec: EpochSpec, rank: int) -> Exchange:
@@ -182,6 +182,8 @@ class DataPlane:
         self._experts.serve(state.spec.placement, dealt=state.dispatcher.deals)
         self._cores.share(state.spec.placement, state.rank, state.exchange)
         self._prepared.clear()
+        if previous is not None:
+            state.dispatcher.follow(previous.dispatcher)
         self._runner.dispatcher = state.dispatcher
         if previous is not None and previous.exchange is not state.exchange:
             previous.exchange.close()

@@ -20,6 +20,7 @@ from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.model.exchange.dealing import loose_experts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native.experts import ExpertUnavailable
+from elastic_moe.model.staging import beside_steps
 from elastic_moe.model.tiers.disk import default_directory
 from elastic_moe.model.tiers.rates import HostRates
 from elastic_moe.model.tiers.tiers import Tiers
@@ -208,9 +209,15 @@ class HeldExperts:
         """Read experts, given as (layer, expert), from the disk and hold them beside the placement's experts."""
         self.tidy(wait=True)
         if self.tiers is None:
-            for layer, expert, tensors in self._source.read(pairs, self._device):
-                self._store.put(layer, expert, tensors)
-            return
+            reading = self._source.read(pairs, self._device)
+            while True:
+                with beside_steps(self._device) as hand_over:
+                    found = next(reading, None)
+                    if found is None:
+                        return
+                    layer, expert, tensors = found
+                    here = {name: hand_over(tensor) for name, tensor in tensors.items()}
+                self._store.put(layer, expert, here)
         for layer, expert in sorted(set(pairs)):
             if expert not in self._store.held(layer):
                 self._store.put(layer, expert, self.tiers.read(layer, expert))

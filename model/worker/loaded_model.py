@@ -111,9 +111,13 @@ def load_model(spec: WorkerSpec, note: Callable[[float], None]) -> LoadedModel:
         num_window_blocks=0 if room.windows is None else room.windows.blocks,
     )
     if device.type == "cuda" and not spec.enforce_eager:
-        refusal = runner.use_graphs(max_num_seqs=spec.max_num_seqs, max_model_len=spec.model.max_model_len)
+        refusal = runner.use_graphs(
+            max_num_seqs=spec.max_num_seqs,
+            max_model_len=spec.model.max_model_len,
+            max_tokens=spec.max_num_batched_tokens,
+        )
         if refusal is not None:
-            log.info("decode steps are not launched as CUDA graphs: %s", refusal)
+            log.info("steps are not launched as CUDA graphs: %s", refusal)
     states = None
     if room.states is not None:
         states = StateStore(fitted.states, room.states, steps_in_flight=spec.steps_in_flight, device=device)

@@ -6,7 +6,9 @@ Legend: T tokens of the step, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,13 @@ from elastic_moe.model.exchange.dispatch import Dispatcher
 from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
+from elastic_moe.model.graph_pieces import CudaRecorder, Recorder
+from elastic_moe.model.graphs.decode_graphs import DecodeGraphs, GraphStep
+from elastic_moe.model.graphs.recordings import Launch, RecordingFailed
+from elastic_moe.model.graphs.token_graphs import Body, TokenGraphs, TokenStep
 from elastic_moe.model.staging import to_device
 from elastic_moe.model.states.packed import StateBatch, states_of
-from elastic_moe.model.trunk.graphs import DecodeGraphs, GraphStep, RecordingFailed
+from elastic_moe.model.transformers_private import is_indexer
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead
 from elastic_moe.model.trunk.rotation import depends_on_length, rotate_by_length
@@ -49,7 +55,8 @@ class ModelRunner:
         self._head = OutputHead(trunk)
         self._input_ids = torch.empty(0)
         """[1, T] of the last step."""
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: list[DecodeGraphs | TokenGraphs] = []
+        """The first that serves a step runs it. If none does, its kernels are launched one by one."""
         self._empty_T1: Tensor | None = None
         """[T, 1] whether a token stands for no sequence, in a step that is being recorded."""
 
@@ -67,7 +74,7 @@ class ModelRunner:
         num_window_blocks: int = 0,
     ) -> KVCache:
         """Make the KV cache. `block_size` must be the one that the trunk was fitted for. `windows` as in KVCache."""
-        self._graphs = None
+        self._graphs = []
         self._cache = KVCache(
             self.kv_shapes,
             num_blocks=num_blocks,
@@ -80,51 +87,96 @@ class ModelRunner:
         )
         return self._cache
 
-    def use_graphs(self, *, max_num_seqs: int, max_model_len: int) -> str | None:
-        """Launch decode steps as CUDA graphs from now on, if that is possible. Otherwise returns the reason why not.
+    def use_graphs(
+        self, *, max_num_seqs: int, max_model_len: int, max_tokens: int, recorder: Recorder | None = None
+    ) -> str | None:
+        """Launch steps as CUDA graphs from now on, if that is possible. Otherwise returns the reason why not.
 
-        Call it after `allocate`.
+        Call it after `allocate`. `max_tokens`: the most that a step has. `recorder`: None records on the device.
         """
-        cache = self._cache
+        cache, recorder = self._cache, recorder or CudaRecorder()
         assert cache is not None
-        if not self._attention.kernels:
-            return "single tokens have no kernel for attention"
         if self._keeps_states:
             return "layers with a state per sequence move it by the CPU"
         if depends_on_length(self._trunk):
             return "rotary embeddings depend on the lengths of sequences"
-        self._graphs = DecodeGraphs(
-            self._record, cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len, device=self._device
+        if any(is_indexer(module) for module in self._trunk.modules()):
+            return "an indexer chooses the keys of each step"
+        singles = self._attention.kernels
+        if singles:
+            self._graphs.append(
+                DecodeGraphs(
+                    self._record,
+                    cache,
+                    recorder=recorder,
+                    max_num_seqs=max_num_seqs,
+                    max_model_len=max_model_len,
+                    device=self._device,
+                )
+            )
+        self._graphs.append(
+            TokenGraphs(
+                self._record_body,
+                self._head_of,
+                cache,
+                recorder=recorder,
+                decodes_too=not singles,
+                max_tokens=max_tokens,
+                device=self._device,
+            )
         )
         return None
 
     @torch.inference_mode()
-    def record_graphs(self) -> None:
+    def record_graphs(self, num_workers: int) -> None:
         """Record the graphs of all sizes with the present dispatcher and experts. Without this, the first step of each
         size is longer."""
-        memory = None if self.dispatcher is None else self.dispatcher.graph_memory
-        if self._graphs is not None and memory is not None:
-            try:
-                self._graphs.record_all(memory)
-            except RecordingFailed as error:
-                self._drop_graphs(error)
+        assert self.dispatcher is not None
+        terms = self.dispatcher.graph_terms([1] * num_workers)
+        if terms is None:
+            return
+        try:
+            for graphs in self._graphs:
+                graphs.record_all(terms.memory)
+        except RecordingFailed as error:
+            self._drop_graphs(error)
 
     def _drop_graphs(self, error: RecordingFailed) -> None:
-        log.warning("decode steps are not launched as CUDA graphs: %s", error)
-        self._graphs = None
+        log.warning("steps are not launched as CUDA graphs: %s", error)
+        self._graphs = []
 
     def _record(self, step: GraphStep) -> tuple[Tensor, Tensor]:
+        rows = step.input_ids.shape[1]
+        with step_context(step.batch), self._recording(step.keys_B[:, None] == 0, keep=False) as choices:
+            logits = self._logits(step.input_ids, step.position_ids, torch.arange(rows, device=self._device))
+        return logits, torch.cat(choices.noted)
+
+    def _record_body(self, step: TokenStep) -> Body:
+        # logits are computed after the graphs, of the tokens that want them
+        nothing = torch.empty(0, dtype=torch.int64, device=self._device)
+        with self._recording(step.empty_T1, keep=True) as choices:
+            self._logits(step.input_ids, step.position_ids, nothing)
+        return Body(output=self._head.output, choices_LTK=torch.cat(choices.noted))
+
+    @contextmanager
+    def _recording(self, empty_T1: Tensor, *, keep: bool) -> Iterator[RecordedChoices]:
         assert self.dispatcher is not None
         choices = RecordedChoices()
-        self._head.keep(False)
-        self.dispatcher.begin([step.input_ids.shape[1]], choices)
-        self._empty_T1 = step.keys_B[:, None] == 0
+        self._head.keep(keep)
+        self.dispatcher.begin_recording(len(empty_T1), choices)
+        self._empty_T1 = empty_T1
         try:
-            with step_context(step.batch), states_of(None):
-                kept = torch.arange(step.input_ids.shape[1], device=self._device)
-                return self._logits(step.input_ids, step.position_ids, kept), torch.cat(choices.noted)
+            with states_of(None):
+                yield choices
         finally:
             self._empty_T1 = None
+
+    def _head_of(self, output: Any, slices: Sequence[SequenceSlice], input_ids: Tensor) -> Tensor:
+        self._head.output, self._input_ids = output, input_ids
+        kept = np.array(_last_rows(slices), dtype=np.int64)
+        if not len(kept):
+            return torch.empty(0, self.vocabulary, device=self._device)
+        return self._head.logits(to_device([kept], self._device)[0], input_ids)
 
     @torch.inference_mode()
     def run(
@@ -146,27 +198,36 @@ class ModelRunner:
         assert self.dispatcher is not None
         assert self._cache is not None
         assert states is not None or not (self._keeps_states and slices)
+        # a recording begins a step of its own
+        launch = self._find_graph(slices, tokens_per_rank, keep=keep)
         self._head.keep(keep)
         self.dispatcher.begin(tokens_per_rank, counter)
+        if launch is not None:
+            logits, choices = launch()
+            self.dispatcher.note(choices)
+            return logits
         if not slices:
             self.dispatcher.idle(self.layer_shapes, self._device)
             return torch.empty(0, 0, device=self._device)
-        if self._graphs is not None and not keep and (memory := self.dispatcher.graph_memory) is not None:
-            found = None
-            try:
-                found = self._graphs.run(slices, memory)
-            except RecordingFailed as error:
-                self._drop_graphs(error)
-            # a graph may just have been recorded, which is a step too
-            self.dispatcher.begin(tokens_per_rank, counter)
-            if found is not None:
-                logits, choices = found
-                self.dispatcher.note(choices)
-                return logits
         batch = StepBatch.build(slices, self._cache, self._device)
         batch.dispatcher = self.dispatcher
         with step_context(batch), states_of(states):
             return self._forward(slices)
+
+    def _find_graph(
+        self, slices: Sequence[SequenceSlice], tokens_per_rank: Sequence[int], *, keep: bool
+    ) -> Launch | None:
+        assert self.dispatcher is not None
+        terms = self.dispatcher.graph_terms(tokens_per_rank) if self._graphs else None
+        if terms is None or not any(tokens_per_rank):
+            return None
+        try:
+            # logits of any token may be asked for after a step that is kept
+            found = (graphs.find(slices, terms) for graphs in self._graphs if not keep or graphs.keeps)
+            return next((launch for launch in found if launch is not None), None)
+        except RecordingFailed as error:
+            self._drop_graphs(error)
+            return None
 
     @torch.inference_mode()
     def logits(self, begin: int, end: int) -> Tensor:
@@ -177,14 +238,8 @@ class ModelRunner:
     def _forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         tokens = [token for piece in slices for token in piece.token_ids]
         positions = [p for piece in slices for p in range(piece.start, piece.end)]
-        keep: list[int] = []
-        at = 0
-        for piece in slices:
-            at += len(piece.token_ids)
-            if piece.wants_logits:
-                keep.append(at - 1)
         lengths = [max(piece.prompt_length, p + 1) for piece in slices for p in range(piece.start, piece.end)]
-        arrays = [np.array(numbers, dtype=np.int64) for numbers in ([tokens], [positions], lengths, keep)]
+        arrays = [np.array(numbers, dtype=np.int64) for numbers in ([tokens], [positions], lengths, _last_rows(slices))]
         input_ids, position_ids, self._lengths_T[0], kept = to_device(arrays, self._device)
         self._input_ids = input_ids
         return self._logits(input_ids, position_ids, kept)
@@ -209,3 +264,9 @@ class ModelRunner:
             index = index.masked_fill(self._empty_T1, ABSENT)
         out = self.dispatcher.forward(layer, flat, index, weight.reshape(len(flat), -1))
         return out.view(hidden.shape)
+
+
+def _last_rows(slices: Sequence[SequenceSlice]) -> list[int]:
+    """The numbers of the last tokens of the sequences that want logits, in the step."""
+    ends = accumulate(len(piece.token_ids) for piece in slices)
+    return [end - 1 for end, piece in zip(ends, slices, strict=True) if piece.wants_logits]

@@ -14,8 +14,8 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError
 
-from elastic_moe.actors.control.fleet import RayFleet
-from elastic_moe.actors.control.migrator import Migrator
+from elastic_moe.actors.coordinator.fleet import RayFleet
+from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.remote.ask import Remote, ask, in_group
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted
@@ -329,7 +329,7 @@ class PlainFleet:
     def configure(self, config: ServeConfig) -> None:
         self.config = config
 
-    def wanted(self) -> bool:
+    def wanted(self, groups: int) -> bool:
         return self.is_wanted
 
     def others(self) -> list[Remote[Any]]:

@@ -45,6 +45,13 @@ def log_everything() -> None:
     thread.join()
 
 
+def test_lines_name_the_group_beside_the_process(untouched: None, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    set_up("w0", LogSettings(file=str(file), group=2))
+    logging.getLogger("elastic_moe.x").warning("an event")
+    assert re.fullmatch(r"\S+Z WARNING w0\.2\[\d+\] elastic_moe.x: an event\n", file.read_text())
+
+
 def test_records_in_text(untouched: None, tmp_path: Path) -> None:
     file = tmp_path / "log"
     set_up("w0", LogSettings(file=str(file)))

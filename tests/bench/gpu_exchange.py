@@ -43,8 +43,8 @@ class Echo:
 
     native = False
 
-    def forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        return x_TH
+    def sums(self, layer: int, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
+        return x_RH
 
 
 def measure(place: Place) -> list[Row]:

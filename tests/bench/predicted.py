@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from elastic_moe.actors.control.planning import build_problem
+from elastic_moe.actors.coordinator.planning import build_problem
 from elastic_moe.cluster.facts.sampling import RoutingSample
 from elastic_moe.cluster.facts.tiering import cache_slots_of
 from elastic_moe.cluster.messages.epochs import ModelInfo

@@ -369,7 +369,3 @@ def shuffled(placement: Placement, rng: np.random.Generator) -> Placement:
         row[:EXPERTS] = rng.permutation(EXPERTS)
         rows.append(row)
     return Placement(num_logical_experts=EXPERTS, workers=placement.workers, physical_to_logical_map=np.array(rows))
-
-
-def epochs_of(commands: list[Command]) -> list[Epoch]:
-    return [command.spec.epoch for command in commands if isinstance(command, Commit)]

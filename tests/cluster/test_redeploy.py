@@ -5,7 +5,20 @@ import dataclasses
 import pytest
 
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.redeploy import API, LIVE, MASK, SECRETS, changes, generation_of, in_force, in_words, shown
+from elastic_moe.cluster.redeploy import (
+    API,
+    LIVE,
+    MASK,
+    SECRETS,
+    changes,
+    cluster_of,
+    generation_of,
+    group_name,
+    in_force,
+    in_words,
+    number_of,
+    shown,
+)
 
 NAMES = {field.name for field in dataclasses.fields(ServeConfig)}
 
@@ -20,6 +33,7 @@ def test_the_lists_name_settings_each_at_most_once() -> None:
     [
         ({"workers": 3, "drain_timeout": 1.0, "rebalance_interval": 0}, True),
         ({"served_model_name": "other", "api_key": "k", "model": "/elsewhere/../models/a"}, True),
+        ({"data_parallel_size": 3}, True),
         ({"dtype": "float32"}, False),
         ({"expert_dtype": "int8"}, False),
         ({"max_num_seqs": 8}, False),
@@ -32,6 +46,15 @@ def test_another_model_or_what_workers_are_made_with_needs_another_cluster(
     before = generation_of(ServeConfig(), "/models/a")
     assert (generation_of(ServeConfig(**settings), "/models/a") == before) is same  # type: ignore[arg-type]
     assert generation_of(ServeConfig(), "/models/b") != before
+
+
+def test_groups_have_names_of_their_own_and_the_first_one_that_of_its_cluster() -> None:
+    cluster = generation_of(ServeConfig(), "/models/a")
+    names = [group_name(cluster, number) for number in range(12)]
+    assert names[0] == cluster
+    assert len(set(names)) == 12
+    assert {cluster_of(name) for name in names} == {cluster}
+    assert [number_of(name) for name in names] == list(range(12))
 
 
 def test_a_setting_that_nobody_has_sorted_needs_another_cluster() -> None:

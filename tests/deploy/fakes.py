@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
@@ -118,7 +119,8 @@ def fake_scores(request: GenerateRequest, chunk: int) -> Iterator[PromptScores]:
 
 @dataclass
 class FakeBackend:
-    """Answers with the tokens of `script`, in chunks of `chunk`; an end-of-sequence token where the script ends."""
+    """Engine and coordinator in one. Answers with the tokens of `script`, in chunks of `chunk`; an end-of-sequence
+    token where the script ends."""
 
     vocab_size: int = 330
     script: Callable[[GenerateRequest], list[int]] = lambda request: list(range(65, 91))
@@ -135,13 +137,23 @@ class FakeBackend:
     scaled: list[tuple[int | None, tuple[WorkerId, ...]]] = field(default_factory=list)
     scale_ends: Phase = Phase.COMPLETED
     placed: tuple[Placement, bool | None] | None = None
-    resumed_requests: int = 0
+    resumed: int = 0
     looks: int = 0
     """How often `cluster` was called."""
     looks_per_report: int = 2
     can_wait: bool = False
     running: set[str] = field(default_factory=set)
     cancelled: set[str] = field(default_factory=set)
+
+    @property
+    def engine(self) -> FakeBackend:
+        return self
+
+    async def ask(self, question: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return await getattr(self, question.__name__)(*arguments, **named)
+
+    async def ask_within(self, timeout_s: float, question: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return await self.ask(question, *arguments, **named)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if self.refuse:
@@ -213,10 +225,20 @@ class FakeBackend:
             error=error,
         )
 
+    num_groups = 1
+
+    def group(self, number: int) -> FakeBackend:
+        if number:
+            raise RequestError(f"engine: expected 0 to 0, got {number}", param="engine")
+        return self
+
+    def group_of(self, request_id: RequestId) -> int:
+        return 0
+
     async def readiness(self) -> Readiness:
         return self.state
 
-    async def engine_status(self) -> EngineStatus:
+    async def status(self) -> EngineStatus:
         worker = WorkerId("w0")
         return EngineStatus(
             running={worker: 2},
@@ -284,34 +306,43 @@ class FakeBackend:
             )
         ]
 
-    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
-        if planner not in ("auto", "greedy"):
-            raise UserError(f"planner: expected one of auto, greedy, got {planner!r}")
+    async def preview(self, planner: str) -> RebalancePreview:
+        self._check_planner(planner)
+        return RebalancePreview(
+            planner=planner,
+            worthwhile=True,
+            reason="saves more than it costs",
+            load_imbalance_before=1.5,
+            load_imbalance_after=1.1,
+            cost_before=0.02,
+            cost_after=0.01,
+            moves=3,
+            misses_before=2.0,
+            misses_after=1.5,
+            fetch_bytes_before=200.0,
+            fetch_bytes_after=150.0,
+            bytes=300,
+            solver_status="optimal",
+            gap=0.0,
+            seconds=0.1,
+        )
+
+    async def rebalance(self, planner: str) -> Operation:
+        self._check_planner(planner)
         if self.running_operation:
             raise ConflictError(f"operation {self.running_operation} is under way")
-        if dry_run:
-            return RebalancePreview(
-                planner=planner,
-                worthwhile=True,
-                reason="saves more than it costs",
-                load_imbalance_before=1.5,
-                load_imbalance_after=1.1,
-                cost_before=0.02,
-                cost_after=0.01,
-                moves=3,
-                misses_before=2.0,
-                misses_after=1.5,
-                fetch_bytes_before=200.0,
-                fetch_bytes_after=150.0,
-                bytes=300,
-                solver_status="optimal",
-                gap=0.0,
-                seconds=0.1,
-            )
         return await self._operation("op-1")
 
+    def _check_planner(self, planner: str) -> None:
+        if planner not in ("auto", "greedy"):
+            raise UserError(f"planner: expected one of auto, greedy, got {planner!r}")
+
     async def scale(
-        self, workers: int | None, retire: tuple[WorkerId, ...], operation_id: str | None, replace: bool
+        self,
+        workers: int | None = None,
+        retire: tuple[WorkerId, ...] = (),
+        operation_id: str | None = None,
+        replace: bool = False,
     ) -> Operation:
         if workers is not None and not 1 <= workers <= 4:
             raise PlacementError(f"workers: expected 1 to 4, got {workers}")
@@ -364,7 +395,7 @@ class FakeBackend:
 
     async def _engine(self) -> EngineStatus | None:
         try:
-            return await self.engine_status()
+            return await self.status()
         except NotReadyError:
             return None
 

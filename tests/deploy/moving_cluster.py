@@ -67,7 +67,7 @@ class MovingCluster(FakeBackend):
             for row, counts in zip(table, load, strict=True):
                 hot = np.argsort(-counts)
                 parts = np.split(row, self.size)
-                free = [[int(e) for e in hot if e not in part][: self.spare] for part in parts]
+                free = [hot[np.isin(hot, part, invert=True)][: self.spare] for part in parts]
                 rows.append(np.concatenate([np.concatenate([p, f]) for p, f in zip(parts, free, strict=True)]))
             table = np.array(rows)
             workers = [replace(worker, slots=slots + self.spare) for worker in workers]
@@ -93,7 +93,7 @@ class MovingCluster(FakeBackend):
         info = await super().model_info()
         return replace(info, num_layers=self.layers, num_logical_experts=self.experts)
 
-    async def engine_status(self) -> EngineStatus:
+    async def status(self) -> EngineStatus:
         self.tokens += 180 + 40 * (self.tokens % 3)
         names = [worker.id for worker in self.current.workers]
         return EngineStatus(
@@ -139,10 +139,11 @@ class MovingCluster(FakeBackend):
             for rank, worker in enumerate(self.current.workers)
         ]
 
-    async def rebalance(self, planner: str, dry_run: bool) -> Operation | RebalancePreview:
-        outcome = await super().rebalance(planner, dry_run)
-        if isinstance(outcome, RebalancePreview):
-            return replace(outcome, placement=self.swapped())
+    async def preview(self, planner: str) -> RebalancePreview:
+        return replace(await super().preview(planner), placement=self.swapped())
+
+    async def rebalance(self, planner: str) -> Operation:
+        await super().rebalance(planner)
         return self.begin(OperationKind.REBALANCE, "requested, by auto")
 
     async def place(self, placement: Placement, pinned: bool | None) -> Operation:

@@ -4,6 +4,7 @@ application: everything but Ray."""
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import threading
 import time
@@ -70,6 +71,7 @@ def proxied(
     *,
     settings: dict[str, Any] | None = None,
     header_timeout_s: float = 10,
+    client_timeout_s: float | None = None,
     unbounded: tuple[str, ...] | None = None,
     **how: Any,
 ) -> Iterator[Proxied]:
@@ -81,6 +83,9 @@ def proxied(
         if app is not None:
             stack.enter_context(_uvicorn(app, backend_port))
         text = serves_configuration(directory, port=port, backend_port=None if app is None else backend_port, **how)
+        if client_timeout_s is not None:
+            # Serve's setting is a number of whole seconds
+            text = re.sub(r"timeout client \d+s", f"timeout client {1000 * client_timeout_s:.0f}ms", text)
         wanted = haproxy.corrections(ServeConfig(**settings or {}), directory, binary=get_haproxy_binary())
         wanted = replace(
             wanted,

@@ -1,17 +1,15 @@
-"""The page on a real server of the built-in model: talk, a re-placement, and a worker that dies meanwhile."""
+"""The page on a real server: talk, a re-placement, and a worker that dies meanwhile."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.browser import Tab, chromium, find_chromium
-from tests.e2e.conftest import READY_S, Server, kill_family, start
+from tests.e2e.conftest import READY_S, Server
 
 CHROMIUM = find_chromium()
 pytestmark = [
@@ -21,22 +19,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def builtin(tmp_path: Path) -> Iterator[Server]:
-    flags = ["--workers", "3", "--rebalance-interval", "0", "--served-model-name", "emoe-mini"]
-    server = start(flags, tmp_path / "log")
-    try:
-        server.wait("readiness", server.ready, READY_S)
-        yield server
-    finally:
-        kill_family(server)
-
-
-def test_talk_move_and_kill(builtin: Server) -> None:
+def test_talk_move_and_kill(server: Server) -> None:
     assert CHROMIUM is not None
     with chromium(CHROMIUM) as browser, browser.tab() as tab:
         tab.size(1500, 950)
-        tab.open(builtin.url)
+        tab.open(server.url)
         tab.wait("document.querySelector('#status').dataset.kind === 'ready'", 60)
         tab.wait("document.querySelector('#map canvas').height > 50")
         _talk(tab, tokens=64)
@@ -44,7 +31,7 @@ def test_talk_move_and_kill(builtin: Server) -> None:
         # the loads that were counted are seen
         tab.wait("!document.querySelector('#map-caption').innerText.includes(' 0 tokens')", 30)
         _re_place(tab)
-        _kill_under_an_answer(builtin, tab)
+        _kill_under_an_answer(server, tab)
         assert tab.messages == []
 
 

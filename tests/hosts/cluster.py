@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import sys
 import time
@@ -116,12 +115,6 @@ class HostCluster:
     def pid_of(self, server: Server, worker: str) -> int:
         """The worker's process, as its host numbers it."""
         return int(next(record["pid"] for record in server.get("/admin/workers") if record["id"] == worker))
-
-    def stop_ray(self, number: int, timeout_s: float = 60) -> int:
-        """As SIGTERM of `ray start --block` does. Returns its exit code."""
-        process = self.rays.pop(number)
-        process.send_signal(signal.SIGTERM)
-        return process.wait(timeout_s)
 
     def kill_raylet(self, number: int) -> None:
         """kill -9 of the host's raylet, with which its workers end. `join` makes the host a node again."""

@@ -33,7 +33,11 @@ from tests.model.packing import CASES, pack_checkpoint
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.model.sampling.test_sampling import state
 from tests.model.test_parity import COMPARED, NEW_TOKENS, greedy, prompts
-from tests.model.two_planes import seconds_until_a_lost_worker_is_noticed, tokens_across_replacements
+from tests.model.two_planes import (
+    logits_of_two,
+    seconds_until_a_lost_worker_is_noticed,
+    tokens_across_replacements,
+)
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not GPUS, reason="no CUDA GPU, or a torch without CUDA")
@@ -169,7 +173,7 @@ def test_bfloat16_is_as_near_as_transformers_is(family: str, tmp_path_factory: p
     runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
     assert runner._cache is not None
     assert runner._cache.path.varlen is not None, "FlashAttention was not found"
-    assert runner._graphs is not None
+    assert runner._graphs
     g = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 512, (n,), generator=g).tolist() for n in range(9, 128, 7)]
     exact, rounded = reference(torch.float32), reference(torch.bfloat16)
@@ -187,18 +191,28 @@ def test_bfloat16_is_as_near_as_transformers_is(family: str, tmp_path_factory: p
 @hopper
 def test_a_graph_runs_as_the_kernels_one_by_one_also_with_rows_to_spare_and_other_experts(checkpoint: Path) -> None:
     def made(eager: bool) -> Lockstep:
-        return Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16, enforce_eager=eager)
+        return Lockstep(
+            checkpoint,
+            [8],
+            dtype="bfloat16",
+            device="cuda",
+            block_size=16,
+            max_num_batched_tokens=512,
+            enforce_eager=eager,
+        )
 
     graphs, eager = made(False), made(True)
-    assert eager.workers_runner()._graphs is None
+    assert not eager.workers_runner()._graphs
     g = torch.Generator().manual_seed(0)
     for turn, number in enumerate((4, 3, 1, 6, 7)):
         texts = [torch.randint(3, 512, (5 + 9 * n,), generator=g).tolist() for n in range(number)]
         if turn == 3:
             for cluster in (graphs, eager):
                 cluster._flip(replaced(cluster, cluster.shuffled(3)))
-        got, want = (step_logits(cluster.workers_runner(), texts, -1).float() for cluster in (graphs, eager))
-        torch.testing.assert_close(got, want, rtol=0.05, atol=0.15)
+        # decodes and prompts after them, prompts in two chunks, prompts and decodes after them
+        for cut in (1, 3, -1):
+            got, want = (step_logits(cluster.workers_runner(), texts, cut).float() for cluster in (graphs, eager))
+            torch.testing.assert_close(got, want, rtol=0.05, atol=0.15)
 
 
 def replaced(cluster: Lockstep, table: list[list[int]]) -> Placement:
@@ -350,6 +364,17 @@ def test_greedy_tokens_of_two_processes_that_share_a_gpu(tmp_path_factory: pytes
     path = tiny_checkpoint("gpt_oss", tmp_path_factory)
     text = prompts(path)[3]
     assert tokens_across_replacements(path, "cuda", text, NEW_TOKENS) == greedy(path, tuple(text))
+
+
+@hopper
+def test_two_processes_that_share_a_gpu_launch_graphs_between_their_exchanges(checkpoint: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 512, (12,), generator=g).tolist() for _ in range(5)]
+    options = {"dtype": "bfloat16", "block_size": 16, "max_num_batched_tokens": 64}
+    got, replayed = logits_of_two(checkpoint, "cuda", texts, **options)
+    want, _ = logits_of_two(checkpoint, "cuda", texts, **options, enforce_eager=True)
+    assert replayed
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.15)
 
 
 def test_a_worker_that_shares_a_gpu_is_killed_within_a_step(tmp_path_factory: pytest.TempPathFactory) -> None:

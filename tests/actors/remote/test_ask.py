@@ -54,7 +54,7 @@ def files_with(text: str, *folders: str) -> set[str]:
 
 def test_only_one_file_calls_through_handles() -> None:
     """fleet.py and start.py make actors and tasks."""
-    makers = {"actors/control/fleet.py", "actors/control/start.py"}
+    makers = {"actors/coordinator/fleet.py", "actors/coordinator/start.py"}
     assert files_with(".remote(", "actors", "deploy") == {"actors/remote/ask.py"} | makers
 
 

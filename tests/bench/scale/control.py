@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, PhaseCounts, RoutingCounts

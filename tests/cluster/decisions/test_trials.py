@@ -76,4 +76,3 @@ def test_a_restarted_clock_begins_trials_again() -> None:
     assert trials.is_due(65.0)
     trials.clear()
     assert not trials.is_due(65.0)
-

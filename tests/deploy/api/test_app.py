@@ -697,10 +697,10 @@ def test_metrics_show_dead_workers_while_there_is_no_engine(model_dir: Path) -> 
     class Losing(FakeBackend):
         lost = False
 
-        async def engine_status(self) -> EngineStatus:
+        async def status(self) -> EngineStatus:
             if self.lost:
                 raise NotReadyError("there is no engine at the moment")
-            return await super().engine_status()
+            return await super().status()
 
         async def workers(self) -> list[WorkerView]:
             state = WorkerState.DEAD if self.lost else WorkerState.SERVING

@@ -209,10 +209,10 @@ def test_a_cluster_that_cannot_answer_is_no_end_of_the_stream(model_dir: Path) -
     class Lost(MovingCluster):
         lost = False
 
-        async def engine_status(self) -> EngineStatus:
+        async def status(self) -> EngineStatus:
             if self.lost:
                 raise NotReadyError("there is no engine at the moment")
-            return await super().engine_status()
+            return await super().status()
 
     backend = Lost()
 

@@ -143,6 +143,8 @@ class Coordinator(Actor):
         super().__init__()
         self.current = engine
         self.hangs = False
+        self.reason: str | None = None
+        """Why the workers cannot serve, although there is an engine."""
         self.stalls = False
         """The whole process stands still for 0.15 s, once, while an answer is under way."""
 
@@ -175,6 +177,8 @@ class Coordinator(Actor):
             time.sleep(0.15)
             for _ in range(4):
                 await asyncio.sleep(0)
+        if self.reason is not None:
+            return Readiness(ready=False, reason=self.reason)
         return Readiness(ready=self.current is not None, reason="serving")
 
 

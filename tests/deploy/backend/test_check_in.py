@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from elastic_moe.actors.control.coordinator import Coordinator
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.messages.requests import GenerateRequest, TokenOutput

@@ -59,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def begin(new: FakeCoordinator, clusters: FakeClusters, config: ServeConfig) -> asyncio.Task[bool]:
-    taking = hand_over.take_over(config, NEW, Remote(clusters.handles[NEW]), new.readiness, clusters)
+    taking = hand_over.take_over(config, NEW, [Remote(clusters.handles[NEW])], new.readiness, clusters)
     return asyncio.get_running_loop().create_task(taking)
 
 
@@ -86,6 +86,31 @@ def test_it_waits_while_the_old_cluster_serves_and_no_longer(end: str) -> None:
         async with asyncio.timeout(5):
             assert await taking is (end != "ready"), "whether requests are to wait"
         assert clusters.withdrawn == []
+
+    asyncio.run(story())
+
+
+def test_all_groups_take_the_settings_over_and_those_too_many_hear_of_it() -> None:
+    async def story() -> None:
+        first, second, third = (FakeCoordinator(LOADS) for _ in range(3))
+        old = FakeCoordinator(FAILED)
+        clusters = FakeClusters(**{"old": old, "new": first, "new.1": second, "new.2": third})
+        config = ServeConfig(data_parallel_size=2)
+        own = [Remote[Any](clusters.handles[Generation(name)]) for name in ("new", "new.1")]
+        async with asyncio.timeout(5):
+            assert not await hand_over.take_over(config, NEW, own, first.readiness, clusters)
+        assert [group.configured for group in (first, second, third, old)] == [[config]] * 3 + [[]]
+
+    asyncio.run(story())
+
+
+def test_another_group_of_its_own_that_serves_is_no_cluster_to_wait_for() -> None:
+    async def story() -> None:
+        first, second = FakeCoordinator(LOADS), FakeCoordinator(READY)
+        clusters = FakeClusters(**{"new": first, "new.1": second})
+        own = [Remote[Any](handle) for handle in clusters.handles.values()]
+        async with asyncio.timeout(5):
+            assert not await hand_over.take_over(ServeConfig(), NEW, own, first.readiness, clusters)
 
     asyncio.run(story())
 

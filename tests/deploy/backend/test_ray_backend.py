@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 
+from elastic_moe.actors.coordinator.coordinator import Coordinator as Questions
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams
@@ -29,7 +30,7 @@ def request(name: str = "r1") -> GenerateRequest:
 
 async def collect(backend: RayBackend, name: str = "r1") -> list[int]:
     tokens: list[int] = []
-    async for output in backend.generate(request(name)):
+    async for output in backend.engine.generate(request(name)):
         assert output.offset == len(tokens)
         tokens += output.token_ids
     return tokens
@@ -44,7 +45,7 @@ def run(
     async def work() -> None:
         engine = Engine()
         coordinator = Coordinator(engine)
-        backend = RayBackend(Remote(coordinator), plan_deadline_s=1, recovery_timeout_s=recovery_timeout_s, gcs=gcs)
+        backend = RayBackend(Remote(coordinator), recovery_timeout_s=recovery_timeout_s, gcs=gcs)
         backend.begin()
         try:
             async with asyncio.timeout(20):
@@ -72,7 +73,7 @@ def test_several_requests() -> None:
         release(engine, 200)
         answers = await asyncio.gather(*(collect(backend, f"r{n}") for n in range(5)))
         assert answers == [EXPECTED] * 5
-        assert backend.resumed_requests == 0
+        assert backend.engine.resumed == 0
 
     run(scenario)
 
@@ -91,7 +92,7 @@ def test_a_lost_engine_costs_no_token(made: int) -> None:
         release(successor, 100)
         assert await asyncio.gather(*answers) == [EXPECTED] * 2
         assert {len(r.output_token_ids) for r in successor.submitted} == {made}
-        assert backend.resumed_requests == 2
+        assert backend.engine.resumed == 2
 
     run(scenario)
 
@@ -127,7 +128,7 @@ def test_a_request_waits_for_an_engine() -> None:
 
 def test_a_request_whose_client_does_not_come_back_ends() -> None:
     async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
-        outputs = backend.generate(request())
+        outputs = backend.engine.generate(request())
         first = asyncio.ensure_future(anext(outputs))
         await until(lambda: bool(engine.running))
         release(engine, 1)
@@ -168,7 +169,7 @@ def test_unread_outputs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_client, "UNREAD_EVERY", 1)
 
     async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
-        slow = backend.generate(request("slow"))
+        slow = backend.engine.generate(request("slow"))
         first = asyncio.ensure_future(anext(slow))
         quick = asyncio.create_task(collect(backend, "quick"))
         await until(lambda: len(engine.running) == 2)
@@ -228,7 +229,7 @@ def test_lost_outputs_are_made_again() -> None:
 
 def test_refusals_reach_the_client() -> None:
     async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
-        await until(lambda: backend._client.engine is not None)
+        await until(lambda: backend.engine.current is not None)
         engine.refuses = True
         with pytest.raises(RequestError) as refused:
             await collect(backend)
@@ -240,7 +241,7 @@ def test_refusals_reach_the_client() -> None:
 def test_closing_aborts() -> None:
     async def scenario(backend: RayBackend, _: Coordinator, engine: Engine) -> None:
         await asyncio.sleep(0.02)
-        outputs = backend.generate(request())
+        outputs = backend.engine.generate(request())
         first = asyncio.ensure_future(anext(outputs))
         await until(lambda: bool(engine.running))
         release(engine, 1)
@@ -271,11 +272,11 @@ def test_a_coordinator_that_hangs_is_ended_once(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_coordinator_that_is_away() -> None:
     async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
-        assert await backend.operations() == []
+        assert await backend.ask(Questions.operations) == []
         await until(lambda: backend._readiness.ready)
         coordinator.dead.set()
         with pytest.raises(NotReadyError):
-            await backend.operations()
+            await backend.ask(Questions.operations)
         # requests need the engine alone
         await asyncio.sleep(0.05)
         assert (await backend.readiness()).ready
@@ -292,7 +293,7 @@ def test_requests_end_with_an_error_when_the_gcs_is_lost(monkeypatch: pytest.Mon
     watch = GcsWatch("127.0.0.1:1", 0.05)
 
     async def scenario(backend: RayBackend, coordinator: Coordinator, engine: Engine) -> None:
-        outputs = backend.generate(request())
+        outputs = backend.engine.generate(request())
         first = asyncio.ensure_future(anext(outputs))
         await until(lambda: bool(engine.running))
         release(engine, 1)

@@ -23,7 +23,9 @@ from elastic_moe.deploy.launch.haproxy_config import UnknownConfiguration, corre
 from elastic_moe.deploy.launch.local_ray import free_port
 from tests.deploy.proxied import Proxied, proxied, serves_configuration
 
-PAUSE_S = 2.0
+TIMEOUT_S = 0.5
+"""Of a client, instead of a minute."""
+PAUSE_S = 2 * TIMEOUT_S
 
 
 class Recorder:
@@ -72,14 +74,12 @@ def app() -> Recorder:
 
 @pytest.fixture(scope="module")
 def server(app: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
-    """With a client's time-out of one second, instead of a minute."""
-    with proxied(
-        tmp_path_factory.mktemp("haproxy"), app, header_timeout_s=1, timeout_client_s=1, maxconn=600
-    ) as running:
+    directory = tmp_path_factory.mktemp("haproxy")
+    with proxied(directory, app, header_timeout_s=TIMEOUT_S, client_timeout_s=TIMEOUT_S, maxconn=600) as running:
         yield running
 
 
-def exchange(server: Proxied, sent: bytes, wait_s: float = 1.5) -> bytes:
+def exchange(server: Proxied, sent: bytes, wait_s: float = 3 * TIMEOUT_S) -> bytes:
     """Everything that is answered until the server closes the connection or says no more."""
     received = b""
     with (

@@ -18,7 +18,6 @@ from elastic_moe.deploy.page.feed import (
     MAX_MOVES,
     State,
     Totals,
-    apply,
     change,
     load_rows,
     marks,
@@ -32,6 +31,17 @@ from tests.deploy.moving_cluster import MovingCluster
 VALUES = st.one_of(st.integers(), st.text(max_size=3), st.booleans(), st.lists(st.integers(), max_size=3))
 SECTIONS = st.dictionaries(st.text(max_size=2), VALUES, min_size=1, max_size=4)
 STATES = st.dictionaries(st.sampled_from(["workers", "map", "load"]), SECTIONS, max_size=3)
+
+
+def apply(state: State, changes: State) -> State:
+    """The state after `changes`, as the page computes it."""
+    result = {name: dict(section) for name, section in state.items()}
+    for name, keys in changes.items():
+        section = result.setdefault(name, {})
+        section |= {key: value for key, value in keys.items() if value is not None}
+        for key in [key for key, value in keys.items() if value is None]:
+            section.pop(key, None)
+    return {name: section for name, section in result.items() if section}
 
 
 @given(STATES, STATES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from transformers.utils.chat_parsing import parse_response
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.deploy.parsing.events import CallArguments, CallBegin, CallEnd, Event, TextKind, TextPiece
 from elastic_moe.deploy.parsing.formats import AnswerForm, chosen_form, families, family_called, loaded
-from elastic_moe.deploy.parsing.parser import AnswerParser, all_events, begun_answer
+from elastic_moe.deploy.parsing.parser import AnswerParser, begun_answer
 from elastic_moe.deploy.parsing.regions import Regions
 from tests.deploy.parsing.written import FAMILIES, Call, Written
 
@@ -51,6 +51,13 @@ ARGUMENTS = st.fixed_dictionaries(
     },
 )
 CALLS = st.one_of(st.tuples(st.just("get_weather"), ARGUMENTS), st.tuples(st.just("stop"), st.just({})))
+
+
+def all_events(parser: AnswerParser, pieces: Iterable[str]) -> Iterator[Event]:
+    """The events of a whole text in pieces."""
+    for text in pieces:
+        yield from parser.push(text)
+    yield from parser.end()
 
 
 def form_of(name: str) -> AnswerForm:

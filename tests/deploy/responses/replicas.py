@@ -16,6 +16,7 @@ from elastic_moe.actors.remote.key_value import LocalKeyValue
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
+from elastic_moe.deploy.backend.groups import Groups
 from elastic_moe.deploy.backend.ray_backend import RayBackend
 from tests.deploy.backend.standins import ENGINES, Coordinator, Engine, until
 
@@ -28,7 +29,7 @@ class LetterEngine(Engine):
 
 @dataclass(slots=True)
 class Replica:
-    backend: RayBackend
+    backend: Groups
     service: Service
     client: httpx.AsyncClient
     watching: asyncio.Task[None]
@@ -37,7 +38,8 @@ class Replica:
         """As a death does: its connections end, and nothing is tidied up."""
         self.watching.cancel()
         self.service.following._background.cancel()
-        self.backend._background.cancel()
+        self.backend._watch.cancel()
+        self.backend.group(0)._background.cancel()
         await asyncio.sleep(0)
 
     async def create(self, **body: Any) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Scene:
     replicas: list[Replica]
 
     async def add(self) -> Replica:
-        backend = RayBackend(Remote(self.coordinator), plan_deadline_s=1, recovery_timeout_s=600)
+        backend = Groups(1, self._group)
         service = Service(ServeConfig(**self.settings), backend, str(self.model_dir), values=self.values)
         await service.begin()
         backend.begin()
@@ -84,8 +86,11 @@ class Scene:
         watching = asyncio.create_task(service.following.watch())
         replica = Replica(backend=backend, service=service, client=client, watching=watching)
         self.replicas.append(replica)
-        await until(lambda: backend._client.engine is not None and backend.can_wait)
+        await until(lambda: backend.group(0).engine.current is not None and backend.can_wait)
         return replica
+
+    def _group(self, number: int, lost: Callable[[], None]) -> RayBackend:
+        return RayBackend(Remote(self.coordinator), recovery_timeout_s=600, number=number, lost=lost)
 
     def new_engine(self) -> LetterEngine:
         self.engine.kill()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from elastic_moe.model.checkpoints.loading import Progress, expert_modules, iter
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.stored import StoredTensor
 from tests.model.families import FAMILIES, HYBRIDS, MORE_FAMILIES, tiny_checkpoint
+from tests.model.processes import processes
 from tests.model.random_checkpoint import make_random_checkpoint
-from tests.paths import ROOT
 
 CPU = torch.device("cpu")
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -266,35 +267,29 @@ def test_nothing_is_printed(tmp_path_factory: pytest.TempPathFactory, capfd: pyt
     assert logging.is_progress_bar_enabled()
 
 
-PEAK = """
-import json, sys, torch
-from pathlib import Path
-from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-from elastic_moe.model.checkpoints.loading import iter_experts, load_trunk
+def status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
 
-torch.set_num_threads(1)
-path, dtype, share = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
-small, cpu = sys.argv[4], torch.device("cpu")
-options = dict(dtype=dtype, device=cpu)
-
-def load(path):
+def load_share(path: str, dtype: torch.dtype, share: int) -> int:
+    """Load the trunk and every `share`-th expert. Returns their bytes."""
+    options: Any = {"dtype": dtype, "device": torch.device("cpu")}
     checkpoint = open_checkpoint(path)
     trunk = load_trunk(checkpoint, **options, attn_implementation="eager", experts_implementation="eager")
     info = checkpoint.info
-    mine = [(l, e) for l in range(info.num_layers) for e in range(0, info.num_logical_experts, share)]
-    return trunk, list(iter_experts(checkpoint, mine, **options))
+    mine = [(layer, e) for layer in range(info.num_layers) for e in range(0, info.num_logical_experts, share)]
+    experts = list(iter_experts(checkpoint, mine, **options))
+    return sum(p.nbytes for p in trunk.parameters()) + sum(t.nbytes for _, _, ts in experts for t in ts.values())
 
-load(small)  # what the first load of anything imports is not weights
-before = status("VmRSS")
-trunk, experts = load(path)
-kept = sum(p.nbytes for p in trunk.parameters()) + sum(t.nbytes for _, _, ts in experts for t in ts.values())
-print(json.dumps({"kept": kept, "peak": status("VmHWM") - before}))
-"""
+
+def measure_peak(answer: Connection, small: str, big: str, dtype: torch.dtype, share: int) -> None:
+    """Send the bytes that are kept, and the most that were in memory beyond those from before."""
+    torch.set_num_threads(1)
+    load_share(small, dtype, share)  # what the first load of anything imports is not weights
+    before = status_bytes("VmRSS")
+    kept = load_share(big, dtype, share)
+    answer.send((kept, status_bytes("VmHWM") - before))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -309,13 +304,13 @@ def test_peak_memory(family: str, dtype: str, share: int, tmp_path_factory: pyte
         sizes = {"hidden": 512, "layers": 6, "experts": 16, "ff": 768, "vocab": 8192}
         make_random_checkpoint(big, family, **sizes, dtype="bfloat16")
     small = tiny_checkpoint(family, tmp_path_factory)
-    result = subprocess.run(
-        [sys.executable, "-c", PEAK, str(big), dtype, str(share), str(small)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    numbers = json.loads(result.stdout)
-    assert numbers["kept"] > 100e6
-    assert numbers["peak"] < 1.3 * numbers["kept"], numbers
+    context = processes()
+    ours, theirs = context.Pipe(duplex=False)
+    arguments = (theirs, str(small), str(big), getattr(torch, dtype), share)
+    process = context.Process(target=measure_peak, args=arguments)
+    process.start()
+    theirs.close()
+    kept, peak = ours.recv()
+    process.join()
+    assert kept > 100e6
+    assert peak < 1.3 * kept

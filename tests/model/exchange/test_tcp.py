@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.rates import measure
 from elastic_moe.model.exchange.tcp import TcpTransport
 from tests.model.groups import join_by_tcp, run_group
+from tests.model.processes import processes
 
 
 def test_abort_wakes_a_rank_that_waits_for_a_silent_peer() -> None:
@@ -88,7 +88,7 @@ def _peer(inbox: Any, outbox: Any) -> None:
 
 
 def test_a_killed_peer_wakes_the_others_at_once() -> None:
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     inbox, outbox = context.Queue(), context.Queue()
     peer = context.Process(target=_peer, args=(inbox, outbox))
     peer.start()

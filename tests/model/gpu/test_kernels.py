@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.model.native.attention import Rules
+from elastic_moe.model.rms_norm import RmsNorm
 from elastic_moe.model.trunk import flash
 from elastic_moe.model.trunk.attention_path import KVShape
 
@@ -41,7 +42,7 @@ def test_norm(shape: tuple[int, ...], rounds: bool) -> None:
     x, weight = draw(*shape) * 3, draw(shape[-1], seed=1, dtype=torch.float32)
     wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
     want = ((wide.bfloat16().float() if rounds else wide) * weight).bfloat16()
-    got = rows.GpuNorm(weight=weight, epsilon=1e-6, rounds=rounds)(x)
+    got = rows.GpuNorm(formula=RmsNorm(weight=weight, epsilon=1e-6, rounds=rounds))(x)
     torch.testing.assert_close(got, want, rtol=ROUNDING, atol=1e-6)
 
 

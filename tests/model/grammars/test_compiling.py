@@ -23,7 +23,6 @@ PERSON = {
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
     "required": ["name", "age"],
 }
-MANY_OBJECTS = [{"type": "object", "properties": {f"p{n}": {}}} for n in range(700)]
 NUMBER = {"type": "json_schema", "json_schema": {"type": "integer"}}
 OLD_TAGS = {
     "structures": [

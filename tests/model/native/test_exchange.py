@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing
 import os
 import signal
 import threading
@@ -32,6 +31,7 @@ from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.segments import DIRECTORY
 from tests.model.exchange.test_dispatch import placements
 from tests.model.groups import ToyExperts, run_group, toy_store, workers
+from tests.model.processes import processes
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, TOP_K = 2, 6, 72, 40, 3
 SHAPE = LayerShape(hidden=HIDDEN, top_k=TOP_K, dtype=torch.bfloat16)
@@ -232,13 +232,13 @@ def test_a_peer_that_dies_or_hangs_in_the_middle_frees_the_others(
     lib: ctypes.CDLL, number: signal.Signals, aborted: bool
 ) -> None:
     group = f"emoe-test-{uuid.uuid4().hex[:8]}"
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     ours, theirs = context.Pipe(duplex=False)
     peer = context.Process(target=_peer, args=(group, theirs))
     peer.start()
     try:
         assert ours.recv()
-        mine = exchange(lib, group, 0, 2, timeout_s=60.0 if aborted else 5.0)
+        mine = exchange(lib, group, 0, 2, timeout_s=60.0 if aborted else 2.0)
         mine.begin([2, 3])
         assert peer.pid is not None
         after(0.2, lambda: os.kill(peer.pid or 0, number))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.lockstep import Lockstep
+from tests.model.test_parity import reference
 
 LENGTHS = (30, 1, 17, 9, 4, 23, 2)
 
@@ -23,6 +25,8 @@ def texts(vocabulary: int) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (n,), generator=g).tolist() for n in LENGTHS]
 
 
+# the tests of a family follow one another where several processes share them
+@lru_cache(maxsize=1)
 def runner_of(path: Path) -> ModelRunner:
     return Lockstep(path, [8], dtype="bfloat16", block_size=16, max_num_batched_tokens=128).workers_runner()
 
@@ -36,11 +40,15 @@ def logits(runner: ModelRunner, parts: list[tuple[int, list[int], int, int]], ot
     return runner.run(slices, [sum(len(s.token_ids) for s in slices), *[0] * others]).float()
 
 
-def reference(path: Path, dtype: torch.dtype) -> list[torch.Tensor]:
+def rounded(path: Path) -> PreTrainedModel:
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-        ).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
+        )
+    return model.eval()
+
+
+def answers(model: PreTrainedModel) -> list[torch.Tensor]:
     with torch.no_grad():
         return [model(torch.tensor([text])).logits[0, -1].float() for text in texts(model.config.vocab_size)]
 
@@ -50,8 +58,8 @@ def test_as_near_to_the_truth_as_transformers(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tiny_checkpoint(family, tmp_path_factory)
-    truth = torch.stack(reference(path, torch.float32))
-    theirs = torch.stack(reference(path, torch.bfloat16))
+    truth = torch.stack(answers(reference(path)))
+    theirs = torch.stack(answers(rounded(path)))
     runner = runner_of(path)
     parts = [(2 * i, text, 0, len(text)) for i, text in enumerate(texts(truth.shape[1]))]
     ours = logits(runner, parts)

@@ -50,10 +50,12 @@ def test_the_eigenvalue_bound_is_met_by_cliques() -> None:
 
 
 @pytest.mark.parametrize("semantics", Semantics)
-@pytest.mark.parametrize("shape", [*SHAPES[:1], *SHAPES[3:6], pytest.param(SHAPES[8], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [SHAPES[0], SHAPES[3], *(pytest.param(SHAPES[n], marks=pytest.mark.slow) for n in (4, 5, 8))]
+)
 def test_the_ilp_proves_the_brute_force_optimum(shape: dict[str, Any], semantics: Semantics) -> None:
     problem = tiny(5, semantics=semantics, **shape)
-    result = plan(problem, planner="ilp", deadline_s=15, clock=time.process_time)
+    result = plan(problem, planner="ilp", deadline_s=60, clock=time.process_time)
     assert result.cost.total_s == pytest.approx(optimum(problem), rel=1e-6)
     assert result.status is SolutionStatus.OPTIMAL
     assert result.gap < 1e-6

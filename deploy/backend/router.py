@@ -1,0 +1,163 @@
+"""Gives requests to the engines of several groups, and has them go on in another group if theirs is lost.
+
+    generate() -> routing.choose() -> the client of a group's engine -> (the group is lost) -> the client of another one
+
+A request moves with the tokens that it has, as it goes on with the next engine of one group (engine_client.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from elastic_moe.actors.remote.background import Background
+from elastic_moe.cluster.errors import NotReadyError
+from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
+from elastic_moe.deploy.backend.ray_backend import RayBackend
+from elastic_moe.deploy.backend.request_stream import RequestStream
+from elastic_moe.deploy.backend.routing import GroupState, KnownPrefixes, by_name, choose, chunk_keys
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.25
+"""Seconds between two looks for groups that are lost, if no engine says so by its end."""
+LOAD_S = 1.0
+"""Seconds between two questions to each engine about the requests of all replicas."""
+
+
+@dataclass(slots=True)
+class _Load:
+    """What an engine has said last."""
+
+    others: int = 0
+    """Requests of other API replicas."""
+    workers: int = 1
+
+
+class Router:
+    """On one event loop."""
+
+    def __init__(self, groups: Sequence[RayBackend], changed: asyncio.Event) -> None:
+        """`changed` is set when a group has lost its engine."""
+        self._groups = groups
+        self._changed = changed
+        self._loads = [_Load() for _ in groups]
+        self._prefixes = KnownPrefixes(len(groups))
+        self._background = Background(_has_failed)
+
+    def begin(self) -> None:
+        for work in (self._watch(), *map(self._watch_load, range(len(self._groups)))):
+            self._background.start(work)
+
+    async def end(self) -> None:
+        self._background.cancel()
+        await self._background.settle()
+
+    # --- Requests -----------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        stream = RequestStream(request)
+        self._groups[self._place(stream)].engine.take(stream)
+        ended = False
+        try:
+            await self._groups[stream.group].engine.submit(stream)
+            while not ended:
+                output = await stream.next()
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            # by now it may be another group than at the beginning
+            self._groups[stream.group].engine.give_up(stream, ended=ended)
+            self._learn(stream)
+
+    def _place(self, stream: RequestStream) -> int:
+        """The group for a request. While no group serves, the one that served last."""
+        states = self.states()
+        request = stream.request
+        if request.lasting:
+            best = by_name(states, request.request_id).value
+        else:
+            known = self._prefixes.known(chunk_keys(request.prompt_token_ids, request.cache_salt))
+            best = choose(states, known).value
+        if best is None:
+            return max(range(len(self._groups)), key=lambda number: self._groups[number].served_at)
+        stream.group = best
+        self._learn(stream)
+        return best
+
+    def _learn(self, stream: RequestStream) -> None:
+        """The group of this request has its tokens so far in its prefix caches, or will have them soon."""
+        tokens = (*stream.request.prompt_token_ids, *stream.received)
+        self._prefixes.learn(chunk_keys(tokens, stream.request.cache_salt), stream.group)
+
+    def states(self) -> list[GroupState]:
+        """What is known here of each group now."""
+        return [
+            GroupState(serves=group.serves, requests=len(group.engine) + load.others, workers=load.workers)
+            for group, load in zip(self._groups, self._loads, strict=True)
+        ]
+
+    def cancel(self, request_id: RequestId) -> None:
+        next((g for g in self._groups if request_id in g.engine), self._groups[0]).engine.cancel(request_id)
+
+    async def orphans(self, request_ids: Sequence[RequestId]) -> tuple[RequestId, ...]:
+        """Those that no group has under a replica that lives. A group without an engine has none."""
+        asked = [group for group in self._groups if group.engine.current is not None]
+        answers = await asyncio.gather(*(group.engine.orphans(request_ids) for group in asked))
+        return tuple(name for name in request_ids if answers and all(name in answer for answer in answers))
+
+    def forget(self, request_id: RequestId) -> None:
+        for group in self._groups:
+            group.engine.forget(request_id)
+
+    def group_of(self, request_id: RequestId) -> int:
+        return next((number for number, group in enumerate(self._groups) if request_id in group.engine), 0)
+
+    @property
+    def resumed(self) -> int:
+        return sum(group.engine.resumed for group in self._groups)
+
+    # --- Groups that are lost -----------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Move requests away from groups that are lost. Never returns."""
+        lost: set[int] = set()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._changed.wait()
+            self._changed.clear()
+            before, lost = lost, {n for n, group in enumerate(self._groups) if group.is_lost(time.monotonic())}
+            for number in lost - before:
+                self._prefixes.forget(number)
+            for number in lost:
+                self._move_requests(number)
+
+    def _move_requests(self, lost: int) -> None:
+        """Have the requests of a lost group go on in others, if one serves."""
+        streams = self._groups[lost].engine.streams
+        if not streams or not any(state.serves for state in self.states()):
+            return
+        logger.warning("group %d is lost: %d requests go on in other groups", lost, len(streams))
+        for stream in streams:
+            self._groups[lost].engine.give_up(stream, ended=False)
+            self._groups[self._place(stream)].engine.take_over(stream)
+
+    async def _watch_load(self, number: int) -> None:
+        """Ask a group's engine for the requests of all replicas, again and again. Never returns."""
+        group = self._groups[number]
+        while True:
+            with contextlib.suppress(NotReadyError):
+                status = await group.engine.status()
+                total = sum(status.running.values()) + status.waiting
+                others = max(0, total - len(group.engine))
+                self._loads[number] = _Load(others=others, workers=len(status.running) or 1)
+            await asyncio.sleep(LOAD_S)
+
+
+def _has_failed(error: BaseException) -> None:
+    logger.error("a task of the API has failed", exc_info=error)

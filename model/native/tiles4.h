@@ -1,0 +1,140 @@
+// Products of rows in 16 bits (wide.h) with weights of 4 bits by the matrix unit (tiles.h).
+//
+// A row's number is taken apart into a multiple of 128 and a rest below 128. Both are numbers in bfloat16, and so are the
+// weights without their scales. A sum of 32 products stays below 2^24 (32 x 15 x 2^14), so float32 sums of bfloat16 products
+// are exact here, in any order. So both parts are added up in one tile, and the sums have the bits that vector.h's
+// instructions give: either may be used for any number of rows.
+#pragma once
+
+#include "tiles8.h"
+
+#ifdef EMOE_TILES
+
+namespace emoe {
+
+constexpr int64_t kFewTiles4 = 8; // rows up to which vector.h's instructions are faster
+
+// A group of a panel in bfloat16, with the scales of its parts.
+struct WideFloats {
+    alignas(64) bf16 values[kGroup / 2][kPanel][2];
+    alignas(64) float scales[kGroup / kFine][kPanel];
+    int64_t parts;
+};
+
+// Bytes of 16 rows: for each 32 steps of K, a tile of the multiples of 128 and one of the rests.
+inline int64_t float_block_bytes(int64_t depth) { return (depth + kFine - 1) / kFine * 2 * kTileSize; }
+
+inline __m512i exact_bf16(__m512i values) { // of 32 integers of 16 bits that have at most 8 significant ones
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(values)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(values, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// Takes rows apart. The parts lie in `memory`: one block after the other, each of 16 rows.
+inline void take_apart4(std::vector<Row8>& rows, int64_t depth, std::vector<char>& memory) {
+    const __m512i rest = _mm512_set1_epi16(127);
+    const int64_t count = rows.size(), steps = (depth + kFine - 1) / kFine, size = float_block_bytes(depth);
+    const int64_t needed = (count + kTileRows - 1) / kTileRows * size + kTileBytes;
+    if (int64_t(memory.size()) < needed) memory.resize(needed);
+    char* blocks = (char*)((uintptr_t(memory.data()) + kTileBytes - 1) / kTileBytes * kTileBytes);
+    for (int64_t r = 0; r < count; ++r) {
+        char* block = blocks + r / kTileRows * size;
+        char* to = block + r % kTileRows * kTileBytes;
+        for (int64_t k = 0; k < steps; ++k, to += 2 * kTileSize) {
+            const __m512i values = _mm512_loadu_si512(rows[r].values + k * kFine);
+            _mm512_storeu_si512(to, exact_bf16(_mm512_andnot_si512(rest, values)));
+            _mm512_storeu_si512(to + kTileSize, exact_bf16(_mm512_and_si512(rest, values)));
+        }
+        rows[r].bytes = block;
+    }
+}
+
+// The exact sums of one part, for 32 rows and 32 columns: of 16 columns each, those of the first 16 rows and then of the rest.
+using FoundFloats = float[4][kTileRows][16];
+
+// Multiplies 32 rows, whose blocks are given, by 32 columns of one part.
+inline void find_floats(const char* first, const char* second, const bf16* columns, FoundFloats& found) {
+    constexpr int64_t kLine = kPanel * 4, kFound = 64;
+    written();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(6, columns, kLine);
+    _tile_loadd(4, first, kTileBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, columns + 32, kLine);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, first + kTileSize, kTileBytes);
+    _tile_dpbf16ps(0, 5, 6);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_loadd(4, second, kTileBytes);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 4, 7);
+    _tile_loadd(5, second + kTileSize, kTileBytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_stored(0, found[0], kFound);
+    _tile_stored(1, found[1], kFound);
+    _tile_stored(2, found[2], kFound);
+    _tile_stored(3, found[3], kFound);
+    written();
+}
+
+// Adds the sums of one part times their scales to `totals`, from which the last part goes on to `sums`.
+template <bool FIRST, bool LAST>
+void add_floats(int64_t count, const Row8* rows, int64_t group, const float* scales, const FoundFloats& found,
+                float (*totals)[32], float* sums) {
+    const Register scale[2] = {load_sum(scales), load_sum(scales + 16)};
+    for (int64_t r = 0; r < count; ++r)
+        for (int c = 0; c < 2; ++c) {
+            const Register sum = load_sum(found[r / kTileRows * 2 + c][r % kTileRows]);
+            const Register total = FIRST ? times(sum, scale[c]) : times_plus(sum, scale[c], load_sum(totals[r] + c * 16));
+            if (LAST) add_group(sums + r * kPanel + c * 16, total, rows[r].scales[group], group > 0);
+            else store_sum(totals[r] + c * 16, total);
+        }
+}
+
+// Multiplies rows that were taken apart by a group of a panel. The tiles are configured. While the unit multiplies one part
+// of 32 rows by 32 columns, the sums of the part before are used.
+inline void multiply_all_floats(int64_t count, const Row8* rows, int64_t depth, int64_t group, const WideFloats& wide,
+                                float* sums) {
+    alignas(64) FoundFloats found[2];
+    alignas(64) float totals[2 * kTileRows][32]; // of the parts so far, for one block of rows and columns
+    struct Unit {
+        int64_t at, first, part;
+    };
+    const auto add = [&](const Unit& unit, const FoundFloats& sums_of_part) {
+        const float* scales = wide.scales[unit.part] + unit.first;
+        float* to = sums + unit.at * kPanel + unit.first;
+        const int64_t here = std::min(2 * kTileRows, count - unit.at);
+        const bool last = unit.part + 1 == wide.parts;
+        const auto run = unit.part == 0 ? (last ? add_floats<true, true> : add_floats<true, false>)
+                                        : (last ? add_floats<false, true> : add_floats<false, false>);
+        run(here, rows + unit.at, group, scales, sums_of_part, totals, to);
+    };
+    Unit before{-1, 0, 0};
+    int now = 0;
+    for (int64_t at = 0; at < count; at += 2 * kTileRows) {
+        const char* block = rows[at].bytes + group * kGroup / kFine * 2 * kTileSize;
+        // where there is no second block, the first stands in
+        const char* second = at + kTileRows < count ? block + float_block_bytes(depth) : block;
+        for (int64_t first = 0; first < kPanel; first += 32)
+            for (int64_t part = 0; part < wide.parts; ++part, now ^= 1) {
+                const int64_t step = part * 2 * kTileSize;
+                if (first == 32) // the next rows come from L2
+                    for (int64_t line = 0; line < 2 * kTileSize; line += 64) {
+                        _mm_prefetch(second + float_block_bytes(depth) + step + line, _MM_HINT_T0);
+                        _mm_prefetch(second + 2 * float_block_bytes(depth) + step + line, _MM_HINT_T0);
+                    }
+                find_floats(block + step, second + step, wide.values[part * kFine / 2][first], found[now]);
+                if (before.at >= 0) add(before, found[now ^ 1]);
+                before = {at, first, part};
+            }
+    }
+    add(before, found[now ^ 1]);
+}
+
+} // namespace emoe
+
+#endif
