@@ -8,6 +8,7 @@ the curve gain most.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,7 +170,9 @@ def _relief(problem: PlacementProblem, budget: Budget) -> FrontierPoint:
     the search no time to get as far."""
     assert problem.current is not None
     assert problem.move_budget is not None
-    table, _ = relieved(problem, problem.current.physical_to_logical_map, problem.move_budget // 2, budget)
+    # whatever the deadline
+    unhurried = dataclasses.replace(budget, ends=math.inf)
+    table, _ = relieved(problem, problem.current.physical_to_logical_map, problem.move_budget // 2, unhurried)
     return _point(problem, table)
 
 
