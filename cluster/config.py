@@ -127,7 +127,7 @@ class ServeConfig:
         None, "bytes of KV cache on each worker; if not given, they are computed from the free memory", at_least=1
     )
     enforce_eager: bool = setting(
-        False, "launch the kernels of a GPU's decode steps one by one, instead of whole steps as CUDA graphs"
+        False, "launch the kernels of a GPU's steps one by one, instead of as CUDA graphs that were recorded before"
     )
     enable_prefix_caching: bool = setting(
         True, "reuse the KV cache of an earlier request whose prompt began with the same tokens"

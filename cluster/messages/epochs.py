@@ -128,7 +128,7 @@ class WorkerSpec:
     steps_in_flight: int = STEPS_IN_FLIGHT
     """Most steps that are sent and not committed."""
     enforce_eager: bool = False
-    """Whether the CPU launches each kernel of a decode step, also where a CUDA graph could do so."""
+    """Whether the CPU launches each kernel of a step, also where CUDA graphs could do so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ from elastic_moe.cluster.messages.epochs import EpochSpec
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.model.exchange.dealing import Memory, word_bytes
 from elastic_moe.model.exchange.device_joining import join_on_device
-from elastic_moe.model.exchange.dispatch import Dispatcher, LayerShape, TransportDispatcher, row_bytes
+from elastic_moe.model.exchange.dispatch import TransportDispatcher, row_bytes
+from elastic_moe.model.exchange.dispatcher import Dispatcher, LayerShape
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
 from elastic_moe.model.exchange.rates import measure

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.model.exchange.counter import Notes
-from elastic_moe.model.exchange.dispatch import Dispatcher, route_table
+from elastic_moe.model.exchange.dispatcher import Dispatcher, route_table
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native.exchange import NativeExchange
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from elastic_moe.model.exchange.dispatch import LayerShape
+from elastic_moe.model.exchange.dispatcher import LayerShape
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.trunk.attention_path import KVShape
 from elastic_moe.model.trunk.step_batch import ShapeProbe, step_context

@@ -30,7 +30,7 @@ from elastic_moe.cluster.messages.requests import Endpoint, RequestId
 from elastic_moe.cluster.messages.steps import ScoredPrompt, StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.model.exchange.counter import RoutingCounter
-from elastic_moe.model.exchange.dispatch import Dispatcher
+from elastic_moe.model.exchange.dispatcher import Dispatcher
 from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispatcher
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.tcp import TcpTransport

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.model.exchange.counter import Notes, RecordedChoices
-from elastic_moe.model.exchange.dispatch import Dispatcher
+from elastic_moe.model.exchange.dispatcher import Dispatcher
 from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
-from elastic_moe.model.exchange.dispatch import LayerShape
+from elastic_moe.model.exchange.dispatcher import LayerShape
 from elastic_moe.model.exchange.join import join_exchange, make_dispatcher
 from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.cpu import CpuExperts

@@ -18,7 +18,7 @@ import numpy as np
 
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.deploy.launch.builtin import trace_path
-from elastic_moe.model.exchange.dispatch import held_table, route_table
+from elastic_moe.model.exchange.dispatcher import held_table, route_table
 from elastic_moe.optimizer.buffering.replicas import READ_TOKENS, ReplicaChoice
 from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace

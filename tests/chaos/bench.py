@@ -172,13 +172,14 @@ class Bench:
 
 def wait_for_spare(server: Server) -> None:
     """The process that will be the next worker: it takes some seconds, more while cores are busy, and not to be there
-    makes every recovery longer that needs another worker."""
+    makes every recovery longer that needs another worker. On GPUs there is none."""
 
     def stands_by() -> bool:
         try:
-            return any(w["state"] == "standby" for w in server.get("/admin/workers"))
+            workers = server.get("/admin/workers")
         except httpx.HTTPError:
             return False
+        return any(w["state"] == "standby" or w["device"] not in (None, "cpu") for w in workers)
 
     server.wait("a spare process", stands_by, 2 * WHOLE_S)
 

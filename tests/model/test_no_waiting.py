@@ -18,7 +18,8 @@ import elastic_moe.model.staging
 from elastic_moe.cluster.placement import Placement, contiguous
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
-from elastic_moe.model.exchange.dispatch import Dispatcher, TransportDispatcher
+from elastic_moe.model.exchange.dispatch import TransportDispatcher
+from elastic_moe.model.exchange.dispatcher import Dispatcher
 from elastic_moe.model.exchange.transports import LocalTransport
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.experts.tiered_stacks import TieredStacks

@@ -215,8 +215,7 @@ def test_a_forced_plan_that_makes_steps_longer_is_undone(tmp_path: Path) -> None
             await ready(coordinator)
             await asyncio.sleep(0.1)
             for planner in ("greedy", "contiguous"):
-                operation = await coordinator.rebalance(planner, False)
-                assert isinstance(operation, Operation)
+                operation = await coordinator.rebalance(planner)
                 await ended(coordinator, operation.operation_id)
                 if planner == "greedy":
                     good = (await coordinator.placement()).placement

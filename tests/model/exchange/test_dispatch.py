@@ -14,7 +14,8 @@ from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.placement import EMPTY, Placement, contiguous
 from elastic_moe.model.exchange.counter import RoutingCounter
-from elastic_moe.model.exchange.dispatch import LayerShape, TransportDispatcher, route_table, row_bytes
+from elastic_moe.model.exchange.dispatch import TransportDispatcher, row_bytes
+from elastic_moe.model.exchange.dispatcher import LayerShape, route_table
 from elastic_moe.model.exchange.transports import LocalTransport
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.store import ExpertStore

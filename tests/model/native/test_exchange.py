@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.placement import Placement, contiguous
-from elastic_moe.model.exchange.dispatch import LayerShape, route_table
+from elastic_moe.model.exchange.dispatcher import LayerShape, route_table
 from elastic_moe.model.exchange.join import join_exchange, make_dispatcher
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
