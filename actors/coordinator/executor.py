@@ -219,11 +219,7 @@ class Executor:
         """
         processes, spec = self._processes, command.spec
         workers, infos = processes.workers_of(spec), dict(command.infos)
-        if processes.engine_started:
-            call = ask(engine, Engine.change_epoch, spec, workers, infos)
-        else:
-            call = ask(engine, Engine.start, self._model, spec, workers, infos)
-        processes.engine_started = True
+        call = ask(engine, Engine.change_epoch, self._model, spec, workers, infos)
         timeout_s = liveness.COMMIT_STEPS * self._config.step_timeout + liveness.COMMIT_MARGIN_S
         return await within(call, timeout_s)
 

@@ -34,8 +34,6 @@ class Processes:
         self.doors: dict[WorkerId, Endpoint] = {}
         """Where each loaded worker takes steps, for as long as its process lives."""
         self.engine: Remote[Engine] | None = None
-        self.engine_started = False
-        """Whether the engine has been asked to begin its first epoch."""
         self.engine_serves = False
         """Whether the engine has begun an epoch. Before that, a late answer does not mean that it hangs."""
         self.migrator: Remote[Migrator] | None = None
@@ -58,7 +56,7 @@ class Processes:
                 self.doors[record.id] = record.info.endpoint
         self.migrator = self._fleet.find_migrator()
         self.engine = self._fleet.find_engine()
-        self.engine_started = self.engine_serves = True
+        self.engine_serves = True
         if self.engine is None:
             events.append(EngineLost(reason="its process died"))
         return events
@@ -117,7 +115,7 @@ class Processes:
     def ensure_engine(self) -> Remote[Engine]:
         if self.engine is None:
             self.engine = self._fleet.start_engine()
-            self.engine_started = self.engine_serves = False
+            self.engine_serves = False
         return self.engine
 
     def drop_engine(self, engine: Remote[Engine], reason: str) -> EngineLost | None:

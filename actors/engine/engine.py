@@ -66,10 +66,21 @@ class Engine:
 
     # --- Called by the coordinator ------------------------------------------------------------------------------
 
-    async def start(
+    async def change_epoch(
         self, model: ModelInfo, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, WorkerInfo]
     ) -> int:
-        """Begin to serve with the first epoch. Raises StepAborted, naming the workers that did not commit."""
+        """Flip to a prepared epoch at the next step boundary. The first one begins the serving of `model`: whether an
+        epoch is the first is known here alone, since a coordinator may be another one than that which made this actor.
+
+        Returns how many requests had to leave their worker. Raises StepAborted naming the workers that failed.
+        """
+        loop = self._loop or await self._start(model, infos)
+        self._workers = {**self._workers, **workers}
+        moved = await loop.change_epoch(spec, infos)
+        self._workers = workers
+        return moved
+
+    async def _start(self, model: ModelInfo, infos: dict[WorkerId, WorkerInfo]) -> StepLoop:
         config = self._config
         scheduler = self._scheduler = Scheduler(
             {},
@@ -98,18 +109,7 @@ class Engine:
         for task in self._tasks:
             task.add_done_callback(_die_of)
         self._endpoint = await clients.listen(node_address(config.interface))
-        return await self.change_epoch(spec, workers, infos)
-
-    async def change_epoch(self, spec: EpochSpec, workers: Workers, infos: dict[WorkerId, WorkerInfo]) -> int:
-        """Flip to a prepared epoch at the next step boundary. Returns how many requests had to leave their worker.
-
-        Raises StepAborted naming the workers that failed.
-        """
-        assert self._loop is not None
-        self._workers = {**self._workers, **workers}
-        moved = await self._loop.change_epoch(spec, infos)
-        self._workers = workers
-        return moved
+        return loop
 
     async def reach(self, endpoints: dict[WorkerId, Endpoint]) -> None:
         """Try to connect to these workers, before an epoch begins that could not serve without them.

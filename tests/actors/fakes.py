@@ -176,14 +176,10 @@ class FakeEngine:
 
     def __init__(self, config: ServeConfig, coordinator: Any) -> None:
         self._epoch = Epoch(0)
-        self._started = False
 
-    async def start(self, model: ModelInfo, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any) -> int:
-        assert not self._started
-        self._started = True
-        return await self.change_epoch(spec, workers, infos)
-
-    async def change_epoch(self, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any) -> int:
+    async def change_epoch(
+        self, model: ModelInfo, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any
+    ) -> int:
         members = [worker.id for worker in spec.placement.workers]
         assert set(members) <= set(workers)
         calls = (wrap(ask(workers[worker], FakeWorker.commit, spec.epoch)) for worker in members)

@@ -16,12 +16,14 @@ import pytest
 from elastic_moe.actors.engine import step_deadline, step_loop
 from elastic_moe.actors.engine import worker_links as group
 from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.actors.engine.engine import Engine, _die_of
 from elastic_moe.actors.engine.step_loop import StepLoop
 from elastic_moe.actors.remote.codec import Message
 from elastic_moe.actors.remote.links import Link, connect
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.actors.worker.step_server import StepServer
-from elastic_moe.cluster.errors import StepAborted
+from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import NotReadyError, StepAborted
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, WorkerInfo
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
@@ -37,6 +39,7 @@ from elastic_moe.cluster.messages.requests import (
 )
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
+from tests.actors.fakes import MODEL
 from tests.actors.simulated_worker import EOS, SimulatedWorker, alone
 
 BLOCKS = 40
@@ -523,3 +526,33 @@ def test_a_replica_that_reconnects_gets_every_output() -> None:
         assert old.closed
 
     run(["a"], scenario)
+
+
+def test_an_engine_begins_to_serve_with_the_first_epoch_that_it_is_told_of() -> None:
+    """A coordinator that dies before the first epoch of an engine that it has made leaves it to its successor."""
+
+    async def scenario() -> None:
+        cluster = Cluster("a")
+        engine = Engine(ServeConfig(), None)  # type: ignore[arg-type]
+        with pytest.raises(NotReadyError):
+            await engine.endpoint()
+        for _ in range(2):
+            cluster.epoch = Epoch(cluster.epoch + 1)
+            [worker] = cluster.workers.values()
+            worker.prepared[cluster.epoch] = (0, Lockstep(1))
+            placement = contiguous(1, 4, (Worker(id=worker.id, node="n", slots=4),))
+            spec = EpochSpec(epoch=cluster.epoch, placement=placement, group="g", transport="shm", rendezvous="")
+            assert await engine.change_epoch(MODEL, spec, {}, {worker.id: worker.info}) == 0
+            assert worker.epoch == cluster.epoch
+        assert (await engine.endpoint()).port
+        for task in engine._tasks:
+            task.remove_done_callback(_die_of)
+            task.cancel()
+        assert engine._clients is not None
+        engine._clients.close()
+        await engine.lose(worker.id)
+        worker.server.close()
+        # what is closed ends at the loop's next turn
+        await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())

@@ -72,10 +72,12 @@ class BigWorker(FakeWorker):
 class TimedEngine(FakeEngine):
     flip_s = 0.0
 
-    async def change_epoch(self, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any) -> int:
+    async def change_epoch(
+        self, model: ModelInfo, spec: EpochSpec, workers: dict[WorkerId, Remote[Any]], infos: Any
+    ) -> int:
         begin = time.perf_counter()
         try:
-            return await super().change_epoch(spec, workers, infos)
+            return await super().change_epoch(model, spec, workers, infos)
         finally:
             self.flip_s = time.perf_counter() - begin
 
