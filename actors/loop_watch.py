@@ -23,9 +23,9 @@ BLOCKED_S = 0.250
 _WAITING = ("select", "run_forever", "run_until_complete")
 """Innermost functions of a loop that has nothing to do. Where it is late then, its process had no processor."""
 QUIET_S = 60.0
-"""Seconds in which each place is told once at most."""
+"""Seconds in which each place is reported once at most."""
 _DEPTH = 4
-"""Number of calls of a place that are told."""
+"""Number of calls in the report of a place."""
 
 
 class LoopWatch:

@@ -3,10 +3,14 @@
     emoe serve --workers 4 --rebalance-interval 0        # in another terminal
     python -m examples.change_of_subject [--figure docs/replacement.svg]
 
+    emoe serve --workers 4 --rebalance-interval 300      # the server notices the change itself
+    python -m examples.change_of_subject --by-itself --rounds 7
+
 Sends prompts to a server of the built-in model, which goes on in their style, and prints how uneven the load of its
 workers is (busiest over mean, the layers' mean) before and after each POST /admin/rebalance. Each figure is measured on
-tokens served under the placement that was in force then. `--figure` draws every worker's load, layer by layer, at each
-stage; README shows such a figure.
+tokens served under the placement that was in force then. With `--by-itself`, only the first subject's re-placements are
+asked for; then the change of subject is left to the server, and what it did is printed. `--figure` draws every worker's
+load, layer by layer, at each stage; README shows such a figure.
 """
 
 from __future__ import annotations
@@ -82,7 +86,10 @@ class Server:
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(ask, range(requests)))
         time.sleep(3)  # workers report their counts once a second
-        load = self._load() - before
+        load = self._load()
+        if (load >= before).all():
+            load -= before
+        # else the server has noticed a change of subject, and begun to count anew
         loads = load_per_worker(load, placement)
         return Stage(
             subject=subject,
@@ -94,6 +101,12 @@ class Server:
     def _load(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """[L, E] of the last five minutes: everything, as long as the whole takes less."""
         return np.array(self._call("/admin/routing")["load"])
+
+    def done(self) -> dict[str, str]:
+        """The re-placements that have completed, with their reasons."""
+        operations = self._call("/admin/operations")
+        completed = [one for one in operations if one["kind"] == "rebalance" and one["phase"] == "completed"]
+        return {one["operation_id"]: one["reason"] for one in completed}
 
     def rebalance(self) -> str:
         """Ask for a rebalance and report how it ended; /admin/operations has the details."""
@@ -111,16 +124,28 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2, help="re-placements per subject (2)")
+    parser.add_argument("--by-itself", action="store_true", help="leave the change of subject to the server")
     parser.add_argument("--figure", type=Path, help="draw the stages into this file (.svg or .png; needs matplotlib)")
     args = parser.parse_args()
     server = Server(args.url)
     stages: list[Stage] = []
+    known: dict[str, str] = {}
     for subject in PROMPTS:
+        asks = not args.by_itself or subject == next(iter(PROMPTS))
         for number in range(args.rounds + 1):
-            if number:
+            if number and asks:
                 print(f"        re-placement {server.rebalance()}", flush=True)
+            elif not asks:
+                now = server.done()
+                for operation in now.keys() - known.keys():
+                    print(f"        {operation}: {now[operation]}", flush=True)
+                known = now
+            begin = time.monotonic()
             stages.append(server.serve(subject, args.requests, args.tokens))
-            print(f"{subject:7} {stages[-1].imbalance:.2f}", flush=True)
+            took_s = f"  {time.monotonic() - begin:4.0f} s" if args.by_itself else ""
+            print(f"{subject:7} {stages[-1].imbalance:.2f}{took_s}", flush=True)
+        if asks and args.by_itself:
+            known = server.done()
     if args.figure is not None:
         draw(stages, args.figure)
 

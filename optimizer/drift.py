@@ -8,6 +8,7 @@ the curve gain most.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from elastic_moe.optimizer.core.cost import copies, held_before, price_table, sh
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
 from elastic_moe.optimizer.core.result import Termination
 from elastic_moe.optimizer.core.tiering import Tiering
+from elastic_moe.optimizer.relief import relieved
 from elastic_moe.optimizer.search.layer_prices import LayerPricer
 from elastic_moe.optimizer.search.local_search import FROM_CURRENT, JointSearch
 
@@ -152,7 +154,7 @@ def within_budget(problem: PlacementProblem, budget: Budget) -> Draft:
     assert problem.move_budget is not None
     if problem.tiering is not None:
         return _within_tiers(problem, problem.tiering, budget)
-    points = frontier(problem, budget, problem.move_budget)
+    points = [_relief(problem, budget), *frontier(problem, budget, problem.move_budget)]
     allowed = [point for point in points if point.moves <= problem.move_budget]
     best = min(allowed, key=lambda point: price_table(problem, point.table).total_s)
     return Draft(
@@ -161,6 +163,17 @@ def within_budget(problem: PlacementProblem, budget: Budget) -> Draft:
         reason=f"{best.moves} of at most {problem.move_budget} moves, the most valuable ones first",
         termination=Termination.COMPLETED,
     )
+
+
+def _relief(problem: PlacementProblem, budget: Budget) -> FrontierPoint:
+    """The swaps that take most off the busiest workers. They take milliseconds, so they count where the deadline leaves
+    the search no time to get as far."""
+    assert problem.current is not None
+    assert problem.move_budget is not None
+    # whatever the deadline
+    unhurried = dataclasses.replace(budget, ends=math.inf)
+    table, _ = relieved(problem, problem.current.physical_to_logical_map, problem.move_budget // 2, unhurried)
+    return _point(problem, table)
 
 
 def _within_tiers(problem: PlacementProblem, tiering: Tiering, budget: Budget) -> Draft:

@@ -32,7 +32,7 @@ from elastic_moe.model.exchange.transports import Transport
 from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.foreign_memory import borrowed
-from elastic_moe.model.graph_pieces import GraphTerms, padded, recording
+from elastic_moe.model.graph_pieces import SIZES, GraphTerms, padded, recording
 from elastic_moe.model.staging import to_device
 from elastic_moe.optimizer.buffering.replicas import ReplicaChoice
 
@@ -123,7 +123,9 @@ class TransportDispatcher(Dispatcher):
     def _common_rows(self, tokens_per_rank: Sequence[int]) -> int | None:
         """The rows that all workers pad their tokens to; None if each sends its tokens alone."""
         rows = padded(max(tokens_per_rank))
-        return rows if self._transport.launches and rows * self._transport.size <= self._most_dense else None
+        if not self._transport.launches or rows > SIZES[-1] or rows * self._transport.size > self._most_dense:
+            return None
+        return rows
 
     def follow(self, previous: Dispatcher) -> None:
         if isinstance(previous, TransportDispatcher) and previous._transport is self._transport:

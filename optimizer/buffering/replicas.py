@@ -4,9 +4,9 @@ Legend: E logical experts, W workers.
 
 By the placement alone, the workers that lack an expert take its replicas in turn. With the step's own counts, replicas
 are chosen so that the busiest worker has least: experts are taken in descending order of their tokens, and each goes to
-the replica whose worker has least so far (Graham 1969). An expert with more tokens than a worker's fair share is split
-by the workers that its tokens come from. The choice is a function of counts and placement, so all workers that know
-them come to the same one.
+the replica whose worker has least so far (Graham 1969), or is split by the workers that its tokens come from, if its
+busiest replica then ends sooner although it is read more than once. The choice is a function of counts and placement,
+so all workers that know them come to the same one.
 """
 
 from __future__ import annotations
@@ -44,17 +44,20 @@ class ReplicaChoice:
         cost_E = np.where(total_E > 0, total_E + READ_TOKENS, 0)
         lone_E = np.where(self._lone_E, cost_E, 0)
         busy: list[float] = np.bincount(self._owner_E, lone_E, self._size).tolist()
-        fair = float(cost_E.sum()) / self._size
         chosen = np.tile(self._owner_E, (self._size, 1))
         own = total_E[self.replicated]
         for place in np.argsort(-own, kind="stable")[: int((own > 0).sum())].tolist():
             expert = int(self.replicated[place])
             holders, cost = self._holders[expert], float(cost_E[expert])
-            if cost > fair:
-                chosen[:, expert] = self._split(tokens_WE[:, expert].tolist(), holders, busy)
-                continue
             rank = min(holders, key=busy.__getitem__)
-            busy[rank] += cost
+            whole = busy[rank] + cost
+            if cost > 2 * READ_TOKENS:
+                apart = busy.copy()
+                ranks = self._split(tokens_WE[:, expert].tolist(), holders, apart)
+                if max(apart[holder] for holder in holders) < max(whole, *(busy[holder] for holder in holders)):
+                    busy, chosen[:, expert] = apart, ranks
+                    continue
+            busy[rank] = whole
             chosen[:, expert] = rank
         return chosen
 

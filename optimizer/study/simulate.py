@@ -7,6 +7,7 @@ and a new placement serves from the next interval on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +19,7 @@ from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.facts.sampling import as_choices
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import Placement, Worker, contiguous
+from elastic_moe.optimizer.core.contract import Clock
 from elastic_moe.optimizer.core.cost import moves_to, price
 from elastic_moe.optimizer.core.estimate import RUN, expected_covariance
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
@@ -64,6 +66,8 @@ class SimulationSettings:
     expert_bytes: int = 17_301_504
     horizon_steps: float = 10_000.0
     seed: int = 0
+    clock: Clock = time.monotonic
+    """Counts the deadline; one that counts the processor's time does not depend on what else the machine does."""
 
 
 class ChangeKind(StrEnum):
@@ -334,6 +338,7 @@ def _plan(
         solver=settings.solver,
         deadline_s=settings.deadline_s,
         seed=settings.seed,
+        clock=settings.clock,
     )
 
 

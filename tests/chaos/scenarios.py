@@ -140,6 +140,7 @@ FAULTS: dict[str, Scenario] = {
     "kill worker, then worker in recovery": _named(strike_twice, "worker", "worker"),
     "kill worker, then engine in recovery": _named(strike_twice, "worker", "engine"),
     "kill worker, then coordinator": _named(strike_twice, "worker", "coordinator"),
+    "kill engine, then coordinator": _named(strike_twice, "engine", "coordinator"),
     "kill worker while planning": _named(strike_while_planning, "worker"),
     "kill worker in re-placement": _named(strike_while_moving, "worker"),
     "stop worker in re-placement": _named(strike_while_moving, "worker", hang=True),

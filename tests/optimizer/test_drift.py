@@ -11,9 +11,10 @@ from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.placement import contiguous
 from elastic_moe.optimizer import Policy, decide, plan
 from elastic_moe.optimizer.core.contract import Budget
-from elastic_moe.optimizer.core.cost import copies, price
+from elastic_moe.optimizer.core.cost import copies, price, price_table
 from elastic_moe.optimizer.core.problem import PlacementProblem
 from elastic_moe.optimizer.drift import frontier
+from elastic_moe.optimizer.relief import relieved
 from elastic_moe.optimizer.study.generate import generate_trace
 from elastic_moe.optimizer.study.scenario import make_workers, problem_from_trace
 from elastic_moe.optimizer.study.simulate import SimulationSettings, simulate
@@ -49,6 +50,18 @@ def test_a_budget_of_moves_is_kept_and_used(budget: int) -> None:
     assert result.cost_before is not None
     assert result.cost.step_s <= result.cost_before.step_s
     assert budget < 5 or result.cost.step_s < result.cost_before.step_s
+
+
+def test_without_time_a_plan_within_a_budget_is_no_worse_than_the_best_few_swaps() -> None:
+    problem = dataclasses.replace(drifted(), move_budget=24)
+    assert problem.current is not None
+    table, swaps = relieved(problem, problem.current.physical_to_logical_map, 12, Budget.of(5))
+    assert swaps > 0
+    hurried = plan(problem, deadline_s=1e-4)
+    assert hurried.moves <= 24
+    assert hurried.cost.total_s <= price_table(problem, table).total_s * (1 + 1e-9)
+    assert hurried.cost_before is not None
+    assert hurried.cost.total_s < hurried.cost_before.total_s
 
 
 def test_most_of_the_gain_for_a_quarter_of_the_moves() -> None:

@@ -62,7 +62,7 @@ def test_an_expert_goes_whole_to_the_replica_whose_worker_has_least() -> None:
     assert ReplicaChoice(holds).ranks(tokens).tolist() == [[0, 1, 1], [0, 1, 1]]
 
 
-def test_an_expert_with_more_than_a_fair_share_is_split_by_where_its_tokens_come_from() -> None:
+def test_an_expert_with_many_tokens_is_split_by_where_they_come_from() -> None:
     holds = np.array([[True, False, True], [False, True, True]])
     tokens = np.array([[1, 1, 50], [1, 1, 40]])
     assert ReplicaChoice(holds).ranks(tokens)[:, 2].tolist() == [0, 1], "each worker computes its own"
