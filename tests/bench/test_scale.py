@@ -24,7 +24,6 @@ def test_the_table_of_replicas() -> None:
 
 
 def test_a_plot_of_some_sizes_alone(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     cost = EngineCost(
         workers=1,
         sequences=64,
