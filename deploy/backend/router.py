@@ -152,9 +152,11 @@ class Router:
         group = self._groups[number]
         while True:
             with contextlib.suppress(NotReadyError):
+                before = len(group.engine)
                 status = await group.engine.status()
                 total = sum(status.running.values()) + status.waiting
-                others = max(0, total - len(group.engine))
+                # those of this replica that have ended meanwhile are nobody else's
+                others = max(0, total - max(before, len(group.engine)))
                 self._loads[number] = _Load(others=others, workers=len(status.running) or 1)
             await asyncio.sleep(LOAD_S)
 
