@@ -38,7 +38,7 @@ after WAITING_FOR_RESOURCES_S in any case.
     engine           a replica to store a lasting request     KEPT_S                            its answer is forgotten
     worker           the thread of its steps, when asked      STEP_PING_S                       it says a step hangs
     migrator         a copy of one expert                     COPY_TIMEOUT_S                    the transfer has failed
-    whoever listens  the token of a new connection            TOKEN_S (worker), CONNECT_S       it hangs up
+    whoever listens  the token of a new connection            TOKEN_S                           it hangs up
     whoever connects a connection                             CONNECT_S                         it tries again later
     both ends        the other machine (TCP keep-alive)       TCP_KEEP_ALIVE: 10 + 3 x 5 s      the connection has ended
     API              a sign of life of the engine,            LIFE_S                            it looks for another
@@ -121,8 +121,8 @@ STEP_PING_S = 30.0
 COPY_TIMEOUT_S = 60.0
 """Seconds for the copy of one expert."""
 CONNECT_S = 5.0
-TOKEN_S = 2.0
-"""An engine that connects to a worker sends its token at once."""
+TOKEN_S = 5.0
+"""Seconds within which a connection must send its whole token."""
 CLIENT_S = 60.0
 KEPT_S = 600.0
 """Seconds that an engine keeps the answer of a lasting request after its end, for a replica to store it."""

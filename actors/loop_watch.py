@@ -23,9 +23,9 @@ BLOCKED_S = 0.250
 _WAITING = ("select", "run_forever", "run_until_complete")
 """Innermost functions of a loop that has nothing to do. Where it is late then, its process had no processor."""
 QUIET_S = 60.0
-"""Seconds in which each place is told once at most."""
+"""Seconds in which each place is reported once at most."""
 _DEPTH = 4
-"""Number of calls of a place that are told."""
+"""Number of calls in the report of a place."""
 
 
 class LoopWatch:
@@ -62,9 +62,7 @@ class LoopWatch:
     def _look(self) -> None:
         while not self._ended.wait(HELD_S):
             if not self._place and time.monotonic() - self._noted_at > 2 * HELD_S:
-                frame = sys._current_frames().get(self._thread)
-                waits = frame is None or frame.f_code.co_name in _WAITING
-                self._place = "" if frame is None or waits else place_of(frame)
+                self._place = _place_of_thread(self._thread)
 
     def _judge(self, late_s: float, computed_s: float, place: str, now: float) -> None:
         blocked = bool(place) and late_s >= BLOCKED_S
@@ -82,6 +80,13 @@ class LoopWatch:
             1e3 * computed_s,
             place,
         )
+
+
+def _place_of_thread(thread: int) -> str:
+    """Where it is; empty if it waits for events. A function of its own, so that the frame, and with it all that the
+    thread has in hand, is let go at once."""
+    frame = sys._current_frames().get(thread)
+    return "" if frame is None or frame.f_code.co_name in _WAITING else place_of(frame)
 
 
 def place_of(frame: FrameType) -> str:

@@ -9,7 +9,6 @@ Legend: R rows, N newest tokens.
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
@@ -70,7 +69,7 @@ class Rows:
         """[R] changes when what is in flight for the row counts no longer."""
         self.steady: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         self.recent: Column = np.zeros((0, RECENT_TOKENS), dtype=np.int32)
-        """[R, N] the newest tokens, each at its place modulo N. `flush` brings them to the request."""
+        """[R, N] the newest tokens, each at its place modulo N. Requests fetch them before they are overwritten."""
         self.requests: list[RunningRequest | None] = []
         self.names: list[RequestId] = []
         """[R] the requests' ids."""
@@ -171,15 +170,6 @@ class Rows:
         """A token has been sampled, which the request itself holds."""
         self.length[row] += 1
         self.known[row] += 1
-
-    def flush(self, row: int, tokens: array[int]) -> None:
-        """Append to `tokens`, which are the row's first ones, those that it lacks."""
-        lacking = int(self.length[row]) - len(tokens)
-        if lacking:
-            place = len(tokens) % RECENT_TOKENS
-            newest = self.recent[row].tolist()
-            tokens.extend(newest[place : place + lacking])
-            tokens.extend(newest[: max(0, place + lacking - RECENT_TOKENS)])
 
 
 def _count_off(counts: Counter[Owner], owner: Owner) -> None:

@@ -132,15 +132,18 @@ class RunningRequest:
     def tokens(self) -> array[int]:
         """Prompt, then output."""
         if self.cache is not None:
-            self.cache.rows.flush(self.row, self._tokens)
+            rows, length = self.cache.rows, self.length
+            if length > len(self._tokens):
+                self.fill(length, rows.recent[self.row].tolist())
         return self._tokens
 
-    def fill(self, newest: Sequence[int]) -> None:
-        """Append the tokens that are lacking. `newest` are all newest tokens of the row, the last one in front."""
-        place = len(self._tokens) % len(newest)
-        if place:
-            self._tokens.extend(newest[place:])
-        self._tokens.append(newest[0])
+    def fill(self, length: int, newest: Sequence[int]) -> None:
+        """Append the tokens that it lacks up to `length`. `newest` are the newest tokens of its row, each at its place
+        modulo their number."""
+        lacking, place = length - len(self._tokens), len(self._tokens) % len(newest)
+        assert lacking <= len(newest), "a token has been overwritten"
+        self._tokens.extend(newest[place : place + lacking])
+        self._tokens.extend(newest[: max(0, place + lacking - len(newest))])
 
     @property
     def length(self) -> int:

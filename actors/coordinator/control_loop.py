@@ -116,7 +116,7 @@ class ControlLoop:
         self._config = config
         self._spec = spec
         self._free_cores: Mapping[str, int] = {}
-        """What Ray last told of nodes with room."""
+        """Free cores of each node that has some, as Ray has last reported them."""
         self._looking = False
         """Whether Ray is being asked about its nodes."""
         self._fleet = fleet
@@ -183,7 +183,7 @@ class ControlLoop:
             waits = self.poller.waits(self.state.facts, time.monotonic())
             self._tell_shortage(await asyncio.to_thread(self._fleet.shortage) if waits else None)
         except RayError as error:
-            logger.info("Ray does not tell about its nodes: %s", one_line(error))
+            logger.info("Ray does not answer a question about its nodes: %s", one_line(error))
         finally:
             self._looking = False
 

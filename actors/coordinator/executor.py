@@ -263,7 +263,7 @@ async def _told(calls: Mapping[Any, Any]) -> None:
 
 
 def _has_failed(error: BaseException) -> None:
-    logger.error("workers or the engine could not be told", exc_info=error)
+    logger.error("a message to workers or to the engine could not be sent", exc_info=error)
 
 
 def describe_errors(errors: Mapping[str, BaseException]) -> str:

@@ -244,8 +244,8 @@ class Planners:
         running_requests: Callable[[], int],
         link_gbps: Callable[[], Rates],
     ) -> None:
-        """`running_requests` tells how many run now, which is how many tokens a step has if none of them is new.
-        `link_gbps` tells what was measured of the links between workers."""
+        """`running_requests` returns how many run now. A step has as many tokens if none of them is new.
+        `link_gbps` returns what was measured of the links between workers."""
         self._fleet = fleet
         self._running_requests = running_requests
         self._link_gbps = link_gbps

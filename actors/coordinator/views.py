@@ -122,7 +122,8 @@ def worker_views(
     device: str,
     waits_for: Callable[[WorkerRecord], str | None] = lambda _: None,
 ) -> list[WorkerView]:
-    """Every worker, and the standby (name and process id) if there is one. resident: experts in devices, as told."""
+    """Every worker, and the standby (name and process id) if there is one. resident: experts in devices, as
+    the workers have reported."""
     facts = state.facts
     views = [
         worker_view(facts, record, status, device, resident.get(record.id), link_gbps.get(record.id), waits_for(record))

@@ -10,7 +10,7 @@ Failed = Callable[[BaseException], None]
 
 
 class Background:
-    """Keeps each task until it ends (the event loop keeps no reference of its own) and tells of those that fail."""
+    """Keeps each task until it ends (the event loop keeps no reference of its own) and reports those that fail."""
 
     def __init__(self, failed: Failed) -> None:
         """`failed` gets what a task raised: nobody else would see it."""

@@ -93,8 +93,8 @@ def _decode(kind: int, body: bytearray | memoryview) -> Message:
     return message
 
 
-def _length(head: bytearray | memoryview) -> tuple[int, int]:
-    length, kind = _HEAD.unpack(head)
+def _length(data: bytearray, at: int = 0) -> tuple[int, int]:
+    length, kind = _HEAD.unpack_from(data, at)
     if length > MAX_BYTES:
         raise WireError(f"expected a message of at most {MAX_BYTES} bytes, got one of {length}")
     return length, kind
@@ -109,17 +109,19 @@ class Frames:
     def feed(self, data: bytes) -> list[Message]:
         """Returns the messages that are complete now. Raises WireError."""
         self._buffer += data
+        buffer, at = self._buffer, 0
         messages: list[Message] = []
-        at = 0
-        with memoryview(self._buffer) as view:
-            while len(view) - at >= _HEAD.size:
-                length, kind = _length(view[at : at + _HEAD.size])
-                begin = at + _HEAD.size
-                if len(view) < begin + length:
-                    break
-                at = begin + length
-                messages.append(_decode(kind, view[begin:at]))
-        del self._buffer[:at]
+        while len(buffer) - at >= _HEAD.size:
+            length, kind = _length(buffer, at)
+            begin = at + _HEAD.size
+            if len(buffer) < begin + length:
+                break
+            at = begin + length
+            messages.append(_decode(kind, memoryview(buffer)[begin:at]))
+        if at:
+            # a new one, since a view of the old one may live on, by which it cannot change its size: the loop watch
+            # holds the frames of this thread for a moment
+            self._buffer = buffer[at:]
         return messages
 
 

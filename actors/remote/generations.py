@@ -119,7 +119,7 @@ class StateStore:
         self._values.delete(self._part_prefix + name)
 
     def clear(self) -> None:
-        """Forget the state and its parts, whoever saved them."""
+        """Forget the state and its parts, whichever coordinator saved them."""
         self._values.delete(self._state_key)
         self._values.clear(self._part_prefix)
 

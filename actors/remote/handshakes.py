@@ -11,12 +11,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from elastic_moe.actors.liveness import TOKEN_S
 from elastic_moe.actors.remote.codec import TOKEN_BYTES, WireError, opens
 
 Connection = TypeVar("Connection", bound=Hashable)
 
-TOKEN_S = 5.0
-"""Seconds within which a connection must send its whole token."""
 MOST = 256
 """Largest number of newcomers at a time."""
 BACKLOG = 64

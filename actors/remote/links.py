@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
-from elastic_moe.actors.liveness import CONNECT_S
+from elastic_moe.actors.liveness import CONNECT_S, TOKEN_S
 from elastic_moe.actors.remote.codec import Frames, Message, WireError, encode, keep_alive
-from elastic_moe.actors.remote.handshakes import BACKLOG, TOKEN_S, Handshakes
+from elastic_moe.actors.remote.handshakes import BACKLOG, Handshakes
 from elastic_moe.cluster.errors import RequestError, StepAborted, WorkerError
 from elastic_moe.cluster.messages.requests import Adopted, Endpoint, Refused
 from elastic_moe.cluster.messages.steps import Done, Failed, StepResult

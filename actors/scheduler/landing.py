@@ -56,10 +56,13 @@ class Landing:
             rows, tokens, names = rows[plain], tokens[plain], tuple(compress(names, plain.tolist()))
         columns.land(rows, tokens)
         self.generation_tokens += len(rows)
-        # the columns have room for so many of a request's newest tokens
-        full = rows[columns.length[rows] % RECENT_TOKENS == 1]
-        for row, newest in zip(full.tolist(), columns.recent[full].tolist(), strict=True):
-            columns.at(row).fill(newest)
+        # the columns have room for so many of a request's newest tokens; rows take turns, as sequences that began in
+        # one step would all be brought in one step
+        full = rows[(columns.length[rows] + rows) % RECENT_TOKENS == 0]
+        for row, length, newest in zip(
+            full.tolist(), columns.length[full].tolist(), columns.recent[full].tolist(), strict=True
+        ):
+            columns.at(row).fill(length, newest)
         offsets = columns.length[rows] - columns.start[rows] - 1
         ends = (columns.length[rows] >= columns.limit[rows]) | self._book.stops.among(tokens)
         if ends.any():

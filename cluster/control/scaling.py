@@ -168,7 +168,7 @@ class Scaling:
             return []
         asked = f"to {target} workers"
         try:
-            # workers may have told their memory since the redeploy was checked
+            # workers may have reported their memory since the redeploy was checked
             check_memory(facts, target, ())
         except PlacementError as error:
             refused = self._operations.open(OperationKind.SCALE, facts.next_epoch, f"redeployed {asked}", asked=asked)

@@ -41,7 +41,7 @@ class WorkerRecord:
     """[L, E] experts that may lie in its device besides, since the outcome of a flip is not known. They take memory."""
     asked_at: float
     perhaps_serves: BoolArray | None = None
-    """[L, E] experts, in whichever tier, that it may have been told to serve by such a flip; None: not besides."""
+    """[L, E] experts, in whichever tier, that such a flip may have given it to serve; None: no others."""
     info: WorkerInfo | None = None
     loaded_at: float | None = None
     retired: bool = False

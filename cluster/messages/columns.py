@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 
 NO_TOKEN = -1
-"""Stands in a column of tokens where a token is told elsewhere, or where there is none."""
+"""Stands in a column of tokens where a token is in another message, or where there is none."""
 
 
 def integers(column: bytes) -> list[int]:

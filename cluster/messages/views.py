@@ -93,7 +93,7 @@ class Readiness:
     reason: str
     """One line: what is being waited for, with progress; "serving" when ready, or "degraded" and why."""
     error: str | None = None
-    """Set where waiting is in vain, such as a checkpoint that cannot be served: one line."""
+    """One line that says why the cluster will never be ready, such as a checkpoint that cannot be served; else None."""
     resident: float = 1.0
     """Share of the experts that lie in the devices of the workers that serve them, 0..1; the others lie on disk."""
 

@@ -247,7 +247,7 @@ class _Direct:
             counting.ended(reason)
 
     async def _keep(self, rendering: Rendering) -> None:
-        """Store the response before its end is told: the client may continue the conversation at another replica."""
+        """Store the response before its end is sent: the client may continue the conversation at another replica."""
         if not self._stored or rendering.ending is None:
             return
         outcome = Outcome(

@@ -76,7 +76,7 @@ def run(command: Sequence[str], noticed: Callable[[], bool], *, poll_s: float = 
             except subprocess.TimeoutExpired:
                 if not ending and noticed():
                     ending = True
-                    logger.warning("the cloud takes this machine away; %s is told to end", command[0])
+                    logger.warning("the cloud takes this machine away; %s gets SIGTERM", command[0])
                     process.terminate()
                 continue
             return code if code >= 0 else 128 - code

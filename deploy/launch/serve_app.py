@@ -71,8 +71,8 @@ LOAD_TIMEOUT_S = 30.0
 """A replica whose tokenizer takes longer to load answers /health and /ready meanwhile, and refuses everything else."""
 HEALTH_PERIOD_S = 5
 BESIDE_PROXY = {"num_cpus": 0, "resources": ON_HEAD}
-"""On the head, where HTTP comes in: elsewhere, the loss of a worker's node would end connections, and Ray's autoscaler,
-which counts a node with such a process as idle, would remove it."""
+"""Ray's options for a process on the head, where HTTP comes in: elsewhere, the loss of a worker's node would end
+connections, and Ray's autoscaler, which counts a node with such a process as idle, would remove it."""
 STOP_TIMEOUT_S = 10.0
 """Seconds that the actors have to end."""
 

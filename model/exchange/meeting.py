@@ -31,7 +31,7 @@ _STRANGERS = 64
 
 
 class Connection(socket.socket):
-    """Closes itself with whoever holds it: a group may be dropped in the middle of anything."""
+    """A socket that is closed when nothing refers to it: a group may be dropped in the middle of anything."""
 
     def __del__(self) -> None:
         self.close()

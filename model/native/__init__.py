@@ -4,7 +4,8 @@
     structs     the structures that C++ functions read
     refusals    why native code does not serve a dtype or a device
     memory      huge pages for packed matrices
-    linear      packed matrices (gemm.h, gemm8.h, gemmf8.h, gemm4.h, linear.cpp, four_bits.cpp)
+    linear      packed matrices (gemm.h, gemm8.h, gemmf8.h, gemm4.h, linear.cpp, four_bits.cpp);
+                tiles.h, tiles8.h and tiles4.h by the CPU's matrix unit
     attention   attention over the KV cache
     block       the attention half of a decoder layer
     router      the choice of experts

@@ -103,7 +103,7 @@ inline void multiply_steps(int64_t count, TileRows rows, int64_t steps, const bf
         float* to = sums + at * kPanel;
         if (here <= kTileRows) {
             // a single pass waits for memory all the time, so it prefetches a little ahead of itself
-            const AheadOfItself ahead{(const char*)panel + kAhead, fetch && passes == 1 ? kParts * 4 : 0};
+            const AheadOfItself ahead{(const char*)panel + kAhead, fetch && passes == 1 ? kParts : 0};
             TileSizes::one(here).load();
             multiply_1x4(some, columns_from(0), kLine, steps, {to, kLine}, more, ahead);
             continue;

@@ -156,10 +156,8 @@ void multiply_chunk4_tiles(int64_t count, const Row8* rows, int64_t depth, const
         const Block block(panel, fines);
         panel += block_bytes4(fines, TABLE);
         const char* next = panel + block_bytes4(kFines, TABLE); // the block after the next
-        for (int64_t line = 0; fetch && line < block_bytes4(kFines, TABLE); line += 64)
-            _mm_prefetch(next + line, _MM_HINT_T1);
         widen_floats4<Block, TABLE>(block, fines, table, wide);
-        multiply_all_floats(count, rows, depth, number, wide, sums);
+        multiply_all_floats(count, rows, number, wide, next, fetch ? block_bytes4(kFines, TABLE) / 64 : 0, sums);
     }
     _tile_release();
 }

@@ -94,10 +94,8 @@ inline void multiply_chunk8_tiles(int64_t count, const Row8* rows, int64_t depth
     TileSizes::apart().load();
     for (int64_t group = 0; group < groups(depth); ++group) {
         const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
-        const int8_t* next = panel + kAhead8;
-        for (int64_t line = 0; fetch && line < pairs * 2; ++line) _mm_prefetch((const char*)next + line * 64, _MM_HINT_T1);
         widen_bytes8(panel, pairs, wide);
-        multiply_all_bytes(count, rows, depth, group, wide, sums);
+        multiply_all_bytes(count, rows, depth, group, wide, (const char*)panel + kAhead8, fetch ? pairs * 2 : 0, sums);
         panel += pairs * 2 * kPanel + kPanel * sizeof(float);
     }
     _tile_release();

@@ -126,28 +126,30 @@ using AheadOfNext = Ahead<_MM_HINT_T1>;
 
 // Multiplies up to 16 rows by 64 columns, over `steps` steps of K. The products are added to `sums` if `more` is true, else
 // they replace it. `columns(i, k)` is the tile of the columns from 16 i on at step k, whose rows are `stride` bytes apart.
-// Every step prefetches once.
+// Every step prefetches four times, since a burst would hold up the loads of tiles.
 template <class Columns>
 void multiply_1x4(TileRows rows, Columns columns, int64_t stride, int64_t steps, TileSums sums, bool more,
                   AheadOfItself ahead = {}) {
     begin_sums(sums.columns, sums.stride, more);
     for (int64_t k = 0; k < steps; ++k) {
-        ahead.some();
         _tile_loadd(4, rows.data + k * rows.step, rows.stride);
         _tile_loadd(6, columns(0, k), stride);
+        ahead.some();
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, columns(1, k), stride);
+        ahead.some();
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, columns(2, k), stride);
+        ahead.some();
         _tile_dpbf16ps(2, 4, 5);
         _tile_loadd(6, columns(3, k), stride);
+        ahead.some();
         _tile_dpbf16ps(3, 4, 6);
     }
     end_sums(sums.columns, sums.stride);
 }
 
-// As above, for 17 to 32 rows and 32 columns. Every step prefetches four times, since a burst would hold up the loads of
-// tiles.
+// As above, for 17 to 32 rows and 32 columns.
 template <class Columns>
 void multiply_2x2(TileRows rows, Columns columns, int64_t stride, int64_t steps, TileSums sums, bool more,
                   AheadOfNext ahead = {}) {

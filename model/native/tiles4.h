@@ -12,7 +12,7 @@
 
 namespace emoe {
 
-constexpr int64_t kFewTiles4 = 8; // rows up to which vector.h's instructions are faster
+constexpr int64_t kFewTiles4 = 16; // rows up to which vector.h's instructions are faster
 
 // A group of a panel in bfloat16, with the scales of its parts.
 struct WideFloats {
@@ -49,11 +49,11 @@ inline void take_apart4(std::vector<Row8>& rows, int64_t depth, std::vector<char
     }
 }
 
-// The exact sums of one part, for 32 rows and 32 columns: of 16 columns each, those of the first 16 rows and then of the rest.
+// The exact sums of one part, for 16 rows: of 16 columns each.
 using FoundFloats = float[4][kTileRows][16];
 
-// Multiplies 32 rows, whose blocks are given, by 32 columns of one part.
-inline void find_floats(const char* first, const char* second, const bf16* columns, FoundFloats& found) {
+// Multiplies the 16 rows of a block by one part.
+inline void find_floats(const char* block, const bf16* columns, AheadOfNext& ahead, FoundFloats& found) {
     constexpr int64_t kLine = kPanel * 4, kFound = 64;
     written();
     _tile_zero(0);
@@ -61,17 +61,21 @@ inline void find_floats(const char* first, const char* second, const bf16* colum
     _tile_zero(2);
     _tile_zero(3);
     _tile_loadd(6, columns, kLine);
-    _tile_loadd(4, first, kTileBytes);
+    _tile_loadd(4, block, kTileBytes);
     _tile_dpbf16ps(0, 4, 6);
+    ahead.some();
     _tile_loadd(7, columns + 32, kLine);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, first + kTileSize, kTileBytes);
+    ahead.some();
+    _tile_loadd(5, block + kTileSize, kTileBytes);
     _tile_dpbf16ps(0, 5, 6);
+    _tile_loadd(6, columns + 64, kLine);
     _tile_dpbf16ps(1, 5, 7);
-    _tile_loadd(4, second, kTileBytes);
+    ahead.some();
+    _tile_loadd(7, columns + 96, kLine);
     _tile_dpbf16ps(2, 4, 6);
     _tile_dpbf16ps(3, 4, 7);
-    _tile_loadd(5, second + kTileSize, kTileBytes);
+    ahead.some();
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
     _tile_stored(0, found[0], kFound);
@@ -84,55 +88,43 @@ inline void find_floats(const char* first, const char* second, const bf16* colum
 // Adds the sums of one part times their scales to `totals`, from which the last part goes on to `sums`.
 template <bool FIRST, bool LAST>
 void add_floats(int64_t count, const Row8* rows, int64_t group, const float* scales, const FoundFloats& found,
-                float (*totals)[32], float* sums) {
-    const Register scale[2] = {load_sum(scales), load_sum(scales + 16)};
+                float (*totals)[kPanel], float* sums) {
+    Register scale[4];
+    for (int c = 0; c < 4; ++c) scale[c] = load_sum(scales + c * 16);
     for (int64_t r = 0; r < count; ++r)
-        for (int c = 0; c < 2; ++c) {
-            const Register sum = load_sum(found[r / kTileRows * 2 + c][r % kTileRows]);
+        for (int c = 0; c < 4; ++c) {
+            const Register sum = load_sum(found[c][r]);
             const Register total = FIRST ? times(sum, scale[c]) : times_plus(sum, scale[c], load_sum(totals[r] + c * 16));
             if (LAST) add_group(sums + r * kPanel + c * 16, total, rows[r].scales[group], group > 0);
             else store_sum(totals[r] + c * 16, total);
         }
 }
 
-// Multiplies rows that were taken apart by a group of a panel. The tiles are configured. While the unit multiplies one part
-// of 32 rows by 32 columns, the sums of the part before are used.
-inline void multiply_all_floats(int64_t count, const Row8* rows, int64_t depth, int64_t group, const WideFloats& wide,
-                                float* sums) {
+// Multiplies rows that were taken apart by a group of a panel. The tiles are configured. While the unit multiplies 16 rows by
+// one part, the sums of the part before are used. Meanwhile `fetched` lines of the caches are prefetched, from `next` on.
+inline void multiply_all_floats(int64_t count, const Row8* rows, int64_t group, const WideFloats& wide, const char* next,
+                                int64_t fetched, float* sums) {
     alignas(64) FoundFloats found[2];
-    alignas(64) float totals[2 * kTileRows][32]; // of the parts so far, for one block of rows and columns
-    struct Unit {
-        int64_t at, first, part;
+    alignas(64) float totals[kTileRows][kPanel]; // of the parts so far, for one block of rows
+    const auto add = [&](int64_t at, int64_t part, const FoundFloats& sums_of_part) {
+        const bool last = part + 1 == wide.parts;
+        const auto run = part == 0 ? (last ? add_floats<true, true> : add_floats<true, false>)
+                                   : (last ? add_floats<false, true> : add_floats<false, false>);
+        run(std::min(kTileRows, count - at), rows + at, group, wide.scales[part], sums_of_part, totals, sums + at * kPanel);
     };
-    const auto add = [&](const Unit& unit, const FoundFloats& sums_of_part) {
-        const float* scales = wide.scales[unit.part] + unit.first;
-        float* to = sums + unit.at * kPanel + unit.first;
-        const int64_t here = std::min(2 * kTileRows, count - unit.at);
-        const bool last = unit.part + 1 == wide.parts;
-        const auto run = unit.part == 0 ? (last ? add_floats<true, true> : add_floats<true, false>)
-                                        : (last ? add_floats<false, true> : add_floats<false, false>);
-        run(here, rows + unit.at, group, scales, sums_of_part, totals, to);
-    };
-    Unit before{-1, 0, 0};
+    const int64_t times = (count + kTileRows - 1) / kTileRows * wide.parts * 4;
+    AheadOfNext ahead{next, (fetched + times - 1) / times};
+    int64_t at_before = -1, part_before = 0;
     int now = 0;
-    for (int64_t at = 0; at < count; at += 2 * kTileRows) {
-        const char* block = rows[at].bytes + group * kGroup / kFine * 2 * kTileSize;
-        // where there is no second block, the first stands in
-        const char* second = at + kTileRows < count ? block + float_block_bytes(depth) : block;
-        for (int64_t first = 0; first < kPanel; first += 32)
-            for (int64_t part = 0; part < wide.parts; ++part, now ^= 1) {
-                const int64_t step = part * 2 * kTileSize;
-                if (first == 32) // the next rows come from L2
-                    for (int64_t line = 0; line < 2 * kTileSize; line += 64) {
-                        _mm_prefetch(second + float_block_bytes(depth) + step + line, _MM_HINT_T0);
-                        _mm_prefetch(second + 2 * float_block_bytes(depth) + step + line, _MM_HINT_T0);
-                    }
-                find_floats(block + step, second + step, wide.values[part * kFine / 2][first], found[now]);
-                if (before.at >= 0) add(before, found[now ^ 1]);
-                before = {at, first, part};
-            }
-    }
-    add(before, found[now ^ 1]);
+    for (int64_t at = 0; at < count; at += kTileRows)
+        for (int64_t part = 0; part < wide.parts; ++part, now ^= 1) {
+            const char* block = rows[at].bytes + (group * kGroup / kFine + part) * 2 * kTileSize;
+            find_floats(block, wide.values[part * kFine / 2][0], ahead, found[now]);
+            if (at_before >= 0) add(at_before, part_before, found[now ^ 1]);
+            at_before = at;
+            part_before = part;
+        }
+    add(at_before, part_before, found[now ^ 1]);
 }
 
 } // namespace emoe

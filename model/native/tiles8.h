@@ -66,7 +66,7 @@ inline void add_quarter(int quarter, int64_t count, const Row8* rows, int64_t gr
 }
 
 // Multiplies the rows of a block, whose bytes are given, by 32 columns.
-inline void find_block(const char* bytes, const int8_t* columns, int64_t steps, Found& found) {
+inline void find_block(const char* bytes, const int8_t* columns, int64_t steps, AheadOfNext& ahead, Found& found) {
     constexpr int64_t kLine = kPanel * 4, kFound = 64;
     written();
     _tile_zero(0);
@@ -77,11 +77,15 @@ inline void find_block(const char* bytes, const int8_t* columns, int64_t steps, 
         _tile_loadd(6, columns, kLine);
         _tile_loadd(4, bytes, kTileBytes);
         _tile_dpbusd(0, 4, 6);
+        ahead.some();
         _tile_loadd(7, columns + 64, kLine);
         _tile_dpbusd(1, 4, 7);
+        ahead.some();
         _tile_loadd(5, bytes + kTileSize, kTileBytes);
         _tile_dpbssd(2, 5, 6);
+        ahead.some();
         _tile_dpbssd(3, 5, 7);
+        ahead.some();
     }
     _tile_stored(0, found[0], kFound);
     _tile_stored(1, found[1], kFound);
@@ -91,9 +95,9 @@ inline void find_block(const char* bytes, const int8_t* columns, int64_t steps, 
 }
 
 // Multiplies rows that were taken apart by a group of a panel. The tiles are configured. While the unit multiplies one
-// block, the block before is added to the sums.
+// block, the block before is added to the sums. Meanwhile `fetched` lines of the caches are prefetched, from `next` on.
 inline void multiply_all_bytes(int64_t count, const Row8* rows, int64_t depth, int64_t group, const WideBytes& wide,
-                               float* sums) {
+                               const char* next, int64_t fetched, float* sums) {
     alignas(64) Found found[2];
     const int64_t blocks = (count + kTileRows - 1) / kTileRows * 2, begin = group * kGroup / kTileBytes * 2 * kTileSize;
     const auto add = [&](int64_t block) {
@@ -101,12 +105,13 @@ inline void multiply_all_bytes(int64_t count, const Row8* rows, int64_t depth, i
         for (int quarter = 0; quarter < 4; ++quarter)
             add_quarter(quarter, count - at, rows + at, group, wide, block % 2 * 32, found[block % 2], sums + at * kPanel);
     };
+    AheadOfNext ahead{next, (fetched + blocks * wide.steps * 4 - 1) / (blocks * wide.steps * 4)};
     for (int64_t block = 0; block < blocks; ++block) {
         const char* bytes = rows[block / 2 * kTileRows].bytes + begin;
         if (block % 2 == 0) // the next rows come from L2
             for (int64_t line = 0; line < 4 * kTileSize; line += 64)
                 _mm_prefetch(bytes + block_bytes(depth) + line, _MM_HINT_T0);
-        find_block(bytes, wide.values[0][block % 2 * 32], wide.steps, found[block % 2]);
+        find_block(bytes, wide.values[0][block % 2 * 32], wide.steps, ahead, found[block % 2]);
         if (block > 0) add(block - 1);
     }
     add(blocks - 1);

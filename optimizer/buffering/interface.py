@@ -1,6 +1,7 @@
-"""What a cache of experts asks its policy. A policy belongs to one layer of one worker; it knows no weights, no time.
+"""What a cache of experts asks its policy. A policy belongs to one layer of one worker; it knows neither weights
+nor time.
 
-A step goes thus: the cache calls `note` with the experts that have tokens, computes those that it holds, and then
+In a step, the cache calls `note` with the experts that have tokens, computes those that it holds, and then
 fetches the missing ones one after another. Where no slot is free, it asks `victim` which expert leaves.
 """
 

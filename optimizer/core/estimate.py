@@ -37,7 +37,7 @@ of their gain on the subject that they were profiled on; on other subjects they 
 average. Set on first halves of traces only (docs/benchmarks/placement.md)."""
 
 PRIOR_REQUESTS = 8.0
-"""Number of requests at which the prior is twice as strong: the fewer were seen, the less they tell what may come."""
+"""Number of requests at which the prior is twice as strong: the fewer were seen, the less they say of what comes."""
 
 
 def covariance_between_parts(parts: npt.ArrayLike) -> FloatArray:

@@ -79,15 +79,15 @@ class Tiering:
         self.token_s = np.array([1e9 if m.host_token_s is None else m.host_token_s for m in memory])
         self.resident_s = np.array([m.resident_s for m in memory])
         self.active = activity(self.chance, self.tokens)
-        """[L, E]"""
+        """[L, E] share of steps in which each expert has tokens."""
         together = problem.dealt or problem.shared_disk
         self.own = 0.0 if together else 1.0
         """Seconds that a layer waits for each second that its slowest worker fetches on average."""
         self.slope, self.steep, self.rest_s = self._dealt(problem) if together else (*self._spread(), self._zeros())
-        """([L] seconds that a layer waits for each second of fetching, because workers differ in a step, [L] and for
-        each squared second of their variance; [L] and whatever is fetched)"""
+        """[L] seconds that a layer waits: for each second of fetching, because workers differ in a step; for each
+        squared second of the variance of fetching; and whatever is fetched."""
         self.covariance = self._covariance(problem)
-        """[L, E, E] of activity"""
+        """[L, E, E] covariance of having tokens in a step."""
         self._busy = self.chance * (self.tokens * problem.token_expert_s)
         self._speed = problem.speed
         self.weight = self.slope + self.own / self._width

@@ -25,28 +25,29 @@ class LayerFetch:
     chance: FloatArray
     """[E] chance that a token chooses each expert."""
     tokens: float
+    """Tokens of a step."""
     disk_s: FloatArray
     """[W] seconds to bring an expert from each worker's disk."""
     host_s: FloatArray
-    """[W] from its host's memory."""
+    """[W] seconds to bring an expert from each worker's host memory."""
     token_s: FloatArray
     """[W] seconds of one token in an expert that the host computes."""
     room: IntArray
     """[W] experts in the device; where more are held, one of the slots is for those that pass."""
     host_room: IntArray
-    """[W]"""
+    """[W] experts in the host's memory."""
     active: FloatArray
     """[E] share of steps in which each expert has tokens."""
     covariance: FloatArray
-    """[E, E] of having tokens."""
+    """[E, E] covariance of having tokens in a step."""
     slope: float
     """Seconds that the layer waits for each second of fetching, because workers differ in a step."""
     steep: float
-    """And for each squared second of the variance."""
+    """Seconds that the layer waits for each squared second of the variance of fetching."""
     own: float = 1.0
-    """And for each second that the slowest worker fetches on average."""
+    """Seconds that the layer waits for each second that the slowest worker fetches on average."""
     rest_s: float = 0.0
-    """And whatever is fetched."""
+    """Seconds that the layer waits whatever is fetched."""
 
     def waits(self, x: FloatArray) -> FloatArray:
         """[W] seconds for which each worker makes the layer wait for shares x [E, W]; the largest counts."""

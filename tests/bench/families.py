@@ -72,10 +72,11 @@ def decode_floor_s(floor: Floor, batch: int, machine: Machine, state_bytes: int)
     return floor.decode_step_ms(batch, CONTEXT, machine) / 1e3 + moved_s
 
 
-def measure(case: str, machine: Machine, threads: int) -> Measured:
+def measure(case: str, threads: int) -> Measured:
     with tempfile.TemporaryDirectory() as made:
         path = make_random_checkpoint(Path(made) / case, **arguments_of(case))
         floor, vocabulary = floor_of(path), open_checkpoint(path).info.vocab_size
+        machine = measure_machine(read_bytes=floor.weight_bytes)
         worker: DataPlane = load_worker(path, threads)
         state_bytes = worker.loaded.memory.sizes().state_bytes
         shares = [
@@ -113,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = measure_machine()
     print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
     speeds = f"read {machine.read_gb_per_s:.0f} GB/s, multiply {machine.gemm_gflop_per_s:.0f} GFLOP/s"
-    print(f"{args.threads} threads {speeds}\n")
-    measured = [measure(case, machine, args.threads) for case in args.families or [*FAMILIES, *HYBRIDS]]
+    print(f"{args.threads} threads {speeds} of 512 MB; shares are of the rate for as many bytes as a model has\n")
+    measured = [measure(case, args.threads) for case in args.families or [*FAMILIES, *HYBRIDS]]
     print(markdown(HEAD, [row(one) for one in measured]))
     if args.reasons:
         for one in measured:

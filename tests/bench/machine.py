@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,9 @@ from typing import Any
 import torch
 
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.native import library
+from elastic_moe.model.native.linear import Packed, linear
+from elastic_moe.model.native.memory import allocate
 
 MOST_S = 2.0
 """For the tries of one operation: PyTorch multiplies bfloat16 very slowly where the CPU has no instruction for it."""
@@ -30,19 +33,36 @@ class Machine:
     gemm_gflop_per_s: float
 
 
-def measure_machine(*, read_mb: int = 512, tries: int = 8) -> Machine:
-    """Best of a few tries, on all cores: a read of memory far larger than the caches, and a product.
+def measure_machine(*, read_bytes: int = 1 << 29, tries: int = 8) -> Machine:
+    """Best of a few tries, on all cores: a read of so many bytes, and a product.
 
-    Of bfloat16 or float32 numbers, whichever is faster: CPUs without instructions for bfloat16 multiply in float32.
+    A last-level cache of some hundred MB holds a small model, so its floor is a read of as many bytes as it has. Reads
+    are torch's sum, or a native product with one row if that is faster: it fetches ahead, and reads huge pages.
+    Products are of bfloat16 or float32 numbers, whichever is faster: CPUs without instructions for bfloat16 multiply in
+    float32.
     """
-    source = torch.zeros(read_mb << 18, dtype=torch.float32)
-    read_s = _best(source.sum, 2 * tries)
+    read_s = min(_best(read, 2 * tries) for read in _reads(read_bytes))
     gflop_per_s = 0.0
     for rows, dtype in itertools.product((512, 1024, 2048), (torch.bfloat16, torch.float32)):
         a, b = torch.randn(rows, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
         seconds = _best(lambda a=a, b=b: a @ b, 4 * tries)  # type: ignore[misc]
         gflop_per_s = max(gflop_per_s, 2e-9 * rows * 1024 * 1024 / seconds)
-    return Machine(read_gb_per_s=source.nbytes / read_s / 1e9, gemm_gflop_per_s=gflop_per_s)
+    return Machine(read_gb_per_s=read_bytes / read_s / 1e9, gemm_gflop_per_s=gflop_per_s)
+
+
+def _reads(size_bytes: int) -> Iterator[Callable[[], Any]]:
+    """Ways to read about so many bytes once. The memory of one is released before the next begins."""
+    source = torch.zeros(size_bytes // 4)
+    yield source.sum
+    del source
+    if (lib := library()) is not None:
+        depth = 1024
+        columns = size_bytes // BF16 // depth // 64 * 64  # whole panels
+        data, release = allocate(columns * depth * BF16)
+        packed = Packed(lib, data.zero_(), columns, depth)
+        row = torch.zeros(1, depth, dtype=torch.bfloat16)
+        yield lambda: linear(row, packed, None)
+        release()
 
 
 def _best(run: Callable[[], Any], tries: int) -> float:
@@ -71,6 +91,11 @@ class Floor:
     expert_parameters: int
     trunk_parameters: int
     kv_numbers_per_token: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that are multiplied."""
+        return BF16 * (self.trunk_parameters + self.layers * self.experts * self.expert_parameters)
 
     @property
     def flop_per_token(self) -> float:

@@ -85,7 +85,8 @@ def main() -> None:
     parser.add_argument("--expert-dtype", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    machine, floor = measure_machine(), floor_of(args.model)
+    floor = floor_of(args.model)
+    machine = measure_machine(read_bytes=floor.weight_bytes)
     vocabulary = open_checkpoint(args.model).info.vocab_size
     worker = load_worker(args.model, args.threads, expert_dtype=args.expert_dtype)
     print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))

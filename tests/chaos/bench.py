@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 
+from elastic_moe.deploy.launch.process_tree import lives
 from tests.chaos.load import Load
 from tests.e2e.conftest import Server
 
@@ -153,7 +154,7 @@ class Bench:
         self.load.wait_for_tokens(20)
 
     def victims_live(self) -> bool:
-        return any(map(_lives, self.victims))
+        return any(map(lives, self.victims))
 
     def _is_whole(self) -> bool:
         if not self.server.ready():
@@ -182,13 +183,6 @@ def wait_for_spare(server: Server) -> None:
         return any(w["state"] == "standby" or w["device"] not in (None, "cpu") for w in workers)
 
     server.wait("a spare process", stands_by, 2 * WHOLE_S)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def pause(seconds: float) -> None:

@@ -156,6 +156,27 @@ def test_another_model_without_room_for_both(url: str, reference: Reference, tmp
     end_of_the_old_cluster()
 
 
+def test_groups_come_and_go(url: str, reference: Reference) -> None:
+    text = reference.text(reference.greedy(PROMPT, TOKENS))
+    deploy(reference.checkpoint, "first")
+    before = get(url, "/admin/config")
+    asking = Asking(url)
+    for number in (2, 1):
+        deploy(reference.checkpoint, "first", data_parallel_size=number)
+        deadline = time.monotonic() + READY_S
+        while [engine["ready"] for engine in get(url, "/admin/engines")] != [True] * number:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert get(url, "/admin/config")["generation"] == before["generation"]
+    time.sleep(1)
+    answers = asking.stop()
+    assert {(name, status) for name, status, _ in answers} == {("first", 200), ("second", 404)}
+    assert {answer for _, status, answer in answers if status == 200} == {text}
+    print(f"\ngroups: the longest answer took {asking.longest_s:.2f} s")
+    # the second group ends when no replica uses it any more
+    end_of_the_old_cluster()
+
+
 def check_each_name_got_its_own_model(answers: Sequence[tuple[str, int, str]], texts: Mapping[str, str]) -> None:
     """Or has heard that there is no such model. There was no other answer."""
     assert {(name, status) for name, status, _ in answers} == {

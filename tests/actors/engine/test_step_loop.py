@@ -452,12 +452,12 @@ def test_a_stall_of_the_engine_is_not_blamed_on_a_worker() -> None:
                 goes_on.wait(10)
 
         simulated.before = hold
-        cluster.loop._allowed = step_deadline.StepDeadline(0.4)
+        cluster.loop._allowed = step_deadline.StepDeadline(1.0)
         await client.submit(request("r"))
         while not held.is_set():
             await asyncio.sleep(0.001)
         # longer than a step may take; the worker answers only after that
-        time.sleep(0.6)
+        time.sleep(1.5)
         asyncio.get_running_loop().call_later(0.02, goes_on.set)
         await client.finish(request("r"))
         assert cluster.reports.empty()

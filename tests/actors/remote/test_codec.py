@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic_moe.actors.remote import codec
 from elastic_moe.actors.remote.codec import Frames, Message, WireError, encode, new_token, receive
 from elastic_moe.actors.remote.handshakes import MOST
 from elastic_moe.actors.remote.links import Link, connect, listen
@@ -84,6 +85,23 @@ def test_messages_survive_encoding(piece: int) -> None:
     came = [message for at in range(0, len(data), piece) for message in frames.feed(data[at : at + piece])]
     assert came == MESSAGES
     assert [type(output.finish_reason) for output in came[-1].outputs] == [type(None), FinishReason]  # type: ignore[union-attr]
+
+
+def test_a_view_that_lives_on_ends_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a frame of this thread that the loop watch has in hand."""
+    held: list[object] = []
+    decode = codec._decode
+
+    def decode_and_hold(kind: int, body: bytearray | memoryview) -> Message:
+        held.append(body)
+        return decode(kind, body)
+
+    monkeypatch.setattr(codec, "_decode", decode_and_hold)
+    message = CommitEpoch(epoch=Epoch(3))
+    data, frames = encode(message) * 3, Frames()
+    found = [one for place in range(0, len(data), 7) for one in frames.feed(data[place : place + 7])]
+    assert found == [message] * 3
+    assert len(held) == 3
 
 
 def test_blocking_end() -> None:

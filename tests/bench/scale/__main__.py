@@ -21,6 +21,8 @@ ENGINE = (
     *((256, 16384), (256, 65536)),
 )
 CONTROL = (2, 8, 32, 64, 128, 256)
+API = (1, 2, 4)
+API_STREAMS, API_INTERVAL_S = 64, 0.02
 QUICK_ENGINE = ((1, 64), (8, 512), (64, 4096))
 QUICK_CONTROL = (2, 8)
 PASSED_ON = ("seconds", "processes", "step-ms", "token-us")
@@ -52,6 +54,10 @@ def one(arguments: list[str], options: argparse.Namespace) -> None:
             step_s=1e-3 * options.step_ms,
             token_s=1e-6 * options.token_us,
         )
+    elif kind == "api":
+        from tests.bench.scale import api
+
+        cost = api.measure(int(numbers[0]), API_STREAMS, seconds=options.seconds, interval_s=API_INTERVAL_S)
     else:
         from tests.bench.scale import control
 
@@ -65,6 +71,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few small sizes")
     parser.add_argument("--engine", nargs="*", help="sizes for the engine, such as 64x4096 (workers x sequences)")
     parser.add_argument("--control", nargs="*", type=int, help="numbers of workers for the coordinator")
+    parser.add_argument("--api", nargs="*", type=int, help="numbers of API replicas")
     parser.add_argument("--out", type=Path, help="a directory for scale.json and scale.svg")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds for which each size is measured")
     parser.add_argument("--processes", type=int, default=2, help="processes of simulated workers")
@@ -77,6 +84,7 @@ def main() -> None:
         return
     from tests.bench.machine import where_and_when
     from tests.bench.scale import report
+    from tests.bench.scale.api import ApiCost
     from tests.bench.scale.control import ControlCost
     from tests.bench.scale.engine import EngineCost
 
@@ -93,11 +101,17 @@ def main() -> None:
     for workers in clusters if options.control is None else options.control:
         changes.append(ControlCost(**in_process(options, "control", workers)))
         print(changes[-1], flush=True)
-    print(report.table(report.ENGINE, costs), report.table(report.CONTROL, changes), sep="\n\n")
+    replicas = []
+    for number in API if options.api is None else options.api:
+        replicas.append(ApiCost(**in_process(options, "api", number)))
+        print(replicas[-1], flush=True)
+    tables = ((report.ENGINE, costs), (report.CONTROL, changes), (report.API, replicas))
+    print(*(report.table(columns, rows) for columns, rows in tables), sep="\n\n")
     print("\n" + report.exponents(costs, changes))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        values = {"engine": report.as_values(costs), "control": report.as_values(changes)}
+        found = (("engine", costs), ("control", changes), ("api", replicas))
+        values = {name: report.as_values(rows) for name, rows in found}
         (options.out / "scale.json").write_text(json.dumps(values, indent=1))
         report.plot(options.out / "scale.svg", costs, changes)
 

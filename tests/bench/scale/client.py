@@ -21,6 +21,8 @@ from elastic_moe.cluster.messages.requests import (
 
 AT_ONCE = 256
 PROMPT = 64
+MAX_TOKENS = 100_000
+"""So many that no sequence ends while it is measured."""
 
 
 class Reader:
@@ -40,7 +42,7 @@ def request(number: int) -> GenerateRequest:
     return GenerateRequest(
         request_id=RequestId(f"cmpl-{number:032x}-0"),
         prompt_token_ids=tuple((number * 7919 + place) % 30_000 for place in range(PROMPT)),
-        params=SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True),
+        params=SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True),
         client=f"client {number % 100}",
     )
 

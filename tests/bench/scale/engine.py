@@ -17,7 +17,7 @@ from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, TransportKind, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
-from tests.bench.scale.client import PROMPT, start_client
+from tests.bench.scale.client import MAX_TOKENS, PROMPT, start_client
 from tests.bench.scale.fleet import fleet
 
 BLOCK_SIZE = 16
@@ -50,7 +50,9 @@ class EngineCost:
 class BenchEngine:
     def __init__(self, endpoints: Sequence[Endpoint], sequences: int) -> None:
         each = -(-sequences // len(endpoints))
-        self.blocks = each * (-(-(PROMPT + MOST_STEPS) // BLOCK_SIZE) + 1)
+        # a request that could outgrow a worker would be refused
+        longest = -(-(PROMPT + MAX_TOKENS) // BLOCK_SIZE)
+        self.blocks = max(longest, each * (-(-(PROMPT + MOST_STEPS) // BLOCK_SIZE) + 1))
         self.infos = {
             WorkerId(f"w{n}"): WorkerInfo(
                 worker=WorkerId(f"w{n}"),

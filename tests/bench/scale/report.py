@@ -38,6 +38,14 @@ CONTROL: tuple[Column, ...] = (
     ("KB a save", lambda row: f"{row.written_bytes / 1e3:.0f}"),
 )
 
+API: tuple[Column, ...] = (
+    ("API replicas", lambda row: f"{row.replicas}"),
+    ("streams of each", lambda row: f"{row.streams}"),
+    ("tokens/s read", lambda row: f"{row.tokens_per_s:.0f}"),
+    ("CPU us a token", lambda row: f"{1e6 * row.token_s:.1f}"),
+    ("tokens/s a core", lambda row: f"{1 / row.token_s:.0f}"),
+)
+
 
 def table(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * len(columns)]

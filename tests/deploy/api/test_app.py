@@ -12,10 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError
-from elastic_moe.cluster.messages.requests import GenerateRequest, TokenLogprobs, TokenOutput
+from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.views import EngineStatus, Phase, Readiness, WorkerState, WorkerView
 from elastic_moe.deploy.api import http_io
 from elastic_moe.deploy.api.app import create_app
@@ -723,6 +724,48 @@ def test_metrics_show_dead_workers_while_there_is_no_engine(model_dir: Path) -> 
 
 
 # --- Scaling and given placements -------------------------------------------------------------------------------
+
+
+class Pair(FakeBackend):
+    """Two groups, of which the second one has all requests."""
+
+    num_groups = 2
+
+    def group(self, number: int) -> FakeBackend:
+        return self
+
+    def group_of(self, request_id: RequestId) -> int:
+        return 1
+
+
+def test_groups_are_listed_asked_and_counted_by_their_engines(call: Call) -> None:
+    engines = call("GET", "/admin/engines", backend=Pair()).json()
+    assert [engine["engine"] for engine in engines] == [0, 1]
+    assert (engines[1]["ready"], engines[1]["workers"], engines[1]["running"], engines[1]["kv_usage"]) == (
+        *(True, 2, 2, 0.25),
+    )
+    assert call("GET", "/admin/workers?engine=1", backend=Pair()).status_code == 200
+    for number in ("1", "-1", "x", "", "9" * 30):
+        assert error(call("GET", f"/admin/workers?engine={number}"), 400)["param"] == "engine"
+
+
+def test_metrics_of_several_groups(model_dir: Path) -> None:
+    async def work() -> str:
+        async with client_of(Pair(), model_dir) as client:
+            await client.post("/v1/completions", json=COMPLETION)
+            return (await client.get("/metrics")).text
+
+    families = list(text_string_to_metric_families(asyncio.run(work())))
+    assert len({family.name for family in families}) == len(families)
+    samples = (sample for family in families for sample in family.samples if "le" not in sample.labels)
+    found = {(sample.name, sample.labels["engine"]): sample.value for sample in samples}
+    for name, expected in (
+        ("vllm:generation_tokens_total", (0, 3)),
+        ("vllm:prompt_tokens_total", (0, 1)),
+        ("vllm:e2e_request_latency_seconds_count", (0, 1)),
+        ("vllm:num_requests_waiting", (1, 1)),
+    ):
+        assert (found[name, "0"], found[name, "1"]) == expected, name
 
 
 def test_scaling(call: Call) -> None:

@@ -12,7 +12,7 @@ from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.deploy.parsing.formats import AnswerForm, family_called
 from elastic_moe.deploy.parsing.grammars import Thinking, answer_grammar, thinking_of, writes_calls
-from tests.deploy.parsing.written import FAMILIES
+from tests.deploy.parsing.written import FAMILIES, form_of
 
 SPECIAL = {"<|endoftext|>": 0}
 TOOLS: list[dict[str, Any]] = [
@@ -53,11 +53,6 @@ def takes(tokenizer: LLTokenizer, grammar: Grammar | None, text: str, *, parts: 
         tokens += [parts[1]] if parts and number else []
         tokens += tokenizer.tokenize_str(piece)
     return matcher.try_consume_tokens(tokens) == len(tokens) and bool(matcher.is_accepting())
-
-
-def form_of(name: str) -> AnswerForm:
-    reasoning = FAMILIES[name].family_of_reasoning
-    return AnswerForm(tools=family_called(name), reasoning=family_called(reasoning) if reasoning else None)
 
 
 def as_grammars_want(name: str, calls: list[tuple[str, dict[str, Any]]]) -> str:

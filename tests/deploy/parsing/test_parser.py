@@ -18,7 +18,7 @@ from elastic_moe.deploy.parsing.events import CallArguments, CallBegin, CallEnd,
 from elastic_moe.deploy.parsing.formats import AnswerForm, chosen_form, families, family_called, loaded
 from elastic_moe.deploy.parsing.parser import AnswerParser, begun_answer
 from elastic_moe.deploy.parsing.regions import Regions
-from tests.deploy.parsing.written import FAMILIES, Call, Written
+from tests.deploy.parsing.written import FAMILIES, Call, Written, form_of
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -58,11 +58,6 @@ def all_events(parser: AnswerParser, pieces: Iterable[str]) -> Iterator[Event]:
     for text in pieces:
         yield from parser.push(text)
     yield from parser.end()
-
-
-def form_of(name: str) -> AnswerForm:
-    reasoning = FAMILIES[name].family_of_reasoning
-    return AnswerForm(tools=family_called(name), reasoning=family_called(reasoning) if reasoning else None)
 
 
 def pieces(text: str, rng: random.Random, most: int) -> list[str]:

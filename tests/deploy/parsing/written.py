@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from elastic_moe.deploy.parsing.formats import AnswerForm, family_called
+
 Call = tuple[str, Mapping[str, Any]]
 
 
@@ -146,3 +148,9 @@ FAMILIES = {
     "json_list": Written(calls=_json_list, family_of_reasoning=None, before=False),
     "gemma4": Written(calls=_gemma4, reasoning=("<|channel>thought\n", "<channel|>"), family_of_reasoning="gemma4"),
 }
+
+
+def form_of(name: str) -> AnswerForm:
+    """How a model of the family writes reasoning and calls."""
+    reasoning = FAMILIES[name].family_of_reasoning
+    return AnswerForm(tools=family_called(name), reasoning=family_called(reasoning) if reasoning else None)

@@ -1,20 +1,35 @@
-"""The two halves of vector.h compute the same: this machine's library, and one compiled for AVX2 alone."""
+"""The parts of the library for different CPUs compute the same: AVX2, AVX-512, and the matrix unit.
+
+This machine's library is compared with one compiled for AVX2 alone, and with itself while it does not use the unit.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from importlib import import_module
 
 import pytest
 import torch
+from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.model.native.attention import Rules, attend_apart
 from elastic_moe.model.native.experts import NativeExperts
+from elastic_moe.model.native.linear import linear, pack
 from tests.model.native.test_experts import GATES, draw, expert, in_form, module, routing
+from tests.paths import ROOT
 
 library_module = import_module("elastic_moe.model.native.library")
 """Not the function of that name."""
-SOURCES = ("experts.cpp", "four_bits.cpp", "linear.cpp")
+SOURCES = ("experts.cpp", "four_bits.cpp", "linear.cpp", "tiles.cpp")
+FLOATS = (ExpertForm.PLAIN, ExpertForm.FP8)
+"""Forms whose sums are of floats, which differ in their last bits. Sums of integers are exact."""
+NEITHER, OFF, ON = -1, 0, 1
+"""Arguments of `emoe_tiles`."""
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +47,111 @@ def avx2(lib: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> ctypes.C
     return loaded
 
 
-@pytest.mark.parametrize("form", ExpertForm)
-def test_experts_have_the_same_bits(lib: ctypes.CDLL, avx2: ctypes.CDLL, form: ExpertForm) -> None:
-    """Sums of integers are exact. Sums of floats differ in their last bits: AVX-512 adds two products at once."""
+@pytest.fixture
+def both(lib: ctypes.CDLL) -> Iterator[Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]]:
+    """What a function returns by the matrix unit, and without it."""
+    if not lib.emoe_tiles(NEITHER):
+        pytest.skip("this CPU has no matrix unit (AMX), or its kernel does not let it be used")
+
+    def compute(run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        lib.emoe_tiles(ON)
+        by_unit = run()
+        lib.emoe_tiles(OFF)
+        return by_unit.float(), run().float()
+
+    yield compute
+    lib.emoe_tiles(ON)
+
+
+def near(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are the same but for a rounding to bfloat16 of what they are sums of."""
+    return bool((one - other).abs().max() <= 2**-6 * (one.abs().max() + 1))
+
+
+def choices() -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, and their experts with weights: one expert has many rows, and the others few."""
     x, (index, weight) = draw(1, 90, 296), routing(2, 90, 2, [0, 1, 2], 3)
     index[30:, 0] = index[30:, 1] = -1
-    index[60:, 0] = 1  # this expert has many rows, and the others few
-    one, other = (NativeExperts(half, module(None, 3), GATES["silu"], form) for half in (lib, avx2))
+    index[60:, 0] = 1
+    return x, index, weight
+
+
+def experts(lib: ctypes.CDLL, form: ExpertForm) -> NativeExperts:
+    made = NativeExperts(lib, module(None, 3), GATES["silu"], form)
     for e in range(3):
-        one.put(e, in_form(lib, form, expert(e, 296, 168, biased=True, transposed=False), False)[0])
+        made.put(e, in_form(lib, form, expert(e, 296, 168, biased=True, transposed=False), False)[0])
+    return made
+
+
+@pytest.mark.parametrize("form", ExpertForm)
+def test_experts_have_the_same_bits_with_avx2(lib: ctypes.CDLL, avx2: ctypes.CDLL, form: ExpertForm) -> None:
+    one, other = experts(lib, form), NativeExperts(avx2, module(None, 3), GATES["silu"], form)
+    for e in range(3):
         other.put(e, one.get(e))
-    outputs = [half.forward(x, index, weight).float() for half in (one, other)]
-    if form in (ExpertForm.PLAIN, ExpertForm.FP8):
-        assert (outputs[0] - outputs[1]).abs().max() <= 2**-6 * (outputs[0].abs().max() + 1)
-    else:
-        assert torch.equal(*outputs)
+    outputs = [half.forward(*choices()).float() for half in (one, other)]
+    assert near(*outputs) if form in FLOATS else torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("form", ExpertForm)
+def test_experts_have_the_same_bits_without_the_matrix_unit(
+    lib: ctypes.CDLL, both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]], form: ExpertForm
+) -> None:
+    held, (x, index, weight) = experts(lib, form), choices()
+    together = both(lambda: held.forward(x, index, weight))
+    assert near(*together) if form in FLOATS else torch.equal(*together)
+    some = torch.tensor([3, 29, 89])
+    alone = both(lambda: held.forward(x[some], index[some], weight[some]))
+    for few, many in zip(alone, together, strict=True):
+        assert torch.equal(few, many[some])
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(1, 30), (16, 32), (17, 290), (32, 64), (101, 4126)])
+def test_products_are_the_same_without_the_matrix_unit(
+    lib: ctypes.CDLL, both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]], rows: int, depth: int
+) -> None:
+    x, packed = draw(1, rows, depth), pack(lib, draw(2, 70, depth))
+    by_unit, without = both(lambda: linear(x, packed, None))
+    assert near(by_unit, without)
+    _, alone = both(lambda: linear(x[-1:], packed, None))
+    assert torch.equal(alone, without[-1:])
+
+
+@pytest.mark.parametrize(("queries", "key_size", "value_size"), [(1, 64, 64), (40, 128, 80), (40, 24, 16)])
+def test_attention_is_the_same_without_the_matrix_unit(
+    lib: ctypes.CDLL,
+    both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]],
+    queries: int,
+    key_size: int,
+    value_size: int,
+) -> None:
+    query, key, value = draw(1, 3, queries, key_size), draw(2, 3, 300, key_size), draw(3, 3, 300, value_size)
+    rules = Rules(scale=key_size**-0.5, window=None, softcap=None, sinks=None)
+    by_unit, without = both(lambda: attend_apart(lib, query, key, value, rules))
+    assert near(by_unit, without)
+    _, alone = both(lambda: attend_apart(lib, query[:, -1:], key, value, rules))
+    assert torch.equal(alone, without[-1:])
+
+
+def test_without_the_kernels_leave_the_unit_is_not_used(lib: ctypes.CDLL) -> None:
+    """The kernel refuses a process whose stack for signals is too small for the state of tiles."""
+    if not lib.emoe_tiles(NEITHER):
+        pytest.skip("this CPU has no matrix unit (AMX), or its kernel does not let it be used")
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_STACK], env=os.environ, capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.stdout.split() == ["0", "0", "True"], done.stderr
+
+
+SMALL_STACK = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(6144)
+ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 6144)), None)
+import torch
+from elastic_moe.model.native import library
+from elastic_moe.model.native.linear import linear, pack
+lib = library()
+x = torch.ones(40, 64, dtype=torch.bfloat16)
+print(lib.emoe_tiles(-1), lib.emoe_tiles(1), bool((linear(x, pack(lib, x), None) == 64).all()))
+"""

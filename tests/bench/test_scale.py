@@ -1,0 +1,20 @@
+"""The tables and the fitted exponents of the bench of the control path."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bench.scale import report
+from tests.bench.scale.api import ApiCost
+
+
+def test_exponents_are_those_of_the_costs() -> None:
+    sizes = [2.0, 8.0, 64.0]
+    assert report.exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert report.exponent(sizes, [7.0] * 3) == pytest.approx(0)
+    assert report.exponent([2.0, 2.0], [1.0, 2.0]) is None
+
+
+def test_the_table_of_replicas() -> None:
+    cost = ApiCost(replicas=2, streams=64, tokens_per_s=6403.1, token_s=4e-5)
+    assert report.table(report.API, [cost]).splitlines()[-1] == "| 2 | 64 | 6403 | 40.0 | 25000 |"
