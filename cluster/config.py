@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.peers import Networks
 from elastic_moe.cluster.setting import checked, names, setting
@@ -388,22 +386,6 @@ class ServeConfig:
             return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
-
-    @classmethod
-    def read_yaml(cls, path: Path) -> dict[str, Any]:
-        """The mapping in a YAML file, unchecked. Raises ConfigError if it cannot be read or is no mapping."""
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
-            # besides its own errors, yaml raises whatever its converters of scalars do
-            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-        except Exception as error:  # noqa: BLE001 - what Python raises of a date, a number or nesting that cannot be
-            raise ConfigError(f"{path}: a value cannot be read: {' '.join(str(error).split())}") from None
-        if data is None:
-            return {}
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-        return data
 
 
 def cache_directory() -> Path:

@@ -1,4 +1,4 @@
-"""One setting of ServeConfig (cluster/config.py): how it is declared, and how its value is checked.
+"""One setting of ServeConfig (cluster/config.py): how it is declared, read and checked.
 
 A field's metadata carries the help text, the least value and, where the values are few, the choices; the command line
 is made from it.
@@ -12,7 +12,10 @@ import math
 import reprlib
 import types
 import typing
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from elastic_moe.cluster.errors import ConfigError
 
@@ -64,3 +67,19 @@ def names(field: str, text: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"{field}: expected names separated by commas, or a JSON list of them, got {text[:80]!r}")
     return tuple(names)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, unchecked. Raises ConfigError if it cannot be read or is no mapping."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        # besides its own errors, yaml raises whatever its converters of scalars do
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # noqa: BLE001 - what Python raises of a date, a number or nesting that cannot be
+        raise ConfigError(f"{path}: a value cannot be read: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    return data

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.keys import with_keys
-from elastic_moe.cluster.setting import base_type
+from elastic_moe.cluster.setting import base_type, read_yaml
 from elastic_moe.deploy.calibrating import flags as calibrating
 from elastic_moe.deploy.cli import plan as cli_plan
 from elastic_moe.deploy.cli import top as cli_top
@@ -150,7 +150,7 @@ def _serve(args: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.config is not None:
         # The file is checked by itself first, so that error messages name it.
-        data = ServeConfig.read_yaml(args.config)
+        data = read_yaml(args.config)
         ServeConfig.from_mapping(data, source=str(args.config))
         flags = {str(key).replace("-", "_"): value for key, value in data.items()} | flags
     config = with_keys(ServeConfig.from_mapping(flags, source="flags"), os.environ)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement, PlacementError
+from elastic_moe.cluster.setting import read_yaml
 
 GOOD: dict[str, Any] = {
     "num_logical_experts": 2,
@@ -46,7 +47,7 @@ def test_yaml(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
-        ServeConfig.from_mapping(ServeConfig.read_yaml(path), source=str(path))
+        ServeConfig.from_mapping(read_yaml(path), source=str(path))
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
@@ -71,7 +72,7 @@ def test_any_yaml(tmp_path: Path, text: list[str]) -> None:
     path.write_text("".join(text))
     told = str(path)
     try:
-        ServeConfig.from_mapping(ServeConfig.read_yaml(path), source=str(path))
+        ServeConfig.from_mapping(read_yaml(path), source=str(path))
     except ConfigError as error:
         told = str(error)
     assert told.startswith(str(path))

@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as arrays
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError, PlacementError, UserError
 from elastic_moe.cluster.placement import Placement
+from elastic_moe.cluster.setting import read_yaml
 from elastic_moe.deploy.cli.plan import add_parsers
 from elastic_moe.optimizer.study.generate import generate_trace
 from elastic_moe.optimizer.study.scenario import make_workers
@@ -159,7 +160,7 @@ FIELDS = list(ServeConfig.__dataclass_fields__)
 
 def settings_of(path: Path) -> None:
     try:
-        ServeConfig.from_mapping(ServeConfig.read_yaml(path), source=str(path))
+        ServeConfig.from_mapping(read_yaml(path), source=str(path))
     except ConfigError as error:
         one_line(error)
 
