@@ -80,16 +80,18 @@ def decide(
     worthwhile, reason = False, ""
     summary = f"gain {gain:.1%}"
     if len(result.each) > 1:
-        summary = f"gain {gain:.1%} with {len(result.each) - 1} remembered subjects, {seen:.1%} on what was seen,"
+        others = len(result.each) - 1
+        subjects = f"{others} remembered subject{'' if others == 1 else 's'}"
+        summary = f"gain {gain:.1%} with {subjects} ({seen:.1%} on what was seen)"
     if result.moves == 0:
         return Decision(worthwhile=False, net_gain=0.0, seen_gain=0.0, reason="nothing to move")
     if since_change_s is not None and since_change_s < policy.cooldown_s:
-        reason = f"{summary.removesuffix(',')}, but cooling down for {policy.cooldown_s - since_change_s:.0f} s"
+        reason = f"{summary}, but cooling down for {policy.cooldown_s - since_change_s:.0f} s"
     elif gain < needed:
         reason = f"{summary} is below the {needed:.1%} asked for"
     elif seen < -policy.most_loss:
-        reason = f"{summary} which is a loss of more than {policy.most_loss:.1%} now"
+        reason = f"{summary}, which is a loss of more than {policy.most_loss:.1%} now"
     else:
         worthwhile = True
-        reason = f"{summary.removesuffix(',')} of a step for {result.moves} moves, above the {needed:.1%} asked for"
+        reason = f"{summary} of a step for {result.moves} moves, above the {needed:.1%} asked for"
     return Decision(worthwhile=worthwhile, net_gain=gain, seen_gain=seen, reason=reason)

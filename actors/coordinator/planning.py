@@ -173,7 +173,12 @@ def judge(result: PlanResult, *, load: Counts, since_change_s: float | None, pol
     # at least 1.0: if nothing was counted, the gain that `decide` requires is large, but finite
     tokens = max(1.0, float(load.mean()))
     share = PRESENT_SHARE if len(result.each) > 1 else 1.0
-    return decide(result, tokens_per_expert=tokens, since_change_s=since_change_s, present_share=share, policy=policy)
+    decision = decide(
+        result, tokens_per_expert=tokens, since_change_s=since_change_s, present_share=share, policy=policy
+    )
+    if not load.any():
+        return replace(decision, reason=f"no tokens are counted yet: {decision.reason}")
+    return decision
 
 
 def weighed(problem: PlacementProblem, before: Sequence[Placement]) -> tuple[float, tuple[float, ...]]:

@@ -61,7 +61,7 @@ def judge(facts: Facts, planning: Planning, answer: PlanReady) -> Choice[Judgeme
     wanted = answer.worthwhile or planning.forced or (planning.requested and answer.no_worse)
     if with_tiers(facts, placement) == facts.goal or not wanted:
         return Choice(Judgement.KEPT, f"placement kept, {answer.reason}")
-    return Choice(Judgement.ADOPTED, answer.reason if answer.worthwhile else f"done, although {answer.reason}")
+    return Choice(Judgement.ADOPTED, answer.reason if answer.worthwhile else f"carried out, although {answer.reason}")
 
 
 def room(facts: Facts) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.cluster.facts.sampling import RoutingSample, as_choices
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import Placement, Worker, contiguous
@@ -41,6 +41,9 @@ CHECKED = 10
 
 FITTED = 6
 """Number of other ones, from best to worst, to which the constants are fitted."""
+
+LEAST_CORRELATION = 0.5
+"""Of predicted and measured steps, below which constants are not kept."""
 
 PLAN_S = 2.0
 """Seconds for a placement with little traffic, which is fitted to as well."""
@@ -80,6 +83,12 @@ def run_calibrate(args: argparse.Namespace) -> int:
         constants, checked = calibrate(args, served, dtype, number)
         measured.append(constants)
         print(_as_json(constants, checked) if args.json else _as_text(constants, checked), flush=True)
+        if not checked.rank_correlation >= LEAST_CORRELATION:
+            raise UserError(
+                f"--workers {number}: the constants do not predict which placement is faster (rank correlation"
+                f" {checked.rank_correlation:.2f}, at least {LEAST_CORRELATION} is asked for), so they are not kept:"
+                " run it again while nothing else runs, and with a model whose experts take most of a step"
+            )
     # what was measured before with other numbers of workers stays
     before = load_constants(out) if out.exists() and args.out is None else ()
     numbers = {one.workers for one in measured}

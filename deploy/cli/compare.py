@@ -79,10 +79,11 @@ def run_compare(args: argparse.Namespace) -> int:
     if limited.move_budget is not None:
         table += f"\n`auto` moves at most {limited.move_budget} experts (--move-share); the others are not limited.\n"
     write_text(args.out / "table.md", table)
-    _draw_comparison(args, problem, test_problem, answers)
+    drawn = _draw_comparison(args, problem, test_problem, answers)
     if not args.json:
         print(table, end="")
-        print(f"table.csv, table.md and figures are in {args.out}", file=sys.stderr)
+        made = "table.csv, table.md and figures" if drawn else "table.csv and table.md"
+        print(f"{made} are in {args.out}", file=sys.stderr)
     return 0
 
 
@@ -116,7 +117,7 @@ def _draw_comparison(
     problem: PlacementProblem,
     test_problem: PlacementProblem,
     answers: list[tuple[Row, PlanResult]],
-) -> None:
+) -> bool:
     from elastic_moe.optimizer.study import figures
 
     rows = [row for row, _ in answers]
@@ -133,16 +134,18 @@ def _draw_comparison(
             full = (copies(problem, table), scratch.cost.step_s)
             figures.gain_curve(args.out / "gain.png", points, problem.expert_bytes, full)
 
-    _drawn(draw)
+    return _drawn(draw)
 
 
-def _drawn(draw: Callable[[], None]) -> None:
-    """Run `draw`. Where matplotlib is missing, print a line and go on, because the tables are useful without
-    figures."""
+def _drawn(draw: Callable[[], None]) -> bool:
+    """Run `draw`. Where matplotlib is missing, print a line and go on, because the tables are useful without figures.
+    Returns whether figures were drawn."""
     try:
         draw()
     except ConfigError as error:
         print(f"emoe: no figures: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def run_simulate(args: argparse.Namespace) -> int:
@@ -194,8 +197,8 @@ def _replay_caches(args: argparse.Namespace, trace: Trace, workers: tuple[Worker
     rows = run_cache(args, trace, workers, progress)
     if args.out is not None:
         make_folder(args.out)
-        save(args.out, rows, _drawn)
-        print(f"caches.csv and figures are in {args.out}", file=sys.stderr)
+        drawn = save(args.out, rows, _drawn)
+        print(f"{'caches.csv and figures' if drawn else 'caches.csv'} written to {args.out}", file=sys.stderr)
     return 0
 
 

@@ -7,12 +7,12 @@ nor a model, but a routing trace and a description of the workers.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.deploy.launch.builtin import trace_path
+from elastic_moe.deploy.launch.builtin import MODEL, MODEL_DIR, trace_path
 from elastic_moe.deploy.tiers.flags import tier_arguments
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.solvers import SOLVERS
@@ -23,6 +23,7 @@ from elastic_moe.optimizer.study.simulate import SimulationSettings
 PLAN_VERBS, COMPARE = "elastic_moe.deploy.cli.plan_verbs", "elastic_moe.deploy.cli.compare"
 
 DEFAULT_WORKERS = 8
+_EXPERT_BYTES = 17_301_504
 
 
 def add_parsers(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -40,9 +41,17 @@ def add_parsers(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _later(module: str, function: str) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
+        if args.expert_bytes is None:
+            args.expert_bytes = _expert_bytes(args.traces if "traces" in args else [args.trace])
         return int(getattr(import_module(module), function)(args))
 
     return run
+
+
+def _expert_bytes(traces: Sequence[Path]) -> int:
+    """The size of an expert of the traced model, as far as it is known."""
+    builtin = all(trace.is_relative_to(MODEL_DIR) for trace in traces)
+    return MODEL.expert_bytes if builtin else _EXPERT_BYTES
 
 
 def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +84,9 @@ def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-bytes",
         type=int,
-        default=17_301_504,
         metavar="B",
-        help="size of one expert (17301504, as in DeepSeek-V2-Lite)",
+        help=f"size of one expert ({MODEL.expert_bytes} for traces of the built-in model, else {_EXPERT_BYTES}, as in "
+        "DeepSeek-V2-Lite)",
     )
     parser.add_argument(
         "--horizon",

@@ -28,6 +28,10 @@ PATHS = (READY, WORKERS, PLACEMENT, ROUTING, OPERATIONS, SCALE, METRICS)
 """The paths that are asked at every look."""
 
 
+_SHARES = ("vllm:kv_cache_usage_perc", "emoe:balancedness", "emoe:ready")
+"""Metrics that are no number of things."""
+
+
 class NotAServer(UserError):
     """The answer is not one of a server that this version of the command knows. The message names the path."""
 
@@ -68,7 +72,9 @@ class Look:
     """[L, E] tokens of the routing window."""
     model_name: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Name of a sample -> its value. Samples that differ only in their labels are added up."""
+    """Name of a sample -> its value. Samples that differ only in their labels are added up; shares are averaged."""
+    groups: int = 1
+    """Groups of workers. Figures are of all; workers, placement and operations are those of the first."""
 
 
 def read_look(answers: Mapping[str, bytes | None], at_s: float) -> Look:
@@ -77,7 +83,7 @@ def read_look(answers: Mapping[str, bytes | None], at_s: float) -> Look:
     if placement is None or load is None or load.shape != (placement.num_layers, placement.num_logical_experts):
         load = None
     where = _json(PLACEMENT, answers[PLACEMENT]) or {}
-    model_name, metrics = _metrics(answers[METRICS])
+    model_name, metrics, groups = _metrics(answers[METRICS])
     return Look(
         at_s=at_s,
         ready=_as(Readiness, READY, answers[READY]) or Readiness(ready=False, reason="the server does not say"),
@@ -90,6 +96,7 @@ def read_look(answers: Mapping[str, bytes | None], at_s: float) -> Look:
         load=load,
         model_name=model_name,
         metrics=metrics,
+        groups=groups,
     )
 
 
@@ -132,18 +139,20 @@ def _load(body: bytes | None) -> FloatArray | None:
     return load
 
 
-def _metrics(body: bytes | None) -> tuple[str, dict[str, float]]:
-    """The name of the model, and the samples."""
-    sums: dict[str, float] = {}
-    name = ""
+def _metrics(body: bytes | None) -> tuple[str, dict[str, float], int]:
+    """The name of the model, the samples, and the number of groups."""
+    values: dict[str, list[float]] = {}
+    name, engines = "", set[str]()
     try:
         for family in text_string_to_metric_families((body or b"").decode()):
             for sample in family.samples:
-                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+                values.setdefault(sample.name, []).append(sample.value)
                 name = sample.labels.get("model_name", name)
+                engines.add(sample.labels.get("engine", "0"))
     except ValueError:
         raise NotAServer(f"{METRICS}: expected the text form of Prometheus") from None
-    return name, sums
+    merged = {key: sum(found) / (len(found) if key in _SHARES else 1) for key, found in values.items()}
+    return name, merged, max(1, len(engines))
 
 
 def relative_load(look: Look) -> FloatArray | None:

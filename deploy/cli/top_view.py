@@ -72,6 +72,8 @@ def _head(view: View) -> Text:
         head.append(f"  epoch {now.epoch}")
     if now.pinned:
         head.append("  placement pinned", "yellow")
+    if now.groups > 1:
+        head.append(f"  workers, experts and operations of group 0 of {now.groups}", "yellow")
     return head
 
 

@@ -240,7 +240,7 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error} (--port takes another)") from None
 
 
 def check_shared_memory(path: str = "/dev/shm") -> None:

@@ -66,10 +66,13 @@ def line_of(row: CacheRow) -> str:
     )
 
 
-def save(folder: Path, rows: list[CacheRow], drawn: Callable[[Callable[[], None]], None]) -> None:
-    """Write caches.csv, and the figures where `drawn` can have them drawn."""
+def save(folder: Path, rows: list[CacheRow], drawn: Callable[[Callable[[], None]], bool]) -> bool:
+    """Write caches.csv, and the figures where `drawn` can have them drawn. Returns whether it could."""
     write_rows(folder / "caches.csv", rows)
     from elastic_moe.optimizer.study import cache_figures
 
-    drawn(lambda: cache_figures.miss_rates(folder / "miss_rates.png", rows))
-    drawn(lambda: cache_figures.latency(folder / "latency.png", rows))
+    def draw() -> None:
+        cache_figures.miss_rates(folder / "miss_rates.png", rows)
+        cache_figures.latency(folder / "latency.png", rows)
+
+    return drawn(draw)

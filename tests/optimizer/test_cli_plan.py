@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.deploy.cli.plan import add_parsers
+from elastic_moe.deploy.launch.builtin import trace_path
 from elastic_moe.optimizer.study.generate import generate_trace
 from elastic_moe.optimizer.study.traces import save_trace
 
@@ -278,3 +280,15 @@ def test_traces_through_caches(trace: Path, tmp_path: Path, capsys: pytest.Captu
 def test_wrong_tiers_are_refused(trace: Path, words: tuple[object, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
         emoe("plan", trace, "--workers", 2, *words)
+
+
+def test_builtin_traces_are_priced_with_their_models_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ("--workers", 2, "--deadline", 0.2, "--planner", "greedy", "--device-experts", 2, "--json")
+    sizes = []
+    for trace in ("builtin:bible", trace_path("builtin:bible"), shutil.copy(trace_path("builtin:bible"), tmp_path)):
+        assert emoe("plan", trace, *shared) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["fetch_bytes"])
+    assert sizes[0] == sizes[1]
+    assert sizes[2] == pytest.approx(sizes[0] * 17_301_504 / 73_728)

@@ -113,7 +113,7 @@ def test_the_rule_tells_a_gain_that_lasts_from_one_on_what_was_seen() -> None:
     better = dataclasses.replace(worse, each=(0.8 * before, 1.9 * before))
     done = decide(better, tokens_per_expert=1e9, since_change_s=None, policy=Policy(min_gain=0.01))
     assert done.worthwhile
-    assert f"{done.net_gain:.1%} with 1 remembered subjects, {done.seen_gain:.1%} on what was seen" in done.reason
+    assert f"{done.net_gain:.1%} with 1 remembered subject ({done.seen_gain:.1%} on what was seen)" in done.reason
     fleeting = decide(better, tokens_per_expert=1e9, since_change_s=None, policy=Policy(min_gain=done.net_gain + 0.01))
     assert not fleeting.worthwhile, "what only the window shows does not count"
     half = Policy(min_gain=1.5 * done.net_gain)

@@ -163,7 +163,7 @@ def test_placements_are_planned_for_remembered_subjects_and_the_preview_tells_ea
     decision = judge(result, load=load.astype(np.int64) * 10**6, since_change_s=None)
     assert decision.worthwhile
     assert decision.seen_gain > 0.03
-    assert "with 1 remembered subjects" in decision.reason
+    assert "with 1 remembered subject (" in decision.reason
     assert f"{decision.seen_gain:.1%} on what was seen" in decision.reason
     (subject,) = preview(problem, result, decision, remembered).subjects
     assert (subject.age_s, subject.weight) == (60.0, 0.5)

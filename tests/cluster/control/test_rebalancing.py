@@ -179,9 +179,9 @@ def test_whether_to_ask_a_planner(ranks: tuple[WorkerId, ...], facts: dict[str, 
     [
         (False, False, True, True, Judgement.ADOPTED, "gain 1 %"),
         (False, False, False, True, Judgement.KEPT, "placement kept, gain 1 %"),
-        (True, False, False, True, Judgement.ADOPTED, "done, although gain 1 %"),
+        (True, False, False, True, Judgement.ADOPTED, "carried out, although gain 1 %"),
         (True, False, False, False, Judgement.KEPT, "placement kept, gain 1 %"),
-        (True, True, False, False, Judgement.ADOPTED, "done, although gain 1 %"),
+        (True, True, False, False, Judgement.ADOPTED, "carried out, although gain 1 %"),
     ],
 )
 def test_what_becomes_of_a_plan(

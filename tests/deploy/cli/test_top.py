@@ -118,6 +118,17 @@ def test_a_server_is_read(answers: Answers) -> None:
     assert "demand 60% of capacity" in text
 
 
+def test_groups_are_counted_and_shares_averaged(answers: Answers) -> None:
+    rows = [
+        f'{name}{{engine="{engine}",model_name="m"}} {value}'
+        for name in ("emoe:balancedness", "vllm:num_requests_running")
+        for engine, value in enumerate((0.5, 1.0))
+    ]
+    look = read_look({**answers, METRICS: "\n".join(rows).encode()}, 0.0)
+    assert look.groups == 2
+    assert look.metrics == {"emoe:balancedness": 0.75, "vllm:num_requests_running": 1.5}
+
+
 def test_a_server_that_starts_is_read() -> None:
     reason = {"ready": False, "reason": "starting, 0 of 2 workers ready", "error": None}
     seen = read_look(dict.fromkeys(PATHS) | {READY: json.dumps(reason).encode(), METRICS: b"emoe:ready 0.0\n"}, 0.0)
