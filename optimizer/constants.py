@@ -12,6 +12,8 @@ import hashlib
 import itertools
 import json
 import math
+import reprlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.optimizer.core.cost import price
 from elastic_moe.optimizer.core.problem import BITS, GIGA, Links, PlacementProblem
+
+_MOST = sys.float_info.max
+"""JSON has integers that no float holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +47,13 @@ class Constants:
 
     def __post_init__(self) -> None:
         for name in ("workers", "step_tokens", "token_expert_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"calibration: {name}: expected a positive number, got {getattr(self, name)!r}")
-        if not 0 <= self.base_s < math.inf:
-            raise ConfigError(f"calibration: base_s: expected a number of at least 0, got {self.base_s!r}")
-        if self.worker_gbps is not None and not 0 < self.worker_gbps < math.inf:
+            if not 0 < getattr(self, name) <= _MOST:
+                raise ConfigError(
+                    f"calibration: {name}: expected a positive number, got {reprlib.repr(getattr(self, name))}"
+                )
+        if not 0 <= self.base_s <= _MOST:
+            raise ConfigError(f"calibration: base_s: expected a number of at least 0, got {reprlib.repr(self.base_s)}")
+        if self.worker_gbps is not None and not 0 < self.worker_gbps <= _MOST:
             raise ConfigError(f"calibration: worker_gbps: expected a positive number or null, got {self.worker_gbps!r}")
 
 
@@ -144,7 +151,7 @@ def load_constants(path: Path) -> tuple[Constants, ...]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{path}: expected a file that `emoe calibrate` wrote, which is JSON") from None
     entries = content.get("calibration") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:

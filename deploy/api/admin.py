@@ -43,9 +43,9 @@ def admin_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/admin")
 
     def asked(engine: str = Query("0", description="Number of the engine whose group is meant.")) -> Group:
-        if not (engine.isascii() and engine.isdigit()):
+        if not (engine.isascii() and engine.isdigit() and len(engine) < 10):
             raise RequestError(f"engine: expected a number, got {engine[:100]!r}", param="engine")
-        return service.backend.group(int(engine[:9]))
+        return service.backend.group(int(engine))
 
     chosen = Depends(asked)
 

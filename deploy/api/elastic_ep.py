@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from elastic_moe.actors.coordinator.coordinator import Coordinator
-from elastic_moe.cluster.errors import NotReadyError, RequestError
+from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import ENDED, new_operation_id
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.deploy.api.service import Service
@@ -39,12 +40,21 @@ def elastic_ep_router(service: Service) -> APIRouter:
         groups = [backend.group(number) for number in range(backend.num_groups)]
         before = len((await groups[0].ask(Coordinator.placement)).placement.workers)
         name = new_operation_id(OperationKind.SCALE)
-        operations = [await group.ask(Coordinator.scale, size, operation_id=name) for group in groups]
-        for group, operation in zip(groups, operations, strict=True):
-            await _wait(group, operation, body.drain_timeout)
+        operations: dict[int, Operation] = {}
+        refusals: dict[int, EmoeError] = {}
+        for number, group in enumerate(groups):
+            try:
+                operations[number] = await group.ask(Coordinator.scale, size, operation_id=name)
+            except EmoeError as error:
+                refusals[number] = error
+        if refusals:
+            raise _partly(size, operations, refusals)
+        for number, operation in operations.items():
+            await _wait(groups[number], operation, body.drain_timeout)
         if body.new_data_parallel_size is None:
             return {"message": f"Scaled to {size} workers", "old_ep_size": before, "new_ep_size": size}
-        return {"message": f"Scaled to {size} data parallel engines"}
+        each = f" in each of {len(groups)} groups" if len(groups) > 1 else ""
+        return {"message": f"Scaled to {size} data parallel engines{each}"}
 
     @router.post(
         "/is_scaling_elastic_ep", **described(answers={200: json_answer("Whether it scales.", "is_scaling_elastic_ep")})
@@ -56,6 +66,19 @@ def elastic_ep_router(service: Service) -> APIRouter:
         return {"is_scaling_elastic_ep": under_way}
 
     return router
+
+
+def _partly(size: int, operations: Mapping[int, Operation], refusals: Mapping[int, EmoeError]) -> EmoeError:
+    """What says which groups scale and which do not."""
+    if not operations:
+        return next(iter(refusals.values()))
+    scaling = ", ".join(map(str, operations))
+    refused = "; ".join(f"engine {number} does not: {error}" for number, error in refusals.items())
+    return RequestError(
+        f"engine {scaling} scales to {size} workers, and {refused}. POST /admin/scale?engine=N asks one engine alone",
+        code="scaled_in_part",
+        status=503,
+    )
 
 
 async def _wait(group: Group, operation: Operation, timeout_s: float) -> None:

@@ -219,9 +219,13 @@ class EngineClient:
             engine = await self._next_engine()
             try:
                 await self._follow(engine)
-            except (RayActorError, NotReadyError, OSError) as error:
+            except NotReadyError:
+                logger.debug("the engine has not begun to serve; asking for it again")
+            except (RayActorError, OSError) as error:
+                # nobody waits for it where the server ends
+                level = logging.WARNING if self._streams else logging.INFO
                 # the coordinator may return the old engine for a while
-                level = logging.DEBUG if engine == lost else logging.WARNING
+                level = logging.DEBUG if engine == lost else level
                 logger.log(level, "the engine is lost (%s); asking for another", type(error).__name__)
                 lost = engine
             except (RayError, EmoeError):

@@ -76,10 +76,16 @@ def run_calibrate(args: argparse.Namespace) -> int:
     dtype = info.dtype if args.dtype == "auto" else args.dtype
     served = info.served_in(dtype, info.form(args.expert_dtype, dtype, "cpu"))
     out = args.out or calibration_file(served, dtype, "cpu")
-    measured = []
-    for number in args.workers:
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a directory, expected a file")
+    numbers = list(dict.fromkeys(args.workers))
+    for number in numbers:
         if not 2 <= number <= info.num_logical_experts:
             raise ConfigError(f"--workers: expected 2 to {info.num_logical_experts} (the experts), got {number}")
+        if args.step_tokens < number:
+            raise ConfigError(f"--step-tokens: expected one for each of {number} workers, got {args.step_tokens}")
+    measured = []
+    for number in numbers:
         constants, checked = calibrate(args, served, dtype, number)
         measured.append(constants)
         print(_as_json(constants, checked) if args.json else _as_text(constants, checked), flush=True)
@@ -91,7 +97,6 @@ def run_calibrate(args: argparse.Namespace) -> int:
             )
     # what was measured before with other numbers of workers stays
     before = load_constants(out) if out.exists() and args.out is None else ()
-    numbers = {one.workers for one in measured}
     save_constants(out, [*(one for one in before if one.workers not in numbers), *measured])
     print(f"the constants are in {out}", file=sys.stderr)
     return 0

@@ -69,7 +69,8 @@ class MeasuredGroup:
         return Measured(
             step_s=min(slowest),
             load=np.sum([one.load for one in seen], axis=0),
-            samples=np.concatenate([one.samples for one in seen]),
+            # a worker without tokens has samples of another shape
+            samples=np.concatenate([one.samples for one in seen if len(one.samples)] or [seen[0].samples]),
         )
 
     def _tell(self, what: Placement | int) -> list[Any]:

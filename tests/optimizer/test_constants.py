@@ -100,6 +100,7 @@ def test_files_keep_constants_and_the_nearest_number_of_workers_counts(tmp_path:
     ("content", "message"),
     [
         ("{", "which is JSON"),
+        ("[" * 100_000, "which is JSON"),
         ("[]", "calibration: expected a list"),
         ('{"calibration": []}', "calibration: expected a list"),
         ('{"calibration": [{"workers": 2}]}', "expected the keys base_s, step_tokens"),
@@ -107,6 +108,8 @@ def test_files_keep_constants_and_the_nearest_number_of_workers_counts(tmp_path:
         (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"token_expert_s": 0}]}), "token_expert_s: expected"),
         (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"workers": None}]}), "workers: expected a number"),
         (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"worker_gbps": -1}]}), "worker_gbps: expected"),
+        (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"token_expert_s": 10**400}]}), "token_expert_s: exp"),
+        (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"base_s": 10**400}]}), "base_s: expected"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, content: str, message: str) -> None:

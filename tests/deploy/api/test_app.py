@@ -796,6 +796,30 @@ def test_scaling_as_vllm_and_sglang_do(call: Call) -> None:
     assert call("POST", "/is_scaling_elastic_ep").json() == {"is_scaling_elastic_ep": False}
 
 
+def test_scaling_of_groups_of_which_one_cannot(call: Call) -> None:
+    class Recovering(FakeBackend):
+        async def scale(self, *_: object, **__: object) -> Any:
+            raise NotReadyError("recovering")
+
+    class Groups(FakeBackend):
+        num_groups = 2
+
+        def __init__(self, *members: FakeBackend) -> None:
+            super().__init__()
+            self.members = members
+
+        def group(self, number: int) -> FakeBackend:
+            return self.members[number]
+
+    path, size = "/scale_elastic_ep", {"new_data_parallel_size": 2, "drain_timeout": 1}
+    told = call("POST", path, json=size, backend=Groups(FakeBackend(), Recovering()))
+    assert "engine 0 scales to 2 workers, and engine 1 does not: recovering" in error(told, 503)["message"]
+    none = call("POST", path, json=size, backend=Groups(Recovering(), Recovering()))
+    assert error(none, 503)["message"] == "recovering"
+    both = call("POST", path, json=size, backend=Groups(FakeBackend(), FakeBackend()))
+    assert both.json() == {"message": "Scaled to 2 data parallel engines in each of 2 groups"}
+
+
 def test_the_state_of_scaling(call: Call) -> None:
     told = call("GET", "/admin/scale").json()
     assert (told["serving"], told["max_workers"], told["autoscaler"]) == (2, 8, "demand 60% of capacity")
