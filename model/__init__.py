@@ -1,7 +1,8 @@
 """The data plane in torch, without Ray. The order of the rooms; a room imports only from those above it:
 
     (this folder)  what several rooms use: int8, int4, records of experts, copies to devices, block tables, the
-                   formula of norms; and all uses of private functions of torch and transformers
+                   formula of norms, how graphs are recorded in pieces; and all uses of private functions of torch
+                   and transformers
     formats/       reads packed weights: FP8, INT4, AWQ, GPTQ, MXFP4 and others
     grammars/      which tokens a request's grammar allows next
     native/        kernels in C++ for bfloat16 on CPU
@@ -17,6 +18,7 @@
     graphs/        launches steps as CUDA graphs
     tiers/         experts that lie on the disk or in the host's memory, and come when a step needs them
     worker/        one worker: loading, epochs, steps
+    measuring/     measures steps of workers on this machine, for `emoe calibrate`
 
 The life of a step: `DataPlane.step` (worker/data_plane.py) turns a StepPlan into slices of tokens. `ModelRunner.run`
 (worker/runner.py) packs them into one row and runs transformers' trunk. In each layer, attention (trunk/attention.py)
