@@ -222,10 +222,11 @@ class EngineClient:
             except NotReadyError:
                 logger.debug("the engine has not begun to serve; asking for it again")
             except (RayActorError, OSError) as error:
-                # nobody waits for it where the server ends
-                level = logging.WARNING if self._streams else logging.INFO
-                # the coordinator may return the old engine for a while
-                level = logging.DEBUG if engine == lost else level
+                if engine == lost:
+                    level = logging.DEBUG  # the coordinator may return the old engine for a while
+                else:
+                    # nobody waits for it where the server ends
+                    level = logging.WARNING if self._streams else logging.INFO
                 logger.log(level, "the engine is lost (%s); asking for another", type(error).__name__)
                 lost = engine
             except (RayError, EmoeError):

@@ -7,7 +7,6 @@ group go to that group, and questions about what all groups have in common to th
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 
 from elastic_moe.actors.liveness import CALL_TIMEOUT_S
@@ -16,10 +15,8 @@ from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.backend.backend import P, Question, R, Requests
-from elastic_moe.deploy.backend.ray_backend import RayBackend
+from elastic_moe.deploy.backend.ray_backend import RayBackend, task_failed
 from elastic_moe.deploy.backend.router import Router
-
-logger = logging.getLogger(__name__)
 
 MakeGroup = Callable[[int, Callable[[], None]], RayBackend]
 
@@ -33,7 +30,7 @@ class Groups:
         self._groups = [make(n, changed.set) for n in range(number)]
         self._router = Router(self._groups, changed)
         self.engine: Requests = self._groups[0].engine if number == 1 else self._router
-        self._watch = Background(_has_failed)
+        self._watch = Background(task_failed)
 
     def begin(self) -> None:
         for group in self._groups:
@@ -97,7 +94,3 @@ def together(states: Sequence[Readiness]) -> Readiness:
         return worst
     reason = f"{worst.reason}, with {len(ready)} of {len(states)} groups; {others}"
     return Readiness(ready=True, reason=reason, resident=worst.resident)
-
-
-def _has_failed(error: BaseException) -> None:
-    logger.error("a task of the API has failed", exc_info=error)

@@ -57,7 +57,7 @@ class RayBackend:
         """When the group was first seen not to be ready after it was; None while it is, or has never been."""
         self._has_served = False
         self._readiness = Readiness(ready=False, reason="starting")
-        self._background = Background(_has_failed)
+        self._background = Background(task_failed)
         self.engine = EngineClient(self._find_engine, self._background, group=number, lost=lost)
 
     def begin(self) -> None:
@@ -165,5 +165,6 @@ class RayBackend:
             await asyncio.sleep(LOOK_S)
 
 
-def _has_failed(error: BaseException) -> None:
+def task_failed(error: BaseException) -> None:
+    """Log what a task in the background of an API replica has raised."""
     logger.error("a task of the API has failed", exc_info=error)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
-from elastic_moe.deploy.backend.ray_backend import RayBackend
+from elastic_moe.deploy.backend.ray_backend import RayBackend, task_failed
 from elastic_moe.deploy.backend.request_stream import RequestStream
 from elastic_moe.deploy.backend.routing import GroupState, KnownPrefixes, by_name, choose, chunk_keys
 
@@ -47,7 +47,7 @@ class Router:
         self._changed = changed
         self._loads = [_Load() for _ in groups]
         self._prefixes = KnownPrefixes(len(groups))
-        self._background = Background(_has_failed)
+        self._background = Background(task_failed)
 
     def begin(self) -> None:
         for work in (self._watch(), *map(self._watch_load, range(len(self._groups)))):
@@ -159,7 +159,3 @@ class Router:
                 others = max(0, total - max(before, len(group.engine)))
                 self._loads[number] = _Load(others=others, workers=len(status.running) or 1)
             await asyncio.sleep(LOAD_S)
-
-
-def _has_failed(error: BaseException) -> None:
-    logger.error("a task of the API has failed", exc_info=error)

@@ -198,7 +198,7 @@ def _replay_caches(args: argparse.Namespace, trace: Trace, workers: tuple[Worker
     if args.out is not None:
         make_folder(args.out)
         drawn = save(args.out, rows, _drawn)
-        print(f"{'caches.csv and figures' if drawn else 'caches.csv'} written to {args.out}", file=sys.stderr)
+        print(f"caches.csv {'and figures are' if drawn else 'is'} in {args.out}", file=sys.stderr)
     return 0
 
 

@@ -29,7 +29,7 @@ PATHS = (READY, WORKERS, PLACEMENT, ROUTING, OPERATIONS, SCALE, METRICS)
 
 
 _SHARES = ("vllm:kv_cache_usage_perc", "emoe:balancedness", "emoe:ready")
-"""Metrics that are no number of things."""
+"""Metrics that are averaged over groups, since their sum means nothing."""
 
 
 class NotAServer(UserError):

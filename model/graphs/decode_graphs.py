@@ -164,12 +164,8 @@ class DecodeGraphs:
         )
 
     def record_all(self, memory: list[object]) -> None:
-        """Record the graphs of all sizes, the largest first, since the others then use its memory.
-
-        Raises RecordingFailed.
-        """
-        for rows in reversed(self._sizes):
-            self._recordings.get(rows, memory)
+        """Record the graphs of all sizes. Raises RecordingFailed."""
+        self._recordings.record_all(self._sizes, memory)
 
     def find(self, slices: Sequence[SequenceSlice], terms: GraphTerms) -> Launch | None:
         """What runs a decode step of these sequences; None if there is no graph for it.

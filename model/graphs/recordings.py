@@ -5,7 +5,7 @@ Legend: V vocabulary, L MoE layers, T tokens of a step, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -37,6 +37,14 @@ class Recordings(Generic[R]):
         self._run = run
         self._made: dict[int, tuple[Work, R]] = {}
         self._memory: list[object] = []
+
+    def record_all(self, sizes: Sequence[int], memory: list[object]) -> None:
+        """Record steps of these sizes, which ascend. The largest is first, since the others then use its memory.
+
+        Raises RecordingFailed.
+        """
+        for rows in reversed(sizes):
+            self.get(rows, memory)
 
     def get(self, rows: int, memory: list[object]) -> tuple[Work, R]:
         """What replays a step of so many rows, and what it writes. `memory` as in GraphTerms: recordings of other

@@ -84,12 +84,8 @@ class TokenGraphs:
         self._recordings = Recordings(recorder, prepare=lambda rows: self._put([], 0, rows), run=self._run)
 
     def record_all(self, memory: list[object]) -> None:
-        """Record the graphs of all sizes, the largest first, since the others then use its memory.
-
-        Raises RecordingFailed.
-        """
-        for rows in reversed(self._sizes):
-            self._recordings.get(rows, memory)
+        """Record the graphs of all sizes. Raises RecordingFailed."""
+        self._recordings.record_all(self._sizes, memory)
 
     def find(self, slices: Sequence[SequenceSlice], terms: GraphTerms) -> Launch | None:
         """What runs a step of these sequences; None if there is no graph for it.

@@ -30,23 +30,17 @@ inline __m512i exact_bf16(__m512i values) { // of 32 integers of 16 bits that ha
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Takes rows apart. The parts lie in `memory`: one block after the other, each of 16 rows.
+// Takes rows apart.
 inline void take_apart4(std::vector<Row8>& rows, int64_t depth, std::vector<char>& memory) {
     const __m512i rest = _mm512_set1_epi16(127);
-    const int64_t count = rows.size(), steps = (depth + kFine - 1) / kFine, size = float_block_bytes(depth);
-    const int64_t needed = (count + kTileRows - 1) / kTileRows * size + kTileBytes;
-    if (int64_t(memory.size()) < needed) memory.resize(needed);
-    char* blocks = (char*)((uintptr_t(memory.data()) + kTileBytes - 1) / kTileBytes * kTileBytes);
-    for (int64_t r = 0; r < count; ++r) {
-        char* block = blocks + r / kTileRows * size;
-        char* to = block + r % kTileRows * kTileBytes;
+    const int64_t steps = (depth + kFine - 1) / kFine;
+    lay_out(rows, float_block_bytes(depth), memory, [&](const Row8& row, char* to) {
         for (int64_t k = 0; k < steps; ++k, to += 2 * kTileSize) {
-            const __m512i values = _mm512_loadu_si512(rows[r].values + k * kFine);
+            const __m512i values = _mm512_loadu_si512(row.values + k * kFine);
             _mm512_storeu_si512(to, exact_bf16(_mm512_andnot_si512(rest, values)));
             _mm512_storeu_si512(to + kTileSize, exact_bf16(_mm512_and_si512(rest, values)));
         }
-        rows[r].bytes = block;
-    }
+    });
 }
 
 // The exact sums of one part, for 16 rows: of 16 columns each.

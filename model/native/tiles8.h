@@ -28,26 +28,33 @@ inline int64_t byte_steps(int64_t depth) { return (depth + kTileBytes - 1) / kTi
 constexpr int64_t kTileSize = kTileRows * kTileBytes;
 inline int64_t block_bytes(int64_t depth) { return byte_steps(depth) * 2 * kTileSize; }
 
-// Takes rows apart. The bytes lie in `memory`: one block after the other, each of 16 rows.
+// Lays rows out in `memory`: one block of `size` bytes after the other, each of 16 rows. `fill` writes a row's tiles, whose
+// rows lie kTileSize bytes apart.
+template <class Fill> void lay_out(std::vector<Row8>& rows, int64_t size, std::vector<char>& memory, Fill fill) {
+    const int64_t count = rows.size(), needed = (count + kTileRows - 1) / kTileRows * size + kTileBytes;
+    if (int64_t(memory.size()) < needed) memory.resize(needed);
+    char* blocks = (char*)((uintptr_t(memory.data()) + kTileBytes - 1) / kTileBytes * kTileBytes);
+    for (int64_t r = 0; r < count; ++r) {
+        char* block = blocks + r / kTileRows * size;
+        fill(rows[r], block + r % kTileRows * kTileBytes);
+        rows[r].bytes = block;
+    }
+}
+
+// Takes rows apart.
 inline void take_apart(std::vector<Row8>& rows, int64_t depth, std::vector<char>& memory) {
     alignas(64) uint8_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = 2 * (i / 8 * 8 + (i % 8 / 4 * 2 + i % 4 / 2 + i % 2 * 4));
     const __m512i low = _mm512_load_si512(order), high = _mm512_or_si512(low, _mm512_set1_epi8(1));
-    const int64_t count = rows.size(), filled = (depth + kFine - 1) / kFine * kFine;
-    const int64_t needed = (count + kTileRows - 1) / kTileRows * block_bytes(depth) + kTileBytes;
-    if (int64_t(memory.size()) < needed) memory.resize(needed);
-    char* blocks = (char*)((uintptr_t(memory.data()) + kTileBytes - 1) / kTileBytes * kTileBytes);
-    for (int64_t r = 0; r < count; ++r) {
-        char* block = blocks + r / kTileRows * block_bytes(depth);
-        char* to = block + r % kTileRows * kTileBytes;
+    const int64_t filled = (depth + kFine - 1) / kFine * kFine;
+    lay_out(rows, block_bytes(depth), memory, [&](const Row8& row, char* to) {
         for (int64_t k = 0; k < filled; k += 64, to += 2 * kTileSize) {
-            const __m512i first = _mm512_loadu_si512(rows[r].values + k);
-            const __m512i second = k + 32 < filled ? _mm512_loadu_si512(rows[r].values + k + 32) : _mm512_setzero_si512();
+            const __m512i first = _mm512_loadu_si512(row.values + k);
+            const __m512i second = k + 32 < filled ? _mm512_loadu_si512(row.values + k + 32) : _mm512_setzero_si512();
             _mm512_storeu_si512(to, _mm512_permutex2var_epi8(first, low, second));
             _mm512_storeu_si512(to + kTileSize, _mm512_permutex2var_epi8(first, high, second));
         }
-        rows[r].bytes = block;
-    }
+    });
 }
 
 // The sums of one block, 16 rows by 32 columns: of the low bytes, 16 columns each, and of the high ones.

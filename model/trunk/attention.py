@@ -105,13 +105,12 @@ def paged_attention(
     batch = current_batch()
     latent: Latents | None = getattr(module, LATENTS, None)
     window = None if attention_mask is None else attention_mask.size
+    size = value.shape[3] if latent is None else latent.value_size
     if isinstance(batch, ShapeProbe):
-        size = value.shape[3] if latent is None else latent.value_size
         batch.record(layer, key, value, softcap, window)
         return query.new_zeros(1, query.shape[2], query.shape[1], size), None
     if isinstance(batch, Deferred):
         assert not indices, "an indexer chooses keys of the step that runs"
-        size = value.shape[3] if latent is None else latent.value_size
         out = query.new_empty(1, query.shape[2], query.shape[1], size)
 
         def later(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ class OutputHead:
         body: nn.Module = trunk.base_model
         self._run_body = body.forward
         self._keeps = self._replays = False
-        self._output: Any = None
+        self.output: Any = None
+        """The body's output in the last step that was kept. Whoever sets it lets the body seem to have run."""
         self.vocabulary = int(trunk.config.get_text_config().vocab_size)
         """Number of logits of each token."""
         body.forward = self._forward
@@ -28,20 +29,11 @@ class OutputHead:
         """Whether to remember the hidden states of the steps from now on. They are forgotten when it says False."""
         self._keeps = wanted
         if not wanted:
-            self._output = None
-
-    @property
-    def output(self) -> Any:
-        """The body's output in the last step that was kept. Whoever sets it lets the body seem to have run."""
-        return self._output
-
-    @output.setter
-    def output(self, output: Any) -> None:
-        self._output = output
+            self.output = None
 
     def logits(self, rows: Tensor, input_ids: Tensor) -> Tensor:
         """Logits [R, V] of the step's tokens number `rows` [R]; `input_ids` [1, T] are the step's."""
-        assert self._output is not None, "the last step was not kept"
+        assert self.output is not None, "the last step was not kept"
         self._replays = True
         try:
             out: Any = self._trunk(input_ids=input_ids, use_cache=False, logits_to_keep=rows)
@@ -52,8 +44,8 @@ class OutputHead:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._replays:
-            return self._output
+            return self.output
         output = self._run_body(*args, **kwargs)
         if self._keeps:
-            self._output = output
+            self.output = output
         return output
