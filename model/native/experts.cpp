@@ -69,13 +69,19 @@ struct Bits16 {
     using Row = const bf16*;
     // Brings an expert's rows into the form that `multiply` is fastest with. They may then lie in `memory`.
     static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
-        if (!tiles_used || evenly_spaced(rows.size(), rows.data())) return;
+        if (tiles_used && !evenly_spaced(rows.size(), rows.data())) copy(rows, depth, memory);
+    }
+    // Copies rows, and fills them up with zeros to a multiple of 32 of K. A tile may read past the last one.
+    static void copy(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
+        constexpr int64_t kMost = 2 * kTileRows; // rows that a product reads at a time
+        const int64_t size = depth * sizeof(bf16), filled = (size + kTileBytes - 1) / kTileBytes * kTileBytes;
         // rows that are a power of 2 apart would share few places of the cache
-        const int64_t size = depth * sizeof(bf16), stride = size + 64;
-        if (int64_t(memory.size()) < int64_t(rows.size()) * stride) memory.resize(rows.size() * stride);
-        char* to = memory.data();
+        const int64_t stride = filled + kTileBytes, count = (rows.size() + kMost - 1) / kMost * kMost;
+        if (int64_t(memory.size()) < count * stride + kTileBytes) memory.resize(count * stride + kTileBytes);
+        char* to = (char*)((uintptr_t(memory.data()) + kTileBytes - 1) / kTileBytes * kTileBytes);
         for (Row& row : rows) {
             std::memcpy(to, row, size);
+            std::memset(to + size, 0, filled - size);
             row = (Row)to;
             to += stride;
         }
@@ -95,6 +101,9 @@ struct Bits16 {
 
 // Weights in 8-bit floats (gemmf8.h), and rows in bfloat16.
 struct Floats8 : Bits16 {
+    static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
+        if (tiles_used) copy(rows, depth, memory);
+    }
     static int64_t panel_bytes(int64_t depth) { return panel_bytes8(depth); }
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
         multiply_chunk_f8(count, rows, depth, (const int8_t*)panel, sums, fetch);

@@ -127,14 +127,18 @@ template <class Block, bool TABLE> void widen_floats4(const Block& block, int64_
     for (int64_t group = 0; group < groups; ++group)
         for (int64_t c = 0; c < kPanel; c += 16) {
             store_sum(wide.scales[group] + c, block.scale(group, c));
-            const __m512i shift = _mm512_sub_epi16(_mm512_set1_epi16(15), twice16(block.zero(group, c)));
+            const __m512i nibble = _mm512_set1_epi8(15), zero = twice16(block.zero(group, c));
+            const __m512i shift = _mm512_sub_epi8(nibble, _mm512_or_si512(zero, _mm512_slli_epi16(zero, 8)));
             for (int64_t eight = 0; eight < kFine / 8; ++eight) {
                 const __m512i words = load_integers(block.codes + group * kCodes + (eight * kPanel + c) * 4);
-                for (int i = 0; i < 4; ++i) {
-                    __m512i codes = four_bits(words, 4 * i);
-                    if (!TABLE) codes = _mm512_add_epi16(codes, shift);
-                    store_integers(wide.values[group * kFine / 2 + eight * 4 + i][c], _mm512_permutexvar_epi16(codes, table));
-                }
+                // codes 0 and 2 of 16 bits, and 1 and 3; the table looks at the lowest 5 bits only
+                __m512i even = _mm512_and_si512(words, nibble), odd = _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble);
+                if (!TABLE) even = _mm512_add_epi8(even, shift), odd = _mm512_add_epi8(odd, shift);
+                const auto to = [&](int i) { return wide.values[group * kFine / 2 + eight * 4 + i][c]; };
+                store_integers(to(0), _mm512_permutexvar_epi16(even, table));
+                store_integers(to(1), _mm512_permutexvar_epi16(odd, table));
+                store_integers(to(2), _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table));
+                store_integers(to(3), _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table));
             }
         }
 }
@@ -157,7 +161,9 @@ void multiply_chunk4_tiles(int64_t count, const Row8* rows, int64_t depth, const
         panel += block_bytes4(fines, TABLE);
         const char* next = panel + block_bytes4(kFines, TABLE); // the block after the next
         widen_floats4<Block, TABLE>(block, fines, table, wide);
-        multiply_all_floats(count, rows, number, wide, next, fetch ? block_bytes4(kFines, TABLE) / 64 : 0, sums);
+        const int64_t fetched = fetch ? block_bytes4(kFines, TABLE) / 64 : 0;
+        if (number == 0) multiply_all_floats<true>(count, rows, number, wide, next, fetched, sums);
+        else multiply_all_floats<false>(count, rows, number, wide, next, fetched, sums);
     }
     _tile_release();
 }

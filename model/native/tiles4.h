@@ -12,7 +12,7 @@
 
 namespace emoe {
 
-constexpr int64_t kFewTiles4 = 16; // rows up to which vector.h's instructions are faster
+constexpr int64_t kFewTiles4 = 7; // rows up to which vector.h's instructions are faster
 
 // A group of a panel in bfloat16, with the scales of its parts.
 struct WideFloats {
@@ -43,82 +43,99 @@ inline void take_apart4(std::vector<Row8>& rows, int64_t depth, std::vector<char
     });
 }
 
-// The exact sums of one part, for 16 rows: of 16 columns each.
-using FoundFloats = float[4][kTileRows][16];
+// The exact sums of each part, for a block: 16 rows by 32 columns, 16 columns each.
+using FoundFloats = float[2][kTileRows][kGroup / kFine][16];
 
-// Multiplies the 16 rows of a block by one part.
-inline void find_floats(const char* block, const bf16* columns, AheadOfNext& ahead, FoundFloats& found) {
-    constexpr int64_t kLine = kPanel * 4, kFound = 64;
-    written();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_loadd(6, columns, kLine);
+// Multiplies 16 rows by one part of 32 columns. The sums become tiles 0 and 1, or 2 and 3: tiles' numbers must be literals.
+template <int SUMS> void find_part(const char* block, const bf16* columns, AheadOfNext& ahead) {
+    constexpr int64_t kLine = kPanel * 4;
+    if constexpr (SUMS == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     _tile_loadd(4, block, kTileBytes);
-    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(6, columns, kLine);
+    if constexpr (SUMS == 0) _tile_dpbf16ps(0, 4, 6);
+    else _tile_dpbf16ps(2, 4, 6);
     ahead.some();
     _tile_loadd(7, columns + 32, kLine);
-    _tile_dpbf16ps(1, 4, 7);
-    ahead.some();
+    if constexpr (SUMS == 0) _tile_dpbf16ps(1, 4, 7);
+    else _tile_dpbf16ps(3, 4, 7);
     _tile_loadd(5, block + kTileSize, kTileBytes);
-    _tile_dpbf16ps(0, 5, 6);
-    _tile_loadd(6, columns + 64, kLine);
-    _tile_dpbf16ps(1, 5, 7);
+    if constexpr (SUMS == 0) _tile_dpbf16ps(0, 5, 6);
+    else _tile_dpbf16ps(2, 5, 6);
     ahead.some();
-    _tile_loadd(7, columns + 96, kLine);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 4, 7);
-    ahead.some();
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_stored(0, found[0], kFound);
-    _tile_stored(1, found[1], kFound);
-    _tile_stored(2, found[2], kFound);
-    _tile_stored(3, found[3], kFound);
+    if constexpr (SUMS == 0) _tile_dpbf16ps(1, 5, 7);
+    else _tile_dpbf16ps(3, 5, 7);
+}
+
+// Writes what find_part has found.
+template <int SUMS> void keep_part(FoundFloats& found, int part) {
+    constexpr int64_t kFound = sizeof found[0][0];
+    if constexpr (SUMS == 0) {
+        _tile_stored(0, found[0][0][part], kFound);
+        _tile_stored(1, found[1][0][part], kFound);
+    } else {
+        _tile_stored(2, found[0][0][part], kFound);
+        _tile_stored(3, found[1][0][part], kFound);
+    }
     written();
 }
 
-// Adds the sums of one part times their scales to `totals`, from which the last part goes on to `sums`.
-template <bool FIRST, bool LAST>
-void add_floats(int64_t count, const Row8* rows, int64_t group, const float* scales, const FoundFloats& found,
-                float (*totals)[kPanel], float* sums) {
-    Register scale[4];
-    for (int c = 0; c < 4; ++c) scale[c] = load_sum(scales + c * 16);
-    for (int64_t r = 0; r < count; ++r)
-        for (int c = 0; c < 4; ++c) {
-            const Register sum = load_sum(found[c][r]);
-            const Register total = FIRST ? times(sum, scale[c]) : times_plus(sum, scale[c], load_sum(totals[r] + c * 16));
-            if (LAST) add_group(sums + r * kPanel + c * 16, total, rows[r].scales[group], group > 0);
-            else store_sum(totals[r] + c * 16, total);
+// Adds a block to its sums: the parts' sums times their scales, times the rows' scales.
+template <int PARTS, bool FIRST>
+void add_parts(const FoundFloats& found, const WideFloats& wide, int64_t first, const float* row_scales, float* sums) {
+    Register scales[PARTS][2];
+    for (int part = 0; part < PARTS; ++part)
+        for (int c = 0; c < 2; ++c) scales[part][c] = load_sum(wide.scales[part] + first + c * 16);
+    for (int c = 0; c < 2; ++c)
+        for (int r = 0; r < kTileRows; ++r) {
+            Register total = times(load_sum(found[c][r][0]), scales[0][c]);
+            for (int part = 1; part < PARTS; ++part) total = times_plus(load_sum(found[c][r][part]), scales[part][c], total);
+            add_group(sums + r * kPanel + first + c * 16, total, row_scales[r], !FIRST);
         }
 }
 
-// Multiplies rows that were taken apart by a group of a panel. The tiles are configured. While the unit multiplies 16 rows by
-// one part, the sums of the part before are used. Meanwhile `fetched` lines of the caches are prefetched, from `next` on.
-inline void multiply_all_floats(int64_t count, const Row8* rows, int64_t group, const WideFloats& wide, const char* next,
-                                int64_t fetched, float* sums) {
-    alignas(64) FoundFloats found[2];
-    alignas(64) float totals[kTileRows][kPanel]; // of the parts so far, for one block of rows
-    const auto add = [&](int64_t at, int64_t part, const FoundFloats& sums_of_part) {
-        const bool last = part + 1 == wide.parts;
-        const auto run = part == 0 ? (last ? add_floats<true, true> : add_floats<true, false>)
-                                   : (last ? add_floats<false, true> : add_floats<false, false>);
-        run(std::min(kTileRows, count - at), rows + at, group, wide.scales[part], sums_of_part, totals, sums + at * kPanel);
-    };
-    const int64_t times = (count + kTileRows - 1) / kTileRows * wide.parts * 4;
-    AheadOfNext ahead{next, (fetched + times - 1) / times};
-    int64_t at_before = -1, part_before = 0;
-    int now = 0;
-    for (int64_t at = 0; at < count; at += kTileRows)
-        for (int64_t part = 0; part < wide.parts; ++part, now ^= 1) {
-            const char* block = rows[at].bytes + (group * kGroup / kFine + part) * 2 * kTileSize;
-            find_floats(block, wide.values[part * kFine / 2][0], ahead, found[now]);
-            if (at_before >= 0) add(at_before, part_before, found[now ^ 1]);
-            at_before = at;
-            part_before = part;
+// Multiplies rows that were taken apart by a group of a panel. The tiles are configured. The sums of a part are written while
+// the unit multiplies the next one. A second place for them, so that a block could be added while the next one is
+// multiplied, made it slower: rows, columns and sums fill L1. Meanwhile `fetched` lines of the caches are prefetched, from
+// `next` on.
+template <int PARTS, bool FIRST>
+void multiply_all_parts(int64_t count, const Row8* rows, int64_t group, const WideFloats& wide, const char* next,
+                        int64_t fetched, float* sums) {
+    alignas(64) FoundFloats found;
+    float row_scales[kChunk] = {};
+    for (int64_t r = 0; r < count; ++r) row_scales[r] = rows[r].scales[group];
+    const int64_t blocks = (count + kTileRows - 1) / kTileRows * 2;
+    AheadOfNext ahead{next, (fetched + blocks * PARTS * 2 - 1) / (blocks * PARTS * 2)};
+    written();
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t at = block / 2 * kTileRows, first = block % 2 * 32;
+        const char* bytes = rows[at].bytes + group * kGroup / kFine * 2 * kTileSize;
+        for (int part = 0; part < PARTS; ++part) {
+            const bf16* columns = wide.values[part * kFine / 2][first];
+            if (part % 2 == 0) find_part<0>(bytes + part * 2 * kTileSize, columns, ahead);
+            else find_part<2>(bytes + part * 2 * kTileSize, columns, ahead);
+            if (part % 2 == 1) keep_part<0>(found, part - 1);
+            else if (part > 0) keep_part<2>(found, part - 1);
         }
-    add(at_before, part_before, found[now ^ 1]);
+        keep_part<(PARTS - 1) % 2 * 2>(found, PARTS - 1);
+        add_parts<PARTS, FIRST>(found, wide, first, row_scales + at, sums + at * kPanel);
+    }
+}
+
+template <bool FIRST>
+void multiply_all_floats(int64_t count, const Row8* rows, int64_t group, const WideFloats& wide, const char* next,
+                         int64_t fetched, float* sums) {
+    switch (wide.parts) {
+    case 1: return multiply_all_parts<1, FIRST>(count, rows, group, wide, next, fetched, sums);
+    case 2: return multiply_all_parts<2, FIRST>(count, rows, group, wide, next, fetched, sums);
+    case 3: return multiply_all_parts<3, FIRST>(count, rows, group, wide, next, fetched, sums);
+    default: return multiply_all_parts<4, FIRST>(count, rows, group, wide, next, fetched, sums);
+    }
 }
 
 } // namespace emoe

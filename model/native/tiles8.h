@@ -14,7 +14,7 @@
 
 namespace emoe {
 
-constexpr int64_t kFewTiles8 = 8; // rows up to which vector.h's instructions are faster
+constexpr int64_t kFewTiles8 = 4; // rows up to which vector.h's instructions are faster
 
 // Up to 128 steps of K of a panel in bytes, and their scales.
 struct WideBytes {
@@ -29,7 +29,7 @@ constexpr int64_t kTileSize = kTileRows * kTileBytes;
 inline int64_t block_bytes(int64_t depth) { return byte_steps(depth) * 2 * kTileSize; }
 
 // Lays rows out in `memory`: one block of `size` bytes after the other, each of 16 rows. `fill` writes a row's tiles, whose
-// rows lie kTileSize bytes apart.
+// rows lie kTileSize bytes apart. The last block is filled up with zeros.
 template <class Fill> void lay_out(std::vector<Row8>& rows, int64_t size, std::vector<char>& memory, Fill fill) {
     const int64_t count = rows.size(), needed = (count + kTileRows - 1) / kTileRows * size + kTileBytes;
     if (int64_t(memory.size()) < needed) memory.resize(needed);
@@ -39,6 +39,9 @@ template <class Fill> void lay_out(std::vector<Row8>& rows, int64_t size, std::v
         fill(rows[r], block + r % kTileRows * kTileBytes);
         rows[r].bytes = block;
     }
+    for (int64_t r = count; r % kTileRows != 0; ++r)
+        for (int64_t tile = 0; tile < size; tile += kTileSize)
+            std::memset(blocks + r / kTileRows * size + tile + r % kTileRows * kTileBytes, 0, kTileBytes);
 }
 
 // Takes rows apart.

@@ -67,12 +67,17 @@ inline void store(bf16* to, Floats value, Lanes lanes = 0xffff) { _mm256_mask_st
 
 inline Pairs load_pairs(const bf16* from) { return (Pairs)_mm512_loadu_si512(from); }
 inline void store_pairs(bf16* to, Pairs value) { _mm512_storeu_si512(to, (__m512i)value); }
-// Numbers in E4M3, divided by 256: shifted, they are numbers in float16, whose exponents are 8 larger.
+// Numbers in E4M3, divided by 256. Their 4 bits of exponent and 3 of mantissa are those of bfloat16, whose exponents are
+// larger. But numbers below the smallest normal one, multiples of 2^-17 now, are looked up.
 inline Pairs load_e4m3(const int8_t* from) {
+    alignas(64) static constexpr bf16 kSmall[32] = {0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860};
     const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
-    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(int16_t(0xbf80)));
-    return (Pairs)_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)),
-                                      _mm512_cvtph_ps(_mm512_castsi512_si256(half)));
+    const __m512i size = _mm512_and_si512(_mm512_slli_epi16(wide, 4), _mm512_set1_epi16(0x7f0));
+    const __mmask32 small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(0x80));
+    const __m512i value = _mm512_mask_permutexvar_epi16(_mm512_add_epi16(size, _mm512_set1_epi16(112 << 7)), small, wide,
+                                                        _mm512_load_si512(kSmall));
+    constexpr int kWithSign = 0xf8; // a, or b and c
+    return (Pairs)_mm512_ternarylogic_epi32(value, wide, _mm512_set1_epi16(int16_t(0x8000)), kWithSign);
 }
 inline Pairs all_pairs(int32_t pair) { return (Pairs)_mm512_set1_epi32(pair); }
 // Adds both products of each pair to `so_far`.
@@ -86,6 +91,11 @@ inline Integers no_integers() { return _mm512_setzero_si512(); }
 inline Integers all_integers(int32_t value) { return _mm512_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
 inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm512_dpwssd_epi32(so_far, a, b); }
+inline int32_t sum(Integers a) { return _mm512_reduce_add_epi32(a); }
+// The nearest integers, ties to even, of numbers that fit into 16 bits.
+inline void store_nearest(int16_t* to, Floats value, Lanes lanes) {
+    _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(value)));
+}
 inline Integers load_integers(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_integers(void* to, Integers value) { _mm512_storeu_si512(to, value); }
 // Four bits of each 16-bit integer, from bit `first` on.
@@ -247,6 +257,19 @@ inline Integers no_integers() { return _mm256_setzero_si256(); }
 inline Integers all_integers(int32_t value) { return _mm256_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); }
 inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm256_add_epi32(so_far, _mm256_madd_epi16(a, b)); }
+inline int32_t sum(Integers a) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+}
+inline void store_nearest(int16_t* to, Floats value, Lanes lanes) {
+    const __m256i low16 = _mm256_set1_epi32(0xffff);
+    const __m256i low = _mm256_and_si256(_mm256_cvtps_epi32(value.low), low16);
+    const __m256i high = _mm256_and_si256(_mm256_cvtps_epi32(value.high), low16);
+    alignas(32) int16_t some[16];
+    _mm256_store_si256((__m256i*)some, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
+    std::memcpy(to, some, count_of(lanes) * sizeof(int16_t));
+}
 inline Integers load_integers(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline void store_integers(void* to, Integers value) { _mm256_storeu_si256((__m256i*)to, value); }
 inline Integers four_bits(Integers words, int first) {

@@ -61,13 +61,17 @@ struct Rows8 {
             // if a value is infinite or not a number, the scale is not a number, so that the product shows it
             scales[row * groups(depth) + g] = most / kMost + sum(broken);
             const float factor = most > 0 ? kMost / most : 0.f;
-            for (int64_t k = first; k < end; ++k) to[k] = int16_t(std::nearbyint(to_float(from[k]) * factor));
+            for (int64_t k = first; k < end; k += 16) {
+                const Lanes lanes = lanes_before(k, end);
+                store_nearest(to + k, mul(load(from + k, lanes), all(factor)), lanes);
+            }
         }
         std::fill(to + depth, to + stride, int16_t(0));
         for (int64_t g = 0; g < stride / kFine; ++g) {
-            int32_t total = 0;
-            for (int64_t k = 0; k < kFine; ++k) total += to[g * kFine + k];
-            sums[row * (stride / kFine) + g] = total;
+            Integers total = no_integers();
+            for (int64_t k = 0; k < kFine; k += 2 * kLanes)
+                total = dot(total, load_integers(to + g * kFine + k), all_integers(0x10001));
+            sums[row * (stride / kFine) + g] = sum(total);
         }
     }
 };
