@@ -19,7 +19,7 @@ from torch import Tensor
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.model.exchange.counter import Notes
 from elastic_moe.model.graph_pieces import GraphTerms
-from elastic_moe.model.native.layers import JointExperts
+from elastic_moe.model.native.layers import JointExperts, JointLayers
 
 
 def route_table(placement: Placement, rank: int) -> Tensor:
@@ -111,10 +111,11 @@ class Dispatcher(ABC):
         self.note(index_TK[None])
         return self._forward(layer, x_TH, index_TK, weight_TK)
 
-    def idle(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
-        """Take part in a step in which this worker has no tokens: only its experts run, for the others' tokens."""
+    def idle(self, shapes: Sequence[LayerShape], device: torch.device, trunk: JointLayers | None = None) -> None:
+        """Take part in a step in which this worker has no tokens: only its experts run, for the others' tokens. It may
+        help with the layers of `trunk`, all of which run in one native call."""
         if self.joint is not None:
-            self.joint.idle(self.threads)
+            self.joint.idle(self.threads, trunk)
             return
         for layer, shape in enumerate(shapes):
             self.forward(

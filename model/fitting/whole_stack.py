@@ -68,6 +68,11 @@ def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence
     return None
 
 
+def joint_layers(trunk: nn.Module) -> JointLayers | None:
+    """The layers that `join_layers` has joined, or None."""
+    return next((module.joint for module in trunk.modules() if isinstance(module, _LayerRun)), None)
+
+
 class _LayerRun(nn.Module):
     """All decoder layers of a trunk. It runs them in one native call, or one after the other for other inputs."""
 
@@ -75,7 +80,7 @@ class _LayerRun(nn.Module):
         """`first`: number of the first layer in the KV cache. All layers get the same mask, and so the same blocks."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self._joint = joint
+        self.joint = joint
         self._first = first
         self._rotation = rotation
 
@@ -83,7 +88,7 @@ class _LayerRun(nn.Module):
         batch: Any = current_batch()
         mask: Any = kwargs.get("attention_mask")
         embeddings = native_embeddings(
-            kwargs.get("position_embeddings"), hidden_states.shape[1], self._joint.head_size, self._rotation
+            kwargs.get("position_embeddings"), hidden_states.shape[1], self.joint.head_size, self._rotation
         )
         dispatcher = getattr(batch, "dispatcher", None)
         if (
@@ -95,7 +100,7 @@ class _LayerRun(nn.Module):
             for layer in self.layers:
                 hidden_states = layer(hidden_states, **kwargs)
             return hidden_states
-        out_TH, index_LTK = self._joint(
+        out_TH, index_LTK = self.joint(
             batch.of(self._first).fused,
             batch.cache,
             dispatcher.joint,

@@ -2,40 +2,20 @@
 //
 // Decoding steps are short: Python and torch took a sixth of a step of one sequence to call these dozen parts. The parts
 // are the same that modules call one by one, in the same order, so the result has the same bits.
+//
+// A step of few tokens mostly reads matrices. Where one worker of a node alone has tokens, the others would only wait for
+// its hidden states. So they compute some columns of its products, each with its own copy of the trunk. A column does not
+// depend on who computes it.
+#include "block.h"
+
 #include "calls.h"
-#include "trunk.h"
+#include "gemm.h"
 
 #include <omp.h>
 
 #include <vector>
 
 namespace emoe {
-
-// model/native/structs.py mirrors these structures.
-struct Norm {
-    const float* weight; // null: there is no norm
-    int64_t size;        // numbers in a row that is normalised
-    float epsilon;
-    int32_t rounds;
-
-    void operator()(const bf16* from, int64_t count, bf16* to) const {
-        for (int64_t at = 0; weight != nullptr && at < count; at += size)
-            norm_row(from + at, size, weight, epsilon, rounds, to + at);
-    }
-};
-
-struct Matrix {
-    const bf16 *packed, *bias;
-};
-
-struct Block {
-    int64_t hidden, heads, key_heads, key_size, value_size;
-    Norm before, query_norm, key_norm, after;
-    Matrix query, key, value, out;
-    const float* sinks; // null: there are none
-    float scale;
-};
-
 namespace {
 
 bf16* of_size(std::vector<bf16>& scratch, int64_t size) {
@@ -43,7 +23,126 @@ bf16* of_size(std::vector<bf16>& scratch, int64_t size) {
     return scratch.data();
 }
 
+// Linear layers of the same rows. Their results [tokens, columns] follow one another.
+struct Products {
+    int64_t depth, count;
+    const Matrix* matrices[3];
+    int64_t columns[3];
+
+    // Computes a share of each product's panels.
+    void compute(const bf16* x, int64_t tokens, bf16* out, int index, int shares, int threads) const {
+        for (int64_t i = 0; i < count; out += tokens * columns[i++])
+            linear_panels(x, tokens, depth, depth, matrices[i]->packed, columns[i], matrices[i]->bias, out,
+                          Share(panels(columns[i]), index, shares), threads);
+    }
+    // Copies what `compute` has written for such a share.
+    void copy(const bf16* from, int64_t tokens, bf16* to, int index, int shares) const {
+        for (int64_t i = 0; i < count; ++i) {
+            const Share share(panels(columns[i]), index, shares);
+            const int64_t begin = share.begin * kPanel, end = std::min(columns[i], share.end * kPanel);
+            for (int64_t t = 0; t < tokens; ++t, from += columns[i], to += columns[i])
+                if (begin < end) std::memcpy(to + begin, from + begin, (end - begin) * sizeof(bf16));
+        }
+    }
+    // Whether question and answer have room where a segment's hidden states are.
+    bool fit(int64_t tokens, const Layout& layout) const {
+        int64_t all = 0;
+        for (int64_t i = 0; i < count; ++i) all += columns[i];
+        return tokens * std::max(depth, all) <= layout.capacity * layout.hidden;
+    }
+};
+
+// The products of a block: those before attention (0), and the one after it (1).
+Products products_of(const Block& b, int number) {
+    if (number == 1) return {b.heads * b.value_size, 1, {&b.out}, {b.hidden}};
+    return {b.hidden, 3, {&b.query, &b.key, &b.value},
+            {b.heads * b.key_size, b.key_heads * b.key_size, b.key_heads * b.value_size}};
+}
+
+int bits_of(uint64_t mask) { return __builtin_popcountll(mask); }
+
+// Computes the products of a block, with those ranks that wait for the question.
+int multiply(const Block& block, int number, const bf16* x, int64_t tokens, bf16* out, Exchange* exchange, int threads) {
+    const Products products = products_of(block, number);
+    uint64_t helpers = 0;
+    uint32_t question = 0;
+    if (exchange != nullptr && products.fit(tokens, exchange->layout)) {
+        question = exchange->question(number);
+        helpers = exchange->ready_for(question);
+    }
+    if (helpers != 0) {
+        const Segment& own = exchange->segments[exchange->rank];
+        std::memcpy(own.rows(), x, tokens * products.depth * sizeof(bf16));
+        own.header().helpers = helpers;
+        exchange->publish(own.header().asked, question);
+    }
+    const int shares = 1 + bits_of(helpers);
+    products.compute(x, tokens, out, 0, shares, threads);
+    int index = 0;
+    for (int64_t peer = 0; helpers >> peer != 0 && peer < 64; ++peer) {
+        if (!(helpers >> peer & 1)) continue;
+        if (const int status = exchange->wait_for_answer(peer, question)) return status;
+        products.copy(exchange->segments[peer].rows(), tokens, out, ++index, shares);
+    }
+    return kDone;
+}
+
 } // namespace
+
+int help_with_block(const Block& block, Exchange& exchange, int64_t asker, int threads) {
+    const Segment &from = exchange.segments[asker], &own = exchange.segments[exchange.rank];
+    const int64_t tokens = exchange.step_tokens[asker];
+    for (int number = 0; number < 2; ++number) {
+        const uint32_t question = exchange.question(number);
+        bool mine = false;
+        if (const int status = exchange.wait_for_question(asker, question, mine)) return status;
+        if (!mine) continue;
+        const uint64_t helpers = from.header().helpers;
+        const int index = 1 + bits_of(helpers & ((uint64_t(1) << exchange.rank) - 1));
+        products_of(block, number).compute(from.rows(), tokens, own.rows(), index, 1 + bits_of(helpers), threads);
+        exchange.publish(own.header().answered, question);
+    }
+    return kDone;
+}
+
+int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int threads) {
+    const int64_t tokens = step.tokens, rotated = step.rotated;
+    const int64_t wide = b.heads * b.key_size, narrow = b.key_heads * b.key_size, values_wide = b.key_heads * b.value_size;
+    // this memory is kept from call to call, since fresh memory costs page faults
+    thread_local std::vector<bf16> scratch, a_scratch;
+    bf16* q = of_size(scratch, tokens * (wide + narrow + values_wide));
+    bf16 *k = q + tokens * wide, *v = k + tokens * narrow;
+    bf16* attended = of_size(a_scratch, tokens * b.heads * b.value_size);
+    const bool shared = threads > 1 && tokens >= 16;
+#pragma omp parallel for num_threads(threads) if (shared)
+    for (int64_t t = 0; t < tokens; ++t) b.before(step.x + t * b.hidden, b.hidden, step.normed + t * b.hidden);
+    if (const int status = multiply(b, 0, step.normed, tokens, q, exchange, threads)) return status;
+#pragma omp parallel for num_threads(threads) if (shared)
+    for (int64_t t = 0; t < tokens; ++t) {
+        b.query_norm(q + t * wide, wide, q + t * wide);
+        b.key_norm(k + t * narrow, narrow, k + t * narrow);
+        const bf16 *cosine = step.cosines + t * rotated, *sine = step.sines + t * rotated;
+        for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.key_size)
+            rotate_row(head, cosine, sine, rotated, head);
+        for (bf16* head = k + t * narrow; head < k + (t + 1) * narrow; head += b.key_size)
+            rotate_row(head, cosine, sine, rotated, head);
+    }
+    const int64_t strides[6] = {b.key_size, wide, b.key_size, narrow, b.value_size, values_wide};
+    emoe_attention(q, k, v, strides, b.heads, b.key_heads, b.key_size, b.value_size, step.keys, step.values, step.block_size,
+                   step.sequences, step.num_sequences, step.tables, b.scale, step.window, 0.f, b.sinks, attended, threads);
+    if (const int status = multiply(b, 1, attended, tokens, step.sum, exchange, threads)) return status;
+#pragma omp parallel for num_threads(threads) if (shared)
+    for (int64_t t = 0; t < tokens; ++t) {
+        bf16* row = step.sum + t * b.hidden;
+        for (int64_t c = 0; c < b.hidden; c += 16) {
+            const Lanes lanes = lanes_before(c, b.hidden);
+            store(row + c, add(load(step.x + t * b.hidden + c, lanes), load(row + c, lanes)), lanes);
+        }
+        b.after(row, b.hidden, step.normed + t * b.hidden);
+    }
+    return kDone;
+}
+
 } // namespace emoe
 
 using namespace emoe;
@@ -54,42 +153,8 @@ using namespace emoe;
 extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines,
                            int64_t rotated, bf16* keys, bf16* values, int64_t block_size, const void* sequences,
                            int64_t num_sequences, const int32_t* tables, int64_t window, bf16* sum, bf16* normed, int threads) {
-    const Block& b = *block;
-    const int64_t wide = b.heads * b.key_size, narrow = b.key_heads * b.key_size, values_wide = b.key_heads * b.value_size;
-    // this memory is kept from call to call, since fresh memory costs page faults
-    thread_local std::vector<bf16> q_scratch, k_scratch, v_scratch, a_scratch;
-    bf16 *q = of_size(q_scratch, tokens * wide), *k = of_size(k_scratch, tokens * narrow);
-    bf16 *v = of_size(v_scratch, tokens * values_wide), *attended = of_size(a_scratch, tokens * b.heads * b.value_size);
-    const bool shared = threads > 1 && tokens >= 16;
-#pragma omp parallel for num_threads(threads) if (shared)
-    for (int64_t t = 0; t < tokens; ++t) b.before(x + t * b.hidden, b.hidden, normed + t * b.hidden);
-    emoe_linear(normed, tokens, b.hidden, b.hidden, b.query.packed, wide, b.query.bias, q, threads);
-    emoe_linear(normed, tokens, b.hidden, b.hidden, b.key.packed, narrow, b.key.bias, k, threads);
-    emoe_linear(normed, tokens, b.hidden, b.hidden, b.value.packed, values_wide, b.value.bias, v, threads);
-#pragma omp parallel for num_threads(threads) if (shared)
-    for (int64_t t = 0; t < tokens; ++t) {
-        b.query_norm(q + t * wide, wide, q + t * wide);
-        b.key_norm(k + t * narrow, narrow, k + t * narrow);
-        const bf16 *cosine = cosines + t * rotated, *sine = sines + t * rotated;
-        for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.key_size)
-            rotate_row(head, cosine, sine, rotated, head);
-        for (bf16* head = k + t * narrow; head < k + (t + 1) * narrow; head += b.key_size)
-            rotate_row(head, cosine, sine, rotated, head);
-    }
-    const int64_t strides[6] = {b.key_size, wide, b.key_size, narrow, b.value_size, values_wide};
-    emoe_attention(q, k, v, strides, b.heads, b.key_heads, b.key_size, b.value_size, keys, values, block_size, sequences,
-                   num_sequences, tables, b.scale, window, 0.f, b.sinks, attended, threads);
-    emoe_linear(attended, tokens, b.heads * b.value_size, b.heads * b.value_size, b.out.packed, b.hidden, b.out.bias, sum,
-                threads);
-#pragma omp parallel for num_threads(threads) if (shared)
-    for (int64_t t = 0; t < tokens; ++t) {
-        bf16* row = sum + t * b.hidden;
-        for (int64_t c = 0; c < b.hidden; c += 16) {
-            const Lanes lanes = lanes_before(c, b.hidden);
-            store(row + c, add(load(x + t * b.hidden + c, lanes), load(row + c, lanes)), lanes);
-        }
-        b.after(row, b.hidden, normed + t * b.hidden);
-    }
+    run_block(*block, {x, cosines, sines, tokens, rotated, keys, values, block_size, sequences, num_sequences, tables, window,
+                       sum, normed}, nullptr, threads);
 }
 
 // Writes the bytes of the structures that model/native/structs.py mirrors, in its order.

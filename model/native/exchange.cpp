@@ -48,10 +48,10 @@ void Exchange::publish(Word& word, uint32_t number) {
     if (word.sleepers.load()) syscall(SYS_futex, &word.value, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
-Status Exchange::wait(Word& word, uint32_t number, int64_t& waited) {
-    if (reached(word, number)) return kDone;
+template <class There> Status Exchange::wait_until(There there, Word& word, uint32_t number, int64_t& waited) {
+    if (there()) return kDone;
     const int64_t begin = now_ns();
-    for (int64_t now = begin; !reached(word, number); now = now_ns()) {
+    for (int64_t now = begin; !there(); now = now_ns()) {
         if (aborted.load(std::memory_order_relaxed)) return kAborted;
         if (now - begin > timeout_ns) return kSilent;
         if (now - begin < kSpinNs)
@@ -65,6 +65,10 @@ Status Exchange::wait(Word& word, uint32_t number, int64_t& waited) {
     return kDone;
 }
 
+Status Exchange::wait(Word& word, uint32_t number, int64_t& waited) {
+    return wait_until([&] { return reached(word, number); }, word, number, waited);
+}
+
 Status Exchange::wait_for_tokens(int64_t peer, int64_t count) {
     Header& header = segments[peer].header();
     const Status status = wait(header.tokens, round, waited_ns[0]);
@@ -72,6 +76,37 @@ Status Exchange::wait_for_tokens(int64_t peer, int64_t count) {
 }
 
 Status Exchange::wait_for_sums(int64_t peer) { return wait(segments[peer].header().sums, round, waited_ns[1]); }
+
+int64_t Exchange::asker() const {
+    int64_t found = -1;
+    for (int64_t rank = 0; rank < layout.size; ++rank) {
+        if (step_tokens[rank] == 0) continue;
+        if (found >= 0 || step_tokens[rank] > kHelped) return -1;
+        found = rank;
+    }
+    return layout.size > 1 && layout.size <= 64 ? found : -1;
+}
+
+uint64_t Exchange::ready_for(uint32_t question) const {
+    uint64_t ranks = 0;
+    for (int64_t peer = 0; peer < layout.size; ++peer)
+        if (peer != rank && segments[peer].header().ready.value.load(std::memory_order_acquire) == question)
+            ranks |= uint64_t(1) << peer;
+    return ranks;
+}
+
+Status Exchange::wait_for_question(int64_t peer, uint32_t question, bool& mine) {
+    segments[rank].header().ready.value.store(question);
+    Header& header = segments[peer].header();
+    const auto there = [&] { return reached(header.asked, question) || reached(header.tokens, round + 1); };
+    const Status status = wait_until(there, header.asked, question, waited_ns[0]);
+    mine = header.asked.value.load(std::memory_order_acquire) == question && (header.helpers.load() >> rank & 1);
+    return status;
+}
+
+Status Exchange::wait_for_answer(int64_t peer, uint32_t question) {
+    return wait(segments[peer].header().answered, question, waited_ns[1]);
+}
 
 } // namespace emoe
 

@@ -8,6 +8,10 @@
 // Each part has one buffer, which suffices. A rank writes its tokens of round n+1 when it has every peer's sums of round
 // n, and a peer publishes these when it has read the rank's tokens of round n. A rank writes its sums of round n+1 when it
 // has every peer's tokens of round n+1, and a peer publishes these when it has read the rank's sums of round n.
+//
+// Where one rank alone has tokens in a step, and few of them, the others help it with the matrices of its trunk, which every
+// rank has: it asks a question, and each rank that waits for it computes a share of the columns (block.cpp). A question lies
+// where the asking rank's hidden states lie later, and an answer where the helper's would, if it had tokens.
 #pragma once
 
 #include <atomic>
@@ -17,6 +21,7 @@
 namespace emoe {
 
 constexpr int64_t kLine = 64; // bytes of a cache line: two processes that write to one line slow each other down
+constexpr int64_t kHelped = 4; // most tokens of a step in which other ranks help: more would have to wait for products instead of memory
 
 // A count of rounds in shared memory. It wraps around.
 struct alignas(kLine) Word {
@@ -28,6 +33,10 @@ struct alignas(kLine) Header {
     Word tokens; // rounds whose tokens are published
     Word sums;   // rounds whose partial sums are published
     int64_t count; // tokens of this round
+    Word ready;    // the question that this rank waits for
+    Word asked;    // the last question of this rank
+    Word answered; // the last question that this rank has answered
+    std::atomic<uint64_t> helpers; // a mask of the ranks that the question is for
 };
 
 // kMissing: an expert could not be read, and the step fails on this rank. It is kUnavailable of experts.h.
@@ -72,8 +81,21 @@ struct Exchange {
 
     void publish(Word& word, uint32_t number);
     Status wait(Word& word, uint32_t number, int64_t& waited);
+    // Waits until there() is true. The peer that makes it so publishes `number` in `word`, or does not wake sleepers.
+    template <class There> Status wait_until(There there, Word& word, uint32_t number, int64_t& waited);
     Status wait_for_tokens(int64_t peer, int64_t count);
     Status wait_for_sums(int64_t peer);
+
+    // The rank that may ask the others in this step, or -1.
+    int64_t asker() const;
+    // The number of a layer's question, before its experts run. Each layer has two questions, 0 and 1.
+    uint32_t question(int number) const { return 2 * (round + 1) + number; }
+    // A mask of the ranks that wait for a question.
+    uint64_t ready_for(uint32_t question) const;
+    // Waits until a peer has asked the question, a later one, or none and gone on to the layer's experts. `mine` becomes
+    // whether it has asked the question, and this rank is to help.
+    Status wait_for_question(int64_t peer, uint32_t question, bool& mine);
+    Status wait_for_answer(int64_t peer, uint32_t question);
 };
 
 } // namespace emoe

@@ -4,6 +4,7 @@
 // A step of few tokens spent a tenth of its time in Python and torch between its native parts. Weights that stream through
 // the caches push Python's code and objects out of them, and all workers are in Python at the same time, so that nobody
 // reads weights meanwhile. The parts are the same that Python calls layer by layer, so the result has the same bits.
+#include "block.h"
 #include "calls.h"
 
 #include <vector>
@@ -53,12 +54,14 @@ extern "C" int emoe_layers(const Layer* layers, const Experts* experts, int64_t 
     thread_local std::vector<float> scores;
     if (int64_t(sum.size()) < tokens * hidden)
         for (std::vector<bf16>* rows : {&sum, &normed, &out}) rows->resize(tokens * hidden);
+    const bool helped = exchange != nullptr && exchange->asker() == exchange->rank;
     for (const Layer* layer = layers; layer < layers + count; ++layer, ++experts) {
         const int64_t chosen = tokens * layer->top_k;
         if (int64_t(logits.size()) < tokens * layer->num_experts) logits.resize(tokens * layer->num_experts);
         if (int64_t(scores.size()) < chosen) scores.resize(chosen);
-        emoe_block(layer->block, x, tokens, cosines, sines, rotated, layer->keys, layer->values, block_size, sequences,
-                   num_sequences, tables, window, sum.data(), normed.data(), trunk_threads);
+        const BlockStep step{x, cosines, sines, tokens, rotated, layer->keys, layer->values, block_size, sequences,
+                             num_sequences, tables, window, sum.data(), normed.data()};
+        if (const int status = run_block(*layer->block, step, helped ? exchange : nullptr, trunk_threads)) return status;
         emoe_route(normed.data(), tokens, hidden, layer->router, layer->router_bias, layer->num_experts, layer->top_k,
                    layer->normalise, logits.data(), scores.data(), index, trunk_threads);
         for (int64_t i = 0; layer->rounds && i < chosen; i += 16) {
@@ -77,11 +80,16 @@ extern "C" int emoe_layers(const Layer* layers, const Experts* experts, int64_t 
     return 0;
 }
 
-// Computes the experts of `count` layers for the other workers' tokens, on a worker that has no tokens in this step.
-extern "C" int emoe_layers_idle(const Experts* experts, int64_t count, Exchange* exchange, int threads) {
-    for (const Experts* layer = experts; layer < experts + count; ++layer)
-        if (const int status = run_experts(*layer, exchange, nullptr, 0, 0, 0, nullptr, nullptr, nullptr, threads))
+// Computes the experts of `count` layers for the other workers' tokens, on a worker that has no tokens in this step. It
+// helps with the blocks of `layers`, unless that is null.
+extern "C" int emoe_layers_idle(const Layer* layers, const Experts* experts, int64_t count, Exchange* exchange, int threads) {
+    const int64_t asker = layers == nullptr ? -1 : exchange->asker();
+    for (int64_t n = 0; n < count; ++n) {
+        if (asker >= 0)
+            if (const int status = help_with_block(*layers[n].block, *exchange, asker, threads)) return status;
+        if (const int status = run_experts(experts[n], exchange, nullptr, 0, 0, 0, nullptr, nullptr, nullptr, threads))
             return status;
+    }
     return 0;
 }
 

@@ -43,12 +43,14 @@ class JointExperts:
         routes = [None if routes_LWE is None else routes_LWE[n].data_ptr() for n in range(len(layers))]
         self.layers = (Experts * len(layers))(*(Experts(*a, r) for a, r in zip(layers, routes, strict=True)))
 
-    def idle(self, threads: int) -> None:
-        """Compute the other workers' tokens in all layers of a step. Blocks on them.
+    def idle(self, threads: int, trunk: JointLayers | None = None) -> None:
+        """Compute the other workers' tokens in all layers of a step, and help with the attention of `trunk`'s layers if
+        one worker alone has tokens. Blocks on them.
 
         Raises StepAborted if one of them is gone.
         """
-        self.check(self.lib.emoe_layers_idle(self.layers, len(self.layers), self.exchange, threads))
+        layers = None if trunk is None else trunk.rows
+        self.check(self.lib.emoe_layers_idle(layers, self.layers, len(self.layers), self.exchange, threads))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ class JointLayers:
         self._hidden = layers[0].router.packed.depth
         self._top_k = layers[0].router.top_k
         self.head_size = layers[0].block.head_size
-        self._layers = (Layer * len(layers))(
+        self.rows = (Layer * len(layers))(
             *(
                 Layer(
                     block=layer.block.address,
@@ -101,15 +103,15 @@ class JointLayers:
         `cache` is the KVCache. Raises StepAborted if a worker is gone.
         """
         if cache is not self._cache:
-            for row, layer in zip(self._layers, self._kept, strict=True):
+            for row, layer in zip(self.rows, self._kept, strict=True):
                 row.keys, row.values = (store.data_ptr() for store in cache.stores(layer.attention_layer))
             self._cache = cache
         out_TH = x_TH.clone()
-        index_LTK = torch.empty(len(self._layers), len(x_TH), self._top_k, dtype=torch.int64)
+        index_LTK = torch.empty(len(self.rows), len(x_TH), self._top_k, dtype=torch.int64)
         status = experts.lib.emoe_layers(
-            self._layers,
+            self.rows,
             experts.layers,
-            len(self._layers),
+            len(self.rows),
             experts.exchange,
             self._hidden,
             out_TH.data_ptr(),

@@ -67,16 +67,16 @@ extern "C" void emoe_unpack8(const int8_t* packed, int64_t columns, int64_t dept
         }
 }
 
-// out [rows, columns] = x [rows, depth] times the packed matrix, plus the bias unless it is null. Rows of x lie `stride`
-// elements apart.
-extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
-                            int64_t columns, const bf16* bias, bf16* out, int threads) {
+void emoe::linear_panels(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
+                         const bf16* bias, bf16* out, Share share, int threads) {
     std::vector<const bf16*> at(rows);
     for (int64_t r = 0; r < rows; ++r) at[r] = x + r * stride;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         alignas(64) float sums[kChunk * kPanel];
-        const Share mine(panels(columns), omp_get_thread_num(), omp_get_num_threads());
+        Share mine(share.end - share.begin, omp_get_thread_num(), omp_get_num_threads());
+        mine.begin += share.begin;
+        mine.end += share.begin;
         const int64_t together = panels_together(depth);
         for (int64_t group = mine.begin; group < mine.end; group += together)
             for (int64_t first = 0; first < rows; first += kChunk) {
@@ -94,6 +94,13 @@ extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t
                 }
             }
     }
+}
+
+// out [rows, columns] = x [rows, depth] times the packed matrix, plus the bias unless it is null. Rows of x lie `stride`
+// elements apart.
+extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
+                            int64_t columns, const bf16* bias, bf16* out, int threads) {
+    linear_panels(x, rows, stride, depth, packed, columns, bias, out, Share(panels(columns), 0, 1), threads);
 }
 
 // A product for each head: out = x times that head's packed matrix. Heads and rows of x and out lie at strides, in

@@ -20,6 +20,7 @@ from elastic_moe.model.exchange.dispatcher import Dispatcher
 from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
+from elastic_moe.model.fitting.whole_stack import joint_layers
 from elastic_moe.model.graph_pieces import CudaRecorder, Recorder
 from elastic_moe.model.graphs.decode_graphs import DecodeGraphs, GraphStep
 from elastic_moe.model.graphs.recordings import Launch, RecordingFailed
@@ -52,6 +53,7 @@ class ModelRunner:
         """[T] the length that each token's rotary embedding uses. The list is shared with the rotary modules."""
         rotate_by_length(trunk, self._lengths_T)
         attach(experts, self._experts)
+        self._joint = joint_layers(trunk)
         self._head = OutputHead(trunk)
         self._input_ids = torch.empty(0)
         """[1, T] of the last step."""
@@ -207,7 +209,7 @@ class ModelRunner:
             self.dispatcher.note(choices)
             return logits
         if not slices:
-            self.dispatcher.idle(self.layer_shapes, self._device)
+            self.dispatcher.idle(self.layer_shapes, self._device, self._joint)
             return torch.empty(0, 0, device=self._device)
         batch = StepBatch.build(slices, self._cache, self._device)
         batch.dispatcher = self.dispatcher

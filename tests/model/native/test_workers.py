@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from elastic_moe.model.native.exchange import NativeExchange
+from elastic_moe.model.native.layers import JointLayers
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import run_group
 from tests.model.lockstep import Lockstep, request
 from tests.model.native.test_models import LENGTHS, logits, texts
+from tests.model.random_checkpoint import make_random_checkpoint
 
 
 def lockstep(path: Path, slots: tuple[int, ...]) -> Lockstep:
@@ -47,6 +50,42 @@ def test_several_workers_compute_what_one_does(
     together = first_logits(workers, 512)
     # the median text: partial sums meet in another order, and near a tie the last bit decides on an expert
     assert ((together - alone).norm(dim=1) / alone.norm(dim=1)).median() < 0.02
+
+
+ANSWERED = slice(5 * 64, 5 * 64 + 4)
+"""Where a segment has the number of the last question that its rank has answered (Header in exchange.h)."""
+
+
+def test_workers_without_tokens_help_the_one_that_has_a_few(lib: ctypes.CDLL, tmp_path: Path) -> None:
+    path = make_random_checkpoint(tmp_path / "m", "qwen3_moe", hidden=256, layers=3, experts=6, dtype="bfloat16")
+    workers = lockstep(path, (2, 2, 2))
+    runners = [worker._runner for worker in workers.workers.values()]
+    joints = [runner._joint for runner in runners]
+    assert None not in joints
+    text = texts(512)[0]
+
+    def answered() -> list[int]:
+        segments = groups(workers)[0]._views  # type: ignore[attr-defined]
+        return [int(segment[ANSWERED].view(torch.int32)) for segment in segments]
+
+    def decode(joints: list[JointLayers | None]) -> torch.Tensor:
+        """Logits of a prompt, and of some tokens after it, two at a time; the first worker has them all."""
+        for runner, joint in zip(runners, joints, strict=True):
+            runner._joint = joint
+        rows = []
+        for start, end in [(0, 20), *((n, n + 2) for n in range(20, 30, 2))]:
+            part = [(0, text, start, end)]
+            steps = [lambda: logits(runners[0], part, others=2)]  # noqa: B023 - it is called in this turn
+            steps += [partial(runner.run, [], [end - start, 0, 0]) for runner in runners[1:]]
+            rows.append(run_group(3, lambda rank: steps[rank]())[0])  # noqa: B023
+        return torch.cat(rows)
+
+    alone = decode([None] * 3)
+    assert answered() == [0, 0, 0]
+    assert torch.equal(decode(joints), alone)
+    first, *others = answered()
+    assert first == 0
+    assert min(others) > 0
 
 
 def test_an_epoch_of_the_same_members_keeps_the_exchange(

@@ -1,0 +1,53 @@
+// The attention half of a decoder layer: its parts, and how workers compute it together.
+#pragma once
+
+#include "exchange.h"
+#include "trunk.h"
+
+namespace emoe {
+
+// model/native/structs.py mirrors these structures.
+struct Norm {
+    const float* weight; // null: there is no norm
+    int64_t size;        // numbers in a row that is normalised
+    float epsilon;
+    int32_t rounds;
+
+    void operator()(const bf16* from, int64_t count, bf16* to) const {
+        for (int64_t at = 0; weight != nullptr && at < count; at += size)
+            norm_row(from + at, size, weight, epsilon, rounds, to + at);
+    }
+};
+
+struct Matrix {
+    const bf16 *packed, *bias;
+};
+
+struct Block {
+    int64_t hidden, heads, key_heads, key_size, value_size;
+    Norm before, query_norm, key_norm, after;
+    Matrix query, key, value, out;
+    const float* sinks; // null: there are none
+    float scale;
+};
+
+// What a step gives to a block: see emoe_block.
+struct BlockStep {
+    const bf16 *x, *cosines, *sines;
+    int64_t tokens, rotated;
+    bf16 *keys, *values;
+    int64_t block_size;
+    const void* sequences;
+    int64_t num_sequences;
+    const int32_t* tables;
+    int64_t window;
+    bf16 *sum, *normed;
+};
+
+// Computes a block. `exchange` is null where no other rank may help. Returns a Status.
+int run_block(const Block& block, const BlockStep& step, Exchange* exchange, int threads);
+
+// Helps the rank `asker` with a block, if it asks before the layer's experts run. Returns a Status.
+int help_with_block(const Block& block, Exchange& exchange, int64_t asker, int threads);
+
+} // namespace emoe
