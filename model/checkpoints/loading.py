@@ -24,8 +24,9 @@ from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.servability import is_expert_module
 from elastic_moe.model.heap import return_freed_memory
 
-_TRIM_BYTES = 32 << 20
-"""Bytes of experts that are read between two calls of return_freed_memory."""
+_TRIM_BYTES = 8 << 20
+"""Bytes of experts that are made between two calls of return_freed_memory. Unpacking leaves holes of the size of what
+is made, which may be four times what is stored."""
 
 Progress = Callable[[int, int], None]
 """A function that is called with (done_bytes, total_bytes) from time to time."""
@@ -110,15 +111,17 @@ def iter_experts(
         if not (0 <= layer < len(checkpoint.conversion.experts) and 0 <= expert < checkpoint.shape.num_experts):
             raise IndexError(f"the model has no expert {expert} in MoE layer {layer}")
     sizes = {layer: expert_stored_bytes(checkpoint, layer) for layer, _ in ordered}
-    done, total = 0, sum(sizes[layer] for layer, _ in ordered)
+    done, total, made = 0, sum(sizes[layer] for layer, _ in ordered), 0
     for layer, expert in ordered:
         if form is not ExpertForm.PLAIN and form is checkpoint.info.kept:
             tensors = {k: _own(t, device) for k, t in load_codes(checkpoint, layer, expert, dtype=dtype).items()}
         else:
             tensors = _load_expert(checkpoint, layer, expert, dtype=dtype, device=device)
         done += sizes[layer]
-        if done // _TRIM_BYTES > (done - sizes[layer]) // _TRIM_BYTES:
+        made += sum(tensor.nbytes for tensor in tensors.values())
+        if made >= _TRIM_BYTES:
             return_freed_memory()
+            made = 0
         if progress is not None:
             progress(done, total)
         yield layer, expert, tensors

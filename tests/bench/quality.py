@@ -4,6 +4,9 @@
 cut into windows. The model predicts every token of a window from the tokens before it, by the steps that serve
 requests. A packed checkpoint is compared with itself unpacked (--forms auto).
 
+`--formats NAME...` adds formats of 4 and 8 bits in which checkpoints are published. The experts are packed into them by
+plain rounding, without the calibration that some publishers make (tests/model/packing.py has the names).
+
 `--llama-cpp SOURCE` adds llama.cpp's formats of the same checkpoint (llama-perplexity --kl-divergence, over its own
 bf16 form and windows of the same length). It rounds every matrix, where ours rounds the experts alone.
 """
@@ -14,7 +17,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +30,7 @@ from elastic_moe.model.worker.data_plane import DataPlane
 from tests.bench.servers import gguf_of, run_tool
 from tests.bench.step import load_worker
 from tests.bench.workers import BLOCK
+from tests.model.packing import CASES, pack_checkpoint
 
 WINDOW = 160
 WINDOWS = 32
@@ -95,11 +99,18 @@ def _told(text: str, name: str) -> float:
     return float(line.split(":")[1].split()[0])
 
 
+def in_formats(model: Path, names: Sequence[str], out: Path) -> list[Path]:
+    """Copies of a checkpoint whose experts are in these formats."""
+    cases = [replace(CASES[name], experts_only=True) for name in names]
+    return [pack_checkpoint(model, out / name, case)[0] for name, case in zip(names, cases, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--forms", nargs="+", default=["int8", "int4"], help="values of --expert-dtype")
+    parser.add_argument("--formats", nargs="*", default=[], choices=CASES, help="formats of published checkpoints")
     parser.add_argument("--llama-cpp", type=Path, metavar="SOURCE", help="llama.cpp's source tree, built in build/")
     parser.add_argument("--llama-types", nargs="+", default=["q8_0", "q4_k_m"], help="its formats")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="where llama.cpp's files are kept")
@@ -108,6 +119,10 @@ def main() -> None:
     tokenizer = Tokenizer.load(str(args.model))
     names = [PLAIN, *args.forms]
     workers = [load_worker(args.model, args.threads, dtype="bfloat16", expert_dtype=name) for name in names]
+    with tempfile.TemporaryDirectory() as packed:
+        copies = in_formats(args.model, args.formats, Path(packed))
+        workers += [load_worker(copy, args.threads, dtype="bfloat16") for copy in copies]
+    names += args.formats
     print("| text | experts | bits per byte | difference | KL, nats per token |\n|---|---|---|---|---|")
     for path in args.file:
         text = path.read_text(errors="replace")[: 8 * WINDOWS * WINDOW]

@@ -35,7 +35,10 @@ E2M1 = np.array([(-1) ** (c >> 3) * (c % 8 / 2 if c % 8 < 4 else (2, 3, 4, 6)[c 
 
 
 def nearest(values: Array, table: Array) -> Array:
-    return np.asarray(np.nanargmin(np.abs(values[..., None] - table), axis=-1), dtype=np.uint8)
+    """The codes of the table's numbers that are nearest to the values."""
+    numbers, codes = np.unique(table, return_index=True)
+    numbers, codes = numbers[np.isfinite(numbers)], codes[np.isfinite(numbers)]
+    return codes[np.searchsorted((numbers[1:] + numbers[:-1]) / 2, values)].astype(np.uint8)
 
 
 def words(numbers: Array, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
