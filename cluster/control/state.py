@@ -184,7 +184,7 @@ class ControlState:
                 self._owners.load = event.load
                 return []
             case SubjectChanged():
-                return self._owners.rebalancing.subject_changed(self.facts, now)
+                return self._owners.rebalancing.subject_changed(self.facts, event, now)
             case Unpin():
                 self._owners.rebalancing.unpin()
                 return []
