@@ -52,7 +52,7 @@ def main() -> None:
             f"{' '.join(order)}: {np.mean(loads[-1]):.3f}: {' '.join(f'{load:.2f}' for load in loads[-1])}", flush=True
         )
     print(
-        f"load {np.mean(sum(loads, [])):.3f}, step {np.mean(steps):.3f} of the contiguous placement's,"
+        f"load {np.mean(loads):.3f}, step {np.mean(steps):.3f} of the contiguous placement's,"
         f" {np.mean(uneven):.0f} s above {UNEVEN} after the first trace, {np.mean(moves):.0f} moves in an order"
     )
 
