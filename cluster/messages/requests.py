@@ -220,11 +220,13 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.request_ids)
 
+    def rows(self) -> Iterator[tuple[RequestId, int, int]]:
+        """Request, offset and token. Raises ValueError if the columns do not match."""
+        return zip(self.request_ids, integers(self.offsets), integers(self.token_ids), strict=True)
+
     def __iter__(self) -> Iterator[TokenOutput]:
         """The same as outputs of one token each. Raises ValueError if the columns do not match."""
-        for request_id, offset, token in zip(
-            self.request_ids, integers(self.offsets), integers(self.token_ids), strict=True
-        ):
+        for request_id, offset, token in self.rows():
             yield TokenOutput(request_id=request_id, offset=offset, token_ids=(token,))
 
     def chosen(self, which: Sequence[bool]) -> Tokens:

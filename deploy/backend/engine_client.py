@@ -19,7 +19,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from itertools import chain
 
 from ray.exceptions import RayActorError, RayError
 
@@ -46,7 +45,7 @@ from elastic_moe.cluster.messages.requests import (
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.deploy.backend.backend import GenerationFailed
 from elastic_moe.deploy.backend.ray_calls import result
-from elastic_moe.deploy.backend.request_stream import RequestStream
+from elastic_moe.deploy.backend.request_stream import RequestStream, TakesTokens
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +87,10 @@ class EngineClient:
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        stream = RequestStream(request)
+    async def generate(
+        self, request: GenerateRequest, shortcut: TakesTokens | None = None
+    ) -> AsyncGenerator[TokenOutput, None]:
+        stream = RequestStream(request, shortcut)
         self.take(stream)
         ended = False
         try:
@@ -261,25 +262,34 @@ class EngineClient:
     def _received(self, link: Link, message: Message) -> None:
         assert isinstance(message, Outputs), message
         unknown: list[RequestId] = []
-        for output in chain(message.tokens, message.outputs):
-            stream = self._streams.get(output.request_id)
-            if stream is None:
-                if output.finish_reason is None:
-                    unknown.append(output.request_id)
-            elif stream.link is link and not stream.take(output):
-                logger.warning(
-                    "tokens of request %s were lost; it is run again from there", output.request_id,
-                    extra={"request_id": output.request_id},
-                )  # fmt: skip
-                unknown.append(output.request_id)
-                stream.link = None
-                self._background.start(self._submit_later(stream))
+        streams = self._streams
+        for request_id, offset, token_id in message.tokens.rows():
+            stream = streams.get(request_id)
+            if stream is None or stream.link is not link or not stream.take_token(offset, token_id):
+                output = TokenOutput(request_id=request_id, offset=offset, token_ids=(token_id,))
+                self._take(link, stream, output, unknown)
+        for output in message.outputs:
+            self._take(link, streams.get(output.request_id), output, unknown)
         self._messages += 1
         if self._messages % UNREAD_EVERY == 0:
             self._bound_unread()
         if unknown:
             # requests that lost tokens, and requests whose clients hung up while they were being submitted
             link.send(AbortRequests(request_ids=tuple(unknown)))
+
+    def _take(self, link: Link, stream: RequestStream | None, output: TokenOutput, unknown: list[RequestId]) -> None:
+        """Give an output to its stream. `unknown` gets its name where the engine is to abort the request."""
+        if stream is None:
+            if output.finish_reason is None:
+                unknown.append(output.request_id)
+        elif stream.link is link and not stream.take(output):
+            logger.warning(
+                "tokens of request %s were lost; it is run again from there", output.request_id,
+                extra={"request_id": output.request_id},
+            )  # fmt: skip
+            unknown.append(output.request_id)
+            stream.link = None
+            self._background.start(self._submit_later(stream))
 
     def _bound_unread(self) -> None:
         """End the requests of the slowest readers until `MAX_UNREAD` is kept."""

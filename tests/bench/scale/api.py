@@ -31,6 +31,7 @@ from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.groups import Groups
 from elastic_moe.deploy.backend.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL, MODEL_DIR
+from elastic_moe.deploy.web.direct import serve_directly
 
 FIRST_TOKEN, NUM_TOKENS = 300, 2000
 """The tokens that the engine makes, one after the other: words and parts of words."""
@@ -104,6 +105,7 @@ async def _replica(endpoint: Endpoint, pipe: Connection) -> None:
     service = Service(ServeConfig(), backend, str(MODEL_DIR))
     backend.begin()
     await service.begin()
+    serve_directly()
     config = uvicorn.Config(create_app(service), port=0, log_level="warning", access_log=False, lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
