@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -154,6 +155,8 @@ class _Readers:
 
 
 async def _read(ports: list[int], streams: int, pipe: Connection) -> None:
+    # clients are elsewhere: they do not take a replica's core from it each time that it writes
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     readers = _Readers()
     tasks = [asyncio.create_task(readers.read(port, n)) for port in ports for n in range(streams)]
     while await asyncio.to_thread(pipe.recv):

@@ -34,6 +34,8 @@ class App:
                 if not connection.takes_more:
                     break
                 connection.write(b"x" * 65536)
+                # parts are sent when the loop goes on
+                await asyncio.sleep(0)
         self.took.append(connection.takes_more)
         await send({"type": "http.response.body", "body": b"four", "more_body": False})
         self.took.append(connection.takes_more)
