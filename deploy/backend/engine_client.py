@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 MAX_UNREAD = 2**21
 """Most tokens and log probabilities of all requests that clients have not read yet: some 200 MB."""
+MOST_NUMBERS = 2**31 - 1
+"""The numbers of requests begin again after this one."""
 UNREAD_EVERY = 64
 """Number of messages from the engine between two checks of `MAX_UNREAD`."""
 RETRY_S = 0.1
@@ -75,6 +77,9 @@ class EngineClient:
         self._background = background
         self._client_id = uuid.uuid4().hex
         self._streams: dict[RequestId, RequestStream] = {}
+        self._numbered: dict[int, RequestStream] = {}
+        """The same streams by the numbers that the engine knows."""
+        self._next_number = 1
         self.current: Remote[Engine] | None = None
         """The engine that is connected; None while none is."""
         self.has_connected = False
@@ -105,7 +110,10 @@ class EngineClient:
     def take(self, stream: RequestStream) -> None:
         """From now on the request is this client's, and goes to its engine as soon as there is one."""
         self._streams[stream.request.request_id] = stream
-        stream.group = self._group
+        stream.group, stream.number = self._group, self._next_number
+        self._numbered[stream.number] = stream
+        # 32-bit integers; by then the first ones have ended
+        self._next_number = self._next_number % MOST_NUMBERS + 1
 
     async def submit(self, stream: RequestStream) -> None:
         """Send a request that was taken to the engine, if there is one. Raises RequestError if it refuses it."""
@@ -114,6 +122,7 @@ class EngineClient:
     def give_up(self, stream: RequestStream, *, ended: bool) -> None:
         """The request is no longer this client's. The engine aborts it unless it has ended, or is lasting."""
         del self._streams[stream.request.request_id]
+        self._numbered.pop(stream.number, None)
         if not ended and stream.link is not None:
             stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))
 
@@ -172,7 +181,7 @@ class EngineClient:
             return
         stream.link = link
         try:
-            await within(link.call(Submit(requests=(stream.resumed,))), CALL_TIMEOUT_S)
+            await within(link.call(Submit(requests=(stream.resumed,), numbers=(stream.number,))), CALL_TIMEOUT_S)
             if stream.cancelled:
                 link.send(CancelRequests(request_ids=(stream.request.request_id,)))
         except (ConnectionError, TimeoutError) as error:
@@ -262,20 +271,24 @@ class EngineClient:
     def _received(self, link: Link, message: Message) -> None:
         assert isinstance(message, Outputs), message
         unknown: list[RequestId] = []
-        streams = self._streams
-        for request_id, offset, token_id in message.tokens.rows():
-            stream = streams.get(request_id)
-            if stream is None or stream.link is not link or not stream.take_token(offset, token_id):
-                output = TokenOutput(request_id=request_id, offset=offset, token_ids=(token_id,))
+        without: list[int] = []
+        numbered = self._numbered
+        for number, offset, token_id in message.tokens.rows():
+            stream = numbered.get(number)
+            if stream is None:
+                without.append(number)
+            elif stream.link is not link or not stream.take_token(offset, token_id):
+                name = stream.request.request_id
+                output = TokenOutput(request_id=name, offset=offset, token_ids=(token_id,))
                 self._take(link, stream, output, unknown)
         for output in message.outputs:
-            self._take(link, streams.get(output.request_id), output, unknown)
+            self._take(link, self._streams.get(output.request_id), output, unknown)
         self._messages += 1
         if self._messages % UNREAD_EVERY == 0:
             self._bound_unread()
-        if unknown:
+        if unknown or without:
             # requests that lost tokens, and requests whose clients hung up while they were being submitted
-            link.send(AbortRequests(request_ids=tuple(unknown)))
+            link.send(AbortRequests(request_ids=tuple(unknown), numbers=tuple(without)))
 
     def _take(self, link: Link, stream: RequestStream | None, output: TokenOutput, unknown: list[RequestId]) -> None:
         """Give an output to its stream. `unknown` gets its name where the engine is to abort the request."""

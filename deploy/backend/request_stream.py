@@ -42,6 +42,8 @@ class RequestStream:
         """The connection to the engine that has accepted the request; None while no engine has."""
         self.resubmissions = 0
         """How often another engine was given the request."""
+        self.number = 0
+        """By which the engine's messages name the request."""
         self.group = 0
         """Number of the group that has the request."""
         self.cancelled = False
