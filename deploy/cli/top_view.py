@@ -73,8 +73,10 @@ def _head(view: View) -> Text:
         head.append(f"  epoch {now.epoch}")
     if now.pinned:
         head.append("  placement pinned", "yellow")
-    if now.groups > 1:
-        head.append(f"  workers, experts and operations of group 0 of {now.groups}", "yellow")
+    if now.engine is not None:
+        head.append(f"  group {now.engine} of {now.groups}", "yellow")
+    elif now.groups > 1:
+        head.append(f"  figures of {now.groups} groups, workers and operations of group 0 (--engine N)", "yellow")
     return head
 
 
