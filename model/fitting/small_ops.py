@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
+from elastic_moe.model.fitting.scored_routers import find_scored_router
 from elastic_moe.model.native.block import Norm
 from elastic_moe.model.native.linear import Packed, can_pack, linear, pack
 from elastic_moe.model.native.router import Router
@@ -117,7 +118,10 @@ def _pack_routers(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> int:
     router.packed = pack(lib, weight.detach())
     module.weight = router
     found = _native_router(lib, module, router.packed)
-    if isinstance(found, Router):
+    if not isinstance(found, Router):
+        scored = find_scored_router(lib, module, router.packed, OTHERWISE)
+        found = f"{found}; {scored}" if isinstance(scored, str) else scored
+    if not isinstance(found, str):
         module.forward = found
         notes.add(Part.ROUTER, type(module).__name__, CodePath.NATIVE)
     else:

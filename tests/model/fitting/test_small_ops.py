@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from elastic_moe.cluster.fit import FitNotes
 from elastic_moe.model.fitting.small_ops import fit_trunk
+from elastic_moe.model.native.router import ScoredRouter
 
 
 class Norm(nn.Module):
@@ -144,10 +145,11 @@ def test_of_equal_experts_the_first_is_chosen(lib: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("style", ["sigmoid", "scaled"])
-def test_other_choices_are_left_alone(lib: ctypes.CDLL, style: str) -> None:
+def test_a_scale_is_not_guessed(lib: ctypes.CDLL, style: str) -> None:
     router = Choice(style, 8)
     fit_trunk(lib, router, FitNotes())
-    assert "forward" not in vars(router)
+    # a scale that is none of the module's numbers is not guessed
+    assert isinstance(vars(router).get("forward"), ScoredRouter) == (style == "sigmoid")
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
