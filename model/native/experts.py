@@ -55,7 +55,8 @@ class Gate:
         if self.kind == 3:
             return F.relu(gate_up).square()
         gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if self.interleaved else gate_up.chunk(2, dim=-1)
-        gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+        if not math.isinf(self.limit):
+            gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
         if self.kind == 0:
             return F.silu(gate) * up
         if self.kind == 2:

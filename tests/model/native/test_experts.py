@@ -334,6 +334,13 @@ def test_gates_are_found_by_trying(name: str) -> None:
     assert gate.kind != 1 or found.alpha == gate.alpha
 
 
+def test_the_gate_of_gemma_is_found() -> None:
+    """torch computes gelu of dense rows and of halves of rows by other instructions."""
+    found = find_gate(module(lambda x: F.gelu(x.chunk(2, -1)[0], approximate="tanh") * x.chunk(2, -1)[1], 1))
+    assert found is not None
+    assert found.kind == 2
+
+
 def test_other_gates_are_left_alone() -> None:
     assert find_gate(module(lambda x: torch.nn.functional.gelu(x[:, :32]) * x[:, 32:], 1)) is None
     assert find_gate(SimpleNamespace(has_gate=False, act_fn=F.silu)) is None  # type: ignore[arg-type]
