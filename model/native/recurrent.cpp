@@ -18,6 +18,17 @@ using namespace emoe;
 namespace {
 
 constexpr int64_t LANES = 16;
+constexpr int64_t kAhead = 1024; // floats that are fetched in advance
+
+// Writes a part of a state. States that nobody reads before the next step are written past the caches: otherwise the memory
+// that they overwrite would be read first.
+template <bool Streams> void put(float* to, Floats value, Lanes lanes) {
+    if (Streams) stream(to, value);
+    else store(to, value, lanes);
+}
+
+// Whether states can be streamed whose rows have `columns` floats.
+bool can_stream(const float* states, int64_t columns) { return columns % LANES == 0 && uintptr_t(states) % 64 == 0; }
 
 // The inputs of one head of one sequence. A matrix is [key_size, value_size].
 struct Head {
@@ -27,7 +38,7 @@ struct Head {
 };
 
 // Columns `first` to `first + 16 * Width` of the matrix `from`, which become those of `to`.
-template <int Width>
+template <int Width, bool Streams>
 void delta_columns(const Head& head, int64_t key_size, int64_t value_size, int64_t first, const float* from, float* to,
                    float* out) {
     Lanes lanes[Width];
@@ -38,8 +49,11 @@ void delta_columns(const Head& head, int64_t key_size, int64_t value_size, int64
     }
     for (int64_t k = 0; k < key_size; ++k) {
         const Floats key = all(head.key[k] * head.decay[k * head.decay_step]);
-        for (int w = 0; w < Width; ++w)
-            found[w] = fused(load(from + k * value_size + first + w * LANES, lanes[w]), key, found[w]);
+        for (int w = 0; w < Width; ++w) {
+            const float* at = from + k * value_size + first + w * LANES;
+            if (Streams) _mm_prefetch((const char*)(at + kAhead), _MM_HINT_T0);
+            found[w] = fused(load(at, lanes[w]), key, found[w]);
+        }
     }
     for (int w = 0; w < Width; ++w)
         change[w] = mul(sub(load(head.value + first + w * LANES, lanes[w]), found[w]), all(head.beta));
@@ -48,21 +62,25 @@ void delta_columns(const Head& head, int64_t key_size, int64_t value_size, int64
         for (int w = 0; w < Width; ++w) {
             const int64_t at = k * value_size + first + w * LANES;
             const Floats now = fused(key, change[w], mul(load(from + at, lanes[w]), decay));
-            store(to + at, now, lanes[w]);
+            put<Streams>(to + at, now, lanes[w]);
             sum[w] = fused(now, query, sum[w]);
         }
     }
     for (int w = 0; w < Width; ++w) store(out + first + w * LANES, sum[w], lanes[w]);
 }
 
+template <bool Streams>
 void delta_head(const Head& head, int64_t key_size, int64_t value_size, const float* from, float* to, float* out) {
     int64_t first = 0;
     for (; first + 3 * LANES < value_size; first += 4 * LANES)
-        delta_columns<4>(head, key_size, value_size, first, from, to, out);
-    for (; first < value_size; first += LANES) delta_columns<1>(head, key_size, value_size, first, from, to, out);
+        delta_columns<4, Streams>(head, key_size, value_size, first, from, to, out);
+    for (; first < value_size; first += LANES)
+        delta_columns<1, Streams>(head, key_size, value_size, first, from, to, out);
+    if (Streams) _mm_sfence();
 }
 
 // One token of one head of Mamba-2: `kept` is what the matrix [head_size, state_size] is scaled by.
+template <bool Streams>
 void selective_head(float kept, const float* inputs, const float* read, const float* written, int64_t head_size,
                     int64_t state_size, const float* from, float* to, float* out) {
     const Floats decay = all(kept);
@@ -73,11 +91,12 @@ void selective_head(float kept, const float* inputs, const float* read, const fl
             const Lanes lanes = lanes_before(n, state_size);
             const Floats now =
                 fused(input, load(written + n, lanes), mul(load(from + p * state_size + n, lanes), decay));
-            store(to + p * state_size + n, now, lanes);
+            put<Streams>(to + p * state_size + n, now, lanes);
             total = fused(now, load(read + n, lanes), total);
         }
         out[p] = sum(total);
     }
+    if (Streams) _mm_sfence();
 }
 
 // One token of one channel of Mamba, whose state is [state_size].
@@ -117,14 +136,16 @@ extern "C" void emoe_delta_rule(const float* query, const float* key, const floa
                                 int64_t value_size, int by_channel, float* states, const int64_t* sources,
                                 const int64_t* targets, float* out, int threads) {
     const int64_t group = value_heads / key_heads, matrix = key_size * value_size;
+    const bool streams = can_stream(states, value_size);
 #pragma omp parallel for num_threads(threads) if (threads > 1) collapse(2) schedule(static)
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t h = 0; h < value_heads; ++h) {
             const int64_t at = r * value_heads + h, shared = (r * key_heads + h / group) * key_size;
             const Head head{query + shared, key + shared, value + at * value_size,
                             decay + (by_channel ? at * key_size : at), by_channel ? 1 : 0, beta[at]};
-            delta_head(head, key_size, value_size, states + (sources[r] * value_heads + h) * matrix,
-                       states + (targets[r] * value_heads + h) * matrix, out + at * value_size);
+            (streams ? delta_head<true> : delta_head<false>)(
+                head, key_size, value_size, states + (sources[r] * value_heads + h) * matrix,
+                states + (targets[r] * value_heads + h) * matrix, out + at * value_size);
         }
 }
 
@@ -136,14 +157,16 @@ extern "C" void emoe_selective_update(const float* decay, const float* inputs, c
                                       float* states, const int64_t* sources, const int64_t* targets, float* out,
                                       int threads) {
     const int64_t group = heads / groups, matrix = head_size * state_size;
+    const bool streams = can_stream(states, state_size);
 #pragma omp parallel for num_threads(threads) if (threads > 1) collapse(2) schedule(static)
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t h = 0; h < heads; ++h) {
             const int64_t at = r * heads + h, shared = (r * groups + h / group) * state_size;
             const float* from = states + (sources[r] * heads + h) * matrix;
             float* to = states + (targets[r] * heads + h) * matrix;
-            selective_head(decay[at], inputs + at * head_size, read + shared, written + shared, head_size, state_size, from,
-                           to, out + at * head_size);
+            (streams ? selective_head<true> : selective_head<false>)(decay[at], inputs + at * head_size, read + shared,
+                                                                     written + shared, head_size, state_size, from, to,
+                                                                     out + at * head_size);
         }
 }
 
@@ -214,10 +237,10 @@ extern "C" void emoe_delta_scan(const float* query, const float* key, const floa
                 float* own = state + h * matrix;
                 const int64_t end = std::min(value_size, (part + 1) * wide);
                 if (end - part * wide > 3 * LANES)
-                    delta_columns<4>(head, key_size, value_size, part * wide, own, own, out + at * value_size);
+                    delta_columns<4, false>(head, key_size, value_size, part * wide, own, own, out + at * value_size);
                 else
                     for (int64_t first = part * wide; first < end; first += LANES)
-                        delta_columns<1>(head, key_size, value_size, first, own, own, out + at * value_size);
+                        delta_columns<1, false>(head, key_size, value_size, first, own, own, out + at * value_size);
             }
 }
 
@@ -231,7 +254,7 @@ extern "C" void emoe_selective_scan(const float* decay, const float* inputs, con
         begin_state(begin, h * matrix, matrix, state);
         for (int64_t t = 0; t < tokens; ++t) {
             const int64_t at = t * heads + h, shared = (t * groups + h / group) * state_size;
-            selective_head(decay[at], inputs + at * head_size, read + shared, written + shared, head_size, state_size,
+            selective_head<false>(decay[at], inputs + at * head_size, read + shared, written + shared, head_size, state_size,
                            state + h * matrix, state + h * matrix, out + at * head_size);
         }
     }
