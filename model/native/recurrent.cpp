@@ -10,6 +10,7 @@
 
 #include <omp.h>
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -126,48 +127,178 @@ void activate(bf16* place, Lanes lanes) {
     store(place, over_logistic(x, x), lanes);
 }
 
-} // namespace
-
-// One token of the gated delta rule for `rows` sequences. query and key [rows, key_heads, key_size], value [rows,
-// value_heads, value_size], beta [rows, value_heads], decay [rows, value_heads], or [rows, value_heads, key_size] if
-// `by_channel`. states [slots, value_heads, key_size, value_size]. out [rows, value_heads, value_size].
-extern "C" void emoe_delta_rule(const float* query, const float* key, const float* value, const float* decay,
-                                const float* beta, int64_t rows, int64_t key_heads, int64_t value_heads, int64_t key_size,
-                                int64_t value_size, int by_channel, float* states, const int64_t* sources,
-                                const int64_t* targets, float* out, int threads) {
-    const int64_t group = value_heads / key_heads, matrix = key_size * value_size;
-    const bool streams = can_stream(states, value_size);
-#pragma omp parallel for num_threads(threads) if (threads > 1) collapse(2) schedule(static)
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t h = 0; h < value_heads; ++h) {
-            const int64_t at = r * value_heads + h, shared = (r * key_heads + h / group) * key_size;
-            const Head head{query + shared, key + shared, value + at * value_size,
-                            decay + (by_channel ? at * key_size : at), by_channel ? 1 : 0, beta[at]};
-            (streams ? delta_head<true> : delta_head<false>)(
-                head, key_size, value_size, states + (sources[r] * value_heads + h) * matrix,
-                states + (targets[r] * value_heads + h) * matrix, out + at * value_size);
-        }
+// Numbers that are floats or bfloat16.
+Floats load_as(int wide, const void* from, int64_t at, Lanes lanes) {
+    return wide ? load((const float*)from + at, lanes) : load((const bf16*)from + at, lanes);
+}
+float load_as(int wide, const void* from, int64_t at) { return wide ? ((const float*)from)[at] : to_float(((const bf16*)from)[at]); }
+void write_as(int wide, const float* from, int64_t count, void* to, int64_t at) {
+    for (int64_t c = 0; c < count; c += LANES) {
+        const Lanes lanes = lanes_before(c, count);
+        if (wide) store((float*)to + at + c, load(from + c, lanes), lanes);
+        else store((bf16*)to + at + c, load(from + c, lanes), lanes);
+    }
 }
 
-// One token of Mamba-2 for `rows` sequences. decay [rows, heads], inputs [rows, heads, head_size] (times the time step),
-// read and written [rows, groups, state_size] (C and B in Mamba's words). states [slots, heads, head_size, state_size].
-// out [rows, heads, head_size].
-extern "C" void emoe_selective_update(const float* decay, const float* inputs, const float* read, const float* written,
-                                      int64_t rows, int64_t heads, int64_t groups, int64_t head_size, int64_t state_size,
-                                      float* states, const int64_t* sources, const int64_t* targets, float* out,
-                                      int threads) {
-    const int64_t group = heads / groups, matrix = head_size * state_size;
-    const bool streams = can_stream(states, state_size);
-#pragma omp parallel for num_threads(threads) if (threads > 1) collapse(2) schedule(static)
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t h = 0; h < heads; ++h) {
-            const int64_t at = r * heads + h, shared = (r * groups + h / group) * state_size;
-            const float* from = states + (sources[r] * heads + h) * matrix;
-            float* to = states + (targets[r] * heads + h) * matrix;
-            (streams ? selective_head<true> : selective_head<false>)(decay[at], inputs + at * head_size, read + shared,
-                                                                     written + shared, head_size, state_size, from, to,
-                                                                     out + at * head_size);
+// What emoe_delta_rule gets.
+struct DeltaInputs {
+    const void *query, *key, *value;
+    int64_t query_stride, key_stride, value_stride;
+    int wide, unit;
+    const float *gates, *beta;
+    int64_t key_heads, value_heads, key_size, value_size;
+    int by_channel;
+};
+
+// The inputs of one head of one row, made ready, and its output. Each thread has one.
+struct HeadBuffer {
+    std::vector<float> query, key, value, decay, out;
+
+    HeadBuffer(int64_t key_size, int64_t value_size)
+        : query(key_size), key(key_size), value(value_size), decay(key_size), out(value_size) {}
+
+    Head of(const DeltaInputs& in, int64_t row, int64_t h) {
+        const int64_t shared = h / (in.value_heads / in.key_heads) * in.key_size, at = row * in.value_heads + h;
+        take(in, in.query, row * in.query_stride + shared, 1.f / std::sqrt(float(in.key_size)), query);
+        take(in, in.key, row * in.key_stride + shared, 1.f, key);
+        for (int64_t c = 0; c < in.value_size; c += LANES) {
+            const Lanes lanes = lanes_before(c, in.value_size);
+            store(value.data() + c, load_as(in.wide, in.value, row * in.value_stride + h * in.value_size + c, lanes), lanes);
         }
+        const int64_t gates = in.by_channel ? in.key_size : 1;
+        for (int64_t c = 0; c < gates; c += LANES) {
+            const Lanes lanes = lanes_before(c, gates);
+            store(decay.data() + c, exponential(load(in.gates + at * gates + c, lanes)), lanes);
+        }
+        return {query.data(), key.data(), value.data(), decay.data(), in.by_channel ? 1 : 0, in.beta[at]};
+    }
+
+  private:
+    // A query or a key: of length 1 if that is wanted, and times `scale`.
+    void take(const DeltaInputs& in, const void* from, int64_t at, float scale, std::vector<float>& to) {
+        Floats squares = zero();
+        for (int64_t c = 0; c < in.key_size; c += LANES) {
+            const Lanes lanes = lanes_before(c, in.key_size);
+            const Floats value = load_as(in.wide, from, at + c, lanes);
+            squares = fused(value, value, squares);
+            store(to.data() + c, value, lanes);
+        }
+        const Floats factor = all(in.unit ? scale / std::sqrt(sum(squares) + 1e-6f) : scale);
+        for (int64_t c = 0; c < in.key_size; c += LANES) {
+            const Lanes lanes = lanes_before(c, in.key_size);
+            store(to.data() + c, mul(load(to.data() + c, lanes), factor), lanes);
+        }
+    }
+};
+
+// What emoe_selective_update gets.
+struct SelectiveInputs {
+    const void *x, *steps, *read, *written;
+    int64_t x_stride, steps_stride, read_stride, written_stride;
+    int wide, softplus;
+    const float *rates, *shift, *skip;
+    float least, most;
+    int64_t heads, groups, head_size, state_size;
+};
+
+// The inputs of one head of one row, made ready, and its output. Each thread has one.
+struct SelectiveBuffer {
+    std::vector<float> x, inputs, read, written, out;
+
+    SelectiveBuffer(int64_t head_size, int64_t state_size)
+        : x(head_size), inputs(head_size), read(state_size), written(state_size), out(head_size) {}
+
+    // Returns what the head's matrix is scaled by.
+    float take(const SelectiveInputs& in, int64_t row, int64_t h) {
+        float step = load_as(in.wide, in.steps, row * in.steps_stride + h) + in.shift[h];
+        if (in.softplus && step <= 20.f) step = std::log1p(std::exp(step));
+        step = std::min(std::max(step, in.least), in.most);
+        const Floats wide_step = all(step);
+        for (int64_t c = 0; c < in.head_size; c += LANES) {
+            const Lanes lanes = lanes_before(c, in.head_size);
+            const Floats value = load_as(in.wide, in.x, row * in.x_stride + h * in.head_size + c, lanes);
+            store(x.data() + c, value, lanes);
+            store(inputs.data() + c, mul(value, wide_step), lanes);
+        }
+        const int64_t shared = h / (in.heads / in.groups) * in.state_size;
+        for (int64_t c = 0; c < in.state_size; c += LANES) {
+            const Lanes lanes = lanes_before(c, in.state_size);
+            store(read.data() + c, load_as(in.wide, in.read, row * in.read_stride + shared + c, lanes), lanes);
+            store(written.data() + c, load_as(in.wide, in.written, row * in.written_stride + shared + c, lanes), lanes);
+        }
+        return std::exp(step * in.rates[h]);
+    }
+
+    // Adds what skips the state, and writes the output.
+    void finish(const SelectiveInputs& in, int64_t row, int64_t h, void* to) {
+        for (int64_t c = 0; c < in.head_size; c += LANES) {
+            const Lanes lanes = lanes_before(c, in.head_size);
+            store(out.data() + c, fused(load(x.data() + c, lanes), all(in.skip[h]), load(out.data() + c, lanes)), lanes);
+        }
+        write_as(in.wide, out.data(), in.head_size, to, (row * in.heads + h) * in.head_size);
+    }
+};
+
+} // namespace
+
+// One token of the gated delta rule for `rows` sequences. query and key [rows, key_heads, key_size] and value [rows,
+// value_heads, value_size] are floats if `wide`, else bfloat16; their rows lie at strides, in elements. Queries and keys
+// have length 1 if `unit`, and queries are divided by the root of key_size. gates [rows, value_heads], or [rows,
+// value_heads, key_size] if `by_channel`, are logarithms of decays; beta [rows, value_heads]. states [slots, value_heads,
+// key_size, value_size]. out [rows, value_heads, value_size] is of the inputs' type.
+extern "C" void emoe_delta_rule(const void* query, int64_t query_stride, const void* key, int64_t key_stride,
+                                const void* value, int64_t value_stride, int wide, int unit, const float* gates,
+                                const float* beta, int64_t rows, int64_t key_heads, int64_t value_heads, int64_t key_size,
+                                int64_t value_size, int by_channel, float* states, const int64_t* sources,
+                                const int64_t* targets, void* out, int threads) {
+    const DeltaInputs inputs{query, key, value, query_stride, key_stride, value_stride, wide, unit, gates, beta,
+                             key_heads, value_heads, key_size, value_size, by_channel};
+    const int64_t matrix = key_size * value_size;
+    const bool streams = can_stream(states, value_size);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        HeadBuffer buffer(key_size, value_size);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t h = 0; h < value_heads; ++h) {
+                const Head head = buffer.of(inputs, r, h);
+                (streams ? delta_head<true> : delta_head<false>)(
+                    head, key_size, value_size, states + (sources[r] * value_heads + h) * matrix,
+                    states + (targets[r] * value_heads + h) * matrix, buffer.out.data());
+                write_as(wide, buffer.out.data(), value_size, out, (r * value_heads + h) * value_size);
+            }
+    }
+}
+
+// One token of Mamba-2 for `rows` sequences. x [rows, heads, head_size], steps [rows, heads], read and written [rows, groups,
+// state_size] (C and B in Mamba's words) are floats if `wide`, else bfloat16; their rows lie at strides, in elements.
+// `shift` [heads] is added to steps, which are then put through softplus if that is wanted, and limited. `rates` [heads] are
+// logarithms of what a step of 1 scales a matrix by. x times `skip` [heads] is added to the output. states [slots, heads,
+// head_size, state_size]. out [rows, heads, head_size] is of the inputs' type.
+extern "C" void emoe_selective_update(const void* x, int64_t x_stride, const void* steps, int64_t steps_stride,
+                                      const void* read, int64_t read_stride, const void* written, int64_t written_stride,
+                                      int wide, int softplus, const float* rates, const float* shift, const float* skip,
+                                      float least, float most, int64_t rows, int64_t heads, int64_t groups,
+                                      int64_t head_size, int64_t state_size, float* states, const int64_t* sources,
+                                      const int64_t* targets, void* out, int threads) {
+    const SelectiveInputs inputs{x, steps, read, written, x_stride, steps_stride, read_stride, written_stride, wide, softplus,
+                                 rates, shift, skip, least, most, heads, groups, head_size, state_size};
+    const int64_t matrix = head_size * state_size;
+    const bool streams = can_stream(states, state_size);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        SelectiveBuffer buffer(head_size, state_size);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t h = 0; h < heads; ++h) {
+                const float kept = buffer.take(inputs, r, h);
+                (streams ? selective_head<true> : selective_head<false>)(
+                    kept, buffer.inputs.data(), buffer.read.data(), buffer.written.data(), head_size, state_size,
+                    states + (sources[r] * heads + h) * matrix, states + (targets[r] * heads + h) * matrix,
+                    buffer.out.data());
+                buffer.finish(inputs, r, h, out);
+            }
+    }
 }
 
 // One token of Mamba for `rows` sequences, whose channels have a decay for each of their numbers: the state is scaled by
@@ -219,43 +350,60 @@ extern "C" void emoe_convolve(const bf16* x, int64_t rows, int64_t channels, int
 
 // The gated delta rule over `tokens` tokens of one sequence. Arguments are as in emoe_delta_rule, with tokens in place of
 // sequences. `state` [value_heads, key_size, value_size] becomes the last state; `begin` is the first one, or null.
-extern "C" void emoe_delta_scan(const float* query, const float* key, const float* value, const float* decay,
+extern "C" void emoe_delta_scan(const void* query, int64_t query_stride, const void* key, int64_t key_stride,
+                                const void* value, int64_t value_stride, int wide, int unit, const float* gates,
                                 const float* beta, int64_t tokens, int64_t key_heads, int64_t value_heads, int64_t key_size,
-                                int64_t value_size, int by_channel, const float* begin, float* state, float* out,
+                                int64_t value_size, int by_channel, const float* begin, float* state, void* out,
                                 int threads) {
-    const int64_t group = value_heads / key_heads, matrix = key_size * value_size, wide = 4 * LANES;
-    const int64_t parts = (value_size + wide - 1) / wide;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t h = 0; h < value_heads; ++h) begin_state(begin, h * matrix, matrix, state);
-#pragma omp parallel for num_threads(threads) if (threads > 1) collapse(2) schedule(static)
-    for (int64_t h = 0; h < value_heads; ++h)
-        for (int64_t part = 0; part < parts; ++part)
-            for (int64_t t = 0; t < tokens; ++t) {
-                const int64_t at = t * value_heads + h, shared = (t * key_heads + h / group) * key_size;
-                const Head head{query + shared, key + shared, value + at * value_size,
-                                decay + (by_channel ? at * key_size : at), by_channel ? 1 : 0, beta[at]};
-                float* own = state + h * matrix;
-                const int64_t end = std::min(value_size, (part + 1) * wide);
-                if (end - part * wide > 3 * LANES)
-                    delta_columns<4, false>(head, key_size, value_size, part * wide, own, own, out + at * value_size);
-                else
-                    for (int64_t first = part * wide; first < end; first += LANES)
-                        delta_columns<1, false>(head, key_size, value_size, first, own, own, out + at * value_size);
-            }
+    const DeltaInputs inputs{query, key, value, query_stride, key_stride, value_stride, wide, unit, gates, beta,
+                             key_heads, value_heads, key_size, value_size, by_channel};
+    const int64_t matrix = key_size * value_size, columns = 4 * LANES, parts = (value_size + columns - 1) / columns;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        HeadBuffer buffer(key_size, value_size);
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < value_heads; ++h) begin_state(begin, h * matrix, matrix, state);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t h = 0; h < value_heads; ++h)
+            for (int64_t part = 0; part < parts; ++part)
+                for (int64_t t = 0; t < tokens; ++t) {
+                    const Head head = buffer.of(inputs, t, h);
+                    float* own = state + h * matrix;
+                    const int64_t begins = part * columns, ends = std::min(value_size, begins + columns);
+                    if (ends - begins > 3 * LANES)
+                        delta_columns<4, false>(head, key_size, value_size, begins, own, own, buffer.out.data());
+                    else
+                        for (int64_t first = begins; first < ends; first += LANES)
+                            delta_columns<1, false>(head, key_size, value_size, first, own, own, buffer.out.data());
+                    write_as(wide, buffer.out.data() + begins, ends - begins, out,
+                             (t * value_heads + h) * value_size + begins);
+                }
+    }
 }
 
 // Mamba-2 over `tokens` tokens of one sequence. Arguments are as in emoe_selective_update and emoe_delta_scan.
-extern "C" void emoe_selective_scan(const float* decay, const float* inputs, const float* read, const float* written,
-                                    int64_t tokens, int64_t heads, int64_t groups, int64_t head_size, int64_t state_size,
-                                    const float* begin, float* state, float* out, int threads) {
-    const int64_t group = heads / groups, matrix = head_size * state_size;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t h = 0; h < heads; ++h) {
-        begin_state(begin, h * matrix, matrix, state);
-        for (int64_t t = 0; t < tokens; ++t) {
-            const int64_t at = t * heads + h, shared = (t * groups + h / group) * state_size;
-            selective_head<false>(decay[at], inputs + at * head_size, read + shared, written + shared, head_size, state_size,
-                           state + h * matrix, state + h * matrix, out + at * head_size);
+extern "C" void emoe_selective_scan(const void* x, int64_t x_stride, const void* steps, int64_t steps_stride,
+                                    const void* read, int64_t read_stride, const void* written, int64_t written_stride,
+                                    int wide, int softplus, const float* rates, const float* shift, const float* skip,
+                                    float least, float most, int64_t tokens, int64_t heads, int64_t groups,
+                                    int64_t head_size, int64_t state_size, const float* begin, float* state, void* out,
+                                    int threads) {
+    const SelectiveInputs inputs{x, steps, read, written, x_stride, steps_stride, read_stride, written_stride, wide, softplus,
+                                 rates, shift, skip, least, most, heads, groups, head_size, state_size};
+    const int64_t matrix = head_size * state_size;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        SelectiveBuffer buffer(head_size, state_size);
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < heads; ++h) {
+            float* own = state + h * matrix;
+            begin_state(begin, h * matrix, matrix, state);
+            for (int64_t t = 0; t < tokens; ++t) {
+                const float kept = buffer.take(inputs, t, h);
+                selective_head<false>(kept, buffer.inputs.data(), buffer.read.data(), buffer.written.data(), head_size,
+                                      state_size, own, own, buffer.out.data());
+                buffer.finish(inputs, t, h, out);
+            }
         }
     }
 }

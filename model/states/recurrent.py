@@ -10,7 +10,10 @@ size, M state size, C channels, W width of a convolution. Numbers of slots are i
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,56 +36,103 @@ class Slots:
         return self.states.data_ptr(), self.sources.data_ptr(), self.targets.data_ptr()
 
 
-def delta_rule(
-    lib: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, slots: Slots
-) -> Tensor:
-    """Run one token: query and key [R, K, D], value [R, V, E], beta [R, V] -> [R, V, E].
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaInputs:
+    """What the gated delta rule takes for some rows: tokens of one sequence, or sequences with one token each."""
 
-    The states [S, V, D, E] are first scaled by `decay` [R, V], or [R, V, D] if each channel has its own.
-    """
-    rows, key_heads, key_size = key.shape
-    value_heads, value_size = value.shape[1:]
-    arguments = [_plain(tensor) for tensor in (query, key, value, decay, beta)]
-    out = torch.empty(rows, value_heads, value_size, dtype=torch.float32)
-    lib.emoe_delta_rule(
-        *(tensor.data_ptr() for tensor in arguments),
-        rows,
-        key_heads,
-        value_heads,
-        key_size,
-        value_size,
-        decay.dim() == 3,
-        *slots.pointers,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+    query: Tensor
+    """[rows, K, D] float32 or bfloat16, as key and value."""
+    key: Tensor
+    value: Tensor
+    """[rows, V, E]"""
+    gates: Tensor
+    """[rows, V], or [rows, V, D] if each channel has its own. The matrices are scaled by e^gates first."""
+    beta: Tensor
+    """[rows, V]"""
+    unit: bool
+    """Whether queries and keys are scaled to length 1."""
+
+    def call(self, function: Any, states: Sequence[int | None]) -> Tensor:
+        """Call a native function with `states`: [rows, V, E]."""
+        rows, key_heads, key_size = self.key.shape
+        value_heads, value_size = self.value.shape[1:]
+        parts = [_rows(tensor) for tensor in (self.query, self.key, self.value)]
+        gates, beta = _plain(self.gates), _plain(self.beta)
+        out = torch.empty(rows, value_heads, value_size, dtype=self.value.dtype)
+        function(
+            *(number for part in parts for number in (part.data_ptr(), part.stride(0))),
+            self.value.dtype == torch.float32,
+            self.unit,
+            gates.data_ptr(),
+            beta.data_ptr(),
+            rows,
+            key_heads,
+            value_heads,
+            key_size,
+            value_size,
+            gates.dim() == 3,
+            *states,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
 
 
-def selective_update(
-    lib: ctypes.CDLL, decay: Tensor, inputs: Tensor, read: Tensor, written: Tensor, slots: Slots
-) -> Tensor:
-    """Run one token of Mamba-2: inputs (times the time step) [R, N, P] -> [R, N, P].
+def delta_rule(lib: ctypes.CDLL, inputs: DeltaInputs, slots: Slots) -> Tensor:
+    """Run one token of several sequences, whose states are [S, V, D, E]: [R, V, E]."""
+    return inputs.call(lib.emoe_delta_rule, slots.pointers)
 
-    The states [S, N, P, M] are scaled by `decay` [R, N], the inputs times `written` [R, G, M] are added, and `read`
-    [R, G, M] is what they are multiplied by.
-    """
-    rows, heads, head_size = inputs.shape
-    groups, state_size = read.shape[1:]
-    arguments = [_plain(tensor) for tensor in (decay, inputs, read, written)]
-    out = torch.empty(rows, heads, head_size, dtype=torch.float32)
-    lib.emoe_selective_update(
-        *(tensor.data_ptr() for tensor in arguments),
-        rows,
-        heads,
-        groups,
-        head_size,
-        state_size,
-        *slots.pointers,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectiveInputs:
+    """What Mamba-2 takes for some rows: tokens of one sequence, or sequences with one token each."""
+
+    x: Tensor
+    """[rows, N, P] float32 or bfloat16, as steps, read and written."""
+    steps: Tensor
+    """[rows, N]"""
+    read: Tensor
+    """[rows, G, M], C in Mamba's words."""
+    written: Tensor
+    """[rows, G, M], B in Mamba's words."""
+    rates: Tensor
+    """[N]. A step of 1 scales a head's matrix by e^rates."""
+    shift: Tensor
+    """[N], added to steps."""
+    skip: Tensor
+    """[N]. x times this is added to the output."""
+    softplus: bool
+    limits: tuple[float, float] = (0.0, math.inf)
+    """Of steps."""
+
+    def call(self, function: Any, states: Sequence[int | None]) -> Tensor:
+        """Call a native function with `states`: [rows, N, P]."""
+        rows, heads, head_size = self.x.shape
+        groups, state_size = self.read.shape[1:]
+        parts = [_rows(tensor) for tensor in (self.x, self.steps, self.read, self.written)]
+        vectors = [_plain(tensor) for tensor in (self.rates, self.shift, self.skip)]
+        out = torch.empty(rows, heads, head_size, dtype=self.x.dtype)
+        function(
+            *(number for part in parts for number in (part.data_ptr(), part.stride(0))),
+            self.x.dtype == torch.float32,
+            self.softplus,
+            *(vector.data_ptr() for vector in vectors),
+            *self.limits,
+            rows,
+            heads,
+            groups,
+            head_size,
+            state_size,
+            *states,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def selective_update(lib: ctypes.CDLL, inputs: SelectiveInputs, slots: Slots) -> Tensor:
+    """Run one token of several sequences, whose states are [S, N, P, M]: [R, N, P]."""
+    return inputs.call(lib.emoe_selective_update, slots.pointers)
 
 
 def channel_update(
@@ -128,51 +178,18 @@ def convolve(
     return out
 
 
-def delta_scan(
-    lib: ctypes.CDLL, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, begin: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `delta_rule`, for query and key [T, K, D], value [T, V, E] and so on: ([T, V, E], [V, D, E])."""
-    tokens, key_heads, key_size = key.shape
-    value_heads, value_size = value.shape[1:]
-    arguments = [_plain(tensor) for tensor in (query, key, value, decay, beta)]
-    state, pointers, kept = _scanned(begin, value_heads, key_size, value_size)
-    out = torch.empty(tokens, value_heads, value_size, dtype=torch.float32)
-    lib.emoe_delta_scan(
-        *(tensor.data_ptr() for tensor in arguments),
-        tokens,
-        key_heads,
-        value_heads,
-        key_size,
-        value_size,
-        decay.dim() == 3,
-        *pointers,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+def delta_scan(lib: ctypes.CDLL, inputs: DeltaInputs, begin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `delta_rule`, for the tokens of one sequence: ([T, V, E], [V, D, E])."""
+    state, pointers, kept = _scanned(begin, inputs.value.shape[1], inputs.key.shape[2], inputs.value.shape[2])
+    out = inputs.call(lib.emoe_delta_scan, pointers)
     del kept
     return out, state
 
 
-def selective_scan(
-    lib: ctypes.CDLL, decay: Tensor, inputs: Tensor, read: Tensor, written: Tensor, begin: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `selective_update`, for decay [T, N], inputs [T, N, P], read and written [T, G, M]: ([T, N, P], [N, P, M])."""
-    tokens, heads, head_size = inputs.shape
-    groups, state_size = read.shape[1:]
-    arguments = [_plain(tensor) for tensor in (decay, inputs, read, written)]
-    state, pointers, kept = _scanned(begin, heads, head_size, state_size)
-    out = torch.empty(tokens, heads, head_size, dtype=torch.float32)
-    lib.emoe_selective_scan(
-        *(tensor.data_ptr() for tensor in arguments),
-        tokens,
-        heads,
-        groups,
-        head_size,
-        state_size,
-        *pointers,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+def selective_scan(lib: ctypes.CDLL, inputs: SelectiveInputs, begin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `selective_update`, for the tokens of one sequence: ([T, N, P], [N, P, M])."""
+    state, pointers, kept = _scanned(begin, *inputs.x.shape[1:], inputs.read.shape[2])
+    out = inputs.call(lib.emoe_selective_scan, pointers)
     del kept
     return out, state
 
@@ -227,6 +244,11 @@ def _scanned(begin: Tensor | None, *shape: int) -> tuple[Tensor, tuple[int | Non
     first = None if begin is None else _plain(begin)
     assert first is None or first.numel() == state.numel()
     return state, (None if first is None else first.data_ptr(), state.data_ptr()), first
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if each of its rows is dense, else a dense copy."""
+    return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
 
 
 def _plain(tensor: Tensor) -> Tensor:

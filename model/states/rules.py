@@ -11,6 +11,7 @@ Legend: R sequences, N heads, T tokens, C channels, M state size.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from elastic_moe.model.states.finding import StateKind
 from elastic_moe.model.states.recurrent import (
+    DeltaInputs,
+    SelectiveInputs,
     Slots,
     channel_scan,
     channel_update,
@@ -93,21 +96,24 @@ def delta_rule_of(lib: ctypes.CDLL) -> Callable[[Function], Function]:
             slots = _slots.get().get(StateKind.RECURRENT)
             if slots is None:
                 return original(query, key, value, **given)
-            query_RND, key_RND = query[:, 0].float(), key[:, 0].float()
-            if given.get("use_qk_l2norm_in_kernel"):
-                query_RND, key_RND = _unit(query_RND), _unit(key_RND)
-            query_RND = query_RND * query_RND.shape[-1] ** -0.5
-            decay, beta = given["g"][:, 0].float().exp(), given["beta"][:, 0]
-            out = delta_rule(lib, query_RND, key_RND, value[:, 0], decay, beta, slots)
-            return out[:, None].to(query.dtype), given["initial_state"]
+            out = delta_rule(lib, _delta_inputs(query[:, 0], key[:, 0], value[:, 0], given, (slice(None), 0)), slots)
+            return out[:, None], given["initial_state"]
 
         return rule
 
     return replaced
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+def _delta_inputs(query: Tensor, key: Tensor, value: Tensor, given: Mapping[str, Any], rows: Any) -> DeltaInputs:
+    """`rows` of gates and beta belong to the other tensors."""
+    return DeltaInputs(
+        query=query,
+        key=key,
+        value=value,
+        gates=given["g"][rows],
+        beta=given["beta"][rows],
+        unit=bool(given.get("use_qk_l2norm_in_kernel")),
+    )
 
 
 def selective_update_of(lib: ctypes.CDLL) -> Callable[[Function], Function]:
@@ -119,11 +125,17 @@ def selective_update_of(lib: ctypes.CDLL) -> Callable[[Function], Function]:
             if slots is None:
                 return original(state, hidden_states, dt, A, B, C, D, **given)
             # a head has one time step and one decay, which the caller has spread over its channels
-            steps_RN = F.softplus(dt[..., 0].float() + given["dt_bias"][..., 0].float())
-            x = hidden_states.float()
-            decay_RN = torch.exp(steps_RN * A[:, 0, 0].float())
-            out = selective_update(lib, decay_RN, x * steps_RN[..., None], C, B, slots)
-            return (out + x * D.float()).to(hidden_states.dtype)
+            inputs = SelectiveInputs(
+                x=hidden_states,
+                steps=dt[..., 0],
+                read=C,
+                written=B,
+                rates=A[:, 0, 0],
+                shift=given["dt_bias"][..., 0],
+                skip=D[..., 0],
+                softplus=bool(given.get("dt_softplus")),
+            )
+            return selective_update(lib, inputs, slots)
 
         return update
 
@@ -203,13 +215,9 @@ def delta_scan_of(lib: ctypes.CDLL) -> Callable[[Function], Function]:
         def scan(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Any:
             if not _scans_natively("delta rule", query):
                 return original(query, key, value, **given)
-            query_TND, key_TND = query[0].float(), key[0].float()
-            if given.get("use_qk_l2norm_in_kernel"):
-                query_TND, key_TND = _unit(query_TND), _unit(key_TND)
-            query_TND = query_TND * query_TND.shape[-1] ** -0.5
-            decay, beta, begin = given["g"][0].float().exp(), given["beta"][0], given.get("initial_state")
-            out, last = delta_scan(lib, query_TND, key_TND, value[0], decay, beta, begin)
-            return out[None].to(query.dtype), last[None] if given.get("output_final_state") else None
+            inputs = _delta_inputs(query[0], key[0], value[0], given, 0)
+            out, last = delta_scan(lib, inputs, given.get("initial_state"))
+            return out[None], last[None] if given.get("output_final_state") else None
 
         return scan
 
@@ -223,17 +231,18 @@ def selective_scan_of(lib: ctypes.CDLL) -> Callable[[Function], Function]:
         ) -> Any:
             if not _scans_natively("Mamba-2", hidden_states):
                 return original(hidden_states, dt, A, B, C, chunk_size, **given)
-            steps_TN = dt[0].float()
-            if given.get("dt_bias") is not None:
-                steps_TN = steps_TN + given["dt_bias"].float()
-            if given.get("dt_softplus"):
-                steps_TN = F.softplus(steps_TN)
-            steps_TN = steps_TN.clamp(*given.get("dt_limit", (0.0, float("inf"))))
-            x_TNP = hidden_states[0].float()
-            decay_TN, inputs_TNP = torch.exp(steps_TN * A.float()), x_TNP * steps_TN[..., None]
-            out, last = scan_selectively(lib, decay_TN, inputs_TNP, C[0], B[0], given.get("initial_states"))
-            if given.get("D") is not None:
-                out = out + x_TNP * given["D"].float()[:, None]
+            inputs = SelectiveInputs(
+                x=hidden_states[0],
+                steps=dt[0],
+                read=C[0],
+                written=B[0],
+                rates=A,
+                shift=given["dt_bias"],
+                skip=given["D"],
+                softplus=bool(given.get("dt_softplus")),
+                limits=given.get("dt_limit", (0.0, math.inf)),
+            )
+            out, last = scan_selectively(lib, inputs, given.get("initial_states"))
             return (out[None], last[None]) if given.get("return_final_states") else out[None]
 
         return scan

@@ -16,6 +16,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 from elastic_moe.model.states.finding import StateKind
 from elastic_moe.model.states.recurrent import (
+    DeltaInputs,
+    SelectiveInputs,
     Slots,
     channel_scan,
     channel_update,
@@ -249,48 +251,41 @@ def test_short_convolutions_over_a_prompt(lib: ctypes.CDLL, activation: str | No
 def test_a_scan_gives_the_bits_of_single_tokens(lib: ctypes.CDLL) -> None:
     """So that a prompt is the same in whatever chunks it is run, and a state that is made again is the same too."""
     query, key, value = draw(9, 2, 24), draw(9, 2, 25)[..., :-1], draw(9, 4, 70)
-    decay, beta, begin = draw(9, 4).sigmoid(), draw(9, 5)[:, :-1].sigmoid(), draw(4, 24, 70)
+    gates, beta, begin = -draw(9, 4).abs(), draw(9, 5)[:, :-1].sigmoid(), draw(4, 24, 70)
     x, weight = draw(21, 12).bfloat16(), draw(21, 4).bfloat16()
-    rates, steps = -draw(21, 16).exp(), draw(9, 21).sigmoid()
+    rates, steps, turned = -draw(21, 16).exp(), draw(9, 21).sigmoid(), begin.transpose(1, 2).contiguous()
 
-    def alone(rule: Callable[..., Tensor], state: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    def alone(rule: Callable[[slice, Slots], Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and state of a rule that is called for each token."""
         states = torch.stack([state, torch.zeros_like(state)])
         outputs = []
         for token in range(9):
             here, there = torch.tensor([token % 2]), torch.tensor([(token + 1) % 2])
-            slots = Slots(states=states, sources=here, targets=there)
-            outputs.append(rule(*(one[token : token + 1] for one in arguments), slots))
+            outputs.append(rule(slice(token, token + 1), Slots(states=states, sources=here, targets=there)))
         return torch.cat(outputs), states[9 % 2]
 
+    def delta(at: slice) -> DeltaInputs:
+        own = [tensor[at] for tensor in (query, key, value, gates, beta)]
+        return DeltaInputs(query=own[0], key=own[1], value=own[2], gates=own[3], beta=own[4], unit=True)
+
+    def selective(at: slice) -> SelectiveInputs:
+        own = [tensor[at].bfloat16() for tensor in (value, gates, query, key)]
+        vectors = {"rates": -draw(4).exp(), "shift": draw(4), "skip": draw(4)}
+        return SelectiveInputs(x=own[0], steps=own[1], read=own[2], written=own[3], softplus=True, **vectors)
+
+    def channels(at: slice) -> list[Tensor]:
+        return [steps[at], steps[at] + 1, rates, draw(9, 16)[at], draw(9, 17)[at, :-1]]
+
+    whole = slice(None)
     pairs = [
+        (delta_scan(lib, delta(whole), begin), alone(lambda at, slots: delta_rule(lib, delta(at), slots), begin)),
         (
-            delta_scan(lib, query, key, value, decay, beta, begin),
-            alone(lambda *given: delta_rule(lib, *given), begin, query, key, value, decay, beta),
+            selective_scan(lib, selective(whole), turned),
+            alone(lambda at, slots: selective_update(lib, selective(at), slots), turned),
         ),
         (
-            selective_scan(lib, decay, value, query, key, begin.transpose(1, 2).contiguous()),
-            alone(
-                lambda *given: selective_update(lib, *given),
-                begin.transpose(1, 2).contiguous(),
-                decay,
-                value,
-                query,
-                key,
-            ),
-        ),
-        (
-            channel_scan(lib, steps, steps + 1, rates, draw(9, 16), draw(9, 17)[:, :-1], None),
-            alone(
-                lambda step, inputs, read, written, slots: channel_update(
-                    lib, step, inputs, rates, read, written, slots
-                ),
-                torch.zeros(21, 16),
-                steps,
-                steps + 1,
-                draw(9, 16),
-                draw(9, 17)[:, :-1],
-            ),
+            channel_scan(lib, *channels(whole), begin=None),
+            alone(lambda at, slots: channel_update(lib, *channels(at), slots=slots), torch.zeros(21, 16)),
         ),
     ]
     for scan, tokens in pairs:
@@ -298,5 +293,5 @@ def test_a_scan_gives_the_bits_of_single_tokens(lib: ctypes.CDLL) -> None:
     convolved = convolve_tokens(lib, x, weight, None, silu=True)
     # a state of a convolution has its last inputs, of which the first falls out
     state = torch.cat([torch.zeros(21, 1), x[:, :3].float()], dim=1).bfloat16()
-    outputs, _ = alone(lambda one, slots: convolve(lib, one, weight, None, slots, silu=True), state, x.T[3:])
+    outputs, _ = alone(lambda at, slots: convolve(lib, x.T[3:][at], weight, None, slots, silu=True), state)
     assert torch.equal(outputs.T, convolved[:, 3:])
