@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
 from elastic_moe.model.fitting.scored_routers import find_scored_router
-from elastic_moe.model.native.block import Norm
+from elastic_moe.model.native.block import GatedNorm, Norm
 from elastic_moe.model.native.linear import Packed, can_pack, linear, pack
 from elastic_moe.model.native.router import Router
-from elastic_moe.model.rms_norm import RmsNorm
+from elastic_moe.model.rms_norm import GatedRmsNorm, RmsNorm
 from elastic_moe.model.torch_private import plain_tensors
 from elastic_moe.model.transformers_private import replace_rotary_function, rotary_function
 
@@ -37,7 +37,8 @@ def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module, notes: FitNotes) -> int:
     """
     packed_bytes = 0
     for module in trunk.modules():
-        fit_norm(module, partial(Norm, lib=lib), CodePath.NATIVE, notes)
+        if not _fit_gated_norm(lib, module, notes):
+            fit_norm(module, partial(Norm, lib=lib), CodePath.NATIVE, notes)
         packed_bytes += _pack_routers(lib, module, notes)
     for name in sorted({type(module).__module__ for module in trunk.modules()}):
         _fit_rotary(lib, sys.modules[name], notes)
@@ -61,6 +62,51 @@ def fit_norm(module: nn.Module, make: MakeNorm, path: CodePath, notes: FitNotes)
     elif "norm" in kind.lower():
         # the name decides only whether the report mentions the module
         notes.add(Part.NORMS, kind, CodePath.TRANSFORMERS, found)
+
+
+def _fit_gated_norm(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> bool:
+    """Give the module a native forward if it is recognised as a norm with a gate."""
+    formula = _find_gated_norm(module)
+    if formula is None:
+        return False
+    module.forward = GatedNorm(lib=lib, formula=formula, original=module.forward)
+    notes.add(Part.NORMS, type(module).__name__, CodePath.NATIVE)
+    return True
+
+
+def _find_gated_norm(module: nn.Module) -> GatedRmsNorm | None:
+    """What the module makes of rows and of a gate in bfloat16; None if no formula gives the same."""
+    parameters = list(module.parameters())
+    if len(parameters) != 1 or parameters[0].dim() != 1 or len(inspect.signature(module.forward).parameters) != 2:
+        return None
+    weight = parameters[0].detach()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, len(weight), generator=generator) * torch.logspace(-2, 2, 8)[:, None]
+    probe, gate = x.bfloat16(), torch.randn(x.shape, generator=generator).bfloat16()
+    try:
+        expected = module(probe, gate)
+    except OTHERWISE:
+        return None
+    if not isinstance(expected, Tensor) or expected.dtype != torch.bfloat16 or expected.shape != probe.shape:
+        return None
+    numbers = vars(module).values()
+    groups = {len(weight), *(v for v in numbers if type(v) is int and v > 0 and len(weight) % v == 0)}
+    constants = [v for v in numbers if isinstance(v, float)]
+    for epsilon, group, flags in itertools.product(
+        constants, sorted(groups), itertools.product((True, False), repeat=3)
+    ):
+        rounds, gate_first, silu = flags
+        formula = GatedRmsNorm(
+            weight=weight.float().contiguous(),
+            epsilon=epsilon,
+            group=group,
+            rounds=rounds,
+            gate_first=gate_first,
+            silu=silu,
+        )
+        if torch.equal(formula(probe, gate), expected):
+            return formula
+    return None
 
 
 def find_norm(module: nn.Module) -> RmsNorm | str:

@@ -47,6 +47,7 @@ _SIGNATURES = {
     "emoe_linear_wide": "piiipipt",
     "emoe_linear_heads": "piiiiipipiit",
     "emoe_rms_norm": "piipftpt",
+    "emoe_gated_norm": "pipiiiipftttpt",
     "emoe_rotate": "piiiiippp",
     "emoe_block": "ppippippipiipppt",
     "emoe_route": "piippiitpppt",

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
-from elastic_moe.cluster.fit import FitNotes
+from elastic_moe.cluster.fit import CodePath, FitNotes, Part
 from elastic_moe.model.fitting.small_ops import fit_trunk
 from elastic_moe.model.native.router import ScoredRouter
 
@@ -49,6 +52,28 @@ def test_norms_are_recognised(lib: ctypes.CDLL, style: str, size: int) -> None:
     torch.testing.assert_close(norm(x), expected, rtol=2**-7, atol=1e-6)
     assert torch.equal(norm(x[1, 2]), norm(x)[1, 2])
     assert torch.equal(norm(x.transpose(0, 1)), norm(x).transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Qwen3NextRMSNormGated, {"hidden_size": 40}),
+        (KimiLinearRMSNormGated, {"hidden_size": 40}),
+        (NemotronHRMSNormGated, {"hidden_size": 40, "group_size": 20}),
+    ],
+)
+def test_norms_with_a_gate_are_recognised(lib: ctypes.CDLL, kind: type[nn.Module], fields: dict[str, int]) -> None:
+    g = torch.Generator().manual_seed(1)
+    norm = kind(**fields).bfloat16()
+    norm.weight.data.copy_(torch.randn(40, generator=g))  # type: ignore[union-attr, operator]
+    x, gates = torch.randn(3, 5, 40, generator=g).bfloat16(), torch.randn(3, 5, 96, generator=g).bfloat16()
+    expected = norm(x, gates[..., 7:47])
+    notes = FitNotes()
+    fit_trunk(lib, norm, notes)
+    assert [row.path for row in notes.rows() if row.part is Part.NORMS] == [CodePath.NATIVE]
+    torch.testing.assert_close(norm(x, gates[..., 7:47]), expected, rtol=2**-6, atol=1e-6)
+    # rows in float32 keep their dtype
+    assert norm(x.float(), gates[..., 7:47]).dtype == torch.float32
 
 
 def test_other_modules_are_left_alone(lib: ctypes.CDLL) -> None:
