@@ -48,7 +48,7 @@ _SIGNATURES = {
     "emoe_linear_heads": "piiiiipipiit",
     "emoe_rms_norm": "piipftpt",
     "emoe_gated_norm": "pipiiiipftttpt",
-    "emoe_rotate": "piiiiippp",
+    "emoe_rotate": "piiiiipptp",
     "emoe_block": "ppippippipiipppt",
     "emoe_route": "piippiitpppt",
     "emoe_route_scored": "piipittpiiiitfpppt",

@@ -53,11 +53,12 @@ extern "C" void emoe_gated_norm(const bf16* x, int64_t stride, const bf16* gate,
 }
 
 // Applies the rotary embedding to `heads` heads of every token. Heads of x lie `head_stride` elements apart, and tokens
-// `token_stride`. cosines and sines are [tokens, size], out is [tokens, heads, size].
+// `token_stride`. cosines and sines are [tokens, size], out is [tokens, heads, size]. If `pairs`, it is rotate_pairs_row that
+// is applied.
 extern "C" void emoe_rotate(const bf16* x, int64_t head_stride, int64_t token_stride, int64_t tokens, int64_t heads,
-                            int64_t size, const bf16* cosines, const bf16* sines, bf16* out) {
+                            int64_t size, const bf16* cosines, const bf16* sines, int pairs, bf16* out) {
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t h = 0; h < heads; ++h)
-            rotate_row(x + h * head_stride + t * token_stride, cosines + t * size, sines + t * size, size,
+            (pairs ? rotate_pairs_row : rotate_row)(x + h * head_stride + t * token_stride, cosines + t * size, sines + t * size, size,
                        out + (t * heads + h) * size);
 }

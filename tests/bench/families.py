@@ -34,6 +34,7 @@ from tests.model.random_checkpoint import make_random_checkpoint
 BATCHES = (1, 8, 32)
 PROMPT = 512
 SIZES = {"hidden": 1024, "layers": 4, "experts": 32, "top_k": 4, "ff": 512, "vocab": 4096}
+_LONGROPE = FAMILIES["phimoe-longrope"]["rope_parameters"]
 WIDE: Mapping[str, Mapping[str, Any]] = {
     "qwen3_next": {"linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 128}
     | {"linear_value_head_dim": 128},
@@ -48,6 +49,11 @@ WIDE: Mapping[str, Mapping[str, Any]] = {
     "jamba": {"mamba_d_state": 16},
     "minimax": {"intermediate_size": SIZES["ff"], "block_size": 256},
     "dots1": {"sliding_window": 4096},
+    # a factor for each pair of numbers of a head
+    "phimoe-longrope": {
+        "rope_parameters": _LONGROPE
+        | {name: [f for f in _LONGROPE[name] for _ in range(4)] for name in ("short_factor", "long_factor")}
+    },
     "deepseek_v32": {"index_topk": 2048, "index_n_heads": 32, "index_head_dim": 128},
     "glm_moe_dsa": {"index_topk": 2048, "index_n_heads": 32, "index_head_dim": 128},
 }

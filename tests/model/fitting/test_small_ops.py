@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
@@ -217,6 +218,24 @@ def test_rotary_embedding_gives_the_same_bits(lib: ctypes.CDLL, size: int, monke
     for args in ((q.float(), k.float(), cos, sin), (q[..., :4], k[..., :4], cos[..., :4], sin[..., :4])):
         for got, expected in zip(fit(*args), rotary(*args), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("size", [6, 32, 40])
+def test_a_rotary_embedding_of_pairs_gives_the_same_bits(
+    lib: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = modeling_deepseek_v3.apply_rotary_pos_emb_interleave
+    theirs = getattr(theirs, "emoe_original", theirs)
+    file: Any = ModuleType("some_modelling_file")
+    file.apply_rotary_pos_emb_interleave = theirs
+    monkeypatch.setitem(__import__("sys").modules, file.__name__, file)
+    fit_trunk(lib, type("Model", (nn.Module,), {"__module__": file.__name__})(), FitNotes())
+    assert file.apply_rotary_pos_emb_interleave is not theirs
+    g = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1, 5, n, size + 8, generator=g).bfloat16().transpose(1, 2)[..., 8:] for n in (6, 1))
+    cos, sin = (torch.randn(1, 5, size, generator=g).bfloat16() for _ in range(2))
+    for got, expected in zip(file.apply_rotary_pos_emb_interleave(q, k, cos, sin), theirs(q, k, cos, sin), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_another_rotary_embedding_is_left_alone(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
