@@ -11,7 +11,7 @@ from tests.model.lockstep import Lockstep, request
 LOSE_EVERY = 9
 """Turns after which the steps in flight are dropped and run again."""
 REPLACE_AT = 12
-LOSE_WORKER_AT = 25
+LOSE_WORKER_AT = 17
 
 
 @dataclass(slots=True)
