@@ -17,6 +17,8 @@ void emoe_attention(const emoe::bf16* query, const emoe::bf16* key, const emoe::
                     emoe::bf16* out, int threads);
 void emoe_linear(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const emoe::bf16* packed,
                  int64_t columns, const emoe::bf16* bias, emoe::bf16* out, int threads);
+void emoe_linear_wide(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const emoe::bf16* packed,
+                      int64_t columns, float* out, int threads);
 void emoe_route(const emoe::bf16* x, int64_t rows, int64_t depth, const emoe::bf16* packed, const emoe::bf16* bias,
                 int64_t experts, int64_t top_k, int normalise, emoe::bf16* logits, float* scores, int64_t* index, int threads);
 int emoe_experts(const emoe::bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,

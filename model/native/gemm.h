@@ -189,7 +189,7 @@ struct Share {
     Share(int64_t count, int index, int threads) : begin(count * index / threads), end(count * (index + 1) / threads) {}
 };
 
-// Computes some panels of a linear layer: see emoe_linear.
+// Computes the panels `share` of a linear layer: see linear.cpp.
 void linear_panels(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
                    const bf16* bias, bf16* out, Share share, int threads);
 

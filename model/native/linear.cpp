@@ -67,8 +67,13 @@ extern "C" void emoe_unpack8(const int8_t* packed, int64_t columns, int64_t dept
         }
 }
 
-void emoe::linear_panels(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
-                         const bf16* bias, bf16* out, Share share, int threads) {
+namespace {
+
+// Computes the panels `share` of a linear layer: out [rows, columns] = x [rows, depth] times the packed matrix, plus the bias
+// unless it is null. Rows of x lie `stride` elements apart. Sums are in float32, and are rounded if `out` is bfloat16.
+template <class Out>
+void linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
+            const bf16* bias, Out* out, Share share, int threads) {
     std::vector<const bf16*> at(rows);
     for (int64_t r = 0; r < rows; ++r) at[r] = x + r * stride;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -96,11 +101,22 @@ void emoe::linear_panels(const bf16* x, int64_t rows, int64_t stride, int64_t de
     }
 }
 
-// out [rows, columns] = x [rows, depth] times the packed matrix, plus the bias unless it is null. Rows of x lie `stride`
-// elements apart.
+} // namespace
+
+void emoe::linear_panels(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
+                         const bf16* bias, bf16* out, Share share, int threads) {
+    linear(x, rows, stride, depth, packed, columns, bias, out, share, threads);
+}
+
 extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
                             int64_t columns, const bf16* bias, bf16* out, int threads) {
-    linear_panels(x, rows, stride, depth, packed, columns, bias, out, Share(panels(columns), 0, 1), threads);
+    linear(x, rows, stride, depth, packed, columns, bias, out, Share(panels(columns), 0, 1), threads);
+}
+
+// As emoe_linear, without a rounding of the sums.
+extern "C" void emoe_linear_wide(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
+                                 int64_t columns, float* out, int threads) {
+    linear<float>(x, rows, stride, depth, packed, columns, nullptr, out, Share(panels(columns), 0, 1), threads);
 }
 
 // A product for each head: out = x times that head's packed matrix. Heads and rows of x and out lie at strides, in
