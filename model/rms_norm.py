@@ -44,7 +44,7 @@ class GatedRmsNorm:
         wide = hidden_states.float()
         factor = F.silu(gate.float()) if self.silu else gate.float().sigmoid()
         wide = wide * factor if self.gate_first else wide
-        groups = wide.unflatten(-1, (-1, self.group))
+        groups = wide.view(*wide.shape[:-1], -1, self.group)
         wide = (groups * groups.pow(2).mean(-1, keepdim=True).add(self.epsilon).rsqrt()).flatten(-2)
         wide = (wide.bfloat16() * self.weight.bfloat16()).float() if self.rounds else wide * self.weight
         return (wide if self.gate_first else wide * factor).bfloat16()

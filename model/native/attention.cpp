@@ -16,7 +16,6 @@
 #include <omp.h>
 
 #include <limits>
-#include <memory>
 #include <vector>
 
 namespace emoe {
@@ -80,9 +79,50 @@ void write(const Call& call, const Sequence& sequence, int64_t g) {
     }
 }
 
+#ifdef __AVX512BW__
+
+// Turns 8 registers of 8 numbers of 64 bits each: row i of the result has number i of every register.
+inline void transpose(__m512i (&rows)[8]) {
+    __m512i pairs[8], halves[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi64(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi64(rows[i], rows[i + 1]);
+    }
+    // parts of 128 bits: those of even and of odd places of four registers
+    for (int odd = 0; odd < 2; ++odd)
+        for (int i = 0; i < 2; ++i) {
+            const __m512i first = pairs[4 * i + odd], second = pairs[4 * i + 2 + odd];
+            halves[4 * odd + i] = _mm512_shuffle_i64x2(first, second, 0x88);
+            halves[4 * odd + 2 + i] = _mm512_shuffle_i64x2(first, second, 0xdd);
+        }
+    for (int odd = 0; odd < 2; ++odd)
+        for (int i = 0; i < 2; ++i) {
+            const __m512i first = halves[4 * odd + 2 * i], second = halves[4 * odd + 2 * i + 1];
+            rows[2 * i + odd] = _mm512_shuffle_i64x2(first, second, 0x88);
+            rows[2 * i + 4 + odd] = _mm512_shuffle_i64x2(first, second, 0xdd);
+        }
+}
+
+// As `turn`, for 16 dimensions.
+inline void turn16(const bf16* keys, int64_t size, bf16* values) {
+    __m512i rows[8];
+    for (int i = 0; i < 8; ++i) {
+        const __m512i row = _mm512_loadu_si512(keys + i * 2 * kTile);
+        rows[i] = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(row, 0xd8), 0xd8);
+    }
+    transpose(rows);
+    for (int pair = 0; pair < 8; ++pair) _mm512_storeu_si512(values + pair * size * 2, rows[pair]);
+}
+
+#endif
+
 // Makes a tile of values [8][size][2] from the first `size` dimensions of a tile of keys [size/2][16][2]. `size` is even.
 void turn(const bf16* keys, int64_t size, bf16* values) {
-    for (int64_t d = 0; d < size; d += 2)
+    int64_t d = 0;
+#ifdef __AVX512BW__
+    for (; d + 16 <= size; d += 16) turn16(keys + d * kTile, size, values + d * 2);
+#endif
+    for (; d < size; d += 2)
         for (int64_t pair = 0; pair < kTile / 2; ++pair) {
             uint32_t first, second; // of two tokens, two dimensions each
             std::memcpy(&first, keys + d * kTile + pair * 4, 4);
@@ -218,8 +258,10 @@ class Rows {
   public:
     Rows(const Call& call, const Sequence& sequence, int64_t g, int64_t first, int64_t count)
         : call_(call), sequence_(sequence), g_(g), first_(first), count_(count),
-          members_(call.heads / call.key_heads), out_(count * call.value_size),
-          turned_(call.values == nullptr ? new bf16[kKeys * call.value_size] : nullptr) {}
+          members_(call.heads / call.key_heads), out_(count * call.value_size), turned_(memory()) {
+        if (call.values == nullptr && int64_t(turned_.size()) < kKeys * call.value_size)
+            turned_.resize(kKeys * call.value_size);
+    }
 
     void run() {
         for (int64_t r = 0; r < count_; ++r) {
@@ -280,7 +322,13 @@ class Rows {
                 });
     }
 
-    bf16* turned(int64_t t) { return turned_.get() + t * kTile * call_.value_size; }
+    bf16* turned(int64_t t) { return turned_.data() + t * kTile * call_.value_size; }
+
+    // It is kept from call to call, since fresh memory costs page faults.
+    static std::vector<bf16>& memory() {
+        thread_local std::vector<bf16> kept;
+        return kept;
+    }
 
     // Turns the scores of a row over keys `first` .. first + count into weights, and scales the row's sums so far to the
     // new maximum.
@@ -355,7 +403,7 @@ class Rows {
     alignas(64) float scores_[kQueries * kKeys];
     alignas(64) bf16 weights_[kQueries * kKeys];
     std::vector<float> out_; // [count][value_size] weighted sums so far
-    std::unique_ptr<bf16[]> turned_; // tiles of values that were made from tiles of keys
+    std::vector<bf16>& turned_; // tiles of values that were made from tiles of keys
 };
 
 struct Task {

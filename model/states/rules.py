@@ -75,9 +75,9 @@ def replace_functions(module: nn.Module, lib: ctypes.CDLL | None) -> None:
     file: Any = sys.modules[type(module).__module__]
     rules = _SCANS if lib is None else _SCANS | {name: make(lib) for name, make in _NATIVE.items()}
     for name, make in rules.items():
-        present = getattr(file, name, None)
+        present: Any = getattr(file, name, None)
         # a model in another dtype may have replaced the function before
-        original = getattr(present, "emoe_original", present)
+        original: Any = getattr(present, "emoe_original", present)
         if present is None or (present is not original and not (lib is not None and name in _NATIVE)):
             continue
         if getattr(present, "emoe_native", False):
