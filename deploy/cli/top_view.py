@@ -21,6 +21,7 @@ COLOURS = {
     WorkerState.STARTING: "yellow",
     WorkerState.STANDBY: "bright_black",
     WorkerState.DEAD: "red",
+    WorkerState.STOPPED: "bright_black",
 }
 OPERATIONS_SHOWN = 6
 TREND_SHOWN = 30
@@ -156,8 +157,8 @@ def _workers(look: Look, *, width: int, most: int) -> RenderableType:
     relative, ranks = relative_load(look), {}
     if look.placement is not None:
         ranks = {worker.id: rank for rank, worker in enumerate(look.placement.workers)}
-    # dead workers stay listed for a while, and must not push others out of the picture
-    for worker in sorted(look.workers, key=lambda worker: worker.state is WorkerState.DEAD)[:most]:
+    # workers that have ended stay listed for a while, and must not push others out of the picture
+    for worker in sorted(look.workers, key=lambda worker: worker.state.ended)[:most]:
         rank = ranks.get(worker.id)
         mine = None if relative is None or rank is None else relative[rank]
         slots = "-" if rank is None or look.placement is None else str(look.placement.workers[rank].slots)

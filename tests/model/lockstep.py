@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -20,7 +23,9 @@ from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, Wor
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.cluster.messages.steps import StepResult
 from elastic_moe.cluster.placement import Placement, Tier, TierArray, WorkerId
-from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from elastic_moe.model.exchange import shared_memory
+from elastic_moe.model.worker import loaded_model
 from elastic_moe.model.worker.data_plane import DataPlane
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.groups import workers as make_workers
@@ -42,6 +47,27 @@ def request(name: str, prompt: Sequence[int], **params: object) -> GenerateReque
         prompt_token_ids=tuple(prompt),
         params=SamplingParams(**fields),  # type: ignore[arg-type]
     )
+
+
+def let_threads_take_turns() -> None:
+    """The workers of a Lockstep are threads of one interpreter, of which one runs at a time. One that waits for the
+    others sleeps at once: by yielding its core it would ask for the interpreter thousands of times a second. One that
+    needs the interpreter gets it after 0.2 ms instead of 5, since a layer's exchange passes it on many times.
+    """
+    shared_memory._YIELDS = 0
+    sys.setswitchinterval(0.0002)
+
+
+def opened(path: str | Path) -> Checkpoint:
+    """As `open_checkpoint`, once for files that stay as they are: what it finds is never changed."""
+    files = sorted(Path(path).iterdir())
+    stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return _opened(Path(path), stamps)
+
+
+@cache
+def _opened(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> Checkpoint:
+    return open_checkpoint(path)
 
 
 class Lockstep:
@@ -80,8 +106,9 @@ class Lockstep:
         cache area.
         `plane`: makes a worker; RemotePlane gives it a process of its own.
         """
+        let_threads_take_turns()
         self.transport = "local" if len(slots) == 1 else transport
-        self.info = open_checkpoint(path).info
+        self.info = opened(path).info
         members = make_workers(*slots)
         self.placement = placements.contiguous(self.info.num_layers, self.info.num_logical_experts, members)
         if device == "cuda" and kv_cache_bytes is None:
@@ -114,7 +141,9 @@ class Lockstep:
                 enforce_eager=enforce_eager,
             )
             self.workers[member.id] = plane(spec)
-        blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
+        # workers of other processes open the checkpoint themselves
+        with mock.patch.object(loaded_model, "open_checkpoint", opened):
+            blocks = dict(zip(self.workers, self.pool.map(lambda w: w.load()[0], self.workers.values()), strict=True))
         if kv_blocks is not None:
             blocks = dict.fromkeys(blocks, kv_blocks)
         self.group = f"emoe-test-{uuid.uuid4().hex[:8]}"

@@ -61,7 +61,8 @@ def test_greedy_tokens_across_replacements(
     assert moved > 0
     for text in texts:
         if len(text) in COMPARED:
-            assert tokens[f"r{len(text)}"] == greedy(path, tuple(text))
+            answer = tokens[f"r{len(text)}"]
+            assert answer == greedy(path, text, claimed=answer)
 
 
 @pytest.mark.usefixtures("as_on_gpus")
@@ -79,7 +80,7 @@ def test_greedy_tokens_where_experts_lie_in_memory_beside_the_gpu_and_on_disk(
         assert worker._experts.tiers.way.host.filled(20)  # type: ignore[attr-defined]
     [text] = [text for text in prompts(path) if len(text) == COMPARED[0]]
     tokens = cluster.run([request("one", text, max_tokens=NEW_TOKENS)])
-    assert tokens["one"] == greedy(path, tuple(text))
+    assert tokens["one"] == greedy(path, text, claimed=tokens["one"])
     for worker in cluster.workers.values():
         counts = worker.tier_counts()
         assert (counts.accesses[Tier.HOST] > 0) == (hosted > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.trunk.step_batch import SequenceSlice
+from tests.model.disturbed import answers_disturbed
 from tests.model.families import FAMILIES, tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
 
@@ -19,10 +21,8 @@ NEW_TOKENS = 64
 COMPARED = (5, 30)
 """Lengths of the prompts whose answers are compared: making those with transformers takes most of the time."""
 
-SPLITS = [(8,), (4, 4), (3, 3, 2), (2, 2, 2, 2)]
-CASES = [(name, (3, 3, 2)) for name in FAMILIES] + [
-    (name, slots) for name in ("mixtral", "deepseek_v3", "gpt_oss") for slots in SPLITS if slots != (3, 3, 2)
-]
+SPLITS = [(8,), (4, 4), (2, 2, 2, 2)]
+CASES = [(name, slots) for name in ("mixtral", "deepseek_v3", "gpt_oss") for slots in SPLITS]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -46,8 +46,31 @@ def prompts(path: Path) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (n,), generator=g).tolist() for n in LENGTHS]
 
 
-@cache
-def greedy(path: Path, prompt: tuple[int, ...], tokens: int = NEW_TOKENS) -> list[int]:
+def greedy(
+    path: Path, prompt: Sequence[int], tokens: int = NEW_TOKENS, *, claimed: Sequence[int] | None = None
+) -> list[int]:
+    """transformers' greedy answer. `claimed` is an answer that may be it.
+
+    One pass over the prompt and the claimed answer gives transformers' choice behind each of its tokens. If these are
+    the answer's own tokens, it is the greedy one. So only a wrong answer costs as many passes as it has tokens.
+    """
+    text = tuple(prompt)
+    known = _answers.get((path, text, tokens))
+    if known is not None:
+        return known
+    if claimed is not None and len(claimed) == tokens:
+        with torch.no_grad():
+            logits = reference(path)(torch.tensor([[*text, *claimed[:-1]]]), use_cache=False).logits[0, len(text) - 1 :]
+        if logits.argmax(1).tolist() == list(claimed):
+            return _answers.setdefault((path, text, tokens), list(claimed))
+    return _answers.setdefault((path, text, tokens), _generated(path, text, tokens))
+
+
+_answers: dict[tuple[Path, tuple[int, ...], int], list[int]] = {}
+"""Of `greedy`, by checkpoint, prompt and number of tokens."""
+
+
+def _generated(path: Path, prompt: tuple[int, ...], tokens: int) -> list[int]:
     model = reference(path)
     with torch.no_grad():
         out = model.generate(
@@ -80,6 +103,14 @@ def test_logits_of_mixed_prompts_in_chunks(checkpoint: Path) -> None:
             assert (row - expected).abs().max() < 1e-4
 
 
+def test_greedy_tokens_whatever_happens(checkpoint: Path) -> None:
+    """On three workers with little memory, twice each prompt: see `answers_disturbed`."""
+    texts = [text for text in prompts(checkpoint) if len(text) in COMPARED] * 2
+    got = answers_disturbed(Lockstep(checkpoint, (3, 3, 2), kv_blocks=28), texts, NEW_TOKENS)
+    for text, answer in zip([*texts, texts[-1]], got, strict=True):
+        assert answer == greedy(checkpoint, text, claimed=answer)[: len(answer)], f"prompt of {len(text)} tokens"
+
+
 @pytest.mark.parametrize(("family", "slots"), CASES, ids=str)
 def test_greedy_tokens_for_any_number_of_workers(
     family: str, slots: tuple[int, ...], tmp_path_factory: pytest.TempPathFactory
@@ -90,7 +121,8 @@ def test_greedy_tokens_for_any_number_of_workers(
     got = cluster.run([request(f"r{len(text)}", text, max_tokens=NEW_TOKENS) for text in texts])
     for text in texts:
         if len(text) in COMPARED:
-            assert got[f"r{len(text)}"] == greedy(path, tuple(text)), f"prompt of {len(text)} tokens"
+            answer = got[f"r{len(text)}"]
+            assert answer == greedy(path, text, claimed=answer), f"prompt of {len(text)} tokens"
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe-mixed", "gpt_oss", "granitemoe"])
@@ -111,7 +143,8 @@ def test_greedy_tokens_across_replacements(family: str, tmp_path_factory: pytest
     assert moved > 0
     for text in texts:
         if len(text) in COMPARED:
-            assert tokens[f"r{len(text)}"] == greedy(path, tuple(text))
+            answer = tokens[f"r{len(text)}"]
+            assert answer == greedy(path, text, claimed=answer)
 
 
 def test_greedy_tokens_when_the_cache_is_too_small(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -122,7 +155,7 @@ def test_greedy_tokens_when_the_cache_is_too_small(tmp_path_factory: pytest.Temp
     got = cluster.run([request(f"r{i}", text, max_tokens=NEW_TOKENS) for i, text in enumerate(texts)])
     assert cluster.scheduler.status().preemptions > 0
     for i, text in enumerate(texts):
-        assert got[f"r{i}"] == greedy(path, tuple(text))
+        assert got[f"r{i}"] == greedy(path, text, claimed=got[f"r{i}"])
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -141,7 +174,8 @@ def test_an_idle_worker_takes_part(tmp_path_factory: pytest.TempPathFactory) -> 
     path = tiny_checkpoint("olmoe", tmp_path_factory)
     text = prompts(path)[1]
     cluster = Lockstep(path, [4, 4])
-    assert cluster.run([request("one", text)])["one"] == greedy(path, tuple(text))
+    answer = cluster.run([request("one", text)])["one"]
+    assert answer == greedy(path, text, claimed=answer)
     counted = [worker.routing_counts().tokens for worker in cluster.workers.values()]
     assert sorted(counted) == [0, len(text) + NEW_TOKENS - 1]
 

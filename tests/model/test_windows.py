@@ -120,7 +120,7 @@ def compare(cluster: Lockstep, path: Path, *, copies: int = 1, lose_every: int =
     asked = [request(name, text, max_tokens=NEW_TOKENS) for name, text in zip(names, prompts, strict=True)]
     got = serve(cluster, asked, lose_every)
     for name, text in zip(names, prompts, strict=True):
-        assert got[name] == greedy(path, tuple(text), NEW_TOKENS), name
+        assert got[name] == greedy(path, text, NEW_TOKENS, claimed=got[name]), name
 
 
 @pytest.mark.parametrize("slots", [(8,), (3, 3, 2)], ids=str)
@@ -202,4 +202,5 @@ def test_requests_of_a_worker_that_is_gone_are_computed_again(gpt_oss: Path) -> 
             tokens[output.request_id] += output.token_ids
     assert moved > 1
     for text in texts():
-        assert tokens[f"r{len(text)}"] == greedy(gpt_oss, tuple(text), NEW_TOKENS)
+        answer = tokens[f"r{len(text)}"]
+        assert answer == greedy(gpt_oss, text, NEW_TOKENS, claimed=answer)
