@@ -95,9 +95,10 @@ class Tab:
             try:
                 if value := self.js(expression):
                     return value
-            except PageError:
+            except PageError as error:
                 if time.monotonic() > deadline:
-                    raise
+                    body = self.js("document.documentElement.innerText")
+                    raise PageError(f"{error}; {self.js('location.href')} says: {body}") from None
             if time.monotonic() > deadline:
                 body = self.js("document.body.innerText")
                 raise PageError(f"{expression} did not become true in {timeout_s:g} s; the page says: {body}")
