@@ -6,6 +6,24 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.messages.epochs import ModelInfo
 
+GROUP_PROCESSES = 3
+"""Processes of a group beside its workers: coordinator, engine and migrator. They are on the head."""
+PROCESS_BYTES = 100_000_000
+"""The least memory that one of them takes."""
+
+
+def check_groups(config: ServeConfig, memory_bytes: int) -> None:
+    """Raises ConfigError for more groups than a machine with so much memory holds. It is the head; where no `address`
+    is given, all workers are on it too."""
+    processes = GROUP_PROCESSES + (config.workers if config.address is None else 0)
+    most = max(1, memory_bytes // (processes * PROCESS_BYTES))
+    if config.data_parallel_size > most:
+        raise ConfigError(
+            f"data_parallel_size: expected at most {most}, got {config.data_parallel_size}: this machine has "
+            f"{memory_bytes / 1e9:.0f} GB of memory, and a group has {processes} processes here of at least "
+            f"{PROCESS_BYTES / 1e9:g} GB"
+        )
+
 
 def check_limits(config: ServeConfig, info: ModelInfo) -> None:
     """Raises ConfigError, naming the setting, for what this model does not allow."""

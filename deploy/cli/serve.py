@@ -17,8 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.decisions.limits import check_limits
+from elastic_moe.cluster.decisions.limits import check_groups, check_limits
 from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.gc_pause import no_collection
@@ -186,6 +188,7 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
             info = open_checkpoint(model_dir).info
             process.wait()
     check_limits(config, info)
+    check_groups(config, psutil.virtual_memory().total)
     if config.calibration is not None and config.address is None:
         from elastic_moe.optimizer.constants import load_constants
 

@@ -12,7 +12,6 @@ from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 
 class TokenCounts(Collector):
@@ -49,7 +48,7 @@ class TokenCounts(Collector):
         names = tuple(self._labels[0])
         tokens = CounterMetricFamily("vllm:generation_tokens", "Number of generation tokens processed.", labels=names)
         intervals = HistogramMetricFamily("vllm:inter_token_latency_seconds", "Time between tokens.", labels=names)
-        ends = [floatToGoString(bound) for bound in (*self._bounds_s, float("inf"))]
+        ends = [*(str(float(bound)) for bound in self._bounds_s), "+Inf"]
         for group, labels in enumerate(self._labels):
             values = tuple(labels.values())
             tokens.add_metric(values, self._first[group] + sum(self._intervals[group]))

@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import ray
 from fastapi import FastAPI
 from ray import serve
@@ -42,7 +43,7 @@ from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.remote.key_value import API_NAMESPACE, RayKeyValue
 from elastic_moe.actors.telemetry.exporting import check_installed
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.decisions.limits import check_limits
+from elastic_moe.cluster.decisions.limits import check_groups, check_limits
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.messages.views import Readiness
@@ -223,6 +224,8 @@ def build_app(args: dict[str, Any]) -> Application:
     from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 
     check_limits(config, open_checkpoint(model_dir).info)
+    # Serve runs this on the cluster's head, or on a machine of its own cluster
+    check_groups(dataclasses.replace(config, address="auto"), psutil.virtual_memory().total)
     with TokenizerProcess(model_dir, config.chat_template) as process:
         process.wait()
     return application(config, model_dir, redeployable=True)

@@ -272,7 +272,7 @@ def test_another_group_is_shown_and_changed(browser: Browser, model_dir: Path) -
         tab.js("document.querySelector('#engine').dispatchEvent(new Event('change'))")
         tab.wait(f"{workers} === 2")
         assert tab.text("#map-caption").startswith("3 layers of 16 experts on 2 workers")
-        assert "arrived" not in tab.text("#moving")
+        assert tab.js("document.querySelector('#moving').innerText") == ""
         tab.js("document.querySelector('#retire-which').value = 'w1'")
         tab.click("#retire")
         until(lambda: second.scaled == [(None, (WorkerId("w1"),))])
