@@ -38,29 +38,38 @@ class LoopWatch:
         self._thread = 0
         self._place = ""
         """Where the loop's thread was when a note was late; empty if none is."""
-        self._ended = threading.Event()
+        self._ended = False
+        self._computed_s = 0.0
+        """Seconds that the loop's thread had computed at the last note."""
+        self._timer: asyncio.TimerHandle
         self._told: dict[str, float] = {}
         self.longest_s = 0.0
         """The longest time for which the loop was held."""
 
     async def watch(self) -> None:
         """Never returns."""
+        loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._noted_at = time.monotonic()
+        self._noted_at, self._computed_s = time.monotonic(), time.thread_time()
         threading.Thread(target=self._look, name="loop watch", daemon=True).start()
         try:
-            while True:
-                computed_s = time.thread_time()
-                await asyncio.sleep(HELD_S)
-                now = time.monotonic()
-                late_s, place = now - self._noted_at - HELD_S, self._place
-                self._noted_at, self._place = now, ""
-                self._judge(late_s, time.thread_time() - computed_s, place, now)
+            # a task that sleeps so often would take a percent of a core
+            self._timer = loop.call_later(HELD_S, self._note, loop)
+            await loop.create_future()
         finally:
-            self._ended.set()
+            self._ended = True
+            self._timer.cancel()
+
+    def _note(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_later(HELD_S, self._note, loop)
+        now, computed_s = time.monotonic(), time.thread_time()
+        late_s, place, before_s = now - self._noted_at - HELD_S, self._place, self._computed_s
+        self._noted_at, self._place, self._computed_s = now, "", computed_s
+        self._judge(late_s, computed_s - before_s, place, now)
 
     def _look(self) -> None:
-        while not self._ended.wait(HELD_S):
+        while not self._ended:
+            time.sleep(HELD_S)
             if not self._place and time.monotonic() - self._noted_at > 2 * HELD_S:
                 self._place = _place_of_thread(self._thread)
 

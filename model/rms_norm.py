@@ -1,9 +1,10 @@
-"""Root mean square normalisation: the formula, which native code and kernels compute too, by torch's operators."""
+"""Root mean square normalisation, also with a gate, by torch's operators. Native code and kernels compute it too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,3 +22,29 @@ class RmsNorm:
         wide = hidden_states.float()
         wide = wide * wide.pow(2).mean(-1, keepdim=True).add(self.epsilon).rsqrt()
         return ((wide.bfloat16().float() if self.rounds else wide) * self.weight).bfloat16()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedRmsNorm:
+    """Normalises groups of each bfloat16 row, and multiplies by an activation of another row, which is the gate."""
+
+    weight: Tensor
+    """The factors of the normalised values, in float32."""
+    epsilon: float
+    group: int
+    """Numbers that are normalised together."""
+    rounds: bool
+    """Whether the normalised value is rounded to bfloat16 before and after it is multiplied by the weight."""
+    gate_first: bool
+    """Whether the gate comes before the normalisation."""
+    silu: bool
+    """Whether the gate's activation is silu, and not the logistic function."""
+
+    def __call__(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        factor = F.silu(gate.float()) if self.silu else gate.float().sigmoid()
+        wide = wide * factor if self.gate_first else wide
+        groups = wide.unflatten(-1, (-1, self.group))
+        wide = (groups * groups.pow(2).mean(-1, keepdim=True).add(self.epsilon).rsqrt()).flatten(-2)
+        wide = (wide.bfloat16() * self.weight.bfloat16()).float() if self.rounds else wide * self.weight
+        return (wide if self.gate_first else wide * factor).bfloat16()

@@ -82,8 +82,11 @@ EXPANDS_LATENTS = "expand_kv"
 INDEXER_CHOOSES = "index_topk"
 """The attribute of an indexer that says how many keys it chooses for each token."""
 
-_ROTARY = "apply_rotary_pos_emb"
+ROTARY = "apply_rotary_pos_emb"
 """The name by which the attention modules of a modelling file call its rotary embedding."""
+
+ROTARY_OF_PAIRS = "apply_rotary_pos_emb_interleave"
+"""The name of one that rotates neighbours against each other."""
 
 
 def apply_gate(module: nn.Module, gate_up: Tensor) -> Tensor:
@@ -136,12 +139,12 @@ def may_be_missing(model: PreTrainedModel) -> Collection[str]:
     return patterns or ()
 
 
-def rotary_function(file: Any) -> Callable[..., Any] | None:
-    """The rotary embedding function of a modelling file (a Python module); None if none has the usual name."""
-    function: Callable[..., Any] | None = getattr(file, _ROTARY, None)
+def rotary_function(file: Any, name: str = ROTARY) -> Callable[..., Any] | None:
+    """The rotary embedding function of a modelling file (a Python module); None if none has this name."""
+    function: Callable[..., Any] | None = getattr(file, name, None)
     return function
 
 
-def replace_rotary_function(file: Any, function: Callable[..., Any]) -> None:
+def replace_rotary_function(file: Any, function: Callable[..., Any], name: str = ROTARY) -> None:
     """Make every model of this modelling file in this process call `function` from now on."""
-    setattr(file, _ROTARY, function)
+    setattr(file, name, function)

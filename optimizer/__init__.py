@@ -22,7 +22,7 @@ The routing statistics are counted elsewhere (cluster/facts/routing.py), and so 
 from elastic_moe.optimizer.core.problem import Links, PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult, SolutionStatus, Termination
 from elastic_moe.optimizer.decision import Decision, Policy, decide
-from elastic_moe.optimizer.planner import PLANNERS, plan
+from elastic_moe.optimizer.planner import PLANNERS, check_planner, plan
 
 __all__ = [
     "PLANNERS",
@@ -34,6 +34,7 @@ __all__ = [
     "Semantics",
     "SolutionStatus",
     "Termination",
+    "check_planner",
     "decide",
     "plan",
 ]

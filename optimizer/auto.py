@@ -61,15 +61,18 @@ def _present_levels(problem: PlacementProblem) -> LevelArray | None:
 
 
 def _searched(problem: PlacementProblem, budget: Budget) -> Draft:
-    draft, planner, note = local_search_plan(problem, budget), "local_search", ""
+    searched = draft = local_search_plan(problem, budget)
+    note = ""
     if budget.left_s > 0:
         # this imports Pyomo, which takes longer to load than a short deadline allows
         from elastic_moe.optimizer.ilp.planner import improved
 
         try:
-            draft, planner = improved(problem, draft, budget), "ilp"
+            draft = improved(problem, draft, budget)
         except SolverError as error:
             note = f"; no ILP: {error}"
+    helped = draft.bound > searched.bound or not np.array_equal(draft.table, searched.table)
+    planner = "ilp" if helped else "local_search"
     price_s = price_table(problem, draft.table, draft.levels).total_s
     if draft.bound >= price_s * (1 - 1e-6) or budget.left_s <= 0:
         return dataclasses.replace(draft, planner=planner, reason=draft.reason + note)

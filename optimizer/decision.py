@@ -23,9 +23,9 @@ plan from scratch moves; on real traces such a change keeps over 80 % of that pl
 class Policy:
     """The thresholds of the rule. Gains are shares of the present cost of a step."""
 
-    min_gain: float = 0.03
+    min_gain: float = 0.015
     """Least net gain (after the cost of migration) that a change must promise, however many tokens were counted."""
-    noise_gain: float = 0.7
+    noise_gain: float = 0.3
     """The least gain rises by noise_gain / sqrt(tokens counted per expert): a small window shows gains that are not
     real."""
     most_loss: float = 0.01
@@ -34,9 +34,12 @@ class Policy:
     """Seconds after a change before the next one may begin."""
 
 
-RELIEF = Policy(noise_gain=0.2, cooldown_s=0.0)
+RELIEF = Policy(min_gain=0.03, noise_gain=0.2, cooldown_s=0.0)
 """The thresholds for the few moves that answer a change of subject at once. They take a part of a large excess, which
 few tokens show well enough, and what they cost is little."""
+
+SETTLING = Policy(cooldown_s=0.0)
+"""The thresholds of the looks soon after a change of subject, which follow one another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

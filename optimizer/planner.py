@@ -65,6 +65,12 @@ _PLANNERS: dict[str, Planner] = {
 PLANNERS: tuple[str, ...] = tuple(_PLANNERS)
 
 
+def check_planner(name: str) -> None:
+    """Raises ConfigError for the name of no planner."""
+    if name not in _PLANNERS:
+        raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {name!r}")
+
+
 def plan(
     problem: PlacementProblem,
     deadline_s: float = 10.0,
@@ -82,8 +88,7 @@ def plan(
     Where a solver is missing, refuses the model or breaks, greedy's placement is returned and the reason says why.
     Raises ConfigError for an unknown planner or solver, and for an invalid deadline or seed.
     """
-    if planner not in _PLANNERS:
-        raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {planner!r}")
+    check_planner(planner)
     if solver not in SOLVERS:
         raise ConfigError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if not deadline_s > 0:

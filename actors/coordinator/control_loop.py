@@ -57,7 +57,7 @@ from elastic_moe.cluster.facts.events import (
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.epochs import ModelSpec
 from elastic_moe.optimizer.subjects.memory import SavedSubjects, SubjectMemory
-from elastic_moe.optimizer.subjects.watch import SubjectWatch
+from elastic_moe.optimizer.subjects.watch import Sight, SubjectWatch
 
 logger = logging.getLogger(__name__)
 
@@ -159,12 +159,15 @@ class ControlLoop:
             self._save()
 
     def _watch_subject(self, now: float) -> None:
-        """Notice a change of subject. The window then holds the new one only, and the memory keeps the old one."""
+        """Notice the first subject, and a change. Then the window holds the new one only, and the memory keeps the old
+        one."""
         new, self._watched = self.window.taken - self._watched, self.window.taken.copy()
-        if new.any() and self._watch.look(new):
+        sight = self._watch.look(new) if new.any() else Sight.NOTHING_NEW
+        if sight is Sight.CHANGED:
             logger.info("the subject of the traffic has changed")
-            self.window.begin_with(new, self.state.model.top_k, now)
-            self.feed(SubjectChanged())
+            self.window.begin_with(self._watch.present, self.state.model.top_k, now)
+        if sight is not Sight.NOTHING_NEW:
+            self.feed(SubjectChanged(first=sight is Sight.FIRST))
 
     def restore_memory(self, saved: SavedSubjects) -> None:
         """Take over the subjects that an earlier coordinator remembered."""

@@ -18,6 +18,7 @@ from elastic_moe.actors.coordinator.opening import control_settings, model_spec
 from elastic_moe.actors.coordinator.processes import Processes
 from elastic_moe.actors.coordinator.views import (
     cluster_view,
+    newest_operation,
     operation_views,
     placement_view,
     routing_view,
@@ -34,7 +35,7 @@ from elastic_moe.actors.remote.saving import Saver
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.control.succession import asks_for_way
-from elastic_moe.cluster.errors import ConfigError, NotReadyError, UserError
+from elastic_moe.cluster.errors import NotReadyError, UserError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import (
     PlaceRequested,
@@ -61,7 +62,7 @@ from elastic_moe.cluster.messages.views import (
 )
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.cluster.redeploy import changes, generation_of, in_words
-from elastic_moe.optimizer import PLANNERS
+from elastic_moe.optimizer import check_planner
 from elastic_moe.optimizer.subjects.memory import SavedSubjects
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class Coordinator:
 
     async def preview(self, planner: str) -> RebalancePreview:
         """What a re-placement would gain. Raises NotReadyError, and ConfigError for an unknown planner."""
-        _check_planner(planner)
+        check_planner(planner)
         loop = self._require_loop()
         # raises NotReadyError before there is anything to plan for
         placement_view(loop.state)
@@ -151,10 +152,10 @@ class Coordinator:
 
     async def rebalance(self, planner: str) -> Operation:
         """Raises ConflictError, which names the running operation, NotReadyError, and ConfigError as `preview`."""
-        _check_planner(planner)
+        check_planner(planner)
         loop = self._require_loop()
         loop.feed(RebalanceRequested(planner=planner))
-        return _newest(loop.state)
+        return newest_operation(loop.state)
 
     async def scale(
         self,
@@ -170,7 +171,7 @@ class Coordinator:
         loop = self._require_loop()
         loop.feed(ScaleRequested(workers=workers, retire=retire, operation_id=operation_id, replace=replace))
         known = loop.state.operations.get(operation_id) if operation_id is not None else None
-        return _newest(loop.state) if known is None else with_progress(loop.state.facts, known)
+        return newest_operation(loop.state) if known is None else with_progress(loop.state.facts, known)
 
     async def scaling(self) -> ScaleView:
         return self._require_loop().state.view()
@@ -179,7 +180,7 @@ class Coordinator:
         """Go to exactly this placement. Raises ConflictError, NotReadyError, PlacementError."""
         loop = self._require_loop()
         loop.feed(PlaceRequested(placement=placement, pinned=pinned))
-        return _newest(loop.state)
+        return newest_operation(loop.state)
 
     async def unpin(self) -> None:
         self._require_loop().feed(Unpin())
@@ -395,12 +396,3 @@ class Coordinator:
         if self._loop is None:
             raise NotReadyError(self._error or "opening the checkpoint")
         return self._loop
-
-
-def _check_planner(name: str) -> None:
-    if name not in PLANNERS:
-        raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {name!r}")
-
-
-def _newest(state: ControlState) -> Operation:
-    return with_progress(state.facts, state.operations.all()[0])

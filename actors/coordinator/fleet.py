@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol, TypeVar
 
-import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -24,6 +22,7 @@ from elastic_moe.actors.remote import generations, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.remote.generations import StateStore
 from elastic_moe.actors.remote.saving import Store
+from elastic_moe.actors.tasks import kill_process, plan_in_background
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
@@ -366,13 +365,13 @@ class RayFleet:
         if info is None:
             return
         if info.node == ray.get_runtime_context().get_node_id():
-            _kill_process(info.pid)
+            kill_process(info.pid)
         else:
             there = NodeAffinitySchedulingStrategy(node_id=info.node, soft=False)
-            ray.remote(_kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(info.pid)
+            ray.remote(kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(info.pid)
 
     def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> Awaitable[PlanResult]:
-        function: Any = ray.remote(_plan_in_background)
+        function: Any = ray.remote(plan_in_background)
         task: Awaitable[PlanResult] = function.options(num_cpus=0, max_retries=1).remote(
             problem, planner=planner, deadline_s=deadline_s, solver=solver
         )
@@ -384,19 +383,3 @@ def _native() -> bool:
     from elastic_moe.model.native.library import unavailable
 
     return unavailable() is None
-
-
-def _kill_process(pid: int) -> None:
-    """End a worker's process. The process may be gone already and its number in use by another program."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        if "WorkerActor" in " ".join(process.cmdline()):
-            process.kill()
-
-
-def _plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
-    """Run a planner at the lowest priority, because on a CPU node it runs beside the model."""
-    from elastic_moe.optimizer import plan
-
-    os.setpriority(os.PRIO_PROCESS, 0, 19)
-    return plan(*arguments, **named)

@@ -31,7 +31,7 @@ from elastic_moe.optimizer.constants import Constants, calibration_file, load_co
 from elastic_moe.optimizer.core.cost import expected_fetches, price
 from elastic_moe.optimizer.core.estimate import RUN, expected_covariance
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS, Links
-from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, Decision, Policy, decide
+from elastic_moe.optimizer.decision import MOVE_SHARE, RELIEF, SETTLING, Decision, Policy, decide
 from elastic_moe.optimizer.residency.memory import WorkerMemory
 from elastic_moe.optimizer.subjects.likeness import tells_subject
 from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, Remembered, SubjectMemory, Variation, scenarios
@@ -279,14 +279,14 @@ class Planners:
         return self._memory.others(self._window.load(now), now)
 
     async def solve(
-        self, planner: str, facts: Facts, remembered: Sequence[Remembered]
+        self, planner: str, facts: Facts, remembered: Sequence[Remembered], policy: Policy | None = None
     ) -> tuple[PlacementProblem, PlanResult, Decision]:
-        """Returns the problem as it is now, a plan for the workers in force, and whether it is worthwhile.
+        """Returns the problem as it is now, a plan for the workers in force, and whether it is worthwhile by `policy`.
 
         Raises CALL_ERRORS.
         """
         now = time.monotonic()
-        load, policy = self._window.load(now), RELIEF if planner == "relief" else None
+        load = self._window.load(now)
         problem = await self._problem(facts, remembered, now)
         deadline_s = self._config.plan_deadline
         work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
@@ -342,8 +342,10 @@ class Planners:
         """Carry out the command to ask a planner. Returns one event, also if the planner failed."""
         try:
             # the quick answer is to the present subject alone
-            remembered = [] if command.planner == "relief" else self._remembered()
-            _, result, decision = await self.solve(command.planner or self._config.planner, facts, remembered)
+            quick = command.planner == "relief"
+            policy = RELIEF if quick else SETTLING if command.settling else None
+            planner, remembered = command.planner or self._config.planner, [] if quick else self._remembered()
+            _, result, decision = await self.solve(planner, facts, remembered, policy)
         except CALL_ERRORS as error:
             reason = one_line(error)
             return [PlanReady(ticket=command.ticket, placement=None, worthwhile=False, no_worse=False, reason=reason)]

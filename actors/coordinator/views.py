@@ -138,6 +138,11 @@ def operation_views(state: ControlState) -> list[Operation]:
     return [with_progress(facts, operation) for operation in state.operations.all()]
 
 
+def newest_operation(state: ControlState) -> Operation:
+    """The operation that was begun last, with its progress."""
+    return with_progress(state.facts, state.operations.all()[0])
+
+
 def placement_view(state: ControlState) -> PlacementView:
     """Raises NotReadyError before the first epoch."""
     facts = state.facts

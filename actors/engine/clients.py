@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress, zip_longest
 from typing import Protocol
 
 from elastic_moe.actors.engine.lasting import Lasting
@@ -18,6 +19,7 @@ from elastic_moe.actors.liveness import CLIENT_S
 from elastic_moe.actors.remote.codec import Message, WireError, new_token
 from elastic_moe.actors.remote.links import Link, listen
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.messages.columns import column_of
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
     Adopt,
@@ -79,6 +81,12 @@ class Clients:
         self._clients: dict[str, _Client] = {}
         self._names: dict[Link, str] = {}
         self._owners: dict[RequestId, str] = {}
+        self._numbers: dict[RequestId, int] = {}
+        """The number by which its owner knows a request, where it has told one."""
+        self._known: tuple[RequestId, ...] = ()
+        self._known_owners: list[str | None] = []
+        self._known_numbers: list[int] = []
+        """Owners and numbers of the requests in `_known`, which the step before the present one had tokens of."""
         self._lasting = Lasting()
         self._waiting: dict[RequestId, _Wait] = {}
         """The requests that have no token yet."""
@@ -139,24 +147,43 @@ class Clients:
         """Have columns sent where that is enough. Returns the outputs that have to be looked at one by one."""
         if not tokens:
             return []
-        owners = list(map(self._owners.get, tokens.request_ids))
+        if tokens.request_ids is not self._known:
+            # while no request begins or ends, all is as in the step before
+            self._known = tokens.request_ids
+            self._known_owners = list(map(self._owners.get, tokens.request_ids))
+            self._known_numbers = [self._numbers.get(name, 0) for name in tokens.request_ids]
+        owners, numbers = self._known_owners, self._known_numbers
         rest: list[TokenOutput] = []
         for owner in set(owners):
             client = None if owner is None else self._clients[owner]
-            part = tokens if owners.count(owner) == len(owners) else tokens.chosen([own == owner for own in owners])
-            if owner is None or client is None or client.link is None or client.outputs:
+            which = None if owners.count(owner) == len(owners) else [own == owner for own in owners]
+            part = tokens if which is None else tokens.chosen(which)
+            told = numbers if which is None else list(compress(numbers, which))
+            if owner is None or client is None or client.link is None or client.outputs or not all(told):
                 rest += part
             else:
                 touched[owner] = client
-                client.tokens = part
+                client.tokens = replace(part, request_ids=(), numbers=column_of(told))
         return rest
+
+    def _own(self, request_id: RequestId, owner: str, number: int) -> None:
+        self._owners[request_id] = owner
+        if number:
+            self._numbers[request_id] = number
+        self._known = ()
+
+    def _disown(self, request_id: RequestId) -> str | None:
+        """Forget whose request it is. Returns whose it was."""
+        self._known = ()
+        self._numbers.pop(request_id, None)
+        return self._owners.pop(request_id, None)
 
     def _readers(self, output: TokenOutput, now: float) -> Collection[str] | None:
         """The names of the replicas that get this output; None where its request is not known any more."""
         if output.request_id in self._lasting:
             return self._lasting.take(output, now) if self._lasting.runs(output.request_id) else None
         ended = output.finish_reason is not None
-        owner = self._owners.pop(output.request_id, None) if ended else self._owners.get(output.request_id)
+        owner = self._disown(output.request_id) if ended else self._owners.get(output.request_id)
         return None if owner is None else (owner,)
 
     async def watch(self) -> None:
@@ -184,7 +211,7 @@ class Clients:
             raise WireError(f"a {type(message).__name__} came before a Hello")
         elif isinstance(message, Submit):
             try:
-                self._submit(name, message.requests)
+                self._submit(name, message.requests, message.numbers)
             except RequestError as error:
                 link.send(Refused(message=str(error), param=error.param, code=error.code, status=error.status))
             else:
@@ -192,6 +219,8 @@ class Clients:
                 _flush(self._clients[name])
         elif isinstance(message, AbortRequests):
             self._abort(name, message.request_ids)
+            if message.numbers:
+                self._abort(name, [known for known, number in self._numbers.items() if number in message.numbers])
         elif isinstance(message, CancelRequests):
             self._cancel(message.request_ids)
         elif isinstance(message, Adopt):
@@ -212,11 +241,14 @@ class Clients:
         link.send(Done())
         _flush(client)
 
-    def _submit(self, name: str, requests: Sequence[GenerateRequest]) -> None:
+    def _submit(self, name: str, requests: Sequence[GenerateRequest], numbers: Sequence[int]) -> None:
         client = self._clients[name]
         accepted: list[RequestId] = []
-        for request in requests:
+        for request, number in zip_longest(requests, numbers[: len(requests)], fillvalue=0):
+            assert isinstance(request, GenerateRequest)
             if request.request_id in self._owners:
+                if self._owners[request.request_id] == name:
+                    self._own(request.request_id, name, number)
                 continue
             if request.request_id in self._lasting:
                 missed = self._lasting.follow(request, name)
@@ -234,7 +266,7 @@ class Clients:
                 client.outputs.append(ended)
                 continue
             if not request.lasting:
-                self._owners[request.request_id] = name
+                self._own(request.request_id, name, number)
             self._waiting[request.request_id] = _Wait(time.monotonic())
             accepted.append(request.request_id)
         self._submitted()
@@ -251,7 +283,7 @@ class Clients:
     def _abort(self, name: str, request_ids: Iterable[RequestId]) -> None:
         for request_id in request_ids:
             if self._owners.get(request_id) == name:
-                del self._owners[request_id]
+                self._disown(request_id)
                 self._waiting.pop(request_id, None)
                 self._requests.abort(request_id)
             elif request_id in self._lasting:

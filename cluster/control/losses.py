@@ -51,13 +51,13 @@ class Losses:
             lasting = self._owners.starts.failed(worker, reason, now)
             if lasting is not None and self._owners.epochs.spec is None:
                 self._give_in(lasting)
-        commands: list[Command] = [self._owners.membership.stop(worker)]
+        commands: list[Command] = [self._owners.membership.stop(worker, lost=True)]
         if worker in self._owners.epochs.ranks:
             commands += self._owners.epochs.fail(f"worker {worker} lost: {reason}", Cause.WORKER, now)
             self._owners.rebalancing.cancel(f"worker {worker} was lost")
         if self._owners.epochs.counts_on(worker):
             commands += self._owners.epochs.give_up(f"worker {worker} lost: {reason}", now, at_once=True)
-        self._owners.membership.forget_dead(self._owners.epochs.in_use)
+        self._owners.membership.forget_ended(self._owners.epochs.in_use)
         return commands
 
     def _check_memory(self) -> None:

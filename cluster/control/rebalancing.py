@@ -7,7 +7,14 @@ from enum import StrEnum
 
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
-from elastic_moe.cluster.facts.events import Command, PlaceRequested, PlanReady, RebalanceRequested, Solve
+from elastic_moe.cluster.facts.events import (
+    Command,
+    PlaceRequested,
+    PlanReady,
+    RebalanceRequested,
+    Solve,
+    SubjectChanged,
+)
 from elastic_moe.cluster.facts.facts import Change, Choice, ControlSettings, Facts, Planning, Stage
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.operations import OperationLog
@@ -18,9 +25,9 @@ from elastic_moe.cluster.placement import Placement
 RELIEF = "relief"
 """The planner that answers a change of subject: a few moves, found at once."""
 
-FULL_LOOK_S = 45.0
-"""Seconds from a change of subject to the next periodic look, if it would be later: until then the window has counted
-enough of the new subject for a full plan, and the cool-down after the quick answer is over."""
+SETTLING_S = (10.0, 20.0, 40.0)
+"""Seconds from a change of subject to looks at the whole placement, besides the periodic ones. Each window has counted
+twice as much of the new subject as the one before, and a look moves only a part of the experts."""
 
 
 # --- Decisions ----------------------------------------------------------------------------------------------------
@@ -157,34 +164,41 @@ class Rebalancing:
         """Id of the operation that carries out the last plan that was adopted."""
         self._look_at: float | None = None
         """Time of the next periodic look; None before the first epoch, and if re-placement is only done on request."""
-        self._full_look_at: float | None = None
-        """Time by which the whole placement is looked at after a change of subject."""
+        self._settling: tuple[float, ...] = ()
+        """Times of the looks at the whole placement that a change of subject asks for besides."""
         self._next_ticket = 1
         self._last_skipped: str | None = None
 
     def tick(self, facts: Facts, now: float) -> list[Command]:
         """The periodic look at the placement."""
-        if self._look_at is None or now < self._look_at or not (facts.idle and facts.serves):
+        due = tuple(at for at in self._settling if at <= now)
+        if self._look_at is None or not (facts.idle and facts.serves) or not (due or self._look_at <= now):
             return []
-        self._look_at, self._full_look_at = now + self._interval_s, None
+        self._look_at = now + self._interval_s
+        self._settling = self._settling[len(due) :]
         look = worth_a_look(facts)
-        return self._ask(facts, None, look.reason, now, requested=False) if look.value else []
+        if not look.value:
+            return []
+        reason = "a look soon after a change of subject" if due else look.reason
+        return self._ask(facts, None, reason, now, requested=False, settling=bool(due))
 
-    def subject_changed(self, facts: Facts, now: float) -> list[Command]:
+    def subject_changed(self, facts: Facts, event: SubjectChanged, now: float) -> list[Command]:
         """Ask for the few moves that help most, and look at the whole placement soon. Where re-placement is only done
-        on request, or something else is under way, nothing is asked for."""
+        on request, nothing is asked for; where something else is under way, only the looks come."""
         if self._look_at is None:
             return []
-        self._full_look_at = now + FULL_LOOK_S
-        self._look_at = min(self._look_at, self._full_look_at)
+        self._settling = tuple(now + after_s for after_s in SETTLING_S)
         if not (facts.idle and facts.serves and worth_a_look(facts).value):
             return []
-        return self._ask(facts, RELIEF, "the subject of the traffic has changed", now, requested=False)
+        reason = "the first subject is known" if event.first else "the subject of the traffic has changed"
+        return self._ask(facts, RELIEF, reason, now, requested=False)
 
     def requested(self, facts: Facts, event: RebalanceRequested, now: float) -> list[Command]:
         return self._ask(facts, event.planner, f"requested, planner {event.planner}", now, requested=True)
 
-    def _ask(self, facts: Facts, planner: str | None, reason: str, now: float, *, requested: bool) -> list[Command]:
+    def _ask(
+        self, facts: Facts, planner: str | None, reason: str, now: float, *, requested: bool, settling: bool = False
+    ) -> list[Command]:
         operation = self._operations.open(
             OperationKind.REBALANCE, facts.next_epoch, reason, asked=f"planner {planner}" if requested else ""
         )
@@ -196,7 +210,7 @@ class Rebalancing:
             forced=requested and planner != "auto",
         )
         self._next_ticket += 1
-        return [Solve(ticket=self.planning.ticket, planner=planner)]
+        return [Solve(ticket=self.planning.ticket, planner=planner, settling=settling)]
 
     def answered(self, facts: Facts, event: PlanReady, now: float) -> tuple[Operation, Placement] | None:
         """A planner has answered. Returns the change to begin, if its plan is adopted."""
@@ -256,8 +270,6 @@ class Rebalancing:
         """A change has been made: its epoch has begun."""
         if self._interval_s > 0:
             self._look_at = now + self._interval_s
-            if self._full_look_at is not None:
-                self._look_at = min(self._look_at, max(self._full_look_at, now))
         if change.kind is OperationKind.REBALANCE:
             self._counters.rebalances[RebalanceResult.COMPLETED] += 1
             if change.operation_id == self._pins:
@@ -271,7 +283,7 @@ class Rebalancing:
 
     def resume(self, now: float) -> None:
         """Set all times by the clock of a restarted coordinator."""
-        self._full_look_at = None
+        self._settling = ()
         if self._look_at is not None:
             self._look_at = now + self._interval_s
 

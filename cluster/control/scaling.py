@@ -188,7 +188,7 @@ class Scaling:
         if pending is None:
             return
         if not allowed:
-            raise ConflictError(f"operation {pending.operation_id} is under way; replace: true would take its place")
+            raise self._operations.conflict(pending.operation_id, "replace: true would take its place")
         # the pending operation waits for workers that may never start
         self._operations.fail(pending.operation_id, "replaced by another request")
 

@@ -20,7 +20,7 @@ from elastic_moe.cluster.control.owners import Owners
 from elastic_moe.cluster.control.transitions import Transitions
 from elastic_moe.cluster.control.upkeep import Upkeep
 from elastic_moe.cluster.decisions import status
-from elastic_moe.cluster.errors import ConflictError, NotReadyError
+from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.counters import ClusterCounters
 from elastic_moe.cluster.facts.events import (
     Command,
@@ -184,7 +184,7 @@ class ControlState:
                 self._owners.load = event.load
                 return []
             case SubjectChanged():
-                return self._owners.rebalancing.subject_changed(self.facts, now)
+                return self._owners.rebalancing.subject_changed(self.facts, event, now)
             case Unpin():
                 self._owners.rebalancing.unpin()
                 return []
@@ -220,7 +220,7 @@ class ControlState:
         change = self._owners.epochs.change
         running = self._owners.rebalancing.planning if change is None or change.yields else change
         if running is not None and not (unless_own and self._is_own(running.operation_id)):
-            raise ConflictError(f"operation {running.operation_id} is under way")
+            raise self.operations.conflict(running.operation_id)
         if not self.facts.serves or self._owners.membership.probing:
             raise NotReadyError(self.readiness().reason)
 

@@ -54,7 +54,7 @@ class Transitions:
             self._owners.starts.joined()
         self._end_operations(change)
         commands += self._owners.epochs.look_back(now)
-        self._owners.membership.forget_dead(self._owners.epochs.in_use)
+        self._owners.membership.forget_ended(self._owners.epochs.in_use)
         return commands
 
     def _end_operations(self, change: Change) -> None:

@@ -41,6 +41,16 @@ class Trial:
         """Share by which steps have become longer; negative where they are shorter."""
         return self.present_s / self.before_s - 1 if self.before_s else 0.0
 
+    def after(self, present_s: float, before_s: float, tokens: float) -> Trial:
+        """The trial with one more window of `tokens` tokens, and the seconds of a step on them."""
+        return replace(
+            self,
+            weighed=self.weighed + 1,
+            before_s=self.before_s + tokens * before_s,
+            present_s=self.present_s + tokens * present_s,
+            tokens=self.tokens + tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undo:
@@ -74,36 +84,21 @@ class Trials:
         """A window of `tokens` tokens is over, for which a step costs `present_s` seconds under the placement in force
         and `before_s` under each of `placements`. Returns what is to be undone, if anything is; all trials end then.
 
-        A trial counts only windows that began after its re-placement.
+        A trial counts only windows that began after its re-placement. Where several are on trial, the placement that is
+        gone back to is the one that suits the window best.
         """
         assert len(before_s) == len(self._open)
-        weighed = []
-        for trial, old_s in zip(self._open, before_s, strict=True):
-            if now - trial.begun_s < (trial.weighed + 1) * self.window_s:
-                weighed.append(trial)
-                continue
-            weighed.append(
-                replace(
-                    trial,
-                    weighed=trial.weighed + 1,
-                    before_s=trial.before_s + tokens * old_s,
-                    present_s=trial.present_s + tokens * present_s,
-                    tokens=trial.tokens + tokens,
-                )
-            )
-        worst = max(weighed, key=lambda trial: trial.harm, default=None)
-        if worst is not None and worst.harm > MOST_HARM:
+        with_this = [trial.after(present_s, old_s, tokens) for trial, old_s in zip(self._open, before_s, strict=True)]
+        weighed = [
+            counted if now - trial.begun_s >= counted.weighed * self.window_s else trial
+            for trial, counted in zip(self._open, with_this, strict=True)
+        ]
+        if any(trial.harm > MOST_HARM for trial in weighed):
             self._open = []
-            return Undo(placement=worst.before, reason=self._in_words(worst))
+            _, best = min(zip(before_s, with_this, strict=True), key=lambda pair: pair[0])
+            return Undo(placement=best.before, reason=_in_words(best))
         self._open = [trial for trial in weighed if trial.weighed < WINDOWS]
         return None
-
-    def _in_words(self, trial: Trial) -> str:
-        window = f"{trial.weighed} windows" if trial.weighed > 1 else "window"
-        return (
-            f"{trial.name} had made steps {trial.harm:.1%} longer on the {trial.tokens:.0f} tokens of the {window}"
-            f" since, and is undone"
-        )
 
     def clear(self) -> None:
         """Give up all trials: what was in force before is no placement to go back to."""
@@ -112,3 +107,11 @@ class Trials:
     def resume(self, now: float) -> None:
         """Begin all trials again by the clock of a restarted coordinator."""
         self._open = [Trial(name=trial.name, before=trial.before, begun_s=now) for trial in self._open]
+
+
+def _in_words(trial: Trial) -> str:
+    window = f"{trial.weighed} windows" if trial.weighed > 1 else "window"
+    return (
+        f"{trial.name} had made steps {trial.harm:.1%} longer on the {trial.tokens:.0f} tokens of the {window} since,"
+        f" and is undone"
+    )

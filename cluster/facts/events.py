@@ -159,6 +159,9 @@ class Weighed:
 class SubjectChanged:
     """The counts of the last seconds are of another subject than those before."""
 
+    first: bool = False
+    """Whether there was none before, as after the start."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceRequested:
@@ -373,6 +376,8 @@ class Solve:
     ticket: int
     planner: str | None
     """None: the planner of the periodic re-placement."""
+    settling: bool = False
+    """Whether the subject of the traffic has just changed, so that the plan need not wait for a cool-down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,7 +140,7 @@ class Facts:
     settings: ControlSettings
     model: ModelInfo
     records: Mapping[WorkerId, WorkerRecord]
-    """In the order in which they were asked for, which is rank order. Some dead ones are remembered."""
+    """In the order in which they were asked for, which is rank order. Some that have ended are remembered."""
     probing: bool
     """Workers are being asked for a sign of life; no epoch is begun before all have answered or are known lost."""
     busy: tuple[WorkerId, ...] | None
@@ -174,7 +174,7 @@ class Facts:
 
     @property
     def ranks(self) -> tuple[WorkerId, ...]:
-        """Members of the epoch in force, in rank order; dead ones included until the next epoch."""
+        """Members of the epoch in force, in rank order; ended ones included until the next epoch."""
         return tuple(worker.id for worker in self.spec.placement.workers) if self.spec else ()
 
     @property

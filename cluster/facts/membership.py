@@ -19,7 +19,7 @@ from elastic_moe.cluster.placement import EMPTY, Placement, Tier, WorkerId
 
 BoolArray = npt.NDArray[np.bool_]
 
-DEAD_REMEMBERED = 16
+ENDED_REMEMBERED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +58,7 @@ class WorkerRecord:
 
     @property
     def alive(self) -> bool:
-        return self.state is not WorkerState.DEAD
+        return not self.state.ended
 
     @property
     def loaded(self) -> bool:
@@ -140,7 +140,7 @@ class Membership:
         return StartWorker(worker=worker, experts=expert_lists(assigned), node=node)
 
     def loads(self, info: WorkerInfo, now: float) -> bool:
-        """A worker has loaded. Returns False if it was known to be loaded, or is dead."""
+        """A worker has loaded. Returns False if it was known to be loaded, or has ended."""
         record = self.get(info.worker)
         if record is None or not record.alive or record.loaded:
             return False
@@ -172,14 +172,16 @@ class Membership:
         """It does not move after all."""
         self._set(worker, moves=False)
 
-    def stop(self, worker: WorkerId) -> StopWorker:
-        self._set(worker, state=WorkerState.DEAD, held=self._nothing, staged=self._nothing, perhaps=self._nothing)
+    def stop(self, worker: WorkerId, *, lost: bool = False) -> StopWorker:
+        """The worker's process is ended. lost: it has failed, and is ended in case that it still runs."""
+        state = WorkerState.DEAD if lost else WorkerState.STOPPED
+        self._set(worker, state=state, held=self._nothing, staged=self._nothing, perhaps=self._nothing)
         return StopWorker(worker=worker, info=self._records[worker].info)
 
-    def forget_dead(self, in_use: Collection[WorkerId]) -> None:
-        """Forget dead workers that are not in use, except the last few."""
-        dead = [record.id for record in self._records.values() if not record.alive and record.id not in in_use]
-        for worker in dead[:-DEAD_REMEMBERED]:
+    def forget_ended(self, in_use: Collection[WorkerId]) -> None:
+        """Forget workers that have ended and are not in use, except the last few."""
+        ended = [record.id for record in self._records.values() if not record.alive and record.id not in in_use]
+        for worker in ended[:-ENDED_REMEMBERED]:
             del self._records[worker]
 
     # --- Experts ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import uuid
 from collections import OrderedDict
 from dataclasses import replace
 
+from elastic_moe.cluster.errors import ConflictError
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.cluster.placement import WorkerId
@@ -104,6 +105,12 @@ class OperationLog:
             if operation.phase not in ENDED and kind in (None, operation.kind):
                 return operation
         return None
+
+    def conflict(self, operation_id: str, way_out: str = "") -> ConflictError:
+        """The refusal of what cannot begin before this operation has ended."""
+        operation = self._operations[operation_id]
+        text = f"operation {operation_id} is under way ({operation.kind}: {operation.reason})"
+        return ConflictError(text + (f"; {way_out}" if way_out else ""))
 
     def all(self) -> tuple[Operation, ...]:
         """Newest first."""

@@ -164,6 +164,8 @@ class Submit:
     """
 
     requests: tuple[GenerateRequest, ...]
+    numbers: tuple[int, ...] = ()
+    """For each request, if given: the number from 1 by which this client knows it in `Tokens`. Names are long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +176,8 @@ class AbortRequests:
     """
 
     request_ids: tuple[RequestId, ...]
+    numbers: tuple[int, ...] = ()
+    """Further requests, by their numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,19 +216,26 @@ class Tokens:
     """One more token of each of many requests, with nothing else to say about it."""
 
     request_ids: tuple[RequestId, ...] = ()
+    """[n]; none where `numbers` says it."""
     offsets: bytes = b""
     """[n] 32-bit integers, as in TokenOutput."""
     token_ids: bytes = b""
     """[n] 32-bit integers."""
+    numbers: bytes = b""
+    """[n] 32-bit integers, as in Submit; none where `request_ids` says it."""
 
     def __len__(self) -> int:
-        return len(self.request_ids)
+        return len(self.token_ids) // 4
+
+    def rows(self) -> Iterator[tuple[int, int, int]]:
+        """Number of the request, offset and token. Raises ValueError if the columns do not match."""
+        return zip(integers(self.numbers), integers(self.offsets), integers(self.token_ids), strict=True)
 
     def __iter__(self) -> Iterator[TokenOutput]:
-        """The same as outputs of one token each. Raises ValueError if the columns do not match."""
-        for request_id, offset, token in zip(
-            self.request_ids, integers(self.offsets), integers(self.token_ids), strict=True
-        ):
+        """The same as outputs of one token each, where requests are named. Raises ValueError if the columns do not
+        match."""
+        columns = integers(self.offsets), integers(self.token_ids)
+        for request_id, offset, token in zip(self.request_ids, *columns, strict=True):
             yield TokenOutput(request_id=request_id, offset=offset, token_ids=(token,))
 
     def chosen(self, which: Sequence[bool]) -> Tokens:

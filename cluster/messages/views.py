@@ -54,8 +54,16 @@ class WorkerState(StrEnum):
     SERVING = "serving"
     DRAINING = "draining"
     DEAD = "dead"
+    """It was lost: its process, its node or its connection failed."""
+    STOPPED = "stopped"
+    """It was stopped since it is not needed any more, as after a smaller target or on a node that leaves."""
     STANDBY = "standby"
     """A spare process that is ready to load, and that becomes the next worker."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone, or is being ended. Such workers stay listed for a while."""
+        return self in (WorkerState.DEAD, WorkerState.STOPPED)
 
 
 class Phase(StrEnum):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
@@ -39,13 +39,21 @@ PLACEMENT: dict[str, Any] = {
 OPERATION = json_answer("The operation.", "operation_id", "kind", "phase", "reason")
 
 
+def engine_number(engine: str = Query("0", description="Number of the engine whose group is meant.")) -> int:
+    """The number in `?engine=N`, of which there may be no group. Raises RequestError where it is no number."""
+    if not (engine.isascii() and engine.isdigit() and len(engine) < 10):
+        raise RequestError(f"engine: expected a number, got {engine[:100]!r}", param="engine")
+    return int(engine)
+
+
+EngineNumber = Annotated[int, Depends(engine_number)]
+
+
 def admin_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/admin")
 
-    def asked(engine: str = Query("0", description="Number of the engine whose group is meant.")) -> Group:
-        if not (engine.isascii() and engine.isdigit() and len(engine) < 10):
-            raise RequestError(f"engine: expected a number, got {engine[:100]!r}", param="engine")
-        return service.backend.group(int(engine))
+    def asked(engine: EngineNumber) -> Group:
+        return service.backend.group(engine)
 
     chosen = Depends(asked)
 

@@ -1,4 +1,4 @@
-"""GET /admin/events: the state of the cluster as server-sent events, for all pages that are open.
+"""GET /admin/events: the state of a group of workers as server-sent events, for all pages that are open.
 
 While no page listens, nothing is asked. Otherwise the cluster is asked once in POLL_S, by one call, for all listeners
 together, and each change is encoded once. A listener that does not read is cut off after QUEUE events; the page then
@@ -24,7 +24,8 @@ from starlette.types import Receive, Scope, Send
 
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
-from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Revision
+from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Readiness, Revision
+from elastic_moe.deploy.api.admin import EngineNumber
 from elastic_moe.deploy.api.http_io import EventStream
 from elastic_moe.deploy.api.service import Service, version
 from elastic_moe.deploy.page.feed import Section, State, Totals, change, marks, sample, sections
@@ -44,10 +45,12 @@ DEFAULT_PLANNER = "auto"
 
 
 class Look:
-    """The state of the cluster that was seen last. `again` asks the cluster, once, and updates the state."""
+    """The state of one group that was seen last. `again` asks the cluster, once, and updates the state."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, engine: int = 0) -> None:
+        """`engine`: number of the group."""
         self._service = service
+        self._engine = engine
         self._known = Revision()
         self._totals: Totals | None = None
         self._imbalance: float | None = None
@@ -56,6 +59,7 @@ class Look:
         self.state: State = {
             "model": {"name": service.model_name, "version": version()},
             "planners": {"list": sorted(PLANNERS, key=lambda name: name != DEFAULT_PLANNER)},
+            "engines": {"count": service.backend.num_groups, "number": engine},
         }
 
     async def again(self) -> Section | None:
@@ -68,7 +72,7 @@ class Look:
                 self._imbalance = view.load.load_imbalance
         if "layers" not in state["model"]:
             state["model"] = state["model"] | await self._shape()
-        ready = await self._service.readiness()
+        ready = await self._readiness()
         state["status"] = {"ready": ready.ready, "reason": ready.error or ready.reason}
         if ready.resident < 1:
             state["status"]["resident"] = ready.resident
@@ -76,10 +80,15 @@ class Look:
         self.state = state
         return None if view is None or view.status is None else self._point(view.status, view.status_at_s)
 
+    async def _readiness(self) -> Readiness:
+        """Whether the group serves; or why the whole server cannot."""
+        whole = await self._service.readiness()
+        return await self._service.backend.group(self._engine).readiness() if whole.ready else whole
+
     async def _ask(self) -> ClusterView | None:
         """None while nobody can answer."""
         try:
-            return await self._service.backend.group(0).ask(Coordinator.cluster, self._known)
+            return await self._service.backend.group(self._engine).ask(Coordinator.cluster, self._known)
         except NotReadyError:
             return None
 
@@ -133,12 +142,13 @@ class Listener:
 
 
 class Hub:
-    """The listeners of one replica, and the task that asks the cluster for all of them."""
+    """The listeners of one group at one replica, and the task that asks the cluster for all of them."""
 
-    def __init__(self, service: Service, poll_s: float = POLL_S) -> None:
+    def __init__(self, service: Service, poll_s: float = POLL_S, engine: int = 0) -> None:
         self._service = service
         self._poll_s = poll_s
-        self._look = Look(service)
+        self._engine = engine
+        self._look = Look(service, engine)
         self._listeners: set[Listener] = set()
         self._history: deque[Section] = deque(maxlen=HISTORY)
         self._looking: asyncio.Task[None] | None = None
@@ -163,7 +173,7 @@ class Hub:
         try:
             if self._looking is None:
                 # the state from before the pause is out of date
-                self._look = Look(self._service)
+                self._look = Look(self._service, self._engine)
                 self._looking = asyncio.create_task(self._keep_looking())
                 self._looking.add_done_callback(self._stopped)
             else:
@@ -244,10 +254,14 @@ def _event(name: str, data: dict[str, Any]) -> bytes:
 
 def events_router(service: Service) -> APIRouter:
     router = APIRouter()
-    hub = Hub(service)
+    hubs: dict[int, Hub] = {}
 
     @router.get("/admin/events", **described(answers={200: text_answer("Server-sent events.", "text/event-stream")}))
-    async def events() -> Response:
-        return hub.listen()
+    async def events(engine: EngineNumber) -> Response:
+        # raises where there is no such group
+        service.backend.group(engine)
+        if engine not in hubs:
+            hubs[engine] = Hub(service, engine=engine)
+        return hubs[engine].listen()
 
     return router

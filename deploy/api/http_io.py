@@ -16,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from elastic_moe.cluster.errors import ConflictError, NotReadyError, RequestError, UserError
 from elastic_moe.deploy.backend.backend import GenerationFailed
+from elastic_moe.deploy.generation.shortcut import Shortcut
+from elastic_moe.deploy.web.direct import connection_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,16 +123,20 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], shortcut: Shortcut | None = None) -> None:
+        """`shortcut` gets the connection, and writes to it while `events` has nothing to send."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         # Response has set it for an empty body
         del self.headers["content-length"]
         self._events = events
+        self._shortcut = shortcut
         self._sending = False
         self._sent = 0
         """Number of events that the connection has taken."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._shortcut is not None:
+            self._shortcut.connection = connection_of(scope)
         sender = asyncio.create_task(self._send(send))
         watcher = asyncio.create_task(_hang_up(receive))
         try:

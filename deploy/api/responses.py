@@ -19,7 +19,9 @@ from elastic_moe.deploy.api.http_io import DONE, EventStream, first_then_rest, s
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.bodies.schema import SamplingFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, ScoredToken
+from elastic_moe.deploy.generation.shortcut import Shortcut
 from elastic_moe.deploy.parsing.events import Event
+from elastic_moe.deploy.web.direct import connection_of
 
 T = TypeVar("T")
 
@@ -104,14 +106,26 @@ class Run:
 
     async def respond(self, request: Request) -> Response:
         """The response. Raises ClientGone where the client hangs up before there is anything to send."""
-        deltas = self._service.run(self._answers)
+        shortcut = self._shortcut(request)
+        deltas = self._service.run(self._answers, shortcut)
         try:
             if not self._body.stream:
                 return Response(await unless_gone(request, self._whole(deltas)), media_type="application/json")
             # an error before the first token becomes an HTTP status, not an event
-            return EventStream(self._events(await unless_gone(request, first_then_rest(deltas))))
+            events = self._events(await unless_gone(request, first_then_rest(deltas)))
+            return EventStream(events, shortcut)
         except RequestError as error:
             raise self._as_asked(error) from None
+
+    def _shortcut(self, request: Request) -> Shortcut | None:
+        """A way for single tokens past the deltas, where one answer is streamed, and the connection has such a way."""
+        if not self._body.stream or len(self._answers) != 1 or connection_of(request.scope) is None:
+            return None
+        return Shortcut(
+            self._answers[0],
+            lambda delta: self._event([self._shape.chunk(delta)]),
+            same_frame=not self._body.continuous_usage,
+        )
 
     def _as_asked(self, error: RequestError) -> RequestError:
         """The engine's refusal, with the name of the field as the client has sent it."""

@@ -37,6 +37,7 @@ from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.generation.places import Places
+from elastic_moe.deploy.generation.shortcut import Shortcut
 from elastic_moe.deploy.parsing.formats import AnswerForm
 from elastic_moe.deploy.parsing.parser import AnswerParser
 from elastic_moe.deploy.responses.following import Following, Lives
@@ -347,15 +348,18 @@ class Service:
         """Raises RequestError 503 where so many requests wait that `run` would refuse this one."""
         self.places.check(client, prompts * body.num_choices)
 
-    async def run(self, answers: Sequence[Answer]) -> AsyncGenerator[Delta, None]:
+    async def run(self, answers: Sequence[Answer], shortcut: Shortcut | None = None) -> AsyncGenerator[Delta, None]:
         """The deltas of `answers`, all of one client, as they come. Closing the generator aborts the rest.
 
+        `shortcut`: of a single answer. Tokens that take it are in no delta.
         Raises RequestError 503 where too many requests wait.
         """
         taken = self.places.take(answers[0].request.client, len(answers))
         try:
             streams = [
-                answer_deltas(self.backend.engine, answer, self.metrics, began=lambda: taken.give_back(1))
+                answer_deltas(
+                    self.backend.engine, answer, self.metrics, began=lambda: taken.give_back(1), shortcut=shortcut
+                )
                 for answer in answers
             ]
             async with contextlib.aclosing(merged(streams)) as deltas:

@@ -13,6 +13,7 @@ from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.cluster.messages.views import EngineStatus, Readiness
+from elastic_moe.deploy.backend.request_stream import TakesTokens
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,8 +37,12 @@ class Requests(Protocol):
         """Number of the group that generates the request; 0 where it has ended."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    def generate(
+        self, request: GenerateRequest, shortcut: TakesTokens | None = None
+    ) -> AsyncGenerator[TokenOutput, None]:
         """The request's tokens as they come, in order and without repeats. The last output has a finish_reason.
+
+        Single tokens that `shortcut` takes are in no output.
 
         Closing the iterator before the last output aborts the request, unless it is lasting. Raises RequestError where
         the engine refuses it. Of a lasting request that the engine has already, all tokens come, from the first one.

@@ -19,7 +19,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from itertools import chain
 
 from ray.exceptions import RayActorError, RayError
 
@@ -46,12 +45,14 @@ from elastic_moe.cluster.messages.requests import (
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.deploy.backend.backend import GenerationFailed
 from elastic_moe.deploy.backend.ray_calls import result
-from elastic_moe.deploy.backend.request_stream import RequestStream
+from elastic_moe.deploy.backend.request_stream import RequestStream, TakesTokens
 
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD = 2**21
 """Most tokens and log probabilities of all requests that clients have not read yet: some 200 MB."""
+MOST_NUMBERS = 2**31 - 1
+"""The numbers of requests begin again after this one."""
 UNREAD_EVERY = 64
 """Number of messages from the engine between two checks of `MAX_UNREAD`."""
 RETRY_S = 0.1
@@ -76,6 +77,9 @@ class EngineClient:
         self._background = background
         self._client_id = uuid.uuid4().hex
         self._streams: dict[RequestId, RequestStream] = {}
+        self._numbered: dict[int, RequestStream] = {}
+        """The same streams by the numbers that the engine knows."""
+        self._next_number = 1
         self.current: Remote[Engine] | None = None
         """The engine that is connected; None while none is."""
         self.has_connected = False
@@ -88,8 +92,10 @@ class EngineClient:
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        stream = RequestStream(request)
+    async def generate(
+        self, request: GenerateRequest, shortcut: TakesTokens | None = None
+    ) -> AsyncGenerator[TokenOutput, None]:
+        stream = RequestStream(request, shortcut)
         self.take(stream)
         ended = False
         try:
@@ -104,7 +110,10 @@ class EngineClient:
     def take(self, stream: RequestStream) -> None:
         """From now on the request is this client's, and goes to its engine as soon as there is one."""
         self._streams[stream.request.request_id] = stream
-        stream.group = self._group
+        stream.group, stream.number = self._group, self._next_number
+        self._numbered[stream.number] = stream
+        # 32-bit integers; by then the first ones have ended
+        self._next_number = self._next_number % MOST_NUMBERS + 1
 
     async def submit(self, stream: RequestStream) -> None:
         """Send a request that was taken to the engine, if there is one. Raises RequestError if it refuses it."""
@@ -113,6 +122,7 @@ class EngineClient:
     def give_up(self, stream: RequestStream, *, ended: bool) -> None:
         """The request is no longer this client's. The engine aborts it unless it has ended, or is lasting."""
         del self._streams[stream.request.request_id]
+        self._numbered.pop(stream.number, None)
         if not ended and stream.link is not None:
             stream.link.send(AbortRequests(request_ids=(stream.request.request_id,)))
 
@@ -171,7 +181,7 @@ class EngineClient:
             return
         stream.link = link
         try:
-            await within(link.call(Submit(requests=(stream.resumed,))), CALL_TIMEOUT_S)
+            await within(link.call(Submit(requests=(stream.resumed,), numbers=(stream.number,))), CALL_TIMEOUT_S)
             if stream.cancelled:
                 link.send(CancelRequests(request_ids=(stream.request.request_id,)))
         except (ConnectionError, TimeoutError) as error:
@@ -261,25 +271,38 @@ class EngineClient:
     def _received(self, link: Link, message: Message) -> None:
         assert isinstance(message, Outputs), message
         unknown: list[RequestId] = []
-        for output in chain(message.tokens, message.outputs):
-            stream = self._streams.get(output.request_id)
+        without: list[int] = []
+        numbered = self._numbered
+        for number, offset, token_id in message.tokens.rows():
+            stream = numbered.get(number)
             if stream is None:
-                if output.finish_reason is None:
-                    unknown.append(output.request_id)
-            elif stream.link is link and not stream.take(output):
-                logger.warning(
-                    "tokens of request %s were lost; it is run again from there", output.request_id,
-                    extra={"request_id": output.request_id},
-                )  # fmt: skip
-                unknown.append(output.request_id)
-                stream.link = None
-                self._background.start(self._submit_later(stream))
+                without.append(number)
+            elif stream.link is not link or not stream.take_token(offset, token_id):
+                name = stream.request.request_id
+                output = TokenOutput(request_id=name, offset=offset, token_ids=(token_id,))
+                self._take(link, stream, output, unknown)
+        for output in message.outputs:
+            self._take(link, self._streams.get(output.request_id), output, unknown)
         self._messages += 1
         if self._messages % UNREAD_EVERY == 0:
             self._bound_unread()
-        if unknown:
+        if unknown or without:
             # requests that lost tokens, and requests whose clients hung up while they were being submitted
-            link.send(AbortRequests(request_ids=tuple(unknown)))
+            link.send(AbortRequests(request_ids=tuple(unknown), numbers=tuple(without)))
+
+    def _take(self, link: Link, stream: RequestStream | None, output: TokenOutput, unknown: list[RequestId]) -> None:
+        """Give an output to its stream. `unknown` gets its name where the engine is to abort the request."""
+        if stream is None:
+            if output.finish_reason is None:
+                unknown.append(output.request_id)
+        elif stream.link is link and not stream.take(output):
+            logger.warning(
+                "tokens of request %s were lost; it is run again from there", output.request_id,
+                extra={"request_id": output.request_id},
+            )  # fmt: skip
+            unknown.append(output.request_id)
+            stream.link = None
+            self._background.start(self._submit_later(stream))
 
     def _bound_unread(self) -> None:
         """End the requests of the slowest readers until `MAX_UNREAD` is kept."""

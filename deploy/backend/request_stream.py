@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from typing import Protocol
 
 from elastic_moe.actors.remote.links import Link
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores, joined
 
 
+class TakesTokens(Protocol):
+    """Takes single tokens while the reader of a stream waits."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the token that was taken last has ended the answer."""
+        ...
+
+    def take(self, token_id: int, group: int) -> bool:
+        """Returns False where the reader has to have the token. `group`: number of the group that it came from."""
+        ...
+
+
 class RequestStream:
     """The stream of one request, for one reader, on one event loop."""
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, shortcut: TakesTokens | None = None) -> None:
+        """`shortcut`: takes tokens in place of the reader."""
         self.request = request
+        self._shortcut = shortcut
         self.received: list[int] = list(request.output_token_ids)
         self.scored = request.num_scored
         """Number of prompt tokens whose scores have come."""
@@ -26,6 +42,8 @@ class RequestStream:
         """The connection to the engine that has accepted the request; None while no engine has."""
         self.resubmissions = 0
         """How often another engine was given the request."""
+        self.number = 0
+        """By which the engine's messages name the request."""
         self.group = 0
         """Number of the group that has the request."""
         self.cancelled = False
@@ -72,6 +90,23 @@ class RequestStream:
         self.scored += len(scores) if scores is not None else 0
         if output.token_ids or output.finish_reason is not None or scores is not None:
             self._put(output)
+        return True
+
+    def take_token(self, offset: int, token_id: int) -> bool:
+        """Take one token by the shortcut. Returns False, and does nothing, where `take` has to take it."""
+        waiting, shortcut = self._came, self._shortcut
+        if shortcut is None or waiting is None or waiting.done() or offset != len(self.received):
+            return False
+        try:
+            if not shortcut.take(token_id, self.group):
+                return False
+        except Exception as error:  # noqa: BLE001 - raised again by the reader
+            self.refuse(error)
+            return True
+        self.received.append(token_id)
+        if shortcut.finished:
+            # the reader sees it when it wakes
+            self._put(TokenOutput(request_id=self.request.request_id, offset=len(self.received), token_ids=()))
         return True
 
     def fail(self, message: str) -> None:

@@ -18,7 +18,7 @@ from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.deploy.backend.ray_backend import RayBackend, task_failed
-from elastic_moe.deploy.backend.request_stream import RequestStream
+from elastic_moe.deploy.backend.request_stream import RequestStream, TakesTokens
 from elastic_moe.deploy.backend.routing import GroupState, KnownPrefixes, by_name, choose, chunk_keys
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,10 @@ class Router:
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        stream = RequestStream(request)
+    async def generate(
+        self, request: GenerateRequest, shortcut: TakesTokens | None = None
+    ) -> AsyncGenerator[TokenOutput, None]:
+        stream = RequestStream(request, shortcut)
         self._groups[self._place(stream)].engine.take(stream)
         ended = False
         try:

@@ -35,7 +35,7 @@ from elastic_moe.optimizer.core.result import PlanResult
 from elastic_moe.optimizer.drift import frontier
 from elastic_moe.optimizer.planner import PLANNERS, plan
 from elastic_moe.optimizer.study.caches import CacheRow
-from elastic_moe.optimizer.study.compare import Row, compare, markdown, write_csv
+from elastic_moe.optimizer.study.compare import Row, behind_on_unseen, compare, markdown, write_csv
 from elastic_moe.optimizer.study.simulate import Look, SimulationSettings, simulate
 from elastic_moe.optimizer.study.traces import Trace, TraceError, concatenate, load_trace
 
@@ -78,6 +78,9 @@ def run_compare(args: argparse.Namespace) -> int:
     table = markdown(rows)
     if limited.move_budget is not None:
         table += f"\n`auto` moves at most {limited.move_budget} experts (--move-share); the others are not limited.\n"
+    if args.tests and each:
+        seen = names_of(paths)[: 1 + len(args.scenarios)]
+        table += (note := behind_on_unseen(rows, seen)) and f"\n{note}"
     write_text(args.out / "table.md", table)
     drawn = _draw_comparison(args, problem, test_problem, answers)
     if not args.json:

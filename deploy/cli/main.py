@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> _Parser:
     parser = _Parser(prog="emoe", description="Elastic Mixture-of-Experts serving on Ray.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"emoe {metadata.version('elastic-moe')}")
-    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser.set_defaults(run=lambda _: _show_help(parser))
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", parser_class=_Parser)
     _add_serve(verbs)
     _add_cluster_env(verbs)
     _add_until_notice(verbs)
@@ -66,6 +67,13 @@ def _parser() -> _Parser:
     calibrating.add_parser(verbs)
     cli_top.add_parser(verbs)
     return parser
+
+
+def _show_help(parser: argparse.ArgumentParser) -> int:
+    """What `emoe` alone does."""
+    parser.print_help(sys.stderr)
+    print("\nemoe: error: expected a COMMAND; `emoe serve` serves the built-in model", file=sys.stderr)
+    return 2
 
 
 def _add_serve(verbs: Any) -> None:

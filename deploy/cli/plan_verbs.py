@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from elastic_moe.cluster.placement import Placement
@@ -36,6 +35,8 @@ def run_plan(args: argparse.Namespace) -> int:
     workers = choose_workers(args, old, trace.num_experts)
     problem = make_problem(args, traces[0], workers, old, others=traces[1:], weights=weights_of(args))
     problem = dataclasses.replace(problem, move_budget=move_budget(args, problem))
+    if sys.stderr.isatty():
+        print(f"{args.planner} plans for up to {args.deadline:g} s", file=sys.stderr, flush=True)
     result = plan(problem, planner=args.planner, deadline_s=args.deadline, solver=args.solver, seed=args.seed)
     if args.out is not None:
         write_text(args.out, json.dumps(result.placement.to_dict()))
@@ -49,7 +50,7 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
         return 0
-    print(_plan_text(report, result, args.out))
+    print(_plan_text(report, result, args))
     if args.out is None:
         print("the placement is not written to a file; use --out NEW.json to keep it", file=sys.stderr)
     return 0
@@ -69,11 +70,12 @@ def _outcome(result: PlanResult) -> dict[str, Any]:
     }
 
 
-def _plan_text(report: dict[str, Any], result: PlanResult, out: Path | None) -> str:
+def _plan_text(report: dict[str, Any], result: PlanResult, args: argparse.Namespace) -> str:
+    asked = args.planner if result.planner == args.planner else f"{args.planner} (by {result.planner})"
     before = result.cost_before
     was = "" if before is None else f" (now {before.step_s * 1e6:.1f} us)"
     lines = [
-        f"planner       {result.planner}: {result.status}, {result.termination}, {result.seconds:.2f} s",
+        f"planner       {asked}: {result.status}, {result.termination}, {result.seconds:.2f} s",
         f"reason        {result.reason}",
         f"load          {report['load_imbalance']:.3f} max/mean",
         f"fan-out       {report['fan_out']:.3f} workers per token and layer",
@@ -88,7 +90,7 @@ def _plan_text(report: dict[str, Any], result: PlanResult, out: Path | None) -> 
             for one in report.get("scenarios", [])
         ),
     ]
-    return "\n".join(lines + ([f"written to    {out}"] if out else []))
+    return "\n".join(lines + ([f"written to    {args.out}"] if args.out else []))
 
 
 def _tiers(report: dict[str, Any]) -> str:

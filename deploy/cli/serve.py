@@ -186,6 +186,11 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
             info = open_checkpoint(model_dir).info
             process.wait()
     check_limits(config, info)
+    if config.calibration is not None and config.address is None:
+        from elastic_moe.optimizer.constants import load_constants
+
+        # a coordinator that starts again later goes on without the file, and logs that
+        load_constants(Path(config.calibration))
     return model_dir, info
 
 

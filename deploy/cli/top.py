@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import json
 import math
 import time
 import urllib.error
@@ -38,6 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     top = subparsers.add_parser("top", help=what, description=what.capitalize() + ".", allow_abbrev=False)
     top.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (http://127.0.0.1:8000)")
     top.add_argument("--api-key", metavar="KEY", help="sent with every question, for a server that asks for one")
+    top.add_argument(
+        "--engine",
+        type=int,
+        metavar="N",
+        help="number of the group whose workers and figures are shown; without it, figures are of all groups, and the "
+        "rest is of group 0",
+    )
     top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (1)")
     top.add_argument("--once", action="store_true", help="look twice, print what was seen, and end")
     top.set_defaults(run=run_top)
@@ -50,6 +58,8 @@ def run_top(args: argparse.Namespace) -> int:
         raise ConfigError(f"--url: expected http://HOST:PORT, got {args.url!r}")
     if not 0.1 <= args.interval < math.inf:
         raise ConfigError(f"--interval: expected at least 0.1 seconds, got {args.interval}")
+    if args.engine is not None and args.engine < 0:
+        raise ConfigError(f"--engine: expected a number from 0, got {args.engine}")
     from rich.console import Console
 
     from elastic_moe.deploy.cli.top_view import render
@@ -57,7 +67,7 @@ def run_top(args: argparse.Namespace) -> int:
     console = Console()
     if not args.once and not console.is_terminal:
         raise ConfigError("top draws on a terminal, and the output is none: --once prints what is seen")
-    watch = _Watch(args.url.rstrip("/"), args.api_key)
+    watch = _Watch(args.url.rstrip("/"), args.api_key, args.engine)
     view = watch.look()
     try:
         if args.once:
@@ -90,21 +100,22 @@ def draw(console: Console, look: Callable[[], View], view: View, interval_s: flo
 class _Watch:
     """Remembers the last look, and the tokens per second at each look."""
 
-    def __init__(self, url: str, api_key: str | None) -> None:
+    def __init__(self, url: str, api_key: str | None, engine: int | None = None) -> None:
         from elastic_moe.deploy.cli.top_view import TREND_SHOWN
 
         self._url = url
+        self._engine = engine
         self._api_key = api_key
         self._last: Look | None = None
         self._trend: deque[float] = deque(maxlen=TREND_SHOWN)
 
     def look(self) -> View:
         """Ask the server. Raises NoAnswer, and UserError if another program answers or the key is refused."""
-        from elastic_moe.deploy.cli.top_look import PATHS, rate, read_look
+        from elastic_moe.deploy.cli.top_look import PATHS, asked_path, rate, read_look
         from elastic_moe.deploy.cli.top_view import View
 
-        answers = {path: ask(self._url + path, self._api_key) for path in PATHS}
-        before, self._last = self._last, read_look(answers, time.monotonic())
+        answers = {path: ask(self._url + asked_path(path, self._engine), self._api_key) for path in PATHS}
+        before, self._last = self._last, read_look(answers, time.monotonic(), self._engine)
         tokens = rate(before, self._last, "vllm:generation_tokens_total")
         if tokens is not None:
             self._trend.append(tokens)
@@ -135,6 +146,15 @@ def _refused(url: str, error: urllib.error.HTTPError) -> bytes | None:
         raise ConfigError(f"{url}: the server refuses to answer without the right key: --api-key") from None
     if error.code == 503:
         return error.read(MOST_BYTES) if url.endswith("/ready") else None
+    if error.code == 400 and "?engine=" in url:
+        raise ConfigError(f"--engine: {url.rpartition('/')[2]}: {_message(error)}") from None
     if error.code >= 500:
         raise NoAnswer(f"{url}: HTTP {error.code}") from None
     raise ConfigError(f"{url}: HTTP {error.code}; is it a server of this project?") from None
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read(MOST_BYTES))["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {error.code}"

@@ -74,16 +74,26 @@ class Look:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Name of a sample -> its value. Samples that differ only in their labels are added up; shares are averaged."""
     groups: int = 1
-    """Groups of workers. Figures are of all; workers, placement and operations are those of the first."""
+    """Number of groups of workers."""
+    engine: int | None = None
+    """The group that is shown. None: figures are of all groups, and workers, placement and operations of the first."""
 
 
-def read_look(answers: Mapping[str, bytes | None], at_s: float) -> Look:
-    """Read the bodies of all PATHS; None is a body that the server cannot make yet. Raises NotAServer."""
+def asked_path(path: str, engine: int | None) -> str:
+    """One of PATHS as it is asked for a group."""
+    return f"{path}?engine={engine}" if engine is not None and path.startswith("/admin/") else path
+
+
+def read_look(answers: Mapping[str, bytes | None], at_s: float, engine: int | None = None) -> Look:
+    """Read the bodies of all PATHS; None is a body that the server cannot make yet. Raises NotAServer.
+
+    engine: number of the group that was asked, if one was.
+    """
     placement, load = _placement(answers[PLACEMENT]), _load(answers[ROUTING])
     if placement is None or load is None or load.shape != (placement.num_layers, placement.num_logical_experts):
         load = None
     where = _json(PLACEMENT, answers[PLACEMENT]) or {}
-    model_name, metrics, groups = _metrics(answers[METRICS])
+    model_name, metrics, groups = _metrics(answers[METRICS], engine)
     return Look(
         at_s=at_s,
         ready=_as(Readiness, READY, answers[READY]) or Readiness(ready=False, reason="the server does not say"),
@@ -97,6 +107,7 @@ def read_look(answers: Mapping[str, bytes | None], at_s: float) -> Look:
         model_name=model_name,
         metrics=metrics,
         groups=groups,
+        engine=engine,
     )
 
 
@@ -139,16 +150,17 @@ def _load(body: bytes | None) -> FloatArray | None:
     return load
 
 
-def _metrics(body: bytes | None) -> tuple[str, dict[str, float], int]:
-    """The name of the model, the samples, and the number of groups."""
+def _metrics(body: bytes | None, engine: int | None) -> tuple[str, dict[str, float], int]:
+    """The name of the model, the samples of one group or of all, and the number of groups."""
     values: dict[str, list[float]] = {}
     name, engines = "", set[str]()
     try:
         for family in text_string_to_metric_families((body or b"").decode()):
             for sample in family.samples:
-                values.setdefault(sample.name, []).append(sample.value)
                 name = sample.labels.get("model_name", name)
                 engines.add(sample.labels.get("engine", "0"))
+                if engine is None or sample.labels.get("engine", str(engine)) == str(engine):
+                    values.setdefault(sample.name, []).append(sample.value)
     except ValueError:
         raise NotAServer(f"{METRICS}: expected the text form of Prometheus") from None
     merged = {key: sum(found) / (len(found) if key in _SHARES else 1) for key, found in values.items()}

@@ -21,6 +21,7 @@ COLOURS = {
     WorkerState.STARTING: "yellow",
     WorkerState.STANDBY: "bright_black",
     WorkerState.DEAD: "red",
+    WorkerState.STOPPED: "bright_black",
 }
 OPERATIONS_SHOWN = 6
 TREND_SHOWN = 30
@@ -72,8 +73,10 @@ def _head(view: View) -> Text:
         head.append(f"  epoch {now.epoch}")
     if now.pinned:
         head.append("  placement pinned", "yellow")
-    if now.groups > 1:
-        head.append(f"  workers, experts and operations of group 0 of {now.groups}", "yellow")
+    if now.engine is not None:
+        head.append(f"  group {now.engine} of {now.groups}", "yellow")
+    elif now.groups > 1:
+        head.append(f"  figures of {now.groups} groups, workers and operations of group 0 (--engine N)", "yellow")
     return head
 
 
@@ -154,8 +157,8 @@ def _workers(look: Look, *, width: int, most: int) -> RenderableType:
     relative, ranks = relative_load(look), {}
     if look.placement is not None:
         ranks = {worker.id: rank for rank, worker in enumerate(look.placement.workers)}
-    # dead workers stay listed for a while, and must not push others out of the picture
-    for worker in sorted(look.workers, key=lambda worker: worker.state is WorkerState.DEAD)[:most]:
+    # workers that have ended stay listed for a while, and must not push others out of the picture
+    for worker in sorted(look.workers, key=lambda worker: worker.state.ended)[:most]:
         rank = ranks.get(worker.id)
         mine = None if relative is None or rank is None else relative[rank]
         slots = "-" if rank is None or look.placement is None else str(look.placement.workers[rank].slots)

@@ -2,23 +2,25 @@
 
     prompt -> GenerateRequest -> engine.generate() -> TokenOutput -> Answer.feed() -> Delta -> a chunk of the response
 
-`Answer` is pure. `answer_deltas` runs one answer, `merged` several at a time.
+`Answer` is pure. `answer_deltas` runs one answer, `merged` several at a time. Where an answer is streamed, most tokens
+take the shortcut (shortcut.py) past all of it but `Answer`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from elastic_moe.cluster.messages.scores import PromptScores, joined
 from elastic_moe.deploy.backend.backend import GenerationFailed, Requests
-from elastic_moe.deploy.generation.life import Life
+from elastic_moe.deploy.backend.request_stream import TakesTokens
 from elastic_moe.deploy.generation.metrics import Metrics
+from elastic_moe.deploy.generation.progress import Progress
 from elastic_moe.deploy.parsing.events import Event, TextKind, TextPiece
 from elastic_moe.deploy.parsing.parser import AnswerParser
 from elastic_moe.deploy.text.detokenizer import StopStrings
@@ -136,6 +138,17 @@ class Answer:
             index=self.index, text=text, events=self._new_events(), tokens=tuple(scored), token_ids=tuple(made)
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a token makes nothing but text: no event, no end, and no number that the client asks for."""
+        watched = self.parser is not None or self._markers or self._stop_strings.looks
+        return not watched and not self._return_token_ids and self.request.params.logprobs is None
+
+    def feed_plain(self, token_id: int) -> str:
+        """The text that one more token makes, which does not end the answer. Only where the answer is plain."""
+        self.completion_tokens += 1
+        return self._detokenizer.push(token_id)
+
     def _text_of(self, token_id: int) -> str:
         marker = self._markers.get(token_id)
         return self._detokenizer.push(token_id) if marker is None else self._detokenizer.flush() + marker
@@ -197,49 +210,53 @@ class Answer:
         )
 
 
+class Short(TakesTokens, Protocol):
+    """A way for tokens that needs no deltas (shortcut.py)."""
+
+    progress: Progress | None
+
+
 async def answer_deltas(
-    engine: Requests, answer: Answer, metrics: Metrics, *, began: Callable[[], None] = lambda: None
+    engine: Requests,
+    answer: Answer,
+    metrics: Metrics,
+    *,
+    began: Callable[[], None] = lambda: None,
+    shortcut: Short | None = None,
 ) -> AsyncGenerator[Delta, None]:
     """The deltas of one answer. The request is aborted in the engine at a stop string, or when the generator is closed.
 
-    `began` is called once, with the first output.
+    `began` is called once, with the first output. Tokens that take the `shortcut` are in no delta.
     """
-    last = time.perf_counter()
-    life = Life(answer.request)
-    reason = FinishReason.ABORT
-    tokens = 0
-    waits = True
-    group = 0
-    prompt_tokens = len(answer.request.prompt_token_ids)
+    progress = Progress(answer.request, metrics, began)
     try:
-        async with contextlib.aclosing(engine.generate(answer.request)) as outputs:
+        async with contextlib.aclosing(_outputs(engine, answer, progress, shortcut)) as outputs:
             async for output in outputs:
                 # a request may go on in another group
-                group = engine.group_of(answer.request.request_id)
-                if waits:
-                    waits = False
-                    began()
-                    metrics.request_began(prompt_tokens, group)
+                progress.begin(engine.group_of(answer.request.request_id))
+                if answer.finished:
+                    return
                 delta = answer.feed(output)
-                now = time.perf_counter()
-                life.came(output, answer.completion_tokens)
-                if answer.completion_tokens > tokens:
-                    metrics.tokens_came(answer.completion_tokens - tokens, now - last, group, first=tokens == 0)
-                    last, tokens = now, answer.completion_tokens
-                if delta.finish_reason is not None:
-                    reason = delta.finish_reason
+                progress.came(output, answer.completion_tokens, delta.finish_reason)
                 if not delta.empty:
                     yield delta
                 if answer.finished:
                     return
             raise GenerationFailed("the engine ended this request without an answer")
     except (GenerationFailed, NotReadyError, RequestError):
-        reason = FinishReason.ERROR
+        progress.reason = FinishReason.ERROR
         raise
     finally:
-        if waits:
-            metrics.request_began(prompt_tokens, group)
-        metrics.request_ended(life, reason, group)
+        progress.end()
+
+
+def _outputs(
+    engine: Requests, answer: Answer, progress: Progress, shortcut: Short | None
+) -> AsyncGenerator[TokenOutput, None]:
+    if shortcut is None:
+        return engine.generate(answer.request)
+    shortcut.progress = progress
+    return engine.generate(answer.request, shortcut)
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -167,12 +167,12 @@ class _GroupCollector:
 
     def _of_workers(self, workers: list[WorkerView]) -> Iterable[Metric]:
         states = GaugeMetricFamily("emoe:workers", "Workers, by state.", labels=[*LABELS, "state"])
-        tally = Tally({"starting": 0, "serving": 0, "draining": 0, "dead": 0})
+        tally = Tally({"starting": 0, "serving": 0, "draining": 0, "dead": 0, "stopped": 0})
         tally.update(worker.state for worker in workers)
         for state, count in tally.items():
             states.add_metric([*self._labels.values(), state], count)
         yield states
-        resident = sum(worker.experts_resident for worker in workers if worker.state != "dead")
+        resident = sum(worker.experts_resident for worker in workers if not worker.state.ended)
         yield self._gauge("emoe:experts_resident", "Experts in the devices of all workers, over all layers.", resident)
         yield self._fit(workers)
 
@@ -181,7 +181,7 @@ class _GroupCollector:
         family = GaugeMetricFamily(
             "emoe:fit_info", "Which code serves which part of the model.", labels=[*LABELS, "part", "path"]
         )
-        fits = [worker.fit for worker in workers if worker.fit is not None and worker.state != "dead"]
+        fits = [worker.fit for worker in workers if worker.fit is not None and not worker.state.ended]
         for part, path in sorted({pair for fit in fits for pair in fit.paths()}):
             family.add_metric([*self._labels.values(), part, path], 1)
         return family

@@ -64,6 +64,10 @@ class Life:
             self._first = self._last if self._first is None else self._first
         self.tokens = tokens
 
+    def has_gone_on(self, tokens: int, last: float) -> None:
+        """Tokens after the first have come: there are so many now, and the last of them came at `last`."""
+        self.tokens, self._last = tokens, last
+
     def times(self) -> Times:
         """The request's times up to now."""
 

@@ -24,6 +24,7 @@ from elastic_moe.deploy.backend.backend import Backend, Requests
 from elastic_moe.deploy.generation.cluster_metrics import LABELS, ClusterCollector
 from elastic_moe.deploy.generation.counts import AddedUp, Counts, SharedCounts, counts_of
 from elastic_moe.deploy.generation.life import Life, Times
+from elastic_moe.deploy.generation.token_counts import TokenCounts
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -53,7 +54,7 @@ TIME_HISTOGRAMS = {
 }
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyTotals:
     """Tokens that this replica sent, and the sums of the waits for them."""
 
@@ -89,7 +90,8 @@ class Metrics:
         """Takes a trace of each request, where there is one."""
         self._log_requests = log_requests
         labels = [{"model_name": model_name, "engine": str(number)} for number in range(engines)]
-        self.latency = LatencyTotals()
+        self._first_tokens = 0
+        self._first_tokens_s = 0.0
         self._registry = CollectorRegistry()
         """What this replica has counted."""
         self._added_up = AddedUp(self._registry)
@@ -100,9 +102,7 @@ class Metrics:
         self._whole.register(self._added_up)
         families: dict[str, Counter | Histogram] = {
             "prompt_tokens": self._counter("vllm:prompt_tokens", "Number of prefill tokens processed."),
-            "generation_tokens": self._counter("vllm:generation_tokens", "Number of generation tokens processed."),
             "ttft": self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", TTFT_BUCKETS),
-            "itl": self._histogram("vllm:inter_token_latency_seconds", "Time between tokens.", ITL_BUCKETS),
             "e2e": self._histogram("vllm:e2e_request_latency_seconds", "Time of a whole request.", LATENCY_BUCKETS),
             "prompt_size": self._histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS),
             "answer_size": self._histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKEN_BUCKETS),
@@ -124,6 +124,8 @@ class Metrics:
             registry=self._registry,
         )
         self._engines = [_Engine(families, of) for of in labels]
+        self.tokens = TokenCounts(labels, ITL_BUCKETS)
+        self._registry.register(self.tokens)
         for of, reason in itertools.product(labels, FinishReason):
             self._success.labels(**of, finished_reason=reason.value)
 
@@ -135,17 +137,22 @@ class Metrics:
         """Count tokens that came `elapsed_s` after the previous ones, or after the request began."""
         if count < 1:
             return
-        of = self._engines[engine]
-        of.add("generation_tokens", count)
         if first:
-            of.observe("ttft", elapsed_s)
-            self.latency.first_tokens += 1
-            self.latency.first_tokens_s += elapsed_s
+            self.tokens.first(count, engine)
+            self._engines[engine].observe("ttft", elapsed_s)
+            self._first_tokens += 1
+            self._first_tokens_s += elapsed_s
             return
-        self.latency.next_tokens += count
-        self.latency.next_tokens_s += elapsed_s
-        for _ in range(count):
-            of.observe("itl", elapsed_s / count)
+        self.tokens.next(count, elapsed_s / count, engine)
+
+    @property
+    def latency(self) -> LatencyTotals:
+        return LatencyTotals(
+            first_tokens=self._first_tokens,
+            first_tokens_s=self._first_tokens_s,
+            next_tokens=self.tokens.num_next,
+            next_tokens_s=self.tokens.next_s,
+        )
 
     def request_ended(self, life: Life, reason: FinishReason, engine: int = 0) -> None:
         """Count a request that has ended, and report it: as a trace and as a line, where these are asked for."""

@@ -59,7 +59,7 @@ from elastic_moe.deploy.launch.ray_private import keep_grpc_local
 from elastic_moe.deploy.text.prompts import BoundedPrompts
 from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
-from elastic_moe.deploy.web.old_http import serve_old_http
+from elastic_moe.deploy.web.direct import serve_directly
 
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
@@ -91,7 +91,7 @@ class Api:
         config = ServeConfig.from_mapping(settings)
         set_up("api", LogSettings.of(config))
         keep_grpc_local()
-        serve_old_http()
+        serve_directly()
         self._config = config
         self._generation = generation_of(config, model_dir)
         self._redeployable = model is not None

@@ -127,6 +127,11 @@ class StopStrings:
         self._held = ""
         self.found: str | None = None
 
+    @property
+    def looks(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self._stops)
+
     def push(self, text: str) -> str:
         """The text that can be shown now. Once `found` is set, the text has ended."""
         if not self._stops or self.found is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError
 from elastic_moe.cluster.gc_pause import no_collection
+from elastic_moe.deploy.text.byte_detokenizer import ByteDetokenizer, Pieces
 from elastic_moe.deploy.text.conversation import TemplateForms, conversation, template_forms
 from elastic_moe.deploy.text.detokenizer import REPLACEMENT, Detokenizer
 
@@ -50,6 +51,7 @@ class Tokenizer:
         self._max_token_chars = max((len(token) for token in inner.get_vocab()), default=1)
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
         self.token_name = lru_cache(maxsize=65536)(self._token_name)
+        self._pieces = lru_cache(maxsize=2)(self._new_pieces)
 
     @classmethod
     def load(cls, model_dir: str, chat_template_path: str | None = None) -> Tokenizer:
@@ -87,8 +89,13 @@ class Tokenizer:
                 )
             )
 
-    def detokenizer(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
-        return Detokenizer(self._decoder(skip_special_tokens), prompt_token_ids)
+    def detokenizer(
+        self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> Detokenizer | ByteDetokenizer:
+        pieces = self._pieces(skip_special_tokens)
+        if pieces is None or pieces.ends_within_a_character(prompt_token_ids):
+            return Detokenizer(self._decoder(skip_special_tokens), prompt_token_ids)
+        return ByteDetokenizer(pieces)
 
     def to_json(self) -> str | None:
         """The whole tokenizer in the form of tokenizer.json; None where it needs transformers' own code."""
@@ -226,6 +233,20 @@ class Tokenizer:
             return partial(self._backend.decode, skip_special_tokens=skip_special_tokens)
         return partial(self.decode, skip_special_tokens=skip_special_tokens)
 
+    def _new_pieces(self, skip_special_tokens: bool) -> Pieces | None:
+        """The texts of tokens, where a text is its tokens' bytes in a row; None for other vocabularies."""
+        backend = self._backend
+        if backend is None or type(backend.decoder).__name__ != "ByteLevel":
+            return None
+        added = backend.get_added_tokens_decoder()
+        skipped = {token_id for token_id, token in added.items() if token.special} if skip_special_tokens else set()
+
+        def raw(token_id: int) -> bytes:
+            token = None if token_id in skipped else backend.id_to_token(token_id)
+            return b"" if token is None else _byte_level(token)
+
+        return Pieces(raw)
+
     def _token_bytes(self, token_id: int) -> bytes:
         text = self._text_inside(token_id)
         if REPLACEMENT not in text:
@@ -301,6 +322,16 @@ def _bytes_of_token(token: str) -> bytes | None:
     """The bytes of a token that is no text by itself. Vocabularies write them in one of two notations."""
     if match := _BYTE_PIECE.fullmatch(token):
         return bytes.fromhex(match[1])
+    return _in_alphabet(token)
+
+
+def _byte_level(token: str) -> bytes:
+    """The bytes of a token as the ByteLevel decoder has them: added tokens stand for themselves."""
+    raw = _in_alphabet(token)
+    return token.encode() if raw is None else raw
+
+
+def _in_alphabet(token: str) -> bytes | None:
     table = _byte_of_char()
     return bytes(table[char] for char in token) if all(char in table for char in token) else None
 

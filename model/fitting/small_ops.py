@@ -18,12 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
-from elastic_moe.model.native.block import Norm
+from elastic_moe.model.fitting.scored_routers import find_scored_router
+from elastic_moe.model.native.block import GatedNorm, Norm
 from elastic_moe.model.native.linear import Packed, can_pack, linear, pack
 from elastic_moe.model.native.router import Router
-from elastic_moe.model.rms_norm import RmsNorm
+from elastic_moe.model.rms_norm import GatedRmsNorm, RmsNorm
 from elastic_moe.model.torch_private import plain_tensors
-from elastic_moe.model.transformers_private import replace_rotary_function, rotary_function
+from elastic_moe.model.transformers_private import (
+    ROTARY,
+    ROTARY_OF_PAIRS,
+    replace_rotary_function,
+    rotary_function,
+)
 
 OTHERWISE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 """Errors that a trial call raises if the module expects other arguments."""
@@ -36,7 +42,8 @@ def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module, notes: FitNotes) -> int:
     """
     packed_bytes = 0
     for module in trunk.modules():
-        fit_norm(module, partial(Norm, lib=lib), CodePath.NATIVE, notes)
+        if not _fit_gated_norm(lib, module, notes):
+            fit_norm(module, partial(Norm, lib=lib), CodePath.NATIVE, notes)
         packed_bytes += _pack_routers(lib, module, notes)
     for name in sorted({type(module).__module__ for module in trunk.modules()}):
         _fit_rotary(lib, sys.modules[name], notes)
@@ -60,6 +67,51 @@ def fit_norm(module: nn.Module, make: MakeNorm, path: CodePath, notes: FitNotes)
     elif "norm" in kind.lower():
         # the name decides only whether the report mentions the module
         notes.add(Part.NORMS, kind, CodePath.TRANSFORMERS, found)
+
+
+def _fit_gated_norm(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> bool:
+    """Give the module a native forward if it is recognised as a norm with a gate."""
+    formula = _find_gated_norm(module)
+    if formula is None:
+        return False
+    module.forward = GatedNorm(lib=lib, formula=formula, original=module.forward)
+    notes.add(Part.NORMS, type(module).__name__, CodePath.NATIVE)
+    return True
+
+
+def _find_gated_norm(module: nn.Module) -> GatedRmsNorm | None:
+    """What the module makes of rows and of a gate in bfloat16; None if no formula gives the same."""
+    parameters = list(module.parameters())
+    if len(parameters) != 1 or parameters[0].dim() != 1 or len(inspect.signature(module.forward).parameters) != 2:
+        return None
+    weight = parameters[0].detach()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, len(weight), generator=generator) * torch.logspace(-2, 2, 8)[:, None]
+    probe, gate = x.bfloat16(), torch.randn(x.shape, generator=generator).bfloat16()
+    try:
+        expected = module(probe, gate)
+    except OTHERWISE:
+        return None
+    if not isinstance(expected, Tensor) or expected.dtype != torch.bfloat16 or expected.shape != probe.shape:
+        return None
+    numbers = vars(module).values()
+    groups = {len(weight), *(v for v in numbers if type(v) is int and v > 0 and len(weight) % v == 0)}
+    constants = [v for v in numbers if isinstance(v, float)]
+    for epsilon, group, flags in itertools.product(
+        constants, sorted(groups), itertools.product((True, False), repeat=3)
+    ):
+        rounds, gate_first, silu = flags
+        formula = GatedRmsNorm(
+            weight=weight.float().contiguous(),
+            epsilon=epsilon,
+            group=group,
+            rounds=rounds,
+            gate_first=gate_first,
+            silu=silu,
+        )
+        if torch.equal(formula(probe, gate), expected):
+            return formula
+    return None
 
 
 def find_norm(module: nn.Module) -> RmsNorm | str:
@@ -117,7 +169,10 @@ def _pack_routers(lib: ctypes.CDLL, module: nn.Module, notes: FitNotes) -> int:
     router.packed = pack(lib, weight.detach())
     module.weight = router
     found = _native_router(lib, module, router.packed)
-    if isinstance(found, Router):
+    if not isinstance(found, Router):
+        scored = find_scored_router(lib, module, router.packed, OTHERWISE)
+        found = f"{found}; {scored}" if isinstance(scored, str) else scored
+    if not isinstance(found, str):
         module.forward = found
         notes.add(Part.ROUTER, type(module).__name__, CodePath.NATIVE)
     else:
@@ -177,26 +232,28 @@ def find_router(
 
 
 def _fit_rotary(lib: ctypes.CDLL, module: Any, notes: FitNotes) -> None:
-    """Replace a modelling file's rotary function by one that gives the same bits with one native call per tensor."""
+    """Replace a modelling file's rotary functions by some that give the same bits with one native call per tensor."""
+    for name in (ROTARY, ROTARY_OF_PAIRS):
+        pairs = name == ROTARY_OF_PAIRS
 
-    def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return _rotate(lib, q, cos, sin), _rotate(lib, k, cos, sin)
+        def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: bool = pairs) -> tuple[Tensor, Tensor]:
+            return _rotate(lib, q, cos, sin, pairs), _rotate(lib, k, cos, sin, pairs)
 
-    fit_rotary(module, "cpu", turn, CodePath.NATIVE, notes)
+        fit_rotary(module, "cpu", turn, CodePath.NATIVE, notes, name)
 
 
 Turn = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Turns q and k [1, heads, T, size] by cosines and sines [1, T, size]."""
 
 
-def fit_rotary(module: Any, device: str, turn: Turn, path: CodePath, notes: FitNotes) -> None:
+def fit_rotary(module: Any, device: str, turn: Turn, path: CodePath, notes: FitNotes, name: str = ROTARY) -> None:
     """Let `turn` serve what a modelling file's rotary function is given in bfloat16 on a kind of device."""
-    original = rotary_function(module)
+    original = rotary_function(module, name)
     if original is None:
         return
     file = module.__name__.rpartition(".")[2]
     replaced = hasattr(original, "emoe_original")
-    if not replaced and not turns_halves(original):
+    if not replaced and not turns_as_expected(original, pairs=name == ROTARY_OF_PAIRS):
         notes.add(Part.ROTARY, file, CodePath.TRANSFORMERS, "it does not turn halves of a head against each other")
         return
     notes.add(Part.ROTARY, file, path)
@@ -209,11 +266,15 @@ def fit_rotary(module: Any, device: str, turn: Turn, path: CodePath, notes: FitN
         return turn(q, k, cos, sin)
 
     apply_rotary_pos_emb.emoe_original = original  # type: ignore[attr-defined]
-    replace_rotary_function(module, apply_rotary_pos_emb)
+    replace_rotary_function(module, apply_rotary_pos_emb, name)
 
 
-def turns_halves(function: Callable[..., Any]) -> bool:
-    """Whether the function computes x * cos + (-second half, first half) * sin."""
+def turns_as_expected(function: Callable[..., Any], *, pairs: bool = False) -> bool:
+    """Whether the function computes x * cos + (-second half, first half) * sin.
+
+    `pairs`: of numbers that are sorted first, those of even places before those of odd ones, and with the first half of
+    cosines and sines twice.
+    """
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -225,9 +286,12 @@ def turns_halves(function: Callable[..., Any]) -> bool:
         got = function(q, k, cos, sin)
     except RuntimeError:  # the function expects cosines of another shape
         return False
+    if pairs:
+        cos, sin = (torch.cat((t[..., :4], t[..., :4]), -1) for t in (cos, sin))
     for x, out in zip((q, k), got, strict=True):
-        first, second = x.chunk(2, -1)
-        if not torch.equal(x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None], out):
+        first, second = (x[..., ::2], x[..., 1::2]) if pairs else x.chunk(2, -1)
+        own, turned = torch.cat((first, second), -1), torch.cat((-second, first), -1)
+        if not torch.equal(own * cos[:, None] + turned * sin[:, None], out):
             return False
     return True
 
@@ -246,9 +310,9 @@ def _fits(x: Tensor, cos: Tensor, sin: Tensor, device: str) -> bool:
     )
 
 
-def _rotate(lib: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(lib: ctypes.CDLL, x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
     _, heads, tokens, size = x.shape
     out = torch.empty(1, tokens, heads, size, dtype=torch.bfloat16)
     strides = x.stride(1), x.stride(2)
-    lib.emoe_rotate(x.data_ptr(), *strides, tokens, heads, size, cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+    lib.emoe_rotate(x.data_ptr(), *strides, tokens, heads, size, cos.data_ptr(), sin.data_ptr(), pairs, out.data_ptr())
     return out.transpose(1, 2)

@@ -58,6 +58,8 @@ def _fit(layer: StateLayer, number: int, notes: FitNotes) -> None:
     if not native and not refusal:
         others = " and ".join(kind for kind in kinds if kind not in packed.native)
         why = f"no native function gives the values of its {others} states for single tokens"
+    if native and packed.scans is None:
+        why = "for single tokens only: no native function gives the values of a prompt"
     if not packed.goes_on:
         why = f"{why or 'for single tokens only'}; a prompt is run token by token behind its first chunk"
     notes.add(Part.STATES, type(layer.module).__name__, path, why)

@@ -6,6 +6,7 @@ Legend: T tokens of the step, H hidden, D head size.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from elastic_moe.model.native import structs
 from elastic_moe.model.native.attention import NativeBatch
 from elastic_moe.model.native.linear import Packed
-from elastic_moe.model.rms_norm import RmsNorm
+from elastic_moe.model.rms_norm import GatedRmsNorm, RmsNorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,39 @@ class Norm:
             formula.weight.data_ptr(),
             formula.epsilon,
             formula.rounds,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedNorm:
+    """Computes `formula` of bfloat16 rows in one call; see trunk.cpp. Other rows go to `original`."""
+
+    lib: ctypes.CDLL
+    formula: GatedRmsNorm
+    original: Callable[..., Tensor]
+
+    def __call__(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        formula, size = self.formula, len(self.formula.weight)
+        if gate is None or not hidden_states.dtype == gate.dtype == torch.bfloat16:
+            return self.original(hidden_states, gate)
+        x, beside = (_rows(tensor, size) for tensor in (hidden_states, gate))
+        out = torch.empty(hidden_states.shape, dtype=torch.bfloat16)
+        self.lib.emoe_gated_norm(
+            x.data_ptr(),
+            x.stride(0),
+            beside.data_ptr(),
+            beside.stride(0),
+            len(x),
+            size,
+            formula.group,
+            formula.weight.data_ptr(),
+            formula.epsilon,
+            formula.rounds,
+            formula.gate_first,
+            formula.silu,
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -160,3 +194,9 @@ def _norm(norm: Norm | None) -> structs.Norm:
 def _matrix(matrix: Matrix) -> structs.Matrix:
     bias = None if matrix.bias is None else matrix.bias.data_ptr()
     return structs.Matrix(packed=matrix.packed.data.data_ptr(), bias=bias)
+
+
+def _rows(tensor: Tensor, size: int) -> Tensor:
+    """[rows, size], of which each row is dense."""
+    rows = tensor.reshape(-1, size)
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -18,6 +18,8 @@ void emoe_attention(const emoe::bf16* query, const emoe::bf16* key, const emoe::
                     emoe::bf16* out, int threads);
 void emoe_linear(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const emoe::bf16* packed,
                  int64_t columns, const emoe::bf16* bias, emoe::bf16* out, int threads);
+void emoe_linear_wide(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const emoe::bf16* packed,
+                      int64_t columns, float* out, int threads);
 void emoe_block(const emoe::Block* block, const emoe::bf16* x, int64_t tokens, const emoe::bf16* cosines,
                 const emoe::bf16* sines, int64_t rotated, emoe::bf16* keys, emoe::bf16* values, int64_t block_size,
                 const void* sequences, int64_t num_sequences, const int32_t* tables, int64_t window, emoe::bf16* sum,

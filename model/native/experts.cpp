@@ -58,8 +58,13 @@ Floats gated(const Layer& layer, Floats gate, Floats up) {
     const Floats limit = all(layer.limit);
     gate = smaller(limit, gate);
     up = larger(sub(zero(), limit), smaller(limit, up));
-    if (layer.gate == 0) return mul(rounded(over_logistic(gate, gate)), up);
+    if (layer.gate == kSilu) return mul(rounded(over_logistic(gate, gate)), up);
     const Floats one = all(1.f);
+    if (layer.gate == kGelu) {
+        // (1 + tanh y) / 2 is the logistic function of 2 y
+        const Floats cubic = mul(gate, fused(mul(gate, gate), all(0.044715f), one));
+        return mul(rounded(over_logistic(gate, mul(cubic, all(1.59576912161f)))), up);
+    }
     const Floats sigmoid = rounded(over_logistic(one, rounded(mul(gate, all(layer.alpha)))));
     return mul(rounded(add(up, one)), rounded(mul(gate, sigmoid)));
 }
@@ -153,28 +158,36 @@ template <class Bits> struct Gathered {
     }
 };
 
-// Multiplies all rows of expert `e` by panel `p` of gate and of up: this makes 64 columns of `hidden` [pairs, width].
+// Multiplies all rows of expert `e` by panel `p` of gate and of up, or of up alone: this makes 64 columns of `hidden`
+// [pairs, width].
 template <class Bits>
 void gate_up(const Layer& layer, const typename Bits::Rows& x, const Sorted& sorted, int64_t e, int64_t p,
              Gathered<Bits>& gathered, bf16* hidden) {
     alignas(64) float sums[2][kChunk * kPanel];
     gathered.of(e, sorted, layer.hidden, [&](int64_t pair) { return x.at(sorted.row[pair]); });
-    const char* panel = (const char*)layer.gate_up[e] + 2 * p * Bits::panel_bytes(layer.hidden);
+    const bool alone = layer.gate == kSquaredRelu;
+    const int parts = alone ? 1 : 2;
+    const char* panel = (const char*)layer.gate_up[e] + parts * p * Bits::panel_bytes(layer.hidden);
     const bf16* bias = (const bf16*)layer.gate_up_bias[e];
     const int64_t step = layer.interleaved ? 2 : 1, second = layer.interleaved ? 1 : layer.width;
     for (int64_t first = sorted.begin[e]; first < sorted.begin[e + 1]; first += kChunk) {
         const int64_t count = std::min(kChunk, sorted.begin[e + 1] - first);
         const typename Bits::Row* rows = gathered.rows.data() + first - sorted.begin[e];
-        for (int part = 0; part < 2; ++part)
+        for (int part = 0; part < parts; ++part)
             Bits::multiply(count, rows, layer.hidden, panel + part * Bits::panel_bytes(layer.hidden), sums[part],
                            first == sorted.begin[e]);
         for (int64_t c = 0; c < kPanel; c += 16) {
             const int64_t column = p * kPanel + c;
             const Lanes lanes = lanes_before(column, layer.width);
             const Floats gate_bias = bias_of(bias, column * step, step, lanes);
-            const Floats up_bias = bias_of(bias, column * step + second, step, lanes);
+            const Floats up_bias = alone ? zero() : bias_of(bias, column * step + second, step, lanes);
             for (int64_t r = 0; r < count; ++r) {
                 const Floats gate = rounded(add(load(sums[0] + r * kPanel + c), gate_bias));
+                if (alone) {
+                    const Floats positive = larger(zero(), gate);
+                    store(hidden + (first + r) * layer.width + column, mul(positive, positive), lanes);
+                    continue;
+                }
                 const Floats up = rounded(add(load(sums[1] + r * kPanel + c), up_bias));
                 store(hidden + (first + r) * layer.width + column, gated(layer, gate, up), lanes);
             }

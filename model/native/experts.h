@@ -23,17 +23,25 @@ struct Supply {
 // scales in bfloat16 or in float16, or with E2M1 codes. model/native/experts.py has the same numbers.
 enum { kInt4 = 4, kInt4Half = 5, kE2m1Codes = 6, kE4m3 = 7, kInt8 = 8, kBits16 = 16 };
 
+// What is made of gate and up, which `limit` clamps first. The last one has no gate: relu(up) squared.
+enum {
+    kSilu = 0,  // silu(gate) * up
+    kSwish = 1, // gate * sigmoid(alpha * gate) * (up + 1)
+    kGelu = 2,  // gelu(gate) * up, approximated by tanh
+    kSquaredRelu = 3
+};
+
 // One layer's experts. Tables are indexed by logical expert; an entry is null where the expert is not in memory or has no
 // bias.
 struct Layer {
     int64_t hidden, width, num_experts;
-    const void* const* gate_up; // panels of gate and of up take turns
+    const void* const* gate_up; // panels of gate and of up take turns; without a gate, those of up
     const void* const* gate_up_bias;
     const void* const* down;
     const void* const* down_bias;
     int bits;        // the form of weights, one of those below
     int interleaved; // 1: gate and up are the even and the odd entries of a bias; 0: its halves
-    int gate;        // 0: silu(gate) * up; 1: gate * sigmoid(alpha * gate) * (up + 1). `limit` clamps gate and up first
+    int gate;        // one of those above
     float alpha, limit;
     Supply* supply; // null if all experts are always in memory
 };

@@ -33,18 +33,34 @@ class Gate:
     """The activation of gate and up. `limit` clamps both first (the gate from above only)."""
 
     kind: int
-    """0: silu(gate) * up; 1: gate * sigmoid(alpha * gate) * (up + 1), which is gpt-oss's."""
+    """0: silu(gate) * up; 1: gate * sigmoid(alpha * gate) * (up + 1), which is gpt-oss's; 2: gelu(gate) * up, where
+    gelu is approximated by tanh; 3: relu(up) squared, without a gate."""
     interleaved: bool
     """Whether gate and up are the even and the odd columns, and not the first and the second half."""
     limit: float
     alpha: float
 
+    @property
+    def parts(self) -> int:
+        """Matrices in the first product: gate and up, or up alone."""
+        return 1 if self.kind == 3 else 2
+
+    @property
+    def first(self) -> str:
+        """The name of the first product's matrix."""
+        return "up_proj" if self.kind == 3 else "gate_up_proj"
+
     def __call__(self, gate_up: Tensor) -> Tensor:
-        """Apply the gate by torch's operators: [R, 2F] -> [R, F]."""
+        """Apply the gate by torch's operators: [R, 2F] -> [R, F], or [R, F] -> [R, F] without a gate."""
+        if self.kind == 3:
+            return F.relu(gate_up).square()
         gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if self.interleaved else gate_up.chunk(2, dim=-1)
-        gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+        if not math.isinf(self.limit):
+            gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
         if self.kind == 0:
             return F.silu(gate) * up
+        if self.kind == 2:
+            return F.gelu(gate, approximate="tanh") * up
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
@@ -53,16 +69,17 @@ def find_gate(module: nn.Module) -> Gate | None:
 
     Returns None if no known gate gives the module's values.
     """
-    if not module.has_gate:
-        return None
     constants = sorted({float(v) for v in vars(module).values() if isinstance(v, float) and v > 0})
     generator = torch.Generator().manual_seed(0)
     # values from tiny ones to ones beyond any limit
     probe = torch.randn(64, 64, generator=generator) * torch.logspace(-2, 3, 64)[:, None]
     probe = probe.to(torch.bfloat16)
+    if not module.has_gate:
+        gate = Gate(kind=3, interleaved=False, limit=math.inf, alpha=1.0)
+        return gate if torch.equal(gate(probe), module.act_fn(probe)) else None  # type: ignore[operator]
     expected = apply_gate(module, probe)
     for kind, interleaved, limit, alpha in itertools.product(
-        (0, 1), (False, True), (math.inf, *constants), constants or (1.0,)
+        (0, 1, 2), (False, True), (math.inf, *constants), constants or (1.0,)
     ):
         gate = Gate(kind=kind, interleaved=interleaved, limit=limit, alpha=alpha)
         if torch.equal(gate(probe), expected):
@@ -86,8 +103,8 @@ _RECORDED = {ExpertForm.PLAIN: "16 bits", ExpertForm.INT8: "8 bits"}
 Held = dict[str, Tensor | Packed]
 """One expert's packed matrices and its biases, by parameter name."""
 
-_TABLES = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-"""The tensors whose addresses the library reads, in the order of its tables."""
+_DOWN = "down_proj"
+_BIAS = "_bias"
 
 Next = Callable[[list[int], list[int] | None], list[int]]
 """Brings experts into memory: see `next` of Supply in experts.h. It raises an error if an expert cannot be read."""
@@ -97,12 +114,6 @@ UNAVAILABLE = 4
 
 _LOG = 4096
 """Numbers of a supply's log. A step of many rounds may log more; then the rest is not counted."""
-
-
-def _addresses(held: Held) -> list[int]:
-    items = (held.get(name) for name in _TABLES)
-    data = (item.data if isinstance(item, Packed) else item for item in items)
-    return [0 if tensor is None else tensor.data_ptr() for tensor in data]
 
 
 class ExpertUnavailable(EmoeError):
@@ -159,6 +170,8 @@ class NativeExperts:
         self.lib = lib
         self.form = form
         self._gate = gate
+        self._names = (gate.first, gate.first + _BIAS, _DOWN, _DOWN + _BIAS)
+        """The tensors whose addresses the library reads, in the order of its tables."""
         self._transposed = bool(module.is_transposed)
         self._tables_4E = torch.zeros(4, module.num_experts, dtype=torch.int64)  # type: ignore[call-overload]
         """Addresses of gate_up, its bias, down and its bias, by logical expert; 0 if there is no such tensor."""
@@ -181,7 +194,7 @@ class NativeExperts:
         """Whether the library can compute an expert with these tensors. All experts of a layer have the same shapes."""
         return all(
             not tensors[name].is_floating_point() or can_pack(self._turned(tensors[name]))
-            for name in ("gate_up_proj", "down_proj")
+            for name in (self._gate.first, _DOWN)
         )
 
     def put(self, expert: int, tensors: dict[str, Tensor]) -> None:
@@ -189,26 +202,32 @@ class NativeExperts:
         self._hold(expert, self._packed(tensors))
 
     def _hold(self, expert: int, held: Held) -> None:
-        down: Any = held["down_proj"]
+        down: Any = held[_DOWN]
         self._shape = (down.columns, down.depth)
         with self._lock:
             # the expert's old tensors are freed only after the table has the new addresses
             before = self._held.get(expert)
-            self._write(expert, _addresses(held))
+            self._write(expert, self._addresses(held))
             self._held[expert] = held
         del before
 
     def _packed(self, tensors: dict[str, Tensor], into: dict[str, Tensor] | None = None) -> Held:
         """Pack an expert, into the bytes of a slot if they are given."""
         places = into or {}
+        gate = self._gate
         held: Held = {
-            "gate_up_proj": self._pack(
-                tensors, "gate_up_proj", parts=2, interleaved=self._gate.interleaved, into=places.get("gate_up_proj")
+            gate.first: self._pack(
+                tensors, gate.first, parts=gate.parts, interleaved=gate.interleaved, into=places.get(gate.first)
             ),
-            "down_proj": self._pack(tensors, "down_proj", into=places.get("down_proj")),
+            _DOWN: self._pack(tensors, _DOWN, into=places.get(_DOWN)),
         }
-        biases = ("gate_up_proj_bias", "down_proj_bias")
+        biases = (gate.first + _BIAS, _DOWN + _BIAS)
         return held | {name: tensors[name].contiguous() for name in biases if name in tensors}
+
+    def _addresses(self, held: Held) -> list[int]:
+        items = (held.get(name) for name in self._names)
+        data = (item.data if isinstance(item, Packed) else item for item in items)
+        return [0 if tensor is None else tensor.data_ptr() for tensor in data]
 
     def _write(self, expert: int, addresses: Sequence[int]) -> None:
         """Write an expert's row of the table. A step that sees its first address sees the others too."""
@@ -219,7 +238,7 @@ class NativeExperts:
     def _slot_addresses(self, expert: int) -> list[int]:
         slot = self._in_slots.get(expert)
         if slot is None:
-            return [0] * len(_TABLES)
+            return [0] * len(self._names)
         begin = slot.data_ptr()
         return [begin + offset if offset is not None else 0 for offset in self._offsets]
 
@@ -247,7 +266,7 @@ class NativeExperts:
         """How an expert lies in a slot. `tensors` are those of any expert of the layer. Call it before `bind`."""
         if self._layout is None:
             held = self._packed(tensors)
-            down: Any = held["down_proj"]
+            down: Any = held[_DOWN]
             self._shape = (down.columns, down.depth)
             nothing = torch.empty(0, dtype=torch.uint8)
             self._template = {
@@ -256,7 +275,7 @@ class NativeExperts:
             raw = {name: item.data if isinstance(item, Packed) else item for name, item in held.items()}
             self._layout = lay_out(f"panels of 64, {_RECORDED.get(self.form, self.form)}", raw)
             offsets = {part.name: part.offset for part in self._layout.parts}
-            self._offsets = [offsets.get(name) for name in _TABLES]
+            self._offsets = [offsets.get(name) for name in self._names]
         return self._layout
 
     def _of_slot(self, slot: Tensor) -> Held:

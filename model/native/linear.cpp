@@ -67,10 +67,13 @@ extern "C" void emoe_unpack8(const int8_t* packed, int64_t columns, int64_t dept
         }
 }
 
+namespace {
+
 // out [rows, columns] = x [rows, depth] times the packed matrix, plus the bias unless it is null. Rows of x lie `stride`
-// elements apart.
-extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
-                            int64_t columns, const bf16* bias, bf16* out, int threads) {
+// elements apart. Sums are in float32, and are rounded if `out` is bfloat16.
+template <class Out>
+void linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
+            const bf16* bias, Out* out, int threads) {
     std::vector<const bf16*> at(rows);
     for (int64_t r = 0; r < rows; ++r) at[r] = x + r * stride;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -94,6 +97,19 @@ extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t
                 }
             }
     }
+}
+
+} // namespace
+
+extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
+                            int64_t columns, const bf16* bias, bf16* out, int threads) {
+    linear(x, rows, stride, depth, packed, columns, bias, out, threads);
+}
+
+// As emoe_linear, without a rounding of the sums.
+extern "C" void emoe_linear_wide(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
+                                 int64_t columns, float* out, int threads) {
+    linear(x, rows, stride, depth, packed, columns, nullptr, out, threads);
 }
 
 // A product for each head: out = x times that head's packed matrix. Heads and rows of x and out lie at strides, in

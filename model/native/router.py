@@ -53,3 +53,67 @@ class Router:
             torch.get_num_threads(),
         )
         return logits, scores.to(self.dtype), index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """How a router makes scores of logits, and chooses by them."""
+
+    logistic: bool
+    """Whether a score is the logistic function of its logit, and not a softmax over the row."""
+    groups: int = 1
+    """Experts form so many groups of equal size, which follow one another."""
+    top_groups: int = 1
+    """Experts are chosen in so many groups, those with the largest sum of their `best` largest values."""
+    best: int = 1
+    normalises: bool = False
+    """Whether the chosen scores are scaled to add up to 1."""
+    scale: float = 1.0
+    """By which scores are multiplied at last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRouter:
+    """Chooses experts by their scores and a bias, in the best groups. It resolves ties as torch.topk does."""
+
+    lib: ctypes.CDLL
+    packed: Packed
+    wide: bool
+    """Whether logits are in float32, and not rounded to bfloat16."""
+    logits_dtype: torch.dtype
+    scoring: Scoring
+    bias: Tensor | None = None
+    """[E] float32, added to scores before the choice, unless the caller gives one."""
+    top_k: int
+    dtype: torch.dtype
+    """The dtype of the scores."""
+
+    def __call__(self, hidden_states: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what transformers' routers return: (logits [T, E], scores [T, K], experts [T, K])."""
+        x = hidden_states.reshape(-1, self.packed.depth).contiguous()
+        rows, how = len(x), self.scoring
+        added = self.bias if bias is None else bias.float().contiguous()
+        logits = torch.empty(rows, self.packed.columns, dtype=torch.float32)
+        scores = torch.empty(rows, self.top_k, dtype=torch.float32)
+        index = torch.empty(rows, self.top_k, dtype=torch.int64)
+        self.lib.emoe_route_scored(
+            x.data_ptr(),
+            rows,
+            self.packed.depth,
+            self.packed.data.data_ptr(),
+            self.packed.columns,
+            self.wide,
+            how.logistic,
+            None if added is None else added.data_ptr(),
+            how.groups,
+            how.top_groups,
+            how.best,
+            self.top_k,
+            how.normalises,
+            how.scale,
+            logits.data_ptr(),
+            scores.data_ptr(),
+            index.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return logits.to(self.logits_dtype), scores.to(self.dtype), index

@@ -42,4 +42,21 @@ inline void rotate_row(const bf16* x, const bf16* cosine, const bf16* sine, int6
     }
 }
 
+// As rotate_row, where neighbours are rotated against each other. The first of each pair go to the first half of `out`,
+// which is not `x`.
+inline void rotate_pairs_row(const bf16* x, const bf16* cosine, const bf16* sine, int64_t size, bf16* out) {
+    const int64_t half = size / 2;
+    for (int64_t c = 0; c < half; c += 16) {
+        const Lanes lanes = lanes_before(c, half);
+        alignas(64) bf16 apart[2][16] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(16, half - c); ++i) {
+            apart[0][i] = x[2 * (c + i)];
+            apart[1][i] = x[2 * (c + i) + 1];
+        }
+        const Floats first = load(apart[0], lanes), second = load(apart[1], lanes), minus = sub(zero(), second);
+        store(out + c, turn(first, minus, cosine + c, sine + c, lanes), lanes);
+        store(out + half + c, turn(second, first, cosine + c, sine + c, lanes), lanes);
+    }
+}
+
 } // namespace emoe

@@ -59,6 +59,8 @@ inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline Floats load(const float* from, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
 inline void store(float* to, Floats value) { _mm512_storeu_ps(to, value); }
 inline void store(float* to, Floats value, Lanes lanes) { _mm512_mask_storeu_ps(to, lanes, value); }
+// Writes past the caches. `to` is aligned to 64 bytes. Other threads see it after `_mm_sfence`.
+inline void stream(float* to, Floats value) { _mm512_stream_ps(to, value); }
 
 inline Floats widened(__m256i raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)); }
 inline __m256i narrowed(Floats value) { return (__m256i)_mm512_cvtneps_pbh(value); }
@@ -185,6 +187,11 @@ inline void store(float* to, Floats value, Lanes lanes = 0xffff) {
     }
     _mm256_maskstore_ps(to, mask_of(lanes, 0), value.low);
     _mm256_maskstore_ps(to + 8, mask_of(lanes, 8), value.high);
+}
+
+inline void stream(float* to, Floats value) {
+    _mm256_stream_ps(to, value.low);
+    _mm256_stream_ps(to + 8, value.high);
 }
 
 inline Floats widened(__m256i raw) {

@@ -145,6 +145,9 @@ class PackedStates:
         replace_functions(layer.module, lib)
         self.native: tuple[StateKind, ...] = () if lib is None else self._find_native(layer)
         """Kinds of states that native code updates for single tokens."""
+        self.scans: set[str] | None = None
+        """Scans that native code computes over the tokens of a prompt; None if it computes none."""
+        self.scans = None if lib is None else self._find_scans(layer)
         self.goes_on = self._goes_on(layer)
         """Whether several tokens can go on from a state at once."""
 
@@ -250,6 +253,24 @@ class PackedStates:
         return all(_close(*pair) for pair in zip(*results, strict=True))
 
     @torch.inference_mode()
+    def _find_scans(self, layer: StateLayer) -> set[str] | None:
+        """The native scans, if they give the layer's own values for several tokens, at the beginning and later."""
+        used: set[str] = set()
+        results = []
+        for native in (None, used):
+            self.scans = native
+            made: list[Tensor] = []
+            try:
+                for states in ({}, _random_states(layer, 1)):
+                    cache = SequenceCache(dict(states))
+                    made.append(self._run(_random_hidden(layer, 1, 5), cache, {}))
+                    made += [cache.states[key] for key in _keys(layer)]
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+                return None
+            results.append(made)
+        return used if used and all(_close(*pair) for pair in zip(*results, strict=True)) else None
+
+    @torch.inference_mode()
     def _goes_on(self, layer: StateLayer) -> bool:
         """Whether two tokens at once do with a state what they do one by one. Some code ignores it."""
         hidden = _random_hidden(layer, 1, 2)
@@ -262,7 +283,7 @@ class PackedStates:
 
     def _run(self, hidden: Tensor, cache: SequenceCache, settings: dict[str, Any]) -> Tensor:
         """Run some tokens of one sequence: [1, T, H]."""
-        with scans_begin_with(cache.states.get((StateKind.RECURRENT, 0))):
+        with scans_begin_with(cache.states.get((StateKind.RECURRENT, 0)), self.scans):
             return self._call(hidden, cache, settings)
 
     def _call(self, hidden: Tensor, cache: SequenceCache, settings: dict[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +137,24 @@ _TIER_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("fetches waited for", lambda row: f"{row.replayed_waits:.1f}"),
 )
 """Replayed on the test tokens; only where experts do not all fit."""
+
+
+def behind_on_unseen(rows: Sequence[Row], seen: Collection[str], planner: str = "auto") -> str:
+    """Sentences about the subjects that no planner has seen, and on which another one than `planner` has the cheapest
+    step; empty where there are none. seen: the subjects' names that were planned for."""
+    mine = next((row for row in rows if row.planner == planner), None)
+    if mine is None:
+        return ""
+    text = ""
+    for name, cost_s in mine.subject_costs.items():
+        best = min(rows, key=lambda row: row.subject_costs[name])
+        if name in seen or best.subject_costs[name] >= cost_s:
+            continue
+        text += (
+            f"On {name}, which no planner has seen, {best.planner} is {1 - best.subject_costs[name] / cost_s:.1%} "
+            f"cheaper than {planner}, which has used what it saw of {', '.join(seen)}.\n"
+        )
+    return text + "With --scenarios the planners see further subjects.\n" if text else ""
 
 
 def markdown(rows: Iterable[Row]) -> str:

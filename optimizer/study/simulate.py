@@ -7,6 +7,7 @@ and a new placement serves from the next interval on.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from elastic_moe.cluster.control.rebalancing import SETTLING_S
 from elastic_moe.cluster.decisions.trials import Trials
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.facts.sampling import as_choices
@@ -31,7 +33,7 @@ from elastic_moe.optimizer.study.scenario import problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace, TraceError
 from elastic_moe.optimizer.subjects.likeness import tells_subject
 from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, SubjectMemory, scenarios
-from elastic_moe.optimizer.subjects.watch import SubjectWatch
+from elastic_moe.optimizer.subjects.watch import Sight, SubjectWatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +162,8 @@ class _Run:
         self._watch = SubjectWatch()
         self._changed_at: float | None = None
         self._trials = Trials(settings.window_s)
+        self._settling: tuple[float, ...] = ()
+        """Virtual times of looks that the last change of subject asks for."""
         self._changes: list[Change] = []
         """Of the present interval."""
 
@@ -230,11 +234,26 @@ class _Run:
         for number, part_load in self._window.closed(self._part, now) if self._settings.memory else ():
             self._memory.add(part_load, now)
             self._part = number
-        if self._settings.quick and self._watch.look(counts.load):
+        sight = self._watch.look(counts.load) if self._settings.quick else Sight.NOTHING_NEW
+        if sight is Sight.CHANGED:
             # the memory keeps the old subject
-            self._window.begin_with(counts.load, self._trace.top_k, now)
+            self._window.begin_with(self._watch.present, self._trace.top_k, now)
+        if sight is not Sight.NOTHING_NEW:
+            self._settling = tuple(now + after_s for after_s in SETTLING_S)
             self._relieve(now)
         self._undo(now)
+        self._settle(now)
+
+    def _settle(self, now: float) -> None:
+        """Look at the whole placement, if a change of subject asks for that."""
+        due = [at for at in self._settling if at <= now]
+        if not due:
+            return
+        self._settling = self._settling[len(due) :]
+        result = _plan(self._window, self._memory, self._placement, self._trace.top_k, self._settings, now)
+        decision = self._decide(result, dataclasses.replace(self._settings.policy, cooldown_s=0.0), now)
+        if decision.worthwhile:
+            self._adopt(ChangeKind.PLANNED, result.placement, decision.reason, now)
 
     def _relieve(self, now: float) -> None:
         """Answer a change of subject by a few moves, if they are worth it."""

@@ -38,8 +38,9 @@ MOST_CHOICES = 1e6
 """Number of choices beyond which a subject's mix follows new stretches as if it had been counted on so many."""
 
 
-PRESENT_SHARE = 0.5
-"""Weight of the present window among the subjects that a placement is planned for; what is remembered has the rest."""
+PRESENT_SHARE = 0.85
+"""Weight of the present window among the subjects that a placement is planned for; what is remembered has the rest. A
+placement serves another subject only from a change until it is answered, which is a small share of the time."""
 
 MOST_PRICED = 6
 """Most remembered subjects that a placement is planned for, the heaviest ones; each takes planning time."""

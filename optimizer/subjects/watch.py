@@ -9,12 +9,15 @@ Legend: L MoE layers, E logical experts.
 
 from __future__ import annotations
 
+from enum import Enum, auto
+
 import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.optimizer.subjects.likeness import UNLIKE, tells_subject, unlikeness
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 FORGETTING = 0.9
 """Share of the reference that remains when counts like it join: so it follows a slow drift, which is no change."""
@@ -27,6 +30,15 @@ LEARNING = 0.3
 
 IN_A_ROW = 2
 """Number of stretches in a row that must be unlike."""
+
+
+class Sight(Enum):
+    """What a look has seen."""
+
+    NOTHING_NEW = auto()
+    FIRST = auto()
+    """Enough was counted to tell a subject, for the first time."""
+    CHANGED = auto()
 
 
 class SubjectWatch:
@@ -42,27 +54,33 @@ class SubjectWatch:
         self._usual = UNLIKE
         """Unlikeness of the stretches of one subject; learned, from a cautious beginning."""
 
-    def look(self, loads: npt.ArrayLike) -> bool:
-        """Take the counts [L, E] since the last look. Returns whether the subject has changed; then what was unlike the
-        old one is the new reference."""
+    @property
+    def present(self) -> IntArray:
+        """[L, E] counts of the new subject, when it has just been seen."""
+        assert self._reference is not None
+        return np.rint(self._reference).astype(np.int64)
+
+    def look(self, loads: npt.ArrayLike) -> Sight:
+        """Take the counts [L, E] since the last look. Where the subject has changed, what was unlike the old one is the
+        new reference."""
         given = np.asarray(loads, dtype=np.float64)
         stretch = given if self._recent is None else self._recent + given
         self._recent = None
         if not tells_subject(stretch):
             self._recent = stretch
-            return False
+            return Sight.NOTHING_NEW
         if self._reference is None:
             self._reference = stretch
-            return False
+            return Sight.FIRST
         apart = float(unlikeness(stretch, self._reference))
         if apart <= UNLIKE + USUAL * self._usual:
             self._usual += LEARNING * (apart - self._usual)
             self._reference = FORGETTING * self._reference + stretch
             self._strange, self._in_a_row = None, 0
-            return False
+            return Sight.NOTHING_NEW
         self._strange = stretch if self._strange is None else self._strange + stretch
         self._in_a_row += 1
         if self._in_a_row < IN_A_ROW:
-            return False
+            return Sight.NOTHING_NEW
         self._reference, self._strange, self._in_a_row = self._strange, None, 0
-        return True
+        return Sight.CHANGED

@@ -2,8 +2,9 @@
 
 `python -m tests.bench.families qwen3_moe gpt_oss qwen3_next` makes a random checkpoint of hidden size 1024 of each
 family in bfloat16. It prints the share of the memory or compute floor that is reached on one core: by decode steps of
-1, 8 and 32 sequences of 160 tokens, and by a prompt of 512 tokens. Without arguments it takes all families of the
-tests, which takes several minutes. To be run alone on the machine.
+1, 8 and 32 sequences of 160 tokens, and by a prompt of 512 tokens. Without arguments it takes every family of the
+README's table, which takes several minutes. To be run alone on the machine. With `--checkpoints DIR` checkpoints are
+taken from there, and made there if they are missing; `--make` only makes them, so that this can be done at any time.
 
 A step reads each weight that it needs once, keys and values, and the states of its sequences, which it also writes.
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from tests.model.random_checkpoint import make_random_checkpoint
 BATCHES = (1, 8, 32)
 PROMPT = 512
 SIZES = {"hidden": 1024, "layers": 4, "experts": 32, "top_k": 4, "ff": 512, "vocab": 4096}
+_LONGROPE = FAMILIES["phimoe-longrope"]["rope_parameters"]
 WIDE: Mapping[str, Mapping[str, Any]] = {
     "qwen3_next": {"linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 128}
     | {"linear_value_head_dim": 128},
@@ -45,8 +48,19 @@ WIDE: Mapping[str, Mapping[str, Any]] = {
     "gemma4_text": {"sliding_window": 512},
     "jamba": {"mamba_d_state": 16},
     "minimax": {"intermediate_size": SIZES["ff"], "block_size": 256},
+    "dots1": {"sliding_window": 4096},
+    # a factor for each pair of numbers of a head
+    "phimoe-longrope": {
+        "rope_parameters": _LONGROPE
+        | {name: [f for f in _LONGROPE[name] for _ in range(4)] for name in ("short_factor", "long_factor")}
+    },
+    "deepseek_v32": {"index_topk": 2048, "index_n_heads": 32, "index_head_dim": 128},
+    "glm_moe_dsa": {"index_topk": 2048, "index_n_heads": 32, "index_head_dim": 128},
 }
 """Case -> fields in place of those that are small for tests."""
+APART = ("glm4_moe_lite", "mistral4", "axk1", "deepseek_v32", "glm_moe_dsa")
+"""Families of the README's table that are cases of no other table. Kimi-K2.5 is a DeepSeek-V3."""
+CASES = (*FAMILIES, *HYBRIDS, *APART)
 _SLOW = (CodePath.TRANSFORMERS, CodePath.TORCH)
 
 
@@ -72,9 +86,21 @@ def decode_floor_s(floor: Floor, batch: int, machine: Machine, state_bytes: int)
     return floor.decode_step_ms(batch, CONTEXT, machine) / 1e3 + moved_s
 
 
-def measure(case: str, threads: int) -> Measured:
-    with tempfile.TemporaryDirectory() as made:
-        path = make_random_checkpoint(Path(made) / case, **arguments_of(case))
+@contextmanager
+def checkpoint_of(case: str, kept: Path | None) -> Iterator[Path]:
+    """The directory of a case's checkpoint, which is made if it is not below `kept`."""
+    if kept is None:
+        with tempfile.TemporaryDirectory() as made:
+            yield make_random_checkpoint(Path(made) / case, **arguments_of(case))
+    elif (kept / case / "config.json").exists():
+        yield kept / case
+    else:
+        making = make_random_checkpoint(kept / f"{case}.part", **arguments_of(case))
+        yield making.rename(kept / case)
+
+
+def measure(case: str, threads: int, kept: Path | None) -> Measured:
+    with checkpoint_of(case, kept) as path:
         floor, vocabulary = floor_of(path), open_checkpoint(path).info.vocab_size
         machine = measure_machine(read_bytes=floor.weight_bytes)
         worker: DataPlane = load_worker(path, threads)
@@ -107,15 +133,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="cases of the tests, or model types of transformers")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="where checkpoints are kept")
+    parser.add_argument("--make", action="store_true", help="make the checkpoints below DIR and measure nothing")
     parser.add_argument("--reasons", action="store_true", help="print why no faster path serves a part")
     args = parser.parse_args(arguments)
+    cases = args.families or list(CASES)
+    if args.make:
+        if args.checkpoints is None:
+            parser.error("--make needs --checkpoints DIR")
+        for case in cases:
+            with checkpoint_of(case, args.checkpoints) as path:
+                print(path)
+        return
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     torch.set_num_threads(args.threads)
     machine = measure_machine()
     print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
     speeds = f"read {machine.read_gb_per_s:.0f} GB/s, multiply {machine.gemm_gflop_per_s:.0f} GFLOP/s"
     print(f"{args.threads} threads {speeds} of 512 MB; shares are of the rate for as many bytes as a model has\n")
-    measured = [measure(case, args.threads) for case in args.families or [*FAMILIES, *HYBRIDS]]
+    measured = [measure(case, args.threads, args.checkpoints) for case in cases]
     print(markdown(HEAD, [row(one) for one in measured]))
     if args.reasons:
         for one in measured:

@@ -6,10 +6,9 @@ import pytest
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part
 from elastic_moe.cluster.messages.epochs import WindowRoom
-from tests.bench.families import CONTEXT, HEAD, WIDE, Measured, arguments_of, decode_floor_s, row
+from tests.bench.families import CASES, CONTEXT, HEAD, WIDE, Measured, arguments_of, decode_floor_s, row
 from tests.bench.machine import Floor, Machine
 from tests.bench.workers import BLOCK, Case, Load
-from tests.model.families import FAMILIES, HYBRIDS
 
 
 def test_a_step_reads_and_writes_states() -> None:
@@ -31,7 +30,7 @@ def test_a_row_names_what_is_not_native() -> None:
 
 
 def test_cases_of_the_tests_are_made_wide() -> None:
-    assert WIDE.keys() <= (FAMILIES | HYBRIDS).keys()
+    assert WIDE.keys() <= set(CASES)
     made = arguments_of("qwen3_next")
     assert (made["hidden"], made["linear_key_head_dim"], made["family"]) == (1024, 128, "qwen3_next")
     assert arguments_of("afmoe")["family"] == "afmoe"

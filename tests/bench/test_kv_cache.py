@@ -30,6 +30,15 @@ def test_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (kv_cache.longest_here(both), kv_cache.longest_by_vllm(both)) == (16, 25)
 
 
+def test_states_take_the_same_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times here, since two steps may be in flight, and once in vLLM."""
+    monkeypatch.setattr(kv_cache, "ROOM_BYTES", 1_000_000)
+    layers = [layer(50)]
+    assert kv_cache.longest_here(layers, 100_000) == (1_000_000 - 3 * 100_000) // 100 // 16 * 16
+    assert kv_cache.longest_by_vllm(layers, 100_000) == (1_000_000 - 100_000) // 100
+    assert kv_cache.row("some", layers, 100_000)[5] == "0.1"
+
+
 def test_a_row_says_what_latents_save() -> None:
     cells = kv_cache.row("some", [layer(100), layer(100, window=64)])
     assert cells[:5] == ["some", "2, 1 with a window of 64", "0.4", "4.0", "50%"]

@@ -76,7 +76,7 @@ class Bench:
 
     def _spares(self, workers: list[psutil.Process]) -> set[int]:
         """The process that waits to be the next worker: one that is nobody's, while none is on its way."""
-        members = [w for w in self.ask("/admin/workers") or [] if w["state"] not in ("dead", "standby")]
+        members = [w for w in self.ask("/admin/workers") or [] if w["state"] not in ("dead", "stopped", "standby")]
         if not members or any(w["state"] == "starting" for w in members):
             return set()
         return {process.pid for process in workers} - {w["pid"] for w in members}

@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return drift(checkpoint, Path(directory) / "log")
         # in other types tokens depend on the number of workers: that they all come is what is checked then
         reference = load_reference(checkpoint) if options.dtype == "float32" else None
-        expected = Expected(reference, LONGEST if tiny else LONGEST_OF_OTHERS)
+        expected = Expected(reference, LONGEST if tiny else LONGEST_OF_OTHERS, options.expected)
         log = Path(options.log or Path(directory) / "log")
         flags = ["--rebalance-interval", "0", "--dtype", options.dtype, *(tiny_flags(checkpoint) if tiny else [])]
         if options.resident < 1:
@@ -186,6 +186,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=20, help=f"of '{LEAKS}', more than {SETTLED_CYCLES}")
     parser.add_argument("--drift", action="store_true", help="only: how soon re-placement follows a drift of traffic")
     parser.add_argument("--resident", type=float, default=1.0, help="share of experts that fit in memory")
+    parser.add_argument("--expected", type=Path, help="file of transformers' answers, which is made if it is missing")
     parser.add_argument("--log", help="where the server's output goes, to be kept")
     parser.add_argument(
         "--flag", action="append", default=[], help="a further flag of emoe serve, such as --flag=--x=y"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -43,15 +44,28 @@ ANSWER_S = 90.0
 class Expected:
     """transformers' answers: greedy tokens of a shorter answer are the beginning of a longer one's."""
 
-    def __init__(self, reference: Reference | None, longest: int) -> None:
-        """longest: output tokens of the longest answer. Without a reference their number alone is known."""
+    def __init__(self, reference: Reference | None, longest: int, kept: Path | None = None) -> None:
+        """longest: output tokens of the longest answer. Without a reference their number alone is known.
+
+        The answers are read from the file `kept`, or made and written to it, as making them takes long for some models.
+        """
         self.longest = longest
         self._reference = reference
-        self._tokens = [reference.greedy(list(prompt), longest) for prompt in PROMPTS] if reference else []
-        chats = [reference.chat(text) for text in TEXTS] if reference else []
-        self._chats = [reference.greedy(prompt, longest) for prompt in chats] if reference else []
-        grammar = json_grammar(SCHEMA, whitespace=False)
-        self._structured = [reference.structured(list(p), longest, grammar) for p in PROMPTS] if reference else []
+        self._tokens: list[list[int]] = []
+        self._chats: list[list[int]] = []
+        self._structured: list[list[int]] = []
+        if kept is not None and kept.exists():
+            self._tokens, self._chats, self._structured = json.loads(kept.read_text())
+        elif reference is not None:
+            self._make(reference)
+        if kept is not None and not kept.exists():
+            kept.write_text(json.dumps([self._tokens, self._chats, self._structured]))
+
+    def _make(self, reference: Reference) -> None:
+        longest, grammar = self.longest, json_grammar(SCHEMA, whitespace=False)
+        self._tokens = [reference.greedy(list(prompt), longest) for prompt in PROMPTS]
+        self._chats = [reference.greedy(reference.chat(text), longest) for text in TEXTS]
+        self._structured = [reference.structured(list(prompt), longest, grammar) for prompt in PROMPTS]
 
     def agrees(self, answer: str, prompt: int, tokens: int) -> bool:
         return self._reference is None or answer == self._reference.text(self._tokens[prompt][:tokens])

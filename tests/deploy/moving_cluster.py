@@ -14,6 +14,7 @@ import numpy.typing as npt
 import uvicorn
 
 from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.facts.routing import load_imbalance
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, PhaseCounts
 from elastic_moe.cluster.messages.views import (
@@ -174,6 +175,23 @@ class MovingCluster(FakeBackend):
 
     async def operations(self) -> list[Operation]:
         return list(self.done)
+
+
+@dataclass
+class SeveralGroups(MovingCluster):
+    """The first of several groups, and the whole server."""
+
+    others: tuple[MovingCluster, ...] = ()
+
+    @property
+    def num_groups(self) -> int:  # type: ignore[override]
+        return 1 + len(self.others)
+
+    def group(self, number: int) -> FakeBackend:
+        groups = (self, *self.others)
+        if number >= len(groups):
+            raise RequestError(f"engine: expected 0 to {len(groups) - 1}, got {number}", param="engine")
+        return groups[number]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from elastic_moe.cluster.placement import Move, WorkerId
 from elastic_moe.deploy.text.tokenizer import Tokenizer
 from elastic_moe.optimizer import PLANNERS
 from tests.browser import Browser, Tab, chromium, find_chromium
-from tests.deploy.moving_cluster import MovingCluster, served
+from tests.deploy.moving_cluster import MovingCluster, SeveralGroups, served
 
 CHROMIUM = find_chromium()
 pytestmark = [
@@ -254,6 +254,36 @@ def test_dry_run_do_it_pin_and_scale(browser: Browser, model_dir: Path) -> None:
         tab.wait("!document.querySelector('#set-count').disabled")
         tab.js("document.querySelector('#how-many').value = 4; document.querySelector('#set-count').click()")
         until(lambda: backend.scaled[-1] == (4, ()))
+
+
+@pytest.mark.timeout(120)
+def test_another_group_is_shown_and_changed(browser: Browser, model_dir: Path) -> None:
+    second = MovingCluster(layers=3, size=2)
+    backend = SeveralGroups(others=(second,))
+    workers = "document.querySelectorAll('#workers tbody tr').length"
+    with page_of(browser, MovingCluster(), model_dir) as tab:
+        shown(tab)
+        assert tab.js("document.querySelector('#engines').hidden")
+    with page_of(browser, backend, model_dir) as tab:
+        shown(tab)
+        names = "[...document.querySelector('#engine').options].map(o => o.textContent)"
+        assert tab.js(names) == ["Group 0 of 2", "Group 1 of 2"]
+        tab.js("document.querySelector('#engine').value = '1'")
+        tab.js("document.querySelector('#engine').dispatchEvent(new Event('change'))")
+        tab.wait(f"{workers} === 2")
+        assert tab.text("#map-caption").startswith("3 layers of 16 experts on 2 workers")
+        assert "arrived" not in tab.text("#moving")
+        tab.js("document.querySelector('#retire-which').value = 'w1'")
+        tab.click("#retire")
+        until(lambda: second.scaled == [(None, (WorkerId("w1"),))])
+        assert backend.scaled == []
+        # with the group that is shown the choice ends
+        backend.others = ()
+        tab.click("[data-show=cluster]")
+        second.done = []
+        tab.js("document.querySelector('#engine').dispatchEvent(new Event('change'))")
+        tab.wait(f"{workers} === 4")
+        assert tab.js("document.querySelector('#engines').hidden")
 
 
 @pytest.mark.timeout(120)

@@ -20,6 +20,7 @@ from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.states.packed import StateBatch
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.data_plane import DataPlane
+from tests.model.disturbed import answers_disturbed
 from tests.model.families import HYBRIDS, tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
 from tests.model.test_parity import COMPARED, LENGTHS, NEW_TOKENS, greedy, prompts, reference
@@ -73,19 +74,17 @@ def test_logits_of_mixed_prompts_in_chunks(checkpoint: Path) -> None:
             assert (row - expected).abs().max() < 1e-4, f"prompt of {LENGTHS[number]} tokens up to {piece.end}"
 
 
-@pytest.mark.parametrize("slots", [(8,), (4, 4), (3, 3, 2)], ids=str)
-@pytest.mark.parametrize("family", ["qwen3_next", "granitemoehybrid-mamba"])
-def test_greedy_tokens_for_any_number_of_workers(
-    family: str, slots: tuple[int, ...], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """The other families answer on two workers in `test_a_prefix_goes_on_from_a_snapshot`."""
-    checkpoint = tiny_checkpoint(family, tmp_path_factory)
-    texts = prompts(checkpoint)
-    got = Lockstep(checkpoint, slots).run([request(f"r{len(text)}", text, max_tokens=NEW_TOKENS) for text in texts])
-    for text in texts:
-        if len(text) in COMPARED:
-            answer = got[f"r{len(text)}"]
-            assert answer == greedy(checkpoint, text, claimed=answer), f"prompt of {len(text)} tokens"
+def test_greedy_tokens_whatever_happens(checkpoint: Path) -> None:
+    """On three workers with little memory, twice each prompt: see `answers_disturbed`."""
+    texts = [text for text in prompts(checkpoint) if len(text) in COMPARED] * 2
+    got = answers_disturbed(Lockstep(checkpoint, (3, 3, 2), kv_blocks=28), texts, NEW_TOKENS)
+    for text, answer in zip([*texts, texts[-1]], got, strict=True):
+        assert answer == greedy(checkpoint, text, claimed=answer)[: len(answer)], f"prompt of {len(text)} tokens"
+
+
+def test_greedy_tokens_on_one_worker(delta: Path) -> None:
+    """The families answer on two workers in `test_a_prefix_goes_on_from_a_snapshot`."""
+    compare(Lockstep(delta, [8]), delta, copies=1)
 
 
 @torch.no_grad()
@@ -181,13 +180,7 @@ def test_a_conversation_goes_on_behind_its_answer(delta: Path) -> None:
     assert cluster.scheduler.status().prefix_hits == 20
 
 
-def test_requests_are_preempted_and_computed_again(delta: Path) -> None:
-    cluster = Lockstep(delta, [4, 4], kv_blocks=24)
-    compare(cluster, delta, copies=4)
-    assert cluster.scheduler.status().preemptions > 0
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 3])
 def test_steps_that_are_run_again_change_nothing(delta: Path, depth: int) -> None:
     """Every third time, what the steps in flight have done is dropped, in prompts and in answers."""
     cluster = Lockstep(delta, [4, 4], depth=depth)

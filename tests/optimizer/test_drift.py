@@ -29,7 +29,8 @@ def task(seed: int, tokens: int = 1500) -> Trace:
 def drifted() -> PlacementProblem:
     """Planned for one task, then another comes."""
     workers = make_workers(4, nodes=1, num_experts=16)
-    old = plan(problem_from_trace(task(1), workers), planner="local_search", deadline_s=0.4).placement
+    task_1 = problem_from_trace(task(1), workers)
+    old = plan(task_1, planner="local_search", deadline_s=0.4, clock=time.process_time).placement
     return problem_from_trace(task(2), workers, current=old, expert_bytes=10**6)
 
 
@@ -133,7 +134,8 @@ def test_the_simulation_gains_under_drift_and_rests_without() -> None:
     assert any(look.changed for look in looks)
     assert np.mean([look.imbalance for look in looks]) < np.mean([look.imbalance_static for look in looks])
     placed = plan(problem_from_trace(task(1), workers), deadline_s=0.3).placement
-    calm = simulate(task(1), workers, dataclasses.replace(settings, policy=Policy(min_gain=0.2)), first=placed)
+    resting = dataclasses.replace(settings, policy=Policy(min_gain=0.2), quick=False)
+    calm = simulate(task(1), workers, resting, first=placed)
     assert not any(look.changed for look in calm)
     with pytest.raises(TraceError, match="less than one interval"):
         simulate(task(1, 100), workers, settings)

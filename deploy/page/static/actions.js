@@ -1,7 +1,7 @@
 // Changes of the cluster: dry run and re-placement, more or fewer workers, pins. Each shows its operation until it ends.
 
 import { ClusterMap } from "./clustermap.js";
-import { byId, h, setText } from "./dom.js";
+import { byId, h, options, setText } from "./dom.js";
 import { bytes, count, number, seconds, times } from "./format.js";
 import { call } from "./keys.js";
 import { operationRow } from "./tables.js";
@@ -51,6 +51,12 @@ export class Actions {
     }
     setText(byId("scale"), s ? `${number(s.serving)} serve, ${number(s.target)} wanted, ${number(s.min_workers)} to ${number(s.max_workers)} possible` + (s.autoscaler ? `; ${s.autoscaler}` : "") + (pinned ? "; the placement is pinned" : "") : "");
     this.#follow();
+  }
+
+  /** Forget what was shown of another group. */
+  clear() {
+    this.#target = null;
+    this.#say("");
   }
 
   retire(worker) {
@@ -156,13 +162,4 @@ export class Actions {
     this.#followed = null;
     this.outcome.replaceChildren(...(text ? [h("p", { class: "muted" }, text)] : []));
   }
-}
-
-/** Offer these values, and keep the chosen one if it is still among them. */
-function options(select, names) {
-  const known = [...select.options].map((option) => option.value);
-  if (known.join() === names.join()) return;
-  const chosen = select.value;
-  select.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
-  if (names.includes(chosen)) select.value = chosen;
 }

@@ -45,3 +45,13 @@ export function store(key, value) {
     return false;
   }
 }
+
+/** Offer these values, under names, and keep the chosen one if it is still among them. */
+export function options(select, values, nameOf = (value) => value) {
+  const named = values.map(nameOf);
+  const same = [...select.options].map((option) => option.textContent).join("\n") === named.join("\n");
+  if (same && select.options.length === values.length) return;
+  const chosen = select.value;
+  select.replaceChildren(...values.map((value, n) => h("option", { value }, named[n])));
+  if (values.includes(chosen)) select.value = chosen;
+}

@@ -1,6 +1,6 @@
 // The state of the cluster, kept from GET /admin/events: a snapshot, then changes.
 
-import { call } from "./keys.js";
+import { call, chooseEngine, chosenEngine } from "./keys.js";
 import { eventsOf } from "./sse.js";
 
 export const KEPT = 300;
@@ -27,23 +27,46 @@ export class Feed extends EventTarget {
   state = {};
   points = [];
   connected = false;
+  #stop = new AbortController();
+  #again = () => {};
+
+  /** Follow another group of workers. What is known of the one before is forgotten. */
+  follow(engine) {
+    chooseEngine(engine);
+    this.state = {};
+    this.points = [];
+    this.#stop.abort();
+    this.#again();
+  }
 
   async run() {
     let wait = FIRST_RETRY_MS;
     for (;;) {
       let problem = "the connection ended";
+      this.#stop = new AbortController();
+      const { signal } = this.#stop;
       try {
-        const response = await call("admin/events");
+        const response = await call("admin/events", { signal });
         for await (const { event, data } of eventsOf(response)) {
+          if (signal.aborted) break;
           this.#take(event, JSON.parse(data));
           wait = FIRST_RETRY_MS;
         }
       } catch (error) {
         problem = error instanceof TypeError ? "the server does not answer" : error.message;
         if (error.status === 401 || error.status === 403) wait = LAST_RETRY_MS;
+        // there are fewer groups than before
+        if (error.status === 400 && chosenEngine() !== 0) chooseEngine(0);
+      }
+      if (signal.aborted) {
+        wait = FIRST_RETRY_MS;
+        continue;
       }
       this.#connection(false, problem);
-      await new Promise((resolve) => setTimeout(resolve, wait));
+      await new Promise((resolve) => {
+        this.#again = resolve;
+        setTimeout(resolve, wait);
+      });
       wait = Math.min(LAST_RETRY_MS, 2 * wait);
     }
   }

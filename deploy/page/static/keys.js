@@ -23,6 +23,20 @@ export function keyOf(kind) {
   }
 }
 
+let engine = 0;
+
+/** The group of workers whose cluster is shown and changed: its engine's number. */
+export const chosenEngine = () => engine;
+
+export function chooseEngine(number) {
+  engine = number;
+}
+
+/** A path for the chosen group. The first one needs no name, so that servers with one group see the paths they know. */
+function ofEngine(path) {
+  return engine === 0 ? path : `${path}${path.includes("?") ? "&" : "?"}engine=${engine}`;
+}
+
 let asking = null;
 
 /** Ask the user for a key. Resolves to whether one was given; questions at the same time share one dialog. */
@@ -57,7 +71,7 @@ export async function call(path, options = {}) {
     if (options.json !== undefined) headers["Content-Type"] = "application/json";
     const { json, ...rest } = options;
     const body = json === undefined ? undefined : JSON.stringify(json);
-    const response = await fetch(path, { ...rest, headers, body, credentials: "omit", cache: "no-store" });
+    const response = await fetch(kind === "admin" ? ofEngine(path) : path, { ...rest, headers, body, credentials: "omit", cache: "no-store" });
     if (response.ok) return response;
     const error = await failure(response);
     if (response.status !== 401 || !(await ask(kind, error.message))) throw error;

@@ -5,7 +5,7 @@ import { Charts } from "./charts.js";
 import { Chat } from "./chat.js";
 import { ClusterMap } from "./clustermap.js";
 import { EXPERT_FACTOR, WORKER_LAYER_FACTOR, forget, loadColour } from "./colours.js";
-import { byId, choose, h, setText, store, stored } from "./dom.js";
+import { byId, choose, h, options, setText, store, stored } from "./dom.js";
 import { Feed } from "./feed.js";
 import { count, number, times } from "./format.js";
 import { LayerDetail } from "./layer.js";
@@ -44,6 +44,7 @@ class Page {
       };
     }
     choose(document, "detail", "auto");
+    byId("engine").onchange = (event) => this.#follow(Number(event.target.value));
     byId("theme").onclick = () => this.#theme(THEMES[(THEMES.indexOf(stored("emoe.theme", "system")) + 1) % THEMES.length]);
     this.#theme(stored("emoe.theme", "system"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#repaint());
@@ -66,6 +67,20 @@ class Page {
     byId("theme").setAttribute("aria-label", `Theme: ${name}. Change it`);
     store("emoe.theme", name);
     this.#repaint();
+  }
+
+  /** Show, and change, another group of workers. */
+  #follow(engine) {
+    this.#view = null;
+    this.#openLayer(null);
+    this.actions.clear();
+    this.feed.follow(engine);
+  }
+
+  #engines({ count: groups, number: chosen }) {
+    byId("engines").hidden = groups < 2;
+    options(byId("engine"), Array.from({ length: groups }, (_, n) => String(n)), (n) => `Group ${n} of ${groups}`);
+    byId("engine").value = String(chosen);
   }
 
   #repaint() {
@@ -97,6 +112,7 @@ class Page {
   #state({ before, state }) {
     const { status, placement, model } = state;
     setText(byId("model"), model.name);
+    this.#engines(state.engines ?? { count: 1, number: 0 });
     this.chat.maxModelLen = model.max_model_len ?? null;
     document.title = `${model.name} · Elastic MoE`;
     const share = status.resident === undefined ? "" : ` with ${Math.floor(100 * status.resident)} % of the experts in memory`;

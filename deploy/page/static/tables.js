@@ -20,7 +20,8 @@ export function drawWorkers(state, view, onretire) {
   );
   if (focused) table.querySelector(`[data-focus="${focused}"]`)?.focus();
   const serving = workers.filter((worker) => worker.state === "serving").length;
-  setText(byId("workers-caption"), `${number(serving)} of ${number(workers.length)} serve`);
+  const present = workers.filter((worker) => !["dead", "stopped"].includes(worker.state)).length;
+  setText(byId("workers-caption"), `${number(serving)} of ${number(present)} serve`);
 }
 
 const rank = (worker) => (worker.rank < 0 ? 1e6 : worker.rank);

@@ -25,7 +25,7 @@ from elastic_moe.optimizer.core.estimate import estimate_coactivation
 from elastic_moe.optimizer.core.problem import Links
 from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.subjects.likeness import mixes
-from elastic_moe.optimizer.subjects.memory import Remembered
+from elastic_moe.optimizer.subjects.memory import PRESENT_SHARE, Remembered
 from tests.actors.fakes import MODEL
 from tests.cluster.stories import facts_of, member, team
 
@@ -166,7 +166,7 @@ def test_placements_are_planned_for_remembered_subjects_and_the_preview_tells_ea
     assert "with 1 remembered subject (" in decision.reason
     assert f"{decision.seen_gain:.1%} on what was seen" in decision.reason
     (subject,) = preview(problem, result, decision, remembered).subjects
-    assert (subject.age_s, subject.weight) == (60.0, 0.5)
+    assert (subject.age_s, subject.weight) == (60.0, pytest.approx(1 - PRESENT_SHARE))
     assert subject.cost_after < subject.cost_before
     alone = plan(build_problem(TOLD, PLACEMENT, load, nothing, dtype="bfloat16"), planner="local_search", deadline_s=1)
     assert preview(problem, alone, decision).subjects == ()

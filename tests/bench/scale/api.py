@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.groups import Groups
 from elastic_moe.deploy.backend.ray_backend import RayBackend
 from elastic_moe.deploy.launch.builtin import MODEL, MODEL_DIR
+from elastic_moe.deploy.web.direct import serve_directly
 
 FIRST_TOKEN, NUM_TOKENS = 300, 2000
 """The tokens that the engine makes, one after the other: words and parts of words."""
@@ -104,6 +106,7 @@ async def _replica(endpoint: Endpoint, pipe: Connection) -> None:
     service = Service(ServeConfig(), backend, str(MODEL_DIR))
     backend.begin()
     await service.begin()
+    serve_directly()
     config = uvicorn.Config(create_app(service), port=0, log_level="warning", access_log=False, lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -152,6 +155,8 @@ class _Readers:
 
 
 async def _read(ports: list[int], streams: int, pipe: Connection) -> None:
+    # clients are elsewhere: they do not take a replica's core from it each time that it writes
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     readers = _Readers()
     tasks = [asyncio.create_task(readers.read(port, n)) for port in ports for n in range(streams)]
     while await asyncio.to_thread(pipe.recv):

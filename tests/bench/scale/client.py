@@ -53,7 +53,9 @@ async def _submit(endpoint: Endpoint, sequences: int, pipe: Connection) -> None:
     await link.call(Hello(client_id="bench"))
     for begin in range(0, sequences, AT_ONCE):
         numbers = range(begin, min(sequences, begin + AT_ONCE))
-        await link.call(Submit(requests=tuple(request(number) for number in numbers)))
+        await link.call(
+            Submit(requests=tuple(request(number) for number in numbers), numbers=tuple(n + 1 for n in numbers))
+        )
     await asyncio.to_thread(pipe.recv)
     pipe.send(reader.tokens)
     link.close()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import psutil
+import uvloop
 
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.engine.step_loop import StepLoop
@@ -111,7 +112,7 @@ def measure(
     workers: int, sequences: int, *, processes: int, seconds: float, step_s: float, token_s: float
 ) -> EngineCost:
     with fleet(workers, processes, step_s=step_s, token_s=token_s) as endpoints:
-        return asyncio.run(_measure(endpoints, sequences, seconds, step_s, token_s))
+        return uvloop.run(_measure(endpoints, sequences, seconds, step_s, token_s))
 
 
 async def _measure(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from elastic_moe.cluster.control.rebalancing import FULL_LOOK_S, Judgement, judge, room, too_much, worth_a_look
+from elastic_moe.cluster.control.rebalancing import SETTLING_S, Judgement, judge, room, too_much, worth_a_look
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.facts.events import (
     PlaceRequested,
@@ -221,18 +221,30 @@ def test_a_change_of_subject_is_answered_at_once_and_looked_at_whole_soon_after(
     assert "the subject of the traffic has changed" in newest(sim).reason
     sim.settle()
     sim.log.clear()
-    sim.now += FULL_LOOK_S - 20
     sim.feed(Tick())
     assert not sent(sim, Solve)
-    sim.now += 25
+    for look, after_s in enumerate(SETTLING_S):
+        sim.now += after_s
+        sim.feed(Tick())
+        assert [(solve.planner, solve.settling) for solve in sent(sim, Solve)] == [(None, True)] * (look + 1)
+        answer(sim, worthwhile=True, no_worse=True)
+        sim.settle()
+    sim.now += 2 * SETTLING_S[-1]
     sim.feed(Tick())
-    assert [solve.planner for solve in sent(sim, Solve)] == [None]
-    answer(sim, worthwhile=True, no_worse=True)
-    sim.settle()
+    assert len(sent(sim, Solve)) == len(SETTLING_S), "after these looks the interval is the usual one"
+
+
+def test_looks_whose_time_came_while_something_else_was_under_way_are_one() -> None:
+    sim = serving(2, interval_s=600.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.feed(SubjectChanged(first=True))
+    assert "the first subject is known" in newest(sim).reason
+    sim.now += SETTLING_S[-1] + 1
+    answer(sim, worthwhile=False, no_worse=True)
     sim.log.clear()
-    sim.now += FULL_LOOK_S + 5
-    sim.feed(Tick())
-    assert not sent(sim, Solve), "after the full look the interval is the usual one"
+    for _ in range(2):
+        sim.feed(Tick())
+    assert [solve.settling for solve in sent(sim, Solve)] == [True]
 
 
 @pytest.mark.parametrize("why", ["on request only", "pinned", "planning", "lone"])

@@ -19,7 +19,7 @@ from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import LoadSeen, Reconfigured, ScaleRequested, Tick, WorkerLost
 from elastic_moe.cluster.facts.facts import ControlSettings
 from elastic_moe.cluster.messages.epochs import StateRoom
-from elastic_moe.cluster.messages.views import Phase
+from elastic_moe.cluster.messages.views import Phase, WorkerState
 from elastic_moe.cluster.placement import WorkerId
 from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation
 from tests.cluster.stories import IDLE, PART, W0, W1, W2, facts_of, member, newest, serving
@@ -86,7 +86,7 @@ def test_a_repeated_scaling_is_the_same_operation() -> None:
 def test_a_waiting_scaling_is_replaced_only_if_the_new_one_says_so() -> None:
     sim = serving(2)
     sim.feed(ScaleRequested(workers=4, operation_id="first"))
-    with pytest.raises(ConflictError, match="first"):
+    with pytest.raises(ConflictError, match=r"first is under way \(scale: .*4"):
         sim.feed(ScaleRequested(workers=3))
     assert sim.facts.target == 4
     sim.feed(ScaleRequested(workers=2, replace=True))
@@ -126,6 +126,7 @@ def test_one_worker_is_replaced_by_another() -> None:
     sim.settle()
     assert sim.facts.ranks == (W0, W2)
     assert sim.state.progress(newest(sim)) == (1.0, True)
+    assert sim.facts.records[W1].state is WorkerState.STOPPED, "nobody has lost it"
 
 
 def test_the_autoscaler_scales_with_its_reason() -> None:

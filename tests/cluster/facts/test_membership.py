@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from elastic_moe.cluster.facts.events import Probe, StartWorker, StopWorker
-from elastic_moe.cluster.facts.membership import DEAD_REMEMBERED, Membership, needs, serves
+from elastic_moe.cluster.facts.membership import ENDED_REMEMBERED, Membership, needs, serves
 from elastic_moe.cluster.messages.views import WorkerState
 from elastic_moe.cluster.placement import WorkerId
 from tests.cluster.simulation import EXPERTS, LAYERS, info
@@ -65,12 +65,12 @@ def test_nothing_is_counted_on_at_a_dead_worker(two: Membership) -> None:
 
 
 def test_some_of_the_dead_are_remembered_and_those_in_use(two: Membership) -> None:
-    for _ in range(2 * DEAD_REMEMBERED):
+    for _ in range(2 * ENDED_REMEMBERED):
         two.stop(two.start(ALL, 0.0).worker)
     two.stop(W1)
-    two.forget_dead({W1})
+    two.forget_ended({W1})
     dead = [member.id for member in two.records.values() if not member.alive]
-    assert len(dead) == DEAD_REMEMBERED + 1
+    assert len(dead) == ENDED_REMEMBERED + 1
     assert W1 in dead
 
 

@@ -16,12 +16,12 @@ import pytest
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.epochs import Epoch
-from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, OperationKind, Revision
+from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, OperationKind, Readiness, Revision
 from elastic_moe.deploy.api.events import MAX_LISTENERS, QUEUE, Hub, ListenerStream
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.page.files import FOLDER, read_files
 from elastic_moe.optimizer import PLANNERS
-from tests.deploy.moving_cluster import MovingCluster
+from tests.deploy.moving_cluster import MovingCluster, SeveralGroups
 
 Call = Callable[..., httpx.Response]
 SOON_S = 20.0
@@ -120,6 +120,28 @@ def test_there_is_a_point_for_each_report_of_the_engine(model_dir: Path) -> None
         await stream.aclose()
 
     run(work)
+
+
+def test_each_group_has_a_state_of_its_own(model_dir: Path) -> None:
+    second = MovingCluster(size=2, state=Readiness(ready=False, reason="starting"))
+    service = service_of(SeveralGroups(others=(second,)), model_dir)
+
+    async def work() -> None:
+        await service.begin()
+        for engine, workers, reason in ((0, 4, "serving"), (1, 2, "starting")):
+            stream = events_of(Hub(service, poll_s=0.01, engine=engine))
+            _, first = decoded(await anext(stream))
+            assert first["state"]["engines"] == {"count": 2, "number": engine}
+            assert (len(first["state"]["workers"]), first["state"]["status"]["reason"]) == (workers, reason)
+            await stream.aclose()
+        service.close()
+
+    run(work)
+
+
+def test_a_group_that_is_not_there_has_no_events(call: Call) -> None:
+    refused = call("GET", "/admin/events?engine=1")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "engine")
 
 
 def test_a_page_that_opens_later_gets_the_curves_so_far(model_dir: Path) -> None:

@@ -66,11 +66,17 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--device", "tpu"], "--device"),
         (["serve", "--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
         (["sevre"], "sevre"),
-        ([], "COMMAND"),
     ],
 )
 def test_mistakes_are_reported_before_anything_starts(args: list[str], says: str) -> None:
     assert says in one_line(emoe(*args))
+
+
+def test_the_command_alone_shows_its_verbs() -> None:
+    result = emoe()
+    assert result.returncode == 2
+    assert "serve a model over HTTP" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("emoe: error: expected a COMMAND")
 
 
 def test_mistakes_and_help_need_no_heavy_import() -> None:

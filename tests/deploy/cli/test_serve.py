@@ -48,6 +48,11 @@ def test_errors_are_printed_for_the_user(
     assert capsys.readouterr().err == f"emoe: error: {error}\n"
 
 
+def test_a_calibration_file_that_a_user_names_must_be_there() -> None:
+    with pytest.raises(ConfigError, match=r"/no/such\.json: No such file"):
+        cli_serve._checked_model(ServeConfig(calibration="/no/such.json"))
+
+
 def test_a_failed_start_is_reported_to_the_supervisor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ from elastic_moe.deploy.cli.top_look import (  # fmt: skip
     NotAServer,
     SeenPath,
     SeenWorker,
+    asked_path,
     mean_s,
     rate,
     read_look,
@@ -124,9 +125,28 @@ def test_groups_are_counted_and_shares_averaged(answers: Answers) -> None:
         for name in ("emoe:balancedness", "vllm:num_requests_running")
         for engine, value in enumerate((0.5, 1.0))
     ]
-    look = read_look({**answers, METRICS: "\n".join(rows).encode()}, 0.0)
-    assert look.groups == 2
-    assert look.metrics == {"emoe:balancedness": 0.75, "vllm:num_requests_running": 1.5}
+    answers = {**answers, METRICS: "\n".join(rows).encode()}
+    seen = read_look(answers, 0.0)
+    assert (seen.groups, seen.engine) == (2, None)
+    assert seen.metrics == {"emoe:balancedness": 0.75, "vllm:num_requests_running": 1.5}
+    assert "figures of 2 groups, workers and operations of group 0" in drawn(View(url="u", now=seen), width=160)
+    one = read_look(answers, 0.0, engine=1)
+    assert one.metrics == {"emoe:balancedness": 1.0, "vllm:num_requests_running": 1.0}
+    assert "group 1 of 2" in drawn(View(url="u", now=one), width=160)
+
+
+def test_one_group_is_asked_for(canned: Canned, answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
+    canned.answers = {asked_path(path, 1): body for path, body in answers.items()}
+    assert sum(path.endswith("?engine=1") for path in canned.answers) == 5
+    top = ["top", "--url", canned.url, "--once", "--interval", "0.1", "--engine"]
+    assert main([*top, "1"]) == 0
+    assert "group 1 of 1" in capsys.readouterr().out
+    canned.status = 400
+    canned.answers = {"/admin/workers?engine=7": b'{"error": {"message": "engine: expected 0 to 1, got 7"}}'}
+    with pytest.raises(ConfigError, match=r"--engine: .*: engine: expected 0 to 1, got 7"):
+        ask(canned.url + "/admin/workers?engine=7", None)
+    assert main([*top, "-1"]) == 2
+    assert "--engine: expected a number from 0, got -1" in capsys.readouterr().err
 
 
 def test_a_server_that_starts_is_read() -> None:

@@ -14,9 +14,10 @@ from tokenizers import decoders, models
 
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, RequestId, SamplingParams, TokenOutput
 from elastic_moe.deploy.generation.answer import Answer
+from elastic_moe.deploy.text.byte_detokenizer import ByteDetokenizer
 from elastic_moe.deploy.text.detokenizer import REPLACEMENT, Detokenizer, StopStrings
 from elastic_moe.deploy.text.tokenizer import Tokenizer
-from tests.deploy.fakes import make_tokenizer
+from tests.deploy.fakes import make_sentencepiece_tokenizer, make_tokenizer
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -24,6 +25,13 @@ Decode = Callable[[Sequence[int]], str]
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> RustTokenizer:
     return make_tokenizer(tmp_path_factory.mktemp("byte-level"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("model")
+    make_tokenizer(directory)
+    return Tokenizer.load(str(directory))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,39 @@ def stream(decode: Decode, tokens: Sequence[int], prompt: Sequence[int] = ()) ->
 def test_the_stream_is_the_text_of_all_tokens(byte_level: RustTokenizer, tokens: list[int]) -> None:
     decode = decoder(byte_level)
     assert "".join(stream(decode, tokens)) == decode(tokens)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    prompt=st.lists(st.integers(0, 329), max_size=6),
+    tokens=st.lists(st.integers(0, 332), max_size=40),
+    skip=st.booleans(),
+    texts=st.lists(st.text(max_size=4), max_size=4),
+)
+def test_a_table_of_bytes_says_the_same(
+    model: Tokenizer, prompt: list[int], tokens: list[int], skip: bool, texts: list[str]
+) -> None:
+    tokens += chain(*map(model.encode, texts))
+    detokenizer = model.detokenizer(prompt, skip_special_tokens=skip)
+    pieces = [*map(detokenizer.push, tokens), detokenizer.flush()]
+    whole = model.decode(tokens, skip_special_tokens=skip)
+    if isinstance(detokenizer, ByteDetokenizer):
+        assert "".join(pieces) == whole
+        # nothing is held back but the beginning of a character
+        for end in range(len(tokens)):
+            text = model.decode(tokens[: end + 1], skip_special_tokens=skip)
+            assert text.startswith("".join(pieces[: end + 1]))
+            assert text.rstrip(REPLACEMENT).startswith("".join(pieces[: end + 1]).rstrip(REPLACEMENT))
+    else:
+        assert model.decode(prompt[-4:], skip_special_tokens=skip).endswith(REPLACEMENT)
+
+
+def test_only_vocabularies_of_bytes_have_a_table(model: Tokenizer, tmp_path: Path) -> None:
+    assert isinstance(model.detokenizer((), skip_special_tokens=True), ByteDetokenizer)
+    half = model.encode("😀")[:1]
+    assert isinstance(model.detokenizer(half, skip_special_tokens=True), Detokenizer)
+    make_sentencepiece_tokenizer(tmp_path)
+    assert isinstance(Tokenizer.load(str(tmp_path)).detokenizer((), skip_special_tokens=True), Detokenizer)
 
 
 @settings(max_examples=300, deadline=None)

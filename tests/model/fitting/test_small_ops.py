@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
-from elastic_moe.cluster.fit import FitNotes
+from elastic_moe.cluster.fit import CodePath, FitNotes, Part
 from elastic_moe.model.fitting.small_ops import fit_trunk
+from elastic_moe.model.native.router import ScoredRouter
 
 
 class Norm(nn.Module):
@@ -48,6 +53,28 @@ def test_norms_are_recognised(lib: ctypes.CDLL, style: str, size: int) -> None:
     torch.testing.assert_close(norm(x), expected, rtol=2**-7, atol=1e-6)
     assert torch.equal(norm(x[1, 2]), norm(x)[1, 2])
     assert torch.equal(norm(x.transpose(0, 1)), norm(x).transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Qwen3NextRMSNormGated, {"hidden_size": 40}),
+        (KimiLinearRMSNormGated, {"hidden_size": 40}),
+        (NemotronHRMSNormGated, {"hidden_size": 40, "group_size": 20}),
+    ],
+)
+def test_norms_with_a_gate_are_recognised(lib: ctypes.CDLL, kind: type[nn.Module], fields: dict[str, int]) -> None:
+    g = torch.Generator().manual_seed(1)
+    norm = kind(**fields).bfloat16()
+    norm.weight.data.copy_(torch.randn(40, generator=g))  # type: ignore[union-attr, operator]
+    x, gates = torch.randn(3, 5, 40, generator=g).bfloat16(), torch.randn(3, 5, 96, generator=g).bfloat16()
+    expected = norm(x, gates[..., 7:47])
+    notes = FitNotes()
+    fit_trunk(lib, norm, notes)
+    assert [row.path for row in notes.rows() if row.part is Part.NORMS] == [CodePath.NATIVE]
+    torch.testing.assert_close(norm(x, gates[..., 7:47]), expected, rtol=2**-6, atol=1e-6)
+    # rows in float32 keep their dtype
+    assert norm(x.float(), gates[..., 7:47]).dtype == torch.float32
 
 
 def test_other_modules_are_left_alone(lib: ctypes.CDLL) -> None:
@@ -144,10 +171,11 @@ def test_of_equal_experts_the_first_is_chosen(lib: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("style", ["sigmoid", "scaled"])
-def test_other_choices_are_left_alone(lib: ctypes.CDLL, style: str) -> None:
+def test_a_scale_is_not_guessed(lib: ctypes.CDLL, style: str) -> None:
     router = Choice(style, 8)
     fit_trunk(lib, router, FitNotes())
-    assert "forward" not in vars(router)
+    # a scale that is none of the module's numbers is not guessed
+    assert isinstance(vars(router).get("forward"), ScoredRouter) == (style == "sigmoid")
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -190,6 +218,24 @@ def test_rotary_embedding_gives_the_same_bits(lib: ctypes.CDLL, size: int, monke
     for args in ((q.float(), k.float(), cos, sin), (q[..., :4], k[..., :4], cos[..., :4], sin[..., :4])):
         for got, expected in zip(fit(*args), rotary(*args), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("size", [6, 32, 40])
+def test_a_rotary_embedding_of_pairs_gives_the_same_bits(
+    lib: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = modeling_deepseek_v3.apply_rotary_pos_emb_interleave
+    theirs = getattr(theirs, "emoe_original", theirs)
+    file: Any = ModuleType("some_modelling_file")
+    file.apply_rotary_pos_emb_interleave = theirs
+    monkeypatch.setitem(__import__("sys").modules, file.__name__, file)
+    fit_trunk(lib, type("Model", (nn.Module,), {"__module__": file.__name__})(), FitNotes())
+    assert file.apply_rotary_pos_emb_interleave is not theirs
+    g = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1, 5, n, size + 8, generator=g).bfloat16().transpose(1, 2)[..., 8:] for n in (6, 1))
+    cos, sin = (torch.randn(1, 5, size, generator=g).bfloat16() for _ in range(2))
+    for got, expected in zip(file.apply_rotary_pos_emb_interleave(q, k, cos, sin), theirs(q, k, cos, sin), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_another_rotary_embedding_is_left_alone(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:

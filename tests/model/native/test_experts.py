@@ -28,14 +28,16 @@ GATES = {
     "silu-limited": Gate(kind=0, interleaved=False, limit=1.5, alpha=1.5),
     "gpt-oss": Gate(kind=1, interleaved=True, limit=1.5, alpha=1.75),
     "halves": Gate(kind=1, interleaved=False, limit=1.5, alpha=1.75),
+    "gelu": Gate(kind=2, interleaved=False, limit=math.inf, alpha=1.0),
+    "relu2": Gate(kind=3, interleaved=False, limit=math.inf, alpha=1.0),
 }
 
 
 def module(gate: Gate | None, experts: int, *, transposed: bool = False, **constants: float) -> Any:
     """A module with those parts of an expert module that a test needs."""
     made: Any = nn.Module()
-    made.has_gate, made.is_transposed, made.num_experts = True, transposed, experts
-    made._apply_gate = gate
+    made.has_gate, made.is_transposed, made.num_experts = getattr(gate, "kind", 0) != 3, transposed, experts
+    made._apply_gate = made.act_fn = gate
     for name, value in constants.items():
         setattr(made, name, value)
     return made
@@ -45,15 +47,18 @@ def draw(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
 
 
-def expert(seed: int, hidden: int, width: int, *, biased: bool, transposed: bool) -> dict[str, Tensor]:
+def expert(
+    seed: int, hidden: int, width: int, *, biased: bool, transposed: bool, gate: str = "silu"
+) -> dict[str, Tensor]:
+    first, parts = GATES[gate].first, GATES[gate].parts
     tensors = {
-        "gate_up_proj": draw(seed, 2 * width, hidden, scale=hidden**-0.5),
+        first: draw(seed, parts * width, hidden, scale=hidden**-0.5),
         "down_proj": draw(seed + 1, hidden, width, scale=width**-0.5),
     }
     if transposed:
         tensors = {name: matrix.T.contiguous() for name, matrix in tensors.items()}
     if biased:
-        tensors |= {"gate_up_proj_bias": draw(seed + 2, 2 * width), "down_proj_bias": draw(seed + 3, hidden)}
+        tensors |= {f"{first}_bias": draw(seed + 2, parts * width), "down_proj_bias": draw(seed + 3, hidden)}
     return tensors
 
 
@@ -119,7 +124,7 @@ def reference(
     out = torch.zeros(x.shape, dtype=torch.float64)
     for e, tensors in experts.items():
         row, choice = (index == e).nonzero(as_tuple=True)
-        y = linear(gate(linear(x[row], tensors, "gate_up_proj")), tensors, "down_proj")
+        y = linear(gate(linear(x[row], tensors, gate.first)), tensors, "down_proj")
         out.index_add_(0, row, y.double() * weight[row, choice, None].double())
     return out
 
@@ -157,7 +162,7 @@ def test_sums_are_right(
     native = NativeExperts(lib, module(GATES[gate], 8, transposed=transposed), GATES[gate], form)
     experts = {}
     for e in held:
-        tensors = expert(10 * e, hidden, width, biased=biased, transposed=transposed)
+        tensors = expert(10 * e, hidden, width, biased=biased, transposed=transposed, gate=gate)
         # what rounding costs is measured elsewhere
         comes, experts[e] = in_form(lib, form, tensors, transposed)
         assert native.takes(comes)
@@ -206,7 +211,7 @@ def test_threads_and_types_of_routing_change_nothing(lib: ctypes.CDLL, monkeypat
 @pytest.mark.parametrize("gate", sorted(GATES))
 def test_an_expert_comes_back_as_it_was_put(lib: ctypes.CDLL, gate: str, transposed: bool) -> None:
     native = NativeExperts(lib, module(None, 1, transposed=transposed), GATES[gate])
-    tensors = expert(0, 70, 66, biased=True, transposed=transposed)
+    tensors = expert(0, 70, 66, biased=True, transposed=transposed, gate=gate)
     assert native.takes(tensors)
     native.put(0, tensors)
     back = native.get(0)
@@ -309,9 +314,9 @@ def test_odd_sizes_are_left_to_the_pytorch_path(lib: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("form", ExpertForm)
 def test_a_gate_that_is_not_a_number_stays_so(lib: ctypes.CDLL, form: ExpertForm) -> None:
     """A broken activation must show in the answer, not vanish in a clamp."""
-    for gate in GATES.values():
+    for name, gate in GATES.items():
         native = NativeExperts(lib, module(None, 1), gate, form)
-        native.put(0, in_form(lib, form, expert(0, 64, 64, biased=False, transposed=False), False)[0])
+        native.put(0, in_form(lib, form, expert(0, 64, 64, biased=False, transposed=False, gate=name), False)[0])
         x = draw(1, 2, 64)
         x[0] = math.nan
         out = native.forward(x, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
@@ -326,9 +331,16 @@ def test_gates_are_found_by_trying(name: str) -> None:
     found = find_gate(module(gate, 1, some_alpha=gate.alpha, unrelated=0.25, **limit))
     assert found is not None
     assert (found.kind, found.interleaved, found.limit) == (gate.kind, gate.interleaved, gate.limit)
-    assert gate.kind == 0 or found.alpha == gate.alpha
+    assert gate.kind != 1 or found.alpha == gate.alpha
+
+
+def test_the_gate_of_gemma_is_found() -> None:
+    """torch computes gelu of dense rows and of halves of rows by other instructions."""
+    found = find_gate(module(lambda x: F.gelu(x.chunk(2, -1)[0], approximate="tanh") * x.chunk(2, -1)[1], 1))
+    assert found is not None
+    assert found.kind == 2
 
 
 def test_other_gates_are_left_alone() -> None:
     assert find_gate(module(lambda x: torch.nn.functional.gelu(x[:, :32]) * x[:, 32:], 1)) is None
-    assert find_gate(SimpleNamespace(has_gate=False)) is None  # type: ignore[arg-type]
+    assert find_gate(SimpleNamespace(has_gate=False, act_fn=F.silu)) is None  # type: ignore[arg-type]

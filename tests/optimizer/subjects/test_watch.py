@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.optimizer.subjects.watch import SubjectWatch
+from elastic_moe.optimizer.subjects.watch import Sight, SubjectWatch
 from tests.optimizer.subjects.test_memory import EXPERTS, LAYERS, stretch, subject
 
 
@@ -16,8 +16,9 @@ from tests.optimizer.subjects.test_memory import EXPERTS, LAYERS, stretch, subje
 )
 def test_one_change_is_noticed_once_and_soon(seeds: tuple[int, int], noise: int, choices: int) -> None:
     watch, rng = SubjectWatch(), np.random.default_rng(noise)
-    assert not any(watch.look(stretch(seeds[0], rng, choices)) for _ in range(40))
-    noticed = [look for look in range(40) if watch.look(stretch(seeds[1], rng, choices))]
+    seen = [watch.look(stretch(seeds[0], rng, choices)) for _ in range(40)]
+    assert [sight for sight in seen if sight is not Sight.NOTHING_NEW] == [Sight.FIRST]
+    noticed = [look for look in range(40) if watch.look(stretch(seeds[1], rng, choices)) is Sight.CHANGED]
     assert len(noticed) == 1
     # a stretch is over when its counts could tell a subject; the first may have begun before the change
     looks_of_a_stretch = 1 + 130 // choices
@@ -28,13 +29,16 @@ def test_a_slow_drift_is_followed() -> None:
     watch, rng = SubjectWatch(), np.random.default_rng(0)
     for step in range(400):
         mix = (1 - step / 400) * subject(0) + step / 400 * subject(1)
-        assert not watch.look(np.stack([rng.multinomial(2000, shares) for shares in mix]))
+        sight = watch.look(np.stack([rng.multinomial(2000, shares) for shares in mix]))
+        assert sight is (Sight.NOTHING_NEW if step else Sight.FIRST)
 
 
 def test_nothing_counted_is_nothing_new() -> None:
     watch = SubjectWatch()
-    assert not watch.look(np.zeros((LAYERS, EXPERTS)))
-    assert not watch.look(stretch(0, np.random.default_rng(0)))
+    assert watch.look(np.zeros((LAYERS, EXPERTS))) is Sight.NOTHING_NEW
+    counts = stretch(0, np.random.default_rng(0))
+    assert watch.look(counts) is Sight.FIRST
+    assert (watch.present == counts).all()
 
 
 def test_requests_that_differ_among_themselves_are_one_subject() -> None:
@@ -47,5 +51,5 @@ def test_requests_that_differ_among_themselves_are_one_subject() -> None:
             themes = rng.dirichlet((2.0, 2.0, 2.0))
             mix = sum(theme * subject(50 + number) for number, theme in enumerate(themes))
             loads += np.stack([rng.multinomial(400, shares) for shares in mix])
-        changes += watch.look(loads)
+        changes += watch.look(loads) is Sight.CHANGED
     assert changes <= 3
