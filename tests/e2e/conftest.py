@@ -129,9 +129,9 @@ class Reference:
     """The longest answer to each prompt. A shorter one is its beginning."""
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
-        known = self.known.get(tuple(prompt), [])
+        known = self.known.setdefault(tuple(prompt), [])
         if len(known) < tokens:
-            known = self.known[tuple(prompt)] = self._generated(prompt, tokens)
+            known += self._generated([*prompt, *known], tokens - len(known))
         return known[:tokens]
 
     def _generated(self, prompt: list[int], tokens: int) -> list[int]:

@@ -79,6 +79,16 @@ def _generated(path: Path, prompt: tuple[int, ...], tokens: int) -> list[int]:
     return list(out[0, len(prompt) :].tolist())
 
 
+def test_only_the_greedy_answer_is_taken_for_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path, tokens = tiny_checkpoint("qwen3_moe", tmp_path_factory), 8
+    true = _generated(path, (7, 8, 9), tokens)
+    for at in (0, tokens - 1):
+        wrong = [*true[:at], true[at] - 1, *true[at + 1 :]]
+        _answers.clear()
+        assert greedy(path, [7, 8, 9], tokens, claimed=wrong) == true
+    assert greedy(path, [7, 8, 9], tokens, claimed=true) == true
+
+
 def test_logits_of_mixed_prompts_in_chunks(checkpoint: Path) -> None:
     """Prompts of different lengths in one batch, each in two chunks: every position's logits within 1e-4."""
     runner = Lockstep(checkpoint, [8]).workers_runner()

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -18,15 +19,18 @@ from elastic_moe.deploy.cli import main as cli
 from elastic_moe.deploy.cli.serve import news
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.paths import ROOT
+from tests.programs import emoe_forked
 
 HEAVY = ("torch", "ray", "transformers")
 """Packages that take seconds to import: parsing must do without them. A time would depend on the machine."""
 
+PORT = 18000 + os.getpid() % 1000
+"""Whatever listens on the default port must not matter here."""
+
 
 def emoe(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     if args[:1] == ("serve",) and "--port" not in args:
-        # whatever listens on the default port must not matter here
-        args = (*args, "--port", str(18000 + os.getpid() % 1000))
+        args = (*args, "--port", str(PORT))
     return subprocess.run(
         [sys.executable, "-m", "elastic_moe.deploy.cli.main", *args],
         capture_output=True,
@@ -123,13 +127,18 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_more_workers_than_experts(tmp_path: Path) -> None:
     model = make_random_checkpoint(tmp_path / "tiny", layers=1, experts=4)
-    assert "4 experts" in one_line(emoe("serve", str(model), "--workers", "5"))
-    little = one_line(emoe("serve", str(model), "--expert-memory-bytes", "1000"))
+
+    def refusal(*flags: str) -> str:
+        into = Path(tempfile.mkdtemp(dir=tmp_path))
+        return one_line(emoe_forked("serve", str(model), "--port", str(PORT), *flags, into=into))
+
+    assert "4 experts" in refusal("--workers", "5")
+    little = refusal("--expert-memory-bytes", "1000")
     assert "expert_memory_bytes: expected at least" in little
     assert "room for one expert of each of the" in little
     for file in model.glob("tokenizer*"):
         file.unlink()
-    assert "tokenizer" in one_line(emoe("serve", str(model)))
+    assert "tokenizer" in refusal()
 
 
 def test_the_example_for_serve_deploy() -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -80,14 +80,16 @@ class EmoeServe:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmoeServe]:
-    """In an environment that breaks what sockets and HTTP requests within a machine may rest on."""
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EmoeServe]:
+    """In an environment that breaks what sockets and HTTP requests within a machine may rest on. A test may name its
+    workers; of two there is a spare one too."""
+    workers: Sequence[str] = getattr(request, "param", ("--workers", "2"))
     long = tmp_path / ("0" * 100)
     long.mkdir()
     # a port that nobody listens on
     proxy = "http://127.0.0.1:9"
     running = EmoeServe(
-        *("--workers", "2", "--dtype", "float32", "--rebalance-interval", "0", "--log-file", str(tmp_path / "log")),
+        *(*workers, "--dtype", "float32", "--rebalance-interval", "0", "--log-file", str(tmp_path / "log")),
         TMPDIR=str(long),
         http_proxy=proxy,
         HTTP_PROXY=proxy,
@@ -220,6 +222,7 @@ def _ended(server: EmoeServe, code: int, everything: list[psutil.Process]) -> No
 
 
 @pytest.mark.timeout(READY_S + 60)
+@pytest.mark.parametrize("server", [("--workers", "1", "--no-standby")], indirect=True, ids=["one worker"])
 def test_the_death_of_the_raylet_ends_the_server_with_a_line(server: EmoeServe) -> None:
     """So does the death of GCS, which the supervisor is told of in the same way."""
     assert server.first_line().startswith("serving "), server.progress
