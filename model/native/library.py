@@ -130,11 +130,11 @@ def _built() -> Path:
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise _Unavailable("no C++ compiler on the PATH")
-    files = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    files = sorted(path for path in _SOURCES.rglob("*") if path.suffix in (".cpp", ".h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
     # -march=native depends on the CPU's flags, so a cache that several machines share has a build for each CPU
     parts = [version, " ".join(sorted(cpu)).encode(), " ".join(_FLAGS).encode()]
-    parts += [path.name.encode() + b"\0" + path.read_bytes() for path in files]
+    parts += [str(path.relative_to(_SOURCES)).encode() + b"\0" + path.read_bytes() for path in files]
     key = hashlib.blake2b(b"\0".join(parts), digest_size=10).hexdigest()
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,9 @@ def _compile(compiler: str, sources: list[Path], target: Path) -> None:
         objects = [Path(made) / f"{source.stem}.o" for source in sources]
         jobs = [
             subprocess.Popen(
-                [compiler, *_FLAGS[:-1], "-c", str(source), "-o", str(out)], stderr=subprocess.PIPE, text=True
+                [compiler, *_FLAGS[:-1], "-I", str(_SOURCES), "-c", str(source), "-o", str(out)],
+                stderr=subprocess.PIPE,
+                text=True,
             )
             for source, out in zip(sources, objects, strict=True)
         ]

@@ -1,5 +1,5 @@
 """Layers that keep a matrix per head and sequence: one token of several sequences, and scans over the tokens of one
-sequence. See model/native/recurrent.cpp.
+sequence. See model/native/states/.
 
 A scan begins with the state `begin`, which is zeros if it is None, and returns its outputs and the last state.
 

@@ -5,7 +5,7 @@ This file owns the storage. The scheduler decides which block belongs to which s
 Legend: G key heads, D head size (keys and values may differ), P blocks, B tokens per block.
 A layer's keys are [G, P, B, D]. A block of one head is contiguous, so gathering blocks copies long rows, and the result
 has the layout that matmul needs. If the native library computes attention, blocks have its layout
-(model/native/attention.cpp), and only the library reads and writes them. If FlashAttention computes it, they are
+(model/native/layer/attention.cpp), and only the library reads and writes them. If FlashAttention computes it, they are
 [P, B, G, D] (model/trunk/flash.py). A layer of latents (model/trunk/latent.py) has keys of one head and no values, and
 never the layout of FlashAttention.
 """

@@ -5,8 +5,8 @@
 // K][64][2], followed by the scales [64].
 #pragma once
 
-#include "tiles8.h"
-#include "wide.h"
+#include "products/tiles8.h"
+#include "products/wide.h"
 
 namespace emoe {
 

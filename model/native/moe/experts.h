@@ -1,7 +1,7 @@
 // Computes the experts of one layer that this worker holds, over the rows that were sent to it.
 #pragma once
 
-#include "gemm.h"
+#include "products/gemm.h"
 
 namespace emoe {
 

@@ -1,8 +1,8 @@
 // The attention half of a decoder layer: its parts, and how workers compute it together.
 #pragma once
 
-#include "exchange.h"
-#include "trunk.h"
+#include "moe/exchange.h"
+#include "layer/trunk.h"
 
 namespace emoe {
 

@@ -1,7 +1,7 @@
 // Which row of a matrix becomes which column of a panel.
 #pragma once
 
-#include "gemm.h"
+#include "products/gemm.h"
 
 namespace emoe {
 

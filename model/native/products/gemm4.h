@@ -11,8 +11,8 @@
 //                  multiple of 64 bytes
 #pragma once
 
-#include "gemm8.h"
-#include "tiles4.h"
+#include "products/gemm8.h"
+#include "products/tiles4.h"
 
 namespace emoe {
 

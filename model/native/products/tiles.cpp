@@ -1,4 +1,4 @@
-#include "tiles.h"
+#include "products/tiles.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>

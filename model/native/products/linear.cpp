@@ -1,6 +1,6 @@
 // Packs matrices into panels, unpacks them, and computes a linear layer.
-#include "gemm8.h"
-#include "panels.h"
+#include "products/gemm8.h"
+#include "products/panels.h"
 
 #include <omp.h>
 

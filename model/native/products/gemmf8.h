@@ -4,7 +4,7 @@
 // column. A group of a panel becomes bfloat16, which loses nothing, and all rows are multiplied with it as in gemm.h.
 #pragma once
 
-#include "gemm8.h"
+#include "products/gemm8.h"
 
 namespace emoe {
 

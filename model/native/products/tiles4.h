@@ -6,7 +6,7 @@
 // instructions give: either may be used for any number of rows.
 #pragma once
 
-#include "tiles8.h"
+#include "products/tiles8.h"
 
 #ifdef EMOE_TILES
 

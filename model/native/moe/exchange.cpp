@@ -1,5 +1,5 @@
 // How processes wait for and wake one another, and the exchange's functions that ctypes calls. See exchange.h.
-#include "exchange.h"
+#include "moe/exchange.h"
 
 #include <linux/futex.h>
 #include <sched.h>

@@ -7,7 +7,7 @@
 // bfloat16 (tiles.h).
 #pragma once
 
-#include "tiles.h"
+#include "products/tiles.h"
 #include "vector.h"
 
 #include <type_traits>

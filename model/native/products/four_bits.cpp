@@ -2,8 +2,8 @@
 //
 // Outside panels, codes are nibbles [N, K / 2], the lower half of a byte first; scales are [N, groups of 32] in 16 bits; zero
 // points are bytes [N, groups], and there are none for E2M1. K is even.
-#include "gemm4.h"
-#include "panels.h"
+#include "products/gemm4.h"
+#include "products/panels.h"
 
 using namespace emoe;
 

@@ -1,7 +1,7 @@
-#include "experts.h"
+#include "moe/experts.h"
 
-#include "gemm4.h"
-#include "gemmf8.h"
+#include "products/gemm4.h"
+#include "products/gemmf8.h"
 
 #include <omp.h>
 

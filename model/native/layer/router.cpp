@@ -1,5 +1,5 @@
 // Chooses the experts of each token: computes the scores of all experts, takes the best few, and normalises their scores.
-#include "calls.h"
+#include "layer/calls.h"
 #include "vector.h"
 
 #include <omp.h>

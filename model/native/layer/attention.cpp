@@ -10,8 +10,8 @@
 // The softmax takes keys in chunks and keeps a running maximum (Milakov and Gimelshein, arXiv 1805.02867; as in flash
 // attention). Chunks begin at multiples of their size in the sequence, and masked keys add exact zeros. So a row's result
 // is the same, bit for bit, whether the row is computed within a whole prompt, within a part of it, or alone.
-#include "gemm.h"
-#include "vector.h"
+#include "layer/cache_tiles.h"
+#include "layer/tile_queries.h"
 
 #include <omp.h>
 
@@ -21,9 +21,6 @@
 namespace emoe {
 namespace {
 
-constexpr int64_t kTile = 16;      // tokens of a tile of the cache
-constexpr int64_t kKeys = 256;     // keys of a chunk
-constexpr int64_t kQueries = 32;   // most query rows computed together
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 struct Strided { // [heads][tokens][size], the last dimension dense
@@ -79,60 +76,6 @@ void write(const Call& call, const Sequence& sequence, int64_t g) {
     }
 }
 
-#ifdef __AVX512BW__
-
-// Turns 8 registers of 8 numbers of 64 bits each: row i of the result has number i of every register.
-inline void transpose(__m512i (&rows)[8]) {
-    __m512i pairs[8], halves[8];
-    for (int i = 0; i < 8; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi64(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi64(rows[i], rows[i + 1]);
-    }
-    // parts of 128 bits: those of even and of odd places of four registers
-    for (int odd = 0; odd < 2; ++odd)
-        for (int i = 0; i < 2; ++i) {
-            const __m512i first = pairs[4 * i + odd], second = pairs[4 * i + 2 + odd];
-            halves[4 * odd + i] = _mm512_shuffle_i64x2(first, second, 0x88);
-            halves[4 * odd + 2 + i] = _mm512_shuffle_i64x2(first, second, 0xdd);
-        }
-    for (int odd = 0; odd < 2; ++odd)
-        for (int i = 0; i < 2; ++i) {
-            const __m512i first = halves[4 * odd + 2 * i], second = halves[4 * odd + 2 * i + 1];
-            rows[2 * i + odd] = _mm512_shuffle_i64x2(first, second, 0x88);
-            rows[2 * i + 4 + odd] = _mm512_shuffle_i64x2(first, second, 0xdd);
-        }
-}
-
-// As `turn`, for 16 dimensions.
-inline void turn16(const bf16* keys, int64_t size, bf16* values) {
-    __m512i rows[8];
-    for (int i = 0; i < 8; ++i) {
-        const __m512i row = _mm512_loadu_si512(keys + i * 2 * kTile);
-        rows[i] = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(row, 0xd8), 0xd8);
-    }
-    transpose(rows);
-    for (int pair = 0; pair < 8; ++pair) _mm512_storeu_si512(values + pair * size * 2, rows[pair]);
-}
-
-#endif
-
-// Makes a tile of values [8][size][2] from the first `size` dimensions of a tile of keys [size/2][16][2]. `size` is even.
-void turn(const bf16* keys, int64_t size, bf16* values) {
-    int64_t d = 0;
-#ifdef __AVX512BW__
-    for (; d + 16 <= size; d += 16) turn16(keys + d * kTile, size, values + d * 2);
-#endif
-    for (; d < size; d += 2)
-        for (int64_t pair = 0; pair < kTile / 2; ++pair) {
-            uint32_t first, second; // of two tokens, two dimensions each
-            std::memcpy(&first, keys + d * kTile + pair * 4, 4);
-            std::memcpy(&second, keys + d * kTile + pair * 4 + 2, 4);
-            const uint64_t low = (first & 0xffffu) | second << 16, high = first >> 16 | (second & 0xffff0000u);
-            const uint64_t both = low | high << 32;
-            std::memcpy(values + (pair * size + d) * 2, &both, 8);
-        }
-}
-
 // Dot products of R queries with the keys of 4 tiles: scores [R][kKeys].
 template <int R>
 void score(const bf16* const* queries, int64_t size, const bf16* const* tiles, float* scores) {
@@ -186,71 +129,6 @@ void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64
 
 // Query rows that are computed together: two tiles of the matrix unit, or a few blocks of registers.
 int64_t queries_together() { return tiles_used ? 2 * kTileRows : 24; }
-
-#ifdef EMOE_TILES
-
-// Queries by the matrix unit (tiles.h).
-class TileQueries {
-  public:
-    // Copies `count` queries of `size` numbers, filled up with zeros.
-    void set(int64_t count, int64_t size, const bf16* const* queries) {
-        count_ = count;
-        size_ = size;
-        stride_ = (size + 31) / 32 * 32;
-        rows_.assign(count * stride_, 0);
-        for (int64_t r = 0; r < count; ++r) std::copy(queries[r], queries[r] + size, rows_.begin() + r * stride_);
-    }
-
-    // Dot products with the keys of `count` tiles: scores [queries][kKeys]. Of 4 tiles, `tiles` always has all.
-    void score(const bf16* const* tiles, int64_t count, float* scores) const {
-        const bool few = count_ <= kTileRows;
-        (few ? TileSizes::one(count_) : TileSizes::two(count_)).load();
-        const int64_t whole = size_ / 32;
-        alignas(64) bf16 last[4][kTile * 32]; // the last numbers of keys, filled up with zeros
-        for (int64_t t = 0; t < count; t += few ? 4 : 2) {
-            const TileSums sums{scores + t * kTile, kKeys * 4};
-            multiply(few, 0, whole, [&](int i, int64_t k) { return tiles[t + i] + k * kTile * 32; }, sums);
-            if (whole * 32 == size_) continue;
-            for (int i = 0; i < (few ? 4 : 2); ++i) {
-                std::memset(last[i], 0, sizeof last[i]);
-                std::memcpy(last[i], tiles[t + i] + whole * kTile * 32, (size_ - whole * 32) * kTile * sizeof(bf16));
-            }
-            multiply(few, whole, 1, [&](int i, int64_t) { return last[i]; }, sums);
-        }
-        _tile_release();
-    }
-
-    // Adds weights [queries][kKeys] times the values of `count` tiles to out [queries][size].
-    void combine(const bf16* weights, const bf16* const* tiles, int64_t count, int64_t size, float* out) const {
-        constexpr int64_t kBytes = kTile * sizeof(bf16); // weights of a tile of values
-        const bool few = count_ <= kTileRows;
-        (few ? TileSizes::one(count_, kBytes) : TileSizes::two(count_, kBytes)).load();
-        const TileRows rows{(const char*)weights, kKeys * sizeof(bf16), kBytes};
-        for (int64_t c = 0; c < size; c += few ? 64 : 32) {
-            // past the end, the last columns are computed again
-            const auto column = [&](int i) { return std::min<int64_t>(c + i * 16, size - 16); };
-            const auto values = [&](int i, int64_t t) { return (const char*)(tiles[t] + column(i) * 2); };
-            TileSums sums(out, size * sizeof(float));
-            for (int i = 0; i < 4; ++i) sums.columns[i] = out + column(i);
-            if (few) multiply_1x4(rows, values, size * 4, count, sums, true);
-            else multiply_2x2(rows, values, size * 4, count, sums, true);
-        }
-        _tile_release();
-    }
-
-  private:
-    template <class Columns> void multiply(bool few, int64_t first, int64_t steps, Columns columns, TileSums sums) const {
-        const TileRows rows{(const char*)(rows_.data() + first * 32), stride_ * int64_t(sizeof(bf16))};
-        const auto at = [&](int i, int64_t k) { return (const char*)columns(i, k); };
-        if (few) multiply_1x4(rows, at, kTile * 4, steps, sums, first > 0);
-        else multiply_2x2(rows, at, kTile * 4, steps, sums, first > 0);
-    }
-
-    int64_t count_ = 0, size_ = 0, stride_ = 0;
-    std::vector<bf16> rows_;
-};
-
-#endif
 
 // Up to kQueries query rows of one sequence and key head. Row i is query head i % members of the key head, for token
 // i / members.

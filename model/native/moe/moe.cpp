@@ -1,6 +1,6 @@
 // Computes one MoE layer over the workers of one node: tokens go out, experts are computed, partial sums come back.
-#include "exchange.h"
-#include "experts.h"
+#include "moe/exchange.h"
+#include "moe/experts.h"
 
 #include <algorithm>
 #include <cstring>

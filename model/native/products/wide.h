@@ -6,7 +6,7 @@
 // are exact. The matrix unit (tiles8.h) computes the same sums too.
 #pragma once
 
-#include "gemm.h"
+#include "products/gemm.h"
 
 #include <cmath>
 #include <vector>

@@ -6,10 +6,10 @@
 // A step of few tokens mostly reads matrices. Where one worker of a node alone has tokens, the others would only wait for
 // its hidden states. So they compute some columns of its products, each with its own copy of the trunk. A column does not
 // depend on who computes it.
-#include "block.h"
+#include "layer/block.h"
 
-#include "calls.h"
-#include "gemm.h"
+#include "layer/calls.h"
+#include "products/gemm.h"
 
 #include <omp.h>
 

@@ -4,8 +4,8 @@
 // A step of few tokens spent a tenth of its time in Python and torch between its native parts. Weights that stream through
 // the caches push Python's code and objects out of them, and all workers are in Python at the same time, so that nobody
 // reads weights meanwhile. The parts are the same that Python calls layer by layer, so the result has the same bits.
-#include "block.h"
-#include "calls.h"
+#include "layer/block.h"
+#include "layer/calls.h"
 
 #include <vector>
 

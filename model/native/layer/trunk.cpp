@@ -1,5 +1,5 @@
 // Small operators of the trunk. Each makes one pass over its rows.
-#include "trunk.h"
+#include "layer/trunk.h"
 
 #include <omp.h>
 

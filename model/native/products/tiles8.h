@@ -8,7 +8,7 @@
 // which is how pairs of K (gemm8.h) are put together fastest.
 #pragma once
 
-#include "wide.h"
+#include "products/wide.h"
 
 #ifdef EMOE_TILES
 
