@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
 
+from elastic_moe.deploy.backend.router import LOAD_S
 from tests.e2e.conftest import READY_S, Reference, Server, kill_family, start
 from tests.e2e.streams import PROMPT, Stream
 
@@ -55,6 +57,9 @@ def kill_worker(server: Server) -> None:
 
 @pytest.mark.parametrize("kill", [kill_engine, kill_worker])
 def test_nothing_is_lost_with_a_group(pair: Server, reference: Reference, kill: Callable[[Server], None]) -> None:
+    # the replica must not take the last test's requests, which have just ended, for those of others
+    pair.wait("rest", lambda: running(pair) == [0, 0])
+    time.sleep(2 * LOAD_S)
     streams = [Stream(pair, TOKENS) for _ in range(STREAMS)]
     pair.wait("streams in both groups", lambda: all(running(pair)), 30, 0.02)
     for stream in streams:
