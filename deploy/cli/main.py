@@ -27,6 +27,7 @@ from elastic_moe.deploy.cli import trace as cli_trace
 from elastic_moe.deploy.joined.environment import cluster_environment, exports, haproxy_path
 from elastic_moe.deploy.joined.notice import SERVICES, Cloud, asking, has_notice, run
 from elastic_moe.deploy.launch.console import logged
+from elastic_moe.model.checkpoints.raw import read_configuration
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,6 +163,9 @@ def _serve(args: argparse.Namespace) -> int:
         ServeConfig.from_mapping(data, source=str(args.config))
         flags = {str(key).replace("-", "_"): value for key, value in data.items()} | flags
     config = with_keys(ServeConfig.from_mapping(flags, source="flags"), os.environ)
+    if config.model is not None:
+        # a wrong path is named before anything heavy is imported
+        read_configuration(Path(config.model).expanduser().absolute())
     from elastic_moe.actors.telemetry.exporting import check_installed
     from elastic_moe.deploy.cli.serve import serve
 

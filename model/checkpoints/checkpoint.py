@@ -21,8 +21,9 @@ from elastic_moe.model.checkpoints.kept import kept_form
 from elastic_moe.model.checkpoints.limits import MOST_POSITIONS, WithinCpuTime, check_counts
 from elastic_moe.model.checkpoints.packed import PackedTensor, Stored, find_packed
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.checkpoints.raw import read_configuration, read_json
 from elastic_moe.model.checkpoints.servability import NotServable, Shape, dry_run
-from elastic_moe.model.checkpoints.stored import read_json, stored_tensors
+from elastic_moe.model.checkpoints.stored import stored_tensors
 from elastic_moe.model.checkpoints.wrapped import text_part, text_tensors
 from elastic_moe.model.formats.configuration import BadConfiguration, Packing, read_packing
 from elastic_moe.model.transformers_private import CONFIG_MAPPING, causal_class, multimodal_class
@@ -147,15 +148,8 @@ def _planned(
 
 def _read_raw(path: Path) -> dict[str, Any]:
     """Read config.json as it is written. Raises CheckpointError unless transformers knows its model type."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
-    file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{path}: has no config.json")
-    raw = read_json(file)
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{file}: model_type is missing")
+    raw = read_configuration(path)
+    file, model_type = path / "config.json", raw["model_type"]
     if model_type not in CONFIG_MAPPING:
         if "auto_map" in raw:
             raise CheckpointError(f"{file}: {model_type} needs code that comes with the checkpoint, which is never run")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.errors import CheckpointError
+from elastic_moe.model.checkpoints.raw import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -125,21 +126,6 @@ def _nothing_to_read(directory: Path) -> str:
             "convert the checkpoint to safetensors"
         )
     return f"{directory}: has neither {SINGLE} nor {INDEX}"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError if the file is unreadable or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: not valid JSON (nested too deeply)") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, found {type(value).__name__}")
-    return value
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

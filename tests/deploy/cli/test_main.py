@@ -113,12 +113,11 @@ def test_help_and_version() -> None:
     assert emoe("--version").stdout.startswith("emoe ")
 
 
-@pytest.mark.slow
 def test_a_missing_model() -> None:
     assert "/no/such/model" in one_line(emoe("serve", "/no/such/model"))
+    assert not imported("serve", "/no/such/model") & set(HEAVY), "it is named at once"
 
 
-@pytest.mark.slow
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in one_line(emoe("serve", str(tmp_path)))
@@ -172,10 +171,14 @@ def config_of(monkeypatch: pytest.MonkeyPatch, *args: str) -> ServeConfig:
 
 def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "emoe.yaml"
-    path.write_text("workers: 3\nmax-num-seqs: 8\nmodel: /from/file\n")
+    of_file, of_flag = (str(tmp_path / name) for name in ("file", "flag"))
+    for model in (of_file, of_flag):
+        Path(model).mkdir()
+        Path(model, "config.json").write_text('{"model_type": "mixtral"}')
+    path.write_text(f"workers: 3\nmax-num-seqs: 8\nmodel: {of_file}\n")
     config = config_of(monkeypatch, "--config", str(path), "--workers", "4")
-    assert (config.workers, config.max_num_seqs, config.model) == (4, 8, "/from/file")
-    assert config_of(monkeypatch, "/from/flag", "--config", str(path)).model == "/from/flag"
+    assert (config.workers, config.max_num_seqs, config.model) == (4, 8, of_file)
+    assert config_of(monkeypatch, of_flag, "--config", str(path)).model == of_flag
 
 
 def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
